@@ -1,0 +1,1 @@
+"""From a folder of annotated faces to batches on a device."""

@@ -1,0 +1,61 @@
+"""The 13 emotions of AffectNetFused, and where they lie in the plane of valence and arousal."""
+
+import numpy as np
+import numpy.typing as npt
+
+#: class: (mean valence, its standard deviation, mean arousal, its standard deviation)
+VALENCE_AROUSAL: dict[str, tuple[float, float, float, float]] = {
+    "neutral": (0.00, 0.10, 0.00, 0.10),
+    "happy": (0.81, 0.21, 0.51, 0.26),
+    "sad": (-0.63, 0.23, -0.27, 0.34),
+    "surprised": (0.40, 0.30, 0.67, 0.27),
+    "fear": (-0.64, 0.20, 0.60, 0.32),
+    "disgust": (-0.60, 0.20, 0.35, 0.41),
+    "angry": (-0.51, 0.20, 0.59, 0.33),
+    "contempt": (-0.23, 0.39, 0.31, 0.33),
+    "serene": (0.65, 0.29, -0.33, 0.36),
+    "contemplative": (0.15, 0.41, -0.18, 0.30),
+    "secure": (0.74, 0.22, -0.13, 0.32),
+    "untroubled": (0.79, 0.25, -0.01, 0.46),
+    "quiet": (0.19, 0.57, -0.40, 0.21),
+}
+
+#: The classes in the order of every distribution in this project.
+EMOTIONS: tuple[str, ...] = tuple(VALENCE_AROUSAL)
+
+
+def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The distribution over EMOTIONS of points in the valence-arousal plane.
+
+    p(class | v, a) is proportional to N(v; mu_v, sigma_v) N(a; mu_a, sigma_a), the Gaussians of
+    VALENCE_AROUSAL: the rule that AffectNetFused's annotations follow.
+
+    Args:
+        valence: [N], in [-1, 1].
+        arousal: [N], in [-1, 1].
+
+    Returns:
+        [N, 13], each row non-negative with sum one.
+    """
+    v_mean, v_std, a_mean, a_std = np.array(list(VALENCE_AROUSAL.values())).T
+    log_p = (
+        -0.5 * ((valence[:, None] - v_mean) / v_std) ** 2
+        - 0.5 * ((arousal[:, None] - a_mean) / a_std) ** 2
+        - np.log(v_std * a_std)
+    )
+    p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
+    result: npt.NDArray[np.float64] = p / p.sum(axis=1, keepdims=True)
+    return result
+
+
+def class_distances(classes: tuple[str, ...]) -> npt.NDArray[np.float64] | None:
+    """Euclidean distances between the means of classes in the valence-arousal plane.
+
+    Returns:
+        [K, K], or None where a class has no place in the plane.
+    """
+    if not set(classes) <= set(VALENCE_AROUSAL):
+        return None
+    means = np.array([(VALENCE_AROUSAL[c][0], VALENCE_AROUSAL[c][2]) for c in classes])
+    result: npt.NDArray[np.float64] = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    return result

@@ -1,0 +1,1 @@
+"""One configuration, trained: plain PyTorch, without Ray and without Optuna."""

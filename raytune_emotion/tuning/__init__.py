@@ -1,0 +1,1 @@
+"""Many configurations, searched: Ray Tune, Ray Train and Optuna."""
