@@ -25,27 +25,31 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
-    image_size: int = Field(224, ge=16, le=1024, description="side of the square image, px")
-    classes: tuple[str, ...] = Field(EMOTIONS, min_length=2, description="names, in the order of the annotations")
+    image_size: int = Field(default=224, ge=16, le=1024, description="side of the square image, px")
+    classes: tuple[str, ...] = Field(
+        default=EMOTIONS, min_length=2, description="names, in the order of the annotations"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
-    backbone: str = Field("resnet18", min_length=1, description="a timm model name")
-    pretrained: bool = Field(False, description="start from timm's weights, or from weights_dir's")
-    weights_dir: str | None = Field(None, description="folder with <backbone>.safetensors, for machines without a hub")
-    dropout: float = Field(0.3, ge=0, lt=1, description="probability, before the classifier")
+    backbone: str = Field(default="resnet18", min_length=1, description="a timm model name")
+    pretrained: bool = Field(default=False, description="start from timm's weights, or from weights_dir's")
+    weights_dir: str | None = Field(
+        default=None, description="folder with <backbone>.safetensors, for machines without a hub"
+    )
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="probability, before the classifier")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LossConfig:
     """Weights of the mixture: not negative, and one in sum."""
 
-    mse: float = Field(0.0, ge=0, le=1, description="mean squared error")
-    l1: float = Field(0.0, ge=0, le=1, description="mean absolute error")
-    kl: float = Field(0.0, ge=0, le=1, description="Kullback-Leibler divergence, nats")
-    ce: float = Field(0.0, ge=0, le=1, description="cross-entropy, nats")
-    js: float = Field(0.0, ge=0, le=1, description="Jensen-Shannon divergence, bits")
+    mse: float = Field(default=0.0, ge=0, le=1, description="mean squared error")
+    l1: float = Field(default=0.0, ge=0, le=1, description="mean absolute error")
+    kl: float = Field(default=0.0, ge=0, le=1, description="Kullback-Leibler divergence, nats")
+    ce: float = Field(default=0.0, ge=0, le=1, description="cross-entropy, nats")
+    js: float = Field(default=0.0, ge=0, le=1, description="Jensen-Shannon divergence, bits")
 
     @model_validator(mode="after")
     def _on_the_simplex(self) -> Self:
@@ -68,37 +72,39 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
-    name: Literal["adam", "adamw", "sgd"] = Field("adamw", description="optimizer")
-    lr: float = Field(1e-3, gt=0, le=100, description="peak step size")
-    weight_decay: float = Field(0.0, ge=0, description="1/step, times lr; decoupled in adamw")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd; beta1 of adam and adamw")
-    schedule: Literal["constant", "cosine", "plateau"] = Field("plateau", description="of the step size")
-    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up, epochs")
-    plateau_patience: float = Field(3.0, ge=0, description="epochs without a better val JS before lr falls")
-    plateau_factor: float = Field(0.5, gt=0, lt=1, description="what lr is multiplied by then")
+    name: Literal["adam", "adamw", "sgd"] = Field(default="adamw", description="optimizer")
+    lr: float = Field(default=1e-3, gt=0, le=100, description="peak step size")
+    weight_decay: float = Field(default=0.0, ge=0, description="1/step, times lr; decoupled in adamw")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; beta1 of adam and adamw")
+    schedule: Literal["constant", "cosine", "plateau"] = Field(default="plateau", description="of the step size")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="linear warm-up, epochs")
+    plateau_patience: float = Field(default=3.0, ge=0, description="epochs without a better val JS before lr falls")
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1, description="what lr is multiplied by then")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    batch_size: int = Field(32, ge=1, description="rows an optimizer step, over all workers")
-    accumulate: int = Field(1, ge=1, description="micro-batches that a worker's share of a batch is cut into")
-    epochs: int = Field(30, ge=1, description="passes over the training set, at most")
-    evals_per_epoch: int = Field(1, ge=1, description="validations, reports and checkpoints an epoch")
-    patience: float = Field(0.0, ge=0, description="epochs without a better val JS before the end; 0: never")
-    grad_clip: float = Field(0.0, ge=0, description="largest L2 norm of the gradient; 0: any")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of the forward and backward pass")
-    seed: int = Field(0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
+    batch_size: int = Field(default=32, ge=1, description="rows an optimizer step, over all workers")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches that a worker's share of a batch is cut into")
+    epochs: int = Field(default=30, ge=1, description="passes over the training set, at most")
+    evals_per_epoch: int = Field(default=1, ge=1, description="validations, reports and checkpoints an epoch")
+    patience: float = Field(default=0.0, ge=0, description="epochs without a better val JS before the end; 0: never")
+    grad_clip: float = Field(default=0.0, ge=0, description="largest L2 norm of the gradient; 0: any")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the forward and backward pass")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class AugmentConfig:
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a mirror image")
-    crop_scale: float = Field(1.0, gt=0, le=1, description="least share of the area that a random crop keeps; 1: whole")
-    colour: float = Field(0.0, ge=0, le=1, description="strength of jitter in brightness, contrast, saturation")
-    grey: float = Field(0.0, ge=0, le=1, description="probability of a greyscale image")
-    erase: float = Field(0.0, ge=0, le=1, description="probability of an erased rectangle")
-    mixup: float = Field(0.0, ge=0, description="alpha of mixup's Beta distribution; 0: none")
-    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix's Beta distribution; 0: none")
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirror image")
+    crop_scale: float = Field(
+        default=1.0, gt=0, le=1, description="least share of the area that a random crop keeps; 1: whole"
+    )
+    colour: float = Field(default=0.0, ge=0, le=1, description="strength of jitter in brightness, contrast, saturation")
+    grey: float = Field(default=0.0, ge=0, le=1, description="probability of a greyscale image")
+    erase: float = Field(default=0.0, ge=0, le=1, description="probability of an erased rectangle")
+    mixup: float = Field(default=0.0, ge=0, description="alpha of mixup's Beta distribution; 0: none")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of cutmix's Beta distribution; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
