@@ -1,0 +1,253 @@
+"""The main job: a study. Finds the configuration that predicts distributions of emotion best."""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from raytune_emotion.__main__ import command_main
+from raytune_emotion.data.sample import sample_folder
+from raytune_emotion.data.store import Store, open_store, prepare
+from raytune_emotion.errors import UserError
+from raytune_emotion.export import export_trial
+from raytune_emotion.learn.loop import baseline
+from raytune_emotion.tuning.engine import Event, fit_to_cluster, ray_session, run_study
+from raytune_emotion.tuning.page import REPORT, write_report
+from raytune_emotion.tuning.searcher import create_study
+from raytune_emotion.tuning.space import Space, load_space, parse_space
+from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_spec, write_spec
+
+DEFAULT_TRIALS = 32
+DEFAULT_EPOCHS = 20
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="AffectNetFused folder or packed store (default: generated faces)")
+    add("--space", type=Path, metavar="FILE", help="the search space, YAML (default: search_spaces/quick.yaml)")
+    add("--trials", type=_positive, metavar="N", help=f"trials in all (default: {DEFAULT_TRIALS})")
+    add("--epochs", type=_positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
+    add("--concurrency", type=_positive, metavar="N", help="trials at once (default: as many as fit)")
+    add("--workers-per-trial", type=_positive, metavar="N", help="processes that train a trial (default: 1)")
+    add("--gpus-per-worker", type=float, metavar="X", help="may be a fraction (default: 1 where there are GPUs)")
+    add("--results", type=Path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
+    add("--name", type=_name, metavar="NAME", help="of the study (default: the space and the time)")
+    add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
+    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--time-budget", type=_duration, metavar="T", help="as 90m, 2h or 1d; the study can be resumed afterwards")
+    add("--max-failures", type=int, metavar="N", help="restarts of a trial whose process died (default: 3)")
+    add("--weights-dir", type=Path, metavar="DIR", help="pretrained weights, for machines without a hub")
+    add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
+    add("--address", metavar="ADDRESS", help="of a running Ray cluster, or auto (default: start Ray here)")
+
+
+def run(args: argparse.Namespace) -> None:
+    console = Console(soft_wrap=True)
+    if args.resume:
+        folder = _existing_folder(args)
+        spec = _resumed(read_spec(folder), args)
+    else:
+        folder = _new_folder(args)
+        spec = _new(folder.name, args)
+    with ray_session(args.address):
+        placement = fit_to_cluster(
+            workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
+        )
+        if not args.resume:
+            folder.mkdir(parents=True)
+            create_study(folder, parse_space(spec.space))
+        write_spec(folder, spec)
+        console.print(f"study {folder}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
+        with _progress(console, spec) as watch:
+            records = run_study(folder, spec, placement, time_budget=args.time_budget, watch=watch)
+    _conclude(console, folder, spec, records)
+    if args.time_budget is None and any(record.status == "running" for record in records):
+        raise KeyboardInterrupt
+
+
+def _new(name: str, args: argparse.Namespace) -> StudySpec:
+    """The spec of a new study, with its data packed."""
+    path = args.space or Path("search_spaces/quick.yaml")
+    space = load_space(path, overrides={"train.epochs": args.epochs} if args.epochs else {})
+    stores = _stores(args.data or sample_folder(), space, skip_bad=args.skip_bad)
+    first = next(iter(stores.values()))
+    return StudySpec(
+        name=name,
+        seed=args.seed or 0,
+        trials=args.trials or DEFAULT_TRIALS,
+        epochs=args.epochs or space.fixed.get("train.epochs", DEFAULT_EPOCHS),
+        concurrency=args.concurrency,
+        workers_per_trial=args.workers_per_trial or 1,
+        gpus_per_worker=args.gpus_per_worker,
+        max_failures=3 if args.max_failures is None else args.max_failures,
+        data=str(args.data.absolute()) if args.data else "generated faces",
+        stores={size: str(store.path) for size, store in stores.items()},
+        fingerprints={size: store.fingerprint for size, store in stores.items()},
+        classes=first.classes,
+        weights_dir=str(args.weights_dir.absolute()) if args.weights_dir else None,
+        space=space.to_dict(),
+        baseline=baseline(first),
+    )
+
+
+def _resumed(spec: StudySpec, args: argparse.Namespace) -> StudySpec:
+    """The spec of a study that goes on: what it is stays, how much of it and where it runs may change."""
+    faults = [
+        f"--{name}: a study keeps the {name} that it began with; leave it out, or begin a new study under another name"
+        for name, value in (("space", args.space), ("seed", args.seed))
+        if value is not None
+    ]
+    stores = spec.stores
+    if args.data is not None:
+        moved = _stores(args.data, parse_space(spec.space, SPEC), skip_bad=args.skip_bad)
+        stores = {size: str(store.path) for size, store in moved.items()}
+        if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
+            faults.append(f"{args.data}: other data than the study began with; its trials could not be compared")
+    else:
+        for size, path in stores.items():
+            if open_store(Path(path)).fingerprint != spec.fingerprints[size]:
+                faults.append(f"{path}: has changed since the study began; name its data with --data")
+    if args.epochs is not None and args.epochs < spec.epochs:
+        faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
+    if faults:
+        raise UserError(faults)
+    given = {
+        "trials": args.trials,
+        "epochs": args.epochs,
+        "concurrency": args.concurrency,
+        "workers_per_trial": args.workers_per_trial,
+        "gpus_per_worker": args.gpus_per_worker,
+        "max_failures": args.max_failures,
+        "weights_dir": str(args.weights_dir.absolute()) if args.weights_dir else None,
+    }
+    return dataclasses.replace(
+        spec, stores=stores, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
+    """The packed store for each image size of a space; its own size where the space names none."""
+    classes = space.possible("data.classes")
+    options = {"classes": tuple(classes[0])} if classes else {}
+    sizes = space.possible("data.image_size") or (None,)
+    stores = [prepare(data, image_size=size, skip_bad=skip_bad, **options) for size in sizes]
+    return {store.image_size: store for store in stores}
+
+
+def _new_folder(args: argparse.Namespace) -> Path:
+    name = args.name or f"{args.space.stem if args.space else 'quick'}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder: Path = args.results.absolute() / name
+    if folder.exists():
+        raise UserError(
+            f"{folder}: there is a study of this name already; go on with it by --resume, or choose another"
+        )
+    return folder
+
+
+def _existing_folder(args: argparse.Namespace) -> Path:
+    results: Path = args.results.absolute()
+    if args.name:
+        return results / args.name
+    studies = sorted(results.glob(f"*/{SPEC}"), key=lambda file: file.stat().st_mtime)
+    if not studies:
+        raise UserError(f"{results}: there is no study in it to resume; name its folder with --results")
+    return studies[-1].parent
+
+
+@contextmanager
+def _progress(console: Console, spec: StudySpec) -> Iterator[Callable[[Event], None]]:
+    """A line for each trial that ends, and below them, in a terminal, a bar."""
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    running: dict[str, str] = {}
+    best = spec.baseline["js"]
+
+    def watch(event: Event) -> None:
+        nonlocal best
+        trial_id = event.proposal.trial_id
+        if event.report is not None:
+            best = min(best, event.report["best_val_js"])
+            running[trial_id] = f"{trial_id} {event.report['best_val_js']:.4f}"
+        if event.status != "running":
+            running.pop(trial_id, None)
+            progress.advance(bar)
+            progress.console.print(_line(event), highlight=False)
+        progress.update(bar, description=f"best {best:.4f}  running {', '.join(running.values())}")
+
+    with progress:
+        bar = progress.add_task("", total=spec.trials)
+        yield watch
+
+
+def _line(event: Event) -> str:
+    settings = event.proposal.settings
+    what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
+    what += [
+        f"{key.rpartition('.')[2]} {settings[key]:.2g}" for key in ("optim.lr", "train.batch_size") if key in settings
+    ]
+    what += [f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w]
+    if event.report is None:
+        outcome = event.reason
+    else:
+        outcome = f"JS {event.report['best_val_js']:.4f} bits after {event.report['epoch']:g} epochs"
+    return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
+
+
+def _conclude(console: Console, folder: Path, spec: StudySpec, records: list[TrialRecord]) -> None:
+    """Exports the best trial, and says what came out and what to type next."""
+    counts = {
+        status: sum(r.status == status for r in records) for status in ("complete", "pruned", "failed", "running")
+    }
+    write_report(folder, spec, records)
+    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
+    best = best_first(records)[0] if records else None
+    if best is None or best.best is None:
+        console.print("no trial has reported yet")
+        return
+    export_trial(folder, folder / "best", best.trial_id)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    console.print(
+        f"""
+best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({counts["complete"] + counts["pruned"]} trials)
+baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
+exported    {shown / "best"}
+page        {shown / REPORT}
+
+next:
+  python -m raytune_emotion.predict {shown / "best"} FACE.jpg
+  tensorboard --logdir {shown / "trials"}
+  python -m raytune_emotion.search --resume --results {shown.parent} --name {folder.name} --trials {2 * spec.trials}""",
+        highlight=False,
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.=,+-]*", text):
+        raise argparse.ArgumentTypeError(f"letters, digits and . _ - = , + make a name, got {text!r}")
+    return text
+
+
+def _duration(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"a time such as 90m, 2h or 1d is wanted, got {text!r}")
+    return timedelta(**{_UNITS[found[2]]: float(found[1])})
+
+
+if __name__ == "__main__":
+    sys.exit(command_main("search"))

@@ -1,0 +1,274 @@
+"""Runs a study's trials on a Ray cluster."""
+
+import contextlib
+import math
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.search import SearchAlgorithm
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.tuning.searcher import Proposal, Searcher, Status, abandon_torn, load_study
+from raytune_emotion.tuning.space import parse_space
+from raytune_emotion.tuning.stopping import make_scheduler, replay
+from raytune_emotion.tuning.study import (
+    SPEC,
+    StudySpec,
+    TrialRecord,
+    drop_checkpoints,
+    read_records,
+    trial_folder,
+    write_tables,
+)
+from raytune_emotion.tuning.trial import Job, Resources, TrialActor, release_workers
+
+#: Ray reads these when it starts, and has no arguments in their place.
+_RAY_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a trial, for whoever watches."""
+
+    proposal: Proposal
+    status: Status
+    report: Report | None  # the newest
+    reason: str
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[None]:
+    """Joins the Ray cluster at an address, or starts one on this machine, and leaves it at the end."""
+    os.environ.update(_RAY_SETTINGS)
+    joined = {"address": address} if address else {"include_dashboard": dashboard, **local}
+    try:
+        ray.init(**joined, log_to_driver=False, logging_level="warning", configure_logging=True)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a study takes of a cluster."""
+
+    resources: Resources
+    concurrency: int
+
+
+def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+    """Fits trials to the cluster that this process has joined.
+
+    Without GPUs a trial's worker takes one core, or more where fewer trials are to run at once than there are cores.
+
+    Raises:
+        UserError: where the cluster cannot run even one trial.
+    """
+    total = ray.cluster_resources()
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
+    if gpu and gpus:
+        cpu = cpus * gpu / gpus
+    else:
+        cpu = cpus / (concurrency * workers) if concurrency else 1.0
+    # Whole cores, but for a fraction of a GPU that has less than a core beside it.
+    cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
+    resources = Resources(workers, cpu, gpu)
+    need = resources.per_worker
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(int(min(node.get(kind, 0.0) / amount + 1e-9 for kind, amount in need.items())) for node in alive)
+    if places < workers:
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        raise UserError(
+            f"a trial of {workers} workers with {each} each does not fit: the cluster has {cpus:g} CPU and "
+            f"{gpus:g} GPU on {len(alive)} nodes, room for {places} such workers; "
+            "ask for less with --workers-per-trial or --gpus-per-worker"
+        )
+    return Placement(resources, min(places // workers, concurrency or sys.maxsize))
+
+
+def run_study(
+    folder: Path,
+    spec: StudySpec,
+    placement: Placement,
+    *,
+    time_budget: timedelta | None = None,
+    watch: Callable[[Event], None] = lambda event: None,
+) -> list[TrialRecord]:
+    """Runs what is left to run of a study, on the Ray cluster that this process has joined.
+
+    Trials that have ended stay as they are; those that had begun go on from their checkpoints; new ones are asked for
+    until the study has as many as its spec says.
+
+    Returns:
+        All trials. Some are still `running` where the study was interrupted or out of time.
+    """
+    study = load_study(folder)
+    search = _Search(folder, spec, placement, study, watch)
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
+        if not search.is_finished():
+            tune.Tuner(
+                _trainable(placement.resources),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    scheduler=search.scheduler,
+                    num_samples=spec.trials,
+                    reuse_actors=True,
+                    time_budget_s=time_budget,
+                    trial_name_creator=lambda trial: trial.config["name"],
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                # What Tune writes of its own is of no use to us: the study's folder is the record.
+                run_config=tune.RunConfig(
+                    name=folder.name,
+                    storage_path=scratch,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=spec.max_failures),
+                ),
+            ).fit()
+    records = read_records(folder, study)
+    write_tables(folder, records)
+    return records
+
+
+def _trainable(resources: Resources) -> Any:
+    if resources.workers == 1:
+        return tune.with_resources(TrialActor, resources.per_worker)
+    # The process that drives the workers must not take a core that they need: it runs on the head node and takes none.
+    return tune.with_resources(TrialActor, {"node:__internal_head__": 0.001})
+
+
+class _Search(SearchAlgorithm):
+    """Between Ray Tune, which runs trials, and the study's searcher and folder.
+
+    Ray's trials bear the study's own ids, so that dashboard, logs, rungs and folders speak of the same things.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: StudySpec,
+        placement: Placement,
+        study: optuna.Study,
+        watch: Callable[[Event], None],
+    ) -> None:
+        self._folder, self._spec, self._placement, self._study, self._watch = folder, spec, placement, study, watch
+        self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
+        self._live: dict[str, Proposal] = {}
+        self._experiment: Experiment | None = None
+        self._parser = _make_parser()
+
+        abandon_torn(study)
+        records = read_records(folder, study)
+        self._asked = len(records)
+        self.scheduler = make_scheduler(self._most_reports(records))
+        stopped = replay(self.scheduler, records)
+        self._unfinished: deque[str] = deque()
+        for record in records:
+            if record.status == "running":
+                self._take_up(record, stopped=record.trial_id in stopped)
+
+    def _most_reports(self, records: list[TrialRecord]) -> int:
+        settings = parse_space(self._spec.space, SPEC).fixed
+        return self._spec.epochs * int(settings.get("train.evals_per_epoch", 1))
+
+    def _take_up(self, record: TrialRecord, *, stopped: bool) -> None:
+        """Brings Optuna up to what a broken-off trial had reported, and queues the trial unless it had ended."""
+        proposal = self._searcher.resume(record.trial_id)
+        for report in record.reports:
+            self._searcher.observe(record.trial_id, report)
+        if record.reports and record.reports[-1]["finished"]:
+            self._end(proposal, "complete", record.reports[-1])
+        elif stopped:
+            self._end(proposal, "pruned", record.reports[-1])
+        else:
+            self._unfinished.append(record.trial_id)
+
+    def add_configurations(self, experiments: list[Experiment] | Experiment) -> None:
+        (self._experiment,) = experiments if isinstance(experiments, list) else [experiments]
+
+    def is_finished(self) -> bool:
+        return self._finished or (not self._unfinished and self._asked >= self._spec.trials)
+
+    def next_trial(self) -> Trial | None:
+        # Asked no earlier than a place is free: the sampler then knows all that has ended until now.
+        if self.is_finished() or len(self._live) >= self._placement.concurrency:
+            return None
+        if self._unfinished:
+            proposal = self._searcher.resume(self._unfinished.popleft())
+        else:
+            proposal = self._searcher.ask()
+            self._asked += 1
+        self._live[proposal.trial_id] = proposal
+        self._watch(Event(proposal, "running", None, ""))
+        assert self._experiment is not None
+        return _create_trial_from_spec(
+            {
+                **self._experiment.spec,
+                "config": job_of(self._folder, self._spec, self._placement.resources, proposal).to_dict(),
+            },
+            self._parser,
+            evaluated_params=proposal.settings,
+            experiment_tag=proposal.trial_id,
+            trial_id=proposal.trial_id,
+        )
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._searcher.observe(trial_id, result)
+        self._watch(Event(self._live[trial_id], "running", result, ""))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        proposal = self._live.pop(trial_id)
+        if error or result is None:
+            release_workers(trial_folder(self._folder, trial_id))
+            self._end(proposal, "failed", None, reason=f"its process ended {self._spec.max_failures + 1} times")
+        elif "failed" in result:
+            self._end(proposal, "failed", None, reason=result["failed"])
+        else:
+            self._searcher.observe(trial_id, result)
+            self._end(proposal, "complete" if result["finished"] else "pruned", result)
+
+    def _end(self, proposal: Proposal, status: Status, report: Report | None, *, reason: str = "") -> None:
+        self._searcher.tell(proposal.trial_id, status, reason=reason)
+        records = read_records(self._folder, self._study)
+        write_tables(self._folder, records)
+        drop_checkpoints(self._folder, records)
+        self._watch(Event(proposal, status, report, reason))
+
+
+def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal) -> Job:
+    """What runs a trial of a study."""
+    settings = spec.settings(proposal.settings)
+    config = RunConfig.from_flat(settings)
+    return Job(
+        name=f"{proposal.trial_id}_{config.model.backbone}_{config.loss.label}",
+        folder=str(trial_folder(folder, proposal.trial_id).absolute()),
+        store=spec.stores[config.data.image_size],
+        settings=settings,
+        resources=resources,
+        max_failures=spec.max_failures,
+    )

@@ -1,0 +1,167 @@
+"""What Optuna is asked, and what it is told.
+
+Ray's own `OptunaSearch` tells every trial that the scheduler stopped as complete with its last value, so that values of
+few epochs mix with full ones in the sampler's model. Here each ending keeps its name: complete, pruned or failed.
+"""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.tuning.space import Space
+
+Status = Literal["complete", "pruned", "failed", "running"]
+
+_STATES: dict[Status, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+}
+_STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATES.items()}
+
+JOURNAL = "optuna.journal"
+OBJECTIVE = "best_val_js"
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """A trial to be run."""
+
+    trial_id: str
+    settings: dict[str, Any]  # by dotted path; together with the study's own they make a RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A trial that Optuna knows of."""
+
+    trial_id: str
+    status: Status
+    settings: dict[str, Any]
+    reason: str  # why it failed, or ""
+
+
+class Searcher:
+    """An Optuna study, asked for trials and told of their reports and endings.
+
+    A trial's sampler is seeded by the study's seed and the trial's number, so that what is proposed depends on the
+    recorded history alone: a study that was interrupted proposes what the uninterrupted one would have.
+    """
+
+    def __init__(self, study: optuna.Study, space: Space, *, seed: int) -> None:
+        self._study = study
+        self._space = space
+        self._seed = seed
+        self._handles: dict[str, optuna.Trial] = {}
+
+    def ask(self) -> Proposal:
+        """The next trial: from the space's `start` list first, then what the sampler makes of the history."""
+        number = sum(trial.state != TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
+        self._study.sampler = make_sampler(self._seed, number)
+        trial = self._study.ask()
+        settings = self._space.suggest(trial)
+        trial.set_user_attr("settings", settings)
+        return self._opened(trial, settings)
+
+    def resume(self, trial_id: str) -> Proposal:
+        """A trial that was asked for in an earlier session and has not ended."""
+        frozen = self._frozen(trial_id)
+        return self._opened(optuna.Trial(self._study, frozen._trial_id), frozen.user_attrs["settings"])
+
+    def observe(self, trial_id: str, report: Report) -> None:
+        """Tells a report of a running trial; one that is known already is passed over."""
+        trial = self._handles[trial_id]
+        step = int(report["report"])
+        if step not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+            trial.report(report[OBJECTIVE], step)
+
+    def tell(self, trial_id: str, status: Status, *, reason: str = "") -> None:
+        """Tells a trial's ending; its value is the best of what was observed."""
+        trial = self._handles.pop(trial_id)
+        if reason:
+            trial.set_user_attr("reason", reason)
+        values = trial.storage.get_trial(trial._trial_id).intermediate_values
+        value = min(values.values()) if status == "complete" else None
+        self._study.tell(trial, value, state=_STATES[status])
+
+    def _opened(self, trial: optuna.Trial, settings: dict[str, Any]) -> Proposal:
+        proposal = Proposal(trial_id_of(trial.number), settings)
+        self._handles[proposal.trial_id] = trial
+        return proposal
+
+    def _frozen(self, trial_id: str) -> FrozenTrial:
+        return self._study.get_trials(deepcopy=False)[int(trial_id)]
+
+
+def trial_id_of(number: int) -> str:
+    return f"{number:04d}"
+
+
+def asked(study: optuna.Study) -> list[Asked]:
+    """Every trial that was ever asked for, in order."""
+    return [
+        Asked(
+            trial_id_of(trial.number),
+            _STATUSES[trial.state],
+            # Without settings is one whose asking was cut short: it has failed by `abandon_torn`.
+            trial.user_attrs.get("settings", {}),
+            trial.user_attrs.get("reason", ""),
+        )
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != TrialState.WAITING
+    ]
+
+
+def abandon_torn(study: optuna.Study) -> None:
+    """Fails the trials whose asking was cut short, before anything of them could run."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if "settings" not in trial.user_attrs:
+            study.tell(trial.number, state=TrialState.FAIL)
+
+
+def make_sampler(seed: int, number: int) -> BaseSampler:
+    """The sampler of one trial of a study."""
+    # Multivariate with groups: a branch of `when` has its own parameters, and TPE models each branch jointly.
+    return TPESampler(
+        multivariate=True,
+        group=True,
+        constant_liar=True,
+        n_startup_trials=8,
+        seed=zlib.crc32(f"{seed}/{number}".encode()),
+    )
+
+
+def create_study(folder: Path, space: Space) -> optuna.Study:
+    """A new Optuna study in a study's folder, with the space's `start` list enqueued."""
+    study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="minimize")
+    for point in space.start_points():
+        study.enqueue_trial(point)
+    return study
+
+
+def load_study(folder: Path) -> optuna.Study:
+    """The Optuna study of a study's folder.
+
+    Raises:
+        UserError: where there is none.
+    """
+    if not (folder / JOURNAL).is_file():
+        raise UserError(f"{folder}: no {JOURNAL} in it, so it is no study; name a folder that a search has made")
+    storage = _storage(folder)
+    # By what is in it, not by the folder's name: people rename folders.
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def _storage(folder: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))

@@ -1,0 +1,42 @@
+"""Which trials are stopped early, and how the rungs are filled again when a study goes on."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from raytune_emotion.tuning.searcher import OBJECTIVE
+from raytune_emotion.tuning.study import TrialRecord
+
+
+def make_scheduler(most_reports: int) -> ASHAScheduler:
+    """Asynchronous successive halving on the best validation JS, with the number of reports as its clock.
+
+    Args:
+        most_reports: of a trial that is not stopped.
+    """
+    return ASHAScheduler(
+        time_attr="report", metric=OBJECTIVE, mode="min", max_t=most_reports, grace_period=1, reduction_factor=3
+    )
+
+
+def replay(scheduler: ASHAScheduler, records: Sequence[TrialRecord]) -> set[str]:
+    """Fills a new scheduler's rungs with what trials have reported, in the order of time.
+
+    Ray's own restoring forgets the rungs of a scheduler.
+
+    Returns:
+        The running trials that the scheduler would not let go on: they were stopped when the study broke off.
+    """
+    stopped: set[str] = set()
+    added: set[str] = set()
+    running = {record.trial_id for record in records if record.status == "running"}
+    reports = [(report, record.trial_id) for record in records for report in record.reports]
+    for report, trial_id in sorted(reports, key=lambda item: item[0]["time"]):
+        trial = SimpleNamespace(trial_id=trial_id)
+        if trial_id not in added:
+            scheduler.on_trial_add(None, trial)
+            added.add(trial_id)
+        if scheduler.on_trial_result(None, trial, report) == TrialScheduler.STOP and trial_id in running:
+            stopped.add(trial_id)
+    return stopped

@@ -1,0 +1,194 @@
+"""A study's folder: what it was asked, what came of it, and the tables that people read.
+
+The record is the Optuna journal (which trials there are, and how they ended) with the trials' own histories (what they
+reported). The tables are made from it and may be made again at any time.
+"""
+
+import dataclasses
+import importlib.metadata
+import io
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from ruamel.yaml import YAML, YAMLError
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.files import whole, write_text
+from raytune_emotion.learn.checkpoint import Report, read_history
+from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
+
+SPEC = "study.yaml"
+TRIALS = "trials.csv"
+CURVES = "curves.parquet"
+#: Trials whose weights are kept when they have ended.
+KEPT = 3
+
+_FIRST_COLUMNS = (
+    "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
+    "params_millions",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySpec:
+    """The complete resolved configuration of a study, as `study.yaml` holds it."""
+
+    name: str
+    seed: int
+    trials: int
+    epochs: int
+    concurrency: int | None  # trials at once; None: as many as fit
+    workers_per_trial: int
+    gpus_per_worker: float | None  # None: one where there are GPUs
+    max_failures: int  # of a trial's processes, before it is given up
+    data: str  # what was given: a folder or a store
+    stores: dict[int, str]  # image size, px: packed store
+    fingerprints: dict[int, str]  # image size, px: hash of the store's content
+    classes: tuple[str, ...]
+    weights_dir: str | None
+    space: dict[str, Any]  # the YAML space, whole
+    baseline: dict[str, float]  # metrics of predicting the training mean
+
+    def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The complete settings of a trial, of which the space chose some."""
+        own = {
+            "data.image_size": chosen.get("data.image_size", min(self.stores)),
+            "data.classes": list(self.classes),
+            "train.epochs": self.epochs,
+            "train.seed": self.seed,
+        }
+        return {**chosen, **own, **({"model.weights_dir": self.weights_dir} if self.weights_dir else {})}
+
+
+def write_spec(folder: Path, spec: StudySpec) -> None:
+    """Writes `study.yaml`, with the versions of what ran and the time."""
+    text = io.StringIO()
+    YAML().dump({**_plain(dataclasses.asdict(spec)), **_surroundings()}, text)
+    write_text(folder / SPEC, text.getvalue())
+
+
+def read_spec(folder: Path) -> StudySpec:
+    """Reads `study.yaml`.
+
+    Raises:
+        UserError: where it is missing or was damaged.
+    """
+    try:
+        values = YAML(typ="safe").load(folder / SPEC)
+        known = {field.name: values[field.name] for field in dataclasses.fields(StudySpec)}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
+    except (YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SPEC}: damaged ({error}); restore it from a copy") from None
+    known["classes"] = tuple(known["classes"])
+    return StudySpec(**known)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRecord:
+    """One trial of a study, as recorded."""
+
+    trial_id: str
+    status: Status
+    settings: dict[str, Any]  # those that the space chose
+    reason: str
+    reports: tuple[Report, ...]
+
+    @property
+    def best(self) -> Report | None:
+        """The report with the least validation JS."""
+        return min(self.reports, key=lambda report: report["val_js"], default=None)
+
+
+def trial_folder(study: Path, trial_id: str) -> Path:
+    return study / "trials" / trial_id
+
+
+def read_records(folder: Path, study: optuna.Study) -> list[TrialRecord]:
+    """Every trial of a study with its reports, in the order of their start."""
+    return [
+        TrialRecord(t.trial_id, t.status, t.settings, t.reason, tuple(read_history(trial_folder(folder, t.trial_id))))
+        for t in asked(study)
+    ]
+
+
+def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
+    """The trials by their best validation JS; those without a report come last."""
+    return sorted(records, key=lambda r: (r.best is None, r.best["val_js"] if r.best else 0.0, r.trial_id))
+
+
+def best_trial_id(folder: Path) -> str:
+    """The best trial of a study, by its table.
+
+    Raises:
+        UserError: where there is no study, or no trial of it has reported.
+    """
+    try:
+        table = pd.read_csv(folder / TRIALS, dtype={"trial_id": str})
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        raise UserError(f"{folder}: no {TRIALS} in it; name the folder of a study whose trials have begun") from None
+    if table.empty or pd.isna(table[OBJECTIVE].iloc[0]):
+        raise UserError(f"{folder}: no trial of this study has reported yet")
+    return str(table["trial_id"].iloc[0])
+
+
+def drop_checkpoints(folder: Path, records: list[TrialRecord]) -> None:
+    """Deletes the weights of ended trials, but for those of the best: a study's disk must not grow with its trials."""
+    ended = [record for record in best_first(records) if record.status != "running"]
+    for record in ended[KEPT:]:
+        for file in trial_folder(folder, record.trial_id).glob("*.safetensors"):
+            file.unlink()
+
+
+def write_tables(folder: Path, records: list[TrialRecord]) -> None:
+    """Writes `trials.csv`, best trial first, and `curves.parquet`."""
+    rows = [_row(record) for record in best_first(records)]
+    table = pd.DataFrame(rows)
+    rest = [column for column in table.columns if column not in _FIRST_COLUMNS]
+    write_text(folder / TRIALS, table.reindex(columns=[*_FIRST_COLUMNS, *rest]).to_csv(index=False))
+    curves = pd.DataFrame([{"trial_id": r.trial_id, **report} for r in records for report in r.reports])
+    with whole(folder / CURVES) as temporary:
+        curves.to_parquet(temporary, index=False)
+
+
+def _row(record: TrialRecord) -> dict[str, Any]:
+    # The metrics beside the best JS are those of the same report, the one that the best checkpoint is from.
+    best = dict(record.best or {})
+    last = record.reports[-1] if record.reports else {}
+    return {
+        "trial_id": record.trial_id,
+        "status": record.status,
+        "epochs": last.get("epoch"),
+        OBJECTIVE: best.get("val_js"),
+        **{name: value for name, value in best.items() if name.startswith("val_")},
+        "seconds": last.get("seconds"),
+        "params_millions": last.get("params_millions"),
+        "best_epoch": best.get("epoch"),
+        **record.settings,
+        "reason": record.reason,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _surroundings() -> dict[str, Any]:
+    packages = ("raytune_emotion", "torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": commit.stdout.strip() or None,
+    }

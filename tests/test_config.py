@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune_emotion.config import SETTINGS, LossConfig, RunConfig
+from raytune_emotion.errors import UserError
+
+
+def test_the_default_is_valid_and_survives_flattening():
+    config = RunConfig()
+    assert RunConfig.from_flat(config.flat()) == config
+    assert set(config.flat()) == set(SETTINGS)
+
+
+def test_every_setting_says_what_it_is():
+    for key, setting in SETTINGS.items():
+        assert setting.default.description, key
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(UserError) as caught:
+        RunConfig.from_flat({"optim.lr": -1, "optim.lrr": 3, "train.batch_size": "3", "optim.name": "adagrad"})
+    text = str(caught.value)
+    assert len(caught.value.faults) == 4
+    for part in ("optim.lrr: there is no such setting; did you mean optim.lr?", "optim.lr: ", "got -1", "got '3'"):
+        assert part in text
+    assert "'adam', 'adamw' or 'sgd'" in text
+
+
+@pytest.mark.parametrize(
+    ("flat", "part"),
+    [
+        ({"loss.mse": 0.5}, "sum to 0.5"),
+        ({"train.accumulate": 64}, "train.accumulate: at most train.batch_size (32)"),
+        ({"optim.warmup_epochs": 30.0}, "optim.warmup_epochs: less than train.epochs"),
+        ({"model.dropout": float("nan")}, "model.dropout"),
+        ({"train.epochs": True}, "train.epochs"),
+        ({"train.epochs": 2.0}, "train.epochs"),
+    ],
+)
+def test_nonsense_is_refused(flat, part):
+    with pytest.raises(UserError, match=part.replace("(", r"\(").replace(")", r"\)")):
+        RunConfig.from_flat(flat)
+
+
+def test_a_loss_that_is_named_replaces_the_default():
+    assert RunConfig.from_flat({"loss.mse": 1}).loss.weights == {"mse": 1.0}
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=5, max_size=5))
+def test_any_point_of_the_simplex_is_a_loss(raw):
+    names = [field.name for field in dataclasses.fields(LossConfig)]
+    weights = {name: w / sum(raw) for name, w in zip(names, raw, strict=True)}
+    assert LossConfig(**weights).weights == pytest.approx(weights)
+
+
+def test_the_tree_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().optim.lr = 1.0
+
+
+def test_a_loss_has_a_readable_name():
+    assert LossConfig(kl=1.0).label == "kl"
+    assert LossConfig(mse=0.25, kl=0.75).label == "mse0.25-kl0.75"

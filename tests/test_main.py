@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+import pytest
+
+from raytune_emotion.__main__ import COMMANDS, guarded, main
+from raytune_emotion.errors import UserError
+
+
+def test_wrong_input_is_a_sentence_each_and_exit_code_2(capsys):
+    def action():
+        raise UserError(["a.txt: empty; delete it", "b.txt: holds text"])
+
+    assert guarded(action) == 2
+    assert capsys.readouterr().err == "error: a.txt: empty; delete it\nerror: b.txt: holds text\n"
+
+
+def test_interruption_is_exit_code_130():
+    def action():
+        raise KeyboardInterrupt
+
+    assert guarded(action) == 130
+
+
+def test_a_fault_of_ours_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"raytune-emotion {verb}" in capsys.readouterr().out
+
+
+def test_a_module_is_a_command_too():
+    result = subprocess.run(
+        [sys.executable, "-m", "raytune_emotion.predict"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "raytune-emotion predict" in result.stderr
+    assert "Traceback" not in result.stderr
