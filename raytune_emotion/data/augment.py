@@ -1,0 +1,230 @@
+"""Batched augmentation on the device.
+
+A row's random numbers are a function of (seed, epoch, row) alone, so an image is augmented alike whatever
+batch, order or worker it falls in. The one exception is the partner of mixup and cutmix, which is the row
+before in the batch; the share that each row keeps of itself is still its own.
+
+Every decision is made on the host, where the row numbers are, and goes to the device in one copy. Each draw
+has its own place in a row's sequence: switching one operation on changes no other's numbers. An operation that
+is off is not run.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from raytune_emotion.config import AugmentConfig
+from raytune_emotion.data.loader import Batch
+
+Triple = tuple[float, float, float]
+Floats = npt.NDArray[np.float64]
+Words = npt.NDArray[np.uint64]
+
+_DRAWS = 19
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LOG_CROP_ASPECT = math.log(4 / 3)
+_LOG_ERASE_ASPECT = math.log(3.3)
+
+
+def normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
+    """Pixels of 0 to 255 as (x / 255 - mean) / std.
+
+    Returns:
+        [B, C, H, W], float32, in channels-last memory.
+    """
+    return _normalise(x_BHWC.to(torch.float32), mean, std).permute(0, 3, 1, 2)
+
+
+def augment(
+    batch: Batch, config: AugmentConfig, *, mean: Triple, std: Triple, seed: int, epoch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and distributions of a training batch.
+
+    In this order: random crop and mirror image, colour jitter and greyscale, normalisation, erasing (to the
+    mean colour), mixup or cutmix (each row one of the two, by a fair coin, where both are on).
+
+    Args:
+        batch: square images; not changed.
+        config: what to do, and how strongly.
+        mean: of the model's input, of pixels in [0, 1].
+        std: likewise.
+        seed: of the run.
+        epoch: the pass over the training set.
+
+    Returns:
+        x_BCHW, float32, normalised, in channels-last memory; and prob_BK.
+    """
+    x_BHWC, prob_BK = batch.x_BHWC, batch.prob_BK
+    side = x_BHWC.shape[1]
+    plan = _to_device(_plan(config, batch.rows_B, seed=seed, epoch=epoch, side=side), x_BHWC.device)
+
+    # Of the whole image, in integers: a float sum would depend on how the batch is split among threads.
+    pivot = _grey(x_BHWC.sum((1, 2), dtype=torch.int32)[:, None, None] / side**2) if config.colour else None
+    if "crop_width" in plan:
+        x_BHWC = _crop(x_BHWC, plan)
+    elif "flip" in plan:
+        x_BHWC = torch.where(plan["flip"] > 0, x_BHWC.flip(2), x_BHWC)
+    x_BHWC = x_BHWC.to(torch.float32)
+    if "own_colour" in plan:
+        offset = _grey(x_BHWC) * plan["grey"]
+        if pivot is not None:
+            offset += pivot * plan["pivot"]
+        x_BHWC = x_BHWC.mul_(plan["own_colour"]).add_(offset).clamp_(0, 255)
+    x_BHWC = _normalise(x_BHWC, mean, std)
+    if "erase_top" in plan:
+        x_BHWC = x_BHWC.masked_fill_(_inside("erase", plan, side), 0)
+
+    if "share" in plan:
+        partner_BHWC, share_B1 = x_BHWC.roll(1, 0), plan["share"][:, 0, 0]
+        if "mixup" in plan:
+            x_BHWC = x_BHWC.mul_(plan["mixup"]).add_(partner_BHWC * (1 - plan["mixup"]))
+        if "cut_top" in plan:
+            x_BHWC = torch.where(_inside("cut", plan, side), partner_BHWC, x_BHWC)
+        prob_BK = prob_BK * share_B1 + prob_BK.roll(1, 0) * (1 - share_B1)
+    return x_BHWC.permute(0, 3, 1, 2), prob_BK
+
+
+# ---- decisions, on the host
+
+
+def splitmix64(x: Words) -> Words:
+    """The output of Steele, Lea and Flood's generator (OOPSLA 2014) at state x: a bijection that mixes well."""
+    z = x + _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniforms(seed: int, epoch: int, rows_B: npt.NDArray[np.int64], draws: int) -> Floats:
+    """Uniform numbers in [0, 1), [draws, B]: column b is a function of (seed, epoch, rows_B[b]) alone."""
+    key = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(epoch))
+    start_B = splitmix64(key ^ rows_B.astype(np.uint64))
+    words = splitmix64(start_B + _GOLDEN * np.arange(draws, dtype=np.uint64)[:, None])
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def symmetric_beta(u: Floats, v: Floats, alpha: float) -> Floats:
+    """Beta(alpha, alpha) from two uniform numbers, exactly and without rejection.
+
+    A Student t with 2 alpha degrees of freedom, by Bailey's polar method, carried over to the symmetric Beta
+    (Devroye, "Random variate generation in one line of code", 1996), written so that nothing overflows
+    where alpha is small.
+    """
+    q, cos = u ** (1 / alpha), np.cos(2 * math.pi * v)
+    t = cos * np.sqrt((1 - q) / (q + (1 - q) * cos**2))
+    beta: Floats = np.clip(0.5 + 0.5 * t, 0, 1)
+    return beta
+
+
+def _plan(
+    config: AugmentConfig, rows_B: npt.NDArray[np.int64], *, seed: int, epoch: int, side: int
+) -> dict[str, Floats | npt.NDArray[np.bool_]]:
+    """What is done to each row, [B] a name; names of operations that are off are missing.
+
+    Lengths of crops are in shares of the side, of boxes (erase, cut) in px.
+    """
+    plan: dict[str, Floats | npt.NDArray[np.bool_]] = {}
+    if config == AugmentConfig(flip=0):
+        return plan
+    (flip, area, aspect, left, top, bright, contrast, colourful, grey, erase, *rest) = uniforms(
+        seed, epoch, rows_B, _DRAWS
+    )
+    (erase_area, erase_aspect, erase_left, erase_top, coin, beta_u, beta_v, cut_x, cut_y) = rest
+
+    if config.flip:
+        plan["flip"] = flip < config.flip
+    if config.crop_scale < 1:
+        area = config.crop_scale + (1 - config.crop_scale) * area
+        # An aspect beyond 1/area would reach outside of the image.
+        log_aspect = (2 * aspect - 1) * np.minimum(_LOG_CROP_ASPECT, -np.log(area))
+        width, height = np.sqrt(area * np.exp(log_aspect)), np.sqrt(area * np.exp(-log_aspect))
+        plan |= {"crop_left": left * (1 - width), "crop_width": width}
+        plan |= {"crop_top": top * (1 - height), "crop_height": height}
+    if config.colour or config.grey:
+        # Brightness b, contrast c about the mean grey m, saturation s, each the customary blend; in all
+        # x -> b c s x + b c (1 - s) grey(x) + b (1 - c) m.
+        b, c, s = (1 + config.colour * (2 * u - 1) for u in (bright, contrast, colourful))
+        s = np.where(grey < config.grey, 0.0, s)
+        plan |= {"own_colour": b * c * s, "grey": b * c * (1 - s), "pivot": b * (1 - c)}
+    if config.erase:
+        # Shares and aspects of Zhong et al., "Random Erasing Data Augmentation", 2017.
+        area = np.where(erase < config.erase, 0.02 + (1 / 3 - 0.02) * erase_area, 0.0)
+        half_log = (erase_aspect - 0.5) * _LOG_ERASE_ASPECT
+        width, height = (np.minimum(np.round(side * np.sqrt(area) * np.exp(h)), side) for h in (half_log, -half_log))
+        x, y = np.floor(erase_left * (side - width + 1)), np.floor(erase_top * (side - height + 1))
+        plan |= {"erase_left": x, "erase_right": x + width, "erase_top": y, "erase_bottom": y + height}
+    if config.mixup or config.cutmix:
+        mixes = coin < (0.5 if config.mixup and config.cutmix else float(config.mixup > 0))
+        plan["share"] = np.ones(len(rows_B))
+        if config.mixup:
+            plan["mixup"] = plan["share"] = np.where(mixes, symmetric_beta(beta_u, beta_v, config.mixup), 1.0)
+        if config.cutmix:
+            # A box of share 1 - lambda about a point drawn uniformly, less what is outside of the image
+            # (Yun et al., "CutMix", 2019): the distributions follow the pixels really replaced.
+            half = np.where(mixes, 0.0, 0.5 * np.sqrt(1 - symmetric_beta(beta_u, beta_v, config.cutmix)))
+            x0, x1 = (np.round(side * np.clip(cut_x + sign * half, 0, 1)) for sign in (-1, 1))
+            y0, y1 = (np.round(side * np.clip(cut_y + sign * half, 0, 1)) for sign in (-1, 1))
+            plan |= {"cut_left": x0, "cut_right": x1, "cut_top": y0, "cut_bottom": y1}
+            plan["share"] = np.where(mixes, plan["share"], 1 - (x1 - x0) * (y1 - y0) / side**2)
+    return plan
+
+
+# ---- execution, on the device
+
+
+def _to_device(plan: Mapping[str, Floats | npt.NDArray[np.bool_]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Each of the plan's rows as float32, [B, 1, 1, 1], by one copy that the host does not wait for."""
+    if not plan:
+        return {}
+    table = torch.from_numpy(np.stack(list(plan.values())).astype(np.float32))
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return dict(zip(plan, table.to(device, non_blocking=True)[..., None, None, None], strict=True))
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(mean: Triple, std: Triple, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.tensor([1 / (255 * s) for s in std] * width, dtype=torch.float32)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)] * width, dtype=torch.float32)
+    return scale.to(device), shift.to(device)
+
+
+def _normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
+    """In place, on float32. Lines of W*C, since a broadcast over the 3 channels alone is nine times slower on a CPU."""
+    B, H, W, C = x_BHWC.shape
+    scale, shift = _scale_and_shift(mean, std, W, x_BHWC.device)
+    return x_BHWC.view(B, H, W * C).mul_(scale).sub_(shift).view(B, H, W, C)
+
+
+def _grey(x: torch.Tensor) -> torch.Tensor:
+    """Luma of ITU-R BT.601, [..., 3] to [..., 1]."""
+    return x[..., 0:1] * 0.299 + x[..., 1:2] * 0.587 + x[..., 2:3] * 0.114
+
+
+def _crop(x_BHWC: torch.Tensor, plan: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Bilinear; a crop is only ever enlarged, so nothing needs smoothing first."""
+    side = x_BHWC.shape[1]
+    # Centres of the pixels to make, from -1 to 1 as grid_sample has it.
+    centres = (torch.arange(side, device=x_BHWC.device) * 2 + 1) / side - 1
+    left, width, top, height = (plan[f"crop_{name}"][..., 0] for name in ("left", "width", "top", "height"))
+    sign = 1 - 2 * plan["flip"][..., 0] if "flip" in plan else 1
+    x = centres * (width * sign) + (2 * left + width - 1)
+    y = centres[:, None] * height + (2 * top + height - 1)
+    grid = torch.stack([x.expand(-1, side, -1), y.expand(-1, -1, side)], dim=-1)
+    x_BCHW = x_BHWC.to(torch.float32).permute(0, 3, 1, 2)
+    cropped = functional.grid_sample(x_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return cropped.permute(0, 2, 3, 1).contiguous()
+
+
+def _inside(box: str, plan: Mapping[str, torch.Tensor], side: int) -> torch.Tensor:
+    """The values in each row's box, [B, H, W, C]: whole lines, for the same reason as in `_normalise`."""
+    left, right, top, bottom = (plan[f"{box}_{edge}"][..., 0] for edge in ("left", "right", "top", "bottom"))
+    at = torch.arange(side, device=left.device)
+    y, x = at[:, None], at.repeat_interleave(3)
+    inside = ((y >= top) & (y < bottom)) & ((x >= left) & (x < right))
+    return inside.view(-1, side, side, 3)

@@ -1,0 +1,384 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from raytune_emotion.config import AugmentConfig
+from raytune_emotion.data.augment import augment, normalise, splitmix64, symmetric_beta, uniforms
+from raytune_emotion.data.loader import Batch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # pixels stay as they are
+SIDE, K = 20, 13
+
+share = st.sampled_from([0.0, 0.3, 1.0])
+# Everything but what mixes rows.
+within_rows = st.builds(
+    AugmentConfig,
+    flip=share,
+    crop_scale=st.sampled_from([0.2, 0.9, 1.0]),
+    colour=share,
+    grey=share,
+    erase=share,
+)
+
+
+def random_batch(count: int, seed: int = 0, side: int = SIDE) -> Batch:
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+    prob = torch.from_numpy(rng.dirichlet(np.ones(K), count).astype(np.float32))
+    return Batch(x, prob, rng.permutation(10 * count)[:count])
+
+
+def constant_batch(count: int, side: int = SIDE) -> Batch:
+    """Row b has the value b everywhere, and one-hot distributions."""
+    x = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, side, side, 3).contiguous()
+    return Batch(x, torch.eye(count), np.arange(count))
+
+
+def part(batch: Batch, which: list[int]) -> Batch:
+    return Batch(batch.x_BHWC[which], batch.prob_BK[which], batch.rows_B[which])
+
+
+def plain(batch: Batch, config: AugmentConfig, seed: int = 0, epoch: int = 0) -> torch.Tensor:
+    """Augmented pixels on the scale of 0 to 255, [B, H, W, C]."""
+    return augment(batch, config, **PLAIN, seed=seed, epoch=epoch)[0].permute(0, 2, 3, 1)
+
+
+# ---- normalise
+
+
+def test_normalise_is_the_customary_formula() -> None:
+    x = random_batch(5).x_BHWC
+    expected = (x.double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    got = normalise(x, MEAN, STD)
+    assert got.dtype == torch.float32
+    assert got.shape == (5, 3, SIDE, SIDE)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.permute(0, 2, 3, 1).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_all_off_is_bit_identical_to_normalise() -> None:
+    batch = random_batch(6)
+    off = AugmentConfig(flip=0.0)
+    assert off == AugmentConfig(flip=0.0, crop_scale=1.0, colour=0.0, grey=0.0, erase=0.0, mixup=0.0, cutmix=0.0)
+    x, prob = augment(batch, off, mean=MEAN, std=STD, seed=1, epoch=2)
+    assert torch.equal(x, normalise(batch.x_BHWC, MEAN, STD))
+    assert torch.equal(prob, batch.prob_BK)
+
+
+# ---- every operation
+
+
+@settings(max_examples=25)
+@given(config=within_rows, mixup=share, cutmix=share)
+def test_result_is_float32_channels_last_and_the_batch_is_unchanged(
+    config: AugmentConfig, mixup: float, cutmix: float
+) -> None:
+    config = AugmentConfig(**{**vars(config), "mixup": mixup, "cutmix": cutmix})
+    batch, same = random_batch(4), random_batch(4)
+    before = torch.get_rng_state()
+    x, prob = augment(batch, config, mean=MEAN, std=STD, seed=0, epoch=0)
+    assert x.dtype == prob.dtype == torch.float32
+    assert x.shape == (4, 3, SIDE, SIDE)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert bool(x.isfinite().all())
+    torch.testing.assert_close(prob.sum(1), torch.ones(4), atol=1e-5, rtol=0)
+    assert torch.equal(batch.x_BHWC, same.x_BHWC)
+    assert torch.equal(batch.prob_BK, same.prob_BK)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@settings(max_examples=25)
+@given(config=within_rows, seed=st.integers(0, 2**31 - 1), order=st.permutations(range(9)), cut=st.integers(0, 9))
+def test_a_row_is_augmented_alike_in_every_batch(config: AugmentConfig, seed: int, order: list[int], cut: int) -> None:
+    batch = random_batch(9)
+    whole, _ = augment(batch, config, mean=MEAN, std=STD, seed=seed, epoch=3)
+    for which in (order[:cut], order[cut:]):
+        if which:
+            x, prob = augment(part(batch, which), config, mean=MEAN, std=STD, seed=seed, epoch=3)
+            assert torch.equal(x, whole[which])
+            assert torch.equal(prob, batch.prob_BK[which])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AugmentConfig(flip=0.5),
+        AugmentConfig(flip=0.0, crop_scale=0.5),
+        AugmentConfig(flip=0.0, colour=0.5),
+        AugmentConfig(flip=0.0, grey=0.5),
+        AugmentConfig(flip=0.0, erase=0.5),
+        AugmentConfig(flip=0.0, mixup=0.5),
+        AugmentConfig(flip=0.0, cutmix=0.5),
+    ],
+    ids=str,
+)
+def test_epochs_and_seeds_differ_and_repeat(config: AugmentConfig) -> None:
+    batch = random_batch(16)
+    results = {(seed, epoch): plain(batch, config, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert torch.equal(results[0, 0], plain(batch, config, 0, 0))
+    keys = list(results)
+    for i, one in enumerate(keys):
+        for other in keys[:i]:
+            assert not torch.equal(results[one], results[other])
+
+
+def test_one_operation_does_not_change_the_draws_of_another() -> None:
+    batch = random_batch(30)
+    alone = plain(batch, AugmentConfig(flip=0.5, colour=0.4))
+    together = plain(batch, AugmentConfig(flip=0.5, colour=0.4, erase=1.0))
+    kept = together != 0
+    assert 0.5 < kept.float().mean() < 0.98
+    assert torch.equal(alone[kept], together[kept])
+
+
+# ---- mirror image and crop
+
+
+def test_flip_always_is_the_mirror_image_and_twice_is_identity() -> None:
+    batch = random_batch(5)
+    once = plain(batch, AugmentConfig(flip=1.0))
+    assert torch.equal(once, batch.x_BHWC.flip(2).float())
+    again = Batch(once.to(torch.uint8), batch.prob_BK, batch.rows_B)
+    assert torch.equal(plain(again, AugmentConfig(flip=1.0)), batch.x_BHWC.float())
+
+
+def test_flip_happens_as_often_as_asked_and_leaves_the_others_alone() -> None:
+    batch = random_batch(800, side=4)
+    x = plain(batch, AugmentConfig(flip=0.3))
+    same = (x == batch.x_BHWC).all((1, 2, 3))
+    mirrored = (x == batch.x_BHWC.flip(2)).all((1, 2, 3))
+    assert bool((same ^ mirrored).all())
+    assert 0.24 < mirrored.float().mean() < 0.36
+
+
+def test_crop_lies_inside_and_keeps_share_and_aspect() -> None:
+    side, count, least = 50, 300, 0.3
+    ramp = torch.arange(side, dtype=torch.uint8) * 5
+    x = torch.stack(
+        [
+            ramp[None, :].expand(side, side),
+            ramp[:, None].expand(side, side),
+            torch.zeros(side, side, dtype=torch.uint8),
+        ],
+        dim=-1,
+    ).expand(count, -1, -1, -1)
+    batch = Batch(x.contiguous(), torch.full((count, K), 1 / K), np.arange(count))
+    out = plain(batch, AugmentConfig(flip=0.0, crop_scale=least)) / 5  # each value is now where it came from, px
+    assert out[..., :2].min() >= 0
+    assert out[..., :2].max() <= side - 1
+    middle = slice(side // 2 - 5, side // 2 + 5)
+    width = out[:, 0, middle, 0].diff(dim=1).mean(1)
+    height = out[:, middle, 0, 1].diff(dim=1).mean(1)
+    left, top = (
+        (out[:, 0, side // 2, 0] - width * (side // 2 + 0.5)),
+        (out[:, side // 2, 0, 1] - height * (side // 2 + 0.5)),
+    )
+    for start, length in ((left, width), (top, height)):
+        assert (start + 0.5).min() > -1e-3
+        assert (start + 0.5 + length * side).max() < side + 1e-3
+    assert (width * height).min() > least - 1e-3
+    assert (width * height).min() < least + 0.05
+    assert (width * height).max() > 0.95
+    assert (width / height).max() < 4 / 3 + 1e-3
+    assert (width / height).min() > 3 / 4 - 1e-3
+    assert (width / height).std() > 0.05
+    # Every column is cut alike, and every line.
+    torch.testing.assert_close(out[..., 0], out[:, :1, :, 0].expand(-1, side, -1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out[..., 1], out[:, :, :1, 1].expand(-1, -1, side), atol=1e-3, rtol=0)
+
+
+def test_crop_and_mirror_image_together_are_the_mirrored_crop() -> None:
+    batch = random_batch(8)
+    straight = plain(batch, AugmentConfig(flip=0.0, crop_scale=0.4))
+    mirrored = plain(batch, AugmentConfig(flip=1.0, crop_scale=0.4))
+    torch.testing.assert_close(mirrored, straight.flip(2), atol=0.01, rtol=0)
+
+
+# ---- colour
+
+
+def luma(x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype)
+
+
+def test_grey_always_has_no_colour_and_the_same_luma() -> None:
+    batch = random_batch(4)
+    x = plain(batch, AugmentConfig(flip=0.0, grey=1.0))
+    torch.testing.assert_close(x, luma(batch.x_BHWC.float())[..., None].expand_as(x), atol=1e-3, rtol=0)
+
+
+def test_grey_as_often_as_asked_and_the_others_bit_identical() -> None:
+    batch = random_batch(600, side=4)
+    x = plain(batch, AugmentConfig(flip=0.0, grey=0.4))
+    without = (x[..., 0] - x[..., 1]).abs().amax((1, 2)) < 1e-3
+    assert 0.32 < without.float().mean() < 0.48
+    assert torch.equal(x[~without], batch.x_BHWC[~without].float())
+
+
+def test_colour_is_brightness_contrast_about_the_mean_and_saturation() -> None:
+    strength, count = 0.3, 60
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.integers(90, 130, (count, SIDE, SIDE, 3), dtype=np.uint8))  # far from being clipped
+    rows = np.arange(count)
+    prob = torch.full((count, K), 1 / K)
+    x = plain(Batch(noise, prob, rows), AugmentConfig(flip=0.0, colour=strength)).double()
+    # An even grey of the same rows shows the brightness alone.
+    even = plain(Batch(torch.full_like(noise, 100), prob, rows), AugmentConfig(flip=0.0, colour=strength))
+    brightness = even.mean((1, 2, 3)).double() / 100
+    assert even.flatten(1).std(1).max() < 1e-3
+
+    grey_in, grey_out = luma(noise.double()), luma(x)
+    torch.testing.assert_close(grey_out.mean((1, 2)), brightness * grey_in.mean((1, 2)), atol=1e-2, rtol=0)
+    spread_in = grey_in - grey_in.mean((1, 2), keepdim=True)
+    spread_out = grey_out - grey_out.mean((1, 2), keepdim=True)
+    contrast = spread_out.flatten(1).norm(dim=1) / spread_in.flatten(1).norm(dim=1) / brightness
+    torch.testing.assert_close(spread_out, (brightness * contrast)[:, None, None] * spread_in, atol=1e-2, rtol=0)
+    hue_in, hue_out = noise.double() - grey_in[..., None], x - grey_out[..., None]
+    saturation = hue_out.flatten(1).norm(dim=1) / hue_in.flatten(1).norm(dim=1) / brightness / contrast
+    factor = (brightness * contrast * saturation)[:, None, None, None]
+    torch.testing.assert_close(hue_out, factor * hue_in, atol=1e-2, rtol=0)
+    for factors in (brightness, contrast, saturation):
+        assert 1 - strength - 1e-3 < factors.min() < 1 - strength / 2
+        assert 1 + strength / 2 < factors.max() < 1 + strength + 1e-3
+    pairs = torch.corrcoef(torch.stack([brightness, contrast, saturation])) - torch.eye(3)
+    assert pairs.abs().max() < 0.4
+
+
+def test_colour_stays_in_the_range_of_pixels() -> None:
+    x = plain(random_batch(40), AugmentConfig(flip=0.0, colour=1.0))
+    assert x.min() == 0
+    assert x.max() == 255
+
+
+# ---- erasing
+
+
+def test_erases_one_rectangle_of_the_mean_colour_as_often_as_asked() -> None:
+    side, count = 32, 400
+    batch = Batch(
+        torch.full((count, side, side, 3), 200, dtype=torch.uint8), torch.full((count, K), 1 / K), np.arange(count)
+    )
+    x, _ = augment(batch, AugmentConfig(flip=0.0, erase=0.5), mean=MEAN, std=STD, seed=0, epoch=0)
+    gone = (x == 0).all(1)
+    assert torch.equal(gone, (x == 0).any(1))
+    assert torch.equal(x[~gone[:, None].expand_as(x)], normalise(batch.x_BHWC, MEAN, STD)[~gone[:, None].expand_as(x)])
+    lines, columns = gone.any(2), gone.any(1)
+    assert torch.equal(gone, lines[:, :, None] & columns[:, None, :])
+    for edge in (lines, columns):  # in one piece
+        assert int((edge.int().diff(dim=1) == 1).sum(1).add(edge[:, 0].int()).max()) == 1
+    area = gone.float().mean((1, 2))
+    hit = area > 0
+    assert 0.42 < hit.float().mean() < 0.58
+    assert area[hit].min() > 0.015
+    assert 0.25 < area.max() < 0.36
+
+
+# ---- mixup and cutmix
+
+
+def test_mixup_mixes_pixels_and_distributions_by_the_same_share() -> None:
+    batch = constant_batch(200, side=4)
+    x, prob = augment(batch, AugmentConfig(flip=0.0, mixup=0.8), **PLAIN, seed=0, epoch=0)
+    own = prob.diagonal()
+    before = torch.arange(200).roll(1)
+    torch.testing.assert_close(prob[torch.arange(200), before], 1 - own)
+    torch.testing.assert_close(prob.sum(1), torch.ones(200))
+    mixed = own * torch.arange(200) + (1 - own) * before
+    torch.testing.assert_close(x, mixed[:, None, None, None].expand_as(x), atol=1e-3, rtol=0)
+    assert stats.kstest(own.numpy(), stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
+
+
+def test_cutmix_mixes_distributions_by_the_pixels_replaced() -> None:
+    count, side = 200, 16
+    batch = constant_batch(count, side)
+    x, prob = augment(batch, AugmentConfig(flip=0.0, cutmix=1.0), **PLAIN, seed=0, epoch=0)
+    values = x[:, 0].round().long()
+    own, before = torch.arange(count), torch.arange(count).roll(1)
+    kept = values == own[:, None, None]
+    assert bool((kept | (values == before[:, None, None])).all())
+    share_kept = kept.float().mean((1, 2))
+    torch.testing.assert_close(prob.diagonal(), share_kept, atol=1e-6, rtol=0)
+    torch.testing.assert_close(prob[own, before], 1 - share_kept, atol=1e-6, rtol=0)
+    assert torch.equal(~kept, (~kept).any(2)[:, :, None] & (~kept).any(1)[:, None, :])  # a rectangle
+    assert share_kept.min() < 0.4
+    assert share_kept.std() > 0.1
+
+
+def test_mixup_and_cutmix_together_are_one_or_the_other() -> None:
+    count = 200
+    batch = constant_batch(count)
+    x, prob = augment(batch, AugmentConfig(flip=0.0, mixup=1.0, cutmix=1.0), **PLAIN, seed=0, epoch=0)
+    only_mixup, _ = augment(batch, AugmentConfig(flip=0.0, mixup=1.0), **PLAIN, seed=0, epoch=0)
+    only_cutmix, _ = augment(batch, AugmentConfig(flip=0.0, cutmix=1.0), **PLAIN, seed=0, epoch=0)
+    as_mixup = (x == only_mixup).all(-1).all(-1).all(-1)
+    as_cutmix = (x == only_cutmix).all(-1).all(-1).all(-1)
+    assert bool((as_mixup | as_cutmix).all())
+    assert 0.4 < as_mixup.float().mean() < 0.6
+    torch.testing.assert_close(prob.sum(1), torch.ones(count))
+    torch.testing.assert_close(prob @ torch.arange(count).float(), x.mean((1, 2, 3)), atol=1e-2, rtol=1e-5)
+
+
+def test_the_share_a_row_keeps_is_its_own_in_every_batch() -> None:
+    batch = constant_batch(12)
+    config = AugmentConfig(flip=0.0, mixup=0.5, cutmix=0.5)
+    whole = augment(batch, config, **PLAIN, seed=0, epoch=0)[1].diagonal()
+    which = [7, 2, 11, 3]
+    shares = augment(part(batch, which), config, **PLAIN, seed=0, epoch=0)[1][range(4), which]
+    assert torch.equal(shares, whole[which])
+
+
+# ---- random numbers
+
+
+def test_splitmix64_gives_the_published_sequence() -> None:
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = np.array([1234567], np.uint64) + golden * np.arange(5, dtype=np.uint64)
+    # The sequence for seed 1234567 of rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64.
+    assert splitmix64(state).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
+def test_uniforms_are_uniform_and_independent_between_rows_draws_epochs_and_seeds() -> None:
+    rows = np.arange(2000)
+    u = uniforms(0, 0, rows, 8)
+    assert u.shape == (8, 2000)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+    others = np.concatenate(
+        [u, uniforms(0, 1, rows, 8), uniforms(1, 0, rows, 8), uniforms(1, 1, rows, 8), u[:, 1:-1]], axis=1
+    )
+    assert len(np.unique(others)) == 4 * u.size
+    neighbours = np.stack(
+        [u[0, :-1], u[0, 1:], u[1, :-1], uniforms(0, 1, rows, 1)[0, :-1], uniforms(1, 0, rows, 1)[0, :-1]]
+    )
+    correlation = np.corrcoef(neighbours) - np.eye(5)
+    assert np.abs(correlation).max() < 5 / np.sqrt(2000)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 0.5, 1.0, 2.5, 30.0])
+def test_symmetric_beta_follows_the_beta_distribution(alpha: float) -> None:
+    u = uniforms(5, 0, np.arange(20000), 2)
+    x = symmetric_beta(u[0], u[1], alpha)
+    assert x.min() >= 0
+    assert x.max() <= 1
+    # Kolmogorov and Smirnov's test at 0.001, away from the ends, where a small alpha meets the rounding of 1 - x.
+    at = np.linspace(0.001, 0.999, 999)
+    shares = np.searchsorted(np.sort(x), at) / len(x)
+    assert np.abs(shares - stats.beta(alpha, alpha).cdf(at)).max() < 1.95 / np.sqrt(len(x))
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-6, 1e6, 1e300])
+def test_symmetric_beta_of_extreme_alpha_is_a_share(alpha: float) -> None:
+    u = np.array([0.0, 1e-300, 0.3, 1 - 2.0**-53])
+    x = symmetric_beta(u[:, None], u[None, :], alpha)
+    assert bool(((x >= 0) & (x <= 1)).all())

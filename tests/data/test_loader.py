@@ -1,0 +1,134 @@
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune_emotion.data.loader import batches, epoch_order
+from raytune_emotion.data.sample import write_sample
+from raytune_emotion.data.store import Split, pack
+
+CPU = torch.device("cpu")
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+N = 20
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    folder: Path = tmp_path_factory.mktemp("loader")
+    write_sample(folder / "faces", train=N, val=2, image_size=16)
+    return pack(folder / "faces", folder / "store", image_size=16, workers=1).train
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+def rows(*numbers: int) -> npt.NDArray[np.int64]:
+    return np.array(numbers, np.int64)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@given(asked=st.lists(st.lists(st.integers(0, N - 1), min_size=1, max_size=7), max_size=6))
+def test_yields_the_rows_asked_for_in_their_order(split: Split, device: torch.device, asked: list[list[int]]) -> None:
+    # All are kept to the end: a batch must not be overwritten by a later one.
+    got = list(batches(split, (rows(*r) for r in asked), device))
+    assert [b.rows_B.tolist() for b in got] == asked
+    for batch in got:
+        assert batch.x_BHWC.device.type == batch.prob_BK.device.type == device.type
+        assert batch.x_BHWC.dtype == torch.uint8
+        assert batch.prob_BK.dtype == torch.float32
+        np.testing.assert_array_equal(batch.x_BHWC.cpu().numpy(), split.gather(batch.rows_B))
+        np.testing.assert_array_equal(batch.prob_BK.cpu().numpy(), split.prob_NK[batch.rows_B])
+    assert threads() == []
+
+
+def test_the_caller_may_write_into_a_batch(split: Split) -> None:
+    first, second = batches(split, [rows(3), rows(3)], CPU)
+    first.x_BHWC.zero_()
+    first.prob_BK.zero_()
+    np.testing.assert_array_equal(second.x_BHWC.numpy(), split.gather(rows(3)))
+    assert split.prob_NK[3].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_works_one_batch_ahead_and_no_further(split: Split) -> None:
+    taken = []
+
+    def asked() -> Iterator[npt.NDArray[np.int64]]:
+        for i in range(5):
+            taken.append(i)
+            yield rows(i)
+
+    ahead = [len(taken) - int(batch.rows_B[0]) - 1 for batch in batches(split, asked(), CPU)]
+    assert ahead == [1, 1, 1, 1, 0]
+
+
+def test_closing_early_ends_the_thread(split: Split) -> None:
+    iterator = batches(split, (rows(i % N) for i in range(1000)), CPU)
+    next(iterator)
+    assert threads() != []
+    iterator.close()  # type: ignore[attr-defined]
+    assert threads() == []
+
+
+def test_leaving_the_loop_ends_the_thread(split: Split) -> None:
+    for _ in batches(split, (rows(i % N) for i in range(1000)), CPU):
+        break
+    assert threads() == []
+
+
+def test_an_exception_in_the_loop_ends_the_thread(split: Split) -> None:
+    def train() -> None:
+        for _ in batches(split, (rows(i % N) for i in range(1000)), CPU):
+            raise RuntimeError("diverged")
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        train()
+    assert threads() == []
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_what_the_thread_raises_is_raised_in_its_turn(split: Split, device: torch.device) -> None:
+    got = []
+    with pytest.raises(IndexError):
+        got.extend(b.rows_B.tolist() for b in batches(split, [rows(0), rows(1), rows(N), rows(2)], device))
+    assert threads() == []
+    iterator = batches(split, [rows(0), rows(1), rows(N)], device)
+    assert [next(iterator).rows_B.tolist() for _ in range(2)] == [[0], [1]]
+    with pytest.raises(IndexError):
+        next(iterator)
+
+
+def test_what_the_rows_raise_is_raised(split: Split) -> None:
+    def asked() -> Iterator[npt.NDArray[np.int64]]:
+        yield rows(0)
+        raise RuntimeError("no more rows")
+
+    with pytest.raises(RuntimeError, match="no more rows"):
+        list(batches(split, asked(), CPU))
+    assert threads() == []
+
+
+def test_leaves_the_global_generators_alone(split: Split) -> None:
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    list(batches(split, [epoch_order(N, 0, 0)], CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.random.get_state()[1].tolist() == numpy_before  # noqa: NPY002
+
+
+@given(n=st.integers(1, 300), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000))
+def test_an_epoch_is_a_permutation_decided_by_seed_and_epoch(n: int, seed: int, epoch: int) -> None:
+    order = epoch_order(n, seed, epoch)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(n))
+    assert order.tolist() == epoch_order(n, seed, epoch).tolist()
+
+
+def test_epochs_and_seeds_are_ordered_differently() -> None:
+    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
