@@ -1,12 +1,13 @@
 """A sample of drawn faces: needs no download and no licence, and is learnable.
 
 Each face has a point in the plane of valence and arousal, and its label is `label_distribution` of that
-point. The point alone bends the mouth and opens it, opens the eyes, tilts and lifts the brows and tints the
-skin; everything else (person, pose, light, background, sensor noise) is nuisance, drawn independently of it.
+point. The point bends the mouth and opens it, opens the eyes, tilts and lifts the brows and tints the skin;
+everything else (the person and their features at rest, pose, light, background, sensor noise) is nuisance,
+drawn independently of it.
 
 The label is thus an exact function of the point that was drawn, not of the pixels. A reader that recovered
 the point without error would have a Jensen-Shannon divergence of zero; how near one can come to that
-from pixels, where resting faces differ, arousal below zero hardly moves the mouth and a small image
+from pixels, where faces at rest differ, arousal below zero hardly moves the mouth and a small image
 rounds everything, is not known, and no floor is claimed.
 """
 
