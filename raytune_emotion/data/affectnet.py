@@ -173,7 +173,7 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
         odd = next(field for field in fields if not _is_number(field))
         return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
     if len(values) != len(classes):
-        return Flaw(Kind.COUNT, f"{len(values)} values, where {len(classes)} classes are expected")
+        return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
     total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
     if math.isnan(total):
         return Flaw(Kind.NOT_FINITE, _named(values, classes, lambda v: not math.isfinite(v)))

@@ -20,9 +20,9 @@ import threading
 import time
 import types
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -58,9 +58,9 @@ _T = TypeVar("_T")
 class Split:
     """The rows of one split, in the order of their ids."""
 
-    ids: Sequence[str]
-    prob_NK: npt.NDArray[np.float32]  # noqa: N815
-    shards: tuple[npt.NDArray[np.uint8], ...]  # [n, H, W, 3] each, in order
+    ids: Sequence[str] = field(repr=False)
+    prob_NK: npt.NDArray[np.float32] = field(repr=False)  # noqa: N815
+    shards: tuple[npt.NDArray[np.uint8], ...] = field(repr=False)  # [n, H, W, 3] each, in order
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -398,14 +398,8 @@ def _pack_into(
     progress: Progress,
 ) -> int:
     """Writes a store's files; returns how many rows were set aside."""
-    reading = progress.add_task("reading annotations", total=None)
-
-    def told_map(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        for part in pmap(function, tasks):
-            progress.advance(reading, len(part))
-            yield part
-
-    scan = affectnet.scan(source, classes, told_map)
+    scan = affectnet.scan(source, classes, _counted(pmap, progress, "reading annotations"))
+    _refuse_empty(source, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
     row_bytes = image_size * image_size * 3
     _check_space(folder, sum(map(len, scan.rows.values())) * row_bytes)
 
@@ -415,26 +409,15 @@ def _pack_into(
         for i, part in enumerate(_cut(rows, max(1, _SHARD_BYTES // row_bytes)))
     ]
     # Pictures without a good annotation are tried as well, so that the faults are told all at once.
-    untold = [(split, image) for split, images in scan.unlabelled.items() for image in images]
-    per_task = max(1, min(_TASK_ROWS, _TASK_BYTES // row_bytes))
-    tasks = []
-    for draft in drafts:
-        offset = _write_frame(draft, image_size, len(classes))
-        for start in range(0, len(draft.rows), per_task):
-            files = [str(row.image) for row in draft.rows[start : start + per_task]]
-            tasks.append(DecodeTask(files, image_size, (str(draft.path), offset + start * row_bytes)))
-    tasks += [DecodeTask([str(i) for _, i in part], image_size, None) for part in _cut(untold, per_task)]
+    unlabelled = [(split, image) for split, images in scan.unlabelled.items() for image in images]
+    pictures = [(draft.split, row.image) for draft in drafts for row in draft.rows] + unlabelled
+    tasks = _decode_tasks(drafts, [image for _, image in unlabelled], image_size, len(classes))
+    decode = _counted(pmap, progress, "packing images", total=len(pictures))
+    results = [result for part in decode(affectnet.decode_images, tasks) for result in part]
 
-    results: list[bytes | Flaw] = []
-    bar = progress.add_task("packing images", total=sum(len(task.files) for task in tasks))
-    for part in pmap(affectnet.decode_images, tasks):
-        results += part
-        progress.advance(bar, len(part))
-
-    told = [(draft.split, row.image) for draft in drafts for row in draft.rows] + untold
     undecodable = [
         Fault(split, image.relative_to(source).as_posix(), result.kind, result.detail)
-        for (split, image), result in zip(told, results, strict=True)
+        for (split, image), result in zip(pictures, results, strict=True)
         if isinstance(result, Flaw)
     ]
     faults = sorted([*scan.faults, *undecodable], key=lambda f: (f.split, f.file, f.kind.value))
@@ -442,54 +425,67 @@ def _pack_into(
         raise UserError(
             [
                 *affectnet.sentences(source, faults, classes),
-                f"{source}: nothing is packed while files are at fault; mend them, or set them aside with"
-                f" `python -m raytune_emotion.pack {source} DEST --skip-bad`",
+                f"{source}: nothing is packed while files are at fault; mend them, or set them aside with --skip-bad",
             ]
         )
-
     in_order = iter(results)
     for draft in drafts:
         draft.digests = [d if isinstance(d, bytes) else None for d in islice(in_order, len(draft.rows))]
     good = {split: sum(d.good for d in drafts if d.split == split) for split in scan.rows}
-    if empty := [split for split, count in good.items() if not count]:
-        raise UserError(
-            [
-                *affectnet.sentences(source, [f for f in faults if f.split in empty], classes),
-                *(f"{source / affectnet.SPLITS[split]}: not one good row" for split in empty),
-            ]
-        )
+    _refuse_empty(source, good, faults, classes)
     for draft in drafts:
         if draft.good < len(draft.rows):
             _drop_bad_rows(draft)
-    drafts = [draft for draft in drafts if draft.good]
+        if draft.good:
+            with draft.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     rejected = len({(fault.split, fault.id) for fault in faults})
     if skip_bad:
         with (folder / "rejected.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("split", "file", "reason"), *((f.split, f.file, f.reason) for f in faults)])
-    manifest = _Manifest(
+    manifest = _describe([draft for draft in drafts if draft.good], image_size, classes, rejected)
+    write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    return rejected
+
+
+def _decode_tasks(drafts: Sequence[_Draft], unlabelled: Sequence[Path], image_size: int, k: int) -> list[DecodeTask]:
+    """Begins the shards; the tasks that fill them, in the order of their rows, and then try the other pictures."""
+    row_bytes = image_size * image_size * 3
+    per_task = max(1, min(_TASK_ROWS, _TASK_BYTES // row_bytes))
+    tasks = []
+    for draft in drafts:
+        offset = _write_frame(draft, image_size, k)
+        for start in range(0, len(draft.rows), per_task):
+            files = [str(row.image) for row in draft.rows[start : start + per_task]]
+            tasks.append(DecodeTask(files, image_size, (str(draft.path), offset + start * row_bytes)))
+    return tasks + [DecodeTask([str(image) for image in part], image_size, None) for part in _cut(unlabelled, per_task)]
+
+
+def _refuse_empty(source: Path, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
+    if empty := [affectnet.SPLITS[split] for split, rows in good.items() if not rows]:
+        told = affectnet.sentences(source, faults, classes)
+        raise UserError([*told, *(f"{source / name}: not one good row" for name in empty)])
+
+
+def _describe(drafts: Sequence[_Draft], image_size: int, classes: tuple[str, ...], rejected: int) -> _Manifest:
+    splits = {}
+    for split in ("train", "val"):
+        shards = tuple(
+            _Shard(file=draft.path.name, rows=draft.good, bytes=draft.path.stat().st_size)
+            for draft in drafts
+            if draft.split == split
+        )
+        splits[split] = _SplitEntry(rows=sum(shard.rows for shard in shards), shards=shards)
+    return _Manifest(
         format="raytune_emotion.store",
         version=_VERSION,
         fingerprint=_fingerprint(drafts, image_size, classes),
         image_size=image_size,
         classes=classes,
         rejected=rejected,
-        splits={
-            split: _SplitEntry(
-                rows=count,
-                shards=tuple(
-                    _Shard(file=d.path.name, rows=d.good, bytes=d.path.stat().st_size)
-                    for d in drafts
-                    if d.split == split
-                ),
-            )
-            for split, count in good.items()
-        },
+        splits=splits,
     )
-    for draft in drafts:
-        _sync(draft.path)
-    write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    return rejected
 
 
 def _cut(items: Sequence[_T], most: int) -> list[Sequence[_T]]:
@@ -609,11 +605,6 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0:,.0f}/s")
@@ -629,3 +620,15 @@ def _progress() -> Progress:
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
+
+
+def _counted(pmap: affectnet.Map, progress: Progress, what: str, total: int | None = None) -> affectnet.Map:
+    """The same map, whose results (lists) are counted on a bar."""
+    bar = progress.add_task(what, total=total)
+
+    def counted(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        for part in pmap(function, tasks):
+            progress.advance(bar, len(part))
+            yield part
+
+    return counted

@@ -1,0 +1,485 @@
+import csv
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raytune_emotion.data import store as store_module
+from raytune_emotion.data.affectnet import Kind, decode_image, scan
+from raytune_emotion.data.store import Split, cache_folder, is_store, open_store, pack, prepare, whole_folder
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
+from tests.data.test_affectnet import UNIFORM, picture, write_folder, write_row
+
+
+def spiked(place):
+    return ",".join("0.9999999999999" if i == place else "1e-14" for i in range(13))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "faces", train=7, val=3)
+    write_row(tmp_path / "faces", "train", "clip_3_affwild", text=spiked(4), size=(31, 17))
+    return tmp_path / "faces"
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+
+
+def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    assert is_store(tmp_path / "store")
+    assert (packed.path, packed.image_size, packed.classes, packed.rejected) == (tmp_path / "store", 16, EMOTIONS, 0)
+    rows = scan(folder).rows
+    for name, split in (("train", packed.train), ("val", packed.val)):
+        assert list(split.ids) == [row.id for row in rows[name]]
+        np.testing.assert_array_equal(split.prob_NK, np.array([row.probs for row in rows[name]], np.float32))
+        images = split.gather(np.arange(len(split)))
+        np.testing.assert_array_equal(images, [decode_image(row.image, 16) for row in rows[name]])
+    with pytest.raises(ValueError, match="read-only"):
+        packed.train.prob_NK[0] = 0
+
+
+def test_the_files_are_plain_arrow(folder, tmp_path):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    table = pa.ipc.open_file(str(tmp_path / "store/train-00000.arrow")).read_all()
+    assert table.column("id").to_pylist() == list(packed.train.ids)
+    assert table.schema.field("image").type == pa.list_(pa.uint8(), 16 * 16 * 3)
+    np.testing.assert_array_equal(
+        np.array(table.column("image").to_pylist()).reshape(-1, 16, 16, 3), packed.train.gather(np.arange(8))
+    )
+    np.testing.assert_array_equal(np.array(table.column("probs").to_pylist(), np.float32), packed.train.prob_NK)
+
+
+def test_the_number_of_workers_and_of_shards_changes_nothing(folder, tmp_path, monkeypatch):
+    one = pack(folder, tmp_path / "one", image_size=16, workers=1)
+    two = pack(folder, tmp_path / "two", image_size=16, workers=2)
+    assert one.fingerprint == two.fingerprint
+    for file in sorted(path.name for path in one.path.iterdir()):
+        assert (one.path / file).read_bytes() == (two.path / file).read_bytes()
+    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    sharded = pack(folder, tmp_path / "sharded", image_size=16, workers=1)
+    assert [len(shard) for shard in sharded.train.shards] == [2, 3, 3]
+    assert sharded.fingerprint == one.fingerprint
+
+
+@pytest.mark.parametrize("change", ["pixel", "probability", "id", "order of classes"])
+def test_the_fingerprint_sees_every_part_of_the_content(folder, tmp_path, change):
+    before = pack(folder, tmp_path / "before", image_size=16).fingerprint
+    classes = EMOTIONS
+    if change == "pixel":
+        picture(99).save(folder / "val_set/images/1000.png")
+    elif change == "probability":
+        (folder / "val_set/annotations/1000_prob_rank.txt").write_text(spiked(0))
+    elif change == "id":
+        for sub, ending in (("images", ".png"), ("annotations", "_prob_rank.txt")):
+            (folder / "val_set" / sub / f"1002{ending}").rename(folder / "val_set" / sub / f"1003{ending}")
+    else:
+        classes = EMOTIONS[::-1]
+    assert pack(folder, tmp_path / "after", image_size=16, classes=classes).fingerprint != before
+
+
+@given(rows=st.lists(st.integers(0, 10), max_size=20), cuts=st.sets(st.integers(1, 10), max_size=4))
+@settings(max_examples=40)
+def test_gathering_is_reading_row_by_row(rows, cuts):
+    images = np.random.default_rng(1).integers(0, 256, (11, 4, 4, 3), np.uint8)
+    split = Split(tuple(map(str, range(11))), np.zeros((11, 2), np.float32), tuple(np.split(images, sorted(cuts))))
+    wanted = np.array(rows, np.int64)
+    np.testing.assert_array_equal(split.gather(wanted), images[wanted])
+    out = np.empty((len(rows), 4, 4, 3), np.uint8)
+    assert split.gather(wanted, out) is out
+    np.testing.assert_array_equal(out, images[wanted])
+
+
+@pytest.mark.parametrize("row", [-1, 8])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_rows_out_of_range_are_refused(row, shards):
+    images = np.zeros((8, 2, 2, 3), np.uint8)
+    split = Split(("",) * 8, np.zeros((8, 2), np.float32), tuple(np.array_split(images, shards)))
+    with pytest.raises(IndexError, match="of a split of 8"):
+        split.gather(np.array([0, row]))
+
+
+def spoil(folder):
+    """One row of each kind of fault; what is told of each."""
+    train = folder / "train_set"
+    for i in range(20, 32):
+        write_row(folder, "train", i)
+
+    def annotate(id_, text):
+        (train / f"annotations/{id_}_prob_rank.txt").write_bytes(text)
+
+    strange = os.fsdecode(b"\xe9.png")
+    picture(0).save(train / "images" / "x.png")
+    (train / "images/x.png").rename(train / "images" / strange)
+    (train / "images/20.png").unlink()
+    (train / "annotations/21_prob_rank.txt").unlink()
+    picture(0).save(train / "images/22.bmp")
+    annotate(23, b"\xff\xfe")
+    annotate(24, b"")
+    annotate(25, b"happy")
+    annotate(26, b",".join([b"0.125"] * 8))
+    annotate(27, UNIFORM.replace("0.076923", "nan", 1).encode())
+    annotate(28, UNIFORM.replace("0.076923", "-0.076923", 1).encode())
+    annotate(29, UNIFORM.replace("0.076923", "0.9", 1).encode())
+    whole = (train / "images/30.png").read_bytes()
+    (train / "images/30.png").write_bytes(whole[: len(whole) // 2])
+    annotate(31, b"")  # two faults in one row
+    (train / "images/31.png").write_bytes(b"")
+    return {
+        Kind.NAME: ["images/\\xe9.png"],
+        Kind.NO_IMAGE: ["annotations/20_prob_rank.txt"],
+        Kind.NO_ANNOTATION: ["images/21.png"],
+        Kind.SEVERAL_IMAGES: ["images/22.bmp"],
+        Kind.NOT_UTF8: ["annotations/23_prob_rank.txt"],
+        Kind.EMPTY: ["annotations/24_prob_rank.txt", "annotations/31_prob_rank.txt"],
+        Kind.TEXT: ["annotations/25_prob_rank.txt"],
+        Kind.COUNT: ["annotations/26_prob_rank.txt"],
+        Kind.NOT_FINITE: ["annotations/27_prob_rank.txt"],
+        Kind.NEGATIVE: ["annotations/28_prob_rank.txt"],
+        Kind.SUM: ["annotations/29_prob_rank.txt"],
+        Kind.UNDECODABLE: ["images/30.png", "images/31.png"],
+    }
+
+
+def test_all_faults_are_told_at_once_and_nothing_is_left(folder, tmp_path):
+    expected = spoil(folder)
+    assert set(Kind) - set(expected) == {Kind.UNREADABLE}  # which root, who may run this, never meets
+    with pytest.raises(UserError) as raised:
+        pack(folder, tmp_path / "there" / "store", image_size=16)
+    *told, last = raised.value.faults
+    assert len(told) == len(expected)
+    for sentence, (kind, files) in zip(told, expected.items(), strict=True):
+        assert sentence.startswith(f"{folder}: {kind.value} ({len(files)} file")
+        assert all(f"train_set/{file}" in sentence for file in files)
+    assert last == f"{folder}: nothing is packed while files are at fault; mend them, or set them aside with --skip-bad"
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_skip_bad_sets_aside_exactly_the_bad_rows(folder, tmp_path, small_shards, capsys):
+    good = pack(folder, tmp_path / "good", image_size=16)
+    expected = spoil(folder)
+    packed = pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=2)
+    assert packed.fingerprint == good.fingerprint
+    np.testing.assert_array_equal(packed.train.gather(np.arange(8)), good.train.gather(np.arange(8)))
+    np.testing.assert_array_equal(packed.train.prob_NK, good.train.prob_NK)
+    assert packed.rejected == 13
+    err = capsys.readouterr().err
+    assert err == f"{packed.path}: 13 rows set aside, listed in {packed.path / 'rejected.csv'}\n"
+
+    with (packed.path / "rejected.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert {(row["split"], row["file"]) for row in listed} == {
+        ("train", f"train_set/{file}") for files in expected.values() for file in files
+    }
+    reasons = {row["file"]: row["reason"] for row in listed}
+    assert reasons["train_set/annotations/26_prob_rank.txt"] == "wrong number of values: 8 values for 13 classes"
+    assert reasons["train_set/annotations/24_prob_rank.txt"] == "empty annotation"
+
+
+def test_skip_bad_drops_bad_rows_from_within_a_shard(folder, tmp_path):
+    good = pack(folder, tmp_path / "good", image_size=16)
+    for id_ in (0, 3, 6):
+        (folder / f"train_set/images/{id_}.png").write_bytes(b"")
+    packed = pack(folder, tmp_path / "store", image_size=16, skip_bad=True)
+    assert packed.train.ids == ("1", "2", "4", "5", "clip_3_affwild")
+    kept = np.array([good.train.ids.index(id_) for id_ in packed.train.ids])
+    np.testing.assert_array_equal(packed.train.gather(np.arange(5)), good.train.gather(kept))
+    np.testing.assert_array_equal(packed.train.prob_NK, good.train.prob_NK[kept])
+    assert open_store(packed.path).fingerprint == packed.fingerprint
+
+
+@pytest.mark.parametrize("what", ["images", "annotations"])
+def test_a_split_without_a_good_row_is_refused(folder, tmp_path, what):
+    for file in (folder / "val_set" / what).iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError) as raised:
+        pack(folder, tmp_path / "store", image_size=16, skip_bad=True)
+    assert raised.value.faults[-1] == f"{folder / 'val_set'}: not one good row"
+    assert "(3 files)" in raised.value.faults[0]
+    assert not (tmp_path / "store").exists()
+
+
+def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    with pytest.raises(UserError, match="exists already"):
+        pack(folder, tmp_path / "store", image_size=16)
+    with pytest.raises(UserError, match="packed store already"):
+        pack(packed.path, tmp_path / "other", image_size=16)
+    with pytest.raises(UserError, match="image_size"):
+        pack(folder, tmp_path / "other", image_size=0)
+    with pytest.raises(UserError, match="not a folder in the layout of AffectNetFused"):
+        pack(tmp_path, tmp_path / "other", image_size=16)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        pack(folder, tmp_path / "file" / "other", image_size=16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "file", "store"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(folder, tmp_path):
+    with pytest.raises(UserError, match=r"the store takes [\d,.]+ GB and [\d,.]+ GB are free"):
+        store_module._check_space(tmp_path, 10**18)
+
+
+# Folders that are whole or not there
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_breaks_off_leaves_nothing(tmp_path, error):
+    def break_off():
+        with whole_folder(tmp_path / "a" / "dest") as folder:
+            (folder / "half").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        break_off()
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
+    def lose_the_race():
+        with whole_folder(tmp_path / "dest"):
+            (tmp_path / "dest").mkdir()
+            (tmp_path / "dest" / "theirs").touch()
+
+    with pytest.raises(UserError, match="exists already"):
+        lose_the_race()
+    assert [path.name for path in tmp_path.rglob("*")] == ["dest", "theirs"]
+
+
+def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_STALE_SECONDS", -1)
+    script = (
+        "import os, pathlib, sys\n"
+        "from raytune_emotion.data.store import whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "dest")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".part")
+    with whole_folder(tmp_path / "dest") as first:
+        assert not left.exists()
+        store_module._sweep(tmp_path, first.name[:10])
+        assert first.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["dest"]
+
+
+def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom raytune_emotion.data.store import pack\n"
+        "print('once')\n"
+        "pack(Path(sys.argv[1]), Path(sys.argv[2]), image_size=16, workers=2)\n"
+    )
+    command = [sys.executable, str(script), str(folder), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "once\n", "")
+    assert len(open_store(tmp_path / "store").train) == 8
+
+
+# Opening
+
+
+def test_a_store_crosses_processes_by_its_path(folder, tmp_path):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    sent = pickle.dumps(packed)
+    assert len(sent) < 500
+    again = pickle.loads(sent)
+    assert again.fingerprint == packed.fingerprint
+    np.testing.assert_array_equal(again.val.gather(np.arange(3)), packed.val.gather(np.arange(3)))
+
+
+def test_a_store_is_shown_without_its_pixels(folder, tmp_path):
+    assert len(repr(pack(folder, tmp_path / "store", image_size=16))) < 1000
+
+
+def edit_manifest(path, **changes):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def damage_missing(path):
+    (path / "train-00000.arrow").unlink()
+    (path / "val-00000.arrow").unlink()
+    return ["train-00000.arrow: is missing; ", "val-00000.arrow: is missing; "]
+
+
+def damage_truncated(path):
+    shard = path / "train-00000.arrow"
+    whole = shard.read_bytes()
+    shard.unlink()  # what is mapped stays whole
+    shard.write_bytes(whole[:-100])
+    return [f"train-00000.arrow: holds {len(whole) - 100} bytes of {len(whole)}; the store is damaged, pack the folder"]
+
+
+def damage_overwritten(path):
+    shard = path / "train-00000.arrow"
+    whole = shard.read_bytes()
+    shard.unlink()  # what is mapped stays whole
+    shard.write_bytes(whole[:-400] + bytes(400))
+    return ["train-00000.arrow: no readable Arrow file"]
+
+
+def damage_rows(path):
+    splits = json.loads((path / "manifest.json").read_text())["splits"]
+    splits["val"]["shards"][0]["rows"] = 5
+    edit_manifest(path, splits=splits)
+    return ["val-00000.arrow: not the 5 rows of 16 px and 13 classes"]
+
+
+def damage_size(path):
+    edit_manifest(path, image_size=17)
+    return ["train-00000.arrow: not the 8 rows of 17 px", "val-00000.arrow: not the 3 rows of 17 px"]
+
+
+def damage_version(path):
+    edit_manifest(path, version=2)
+    return ["no description of a store that this version reads (version: Input should be 1); pack the folder again"]
+
+
+def damage_manifest(path):
+    (path / "manifest.json").write_text("{")
+    return ["no description of a store that this version reads (the file: Invalid JSON"]
+
+
+def damage_path(path):
+    splits = json.loads((path / "manifest.json").read_text())["splits"]
+    splits["val"]["shards"][0]["file"] = "../val-00000.arrow"
+    edit_manifest(path, splits=splits)
+    return ["(splits.val.shards.0.file: String should match pattern"]
+
+
+def damage_gone(path):
+    (path / "manifest.json").unlink()
+    return ["no packed store, for it has no manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_missing,
+        damage_truncated,
+        damage_overwritten,
+        damage_rows,
+        damage_size,
+        damage_version,
+        damage_manifest,
+        damage_path,
+        damage_gone,
+    ],
+)
+def test_a_damaged_store_is_refused_by_name(folder, tmp_path, damage):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    expected = damage(packed.path)
+    with pytest.raises(UserError) as raised:
+        open_store(packed.path)
+    assert len(raised.value.faults) == len(expected)
+    for fault, part in zip(raised.value.faults, expected, strict=True):
+        assert str(packed.path) in fault
+        assert part in fault
+
+
+# The cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "raytune_emotion" / "stores"
+
+
+def written(store):
+    stat = (store.path / "manifest.json").stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def test_a_folder_is_packed_once(folder, cache, capsys):
+    first = prepare(folder, image_size=16)
+    packed = written(first)
+    assert first.path.parent == cache
+    assert capsys.readouterr().err == f"{folder}: packed once, at 16 px, into {first.path}\n"
+    again = prepare(folder, image_size=16)
+    assert (again.path, written(again)) == (first.path, packed)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_changes_the_content_is_packed_anew(folder, cache):
+    paths = {prepare(folder, image_size=16).path, prepare(folder, image_size=20).path}
+    paths.add(prepare(folder, image_size=16, classes=EMOTIONS[::-1]).path)
+    paths.add(prepare(folder, image_size=16, skip_bad=True).path)
+    picture(77).save(folder / "train_set/images/2.png")
+    latest = prepare(folder, image_size=16)
+    paths.add(latest.path)
+    assert len(paths) == len(list(cache.iterdir())) == 5
+    np.testing.assert_array_equal(
+        latest.train.gather(np.array([2]))[0], decode_image(folder / "train_set/images/2.png", 16)
+    )
+
+
+def test_the_default_size_of_a_folder_is_that_of_the_configuration(folder, cache):
+    assert prepare(folder, image_size=None).image_size == 224
+
+
+def test_a_store_is_used_as_it_is_or_refused(folder, tmp_path, cache):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    assert prepare(packed.path, image_size=None).path == packed.path
+    assert prepare(packed.path, image_size=16).fingerprint == packed.fingerprint
+    with pytest.raises(UserError) as raised:
+        prepare(packed.path, image_size=32, classes=("a", "b"))
+    size, classes = raised.value.faults
+    assert "holds images of 16 px, and data.image_size is 32" in size
+    assert "data.classes is a, b" in classes
+    assert not cache.exists()
+
+
+def test_a_damaged_store_in_the_cache_is_packed_again(folder, cache):
+    first = prepare(folder, image_size=16)
+    packed = written(first)
+    (first.path / "val-00000.arrow").unlink()
+    again = prepare(folder, image_size=16)
+    assert again.path == first.path
+    assert again.fingerprint == first.fingerprint
+    assert written(again) != packed
+
+
+def prepare_here(folder: Path) -> tuple[str, str]:
+    prepared = prepare(folder, image_size=16)
+    return str(prepared.path), prepared.fingerprint
+
+
+def test_two_processes_may_prepare_at_once(folder, cache):
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+        first, second = executor.map(prepare_here, [folder, folder])
+    assert first == second
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_faults_of_a_folder_reach_who_prepares_it(folder, cache):
+    (folder / "train_set/images/2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train_set/images/2\.png"):
+        prepare(folder, image_size=16)
+    assert list(cache.iterdir()) == []
+    assert prepare(folder, image_size=16, skip_bad=True).rejected == 1
+
+
+def test_the_cache_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("", "relative/is/ignored"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert cache_folder() == tmp_path / ".cache" / "raytune_emotion"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x" / "raytune_emotion"
