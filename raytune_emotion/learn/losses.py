@@ -1,0 +1,62 @@
+"""Losses between a target distribution and logits, one value a row: [B, K], [B, K] -> [B].
+
+Each works on log-softmax, in log space where a logarithm is needed: its value and its gradient are finite for
+logits of any finite size and for targets with zeros.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def mse(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
+    """Mean squared error: mean_k (p - q)^2."""
+    return (prob_BK - logits_BK.softmax(-1)).square().mean(-1)
+
+
+def l1(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
+    """Mean absolute error: mean_k |p - q|."""
+    return (prob_BK - logits_BK.softmax(-1)).abs().mean(-1)
+
+
+def kl(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the prediction from the target, in nats: sum_k p ln(p / q), 0 ln 0 = 0."""
+    return torch.xlogy(prob_BK, prob_BK).sum(-1) + ce(logits_BK, prob_BK)
+
+
+def ce(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
+    """Cross-entropy, in nats: -sum_k p ln q."""
+    return -(prob_BK * log_softmax(logits_BK, -1)).sum(-1)
+
+
+def js(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, in bits: 1/2 sum_k p log2(p / m) + 1/2 sum_k q log2(q / m), m = (p + q) / 2."""
+    log_q_BK = log_softmax(logits_BK, -1)
+    # The mean in log space is finite wherever log q is, so that no term is 0 * inf, forwards or backwards.
+    log_m_BK = torch.logaddexp(prob_BK.log(), log_q_BK) - math.log(2)
+    of_p_BK = torch.xlogy(prob_BK, prob_BK) - prob_BK * log_m_BK
+    of_q_BK = log_q_BK.exp() * (log_q_BK - log_m_BK)
+    return (of_p_BK + of_q_BK).sum(-1) / (2 * math.log(2))
+
+
+#: The losses that a mixture is made of, by the name of their weight in the configuration.
+LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1, "kl": kl, "ce": ce, "js": js}
+
+
+def mixture(weights: Mapping[str, float]) -> Loss:
+    """The weighted sum of losses; one that weighs nothing is not computed.
+
+    Args:
+        weights: by name in LOSSES, not negative; `LossConfig.weights`.
+    """
+    parts = [(LOSSES[name], weight) for name, weight in weights.items() if weight > 0]
+
+    def loss(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
+        return torch.stack([weight * part(logits_BK, prob_BK) for part, weight in parts]).sum(0)
+
+    return loss
