@@ -1,0 +1,139 @@
+"""Any timm backbone with a head of K classes, from scratch or from pretrained weights."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.errors import UserError
+
+Colour = tuple[float, float, float]
+
+_UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
+
+
+def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
+    """The backbone with its head, on the CPU, in training mode; its weights are a function of the configuration.
+
+    `model.weights_dir` alone asks for pretrained weights; without it, `model.pretrained` takes timm's, from the hub
+    or its cache. A classifier of another size is left out of them and starts anew; all else must fit exactly.
+
+    Args:
+        config: of the run.
+        weights: False leaves pretrained weights out, for a caller that loads a checkpoint into the model.
+
+    Raises:
+        UserError: the backbone is unknown or cannot take the image size, or its weights cannot be had or do not fit.
+    """
+    name, size, n_classes = config.model.backbone, config.data.image_size, len(config.data.classes)
+    check_backbone(name)
+    options: dict[str, Any] = {"num_classes": n_classes, "drop_rate": config.model.dropout}
+    # timm marks the models whose parameters depend on the image size; these take img_size.
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        options["img_size"] = size
+    if weights:
+        check_weights(config.model)
+        if config.model.weights_dir is not None:
+            options |= _from_file(_weights_file(config.model), name)
+        else:
+            options["pretrained"] = config.model.pretrained
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.train.seed)
+        try:
+            model: nn.Module = timm.create_model(name, **options)
+            if options["num_classes"] != n_classes:
+                model.reset_classifier(n_classes)  # type: ignore[operator]
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, size, size))
+        except OSError as error:
+            raise UserError(
+                f"model.pretrained: the weights of {name} could not be fetched ({_first_line(error)}); connect this "
+                f"machine to the Hugging Face hub, or save timm's weights elsewhere as {name}.safetensors and name "
+                f"their folder as model.weights_dir"
+            ) from error
+        except _UNBUILDABLE as error:
+            if "loading state_dict" in str(error):
+                raise UserError(
+                    f"model.weights_dir: {_weights_file(config.model)} does not fit {name}: {line.strip()}"
+                    for line in str(error).splitlines()[1:]
+                ) from error
+            raise UserError(
+                f"model.backbone: {name} cannot take images of {size} px (data.image_size): {_first_line(error)}"
+            ) from error
+    return model.train()
+
+
+def check_backbone(name: str) -> None:
+    """Whether timm knows a model; builds nothing.
+
+    Raises:
+        UserError: with the nearest names that it knows.
+    """
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        what, known = "there is no such timm model", timm.list_models()
+    elif tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
+        what = f"timm has no weights of that name for {architecture}"
+    else:
+        return
+    near = difflib.get_close_matches(name, known, n=3)
+    raise UserError(f"model.backbone: {name}: {what}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Whether the pretrained weights that are asked for exist, as far as this machine can tell without a network.
+
+    Raises:
+        UserError: there is no such file, or timm has no weights for the model.
+    """
+    if config.weights_dir is not None:
+        if not (file := _weights_file(config)).is_file():
+            raise UserError(
+                f"model.weights_dir: there is no file {file}; on a machine with a network, save "
+                f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
+                f"leave model.weights_dir out"
+            )
+    elif config.pretrained and not getattr(timm.get_pretrained_cfg(config.backbone), "has_weights", False):
+        raise UserError(
+            f"model.pretrained: timm has no pretrained weights for {config.backbone}; choose another backbone, or "
+            f"set model.pretrained to false"
+        )
+
+
+def mean_std(model: nn.Module) -> tuple[Colour, Colour]:
+    """Mean and standard deviation of the colours that the backbone was, or would be, pretrained with, in [0, 1]."""
+    known: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(known.get("std", IMAGENET_DEFAULT_STD))
+
+
+def _weights_file(config: ModelConfig) -> Path:
+    assert config.weights_dir is not None
+    return Path(config.weights_dir).expanduser() / f"{config.backbone}.safetensors"
+
+
+def _from_file(file: Path, name: str) -> dict[str, Any]:
+    """The options that make timm load a file strictly: with a classifier of the size that the file has, 0 for none."""
+    known = timm.get_pretrained_cfg(name)
+    classifier = getattr(known, "classifier", None) or ""
+    head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    try:
+        with safe_open(file, "pt") as tensors:
+            n_classes = tensors.get_slice(head).get_shape()[0] if head in tensors.keys() else 0  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"model.weights_dir: {file} cannot be read as safetensors ({error}); save the weights anew"
+        ) from error
+    # The offset and the loader of the original release are not for timm's own names.
+    overlay = {"file": str(file), "num_classes": n_classes, "label_offset": 0, "custom_load": False}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": n_classes}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
