@@ -1,0 +1,203 @@
+"""What a run leaves in its folder: its newest state, its best weights, and its reports. Nothing is pickled.
+
+last.safetensors    weights, buffers and optimizer; in the header, as JSON, the settings and every report so far
+best.safetensors    the weights of the report with the least val_js, under timm's names; in the header, as JSON, that
+                    report and the settings that rebuild the model
+history.jsonl       a report a line
+
+They are written in this order. Each of the first two is there whole or not at all, and `last` decides: what the others
+lack after a run was killed in between, or have too much, is mended from it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from raytune_emotion import __version__
+from raytune_emotion.errors import UserError
+from raytune_emotion.files import whole, write_text
+
+LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: all of its state that is no tensor."""
+
+    settings: dict[str, Any]  # by dotted path: RunConfig.flat
+    fingerprint: str  # of the store
+    history: tuple[Report, ...]  # at least one
+    scaler: dict[str, Any]  # of the gradient scaler; empty but for fp16
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best weights of a run, and what they are."""
+
+    weights: dict[str, Tensor]
+    settings: dict[str, Any]
+    fingerprint: str
+    report: Report
+
+
+def save(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+    """Writes the state at the newest report, its weights again if they are the best, and the report."""
+    weights = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": _plain(value) for name, value in state.items()}
+    header = {
+        "settings": progress.settings,
+        "fingerprint": progress.fingerprint,
+        "history": progress.history,
+        "scaler": progress.scaler,
+    }
+    _write(folder / LAST, tensors, header)
+    report = progress.history[-1]
+    if report["best_report"] == report["report"]:
+        _write_best(folder, weights, progress)
+    with (folder / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(_line(report))
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """How far the run in a folder has come; None where none has reported yet. Reads no tensor.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    if not (folder / LAST).exists():
+        return None
+    try:
+        with safe_open(folder / LAST, "pt") as file:
+            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+        progress = Progress(header["settings"], header["fingerprint"], tuple(header["history"]), header["scaler"])
+        if not progress.history:
+            raise ValueError("it holds no report")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / LAST, error) from error
+    return progress
+
+
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Loads the newest state in a folder into a model and its optimizer.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    try:
+        with safe_open(folder / LAST, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model.load_state_dict(_below("model.", tensors))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below("optimizer.", tensors).items():
+            index, name = key.split(".")
+            parameter = parameters[int(index)]
+            # A fused step walks through memory: its state must lie there as the parameter does, which files don't tell.
+            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+            state.setdefault(int(index), {})[name] = like.detach().copy_(value)
+    except (SafetensorError, OSError, ValueError, IndexError, RuntimeError) as error:
+        raise _damaged(folder / LAST, error) from error
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def settle(folder: Path, progress: Progress | None) -> None:
+    """Makes the folder what `last` says it is, before the run goes on, or starts anew where there is no `last`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (LAST, BEST, HISTORY):
+        for abandoned in folder.glob(f".{name}.*.tmp"):
+            abandoned.unlink()
+    history = progress.history if progress is not None else ()
+    lines = "".join(map(_line, history))
+    found = (folder / HISTORY).read_text(encoding="utf-8") if (folder / HISTORY).exists() else ""
+    if found != lines:
+        write_text(folder / HISTORY, lines)
+    if progress is not None and history[-1]["best_report"] == history[-1]["report"] and not _has_best(folder, progress):
+        with safe_open(folder / LAST, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _write_best(folder, _below("model.", tensors), progress)
+
+
+def read_best(file: Path) -> Best:
+    """The best weights of a run, from its `best.safetensors`.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    if not file.exists():
+        raise UserError(f"{file}: there is no such checkpoint; a run writes it with its first report")
+    try:
+        with safe_open(file, "pt") as tensors:
+            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            header = {key: json.loads(value) for key, value in tensors.metadata().items() if key != "format"}
+        return Best(weights, header["settings"], header["fingerprint"], header["report"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
+
+
+def read_history(folder: Path) -> list[Report]:
+    """The reports of the run in a folder, in order; a last line that is being written, or was never ended, is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    try:
+        lines = (folder / HISTORY).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(
+            f"{folder / HISTORY}: a damaged line ({error}); delete the file, and resuming the run restores it"
+        ) from error
+
+
+def _has_best(folder: Path, progress: Progress) -> bool:
+    try:
+        return read_best(folder / BEST).report == progress.history[-1]
+    except UserError:
+        return False
+
+
+def _write_best(folder: Path, weights: Mapping[str, Tensor], progress: Progress) -> None:
+    header = {"settings": progress.settings, "fingerprint": progress.fingerprint, "report": progress.history[-1]}
+    _write(folder / BEST, weights, header)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    texts = {key: json.dumps(value) for key, value in {**header, "raytune_emotion": __version__}.items()}
+    with whole(path) as temporary:
+        save_file(dict(tensors), temporary, {"format": "pt", **texts})
+        # safetensors makes files that their owner alone can read; these are to be as open as their folder.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _line(report: Report) -> str:
+    return json.dumps(report) + "\n"
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{file}: a damaged checkpoint ({why}); delete it, and the run starts anew when it is resumed")

@@ -1,0 +1,402 @@
+"""One run: a configuration trained on a store, from the start or from where it was left, report by report.
+
+All randomness is a function of the seed and of the place in the run, so a run needs no generator's state to go on: on
+the CPU, one that is stopped after a report and resumed equals the uninterrupted one bit for bit.
+
+Over several workers (torch.distributed is initialised), each takes its share of every batch and of the validation
+rows. All yield the same reports, and the first alone writes files.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.augment import augment, normalise
+from raytune_emotion.data.loader import batches, epoch_order
+from raytune_emotion.data.store import Split, Store
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn import checkpoint, losses
+from raytune_emotion.learn.checkpoint import Progress, Report
+from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
+from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
+
+EVAL_ROWS = 128
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+#: Settings that may differ from those that a run began with, when it goes on.
+_MAY_CHANGE = {"train.epochs", "train.patience", "model.weights_dir"}
+
+
+class Diverged(ArithmeticError):
+    """The loss or a metric is no finite number any more; the checkpoints are still those of the report before."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in steps of the optimizer."""
+
+    batch_rows: int  # rows a step, over all workers
+    steps_per_epoch: int
+    stops: tuple[int, ...]  # steps of an epoch after which there is a report
+    epochs: int
+    rank: int
+    workers: int
+
+    def span(self, report: int) -> tuple[int, int, int]:
+        """Epoch, first step and end (within the epoch) of the training that the report, counted from 0, is on."""
+        epoch, part = divmod(report, len(self.stops))
+        return epoch, (0, *self.stops)[part], self.stops[part]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with. `net` is the model, wrapped where there are several workers."""
+
+    config: RunConfig
+    store: Store
+    device: torch.device
+    plan: Plan
+    model: nn.Module
+    net: nn.Module
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    loss: losses.Loss
+
+
+def fit(
+    config: RunConfig, store: Store, *, device: torch.device, folder: Path | None = None
+) -> Generator[Report, None, None]:
+    """Trains, and yields a report after every evaluation, once the checkpoint of it is written.
+
+    A run that has ended yields nothing; with more `train.epochs` it goes on.
+
+    Args:
+        config: of the run.
+        store: of the configuration's image size and classes.
+        device: to train on; of this worker, where there are several.
+        folder: of the checkpoints, where all workers see it; made if missing. A run that lies there goes on.
+            None keeps nothing.
+
+    Yields:
+        `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
+        `train_loss` (mean over the rows since the report before), `lr` (of the newest step), `images_per_second` (in
+        training, over all workers), `val_` and each metric of `per_sample`, `best_val_js`, `best_report`,
+        `params_millions`, `finished` (no further report will follow).
+
+    Raises:
+        UserError: the configuration does not fit the store, the device, the workers or the run in the folder.
+        Diverged: the loss or a metric is NaN or infinite.
+    """
+    plan = make_plan(config, store, device)
+    progress = checkpoint.read_progress(folder) if folder is not None else None
+    _check_resumable(config, store, folder, progress)
+    if folder is not None and plan.rank == 0:
+        checkpoint.settle(folder, progress)
+    history = list(progress.history) if progress is not None else []
+    if is_finished(config, plan, history):
+        return
+    run = start(config, store, device, plan, fresh=progress is None)
+    if folder is not None and progress is not None:
+        checkpoint.restore(folder, run.model, run.optimizer)
+        run.scaler.load_state_dict(progress.scaler)
+
+    while not is_finished(config, plan, history):
+        began = time.perf_counter()
+        train_loss, lr = train_segment(run, history)
+        trained = time.perf_counter()
+        share_batchnorm(run.model, plan.workers)
+        metrics = evaluate(run.model, store.val, classes=store.classes, device=device)
+        _check_finite(metrics, plan, history)
+        history.append(_report(run, history, train_loss, lr, metrics, began, trained))
+        if folder is not None and plan.rank == 0:
+            newest = Progress(config.flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
+            checkpoint.save(folder, run.model, run.optimizer, newest)
+        yield dict(history[-1])
+
+
+def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
+    """The steps of a run, and this worker's place in it.
+
+    An epoch leaves out the rows that fill no batch (others in each, as the order changes), so that all steps are alike;
+    a training set smaller than a batch is one step.
+
+    Raises:
+        UserError: the configuration does not fit the store, the device or the number of workers.
+    """
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    train = config.train
+    batch_rows = min(train.batch_size, len(store.train))
+    faults = []
+    if store.image_size != config.data.image_size:
+        faults.append(
+            f"data.image_size: {store.path} holds images of {store.image_size} px, and the configuration asks for "
+            f"{config.data.image_size}; pack the data at that size, or change the setting"
+        )
+    if store.classes != config.data.classes:
+        faults.append(
+            f"data.classes: {store.path} holds {', '.join(store.classes)}, and the configuration asks for "
+            f"{', '.join(config.data.classes)}; pack the data with these classes, or change the setting"
+        )
+    if train.precision == "fp16" and device.type != "cuda":
+        faults.append("train.precision: fp16 needs a GPU; choose bf16 or fp32")
+    if batch_rows < workers * train.accumulate:
+        faults.append(
+            f"train.batch_size: {batch_rows} rows make no {train.accumulate} micro-batches (train.accumulate) for each "
+            f"of {workers} workers; choose a larger batch or fewer of the others"
+        )
+    if faults:
+        raise UserError(faults)
+    steps = len(store.train) // batch_rows
+    stops = {math.ceil(steps * i / train.evals_per_epoch) for i in range(1, train.evals_per_epoch + 1)}
+    return Plan(batch_rows, steps, tuple(sorted(stops)), train.epochs, rank, workers)
+
+
+def is_finished(config: RunConfig, plan: Plan, history: Sequence[Report]) -> bool:
+    """Whether the epochs are over, or the patience is."""
+    if not history:
+        return False
+    waited = reports_since_best([report["val_js"] for report in history])
+    patience = config.train.patience * len(plan.stops)
+    return len(history) >= plan.epochs * len(plan.stops) or 0 < patience <= waited
+
+
+def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, fresh: bool) -> Run:
+    """Builds what a run works with: with pretrained weights, if any, where it is fresh."""
+    model = build_model(config, weights=fresh)
+    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if normalised and plan.batch_rows // (plan.workers * config.train.accumulate) == 1:
+        raise UserError(
+            f"train.batch_size: it leaves a micro-batch of one row, over which the BatchNorm layers of "
+            f"{config.model.backbone} see no variance; choose a larger batch, or a smaller train.accumulate"
+        )
+    # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = model
+    if plan.workers > 1:
+        # Buffers are shared before evaluations instead, once a report and not once a step.
+        ids = [device] if device.type == "cuda" else None
+        net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    optimizer = build_optimizer(model, config.optim)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    return Run(config, store, device, plan, model, net, optimizer, scaler, losses.mixture(config.loss.weights))
+
+
+def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
+    """Trains from the newest report to where the next is due.
+
+    Nothing in a step waits for the device: the loss is summed there, and read at the end.
+
+    Returns:
+        The mean loss of the rows of all workers, and the step size of the last step.
+
+    Raises:
+        Diverged: the mean is NaN or infinite.
+    """
+    config, plan, device = run.config, run.plan, run.device
+    accumulate, val_js = config.train.accumulate, [report["val_js"] for report in history]
+    epoch, first, end = plan.span(len(history))
+    order_N = epoch_order(len(run.store.train), config.train.seed, epoch)
+    # This worker's share of every batch, cut into micro-batches.
+    steps = order_N[: plan.steps_per_epoch * plan.batch_rows].reshape(plan.steps_per_epoch, plan.batch_rows)[first:end]
+    rows = [rows_B for share in steps[:, plan.rank :: plan.workers] for rows_B in np.array_split(share, accumulate)]
+    mean, std = mean_std(run.model)
+    parameters = list(run.model.parameters())
+    autocast = torch.autocast(device.type, _DTYPES[config.train.precision], enabled=config.train.precision != "fp32")
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    lr = 0.0
+
+    run.model.train()
+    with (
+        _randomness(device, config.train.seed, len(history), plan.rank),
+        contextlib.closing(batches(run.store.train, rows, device)) as stream,  # type: ignore[type-var]
+    ):
+        for step in range(first, end):
+            lr = config.optim.lr * lr_factor(
+                config.optim,
+                step=epoch * plan.steps_per_epoch + step,
+                steps_per_epoch=plan.steps_per_epoch,
+                total_steps=plan.epochs * plan.steps_per_epoch,
+                val_js=val_js,
+                evals_per_epoch=len(plan.stops),
+            )
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+            for micro in range(accumulate):
+                batch = next(stream)
+                x_BCHW, prob_BK = augment(
+                    batch, config.augment, mean=mean, std=std, seed=config.train.seed, epoch=epoch
+                )
+                # Workers add up their gradients once a step, with its last micro-batch.
+                with contextlib.nullcontext() if micro == accumulate - 1 else _no_sync(run.net):
+                    with autocast:
+                        logits_BK = run.net(x_BCHW)
+                    loss = run.loss(logits_BK.float(), prob_BK).sum()
+                    # The gradient of the mean over the whole batch, however it is cut; the wrapper takes the mean
+                    # over workers, which is undone here.
+                    run.scaler.scale(loss * (plan.workers / plan.batch_rows)).backward()  # type: ignore[no-untyped-call]
+                loss_sum += loss.detach()
+            if config.train.grad_clip > 0:
+                run.scaler.unscale_(run.optimizer)
+                nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad()
+
+    if plan.workers > 1:
+        dist.all_reduce(loss_sum)
+    train_loss = loss_sum.item() / (plan.batch_rows * (end - first))
+    _check_finite({"training loss": train_loss}, plan, history)
+    return train_loss, lr
+
+
+def share_batchnorm(model: nn.Module, workers: int) -> None:
+    """Averages the running statistics of BatchNorm, which each worker takes of its own rows, over the workers."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
+    if workers > 1 and buffers:
+        flat = torch.cat(buffers)
+        dist.all_reduce(flat)
+        flat /= workers
+        for buffer, mean in zip(buffers, torch.split(flat, [len(buffer) for buffer in buffers]), strict=True):
+            buffer.copy_(mean)
+
+
+def evaluate(model: nn.Module, split: Split, *, classes: tuple[str, ...], device: torch.device) -> dict[str, float]:
+    """The means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
+
+    In fp32 whatever the precision of training, because that is how the model is used afterwards, so these are the
+    numbers that are found again. Leaves the model in evaluation mode.
+
+    Args:
+        model: bare, not wrapped, so that workers with fewer batches than others keep none waiting.
+        split: of N rows.
+        classes: K names, which tell the ground distance of `emd_va`.
+        device: of the model.
+    """
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows_N = np.arange(rank, len(split), workers)
+    mean, std = mean_std(model)
+    # The empty ones are for a worker without rows.
+    logits, probs = [torch.empty(0, len(classes), device=device)], [torch.empty(0, len(classes), device=device)]
+    sums = MetricSums()
+    model.eval()
+    with torch.inference_mode():
+        for batch in batches(split, (rows_N[i : i + EVAL_ROWS] for i in range(0, len(rows_N), EVAL_ROWS)), device):
+            logits.append(model(normalise(batch.x_BHWC, mean, std)))
+            probs.append(batch.prob_BK)
+        # Many rows at once spare launches, and so many still fit a CPU's cache.
+        for logits_BK, prob_BK in zip(torch.cat(logits).split(2048), torch.cat(probs).split(2048), strict=True):
+            sums.add(per_sample(logits_BK, prob_BK, distances_of(classes)))
+    return sums.means()
+
+
+def baseline(store: Store) -> dict[str, float]:
+    """The metrics of a model that has learnt nothing but the mean of the training targets, on the validation split.
+
+    A class without mass in training is predicted at 1e-12, so that every metric is finite.
+    """
+    mean_K = torch.from_numpy(store.train.prob_NK.mean(axis=0, dtype=np.float64))
+    prob_NK = torch.from_numpy(np.array(store.val.prob_NK))
+    values = per_sample(mean_K.clamp_min(1e-12).log().expand(prob_NK.shape), prob_NK, distances_of(store.classes))
+    return {name: value_N.mean().item() for name, value_N in values.items()}
+
+
+def _report(
+    run: Run,
+    history: Sequence[Report],
+    train_loss: float,
+    lr: float,
+    metrics: dict[str, float],
+    began: float,
+    trained: float,
+) -> Report:
+    plan, number = run.plan, len(history) + 1
+    epoch, first, end = plan.span(len(history))
+    images = plan.batch_rows * (end - first)
+    before = history[-1]["seconds"] if history else 0.0
+    clock = torch.tensor(
+        [before + time.perf_counter() - began, time.time(), images / (trained - began)], dtype=torch.float64
+    )
+    if plan.workers > 1:
+        clock = clock.to(run.device)
+        dist.broadcast(clock, src=0)
+    seconds, now, images_per_second = clock.tolist()
+    best = min([metrics["js"], *(report["val_js"] for report in history)])
+    improved = not history or metrics["js"] < history[-1]["best_val_js"]
+    report: Report = {
+        "report": number,
+        "epoch": epoch + end / plan.steps_per_epoch,
+        "seconds": seconds,
+        "time": now,
+        "train_loss": train_loss,
+        "lr": lr,
+        "images_per_second": images_per_second,
+        **{f"val_{name}": value for name, value in metrics.items()},
+        "best_val_js": best,
+        "best_report": number if improved else history[-1]["best_report"],
+        "params_millions": sum(parameter.numel() for parameter in run.model.parameters()) / 1e6,
+        "finished": False,
+    }
+    report["finished"] = is_finished(run.config, plan, [*history, report])
+    return report
+
+
+def _check_resumable(config: RunConfig, store: Store, folder: Path | None, progress: Progress | None) -> None:
+    """Whether a configuration and a store are those that the run in the folder began with, as every worker sees it."""
+    reports = torch.tensor([len(progress.history) if progress is not None else 0])
+    if dist.is_initialized():
+        seen = reports.cuda() if dist.get_backend() == "nccl" else reports
+        most = seen.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        dist.all_reduce(seen, dist.ReduceOp.MIN)
+        if not torch.equal(seen, most):
+            raise UserError(f"{folder}: the workers do not see the same checkpoint; choose a folder that all share")
+    if progress is None:
+        return
+    asked = config.flat()
+    faults = [
+        f"{folder}: the run there began with {key} = {value}, and {asked.get(key)} is asked for; keep to that, or "
+        f"choose another folder"
+        for key, value in progress.settings.items()
+        if key not in _MAY_CHANGE and asked.get(key) != value
+    ]
+    if progress.fingerprint != store.fingerprint:
+        faults.append(f"{folder}: the run there began with other data than {store.path}; choose another folder")
+    if faults:
+        raise UserError(faults)
+
+
+def _check_finite(values: dict[str, float], plan: Plan, history: Sequence[Report]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            epoch, _, end = plan.span(len(history))
+            raise Diverged(
+                f"diverged before report {len(history) + 1} (step {epoch * plan.steps_per_epoch + end}): the {name} is "
+                f"{value}; a smaller optim.lr, optim.warmup_epochs or train.grad_clip may help"
+            )
+
+
+@contextlib.contextmanager
+def _randomness(device: torch.device, *key: int) -> Iterator[None]:
+    """Seeds torch's generators with a key, and leaves them as they were found."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        yield
+
+
+def _no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return net.no_sync() if isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
