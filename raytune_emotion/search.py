@@ -23,6 +23,7 @@ from raytune_emotion.tuning.page import REPORT, write_report
 from raytune_emotion.tuning.searcher import create_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
 from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_spec, write_spec
+from raytune_emotion.tuning.workers import MAX_FAILURES
 
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
@@ -43,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
     add("--seed", type=int, metavar="N", help="default: 0")
     add("--time-budget", type=_duration, metavar="T", help="as 90m, 2h or 1d; the study can be resumed afterwards")
-    add("--max-failures", type=int, metavar="N", help="restarts of a trial whose process died (default: 3)")
+    add(
+        "--max-failures",
+        type=int,
+        metavar="N",
+        help=f"restarts of a trial that died (default: {MAX_FAILURES})",
+    )
     add("--weights-dir", type=Path, metavar="DIR", help="pretrained weights, for machines without a hub")
     add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
     add("--address", metavar="ADDRESS", help="of a running Ray cluster, or auto (default: start Ray here)")
@@ -87,7 +93,7 @@ def _new(name: str, args: argparse.Namespace) -> StudySpec:
         concurrency=args.concurrency,
         workers_per_trial=args.workers_per_trial or 1,
         gpus_per_worker=args.gpus_per_worker,
-        max_failures=3 if args.max_failures is None else args.max_failures,
+        max_failures=MAX_FAILURES if args.max_failures is None else args.max_failures,
         data=str(args.data.absolute()) if args.data else "generated faces",
         stores={size: str(store.path) for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
@@ -159,7 +165,8 @@ def _existing_folder(args: argparse.Namespace) -> Path:
     studies = sorted(results.glob(f"*/{SPEC}"), key=lambda file: file.stat().st_mtime)
     if not studies:
         raise UserError(f"{results}: there is no study in it to resume; name its folder with --results")
-    return studies[-1].parent
+    newest: Path = studies[-1].parent
+    return newest
 
 
 @contextmanager

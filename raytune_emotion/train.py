@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.config import RunConfig
@@ -21,8 +22,8 @@ from raytune_emotion.learn.model import check_backbone
 from raytune_emotion.learn.package import export_checkpoint
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
 from raytune_emotion.tuning.study import best_trial_id, trial_folder
-from raytune_emotion.tuning.trial import PARAMS, Job, Resources, TrialFailed
-from raytune_emotion.tuning.trial import run as run_job
+from raytune_emotion.tuning.trial import PARAMS, Job, Resources, TrialFailed, train_here
+from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,9 +106,9 @@ next: python -m raytune_emotion.predict {folder / "best"} FACE.jpg"""
 
 
 def _train(console: Console, folder: Path, config: RunConfig, store: str, resources: Resources) -> None:
-    job = Job(folder.name, str(folder), store, config.flat(), resources, max_failures=3)
+    job = Job(folder.name, str(folder), store, config.flat(), resources)
     try:
-        for report in run_job(job):
+        for report in train_here(job) if resources.workers == 1 else train_together(job, MAX_FAILURES):
             console.print(
                 f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  "
                 f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"

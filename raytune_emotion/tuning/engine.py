@@ -1,10 +1,12 @@
 """Runs a study's trials on a Ray cluster."""
 
 import contextlib
+import logging
 import math
 import os
 import sys
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from ray.tune.search import SearchAlgorithm
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.tuning.actor import TrialActor
 from raytune_emotion.tuning.searcher import Proposal, Searcher, Status, abandon_torn, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.stopping import make_scheduler, replay
@@ -34,7 +37,8 @@ from raytune_emotion.tuning.study import (
     trial_folder,
     write_tables,
 )
-from raytune_emotion.tuning.trial import Job, Resources, TrialActor, release_workers
+from raytune_emotion.tuning.trial import Job, Resources
+from raytune_emotion.tuning.workers import release_workers
 
 #: Ray reads these when it starts, and has no arguments in their place.
 _RAY_SETTINGS = {
@@ -60,9 +64,14 @@ class Event:
 def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[None]:
     """Joins the Ray cluster at an address, or starts one on this machine, and leaves it at the end."""
     os.environ.update(_RAY_SETTINGS)
+    # Its warnings are of result files that are not written, and of failed trials, whose reasons are in the tables.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     joined = {"address": address} if address else {"include_dashboard": dashboard, **local}
     try:
-        ray.init(**joined, log_to_driver=False, logging_level="warning", configure_logging=True)
+        ray.init(**joined, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
     try:
@@ -87,7 +96,7 @@ def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: 
     Raises:
         UserError: where the cluster cannot run even one trial.
     """
-    total = ray.cluster_resources()
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
     if gpu and gpus:
@@ -98,7 +107,8 @@ def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: 
     cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
     resources = Resources(workers, cpu, gpu)
     need = resources.per_worker
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
     places = sum(int(min(node.get(kind, 0.0) / amount + 1e-9 for kind, amount in need.items())) for node in alive)
     if places < workers:
         each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
@@ -147,6 +157,7 @@ def run_study(
                     name=folder.name,
                     storage_path=scratch,
                     verbose=0,
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=spec.max_failures),
                 ),
             ).fit()
@@ -208,8 +219,8 @@ class _Search(SearchAlgorithm):
         else:
             self._unfinished.append(record.trial_id)
 
-    def add_configurations(self, experiments: list[Experiment] | Experiment) -> None:
-        (self._experiment,) = experiments if isinstance(experiments, list) else [experiments]
+    def add_configurations(self, experiments: Any) -> None:
+        (self._experiment,) = experiments
 
     def is_finished(self) -> bool:
         return self._finished or (not self._unfinished and self._asked >= self._spec.trials)
@@ -226,7 +237,7 @@ class _Search(SearchAlgorithm):
         self._live[proposal.trial_id] = proposal
         self._watch(Event(proposal, "running", None, ""))
         assert self._experiment is not None
-        return _create_trial_from_spec(
+        trial: Trial = _create_trial_from_spec(
             {
                 **self._experiment.spec,
                 "config": job_of(self._folder, self._spec, self._placement.resources, proposal).to_dict(),
@@ -236,6 +247,7 @@ class _Search(SearchAlgorithm):
             experiment_tag=proposal.trial_id,
             trial_id=proposal.trial_id,
         )
+        return trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._searcher.observe(trial_id, result)
@@ -270,5 +282,4 @@ def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Propos
         store=spec.stores[config.data.image_size],
         settings=settings,
         resources=resources,
-        max_failures=spec.max_failures,
     )

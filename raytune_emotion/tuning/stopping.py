@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raytune_emotion.tuning.searcher import OBJECTIVE
 from raytune_emotion.tuning.study import TrialRecord
+
+# ASHA asks neither its controller nor anything of a trial but its id.
+_NO_CONTROLLER: Any = None
 
 
 def make_scheduler(most_reports: int) -> ASHAScheduler:
@@ -33,10 +37,10 @@ def replay(scheduler: ASHAScheduler, records: Sequence[TrialRecord]) -> set[str]
     running = {record.trial_id for record in records if record.status == "running"}
     reports = [(report, record.trial_id) for record in records for report in record.reports]
     for report, trial_id in sorted(reports, key=lambda item: item[0]["time"]):
-        trial = SimpleNamespace(trial_id=trial_id)
+        trial: Any = SimpleNamespace(trial_id=trial_id)
         if trial_id not in added:
-            scheduler.on_trial_add(None, trial)
+            scheduler.on_trial_add(_NO_CONTROLLER, trial)
             added.add(trial_id)
-        if scheduler.on_trial_result(None, trial, report) == TrialScheduler.STOP and trial_id in running:
+        if scheduler.on_trial_result(_NO_CONTROLLER, trial, report) == TrialScheduler.STOP and trial_id in running:
             stopped.add(trial_id)
     return stopped

@@ -16,7 +16,8 @@ from typing import Any
 
 import optuna
 import pandas as pd
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text

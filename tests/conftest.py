@@ -1,0 +1,38 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Packed stores and generated faces of the tests stay among themselves."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> Path:
+    """A small AffectNetFused folder of generated faces, with a validation set of odd size."""
+    from raytune_emotion.data.sample import write_sample
+
+    folder = tmp_path_factory.mktemp("faces") / "sample"
+    write_sample(folder, train=96, val=33, image_size=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(faces):
+    from raytune_emotion.data.store import prepare
+
+    return prepare(faces, image_size=32)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """One local Ray cluster for all tests that touch Ray."""
+    from raytune_emotion.tuning.engine import ray_session
+
+    with ray_session(None, dashboard=False, num_cpus=2):
+        yield
