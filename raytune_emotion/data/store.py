@@ -43,6 +43,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
 
 _MANIFEST = "manifest.json"
+_REJECTED = "rejected.csv"
 _VERSION = 1
 _SHARD_BYTES = 128 * 2**20  # pixels in a shard, at most
 _TASK_BYTES = 8 * 2**20  # pixels a worker holds at a time, at most
@@ -59,7 +60,7 @@ class Split:
     """The rows of one split, in the order of their ids."""
 
     ids: Sequence[str] = field(repr=False)
-    prob_NK: npt.NDArray[np.float32] = field(repr=False)  # noqa: N815
+    prob_NK: npt.NDArray[np.float32] = field(repr=False)
     shards: tuple[npt.NDArray[np.uint8], ...] = field(repr=False)  # [n, H, W, 3] each, in order
 
     def __len__(self) -> int:
@@ -207,14 +208,12 @@ def pack(
         raise UserError(f"{source}: is a packed store already")
     try:
         with whole_folder(dest) as folder, _pool(workers) as pmap, _progress() as progress:
-            rejected = _pack_into(folder, source, image_size, classes, skip_bad, pmap, progress)
+            _pack_into(folder, source, image_size, classes, skip_bad, pmap, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{dest.parent}: {error.strerror} while packing; {_MORE_ROOM}") from error
         raise
-    if rejected:
-        print(f"{dest}: {rejected} rows set aside, listed in {dest / 'rejected.csv'}", file=sys.stderr)
-    return open_store(dest)
+    return _telling_rejected(open_store(dest))
 
 
 def prepare(
@@ -257,7 +256,7 @@ def prepare(
     dest = cache_folder() / "stores" / f"{data.resolve().name}-{size}px-{key}"
     if is_store(dest):
         try:
-            return open_store(dest)
+            return _telling_rejected(open_store(dest))
         except UserError as error:
             print(f"{error}\n{dest}: packed again", file=sys.stderr)
             shutil.rmtree(dest)
@@ -266,8 +265,14 @@ def prepare(
         return pack(data, dest, image_size=size, classes=classes, skip_bad=skip_bad)
     except UserError:
         if is_store(dest):  # another process was faster
-            return open_store(dest)
+            return _telling_rejected(open_store(dest))
         raise
+
+
+def _telling_rejected(store: Store) -> Store:
+    if store.rejected:
+        print(f"{store.path}: rejected rows: {store.rejected}, see {store.path / _REJECTED}", file=sys.stderr)
+    return store
 
 
 def cache_folder() -> Path:
@@ -334,14 +339,14 @@ def _pool(workers: int | None) -> Iterator[affectnet.Map]:
     """A `map` over processes, which are started when there is enough to do for them."""
     cores = len(os.sched_getaffinity(0))
     executor = ProcessPoolExecutor(
-        workers or cores, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+        workers or cores, mp_context=multiprocessing.get_context("spawn"), initializer=_follow_parent
     )
 
     def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         tasks = list(tasks)
         if workers == 1 or (workers is None and (cores == 1 or len(tasks) < _TASKS_WORTH_A_POOL)):
             return map(function, tasks)
-        with _without_main():
+        with _spawning():
             return executor.map(function, tasks)
 
     try:
@@ -351,19 +356,21 @@ def _pool(workers: int | None) -> Iterator[affectnet.Map]:
 
 
 @contextlib.contextmanager
-def _without_main() -> Iterator[None]:
+def _spawning() -> Iterator[None]:
     # A spawned process first imports the main module of its parent. These need nothing of it, and it may be one
     # that imports ray, torch and optuna, or a script that packs without asking whether it is the main one.
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
+    # They inherit what is blocked: Ctrl-C, which reaches them too, is for the parent, who ends the work in order.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the work in order
+def _follow_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -396,8 +403,7 @@ def _pack_into(
     skip_bad: bool,
     pmap: affectnet.Map,
     progress: Progress,
-) -> int:
-    """Writes a store's files; returns how many rows were set aside."""
+) -> None:
     scan = affectnet.scan(source, classes, _counted(pmap, progress, "reading annotations"))
     _refuse_empty(source, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
     row_bytes = image_size * image_size * 3
@@ -442,11 +448,10 @@ def _pack_into(
 
     rejected = len({(fault.split, fault.id) for fault in faults})
     if skip_bad:
-        with (folder / "rejected.csv").open("w", encoding="utf-8", newline="") as file:
+        with (folder / _REJECTED).open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("split", "file", "reason"), *((f.split, f.file, f.reason) for f in faults)])
     manifest = _describe([draft for draft in drafts if draft.good], image_size, classes, rejected)
     write_text(folder / _MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    return rejected
 
 
 def _decode_tasks(drafts: Sequence[_Draft], unlabelled: Sequence[Path], image_size: int, k: int) -> list[DecodeTask]:

@@ -1,0 +1,233 @@
+"""FER+ as a folder in the layout of AffectNetFused: python -m raytune_emotion.data.ferplus PIXELS VOTES DEST.
+
+FER+ gives each face of FER2013 the votes of ten people for eight emotions, `unknown` and `NF` (not a face).
+The votes for emotions become probabilities; the other five classes are zero. Left out are faces for which
+`unknown` and `NF` have more than half of the votes, and pictures that are there twice.
+
+The split is FER2013's own: Training becomes train_set and PublicTest val_set. PrivateTest stays out, for a last
+test of what has been chosen; for the same reason a picture that is in several of them is taken from training
+first, then from validation.
+"""
+
+import argparse
+import csv
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from raytune_emotion.data.affectnet import SPLITS
+from raytune_emotion.data.store import whole_folder
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
+
+#: FER+'s name of an emotion, in the order of its columns: ours.
+NAMES = {
+    "neutral": "neutral",
+    "happiness": "happy",
+    "surprise": "surprised",
+    "sadness": "sad",
+    "anger": "angry",
+    "disgust": "disgust",
+    "fear": "fear",
+    "contempt": "contempt",
+}
+_NO_EMOTION = ("unknown", "NF")
+_SIDE = 48  # px
+# By FER2013's usage: in the order in which a picture that is there twice is kept.
+_SPLIT_OF: dict[str, str | None] = {"PrivateTest": None, "PublicTest": "val", "Training": "train"}
+_Picture = npt.NDArray[np.uint8]  # [H, W]
+_NAMED = 10  # faults of one kind that a sentence names
+
+
+@dataclass(frozen=True)
+class Votes:
+    """One row of FER+."""
+
+    usage: str
+    image: str  # file name; empty where the picture is no face
+    emotions: tuple[int, ...]  # by NAMES
+    no_emotion: int
+
+    @property
+    def counts(self) -> bool:
+        return bool(self.image) and self.no_emotion <= sum(self.emotions)
+
+
+def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str, int]:
+    """Writes a folder in the layout of AffectNetFused: greyscale PNG, so that no pixel changes.
+
+    Args:
+        pixels_or_folder: fer2013.csv (emotion, pixels, Usage), whose rows are those of votes_csv; or a folder with
+            the pictures as FER+ names them (fer0000000.png), there or in FER2013Train, FER2013Valid, FER2013Test.
+        votes_csv: fer2013new.csv (Usage, Image name, the votes).
+        dest: the new folder.
+
+    Returns:
+        How many faces were written to `train` and `val`, and how many left out as `no emotion`, `repeated`
+        (picture or name) and `PrivateTest`.
+
+    Raises:
+        UserError: the files are not what FER+ has, or do not belong together; dest exists.
+    """
+    votes = _read_votes(votes_csv)
+    pictures = (
+        _from_folder(pixels_or_folder, votes)
+        if pixels_or_folder.is_dir()
+        else _from_csv(pixels_or_folder, votes, votes_csv)
+    )
+    counts: Counter[str] = Counter(dict.fromkeys(SPLITS, 0))
+    by_usage: dict[str, list[tuple[Votes, _Picture]]] = defaultdict(list)
+    for row, picture in zip(votes, pictures, strict=True):
+        if picture is None:
+            counts["no emotion"] += 1
+        else:
+            by_usage[row.usage].append((row, picture))
+
+    seen: set[bytes | str] = set()
+    with whole_folder(dest) as folder:
+        for name in SPLITS.values():
+            (folder / name / "images").mkdir(parents=True)
+            (folder / name / "annotations").mkdir()
+        for usage, split in _SPLIT_OF.items():
+            for row, picture in by_usage[usage]:
+                pixels = picture.tobytes()
+                if pixels in seen or row.image in seen:
+                    counts["repeated"] += 1
+                    continue
+                seen |= {pixels, row.image}
+                counts[split or usage] += 1
+                if split is not None:
+                    id_ = Path(row.image).stem.removeprefix("fer")
+                    Image.fromarray(picture).save(folder / SPLITS[split] / "images" / f"{id_}.png")
+                    annotation = folder / SPLITS[split] / "annotations" / f"{id_}_prob_rank.txt"
+                    annotation.write_text(",".join(map(repr, probabilities(row.emotions))) + "\n", encoding="ascii")
+        if empty := [usage for usage, split in _SPLIT_OF.items() if split is not None and not counts[split]]:
+            raise UserError(f"{votes_csv}: not one face with a voted emotion in {' and '.join(empty)}")
+    return counts
+
+
+def probabilities(votes: Sequence[int]) -> tuple[float, ...]:
+    """The shares of votes (by NAMES) as a distribution over EMOTIONS; not all votes may be zero."""
+    share = {ours: count / sum(votes) for ours, count in zip(NAMES.values(), votes, strict=True)}
+    return tuple(share.get(emotion, 0.0) for emotion in EMOTIONS)
+
+
+def _read_votes(path: Path) -> list[Votes]:
+    columns = ("Usage", "Image name", *NAMES, *_NO_EMOTION)
+    votes, faults = [], []
+    for line, row in _read_csv(path, columns):
+        usage, image, *counts = row
+        if usage not in _SPLIT_OF:
+            faults.append(f"{path}: line {line}: Usage is one of {', '.join(_SPLIT_OF)}, got {usage!r}")
+        elif not all(count.isascii() and count.isdigit() for count in counts):
+            faults.append(f"{path}: line {line}: votes are whole numbers, got {', '.join(counts)}")
+        elif Path(image).name != image:
+            faults.append(f"{path}: line {line}: Image name is a file name without a folder, got {image!r}")
+        else:
+            numbers = tuple(map(int, counts))
+            votes.append(Votes(usage, image, numbers[: len(NAMES)], sum(numbers[len(NAMES) :])))
+    _refuse(faults)
+    return votes
+
+
+def _from_csv(path: Path, votes: Sequence[Votes], votes_csv: Path) -> list[_Picture | None]:
+    """The picture of each row of votes; None for one that does not count."""
+    faults: list[str] = []
+    pictures: list[_Picture | None] = []
+    for told, row in zip_longest(_read_csv(path, ("Usage", "pixels")), votes):
+        if told is None or row is None:
+            raise UserError(f"{path} and {votes_csv}: have not the same number of rows, as files of one release do")
+        line, (usage, pixels) = told
+        if usage != row.usage:
+            faults.append(f"{path}: line {line}: Usage is {usage!r}, and in the same row of {votes_csv} {row.usage!r}")
+        elif not row.counts:
+            pictures.append(None)
+        else:
+            try:
+                flat = np.frombuffer(bytes(map(int, pixels.split())), np.uint8)
+                pictures.append(flat.reshape(_SIDE, _SIDE))
+            except ValueError:
+                faults.append(f"{path}: line {line}: pixels are {_SIDE * _SIDE} whole numbers from 0 to 255")
+    _refuse(faults)
+    return pictures
+
+
+def _from_folder(folder: Path, votes: Sequence[Votes]) -> list[_Picture | None]:
+    subfolders = ("FER2013Test", "FER2013Valid", "FER2013Train", ".")
+    found = {file.name: file for sub in subfolders for file in (folder / sub).glob("*.png")}
+    if missing := [row.image for row in votes if row.counts and row.image not in found]:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise UserError(
+            f"{folder}: {len(missing)} of the pictures with votes are neither here nor in"
+            f" {', '.join(subfolders[:-1])}: {', '.join(missing[:_NAMED])}{more}"
+        )
+    faults: list[str] = []
+    pictures: list[_Picture | None] = []
+    for row in votes:
+        if not row.counts:
+            pictures.append(None)
+            continue
+        try:
+            with Image.open(found[row.image], formats=("PNG",)) as image:
+                pictures.append(np.array(image.convert("L")))
+        except (OSError, SyntaxError, ValueError) as error:
+            faults.append(f"{found[row.image]}: the picture cannot be decoded ({error})")
+    _refuse(faults)
+    return pictures
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Line number and the values of some columns, by name, of every row."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            if missing := [name for name in columns if name not in header]:
+                raise UserError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(header)}")
+            places = [header.index(name) for name in columns]
+            for row in rows:
+                if len(row) != len(header):
+                    raise UserError(f"{path}: line {rows.line_num}: {len(row)} values for {len(header)} columns")
+                yield rows.line_num, [row[place].strip() for place in places]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: no CSV file in UTF-8 ({error})") from error
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        more = [f"and {len(faults) - _NAMED} more such lines"] if len(faults) > _NAMED else []
+        raise UserError([*faults[:_NAMED], *more])
+
+
+def run(args: argparse.Namespace) -> None:
+    counts = convert(args.pixels, args.votes, args.dest)
+    print(f"{args.dest}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
+    print(f"next: python -m raytune_emotion.pack {args.dest} DEST --image-size {_SIDE}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the conversion from the command line."""
+    from raytune_emotion.__main__ import guarded
+
+    parser = argparse.ArgumentParser(
+        prog="python -m raytune_emotion.data.ferplus",
+        description="turn FER+ into a folder in the layout of AffectNetFused",
+    )
+    parser.add_argument("pixels", type=Path, help="fer2013.csv, or the folder of FER+'s PNG files")
+    parser.add_argument("votes", type=Path, help="fer2013new.csv")
+    parser.add_argument("dest", type=Path, help="the new folder")
+    args = parser.parse_args(argv)
+    return guarded(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from raytune_emotion.__main__ import command_main
+from raytune_emotion.data.store import open_store
+from raytune_emotion.emotions import EMOTIONS
+from tests.data.test_affectnet import write_folder, write_row
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "faces")
+
+
+def test_what_was_packed_is_told(folder, tmp_path, capsys):
+    dest = tmp_path / "store"
+    assert command_main("pack", [str(folder), str(dest), "--image-size", "32"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == f"{dest}: 6 images to train on and 3 to validate on"
+    assert re.fullmatch(r"32 px, 13 classes, 0\.0 MB, rejected rows: 0", lines[1])
+    assert re.fullmatch(r"\d+\.\d s, [\d,]+ images/s", lines[2])
+    assert lines[3] == f"next: python -m raytune_emotion.search --data {dest}"
+    assert captured.err == ""
+    assert open_store(dest).image_size == 32
+
+
+def test_the_default_size_is_that_of_the_configuration(folder, tmp_path):
+    assert command_main("pack", [str(folder), str(tmp_path / "store")]) == 0
+    assert open_store(tmp_path / "store").image_size == 224
+
+
+def test_a_destination_that_exists_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    assert command_main("pack", [str(folder), str(tmp_path / "store")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'store'}: exists already")
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_faults_are_sentences_and_can_be_skipped(folder, tmp_path, capsys):
+    (folder / "train_set/annotations/1_prob_rank.txt").write_text("0.5,0.5")
+    (folder / "train_set/images/2.png").write_bytes(b"")
+    command = [str(folder), str(tmp_path / "store"), "--image-size", "16"]
+    assert command_main("pack", command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert [line.partition(": ")[0] for line in captured.err.splitlines()] == ["error"] * 3
+    assert "1_prob_rank.txt (2 values for 13 classes)" in captured.err
+    assert "train_set/images/2.png" in captured.err
+    assert not (tmp_path / "store").exists()
+
+    assert command_main("pack", [*command, "--skip-bad"]) == 0
+    captured = capsys.readouterr()
+    assert "4 images to train on" in captured.out
+    assert "rejected rows: 2" in captured.out
+    assert captured.err == f"{tmp_path / 'store'}: rejected rows: 2, see {tmp_path / 'store/rejected.csv'}\n"
+
+
+def test_other_classes_can_be_named(tmp_path):
+    for split, id_ in (("train", "1"), ("val", "2")):
+        write_row(tmp_path / "faces", split, id_, text="0.25,0.75,0")
+    dest = tmp_path / "store"
+    assert command_main("pack", [str(tmp_path / "faces"), str(dest), "--image-size", "16", "--classes", "a, b,c"]) == 0
+    assert open_store(dest).classes == ("a", "b", "c")
+    assert open_store(dest).val.prob_NK.tolist() == [[0.25, 0.75, 0]]
+    assert len(EMOTIONS) == 13
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
+    folder = write_folder(tmp_path / "faces", train=900)
+    dest = tmp_path / "out" / "store"
+    command = [sys.executable, "-m", "raytune_emotion.pack", str(folder), str(dest), "--image-size", "1024"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not list((tmp_path / "out").glob(".store.*.part/val-*.arrow")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(0.5)  # the workers are there, and may be under way
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert list((tmp_path / "out").iterdir()) == []
