@@ -80,13 +80,10 @@ def read_progress(folder: Path) -> Progress | None:
         return None
     try:
         with safe_open(folder / LAST, "pt") as file:
-            header = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-        progress = Progress(header["settings"], header["fingerprint"], tuple(header["history"]), header["scaler"])
-        if not progress.history:
-            raise ValueError("it holds no report")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            settings, fingerprint, history, scaler = _header(file, "settings", "fingerprint", "history", "scaler")
+        return Progress(settings, fingerprint, tuple(history), scaler)
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(folder / LAST, error) from error
-    return progress
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -97,7 +94,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """
     try:
         with safe_open(folder / LAST, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = _tensors(file)
         model.load_state_dict(_below("model.", tensors))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
@@ -125,8 +122,7 @@ def settle(folder: Path, progress: Progress | None) -> None:
         write_text(folder / HISTORY, lines)
     if progress is not None and history[-1]["best_report"] == history[-1]["report"] and not _has_best(folder, progress):
         with safe_open(folder / LAST, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        _write_best(folder, _below("model.", tensors), progress)
+            _write_best(folder, _below("model.", _tensors(file)), progress)
 
 
 def read_best(file: Path) -> Best:
@@ -139,10 +135,10 @@ def read_best(file: Path) -> Best:
         raise UserError(f"{file}: there is no such checkpoint; a run writes it with its first report")
     try:
         with safe_open(file, "pt") as tensors:
-            weights = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-            header = {key: json.loads(value) for key, value in tensors.metadata().items() if key != "format"}
-        return Best(weights, header["settings"], header["fingerprint"], header["report"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            # Copies: the tensors of a file are a map of it, and fall with it.
+            weights = {name: tensor.clone() for name, tensor in _tensors(tensors).items()}
+            return Best(weights, *_header(tensors, "settings", "fingerprint", "report"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from error
 
 
@@ -186,6 +182,17 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
         temporary.chmod(path.parent.stat().st_mode & 0o666)
 
 
+def _header(file: Any, *keys: str) -> list[Any]:
+    metadata = file.metadata() or {}
+    if not metadata.keys() >= {*keys}:
+        raise ValueError("its header is not that of a run")
+    return [json.loads(metadata[key]) for key in keys]
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
@@ -200,4 +207,7 @@ def _line(report: Report) -> str:
 
 def _damaged(file: Path, error: Exception) -> UserError:
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{file}: a damaged checkpoint ({why}); delete it, and the run starts anew when it is resumed")
+    return UserError(
+        f"{file}: a damaged checkpoint ({why}); delete {LAST} and {BEST} there, and the run starts anew when it is "
+        f"resumed"
+    )

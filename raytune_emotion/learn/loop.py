@@ -10,6 +10,7 @@ rows. All yield the same reports, and the first alone writes files.
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,9 @@ def fit(
         if folder is not None and plan.rank == 0:
             newest = Progress(config.flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
             checkpoint.save(folder, run.model, run.optimizer, newest)
+        if plan.workers > 1:
+            # The others wait here, so that what they have yielded is written.
+            history[-1] = _with_clocks_of_the_first(history[-1], device)
         yield dict(history[-1])
 
 
@@ -187,9 +191,11 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     net = model
     if plan.workers > 1:
-        # Buffers are shared before evaluations instead, once a report and not once a step.
         ids = [device] if device.type == "cuda" else None
-        net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
+            # Buffers are shared before evaluations instead, once a report and not once a step.
+            net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     optimizer = build_optimizer(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
     return Run(config, store, device, plan, model, net, optimizer, scaler, losses.mixture(config.loss.weights))
@@ -299,7 +305,8 @@ def evaluate(model: nn.Module, split: Split, *, classes: tuple[str, ...], device
             logits.append(model(normalise(batch.x_BHWC, mean, std)))
             probs.append(batch.prob_BK)
         # Many rows at once spare launches, and so many still fit a CPU's cache.
-        for logits_BK, prob_BK in zip(torch.cat(logits).split(2048), torch.cat(probs).split(2048), strict=True):
+        chunks = zip(torch.split(torch.cat(logits), 2048), torch.split(torch.cat(probs), 2048), strict=True)
+        for logits_BK, prob_BK in chunks:
             sums.add(per_sample(logits_BK, prob_BK, distances_of(classes)))
     return sums.means()
 
@@ -328,23 +335,16 @@ def _report(
     epoch, first, end = plan.span(len(history))
     images = plan.batch_rows * (end - first)
     before = history[-1]["seconds"] if history else 0.0
-    clock = torch.tensor(
-        [before + time.perf_counter() - began, time.time(), images / (trained - began)], dtype=torch.float64
-    )
-    if plan.workers > 1:
-        clock = clock.to(run.device)
-        dist.broadcast(clock, src=0)
-    seconds, now, images_per_second = clock.tolist()
     best = min([metrics["js"], *(report["val_js"] for report in history)])
     improved = not history or metrics["js"] < history[-1]["best_val_js"]
     report: Report = {
         "report": number,
         "epoch": epoch + end / plan.steps_per_epoch,
-        "seconds": seconds,
-        "time": now,
+        "seconds": before + time.perf_counter() - began,
+        "time": time.time(),
         "train_loss": train_loss,
         "lr": lr,
-        "images_per_second": images_per_second,
+        "images_per_second": images / (trained - began),
         **{f"val_{name}": value for name, value in metrics.items()},
         "best_val_js": best,
         "best_report": number if improved else history[-1]["best_report"],
@@ -353,6 +353,14 @@ def _report(
     }
     report["finished"] = is_finished(run.config, plan, [*history, report])
     return report
+
+
+def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
+    """A worker's report, with the times that the first worker took: all else is the same already."""
+    clocks = ("seconds", "time", "images_per_second")
+    taken = torch.tensor([report[name] for name in clocks], dtype=torch.float64, device=device)
+    dist.broadcast(taken, src=0)
+    return report | dict(zip(clocks, taken.tolist(), strict=True))
 
 
 def _check_resumable(config: RunConfig, store: Store, folder: Path | None, progress: Progress | None) -> None:

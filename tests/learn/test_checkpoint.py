@@ -1,0 +1,162 @@
+import json
+
+import pytest
+import torch
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn import checkpoint
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history, read_progress
+from raytune_emotion.learn.loop import evaluate, fit
+from raytune_emotion.learn.model import build_model
+
+CPU = torch.device("cpu")
+
+
+def config(**changes):
+    flat = {
+        "data.image_size": 32,
+        "model.backbone": "test_resnet",
+        "train.batch_size": 32,
+        "train.epochs": 2,
+        "loss.kl": 1.0,
+    }
+    return RunConfig.from_flat(flat | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def finished(store, tmp_path_factory):
+    """The files of a finished run, and its reports."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    reports = list(fit(config(), store, device=CPU, folder=folder))
+    return {file.name: file.read_bytes() for file in folder.iterdir()}, reports
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    for name, content in finished[0].items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.fixture
+def reports(finished):
+    return finished[1]
+
+
+def test_a_folder_holds_what_was_reported_and_nothing_more(run, reports):
+    assert sorted(file.name for file in run.iterdir()) == [BEST, HISTORY, LAST]
+    assert read_history(run) == list(read_progress(run).history) == reports
+    assert read_best(run / BEST).report == min(reports, key=lambda report: report["val_js"])
+
+
+def test_files_are_as_open_as_their_folder(store, tmp_path):
+    tmp_path.chmod(0o750)
+    next(fit(config(), store, device=CPU, folder=tmp_path))
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / LAST, tmp_path / BEST)} == {
+        LAST: 0o640,
+        BEST: 0o640,
+    }
+
+
+def test_the_best_weights_rebuild_the_model_and_its_metrics(run, store):
+    best = read_best(run / BEST)
+    rebuilt = RunConfig.from_flat(best.settings)
+    assert rebuilt == config()
+    assert best.fingerprint == store.fingerprint
+    model = build_model(rebuilt, weights=False)
+    model.load_state_dict(best.weights)
+    for name, value in evaluate(model, store.val, classes=rebuilt.data.classes, device=CPU).items():
+        assert best.report[f"val_{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+def test_a_torn_last_line_is_left_out(run, reports):
+    (run / HISTORY).write_bytes((run / HISTORY).read_bytes()[:-10])
+    assert read_history(run) == reports[:-1]
+
+
+def test_a_line_torn_elsewhere_is_a_fault(run):
+    (run / HISTORY).write_text('{"report": 1, \n{"report": 2}\n')
+    with pytest.raises(UserError, match=HISTORY):
+        read_history(run)
+
+
+def test_there_is_no_history_before_the_first_report(tmp_path):
+    assert read_history(tmp_path) == []
+    assert read_progress(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "found", ["missing", "torn", "line missing", "line beyond", "of another run"], ids=lambda found: found
+)
+def test_history_is_mended_from_the_last_checkpoint(run, reports, store, found):
+    lines = [json.dumps(report) + "\n" for report in reports]
+    (run / HISTORY).write_text(
+        {
+            "missing": "",
+            "torn": "".join(lines)[:-5],
+            "line missing": lines[0],
+            "line beyond": "".join(lines) + lines[-1].replace('"report": 2', '"report": 3'),
+            "of another run": '{"report": 1}\n' * 2,
+        }[found]
+    )
+    if found == "missing":
+        (run / HISTORY).unlink()
+    assert list(fit(config(), store, device=CPU, folder=run)) == []
+    assert read_history(run) == reports
+
+
+@pytest.mark.parametrize("found", ["missing", "damaged", "older"])
+def test_the_best_weights_are_mended_from_the_last_checkpoint(tmp_path, store, found):
+    """As after a death between the two: the newest report is the best."""
+    older = b""
+    for report in fit(config(train__epochs=20, optim__lr=3e-3), store, device=CPU, folder=tmp_path):
+        if report["best_report"] == report["report"] > 1:
+            break
+        older = (tmp_path / BEST).read_bytes()
+    whole = read_best(tmp_path / BEST)
+    assert whole.report == report
+    if found == "missing":
+        (tmp_path / BEST).unlink()
+    else:
+        (tmp_path / BEST).write_bytes(older[:1000] if found == "damaged" else older)
+    checkpoint.settle(tmp_path, read_progress(tmp_path))
+    mended = read_best(tmp_path / BEST)
+    assert mended.report == whole.report
+    assert all(torch.equal(mended.weights[name], whole.weights[name]) for name in whole.weights)
+
+
+def test_what_a_killed_writer_left_is_removed(run, store):
+    (run / f".{LAST}.123.tmp").write_bytes(b"half")
+    (run / "events").write_bytes(b"not ours")
+    list(fit(config(), store, device=CPU, folder=run))
+    assert sorted(file.name for file in run.iterdir()) == [BEST, "events", HISTORY, LAST]
+
+
+@pytest.mark.parametrize("name", [LAST, BEST])
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "foreign"])
+def test_a_damaged_checkpoint_is_named(run, store, name, damage):
+    whole = (run / name).read_bytes()
+    foreign = (10).to_bytes(8, "little") + b"{}        "
+    (run / name).write_bytes({"empty": b"", "cut": whole[:-7], "garbage": b"\xff" * 64, "foreign": foreign}[damage])
+    with pytest.raises(UserError, match=f"{name}: a damaged checkpoint .* delete"):
+        read_best(run / BEST) if name == BEST else next(fit(config(train__epochs=3), store, device=CPU, folder=run))
+
+
+def test_a_missing_best_is_said(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_best(tmp_path / BEST)
+
+
+def test_tensors_that_do_not_fit_the_settings_are_damage(run, store):
+    model = build_model(config(model__backbone="test_efficientnet"))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.restore(run, model, torch.optim.AdamW(model.parameters()))
+
+
+def test_without_a_last_checkpoint_the_run_starts_anew(run, reports, store):
+    (run / LAST).unlink()
+    again = next(fit(config(), store, device=CPU, folder=run))
+    assert again["report"] == 1
+    assert again["val_js"] == reports[0]["val_js"]
+    assert read_history(run) == [again]

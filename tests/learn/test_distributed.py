@@ -1,0 +1,144 @@
+"""Two processes, gloo, on the CPU: they do the work of one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.store import open_store
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import LAST
+from raytune_emotion.learn.loop import evaluate, fit
+from raytune_emotion.learn.model import build_model
+from tests.learn.test_loop import CLOCKS, CPU, EVERYTHING, config, run, same, state
+
+# Without BatchNorm and dropout, and with plain gradients: numbers that do not depend on the number of workers. Shares
+# of 8 and 7 rows, in micro-batches of 4, 4 and 4, 3.
+COMPARABLE = {
+    "model__dropout": 0.0,
+    "train__epochs": 1,
+    "optim__name": "sgd",
+    "optim__lr": 0.05,
+    "train__batch_size": 15,
+    "train__accumulate": 2,
+    "augment__colour": 0.5,
+    "augment__crop_scale": 0.6,
+}
+SHORT = EVERYTHING | {"train__epochs": 1}
+BACKBONES = ("test_vit", "test_efficientnet_gn")  # the latter in channels-last memory, as all convolutions
+
+
+def of_one_row(split):
+    return type(split)(split.ids[:1], split.prob_NK[:1], (split.gather(np.arange(1)),))
+
+
+def work(rank, store_path, folder):
+    """One of the two processes; leaves what it found in a file."""
+    torch.set_num_threads(1)
+    store, folder, found = open_store(store_path), Path(folder), {}
+    if rank == 0:
+        run(config(**SHORT), store, folder / "alone")
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = build_model(config())
+    for name, split in (("odd", store.val), ("single", of_one_row(store.val))):
+        found[name] = evaluate(model, split, classes=store.classes, device=CPU)
+    for backbone in BACKBONES:
+        found[backbone] = list(
+            fit(config(**COMPARABLE, model__backbone=backbone), store, device=CPU, folder=folder / f"{backbone}{rank}")
+        )
+    settings = config(**SHORT)
+    found["whole"] = list(fit(settings, store, device=CPU, folder=folder / "whole"))
+    first = fit(settings, store, device=CPU, folder=folder / "parts")
+    found["parts"] = [next(first)]
+    first.close()
+    found["parts"] += fit(settings, store, device=CPU, folder=folder / "parts")
+    found["again"] = list(fit(settings, store, device=CPU, folder=folder / "parts"))
+    try:
+        next(fit(settings, store, device=CPU, folder=folder / ("whole" if rank == 0 else "elsewhere")))
+    except UserError as error:
+        found["elsewhere"] = str(error)
+    try:
+        next(fit(config(train__batch_size=1), store, device=CPU))
+    except UserError as error:
+        found["too small"] = str(error)
+    (folder / f"found{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    torch.multiprocessing.spawn(work, (store.path, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return [json.loads((folder / f"found{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["odd", "single"])
+def test_two_processes_measure_what_one_does(found, store, name):
+    split = store.val if name == "odd" else of_one_row(store.val)
+    assert len(split) % 2 == 1
+    expected = evaluate(build_model(config()), split, classes=store.classes, device=CPU)
+    assert found[0][name] == found[1][name] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_two_workers_train_what_one_does(found, folder, store, tmp_path, backbone):
+    alone = run(config(**COMPARABLE, model__backbone=backbone), store, tmp_path)
+    for report, expected in zip(found[0][backbone], alone, strict=True):
+        assert {key: value for key, value in report.items() if key not in CLOCKS} == pytest.approx(expected, abs=1e-5)
+    together, expected = load_file(folder / f"{backbone}0" / LAST), state(tmp_path)
+    assert together.keys() == expected.keys()
+    start = build_model(config(**COMPARABLE, model__backbone=backbone)).state_dict()
+    apart, moved = (
+        sum((ending[f"model.{name}"] - other[name]).square().sum().item() for name in start) ** 0.5
+        for ending, other in ((together, {name: expected[f"model.{name}"] for name in start}), (expected, start))
+    )
+    assert apart < 1e-3 * moved
+
+
+def test_all_workers_yield_the_same_reports_and_the_first_alone_writes(found, folder):
+    for name in ("odd", "single", *BACKBONES, "whole", "parts"):
+        assert found[0][name] == found[1][name]
+    for backbone in BACKBONES:
+        assert (folder / f"{backbone}0" / LAST).exists()
+        assert not (folder / f"{backbone}1").exists()
+
+
+def test_workers_resume_bit_for_bit_too(found, folder):
+    for part, whole in zip(found[0]["parts"], found[0]["whole"], strict=True):
+        assert {**part, **dict.fromkeys(CLOCKS)} == {**whole, **dict.fromkeys(CLOCKS)}
+    assert same(state(folder / "parts"), state(folder / "whole"))
+    assert found[0]["again"] == found[1]["again"] == []
+
+
+def test_the_statistics_of_batchnorm_are_those_of_all_workers(found, folder, store):
+    """The checkpoint that the first worker wrote has the metrics that all of them measured together."""
+    model = build_model(config(**SHORT))
+    last = load_file(folder / "whole" / LAST)
+    model.load_state_dict({key[6:]: value for key, value in last.items() if key.startswith("model.")})
+    metrics = evaluate(model, store.val, classes=store.classes, device=CPU)
+    assert metrics["js"] == pytest.approx(found[1]["whole"][-1]["val_js"], rel=1e-5)
+
+
+def test_what_workers_cannot_do_together_is_said_by_all(found):
+    for mine in found:
+        assert "do not see the same checkpoint" in mine["elsewhere"]
+        assert mine["too small"].startswith("train.batch_size: 1 rows")
+
+
+def test_a_run_is_the_same_in_a_fresh_process_and_after_others(folder, store, tmp_path):
+    """Dropout and augmentation on: neither may depend on what the process did before."""
+    torch.manual_seed(77)
+    run(RunConfig.from_flat({**config().flat(), "train.seed": 5, "model.backbone": "test_vit"}), store)
+    run(config(**SHORT), store, tmp_path)
+    assert same(state(tmp_path), state(folder / "alone"))

@@ -1,0 +1,296 @@
+import dataclasses
+import gc
+import math
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn import loop
+from raytune_emotion.learn.checkpoint import LAST, read_history
+from raytune_emotion.learn.loop import Diverged, baseline, fit, make_plan
+from raytune_emotion.learn.model import build_model
+
+CPU = torch.device("cpu")
+CLOCKS = {"seconds", "time", "images_per_second"}
+
+
+def config(**changes):
+    """96 rows are 6 steps an epoch."""
+    flat = {
+        "data.image_size": 32,
+        "model.backbone": "test_resnet",
+        "train.batch_size": 16,
+        "train.epochs": 2,
+        "loss.kl": 1.0,
+    }
+    return RunConfig.from_flat(flat | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def run(settings, store, folder=None, stop=None):
+    """The reports, all or until one is there; without their clocks."""
+    reports = []
+    iterator = fit(settings, store, device=CPU, folder=folder)
+    for report in iterator:
+        reports.append({key: value for key, value in report.items() if key not in CLOCKS})
+        if len(reports) == stop:
+            iterator.close()
+    return reports
+
+
+def state(folder):
+    return load_file(folder / LAST)
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def shortened(store, rows):
+    """The store with its first training rows only, in memory."""
+    pixels, prob_NK = store.train.gather(np.arange(rows)), store.train.prob_NK[:rows].copy()
+    train = dataclasses.replace(store.train, ids=store.train.ids[:rows], prob_NK=prob_NK, shards=(pixels,))
+    return dataclasses.replace(store, train=train)
+
+
+# ---- reports
+
+
+def test_reports_say_what_is_promised(store):
+    reports = list(fit(config(train__evals_per_epoch=2), store, device=CPU))
+    assert [report["report"] for report in reports] == [1, 2, 3, 4]
+    assert [report["epoch"] for report in reports] == [0.5, 1, 1.5, 2]
+    assert [report["finished"] for report in reports] == [False, False, False, True]
+    assert all(type(value) in (int, float, bool) for report in reports for value in report.values())
+    assert sorted(report["seconds"] for report in reports) == [report["seconds"] for report in reports]
+    for number, report in enumerate(reports, 1):
+        so_far = [earlier["val_js"] for earlier in reports[:number]]
+        assert report["best_val_js"] == min(so_far)
+        assert so_far[report["best_report"] - 1] == min(so_far)
+    names = "js kl ce tvd mse l1 emd emd_va chebyshev clark canberra cosine intersection accuracy"
+    assert [key for key in reports[0] if key.startswith("val_")] == [f"val_{name}" for name in names.split()]
+    assert reports[0]["params_millions"] == pytest.approx(0.38, abs=0.02)
+    assert reports[0]["images_per_second"] > 0
+
+
+def test_training_learns(store):
+    quick = {"optim__lr": 3e-3, "optim__schedule": "cosine", "model__dropout": 0.0, "train__batch_size": 8}
+    reports = run(config(**quick, train__epochs=12), store)
+    assert reports[-1]["train_loss"] < 0.8 * reports[0]["train_loss"]
+    assert reports[-1]["best_val_js"] < baseline(store)["js"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "evals", "batch_rows", "steps", "stops"),
+    [(96, 1, 16, 6, (6,)), (96, 4, 16, 6, (2, 3, 5, 6)), (40, 9, 16, 2, (1, 2)), (7, 2, 7, 1, (1,))],
+)
+def test_a_plan_has_whole_batches_and_ends_epochs_with_a_report(store, rows, evals, batch_rows, steps, stops):
+    plan = make_plan(config(train__evals_per_epoch=evals), shortened(store, rows), CPU)
+    assert (plan.batch_rows, plan.steps_per_epoch, plan.stops) == (batch_rows, steps, stops)
+    assert [plan.span(i)[:2] for i in (0, len(stops))] == [(0, 0), (1, 0)]
+
+
+def test_a_training_set_smaller_than_a_batch_is_one_step(store):
+    assert len(run(config(), shortened(store, 7))) == 2
+
+
+def test_the_baseline_is_that_of_the_training_mean(store):
+    mean = store.train.prob_NK.astype(np.float64).mean(0)
+    assert baseline(store)["mse"] == pytest.approx(((store.val.prob_NK - mean) ** 2).mean())
+    assert all(math.isfinite(value) for value in baseline(store).values())
+
+
+def test_the_baseline_is_finite_for_a_class_that_training_lacks(store):
+    unseen = shortened(store, 10)
+    unseen.train.prob_NK[:, 3] = 0
+    assert math.isfinite(baseline(unseen)["kl"])
+
+
+# ---- the same numbers, however they are come by
+
+EVERYTHING = {
+    "train__evals_per_epoch": 2,
+    "train__epochs": 3,
+    "model__dropout": 0.3,
+    "augment__crop_scale": 0.6,
+    "augment__colour": 0.4,
+    "augment__erase": 0.3,
+    "augment__mixup": 0.4,
+}
+RESUMED = {
+    "adamw, plateau, accumulated": {
+        "optim__plateau_patience": 0.5,
+        "train__accumulate": 3,
+        "optim__weight_decay": 0.1,
+    },
+    "adam, cosine, clipped": {
+        "optim__name": "adam",
+        "optim__schedule": "cosine",
+        "optim__warmup_epochs": 0.7,
+        "train__grad_clip": 0.5,
+        "loss__kl": 0.5,
+        "loss__js": 0.5,
+    },
+    "sgd, constant, bf16": {
+        "optim__name": "sgd",
+        "optim__schedule": "constant",
+        "optim__lr": 0.05,
+        "train__precision": "bf16",
+    },
+    "transformer": {"model__backbone": "test_vit", "optim__schedule": "cosine"},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(store, tmp_path, name):
+    settings = config(**EVERYTHING | RESUMED[name])
+    whole = run(settings, store, tmp_path / "whole")
+    parts = [run(settings, store, tmp_path / "parts", stop=stop) for stop in (1, 2, None)]
+    assert [len(part) for part in parts] == [1, 2, 3]
+    assert [report for part in parts for report in part] == whole
+    assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    if "plateau" in name:
+        assert len({report["lr"] for report in whole}) > 1
+
+
+def test_seconds_go_on_where_they_were(store, tmp_path):
+    first = next(fit(config(), store, device=CPU, folder=tmp_path))
+    second = next(fit(config(), store, device=CPU, folder=tmp_path))
+    assert second["seconds"] > first["seconds"]
+
+
+def test_generators_are_left_as_they_were_found(store):
+    before = torch.get_rng_state()
+    for _ in fit(config(model__dropout=0.5), store, device=CPU):
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_micro_batches_make_the_gradient_of_the_whole_batch(store, tmp_path):
+    """16 rows in 3 uneven parts, without BatchNorm and dropout."""
+    plain = {"model__backbone": "test_vit", "model__dropout": 0.0, "optim__name": "sgd", "train__epochs": 1}
+    for accumulate in (1, 3):
+        run(config(**plain, optim__lr=0.1, train__accumulate=accumulate), store, tmp_path / str(accumulate))
+    first, third = state(tmp_path / "1"), state(tmp_path / "3")
+    for name in first:
+        torch.testing.assert_close(first[name], third[name], rtol=1e-4, atol=1e-5)
+
+
+def test_clipped_gradients_take_small_steps(store, tmp_path):
+    clipped = {"optim__name": "sgd", "optim__momentum": 0.0, "optim__schedule": "constant", "train__epochs": 1}
+    run(config(**clipped, optim__lr=1.0, train__grad_clip=1e-3), store, tmp_path)
+    start, end = dict(build_model(config()).named_parameters()), state(tmp_path)
+    moved = math.sqrt(sum((end[f"model.{name}"] - value).square().sum().item() for name, value in start.items()))
+    assert 0 < moved <= 6 * 1e-3 * 1.001  # steps, each of at most lr times the norm
+
+
+# ---- endings
+
+
+def test_a_finished_run_yields_nothing_and_goes_on_with_more_epochs(store, tmp_path):
+    first = run(config(optim__schedule="constant"), store, tmp_path)
+    assert run(config(optim__schedule="constant"), store, tmp_path) == []
+    more = run(config(optim__schedule="constant", train__epochs=3), store, tmp_path)
+    assert [report["report"] for report in first + more] == [1, 2, 3]
+    assert len(read_history(tmp_path)) == 3
+    once = run(config(optim__schedule="constant", train__epochs=3), store)
+    assert [report["val_js"] for report in first + more] == [report["val_js"] for report in once]
+
+
+def test_patience_is_counted_in_epochs(store, tmp_path):
+    """Steps too small to change anything: only the first report is a best one."""
+    idle = {"optim__name": "sgd", "optim__lr": 1e-30, "model__backbone": "test_vit", "train__epochs": 9}
+    reports = run(config(**idle, train__evals_per_epoch=2, train__patience=1.5), store, tmp_path)
+    assert len(reports) == 1 + 3
+    assert reports[-1]["finished"]
+    assert run(config(**idle, train__evals_per_epoch=2, train__patience=1.5), store, tmp_path) == []
+
+
+class TurnsToNaN(nn.Module):
+    """A model whose outputs are NaN from some call on, in training or in evaluation."""
+
+    def __init__(self, inner, *, training, after):
+        super().__init__()
+        self.inner, self.when, self.left = inner, training, after
+        self.pretrained_cfg = inner.pretrained_cfg
+
+    def forward(self, x):
+        if self.training == self.when:
+            self.left -= 1
+        return self.inner(x) * (math.nan if self.left < 0 else 1)
+
+
+@pytest.mark.parametrize(("training", "after", "what"), [(True, 8, "training loss"), (False, 1, "js")])
+def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(store, tmp_path, monkeypatch, training, after, what):
+    build = loop.build_model
+    monkeypatch.setattr(
+        loop,
+        "build_model",
+        lambda *args, **options: TurnsToNaN(build(*args, **options), training=training, after=after),
+    )
+    reports = fit(config(), store, device=CPU, folder=tmp_path)
+    next(reports)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(Diverged, match=rf"report 2 \(step 12\): the {what} is nan"):
+        next(reports)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("ending", ["closed", "diverged"])
+def test_nothing_outlives_a_run(store, monkeypatch, ending):
+    built = []
+    build = loop.build_model
+
+    def watched(*args, **options):
+        model = build(*args, **options)
+        built.append(weakref.ref(model))
+        return TurnsToNaN(model, training=True, after=8) if ending == "diverged" else model
+
+    monkeypatch.setattr(loop, "build_model", watched)
+    threads = set(threading.enumerate())
+    reports = fit(config(), store, device=CPU)
+    next(reports)
+    if ending == "closed":
+        reports.close()
+    else:
+        with pytest.raises(Diverged):
+            next(reports)
+    gc.collect()
+    assert built[0]() is None
+    assert set(threading.enumerate()) <= threads
+
+
+# ---- what the user can mend
+
+
+def test_all_that_does_not_fit_is_said_at_once(store):
+    wrong = config(data__image_size=64, data__classes=["a", "b"], train__precision="fp16", train__accumulate=12)
+    with pytest.raises(UserError) as caught:
+        next(fit(wrong, shortened(store, 10), device=CPU))
+    assert [fault.split(":")[0] for fault in caught.value.faults] == [
+        "data.image_size",
+        "data.classes",
+        "train.precision",
+        "train.batch_size",
+    ]
+
+
+def test_batchnorm_over_one_row_is_refused(store):
+    with pytest.raises(UserError, match="BatchNorm"):
+        next(fit(config(train__accumulate=16), store, device=CPU))
+    next(fit(config(train__accumulate=16, model__backbone="test_vit"), store, device=CPU))
+
+
+def test_a_folder_is_resumed_with_its_own_settings_and_data_only(store, tmp_path):
+    next(fit(config(), store, device=CPU, folder=tmp_path))
+    with pytest.raises(UserError) as caught:
+        next(fit(config(optim__lr=0.5, train__seed=1, train__epochs=5), store, device=CPU, folder=tmp_path))
+    assert len(caught.value.faults) == 2
+    assert all(str(tmp_path) in fault for fault in caught.value.faults)
+    with pytest.raises(UserError, match="other data"):
+        next(fit(config(), dataclasses.replace(store, fingerprint="other"), device=CPU, folder=tmp_path))
