@@ -161,7 +161,8 @@ def _new_folder(args: argparse.Namespace) -> Path:
 def _existing_folder(args: argparse.Namespace) -> Path:
     results: Path = args.results.absolute()
     if args.name:
-        return results / args.name
+        named: Path = results / args.name
+        return named
     studies = sorted(results.glob(f"*/{SPEC}"), key=lambda file: file.stat().st_mtime)
     if not studies:
         raise UserError(f"{results}: there is no study in it to resume; name its folder with --results")

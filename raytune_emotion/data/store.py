@@ -226,7 +226,8 @@ def prepare(
 
     Args:
         data: a store, or a folder in the layout of AffectNetFused.
-        image_size: side of the square images, px; None: the store's own, or the default for a folder.
+        image_size: side of the square images, px; None: the store's own, or that of the folder's
+            images, but no more than the default.
         classes: names of the K values of an annotation, in order; a store must have been packed with them.
         skip_bad: as in `pack`.
 
@@ -250,7 +251,7 @@ def prepare(
             raise UserError(faults)
         return store
 
-    size = DataConfig().image_size if image_size is None else image_size
+    size = affectnet.native_size(data, DataConfig().image_size) if image_size is None else image_size
     wanted = (_VERSION, affectnet.quick_fingerprint(data), size, classes, skip_bad)
     key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:20]
     dest = cache_folder() / "stores" / f"{data.resolve().name}-{size}px-{key}"

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -433,8 +434,12 @@ def test_what_changes_the_content_is_packed_anew(folder, cache):
     )
 
 
-def test_the_default_size_of_a_folder_is_that_of_the_configuration(folder, cache):
-    assert prepare(folder, image_size=None).image_size == 224
+def test_the_default_size_of_a_folder_is_that_of_its_images_but_no_more_than_the_configuration_has(folder, cache):
+    for name, side, packed_at in (("small", 40, 40), ("large", 400, 224)):
+        copy = Path(shutil.copytree(folder, folder.parent / name))
+        for image in copy.glob("train_set/images/*"):
+            picture(5).resize((side, side + 9)).save(image)
+        assert prepare(copy, image_size=None).image_size == packed_at
 
 
 def test_a_store_is_used_as_it_is_or_refused(folder, tmp_path, cache):

@@ -1,0 +1,199 @@
+"""Studies on a real Ray cluster, with real training of tiny models."""
+
+import dataclasses
+import os
+import signal
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import ray
+from optuna.trial import TrialState
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.tuning.engine import fit_to_cluster, job_of, run_study
+from raytune_emotion.tuning.searcher import Proposal, create_study, load_study
+from raytune_emotion.tuning.space import parse_space
+from raytune_emotion.tuning.study import KEPT, trial_folder, write_spec
+from raytune_emotion.tuning.trial import train_here
+from tests.tuning.test_study import spec_of
+
+SPACE = {
+    "model.backbone": "test_vit",
+    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+    "loss": {"simplex": ["kl", "js"]},
+    "augment.mixup": 0.2,
+}
+TIMES = ("seconds", "time", "images_per_second")
+
+
+@pytest.fixture
+def begin(tmp_path, store, cluster):
+    """Makes a study and returns what runs it."""
+
+    def make(name="study", *, space=SPACE, concurrency=1, workers=1, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = spec_of(store, name=name, space=space, concurrency=concurrency, workers_per_trial=workers, **changes)
+        create_study(folder, parse_space(spec.space, name))
+        write_spec(folder, spec)
+
+        def go(watch=lambda event: None, **more):
+            asked = dataclasses.replace(spec, **more)
+            place = fit_to_cluster(workers=workers, gpus_per_worker=0.0, concurrency=concurrency)
+            return run_study(folder, asked, place, watch=watch)
+
+        return folder, spec, go
+
+    return make
+
+
+def numbers(reports):
+    return [{name: value for name, value in report.items() if name not in TIMES} for report in reports]
+
+
+def left_behind():
+    """What the cluster still holds after five seconds: cores that are taken, and placement groups."""
+    for _ in range(50):
+        groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        taken = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
+        if not taken and not groups:
+            break
+        time.sleep(0.1)
+    return taken, groups
+
+
+def test_a_study_runs_from_its_space_to_its_tables(begin):
+    events = []
+    folder, _spec, go = begin(trials=7, epochs=3)
+    records = go(events.append)
+    assert [r.trial_id for r in records] == [f"{i:04d}" for i in range(7)]
+    assert {r.status for r in records} == {"complete", "pruned"}
+    # No rung is passed by more than those that deserve it, and a complete trial has all its reports.
+    assert all(len(r.reports) == 3 for r in records if r.status == "complete")
+    assert all(len(r.reports) < 3 for r in records if r.status == "pruned")
+
+    told = load_study(folder).trials
+    for record, trial in zip(records, told, strict=True):
+        assert trial.state == {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}[record.status]
+        assert trial.intermediate_values == {r["report"]: r["best_val_js"] for r in record.reports}
+    table = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str})
+    assert len(table) == 7
+    assert table["best_val_js"].is_monotonic_increasing
+    assert len(list(folder.glob("trials/*/best.safetensors"))) == KEPT
+    assert all(any(trial_folder(folder, r.trial_id).glob("events.out.tfevents.*")) for r in records)
+    assert len({event.proposal.trial_id for event in events}) == 7
+    assert left_behind() == (0.0, [])
+
+
+def test_a_trial_is_the_same_alone_in_a_fresh_process_as_in_one_that_ran_others(begin, tmp_path):
+    folder, spec, go = begin(trials=4, epochs=2)
+    records = go()
+    placement = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1)
+    last = max((r for r in records if r.status == "complete"), key=lambda r: r.trial_id)
+    assert last.trial_id != "0000"
+    job = job_of(folder, spec, placement.resources, Proposal(last.trial_id, last.settings))
+    alone = dataclasses.replace(job, folder=str(tmp_path / "alone"))
+    assert numbers(train_here(alone)) == numbers(last.reports)
+
+
+def test_one_seed_is_one_study(begin):
+    studies = [begin(name, trials=5, epochs=2)[2]() for name in ("first", "second")]
+    assert [r.settings for r in studies[0]] == [r.settings for r in studies[1]]
+    assert [numbers(r.reports) for r in studies[0]] == [numbers(r.reports) for r in studies[1]]
+
+
+def test_a_study_that_is_over_can_be_extended(begin):
+    _, _, go = begin(trials=2, epochs=1)
+    before = go()
+    after = go(trials=4)
+    assert [r.status for r in after] == ["complete"] * 4
+    assert after[:2] == before
+
+
+def test_a_trial_that_diverges_fails_at_once_and_the_study_goes_on(begin):
+    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": [1e-3, 100.0]}, "start": [
+        {"optim.lr": 100.0}, {"optim.lr": 1e-3}]}  # fmt: skip
+    folder, _, go = begin(space=space, trials=2, epochs=2)
+    failed, complete = go()
+    assert (failed.status, complete.status) == ("failed", "complete")
+    assert "loss" in failed.reason
+    assert [t.state for t in load_study(folder).trials] == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(begin):
+    folder, _spec, go = begin(trials=1, epochs=4)
+    killed = []
+
+    def kill_once(event):
+        if event.report is not None and event.report["report"] == 2 and not killed:
+            killed.append(kill("TrialActor"))
+
+    (record,) = go(kill_once)
+    assert killed
+    assert record.status == "complete"
+    # Every report is there once, and as if nothing had happened.
+    _, _, again = begin("undisturbed", trials=1, epochs=4)
+    assert numbers(record.reports) == numbers(again()[0].reports)
+    assert read_history(trial_folder(folder, "0000")) == list(record.reports)
+
+
+def test_a_trial_that_always_dies_is_given_up(begin):
+    _, _, go = begin(trials=1, epochs=50, max_failures=1)
+    deaths = []
+
+    def kill_always(event):
+        if event.report is not None and event.status == "running":
+            deaths.append(kill("TrialActor"))
+
+    (record,) = go(kill_always)
+    assert record.status == "failed"
+    assert "2 times" in record.reason
+    assert left_behind() == (0.0, [])
+
+
+def test_two_workers_train_a_trial_and_leave_nothing(begin):
+    _, _, go = begin(workers=2, trials=3, epochs=2)
+    records = go()
+    assert {r.status for r in records} <= {"complete", "pruned"}
+    assert records[0].status == "complete"
+    assert left_behind() == (0.0, [])
+
+
+def test_a_killed_worker_of_two_does_not_end_the_trial(begin):
+    _folder, _, go = begin(workers=2, trials=1, epochs=4)
+    killed = []
+
+    def kill_once(event):
+        if event.report is not None and event.report["report"] == 2 and not killed:
+            killed.append(kill("RayTrainWorker"))
+
+    (record,) = go(kill_once)
+    assert killed
+    assert record.status == "complete"
+    assert [r["report"] for r in record.reports] == [1, 2, 3, 4]
+    assert left_behind() == (0.0, [])
+
+
+def test_what_can_never_fit_is_refused_with_the_arithmetic(cluster):
+    with pytest.raises(UserError, match=r"3 workers with 1 CPU each does not fit: the cluster has 2 CPU .* room for 2"):
+        fit_to_cluster(workers=3, gpus_per_worker=None, concurrency=None)
+    with pytest.raises(UserError, match="0 GPU on 1 nodes"):
+        fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
+
+
+def test_trials_share_the_cores(cluster):
+    for concurrency, cpus, at_once in ((None, 1.0, 2), (1, 2.0, 1), (2, 1.0, 2)):
+        place = fit_to_cluster(workers=1, gpus_per_worker=None, concurrency=concurrency)
+        assert (place.resources.cpus_per_worker, place.concurrency) == (cpus, at_once)
+
+
+def kill(title):
+    """Kills one of this cluster's processes whose title holds a word."""
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if title in " ".join(process.info["cmdline"] or []) and process.info["cmdline"][0].startswith("ray::"):
+            os.kill(process.info["pid"], signal.SIGKILL)
+            return process.info["pid"]
+    raise AssertionError(f"no process {title}")
