@@ -14,6 +14,7 @@ The whole format is in `json_schema`, by which editors complete and check a spac
 
 import difflib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -598,3 +599,7 @@ def _range_schema(word: str) -> dict[str, Any]:
     items = {"type": "integer" if word.startswith("int") else "number"}
     most = 2 if "log" in word else 3
     return _object({word: {"type": "array", "items": items, "minItems": 2, "maxItems": most}})
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1, ensure_ascii=False))

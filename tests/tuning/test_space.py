@@ -212,7 +212,7 @@ class TestFaults:
             ("31", "optim.lr: the lower bound must be below the upper, got [1e-06, -0.0003]"),
             ("32", "model.backbone: a `when` asks for it, so it cannot depend on a `when` itself"),
             ("33", "train.epochs: must be the same in all trials: trials of unequal length cannot be compared"),
-            ("34", "augment.crop: there is no such setting; did you mean augment.grey?"),
+            ("34", "augment.crop: there is no such setting; did you mean augment.crop_scale?"),
             ("35", "when: an entry needs an `if`, such as {model.backbone: [resnet18]}"),
             ("36", "when: an entry needs settings beside its `if`"),
             ("38", "model.backbone: must be one of resnet18, resnet51, got 'resnet19'"),
