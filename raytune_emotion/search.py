@@ -20,9 +20,9 @@ from raytune_emotion.export import export_trial
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.tuning.engine import Event, fit_to_cluster, ray_session, run_study
 from raytune_emotion.tuning.page import REPORT, write_report
-from raytune_emotion.tuning.searcher import create_study
+from raytune_emotion.tuning.searcher import create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
-from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_spec, write_spec
+from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_records, read_spec, write_spec
 from raytune_emotion.tuning.workers import MAX_FAILURES
 
 DEFAULT_TRIALS = 32
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             create_study(folder, parse_space(spec.space))
         write_spec(folder, spec)
         console.print(f"study {folder}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
-        with _progress(console, spec) as watch:
+        with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
             records = run_study(folder, spec, placement, time_budget=args.time_budget, watch=watch)
     _conclude(console, folder, spec, records)
     if args.time_budget is None and any(record.status == "running" for record in records):
@@ -171,13 +171,14 @@ def _existing_folder(args: argparse.Namespace) -> Path:
 
 
 @contextmanager
-def _progress(console: Console, spec: StudySpec) -> Iterator[Callable[[Event], None]]:
+def _progress(console: Console, spec: StudySpec, records: list[TrialRecord]) -> Iterator[Callable[[Event], None]]:
     """A line for each trial that ends, and below them, in a terminal, a bar."""
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     running: dict[str, str] = {}
-    best = spec.baseline["js"]
+    ended = {record.trial_id for record in records if record.status != "running"}
+    best = min([spec.baseline["js"], *(record.best["val_js"] for record in records if record.best)])
 
     def watch(event: Event) -> None:
         nonlocal best
@@ -187,12 +188,13 @@ def _progress(console: Console, spec: StudySpec) -> Iterator[Callable[[Event], N
             running[trial_id] = f"{trial_id} {event.report['best_val_js']:.4f}"
         if event.status != "running":
             running.pop(trial_id, None)
-            progress.advance(bar)
+            ended.add(trial_id)
+            progress.update(bar, completed=len(ended))
             progress.console.print(_line(event), highlight=False)
         progress.update(bar, description=f"best {best:.4f}  running {', '.join(running.values())}")
 
     with progress:
-        bar = progress.add_task("", total=spec.trials)
+        bar = progress.add_task(f"best {best:.4f}", total=spec.trials, completed=len(ended))
         yield watch
 
 
@@ -200,7 +202,7 @@ def _line(event: Event) -> str:
     settings = event.proposal.settings
     what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
     what += [
-        f"{key.rpartition('.')[2]} {settings[key]:.2g}" for key in ("optim.lr", "train.batch_size") if key in settings
+        f"{key.rpartition('.')[2]} {settings[key]:.3g}" for key in ("optim.lr", "train.batch_size") if key in settings
     ]
     what += [f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w]
     if event.report is None:

@@ -141,26 +141,24 @@ def run_study(
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
         if not search.is_finished():
-            tune.Tuner(
+            # Not through a Tuner: all that it adds is a pickle of everything, to be restored from, which nothing is here.
+            tune.run(
                 _trainable(placement.resources),
-                tune_config=tune.TuneConfig(
-                    search_alg=search,
-                    scheduler=search.scheduler,
-                    num_samples=spec.trials,
-                    reuse_actors=True,
-                    time_budget_s=time_budget,
-                    trial_name_creator=lambda trial: trial.config["name"],
-                    trial_dirname_creator=lambda trial: trial.trial_id,
-                ),
+                name=folder.name,
+                search_alg=search,
+                scheduler=search.scheduler,
+                num_samples=spec.trials,
+                reuse_actors=True,
+                time_budget_s=time_budget,
+                max_failures=spec.max_failures,
+                trial_name_creator=lambda trial: trial.config["name"],
+                trial_dirname_creator=lambda trial: trial.trial_id,
                 # What Tune writes of its own is of no use to us: the study's folder is the record.
-                run_config=tune.RunConfig(
-                    name=folder.name,
-                    storage_path=scratch,
-                    verbose=0,
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    failure_config=tune.FailureConfig(max_failures=spec.max_failures),
-                ),
-            ).fit()
+                storage_path=scratch,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                raise_on_failed_trial=False,
+                verbose=0,
+            )
     records = read_records(folder, study)
     write_tables(folder, records)
     return records

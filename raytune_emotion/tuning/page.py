@@ -120,11 +120,11 @@ def _settings(records: list[TrialRecord], searched: list[str]) -> Figure:
     for axes, name in zip(grid, searched, strict=False):
         with_it = [record for record in seen if name in record.settings]
         values = [record.settings[name] for record in with_it]
-        # Words and truths are categories to matplotlib; numbers over more than a decade are read on a logarithmic axis.
+        # Words and truths are categories to matplotlib; numbers that span orders of magnitude are read on a logarithmic axis.
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(numbers) < len(values):
             values = [str(value) for value in values]
-        elif numbers and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+        elif numbers and min(numbers) > 0 and max(numbers) > 30 * min(numbers):
             axes.set_xscale("log")
         scores = [record.best["val_js"] for record in with_it if record.best]
         axes.scatter(values, scores, c=[_COLOURS[record.status] for record in with_it], s=14)
