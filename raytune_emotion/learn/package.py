@@ -1,0 +1,292 @@
+"""The export folder: a trained model with what it is, how good it is, and how to load it.
+
+model.safetensors    the weights
+config.json          timm's own format, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model
+metrics.json         of the validation set
+README.md            the model card
+"""
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raytune_emotion import __version__
+from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.files import whole, write_text
+from raytune_emotion.learn.checkpoint import Best, Report, read_best
+from raytune_emotion.learn.model import Colour, build_model, mean_std
+
+WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+
+_MEANINGS = {
+    "js": "Jensen-Shannon divergence, bits",
+    "kl": "Kullback-Leibler divergence of the prediction from the target, nats",
+    "ce": "cross-entropy, nats",
+    "tvd": "total variation distance",
+    "mse": "mean squared error",
+    "l1": "mean absolute error",
+    "emd": "earth mover's distance over the order of the classes",
+    "emd_va": "earth mover's distance in the plane of valence and arousal",
+    "chebyshev": "Chebyshev distance",
+    "clark": "Clark distance",
+    "canberra": "Canberra distance",
+    "cosine": "cosine similarity (more is better)",
+    "intersection": "intersection (more is better)",
+    "accuracy": "accuracy of the likeliest class (more is better)",
+}
+
+_CARD = """\
+---
+library_name: timm
+pipeline_tag: image-classification
+tags: [timm, facial-expression, label-distribution-learning]
+---
+
+# Distributions of emotion from faces: {architecture}
+
+For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
+{classes}.
+
+```python
+import timm, torch
+from PIL import Image
+
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+prob_BK = model(transform(Image.open("face.jpg").convert("RGB"))[None]).softmax(-1)
+```
+
+or, with pictures read exactly as in training: `python -m raytune_emotion.predict {folder} face.jpg`.
+
+The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above, which is
+that of `label_names` in `config.json`.
+
+## How good it is
+
+Means over the validation set, after {epoch:g} epochs:
+
+{metrics}
+
+The epoch was chosen by the Jensen-Shannon divergence on this same set, and in a search so were the settings: on new
+faces, expect somewhat worse.
+
+## Limits
+
+- It predicts the emotion that is *perceived* in a face by those who annotated its training data, not what its owner
+  feels. Faces are poor evidence of feelings: decide nothing about a person by it.
+- It knows faces such as those of its training data. Other ages, skin tones, poses, lighting or croppings can make it
+  worse; how much was not measured.
+- What it was trained on has licences of its own, which may restrict its use.
+
+## Where it comes from
+
+{origin}
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """An export, ready to predict: the model is on the CPU, in evaluation mode."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    image_size: int  # px
+    mean: Colour  # of the model's input, of pixels in [0, 1]
+    std: Colour
+
+
+def export_checkpoint(file: Path, dest: Path, notes: Iterable[str] = ()) -> None:
+    """Exports the best weights of a run.
+
+    Args:
+        file: its `best.safetensors`.
+        dest: the folder to write; an earlier export there is replaced.
+        notes: where the model comes from, a sentence each, for the model card.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged, or the folder cannot be written or holds something else.
+    """
+    write_package(dest, read_best(file), notes)
+
+
+def write_package(dest: Path, best: Best, notes: Iterable[str] = ()) -> None:
+    """Writes an export folder. At every moment there is the whole new one or, if there was one, the whole old one.
+
+    Args:
+        dest: the folder; an earlier export there is replaced.
+        best: the weights of a run, and what they are.
+        notes: where the model comes from, a sentence each, for the model card.
+
+    Raises:
+        UserError: the weights are not of the model that the settings name, or the folder cannot be written or holds
+            something else than an export.
+    """
+    dest = dest.absolute()
+    # Where the weights of a pretrained start lay is of no use to others.
+    settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
+    config = RunConfig.from_flat(settings)
+    model = build_model(config, weights=False)
+    try:
+        model.load_state_dict(best.weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"{dest}: the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install "
+            f"the version that they were trained with"
+        ) from error
+    own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
+    described = _timm_config(model, config) | {"raytune_emotion": own}
+
+    _check_replaceable(dest)
+    new, old = (dest.with_name(f".{dest.name}.{name}") for name in ("new", "old"))
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not dest.exists():
+            old.rename(dest)  # of a process that was killed in between
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        new.mkdir()
+        with whole(new / WEIGHTS) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in best.weights.items()}, temporary, {"format": "pt"})
+        write_text(new / CONFIG, _json(described))
+        write_text(new / METRICS, _json(best.report))
+        write_text(new / CARD, _card(dest.name, described, config, best, notes))
+        _put_in_place(new, dest, old)
+    except OSError as error:
+        raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def load_package(folder: Path) -> Package:
+    """Loads an export, from `config.json` and `model.safetensors` alone.
+
+    Raises:
+        UserError: the folder is no export, or it is damaged.
+    """
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        inner = folder / "best"
+        hint = f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name one that export, search or train wrote"
+        raise UserError(f"{folder}: is no export folder, which has a {CONFIG} and a {WEIGHTS}; {hint}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        known, classes = config["pretrained_cfg"], tuple(config["label_names"])
+        model = timm.create_model(config["architecture"], num_classes=len(classes), **config.get("model_args", {}))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return Package(model.eval(), classes, known["input_size"][1], tuple(known["mean"]), tuple(known["std"]))
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{folder}: a damaged export ({what}); export the model again") from error
+
+
+def _timm_config(model: nn.Module, config: RunConfig) -> dict[str, Any]:
+    """What timm rebuilds the model from, and its way to read pictures, which is that of the store."""
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    size, classes = config.data.image_size, list(config.data.classes)
+    mean, std = mean_std(model)
+    kept = {key: known[key] for key in ("fixed_input_size", "first_conv", "classifier") if known.get(key)}
+    return {
+        "architecture": config.model.backbone.partition(".")[0],
+        "num_classes": len(classes),
+        "num_features": model.num_features,
+        "label_names": classes,
+        **({"model_args": {"img_size": size}} if known.get("fixed_input_size") else {}),
+        "pretrained_cfg": {
+            **kept,
+            "input_size": [3, size, size],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": len(classes),
+        },
+    }
+
+
+def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Best, notes: Iterable[str]) -> str:
+    origin = [
+        *notes,
+        f"Trained by raytune_emotion {__version__} with PyTorch {torch.__version__} and timm {timm.__version__}.",
+        f"Data fingerprint: `{best.fingerprint}`.",
+    ]
+    return _CARD.format(
+        architecture=described["architecture"],
+        n_classes=len(config.data.classes),
+        classes=", ".join(config.data.classes),
+        folder=folder,
+        size=config.data.image_size,
+        epoch=best.report["epoch"],
+        metrics=_table_of_metrics(best.report),
+        origin="\n".join(f"- {line}" for line in origin),
+        settings="\n".join(
+            f"| {key} | {value} |"
+            for key, value in config.flat().items()
+            if key not in ("data.classes", "model.weights_dir")
+        ),
+    )
+
+
+def _table_of_metrics(report: Report) -> str:
+    rows = [
+        f"| {_MEANINGS[name]} | {value:.4f} |"
+        for key, value in report.items()
+        for prefix, _, name in [key.partition("_")]
+        if prefix == "val" and name in _MEANINGS
+    ]
+    return "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def _check_replaceable(dest: Path) -> None:
+    if not os.path.lexists(dest):
+        return
+    if not dest.is_dir() or dest.is_symlink():
+        raise UserError(f"{dest}: is there already and is no folder; name another destination")
+    others = sorted({path.name for path in dest.iterdir()} - {WEIGHTS, CONFIG, METRICS, CARD})
+    if others:
+        raise UserError(
+            f"{dest}: holds what is of no export ({', '.join(others[:5])}), which replacing it would delete; name "
+            f"another destination, or move that away"
+        )
+
+
+def _put_in_place(new: Path, dest: Path, old: Path) -> None:
+    if not dest.exists():
+        new.rename(dest)
+    elif not _exchanged(new, dest):
+        dest.rename(old)
+        try:
+            new.rename(dest)
+        except OSError:
+            old.rename(dest)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Lets two folders change names in one step, where system and file system can: Linux, by renameat2."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,122 @@
+"""Predicts the distribution of emotions of images: a line of CSV each, on standard output."""
+
+import argparse
+import csv
+import io
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raytune_emotion.__main__ import command_main
+from raytune_emotion.data.affectnet import decode_image
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.package import Package, load_package
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
+_BATCH = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("export", type=Path, metavar="EXPORT", help="folder that search, train or export wrote")
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="a face; a folder stands for the images in it")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    device = _device(args.device)
+    package = load_package(args.export)
+    files = list_images(args.images)
+    # All is predicted before anything is printed: an unreadable image must leave no half table behind.
+    print(table(files, predict(package, files, device), package.classes), end="")
+
+
+def list_images(paths: Iterable[Path]) -> list[Path]:
+    """Images as given, each folder replaced by the images that lie in it, by name.
+
+    Raises:
+        UserError: a path is not there, or a folder holds no image.
+    """
+    files: list[Path] = []
+    faults: list[str] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
+            files += found
+            if not found:
+                faults.append(f"{path}: there is no image in this folder; name the images, or the folder they lie in")
+        elif path.exists():
+            files.append(path)
+        else:
+            faults.append(f"{path}: there is no such image")
+    if faults:
+        raise UserError(faults)
+    return files
+
+
+def predict(package: Package, files: Sequence[Path], device: torch.device) -> npt.NDArray[np.float64]:
+    """Decodes images as those that the model was trained on, and predicts.
+
+    Returns:
+        [N, K], each row with sum one.
+
+    Raises:
+        UserError: with a sentence for every image that cannot be read.
+    """
+    model = package.model.to(device)
+    faults: list[str] = []
+    parts: list[npt.NDArray[np.float64]] = []
+
+    def decoded(file: Path) -> npt.NDArray[np.uint8] | None:
+        try:
+            return decode_image(file, package.image_size)
+        except UserError as error:
+            faults.extend(error.faults)
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
+        for start in range(0, len(files), _BATCH):
+            images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
+            # After a fault the rest is only looked at for more.
+            if not faults:
+                x_BHWC = torch.from_numpy(np.stack(images)).to(device)
+                logits_BK = model(normalise(x_BHWC, package.mean, package.std))
+                parts.append(logits_BK.double().softmax(-1).cpu().numpy())
+    if faults:
+        raise UserError(sorted(faults))
+    return np.concatenate(parts)
+
+
+def table(files: Sequence[Path], prob_NK: npt.NDArray[np.float64], classes: Sequence[str]) -> str:
+    """CSV: a header, then each image with its probabilities, to six decimals."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", *classes])
+    for file, prob_K in zip(files, prob_NK, strict=True):
+        # A name that is no text is shown escaped.
+        writer.writerow([os.fsencode(file).decode(errors="backslashreplace"), *(f"{p:.6f}" for p in prob_K)])
+    return text.getvalue()
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {name}: is not here ({str(error).splitlines()[0]}); leave it out, or say cpu"
+        ) from error
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(command_main("predict"))

@@ -1,0 +1,282 @@
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.affectnet import decode_image
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn import package
+from raytune_emotion.learn.checkpoint import BEST, Best
+from raytune_emotion.learn.loop import evaluate, fit
+from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.package import export_checkpoint, load_package, write_package
+
+CPU = torch.device("cpu")
+FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
+
+
+def best_of(backbone: str, size: int, classes: tuple[str, ...] = EMOTIONS, seed: int = 0) -> Best:
+    """What a run of a backbone could have left, untrained."""
+    settings = {
+        "model.backbone": backbone,
+        "data.image_size": size,
+        "data.classes": list(classes),
+        "train.seed": seed,
+        "model.weights_dir": "/home/somebody/weights",
+    }
+    config = RunConfig.from_flat(settings)
+    weights = {name: tensor.clone() for name, tensor in build_model(config, weights=False).state_dict().items()}
+    report = {"report": 3, "epoch": 2.5, "val_js": 0.25, "val_accuracy": 0.625, "seconds": 10.0}
+    return Best(weights, config.flat(), "f1a9", report)
+
+
+def logits_of(model: torch.nn.Module, size: int) -> torch.Tensor:
+    x_BCHW = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.eval()(x_BCHW)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("test_resnet", 32),
+        ("test_resnet.r160_in1k", 48),
+        ("test_efficientnet", 64),
+        ("test_convnext", 48),
+        ("test_nfnet", 64),
+        ("test_vit", 64),
+        ("test_vit3", 96),
+        ("test_byobnet", 40),
+    ],
+)
+def test_timm_and_load_package_give_the_model(tmp_path, backbone, size):
+    dest = tmp_path / "an export, #1"
+    best = best_of(backbone, size, classes=("calm", "glad", "sad"))
+    write_package(dest, best)
+    assert sorted(path.name for path in dest.iterdir()) == FILES
+    model = build_model(RunConfig.from_flat({**best.settings, "model.weights_dir": None}), weights=False)
+    model.load_state_dict(best.weights)
+    wanted = logits_of(model, size)
+    assert wanted.shape == (2, 3)
+
+    by_timm = timm.create_model(f"local-dir:{dest}", pretrained=True)
+    assert by_timm.num_classes == 3
+    assert torch.allclose(logits_of(by_timm, size), wanted, atol=1e-6, rtol=0)
+
+    loaded = load_package(dest)
+    assert torch.equal(logits_of(loaded.model, size), wanted)
+    assert (loaded.classes, loaded.image_size) == (("calm", "glad", "sad"), size)
+    assert (loaded.mean, loaded.std) == mean_std(model)
+    read = timm.data.resolve_model_data_config(by_timm)
+    assert [tuple(read[key]) for key in ("input_size", "mean", "std")] == [(3, size, size), loaded.mean, loaded.std]
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig.from_flat(
+        {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 2, "optim.lr": 3e-3}
+    )
+    return folder, list(fit(config, store, device=CPU, folder=folder))
+
+
+def test_an_export_of_a_run_has_its_metrics(trained, store, tmp_path):
+    folder, reports = trained
+    export_checkpoint(folder / BEST, tmp_path / "best", ["Trial 0007."])
+    report = min(reports, key=lambda report: report["val_js"])
+    assert json.loads((tmp_path / "best" / "metrics.json").read_text()) == report
+    loaded = load_package(tmp_path / "best")
+    for name, value in evaluate(loaded.model, store.val, classes=loaded.classes, device=CPU).items():
+        assert value == pytest.approx(report[f"val_{name}"], rel=1e-5, abs=1e-6)
+
+
+def test_the_card_tells_what_it_is_and_its_code_runs(trained, store, faces, tmp_path, monkeypatch):
+    folder, reports = trained
+    dest = tmp_path / "best"
+    export_checkpoint(folder / BEST, dest, ["Trial 0007 of the study x."])
+    card = (dest / "README.md").read_text()
+    report = min(reports, key=lambda report: report["val_js"])
+    assert f"| Jensen-Shannon divergence, bits | {report['val_js']:.4f} |" in card
+    assert ", ".join(EMOTIONS) in card
+    assert "- Trial 0007 of the study x.\n" in card
+    assert f"`{store.fingerprint}`" in card
+    assert "| optim.lr | 0.003 |" in card
+    assert "*perceived*" in card
+    assert "weights_dir" not in card
+    for name in report:
+        if name.startswith("val_"):
+            assert name.removeprefix("val_") in package._MEANINGS
+
+    face = next((faces / "val_set" / "images").iterdir())
+    Image.open(face).save(tmp_path / "face.jpg", quality=100)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
+    loaded = load_package(dest)
+    pixels = torch.from_numpy(decode_image(tmp_path / "face.jpg", loaded.image_size).copy())[None]
+    with torch.inference_mode():
+        wanted = loaded.model(normalise(pixels, loaded.mean, loaded.std)).softmax(-1)
+    assert torch.allclose(names["prob_BK"], wanted, atol=1e-3)
+
+
+def test_what_belongs_to_this_machine_alone_is_left_out(tmp_path):
+    write_package(tmp_path / "best", best_of("test_resnet", 32))
+    for file in (tmp_path / "best").iterdir():
+        assert b"somebody" not in file.read_bytes()
+    own = json.loads((tmp_path / "best" / "config.json").read_text())["raytune_emotion"]
+    assert own["data_fingerprint"] == "f1a9"
+    assert RunConfig.from_flat(own["settings"]).model.backbone == "test_resnet"
+
+
+class TestReplacing:
+    old, new = best_of("test_resnet", 32, seed=1), best_of("test_resnet", 32, seed=2)
+
+    def shows(self, dest: Path, best: Best) -> bool:
+        return all(
+            torch.equal(tensor, best.weights[name]) for name, tensor in load_file(dest / "model.safetensors").items()
+        )
+
+    @pytest.mark.parametrize("exchange", [True, False])
+    def test_the_new_takes_the_place_of_the_old(self, tmp_path, monkeypatch, exchange):
+        if not exchange:
+            monkeypatch.setattr(package, "_exchanged", lambda one, other: False)
+        dest = tmp_path / "best"
+        write_package(dest, self.old)
+        write_package(dest, self.new)
+        assert self.shows(dest, self.new)
+        assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+    def test_there_is_a_whole_one_at_every_moment(self, tmp_path):
+        dest = tmp_path / "best"
+        write_package(dest, self.old)
+        if not package._exchanged(tmp_path / "best", tmp_path / "best"):
+            pytest.skip("this file system cannot exchange names")
+        missing, looks, done = [], [], threading.Event()
+
+        def watch():
+            while not done.is_set():
+                missing.extend(name for name in FILES if not (dest / name).is_file())
+                looks.append(1)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        for best in (self.new, self.old) * 5:
+            write_package(dest, best)
+        done.set()
+        watcher.join()
+        assert not missing
+        assert len(looks) > 10
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_a_failure_leaves_the_old(self, tmp_path, monkeypatch, name):
+        dest = tmp_path / "best"
+        write_package(dest, self.old)
+
+        def full(path, *rest):
+            if path.name == name:
+                raise OSError(28, "No space left on device", str(path))
+            return original(path, *rest)
+
+        target = "whole" if name == "model.safetensors" else "write_text"
+        original = getattr(package, target)
+        monkeypatch.setattr(package, target, full)
+        with pytest.raises(UserError, match="No space left on device"):
+            write_package(dest, self.new)
+        assert self.shows(dest, self.old)
+        assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+    def test_a_failure_between_two_renames_leaves_the_old(self, tmp_path, monkeypatch):
+        dest = tmp_path / "best"
+        write_package(dest, self.old)
+        monkeypatch.setattr(package, "_exchanged", lambda one, other: False)
+        rename = Path.rename
+
+        def failing(path, target):
+            if path.name == ".best.new":
+                raise OSError(5, "Input/output error", str(path))
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+        with pytest.raises(UserError, match="Input/output error"):
+            write_package(dest, self.new)
+        assert self.shows(dest, self.old)
+
+    def test_what_a_killed_export_left_is_mended(self, tmp_path):
+        dest = tmp_path / "best"
+        write_package(dest, self.old)
+        dest.rename(tmp_path / ".best.old")
+        (tmp_path / ".best.new").mkdir()
+        (tmp_path / ".best.new" / "torn").touch()
+        write_package(dest, self.new)
+        assert self.shows(dest, self.new)
+        assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+    def test_nothing_else_is_deleted(self, tmp_path):
+        dest = tmp_path / "best"
+        write_package(dest, self.old)
+        (dest / "thesis.tex").touch()
+        with pytest.raises(UserError, match=r"holds what is of no export \(thesis.tex\)"):
+            write_package(dest, self.new)
+        assert self.shows(dest, self.old)
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="is no folder"):
+            write_package(tmp_path / "file", self.new)
+        with pytest.raises(UserError, match="cannot be written"):
+            write_package(tmp_path / "file" / "best", self.new)
+        (tmp_path / "empty").mkdir()
+        write_package(tmp_path / "empty", self.new)
+        assert self.shows(tmp_path / "empty", self.new)
+
+
+class TestFaults:
+    @pytest.fixture
+    def dest(self, tmp_path):
+        write_package(tmp_path / "best", best_of("test_resnet", 32))
+        return tmp_path / "best"
+
+    def test_a_folder_that_is_no_export(self, dest, tmp_path):
+        with pytest.raises(UserError, match=f"did you mean {dest}"):
+            load_package(tmp_path)
+        with pytest.raises(UserError, match="none: is no export folder"):
+            load_package(tmp_path / "none")
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda dest: (dest / "config.json").write_text("{"),
+            lambda dest: (dest / "config.json").write_text("[]"),
+            lambda dest: (dest / "config.json").write_text("{}"),
+            lambda dest: (dest / "config.json").write_bytes(b"\xff"),
+            lambda dest: (dest / "model.safetensors").write_bytes(b"\x00" * 100),
+            lambda dest: save_file({"a": torch.zeros(1)}, dest / "model.safetensors"),
+            lambda dest: edit(dest, architecture="test_byobnet"),
+            lambda dest: edit(dest, architecture="no_such_net"),
+            lambda dest: edit(dest, label_names=["a", "b"]),
+            lambda dest: edit(dest, model_args={"depth": "deep"}),
+        ],
+    )
+    def test_a_damaged_export(self, dest, damage):
+        damage(dest)
+        with pytest.raises(UserError, match="a damaged export"):
+            load_package(dest)
+
+    def test_weights_of_another_model(self, tmp_path):
+        best = best_of("test_resnet", 32)
+        other = Best(best_of("test_byobnet", 32).weights, best.settings, best.fingerprint, best.report)
+        with pytest.raises(UserError, match="the weights do not fit test_resnet"):
+            write_package(tmp_path / "best", other)
+        assert not list(tmp_path.iterdir())
+
+
+def edit(dest: Path, **changes) -> None:
+    config = json.loads((dest / "config.json").read_text())
+    (dest / "config.json").write_text(json.dumps(config | changes))

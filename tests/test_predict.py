@@ -1,0 +1,150 @@
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raytune_emotion.__main__ import command_main
+from raytune_emotion.config import RunConfig
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.learn.checkpoint import BEST
+from raytune_emotion.learn.loop import fit
+from raytune_emotion.learn.package import export_checkpoint, load_package
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def study(store, tmp_path_factory):
+    """A study folder with the weights of two trials, as far as `export` looks at it."""
+    folder = tmp_path_factory.mktemp("results") / "a study"
+    for number in (3, 5):
+        settings = {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 1, "train.seed": number}
+        list(fit(RunConfig.from_flat(settings), store, device=CPU, folder=folder / "trials" / f"{number:04d}"))
+    (folder / "trials.csv").write_text("trial_id,status,best_val_js\n0005,complete,0.3\n0003,pruned,0.4\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export(study):
+    export_checkpoint(study / "trials" / "0005" / BEST, study / "best")
+    return study / "best"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text)))
+
+
+def seed_of(folder: Path) -> int:
+    import json
+
+    return json.loads((folder / "config.json").read_text())["raytune_emotion"]["settings"]["train.seed"]
+
+
+class TestExport:
+    def test_the_best_by_default_and_any_by_name(self, study, tmp_path, capsys):
+        assert command_main("export", [str(study), str(tmp_path / "one")]) == 0
+        assert capsys.readouterr().out == f"trial 0005 is exported to {tmp_path / 'one'}\n"
+        assert seed_of(tmp_path / "one") == 5
+        assert "- Trial 0005 of the study a study.\n" in (tmp_path / "one" / "README.md").read_text()
+        assert command_main("export", [str(study), str(tmp_path / "one"), "--trial", "0003"]) == 0
+        assert seed_of(tmp_path / "one") == 3
+
+    @pytest.mark.parametrize("trial", ["0004", "../trials/0003", ""])
+    def test_a_trial_that_is_not_there(self, study, tmp_path, capsys, trial):
+        assert command_main("export", [str(study), str(tmp_path / "x"), f"--trial={trial or 'x'}"]) == 2
+        assert "there are those of 0003, 0005" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    def test_a_folder_that_is_no_study(self, tmp_path, capsys):
+        assert command_main("export", [str(tmp_path), str(tmp_path / "x")]) == 2
+        assert command_main("export", [str(tmp_path), str(tmp_path / "x"), "--trial", "0001"]) == 2
+        assert "name the folder of a study whose trials have reported" in capsys.readouterr().err
+
+
+class TestPredict:
+    def test_the_table(self, export, store, faces, capsys):
+        folder = faces / "val_set" / "images"
+        assert command_main("predict", [str(export), str(folder)]) == 0
+        header, *rows = rows_of(capsys.readouterr().out)
+        assert header == ["image", *EMOTIONS]
+        assert [Path(row[0]).stem for row in rows] == sorted(store.val.ids)
+        assert all(len(number.partition(".")[2]) == 6 for row in rows for number in row[1:])
+        prob_NK = np.array([row[1:] for row in rows], float)
+        assert np.allclose(prob_NK.sum(axis=1), 1, atol=1e-5)
+
+        # The pixels and the numbers of training: those of the packed store, by the loop's own evaluation.
+        from raytune_emotion.data.augment import normalise
+
+        loaded = load_package(export)
+        pixels = torch.from_numpy(store.val.gather(np.arange(len(store.val))))
+        with torch.inference_mode():
+            wanted = loaded.model(normalise(pixels, loaded.mean, loaded.std)).softmax(-1)
+        order = [sorted(store.val.ids).index(id_) for id_ in store.val.ids]
+        assert np.allclose(prob_NK[order], wanted, atol=2e-6)
+
+    def test_images_and_folders_in_the_order_given(self, export, faces, tmp_path, capsys):
+        source = sorted((faces / "val_set" / "images").iterdir())
+        folder = tmp_path / "faces, many"
+        folder.mkdir()
+        for name in ("b.png", "a.JPG", ".hidden.png"):
+            Image.open(source[0]).save(folder / name, format="PNG")
+        (folder / "notes.txt").touch()
+        odd = tmp_path / "without an ending"
+        odd.write_bytes(source[1].read_bytes())
+        assert command_main("predict", [str(export), str(odd), str(folder), str(odd), "--device", "cpu"]) == 0
+        rows = rows_of(capsys.readouterr().out)[1:]
+        assert [row[0] for row in rows] == [str(odd), str(folder / "a.JPG"), str(folder / "b.png"), str(odd)]
+        assert rows[0] == rows[3]
+        assert rows[1][1:] == rows[2][1:]
+
+    def test_a_prediction_does_not_depend_on_the_other_images(self, export, faces, capsys):
+        files = [str(file) for file in sorted((faces / "train_set" / "images").iterdir())[:70]]
+        assert command_main("predict", [str(export), *files]) == 0
+        rows = rows_of(capsys.readouterr().out)[1:]
+        assert command_main("predict", [str(export), files[0], files[-1]]) == 0
+        alone = rows_of(capsys.readouterr().out)[1:]
+        assert np.allclose(
+            np.array([rows[0][1:], rows[-1][1:]], float), np.array([r[1:] for r in alone], float), atol=2e-6
+        )
+
+    def test_every_unreadable_image_is_named_and_nothing_is_printed(self, export, faces, tmp_path, capsys):
+        good = next((faces / "val_set" / "images").iterdir())
+        text, torn = tmp_path / "a.jpg", tmp_path / "b.jpg"
+        text.write_text("no picture")
+        Image.new("RGB", (300, 300), "red").save(torn, quality=95)
+        torn.write_bytes(torn.read_bytes()[:900])
+        many = [str(good)] * 70
+        assert command_main("predict", [str(export), str(text), *many, str(torn)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert [line.partition(str(tmp_path))[2][:6] for line in err.splitlines()] == ["/a.jpg", "/b.jpg"]
+
+    def test_paths_that_are_not_there_are_named_together(self, export, tmp_path, capsys):
+        assert command_main("predict", [str(export), str(tmp_path), str(tmp_path / "x.jpg")]) == 2
+        assert capsys.readouterr() == (
+            "",
+            f"error: {tmp_path}: there is no image in this folder; name the images, or the folder they lie in\n"
+            f"error: {tmp_path / 'x.jpg'}: there is no such image\n",
+        )
+
+    @pytest.mark.parametrize("device", ["cuda:7", "mars"])
+    def test_a_device_that_is_not_here(self, export, tmp_path, capsys, device):
+        assert command_main("predict", [str(export), str(tmp_path), "--device", device]) == 2
+        assert f"--device {device}: is not here" in capsys.readouterr().err
+
+    def test_as_a_module_without_ray(self, export, faces):
+        face = next((faces / "val_set" / "images").iterdir())
+        code = (
+            "import sys, runpy; sys.argv = ['predict', *sys.argv[1:]]\n"
+            "sys.modules['ray'] = sys.modules['optuna'] = None\n"
+            "runpy.run_module('raytune_emotion.predict', run_name='__main__')"
+        )
+        done = subprocess.run([sys.executable, "-c", code, export, face], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(rows_of(done.stdout)) == 2
