@@ -222,7 +222,7 @@ def _timm_config(model: nn.Module, config: RunConfig) -> dict[str, Any]:
 def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Best, notes: Iterable[str]) -> str:
     origin = [
         *notes,
-        f"Trained by raytune_emotion {__version__} with PyTorch {torch.__version__} and timm {timm.__version__}.",
+        f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
         f"Data fingerprint: `{best.fingerprint}`.",
     ]
     return _CARD.format(
