@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raytune_emotion import __version__
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
 
@@ -175,7 +174,7 @@ def _write_best(folder: Path, weights: Mapping[str, Tensor], progress: Progress)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    texts = {key: json.dumps(value) for key, value in {**header, "raytune_emotion": __version__}.items()}
+    texts = {key: json.dumps(value) for key, value in header.items()}
     with whole(path) as temporary:
         save_file(dict(tensors), temporary, {"format": "pt", **texts})
         # safetensors makes files that their owner alone can read; these are to be as open as their folder.

@@ -104,7 +104,7 @@ def fit(
     """
     plan = make_plan(config, store, device)
     progress = checkpoint.read_progress(folder) if folder is not None else None
-    _check_resumable(config, store, folder, progress)
+    _check_resumable(config, store, device, folder, progress)
     if folder is not None and plan.rank == 0:
         checkpoint.settle(folder, progress)
     history = list(progress.history) if progress is not None else []
@@ -363,15 +363,16 @@ def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
     return report | dict(zip(clocks, taken.tolist(), strict=True))
 
 
-def _check_resumable(config: RunConfig, store: Store, folder: Path | None, progress: Progress | None) -> None:
+def _check_resumable(
+    config: RunConfig, store: Store, device: torch.device, folder: Path | None, progress: Progress | None
+) -> None:
     """Whether a configuration and a store are those that the run in the folder began with, as every worker sees it."""
-    reports = torch.tensor([len(progress.history) if progress is not None else 0])
     if dist.is_initialized():
-        seen = reports.cuda() if dist.get_backend() == "nccl" else reports
-        most = seen.clone()
+        least = torch.tensor(len(progress.history) if progress is not None else 0, device=device)
+        most = least.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        dist.all_reduce(seen, dist.ReduceOp.MIN)
-        if not torch.equal(seen, most):
+        if least != most:
             raise UserError(f"{folder}: the workers do not see the same checkpoint; choose a folder that all share")
     if progress is None:
         return
