@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from raytune_emotion import __version__
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
@@ -20,13 +20,16 @@ COMMANDS = {
 
 
 def guarded(action: Callable[[], None]) -> int:
-    """Runs an action and returns the exit code: 0 done, 2 wrong input (said on stderr), 130 interrupted."""
+    """Runs an action and returns the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
     try:
         action()
     except UserError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
+    except Breakdown as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -17,3 +17,10 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[str, ...]]]:
         return type(self), (self.faults,)
+
+
+class Breakdown(RuntimeError):
+    """What ended the work though its input is right, such as a full disk; what was done is kept, and can be resumed.
+
+    The commands print it as a sentence on standard error and exit with code 1.
+    """

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from raytune_emotion.__main__ import command_main
+from raytune_emotion.config import RunConfig
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import Store, open_store, prepare
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
 from raytune_emotion.learn.loop import baseline
-from raytune_emotion.tuning.engine import Event, fit_to_cluster, ray_session, run_study
+from raytune_emotion.learn.model import build_model
+from raytune_emotion.tuning.engine import Event, extend_best, fit_to_cluster, ray_session, run_study
 from raytune_emotion.tuning.page import REPORT, write_report
 from raytune_emotion.tuning.searcher import create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
@@ -59,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     console = Console(soft_wrap=True)
     if args.resume:
         folder = _existing_folder(args)
-        spec = _resumed(read_spec(folder), args)
+        before = read_spec(folder)
+        spec = _resumed(before, args)
     else:
         folder = _new_folder(args)
         spec = _new(folder.name, args)
@@ -83,13 +86,16 @@ def _new(name: str, args: argparse.Namespace) -> StudySpec:
     """The spec of a new study, with its data packed."""
     path = args.space or Path("search_spaces/quick.yaml")
     space = load_space(path, overrides={"train.epochs": args.epochs} if args.epochs else {})
+    if "train.epochs" not in space.fixed:
+        space = load_space(path, overrides={"train.epochs": DEFAULT_EPOCHS})
     stores = _stores(args.data or sample_folder(), space, skip_bad=args.skip_bad)
+    _check_backbones(space, stores, args.weights_dir)
     first = next(iter(stores.values()))
     return StudySpec(
         name=name,
         seed=args.seed or 0,
         trials=args.trials or DEFAULT_TRIALS,
-        epochs=args.epochs or space.fixed.get("train.epochs", DEFAULT_EPOCHS),
+        epochs=space.fixed["train.epochs"],
         concurrency=args.concurrency,
         workers_per_trial=args.workers_per_trial or 1,
         gpus_per_worker=args.gpus_per_worker,
@@ -146,6 +152,23 @@ def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
     sizes = space.possible("data.image_size") or (None,)
     stores = [prepare(data, image_size=size, skip_bad=skip_bad, **options) for size in sizes]
     return {store.image_size: store for store in stores}
+
+
+def _check_backbones(space: Space, stores: Mapping[int, Store], weights_dir: Path | None) -> None:
+    """Builds every backbone at every size once: a trial must not be where it shows that one cannot be had."""
+    default = RunConfig()
+    faults = []
+    for name in space.possible("model.backbone") or (default.model.backbone,):
+        for size in stores:
+            settings = {"model.backbone": name, "data.image_size": size}
+            settings["model.pretrained"] = any(space.possible("model.pretrained"))
+            settings["model.weights_dir"] = str(weights_dir.absolute()) if weights_dir else None
+            try:
+                build_model(RunConfig.from_flat(settings))
+            except UserError as error:
+                faults += error.faults
+    if faults:
+        raise UserError(dict.fromkeys(faults))
 
 
 def _new_folder(args: argparse.Namespace) -> Path:

@@ -39,7 +39,7 @@ EVAL_ROWS = 128
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 #: Settings that may differ from those that a run began with, when it goes on.
-_MAY_CHANGE = {"train.epochs", "train.patience", "model.weights_dir"}
+_MAY_CHANGE = {"train.epochs", "train.patience", "train.accumulate", "model.weights_dir"}
 
 
 class Diverged(ArithmeticError):
@@ -96,7 +96,7 @@ def fit(
         `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
         `train_loss` (mean over the rows since the report before), `lr` (of the newest step), `images_per_second` (in
         training, over all workers), `val_` and each metric of `per_sample`, `best_val_js`, `best_report`,
-        `params_millions`, `finished` (no further report will follow).
+        `accumulate` (micro-batches a step), `params_millions`, `finished` (no further report will follow).
 
     Raises:
         UserError: the configuration does not fit the store, the device, the workers or the run in the folder.
@@ -348,6 +348,7 @@ def _report(
         **{f"val_{name}": value for name, value in metrics.items()},
         "best_val_js": best,
         "best_report": number if improved else history[-1]["best_report"],
+        "accumulate": run.config.train.accumulate,
         "params_millions": sum(parameter.numel() for parameter in run.model.parameters()) / 1e6,
         "finished": False,
     }

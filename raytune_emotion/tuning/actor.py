@@ -9,8 +9,11 @@ from ray import tune
 
 from raytune_emotion.learn.checkpoint import Report, read_history
 from raytune_emotion.tuning.searcher import OBJECTIVE
-from raytune_emotion.tuning.trial import Job, TrialFailed, train_here
+from raytune_emotion.tuning.trial import DiskFull, Job, OutOfMemory, TrialFailed, halved, train_here
 from raytune_emotion.tuning.workers import Workers
+
+# Tune wants the metric of the schedulers in every result.
+_ENDED = {OBJECTIVE: math.inf, "done": True}
 
 
 class TrialActor(tune.Trainable):
@@ -23,15 +26,16 @@ class TrialActor(tune.Trainable):
         self._reports = self._train()
 
     def step(self) -> dict[str, Any]:
-        """Trains until the next report, which is the result; a trial that fails for good ends with the reason."""
+        """Trains until the next report, which is the result; what ends a trial for good is a result too."""
         try:
             report = next(self._reports)
         except StopIteration:
             # The folder holds a training that had ended, and whose ending was not heard.
             report = read_history(Path(self._job.folder))[-1]
         except TrialFailed as error:
-            self._close_workers()
-            return {"failed": str(error), OBJECTIVE: math.inf, "done": True}
+            return {"failed": str(error), **_ENDED}
+        except DiskFull as error:
+            return {"disk_full": str(error), **_ENDED}
         return {**report, "done": report["finished"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -44,11 +48,25 @@ class TrialActor(tune.Trainable):
         self._close_workers()
 
     def _train(self) -> Generator[Report, None, None]:
-        if self._job.resources.workers == 1:
-            return train_here(self._job)
+        try:
+            yield from self._attempt(self._job)
+        except OutOfMemory:
+            smaller = halved(self._job)
+            if smaller is None:
+                raise
+            yield from self._attempt(smaller)
+
+    def _attempt(self, job: Job) -> Generator[Report, None, None]:
+        if job.resources.workers == 1:
+            yield from train_here(job)
+            return
         if self._workers is None:
-            self._workers = Workers(self._job)
-        return self._workers.train(self._job)
+            self._workers = Workers(job)
+        try:
+            yield from self._workers.train(job)
+        except TrialFailed:
+            self._close_workers()
+            raise
 
     def _close_workers(self) -> None:
         if self._workers is not None:

@@ -1,6 +1,7 @@
 """Runs a study's trials on a Ray cluster."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -22,22 +23,24 @@ from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_par
 from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.checkpoint import LAST, Report
 from raytune_emotion.tuning.actor import TrialActor
-from raytune_emotion.tuning.searcher import Proposal, Searcher, Status, abandon_torn, load_study
+from raytune_emotion.tuning.searcher import Proposal, Searcher, Status, abandon_torn, asked, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.stopping import make_scheduler, replay
 from raytune_emotion.tuning.study import (
     SPEC,
     StudySpec,
     TrialRecord,
+    best_first,
+    copy_checkpoint,
     drop_checkpoints,
     read_records,
     trial_folder,
     write_tables,
 )
-from raytune_emotion.tuning.trial import Job, Resources
+from raytune_emotion.tuning.trial import Job, Resources, is_disk_full
 from raytune_emotion.tuning.workers import release_workers
 
 #: Ray reads these when it starts, and has no arguments in their place.
@@ -48,6 +51,10 @@ _RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+
+#: So many failed trials, and none that did not fail, end a study.
+_HOPELESS = 10
 
 
 @dataclass(frozen=True)
@@ -135,13 +142,16 @@ def run_study(
 
     Returns:
         All trials. Some are still `running` where the study was interrupted or out of time.
+
+    Raises:
+        Breakdown: the disk is full, or every one of the first trials has failed.
     """
     study = load_study(folder)
     search = _Search(folder, spec, placement, study, watch)
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
         if not search.is_finished():
-            # Not through a Tuner: all that it adds is a pickle of everything, to be restored from, which nothing is here.
+            # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
             tune.run(
                 _trainable(placement.resources),
                 name=folder.name,
@@ -151,6 +161,7 @@ def run_study(
                 reuse_actors=True,
                 time_budget_s=time_budget,
                 max_failures=spec.max_failures,
+                stop=_Broken(search),
                 trial_name_creator=lambda trial: trial.config["name"],
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 # What Tune writes of its own is of no use to us: the study's folder is the record.
@@ -159,9 +170,27 @@ def run_study(
                 raise_on_failed_trial=False,
                 verbose=0,
             )
+    if search.broken:
+        raise Breakdown(f"{search.broken}; the study can be resumed: {folder}")
     records = read_records(folder, study)
     write_tables(folder, records)
     return records
+
+
+def extend_best(folder: Path, spec: StudySpec) -> StudySpec:
+    """Has the best complete trials of a study whose epochs were raised go on to the new end, as trials of their own."""
+    study = load_study(folder)
+    records = [record for record in best_first(read_records(folder, study)) if record.status == "complete"]
+    # Those whose weights are kept, and that had not run out of patience before.
+    can = [
+        r
+        for r in records
+        if (trial_folder(folder, r.trial_id) / LAST).exists() and r.reports[-1]["epoch"] < spec.epochs
+    ]
+    searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
+    for record in can:
+        searcher.extend(record.trial_id)
+    return dataclasses.replace(spec, trials=max(spec.trials, len(asked(study))) + len(can))
 
 
 def _trainable(resources: Resources) -> Any:
@@ -187,21 +216,23 @@ class _Search(SearchAlgorithm):
     ) -> None:
         self._folder, self._spec, self._placement, self._study, self._watch = folder, spec, placement, study, watch
         self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
-        self._live: dict[str, Proposal] = {}
+        self._live: dict[str, tuple[Proposal, Trial]] = {}
+        self._ended: dict[str, TrialRecord] = {}
         self._experiment: Experiment | None = None
         self._parser = _make_parser()
+        self.broken = ""  # why the study cannot go on
 
         abandon_torn(study)
-        records = read_records(folder, study)
+        records = self._read()
         self._asked = len(records)
-        self.scheduler = make_scheduler(self._most_reports(records))
+        self.scheduler = make_scheduler(self._most_reports())
         stopped = replay(self.scheduler, records)
         self._unfinished: deque[str] = deque()
         for record in records:
             if record.status == "running":
                 self._take_up(record, stopped=record.trial_id in stopped)
 
-    def _most_reports(self, records: list[TrialRecord]) -> int:
+    def _most_reports(self) -> int:
         settings = parse_space(self._spec.space, SPEC).fixed
         return self._spec.epochs * int(settings.get("train.evals_per_epoch", 1))
 
@@ -232,42 +263,82 @@ class _Search(SearchAlgorithm):
         else:
             proposal = self._searcher.ask()
             self._asked += 1
-        self._live[proposal.trial_id] = proposal
-        self._watch(Event(proposal, "running", None, ""))
+        if proposal.continues and not (trial_folder(self._folder, proposal.trial_id) / LAST).exists():
+            copy_checkpoint(
+                trial_folder(self._folder, proposal.continues), trial_folder(self._folder, proposal.trial_id)
+            )
         assert self._experiment is not None
+        job = job_of(self._folder, self._spec, self._placement.resources, proposal)
         trial: Trial = _create_trial_from_spec(
-            {
-                **self._experiment.spec,
-                "config": job_of(self._folder, self._spec, self._placement.resources, proposal).to_dict(),
-            },
+            {**self._experiment.spec, "config": job.to_dict()},
             self._parser,
             evaluated_params=proposal.settings,
             experiment_tag=proposal.trial_id,
             trial_id=proposal.trial_id,
         )
+        self._live[proposal.trial_id] = proposal, trial
+        self._watch(Event(proposal, "running", None, ""))
         return trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._searcher.observe(trial_id, result)
-        self._watch(Event(self._live[trial_id], "running", result, ""))
+        proposal, _ = self._live[trial_id]
+        with self._breaking():
+            self._searcher.observe(trial_id, result)
+            self._watch(Event(proposal, "running", result, ""))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        proposal = self._live.pop(trial_id)
-        if error or result is None:
-            release_workers(trial_folder(self._folder, trial_id))
-            self._end(proposal, "failed", None, reason=f"its process ended {self._spec.max_failures + 1} times")
-        elif "failed" in result:
-            self._end(proposal, "failed", None, reason=result["failed"])
-        else:
-            self._searcher.observe(trial_id, result)
-            self._end(proposal, "complete" if result["finished"] else "pruned", result)
+        proposal, trial = self._live.pop(trial_id)
+        with self._breaking():
+            if error or result is None:
+                release_workers(trial_folder(self._folder, trial_id))
+                why = str(trial.get_error() or "killed").strip().splitlines()[-1]
+                deaths = self._spec.max_failures + 1
+                self._end(proposal, "failed", None, reason=f"its process ended {deaths} times, the last time by: {why}")
+            elif "failed" in result:
+                self._end(proposal, "failed", None, reason=result["failed"])
+            elif "disk_full" in result:
+                # Not told to the searcher: the trial goes on when the study does.
+                self.broken = result["disk_full"]
+            else:
+                self._searcher.observe(trial_id, result)
+                self._end(proposal, "complete" if result["finished"] else "pruned", result)
 
     def _end(self, proposal: Proposal, status: Status, report: Report | None, *, reason: str = "") -> None:
         self._searcher.tell(proposal.trial_id, status, reason=reason)
-        records = read_records(self._folder, self._study)
+        records = self._read()
         write_tables(self._folder, records)
         drop_checkpoints(self._folder, records)
         self._watch(Event(proposal, status, report, reason))
+        if len(self._ended) >= _HOPELESS and all(record.status == "failed" for record in self._ended.values()):
+            self.broken = f"{len(self._ended)} trials of {len(self._ended)} have failed, the last one: {reason}"
+
+    def _read(self) -> list[TrialRecord]:
+        records = read_records(self._folder, self._study, self._ended)
+        self._ended = {record.trial_id: record for record in records if record.status != "running"}
+        return records
+
+    @contextlib.contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """Ends the study where what must be written of it cannot be."""
+        try:
+            yield
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self.broken = f"{self._folder}: no space left on the disk"
+
+
+class _Broken(tune.Stopper):
+    """Tells Tune when a study cannot go on."""
+
+    def __init__(self, search: _Search) -> None:
+        self._search = search
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._search.broken)
 
 
 def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal) -> Job:

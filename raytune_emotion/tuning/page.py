@@ -120,7 +120,7 @@ def _settings(records: list[TrialRecord], searched: list[str]) -> Figure:
     for axes, name in zip(grid, searched, strict=False):
         with_it = [record for record in seen if name in record.settings]
         values = [record.settings[name] for record in with_it]
-        # Words and truths are categories to matplotlib; numbers that span orders of magnitude are read on a logarithmic axis.
+        # Words and truths are categories to matplotlib; numbers that span orders of magnitude want a log axis.
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if len(numbers) < len(values):
             values = [str(value) for value in values]

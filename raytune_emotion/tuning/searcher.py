@@ -39,6 +39,7 @@ class Proposal:
 
     trial_id: str
     settings: dict[str, Any]  # by dotted path; together with the study's own they make a RunConfig
+    continues: str | None  # the trial whose checkpoint it goes on from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Asked:
     status: Status
     settings: dict[str, Any]
     reason: str  # why it failed, or ""
+    continues: str | None
 
 
 class Searcher:
@@ -73,6 +75,11 @@ class Searcher:
         trial.set_user_attr("settings", settings)
         return self._opened(trial, settings)
 
+    def extend(self, trial_id: str) -> None:
+        """Has a trial that is complete asked for again, to go on from where it ended."""
+        ended = self._frozen(trial_id)
+        self._study.enqueue_trial(ended.params, user_attrs={"continues": trial_id})
+
     def resume(self, trial_id: str) -> Proposal:
         """A trial that was asked for in an earlier session and has not ended."""
         frozen = self._frozen(trial_id)
@@ -95,7 +102,7 @@ class Searcher:
         self._study.tell(trial, value, state=_STATES[status])
 
     def _opened(self, trial: optuna.Trial, settings: dict[str, Any]) -> Proposal:
-        proposal = Proposal(trial_id_of(trial.number), settings)
+        proposal = Proposal(trial_id_of(trial.number), settings, trial.user_attrs.get("continues"))
         self._handles[proposal.trial_id] = trial
         return proposal
 
@@ -116,6 +123,7 @@ def asked(study: optuna.Study) -> list[Asked]:
             # Without settings is one whose asking was cut short: it has failed by `abandon_torn`.
             trial.user_attrs.get("settings", {}),
             trial.user_attrs.get("reason", ""),
+            trial.user_attrs.get("continues"),
         )
         for trial in study.get_trials(deepcopy=False)
         if trial.state != TrialState.WAITING

@@ -8,10 +8,12 @@ import dataclasses
 import importlib.metadata
 import io
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -21,7 +23,7 @@ from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
-from raytune_emotion.learn.checkpoint import Report, read_history
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
 from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
 
 SPEC = "study.yaml"
@@ -100,6 +102,7 @@ class TrialRecord:
     settings: dict[str, Any]  # those that the space chose
     reason: str
     reports: tuple[Report, ...]
+    continues: str | None = None  # the trial that it went on from, whose reports are its own first
 
     @property
     def best(self) -> Report | None:
@@ -111,12 +114,37 @@ def trial_folder(study: Path, trial_id: str) -> Path:
     return study / "trials" / trial_id
 
 
-def read_records(folder: Path, study: optuna.Study) -> list[TrialRecord]:
-    """Every trial of a study with its reports, in the order of their start."""
+def read_records(
+    folder: Path, study: optuna.Study, ended: Mapping[str, TrialRecord] = MappingProxyType({})
+) -> list[TrialRecord]:
+    """Every trial of a study with its reports, in the order of their start.
+
+    Args:
+        folder: of the study.
+        study: Optuna's.
+        ended: trials that had ended when they were read before, by their id; they are not read again.
+    """
     return [
-        TrialRecord(t.trial_id, t.status, t.settings, t.reason, tuple(read_history(trial_folder(folder, t.trial_id))))
+        ended.get(t.trial_id)
+        or TrialRecord(
+            t.trial_id,
+            t.status,
+            t.settings,
+            t.reason,
+            tuple(read_history(trial_folder(folder, t.trial_id))),
+            t.continues,
+        )
         for t in asked(study)
     ]
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Lets the trial in one folder go on in another, which may hold an attempt at this that was cut short."""
+    target.mkdir(parents=True, exist_ok=True)
+    # The newest state comes last: a folder without it is a trial that has not begun.
+    for name in (HISTORY, BEST, LAST):
+        with whole(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
 
 
 def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
@@ -171,7 +199,9 @@ def _row(record: TrialRecord) -> dict[str, Any]:
         "seconds": last.get("seconds"),
         "params_millions": last.get("params_millions"),
         "best_epoch": best.get("epoch"),
+        "accumulate": last.get("accumulate"),
         **record.settings,
+        "continues": record.continues,
         "reason": record.reason,
     }
 

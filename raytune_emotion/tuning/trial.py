@@ -6,6 +6,7 @@ run again. Ray keeps no checkpoint of its own.
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import json
 from collections.abc import Generator
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from raytune_emotion.config import RunConfig
+from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
+from raytune_emotion.errors import UserError
 from raytune_emotion.files import write_text
 from raytune_emotion.learn.checkpoint import Report
 from raytune_emotion.learn.loop import Diverged, fit
@@ -60,7 +63,15 @@ class Job:
 
 
 class TrialFailed(RuntimeError):
-    """A trial that would fail again if it were run again: it diverged, or needs more memory than there is."""
+    """A trial that would fail again if it were run again, as when it diverged."""
+
+
+class OutOfMemory(TrialFailed):
+    """A trial that needs more memory than its device has."""
+
+
+class DiskFull(RuntimeError):
+    """No fault of the trial: it can go on when there is room."""
 
 
 def train_here(job: Job) -> Generator[Report, None, None]:
@@ -78,7 +89,8 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     Nothing of the trial is left in the process when the generator is exhausted or closed.
 
     Raises:
-        TrialFailed: where another attempt would end the same.
+        TrialFailed: where another attempt would end the same; OutOfMemory of these.
+        DiskFull: a checkpoint could not be written.
     """
     config = RunConfig.from_flat(job.settings)
     folder = Path(job.folder)
@@ -96,10 +108,31 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
                 if writer is not None:
                     _write_events(writer, report)
                 yield report
-        except Diverged as error:
-            raise TrialFailed(str(error)) from error
         except torch.OutOfMemoryError as error:
-            raise TrialFailed(f"out of memory on the device: {str(error).splitlines()[0]}") from error
+            raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
+        except (Diverged, UserError) as error:
+            raise TrialFailed(str(error)) from error
+        except (OSError, SafetensorError) as error:
+            if is_disk_full(error):
+                raise DiskFull(f"{folder}: no space left on the disk") from error
+            raise
+
+
+def halved(job: Job) -> Job | None:
+    """The same job in micro-batches of half the size, for about half the memory; None where they are of one row.
+
+    The effective batch, and so what the optimizer sees, stays the same but for the statistics of BatchNorm.
+    """
+    accumulate = 2 * job.settings.get("train.accumulate", TrainConfig().accumulate)
+    if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
+        return None
+    return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate})
+
+
+def is_disk_full(error: BaseException) -> bool:
+    # Safetensors wraps the system's error in one of its own, in words.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def _forget() -> None:

@@ -27,7 +27,7 @@ from ray.util.queue import Empty, Queue
 
 from raytune_emotion.files import write_text
 from raytune_emotion.learn.checkpoint import Report
-from raytune_emotion.tuning.trial import Job, TrialFailed, train_on
+from raytune_emotion.tuning.trial import DiskFull, Job, TrialFailed, train_on
 
 PLACEMENT_GROUP = "placement_group"
 #: Restarts of a trial whose processes died, where nothing else is asked for.
@@ -53,9 +53,9 @@ class _Reserved:
 
 @dataclasses.dataclass(frozen=True)
 class _Failed:
-    """The trial has failed for good."""
+    """The trial has failed, and how."""
 
-    reason: str
+    error: TrialFailed | DiskFull
 
 
 class Workers:
@@ -133,7 +133,7 @@ class Workers:
                     raise RuntimeError("the workers have ended by themselves") from None
                 continue
             if isinstance(message, _Failed):
-                raise TrialFailed(message.reason)
+                raise message.error
             if not self._note(message):
                 return message
             self._note_placement_group(job)
@@ -225,8 +225,8 @@ def _work(config: dict[str, Any]) -> None:
                         messages.put(report)
                     if heard() == _STOP:
                         break
-        except TrialFailed as error:
-            messages.put(_Failed(str(error)))
+        except (TrialFailed, DiskFull) as error:
+            messages.put(_Failed(error))
             raise
         if first:
             messages.put(_DONE)

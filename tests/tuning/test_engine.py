@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import subprocess
 import time
 
 import pandas as pd
@@ -11,13 +12,15 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.tuning.engine import fit_to_cluster, job_of, run_study
+from raytune_emotion.tuning import engine
+from raytune_emotion.tuning.actor import TrialActor
+from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, job_of, run_study
 from raytune_emotion.tuning.searcher import Proposal, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import KEPT, trial_folder, write_spec
-from raytune_emotion.tuning.trial import train_here
+from raytune_emotion.tuning.trial import OutOfMemory, train_here
 from tests.tuning.test_study import spec_of
 
 SPACE = {
@@ -94,7 +97,7 @@ def test_a_trial_is_the_same_alone_in_a_fresh_process_as_in_one_that_ran_others(
     placement = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1)
     last = max((r for r in records if r.status == "complete"), key=lambda r: r.trial_id)
     assert last.trial_id != "0000"
-    job = job_of(folder, spec, placement.resources, Proposal(last.trial_id, last.settings))
+    job = job_of(folder, spec, placement.resources, Proposal(last.trial_id, last.settings, None))
     alone = dataclasses.replace(job, folder=str(tmp_path / "alone"))
     assert numbers(train_here(alone)) == numbers(last.reports)
 
@@ -111,6 +114,74 @@ def test_a_study_that_is_over_can_be_extended(begin):
     after = go(trials=4)
     assert [r.status for r in after] == ["complete"] * 4
     assert after[:2] == before
+
+
+def test_raised_epochs_let_the_best_go_on_from_where_they_ended(begin):
+    folder, spec, go = begin(trials=2, epochs=2)
+    before = go()
+    longer = extend_best(folder, dataclasses.replace(spec, epochs=4))
+    after = go(trials=longer.trials, epochs=4)
+    assert after[:2] == before
+    best = min((r for r in before if r.status == "complete"), key=lambda r: r.best["val_js"])
+    assert after[2].continues == best.trial_id
+    assert after[2].settings == best.settings
+    assert after[2].reports[:2] == best.reports
+    assert [r["report"] for r in after[2].reports] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    try:
+        folder = disk / "study"
+        folder.mkdir()
+        space = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}
+        spec = spec_of(store, space=space, trials=2, epochs=6)
+        create_study(folder, parse_space(space, "space"))
+        place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1)
+        with pytest.raises(Breakdown, match="no space left on the disk; the study can be resumed"):
+            run_study(folder, spec, place)
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        records = run_study(folder, spec, place)
+        assert {r.status for r in records} <= {"complete", "pruned"}
+        assert [r["report"] for r in records[0].reports] == list(range(1, 7))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_study_of_which_nothing_succeeds_is_ended_with_the_reason(begin):
+    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"log_uniform": [50.0, 100.0]}}
+    _, _, go = begin(space=space, trials=30, epochs=2)
+    with pytest.raises(Breakdown, match="10 trials of 10 have failed, the last one: diverged"):
+        go()
+
+
+def test_a_trial_out_of_memory_goes_on_in_smaller_micro_batches(begin, monkeypatch):
+    class Actor(TrialActor):
+        """Whose device has room for micro-batches of 16 rows."""
+
+        def _attempt(self, job):
+            if 32 // job.settings.get("train.accumulate", 1) > 16:
+                raise OutOfMemory("out of memory on the device")
+            yield from super()._attempt(job)
+
+    monkeypatch.setattr(engine, "TrialActor", Actor)
+    (record,) = begin(trials=1, epochs=2)[2]()
+    assert record.status == "complete"
+    assert [r["accumulate"] for r in record.reports] == [2, 2]
+
+
+def test_a_trial_that_is_out_of_memory_twice_fails(begin, monkeypatch):
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            raise OutOfMemory("out of memory on the device")
+            yield
+
+    monkeypatch.setattr(engine, "TrialActor", Actor)
+    (record,) = begin(trials=1, epochs=2)[2]()
+    assert (record.status, record.reason) == ("failed", "out of memory on the device")
 
 
 def test_a_trial_that_diverges_fails_at_once_and_the_study_goes_on(begin):
