@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.resume:
             folder.mkdir(parents=True)
             create_study(folder, parse_space(spec.space))
+        elif spec.epochs > before.epochs:
+            spec = extend_best(folder, spec)
         write_spec(folder, spec)
         console.print(f"study {folder}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
         with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
@@ -156,9 +158,8 @@ def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
 
 def _check_backbones(space: Space, stores: Mapping[int, Store], weights_dir: Path | None) -> None:
     """Builds every backbone at every size once: a trial must not be where it shows that one cannot be had."""
-    default = RunConfig()
-    faults = []
-    for name in space.possible("model.backbone") or (default.model.backbone,):
+    faults: list[str] = []
+    for name in space.possible("model.backbone") or (RunConfig().model.backbone,):
         for size in stores:
             settings = {"model.backbone": name, "data.image_size": size}
             settings["model.pretrained"] = any(space.possible("model.pretrained"))
