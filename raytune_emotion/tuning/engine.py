@@ -340,6 +340,10 @@ class _Broken(tune.Stopper):
     def stop_all(self) -> bool:
         return bool(self._search.broken)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles it, into a file that nobody reads.
+        return {}
+
 
 def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal) -> Job:
     """What runs a trial of a study."""
