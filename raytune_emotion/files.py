@@ -11,7 +11,11 @@ def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which becomes `path` when the block ends well and is gone when it does not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        # Some writers make files that their owner alone can read, which is no use where results are shared.
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -25,3 +25,11 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
         write_text(path, "new")
         assert reader.read() == "old"
     assert path.read_text() == "new"
+
+
+def test_a_file_has_the_usual_mode_whoever_wrote_it(tmp_path):
+    (tmp_path / "usual").touch()
+    with whole(tmp_path / "secret") as temporary:
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+    assert (tmp_path / "secret").stat().st_mode == (tmp_path / "usual").stat().st_mode
