@@ -11,11 +11,9 @@ def whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, which becomes `path` when the block ends well and is gone when it does not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        # Some writers make files that their owner alone can read, which is no use where results are shared.
-        temporary.chmod(mode)
+        # Some writers make files that their owner alone can read; these are to be as open as their folder.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -27,9 +27,8 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_a_file_has_the_usual_mode_whoever_wrote_it(tmp_path):
-    (tmp_path / "usual").touch()
-    with whole(tmp_path / "secret") as temporary:
-        temporary.unlink()
+def test_a_file_is_as_open_as_its_folder_whoever_wrote_it(tmp_path):
+    tmp_path.chmod(0o750)
+    with whole(tmp_path / "weights") as temporary:
         temporary.touch(mode=0o600)
-    assert (tmp_path / "secret").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640

@@ -177,8 +177,6 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
     texts = {key: json.dumps(value) for key, value in header.items()}
     with whole(path) as temporary:
         save_file(dict(tensors), temporary, {"format": "pt", **texts})
-        # safetensors makes files that their owner alone can read; these are to be as open as their folder.
-        temporary.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _header(file: Any, *keys: str) -> list[Any]:
