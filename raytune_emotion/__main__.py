@@ -1,9 +1,14 @@
 """The console script: one verb a command, and what all commands share."""
 
 import argparse
+import contextlib
 import importlib
+import math
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from raytune_emotion import __version__
 from raytune_emotion.errors import Breakdown, UserError
@@ -34,6 +39,60 @@ def guarded(action: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def collecting(faults: list[str]) -> Iterator[None]:
+    """Notes what is wrong in place of raising it, so that the user is told of everything at once."""
+    try:
+        yield
+    except UserError as error:
+        faults += error.faults
+
+
+def check_makeable(folder: Path) -> None:
+    """Whether a folder that is not there can be made.
+
+    Raises:
+        UserError: what it is to lie in is no folder, or lets nobody write.
+    """
+    nearest = next(parent for parent in folder.parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: is no folder, so nothing can be written below it; name another with --results")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{nearest}: cannot be written to; name another folder with --results")
+
+
+# Types of arguments.
+
+
+def positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"a whole number from 0, below 2^31, is wanted, got {text!r}")
+    return int(text)
+
+
+def gpu_share(text: str) -> float:
+    """A number of GPUs as Ray deals them out: parts of one, or whole ones."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf or (number > 1 and number != int(number)):
+        raise argparse.ArgumentTypeError(f"0, a fraction of 1 or a whole number is wanted, got {text!r}")
+    return number
+
+
+def plain_name(text: str) -> str:
+    if not re.fullmatch(r"[\w][\w.=,+-]{0,99}", text):
+        raise argparse.ArgumentTypeError(f"up to 100 letters, digits and . _ - = , + make a name, got {text!r}")
+    return text
 
 
 def command_main(verb: str, argv: list[str] | None = None) -> int:

@@ -2,20 +2,36 @@
 
 import argparse
 import dataclasses
+import os
 import re
+import shlex
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+from ray._private import services
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.__main__ import (
+    check_makeable,
+    collecting,
+    command_main,
+    gpu_share,
+    natural,
+    plain_name,
+    positive,
+)
 from raytune_emotion.config import RunConfig
+from raytune_emotion.data.affectnet import is_folder
 from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import Store, open_store, prepare
+from raytune_emotion.data.store import Store, is_store, open_store, prepare
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
 from raytune_emotion.learn.loop import baseline
@@ -29,6 +45,7 @@ from raytune_emotion.tuning.workers import MAX_FAILURES
 
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
+_CONNECT_S = 10.0
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -36,19 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="AffectNetFused folder or packed store (default: generated faces)")
     add("--space", type=Path, metavar="FILE", help="the search space, YAML (default: search_spaces/quick.yaml)")
-    add("--trials", type=_positive, metavar="N", help=f"trials in all (default: {DEFAULT_TRIALS})")
-    add("--epochs", type=_positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
-    add("--concurrency", type=_positive, metavar="N", help="trials at once (default: as many as fit)")
-    add("--workers-per-trial", type=_positive, metavar="N", help="processes that train a trial (default: 1)")
-    add("--gpus-per-worker", type=float, metavar="X", help="may be a fraction (default: 1 where there are GPUs)")
+    add("--trials", type=positive, metavar="N", help=f"trials in all (default: {DEFAULT_TRIALS})")
+    add("--epochs", type=positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
+    add("--concurrency", type=positive, metavar="N", help="trials at once (default: as many as fit)")
+    add("--workers-per-trial", type=positive, metavar="N", help="processes that train a trial (default: 1)")
+    add("--gpus-per-worker", type=gpu_share, metavar="X", help="may be a fraction (default: 1 where there are GPUs)")
     add("--results", type=Path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
-    add("--name", type=_name, metavar="NAME", help="of the study (default: the space and the time)")
+    add("--name", type=plain_name, metavar="NAME", help="of the study (default: the space and the time)")
     add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
-    add("--seed", type=int, metavar="N", help="default: 0")
+    add("--seed", type=natural, metavar="N", help="default: 0")
     add("--time-budget", type=_duration, metavar="T", help="as 90m, 2h or 1d; the study can be resumed afterwards")
     add(
         "--max-failures",
-        type=int,
+        type=natural,
         metavar="N",
         help=f"restarts of a trial that died (default: {MAX_FAILURES})",
     )
@@ -59,21 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console = Console(soft_wrap=True)
-    if args.resume:
-        folder = _existing_folder(args)
-        before = read_spec(folder)
-        spec = _resumed(before, args)
-    else:
-        folder = _new_folder(args)
-        spec = _new(folder.name, args)
-    with ray_session(args.address):
+    folder, spec = _resumed(args) if args.resume else _new(args)
+    with ray_session(args.address), _terminated_as_interrupted():
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
         )
         if not args.resume:
             folder.mkdir(parents=True)
             create_study(folder, parse_space(spec.space))
-        elif spec.epochs > before.epochs:
+        elif spec.epochs > read_spec(folder).epochs:
             spec = extend_best(folder, spec)
         write_spec(folder, spec)
         console.print(f"study {folder}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
@@ -84,17 +95,71 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
 
-def _new(name: str, args: argparse.Namespace) -> StudySpec:
-    """The spec of a new study, with its data packed."""
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Lets SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process, do what Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Called, not raised: in a Ray job SIGINT is blocked.
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):
+            handler(number, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_cluster(address: str | None) -> None:
+    """Whether anything answers where a Ray cluster is said to be.
+
+    Asked first: Ray itself would try for a quarter of an hour, and only once the data are packed.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    if address is None or "://" in address:
+        return
+    try:
+        found = services.canonicalize_bootstrap_address(address)
+        if found is not None:
+            host, port = services.extract_ip_port(found)
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "
+            f"leave --address out to start Ray on this machine"
+        ) from None
+
+
+def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
+    """The folder and the spec of a new study, with its data packed."""
     path = args.space or Path("search_spaces/quick.yaml")
-    space = load_space(path, overrides={"train.epochs": args.epochs} if args.epochs else {})
-    if "train.epochs" not in space.fixed:
-        space = load_space(path, overrides={"train.epochs": DEFAULT_EPOCHS})
+    folder: Path = args.results.absolute() / (args.name or f"{path.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    faults: list[str] = []
+    with collecting(faults):
+        if os.path.lexists(folder):
+            raise UserError(
+                f"{folder}: there is a study of this name already; go on with it by --resume, or choose another"
+            )
+        check_makeable(folder)
+    with collecting(faults):
+        check_cluster(args.address)
+    with collecting(faults):
+        space = _space(path, args)
+    if args.data and not is_store(args.data) and not is_folder(args.data):
+        with collecting(faults):
+            prepare(args.data, image_size=None)  # says what it lacks
+    if faults:
+        raise UserError(faults)
+
     stores = _stores(args.data or sample_folder(), space, skip_bad=args.skip_bad)
-    _check_backbones(space, stores, args.weights_dir)
+    _check_backbones(space, stores)
     first = next(iter(stores.values()))
-    return StudySpec(
-        name=name,
+    return folder, StudySpec(
+        name=folder.name,
         seed=args.seed or 0,
         trials=args.trials or DEFAULT_TRIALS,
         epochs=space.fixed["train.epochs"],
@@ -106,31 +171,59 @@ def _new(name: str, args: argparse.Namespace) -> StudySpec:
         stores={size: str(store.path) for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
         classes=first.classes,
-        weights_dir=str(args.weights_dir.absolute()) if args.weights_dir else None,
+        weights_dir=space.fixed.get("model.weights_dir"),
         space=space.to_dict(),
         baseline=baseline(first),
     )
 
 
-def _resumed(spec: StudySpec, args: argparse.Namespace) -> StudySpec:
-    """The spec of a study that goes on: what it is stays, how much of it and where it runs may change."""
+def _space(path: Path, args: argparse.Namespace) -> Space:
+    """The space of a new study, with what the command line says of it."""
+    given = {"train.epochs": args.epochs, "model.weights_dir": _absolute(args.weights_dir)}
+    given = {key: value for key, value in given.items() if value is not None}
+    fixed = load_space(path, overrides=given).fixed
+    settled: dict[str, Any] = {"train.epochs": fixed.get("train.epochs", DEFAULT_EPOCHS)}
+    if fixed.get("model.weights_dir") is not None:
+        # Trials run in other folders than this one.
+        settled["model.weights_dir"] = _absolute(Path(fixed["model.weights_dir"]))
+    return load_space(path, overrides=settled)
+
+
+def _absolute(path: Path | None) -> str | None:
+    return str(path.expanduser().absolute()) if path is not None else None
+
+
+def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
+    """The folder and the spec of a study that goes on: what it is stays; how much of it, and where it runs, may change.
+
+    All of it is looked at before Ray is started.
+    """
+    folder = _existing_folder(args)
+    spec = read_spec(folder)
+    space = parse_space(spec.space, str(folder / SPEC))
+    load_study(folder)
     faults = [
         f"--{name}: a study keeps the {name} that it began with; leave it out, or begin a new study under another name"
         for name, value in (("space", args.space), ("seed", args.seed))
         if value is not None
     ]
-    stores = spec.stores
-    if args.data is not None:
-        moved = _stores(args.data, parse_space(spec.space, SPEC), skip_bad=args.skip_bad)
-        stores = {size: str(store.path) for size, store in moved.items()}
-        if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
-            faults.append(f"{args.data}: other data than the study began with; its trials could not be compared")
-    else:
-        for size, path in stores.items():
-            if open_store(Path(path)).fingerprint != spec.fingerprints[size]:
-                faults.append(f"{path}: has changed since the study began; name its data with --data")
     if args.epochs is not None and args.epochs < spec.epochs:
         faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
+    with collecting(faults):
+        check_cluster(args.address)
+    stores = spec.stores
+    if args.data is not None:
+        with collecting(faults):
+            moved = _stores(args.data, space, skip_bad=args.skip_bad)
+            stores = {size: str(store.path) for size, store in moved.items()}
+            if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
+                faults.append(f"{args.data}: other data than the study began with; its trials could not be compared")
+    for size, path in stores.items() if args.data is None else ():
+        with collecting(faults):
+            if not is_store(Path(path)):
+                faults.append(f"{path}: the packed data of the study are gone; name the data with --data")
+            elif open_store(Path(path)).fingerprint != spec.fingerprints[size]:
+                faults.append(f"{path}: has changed since the study began; name its data with --data")
     if faults:
         raise UserError(faults)
     given = {
@@ -140,11 +233,10 @@ def _resumed(spec: StudySpec, args: argparse.Namespace) -> StudySpec:
         "workers_per_trial": args.workers_per_trial,
         "gpus_per_worker": args.gpus_per_worker,
         "max_failures": args.max_failures,
-        "weights_dir": str(args.weights_dir.absolute()) if args.weights_dir else None,
+        "weights_dir": _absolute(args.weights_dir),
     }
-    return dataclasses.replace(
-        spec, stores=stores, **{name: value for name, value in given.items() if value is not None}
-    )
+    given = {name: value for name, value in given.items() if value is not None}
+    return folder, dataclasses.replace(spec, stores=stores, **given)
 
 
 def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
@@ -156,36 +248,26 @@ def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
     return {store.image_size: store for store in stores}
 
 
-def _check_backbones(space: Space, stores: Mapping[int, Store], weights_dir: Path | None) -> None:
+def _check_backbones(space: Space, stores: Mapping[int, Store]) -> None:
     """Builds every backbone at every size once: a trial must not be where it shows that one cannot be had."""
     faults: list[str] = []
     for name in space.possible("model.backbone") or (RunConfig().model.backbone,):
         for size in stores:
             settings = {"model.backbone": name, "data.image_size": size}
             settings["model.pretrained"] = any(space.possible("model.pretrained"))
-            settings["model.weights_dir"] = str(weights_dir.absolute()) if weights_dir else None
-            try:
+            settings["model.weights_dir"] = space.fixed.get("model.weights_dir")
+            with collecting(faults):
                 build_model(RunConfig.from_flat(settings))
-            except UserError as error:
-                faults += error.faults
     if faults:
         raise UserError(dict.fromkeys(faults))
-
-
-def _new_folder(args: argparse.Namespace) -> Path:
-    name = args.name or f"{args.space.stem if args.space else 'quick'}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    folder: Path = args.results.absolute() / name
-    if folder.exists():
-        raise UserError(
-            f"{folder}: there is a study of this name already; go on with it by --resume, or choose another"
-        )
-    return folder
 
 
 def _existing_folder(args: argparse.Namespace) -> Path:
     results: Path = args.results.absolute()
     if args.name:
         named: Path = results / args.name
+        if not named.is_dir():
+            raise UserError(f"{named}: there is no study of this name to resume; name its folder with --results")
         return named
     studies = sorted(results.glob(f"*/{SPEC}"), key=lambda file: file.stat().st_mtime)
     if not studies:
@@ -248,7 +330,10 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, records: list[Tri
         console.print("no trial has reported yet")
         return
     export_trial(folder, folder / "best", best.trial_id)
+    # As it is typed: below here without what is above, and whole for a shell.
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    typed = {name: shlex.quote(str(shown / name)) for name in ("best", "trials")}
+    results = shlex.quote(str(shown.parent))
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({counts["complete"] + counts["pruned"]} trials)
@@ -257,30 +342,22 @@ exported    {shown / "best"}
 page        {shown / REPORT}
 
 next:
-  python -m raytune_emotion.predict {shown / "best"} FACE.jpg
-  tensorboard --logdir {shown / "trials"}
-  python -m raytune_emotion.search --resume --results {shown.parent} --name {folder.name} --trials {2 * spec.trials}""",
+  python -m raytune_emotion.predict {typed["best"]} FACE.jpg
+  tensorboard --logdir {typed["trials"]}
+  python -m raytune_emotion.search --resume --results {results} --name {folder.name} --trials {2 * spec.trials}""",
         highlight=False,
     )
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
-    return int(text)
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[\w][\w.=,+-]*", text):
-        raise argparse.ArgumentTypeError(f"letters, digits and . _ - = , + make a name, got {text!r}")
-    return text
-
-
 def _duration(text: str) -> timedelta:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not found or not float(found[1]):
+    try:
+        length = timedelta(**{_UNITS[found[2]]: float(found[1])}) if found else timedelta()
+    except OverflowError:
+        length = timedelta()
+    if not length:
         raise argparse.ArgumentTypeError(f"a time such as 90m, 2h or 1d is wanted, got {text!r}")
-    return timedelta(**{_UNITS[found[2]]: float(found[1])})
+    return length
 
 
 if __name__ == "__main__":
