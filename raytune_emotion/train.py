@@ -2,6 +2,9 @@
 
 import argparse
 import io
+import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,19 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion.__main__ import command_main
-from raytune_emotion.config import RunConfig
+from raytune_emotion.__main__ import check_makeable, collecting, command_main, gpu_share, plain_name, positive
+from raytune_emotion.config import DataConfig, RunConfig
+from raytune_emotion.data.affectnet import is_folder
 from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import prepare
-from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, read_history
+from raytune_emotion.data.store import is_store, prepare
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.checkpoint import BEST, LAST, read_history
 from raytune_emotion.learn.loop import baseline
-from raytune_emotion.learn.model import check_backbone
+from raytune_emotion.learn.model import check_backbone, check_weights
 from raytune_emotion.learn.package import export_checkpoint
+from raytune_emotion.search import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
-from raytune_emotion.tuning.study import best_trial_id, trial_folder
+from raytune_emotion.tuning.study import best_trial_id, read_spec, trial_folder
 from raytune_emotion.tuning.trial import PARAMS, Job, Resources, TrialFailed, train_here
 from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
 
@@ -35,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trial", metavar="ID", help="a trial of --study")
     add("--epochs", type=int, metavar="N", help="the same as --set train.epochs=N")
     add("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
-    add("--workers", type=int, default=1, metavar="N", help="processes that train together (default: 1)")
-    add("--gpus-per-worker", type=float, metavar="X", help="default: 1 where there are GPUs")
+    add("--workers", type=positive, default=1, metavar="N", help="processes that train together (default: 1)")
+    add("--gpus-per-worker", type=gpu_share, metavar="X", help="default: 1 where there are GPUs")
     add("--results", type=Path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
-    add("--name", metavar="NAME", help="of the run (default: {backbone}_{loss})")
+    add("--name", type=plain_name, metavar="NAME", help="of the run (default: {backbone}_{loss})")
     add("--resume", action="store_true", help="go on with the run of that name")
     add("--weights-dir", type=Path, metavar="DIR", help="pretrained weights, for machines without a hub")
     add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
@@ -46,20 +51,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings asked for; what is said later in this order wins: study, file, --set, the options of their own."""
+    """The settings asked for; what is said later in this order wins: study, file, --set, the options of their own.
+
+    Raises:
+        UserError: something cannot be read. Whether the settings are valid is not asked.
+    """
+    faults: list[str] = []
     settings: dict[str, Any] = {}
+    if args.trial is not None and args.study is None:
+        faults.append(f"--trial {args.trial}: of which study? name its folder with --study")
     if args.study is not None:
-        settings |= _read(trial_folder(args.study, args.trial or best_trial_id(args.study)) / PARAMS)
+        with collecting(faults):
+            settings = _read(trial_folder(args.study, args.trial or best_trial_id(args.study)) / PARAMS)
     if args.config is not None:
-        settings |= _read(args.config)
-    for assignment in args.set:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set {assignment}: KEY=VALUE is wanted, such as optim.lr=1e-3")
-        # A loss that is named weighs what is said, and those of the file no more.
-        if key.startswith("loss.") and not any(a.startswith("loss.") for a in args.set[: args.set.index(assignment)]):
-            settings = {k: v for k, v in settings.items() if not k.startswith("loss.")}
-        settings[key] = YAML(typ="safe", pure=True).load(io.StringIO(value))
+        with collecting(faults):
+            settings = _over(settings, _read(args.config))
+    with collecting(faults):
+        settings = _over(settings, _assigned(args.set))
+    if faults:
+        raise UserError(faults)
     own = {"train.epochs": args.epochs, "train.seed": args.seed}
     own["model.weights_dir"] = str(args.weights_dir.absolute()) if args.weights_dir else None
     return settings | {key: value for key, value in own.items() if value is not None}
@@ -67,20 +77,36 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
-    if args.workers < 1:
-        raise UserError(f"--workers: at least 1, got {args.workers}")
+    folder: Path = args.results.absolute() / (args.name or _default_name(settings))
+    if args.resume:
+        if not (folder / PARAMS).is_file():
+            raise UserError(f"{folder}: there is no run of this name to resume")
+        settings = _over(_read(folder / PARAMS), settings)
     checked = RunConfig.from_flat(settings)
-    check_backbone(checked.model.backbone)
-    folder: Path = args.results.absolute() / (args.name or f"{checked.model.backbone}_{checked.loss.label}")
-    if args.resume and not folder.exists():
-        raise UserError(f"{folder}: there is no run of this name to resume")
-    if folder.exists() and not args.resume:
-        raise UserError(f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name")
+    faults: list[str] = []
+    with collecting(faults):
+        check_backbone(checked.model.backbone)
+        if not args.resume:  # which has its weights from the run itself
+            check_weights(checked.model)
+    if not args.resume:
+        with collecting(faults):
+            if os.path.lexists(folder):
+                raise UserError(
+                    f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
+                )
+            check_makeable(folder)
+    if args.workers > 1:
+        with collecting(faults):
+            check_cluster(args.address)
+    elif args.gpus_per_worker and not torch.cuda.is_available():
+        faults.append(f"--gpus-per-worker {args.gpus_per_worker:g}: this machine has no GPU; leave it out")
+    with collecting(faults):
+        data = _data(args, settings)
+    if faults:
+        raise UserError(faults)
+
     store = prepare(
-        args.data or sample_folder(),
-        image_size=settings.get("data.image_size"),
-        classes=checked.data.classes,
-        skip_bad=args.skip_bad,
+        data, image_size=settings.get("data.image_size"), classes=checked.data.classes, skip_bad=args.skip_bad
     )
     config = RunConfig.from_flat({**settings, "data.image_size": store.image_size})
     console = Console(soft_wrap=True, highlight=False)
@@ -101,12 +127,13 @@ best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {b
 baseline    {mean["js"]:.4f} bits, predicting the training mean
 exported    {folder / "best"}
 
-next: python -m raytune_emotion.predict {folder / "best"} FACE.jpg"""
+next: python -m raytune_emotion.predict {shlex.quote(str(folder / "best"))} FACE.jpg"""
     )
 
 
 def _train(console: Console, folder: Path, config: RunConfig, store: str, resources: Resources) -> None:
     job = Job(folder.name, str(folder), store, config.flat(), resources)
+    fresh = not folder.exists()
     try:
         for report in train_here(job) if resources.workers == 1 else train_together(job, MAX_FAILURES):
             console.print(
@@ -114,7 +141,56 @@ def _train(console: Console, folder: Path, config: RunConfig, store: str, resour
                 f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
             )
     except TrialFailed as error:
-        raise UserError(f"{folder}: the training failed: {error}") from None
+        if fresh and not (folder / LAST).exists():
+            shutil.rmtree(folder)  # the name is free for another attempt
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise Breakdown(f"{folder}: the training failed: {error}") from None
+
+
+def _default_name(settings: dict[str, Any]) -> str:
+    config = RunConfig.from_flat(settings)
+    return f"{config.model.backbone}_{config.loss.label}"
+
+
+def _data(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
+    """What to train on: what is named, or what the study had, or the built-in sample."""
+    given: Path | None = args.data
+    if given is not None:
+        if not is_store(given) and not is_folder(given):
+            prepare(given, image_size=None)  # says what it lacks
+        return given
+    if args.study is None:
+        return sample_folder()
+    size = settings.get("data.image_size", DataConfig().image_size)
+    packed = read_spec(args.study).stores.get(size)
+    if packed is None or not is_store(Path(packed)):
+        raise UserError(f"{args.study}: its packed images of {size} px are not to be found; name the data with --data")
+    return Path(packed)
+
+
+def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Settings with others in their place. Where these name a loss, the losses are theirs alone."""
+    if any(key.startswith("loss.") for key in more):
+        settings = {key: value for key, value in settings.items() if not key.startswith("loss.")}
+    return settings | more
+
+
+def _assigned(assignments: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    faults: list[str] = []
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not key or not equals:
+            faults.append(f"--set {assignment}: KEY=VALUE is wanted, such as optim.lr=1e-3")
+            continue
+        try:
+            settings[key] = YAML(typ="safe", pure=True).load(io.StringIO(text))
+        except (YAMLError, ValueError) as error:
+            faults.append(f"--set {assignment}: {text!r} is no plain value ({str(error).splitlines()[0]})")
+    if faults:
+        raise UserError(faults)
+    return settings
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -122,9 +198,9 @@ def _read(file: Path) -> dict[str, Any]:
         values = YAML(typ="safe", pure=True).load(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise UserError(f"{file}: no valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{file}: settings by dotted path are wanted, such as `optim.lr: 1e-3`")
     return values
 
