@@ -1,24 +1,35 @@
 #!/usr/bin/env bash
 # Submits a search to a running Ray cluster, and follows its log:
 #
-#   RAY_API_SERVER_ADDRESS=http://head:8265 jobs/submit.sh --data /shared/AffectNetFused --space search_spaces/gpu.yaml --name affectnet
+#   RAY_API_SERVER_ADDRESS=http://head:8265 jobs/submit.sh \
+#     --data /shared/AffectNetFused --results /shared/ray_results --space search_spaces/gpu.yaml --name affectnet
 #
-# All arguments are those of `python -m raytune_emotion.search`. Paths are those of the cluster: data and results must
-# lie where every node sees them. The cluster's nodes need the project's requirements; the code itself travels with the
-# job. Without RAY_API_SERVER_ADDRESS the cluster is sought on this machine.
+# All arguments are those of `python -m raytune_emotion.search`. The code and the search spaces travel with the job;
+# other paths are those of the cluster, so data and results must lie where every node sees them. The study goes to the
+# folder ray_results beside this one unless --results says otherwise. The nodes need the project's requirements: by
+# `make setup` in a folder that they share with this machine, or in the environment in which `ray start` was called.
+# Without RAY_API_SERVER_ADDRESS the cluster is sought on this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Ray's clusters ask for a token, which lies in ~/.ray/auth_token or RAY_AUTH_TOKEN; `ray job` offers it only when told.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 
-name=search
-for ((i = 1; i < $#; i++)); do
-  if [[ ${!i} == --name ]]; then
-    next=$((i + 1))
-    name=${!next}
-  fi
+name=search results=
+for ((i = 1; i <= $#; i++)); do
+  next=$((i + 1))
+  case ${!i} in
+    --name) name=${!next-} ;;
+    --name=*) name=${!i#*=} ;;
+    --results | --results=*) results=given ;;
+  esac
 done
+if [[ ! $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$ ]]; then
+  echo "error: --name: letters, digits and . _ - = , + make a name, got '$name'" >&2
+  exit 2
+fi
+# A job's own folder is gone when it ends.
+[[ $results ]] || set -- --results "$PWD/ray_results" "$@"
 
 ray=ray
 [[ -x .venv/bin/ray ]] && ray=.venv/bin/ray
@@ -29,8 +40,11 @@ trap 'rm -rf "$package"' EXIT
 cp -r raytune_emotion search_spaces "$package"
 find "$package" -name __pycache__ -prune -exec rm -rf {} +
 
+# A job runs the first python of the PATH that `ray start` had, which need not be the one with Ray. The project's own
+# comes first where the nodes see it. Ray puts their PATH in its place.
 "$ray" job submit \
   --submission-id "$name-$(date +%Y%m%d-%H%M%S)" \
   --metadata-json "{\"study\": \"$name\"}" \
+  --runtime-env-json "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\"}}" \
   --working-dir "$package" \
   -- python -m raytune_emotion.search --address auto "$@"
