@@ -59,7 +59,7 @@ def logits_of(model: torch.nn.Module, size: int) -> torch.Tensor:
     ],
 )
 def test_timm_and_load_package_give_the_model(tmp_path, backbone, size):
-    dest = tmp_path / "an export, #1"
+    dest = tmp_path / "an export, 1"
     best = best_of(backbone, size, classes=("calm", "glad", "sad"))
     write_package(dest, best)
     assert sorted(path.name for path in dest.iterdir()) == FILES
