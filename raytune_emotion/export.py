@@ -4,38 +4,51 @@ import argparse
 import sys
 from pathlib import Path
 
+from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.package import export_checkpoint
-from raytune_emotion.tuning.study import best_trial_id, trial_folder
+from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, trial_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY", help="folder of a study")
+    add("study", type=mirror.place, metavar="STUDY", help="folder or URI of a study")
     add("dest", type=Path, metavar="DEST", help="folder to write; an earlier export there is replaced")
     add("--trial", metavar="ID", help="of the study (default: the best)")
 
 
 def run(args: argparse.Namespace) -> None:
-    trial_id = args.trial or best_trial_id(args.study)
-    export_trial(args.study, args.dest, trial_id)
+    with opened(args.study, TRIALS) as folder:
+        trial_id = args.trial or best_trial_id(folder)
+        export_trial(folder, args.dest, trial_id, args.study if isinstance(args.study, str) else None)
     print(f"trial {trial_id} is exported to {args.dest}")
 
 
-def export_trial(study: Path, dest: Path, trial_id: str) -> None:
+def export_trial(study: Path, dest: Path, trial_id: str, uri: str | None = None) -> None:
     """Exports the best weights of a trial; an earlier export at dest is replaced.
+
+    Args:
+        study: its folder.
+        dest: the folder to write.
+        trial_id: of the trial.
+        uri: of the study's mirror, if it has one: the weights are there.
 
     Raises:
         UserError: the study has no weights of that trial, or dest cannot be written.
     """
-    kept = sorted(file.parent.name for file in study.glob(f"trials/*/{BEST}"))
+    if uri is None:
+        kept = sorted(file.parent.name for file in study.glob(f"trials/*/{BEST}"))
+    else:
+        kept = [Path(name).parent.name for name in mirror.names(uri, f"trials/*/{BEST}")]
     if trial_id not in kept:
         those = (
             f"there are those of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
         )
         raise UserError(f"{study}: has no weights of a trial {trial_id}, as only those of the best are kept; {those}")
+    if uri is not None:
+        mirror.pull(uri, study, [f"trials/{trial_id}/{BEST}"])
     name = study.resolve().name
     export_checkpoint(trial_folder(study, trial_id) / BEST, dest, [f"Trial {trial_id} of the study {name}."])
 

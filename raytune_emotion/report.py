@@ -4,22 +4,29 @@ import argparse
 import sys
 from pathlib import Path
 
+from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
+from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.tuning.page import REPORT, write_report
-from raytune_emotion.tuning.searcher import load_study
-from raytune_emotion.tuning.study import read_records, read_spec, write_tables
+from raytune_emotion.tuning.searcher import JOURNAL, load_study
+from raytune_emotion.tuning.study import CURVES, TRIALS, opened, read_records, read_spec, write_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=Path, metavar="STUDY", help="the folder of a study")
+    parser.add_argument("study", type=mirror.place, metavar="STUDY", help="the folder or the URI of a study")
 
 
 def run(args: argparse.Namespace) -> None:
-    spec = read_spec(args.study)
-    records = read_records(args.study, load_study(args.study))
-    write_tables(args.study, records)
-    write_report(args.study, spec, records)
-    print(args.study / REPORT)
+    with opened(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+        spec = read_spec(folder)
+        records = read_records(folder, load_study(folder))
+        write_tables(folder, records)
+        write_report(folder, spec, records)
+        if isinstance(args.study, Path):
+            print(folder / REPORT)
+        else:
+            mirror.push(folder, args.study, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
+            print(mirror.shown(mirror.join(args.study, REPORT)))
 
 
 if __name__ == "__main__":

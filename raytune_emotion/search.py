@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +21,7 @@ from ray._private import services
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from raytune_emotion import mirror
 from raytune_emotion.__main__ import (
     check_makeable,
     collecting,
@@ -31,14 +34,15 @@ from raytune_emotion.__main__ import (
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.affectnet import is_folder
 from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import Store, is_store, open_store, prepare
+from raytune_emotion.data.store import Store, cache_folder, is_store, open_store, prepare
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
+from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.tuning.engine import Event, extend_best, fit_to_cluster, ray_session, run_study
 from raytune_emotion.tuning.page import REPORT, write_report
-from raytune_emotion.tuning.searcher import create_study, load_study
+from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
 from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_records, read_spec, write_spec
 from raytune_emotion.tuning.workers import MAX_FAILURES
@@ -46,6 +50,7 @@ from raytune_emotion.tuning.workers import MAX_FAILURES
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
 _CONNECT_S = 10.0
+_GENERATED = "generated faces"
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -58,7 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", type=positive, metavar="N", help="trials at once (default: as many as fit)")
     add("--workers-per-trial", type=positive, metavar="N", help="processes that train a trial (default: 1)")
     add("--gpus-per-worker", type=gpu_share, metavar="X", help="may be a fraction (default: 1 where there are GPUs)")
-    add("--results", type=Path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
+    add(
+        "--results",
+        type=mirror.place,
+        default=Path("ray_results"),
+        metavar="DIR",
+        help="a folder, or a URI such as s3://bucket/prefix (default: ray_results)",
+    )
     add("--name", type=plain_name, metavar="NAME", help="of the study (default: the space and the time)")
     add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
     add("--seed", type=natural, metavar="N", help="default: 0")
@@ -76,7 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console = Console(soft_wrap=True)
+    results = _fetched(args) if isinstance(args.results, str) else None
     folder, spec = _resumed(args) if args.resume else _new(args)
+    uri = mirror.join(results, folder.name) if results else None
     with ray_session(args.address), _terminated_as_interrupted():
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
@@ -85,12 +98,13 @@ def run(args: argparse.Namespace) -> None:
             folder.mkdir(parents=True)
             create_study(folder, parse_space(spec.space))
         elif spec.epochs > read_spec(folder).epochs:
-            spec = extend_best(folder, spec)
+            spec = extend_best(folder, spec, uri)
         write_spec(folder, spec)
-        console.print(f"study {folder}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
+        where = f"{mirror.shown(uri)}, worked on in {folder}" if uri else folder
+        console.print(f"study {where}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
         with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
-            records = run_study(folder, spec, placement, time_budget=args.time_budget, watch=watch)
-    _conclude(console, folder, spec, records)
+            records = run_study(folder, spec, placement, uri=uri, time_budget=args.time_budget, watch=watch)
+    _conclude(console, folder, spec, records, results)
     if args.time_budget is None and any(record.status == "running" for record in records):
         raise KeyboardInterrupt
 
@@ -167,7 +181,7 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
         workers_per_trial=args.workers_per_trial or 1,
         gpus_per_worker=args.gpus_per_worker,
         max_failures=MAX_FAILURES if args.max_failures is None else args.max_failures,
-        data=str(args.data.absolute()) if args.data else "generated faces",
+        data=str(args.data.absolute()) if args.data else _GENERATED,
         stores={size: str(store.path) for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
         classes=first.classes,
@@ -276,6 +290,40 @@ def _existing_folder(args: argparse.Namespace) -> Path:
     return newest
 
 
+def _fetched(args: argparse.Namespace) -> str:
+    """Replaces results at a URI, which it returns, by a folder of the cache; a study that is to go on is fetched there.
+
+    Raises:
+        UserError: the URI cannot be used, or has no such study to go on with, or one of a new one's name.
+    """
+    uri: str = args.results
+    mirror.check(uri, write=True)
+    args.results = cache_folder() / "studies" / hashlib.sha256(uri.encode()).hexdigest()[:20]
+    if args.resume:
+        args.name = args.name or mirror.newest(uri, SPEC)
+        if args.name is None or not mirror.exists(mirror.join(uri, args.name, SPEC)):
+            raise UserError(f"{mirror.shown(uri)}: there is no study {args.name or 'in it'} to resume")
+    elif args.name is not None and mirror.exists(mirror.join(uri, args.name)):
+        raise UserError(
+            f"{mirror.shown(mirror.join(uri, args.name))}: there is a study of this name already; go on with it by "
+            f"--resume, or choose another"
+        )
+    if args.name is None:
+        return uri
+    # What lies at the URI counts; what an earlier search has left here may be behind it.
+    folder = args.results / args.name
+    shutil.rmtree(folder, ignore_errors=True)
+    if args.resume:
+        study = mirror.join(uri, args.name)
+        mirror.pull(study, folder, mirror.names(study, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
+        spec = read_spec(folder)
+        if args.data is None and not all(is_store(Path(path)) for path in spec.stores.values()):
+            # They were packed on another machine; the data may be here too.
+            data = sample_folder() if spec.data == _GENERATED else Path(spec.data)
+            args.data = data if is_store(data) or is_folder(data) else None
+    return uri
+
+
 @contextmanager
 def _progress(console: Console, spec: StudySpec, records: list[TrialRecord]) -> Iterator[Callable[[Event], None]]:
     """A line for each trial that ends, and below them, in a terminal, a bar."""
@@ -318,33 +366,42 @@ def _line(event: Event) -> str:
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
 
 
-def _conclude(console: Console, folder: Path, spec: StudySpec, records: list[TrialRecord]) -> None:
+def _conclude(console: Console, folder: Path, spec: StudySpec, records: list[TrialRecord], results: str | None) -> None:
     """Exports the best trial, and says what came out and what to type next."""
     counts = {
         status: sum(r.status == status for r in records) for status in ("complete", "pruned", "failed", "running")
     }
-    write_report(folder, spec, records)
-    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
     best = best_first(records)[0] if records else None
+    uri = mirror.join(results, folder.name) if results else None
+    write_report(folder, spec, records)
+    if best is not None and best.best is not None:
+        export_trial(folder, folder / "best", best.trial_id, uri)
+    if uri is not None:
+        written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
+        mirror.push(folder, uri, [str(file.relative_to(folder)) for file in written])
+    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
     if best is None or best.best is None:
         console.print("no trial has reported yet")
         return
-    export_trial(folder, folder / "best", best.trial_id)
     # As it is typed: below here without what is above, and whole for a shell.
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    typed = {name: shlex.quote(str(shown / name)) for name in ("best", "trials")}
-    results = shlex.quote(str(shown.parent))
+    place = {name: mirror.shown(mirror.join(uri, name)) if uri else shown / name for name in ("best", "trials", REPORT)}
+    typed = {"best": shlex.quote(str(shown / "best")), "trials": shlex.quote(str(place["trials"]))}
+    above = mirror.shown(results) if results else shown.parent
+    resume = f"--resume --results {shlex.quote(str(above))} --name {folder.name}"
+    if len(records) >= spec.trials and not counts["running"]:
+        resume += f" --trials {2 * spec.trials}"
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({counts["complete"] + counts["pruned"]} trials)
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
-exported    {shown / "best"}
-page        {shown / REPORT}
+exported    {place["best"]}
+page        {place[REPORT]}
 
 next:
   python -m raytune_emotion.predict {typed["best"]} FACE.jpg
   tensorboard --logdir {typed["trials"]}
-  python -m raytune_emotion.search --resume --results {results} --name {folder.name} --trials {2 * spec.trials}""",
+  python -m raytune_emotion.search {resume}""",
         highlight=False,
     )
 

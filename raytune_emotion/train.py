@@ -14,6 +14,7 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from raytune_emotion import mirror
 from raytune_emotion.__main__ import check_makeable, collecting, command_main, gpu_share, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.affectnet import is_folder
@@ -26,7 +27,7 @@ from raytune_emotion.learn.model import check_backbone, check_weights
 from raytune_emotion.learn.package import export_checkpoint
 from raytune_emotion.search import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
-from raytune_emotion.tuning.study import best_trial_id, read_spec, trial_folder
+from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, read_spec, trial_folder
 from raytune_emotion.tuning.trial import PARAMS, Job, Resources, TrialFailed, train_here
 from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, metavar="DIR", help="AffectNetFused folder or packed store (default: generated faces)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as optim.lr=1e-3; may be repeated")
     add("--config", type=Path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")
-    add("--study", type=Path, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
+    add("--study", type=mirror.place, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
     add("--trial", metavar="ID", help="a trial of --study")
     add("--epochs", type=int, metavar="N", help="the same as --set train.epochs=N")
     add("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
@@ -61,8 +62,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.trial is not None and args.study is None:
         faults.append(f"--trial {args.trial}: of which study? name its folder with --study")
     if args.study is not None:
-        with collecting(faults):
-            settings = _read(trial_folder(args.study, args.trial or best_trial_id(args.study)) / PARAMS)
+        with collecting(faults), opened(args.study, TRIALS, f"trials/{args.trial or '*'}/{PARAMS}") as study:
+            settings = _read(trial_folder(study, args.trial or best_trial_id(study)) / PARAMS)
     if args.config is not None:
         with collecting(faults):
             settings = _over(settings, _read(args.config))
@@ -163,10 +164,11 @@ def _data(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
     if args.study is None:
         return sample_folder()
     size = settings.get("data.image_size", DataConfig().image_size)
-    packed = read_spec(args.study).stores.get(size)
-    if packed is None or not is_store(Path(packed)):
-        raise UserError(f"{args.study}: its packed images of {size} px are not to be found; name the data with --data")
-    return Path(packed)
+    with opened(args.study) as study:
+        packed = read_spec(study).stores.get(size)
+        if packed is None or not is_store(Path(packed)):
+            raise UserError(f"{study}: its packed images of {size} px are not to be found; name the data with --data")
+        return Path(packed)
 
 
 def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import raytune_emotion
 
 ROOT = Path(raytune_emotion.__file__).parent
-VOCABULARY = {"emotions", "config", "errors", "files", "__init__", "__version__"}
+VOCABULARY = {"emotions", "config", "errors", "files", "mirror", "__init__", "__version__"}
 LAYERS = {"vocabulary": 0, "data": 1, "learn": 2, "tuning": 3, "commands": 4}
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from raytune_emotion.learn.checkpoint import Report, read_history
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.checkpoint import Report
 from raytune_emotion.tuning.searcher import OBJECTIVE
-from raytune_emotion.tuning.trial import DiskFull, Job, OutOfMemory, TrialFailed, halved, train_here
+from raytune_emotion.tuning.trial import Job, OutOfMemory, TrialFailed, halved, last_report, train_here
 from raytune_emotion.tuning.workers import Workers
 
 # Tune wants the metric of the schedulers in every result.
@@ -31,11 +31,11 @@ class TrialActor(tune.Trainable):
             report = next(self._reports)
         except StopIteration:
             # The folder holds a training that had ended, and whose ending was not heard.
-            report = read_history(Path(self._job.folder))[-1]
+            report = last_report(self._job)
         except TrialFailed as error:
             return {"failed": str(error), **_ENDED}
-        except DiskFull as error:
-            return {"disk_full": str(error), **_ENDED}
+        except Breakdown as error:
+            return {"breakdown": str(error), **_ENDED}
         return {**report, "done": report["finished"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tempfile
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,20 +23,25 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
 
+from raytune_emotion import mirror
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import LAST, Report
+from raytune_emotion.files import write_text
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report
 from raytune_emotion.tuning.actor import TrialActor
-from raytune_emotion.tuning.searcher import Proposal, Searcher, Status, abandon_torn, asked, load_study
+from raytune_emotion.tuning.searcher import JOURNAL, Proposal, Searcher, Status, abandon_torn, asked, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.stopping import make_scheduler, replay
 from raytune_emotion.tuning.study import (
+    CURVES,
     SPEC,
+    TRIALS,
     StudySpec,
     TrialRecord,
     best_first,
     copy_checkpoint,
     drop_checkpoints,
+    losers,
     read_records,
     trial_folder,
     write_tables,
@@ -52,6 +58,9 @@ _RAY_SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
+
+#: Says which driver a mirrored study has: the one that began last.
+DRIVER = "driver"
 
 #: So many failed trials, and none that did not fail, end a study.
 _HOPELESS = 10
@@ -132,6 +141,7 @@ def run_study(
     spec: StudySpec,
     placement: Placement,
     *,
+    uri: str | None = None,
     time_budget: timedelta | None = None,
     watch: Callable[[Event], None] = lambda event: None,
 ) -> list[TrialRecord]:
@@ -140,14 +150,23 @@ def run_study(
     Trials that have ended stay as they are; those that had begun go on from their checkpoints; new ones are asked for
     until the study has as many as its spec says.
 
+    Args:
+        folder: of the study.
+        spec: of the study.
+        placement: of its trials.
+        uri: of the study's mirror, whose record the folder has. Nothing that the study needs is then in the folder
+            alone while a trial runs: the record is there at every beginning and ending of one.
+        time_budget: after which the study is left as it is then.
+        watch: is told of all that happens.
+
     Returns:
         All trials. Some are still `running` where the study was interrupted or out of time.
 
     Raises:
-        Breakdown: the disk is full, or every one of the first trials has failed.
+        Breakdown: the disk is full, the mirror fails, or every one of the first trials has failed.
     """
     study = load_study(folder)
-    search = _Search(folder, spec, placement, study, watch)
+    search = _Search(folder, spec, placement, study, watch, uri)
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
         if not search.is_finished():
@@ -171,26 +190,26 @@ def run_study(
                 verbose=0,
             )
     if search.broken:
-        raise Breakdown(f"{search.broken}; the study can be resumed: {folder}")
-    records = read_records(folder, study)
-    write_tables(folder, records)
-    return records
+        raise Breakdown(f"{search.broken}; the study can be resumed: {mirror.shown(uri) if uri else folder}")
+    return search.record()
 
 
-def extend_best(folder: Path, spec: StudySpec) -> StudySpec:
+def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudySpec:
     """Has the best complete trials of a study whose epochs were raised go on to the new end, as trials of their own."""
     study = load_study(folder)
     records = [record for record in best_first(read_records(folder, study)) if record.status == "complete"]
     # Those whose weights are kept, and that had not run out of patience before.
-    can = [
-        r
-        for r in records
-        if (trial_folder(folder, r.trial_id) / LAST).exists() and r.reports[-1]["epoch"] < spec.epochs
-    ]
+    can = [r for r in records if _has_last(folder, uri, r.trial_id) and r.reports[-1]["epoch"] < spec.epochs]
     searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
     for record in can:
         searcher.extend(record.trial_id)
     return dataclasses.replace(spec, trials=max(spec.trials, len(asked(study))) + len(can))
+
+
+def _has_last(folder: Path, uri: str | None, trial_id: str) -> bool:
+    if uri is None:
+        return (trial_folder(folder, trial_id) / LAST).exists()
+    return mirror.exists(mirror.join(uri, "trials", trial_id, LAST))
 
 
 def _trainable(resources: Resources) -> Any:
@@ -213,8 +232,12 @@ class _Search(SearchAlgorithm):
         placement: Placement,
         study: optuna.Study,
         watch: Callable[[Event], None],
+        uri: str | None,
     ) -> None:
         self._folder, self._spec, self._placement, self._study, self._watch = folder, spec, placement, study, watch
+        self._uri = uri
+        self._token = uuid.uuid4().hex
+        self._dropped: set[str] = set()  # trials without weights in the mirror
         self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
         self._live: dict[str, tuple[Proposal, Trial]] = {}
         self._ended: dict[str, TrialRecord] = {}
@@ -223,6 +246,10 @@ class _Search(SearchAlgorithm):
         self.broken = ""  # why the study cannot go on
 
         abandon_torn(study)
+        if uri is not None:
+            write_text(folder / DRIVER, self._token)
+            # The spec comes last: where it is, there is a study.
+            mirror.push(folder, uri, (DRIVER, JOURNAL, SPEC))
         records = self._read()
         self._asked = len(records)
         self.scheduler = make_scheduler(self._most_reports())
@@ -258,17 +285,21 @@ class _Search(SearchAlgorithm):
         # Asked no earlier than a place is free: the sampler then knows all that has ended until now.
         if self.is_finished() or len(self._live) >= self._placement.concurrency:
             return None
+        with self._breaking():
+            return self._next_trial()
+        return None
+
+    def _next_trial(self) -> Trial:
         if self._unfinished:
             proposal = self._searcher.resume(self._unfinished.popleft())
         else:
             proposal = self._searcher.ask()
             self._asked += 1
-        if proposal.continues and not (trial_folder(self._folder, proposal.trial_id) / LAST).exists():
-            copy_checkpoint(
-                trial_folder(self._folder, proposal.continues), trial_folder(self._folder, proposal.trial_id)
-            )
+        self._push(JOURNAL)
+        if proposal.continues and not _has_last(self._folder, self._uri, proposal.trial_id):
+            self._copy_checkpoint(proposal.continues, proposal.trial_id)
         assert self._experiment is not None
-        job = job_of(self._folder, self._spec, self._placement.resources, proposal)
+        job = job_of(self._folder, self._spec, self._placement.resources, proposal, self._uri)
         trial: Trial = _create_trial_from_spec(
             {**self._experiment.spec, "config": job.to_dict()},
             self._parser,
@@ -279,6 +310,13 @@ class _Search(SearchAlgorithm):
         self._live[proposal.trial_id] = proposal, trial
         self._watch(Event(proposal, "running", None, ""))
         return trial
+
+    def _copy_checkpoint(self, source: str, target: str) -> None:
+        if self._uri is not None:
+            mirror.pull(self._uri, self._folder, [f"trials/{source}/{name}" for name in (HISTORY, BEST, LAST)])
+        copy_checkpoint(trial_folder(self._folder, source), trial_folder(self._folder, target))
+        if self._uri is not None:
+            mirror.push(self._folder, self._uri, [f"trials/{target}/{name}" for name in (HISTORY, BEST, LAST)])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         proposal, _ = self._live[trial_id]
@@ -296,21 +334,43 @@ class _Search(SearchAlgorithm):
                 self._end(proposal, "failed", None, reason=f"its process ended {deaths} times, the last time by: {why}")
             elif "failed" in result:
                 self._end(proposal, "failed", None, reason=result["failed"])
-            elif "disk_full" in result:
+            elif "breakdown" in result:
                 # Not told to the searcher: the trial goes on when the study does.
-                self.broken = result["disk_full"]
+                self.broken = result["breakdown"]
             else:
                 self._searcher.observe(trial_id, result)
                 self._end(proposal, "complete" if result["finished"] else "pruned", result)
 
     def _end(self, proposal: Proposal, status: Status, report: Report | None, *, reason: str = "") -> None:
         self._searcher.tell(proposal.trial_id, status, reason=reason)
-        records = self._read()
-        write_tables(self._folder, records)
+        records = self.record()
         drop_checkpoints(self._folder, records)
+        if self._uri is not None:
+            gone = [trial_id for trial_id in losers(records) if trial_id not in self._dropped]
+            mirror.delete(self._uri, [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
+            self._dropped.update(gone)
         self._watch(Event(proposal, status, report, reason))
         if len(self._ended) >= _HOPELESS and all(record.status == "failed" for record in self._ended.values()):
             self.broken = f"{len(self._ended)} trials of {len(self._ended)} have failed, the last one: {reason}"
+
+    def record(self) -> list[TrialRecord]:
+        """Brings the study's tables, and its mirror, up to all that has happened."""
+        if self._uri is not None:
+            # What trials of this or other machines have reported.
+            running = [t.trial_id for t in asked(self._study) if t.trial_id not in self._ended]
+            mirror.pull(self._uri, self._folder, [f"trials/{trial_id}/{HISTORY}" for trial_id in running])
+        records = self._read()
+        write_tables(self._folder, records)
+        self._push(JOURNAL, TRIALS, CURVES)
+        return records
+
+    def _push(self, *names: str) -> None:
+        if self._uri is None:
+            return
+        # A driver that was thought dead must not undo what the next one has written.
+        if mirror.read(self._uri, DRIVER) != self._token.encode():
+            raise Breakdown(f"{mirror.shown(self._uri)}: another search has gone on with this study, and this one ends")
+        mirror.push(self._folder, self._uri, names)
 
     def _read(self) -> list[TrialRecord]:
         records = read_records(self._folder, self._study, self._ended)
@@ -322,6 +382,8 @@ class _Search(SearchAlgorithm):
         """Ends the study where what must be written of it cannot be."""
         try:
             yield
+        except Breakdown as error:
+            self.broken = str(error)
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -345,7 +407,7 @@ class _Broken(tune.Stopper):
         return {}
 
 
-def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal) -> Job:
+def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal, uri: str | None = None) -> Job:
     """What runs a trial of a study."""
     settings = spec.settings(proposal.settings)
     config = RunConfig.from_flat(settings)
@@ -355,4 +417,5 @@ def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Propos
         store=spec.stores[config.data.image_size],
         settings=settings,
         resources=resources,
+        mirror=mirror.join(uri, "trials", proposal.trial_id) if uri else None,
     )

@@ -4,13 +4,15 @@ The record is the Optuna journal (which trials there are, and how they ended) wi
 reported). The tables are made from it and may be made again at any time.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import io
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +23,7 @@ import pandas as pd
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from raytune_emotion import mirror
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
@@ -114,6 +117,28 @@ def trial_folder(study: Path, trial_id: str) -> Path:
     return study / "trials" / trial_id
 
 
+@contextlib.contextmanager
+def opened(study: Path | str, *patterns: str) -> Iterator[Path]:
+    """The folder of a study; of one at a URI, a copy with the files of these patterns, gone when the block ends.
+
+    Raises:
+        UserError: there is no study at the URI; and what the block raises, in words of the URI.
+    """
+    if isinstance(study, Path):
+        yield study
+        return
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        mirror.check(study, write=False)
+        folder = Path(scratch) / mirror.name_of(study)
+        mirror.pull(study, folder, mirror.names(study, SPEC, *patterns))
+        try:
+            if not (folder / SPEC).exists():
+                raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name one that a search has made")
+            yield folder
+        except UserError as error:
+            raise UserError(fault.replace(str(folder), mirror.shown(study)) for fault in error.faults) from None
+
+
 def read_records(
     folder: Path, study: optuna.Study, ended: Mapping[str, TrialRecord] = MappingProxyType({})
 ) -> list[TrialRecord]:
@@ -167,11 +192,15 @@ def best_trial_id(folder: Path) -> str:
     return str(table["trial_id"].iloc[0])
 
 
+def losers(records: list[TrialRecord]) -> list[str]:
+    """The ended trials but for the best: their weights go, as a study's disk must not grow with its trials."""
+    return [record.trial_id for record in best_first(records) if record.status != "running"][KEPT:]
+
+
 def drop_checkpoints(folder: Path, records: list[TrialRecord]) -> None:
-    """Deletes the weights of ended trials, but for those of the best: a study's disk must not grow with its trials."""
-    ended = [record for record in best_first(records) if record.status != "running"]
-    for record in ended[KEPT:]:
-        for file in trial_folder(folder, record.trial_id).glob("*.safetensors"):
+    """Deletes the weights of the losers."""
+    for trial_id in losers(records):
+        for file in trial_folder(folder, trial_id).glob("*.safetensors"):
             file.unlink()
 
 

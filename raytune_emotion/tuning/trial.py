@@ -1,7 +1,8 @@
 """What one trial is, and how it trains in a process: its checkpoints and its events lie in its own folder.
 
 That folder is a trial's memory: `fit` goes on from the checkpoint in it, so whatever ended a trial before, it is simply
-run again. Ray keeps no checkpoint of its own.
+run again. Ray keeps no checkpoint of its own. Where a trial has a mirror, that is its memory, and each process has a
+folder of its own for as long as it trains.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import errno
 import gc
 import json
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
+from raytune_emotion import mirror
 from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import write_text
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
 from raytune_emotion.learn.loop import Diverged, fit
 
 PARAMS = "params.json"
@@ -53,6 +56,7 @@ class Job:
     store: str
     settings: dict[str, Any]
     resources: Resources
+    mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -70,7 +74,7 @@ class OutOfMemory(TrialFailed):
     """A trial that needs more memory than its device has."""
 
 
-class DiskFull(RuntimeError):
+class DiskFull(Breakdown):
     """No fault of the trial: it can go on when there is room."""
 
 
@@ -91,7 +95,11 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     Raises:
         TrialFailed: where another attempt would end the same; OutOfMemory of these.
         DiskFull: a checkpoint could not be written.
+        Breakdown: the mirror cannot be read or written.
     """
+    if job.mirror is not None:
+        yield from _train_mirrored(job, job.mirror, device, first=first)
+        return
     config = RunConfig.from_flat(job.settings)
     folder = Path(job.folder)
     torch.set_num_threads(job.resources.threads)
@@ -116,6 +124,50 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             if is_disk_full(error):
                 raise DiskFull(f"{folder}: no space left on the disk") from error
             raise
+
+
+def _train_mirrored(job: Job, uri: str, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
+    """Goes on from the newest state in the mirror; every report is there before it is yielded."""
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        folder, pushed = Path(scratch), dict[str, tuple[int, int]]()
+        here = dataclasses.replace(job, folder=scratch, mirror=None)
+        # The rest follows from it, so every worker takes it for itself, and none depends on a disk of another's.
+        mirror.pull(uri, folder, [LAST])
+        try:
+            with contextlib.closing(train_on(here, device, first=first)) as reports:
+                for report in reports:
+                    if first:
+                        _push_changed(folder, uri, pushed)
+                    yield report
+        except TrialFailed:
+            if first:
+                _push_changed(folder, uri, pushed)
+            raise
+        if first:
+            # What was mended of a run that had ended, but had not pushed all of it.
+            _push_changed(folder, uri, pushed)
+
+
+def _push_changed(folder: Path, uri: str, pushed: dict[str, tuple[int, int]]) -> None:
+    """Pushes what has changed in a trial's folder since it was last pushed, in the order in which a run writes it.
+
+    Whatever is missing when that breaks off, or is of the report before, is mended from `last` by the next attempt.
+    """
+    stats = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
+    states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+    order = [name for name in (LAST, BEST, HISTORY) if name in states]
+    changed = [name for name in dict.fromkeys([*order, *states]) if pushed.get(name) != states[name]]
+    mirror.push(folder, uri, changed)
+    pushed.update(states)
+
+
+def last_report(job: Job) -> Report:
+    """The newest report of a trial that has reported."""
+    if job.mirror is None:
+        return read_history(Path(job.folder))[-1]
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        mirror.pull(job.mirror, Path(scratch), [HISTORY])
+        return read_history(Path(scratch))[-1]
 
 
 def halved(job: Job) -> Job | None:

@@ -25,9 +25,10 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Empty, Queue
 
+from raytune_emotion.errors import Breakdown
 from raytune_emotion.files import write_text
 from raytune_emotion.learn.checkpoint import Report
-from raytune_emotion.tuning.trial import DiskFull, Job, TrialFailed, train_on
+from raytune_emotion.tuning.trial import Job, TrialFailed, train_on
 
 PLACEMENT_GROUP = "placement_group"
 #: Restarts of a trial whose processes died, where nothing else is asked for.
@@ -55,7 +56,7 @@ class _Reserved:
 class _Failed:
     """The trial has failed, and how."""
 
-    error: TrialFailed | DiskFull
+    error: TrialFailed | Breakdown
 
 
 class Workers:
@@ -225,7 +226,7 @@ def _work(config: dict[str, Any]) -> None:
                         messages.put(report)
                     if heard() == _STOP:
                         break
-        except (TrialFailed, DiskFull) as error:
+        except (TrialFailed, Breakdown) as error:
             messages.put(_Failed(error))
             raise
         if first:

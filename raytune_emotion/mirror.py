@@ -1,0 +1,222 @@
+"""A folder's mirror on storage that outlives the machine: S3, GCS or whatever else `pyarrow.fs` knows by a URI.
+
+Work is done in local folders, as ever. What must outlive the machine is pushed, by whole files: a reader finds the old
+one or the new one. Each call is tried again some time later where it fails, as servers are gone for a while and come
+back.
+"""
+
+import contextlib
+import fnmatch
+import functools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.files import whole
+
+_WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
+_CHECK_S = 30.0
+_CHUNK = 16 * 2**20  # bytes
+_AT_ONCE = 16
+# Theirs alone are there when they are whole.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+
+_T = TypeVar("_T")
+
+
+def place(text: str) -> Path | str:
+    """What the user names: a folder, or where it has a scheme, the URI of one."""
+    return text if "://" in text else Path(text)
+
+
+def join(uri: str, *names: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *map(quote, names)])))
+
+
+def name_of(uri: str) -> str:
+    return unquote(urlsplit(uri).path.rstrip("/").rpartition("/")[2])
+
+
+def shown(uri: str) -> str:
+    """A URI as others may read it: without credentials and options."""
+    # Not by its parts: a secret with a slash that should have been written as %2F is no part.
+    address, options, _ = uri.partition("?")
+    return re.sub("://.*@", "://***@", address) + ("?***" if options else "")
+
+
+def check(uri: str, *, write: bool) -> None:
+    """Finds out whether files can be read and, if asked for, written at a URI, before anything depends on it.
+
+    Raises:
+        UserError: they cannot, or there is no answer within half a minute.
+    """
+    # In a process of its own: a call to a server that does not answer cannot be ended otherwise.
+    command = [sys.executable, "-c", "from raytune_emotion.mirror import _check; _check()"]
+    try:
+        found = subprocess.run(
+            command, input=json.dumps([uri, write]), capture_output=True, text=True, timeout=_CHECK_S, check=False
+        )
+        fault = found.stdout.strip() if found.returncode == 0 else found.stderr.strip().rpartition("\n")[2]
+    except subprocess.TimeoutExpired:
+        fault = f"no answer in {_CHECK_S:g} s"
+    if fault:
+        what, why = "written to" if write else "read", fault.replace(uri, shown(uri))
+        raise UserError(
+            f"{shown(uri)}: cannot be {what} ({why}); name a folder, or a URI such as "
+            f"s3://bucket/prefix?region=eu-west-1 of a bucket that exists, with valid credentials"
+        )
+
+
+def exists(uri: str) -> bool:
+    return bool(_insist(uri, lambda filesystem, path: filesystem.get_file_info(path)).type != FileType.NotFound)
+
+
+def newest(uri: str, name: str) -> str | None:
+    """Of the folders at a URI that have a file of this name, the one in which it is newest."""
+
+    def look(filesystem: FileSystem, path: str) -> list[Any]:
+        folders = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+        found = filesystem.get_file_info([f"{info.path}/{name}" for info in folders if info.type == FileType.Directory])
+        return [info for info in found if info.type == FileType.File]
+
+    files = _insist(uri, look)
+    return Path(max(files, key=lambda info: info.mtime_ns).path).parent.name if files else None
+
+
+def names(uri: str, *patterns: str) -> list[str]:
+    """The files at a URI and below, by their path from there, that match one of the patterns; `*` matches `/` too."""
+
+    def look(filesystem: FileSystem, path: str) -> list[str]:
+        infos = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
+        return [info.path.removeprefix(f"{path}/") for info in infos if info.type == FileType.File]
+
+    found = _insist(uri, look)
+    return sorted(name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def read(uri: str, name: str) -> bytes | None:
+    """A small file's content; None where it is not there."""
+
+    def get(filesystem: FileSystem, path: str) -> bytes:
+        with filesystem.open_input_stream(f"{path}/{name}") as source:
+            return bytes(source.read())
+
+    with contextlib.suppress(FileNotFoundError):
+        return _insist(uri, get)
+    return None
+
+
+def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
+    """Copies files from a URI into a folder, but for those that are not there.
+
+    Raises:
+        Breakdown: it fails again and again.
+    """
+
+    def get(name: str, filesystem: FileSystem, path: str) -> None:
+        with filesystem.open_input_stream(f"{path}/{name}") as source:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with whole(folder / name) as temporary, temporary.open("wb") as target:
+                shutil.copyfileobj(source, target, _CHUNK)
+
+    _each(uri, names, get)
+
+
+def push(folder: Path, uri: str, names: Iterable[str]) -> None:
+    """Copies files of a folder to a URI, one after the other, each whole.
+
+    Raises:
+        Breakdown: it fails again and again.
+    """
+
+    def put(name: str, filesystem: FileSystem, path: str) -> None:
+        _put(folder / name, filesystem, f"{path}/{name}")
+
+    for name in names:
+        _insist(uri, functools.partial(put, name))
+
+
+def delete(uri: str, names: Iterable[str]) -> None:
+    """Deletes those files at a URI that are there.
+
+    Raises:
+        Breakdown: it fails again and again.
+    """
+    _each(uri, names, lambda name, filesystem, path: filesystem.delete_file(f"{path}/{name}"))
+
+
+def _put(file: Path, filesystem: FileSystem, target: str) -> None:
+    direct = filesystem.type_name in _OBJECT_STORES
+    if not direct:
+        filesystem.create_dir(target.rpartition("/")[0])
+    # Not by pyarrow's `copy_files`, which closes what it writes in a destructor: that an upload failed is lost there.
+    stream = filesystem.open_output_stream(target if direct else f"{target}.part")
+    with file.open("rb") as source, stream:
+        shutil.copyfileobj(source, stream, _CHUNK)
+    if not direct:
+        filesystem.move(f"{target}.part", target)
+
+
+def _each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem, str], None]) -> None:
+    def one(name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            _insist(uri, functools.partial(action, name))
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(one, names))
+
+
+def _insist(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
+    waits = iter(_WAITS)
+    while True:
+        try:
+            return action(*_open(uri))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            wait = next(waits, None)
+            if wait is None:
+                tries = f"{len(_WAITS) + 1} times in a row"
+                raise Breakdown(f"{shown(uri)}: failed {tries}, the last time by: {_first_line(error)}") from error
+        time.sleep(wait)
+
+
+@functools.lru_cache(maxsize=8)
+def _open(uri: str) -> tuple[FileSystem, str]:
+    if uri.startswith("s3://") and "allow_delayed_open" not in uri:
+        # A small file is then one request, and not three.
+        uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+    filesystem, path = FileSystem.from_uri(uri)
+    return filesystem, path.rstrip("/")
+
+
+def _check() -> None:
+    """Says on standard output why what standard input tells of cannot be used; nothing where it can be."""
+    uri, write = json.load(sys.stdin)
+    try:
+        filesystem, path = _open(uri)
+        if not path:
+            raise ValueError("it names no bucket and no folder")
+        if not write:
+            filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+            return
+        _put(Path(__file__), filesystem, f"{path}/.check")
+        filesystem.delete_file(f"{path}/.check")
+    except (OSError, ValueError, NotImplementedError) as error:
+        print(_first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
