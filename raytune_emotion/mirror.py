@@ -195,10 +195,12 @@ def _insist(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
 
 @functools.lru_cache(maxsize=8)
 def _open(uri: str) -> tuple[FileSystem, str]:
-    if uri.startswith("s3://") and "allow_delayed_open" not in uri:
-        # A small file is then one request, and not three.
-        uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
-    filesystem, path = FileSystem.from_uri(uri)
+    found = None
+    if uri.startswith("s3://"):
+        # A small file is then one request, and not three. The option is pyarrow's from version 21 on.
+        with contextlib.suppress(ValueError):
+            found = FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true")
+    filesystem, path = found or FileSystem.from_uri(uri)
     return filesystem, path.rstrip("/")
 
 

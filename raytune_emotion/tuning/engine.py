@@ -368,8 +368,10 @@ class _Search(SearchAlgorithm):
         if self._uri is None:
             return
         # A driver that was thought dead must not undo what the next one has written.
-        if mirror.read(self._uri, DRIVER) != self._token.encode():
-            raise Breakdown(f"{mirror.shown(self._uri)}: another search has gone on with this study, and this one ends")
+        driver = mirror.read(self._uri, DRIVER)
+        if driver != self._token.encode():
+            why = "the study is no longer there" if driver is None else "another search has gone on with this study"
+            raise Breakdown(f"{mirror.shown(self._uri)}: {why}")
         mirror.push(self._folder, self._uri, names)
 
     def _read(self) -> list[TrialRecord]:
