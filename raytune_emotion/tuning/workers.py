@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state as ray_state
 import torch.distributed as dist
 from ray import train
 from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.config import RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Empty, Queue
 
@@ -72,15 +78,15 @@ class Workers:
         gpu = resources.gpus_per_worker > 0
         # Ray Train takes internal callbacks too, which its annotation does not say.
         callbacks: list[Any] = [_Introduce(self._messages)]
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=train.ScalingConfig(
+            scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),
             # It does not restart its workers: whoever runs the trial does, and counts for each trial by itself.
-            run_config=train.RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
+            run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
         )
         # `fit` blocks until the workers have ended.
         self._run: Future[Any] = ThreadPoolExecutor(1, "ray-train").submit(trainer.fit)
@@ -132,6 +138,8 @@ class Workers:
                 if self._run.done():
                     self._run.result()
                     raise RuntimeError("the workers have ended by themselves") from None
+                if not self._placement_group:
+                    _free_abandoned()
                 continue
             if isinstance(message, _Failed):
                 raise message.error
@@ -175,12 +183,21 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
             workers.close()
 
 
-class _Introduce(ControllerCallback, WorkerGroupCallback):
-    """Makes known, from within Ray Train's controller, what must be ended when a trial is.
+class _Trainer(TorchTrainer):
+    """Without two helpers of Ray Train, each a process.
 
-    Ray Train frees the place of workers whose driver is gone by a detached actor that asks the dashboard: seconds late
-    where there is one, never where there is none.
+    One hands out Ray datasets. The other frees the place of workers whose driver is gone. It asks the dashboard of the
+    cluster that was started last on this machine: where there is none it never learns anything, and where that is
+    another's cluster it takes the place away from workers that live.
     """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        without = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
+
+
+class _Introduce(ControllerCallback, WorkerGroupCallback):
+    """Makes known, from within Ray Train's controller, what must be ended when a trial is."""
 
     def __init__(self, messages: Queue) -> None:
         self._messages = messages
@@ -199,6 +216,21 @@ def release_workers(folder: Path) -> None:
     if file.exists():
         _remove(file.read_text(encoding="utf-8"))
         file.unlink(missing_ok=True)
+
+
+def _free_abandoned() -> None:
+    """Frees the places of workers that were still starting when their driver was killed: nobody else knows of them.
+
+    Ray keeps a placement group until the actor that made it and the whole job have ended.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for entry in ray_state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(entry)
+        # Those of Tune are made by no actor, and count as if theirs had died.
+        made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        of_this_job = group.creator_job_id.hex() == job
+        if made_by_actor and of_this_job and group.creator_actor_dead and group.state != group.REMOVED:
+            _remove(group.placement_group_id.hex())
 
 
 def _remove(placement_group: str) -> None:
