@@ -53,7 +53,7 @@ def shown(uri: str) -> str:
     """A URI as others may read it: without credentials and options."""
     # Not by its parts: a secret with a slash that should have been written as %2F is no part.
     address, options, _ = uri.partition("?")
-    return re.sub("://.*@", "://***@", address) + ("?***" if options else "")
+    return re.sub("://[^/@]*:.*@", "://***@", address) + ("?***" if options else "")
 
 
 def check(uri: str, *, write: bool) -> None:

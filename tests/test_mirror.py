@@ -115,7 +115,8 @@ def test_places_are_folders_or_uris():
     assert uri == "s3://key:secret@bucket/a/my%20study/0000?region=b"
     assert mirror.name_of(mirror.join(uri, "best one")) == "best one"
     assert mirror.shown(uri) == "s3://***@bucket/a/my%20study/0000?***"
-    assert mirror.shown("gs://bucket/a") == "gs://bucket/a"
+    for open_one in ("gs://bucket/a", "abfs://container@account/a", "file:///a@b:c@d"):
+        assert mirror.shown(open_one) == open_one
     assert mirror.shown("s3://key:sec/ret@bucket/a") == "s3://***@bucket/a"
 
 

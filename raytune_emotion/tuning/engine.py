@@ -197,9 +197,17 @@ def run_study(
 def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudySpec:
     """Has the best complete trials of a study whose epochs were raised go on to the new end, as trials of their own."""
     study = load_study(folder)
-    records = [record for record in best_first(read_records(folder, study)) if record.status == "complete"]
+    records = read_records(folder, study)
+    lost = {*losers(records)}
     # Those whose weights are kept, and that had not run out of patience before.
-    can = [r for r in records if _has_last(folder, uri, r.trial_id) and r.reports[-1]["epoch"] < spec.epochs]
+    can = [
+        r
+        for r in best_first(records)
+        if r.status == "complete"
+        and r.trial_id not in lost
+        and r.reports[-1]["epoch"] < spec.epochs
+        and _has_last(folder, uri, r.trial_id)
+    ]
     searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
     for record in can:
         searcher.extend(record.trial_id)
