@@ -1,0 +1,526 @@
+"""The command search: what it refuses, and one whole study as a user runs it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from raytune_emotion import search
+from raytune_emotion.__main__ import main
+from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.tuning.searcher import Searcher, create_study
+from raytune_emotion.tuning.space import load_space
+from raytune_emotion.tuning.study import (
+    KEPT,
+    StudySpec,
+    read_records,
+    read_spec,
+    trial_folder,
+    write_spec,
+    write_tables,
+)
+from raytune_emotion.tuning.trial import Job, Resources, train_here
+from tests.data.test_affectnet import write_folder, write_row
+
+SPACE = """\
+model.backbone: {choice: [test_resnet, test_vit]}
+optim.lr: {log_uniform: [1e-3, 1e-2]}
+loss: {simplex: [kl, js]}
+data.image_size: 32
+"""
+
+
+def exit_code(argv) -> int:
+    """Runs a command in this process, as the console script does."""
+    try:
+        return main([str(arg) for arg in argv])
+    except SystemExit as ended:  # argparse's
+        return ended.code
+
+
+def refusal(capsys, folders, *argv) -> list[str]:
+    """Runs a command that must refuse, and returns its sentences. It may not leave anything in the folders."""
+    before = [tree(folder) for folder in folders]
+    capsys.readouterr()
+    assert exit_code(argv) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert out == "" or out.startswith("run ")
+    assert [tree(folder) for folder in folders] == before
+    return [line.partition("error: ")[2] for line in err.splitlines() if "error: " in line]
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a folder, with sizes and times; empty folders of the cache are nothing."""
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() or (path.is_dir() and "raytune_emotion" not in path.parts)
+    }
+
+
+def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> StudySpec:
+    """A study as search writes it, but for Ray: its trials are run here one after the other, all to the end."""
+    folder.mkdir(parents=True)
+    (folder.parent / "space.yaml").write_text(SPACE)
+    space = load_space(folder.parent / "space.yaml", overrides={"train.epochs": epochs})
+    spec = StudySpec(
+        name=folder.name,
+        seed=0,
+        trials=trials,
+        epochs=epochs,
+        concurrency=None,
+        workers_per_trial=1,
+        gpus_per_worker=None,
+        max_failures=3,
+        data="faces",
+        stores={32: str(store.path)},
+        fingerprints={32: store.fingerprint},
+        classes=store.classes,
+        weights_dir=None,
+        space=space.to_dict(),
+        baseline={"js": 0.44, "kl": 1.2},
+    )
+    study = create_study(folder, space)
+    write_spec(folder, spec)
+    searcher = Searcher(study, space, seed=0)
+    for _ in range(trials):
+        proposal = searcher.ask()
+        place = trial_folder(folder, proposal.trial_id)
+        settings = spec.settings(proposal.settings)
+        for report in train_here(Job(proposal.trial_id, str(place), str(store.path), settings, Resources(1, 1, 0))):
+            searcher.observe(proposal.trial_id, report)
+        searcher.tell(proposal.trial_id, "complete")
+    write_tables(folder, read_records(folder, study))
+    return spec
+
+
+@pytest.fixture
+def space(tmp_path):
+    """Writes a search space."""
+
+    def write(text: str = SPACE, name: str = "space.yaml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def refused(tmp_path, own_cache, store, faces, space, capsys, monkeypatch):
+    """Runs a search that must refuse before Ray is started; all of it is right but what is said otherwise."""
+    monkeypatch.setattr(search, "ray_session", lambda address: pytest.fail("nothing is refused"))
+
+    def run(*argv, **options) -> list[str]:
+        given = {"data": faces, "space": options.get("space") or space(), "results": tmp_path / "results"} | options
+        line = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
+        return refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], "search", *line, *argv)
+
+    return run
+
+
+def uniform_but(value):
+    return ",".join([value, *["0.0769231"] * 12]) + "\n"
+
+
+#: What can be wrong with a row: how it is made so, and what is said of it.
+BAD_ROWS = {
+    "count": (",".join(["0.125"] * 8), "wrong number of values (1 file): train_set/annotations/{id}_prob_rank.txt (8"),
+    "not a number": (uniform_but("nan"), "values that are not finite (1 file): train_set/annotations/{id}_prob_rank"),
+    "negative": (uniform_but("-0.2"), "negative values (1 file): train_set/annotations/{id}_prob_rank.txt"),
+    "sum": (uniform_but("-0.0") + "", "sum is not one (1 file): train_set/annotations/{id}_prob_rank.txt (0.923"),
+    "text": (uniform_but("happy"), "text in place of numbers (1 file): train_set/annotations/{id}_prob_rank.txt"),
+    "empty": ("", "empty annotation (1 file): train_set/annotations/{id}_prob_rank.txt"),
+    "torn image": (None, "image cannot be decoded (1 file): train_set/images/{id}.png"),
+    "no image": (None, "annotation without an image (1 file): train_set/annotations/{id}_prob_rank.txt"),
+}
+
+
+def spoil(folder: Path, fault: str, id_: str) -> str:
+    """Makes one row of a folder faulty, and returns what must be said of it."""
+    text, sentence = BAD_ROWS[fault]
+    write_row(folder, "train", id_, **({} if text is None else {"text": text}))
+    image = folder / "train_set" / "images" / f"{id_}.png"
+    if fault == "torn image":
+        image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    if fault == "no image":
+        image.unlink()
+    return f"{folder}: {sentence.format(id=id_)}"
+
+
+def command_on(verb: str, data: Path, results: Path, space: Path) -> list[str]:
+    if verb == "pack":
+        return ["pack", str(data), str(results), "--image-size", "32"]
+    rest = ["--space", str(space)] if verb == "search" else ["--set", "model.backbone=test_resnet"]
+    return [verb, "--data", str(data), "--results", str(results), *rest]
+
+
+class TestBadData:
+    @pytest.mark.parametrize("fault", BAD_ROWS)
+    @pytest.mark.parametrize("verb", ["pack", "search", "train"])
+    def test_a_faulty_row_is_named(self, tmp_path, own_cache, space, capsys, verb, fault):
+        data = write_folder(tmp_path / "faces")
+        sentence = spoil(data, fault, "77")
+        argv = command_on(verb, data, tmp_path / "results", space())
+        told = refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], *argv)
+        assert len(told) == 2
+        assert told[0].startswith(sentence)
+        assert told[1].startswith(f"{data}: nothing is packed while files are at fault")
+
+    @pytest.mark.parametrize("verb", ["pack", "search", "train"])
+    def test_all_faulty_rows_are_named_at_once(self, tmp_path, own_cache, space, capsys, verb):
+        data = write_folder(tmp_path / "faces")
+        sentences = {spoil(data, fault, str(70 + i)) for i, fault in enumerate(BAD_ROWS)}
+        argv = command_on(verb, data, tmp_path / "results", space())
+        told = refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], *argv)
+        assert len(told) == len(BAD_ROWS) + 1
+        for sentence in sentences:
+            assert sum(line.startswith(sentence) for line in told) == 1
+
+    @pytest.mark.parametrize("verb", ["pack", "search", "train"])
+    def test_what_is_no_dataset(self, tmp_path, own_cache, faces, space, capsys, verb):
+        folders = [tmp_path, own_cache / "raytune_emotion"]
+        told = refusal(capsys, folders, *command_on(verb, faces / "train_set", tmp_path / "results", space()))
+        assert len(told) == 1
+        assert "not a folder in the layout of AffectNetFused, which has train_set/annotations" in told[0]
+        told = refusal(capsys, folders, *command_on(verb, tmp_path / "none", tmp_path / "results", space()))
+        assert told == [f"{tmp_path / 'none'}: there is no such folder"]
+
+    def test_classes_that_are_not_those_of_the_data(self, refused, space):
+        told = refused(space=space(f"{SPACE}data.classes: [calm, tense]\n"))
+        assert "(13 values for 2 classes)" in told[0]
+        assert "expected are the 2 classes calm, tense" in told[0]
+        for classes in ("calm", "[calm]", "[1, 2]"):
+            told = refused(space=space(f"{SPACE}data.classes: {classes}\n"))
+            assert all("space.yaml:5: data.classes" in line for line in told)
+
+    def test_a_store_of_another_size(self, refused, space, store):
+        told = refused(data=store.path, space=space(SPACE.replace("32", "48")))
+        assert len(told) == 1
+        assert "holds images of 32 px, and data.image_size is 48; set data.image_size to 32" in told[0]
+
+
+class TestBadSpaces:
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("optim.momentum: {uniform: [0.9, 0.1]}", "optim.momentum: the lower bound must be below the upper"),
+            ("optim.lrr: 3", "optim.lrr: there is no such setting; did you mean optim.lr?"),
+            ("optim.name: {choice: []}", "optim.name: choice takes a list of values"),
+            ("model.pretrained: {choices: [true]}", "`choices` is no distribution for it"),
+            ("train.batch_size: {uniform: [1, 2]}", "train.batch_size: is a whole number, so write int_uniform"),
+            ("model.dropout: 2", "model.dropout: should be less than 1, got 2"),
+            ("optim.warmup_epochs: 40", "optim.warmup_epochs: less than train.epochs ("),
+        ],
+    )
+    def test_a_fault_is_told_with_its_line(self, refused, space, tmp_path, line, said):
+        told = refused(space=space(f"{SPACE}{line}\n"))
+        assert len(told) == 1
+        assert told[0].startswith(f"{tmp_path / 'space.yaml'}:5: ")
+        assert said in told[0]
+
+    def test_all_faults_are_told_at_once(self, refused, space, tmp_path):
+        lines = (
+            "model.backbone: {choice: [resnet81]}",
+            "loss: {simplex: [kl, fancy]}",
+            "optim.lr: {log_uniform: [1, 0]}",
+        )
+        file = space("\n".join(lines))
+        told = refused(space=file)
+        assert [line.removeprefix(f"{file}:").partition(" ")[0] for line in told] == ["1:", "2:", "3:"]
+        assert "resnet81: there is no such timm model; did you mean" in told[0]
+        assert "'fancy' is none of the losses mse, l1, kl, ce, js" in told[1]
+
+    @pytest.mark.parametrize("text", ["", "optim.lr: [\n", "- a\n- b\n", "optim.lr: 1e-3\n", "\0"])
+    def test_what_is_no_space(self, refused, space, tmp_path, text):
+        told = refused(space=space(text))
+        assert len(told) == 1
+        assert told[0].startswith(f"{tmp_path / 'space.yaml'}")
+
+    def test_a_space_that_is_not_there(self, refused, tmp_path):
+        assert refused(space=tmp_path / "none.yaml") == [
+            f"{tmp_path / 'none.yaml'}: the search space cannot be read: No such file or directory"
+        ]
+
+    def test_a_backbone_that_cannot_take_the_size(self, refused, space):
+        told = refused(space=space(SPACE.replace("test_resnet", "efficientformer_l1")))
+        assert len(told) == 1
+        assert told[0].startswith("model.backbone: efficientformer_l1 cannot take images of 32 px (data.image_size)")
+
+    def test_pretrained_weights_that_are_not_at_hand(self, refused, space, tmp_path):
+        weights = tmp_path / "weights"
+        weights.mkdir()
+        # Said by the space or by the command line, which wins.
+        for told in (
+            refused(space=space(f"{SPACE}model.weights_dir: {weights}\n")),
+            refused(space=space(f"{SPACE}model.weights_dir: /elsewhere\n"), weights_dir=weights),
+        ):
+            assert len(told) == 2
+            for name, line in zip(("test_resnet", "test_vit"), told, strict=True):
+                assert f"model.weights_dir: there is no file {weights / name}.safetensors; on a machine with" in line
+
+    @pytest.mark.parametrize("by_option", [False, True])
+    def test_weights_of_another_architecture(self, refused, space, tmp_path, by_option):
+        weights = tmp_path / "weights"
+        weights.mkdir()
+        for name in ("test_resnet", "test_vit"):
+            save_file(timm.create_model("test_resnet").state_dict(), weights / f"{name}.safetensors")
+        if by_option:
+            told = refused(weights_dir=weights)
+        else:
+            told = refused(space=space(f"{SPACE}model.weights_dir: {weights}\n"))
+        assert all(f"{weights / 'test_vit.safetensors'} does not fit test_vit" in line for line in told)
+        assert told
+
+
+class TestBadRequests:
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "--trials=0", "--trials=1.5", "--trials=many", "--epochs=-1", "--concurrency=0", "--workers-per-trial=0",
+            "--gpus-per-worker=-1", "--gpus-per-worker=nan", "--gpus-per-worker=1.5", "--seed=-1", "--seed=1e3",
+            "--seed=99999999999", "--max-failures=-1", "--time-budget=2", "--time-budget=0h", "--time-budget=-2h",
+            "--time-budget=999999999999d", "--name=a/b", "--name=..", "--name=", f"--name={'n' * 300}", "--nonsense",
+        ],
+    )  # fmt: skip
+    def test_a_value_that_is_none(self, refused, option):
+        (told,) = refused(option)
+        assert option.partition("=")[0] in told
+
+    def test_a_name_that_is_taken(self, refused, tmp_path):
+        (tmp_path / "results" / "mine").mkdir(parents=True)
+        assert refused(name="mine") == [
+            f"{tmp_path / 'results' / 'mine'}: there is a study of this name already; go on with it by --resume, or "
+            f"choose another"
+        ]
+
+    @pytest.mark.parametrize("below", ["", "deeper/still"])
+    def test_results_that_are_a_file(self, refused, tmp_path, below):
+        (tmp_path / "results").touch()
+        assert refused(results=tmp_path / "results" / below) == [
+            f"{tmp_path / 'results'}: is no folder, so nothing can be written below it; name another with --results"
+        ]
+
+    @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nobody.invalid:{port}", "nonsense"])
+    def test_a_cluster_that_is_not_there(self, refused, address):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # and does not listen
+            address = address.format(port=taken.getsockname()[1])
+            began = time.monotonic()
+            (told,) = refused(address=address)
+            assert time.monotonic() - began < 15
+        assert told.startswith(f"--address {address}: no Ray cluster answers there (")
+
+    def test_everything_that_can_be_known_is_told_before_the_data_are_packed(self, refused, space, tmp_path):
+        (tmp_path / "results").touch()
+        told = refused(data=tmp_path / "none", space=space("optim.lr: {uniform: [2, 1]}\n"), address="nonsense")
+        assert [line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in told] == [
+            "results", "--address nonsense", "space.yaml:1", "none",
+        ]  # fmt: skip
+
+    def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
+        # Ray can be started only once in a process, and has been.
+        monkeypatch.setattr(search, "ray_session", lambda address: contextlib.nullcontext())
+        for asked in ({"workers_per_trial": 99}, {"gpus_per_worker": 8}):
+            (told,) = refused(**asked)
+            assert told.startswith("a trial of ")
+            assert "does not fit: the cluster has 2 CPU and 0 GPU on 1 nodes" in told
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, store):
+    folder = tmp_path_factory.mktemp("finished") / "study"
+    write_study(folder, store)
+    return folder
+
+
+class TestBadResuming:
+    @pytest.fixture
+    def resumed(self, tmp_path, own_cache, finished, capsys, monkeypatch):
+        """Goes on with a copy of a study, which must be refused before Ray is started."""
+        monkeypatch.setattr(search, "ray_session", lambda address: pytest.fail("nothing is refused"))
+        folder = tmp_path / "study"
+        shutil.copytree(finished, folder)
+
+        def run(*argv, name="study"):
+            given = ["search", "--resume", f"--results={tmp_path}", *([f"--name={name}"] if name else []), *argv]
+            return refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], *given)
+
+        run.folder = folder
+        return run
+
+    def test_what_is_no_study(self, resumed, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "file").touch()
+        assert "there is no study of this name to resume" in resumed(name="none")[0]
+        assert "there is no study of this name to resume" in resumed(name="file")[0]
+        assert "no study.yaml in it, so it is no study" in resumed(name="empty")[0]
+        (resumed.folder / "optuna.journal").unlink()
+        assert "no optuna.journal in it, so it is no study" in resumed()[0]
+        (resumed.folder / "study.yaml").unlink()
+        assert resumed(name=None) == [f"{tmp_path}: there is no study in it to resume; name its folder with --results"]
+
+    def test_what_may_not_change(self, resumed, tmp_path, space):
+        write_folder(tmp_path / "others")
+        told = resumed(
+            f"--space={space()}", "--seed=1", "--epochs=1", f"--data={tmp_path / 'none'}", "--address=nonsense"
+        )
+        assert [line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in told] == [
+            "--space", "--seed", "--epochs", "--address nonsense", "none",
+        ]  # fmt: skip
+
+    def test_other_data(self, resumed, tmp_path, own_cache, capsys):
+        others = write_folder(tmp_path / "others")
+        argv = ["search", "--resume", f"--results={tmp_path}", "--name=study", f"--data={others}"]
+        (told,) = refusal(capsys, [tmp_path], *argv)  # but packed they are
+        assert told == f"{others}: other data than the study began with; its trials could not be compared"
+
+    def test_data_that_are_gone(self, resumed):
+        write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), stores={32: "/gone"}))
+        assert resumed() == ["/gone: the packed data of the study are gone; name the data with --data"]
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("name: study", "name: ["),
+            ("seed: 0\n", ""),
+            ("log_uniform", "log_uniforn"),
+            ("test_vit", "test_bit"),
+        ],
+    )
+    def test_a_damaged_study(self, resumed, old, new):
+        file = resumed.folder / "study.yaml"
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new, 1))
+        (told,) = resumed()
+        assert told.startswith(str(file))
+
+
+def started(*argv, cwd) -> subprocess.Popen:
+    command = [sys.executable, "-m", "raytune_emotion.search", *map(str, argv)]
+    # As in a terminal: Ctrl-C and the like are for its group alone.
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def ended(*argv, cwd) -> tuple[int, str, str]:
+    with started(*argv, cwd=cwd) as process:
+        out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+class TestAStudy:
+    """In the order of the tests: begun, gone on with, interrupted."""
+
+    @pytest.fixture(scope="class")
+    def begun(self, tmp_path_factory, faces):
+        folder = tmp_path_factory.mktemp("a study")
+        (folder / "space.yaml").write_text(SPACE)
+        options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
+        code, out, err = ended(*options, cwd=folder)
+        assert code == 0, err
+        return folder, out, err
+
+    @pytest.fixture(scope="class")
+    def study(self, begun):
+        return begun[0] / "ray_results" / "first"
+
+    def test_says_what_came_out_and_what_to_type_next(self, begun, study):
+        _, out, err = begun
+        table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
+        best = table.iloc[0]
+        lines = out.splitlines()
+        assert f"best JS     {best.best_val_js:.4f} bits, trial {best.trial_id} (4 trials)" in lines
+        assert any(re.fullmatch(r"baseline    0\.4\d{3} bits, predicting the training mean", line) for line in lines)
+        assert "exported    ray_results/first/best" in lines
+        assert lines[-4:] == [
+            "next:",
+            "  python -m raytune_emotion.predict ray_results/first/best FACE.jpg",
+            "  tensorboard --logdir ray_results/first/trials",
+            "  python -m raytune_emotion.search --resume --results ray_results --name first --trials 8",
+        ]
+        assert len([line for line in lines if re.match(r"000\d  (complete|pruned)  ", line)]) == 4
+        assert "Traceback" not in err
+
+    def test_leaves_the_files_of_the_contract_and_no_others(self, study):
+        assert {path.name for path in study.iterdir()} == {
+            "study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html",
+            "curves.png", "progress.png", "settings.png", "trials", "best",
+        }  # fmt: skip
+        assert {path.name for path in (study / "best").iterdir()} == {
+            "model.safetensors", "config.json", "metrics.json", "README.md",
+        }  # fmt: skip
+        trials = sorted((study / "trials").iterdir())
+        assert [path.name for path in trials] == ["0000", "0001", "0002", "0003"]
+        for trial in trials:
+            names = {path.name for path in trial.iterdir() if not path.name.startswith("events.out.tfevents.")}
+            assert {"params.json", "history.jsonl"} <= names
+            assert names <= {"params.json", "history.jsonl", "last.safetensors", "best.safetensors"}
+            assert len(list(trial.glob("events.out.tfevents.*"))) == 1
+        assert len(list(study.glob("trials/*/best.safetensors"))) == KEPT
+        assert [path.name for path in study.parent.iterdir()] == ["first"]
+
+    def test_its_tables_are_those_of_its_trials(self, study):
+        table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
+        assert sorted(table.trial_id) == ["0000", "0001", "0002", "0003"]
+        assert table.best_val_js.is_monotonic_increasing
+        assert set(table.status) <= {"complete", "pruned"}
+        assert set(table["model.backbone"]) <= {"test_resnet", "test_vit"}
+        assert (abs(table["loss.kl"] + table["loss.js"] - 1) < 1e-9).all()
+        curves = pd.read_parquet(study / "curves.parquet")
+        for row in table.itertuples():
+            history = read_history(study / "trials" / row.trial_id)
+            assert row.best_val_js == pytest.approx(min(report["val_js"] for report in history))
+            assert list(curves[curves.trial_id == row.trial_id].val_js) == [report["val_js"] for report in history]
+            assert row.epochs == history[-1]["epoch"]
+            assert row.epochs == 2 or row.status == "pruned"
+
+    def test_timm_loads_its_best(self, study):
+        model = timm.create_model(f"local-dir:{study / 'best'}", pretrained=True).eval()
+        with torch.inference_mode():
+            assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 13)
+        table = pd.read_csv(study / "trials.csv")
+        assert json.loads((study / "best" / "metrics.json").read_text())["val_js"] == table.best_val_js[0]
+
+    def test_goes_on_with_more_trials(self, begun, study):
+        before = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
+        code, out, err = ended("--resume", "--trials", 5, cwd=begun[0])  # the newest, without a name
+        assert code == 0, err
+        after = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
+        assert list(after.index) == ["0000", "0001", "0002", "0003", "0004"]
+        pd.testing.assert_frame_equal(after.loc[before.index, before.columns], before)
+        assert [line[:4] for line in out.splitlines() if re.match(r"00\d\d  ", line)] == ["0004"]
+
+    def test_ends_in_order_when_it_is_interrupted(self, begun, study):
+        with started("--resume", "--trials", 500, cwd=begun[0]) as process:
+            try:
+                seen = []
+                for line in process.stdout:
+                    seen.append(line)
+                    if line.startswith("0006"):
+                        break
+                os.kill(process.pid, signal.SIGTERM)
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        assert process.returncode == 130, err
+        assert err == "interrupted\n"
+        assert out.splitlines()[-1] == "  python -m raytune_emotion.search --resume --results ray_results --name first"
+        table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
+        assert 6 < len(table) < 500
+        assert (study / "report.html").stat().st_mtime >= (study / "trials.csv").stat().st_mtime

@@ -1,0 +1,100 @@
+"""What other people's scripts, files and habits rely on, as it is: whoever changes it changes this table too."""
+
+import argparse
+import importlib
+
+import pytest
+
+from raytune_emotion.__main__ import COMMANDS
+from raytune_emotion.config import SETTINGS
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.learn import checkpoint, package
+from raytune_emotion.tuning import page, searcher, study, trial
+
+#: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
+ARGUMENTS = {
+    "search": (
+        "--data DIR", "--space FILE", "--trials N", "--epochs N", "--concurrency N", "--workers-per-trial N",
+        "--gpus-per-worker X", "--results DIR", "--name NAME", "--resume", "--seed N", "--time-budget T",
+        "--max-failures N", "--weights-dir DIR", "--skip-bad", "--address ADDRESS",
+    ),
+    "pack": ("SRC", "DEST", "--image-size N", "--skip-bad", "--classes A,B,C"),
+    "train": (
+        "--data DIR", "--set KEY=VALUE", "--config FILE", "--study DIR", "--trial ID", "--epochs N", "--seed N",
+        "--workers N", "--gpus-per-worker X", "--results DIR", "--name NAME", "--resume", "--weights-dir DIR",
+        "--skip-bad", "--address ADDRESS",
+    ),
+    "report": ("STUDY",),
+    "export": ("STUDY", "DEST", "--trial ID"),
+    "predict": ("EXPORT", "IMAGE", "--device NAME"),
+}  # fmt: skip
+
+FILES = {
+    "study": ("study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html"),
+    "trial": ("params.json", "history.jsonl", "last.safetensors", "best.safetensors"),
+    "export": ("model.safetensors", "config.json", "metrics.json", "README.md"),
+}
+
+COLUMNS = (
+    "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
+    "params_millions",
+)  # fmt: skip
+
+STATUSES = {"complete", "pruned", "failed", "running"}
+
+NAMES_OF_SETTINGS = """
+    data.image_size data.classes
+    model.backbone model.pretrained model.weights_dir model.dropout
+    loss.mse loss.l1 loss.kl loss.ce loss.js
+    optim.name optim.lr optim.weight_decay optim.momentum optim.schedule optim.warmup_epochs optim.plateau_patience
+    optim.plateau_factor
+    train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.precision
+    train.seed
+    augment.flip augment.crop_scale augment.colour augment.grey augment.erase augment.mixup augment.cutmix
+"""
+
+CLASSES = (
+    "neutral", "happy", "sad", "surprised", "fear", "disgust", "angry", "contempt", "serene", "contemplative",
+    "secure", "untroubled", "quiet",
+)  # fmt: skip
+
+
+def arguments_of(verb: str) -> tuple[str, ...]:
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"raytune_emotion.{verb}").add_arguments(parser)
+    shown = []
+    for action in parser._actions:
+        names = [*action.option_strings, *([action.metavar] if action.nargs != 0 else [])]
+        assert all(isinstance(name, str) for name in names), f"{action.dest} has no metavar"
+        assert action.help, f"{action.dest} is not explained"
+        shown.append(" ".join(names))
+    return tuple(shown)
+
+
+def test_the_commands():
+    assert set(COMMANDS) == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_the_arguments_of_a_command(verb):
+    assert arguments_of(verb) == ARGUMENTS[verb]
+
+
+def test_the_files():
+    assert FILES["study"] == (study.SPEC, searcher.JOURNAL, study.TRIALS, study.CURVES, page.REPORT)
+    assert FILES["trial"] == (trial.PARAMS, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
+    assert FILES["export"] == (package.WEIGHTS, package.CONFIG, package.METRICS, package.CARD)
+
+
+def test_the_first_columns_and_the_statuses_of_the_table():
+    assert study._FIRST_COLUMNS == COLUMNS
+    assert set(searcher._STATES) == STATUSES
+    assert searcher.OBJECTIVE == "best_val_js"
+
+
+def test_the_settings():
+    assert list(SETTINGS) == NAMES_OF_SETTINGS.split()
+
+
+def test_the_classes_and_their_order():
+    assert EMOTIONS == CLASSES
