@@ -22,10 +22,11 @@ from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, rea
 from raytune_emotion.learn.package import load_package
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning import engine
-from raytune_emotion.tuning.engine import fit_to_cluster, run_study
-from raytune_emotion.tuning.searcher import JOURNAL, create_study
+from raytune_emotion.tuning.engine import Placement, _Search, extend_best, fit_to_cluster, run_study
+from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
-from raytune_emotion.tuning.study import CURVES, KEPT, SPEC, TRIALS, best_first, trial_folder, write_spec
+from raytune_emotion.tuning.study import CURVES, KEPT, SPEC, TRIALS, best_first, read_spec, trial_folder, write_spec
+from raytune_emotion.tuning.trial import Resources
 from tests.test_mirror import SECRET, s3_server
 from tests.tuning.test_engine import SPACE, left_behind, numbers
 from tests.tuning.test_study import spec_of
@@ -120,7 +121,7 @@ def test_a_study_that_broke_off_goes_on_from_the_mirrored_checkpoint_on_several_
     assert left_behind() == (0.0, [])
 
 
-def test_a_study_whose_mirror_fails_is_broken_off_whole(begin, tmp_path, monkeypatch):
+def test_a_study_whose_mirror_fails_is_broken_off_whole_and_can_go_on_further(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(mirror, "_WAITS", (0.01, 0.01))
     place = tmp_path / "place"
     folder, go = begin("study", place.as_uri(), trials=2, epochs=1)
@@ -130,22 +131,43 @@ def test_a_study_whose_mirror_fails_is_broken_off_whole(begin, tmp_path, monkeyp
             place.rename(tmp_path / "elsewhere")
             place.touch()
 
-    def take_over(event):
-        if event.report is None:
-            (place / engine.DRIVER).write_text("of another driver")
-
     with pytest.raises(Breakdown, match=r"failed 3 times in a row.*the study can be resumed: file:///"):
         go(unmount)
     place.unlink()
     (tmp_path / "elsewhere").rename(place)
     lose(folder, place.as_uri())
-    with pytest.raises(Breakdown, match="another search has gone on with this study"):
-        go(take_over)
-    lose(folder, place.as_uri())
     records = go()
     assert [r.status for r in records] == ["complete", "complete"]
     assert len(list(place.glob(f"trials/*/{HISTORY}"))) == 2
     assert not list(place.rglob("*.part"))
+
+    lose(folder, place.as_uri())
+    longer = extend_best(folder, dataclasses.replace(read_spec(folder), epochs=2), place.as_uri())
+    after = go(trials=longer.trials, epochs=2)
+    assert after[:2] == records
+    assert [r.continues for r in after[2:]] == [r.trial_id for r in best_first(records)]
+    for record in after[2:]:
+        assert record.reports[:1] == records[int(record.continues)].reports
+        assert [r["report"] for r in record.reports] == [1, 2]
+
+
+def test_a_search_that_was_thought_dead_undoes_nothing_of_the_next(begin, tmp_path):
+    place = tmp_path / "place"
+    folder, _ = begin("study", place.as_uri())
+
+    def search():
+        placement = Placement(Resources(1, 1.0, 0.0), 1)
+        return _Search(folder, read_spec(folder), placement, load_study(folder), print, place.as_uri())
+
+    first = search()
+    first.record()
+    second = search()
+    with pytest.raises(Breakdown, match="another search has gone on with this study"):
+        first.record()
+    second.record()
+    shutil.rmtree(place)
+    with pytest.raises(Breakdown, match="no longer there"):
+        second.record()
 
 
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluster, bucket, faces, tmp_path, capsys):
@@ -181,10 +203,8 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluste
     assert len(table) == 2
     assert load_package(tmp_path / "there" / "best").image_size == 32
 
-    for trial, chosen in ((table["trial_id"][0], []), (table["trial_id"][1], ["--trial", table["trial_id"][1]])):
-        assert command_main("export", [uri, str(tmp_path / trial), *chosen]) == 0
-        report = json.loads((tmp_path / trial / "metrics.json").read_text())
-        assert report["val_js"] == table.set_index("trial_id")["val_js"][trial]
+    assert command_main("export", [uri, str(tmp_path / "second"), "--trial", table["trial_id"][1]]) == 0
+    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["val_js"] == table["val_js"][1]
     assert command_main("export", [uri, str(tmp_path / "none"), "--trial", "0009"]) == 2
     assert "error: s3://***@bucket/results/killed?***: has no weights of a trial 0009" in capsys.readouterr().err
 
