@@ -21,9 +21,9 @@ from raytune_emotion.data.affectnet import is_folder
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import is_store, prepare
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, LAST, read_history
+from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
 from raytune_emotion.learn.loop import baseline
-from raytune_emotion.learn.model import check_backbone, check_weights
+from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.learn.package import export_checkpoint
 from raytune_emotion.search import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume:
         if not (folder / PARAMS).is_file():
             raise UserError(f"{folder}: there is no run of this name to resume")
-        settings = _over(_read(folder / PARAMS), settings)
+        settings = _over(_kept(folder), settings)
     checked = RunConfig.from_flat(settings)
     faults: list[str] = []
     with collecting(faults):
@@ -110,6 +110,8 @@ def run(args: argparse.Namespace) -> None:
         data, image_size=settings.get("data.image_size"), classes=checked.data.classes, skip_bad=args.skip_bad
     )
     config = RunConfig.from_flat({**settings, "data.image_size": store.image_size})
+    if not args.resume:
+        build_model(config)  # that it can be had shows here, and not where Ray and a folder wait for it
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"run {folder}: {len(store.train)} training and {len(store.val)} validation images")
     if args.workers == 1:
@@ -147,6 +149,12 @@ def _train(console: Console, folder: Path, config: RunConfig, store: str, resour
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise Breakdown(f"{folder}: the training failed: {error}") from None
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    """The settings of a run that goes on: those that its checkpoint began with, or, before there is one, was to."""
+    progress = read_progress(folder)
+    return progress.settings if progress is not None else _read(folder / PARAMS)
 
 
 def _default_name(settings: dict[str, Any]) -> str:

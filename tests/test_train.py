@@ -1,0 +1,243 @@
+"""The command train: one configuration, from the command line to its export."""
+
+import json
+import re
+import shutil
+import socket
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.learn.checkpoint import read_history
+from tests.test_search import exit_code, refusal, write_study
+
+
+@pytest.fixture(autouse=True)
+def one_core():
+    """Two threads that wait for each other crawl where other tests run beside them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trained(tmp_path, faces, store):
+    """Trains for an epoch, on the generated faces of the tests, unless it is said otherwise; returns the exit code."""
+
+    def run(*argv, data=True):
+        given = ["--data", faces] if data else []
+        return exit_code(["train", "--results", tmp_path / "results", *given, *argv])
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path, own_cache, store, faces, capsys):
+    """Runs a training that must refuse; all of it is right but what is said otherwise."""
+
+    def run(*argv, data=faces):
+        given = ["--data", data, "--results", tmp_path / "results", "--set", "model.backbone=test_resnet"]
+        return refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], "train", *given, *argv)
+
+    return run
+
+
+TINY = ("--set", "model.backbone=test_resnet", "--epochs")
+
+
+def test_a_run_from_its_settings_to_its_export(trained, tmp_path, capsys):
+    assert trained(*TINY, 2, "--set", "loss.kl=0.25", "--set", "loss.js=0.75", "--set", "optim.lr=3e-3") == 0
+    folder = tmp_path / "results" / "test_resnet_kl0.25-js0.75"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == f"run {folder}: 96 training and 33 validation images"
+    assert [line[:12] for line in lines[1:3]] == ["epoch  1.00 ", "epoch  2.00 "]
+    history = read_history(folder)
+    best = min(report["val_js"] for report in history)
+    assert len(history) == 2
+    assert any(line.startswith(f"best JS     {best:.4f} bits (KL ") for line in lines)
+    assert any(re.fullmatch(r"baseline    0\.\d{4} bits, predicting the training mean", line) for line in lines)
+    assert lines[-1] == f"next: python -m raytune_emotion.predict {folder / 'best'} FACE.jpg"
+
+    settings = json.loads((folder / "params.json").read_text())
+    assert RunConfig.from_flat(settings).loss.weights == {"kl": 0.25, "js": 0.75}
+    assert (settings["optim.lr"], settings["data.image_size"], settings["train.epochs"]) == (3e-3, 32, 2)
+    model = timm.create_model(f"local-dir:{folder / 'best'}", pretrained=True).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 13)
+
+
+def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
+    assert trained(*TINY, 1, "--set", "optim.lr=2e-3", "--name", "mine") == 0
+    folder = tmp_path / "results" / "mine"
+    first = read_history(folder)
+    assert refused("--name", "mine") == [
+        f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
+    ]
+    # Its settings are its own: none need be said again, and none can be changed.
+    assert trained("--resume", "--name", "mine", "--epochs", 3) == 0
+    history = read_history(folder)
+    assert [report["epoch"] for report in history] == [1, 2, 3]
+    assert history[0] == first[0]
+    assert history[-1]["lr"] == 2e-3
+    capsys.readouterr()
+    assert trained("--resume", "--name", "mine", "--set", "optim.lr=0.5", "--set", "optim.name=sgd") == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert told[0].startswith(f"error: {folder}: the run there began with optim.name = adamw, and sgd is asked for")
+    # A run that has ended ends again.
+    assert trained("--resume", "--name", "mine") == 0
+    assert read_history(folder) == history
+
+
+def test_losses_that_are_named_replace_those_of_the_file(trained, tmp_path):
+    (tmp_path / "config.yaml").write_text("model.backbone: test_resnet\nloss.mse: 1\ntrain.epochs: 3\n")
+    options = ["--config", tmp_path / "config.yaml", "--set", "loss.js=1", "--epochs", 1, "--seed", 7]
+    assert trained(*options) == 0
+    settings = json.loads((tmp_path / "results" / "test_resnet_js" / "params.json").read_text())
+    assert (settings["loss.mse"], settings["loss.js"]) == (0, 1)
+    assert (settings["train.epochs"], settings["train.seed"]) == (1, 7)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, store):
+    folder = tmp_path_factory.mktemp("results of a study") / "study"
+    write_study(folder, store)
+    return folder
+
+
+class TestFromAStudy:
+    def test_its_best_trial_is_trained_on_its_data(self, trained, study, tmp_path, capsys):
+        assert trained("--study", study, "--epochs", 1, "--name", "final", data=False) == 0
+        # The sample that stands in where nothing is named has 2000 images.
+        assert "96 training and 33 validation images" in capsys.readouterr().out
+        best = (study / "trials.csv").read_text().splitlines()[1][:4]
+        wanted = json.loads((study / "trials" / best / "params.json").read_text())
+        settings = json.loads((tmp_path / "results" / "final" / "params.json").read_text())
+        assert {name: settings[name] for name in wanted} == wanted | {"train.epochs": 1}
+
+    def test_a_trial_can_be_named_and_changed(self, trained, study, tmp_path):
+        asked = ["--study", study, "--trial", "0002", "--set", "optim.lr=0.004", "--name", "third", "--epochs", 1]
+        assert trained(*asked) == 0
+        wanted = json.loads((study / "trials" / "0002" / "params.json").read_text())
+        settings = json.loads((tmp_path / "results" / "third" / "params.json").read_text())
+        assert settings["model.backbone"] == wanted["model.backbone"]
+        assert settings["loss.kl"] == wanted["loss.kl"]
+        assert settings["optim.lr"] == 0.004 != wanted["optim.lr"]
+
+    def test_what_it_does_not_have(self, refused, study, tmp_path):
+        (told,) = refused("--study", study, "--trial", "0009")
+        assert told == f"{study}/trials/0009/params.json: cannot be read: No such file or directory"
+        (told,) = refused("--trial", "0009")
+        assert told == "--trial 0009: of which study? name its folder with --study"
+        (told,) = refused("--study", tmp_path)
+        assert told.startswith(f"{tmp_path}: no trials.csv in it; name the folder of a study")
+
+    def test_its_data_are_gone(self, study, tmp_path, capsys):
+        copy = tmp_path / "study"
+        shutil.copytree(study, copy)
+        options = ["--study", copy, "--set", "data.image_size=48", "--results", tmp_path / "results"]
+        (told,) = refusal(capsys, [tmp_path], "train", *options)
+        assert told.endswith("its packed images of 48 px are not to be found; name the data with --data")
+
+
+class TestBadSettings:
+    @pytest.mark.parametrize(
+        ("assignment", "said"),
+        [
+            ("nonsense", "--set nonsense: KEY=VALUE is wanted, such as optim.lr=1e-3"),
+            ("=3", "--set =3: KEY=VALUE is wanted, such as optim.lr=1e-3"),
+            ("optim.lr=", "optim.lr: should be a valid number, got None"),
+            ("optim.lr=fast", "optim.lr: should be a valid number, got 'fast'"),
+            ("optim.lr=.nan", "optim.lr: should be"),
+            ("optim.lr=[", "--set optim.lr=[: '[' is no plain value"),
+            ("optim.lr=2026-99-99", "--set optim.lr=2026-99-99: '2026-99-99' is no plain value"),
+            ("optim.lr=!!python/name:os.system", "is no plain value"),
+            ("optim.momentun=0.9", "optim.momentun: there is no such setting; did you mean optim.momentum?"),
+            ("loss.hinge=1", "loss.hinge: there is no such setting"),
+            ("loss.kl=0.5", "loss: the weights of the mixture must sum to 1, and sum to 0.5"),
+            ("model.backbone=resnet81", "resnet81: there is no such timm model; did you mean"),
+            ("data.classes=happy", "data.classes: should be a valid tuple, got 'happy'"),
+            ("data.image_size=8", "data.image_size: should be greater than or equal to 16, got 8"),
+            ("optim.warmup_epochs=40", "optim.warmup_epochs: less than train.epochs (30), got 40"),
+        ],
+    )
+    def test_a_setting_that_is_none(self, refused, assignment, said):
+        (told,) = refused("--set", assignment)
+        assert said in told
+
+    def test_all_of_them_at_once(self, refused, tmp_path):
+        assert len(refused("--set", "x", "--set", "optim.lr=[", "--trial", "1", "--config", tmp_path / "none")) == 4
+        assert len(refused("--set", "x=1", "--set", "optim.lr=0", "--set", "model.dropout=2")) == 3
+
+    @pytest.mark.parametrize(
+        "option",
+        ["--workers=0", "--workers=two", "--gpus-per-worker=nan", "--name=../up", "--name=", "--epochs=x", "--seed=-1"],
+    )
+    def test_a_value_that_is_none(self, refused, option):
+        (told,) = refused(option)
+        assert option.partition("=")[0].lstrip("-").partition("-")[0] in told
+
+    @pytest.mark.parametrize("text", [b"", b"- a\n", b"optim.lr: [\n", b"1: 2\n", b"\xff\xd8\xff"])
+    def test_a_file_without_settings(self, refused, tmp_path, text):
+        (tmp_path / "config.yaml").write_bytes(text)
+        (told,) = refused("--config", tmp_path / "config.yaml")
+        assert told.startswith(f"{tmp_path / 'config.yaml'}: ")
+
+
+class TestBadRequests:
+    def test_results_that_are_a_file(self, refused, tmp_path):
+        (tmp_path / "results").touch()
+        assert refused() == [
+            f"{tmp_path / 'results'}: is no folder, so nothing can be written below it; name another with --results"
+        ]
+
+    def test_what_is_no_run_cannot_go_on(self, refused, tmp_path):
+        (tmp_path / "results" / "empty").mkdir(parents=True)
+        for name in ("empty", "none"):
+            assert refused("--resume", "--name", name) == [
+                f"{tmp_path / 'results' / name}: there is no run of this name to resume"
+            ]
+
+    def test_a_gpu_that_is_not_here(self, refused, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert refused("--gpus-per-worker", "1") == ["--gpus-per-worker 1: this machine has no GPU; leave it out"]
+
+    def test_a_cluster_that_is_not_there(self, refused):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # and does not listen
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            (told,) = refused("--workers", "2", "--address", address)
+        assert told.startswith(f"--address {address}: no Ray cluster answers there (")
+
+    def test_a_model_that_cannot_be_built_leaves_the_name_free(self, refused, tmp_path):
+        (told,) = refused("--set", "model.backbone=efficientformer_l1")
+        assert told.startswith("model.backbone: efficientformer_l1 cannot take images of 32 px (data.image_size)")
+
+    def test_pretrained_weights_that_do_not_do(self, refused, tmp_path):
+        (told,) = refused("--weights-dir", tmp_path)
+        assert told.startswith(f"model.weights_dir: there is no file {tmp_path / 'test_resnet.safetensors'}")
+        save_file(timm.create_model("test_vit").state_dict(), tmp_path / "test_resnet.safetensors")
+        told = refused("--weights-dir", tmp_path)
+        assert all("test_resnet.safetensors does not fit test_resnet" in line for line in told)
+        (tmp_path / "test_resnet.safetensors").write_bytes(b"junk")
+        (told,) = refused("--weights-dir", tmp_path)
+        assert "test_resnet.safetensors cannot be read as safetensors" in told
+
+    def test_data_of_other_classes(self, refused):
+        told = refused("--set", "data.classes=[calm, tense]")
+        assert "(13 values for 2 classes)" in told[0]
+
+
+def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_path, capsys):
+    assert trained(*TINY, 3, "--set", "optim.name=sgd", "--set", "optim.lr=100", "--set", "loss.mse=1") in (0, 1)
+    assert trained(*TINY, 30, "--set", "optim.name=sgd", "--set", "optim.lr=100", "--name", "wild") == 1
+    err = capsys.readouterr().err
+    assert "wild: the training failed: diverged before report" in err
+    assert "Traceback" not in err
