@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -24,6 +25,11 @@ class TrialActor(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         self._job = Job.from_dict(config)
         self._reports = self._train()
+        print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
+
+    def __repr__(self) -> str:
+        # The dashboard asks once, when the process starts, and many trials run in it: it is named for what stays.
+        return f"trials of {Path(self._job.folder).parent.parent.name}"
 
     def step(self) -> dict[str, Any]:
         """Trains until the next report, which is the result; what ends a trial for good is a result too."""
