@@ -1,0 +1,62 @@
+"""The command export on studies that are not as they should be; on good ones it is tested with `predict`."""
+
+import shutil
+
+import pytest
+
+from tests.test_search import exit_code, refusal, write_study
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, store):
+    folder = tmp_path_factory.mktemp("to export") / "study"
+    write_study(folder, store, trials=2, epochs=1)
+    return folder
+
+
+@pytest.fixture
+def study(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "study")
+    return tmp_path / "study"
+
+
+def best_of(study) -> str:
+    return (study / "trials.csv").read_text().splitlines()[1][:4]
+
+
+def test_the_weights_of_the_trial_are_gone(study, tmp_path, capsys):
+    best = best_of(study)
+    (study / "trials" / best / "best.safetensors").unlink()
+    other = "0001" if best == "0000" else "0000"
+    (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
+    assert told == (
+        f"{study}: has no weights of a trial {best}, as only those of the best are kept; there are those of {other}"
+    )
+    (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x", "--trial", "0009")
+    assert "has no weights of a trial 0009" in told
+    assert exit_code(["export", study, tmp_path / "x", "--trial", other]) == 0
+
+
+@pytest.mark.parametrize("keep", [0, 100, -100])
+def test_damaged_weights(study, tmp_path, capsys, keep):
+    file = study / "trials" / best_of(study) / "best.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
+    assert told.startswith(f"{file}: a damaged checkpoint (")
+
+
+def test_destinations_that_are_taken(study, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "file")
+    assert told == f"{tmp_path / 'file'}: is there already and is no folder; name another destination"
+    (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "file" / "below")
+    assert told.startswith(f"{tmp_path / 'file' / 'below'}: cannot be written (")
+    (told,) = refusal(capsys, [tmp_path], "export", study, study)
+    assert told.startswith(f"{study}: holds what is of no export (")
+
+
+@pytest.mark.parametrize("text", ["", "trial_id,status,best_val_js\n", "trial_id,status,best_val_js\n0000,running,\n"])
+def test_a_study_without_results(study, tmp_path, capsys, text):
+    (study / "trials.csv").write_text(text)
+    (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
+    assert told.startswith(f"{study}: no trial")
