@@ -1,0 +1,147 @@
+"""jobs/submit.sh on a cluster as people start it: by `ray start`, with a dashboard that asks for a token."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RAY = Path(sys.executable).with_name("ray")
+TOKEN = secrets.token_hex(32)
+
+
+def free_ports(n: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
+
+
+class Cluster:
+    """One node with ports and folders of its own, beside whatever other clusters this machine has."""
+
+    def __init__(self) -> None:
+        # Ray's sockets lie in it, and their names may not be long.
+        self.folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+        options = "port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"
+        options += "ray-client-server-port", "metrics-export-port", "runtime-env-agent-port"
+        ports = dict(zip(options, free_ports(len(options)), strict=True))
+        self.url = f"http://127.0.0.1:{ports['dashboard-port']}"
+        # The project's environment is not the one of the shell that starts the cluster.
+        path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != RAY.parent)
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_", "VIRTUAL_ENV"))
+        } | {"PATH": path, "RAY_AUTH_TOKEN": TOKEN}
+        command = [
+            RAY,
+            "start",
+            "--head",
+            "--block",
+            "--temp-dir",
+            self.folder,
+            "--num-cpus=2",
+            "--disable-usage-stats",
+        ]
+        command += ["--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
+        self.log = Path(self.folder, "start.log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*map(str, command), *(f"--{name}={port}" for name, port in ports.items())],
+                env=self.environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + 100
+        while True:
+            with contextlib.suppress(OSError):
+                self.get("/api/jobs/")
+                return
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                text = self.log.read_text()
+                self.close()
+                pytest.fail(f"Ray does not start: {text}")
+            time.sleep(0.2)
+
+    def get(self, path: str, token: str = TOKEN):
+        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)
+
+    def submit(self, *arguments) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", ROOT / "jobs" / "submit.sh", *map(str, arguments)], cwd="/", capture_output=True, text=True,
+            env=self.environment | {"RAY_API_SERVER_ADDRESS": self.url}, check=False, timeout=200,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        # Its own processes: `ray stop` would end those of all clusters of this machine.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid)
+            for process in [*family.children(recursive=True), family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
+    space = "model.backbone: test_vit\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
+    (tmp_path / "space.yaml").write_text(space)
+    name = "faces_1"
+    options = ["--data", faces, "--space", tmp_path / "space.yaml", "--trials", 2, "--epochs", 1, "--name", name]
+    done = ray_cluster.submit(*options, "--results", tmp_path / "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "best JS     0." in done.stdout  # the job's own output
+
+    study = tmp_path / "results" / name
+    assert len(pd.read_csv(study / "trials.csv")) == 2
+    assert {"study.yaml", "optuna.journal", "curves.parquet", "report.html"} <= {path.name for path in study.iterdir()}
+    assert (study / "best" / "model.safetensors").exists()
+
+    (job,) = ray_cluster.get("/api/jobs/")
+    assert job["submission_id"].startswith(f"{name}-20")
+    assert job["status"] == "SUCCEEDED"
+    assert job["metadata"] == {"study": name}
+    assert job["entrypoint"].startswith("python -m raytune_emotion.search --address auto --data ")
+
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ray_cluster.get("/api/jobs/", token="another")
+    assert refused.value.code in (401, 403)
+
+
+def test_what_the_search_refuses_fails_the_job(ray_cluster, tmp_path):
+    done = ray_cluster.submit("--data", tmp_path / "none", "--name=mistaken", f"--results={tmp_path / 'results'}")
+    assert done.returncode != 0
+    assert f"error: {tmp_path / 'none'}: there is no such folder" in done.stdout
+    assert not (tmp_path / "results").exists()
+    assert {job["status"] for job in ray_cluster.get("/api/jobs/") if job["submission_id"].startswith("mistaken")} == {
+        "FAILED"
+    }
+
+
+@pytest.mark.parametrize("name", ["a b", '"}', "-x", ""])
+def test_a_name_that_is_none_is_refused_here(name):
+    done = subprocess.run(
+        ["bash", ROOT / "jobs" / "submit.sh", "--name", name], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --name: letters, digits and . _ - = , + make a name, got '{name}'\n"
