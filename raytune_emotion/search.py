@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -103,9 +104,11 @@ def run(args: argparse.Namespace) -> None:
         where = f"{mirror.shown(uri)}, worked on in {folder}" if uri else folder
         console.print(f"study {where}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
         with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
+            began = time.monotonic()
             records = run_study(folder, spec, placement, uri=uri, time_budget=args.time_budget, watch=watch)
+            in_time = args.time_budget is None or time.monotonic() - began < args.time_budget.total_seconds()
     _conclude(console, folder, spec, records, results)
-    if args.time_budget is None and any(record.status == "running" for record in records):
+    if in_time and any(record.status == "running" for record in records):
         raise KeyboardInterrupt
 
 

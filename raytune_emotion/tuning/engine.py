@@ -29,7 +29,16 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report
 from raytune_emotion.tuning.actor import TrialActor
-from raytune_emotion.tuning.searcher import JOURNAL, Proposal, Searcher, Status, abandon_torn, asked, load_study
+from raytune_emotion.tuning.searcher import (
+    JOURNAL,
+    Proposal,
+    Searcher,
+    Status,
+    abandon_torn,
+    asked,
+    continued,
+    load_study,
+)
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.stopping import make_scheduler, replay
 from raytune_emotion.tuning.study import (
@@ -85,7 +94,8 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    joined = {"address": address} if address else {"include_dashboard": dashboard, **local}
+    # Said to be local, lest it join a cluster that somebody has left on this machine.
+    joined = {"address": address} if address else {"address": "local", "include_dashboard": dashboard, **local}
     try:
         ray.init(**joined, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except ConnectionError as error:
@@ -352,9 +362,10 @@ class _Search(SearchAlgorithm):
     def _end(self, proposal: Proposal, status: Status, report: Report | None, *, reason: str = "") -> None:
         self._searcher.tell(proposal.trial_id, status, reason=reason)
         records = self.record()
-        drop_checkpoints(self._folder, records)
+        spared = continued(self._study)
+        drop_checkpoints(self._folder, records, spared)
         if self._uri is not None:
-            gone = [trial_id for trial_id in losers(records) if trial_id not in self._dropped]
+            gone = [trial_id for trial_id in losers(records, spared) if trial_id not in self._dropped]
             mirror.delete(self._uri, [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
             self._dropped.update(gone)
         self._watch(Event(proposal, status, report, reason))

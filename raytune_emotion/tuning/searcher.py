@@ -130,6 +130,12 @@ def asked(study: optuna.Study) -> list[Asked]:
     ]
 
 
+def continued(study: optuna.Study) -> set[str]:
+    """The trials that others go on from which have not ended, or not begun."""
+    open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
+    return {trial.user_attrs["continues"] for trial in open_ones if "continues" in trial.user_attrs}
+
+
 def abandon_torn(study: optuna.Study) -> None:
     """Fails the trials whose asking was cut short, before anything of them could run."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
@@ -192,14 +192,15 @@ def best_trial_id(folder: Path) -> str:
     return str(table["trial_id"].iloc[0])
 
 
-def losers(records: list[TrialRecord]) -> list[str]:
-    """The ended trials but for the best: their weights go, as a study's disk must not grow with its trials."""
-    return [record.trial_id for record in best_first(records) if record.status != "running"][KEPT:]
+def losers(records: list[TrialRecord], spared: Collection[str] = ()) -> list[str]:
+    """The ended trials but for the best and the spared: their weights go, lest a study's disk grow with its trials."""
+    ended = [record.trial_id for record in best_first(records) if record.status != "running"]
+    return [trial_id for trial_id in ended[KEPT:] if trial_id not in spared]
 
 
-def drop_checkpoints(folder: Path, records: list[TrialRecord]) -> None:
+def drop_checkpoints(folder: Path, records: list[TrialRecord], spared: Collection[str] = ()) -> None:
     """Deletes the weights of the losers."""
-    for trial_id in losers(records):
+    for trial_id in losers(records, spared):
         for file in trial_folder(folder, trial_id).glob("*.safetensors"):
             file.unlink()
 

@@ -9,7 +9,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,8 @@ class Workers:
             # The controller leaves in the midst of the call, which is how it says that it is done.
             with contextlib.suppress(RayError):
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+        # Its thread must not be within Ray when Ray is left.
+        wait([self._run], timeout=_ABORT_S)
         _remove(self._placement_group)
         for queue in (self._orders, self._messages):
             queue.shutdown(force=True)

@@ -1,5 +1,6 @@
 """Studies on a real Ray cluster, with real training of tiny models."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -263,8 +264,10 @@ def test_trials_share_the_cores(cluster):
 
 def kill(title):
     """Kills one of this cluster's processes whose title holds a word."""
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        if title in " ".join(process.info["cmdline"] or []) and process.info["cmdline"][0].startswith("ray::"):
-            os.kill(process.info["pid"], signal.SIGKILL)
-            return process.info["pid"]
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if command and command[0].startswith("ray::") and title in " ".join(command):
+                os.kill(process.pid, signal.SIGKILL)
+                return process.pid
     raise AssertionError(f"no process {title}")
