@@ -1,6 +1,7 @@
 """Studies whose record lies in a bucket of a real S3 server, and whose machines die."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -21,12 +23,11 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
 from raytune_emotion.learn.package import load_package
 from raytune_emotion.train import add_arguments, settings_of
-from raytune_emotion.tuning import engine
-from raytune_emotion.tuning.engine import Placement, _Search, extend_best, fit_to_cluster, run_study
-from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
+from raytune_emotion.tuning.engine import DRIVER, Placement, _Search, extend_best, job_of, run_study
+from raytune_emotion.tuning.searcher import JOURNAL, Proposal, Searcher, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import CURVES, KEPT, SPEC, TRIALS, best_first, read_spec, trial_folder, write_spec
-from raytune_emotion.tuning.trial import Resources
+from raytune_emotion.tuning.trial import PARAMS, Resources, last_report, train_here
 from tests.test_mirror import SECRET, s3_server
 from tests.tuning.test_engine import SPACE, left_behind, numbers
 from tests.tuning.test_study import spec_of
@@ -39,21 +40,16 @@ def bucket():
 
 
 @pytest.fixture
-def begin(tmp_path, store, cluster, bucket):
-    """Makes a study and returns its folder and what runs it."""
+def begin(tmp_path, store):
+    """Makes a study; returns its folder, its spec and a place for its trials."""
 
-    def make(name, uri, **changes):
-        folder = tmp_path / name
+    def make(*, workers=1, **changes):
+        folder = tmp_path / "study"
         folder.mkdir()
-        spec = spec_of(store, name=name, space=SPACE, concurrency=1, **changes)
-        create_study(folder, parse_space(spec.space, name))
+        spec = spec_of(store, name="study", space=SPACE, concurrency=1, **changes)
+        create_study(folder, parse_space(spec.space, "space"))
         write_spec(folder, spec)
-
-        def go(watch=lambda event: None, *, workers=1, **more):
-            place = fit_to_cluster(workers=workers, gpus_per_worker=0.0, concurrency=1)
-            return run_study(folder, dataclasses.replace(spec, **more), place, uri=uri, watch=watch)
-
-        return folder, go
+        return folder, spec, Placement(Resources(workers, 1.0, 0.0), 1)
 
     return make
 
@@ -64,100 +60,99 @@ def lose(folder, uri):
     mirror.pull(uri, folder, mirror.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
 
 
-def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, tmp_path):
+def ask(folder, spec, placement, uri):
+    """What a search does until its first trial begins."""
+    mirror.push(folder, uri, [SPEC])
+    proposal = Searcher(load_study(folder), parse_space(spec.space, "space"), seed=spec.seed).ask()
+    mirror.push(folder, uri, [JOURNAL])
+    return job_of(folder, spec, placement.resources, proposal, uri)
+
+
+def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
     uri = mirror.join(bucket, "a study")
-    local_folder, go_locally = begin("local", None, trials=4, epochs=2)
-    folder, go = begin("remote", uri, trials=4, epochs=2)
-    local, remote = go_locally(), go()
-    assert [r.settings for r in remote] == [r.settings for r in local]
-    assert [r.status for r in remote] == [r.status for r in local]
-    assert [numbers(r.reports) for r in remote] == [numbers(r.reports) for r in local]
+    folder, spec, placement = begin(trials=4, epochs=2)
+    records = run_study(folder, spec, placement, uri=uri)
 
     names = mirror.names(uri, "*")
-    assert {SPEC, JOURNAL, TRIALS, CURVES, engine.DRIVER} == {name for name in names if "/" not in name}
-    for name in (HISTORY, "params.json", "events.out.tfevents.*"):
+    assert {name for name in names if "/" not in name} == {SPEC, JOURNAL, TRIALS, CURVES, DRIVER}
+    for name in (HISTORY, PARAMS, "events.out.tfevents.*"):
         assert len(mirror.names(uri, f"trials/*/{name}")) == 4, name
-    kept = {r.trial_id for r in best_first(remote)[:KEPT]}
+    kept = {r.trial_id for r in best_first(records)[:KEPT]}
     for name in (BEST, LAST):
         assert {Path(found).parent.name for found in mirror.names(uri, f"trials/*/{name}")} == kept, name
-    # The driver has no need of weights.
-    assert not list(folder.rglob("*.safetensors"))
-    mirror.pull(uri, tmp_path / "there", [TRIALS])
-    table, expected = (pd.read_csv(place / TRIALS) for place in (tmp_path / "there", local_folder))
-    pd.testing.assert_frame_equal(table.drop(columns="seconds"), expected.drop(columns="seconds"))
+    assert not list(folder.rglob("*.safetensors")), "the driver has no need of weights"
+    for name in (SPEC, JOURNAL, TRIALS, CURVES):
+        assert mirror.read(uri, name) == (folder / name).read_bytes(), name
+    for record in records:
+        job = job_of(folder, spec, placement.resources, Proposal(record.trial_id, record.settings, None))
+        with contextlib.closing(train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id)))) as local:
+            assert numbers(record.reports) == numbers(islice(local, len(record.reports)))
 
     lose(folder, uri)
-    after = go(trials=5)
-    assert after[:4] == remote
-    assert after[4].status in ("complete", "pruned")
+    longer = extend_best(folder, dataclasses.replace(read_spec(folder), epochs=3), uri)
+    after = run_study(folder, longer, placement, uri=uri)
+    assert after[:4] == records
+    can = [r.trial_id for r in best_first(records)[:KEPT] if r.status == "complete"]
+    assert [r.continues for r in after[4:]] == can
+    for record in after[4:]:
+        assert record.reports[:2] == records[int(record.continues)].reports
     assert len(mirror.names(uri, f"trials/*/{BEST}")) == KEPT
 
 
-def test_a_study_that_broke_off_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, tmp_path):
+def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, cluster, tmp_path):
     uri = mirror.join(bucket, "broken off")
-    folder, go = begin("study", uri, trials=1, epochs=3)
-
-    def break_off(event):
-        if event.report is not None and event.report["report"] == 2:
-            raise Breakdown("as the test wants it")
-
-    with pytest.raises(Breakdown, match=r"resumed: s3://\*\*\*@bucket/broken%20off\?\*\*\*$"):
-        go(break_off)
-    before = mirror.read(uri, f"trials/0000/{HISTORY}").decode()
-    assert before.count("\n") >= 2
-    # The trial's process had died after it pushed the newest state, before it pushed what follows from that.
-    (tmp_path / HISTORY).write_text(before.splitlines(keepends=True)[0])
-    mirror.push(tmp_path, mirror.join(uri, "trials", "0000"), [HISTORY])
-    mirror.delete(uri, [f"trials/0000/{BEST}"])
+    folder, spec, placement = begin(trials=1, epochs=3, workers=2)
+    job = ask(folder, spec, Placement(Resources(1, 1.0, 0.0), 1), uri)
+    with contextlib.closing(train_here(job)) as reports:
+        before = [next(reports), next(reports)]
+    assert not Path(job.folder).exists(), "its process needs nothing of the driver's disk"
+    # It had died after it pushed the newest state, before it pushed what follows from that.
+    (tmp_path / HISTORY).write_text(json.dumps(before[0]) + "\n")
+    mirror.push(tmp_path, job.mirror, [HISTORY])
+    mirror.delete(job.mirror, [BEST])
 
     lose(folder, uri)
-    (record,) = go(workers=2)
-    assert [r["report"] for r in record.reports] == [1, 2, 3]
+    (record,) = run_study(folder, spec, placement, uri=uri)
     # To the clocks the same: they were not trained again.
-    assert [json.dumps(r) for r in record.reports][: before.count("\n")] == before.splitlines()
-    mirror.pull(uri, tmp_path, [f"trials/0000/{name}" for name in (BEST, HISTORY)])
-    assert read_best(trial_folder(tmp_path, "0000") / BEST).report == record.best
-    assert read_history(trial_folder(tmp_path, "0000")) == list(record.reports)
+    assert list(record.reports[:2]) == before
+    assert [r["report"] for r in record.reports] == [1, 2, 3]
+    mirror.pull(job.mirror, tmp_path, [BEST, HISTORY])
+    assert read_best(tmp_path / BEST).report == record.best
+    assert read_history(tmp_path) == list(record.reports)
     assert left_behind() == (0.0, [])
 
 
-def test_a_study_whose_mirror_fails_is_broken_off_whole_and_can_go_on_further(begin, tmp_path, monkeypatch):
+def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(mirror, "_WAITS", (0.01, 0.01))
     place = tmp_path / "place"
-    folder, go = begin("study", place.as_uri(), trials=2, epochs=1)
+    folder, spec, placement = begin(trials=2, epochs=3)
+    job = ask(folder, spec, placement, place.as_uri())
+    search = _Search(folder, spec, placement, load_study(folder), print, place.as_uri())
+    with contextlib.closing(train_here(job)) as reports:
+        before = next(reports)
+        place.rename(tmp_path / "elsewhere")
+        place.touch()
+        with pytest.raises(Breakdown, match="failed 3 times in a row"):
+            next(reports)
+    assert search.next_trial() is None
+    assert "failed 3 times in a row" in search.broken
 
-    def unmount(event):
-        if event.status == "complete":
-            place.rename(tmp_path / "elsewhere")
-            place.touch()
-
-    with pytest.raises(Breakdown, match=r"failed 3 times in a row.*the study can be resumed: file:///"):
-        go(unmount)
     place.unlink()
     (tmp_path / "elsewhere").rename(place)
-    lose(folder, place.as_uri())
-    records = go()
-    assert [r.status for r in records] == ["complete", "complete"]
-    assert len(list(place.glob(f"trials/*/{HISTORY}"))) == 2
+    assert [r["report"] for r in train_here(job)] == [2, 3]
+    assert read_history(trial_folder(place, "0000"))[0] == before
     assert not list(place.rglob("*.part"))
-
-    lose(folder, place.as_uri())
-    longer = extend_best(folder, dataclasses.replace(read_spec(folder), epochs=2), place.as_uri())
-    after = go(trials=longer.trials, epochs=2)
-    assert after[:2] == records
-    assert [r.continues for r in after[2:]] == [r.trial_id for r in best_first(records)]
-    for record in after[2:]:
-        assert record.reports[:1] == records[int(record.continues)].reports
-        assert [r["report"] for r in record.reports] == [1, 2]
+    # All was said, but its ending was not heard.
+    assert list(train_here(job)) == []
+    assert last_report(job)["finished"]
 
 
 def test_a_search_that_was_thought_dead_undoes_nothing_of_the_next(begin, tmp_path):
     place = tmp_path / "place"
-    folder, _ = begin("study", place.as_uri())
+    folder, spec, placement = begin()
 
     def search():
-        placement = Placement(Resources(1, 1.0, 0.0), 1)
-        return _Search(folder, read_spec(folder), placement, load_study(folder), print, place.as_uri())
+        return _Search(folder, spec, placement, load_study(folder), print, place.as_uri())
 
     first = search()
     first.record()
