@@ -30,9 +30,12 @@ NAMES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path_
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    names = parser.parse_args().names or NAMES
+    if unknown := sorted({*names} - {*NAMES}):
+        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     console = Console(soft_wrap=True, highlight=False)
-    for name in parser.parse_args().names or NAMES:
+    for name in names:
         module = importlib.import_module(f"benchmarks.{name}")
         began = datetime.now(timezone.utc)
         table: Table = module.run()
