@@ -123,6 +123,9 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     assert job["metadata"] == {"study": name}
     assert job["entrypoint"].startswith("python -m raytune_emotion.search --address auto --data ")
 
+    actors = ray_cluster.get("/api/v0/actors?detail=1")["data"]["result"]["result"]
+    assert {a["repr_name"] for a in actors if a["class_name"] != "JobSupervisor"} == {f"trials of {name}"}
+
     with pytest.raises(urllib.error.HTTPError) as refused:
         ray_cluster.get("/api/jobs/", token="another")
     assert refused.value.code in (401, 403)
