@@ -107,8 +107,9 @@ def run(args: argparse.Namespace) -> None:
             began = time.monotonic()
             records = run_study(folder, spec, placement, uri=uri, time_budget=args.time_budget, watch=watch)
             in_time = args.time_budget is None or time.monotonic() - began < args.time_budget.total_seconds()
-    _conclude(console, folder, spec, records, results)
-    if in_time and any(record.status == "running" for record in records):
+    running = any(record.status == "running" for record in records)
+    _conclude(console, folder, spec, records, results, interrupted=running or not in_time)
+    if in_time and running:
         raise KeyboardInterrupt
 
 
@@ -369,7 +370,15 @@ def _line(event: Event) -> str:
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
 
 
-def _conclude(console: Console, folder: Path, spec: StudySpec, records: list[TrialRecord], results: str | None) -> None:
+def _conclude(
+    console: Console,
+    folder: Path,
+    spec: StudySpec,
+    records: list[TrialRecord],
+    results: str | None,
+    *,
+    interrupted: bool,
+) -> None:
     """Exports the best trial, and says what came out and what to type next."""
     counts = {
         status: sum(r.status == status for r in records) for status in ("complete", "pruned", "failed", "running")
@@ -383,6 +392,8 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, records: list[Tri
         written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
         mirror.push(folder, uri, [str(file.relative_to(folder)) for file in written])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
+    if len(records) < spec.trials and not interrupted:
+        console.print(f"the space has no more than these {len(records)} configurations", highlight=False)
     if best is None or best.best is None:
         console.print("no trial has reported yet")
         return

@@ -170,7 +170,8 @@ def run_study(
         watch: is told of all that happens.
 
     Returns:
-        All trials. Some are still `running` where the study was interrupted or out of time.
+        All trials. Some are still `running` where the study was interrupted or out of time. They are fewer than asked
+        for where the space has no more configurations.
 
     Raises:
         Breakdown: the disk is full, the mirror fails, or every one of the first trials has failed.
@@ -261,6 +262,7 @@ class _Search(SearchAlgorithm):
         self._ended: dict[str, TrialRecord] = {}
         self._experiment: Experiment | None = None
         self._parser = _make_parser()
+        self._exhausted = False  # the space has no more than what was tried
         self.broken = ""  # why the study cannot go on
 
         abandon_torn(study)
@@ -297,7 +299,8 @@ class _Search(SearchAlgorithm):
         (self._experiment,) = experiments
 
     def is_finished(self) -> bool:
-        return self._finished or (not self._unfinished and self._asked >= self._spec.trials)
+        no_more = self._exhausted or self._asked >= self._spec.trials
+        return self._finished or (not self._unfinished and no_more)
 
     def next_trial(self) -> Trial | None:
         # Asked no earlier than a place is free: the sampler then knows all that has ended until now.
@@ -307,11 +310,15 @@ class _Search(SearchAlgorithm):
             return self._next_trial()
         return None
 
-    def _next_trial(self) -> Trial:
+    def _next_trial(self) -> Trial | None:
         if self._unfinished:
             proposal = self._searcher.resume(self._unfinished.popleft())
         else:
-            proposal = self._searcher.ask()
+            asked = self._searcher.ask()
+            if asked is None:
+                self._exhausted = True
+                return None
+            proposal = asked
             self._asked += 1
         self._push(JOURNAL)
         if proposal.continues and not _has_last(self._folder, self._uri, proposal.trial_id):

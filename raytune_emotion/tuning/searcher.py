@@ -1,4 +1,4 @@
-"""What Optuna is asked, and what it is told.
+"""What Optuna is told, and what it is asked for by way of `sampling`.
 
 Ray's own `OptunaSearch` tells every trial that the scheduler stopped as complete with its last value, so that values of
 few epochs mix with full ones in the sampler's model. Here each ending keeps its name: complete, pruned or failed.
@@ -6,17 +6,20 @@ few epochs mix with full ones in the sampler's model. Here each ending keeps its
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.tuning import sampling
+from raytune_emotion.tuning.sampling import SETTINGS
 from raytune_emotion.tuning.space import Space
 
 Status = Literal["complete", "pruned", "failed", "running"]
@@ -28,6 +31,9 @@ _STATES: dict[Status, TrialState] = {
     "running": TrialState.RUNNING,
 }
 _STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATES.items()}
+
+#: Of a space, the past and a seed: Optuna's parameters of a new configuration, or None where there is none.
+Propose = Callable[[Space, list[FrozenTrial], int], dict[str, Any] | None]
 
 JOURNAL = "optuna.journal"
 OBJECTIVE = "best_val_js"
@@ -60,19 +66,28 @@ class Searcher:
     recorded history alone: a study that was interrupted proposes what the uninterrupted one would have.
     """
 
-    def __init__(self, study: optuna.Study, space: Space, *, seed: int) -> None:
+    def __init__(self, study: optuna.Study, space: Space, *, seed: int, propose: Propose = sampling.propose) -> None:
         self._study = study
         self._space = space
         self._seed = seed
+        self._propose = propose
         self._handles: dict[str, optuna.Trial] = {}
 
-    def ask(self) -> Proposal:
-        """The next trial: from the space's `start` list first, then what the sampler makes of the history."""
-        number = sum(trial.state != TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
-        self._study.sampler = make_sampler(self._seed, number)
+    def ask(self) -> Proposal | None:
+        """The next trial: from the space's `start` list first; None where all that the space has was tried."""
+        trials = self._study.get_trials(deepcopy=False)
+        past = [trial for trial in trials if SETTINGS in trial.user_attrs]
+        seed = zlib.crc32(f"{self._seed}/{len(past)}".encode())
+        if not any(trial.state == TrialState.WAITING for trial in trials):
+            params = self._propose(self._space, past, seed)
+            if params is None:
+                return None
+            self._study.enqueue_trial(params)
+        # For what a start point leaves out.
+        self._study.sampler = RandomSampler(seed=seed)
         trial = self._study.ask()
         settings = self._space.suggest(trial)
-        trial.set_user_attr("settings", settings)
+        trial.set_user_attr(SETTINGS, settings)
         return self._opened(trial, settings)
 
     def extend(self, trial_id: str) -> None:
@@ -83,7 +98,7 @@ class Searcher:
     def resume(self, trial_id: str) -> Proposal:
         """A trial that was asked for in an earlier session and has not ended."""
         frozen = self._frozen(trial_id)
-        return self._opened(optuna.Trial(self._study, frozen._trial_id), frozen.user_attrs["settings"])
+        return self._opened(optuna.Trial(self._study, frozen._trial_id), frozen.user_attrs[SETTINGS])
 
     def observe(self, trial_id: str, report: Report) -> None:
         """Tells a report of a running trial; one that is known already is passed over."""
@@ -121,7 +136,7 @@ def asked(study: optuna.Study) -> list[Asked]:
             trial_id_of(trial.number),
             _STATUSES[trial.state],
             # Without settings is one whose asking was cut short: it has failed by `abandon_torn`.
-            trial.user_attrs.get("settings", {}),
+            trial.user_attrs.get(SETTINGS, {}),
             trial.user_attrs.get("reason", ""),
             trial.user_attrs.get("continues"),
         )
@@ -139,20 +154,8 @@ def continued(study: optuna.Study) -> set[str]:
 def abandon_torn(study: optuna.Study) -> None:
     """Fails the trials whose asking was cut short, before anything of them could run."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "settings" not in trial.user_attrs:
+        if SETTINGS not in trial.user_attrs:
             study.tell(trial.number, state=TrialState.FAIL)
-
-
-def make_sampler(seed: int, number: int) -> BaseSampler:
-    """The sampler of one trial of a study."""
-    # Multivariate with groups: a branch of `when` has its own parameters, and TPE models each branch jointly.
-    return TPESampler(
-        multivariate=True,
-        group=True,
-        constant_liar=True,
-        n_startup_trials=8,
-        seed=zlib.crc32(f"{seed}/{number}".encode()),
-    )
 
 
 def create_study(folder: Path, space: Space) -> optuna.Study:

@@ -76,6 +76,37 @@ def test_a_study_that_was_broken_off_proposes_what_the_whole_one_does(tmp_path, 
     assert len({p.settings["optim.lr"] for p in proposals["whole"]}) == 14
 
 
+def test_a_region_that_fails_is_left(tmp_path):
+    # Nothing but the failures tells the batch sizes apart.
+    space = parse_space(
+        {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.batch_size": {"choice": [32, 64, 128, 256]}}, "space"
+    )
+    searcher = Searcher(create_study(tmp_path, space), space, seed=0)
+    sizes = []
+    for _ in range(60):
+        proposal = searcher.ask()
+        sizes.append(proposal.settings["train.batch_size"])
+        if sizes[-1] >= 128:
+            searcher.tell(proposal.trial_id, "failed", reason="out of memory")
+        else:
+            searcher.observe(proposal.trial_id, report(1, 0.3 + len(sizes) % 7 / 100, finished=True))
+            searcher.tell(proposal.trial_id, "complete")
+    # One half of all by chance.
+    assert sum(size >= 128 for size in sizes[:10]) >= 3
+    assert sum(size >= 128 for size in sizes[-30:]) <= 8
+
+
+def test_no_configuration_is_proposed_twice_and_a_small_space_ends(tmp_path):
+    space = parse_space({"train.batch_size": {"choice": [16, 32, 64]}, "optim.name": {"choice": ["adam", "sgd"]}})
+    searcher = Searcher(create_study(tmp_path, space), space, seed=0)
+    proposed = []
+    while (proposal := searcher.ask()) is not None:
+        proposed.append(tuple(proposal.settings.values()))
+        searcher.observe(proposal.trial_id, report(1, 0.3, finished=True))
+        searcher.tell(proposal.trial_id, "complete")
+    assert len({*proposed}) == len(proposed) == 6
+
+
 def test_another_seed_proposes_something_else(tmp_path, space):
     rates = []
     for seed in (0, 1):
