@@ -19,6 +19,9 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution import tune_controller
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
@@ -55,7 +58,7 @@ from raytune_emotion.tuning.study import (
     trial_folder,
     write_tables,
 )
-from raytune_emotion.tuning.trial import Job, Resources, is_disk_full
+from raytune_emotion.tuning.trial import Job, Resources, halved, is_disk_full
 from raytune_emotion.tuning.workers import release_workers
 
 #: Ray reads these when it starts, and has no arguments in their place.
@@ -70,6 +73,9 @@ _RAY_SETTINGS = {
 
 #: Says which driver a mirrored study has: the one that began last.
 DRIVER = "driver"
+
+#: Of what Ray says of a process that its memory monitor has killed.
+_LOW_MEMORY = "running low on memory"
 
 #: So many failed trials, and none that did not fail, end a study.
 _HOPELESS = 10
@@ -178,7 +184,7 @@ def run_study(
     """
     study = load_study(folder)
     search = _Search(folder, spec, placement, study, watch, uri)
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, _surviving_low_memory():
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
         if not search.is_finished():
             # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
@@ -192,6 +198,7 @@ def run_study(
                 time_budget_s=time_budget,
                 max_failures=spec.max_failures,
                 stop=_Broken(search),
+                callbacks=[_Smaller()],
                 trial_name_creator=lambda trial: trial.config["name"],
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 # What Tune writes of its own is of no use to us: the study's folder is the record.
@@ -354,8 +361,7 @@ class _Search(SearchAlgorithm):
         with self._breaking():
             if error or result is None:
                 release_workers(trial_folder(self._folder, trial_id))
-                why = str(trial.get_error() or "killed").strip().splitlines()[-1]
-                deaths = self._spec.max_failures + 1
+                deaths, why = self._spec.max_failures + 1, _newest_error(trial)
                 self._end(proposal, "failed", None, reason=f"its process ended {deaths} times, the last time by: {why}")
             elif "failed" in result:
                 self._end(proposal, "failed", None, reason=result["failed"])
@@ -416,6 +422,46 @@ class _Search(SearchAlgorithm):
             if not is_disk_full(error):
                 raise
             self.broken = f"{self._folder}: no space left on the disk"
+
+
+class _Smaller(tune.Callback):
+    """Has a trial whose process was killed for want of memory go on in smaller micro-batches, where it can."""
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        smaller = halved(Job.from_dict(trial.config)) if _LOW_MEMORY in _newest_error(trial) else None
+        if smaller is not None:
+            trial.set_config(smaller.to_dict())
+
+
+def _newest_error(trial: Trial) -> str:
+    """The line that says why a trial's process ended the last time."""
+    # Not by the trial's own method, which reads a copy that may be still to be made.
+    file = Path(trial.error_file) if trial.error_file else None
+    text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
+    lines = text.rpartition("Failure #")[2].strip().splitlines()
+    return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
+
+
+class _ActorManager(RayActorManager):
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            # Its first line says it; the others, where memory went, are in Ray's logs too.
+            exception = RayActorError(error_msg=str(exception).splitlines()[0])
+        super()._actor_task_failed(tracked_actor_task, exception)
+
+
+@contextlib.contextmanager
+def _surviving_low_memory() -> Iterator[None]:
+    """Lets Tune take an actor that Ray's memory monitor has killed for one that died.
+
+    The monitor ends it with an error that Tune does not know, at which it would end the whole study.
+    """
+    before = tune_controller.RayActorManager
+    tune_controller.RayActorManager = _ActorManager
+    try:
+        yield
+    finally:
+        tune_controller.RayActorManager = before
 
 
 class _Broken(tune.Stopper):
