@@ -430,7 +430,7 @@ class _Smaller(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         smaller = halved(Job.from_dict(trial.config)) if _LOW_MEMORY in _newest_error(trial) else None
         if smaller is not None:
-            trial.set_config(smaller.to_dict())
+            trial.set_config(smaller.to_dict())  # type: ignore[no-untyped-call]
 
 
 def _newest_error(trial: Trial) -> str:
@@ -456,12 +456,12 @@ def _surviving_low_memory() -> Iterator[None]:
 
     The monitor ends it with an error that Tune does not know, at which it would end the whole study.
     """
-    before = tune_controller.RayActorManager
-    tune_controller.RayActorManager = _ActorManager
+    name = "RayActorManager"
+    setattr(tune_controller, name, _ActorManager)
     try:
         yield
     finally:
-        tune_controller.RayActorManager = before
+        setattr(tune_controller, name, RayActorManager)
 
 
 class _Broken(tune.Stopper):

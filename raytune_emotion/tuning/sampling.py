@@ -53,7 +53,7 @@ def make_sampler(seed: int) -> BaseSampler:
 
 
 def shown(past: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The past as the sampler shall see it: Optuna passes over trials that failed, and here they are the worst of all."""
+    """The past as the sampler shall see it: trials that failed, which Optuna passes over, are the worst of all."""
     return [
         create_trial(
             state=TrialState.PRUNED,
