@@ -30,6 +30,12 @@ class DataConfig:
         default=EMOTIONS, min_length=2, description="names, in the order of the annotations"
     )
 
+    @model_validator(mode="after")
+    def _each_class_once(self) -> Self:
+        if twice := sorted({name for name in self.classes if self.classes.count(name) > 1}):
+            raise ValueError(f"each of the classes may be named once, and {', '.join(twice)} is named again")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -32,8 +32,8 @@ from raytune_emotion.__main__ import (
     plain_name,
     positive,
 )
-from raytune_emotion.config import RunConfig
-from raytune_emotion.data.affectnet import is_folder
+from raytune_emotion.config import DataConfig, RunConfig
+from raytune_emotion.data.affectnet import is_folder, native_size
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import Store, cache_folder, is_store, open_store, prepare
 from raytune_emotion.errors import UserError
@@ -173,8 +173,9 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     if faults:
         raise UserError(faults)
 
-    stores = _stores(args.data or sample_folder(), space, skip_bad=args.skip_bad)
-    _check_backbones(space, stores)
+    data = args.data or sample_folder()
+    _check_backbones(space, _sizes(data, space))
+    stores = _stores(data, space, skip_bad=args.skip_bad)
     first = next(iter(stores.values()))
     return folder, StudySpec(
         name=folder.name,
@@ -261,21 +262,32 @@ def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
     """The packed store for each image size of a space; its own size where the space names none."""
     classes = space.possible("data.classes")
     options = {"classes": tuple(classes[0])} if classes else {}
-    sizes = space.possible("data.image_size") or (None,)
-    stores = [prepare(data, image_size=size, skip_bad=skip_bad, **options) for size in sizes]
+    stores = [prepare(data, image_size=size, skip_bad=skip_bad, **options) for size in _sizes(data, space)]
     return {store.image_size: store for store in stores}
 
 
-def _check_backbones(space: Space, stores: Mapping[int, Store]) -> None:
+def _sizes(data: Path, space: Space) -> tuple[int, ...]:
+    """The image sizes of a space; those of the data where it names none."""
+    if sizes := space.possible("data.image_size"):
+        return sizes
+    return (open_store(data).image_size if is_store(data) else native_size(data, DataConfig().image_size),)
+
+
+def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
     """Builds every backbone at every size once: a trial must not be where it shows that one cannot be had."""
     faults: list[str] = []
     for name in space.possible("model.backbone") or (RunConfig().model.backbone,):
-        for size in stores:
+        for size in sizes:
             settings = {"model.backbone": name, "data.image_size": size}
             settings["model.pretrained"] = any(space.possible("model.pretrained"))
             settings["model.weights_dir"] = space.fixed.get("model.weights_dir")
-            with collecting(faults):
+            try:
                 build_model(RunConfig.from_flat(settings))
+            except UserError as error:
+                faults += error.faults
+                if isinstance(error.__cause__, OSError):
+                    # Weights that cannot be fetched: one that was tried in vain for a minute stands for all.
+                    raise UserError(dict.fromkeys(faults)) from None
     if faults:
         raise UserError(dict.fromkeys(faults))
 

@@ -28,7 +28,7 @@ from raytune_emotion.learn.package import export_checkpoint
 from raytune_emotion.search import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
 from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, read_spec, trial_folder
-from raytune_emotion.tuning.trial import PARAMS, Job, Resources, TrialFailed, train_here
+from raytune_emotion.tuning.trial import DATA, PARAMS, Job, Resources, TrialFailed, train_here
 from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
 
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.gpus_per_worker and not torch.cuda.is_available():
         faults.append(f"--gpus-per-worker {args.gpus_per_worker:g}: this machine has no GPU; leave it out")
     with collecting(faults):
-        data = _data(args, settings)
+        data = _data(args, settings, folder)
     if faults:
         raise UserError(faults)
 
@@ -162,13 +162,18 @@ def _default_name(settings: dict[str, Any]) -> str:
     return f"{config.model.backbone}_{config.loss.label}"
 
 
-def _data(args: argparse.Namespace, settings: dict[str, Any]) -> Path:
-    """What to train on: what is named, or what the study had, or the built-in sample."""
+def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Path:
+    """What to train on: what is named, or what the run or the study had, or the built-in sample."""
     given: Path | None = args.data
     if given is not None:
         if not is_store(given) and not is_folder(given):
             prepare(given, image_size=None)  # says what it lacks
         return given
+    if args.resume:
+        before = Path((folder / DATA).read_text(encoding="utf-8").strip())
+        if not is_store(before):
+            raise UserError(f"{before}: the packed data of the run are gone; name the data with --data")
+        return before
     if args.study is None:
         return sample_folder()
     size = settings.get("data.image_size", DataConfig().image_size)

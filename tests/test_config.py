@@ -38,6 +38,7 @@ def test_all_faults_are_named_at_once():
         ({"model.dropout": float("nan")}, "model.dropout"),
         ({"train.epochs": True}, "train.epochs"),
         ({"train.epochs": 2.0}, "train.epochs"),
+        ({"data.classes": ["calm", "tense", "calm"]}, "once, and calm is named again"),
     ],
 )
 def test_nonsense_is_refused(flat, part):

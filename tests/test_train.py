@@ -80,8 +80,8 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert refused("--name", "mine") == [
         f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
     ]
-    # Its settings are its own: none need be said again, and none can be changed.
-    assert trained("--resume", "--name", "mine", "--epochs", 3) == 0
+    # Its settings and its data are its own: none need be said again, and none can be changed.
+    assert trained("--resume", "--name", "mine", "--epochs", 3, data=False) == 0
     history = read_history(folder)
     assert [report["epoch"] for report in history] == [1, 2, 3]
     assert history[0] == first[0]
@@ -91,6 +91,9 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert told[0].startswith(f"error: {folder}: the run there began with optim.name = adamw, and sgd is asked for")
+    (folder / "data.txt").write_text(f"{tmp_path / 'gone'}\n")
+    assert trained("--resume", "--name", "mine", data=False) == 2
+    assert "gone: the packed data of the run are gone; name the data with --data" in capsys.readouterr().err
     # A run that has ended ends again.
     assert trained("--resume", "--name", "mine") == 0
     assert read_history(folder) == history

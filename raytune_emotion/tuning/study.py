@@ -73,9 +73,11 @@ class StudySpec:
 
 
 def write_spec(folder: Path, spec: StudySpec) -> None:
-    """Writes `study.yaml`, with the versions of what ran and the time."""
+    """Writes `study.yaml`, with the versions of what runs and the time of its beginning."""
     text = io.StringIO()
-    YAML().dump({**_plain(dataclasses.asdict(spec)), **_surroundings()}, text)
+    before = YAML(typ="safe").load(folder / SPEC)["created"] if (folder / SPEC).exists() else None
+    created = before or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    YAML().dump({**_plain(dataclasses.asdict(spec)), "created": created, **_surroundings()}, text)
     write_text(folder / SPEC, text.getvalue())
 
 
@@ -248,7 +250,6 @@ def _surroundings() -> dict[str, Any]:
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "git_commit": commit.stdout.strip() or None,

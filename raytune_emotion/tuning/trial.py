@@ -28,6 +28,7 @@ from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_h
 from raytune_emotion.learn.loop import Diverged, fit
 
 PARAMS = "params.json"
+DATA = "data.txt"  # the packed data that it trains on; with the settings, all that its numbers depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
+            write_text(folder / DATA, job.store + "\n")
         writer = stack.enter_context(SummaryWriter(str(folder))) if first else None
         store = open_store(Path(job.store))
         reports = stack.enter_context(contextlib.closing(fit(config, store, device=device, folder=folder)))

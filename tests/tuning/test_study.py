@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import json
 
 import pandas as pd
@@ -65,6 +66,10 @@ def test_the_spec_survives_its_file(tmp_path, store):
     text = (tmp_path / SPEC).read_text()
     for part in ("versions:", "torch:", "git_commit:", "created:", store.fingerprint):
         assert part in text
+    old = text.replace(re.findall("created: .*", text)[0], "created: '2020-01-01T00:00:00+00:00'")
+    (tmp_path / SPEC).write_text(old)
+    write_spec(tmp_path, dataclasses.replace(spec, trials=99))
+    assert "created: '2020-01-01T00:00:00+00:00'" in (tmp_path / SPEC).read_text()
 
 
 def test_a_damaged_spec_is_a_clear_error(tmp_path):
