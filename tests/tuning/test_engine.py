@@ -92,15 +92,22 @@ def test_a_study_runs_from_its_space_to_its_tables(begin):
     assert left_behind() == (0.0, [])
 
 
-def test_a_trial_is_the_same_alone_in_a_fresh_process_as_in_one_that_ran_others(begin, tmp_path):
-    folder, spec, go = begin(trials=4, epochs=2)
-    records = go()
-    placement = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1)
-    last = max((r for r in records if r.status == "complete"), key=lambda r: r.trial_id)
-    assert last.trial_id != "0000"
-    job = job_of(folder, spec, placement.resources, Proposal(last.trial_id, last.settings, None))
+def test_a_trial_is_the_same_tenth_in_a_reused_process_as_first_in_a_fresh_one(begin, tmp_path):
+    space = {**SPACE, "loss": "kl"}
+    folder, spec, go = begin(space=space, trials=10, epochs=2)
+    tenth = go()[-1]
+    assert tenth.trial_id == "0009"
+    # A study of its own has a process of its own.
+    (fresh,) = begin(
+        "fresh", space={**space, "optim.lr": {"choice": [tenth.settings["optim.lr"]]}}, trials=1, epochs=2
+    )[2]()
+    assert fresh.settings == tenth.settings
+    assert numbers(fresh.reports)[: len(tenth.reports)] == numbers(tenth.reports)
+    # And as it is in none of Ray's.
+    resources = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1).resources
+    job = job_of(folder, spec, resources, Proposal("0009", tenth.settings, None))
     alone = dataclasses.replace(job, folder=str(tmp_path / "alone"))
-    assert numbers(train_here(alone)) == numbers(last.reports)
+    assert numbers(train_here(alone)) == numbers(fresh.reports)
 
 
 def test_one_seed_is_one_study(begin):
