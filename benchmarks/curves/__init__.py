@@ -1,0 +1,1 @@
+"""Learning curves of configurations that were trained to their end, for `benchmarks.policies` to replay."""

@@ -1,0 +1,118 @@
+"""Trains configurations drawn at random from a space to their end, and keeps their curves.
+
+    python -m benchmarks.curves.record --data ferplus_small --work WORK benchmarks/curves/ferplus_small.parquet
+
+Each configuration trains on one core of its own, at the lowest priority, and its time is that of its process's own
+clock, so that other work on the machine costs nothing but patience. A recording that was broken off goes on.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+import torch
+from rich.progress import track
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.sample import write_sample
+from raytune_emotion.data.store import open_store, pack, prepare
+from raytune_emotion.files import whole, write_text
+from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.tuning.space import Space, load_space
+
+#: Times of the wall clock, which say nothing of a machine that is shared.
+_LEFT_OUT = ("seconds", "time", "images_per_second")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves.record", description=__doc__)
+    parser.add_argument("curves", type=Path, help="Parquet file to write")
+    parser.add_argument("--data", type=Path, help="folder or store (default: drawn faces)")
+    parser.add_argument("--image-size", type=int, help="px (default: that of the data; drawn faces: 32)")
+    parser.add_argument("--space", type=Path, default=Path("search_spaces/quick.yaml"))
+    parser.add_argument("--configurations", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--evals-per-epoch", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the training")
+    parser.add_argument("--train-seed", type=int, help="of the training, where it is another")
+    parser.add_argument("--work", type=Path, required=True, help="folder of what is done so far")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    store = _store(args)
+    train_seed = args.seed if args.train_seed is None else args.train_seed
+    length = {"train.epochs": args.epochs, "train.evals_per_epoch": args.evals_per_epoch, "train.seed": train_seed}
+    space = load_space(args.space, overrides={**length, "data.image_size": open_store(store).image_size})
+    drawn = dict(enumerate(draw(space, args.configurations, args.seed)))
+    left = {number: settings for number, settings in drawn.items() if not _file(args.work, number).exists()}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_prepare_process) as pool:
+        jobs = [pool.submit(record, settings, store, _file(args.work, number)) for number, settings in left.items()]
+        for job in track(as_completed(jobs), "recording", total=len(jobs)):
+            job.result()
+    write_curves(args.work, args.curves, drawn, space)
+    return 0
+
+
+def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The space's start points, and then random configurations of it."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    for point in space.start_points():
+        study.enqueue_trial(point)
+    for _ in range(count):
+        yield space.suggest(study.ask())
+
+
+def record(settings: dict[str, Any], store: Path, file: Path) -> None:
+    """Writes the reports of a configuration; where it diverges, those until then."""
+    reports: list[dict[str, Any]] = []
+    began = time.process_time()
+    try:
+        for report in fit(RunConfig.from_flat(settings), open_store(store), device=torch.device("cpu")):
+            kept = {name: value for name, value in report.items() if name not in _LEFT_OUT}
+            reports.append({**kept, "core_seconds": time.process_time() - began})
+    except Diverged:
+        pass
+    write_text(file, json.dumps(reports))
+
+
+def write_curves(work: Path, dest: Path, drawn: dict[int, dict[str, Any]], space: Space) -> None:
+    """One row a configuration and report: its number, its settings that the space chose, and the report if any."""
+    rows = [
+        {"configuration": number, **{k: v for k, v in settings.items() if k not in space.fixed}, **report}
+        for number, settings in drawn.items()
+        if _file(work, number).exists()
+        for report in json.loads(_file(work, number).read_text()) or [{}]
+    ]
+    with whole(dest) as temporary:
+        pd.DataFrame(rows).to_parquet(temporary, index=False, compression="zstd")
+
+
+def _store(args: argparse.Namespace) -> Path:
+    if args.data is not None:
+        return prepare(args.data, image_size=args.image_size).path
+    size, dest = args.image_size or 32, args.work / "store"
+    if not dest.exists():
+        write_sample(args.work / "faces", train=2000, val=500, image_size=size)
+        pack(args.work / "faces", dest, image_size=size)
+    return dest
+
+
+def _file(work: Path, number: int) -> Path:
+    return work / f"{number:04d}.json"
+
+
+def _prepare_process() -> None:
+    os.nice(19)
+    torch.set_num_threads(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

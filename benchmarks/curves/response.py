@@ -1,0 +1,147 @@
+"""What recorded curves say of configurations that were not recorded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+Floats = npt.NDArray[np.float64]
+
+_METRIC = "val_js"
+_REPORTED = "report"  # the columns before it are settings
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Settings as points of the unit cube: logarithms where values span decades, one axis a choice."""
+
+    ranges: Mapping[str, tuple[float, float, bool]]  # least, most, logarithmic
+    choices: Mapping[str, tuple[Any, ...]]
+
+    def __call__(self, settings: Mapping[str, Any]) -> Floats:
+        numbers = [
+            ((np.log(settings[key]) if log else settings[key]) - low) / (high - low)
+            for key, (low, high, log) in self.ranges.items()
+        ]
+        chosen = [float(settings[key] == choice) for key, choices in self.choices.items() for choice in choices]
+        return np.array([*numbers, *chosen])
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """N configurations that were trained to their end, with R reports each."""
+
+    settings: list[dict[str, Any]]
+    encoding: Encoding
+    x_ND: Floats
+    js_NR: Floats  # validation JS, bits
+    seconds_NR: Floats  # of a core, since the report before
+
+    @property
+    def mean_seconds(self) -> float:
+        """What a random configuration costs that is trained to its end."""
+        return float(self.seconds_NR.sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Replays the nearest configuration that was recorded, of the same choices where there is one."""
+
+    recorded: Recorded
+    scales_D: Floats  # how much a difference in each coordinate matters
+
+    def __call__(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
+        near = self.index(self.recorded.encoding(settings))
+        return self.recorded.js_NR[near], self.recorded.seconds_NR[near]
+
+    def index(self, x_D: Floats) -> int:
+        return int(np.argmin((((self.recorded.x_ND - x_D) * self.scales_D) ** 2).sum(axis=1)))
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """Mean of a Gaussian process through the logarithms of all curves; the cost is that of the nearest recorded."""
+
+    nearest: Nearest
+    weights_NR: Floats
+    mean_R: Floats
+    kernel: Any
+
+    def __call__(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
+        x_D = self.nearest.recorded.encoding(settings)
+        log_R = self.mean_R + self.kernel(x_D[None], self.nearest.recorded.x_ND)[0] @ self.weights_NR
+        return np.exp(log_R), self.nearest.recorded.seconds_NR[self.nearest.index(x_D)]
+
+
+def read_curves(file: Path) -> Recorded:
+    """Reads what `benchmarks.curves.record` has written; configurations that diverged are left out."""
+    table = pd.read_parquet(file)
+    keys = [name for name in table.columns[: table.columns.get_loc(_REPORTED)] if name != "configuration"]
+    whole = table.groupby("configuration").filter(lambda rows: bool((rows["finished"] == True).any()))  # noqa: E712
+    groups = [rows.sort_values(_REPORTED) for _, rows in whole.groupby("configuration")]
+    settings = [{key: rows[key].iloc[0] for key in keys} for rows in groups]
+    ranges, choices = {}, {}
+    for key in keys:
+        values = whole[key]
+        if values.nunique() < 2:
+            continue
+        if values.dtype.kind == "f":
+            log = bool(values.min() > 0 and values.max() > 30 * values.min())
+            low, high = (np.log(values.min()), np.log(values.max())) if log else (values.min(), values.max())
+            ranges[key] = (float(low), float(high), log)
+        else:
+            choices[key] = tuple(values.unique().tolist())
+    encoding = Encoding(ranges, choices)
+    return Recorded(
+        settings,
+        encoding,
+        np.array([encoding(chosen) for chosen in settings]),
+        np.array([rows[_METRIC] for rows in groups]),
+        np.array([np.diff(rows["core_seconds"], prepend=0.0) for rows in groups]),
+    )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Both ways to answer for a configuration, and how far each is off at a recorded one that it has not seen."""
+
+    nearest: Nearest
+    surrogate: Surrogate
+    nearest_error: float  # median of |predicted - recorded| JS at the last report, bits
+    surrogate_error: float
+    rank_correlation: float  # Spearman's, of the surrogate
+
+
+def fit_responses(recorded: Recorded) -> Fitted:
+    """Fits the length of every coordinate by the likelihood of the best JS, and leaves one out for the errors."""
+    y_NR = np.log(np.minimum.accumulate(recorded.js_NR, axis=1))
+    mean_R = y_NR.mean(axis=0)
+    last_N = y_NR[:, -1] - mean_R[-1]
+    dims = recorded.x_ND.shape[1]
+    start = ConstantKernel(0.1) * Matern(np.full(dims, 2.0), (0.05, 1e3), nu=2.5) + WhiteKernel(1e-3)
+    kernel = GaussianProcessRegressor(start, n_restarts_optimizer=1, random_state=0).fit(recorded.x_ND, last_N).kernel_
+    inverse_NN = np.linalg.inv(kernel(recorded.x_ND))
+    log_NR = np.log(recorded.js_NR)
+    mean_R = log_NR.mean(axis=0)
+    weights_NR = inverse_NN @ (log_NR - mean_R)
+    # Of a Gaussian process, leaving one out has a closed form (Rasmussen & Williams, 2006, equation 5.12).
+    without_N = np.exp(log_NR[:, -1] - (weights_NR / np.diag(inverse_NN)[:, None])[:, -1])
+    nearest = Nearest(recorded, 1 / kernel.k1.k2.length_scale)
+    surrogate = Surrogate(nearest, weights_NR, mean_R, kernel.k1)
+    distances_NN = (((recorded.x_ND[:, None] - recorded.x_ND) * nearest.scales_D) ** 2).sum(axis=2)
+    np.fill_diagonal(distances_NN, np.inf)
+    neighbours_N = recorded.js_NR[distances_NN.argmin(axis=1), -1]
+    true_N = recorded.js_NR[:, -1]
+    return Fitted(
+        nearest,
+        surrogate,
+        float(np.median(abs(neighbours_N - true_N))),
+        float(np.median(abs(without_N - true_N))),
+        float(pd.Series(without_N).corr(pd.Series(true_N), method="spearman")),
+    )
