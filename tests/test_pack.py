@@ -85,7 +85,6 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            time.sleep(0.5)  # the workers are there, and may be under way
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             out, err = process.communicate(timeout=60)
         finally:
