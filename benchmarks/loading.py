@@ -1,0 +1,146 @@
+"""Images a second as batches: by the loader, by the usual pipeline, and by a bare copy of the same bytes.
+
+The usual pipeline is PIL, torchvision's transforms and torch's DataLoader over the JPEG files that the store was packed
+from; its worker processes have started and delivered an epoch before they are timed. Both ways deliver normalised
+float32 batches. The hand-over alone is the store's gather of rows in random order into one buffer, as it goes into a
+pinned one; a bare copy of as many rows that lie one after the other, into the same buffer, is the most there can be.
+
+All take turns, round by round; a ratio is the median over the rounds of those within a round.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from benchmarks import Table
+from raytune_emotion.data.affectnet import SPLITS
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.loader import batches, epoch_order
+from raytune_emotion.data.sample import write_sample
+from raytune_emotion.data.store import Split, open_store, pack
+
+#: The pixels of so many rows are several times what a CPU's last cache holds.
+ROWS = 2000
+FILE_PX = 224
+SIZES = (224, 96)
+BATCH = 64
+ROUNDS = 5
+#: Files that the usual pipeline reads in a round: others in each.
+USUAL_ROWS = 256
+WORKERS = (0, 1, 2)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+
+#: Delivers batches, and returns how many images those were.
+Pipeline = Callable[[], int]
+
+LOADER, GATHER, COPY = "loader, normalised", "hand-over, uint8", "bare copy, uint8"
+USUAL = {workers: f"usual pipeline, {workers} workers" for workers in WORKERS}
+
+
+class Faces(Dataset[torch.Tensor]):
+    """A folder's pictures as people usually read them."""
+
+    def __init__(self, files: list[Path], size: int) -> None:
+        self.files = files
+        self.transform = transforms.Compose(
+            [transforms.Resize((size, size)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        with Image.open(self.files[row]) as image:
+            x_CHW: torch.Tensor = self.transform(image.convert("RGB"))
+        return x_CHW
+
+
+def run() -> Table:
+    rows: list[tuple[object, ...]] = []
+    notes = [f"{ROWS} faces, JPEG files of {FILE_PX} px; {torch.get_num_threads()} threads; batches of {BATCH}."]
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        faces = Path(scratch) / "faces"
+        write_sample(faces, train=ROWS, val=1, image_size=FILE_PX)
+        for size in SIZES:
+            pack(faces, Path(scratch) / str(size), image_size=size)
+            split = open_store(Path(scratch) / str(size)).train
+            pipelines = _pipelines(split, [faces / SPLITS["train"] / "images" / f"{i}.jpg" for i in split.ids], size)
+            rates = _take_turns(pipelines)
+            usual = max(USUAL.values(), key=lambda name: statistics.median(rates[name]))
+            for name, rate in rates.items():
+                of_usual, of_copy = (
+                    statistics.median(own / other for own, other in zip(rate, rates[reference], strict=True))
+                    for reference in (usual, COPY)
+                )
+                rows.append((size, name, statistics.median(rate), min(rate), max(rate), of_usual, of_copy))
+    columns = ("px", "way", "images/s", "least", "most", "times the best usual", "times the bare copy")
+    return Table(columns, rows, notes)
+
+
+def _pipelines(split: Split, files: list[Path], size: int) -> dict[str, Pipeline]:
+    if size == FILE_PX:
+        _compare(split, Faces(files, size))
+    order = iter(range(10**9))
+    buffer = np.empty((BATCH, size, size, 3), np.uint8)
+
+    def rows() -> list[np.ndarray]:
+        order_N = epoch_order(len(split), 0, next(order))
+        return [order_N[start : start + BATCH] for start in range(0, len(split) // BATCH * BATCH, BATCH)]
+
+    def load() -> int:
+        return sum(len(normalise(batch.x_BHWC, MEAN, STD)) for batch in batches(split, rows(), CPU))
+
+    def gather() -> int:
+        return sum(len(split.gather(rows_B, out=buffer)) for rows_B in rows())
+
+    def copy() -> int:
+        parts = [
+            shard[start : start + BATCH]
+            for shard in split.shards
+            for start in range(0, len(shard) // BATCH * BATCH, BATCH)
+        ]
+        for part in parts:
+            np.copyto(buffer, part)
+        return len(parts) * BATCH
+
+    def usual(workers: int) -> Pipeline:
+        faces = Faces(files, size)
+        loader = DataLoader(
+            faces,
+            BATCH,
+            sampler=RandomSampler(faces, num_samples=USUAL_ROWS),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+        return lambda: sum(len(x_BCHW) for x_BCHW in loader)
+
+    return {LOADER: load, **{USUAL[workers]: usual(workers) for workers in WORKERS}, GATHER: gather, COPY: copy}
+
+
+def _take_turns(pipelines: dict[str, Pipeline]) -> dict[str, list[float]]:
+    """Images a second of each in every round, after one round that is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in pipelines}
+    for _ in range(1 + ROUNDS):
+        for name, pipeline in pipelines.items():
+            began = time.perf_counter()
+            images = pipeline()
+            rates[name].append(images / (time.perf_counter() - began))
+    return {name: rate[1:] for name, rate in rates.items()}
+
+
+def _compare(split: Split, faces: Faces) -> None:
+    """Both ways deliver the same batch where no picture is resized."""
+    rows_B = np.arange(BATCH)
+    (batch,) = batches(split, [rows_B], CPU)
+    usual = torch.stack([faces[row] for row in rows_B])
+    torch.testing.assert_close(normalise(batch.x_BHWC, MEAN, STD), usual, atol=1e-5, rtol=1e-5, check_stride=False)
