@@ -369,3 +369,15 @@ def test_pixels_are_written_in_their_places_and_damage_leaves_a_gap(tmp_path):
     pixels = np.frombuffer(written[100:-9], np.uint8).reshape(3, 20, 20, 3)
     np.testing.assert_array_equal(pixels[[0, 2]], [np.asarray(picture(0)), np.asarray(picture(2))])
     assert decode_images(DecodeTask(files, 20, None)) == [first, second, third]
+
+
+def test_the_digest_of_a_picture_is_that_of_its_pixels(tmp_path):
+    image = picture(9)
+    touched = np.array(image)
+    touched[13, 7, 2] ^= 1
+    files = [
+        str(saved(tmp_path, kind, name))
+        for kind, name in ((image, "a.png"), (image, "b.bmp"), (Image.fromarray(touched), "c.png"))
+    ]
+    a, b, c = decode_images(DecodeTask(files, 20, None))
+    assert a == b != c
