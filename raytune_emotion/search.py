@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -103,13 +102,14 @@ def run(args: argparse.Namespace) -> None:
         write_spec(folder, spec)
         where = f"{mirror.shown(uri)}, worked on in {folder}" if uri else folder
         console.print(f"study {where}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
+        interrupted = False
         with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
-            began = time.monotonic()
-            records = run_study(folder, spec, placement, uri=uri, time_budget=args.time_budget, watch=watch)
-            in_time = args.time_budget is None or time.monotonic() - began < args.time_budget.total_seconds()
-    running = any(record.status == "running" for record in records)
-    _conclude(console, folder, spec, records, results, interrupted=running or not in_time)
-    if in_time and running:
+            try:
+                run_study(folder, spec, placement, uri=uri, time_budget=args.time_budget, watch=watch)
+            except KeyboardInterrupt:
+                interrupted = True
+    _conclude(console, folder, spec, results)
+    if interrupted:
         raise KeyboardInterrupt
 
 
@@ -382,16 +382,9 @@ def _line(event: Event) -> str:
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
 
 
-def _conclude(
-    console: Console,
-    folder: Path,
-    spec: StudySpec,
-    records: list[TrialRecord],
-    results: str | None,
-    *,
-    interrupted: bool,
-) -> None:
+def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | None) -> None:
     """Exports the best trial, and says what came out and what to type next."""
+    records = read_records(folder, load_study(folder))
     counts = {
         status: sum(r.status == status for r in records) for status in ("complete", "pruned", "failed", "running")
     }
@@ -404,8 +397,6 @@ def _conclude(
         written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
         mirror.push(folder, uri, [str(file.relative_to(folder)) for file in written])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
-    if len(records) < spec.trials and not interrupted:
-        console.print(f"the space has no more than these {len(records)} configurations", highlight=False)
     if best is None or best.best is None:
         console.print("no trial has reported yet")
         return

@@ -234,7 +234,7 @@ def decode_images(task: DecodeTask) -> list[bytes | Flaw]:
         try:
             row[:] = decode_image(Path(file), task.image_size)
             # Enough for pixels that nobody forges, where SHA-256 would take a third of the time of decoding.
-            results.append(zlib.crc32(row).to_bytes(4, "big"))
+            results.append(zlib.crc32(row.data).to_bytes(4, "big"))
         except UserError as error:
             results.append(Flaw(Kind.UNDECODABLE, str(error).removeprefix(f"{file}: ")))
     if task.into is not None:

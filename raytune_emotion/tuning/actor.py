@@ -10,7 +10,7 @@ from ray import tune
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import Report
 from raytune_emotion.tuning.searcher import OBJECTIVE
-from raytune_emotion.tuning.trial import Job, OutOfMemory, TrialFailed, halved, last_report, train_here
+from raytune_emotion.tuning.trial import Job, OutOfMemory, TrialFailed, halved, newest_report, train_here
 from raytune_emotion.tuning.workers import Workers
 
 # Tune wants the metric of the schedulers in every result.
@@ -35,9 +35,6 @@ class TrialActor(tune.Trainable):
         """Trains until the next report, which is the result; what ends a trial for good is a result too."""
         try:
             report = next(self._reports)
-        except StopIteration:
-            # The folder holds a training that had ended, and whose ending was not heard.
-            report = last_report(self._job)
         except TrialFailed as error:
             return {"failed": str(error), **_ENDED}
         except Breakdown as error:
@@ -54,6 +51,16 @@ class TrialActor(tune.Trainable):
         self._close_workers()
 
     def _train(self) -> Generator[Report, None, None]:
+        # A process may have died after it wrote a report and before that was heard; to hear it twice does no harm.
+        written = newest_report(self._job)
+        if written is not None and not written["finished"]:
+            yield written
+        yield from self._attempts()
+        # Nothing was left to train: that the trial had ended was not heard.
+        if written is not None:
+            yield written
+
+    def _attempts(self) -> Generator[Report, None, None]:
         try:
             yield from self._attempt(self._job)
         except OutOfMemory:

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import uuid
 import warnings
 from collections import deque
@@ -19,9 +20,6 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
-from ray.tune.execution import tune_controller
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
@@ -32,12 +30,12 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report
 from raytune_emotion.tuning.actor import TrialActor
+from raytune_emotion.tuning.mended import mended_tune
 from raytune_emotion.tuning.searcher import (
     JOURNAL,
     Proposal,
     Searcher,
     Status,
-    abandon_torn,
     asked,
     continued,
     load_study,
@@ -176,15 +174,17 @@ def run_study(
         watch: is told of all that happens.
 
     Returns:
-        All trials. Some are still `running` where the study was interrupted or out of time. They are fewer than asked
-        for where the space has no more configurations.
+        All trials. Some are still `running` where the study is out of time. They are fewer than asked for where it is,
+        or where the space has no more configurations.
 
     Raises:
         Breakdown: the disk is full, the mirror fails, or every one of the first trials has failed.
+        KeyboardInterrupt: by Ctrl-C; all until then is recorded.
     """
     study = load_study(folder)
     search = _Search(folder, spec, placement, study, watch, uri)
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, _surviving_low_memory():
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, mended_tune():
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
         if not search.is_finished():
             # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
@@ -209,7 +209,12 @@ def run_study(
             )
     if search.broken:
         raise Breakdown(f"{search.broken}; the study can be resumed: {mirror.shown(uri) if uri else folder}")
-    return search.record()
+    records = search.record()
+    in_time = time_budget is None or time.monotonic() - began < time_budget.total_seconds()
+    if in_time and not search.is_done():
+        # Tune, which has caught it, returns as if all were over.
+        raise KeyboardInterrupt
+    return records
 
 
 def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudySpec:
@@ -272,7 +277,7 @@ class _Search(SearchAlgorithm):
         self._exhausted = False  # the space has no more than what was tried
         self.broken = ""  # why the study cannot go on
 
-        abandon_torn(study)
+        self._searcher.finish_asking()
         if uri is not None:
             write_text(folder / DRIVER, self._token)
             # The spec comes last: where it is, there is a study.
@@ -306,8 +311,14 @@ class _Search(SearchAlgorithm):
         (self._experiment,) = experiments
 
     def is_finished(self) -> bool:
-        no_more = self._exhausted or self._asked >= self._spec.trials
-        return self._finished or (not self._unfinished and no_more)
+        return self._finished or (not self._unfinished and self._no_more())
+
+    def is_done(self) -> bool:
+        """Whether nothing of the study is left to run."""
+        return not self._unfinished and not self._live and self._no_more()
+
+    def _no_more(self) -> bool:
+        return self._exhausted or self._asked >= self._spec.trials
 
     def next_trial(self) -> Trial | None:
         # Asked no earlier than a place is free: the sampler then knows all that has ended until now.
@@ -361,7 +372,7 @@ class _Search(SearchAlgorithm):
         with self._breaking():
             if error or result is None:
                 release_workers(trial_folder(self._folder, trial_id))
-                deaths, why = self._spec.max_failures + 1, _newest_error(trial)
+                deaths, why = trial.run_metadata.num_failures, _newest_error(trial)
                 self._end(proposal, "failed", None, reason=f"its process ended {deaths} times, the last time by: {why}")
             elif "failed" in result:
                 self._end(proposal, "failed", None, reason=result["failed"])
@@ -440,28 +451,6 @@ def _newest_error(trial: Trial) -> str:
     text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
     lines = text.rpartition("Failure #")[2].strip().splitlines()
     return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
-
-
-class _ActorManager(RayActorManager):
-    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
-        if isinstance(exception, OutOfMemoryError):
-            # Its first line says it; the others, where memory went, are in Ray's logs too.
-            exception = RayActorError(error_msg=str(exception).splitlines()[0])
-        super()._actor_task_failed(tracked_actor_task, exception)
-
-
-@contextlib.contextmanager
-def _surviving_low_memory() -> Iterator[None]:
-    """Lets Tune take an actor that Ray's memory monitor has killed for one that died.
-
-    The monitor ends it with an error that Tune does not know, at which it would end the whole study.
-    """
-    name = "RayActorManager"
-    setattr(tune_controller, name, _ActorManager)
-    try:
-        yield
-    finally:
-        setattr(tune_controller, name, RayActorManager)
 
 
 class _Broken(tune.Stopper):

@@ -77,18 +77,30 @@ class Searcher:
         """The next trial: from the space's `start` list first; None where all that the space has was tried."""
         trials = self._study.get_trials(deepcopy=False)
         past = [trial for trial in trials if SETTINGS in trial.user_attrs]
-        seed = zlib.crc32(f"{self._seed}/{len(past)}".encode())
+        seed = self._seed_of(len(past))
         if not any(trial.state == TrialState.WAITING for trial in trials):
             params = self._propose(self._space, past, seed)
             if params is None:
                 return None
             self._study.enqueue_trial(params)
+        return self._settle(self._study.ask(), seed)
+
+    def finish_asking(self) -> None:
+        """Settles the trials whose asking was cut short, before anything of them could run."""
+        trials = self._study.get_trials(deepcopy=False)
+        settled = sum(SETTINGS in trial.user_attrs for trial in trials)
+        for torn in [t for t in trials if t.state == TrialState.RUNNING and SETTINGS not in t.user_attrs]:
+            self._settle(optuna.Trial(self._study, torn._trial_id), self._seed_of(settled))
+
+    def _settle(self, trial: optuna.Trial, seed: int) -> Proposal:
         # For what a start point leaves out.
         self._study.sampler = RandomSampler(seed=seed)
-        trial = self._study.ask()
         settings = self._space.suggest(trial)
         trial.set_user_attr(SETTINGS, settings)
         return self._opened(trial, settings)
+
+    def _seed_of(self, number: int) -> int:
+        return zlib.crc32(f"{self._seed}/{number}".encode())
 
     def extend(self, trial_id: str) -> None:
         """Has a trial that is complete asked for again, to go on from where it ended."""
@@ -135,7 +147,7 @@ def asked(study: optuna.Study) -> list[Asked]:
         Asked(
             trial_id_of(trial.number),
             _STATUSES[trial.state],
-            # Without settings is one whose asking was cut short: it has failed by `abandon_torn`.
+            # Without settings is one whose asking was cut short.
             trial.user_attrs.get(SETTINGS, {}),
             trial.user_attrs.get("reason", ""),
             trial.user_attrs.get("continues"),
@@ -149,13 +161,6 @@ def continued(study: optuna.Study) -> set[str]:
     """The trials that others go on from which have not ended, or not begun."""
     open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
     return {trial.user_attrs["continues"] for trial in open_ones if "continues" in trial.user_attrs}
-
-
-def abandon_torn(study: optuna.Study) -> None:
-    """Fails the trials whose asking was cut short, before anything of them could run."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if SETTINGS not in trial.user_attrs:
-            study.tell(trial.number, state=TrialState.FAIL)
 
 
 def create_study(folder: Path, space: Space) -> optuna.Study:

@@ -24,7 +24,7 @@ from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import write_text
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_progress
 from raytune_emotion.learn.loop import Diverged, fit
 
 PARAMS = "params.json"
@@ -163,13 +163,21 @@ def _push_changed(folder: Path, uri: str, pushed: dict[str, tuple[int, int]]) ->
     pushed.update(states)
 
 
-def last_report(job: Job) -> Report:
-    """The newest report of a trial that has reported."""
+def newest_report(job: Job) -> Report | None:
+    """What a trial that goes on has reported last, whether or not anybody has heard it; None where it has not."""
     if job.mirror is None:
-        return read_history(Path(job.folder))[-1]
+        return _reported(Path(job.folder))
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        mirror.pull(job.mirror, Path(scratch), [HISTORY])
-        return read_history(Path(scratch))[-1]
+        mirror.pull(job.mirror, Path(scratch), [LAST])
+        return _reported(Path(scratch))
+
+
+def _reported(folder: Path) -> Report | None:
+    try:
+        progress = read_progress(folder)
+    except UserError:
+        return None  # what is wrong with it is said when it is to go on
+    return progress.history[-1] if progress is not None and progress.history else None
 
 
 def halved(job: Job) -> Job | None:

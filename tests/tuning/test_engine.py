@@ -219,6 +219,49 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(begin):
     assert read_history(trial_folder(folder, "0000")) == list(record.reports)
 
 
+def test_a_process_that_dies_between_two_trials_ends_neither(begin):
+    _folder, _spec, go = begin(trials=3, epochs=1)
+    killed = []
+
+    def kill_once(event):
+        if event.status == "complete" and not killed:
+            killed.append(kill("TrialActor"))
+
+    assert [(r.status, len(r.reports)) for r in go(kill_once)] == [("complete", 1)] * 3
+    assert killed
+
+
+def test_a_report_that_was_written_but_not_heard_is_heard_later(begin, tmp_path, monkeypatch):
+    class Actor(TrialActor):
+        """Dies once, between the writing of a report and the driver's hearing of it."""
+
+        def step(self):
+            result = super().step()
+            if not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+    monkeypatch.setattr(engine, "TrialActor", Actor)
+    folder, _spec, go = begin(trials=1, epochs=3)
+    (record,) = go()
+    assert [r["report"] for r in record.reports] == [1, 2, 3]
+    (trial,) = load_study(folder).trials
+    assert trial.intermediate_values == {r["report"]: r["best_val_js"] for r in record.reports}
+
+
+def test_an_interruption_between_two_trials_is_one(begin):
+    _folder, _spec, go = begin(trials=3, epochs=1)
+
+    def interrupt(event):
+        if event.status == "complete":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(interrupt)
+    assert [r.status for r in go()] == ["complete"] * 3
+
+
 def test_a_trial_that_always_dies_is_given_up(begin):
     _, _, go = begin(trials=1, epochs=50, max_failures=1)
     deaths = []

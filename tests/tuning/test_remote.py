@@ -27,7 +27,7 @@ from raytune_emotion.tuning.engine import DRIVER, Placement, _Search, extend_bes
 from raytune_emotion.tuning.searcher import JOURNAL, Proposal, Searcher, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import CURVES, KEPT, SPEC, TRIALS, best_first, read_spec, trial_folder, write_spec
-from raytune_emotion.tuning.trial import PARAMS, Resources, last_report, train_here
+from raytune_emotion.tuning.trial import PARAMS, Resources, newest_report, train_here
 from tests.test_mirror import SECRET, s3_server
 from tests.tuning.test_engine import SPACE, left_behind, numbers
 from tests.tuning.test_study import spec_of
@@ -144,7 +144,7 @@ def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypat
     assert not list(place.rglob("*.part"))
     # All was said, but its ending was not heard.
     assert list(train_here(job)) == []
-    assert last_report(job)["finished"]
+    assert newest_report(job)["finished"]
 
 
 def test_a_search_that_was_thought_dead_undoes_nothing_of_the_next(begin, tmp_path):

@@ -3,11 +3,12 @@ import pytest
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.searcher import Searcher, abandon_torn, asked, create_study, load_study
+from raytune_emotion.tuning.searcher import Searcher, asked, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 
+SPACE_BACKBONES = ["test_resnet", "test_vit"]
 SPACE = {
-    "model.backbone": {"choice": ["test_resnet", "test_vit"]},
+    "model.backbone": {"choice": SPACE_BACKBONES},
     "optim.lr": {"log_uniform": [1e-4, 1e-2]},
     "loss": {"simplex": ["kl", "js", "mse"]},
     "when": [{"if": {"model.backbone": ["test_vit"]}, "optim.lr": {"log_uniform": [1e-5, 1e-3]}}],
@@ -132,11 +133,26 @@ def test_a_running_trial_is_taken_up_with_the_reports_that_are_missing(tmp_path,
     assert trial.intermediate_values == {1: 0.5, 2: 0.4}
 
 
-def test_a_trial_whose_asking_was_cut_short_is_failed(tmp_path, space):
-    study = create_study(tmp_path, space)
-    study.ask()  # killed before its settings were recorded
-    abandon_torn(study)
-    assert [r.status for r in asked(study)] == ["failed"]
+@pytest.mark.parametrize("before", [0, 1, 9], ids=["start point", "random", "by the model"])
+def test_a_trial_whose_asking_was_cut_short_is_what_it_was_to_be(tmp_path, space, before):
+    proposals = []
+    for name in ("whole", "torn"):
+        folder = tmp_path / name
+        folder.mkdir()
+        searcher = Searcher(create_study(folder, space), space, seed=5)
+        for _ in range(before):
+            run_trial(searcher, searcher.ask())
+        if name == "torn":
+            # Killed before its settings were recorded.
+            searcher._settle = lambda trial, seed: trial.suggest_categorical("model.backbone", SPACE_BACKBONES)
+            searcher.ask()
+            searcher = Searcher(load_study(folder), space, seed=5)
+            searcher.finish_asking()
+            (record,) = [r for r in asked(load_study(folder)) if r.status == "running"]
+            proposals.append(searcher.resume(record.trial_id))
+        else:
+            proposals.append(searcher.ask())
+    assert proposals[0] == proposals[1]
 
 
 def test_a_renamed_folder_is_still_its_study(tmp_path, space):

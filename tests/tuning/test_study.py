@@ -1,6 +1,6 @@
 import dataclasses
-import re
 import json
+import re
 
 import pandas as pd
 import pytest
