@@ -5,8 +5,6 @@ import sys
 
 import pytest
 
-from raytune_emotion.tuning import engine
-from raytune_emotion.tuning.actor import TrialActor
 from raytune_emotion.tuning.engine import Placement, ray_session, run_study
 from raytune_emotion.tuning.searcher import create_study
 from raytune_emotion.tuning.space import parse_space
@@ -25,22 +23,6 @@ def study(tmp_path, store):
     create_study(folder, parse_space(SPACE))
     write_spec(folder, spec)
     return folder
-
-
-def test_a_trial_goes_on_in_micro_batches_of_half_the_size(study, cluster, monkeypatch):
-    class Actor(TrialActor):
-        def _attempt(self, job):
-            for report in super()._attempt(job):
-                yield report
-                if 32 // job.settings.get("train.accumulate", 1) > 16:
-                    raise RuntimeError(
-                        "1 worker(s) were killed due to the node running low on memory. And more.\nHelp."
-                    )
-
-    monkeypatch.setattr(engine, "TrialActor", Actor)
-    (record,) = run_study(study, read_spec(study), Placement(Resources(1, 1.0, 0.0), 1))
-    assert record.status == "complete"
-    assert [report["accumulate"] for report in record.reports] == [1, 2]
 
 
 def test_a_study_outlives_what_the_memory_monitor_kills(study):
