@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -17,9 +18,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import optuna
+import torch
 from ray._private import services
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from raytune_emotion import mirror
 from raytune_emotion.__main__ import (
@@ -32,7 +37,7 @@ from raytune_emotion.__main__ import (
     positive,
 )
 from raytune_emotion.config import DataConfig, RunConfig
-from raytune_emotion.data.affectnet import is_folder, native_size
+from raytune_emotion.data.affectnet import count_images, is_folder, native_size
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import Store, cache_folder, is_store, open_store, prepare
 from raytune_emotion.errors import UserError
@@ -42,14 +47,17 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.tuning.engine import Event, extend_best, fit_to_cluster, ray_session, run_study
 from raytune_emotion.tuning.page import REPORT, write_report
+from raytune_emotion.tuning.preview import costs, draw
 from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
 from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_records, read_spec, write_spec
 from raytune_emotion.tuning.workers import MAX_FAILURES
 
+DEFAULT_SPACE = Path("search_spaces/quick.yaml")
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
 _CONNECT_S = 10.0
+_DRAWN = 10
 _GENERATED = "generated faces"
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -83,10 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights-dir", type=Path, metavar="DIR", help="pretrained weights, for machines without a hub")
     add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
     add("--address", metavar="ADDRESS", help="of a running Ray cluster, or auto (default: start Ray here)")
+    add("--dry-run", action="store_true", help="show the space, ten configurations of it and what trials cost here")
 
 
 def run(args: argparse.Namespace) -> None:
     console = Console(soft_wrap=True)
+    if args.dry_run:
+        _preview(console, args)
+        return
     results = _fetched(args) if isinstance(args.results, str) else None
     folder, spec = _resumed(args) if args.resume else _new(args)
     uri = mirror.join(results, folder.name) if results else None
@@ -152,9 +164,56 @@ def check_cluster(address: str | None) -> None:
         ) from None
 
 
+def _preview(console: Console, args: argparse.Namespace) -> None:
+    """Shows what a study would choose from, and what its trials would cost with as many threads as this process has."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    faults: list[str] = []
+    with collecting(faults):
+        space = _space(args.space or DEFAULT_SPACE, args)
+    with collecting(faults):
+        data = args.data or sample_folder()
+        rows = len(open_store(data).train) if is_store(data) else count_images(data)
+    if faults:
+        raise UserError(faults)
+    sizes = _sizes(data, space)
+    _check_backbones(space, sizes)
+
+    settings = Table("setting", "is", box=box.SIMPLE, title="the space", title_justify="left")
+    for key, value in space.to_dict().items():
+        if key != "start":
+            settings.add_row(key, json.dumps(value, ensure_ascii=False))
+    console.print(settings)
+    console.print("ten of its configurations\n")
+    for configuration in draw(space, _DRAWN, args.seed or 0):
+        named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
+        console.print("  ".join(f"{name} {_short(value)}" for name, value in named), highlight=False)
+    console.print()
+    epochs, trials = space.fixed["train.epochs"], args.trials or DEFAULT_TRIALS
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cost = Table("backbone", "px", "parameters, millions", "images/s", "minutes a trial", box=box.SIMPLE)
+    cost.title, cost.title_justify = f"training on this machine ({device})", "left"
+    minutes = []
+    for each in costs(space, sizes, device):
+        minutes.append(rows * epochs / each.images_per_second / 60)
+        rate = f"{each.images_per_second:.0f}"
+        cost.add_row(each.backbone, str(each.image_size), f"{each.params_millions:.2f}", rate, f"{minutes[-1]:.1f}")
+    console.print(cost)
+    mean = sum(minutes) / len(minutes)
+    hours = trials * mean / 60
+    console.print(
+        f"{trials} trials of {epochs} epochs on {rows} images: {hours:.1f} hours of this device if none is stopped and "
+        f"all backbones are drawn alike",
+        highlight=False,
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     """The folder and the spec of a new study, with its data packed."""
-    path = args.space or Path("search_spaces/quick.yaml")
+    path = args.space or DEFAULT_SPACE
     folder: Path = args.results.absolute() / (args.name or f"{path.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     faults: list[str] = []
     with collecting(faults):

@@ -424,6 +424,20 @@ def ended(*argv, cwd) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces, capsys):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    before = tree(tmp_path)
+    asked = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path / "results"]
+    assert exit_code(["search", "--dry-run", "--trials", 8, "--epochs", 3, *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if re.match(r"backbone test_\w+  lr 0\.\d+  kl ", line)]) == 10
+    for backbone in ("test_resnet", "test_vit"):
+        assert any(re.match(rf"\s*{backbone}\s+32\s+\d+\.\d\d\s+\d+\s+\d+\.\d", line) for line in lines), backbone
+    assert lines[-1].startswith("8 trials of 3 epochs on 96 images: 0.0 hours of this device if none is stopped")
+    assert tree(tmp_path) == before
+    assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
+
+
 class TestAStudy:
     """In the order of the tests: begun, gone on with, interrupted."""
 

@@ -16,7 +16,7 @@ ARGUMENTS = {
     "search": (
         "--data DIR", "--space FILE", "--trials N", "--epochs N", "--concurrency N", "--workers-per-trial N",
         "--gpus-per-worker X", "--results DIR", "--name NAME", "--resume", "--seed N", "--time-budget T",
-        "--max-failures N", "--weights-dir DIR", "--skip-bad", "--address ADDRESS",
+        "--max-failures N", "--weights-dir DIR", "--skip-bad", "--address ADDRESS", "--dry-run",
     ),
     "pack": ("SRC", "DEST", "--image-size N", "--skip-bad", "--classes A,B,C"),
     "train": (

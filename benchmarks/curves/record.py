@@ -11,13 +11,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pandas as pd
 import torch
 from rich.progress import track
@@ -27,6 +25,7 @@ from raytune_emotion.data.sample import write_sample
 from raytune_emotion.data.store import open_store, pack, prepare
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.tuning.preview import draw
 from raytune_emotion.tuning.space import Space, load_space
 
 #: Times of the wall clock, which say nothing of a machine that is shared.
@@ -59,15 +58,6 @@ def main() -> int:
             job.result()
     write_curves(args.work, args.curves, drawn, space)
     return 0
-
-
-def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The space's start points, and then random configurations of it."""
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    for point in space.start_points():
-        study.enqueue_trial(point)
-    for _ in range(count):
-        yield space.suggest(study.ask())
 
 
 def record(settings: dict[str, Any], store: Path, file: Path) -> None:

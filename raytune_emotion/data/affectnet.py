@@ -263,6 +263,16 @@ def native_size(root: Path, most: int) -> int:
     return max(16, min(most, int(statistics.median(sides)))) if sides else most
 
 
+def count_images(root: Path) -> int:
+    """How many training images a folder has, by their names alone.
+
+    Raises:
+        UserError: the folder has not the layout of AffectNetFused.
+    """
+    _check_layout(root)
+    return sum(bool(_image_id(name)) for name in _names(root / SPLITS["train"] / "images"))
+
+
 def quick_fingerprint(root: Path) -> str:
     """A hash of the names, sizes and modification times of a folder's images and annotations, read from no file.
 
