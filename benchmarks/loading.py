@@ -26,6 +26,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.loader import batches, epoch_order
 from raytune_emotion.data.sample import write_sample
 from raytune_emotion.data.store import Split, open_store, pack
+from raytune_emotion.learn import memory
 
 #: The pixels of so many rows are several times what a CPU's last cache holds.
 ROWS = 2000
@@ -66,6 +67,7 @@ class Faces(Dataset[torch.Tensor]):
 
 
 def run() -> Table:
+    memory.keep_freed()  # as in a process that trains
     rows: list[tuple[object, ...]] = []
     notes = [f"{ROWS} faces, JPEG files of {FILE_PX} px; {torch.get_num_threads()} threads; batches of {BATCH}."]
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:

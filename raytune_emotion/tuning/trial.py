@@ -24,6 +24,7 @@ from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import write_text
+from raytune_emotion.learn import memory
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_progress
 from raytune_emotion.learn.loop import Diverged, fit
 
@@ -104,6 +105,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     config = RunConfig.from_flat(job.settings)
     folder = Path(job.folder)
     torch.set_num_threads(job.resources.threads)
+    memory.keep_freed()
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         if first:
@@ -199,6 +201,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def _forget() -> None:
     gc.collect()
+    memory.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

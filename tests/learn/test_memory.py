@@ -1,0 +1,19 @@
+import psutil
+import torch
+
+from raytune_emotion.learn.memory import give_back, keep_freed
+
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+
+def test_memory_is_kept_until_it_is_given_back():
+    keep_freed()
+    before = resident()
+    tensor = torch.ones(64, 2**20)  # 256 MiB
+    assert resident() - before > 200 * 2**20
+    del tensor
+    assert resident() - before > 200 * 2**20
+    give_back()
+    assert resident() - before < 50 * 2**20
