@@ -11,6 +11,8 @@ import pandas as pd
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+from raytune_emotion.tuning.space import Space
+
 Floats = npt.NDArray[np.float64]
 
 _METRIC = "val_js"
@@ -19,7 +21,7 @@ _REPORTED = "report"  # the columns before it are settings
 
 @dataclass(frozen=True)
 class Encoding:
-    """Settings as points of the unit cube: logarithms where values span decades, one axis a choice."""
+    """Settings as points of the unit cube: logarithms where they are drawn so, one axis a choice."""
 
     ranges: Mapping[str, tuple[float, float, bool]]  # least, most, logarithmic
     choices: Mapping[str, tuple[Any, ...]]
@@ -79,8 +81,9 @@ class Surrogate:
         return np.exp(log_R), self.nearest.recorded.seconds_NR[self.nearest.index(x_D)]
 
 
-def read_curves(file: Path) -> Recorded:
-    """Reads what `benchmarks.curves.record` has written; configurations that diverged are left out."""
+def read_curves(file: Path, space: Space) -> Recorded:
+    """Reads what `benchmarks.curves.record` has written of a space; configurations that diverged are left out."""
+    logarithmic = {name.partition(" ")[0] for name, given in space.parameters.items() if getattr(given, "log", False)}
     table = pd.read_parquet(file)
     keys = [name for name in table.columns[: table.columns.get_loc(_REPORTED)] if name != "configuration"]
     whole = table.groupby("configuration").filter(lambda rows: bool((rows["finished"] == True).any()))  # noqa: E712
@@ -92,9 +95,9 @@ def read_curves(file: Path) -> Recorded:
         if values.nunique() < 2:
             continue
         if values.dtype.kind == "f":
-            log = bool(values.min() > 0 and values.max() > 30 * values.min())
-            low, high = (np.log(values.min()), np.log(values.max())) if log else (values.min(), values.max())
-            ranges[key] = (float(low), float(high), log)
+            ends = np.array([values.min(), values.max()])
+            low, high = np.log(ends) if key in logarithmic else ends
+            ranges[key] = (float(low), float(high), key in logarithmic)
         else:
             choices[key] = tuple(values.unique().tolist())
     encoding = Encoding(ranges, choices)
