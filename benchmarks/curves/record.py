@@ -3,7 +3,8 @@
     python -m benchmarks.curves.record --data ferplus_small --work WORK benchmarks/curves/ferplus_small.parquet
 
 Each configuration trains on one core of its own, at the lowest priority, and its time is that of its process's own
-clock, so that other work on the machine costs nothing but patience. A recording that was broken off goes on.
+clock, so that other work on the machine costs nothing but patience. A recording that was broken off goes on, and one
+that has ended goes on with more configurations: those that are in the file already are not trained again.
 """
 
 import argparse
@@ -51,12 +52,14 @@ def main() -> int:
     length = {"train.epochs": args.epochs, "train.evals_per_epoch": args.evals_per_epoch, "train.seed": train_seed}
     space = load_space(args.space, overrides={**length, "data.image_size": open_store(store).image_size})
     drawn = dict(enumerate(draw(space, args.configurations, args.seed)))
-    left = {number: settings for number, settings in drawn.items() if not _file(args.work, number).exists()}
+    known = pd.read_parquet(args.curves) if args.curves.exists() else pd.DataFrame({"configuration": []})
+    done = {*known["configuration"], *(number for number in drawn if _file(args.work, number).exists())}
+    left = {number: settings for number, settings in drawn.items() if number not in done}
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_prepare_process) as pool:
         jobs = [pool.submit(record, settings, store, _file(args.work, number)) for number, settings in left.items()]
         for job in track(as_completed(jobs), "recording", total=len(jobs)):
             job.result()
-    write_curves(args.work, args.curves, drawn, space)
+    write_curves(args.work, args.curves, known, drawn, space)
     return 0
 
 
@@ -73,16 +76,18 @@ def record(settings: dict[str, Any], store: Path, file: Path) -> None:
     write_text(file, json.dumps(reports))
 
 
-def write_curves(work: Path, dest: Path, drawn: dict[int, dict[str, Any]], space: Space) -> None:
+def write_curves(work: Path, dest: Path, known: pd.DataFrame, drawn: dict[int, dict[str, Any]], space: Space) -> None:
     """One row a configuration and report: its number, its settings that the space chose, and the report if any."""
     rows = [
         {"configuration": number, **{k: v for k, v in settings.items() if k not in space.fixed}, **report}
         for number, settings in drawn.items()
-        if _file(work, number).exists()
+        if _file(work, number).exists() and number not in {*known["configuration"]}
         for report in json.loads(_file(work, number).read_text()) or [{}]
     ]
     with whole(dest) as temporary:
-        pd.DataFrame(rows).to_parquet(temporary, index=False, compression="zstd")
+        pd.concat([table for table in (known, pd.DataFrame(rows)) if len(table)]).to_parquet(
+            temporary, index=False, compression="zstd"
+        )
 
 
 def _store(args: argparse.Namespace) -> Path:

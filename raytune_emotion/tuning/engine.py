@@ -85,7 +85,7 @@ class Event:
 
     proposal: Proposal
     status: Status
-    report: Report | None  # the newest
+    report: Report | None  # of the newest, what the driver hears
     reason: str
 
 

@@ -17,6 +17,9 @@ from raytune_emotion.tuning.space import Space
 #: The attribute of an Optuna trial that has its configuration by dotted path.
 SETTINGS = "settings"
 
+#: Trials that end before the sampler models them; with fewer it settles on what is cheap and ends early.
+_STARTUP = 16
+
 #: Random configurations that are looked at before a space counts as exhausted.
 _ATTEMPTS = 500
 
@@ -49,7 +52,7 @@ def propose_by(sampler: BaseSampler, space: Space, past: Sequence[FrozenTrial], 
 def make_sampler(seed: int) -> BaseSampler:
     """The sampler of one trial of a study."""
     # Multivariate with groups: a branch of `when` has its own parameters, and TPE models each branch jointly.
-    return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=8, seed=seed)
+    return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=_STARTUP, seed=seed)
 
 
 def shown(past: Iterable[FrozenTrial]) -> list[FrozenTrial]:

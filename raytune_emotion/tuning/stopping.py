@@ -1,5 +1,6 @@
 """Which trials are stopped early, and how the rungs are filled again when a study goes on."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,21 @@ _NO_CONTROLLER: Any = None
 def make_scheduler(most_reports: int) -> ASHAScheduler:
     """Asynchronous successive halving on the best validation JS, with the number of reports as its clock.
 
+    A third of the trials passes the first rung, which is at a third of the length: before, the order of trials says
+    little of their order at the end. In recorded curves of 8 epochs the rank correlation is 0.7 and 0.0 after one epoch,
+    and 0.9 and 0.6 after two and a half (`benchmarks/curves`); rungs at a third find better models than earlier ones
+    (`python -m benchmarks policies`).
+
     Args:
         most_reports: of a trial that is not stopped.
     """
     return ASHAScheduler(
-        time_attr="report", metric=OBJECTIVE, mode="min", max_t=most_reports, grace_period=1, reduction_factor=3
+        time_attr="report",
+        metric=OBJECTIVE,
+        mode="min",
+        max_t=most_reports,
+        grace_period=math.ceil(most_reports / 3),
+        reduction_factor=3,
     )
 
 
