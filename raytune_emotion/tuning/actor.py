@@ -13,8 +13,8 @@ from raytune_emotion.tuning.searcher import OBJECTIVE
 from raytune_emotion.tuning.trial import Job, OutOfMemory, TrialFailed, halved, newest_report, train_here
 from raytune_emotion.tuning.workers import Workers
 
-# What the driver needs of a report, which lies whole in the trial's folder: of every number Tune keeps statistics for as
-# long as the study runs.
+# What the driver needs of a report, which lies whole in the trial's folder: Tune keeps statistics of every number for
+# as long as the study runs.
 _HEARD = ("report", "epoch", "seconds", OBJECTIVE, "finished")
 # Tune wants the metric of the schedulers in every result.
 _ENDED = {OBJECTIVE: math.inf, "done": True}
