@@ -17,7 +17,7 @@ search: setup
 	$(BIN)/python -m raytune_emotion.search --space search_spaces/quick.yaml --trials 16 --epochs 6
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

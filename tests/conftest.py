@@ -3,6 +3,13 @@ from pathlib import Path
 
 import pytest
 
+#: They take long, mostly for what they start: first come first, so that two processes are done at the same time.
+LONG = ("test_engine.py", "test_search.py", "test_chaos.py", "test_remote.py", "test_submit.py", "test_pack.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):

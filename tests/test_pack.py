@@ -72,12 +72,22 @@ def test_other_classes_can_be_named(tmp_path):
     assert len(EMOTIONS) == 13
 
 
+def heed_ctrl_c():
+    """A shell has what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
-    folder = write_folder(tmp_path / "faces", train=900)
+    folder = write_folder(tmp_path / "faces", train=400)
     dest = tmp_path / "out" / "store"
     command = [sys.executable, "-m", "raytune_emotion.pack", str(folder), str(dest), "--image-size", "1024"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     ) as process:
         try:
             deadline = time.monotonic() + 60

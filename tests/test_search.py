@@ -483,8 +483,8 @@ class TestAStudy:
         assert [path.name for path in trials] == ["0000", "0001", "0002", "0003"]
         for trial in trials:
             names = {path.name for path in trial.iterdir() if not path.name.startswith("events.out.tfevents.")}
-            assert {"params.json", "history.jsonl"} <= names
-            assert names <= {"params.json", "history.jsonl", "last.safetensors", "best.safetensors"}
+            always = {"params.json", "data.txt", "history.jsonl"}
+            assert always <= names <= always | {"last.safetensors", "best.safetensors"}
             assert len(list(trial.glob("events.out.tfevents.*"))) == 1
         assert len(list(study.glob("trials/*/best.safetensors"))) == KEPT
         assert [path.name for path in study.parent.iterdir()] == ["first"]

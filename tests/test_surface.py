@@ -31,7 +31,7 @@ ARGUMENTS = {
 
 FILES = {
     "study": ("study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html"),
-    "trial": ("params.json", "history.jsonl", "last.safetensors", "best.safetensors"),
+    "trial": ("params.json", "data.txt", "history.jsonl", "last.safetensors", "best.safetensors"),
     "export": ("model.safetensors", "config.json", "metrics.json", "README.md"),
 }
 
@@ -82,7 +82,7 @@ def test_the_arguments_of_a_command(verb):
 
 def test_the_files():
     assert FILES["study"] == (study.SPEC, searcher.JOURNAL, study.TRIALS, study.CURVES, page.REPORT)
-    assert FILES["trial"] == (trial.PARAMS, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
+    assert FILES["trial"] == (trial.PARAMS, trial.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
     assert FILES["export"] == (package.WEIGHTS, package.CONFIG, package.METRICS, package.CARD)
 
 

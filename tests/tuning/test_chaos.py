@@ -28,11 +28,12 @@ from raytune_emotion.tuning.searcher import create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import read_records, read_spec, write_spec
 from raytune_emotion.tuning.trial import Job, Resources, train_here
+from tests.test_pack import heed_ctrl_c
 from tests.tuning.test_engine import SPACE, left_behind, numbers
 from tests.tuning.test_study import spec_of
 
 #: Too few for the sampler's model, which `test_searcher` breaks off; here its seeds must be right, and the rungs.
-TRIALS, EPOCHS, SEED = 11, 3, 3
+TRIALS, EPOCHS, SEED = 7, 3, 3
 SPACE = SPACE | {"data.image_size": 32, "train.epochs": EPOCHS}
 #: For what a study held to be given back.
 _PROMISED_S = 5.0
@@ -124,6 +125,7 @@ class Session:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_ctrl_c,
         )
 
     def __enter__(self):
