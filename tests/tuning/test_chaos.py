@@ -199,7 +199,7 @@ def test_a_search_that_is_killed_and_then_interrupted_ends_as_if_it_had_been_nei
             killed.process.kill()
             # Ray's agents, whose node is gone, try to say so for minutes to the cluster, which is gone too.
             agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-            assert killed.left(family, 60, but=agents) == ([], [])
+            assert killed.left(family, _PROMISED_S, but=agents) == ([], [])
         at_death, ended_then = histories(folder), ended_trials(folder)
         assert len(ended_then) < TRIALS
 
