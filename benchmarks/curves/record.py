@@ -2,7 +2,7 @@
 
     python -m benchmarks.curves.record --data ferplus_small --work WORK benchmarks/curves/ferplus_small.parquet
 
-Each configuration trains on one core of its own, at the lowest priority, and its time is that of its process's own
+Each configuration trains on one core of its own, at a low priority, and its time is that of its process's own
 clock, so that other work on the machine costs nothing but patience. A recording that was broken off goes on, and one
 that has ended goes on with more configurations: those that are in the file already are not trained again.
 """
@@ -105,7 +105,7 @@ def _file(work: Path, number: int) -> Path:
 
 
 def _prepare_process() -> None:
-    os.nice(19)
+    os.nice(5)
     torch.set_num_threads(1)
 
 
