@@ -4,13 +4,13 @@ A row's random numbers are a function of (seed, epoch, row) alone, so an image i
 batch, order or worker it falls in. The one exception is the partner of mixup and cutmix, which is the row
 before in the batch; the share that each row keeps of itself is still its own.
 
-Every decision is made on the host, where the row numbers are, and goes to the device in one copy. Each draw
-has its own place in a row's sequence: switching one operation on changes no other's numbers. An operation that
-is off is not run.
+Every decision is made on the host, where the row numbers are, for many batches at once, and goes to the device in one
+copy. Each draw has its own place in a row's sequence: switching one operation on changes no other's numbers. An
+operation that is off is not run.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +24,11 @@ from raytune_emotion.data.loader import Batch
 Triple = tuple[float, float, float]
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint64]
+#: What is done to the rows of a batch, [B, 1, 1, 1] a name, float32, on the device; operations that are off have no
+#: names in it. Lengths of crops are in shares of the side, of boxes (erase, cut) in px.
+Decisions = Mapping[str, torch.Tensor]
 
+_DECIDED_AT_ONCE = 2048  # rows: as many as make the cost of each call of numpy vanish, and their numbers fit a cache
 _DRAWS = 19
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LOG_CROP_ASPECT = math.log(4 / 3)
@@ -40,9 +44,41 @@ def normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
     return _normalise(x_BHWC.to(torch.float32), mean, std).permute(0, 3, 1, 2)
 
 
-def augment(
-    batch: Batch, config: AugmentConfig, *, mean: Triple, std: Triple, seed: int, epoch: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decide(
+    config: AugmentConfig,
+    batches_of_rows: Sequence[npt.NDArray[np.int64]],
+    *,
+    seed: int,
+    epoch: int,
+    side: int,
+    device: torch.device,
+) -> Iterator[Decisions]:
+    """Yields what is done to the rows of each batch.
+
+    Args:
+        config: what to do, and how strongly.
+        batches_of_rows: row numbers, [B] a batch.
+        seed: of the run.
+        epoch: the pass over the training set.
+        side: of the images, px.
+        device: where they are augmented.
+    """
+    many = max(1, _DECIDED_AT_ONCE // len(batches_of_rows[0]))
+    for first in range(0, len(batches_of_rows), many):
+        some = batches_of_rows[first : first + many]
+        plan = _plan(config, np.concatenate(some), seed=seed, epoch=epoch, side=side)
+        if not plan:
+            yield from ({} for _ in some)
+            continue
+        table = torch.from_numpy(np.stack(list(plan.values())).astype(np.float32))
+        if device.type == "cuda":
+            table = table.pin_memory()  # so that the host does not wait for the copy
+        table = table.to(device, non_blocking=True)[..., None, None, None]
+        for part in torch.split(table, [len(rows_B) for rows_B in some], dim=1):
+            yield dict(zip(plan, part, strict=True))
+
+
+def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels and distributions of a training batch.
 
     In this order: random crop and mirror image, colour jitter and greyscale, normalisation, erasing (to the
@@ -50,41 +86,40 @@ def augment(
 
     Args:
         batch: square images; not changed.
-        config: what to do, and how strongly.
+        decisions: on its rows, of `decide`.
         mean: of the model's input, of pixels in [0, 1].
         std: likewise.
-        seed: of the run.
-        epoch: the pass over the training set.
 
     Returns:
         x_BCHW, float32, normalised, in channels-last memory; and prob_BK.
     """
     x_BHWC, prob_BK = batch.x_BHWC, batch.prob_BK
     side = x_BHWC.shape[1]
-    plan = _to_device(_plan(config, batch.rows_B, seed=seed, epoch=epoch, side=side), x_BHWC.device)
 
     # Of the whole image, in integers: a float sum would depend on how the batch is split among threads.
-    pivot = _grey(x_BHWC.sum((1, 2), dtype=torch.int32)[:, None, None] / side**2) if config.colour else None
-    if "crop_width" in plan:
-        x_BHWC = _crop(x_BHWC, plan)
-    elif "flip" in plan:
-        x_BHWC = torch.where(plan["flip"] > 0, x_BHWC.flip(2), x_BHWC)
+    pivot = _grey(x_BHWC.sum((1, 2), dtype=torch.int32)[:, None, None] / side**2) if "pivot" in decisions else None
+    if "crop_width" in decisions:
+        x_BHWC = _crop(x_BHWC, decisions)
+    elif "flip" in decisions:
+        # Bits of the one or the other: on a CPU, where() takes four times as long on bytes.
+        chosen = (decisions["flip"] * 255).to(torch.uint8)
+        x_BHWC = x_BHWC.flip(2).bitwise_xor_(x_BHWC).bitwise_and_(chosen).bitwise_xor_(x_BHWC)
     x_BHWC = x_BHWC.to(torch.float32)
-    if "own_colour" in plan:
-        offset = _grey(x_BHWC) * plan["grey"]
+    if "own_colour" in decisions:
+        offset = _grey(x_BHWC) * decisions["grey"]
         if pivot is not None:
-            offset += pivot * plan["pivot"]
-        x_BHWC = x_BHWC.mul_(plan["own_colour"]).add_(offset).clamp_(0, 255)
+            offset += pivot * decisions["pivot"]
+        x_BHWC = x_BHWC.mul_(decisions["own_colour"]).add_(offset).clamp_(0, 255)
     x_BHWC = _normalise(x_BHWC, mean, std)
-    if "erase_top" in plan:
-        x_BHWC = x_BHWC.masked_fill_(_inside("erase", plan, side), 0)
+    if "erase_top" in decisions:
+        x_BHWC = x_BHWC.mul_(_outside("erase", decisions, side))
 
-    if "share" in plan:
-        partner_BHWC, share_B1 = x_BHWC.roll(1, 0), plan["share"][:, 0, 0]
-        if "mixup" in plan:
-            x_BHWC = x_BHWC.mul_(plan["mixup"]).add_(partner_BHWC * (1 - plan["mixup"]))
-        if "cut_top" in plan:
-            x_BHWC = torch.where(_inside("cut", plan, side), partner_BHWC, x_BHWC)
+    if "share" in decisions:
+        partner_BHWC, share_B1 = x_BHWC.roll(1, 0), decisions["share"][:, 0, 0]
+        if "mixup" in decisions:
+            x_BHWC = x_BHWC.mul_(decisions["mixup"]).add_(partner_BHWC * (1 - decisions["mixup"]))
+        if "cut_top" in decisions:
+            x_BHWC = torch.where(_outside("cut", decisions, side) > 0, x_BHWC, partner_BHWC)
         prob_BK = prob_BK * share_B1 + prob_BK.roll(1, 0) * (1 - share_B1)
     return x_BHWC.permute(0, 3, 1, 2), prob_BK
 
@@ -124,10 +159,7 @@ def symmetric_beta(u: Floats, v: Floats, alpha: float) -> Floats:
 def _plan(
     config: AugmentConfig, rows_B: npt.NDArray[np.int64], *, seed: int, epoch: int, side: int
 ) -> dict[str, Floats | npt.NDArray[np.bool_]]:
-    """What is done to each row, [B] a name; names of operations that are off are missing.
-
-    Lengths of crops are in shares of the side, of boxes (erase, cut) in px.
-    """
+    """The decisions on rows as they are drawn, [B] a name."""
     plan: dict[str, Floats | npt.NDArray[np.bool_]] = {}
     if config == AugmentConfig(flip=0):
         return plan
@@ -150,7 +182,9 @@ def _plan(
         # x -> b c s x + b c (1 - s) grey(x) + b (1 - c) m.
         b, c, s = (1 + config.colour * (2 * u - 1) for u in (bright, contrast, colourful))
         s = np.where(grey < config.grey, 0.0, s)
-        plan |= {"own_colour": b * c * s, "grey": b * c * (1 - s), "pivot": b * (1 - c)}
+        plan |= {"own_colour": b * c * s, "grey": b * c * (1 - s)}
+        if config.colour:
+            plan["pivot"] = b * (1 - c)
     if config.erase:
         # Shares and aspects of Zhong et al., "Random Erasing Data Augmentation", 2017.
         area = np.where(erase < config.erase, 0.02 + (1 / 3 - 0.02) * erase_area, 0.0)
@@ -177,16 +211,6 @@ def _plan(
 # ---- execution, on the device
 
 
-def _to_device(plan: Mapping[str, Floats | npt.NDArray[np.bool_]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Each of the plan's rows as float32, [B, 1, 1, 1], by one copy that the host does not wait for."""
-    if not plan:
-        return {}
-    table = torch.from_numpy(np.stack(list(plan.values())).astype(np.float32))
-    if device.type == "cuda":
-        table = table.pin_memory()
-    return dict(zip(plan, table.to(device, non_blocking=True)[..., None, None, None], strict=True))
-
-
 @lru_cache(maxsize=8)
 def _scale_and_shift(mean: Triple, std: Triple, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.tensor([1 / (255 * s) for s in std] * width, dtype=torch.float32)
@@ -206,13 +230,13 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
     return x[..., 0:1] * 0.299 + x[..., 1:2] * 0.587 + x[..., 2:3] * 0.114
 
 
-def _crop(x_BHWC: torch.Tensor, plan: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
     """Bilinear; a crop is only ever enlarged, so nothing needs smoothing first."""
     side = x_BHWC.shape[1]
     # Centres of the pixels to make, from -1 to 1 as grid_sample has it.
     centres = (torch.arange(side, device=x_BHWC.device) * 2 + 1) / side - 1
-    left, width, top, height = (plan[f"crop_{name}"][..., 0] for name in ("left", "width", "top", "height"))
-    sign = 1 - 2 * plan["flip"][..., 0] if "flip" in plan else 1
+    left, width, top, height = (decisions[f"crop_{name}"][..., 0] for name in ("left", "width", "top", "height"))
+    sign = 1 - 2 * decisions["flip"][..., 0] if "flip" in decisions else 1
     x = centres * (width * sign) + (2 * left + width - 1)
     y = centres[:, None] * height + (2 * top + height - 1)
     grid = torch.stack([x.expand(-1, side, -1), y.expand(-1, -1, side)], dim=-1)
@@ -221,10 +245,13 @@ def _crop(x_BHWC: torch.Tensor, plan: Mapping[str, torch.Tensor]) -> torch.Tenso
     return cropped.permute(0, 2, 3, 1).contiguous()
 
 
-def _inside(box: str, plan: Mapping[str, torch.Tensor], side: int) -> torch.Tensor:
-    """The values in each row's box, [B, H, W, C]: whole lines, for the same reason as in `_normalise`."""
-    left, right, top, bottom = (plan[f"{box}_{edge}"][..., 0] for edge in ("left", "right", "top", "bottom"))
+def _outside(box: str, decisions: Decisions, side: int) -> torch.Tensor:
+    """One outside of each row's box and zero in it, [B, H, W, C]: whole lines, for the same reason as in `_normalise`.
+
+    As floats, since a CPU broadcasts booleans seven times as slowly.
+    """
+    left, right, top, bottom = (decisions[f"{box}_{edge}"][..., 0] for edge in ("left", "right", "top", "bottom"))
     at = torch.arange(side, device=left.device)
     y, x = at[:, None], at.repeat_interleave(3)
-    inside = ((y >= top) & (y < bottom)) & ((x >= left) & (x < right))
-    return inside.view(-1, side, side, 3)
+    outside = torch.maximum(((y < top) | (y >= bottom)).float(), ((x < left) | (x >= right)).float())
+    return outside.view(-1, side, side, 3)

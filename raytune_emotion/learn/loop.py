@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.augment import augment, normalise
-from raytune_emotion.data.loader import batches, epoch_order
+from raytune_emotion.data.augment import augment, decide, normalise
+from raytune_emotion.data.loader import Resident, batches, epoch_order, place
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
@@ -76,6 +76,8 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     loss: losses.Loss
+    train: Split | Resident
+    val: Split | Resident
 
 
 def fit(
@@ -120,7 +122,7 @@ def fit(
         train_loss, lr = train_segment(run, history)
         trained = time.perf_counter()
         share_batchnorm(run.model, plan.workers)
-        metrics = evaluate(run.model, store.val, classes=store.classes, device=device)
+        metrics = evaluate(run.model, run.val, classes=store.classes, device=device)
         _check_finite(metrics, plan, history)
         history.append(_report(run, history, train_loss, lr, metrics, began, trained))
         if folder is not None and plan.rank == 0:
@@ -198,7 +200,10 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
             net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     optimizer = build_optimizer(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    return Run(config, store, device, plan, model, net, optimizer, scaler, losses.mixture(config.loss.weights))
+    loss = losses.mixture(config.loss.weights)
+    # The larger part first, as long as there is the most room.
+    train, val = (place(split, device) for split in (store.train, store.val))
+    return Run(config, store, device, plan, model, net, optimizer, scaler, loss, train, val)
 
 
 def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
@@ -219,6 +224,14 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     # This worker's share of every batch, cut into micro-batches.
     steps = order_N[: plan.steps_per_epoch * plan.batch_rows].reshape(plan.steps_per_epoch, plan.batch_rows)[first:end]
     rows = [rows_B for share in steps[:, plan.rank :: plan.workers] for rows_B in np.array_split(share, accumulate)]
+    decisions = decide(
+        config.augment,
+        rows,
+        seed=config.train.seed,
+        epoch=epoch,
+        side=run.store.image_size,
+        device=device,
+    )
     mean, std = mean_std(run.model)
     parameters = list(run.model.parameters())
     autocast = torch.autocast(device.type, _DTYPES[config.train.precision], enabled=config.train.precision != "fp32")
@@ -228,7 +241,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     run.model.train()
     with (
         _randomness(device, config.train.seed, len(history), plan.rank),
-        contextlib.closing(batches(run.store.train, rows, device)) as stream,  # type: ignore[type-var]
+        contextlib.closing(batches(run.train, rows, device)) as stream,  # type: ignore[type-var]
     ):
         for step in range(first, end):
             lr = config.optim.lr * lr_factor(
@@ -243,9 +256,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
                 group["lr"] = lr
             for micro in range(accumulate):
                 batch = next(stream)
-                x_BCHW, prob_BK = augment(
-                    batch, config.augment, mean=mean, std=std, seed=config.train.seed, epoch=epoch
-                )
+                x_BCHW, prob_BK = augment(batch, next(decisions), mean=mean, std=std)
                 # Workers add up their gradients once a step, with its last micro-batch.
                 with contextlib.nullcontext() if micro == accumulate - 1 else _no_sync(run.net):
                     with autocast:
@@ -257,7 +268,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
                 loss_sum += loss.detach()
             if config.train.grad_clip > 0:
                 run.scaler.unscale_(run.optimizer)
-                nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
+                nn.utils.clip_grad_norm_(parameters, config.train.grad_clip, foreach=True)
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad()
@@ -281,7 +292,9 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
             buffer.copy_(mean)
 
 
-def evaluate(model: nn.Module, split: Split, *, classes: tuple[str, ...], device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, split: Split | Resident, *, classes: tuple[str, ...], device: torch.device
+) -> dict[str, float]:
     """The means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
 
     In fp32 whatever the precision of training, because that is how the model is used afterwards, so these are the

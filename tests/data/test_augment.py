@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raytune_emotion.config import AugmentConfig
-from raytune_emotion.data.augment import augment, normalise, splitmix64, symmetric_beta, uniforms
+from raytune_emotion.data.augment import Triple, augment, decide, normalise, splitmix64, symmetric_beta, uniforms
 from raytune_emotion.data.loader import Batch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -42,9 +42,17 @@ def part(batch: Batch, which: list[int]) -> Batch:
     return Batch(batch.x_BHWC[which], batch.prob_BK[which], batch.rows_B[which])
 
 
+def augmented(
+    batch: Batch, config: AugmentConfig, *, mean: Triple = MEAN, std: Triple = STD, seed: int = 0, epoch: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    side, device = batch.x_BHWC.shape[1], batch.x_BHWC.device
+    (decisions,) = decide(config, [batch.rows_B], seed=seed, epoch=epoch, side=side, device=device)
+    return augment(batch, decisions, mean=mean, std=std)
+
+
 def plain(batch: Batch, config: AugmentConfig, seed: int = 0, epoch: int = 0) -> torch.Tensor:
     """Augmented pixels on the scale of 0 to 255, [B, H, W, C]."""
-    return augment(batch, config, **PLAIN, seed=seed, epoch=epoch)[0].permute(0, 2, 3, 1)
+    return augmented(batch, config, **PLAIN, seed=seed, epoch=epoch)[0].permute(0, 2, 3, 1)
 
 
 # ---- normalise
@@ -64,7 +72,7 @@ def test_all_off_is_bit_identical_to_normalise() -> None:
     batch = random_batch(6)
     off = AugmentConfig(flip=0.0)
     assert off == AugmentConfig(flip=0.0, crop_scale=1.0, colour=0.0, grey=0.0, erase=0.0, mixup=0.0, cutmix=0.0)
-    x, prob = augment(batch, off, mean=MEAN, std=STD, seed=1, epoch=2)
+    x, prob = augmented(batch, off, seed=1, epoch=2)
     assert torch.equal(x, normalise(batch.x_BHWC, MEAN, STD))
     assert torch.equal(prob, batch.prob_BK)
 
@@ -80,7 +88,7 @@ def test_result_is_float32_channels_last_and_the_batch_is_unchanged(
     config = AugmentConfig(**{**vars(config), "mixup": mixup, "cutmix": cutmix})
     batch, same = random_batch(4), random_batch(4)
     before = torch.get_rng_state()
-    x, prob = augment(batch, config, mean=MEAN, std=STD, seed=0, epoch=0)
+    x, prob = augmented(batch, config)
     assert x.dtype == prob.dtype == torch.float32
     assert x.shape == (4, 3, SIDE, SIDE)
     assert x.is_contiguous(memory_format=torch.channels_last)
@@ -95,10 +103,10 @@ def test_result_is_float32_channels_last_and_the_batch_is_unchanged(
 @given(config=within_rows, seed=st.integers(0, 2**31 - 1), order=st.permutations(range(9)), cut=st.integers(0, 9))
 def test_a_row_is_augmented_alike_in_every_batch(config: AugmentConfig, seed: int, order: list[int], cut: int) -> None:
     batch = random_batch(9)
-    whole, _ = augment(batch, config, mean=MEAN, std=STD, seed=seed, epoch=3)
+    whole, _ = augmented(batch, config, seed=seed, epoch=3)
     for which in (order[:cut], order[cut:]):
         if which:
-            x, prob = augment(part(batch, which), config, mean=MEAN, std=STD, seed=seed, epoch=3)
+            x, prob = augmented(part(batch, which), config, seed=seed, epoch=3)
             assert torch.equal(x, whole[which])
             assert torch.equal(prob, batch.prob_BK[which])
 
@@ -124,6 +132,18 @@ def test_epochs_and_seeds_differ_and_repeat(config: AugmentConfig) -> None:
     for i, one in enumerate(keys):
         for other in keys[:i]:
             assert not torch.equal(results[one], results[other])
+
+
+def test_many_batches_are_decided_at_once_as_each_alone() -> None:
+    config = AugmentConfig(flip=0.5, crop_scale=0.3, colour=0.4, grey=0.2, erase=0.3, mixup=0.4, cutmix=1.0)
+    rows = np.split(np.random.default_rng(0).permutation(9000), [4000, 4100, 4103, 8999])
+    options = {"seed": 1, "epoch": 2, "side": SIDE, "device": torch.device("cpu")}
+    for rows_B, decisions in zip(rows, decide(config, rows, **options), strict=True):
+        (alone,) = decide(config, [rows_B], **options)
+        assert alone.keys() == decisions.keys()
+        assert all(torch.equal(decisions[name], alone[name]) for name in alone)
+        assert {len(value) for value in decisions.values()} == {len(rows_B)}
+    assert list(decide(AugmentConfig(flip=0.0), rows, **options)) == [{}] * len(rows)
 
 
 def test_one_operation_does_not_change_the_draws_of_another() -> None:
@@ -262,7 +282,7 @@ def test_erases_one_rectangle_of_the_mean_colour_as_often_as_asked() -> None:
     batch = Batch(
         torch.full((count, side, side, 3), 200, dtype=torch.uint8), torch.full((count, K), 1 / K), np.arange(count)
     )
-    x, _ = augment(batch, AugmentConfig(flip=0.0, erase=0.5), mean=MEAN, std=STD, seed=0, epoch=0)
+    x, _ = augmented(batch, AugmentConfig(flip=0.0, erase=0.5))
     gone = (x == 0).all(1)
     assert torch.equal(gone, (x == 0).any(1))
     assert torch.equal(x[~gone[:, None].expand_as(x)], normalise(batch.x_BHWC, MEAN, STD)[~gone[:, None].expand_as(x)])
@@ -282,7 +302,7 @@ def test_erases_one_rectangle_of_the_mean_colour_as_often_as_asked() -> None:
 
 def test_mixup_mixes_pixels_and_distributions_by_the_same_share() -> None:
     batch = constant_batch(200, side=4)
-    x, prob = augment(batch, AugmentConfig(flip=0.0, mixup=0.8), **PLAIN, seed=0, epoch=0)
+    x, prob = augmented(batch, AugmentConfig(flip=0.0, mixup=0.8), **PLAIN)
     own = prob.diagonal()
     before = torch.arange(200).roll(1)
     torch.testing.assert_close(prob[torch.arange(200), before], 1 - own)
@@ -295,7 +315,7 @@ def test_mixup_mixes_pixels_and_distributions_by_the_same_share() -> None:
 def test_cutmix_mixes_distributions_by_the_pixels_replaced() -> None:
     count, side = 200, 16
     batch = constant_batch(count, side)
-    x, prob = augment(batch, AugmentConfig(flip=0.0, cutmix=1.0), **PLAIN, seed=0, epoch=0)
+    x, prob = augmented(batch, AugmentConfig(flip=0.0, cutmix=1.0), **PLAIN)
     values = x[:, 0].round().long()
     own, before = torch.arange(count), torch.arange(count).roll(1)
     kept = values == own[:, None, None]
@@ -311,9 +331,9 @@ def test_cutmix_mixes_distributions_by_the_pixels_replaced() -> None:
 def test_mixup_and_cutmix_together_are_one_or_the_other() -> None:
     count = 200
     batch = constant_batch(count)
-    x, prob = augment(batch, AugmentConfig(flip=0.0, mixup=1.0, cutmix=1.0), **PLAIN, seed=0, epoch=0)
-    only_mixup, _ = augment(batch, AugmentConfig(flip=0.0, mixup=1.0), **PLAIN, seed=0, epoch=0)
-    only_cutmix, _ = augment(batch, AugmentConfig(flip=0.0, cutmix=1.0), **PLAIN, seed=0, epoch=0)
+    x, prob = augmented(batch, AugmentConfig(flip=0.0, mixup=1.0, cutmix=1.0), **PLAIN)
+    only_mixup, _ = augmented(batch, AugmentConfig(flip=0.0, mixup=1.0), **PLAIN)
+    only_cutmix, _ = augmented(batch, AugmentConfig(flip=0.0, cutmix=1.0), **PLAIN)
     as_mixup = (x == only_mixup).all(-1).all(-1).all(-1)
     as_cutmix = (x == only_cutmix).all(-1).all(-1).all(-1)
     assert bool((as_mixup | as_cutmix).all())
@@ -325,9 +345,9 @@ def test_mixup_and_cutmix_together_are_one_or_the_other() -> None:
 def test_the_share_a_row_keeps_is_its_own_in_every_batch() -> None:
     batch = constant_batch(12)
     config = AugmentConfig(flip=0.0, mixup=0.5, cutmix=0.5)
-    whole = augment(batch, config, **PLAIN, seed=0, epoch=0)[1].diagonal()
+    whole = augmented(batch, config, **PLAIN)[1].diagonal()
     which = [7, 2, 11, 3]
-    shares = augment(part(batch, which), config, **PLAIN, seed=0, epoch=0)[1][range(4), which]
+    shares = augmented(part(batch, which), config, **PLAIN)[1][range(4), which]
     assert torch.equal(shares, whole[which])
 
 

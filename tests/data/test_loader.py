@@ -1,3 +1,4 @@
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_emotion.data.loader import batches, epoch_order
+from raytune_emotion.data import loader
+from raytune_emotion.data.loader import Resident, batches, epoch_order, place
 from raytune_emotion.data.sample import write_sample
 from raytune_emotion.data.store import Split, pack
 
@@ -25,6 +27,12 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return pack(folder / "faces", folder / "store", image_size=16, workers=1).train
 
 
+def resident(split: Split, device: torch.device) -> Split | Resident:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "_room", lambda device: math.inf)
+        return place(split, device)
+
+
 def threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("loader")]
 
@@ -33,11 +41,15 @@ def rows(*numbers: int) -> npt.NDArray[np.int64]:
     return np.array(numbers, np.int64)
 
 
+@pytest.mark.parametrize("placed", [False, True], ids=["files", "resident"])
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @given(asked=st.lists(st.lists(st.integers(0, N - 1), min_size=1, max_size=7), max_size=6))
-def test_yields_the_rows_asked_for_in_their_order(split: Split, device: torch.device, asked: list[list[int]]) -> None:
+def test_yields_the_rows_asked_for_in_their_order(
+    split: Split, device: torch.device, placed: bool, asked: list[list[int]]
+) -> None:
     # All are kept to the end: a batch must not be overwritten by a later one.
-    got = list(batches(split, (rows(*r) for r in asked), device))
+    source = resident(split, device) if placed else split
+    got = list(batches(source, (rows(*r) for r in asked), device))
     assert [b.rows_B.tolist() for b in got] == asked
     for batch in got:
         assert batch.x_BHWC.device.type == batch.prob_BK.device.type == device.type
@@ -48,8 +60,23 @@ def test_yields_the_rows_asked_for_in_their_order(split: Split, device: torch.de
     assert threads() == []
 
 
-def test_the_caller_may_write_into_a_batch(split: Split) -> None:
-    first, second = batches(split, [rows(3), rows(3)], CPU)
+def test_a_split_is_placed_where_it_may_take_up_so_much(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place(split, CPU) is split
+    monkeypatch.setattr(loader, "_COPIED_AT_ONCE", 7)
+    needed = N * 16 * 16 * 3 / loader._SHARE
+    for room, kind in ((needed - 1, Split), (needed + 1, Resident)):
+        monkeypatch.setattr(loader, "_room", lambda device, room=room: room)
+        placed = place(split, CPU)
+        assert type(placed) is kind
+    assert isinstance(placed, Resident)
+    np.testing.assert_array_equal(placed.x_NHWC.numpy(), split.gather(np.arange(N)))
+    with pytest.raises(IndexError):
+        next(batches(placed, [rows(-1)], CPU))
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["files", "resident"])
+def test_the_caller_may_write_into_a_batch(split: Split, placed: bool) -> None:
+    first, second = batches(resident(split, CPU) if placed else split, [rows(3), rows(3)], CPU)
     first.x_BHWC.zero_()
     first.prob_BK.zero_()
     np.testing.assert_array_equal(second.x_BHWC.numpy(), split.gather(rows(3)))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raytune_emotion.config import RunConfig
+from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop
 from raytune_emotion.learn.checkpoint import LAST, read_history
@@ -157,6 +158,13 @@ def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(store, tmp_path, nam
     assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
     if "plateau" in name:
         assert len({report["lr"] for report in whole}) > 1
+
+
+def test_rows_that_live_on_the_device_give_the_same_numbers(store, monkeypatch):
+    settings = config(train__epochs=1)
+    from_files = run(settings, store)
+    monkeypatch.setattr(loader, "_room", lambda device: math.inf)
+    assert run(settings, store) == from_files
 
 
 def test_seconds_go_on_where_they_were(store, tmp_path):
