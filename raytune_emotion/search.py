@@ -8,22 +8,16 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
 import torch
-from ray._private import services
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from raytune_emotion import mirror
@@ -45,18 +39,18 @@ from raytune_emotion.export import export_trial
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model
-from raytune_emotion.tuning.engine import Event, extend_best, fit_to_cluster, ray_session, run_study
+from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
+from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, ray_session
 from raytune_emotion.tuning.page import REPORT, write_report
 from raytune_emotion.tuning.preview import costs, draw
 from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
-from raytune_emotion.tuning.study import SPEC, StudySpec, TrialRecord, best_first, read_records, read_spec, write_spec
+from raytune_emotion.tuning.study import SPEC, StudySpec, best_first, check_stores, read_records, read_spec, write_spec
 from raytune_emotion.tuning.workers import MAX_FAILURES
 
 DEFAULT_SPACE = Path("search_spaces/quick.yaml")
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
-_CONNECT_S = 10.0
 _DRAWN = 10
 _GENERATED = "generated faces"
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -102,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     results = _fetched(args) if isinstance(args.results, str) else None
     folder, spec = _resumed(args) if args.resume else _new(args)
     uri = mirror.join(results, folder.name) if results else None
-    with ray_session(args.address), _terminated_as_interrupted():
+    with ray_session(args.address), terminated_as_interrupted():
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
         )
@@ -114,54 +108,10 @@ def run(args: argparse.Namespace) -> None:
         write_spec(folder, spec)
         where = f"{mirror.shown(uri)}, worked on in {folder}" if uri else folder
         console.print(f"study {where}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
-        interrupted = False
-        with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
-            try:
-                run_study(folder, spec, placement, uri=uri, time_budget=args.time_budget, watch=watch)
-            except KeyboardInterrupt:
-                interrupted = True
+        interrupted = run_shown(console, folder, spec, placement, uri=uri, time_budget=args.time_budget)
     _conclude(console, folder, spec, results)
     if interrupted:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process, do what Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # Called, not raised: in a Ray job SIGINT is blocked.
-        handler = signal.getsignal(signal.SIGINT)
-        if callable(handler):
-            handler(number, frame)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def check_cluster(address: str | None) -> None:
-    """Whether anything answers where a Ray cluster is said to be.
-
-    Asked first: Ray itself would try for a quarter of an hour, and only once the data are packed.
-
-    Raises:
-        UserError: there is nothing.
-    """
-    if address is None or "://" in address:
-        return
-    try:
-        found = services.canonicalize_bootstrap_address(address)
-        if found is not None:
-            host, port = services.extract_ip_port(found)
-            socket.create_connection((host, int(port)), _CONNECT_S).close()
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "
-            f"leave --address out to start Ray on this machine"
-        ) from None
 
 
 def _preview(console: Console, args: argparse.Namespace) -> None:
@@ -296,12 +246,9 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
             stores = {size: str(store.path) for size, store in moved.items()}
             if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
                 faults.append(f"{args.data}: other data than the study began with; its trials could not be compared")
-    for size, path in stores.items() if args.data is None else ():
+    else:
         with collecting(faults):
-            if not is_store(Path(path)):
-                faults.append(f"{path}: the packed data of the study are gone; name the data with --data")
-            elif open_store(Path(path)).fingerprint != spec.fingerprints[size]:
-                faults.append(f"{path}: has changed since the study began; name its data with --data")
+            check_stores(spec, "name the data with --data")
     if faults:
         raise UserError(faults)
     given = {
@@ -397,48 +344,6 @@ def _fetched(args: argparse.Namespace) -> str:
             data = sample_folder() if spec.data == _GENERATED else Path(spec.data)
             args.data = data if is_store(data) or is_folder(data) else None
     return uri
-
-
-@contextmanager
-def _progress(console: Console, spec: StudySpec, records: list[TrialRecord]) -> Iterator[Callable[[Event], None]]:
-    """A line for each trial that ends, and below them, in a terminal, a bar."""
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
-    running: dict[str, str] = {}
-    ended = {record.trial_id for record in records if record.status != "running"}
-    best = min([spec.baseline["js"], *(record.best["val_js"] for record in records if record.best)])
-
-    def watch(event: Event) -> None:
-        nonlocal best
-        trial_id = event.proposal.trial_id
-        if event.report is not None:
-            best = min(best, event.report["best_val_js"])
-            running[trial_id] = f"{trial_id} {event.report['best_val_js']:.4f}"
-        if event.status != "running":
-            running.pop(trial_id, None)
-            ended.add(trial_id)
-            progress.update(bar, completed=len(ended))
-            progress.console.print(_line(event), highlight=False)
-        progress.update(bar, description=f"best {best:.4f}  running {', '.join(running.values())}")
-
-    with progress:
-        bar = progress.add_task(f"best {best:.4f}", total=spec.trials, completed=len(ended))
-        yield watch
-
-
-def _line(event: Event) -> str:
-    settings = event.proposal.settings
-    what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
-    what += [
-        f"{key.rpartition('.')[2]} {settings[key]:.3g}" for key in ("optim.lr", "train.batch_size") if key in settings
-    ]
-    what += [f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w]
-    if event.report is None:
-        outcome = event.reason
-    else:
-        outcome = f"JS {event.report['best_val_js']:.4f} bits after {event.report['epoch']:g} epochs"
-    return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
 
 
 def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | None) -> None:

@@ -25,7 +25,7 @@ from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_prog
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.learn.package import export_checkpoint
-from raytune_emotion.search import check_cluster
+from raytune_emotion.tuning.console import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
 from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, read_spec, trial_folder
 from raytune_emotion.tuning.trial import DATA, PARAMS, Job, Resources, TrialFailed, train_here

@@ -50,9 +50,12 @@ from raytune_emotion.tuning.study import (
     TrialRecord,
     best_first,
     copy_checkpoint,
+    curves_of,
     drop_checkpoints,
+    joined,
     losers,
     read_records,
+    thinned,
     trial_folder,
     write_tables,
 )
@@ -77,6 +80,9 @@ _LOW_MEMORY = "running low on memory"
 
 #: So many failed trials, and none that did not fail, end a study.
 _HOPELESS = 10
+
+#: The tables are written whole: again only after so many times what the last writing took.
+_TABLES_REST = 20
 
 
 @dataclass(frozen=True)
@@ -198,7 +204,7 @@ def run_study(
                 time_budget_s=time_budget,
                 max_failures=spec.max_failures,
                 stop=_Broken(search),
-                callbacks=[_Smaller()],
+                callbacks=[_Smaller(), _Tables(search)],
                 trial_name_creator=lambda trial: trial.config["name"],
                 trial_dirname_creator=lambda trial: trial.trial_id,
                 # What Tune writes of its own is of no use to us: the study's folder is the record.
@@ -209,12 +215,12 @@ def run_study(
             )
     if search.broken:
         raise Breakdown(f"{search.broken}; the study can be resumed: {mirror.shown(uri) if uri else folder}")
-    records = search.record()
+    search.record()
     in_time = time_budget is None or time.monotonic() - began < time_budget.total_seconds()
     if in_time and not search.is_done():
         # Tune, which has caught it, returns as if all were over.
         raise KeyboardInterrupt
-    return records
+    return read_records(folder, study)
 
 
 def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudySpec:
@@ -268,10 +274,13 @@ class _Search(SearchAlgorithm):
         self._folder, self._spec, self._placement, self._study, self._watch = folder, spec, placement, study, watch
         self._uri = uri
         self._token = uuid.uuid4().hex
-        self._dropped: set[str] = set()  # trials without weights in the mirror
+        self._dropped: set[str] = set()  # trials without weights
         self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
         self._live: dict[str, tuple[Proposal, Trial]] = {}
-        self._ended: dict[str, TrialRecord] = {}
+        self._ended: dict[str, TrialRecord] = {}  # thinned: the driver is not to grow with what was reported
+        self._curves = curves_of(())  # of the ended
+        self._stale = False  # whether the tables lack an ending
+        self._tables_due = 0.0
         self._experiment: Experiment | None = None
         self._parser = _make_parser()
         self._exhausted = False  # the space has no more than what was tried
@@ -282,7 +291,7 @@ class _Search(SearchAlgorithm):
             write_text(folder / DRIVER, self._token)
             # The spec comes last: where it is, there is a study.
             mirror.push(folder, uri, (DRIVER, JOURNAL, SPEC))
-        records = self._read()
+        records = read_records(folder, study)
         self._asked = len(records)
         self.scheduler = make_scheduler(self._most_reports())
         stopped = replay(self.scheduler, records)
@@ -385,27 +394,46 @@ class _Search(SearchAlgorithm):
 
     def _end(self, proposal: Proposal, status: Status, report: Report | None, *, reason: str = "") -> None:
         self._searcher.tell(proposal.trial_id, status, reason=reason)
-        records = self.record()
-        spared = continued(self._study)
-        drop_checkpoints(self._folder, records, spared)
+        self._read()
+        self._stale = True
+        self._push(JOURNAL)
+        lost = losers([*self._ended.values()], continued(self._study))
+        gone = [trial_id for trial_id in lost if trial_id not in self._dropped]
+        drop_checkpoints(self._folder, gone)
         if self._uri is not None:
-            gone = [trial_id for trial_id in losers(records, spared) if trial_id not in self._dropped]
             mirror.delete(self._uri, [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
-            self._dropped.update(gone)
+        self._dropped.update(gone)
         self._watch(Event(proposal, status, report, reason))
         if len(self._ended) >= _HOPELESS and all(record.status == "failed" for record in self._ended.values()):
+            self.record()
             self.broken = f"{len(self._ended)} trials of {len(self._ended)} have failed, the last one: {reason}"
 
-    def record(self) -> list[TrialRecord]:
+    def record_in_time(self) -> None:
+        """Brings the tables up to the endings that they lack, unless they were written just now."""
+        if self._stale and time.monotonic() >= self._tables_due:
+            with self._breaking():
+                self.record()
+
+    def record(self) -> None:
         """Brings the study's tables, and its mirror, up to all that has happened."""
+        began = time.monotonic()
+        running = self._read()
+        write_tables(self._folder, [*self._ended.values(), *running], joined(self._curves, curves_of(running)))
+        self._push(JOURNAL, TRIALS, CURVES)
+        self._stale = False
+        self._tables_due = time.monotonic() + _TABLES_REST * (time.monotonic() - began)
+
+    def _read(self) -> list[TrialRecord]:
+        """Keeps the trials that have ended since it was called before, and returns those that run."""
         if self._uri is not None:
             # What trials of this or other machines have reported.
             running = [t.trial_id for t in asked(self._study) if t.trial_id not in self._ended]
             mirror.pull(self._uri, self._folder, [f"trials/{trial_id}/{HISTORY}" for trial_id in running])
-        records = self._read()
-        write_tables(self._folder, records)
-        self._push(JOURNAL, TRIALS, CURVES)
-        return records
+        records = read_records(self._folder, self._study, self._ended)
+        ended = [record for record in records if record.status != "running"]
+        self._curves = joined(self._curves, curves_of(ended))
+        self._ended |= {record.trial_id: thinned(record) for record in ended}
+        return [record for record in records if record.status == "running"]
 
     def _push(self, *names: str) -> None:
         if self._uri is None:
@@ -416,11 +444,6 @@ class _Search(SearchAlgorithm):
             why = "the study is no longer there" if driver is None else "another search has gone on with this study"
             raise Breakdown(f"{mirror.shown(self._uri)}: {why}")
         mirror.push(self._folder, self._uri, names)
-
-    def _read(self) -> list[TrialRecord]:
-        records = read_records(self._folder, self._study, self._ended)
-        self._ended = {record.trial_id: record for record in records if record.status != "running"}
-        return records
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -451,6 +474,16 @@ def _newest_error(trial: Trial) -> str:
     text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
     lines = text.rpartition("Failure #")[2].strip().splitlines()
     return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
+
+
+class _Tables(tune.Callback):
+    """Has the tables written between Tune's events."""
+
+    def __init__(self, search: _Search) -> None:
+        self._search = search
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._search.record_in_time()
 
 
 class _Broken(tune.Stopper):

@@ -12,10 +12,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -24,6 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from raytune_emotion import mirror
+from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
@@ -98,6 +98,22 @@ def read_spec(folder: Path) -> StudySpec:
     return StudySpec(**known)
 
 
+def check_stores(spec: StudySpec, advice: str) -> None:
+    """Whether the packed data of a study are where they were, and what they were.
+
+    Raises:
+        UserError: they are not; each fault ends with the advice.
+    """
+    faults: list[str] = []
+    for size, path in spec.stores.items():
+        if not is_store(Path(path)):
+            faults.append(f"{path}: the packed data of the study are gone; {advice}")
+        elif open_store(Path(path)).fingerprint != spec.fingerprints[size]:
+            faults.append(f"{path}: has changed since the study began; {advice}")
+    if faults:
+        raise UserError(faults)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrialRecord:
     """One trial of a study, as recorded."""
@@ -141,19 +157,10 @@ def opened(study: Path | str, *patterns: str) -> Iterator[Path]:
             raise UserError(fault.replace(str(folder), mirror.shown(study)) for fault in error.faults) from None
 
 
-def read_records(
-    folder: Path, study: optuna.Study, ended: Mapping[str, TrialRecord] = MappingProxyType({})
-) -> list[TrialRecord]:
-    """Every trial of a study with its reports, in the order of their start.
-
-    Args:
-        folder: of the study.
-        study: Optuna's.
-        ended: trials that had ended when they were read before, by their id; they are not read again.
-    """
+def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:
+    """The trials of a study with their reports, in the order of their start, but for those that are known already."""
     return [
-        ended.get(t.trial_id)
-        or TrialRecord(
+        TrialRecord(
             t.trial_id,
             t.status,
             t.settings,
@@ -162,6 +169,7 @@ def read_records(
             t.continues,
         )
         for t in asked(study)
+        if t.trial_id not in known
     ]
 
 
@@ -200,22 +208,43 @@ def losers(records: list[TrialRecord], spared: Collection[str] = ()) -> list[str
     return [trial_id for trial_id in ended[KEPT:] if trial_id not in spared]
 
 
-def drop_checkpoints(folder: Path, records: list[TrialRecord], spared: Collection[str] = ()) -> None:
-    """Deletes the weights of the losers."""
-    for trial_id in losers(records, spared):
+def drop_checkpoints(folder: Path, trial_ids: Iterable[str]) -> None:
+    """Deletes the weights of trials."""
+    for trial_id in trial_ids:
         for file in trial_folder(folder, trial_id).glob("*.safetensors"):
             file.unlink()
 
 
-def write_tables(folder: Path, records: list[TrialRecord]) -> None:
-    """Writes `trials.csv`, best trial first, and `curves.parquet`."""
+def curves_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
+    """A row a report. It takes a tenth of the memory of the reports themselves."""
+    return pd.DataFrame([{"trial_id": record.trial_id, **report} for record in records for report in record.reports])
+
+
+def joined(*frames: pd.DataFrame) -> pd.DataFrame:
+    """Rows of several frames. An empty one, which knows no types, would change those of the others."""
+    return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
+
+
+def thinned(record: TrialRecord) -> TrialRecord:
+    """A trial with those of its reports alone that its rank and its row in the table need."""
+    kept = [report for report in record.reports if report is record.best or report is record.reports[-1]]
+    return dataclasses.replace(record, reports=tuple(kept))
+
+
+def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame | None = None) -> None:
+    """Writes `trials.csv`, best trial first, and `curves.parquet`.
+
+    Args:
+        folder: of the study.
+        records: of its trials; they may be thinned where `curves` are given.
+        curves: of the same trials.
+    """
     rows = [_row(record) for record in best_first(records)]
     table = pd.DataFrame(rows)
     rest = [column for column in table.columns if column not in _FIRST_COLUMNS]
     write_text(folder / TRIALS, table.reindex(columns=[*_FIRST_COLUMNS, *rest]).to_csv(index=False))
-    curves = pd.DataFrame([{"trial_id": r.trial_id, **report} for r in records for report in r.reports])
     with whole(folder / CURVES) as temporary:
-        curves.to_parquet(temporary, index=False)
+        (curves_of(records) if curves is None else curves).to_parquet(temporary, index=False)
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:

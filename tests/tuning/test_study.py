@@ -16,6 +16,7 @@ from raytune_emotion.tuning.study import (
     TrialRecord,
     best_trial_id,
     drop_checkpoints,
+    losers,
     read_spec,
     trial_folder,
     write_spec,
@@ -124,7 +125,7 @@ def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_
         for name in ("last.safetensors", "best.safetensors"):
             (folder / name).write_bytes(b"weights")
         (folder / "history.jsonl").write_text(json.dumps(record.reports[0]) + "\n")
-    drop_checkpoints(tmp_path, many)
+    drop_checkpoints(tmp_path, losers(many))
     kept = {file.parent.name for file in tmp_path.rglob("*.safetensors")}
     assert kept == {"0005", "0004", "0003", "0006"}
     assert len(kept) == KEPT + 1
