@@ -96,6 +96,9 @@ class TrainConfig:
     evals_per_epoch: int = Field(default=1, ge=1, description="validations, reports and checkpoints an epoch")
     patience: float = Field(default=0.0, ge=0, description="epochs without a better val JS before the end; 0: never")
     grad_clip: float = Field(default=0.0, ge=0, description="largest L2 norm of the gradient; 0: any")
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1, description="a step, of the average of the weights that is validated and kept; 0: none"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the forward and backward pass")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
 

@@ -9,7 +9,7 @@ from raytune_emotion.__main__ import COMMANDS
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn import checkpoint, package
-from raytune_emotion.tuning import page, searcher, study, trial
+from raytune_emotion.tuning import confirmation, page, searcher, study, trial
 
 #: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
 ARGUMENTS = {
@@ -17,6 +17,10 @@ ARGUMENTS = {
         "--data DIR", "--space FILE", "--trials N", "--epochs N", "--concurrency N", "--workers-per-trial N",
         "--gpus-per-worker X", "--results DIR", "--name NAME", "--resume", "--seed N", "--time-budget T",
         "--max-failures N", "--weights-dir DIR", "--skip-bad", "--address ADDRESS", "--dry-run",
+    ),
+    "confirm": (
+        "STUDY", "--top K", "--seeds N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X",
+        "--address ADDRESS",
     ),
     "pack": ("SRC", "DEST", "--image-size N", "--skip-bad", "--classes A,B,C"),
     "train": (
@@ -32,6 +36,7 @@ ARGUMENTS = {
 FILES = {
     "study": ("study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html"),
     "trial": ("params.json", "data.txt", "history.jsonl", "last.safetensors", "best.safetensors"),
+    "confirmation": ("confirmed", "confirmed.csv"),
     "export": ("model.safetensors", "config.json", "metrics.json", "README.md"),
 }
 
@@ -48,8 +53,8 @@ NAMES_OF_SETTINGS = """
     loss.mse loss.l1 loss.kl loss.ce loss.js
     optim.name optim.lr optim.weight_decay optim.momentum optim.schedule optim.warmup_epochs optim.plateau_patience
     optim.plateau_factor
-    train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.precision
-    train.seed
+    train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.ema_decay
+    train.precision train.seed
     augment.flip augment.crop_scale augment.colour augment.grey augment.erase augment.mixup augment.cutmix
 """
 
@@ -83,6 +88,7 @@ def test_the_arguments_of_a_command(verb):
 def test_the_files():
     assert FILES["study"] == (study.SPEC, searcher.JOURNAL, study.TRIALS, study.CURVES, page.REPORT)
     assert FILES["trial"] == (trial.PARAMS, trial.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
+    assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.STANDINGS)
     assert FILES["export"] == (package.WEIGHTS, package.CONFIG, package.METRICS, package.CARD)
 
 

@@ -1,6 +1,7 @@
 """What a run leaves in its folder: its newest state, its best weights, and its reports. Nothing is pickled.
 
-last.safetensors    weights, buffers and optimizer; in the header, as JSON, the settings and every report so far
+last.safetensors    weights, buffers, the averages of both, if any, and optimizer; in the header, as JSON, the settings
+                    and every report so far
 best.safetensors    the weights of the report with the least val_js, under timm's names; in the header, as JSON, that
                     report and the settings that rebuild the model
 history.jsonl       a report a line
@@ -49,10 +50,11 @@ class Best:
     report: Report
 
 
-def save(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
-    """Writes the state at the newest report, its weights again if they are the best, and the report."""
-    weights = {name: _plain(tensor) for name, tensor in model.state_dict().items()}
-    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+def save(
+    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, average: nn.Module | None = None
+) -> None:
+    """Writes the state at the newest report, its weights (their average if any) again if they are the best, and it."""
+    tensors = _state("model", model) | (_state("average", average) if average is not None else {})
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": _plain(value) for name, value in state.items()}
     header = {
@@ -64,7 +66,7 @@ def save(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progres
     _write(folder / LAST, tensors, header)
     report = progress.history[-1]
     if report["best_report"] == report["report"]:
-        _write_best(folder, weights, progress)
+        _write_best(folder, _kept(tensors), progress)
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(_line(report))
 
@@ -85,8 +87,8 @@ def read_progress(folder: Path) -> Progress | None:
         raise _damaged(folder / LAST, error) from error
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Loads the newest state in a folder into a model and its optimizer.
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> None:
+    """Loads the newest state in a folder into a model, its optimizer, and the average of its weights, if any.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -95,6 +97,8 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         with safe_open(folder / LAST, "pt") as file:
             tensors = _tensors(file)
         model.load_state_dict(_below("model.", tensors))
+        if average is not None:
+            average.load_state_dict(_below("average.", tensors))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _below("optimizer.", tensors).items():
@@ -121,7 +125,7 @@ def settle(folder: Path, progress: Progress | None) -> None:
         write_text(folder / HISTORY, lines)
     if progress is not None and history[-1]["best_report"] == history[-1]["report"] and not _has_best(folder, progress):
         with safe_open(folder / LAST, "pt") as file:
-            _write_best(folder, _below("model.", _tensors(file)), progress)
+            _write_best(folder, _kept(_tensors(file)), progress)
 
 
 def read_best(file: Path) -> Best:
@@ -188,6 +192,14 @@ def _header(file: Any, *keys: str) -> list[Any]:
 
 def _tensors(file: Any) -> dict[str, Tensor]:
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _state(name: str, model: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": _plain(tensor) for key, tensor in model.state_dict().items()}
+
+
+def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _below("average.", tensors) or _below("model.", tensors)
 
 
 def _plain(tensor: Tensor) -> Tensor:

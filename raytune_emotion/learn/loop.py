@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +74,7 @@ class Run:
     plan: Plan
     model: nn.Module
     net: nn.Module
+    average: ModelEmaV3 | None
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     loss: losses.Loss
@@ -113,8 +115,9 @@ def fit(
     if is_finished(config, plan, history):
         return
     run = start(config, store, device, plan, fresh=progress is None)
+    average: nn.Module | None = run.average.module if run.average is not None else None
     if folder is not None and progress is not None:
-        checkpoint.restore(folder, run.model, run.optimizer)
+        checkpoint.restore(folder, run.model, run.optimizer, average)
         run.scaler.load_state_dict(progress.scaler)
 
     while not is_finished(config, plan, history):
@@ -122,12 +125,14 @@ def fit(
         train_loss, lr = train_segment(run, history)
         trained = time.perf_counter()
         share_batchnorm(run.model, plan.workers)
-        metrics = evaluate(run.model, run.val, classes=store.classes, device=device)
+        if average is not None:
+            share_batchnorm(average, plan.workers)
+        metrics = evaluate(average or run.model, run.val, classes=store.classes, device=device)
         _check_finite(metrics, plan, history)
         history.append(_report(run, history, train_loss, lr, metrics, began, trained))
         if folder is not None and plan.rank == 0:
             newest = Progress(config.flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
-            checkpoint.save(folder, run.model, run.optimizer, newest)
+            checkpoint.save(folder, run.model, run.optimizer, newest, average)
         if plan.workers > 1:
             # The others wait here, so that what they have yielded is written.
             history[-1] = _with_clocks_of_the_first(history[-1], device)
@@ -191,6 +196,9 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
         )
     # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
+    decay = config.train.ema_decay
+    average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
     net = model
     if plan.workers > 1:
         ids = [device] if device.type == "cuda" else None
@@ -203,7 +211,7 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
     loss = losses.mixture(config.loss.weights)
     # The larger part first, as long as there is the most room.
     train, val = (place(split, device) for split in (store.train, store.val))
-    return Run(config, store, device, plan, model, net, optimizer, scaler, loss, train, val)
+    return Run(config, store, device, plan, model, net, average, optimizer, scaler, loss, train, val)
 
 
 def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
@@ -272,6 +280,8 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad()
+            if run.average is not None:
+                run.average.update(run.model, step=epoch * plan.steps_per_epoch + step + 1)
 
     if plan.workers > 1:
         dist.all_reduce(loss_sum)

@@ -110,7 +110,9 @@ def test_history_is_mended_from_the_last_checkpoint(run, reports, store, found):
 def test_the_best_weights_are_mended_from_the_last_checkpoint(tmp_path, store, found):
     """As after a death between the two: the newest report is the best."""
     older = b""
-    for report in fit(config(train__epochs=20, optim__lr=3e-3), store, device=CPU, folder=tmp_path):
+    for report in fit(
+        config(train__epochs=20, optim__lr=3e-3, train__ema_decay=0.5), store, device=CPU, folder=tmp_path
+    ):
         if report["best_report"] == report["report"] > 1:
             break
         older = (tmp_path / BEST).read_bytes()

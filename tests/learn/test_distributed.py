@@ -26,6 +26,7 @@ COMPARABLE = {
     "optim__lr": 0.05,
     "train__batch_size": 15,
     "train__accumulate": 2,
+    "train__ema_decay": 0.9,
     "augment__colour": 0.5,
     "augment__crop_scale": 0.6,
 }

@@ -14,8 +14,8 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop
-from raytune_emotion.learn.checkpoint import LAST, read_history
-from raytune_emotion.learn.loop import Diverged, baseline, fit, make_plan
+from raytune_emotion.learn.checkpoint import BEST, LAST, read_best, read_history
+from raytune_emotion.learn.loop import Diverged, baseline, evaluate, fit, make_plan
 from raytune_emotion.learn.model import build_model
 
 CPU = torch.device("cpu")
@@ -130,11 +130,12 @@ RESUMED = {
         "train__accumulate": 3,
         "optim__weight_decay": 0.1,
     },
-    "adam, cosine, clipped": {
+    "adam, cosine, clipped, averaged": {
         "optim__name": "adam",
         "optim__schedule": "cosine",
         "optim__warmup_epochs": 0.7,
         "train__grad_clip": 0.5,
+        "train__ema_decay": 0.9,
         "loss__kl": 0.5,
         "loss__js": 0.5,
     },
@@ -187,6 +188,20 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch(store, tmp_path):
     first, third = state(tmp_path / "1"), state(tmp_path / "3")
     for name in first:
         torch.testing.assert_close(first[name], third[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_average_of_the_weights_is_validated_and_kept(store, tmp_path):
+    settings = config(train__epochs=1, train__ema_decay=0.5)
+    (report,) = run(settings, store, tmp_path)
+    last, kept = state(tmp_path), read_best(tmp_path / BEST).weights
+    assert same(kept, {name: last[f"average.{name}"] for name in kept})
+    assert not same(kept, {name: last[f"model.{name}"] for name in kept})
+    model = build_model(settings)
+    model.load_state_dict(kept)
+    assert evaluate(model, store.val, classes=store.classes, device=CPU)["js"] == report["val_js"]
+    # It changes nothing of how the weights themselves are trained.
+    run(config(train__epochs=1), store, tmp_path / "plain")
+    assert same(state(tmp_path / "plain"), {name: last[name] for name in last if not name.startswith("average.")})
 
 
 def test_clipped_gradients_take_small_steps(store, tmp_path):
