@@ -16,6 +16,7 @@ from raytune_emotion.errors import Breakdown, UserError
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
     "search": "find the best model for a set of annotated faces: a study",
+    "confirm": "run a study's best configurations again with fresh seeds",
     "pack": "turn a folder of annotated faces into a packed store",
     "train": "train one configuration, without a search",
     "report": "rebuild the tables and plots of a study",

@@ -7,6 +7,7 @@ from pathlib import Path
 from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.tuning.confirmation import standings, write_standings
 from raytune_emotion.tuning.page import REPORT, write_report
 from raytune_emotion.tuning.searcher import JOURNAL, load_study
 from raytune_emotion.tuning.study import CURVES, TRIALS, opened, read_records, read_spec, write_tables
@@ -22,6 +23,8 @@ def run(args: argparse.Namespace) -> None:
         records = read_records(folder, load_study(folder))
         write_tables(folder, records)
         write_report(folder, spec, records)
+        if spec.confirms is not None:
+            write_standings(folder, standings(spec, records))
         if isinstance(args.study, Path):
             print(folder / REPORT)
         else:

@@ -228,6 +228,10 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     """
     folder = _existing_folder(args)
     spec = read_spec(folder)
+    if spec.confirms is not None:
+        raise UserError(
+            f"{folder}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
+        )
     space = parse_space(spec.space, str(folder / SPEC))
     load_study(folder)
     faults = [

@@ -22,6 +22,8 @@ import ray
 from ray import tune
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion import mirror
@@ -293,7 +295,10 @@ class _Search(SearchAlgorithm):
             mirror.push(folder, uri, (DRIVER, JOURNAL, SPEC))
         records = read_records(folder, study)
         self._asked = len(records)
-        self.scheduler = make_scheduler(self._most_reports())
+        confirming = spec.confirms is not None
+        self.scheduler: TrialScheduler = (
+            FIFOScheduler() if confirming else make_scheduler(self._most_reports())  # type: ignore[no-untyped-call]
+        )
         stopped = replay(self.scheduler, records)
         self._unfinished: deque[str] = deque()
         for record in records:
@@ -397,7 +402,8 @@ class _Search(SearchAlgorithm):
         self._read()
         self._stale = True
         self._push(JOURNAL)
-        lost = losers([*self._ended.values()], continued(self._study))
+        # A confirmation chooses in the end; its trials are few.
+        lost = [] if self._spec.confirms else losers([*self._ended.values()], continued(self._study))
         gone = [trial_id for trial_id in lost if trial_id not in self._dropped]
         drop_checkpoints(self._folder, gone)
         if self._uri is not None:
@@ -476,14 +482,24 @@ def _newest_error(trial: Trial) -> str:
     return next((line for line in lines if _LOW_MEMORY in line), lines[-1])
 
 
-class _Tables(tune.Callback):
-    """Has the tables written between Tune's events."""
+class _Tables(TrialProgressCallback):
+    """Has the tables written between Tune's events.
+
+    It takes the place of Tune's own report of progress, which prints nothing here but would keep every trial.
+    """
 
     def __init__(self, search: _Search) -> None:
+        super().__init__()
         self._search = search
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._search.record_in_time()
+
+    def log_result(self, trial: Trial, result: dict[str, Any], error: bool = False) -> None:
+        pass
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        pass
 
 
 class _Broken(tune.Stopper):

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raytune_emotion.files import whole, write_text
+from raytune_emotion.tuning.confirmation import HEADINGS, standings
 from raytune_emotion.tuning.study import StudySpec, TrialRecord, best_first
 
 REPORT = "report.html"
@@ -43,6 +44,8 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
         rows=rows,
         left_out=max(0, len(ranked) - _ROWS),
         images=images,
+        headings=HEADINGS,
+        standings=standings(spec, records),
     )
     write_text(folder / REPORT, text)
 

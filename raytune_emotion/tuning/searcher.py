@@ -37,6 +37,8 @@ Propose = Callable[[Space, list[FrozenTrial], int], dict[str, Any] | None]
 
 JOURNAL = "optuna.journal"
 OBJECTIVE = "best_val_js"
+#: The attribute of an Optuna trial that repeats a configuration of another study: the trial there that had it first.
+CONFIRMS = "confirms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Asked:
     settings: dict[str, Any]
     reason: str  # why it failed, or ""
     continues: str | None
+    confirms: str | None  # the trial of another study whose configuration it repeats
 
 
 class Searcher:
@@ -93,10 +96,13 @@ class Searcher:
             self._settle(optuna.Trial(self._study, torn._trial_id), self._seed_of(settled))
 
     def _settle(self, trial: optuna.Trial, seed: int) -> Proposal:
-        # For what a start point leaves out.
-        self._study.sampler = RandomSampler(seed=seed)
-        settings = self._space.suggest(trial)
-        trial.set_user_attr(SETTINGS, settings)
+        # In a confirmation they are there already.
+        settings = trial.user_attrs.get(SETTINGS)
+        if settings is None:
+            # For what a start point leaves out.
+            self._study.sampler = RandomSampler(seed=seed)
+            settings = self._space.suggest(trial)
+            trial.set_user_attr(SETTINGS, settings)
         return self._opened(trial, settings)
 
     def _seed_of(self, number: int) -> int:
@@ -151,6 +157,7 @@ def asked(study: optuna.Study) -> list[Asked]:
             trial.user_attrs.get(SETTINGS, {}),
             trial.user_attrs.get("reason", ""),
             trial.user_attrs.get("continues"),
+            trial.user_attrs.get(CONFIRMS),
         )
         for trial in study.get_trials(deepcopy=False)
         if trial.state != TrialState.WAITING

@@ -34,7 +34,7 @@ def make_scheduler(most_reports: int) -> ASHAScheduler:
     )
 
 
-def replay(scheduler: ASHAScheduler, records: Sequence[TrialRecord]) -> set[str]:
+def replay(scheduler: TrialScheduler, records: Sequence[TrialRecord]) -> set[str]:
     """Fills a new scheduler's rungs with what trials have reported, in the order of time.
 
     Ray's own restoring forgets the rungs of a scheduler.

@@ -60,6 +60,7 @@ class StudySpec:
     weights_dir: str | None
     space: dict[str, Any]  # the YAML space, whole
     baseline: dict[str, float]  # metrics of predicting the training mean
+    confirms: dict[str, float] | None = None  # of a confirmation: trials of the study above it, and their best JS, bits
 
     def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The complete settings of a trial, of which the space chose some."""
@@ -67,7 +68,7 @@ class StudySpec:
             "data.image_size": chosen.get("data.image_size", min(self.stores)),
             "data.classes": list(self.classes),
             "train.epochs": self.epochs,
-            "train.seed": self.seed,
+            "train.seed": self.seed if self.confirms is None else chosen["train.seed"],
         }
         return {**chosen, **own, **({"model.weights_dir": self.weights_dir} if self.weights_dir else {})}
 
@@ -124,6 +125,7 @@ class TrialRecord:
     reason: str
     reports: tuple[Report, ...]
     continues: str | None = None  # the trial that it went on from, whose reports are its own first
+    confirms: str | None = None  # the trial of another study whose configuration it repeats
 
     @property
     def best(self) -> Report | None:
@@ -167,6 +169,7 @@ def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ())
             t.reason,
             tuple(read_history(trial_folder(folder, t.trial_id))),
             t.continues,
+            t.confirms,
         )
         for t in asked(study)
         if t.trial_id not in known
@@ -263,6 +266,7 @@ def _row(record: TrialRecord) -> dict[str, Any]:
         "accumulate": last.get("accumulate"),
         **record.settings,
         "continues": record.continues,
+        **({"confirms": record.confirms} if record.confirms else {}),
         "reason": record.reason,
     }
 

@@ -1,0 +1,168 @@
+"""The command confirm: what it refuses, and a confirmation that is interrupted, gone on with and extended."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import statistics
+
+import pandas as pd
+import pytest
+
+from raytune_emotion import confirm
+from raytune_emotion.learn.package import load_package
+from raytune_emotion.tuning.confirmation import best_configurations, standings
+from raytune_emotion.tuning.engine import job_of
+from raytune_emotion.tuning.searcher import Searcher, create_study, load_study
+from raytune_emotion.tuning.space import parse_space
+from raytune_emotion.tuning.study import TrialRecord, read_records, read_spec, write_spec
+from raytune_emotion.tuning.trial import train_here
+from tests.test_search import exit_code, refusal, write_study
+from tests.tuning.test_study import report, spec_of
+
+
+@pytest.fixture(scope="module")
+def study(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searched") / "study"
+    write_study(folder, store, trials=3, epochs=2)
+    return folder
+
+
+@pytest.fixture
+def refused(study, tmp_path, capsys, monkeypatch):
+    """Runs a confirmation that must be refused before Ray is started, of a copy of the study."""
+    monkeypatch.setattr(confirm, "ray_session", lambda address: pytest.fail("nothing is refused"))
+    shutil.copytree(study, tmp_path / "study")
+    return lambda *argv, of="study": refusal(capsys, [tmp_path], "confirm", tmp_path / of, *argv)
+
+
+def a_run(trial_id, confirms, js, status="complete"):
+    return TrialRecord(trial_id, status, {}, "", (report(1, js),), confirms=confirms)
+
+
+def test_configurations_stand_by_their_means_and_those_that_fail_come_later(store):
+    spec = spec_of(store, confirms={"0003": 0.20, "0001": 0.21, "0007": 0.22, "0009": 0.23})
+    records = [
+        *(a_run(f"000{i}", "0003", js) for i, js in enumerate((0.30, 0.26, 0.34))),
+        *(a_run(f"001{i}", "0001", js) for i, js in enumerate((0.27, 0.31, 0.28, 0.30))),
+        a_run("0020", "0007", 0.1),
+        a_run("0021", "0007", 0.1, "failed"),
+        a_run("0030", "0009", 0.1, "running"),
+    ]
+    first, second, third, fourth = standings(spec, records)
+    assert [s.trial_id for s in (first, second, third, fourth)] == ["0001", "0003", "0007", "0009"]
+    assert first.mean == pytest.approx(0.29)
+    assert first.standard_error == pytest.approx(statistics.stdev((0.27, 0.31, 0.28, 0.30)) / 2)
+    assert first.median.trial_id == "0013"  # of an even number, the worse in the middle
+    assert second.median.trial_id == "0000"
+    assert first.in_words == "0.2900 ± 0.0091 bits (mean and standard error over 4 seeds)"
+    assert (third.cells, third.in_words) == (["0007", "0.1000", "", "1", "1", "0.2200"], "0.1000 bits (one seed)")
+    assert fourth.cells == ["0009", "", "", "0", "0", "0.2300"]
+
+
+def test_a_configuration_is_confirmed_once():
+    def searched(trial_id, lr, js, status="complete"):
+        return TrialRecord(trial_id, status, {"optim.lr": lr}, "", (report(1, js),))
+
+    records = [
+        searched("0000", 1e-3, 0.30), searched("0001", 1e-2, 0.25), searched("0002", 1e-3, 0.20),
+        searched("0003", 1e-4, 0.10, "failed"), TrialRecord("0004", "running", {}, "", ()),
+        searched("0005", 1e-5, 0.40, "pruned"),
+    ]  # fmt: skip
+    assert [r.trial_id for r in best_configurations(records, 2)] == ["0002", "0001"]
+    assert [r.trial_id for r in best_configurations(records, 9)] == ["0002", "0001", "0005"]
+
+
+def test_what_cannot_be_confirmed(refused, study, store, tmp_path):
+    assert refused(of="none") == [
+        f"{tmp_path / 'none'}: no study.yaml in it, so it is no study; name a folder that a search has made"
+    ]
+    assert refused("--top=0")[0].startswith("argument --top")
+    assert refused("--address=nonsense")[0].startswith("--address nonsense: no Ray cluster answers there")
+    spec = read_spec(study)
+    write_spec(tmp_path / "study", dataclasses.replace(spec, stores={32: "/gone"}))
+    (told,) = refused()
+    assert told.startswith("/gone: the packed data of the study are gone; tell where they are by `python -m raytune_em")
+    write_spec(tmp_path / "study", dataclasses.replace(spec, confirms={"0000": 0.3}))
+    assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study that it lies in"]
+    write_spec(tmp_path / "study", spec)
+    (tmp_path / "study" / "confirmed").mkdir()
+    write_spec(tmp_path / "study" / "confirmed", dataclasses.replace(spec, epochs=1, confirms={}))
+    (told,) = refused()
+    assert "confirmed: its runs are of 1 epochs, and trials of the study now of 2; move it away to confirm" in told
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    create_study(begun, parse_space(spec.space))
+    write_spec(begun, spec)
+    assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
+
+
+def test_a_study_at_a_uri_is_refused(capsys):
+    assert refusal(capsys, [], "confirm", "s3://key:secret@bucket/results/first") == [
+        "s3://***@bucket/results/first: a study at a URI cannot be confirmed there; copy it to a folder"
+    ]
+
+
+def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster, tmp_path, capsys, monkeypatch):
+    # Ray can be started only once in a process, and has been.
+    monkeypatch.setattr(confirm, "ray_session", lambda address: contextlib.nullcontext())
+    folder = study / "confirmed"
+
+    def run_one_epoch(console, folder, spec, placement):
+        proposal = Searcher(load_study(folder), parse_space(spec.space), seed=spec.seed).ask()
+        with contextlib.closing(train_here(job_of(folder, spec, placement.resources, proposal))) as reports:
+            next(reports)
+        return True
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(confirm, "run_shown", run_one_epoch)
+        assert exit_code(["confirm", study, "--top", 2, "--seeds", 1, "--concurrency", 1]) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    begun = {file.parent.name: file.read_bytes() for file in folder.glob("trials/*/history.jsonl")}
+    assert not (folder / "best").exists()
+
+    assert exit_code(["confirm", study, "--top", 2, "--seeds", 2, "--concurrency", 1]) == 0
+    out = capsys.readouterr().out
+    searched = {r.trial_id: r for r in read_records(study, load_study(study))}
+    records = read_records(folder, load_study(folder))
+    assert all((folder / "trials" / id_ / "history.jsonl").read_bytes().startswith(text) for id_, text in begun.items())
+    top = sorted(searched.values(), key=lambda r: r.best["val_js"])[:2]
+    for record in records:
+        assert (record.status, len(record.reports)) == ("complete", 2), "nothing is stopped"
+        seed = record.settings["train.seed"]
+        assert record.settings == {**searched[record.confirms].settings, "train.seed": seed}
+        trained = json.loads((folder / "trials" / record.trial_id / "params.json").read_text())
+        assert (trained["train.seed"], trained["train.epochs"]) == (seed, 2)
+        assert (folder / "trials" / record.trial_id / "best.safetensors").exists()
+    asked = [(r.confirms, r.settings["train.seed"]) for r in records]
+    # Seed by seed, none of them the study's own.
+    assert asked == [(r.trial_id, seed) for seed in (1, 2) for r in top]
+    assert len({r.best["val_js"] for r in records}) == 4
+
+    table = pd.read_csv(folder / "confirmed.csv", dtype={"trial_id": str})
+    assert set(table.trial_id) == {r.trial_id for r in top}
+    winner = table.iloc[0]
+    runs = sorted((r for r in records if r.confirms == winner.trial_id), key=lambda r: r.best["val_js"])
+    assert winner.mean_js == pytest.approx(statistics.fmean(r.best["val_js"] for r in runs))
+    assert winner.mean_js == table.mean_js.min()
+    assert winner.searched_js == searched[winner.trial_id].best["val_js"]
+    exported = json.loads((folder / "best" / "metrics.json").read_text())
+    assert exported["val_js"] == runs[1].best["val_js"], "the one in the middle"
+    assert (exported["confirmed_mean_js"], exported["confirmed_seeds"]) == (winner.mean_js, 2)
+    words = f"{winner.mean_js:.4f} ± {winner.standard_error:.4f} bits (mean and standard error over 2 seeds)"
+    assert words in (folder / "best" / "README.md").read_text()
+    assert f"best mean   {words}, trial {winner.trial_id} of the search" in out
+    assert load_package(folder / "best").image_size == 32
+    page = (folder / "report.html").read_text()
+    assert f"<td>{winner.trial_id}</td><td>{winner.mean_js:.4f}</td><td>{winner.standard_error:.4f}</td>" in page
+
+    # The record says it all again.
+    before = (folder / "confirmed.csv").read_bytes()
+    (folder / "confirmed.csv").unlink()
+    assert exit_code(["report", folder]) == 0
+    assert (folder / "confirmed.csv").read_bytes() == before
+    (told,) = refusal(capsys, [study], "search", "--resume", "--results", study, "--name", "confirmed")
+    assert told == f"{folder}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {study}`"
+    # Nothing is left to do, and nothing is done.
+    assert exit_code(["confirm", study, "--top", 1, "--seeds", 1]) == 0
+    assert read_records(folder, load_study(folder)) == records
