@@ -1,9 +1,19 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
+import fcntl
+import glob
 import os
+import shutil
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from raytune_emotion.errors import UserError
+
+_STALE_SECONDS = 60
 
 
 @contextlib.contextmanager
@@ -25,3 +35,99 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, or replaces it, in one step."""
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(dest: Path) -> Iterator[Path]:
+    """A folder beside dest to write into, which becomes dest when the block ends well and else goes away.
+
+    Raises:
+        UserError: dest exists, before or after the block; or nothing can be written beside it.
+    """
+    ours = f".{dest.name}.{socket.gethostname()}."
+    folder = dest.parent / f"{ours}{uuid.uuid4().hex[:12]}.part"
+    with _telling_whether(dest):
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        sweep(dest.parent, _STALE_SECONDS, glob.escape(ours) + "*.part")
+        folder.mkdir()
+    try:
+        # Held while this process lives, so that what a killed one left can be told from what is in use.
+        with _locked(folder):
+            yield folder
+        _become(dest, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(dest: Path) -> Iterator[Path]:
+    """A folder beside dest to write into, which becomes dest when the block ends well.
+
+    It goes away when the block finds the user's input to be wrong. When it breaks off otherwise, or is killed, the
+    folder stays, and the next attempt gets it with what is in it. One process at a time is in the block; others wait.
+
+    Raises:
+        UserError: dest exists, before or after the block or the wait; or nothing can be written beside it.
+    """
+    folder = dest.parent / f".{dest.name}.part"
+    with contextlib.ExitStack() as stack:
+        while True:
+            with _telling_whether(dest):
+                folder.mkdir(parents=True, exist_ok=True)
+            # Whoever held the lock has renamed the folder, or removed it.
+            with contextlib.suppress(FileNotFoundError):
+                lock = stack.enter_context(_locked(folder))
+                if os.path.samestat(folder.stat(), os.fstat(lock)):
+                    break
+        try:
+            yield folder
+            _become(dest, folder)
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
+    """Removes what processes that were killed have left of folders, and have not touched for so long."""
+    for folder in parent.glob(pattern):
+        with contextlib.suppress(OSError), _locked(folder, fcntl.LOCK_NB):
+            if time.time() - folder.stat().st_mtime > seconds:
+                shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _telling_whether(dest: Path) -> Iterator[None]:
+    if os.path.lexists(dest):
+        raise _exists(dest)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
+
+
+def _become(dest: Path, folder: Path) -> None:
+    try:
+        folder.rename(dest)
+    except OSError:
+        if dest.exists():
+            raise _exists(dest) from None
+        raise
+
+
+def _exists(dest: Path) -> UserError:
+    return UserError(f"{dest}: exists already; name another destination, or remove it")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int = 0) -> Iterator[int]:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | how)
+        except OSError:
+            if how:
+                raise
+            # A file system without locks: it is never swept, and two at a time write the same to it.
+        yield fd
+    finally:
+        os.close(fd)

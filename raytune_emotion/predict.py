@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from raytune_emotion.__main__ import command_main
-from raytune_emotion.data.affectnet import decode_image
 from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.images import decode_image
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.package import Package, load_package
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from raytune_emotion.__main__ import command_main
-from raytune_emotion.data.store import open_store
+from raytune_emotion.data.store import open_store, pack
 from raytune_emotion.emotions import EMOTIONS
 from tests.data.test_affectnet import write_folder, write_row
 
@@ -77,9 +77,34 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
+def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):
+    dest = tmp_path / "stores"
+    assert command_main("pack", [str(folder), str(dest), "--image-size", "32", "16", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{dest}: 6 images to train on and 3 to validate on"
+    assert [line.partition(",")[0] for line in lines[1:4]] == ["16 px", "24 px", "32 px"]
+    assert lines[-1] == f"next: python -m raytune_emotion.search --data {dest}"
+    for size in (16, 24, 32):
+        alone = pack(folder, tmp_path / f"alone{size}", image_size=size)
+        assert open_store(dest / f"{size}px").fingerprint == alone.fingerprint
+        for file in alone.path.iterdir():
+            assert (dest / f"{size}px" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_store_is_packed_to_a_uri(folder, tmp_path, capsys):
+    uri = (tmp_path / "there").as_uri()
+    command = [str(folder), uri, "--image-size", "16", "24"]
+    assert command_main("pack", command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: python -m raytune_emotion.search --data {uri}"
+    assert open_store(tmp_path / "there" / "24px").image_size == 24
+    assert command_main("pack", command) == 2
+    assert capsys.readouterr().err.startswith(f"error: {uri}/16px: exists already")
+
+
+def test_ctrl_c_ends_it_and_another_attempt_goes_on(tmp_path):
     folder = write_folder(tmp_path / "faces", train=400)
     dest = tmp_path / "out" / "store"
+    done = tmp_path / "out" / ".store.part" / ".done"
     command = [sys.executable, "-m", "raytune_emotion.pack", str(folder), str(dest), "--image-size", "1024"]
     with subprocess.Popen(
         command,
@@ -91,7 +116,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
     ) as process:
         try:
             deadline = time.monotonic() + 60
-            while not list((tmp_path / "out").glob(".store.*.part/val-*.arrow")):
+            while not (done.is_file() and len(done.read_text().splitlines()) > 1):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
@@ -99,5 +124,6 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path):
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
-    assert list((tmp_path / "out").iterdir()) == []
+    said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
+    assert (process.returncode, out, err) == (130, "", said)
+    assert list((tmp_path / "out").iterdir()) == [done.parent]

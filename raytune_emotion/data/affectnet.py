@@ -12,19 +12,16 @@ import hashlib
 import math
 import os
 import statistics
-import warnings
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
-import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
+from raytune_emotion.data.images import FORMATS
+from raytune_emotion.data.pool import Map
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 
@@ -35,25 +32,9 @@ SUM_TOLERANCE = 1e-3
 
 _ANNOTATION = "_prob_rank.txt"
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp"})
-# What files with these endings turn out to hold; any other decoder of PIL (one calls Ghostscript) stays shut.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 _NAMED = 10  # faults of one kind that a sentence names
 _SIZES_READ = 100  # images whose headers tell a folder's size
 _ANNOTATIONS_PER_TASK = 2048
-
-# How to turn a picture upright, by its EXIF orientation.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-#: `map`, or a parallel one that keeps the order.
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 class Kind(Enum):
@@ -188,63 +169,6 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     return values
 
 
-def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8]:
-    """A picture as the models see it: upright, RGB, transparency over white, squeezed to a square.
-
-    The whole picture is kept and squeezed, not cropped: faces come as boxes around the face that are nearly
-    square, and what a crop would cut off, brow and chin, is where the expression is.
-
-    Returns:
-        [H, W, 3], uint8, H = W = image_size.
-
-    Raises:
-        UserError: the file cannot be read or decoded whole.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Odd metadata, and pictures of more than 90 megapixels, are no reason to refuse a picture.
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=_FORMATS) as image:
-                return np.asarray(_square(image, image_size))
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"{file}: no picture in JPEG, PNG, BMP, GIF or WebP format") from error
-    except Exception as error:  # PIL raises what its decoders happen to: OSError, SyntaxError, struct.error, ...
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{file}: the picture cannot be decoded ({what or type(error).__name__})") from error
-
-
-@dataclass(frozen=True)
-class DecodeTask:
-    files: Sequence[str]
-    image_size: int
-    into: tuple[str, int] | None  # file and byte offset for the pixels; None: only try
-
-
-def decode_images(task: DecodeTask) -> list[bytes | Flaw]:
-    """Decodes pictures and writes their pixels one after the other; one that is at fault leaves a gap.
-
-    Returns:
-        For each file the CRC-32 of its pixels, or what is wrong with it.
-    """
-    pixels = np.zeros((len(task.files), task.image_size, task.image_size, 3), np.uint8)
-    results: list[bytes | Flaw] = []
-    for file, row in zip(task.files, pixels, strict=True):
-        try:
-            row[:] = decode_image(Path(file), task.image_size)
-            # Enough for pixels that nobody forges, where SHA-256 would take a third of the time of decoding.
-            results.append(zlib.crc32(row.data).to_bytes(4, "big"))
-        except UserError as error:
-            results.append(Flaw(Kind.UNDECODABLE, str(error).removeprefix(f"{file}: ")))
-    if task.into is not None:
-        path, offset = task.into
-        with Path(path).open("r+b") as out:
-            out.seek(offset)
-            out.write(pixels.data)
-    return results
-
-
 def native_size(root: Path, most: int) -> int:
     """The side at which a folder's images lose nothing: the median of their shorter sides, px, at most `most`.
 
@@ -258,7 +182,7 @@ def native_size(root: Path, most: int) -> int:
     names = sorted(name for name in _names(folder) if _image_id(name))
     sides = []
     for name in names[:: max(1, len(names) // _SIZES_READ)]:
-        with contextlib.suppress(OSError, ValueError), Image.open(folder / name, formats=_FORMATS) as image:
+        with contextlib.suppress(OSError, ValueError), Image.open(folder / name, formats=FORMATS) as image:
             sides.append(min(image.size))
     return max(16, min(most, int(statistics.median(sides)))) if sides else most
 
@@ -414,35 +338,3 @@ def _is_number(field: str) -> bool:
 
 def _named(values: Sequence[float], classes: Sequence[str], picked: Callable[[float], bool]) -> str:
     return ", ".join(f"{v:g} for {c}" for v, c in zip(values, classes, strict=True) if picked(v))
-
-
-def _square(image: Image.Image, side: int) -> Image.Image:
-    # JPEG decodes at 1/2, 1/4 or 1/8 for much less: on portraits of 512 to 1200 px to 48 to 224 px, decoding to no
-    # less than three times the side is 2 to 5 times as fast and differs from the full decoding by 0.15 to 0.5 of
-    # 255 in the mean, 7 at most (twice the side: 1.3 and 16). The box keeps the fraction of a pixel at the edge.
-    whole = image.size
-    draft = image.draft(None, (3 * side, 3 * side))
-    box = draft[1] if draft and image.size != whole else None
-    image.load()
-    picture: Image.Image = image
-    if picture.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
-    elif picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    elif picture.mode == "1":
-        picture = picture.convert("L")
-    elif picture.mode not in ("L", "RGB"):
-        picture = picture.convert("RGB")
-    if box is not None or picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC, box=box)
-    if (way := _UPRIGHT.get(_orientation(image))) is not None:
-        picture = picture.transpose(way)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # EXIF that is damaged tells no way up; the picture itself is whole
-        return 1

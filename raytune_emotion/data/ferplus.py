@@ -23,9 +23,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from raytune_emotion.data.affectnet import SPLITS
-from raytune_emotion.data.store import whole_folder
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.files import whole_folder
 
 #: FER+'s name of an emotion, in the order of its columns: ours.
 NAMES = {

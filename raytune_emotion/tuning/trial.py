@@ -55,7 +55,7 @@ class Job:
 
     name: str  # readable, for the dashboard
     folder: str
-    store: str
+    store: str  # folder, or URI from which each machine fetches it
     settings: dict[str, Any]
     resources: Resources
     mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
@@ -113,7 +113,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
             write_text(folder / DATA, job.store + "\n")
         writer = stack.enter_context(SummaryWriter(str(folder))) if first else None
-        store = open_store(Path(job.store))
+        store = open_store(job.store)
         reports = stack.enter_context(contextlib.closing(fit(config, store, device=device, folder=folder)))
         try:
             for report in reports:

@@ -1,4 +1,5 @@
 import csv
+import functools
 import json
 import multiprocessing
 import os
@@ -15,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data import store as store_module
-from raytune_emotion.data.affectnet import Kind, decode_image, scan
-from raytune_emotion.data.store import Split, cache_folder, is_store, open_store, pack, prepare, whole_folder
+from raytune_emotion.data import images, packing
+from raytune_emotion.data.affectnet import Kind, scan
+from raytune_emotion.data.images import decode_image
+from raytune_emotion.data.store import Split, cache_folder, is_store, open_store, pack, prepare
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from tests.data.test_affectnet import UNIFORM, picture, write_folder, write_row
@@ -36,7 +38,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    monkeypatch.setattr(packing, "_TASK_ROWS", 1)
 
 
 def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
@@ -70,9 +73,10 @@ def test_the_number_of_workers_and_of_shards_changes_nothing(folder, tmp_path, m
     assert one.fingerprint == two.fingerprint
     for file in sorted(path.name for path in one.path.iterdir()):
         assert (one.path / file).read_bytes() == (two.path / file).read_bytes()
-    monkeypatch.setattr(store_module, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    monkeypatch.setattr(packing, "_TASK_ROWS", 1)
     sharded = pack(folder, tmp_path / "sharded", image_size=16, workers=1)
-    assert [len(shard) for shard in sharded.train.shards] == [2, 3, 3]
+    assert [len(shard) for shard in sharded.train.shards] == [3, 3, 2]
     assert sharded.fingerprint == one.fingerprint
 
 
@@ -158,6 +162,44 @@ def spoil(folder):
     }
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "a picture is mended", "a row is added", "the last line is torn"])
+def test_an_attempt_that_was_killed_is_gone_on_with(folder, tmp_path, small_shards, monkeypatch, meanwhile):
+    decoded = []
+
+    def decode(file, sides, *, fails_at=None, real=images._decode):
+        if len(decoded) == fails_at:
+            raise KeyboardInterrupt
+        decoded.append(file.name)
+        return real(file, sides)
+
+    monkeypatch.setattr(images, "_decode", functools.partial(decode, fails_at=6))
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "store", image_size=16, workers=1)
+    (part,) = tmp_path.glob(".store.*")
+    (part / "val-00007.arrow").touch()
+    before = list(decoded)
+    expected = {path.name for path in folder.glob("*/images/*")} - set(before)
+    if meanwhile == "a picture is mended":
+        picture(77).save(folder / "train_set/images/2.png")
+        expected |= {"2.png"}
+    elif meanwhile == "a row is added":
+        write_row(folder, "train", "20")  # before the fourth
+        expected = {path.name for path in folder.glob("*/images/*")} - {"0.png", "1.png", "2.png"}
+    elif meanwhile == "the last line is torn":
+        (part / ".done").write_text((part / ".done").read_text()[:-3])
+        expected |= {before[-1]}
+
+    decoded.clear()
+    monkeypatch.setattr(images, "_decode", decode)
+    packed = pack(folder, tmp_path / "store", image_size=16, workers=1)
+    assert set(decoded) == expected
+    fresh = pack(folder, tmp_path / "fresh", image_size=16, workers=1)
+    assert packed.fingerprint == fresh.fingerprint
+    assert {f.name: f.read_bytes() for f in packed.path.iterdir()} == {
+        f.name: f.read_bytes() for f in fresh.path.iterdir()
+    }
+
+
 def test_all_faults_are_told_at_once_and_nothing_is_left(folder, tmp_path):
     expected = spoil(folder)
     assert set(expected) == set(Kind)
@@ -234,52 +276,7 @@ def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_full(folder, tmp_path):
     with pytest.raises(UserError, match=r"the store takes [\d,.]+ GB and [\d,.]+ GB are free"):
-        store_module._check_space(tmp_path, 10**18)
-
-
-# Folders that are whole or not there
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_breaks_off_leaves_nothing(tmp_path, error):
-    def break_off():
-        with whole_folder(tmp_path / "a" / "dest") as folder:
-            (folder / "half").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        break_off()
-    assert list((tmp_path / "a").iterdir()) == []
-
-
-def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
-    def lose_the_race():
-        with whole_folder(tmp_path / "dest"):
-            (tmp_path / "dest").mkdir()
-            (tmp_path / "dest" / "theirs").touch()
-
-    with pytest.raises(UserError, match="exists already"):
-        lose_the_race()
-    assert [path.name for path in tmp_path.rglob("*")] == ["dest", "theirs"]
-
-
-def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "_STALE_SECONDS", -1)
-    script = (
-        "import os, pathlib, sys\n"
-        "from raytune_emotion.data.store import whole_folder\n"
-        "with whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'half').touch()\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "dest")], check=False)
-    (left,) = tmp_path.iterdir()
-    assert left.name.endswith(".part")
-    with whole_folder(tmp_path / "dest") as first:
-        assert not left.exists()
-        store_module._sweep(tmp_path, first.name[:10])
-        assert first.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["dest"]
+        packing.check_space(tmp_path, 10**18)
 
 
 def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path):
