@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,9 @@ from raytune_emotion.__main__ import (
     plain_name,
     positive,
 )
-from raytune_emotion.config import DataConfig, RunConfig
-from raytune_emotion.data.affectnet import count_images, is_folder, native_size
+from raytune_emotion.config import RunConfig
 from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import Store, cache_folder, is_store, open_store, prepare
+from raytune_emotion.data.store import Store, cache_folder, check_data, count_rows, is_store, own_size, prepare_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
 from raytune_emotion.learn.checkpoint import HISTORY
@@ -58,7 +58,12 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="AffectNetFused folder or packed store (default: generated faces)")
+    add(
+        "--data",
+        type=mirror.place,
+        metavar="DIR",
+        help="AffectNetFused folder, or packed store in a folder or at a URI (default: generated faces)",
+    )
     add("--space", type=Path, metavar="FILE", help="the search space, YAML (default: search_spaces/quick.yaml)")
     add("--trials", type=positive, metavar="N", help=f"trials in all (default: {DEFAULT_TRIALS})")
     add("--epochs", type=positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
@@ -122,10 +127,10 @@ def _preview(console: Console, args: argparse.Namespace) -> None:
         space = _space(args.space or DEFAULT_SPACE, args)
     with collecting(faults):
         data = args.data or sample_folder()
-        rows = len(open_store(data).train) if is_store(data) else count_images(data)
+        check_data(data)
     if faults:
         raise UserError(faults)
-    sizes = _sizes(data, space)
+    rows, sizes = count_rows(data), _sizes(data, space)
     _check_backbones(space, sizes)
 
     settings = Table("setting", "is", box=box.SIMPLE, title="the space", title_justify="left")
@@ -176,9 +181,9 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
         check_cluster(args.address)
     with collecting(faults):
         space = _space(path, args)
-    if args.data and not is_store(args.data) and not is_folder(args.data):
+    if args.data:
         with collecting(faults):
-            prepare(args.data, image_size=None)  # says what it lacks
+            check_data(args.data)
     if faults:
         raise UserError(faults)
 
@@ -195,8 +200,8 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
         workers_per_trial=args.workers_per_trial or 1,
         gpus_per_worker=args.gpus_per_worker,
         max_failures=MAX_FAILURES if args.max_failures is None else args.max_failures,
-        data=str(args.data.absolute()) if args.data else _GENERATED,
-        stores={size: str(store.path) for size, store in stores.items()},
+        data=(args.data if isinstance(args.data, str) else str(args.data.absolute())) if args.data else _GENERATED,
+        stores={size: store.place for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
         classes=first.classes,
         weights_dir=space.fixed.get("model.weights_dir"),
@@ -247,7 +252,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     if args.data is not None:
         with collecting(faults):
             moved = _stores(args.data, space, skip_bad=args.skip_bad)
-            stores = {size: str(store.path) for size, store in moved.items()}
+            stores = {size: store.place for size, store in moved.items()}
             if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
                 faults.append(f"{args.data}: other data than the study began with; its trials could not be compared")
     else:
@@ -268,19 +273,16 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     return folder, dataclasses.replace(spec, stores=stores, **given)
 
 
-def _stores(data: Path, space: Space, *, skip_bad: bool) -> dict[int, Store]:
+def _stores(data: Path | str, space: Space, *, skip_bad: bool) -> dict[int, Store]:
     """The packed store for each image size of a space; its own size where the space names none."""
     classes = space.possible("data.classes")
     options = {"classes": tuple(classes[0])} if classes else {}
-    stores = [prepare(data, image_size=size, skip_bad=skip_bad, **options) for size in _sizes(data, space)]
-    return {store.image_size: store for store in stores}
+    return prepare_sizes(data, _sizes(data, space), skip_bad=skip_bad, **options)
 
 
-def _sizes(data: Path, space: Space) -> tuple[int, ...]:
+def _sizes(data: Path | str, space: Space) -> tuple[int, ...]:
     """The image sizes of a space; those of the data where it names none."""
-    if sizes := space.possible("data.image_size"):
-        return sizes
-    return (open_store(data).image_size if is_store(data) else native_size(data, DataConfig().image_size),)
+    return space.possible("data.image_size") or (own_size(data),)
 
 
 def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
@@ -343,10 +345,12 @@ def _fetched(args: argparse.Namespace) -> str:
         study = mirror.join(uri, args.name)
         mirror.pull(study, folder, mirror.names(study, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
         spec = read_spec(folder)
-        if args.data is None and not all(is_store(Path(path)) for path in spec.stores.values()):
+        if args.data is None and not all(is_store(path) for path in spec.stores.values()):
             # They were packed on another machine; the data may be here too.
-            data = sample_folder() if spec.data == _GENERATED else Path(spec.data)
-            args.data = data if is_store(data) or is_folder(data) else None
+            data = sample_folder() if spec.data == _GENERATED else mirror.place(spec.data)
+            with suppress(UserError):
+                check_data(data)
+                args.data = data
     return uri
 
 

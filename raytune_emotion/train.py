@@ -17,9 +17,8 @@ from ruamel.yaml.error import YAMLError
 from raytune_emotion import mirror
 from raytune_emotion.__main__ import check_makeable, collecting, command_main, gpu_share, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
-from raytune_emotion.data.affectnet import is_folder
 from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import is_store, prepare
+from raytune_emotion.data.store import check_data, is_store, prepare
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
 from raytune_emotion.learn.loop import baseline
@@ -34,7 +33,12 @@ from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="AffectNetFused folder or packed store (default: generated faces)")
+    add(
+        "--data",
+        type=mirror.place,
+        metavar="DIR",
+        help="AffectNetFused folder, or packed store in a folder or at a URI (default: generated faces)",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as optim.lr=1e-3; may be repeated")
     add("--config", type=Path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")
     add("--study", type=mirror.place, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
@@ -116,11 +120,11 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"run {folder}: {len(store.train)} training and {len(store.val)} validation images")
     if args.workers == 1:
         gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(torch.cuda.is_available())
-        _train(console, folder, config, str(store.path), Resources(1, float(torch.get_num_threads()), gpus))
+        _train(console, folder, config, store.place, Resources(1, float(torch.get_num_threads()), gpus))
     else:
         with ray_session(args.address):
             place = fit_to_cluster(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
-            _train(console, folder, config, str(store.path), place.resources)
+            _train(console, folder, config, store.place, place.resources)
     export_checkpoint(folder / BEST, folder / "best")
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
@@ -162,15 +166,14 @@ def _default_name(settings: dict[str, Any]) -> str:
     return f"{config.model.backbone}_{config.loss.label}"
 
 
-def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Path:
+def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Path | str:
     """What to train on: what is named, or what the run or the study had, or the built-in sample."""
-    given: Path | None = args.data
+    given: Path | str | None = args.data
     if given is not None:
-        if not is_store(given) and not is_folder(given):
-            prepare(given, image_size=None)  # says what it lacks
+        check_data(given)
         return given
     if args.resume:
-        before = Path((folder / DATA).read_text(encoding="utf-8").strip())
+        before = mirror.place((folder / DATA).read_text(encoding="utf-8").strip())
         if not is_store(before):
             raise UserError(f"{before}: the packed data of the run are gone; name the data with --data")
         return before
@@ -179,9 +182,9 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> P
     size = settings.get("data.image_size", DataConfig().image_size)
     with opened(args.study) as study:
         packed = read_spec(study).stores.get(size)
-        if packed is None or not is_store(Path(packed)):
+        if packed is None or not is_store(packed):
             raise UserError(f"{study}: its packed images of {size} px are not to be found; name the data with --data")
-        return Path(packed)
+        return mirror.place(packed)
 
 
 def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,23 @@ def is_folder(path: Path) -> bool:
     return all((path / name).is_dir() for name in SPLITS.values())
 
 
+def check_layout(root: Path) -> None:
+    """Whether a folder has the layout of AffectNetFused.
+
+    Raises:
+        UserError: it has not.
+    """
+    wanted = [f"{folder}/{sub}" for folder in SPLITS.values() for sub in ("annotations", "images")]
+    missing = [name for name in wanted if not (root / name).is_dir()]
+    if not root.exists():
+        raise UserError(f"{root}: there is no such folder")
+    if missing:
+        raise UserError(
+            f"{root}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
+            f" missing {'is' if len(missing) == 1 else 'are'} {', '.join(missing)}"
+        )
+
+
 def scan(root: Path, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
     """Reads every annotation of a folder and finds its image; the images are not opened.
 
@@ -177,7 +194,7 @@ def native_size(root: Path, most: int) -> int:
     Raises:
         UserError: the folder has not the layout of AffectNetFused.
     """
-    _check_layout(root)
+    check_layout(root)
     folder = root / SPLITS["train"] / "images"
     names = sorted(name for name in _names(folder) if _image_id(name))
     sides = []
@@ -193,7 +210,7 @@ def count_images(root: Path) -> int:
     Raises:
         UserError: the folder has not the layout of AffectNetFused.
     """
-    _check_layout(root)
+    check_layout(root)
     return sum(bool(_image_id(name)) for name in _names(root / SPLITS["train"] / "images"))
 
 
@@ -203,7 +220,7 @@ def quick_fingerprint(root: Path) -> str:
     Raises:
         UserError: the folder has not the layout of AffectNetFused.
     """
-    _check_layout(root)
+    check_layout(root)
     digest = hashlib.sha256()
     for folder in SPLITS.values():
         for sub in ("annotations", "images"):
@@ -249,7 +266,7 @@ class _Files:
 
 
 def _list(root: Path) -> dict[str, _Files]:
-    _check_layout(root)
+    check_layout(root)
     listed = {}
     for split, folder in SPLITS.items():
         files = _Files(set(), defaultdict(list), [])
@@ -267,18 +284,6 @@ def _list(root: Path) -> dict[str, _Files]:
                     files.misnamed.append(f"images/{name}")
         listed[split] = files
     return listed
-
-
-def _check_layout(root: Path) -> None:
-    wanted = [f"{folder}/{sub}" for folder in SPLITS.values() for sub in ("annotations", "images")]
-    missing = [name for name in wanted if not (root / name).is_dir()]
-    if not root.exists():
-        raise UserError(f"{root}: there is no such folder")
-    if missing:
-        raise UserError(
-            f"{root}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
-            f" missing {'is' if len(missing) == 1 else 'are'} {', '.join(missing)}"
-        )
 
 
 def _names(folder: Path) -> list[str]:

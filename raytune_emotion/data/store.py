@@ -5,6 +5,7 @@ may lie side by side, as `pack` leaves them: in a place's folders 64px, 96px, ..
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -75,6 +76,7 @@ class Split:
 @dataclass(frozen=True)
 class Store:
     path: Path
+    place: str  # by which other machines open it: the folder, or the URI that it was fetched from
     image_size: int
     classes: tuple[str, ...]
     fingerprint: str  # of the content: classes, ids, pixels, probabilities
@@ -82,8 +84,8 @@ class Store:
     val: Split
     rejected: int  # rows of the source that were set aside when it was packed
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return open_store, (self.path,)
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return open_store, (self.place,)
 
 
 def is_store(place: Path | str) -> bool:
@@ -92,10 +94,46 @@ def is_store(place: Path | str) -> bool:
     Raises:
         UserError: the URI cannot be read, or has credentials in it.
     """
+    place = mirror.place(str(place)) if isinstance(place, str) else place
     if isinstance(place, str):
         _refuse_credentials(place)
         mirror.check(place, write=False)
     return bool(_found(place))
+
+
+def check_data(place: Path | str) -> None:
+    """Whether there is something to train on: a store, or a folder of images.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if is_store(place):
+        return
+    if isinstance(place, str):
+        raise UserError(f"{mirror.shown(place)}: no packed store, for it has no {MANIFEST}; pack a folder to there")
+    affectnet.check_layout(place)
+
+
+def own_size(data: Path | str) -> int:
+    """The image size of a store, px; of a folder that of its images, but no more than the default.
+
+    Raises:
+        UserError: there are several stores.
+    """
+    packed = sorted(packed_sizes(data))
+    if len(packed) > 1:
+        held = ", ".join(map(str, packed))
+        raise UserError(f"{mirror.shown(str(data))}: holds stores of {held} px; choose by data.image_size")
+    if packed or isinstance(data, str):
+        return packed[0]
+    return affectnet.native_size(data, DataConfig().image_size)
+
+
+def count_rows(data: Path | str) -> int:
+    """How many images there are to train on, by names and descriptions alone."""
+    if found := _found(data):
+        return _manifest(found[0]).splits["train"].rows
+    return affectnet.count_images(Path(data))
 
 
 def packed_sizes(place: Path | str) -> dict[int, Path | str]:
@@ -114,7 +152,8 @@ def open_store(place: Path | str) -> Store:
         UserError: with a sentence for everything that is missing, damaged or of another version.
         Breakdown: a URI cannot be read again and again.
     """
-    return _fetched(place) if isinstance(place, str) and "://" in place else _map(Path(place))
+    place = mirror.place(place) if isinstance(place, str) else place
+    return _fetched(place) if isinstance(place, str) else _map(place)
 
 
 def pack(
@@ -211,10 +250,10 @@ def prepare_sizes(
         UserError: data is neither; a store is of other sizes or other classes; see `pack`.
     """
     if packed := packed_sizes(data):
-        return _chosen(data, packed, image_sizes, classes)
-    if isinstance(data, str):
-        raise UserError(f"{mirror.shown(data)}: no packed store, for it has no {MANIFEST}; pack a folder to there")
-    image_sizes = image_sizes or (affectnet.native_size(data, DataConfig().image_size),)
+        return _chosen(data, packed, image_sizes or (own_size(data),), classes)
+    check_data(data)
+    data = Path(data)
+    image_sizes = image_sizes or (own_size(data),)
     files, cache = affectnet.quick_fingerprint(data), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
@@ -300,6 +339,7 @@ def _map(path: Path) -> Store:
         raise UserError(faults)
     return Store(
         path,
+        str(path.absolute()),
         manifest.image_size,
         manifest.classes,
         manifest.fingerprint,
@@ -317,7 +357,7 @@ def _fetched(uri: str) -> Store:
     dest = cache_folder() / "stores" / name
     if is_store(dest):
         try:
-            return _map(dest)
+            return dataclasses.replace(_map(dest), place=uri)
         except UserError as error:
             print(f"{error}\n{dest}: fetched again", file=sys.stderr)
             shutil.rmtree(dest)
@@ -329,7 +369,7 @@ def _fetched(uri: str) -> Store:
     except UserError:
         if not is_store(dest):  # else another process was faster
             raise
-    return _map(dest)
+    return dataclasses.replace(_map(dest), place=uri)
 
 
 def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
@@ -363,9 +403,7 @@ def _chosen(
         for size in image_sizes
         if size not in packed
     ]
-    if not image_sizes and len(packed) > 1:
-        faults.append(f"{name}: holds stores of {held} px; choose by data.image_size")
-    chosen = {size: packed[size] for size in image_sizes or packed if size in packed}
+    chosen = {size: packed[size] for size in image_sizes if size in packed}
     faults += [
         f"{name}: the store has the classes {', '.join(found)}, and data.classes is {', '.join(classes)}"
         for found in dict.fromkeys(_manifest(place).classes for place in chosen.values() or packed.values())

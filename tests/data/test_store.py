@@ -16,13 +16,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytune_emotion import mirror
 from raytune_emotion.data import images, packing
+from raytune_emotion.data import store as store_module
 from raytune_emotion.data.affectnet import Kind, scan
 from raytune_emotion.data.images import decode_image
-from raytune_emotion.data.store import Split, cache_folder, is_store, open_store, pack, prepare
+from raytune_emotion.data.store import (
+    Split,
+    cache_folder,
+    is_store,
+    open_store,
+    pack,
+    pack_sizes,
+    packed_sizes,
+    prepare,
+    prepare_sizes,
+    push_store,
+)
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from tests.data.test_affectnet import UNIFORM, picture, write_folder, write_row
+from tests.test_mirror import SECRET, s3_server
 
 
 def spiked(place):
@@ -491,3 +505,125 @@ def test_the_cache_follows_xdg(monkeypatch, tmp_path):
         assert cache_folder() == tmp_path / ".cache" / "raytune_emotion"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert cache_folder() == tmp_path / "x" / "raytune_emotion"
+
+
+# Several sizes
+
+
+def test_stores_side_by_side_are_chosen_by_size(folder, tmp_path, cache):
+    pack_sizes(folder, {size: tmp_path / "stores" / f"{size}px" for size in (16, 32)})
+    place = tmp_path / "stores"
+    assert is_store(place)
+    assert packed_sizes(place) == {16: place / "16px", 32: place / "32px"}
+    assert prepare(place, image_size=32).path == place / "32px"
+    assert {size: store.image_size for size, store in prepare_sizes(place, (32, 16)).items()} == {16: 16, 32: 32}
+    with pytest.raises(UserError, match=r"holds stores of 16, 32 px; choose by data\.image_size"):
+        prepare(place, image_size=None)
+    with pytest.raises(UserError, match=r"holds images of 16, 32 px, and data\.image_size is 24; set .* to 16 or 32"):
+        prepare_sizes(place, (16, 24))
+    assert not cache.exists()
+
+
+def test_a_folder_is_prepared_at_several_sizes_in_one_pass(folder, cache, monkeypatch):
+    first = prepare(folder, image_size=16)
+    packed, passes = written(first), []
+
+    def pack_into(folders, *args, real=packing.pack_into, **options):
+        passes.append(sorted(folders))
+        real(folders, *args, **options)
+
+    monkeypatch.setattr(store_module, "pack_into", pack_into)
+    stores = prepare_sizes(folder, (16, 24, 32))
+    assert passes == [[24, 32]]
+    assert written(stores[16]) == packed
+    assert stores[24].fingerprint == pack(folder, cache / "alone", image_size=24).fingerprint
+
+
+# At a URI
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with pytest.MonkeyPatch.context() as patched, s3_server() as uri:
+        # Without them in the URI: it is written into studies.
+        patched.setenv("AWS_ACCESS_KEY_ID", "key")
+        patched.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        yield uri.replace(f"key:{SECRET}@", "")
+
+
+@pytest.fixture
+def remote(folder, tmp_path, bucket, request, cache):
+    """A store and a URI that has it."""
+    store = pack(folder, tmp_path / "store", image_size=16)
+    uri = mirror.join(bucket, request.node.name)
+    push_store(store, uri)
+    return store, uri
+
+
+def open_here(uri):
+    store = open_store(uri)
+    return str(store.path), store.fingerprint, store.val.gather(np.arange(3)).sum()
+
+
+def test_a_store_at_a_uri_is_fetched_once_by_whoever_comes_first(remote, cache, capfd):
+    store, uri = remote
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as executor:
+        found = set(executor.map(open_here, [uri] * 3))
+    (path,) = cache.iterdir()
+    assert found == {(str(path), store.fingerprint, store.val.gather(np.arange(3)).sum())}
+    fetched = open_store(uri)
+    assert capfd.readouterr().err == f"{mirror.shown(uri)}: fetched once, into {path}\n"
+    assert {f.name for f in path.iterdir()} == {f.name for f in store.path.iterdir()}
+    assert fetched.place == pickle.loads(pickle.dumps(fetched)).place == uri
+    with pytest.raises(UserError, match="has a packed store already"):
+        push_store(store, uri)
+
+
+def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(remote, cache, monkeypatch):
+    store, uri = remote
+    pulled = []
+
+    def pull(uri, folder, names, real=mirror.pull):
+        if len(pulled) == 1:
+            pulled.append("broken off")
+            raise Breakdown("the network is gone")
+        pulled.extend(names)
+        real(uri, folder, names)
+
+    monkeypatch.setattr(mirror, "pull", pull)
+    with pytest.raises(Breakdown):
+        open_store(uri)
+    assert not any(map(is_store, cache.glob("*")))
+    fetched = open_store(uri)
+    assert pulled == ["train-00000.arrow", "broken off", "val-00000.arrow", "rejected.csv"]
+    assert fetched.fingerprint == store.fingerprint
+    shard = fetched.path / "val-00000.arrow"
+    shard.unlink()
+    again = open_store(uri)
+    assert (again.path, again.fingerprint) == (fetched.path, store.fingerprint)
+
+
+def test_what_is_not_what_its_manifest_says_is_not_kept(remote, cache):
+    store, uri = remote
+    whole = (store.path / "val-00000.arrow").read_bytes()
+    pixels = store.val.gather(np.array([1])).tobytes()
+    place = whole.index(pixels)
+    damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    (store.path / "val-00000.arrow").unlink()
+    (store.path / "val-00000.arrow").write_bytes(damaged)
+    mirror.push(store.path, uri, ["val-00000.arrow"])
+    with pytest.raises(UserError, match=r"its files are not those of its manifest\.json; copy the store there again"):
+        open_store(uri)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_uri_without_a_store_or_with_credentials_is_one_clear_sentence(bucket, remote, monkeypatch):
+    store, uri = remote
+    with pytest.raises(UserError, match=r"no packed store, for it has no manifest\.json"):
+        prepare(mirror.join(bucket, "nothing"), image_size=None)
+    with pytest.raises(UserError, match=r"holds images of 16 px, and data\.image_size is 32"):
+        prepare(uri, image_size=32)
+    assert prepare(uri, image_size=None).fingerprint == store.fingerprint
+    with pytest.raises(UserError, match="has credentials in it") as raised:
+        is_store(uri.replace("s3://", f"s3://key:{SECRET}@"))
+    assert SECRET not in str(raised.value)
