@@ -106,6 +106,9 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     folder = Path(job.folder)
     torch.set_num_threads(job.resources.threads)
     memory.keep_freed()
+    if device.type == "cuda":
+        # Of a device that it shares, it takes no more memory than its share.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.resources.gpus_per_worker), device.index)
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
         if first:
