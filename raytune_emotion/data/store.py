@@ -94,7 +94,7 @@ def is_store(place: Path | str) -> bool:
     Raises:
         UserError: the URI cannot be read, or has credentials in it.
     """
-    place = mirror.place(str(place)) if isinstance(place, str) else place
+    place = mirror.place(place) if isinstance(place, str) else place
     if isinstance(place, str):
         _refuse_credentials(place)
         mirror.check(place, write=False)
