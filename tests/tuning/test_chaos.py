@@ -1,9 +1,10 @@
-"""Studies in which drivers, trial processes and machines die at points that nobody has chosen.
+"""Studies in which drivers, trial processes, workers and machines die at points that nobody has chosen.
 
 A failure tells the seed of its points; with it in CHAOS_SEED they are the same again.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session, run_study
 from raytune_emotion.tuning.searcher import create_study, load_study
 from raytune_emotion.tuning.space import parse_space
+from raytune_emotion.tuning.stopping import make_scheduler, replay
 from raytune_emotion.tuning.study import read_records, read_spec, write_spec
 from raytune_emotion.tuning.trial import Job, Resources, train_here
 from tests.test_pack import heed_ctrl_c
@@ -47,8 +49,9 @@ def chance():
     seed = int(os.environ.get("CHAOS_SEED", random.randrange(2**32)))
     try:
         yield random.Random(seed)
-    except Exception as error:
-        raise AssertionError(f"CHAOS_SEED={seed} repeats it: {error}") from error
+    except BaseException:  # a timeout too
+        print(f"CHAOS_SEED={seed} repeats it")
+        raise
 
 
 def make_study(folder, store, **changes):
@@ -59,9 +62,9 @@ def make_study(folder, store, **changes):
     write_spec(folder, spec)
 
 
-def go_on(folder, *, concurrency=1, watch=lambda event: None):
+def go_on(folder, *, workers=1, concurrency=1, watch=lambda event: None):
     """Runs what is left of a study, on the cluster that this process has joined."""
-    place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=concurrency)
+    place = fit_to_cluster(workers=workers, gpus_per_worker=0.0, concurrency=concurrency)
     return run_study(folder, read_spec(folder), place, watch=watch)
 
 
@@ -175,10 +178,10 @@ def name_of(process):
     return ""
 
 
-def trial_processes(root):
+def trial_processes(root, title="TrialActor"):
     """The processes below another that run trials, or wait for the next one."""
     names = {process: name_of(process) for process in root.children(recursive=True)}
-    return [process for process, name in names.items() if name.startswith("ray::") and "TrialActor" in name]
+    return [process for process, name in names.items() if name.startswith("ray::") and title in name]
 
 
 def busy():
@@ -197,7 +200,7 @@ def test_a_search_that_is_killed_and_then_interrupted_ends_as_if_it_had_been_nei
             assert await_reports(folder, draw.randrange(1, reports_of(undisturbed) - 5), killed.runs), killed.output()
             family = killed.family()
             killed.process.kill()
-            # Ray's agents, whose node is gone, try to say so for minutes to the cluster, which is gone too.
+            # Ray's agents, whose node is gone, try for a minute to say so to the cluster, which is gone too.
             agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
             assert killed.left(family, _PROMISED_S, but=agents) == ([], [])
         at_death, ended_then = histories(folder), ended_trials(folder)
@@ -263,6 +266,65 @@ def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(und
             time.sleep(0.05)
         assert not busy() - before
         assert not shared_memory() - shared
+
+
+def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undisturbed, store, tmp_path):
+    folder = tmp_path / "study"
+    make_study(folder, store)
+    over = threading.Event()
+
+    def kill_one(point, polls, which):
+        await_reports(folder, point, lambda: not over.is_set())
+        # It may train, write, wait for the next trial, or be starting still.
+        for _ in range(polls):
+            over.wait(0.005)
+        while not over.is_set():
+            if workers := trial_processes(psutil.Process(), "RayTrainWorker"):
+                workers[which % len(workers)].kill()
+                return True
+        return False
+
+    with chance() as draw, ThreadPoolExecutor(1) as pool:
+        heard = iter(range(draw.randrange(4), -1, -1))
+
+        def interrupt(event):
+            if event.report and next(heard, 1) == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        # Two at once, on a core each.
+        with pytest.raises(KeyboardInterrupt):
+            go_on(folder, concurrency=2, watch=interrupt)
+        before, ended_then = histories(folder), ended_trials(folder)
+        assert len(ended_then) < TRIALS
+
+        # Then one at a time, on two workers.
+        point = draw.randrange(reported(folder), TRIALS)
+        killed = pool.submit(kill_one, point, draw.randrange(30), draw.randrange(2))
+        try:
+            records = go_on(folder, workers=2)
+        finally:
+            over.set()
+        assert killed.result()
+        assert left_behind() == (0.0, [])
+
+        after = histories(folder)
+        check_continued(before, after, records)
+        assert all(after[trial_id] == before[trial_id] for trial_id in ended_then)
+        assert ended_trials(folder).items() >= ended_then.items()
+        # What is proposed does not depend on who trains it.
+        assert [r.settings for r in records] == [settings for _, _, settings, *_ in undisturbed]
+        told = load_study(folder).trials
+        assert [t.intermediate_values for t in told] == [
+            {report["report"]: report["best_val_js"] for report in record.reports} for record in records
+        ]
+        # A scheduler that was never interrupted stops the same trials, of those that had not ended.
+        unended = [
+            dataclasses.replace(r, status="running", reports=tuple(x for x in r.reports if not x["finished"]))
+            for r in records
+        ]
+        stopped = replay(make_scheduler(EPOCHS), unended) - ended_then.keys()
+        assert stopped == {r.trial_id for r in records if r.status == "pruned"} - ended_then.keys()
+        assert {r.status for r in records} == {"complete", "pruned"}
 
 
 def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):

@@ -15,9 +15,12 @@ from raytune_emotion.tuning.study import (
     StudySpec,
     TrialRecord,
     best_trial_id,
+    curves_of,
     drop_checkpoints,
+    joined,
     losers,
     read_spec,
+    thinned,
     trial_folder,
     write_spec,
     write_tables,
@@ -107,6 +110,19 @@ def test_the_curves_have_a_row_a_report(tmp_path):
     curves = pd.read_parquet(tmp_path / CURVES)
     assert list(curves["trial_id"]) == ["0000", "0001", "0001", "0001", "0003"]
     assert list(curves["val_js"]) == [0.5, 0.4, 0.3, 0.35, 0.6]
+
+
+def test_of_ended_trials_the_curves_and_two_reports_are_enough(tmp_path):
+    whole, thin = tmp_path / "whole", tmp_path / "thin"
+    whole.mkdir()
+    thin.mkdir()
+    write_tables(whole, RECORDS)
+    curves = joined(curves_of([]), curves_of(RECORDS[:2]), curves_of(RECORDS[2:]))
+    thinned_records = [thinned(record) for record in RECORDS]
+    assert [len(record.reports) for record in thinned_records] == [1, 2, 0, 1]
+    write_tables(thin, thinned_records, curves)
+    assert (thin / TRIALS).read_bytes() == (whole / TRIALS).read_bytes()
+    pd.testing.assert_frame_equal(pd.read_parquet(thin / CURVES), pd.read_parquet(whole / CURVES))
 
 
 def test_tables_of_a_study_without_trials_can_be_read(tmp_path):
