@@ -6,33 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+from raytune_emotion.tuning.model import Encoding, Floats, encoding_of
 from raytune_emotion.tuning.space import Space
-
-Floats = npt.NDArray[np.float64]
 
 _METRIC = "val_js"
 _REPORTED = "report"  # the columns before it are settings
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Settings as points of the unit cube: logarithms where they are drawn so, one axis a choice."""
-
-    ranges: Mapping[str, tuple[float, float, bool]]  # least, most, logarithmic
-    choices: Mapping[str, tuple[Any, ...]]
-
-    def __call__(self, settings: Mapping[str, Any]) -> Floats:
-        numbers = [
-            ((np.log(settings[key]) if log else settings[key]) - low) / (high - low)
-            for key, (low, high, log) in self.ranges.items()
-        ]
-        chosen = [float(settings[key] == choice) for key, choices in self.choices.items() for choice in choices]
-        return np.array([*numbers, *chosen])
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,7 @@ class Nearest:
     scales_D: Floats  # how much a difference in each coordinate matters
 
     def __call__(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        near = self.index(self.recorded.encoding(settings))
+        near = self.index(np.array(self.recorded.encoding(settings)))
         return self.recorded.js_NR[near], self.recorded.seconds_NR[near]
 
     def index(self, x_D: Floats) -> int:
@@ -76,31 +58,19 @@ class Surrogate:
     kernel: Any
 
     def __call__(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        x_D = self.nearest.recorded.encoding(settings)
+        x_D = np.array(self.nearest.recorded.encoding(settings))
         log_R = self.mean_R + self.kernel(x_D[None], self.nearest.recorded.x_ND)[0] @ self.weights_NR
         return np.exp(log_R), self.nearest.recorded.seconds_NR[self.nearest.index(x_D)]
 
 
 def read_curves(file: Path, space: Space) -> Recorded:
     """Reads what `benchmarks.curves.record` has written of a space; configurations that diverged are left out."""
-    logarithmic = {name.partition(" ")[0] for name, given in space.parameters.items() if getattr(given, "log", False)}
     table = pd.read_parquet(file)
     keys = [name for name in table.columns[: table.columns.get_loc(_REPORTED)] if name != "configuration"]
     whole = table.groupby("configuration").filter(lambda rows: bool((rows["finished"] == True).any()))  # noqa: E712
     groups = [rows.sort_values(_REPORTED) for _, rows in whole.groupby("configuration")]
     settings = [{key: rows[key].iloc[0] for key in keys} for rows in groups]
-    ranges, choices = {}, {}
-    for key in keys:
-        values = whole[key]
-        if values.nunique() < 2:
-            continue
-        if values.dtype.kind == "f":
-            ends = np.array([values.min(), values.max()])
-            low, high = np.log(ends) if key in logarithmic else ends
-            ranges[key] = (float(low), float(high), key in logarithmic)
-        else:
-            choices[key] = tuple(values.unique().tolist())
-    encoding = Encoding(ranges, choices)
+    encoding = encoding_of(space)
     return Recorded(
         settings,
         encoding,
@@ -123,12 +93,14 @@ class Fitted:
 
 def fit_responses(recorded: Recorded) -> Fitted:
     """Fits the length of every coordinate by the likelihood of the best JS, and leaves one out for the errors."""
-    y_NR = np.log(np.minimum.accumulate(recorded.js_NR, axis=1))
-    mean_R = y_NR.mean(axis=0)
-    last_N = y_NR[:, -1] - mean_R[-1]
+    last_N = np.log(recorded.js_NR.min(axis=1))
     dims = recorded.x_ND.shape[1]
     start = ConstantKernel(0.1) * Matern(np.full(dims, 2.0), (0.05, 1e3), nu=2.5) + WhiteKernel(1e-3)
-    kernel = GaussianProcessRegressor(start, n_restarts_optimizer=1, random_state=0).fit(recorded.x_ND, last_N).kernel_
+    kernel = (
+        GaussianProcessRegressor(start, n_restarts_optimizer=1, random_state=0)
+        .fit(recorded.x_ND, last_N - last_N.mean())
+        .kernel_
+    )
     inverse_NN = np.linalg.inv(kernel(recorded.x_ND))
     log_NR = np.log(recorded.js_NR)
     mean_R = log_NR.mean(axis=0)

@@ -1,73 +1,91 @@
-"""What is tried next: what the sampler is shown of a study's past, and what it makes of that.
-
-The sampler works on a study of its own in memory, filled anew each time, so that the record says what happened (this
-trial failed) while the sampler sees what follows from it (here is no place to look).
-"""
+"""What is tried next: the candidate that is expected to better the study's best by the most."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+import numpy as np
+from optuna._transform import _SearchSpaceTransform
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from threadpoolctl import threadpool_limits
 
+from raytune_emotion.tuning.model import Curve, Forecast, encoding_of, expected_improvement
 from raytune_emotion.tuning.space import Space
 
 #: The attribute of an Optuna trial that has its configuration by dotted path.
 SETTINGS = "settings"
 
-#: Trials that end before the sampler models them; with fewer it settles on what is cheap and ends early.
-_STARTUP = 16
+#: Trials that end before any is modelled.
+_STARTUP = 8
+#: Candidates drawn at random, and as many that change one of the best trials.
+_CANDIDATES, _BEST = 200, 5
+#: Of a trial's parameters, a change draws some anew and moves the others, in parts of their range.
+_ANEW, _STEP = 0.2, 0.1
 
-#: Random configurations that are looked at before a space counts as exhausted.
-_ATTEMPTS = 500
 
-
-def propose(space: Space, past: Sequence[FrozenTrial], seed: int) -> dict[str, Any] | None:
+def propose(
+    space: Space, past: Sequence[FrozenTrial], seed: int, earlier: Sequence[Forecast] = ()
+) -> dict[str, Any] | None:
     """Optuna's parameters of a configuration that was not tried before; None where the space has no other.
 
     Args:
         space: to choose from.
         past: all trials that were asked for, in order, with their settings as an attribute.
-        seed: of the sampler; with the same past the same is proposed.
+        seed: of the candidates; with the same past the same is proposed.
+        earlier: what other studies say of the configurations.
     """
-    return propose_by(make_sampler(seed), space, shown(past), seed)
-
-
-def propose_by(sampler: BaseSampler, space: Space, past: Sequence[FrozenTrial], seed: int) -> dict[str, Any] | None:
-    """What a sampler proposes in the face of a past; something at random where it proposes what is there already."""
-    study = optuna.create_study(sampler=sampler)
-    study.add_trials(past)
-    otherwise = RandomSampler(seed=seed)
     tried = {_key(trial.user_attrs[SETTINGS]) for trial in past}
-    for _ in range(_ATTEMPTS):
-        trial = study.ask()
-        if _key(space.suggest(trial)) not in tried:
-            return trial.params
-        study.sampler = otherwise
-    return None
+    drawn = ((params, settings) for params, settings in candidates(space, past, seed) if _key(settings) not in tried)
+    running = [trial.user_attrs[SETTINGS] for trial in past if trial.state == TrialState.RUNNING]
+    seen = curves(past)
+    reported = [curve.settings for curve in seen if curve.values]
+    if not earlier and (not reported or len(past) - len(running) < _STARTUP):
+        return next((params for params, _ in drawn), None)
+    fresh = [*drawn]
+    if not fresh:
+        return None
+    # Matrices this small are slower on several threads, and other trials are training.
+    with threadpool_limits(1):
+        forecast = Forecast(encoding_of(space), seen, earlier)
+        if running:
+            forecast.believe(running)
+        mean_M, std_M = forecast([settings for _, settings in fresh])
+        best = float(np.min(forecast(reported)[0] if reported else mean_M))
+        return fresh[int(np.argmax(expected_improvement(mean_M, std_M, best)))][0]
 
 
-def make_sampler(seed: int) -> BaseSampler:
-    """The sampler of one trial of a study."""
-    # Multivariate with groups: a branch of `when` has its own parameters, and TPE models each branch jointly.
-    return TPESampler(multivariate=True, group=True, constant_liar=True, n_startup_trials=_STARTUP, seed=seed)
-
-
-def shown(past: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """The past as the sampler shall see it: trials that failed, which Optuna passes over, are the worst of all."""
+def curves(past: Sequence[FrozenTrial]) -> list[Curve]:
+    """What trials have shown until now; Optuna itself passes over those that failed."""
     return [
-        create_trial(
-            state=TrialState.PRUNED,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs=trial.user_attrs,
-        )
-        if trial.state == TrialState.FAIL
-        else trial
+        Curve(trial.user_attrs[SETTINGS], {} if trial.state == TrialState.FAIL else trial.intermediate_values)
         for trial in past
+        if trial.state == TrialState.FAIL or trial.intermediate_values
     ]
+
+
+def candidates(space: Space, past: Sequence[FrozenTrial], seed: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Optuna's parameters, with the settings that follow from them."""
+    # Of all parameters, whether or not a branch of the space has use for them.
+    unit = _SearchSpaceTransform(space.parameters, transform_0_1=True)
+    rng = np.random.default_rng(seed)
+    width = len(unit.bounds)
+
+    def candidate(x_P: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        trial = FixedTrial(unit.untransform(x_P))
+        settings = space.suggest(trial)
+        return trial.params, settings
+
+    for _ in range(_CANDIDATES):
+        yield candidate(rng.random(width))
+    reported = [trial for trial in past if trial.intermediate_values and trial.state != TrialState.FAIL]
+    best = sorted(reported, key=lambda trial: min(trial.intermediate_values.values()))[:_BEST]
+    for number in range(_CANDIDATES if best else 0):
+        whole = unit.untransform(rng.random(width)) | best[number % len(best)].params
+        x_P = np.clip(unit.transform(whole) + _STEP * rng.standard_normal(width), 0, 1)
+        for columns in unit.column_to_encoded_columns:
+            if rng.random() < _ANEW:
+                x_P[columns] = rng.random(len(columns))
+        yield candidate(x_P)
 
 
 def _key(settings: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ def test_each_ending_keeps_its_name(tmp_path, space):
 
 def test_a_study_that_was_broken_off_proposes_what_the_whole_one_does(tmp_path, space):
     proposals = {}
-    for name, sessions in (("whole", [22]), ("broken", [3, 8, 11])):
+    for name, sessions in (("whole", [14]), ("broken", [3, 6, 5])):
         folder = tmp_path / name
         folder.mkdir()
         create_study(folder, space)
@@ -74,7 +74,7 @@ def test_a_study_that_was_broken_off_proposes_what_the_whole_one_does(tmp_path, 
                 proposals[name].append(searcher.ask())
                 run_trial(searcher, proposals[name][-1])
     assert proposals["whole"] == proposals["broken"]
-    assert len({p.settings["optim.lr"] for p in proposals["whole"]}) == 22
+    assert len({p.settings["optim.lr"] for p in proposals["whole"]}) == 14
 
 
 def test_a_region_that_fails_is_left(tmp_path):
@@ -84,7 +84,7 @@ def test_a_region_that_fails_is_left(tmp_path):
     )
     searcher = Searcher(create_study(tmp_path, space), space, seed=0)
     sizes = []
-    for _ in range(100):
+    for _ in range(40):
         proposal = searcher.ask()
         sizes.append(proposal.settings["train.batch_size"])
         if sizes[-1] >= 128:
@@ -93,8 +93,8 @@ def test_a_region_that_fails_is_left(tmp_path):
             searcher.observe(proposal.trial_id, report(1, 0.3 + len(sizes) % 7 / 100, finished=True))
             searcher.tell(proposal.trial_id, "complete")
     # One half of all by chance.
-    assert sum(size >= 128 for size in sizes[:16]) >= 5
-    assert sum(size >= 128 for size in sizes[-50:]) <= 15
+    assert sum(size >= 128 for size in sizes[:8]) >= 3
+    assert sum(size >= 128 for size in sizes[-20:]) <= 4
 
 
 def test_no_configuration_is_proposed_twice_and_a_small_space_ends(tmp_path):
@@ -133,7 +133,7 @@ def test_a_running_trial_is_taken_up_with_the_reports_that_are_missing(tmp_path,
     assert trial.intermediate_values == {1: 0.5, 2: 0.4}
 
 
-@pytest.mark.parametrize("before", [0, 1, 18], ids=["start point", "random", "by the model"])
+@pytest.mark.parametrize("before", [0, 1, 10], ids=["start point", "random", "by the model"])
 def test_a_trial_whose_asking_was_cut_short_is_what_it_was_to_be(tmp_path, space, before):
     proposals = []
     for name in ("whole", "torn"):

@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
+
+from raytune_emotion.tuning.model import Curve, Forecast, encoding_of, expected_improvement
+from raytune_emotion.tuning.preview import draw
+from raytune_emotion.tuning.space import parse_space
+from tests.tuning.test_searcher import SPACE
+
+LENGTH = 6
+SPACE = SPACE | {"train.batch_size": {"choice": [16, 32, 64]}, "augment.flip": {"uniform": [0.0, 0.5]}, "start": []}
+
+
+@pytest.fixture(scope="module")
+def space():
+    return parse_space(SPACE, "space")
+
+
+def final(configuration):
+    """A made-up best value: a valley in the learning rate, and lesser matters."""
+    lr = math.log10(configuration["optim.lr"])
+    better = 0.5 if configuration["model.backbone"] == "test_vit" else 0.0
+    return 0.2 * math.exp(0.4 * (lr + 3 + better) ** 2 + 0.2 * configuration["loss.mse"] + 0.1 * better)
+
+
+def curve(configuration, reports=LENGTH):
+    """Falls by a quarter at each report, to its end."""
+    whole = final(configuration)
+    return Curve(configuration, {r: whole * 0.75 ** (r - LENGTH) for r in range(1, reports + 1)})
+
+
+def test_configurations_lie_in_the_unit_cube(space):
+    encoding = encoding_of(space)
+    drawn = [*draw(space, 50, seed=0)]
+    x_ND = np.array([encoding(each) for each in drawn])
+    assert x_ND.min() >= 0
+    assert x_ND.max() <= 1
+    axes = dict(zip([*encoding.ranges, "resnet", "vit"], x_ND.T, strict=True))
+    assert {*np.round(axes["train.batch_size"], 6)} == {0, 0.5, 1}
+    assert (axes["resnet"] == [each["model.backbone"] == "test_resnet" for each in drawn]).all()
+    # Both branches on one scale, which is the logarithm's.
+    low, high = math.log(1e-5), math.log(1e-2)
+    assert axes["optim.lr"] == pytest.approx([(math.log(each["optim.lr"]) - low) / (high - low) for each in drawn])
+    assert encoding({})[: len(encoding.ranges)] == [0.5] * len(encoding.ranges)
+
+
+def rank_correlation(forecast, space):
+    unseen = [*draw(space, 60, seed=9)]
+    return spearmanr(forecast(unseen)[0], [final(each) for each in unseen]).statistic
+
+
+def test_what_was_stopped_early_counts_as_far_as_it_went(space):
+    drawn = [*draw(space, 24, seed=1)]
+    # The worst are stopped after a third. Taken for final, their values would say that nothing else matters.
+    bound = np.median([final(each) for each in drawn])
+    seen = [curve(each, LENGTH if final(each) < bound else LENGTH // 3) for each in drawn]
+    forecast = Forecast(encoding_of(space), seen)
+    assert rank_correlation(forecast, space) > 0.8
+    mean_M, _ = forecast(drawn)
+    assert np.median(abs(mean_M - np.log([final(each) for each in drawn]))) < 0.05
+
+
+def test_where_trials_fail_the_worst_is_expected(space):
+    drawn = [*draw(space, 40, seed=2)]
+    seen = [Curve(each, {}) if each["train.batch_size"] == 64 else curve(each) for each in drawn]
+    unseen = [*draw(space, 60, seed=9)]
+    mean_M, _ = Forecast(encoding_of(space), seen)(unseen)
+    large = np.array([each["train.batch_size"] == 64 for each in unseen])
+    assert mean_M[large].mean() > mean_M[~large].mean() + 0.3
+
+
+def test_what_is_believed_is_not_looked_for_again(space):
+    forecast = Forecast(encoding_of(space), [curve(each) for each in draw(space, 12, seed=3)])
+    (there, elsewhere) = draw(space, 2, seed=4)
+    mean_before, std_before = forecast([there, elsewhere])
+    forecast.believe([there])
+    mean_after, std_after = forecast([there, elsewhere])
+    assert mean_after == pytest.approx(mean_before, abs=1e-6)
+    assert std_after[0] < 0.5 * std_before[0]
+    assert std_after[1] > 0.5 * std_before[1]
+
+
+def test_an_earlier_study_helps_where_it_holds_and_is_left_where_it_does_not(space):
+    encoding = encoding_of(space)
+    # Other data: all values differ, the order does not.
+    same = Forecast(encoding, [Curve(each, {1: 3 * final(each) ** 0.5}) for each in draw(space, 60, seed=5)])
+    adverse = Forecast(encoding, [Curve(each, {1: 1 / final(each)}) for each in draw(space, 60, seed=5)])
+    assert rank_correlation(Forecast(encoding, [], [same]), space) > 0.9
+    few, many = ([curve(each) for each in draw(space, count, seed=6)] for count in (5, 40))
+    cold = rank_correlation(Forecast(encoding, few), space)
+    assert rank_correlation(Forecast(encoding, few, [same]), space) > max(0.9, cold)
+    cold = rank_correlation(Forecast(encoding, many), space)
+    assert rank_correlation(Forecast(encoding, many, [adverse]), space) > cold - 0.05
+
+
+@settings(max_examples=20, deadline=None)
+@given(mean=st.floats(-2, 2), std=st.floats(0.01, 2), best=st.floats(-2, 2))
+def test_expected_improvement_is_what_draws_improve_in_the_mean(mean, std, best):
+    drawn = np.random.default_rng(0).normal(mean, std, 20_000)
+    (expected,) = expected_improvement(np.array([mean]), np.array([std]), best)
+    assert expected == pytest.approx(np.maximum(best - drawn, 0).mean(), abs=0.03 * std)
