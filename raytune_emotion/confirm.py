@@ -96,7 +96,7 @@ def _asked(args: argparse.Namespace, study: Path) -> tuple[list[TrialRecord], St
     given = {name: getattr(args, name) for name in ("concurrency", "workers_per_trial", "gpus_per_worker")}
     return chosen, dataclasses.replace(
         searched,
-        name=CONFIRMED,
+        name=f"{searched.name}, confirmed",
         space={key: value for key, value in searched.space.items() if key != "start"},
         confirms={**(before.confirms or {} if before else {}), **confirms},
         **{name: value for name, value in given.items() if value is not None},

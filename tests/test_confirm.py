@@ -154,6 +154,8 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster,
     assert f"best mean   {words}, trial {winner.trial_id} of the search" in out
     assert load_package(folder / "best").image_size == 32
     page = (folder / "report.html").read_text()
+    assert "<h1>Study study, confirmed</h1>" in page
+    assert f"<b>{winner.mean_js:.4f}</b>best mean JS, bits (trial {winner.trial_id} of the search)" in page
     assert f"<td>{winner.trial_id}</td><td>{winner.mean_js:.4f}</td><td>{winner.standard_error:.4f}</td>" in page
 
     # The record says it all again.
