@@ -10,6 +10,7 @@ import pytest
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.data.store import open_store, pack
 from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.tuning.trial import DATA
 from tests.data.test_affectnet import write_folder, write_row
 
 
@@ -91,7 +92,8 @@ def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):
             assert (dest / f"{size}px" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_store_is_packed_to_a_uri(folder, tmp_path, capsys):
+def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = (tmp_path / "there").as_uri()
     command = [str(folder), uri, "--image-size", "16", "24"]
     assert command_main("pack", command) == 0
@@ -99,6 +101,12 @@ def test_a_store_is_packed_to_a_uri(folder, tmp_path, capsys):
     assert open_store(tmp_path / "there" / "24px").image_size == 24
     assert command_main("pack", command) == 2
     assert capsys.readouterr().err.startswith(f"error: {uri}/16px: exists already")
+
+    model = ["--set", "model.backbone=test_resnet", "--set", "model.pretrained=false", "--epochs", "1"]
+    command = ["--data", uri, *model, "--set", "data.image_size=16", "--results", str(tmp_path), "--name", "run"]
+    assert command_main("train", command) == 0
+    assert capsys.readouterr().err.startswith(f"{uri}/16px: fetched once, into {tmp_path}/cache/")
+    assert (tmp_path / "run" / DATA).read_text() == f"{uri}/16px\n"
 
 
 def test_ctrl_c_ends_it_and_another_attempt_goes_on(tmp_path):

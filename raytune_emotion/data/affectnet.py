@@ -55,7 +55,7 @@ class Kind(Enum):
     UNDECODABLE = "image cannot be decoded"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     id: str
     image: Path
