@@ -46,6 +46,7 @@ from raytune_emotion.tuning.preview import costs, draw
 from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
 from raytune_emotion.tuning.study import SPEC, StudySpec, best_first, check_stores, read_records, read_spec, write_spec
+from raytune_emotion.tuning.warm import EARLIER, gather_earlier, write_earlier
 from raytune_emotion.tuning.workers import MAX_FAILURES
 
 DEFAULT_SPACE = Path("search_spaces/quick.yaml")
@@ -77,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a folder, or a URI such as s3://bucket/prefix (default: ray_results)",
     )
+    add(
+        "--warm-start",
+        type=mirror.place,
+        nargs="+",
+        metavar="STUDY",
+        help="earlier studies, of these or other data, whose trials tell what to try first",
+    )
     add("--name", type=plain_name, metavar="NAME", help="of the study (default: the space and the time)")
     add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
     add("--seed", type=natural, metavar="N", help="default: 0")
@@ -99,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
         _preview(console, args)
         return
     results = _fetched(args) if isinstance(args.results, str) else None
-    folder, spec = _resumed(args) if args.resume else _new(args)
+    folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
     uri = mirror.join(results, folder.name) if results else None
     with ray_session(args.address), terminated_as_interrupted():
         placement = fit_to_cluster(
@@ -108,6 +116,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.resume:
             folder.mkdir(parents=True)
             create_study(folder, parse_space(spec.space))
+            if earlier is not None:
+                write_earlier(folder, earlier)
         elif spec.epochs > read_spec(folder).epochs:
             spec = extend_best(folder, spec, uri)
         write_spec(folder, spec)
@@ -166,8 +176,8 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
-    """The folder and the spec of a new study, with its data packed."""
+def _new(args: argparse.Namespace) -> tuple[Path, StudySpec, str | None]:
+    """The folder and the spec of a new study, with its data packed, and what earlier studies have shown."""
     path = args.space or DEFAULT_SPACE
     folder: Path = args.results.absolute() / (args.name or f"{path.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     faults: list[str] = []
@@ -184,6 +194,8 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     if args.data:
         with collecting(faults):
             check_data(args.data)
+    with collecting(faults):
+        earlier = gather_earlier(args.warm_start) if args.warm_start else None
     if faults:
         raise UserError(faults)
 
@@ -191,7 +203,7 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     _check_backbones(space, _sizes(data, space))
     stores = _stores(data, space, skip_bad=args.skip_bad)
     first = next(iter(stores.values()))
-    return folder, StudySpec(
+    spec = StudySpec(
         name=folder.name,
         seed=args.seed or 0,
         trials=args.trials or DEFAULT_TRIALS,
@@ -208,6 +220,7 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec]:
         space=space.to_dict(),
         baseline=baseline(first),
     )
+    return folder, spec, earlier
 
 
 def _space(path: Path, args: argparse.Namespace) -> Space:
@@ -241,7 +254,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     load_study(folder)
     faults = [
         f"--{name}: a study keeps the {name} that it began with; leave it out, or begin a new study under another name"
-        for name, value in (("space", args.space), ("seed", args.seed))
+        for name, value in (("space", args.space), ("seed", args.seed), ("warm-start", args.warm_start))
         if value is not None
     ]
     if args.epochs is not None and args.epochs < spec.epochs:
@@ -343,7 +356,7 @@ def _fetched(args: argparse.Namespace) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     if args.resume:
         study = mirror.join(uri, args.name)
-        mirror.pull(study, folder, mirror.names(study, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
+        mirror.pull(study, folder, mirror.names(study, SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}"))
         spec = read_spec(folder)
         if args.data is None and not all(is_store(path) for path in spec.stores.values()):
             # They were packed on another machine; the data may be here too.

@@ -15,8 +15,8 @@ from raytune_emotion.tuning import confirmation, page, searcher, study, trial
 ARGUMENTS = {
     "search": (
         "--data DIR", "--space FILE", "--trials N", "--epochs N", "--concurrency N", "--workers-per-trial N",
-        "--gpus-per-worker X", "--results DIR", "--name NAME", "--resume", "--seed N", "--time-budget T",
-        "--max-failures N", "--weights-dir DIR", "--skip-bad", "--address ADDRESS", "--dry-run",
+        "--gpus-per-worker X", "--results DIR", "--warm-start STUDY", "--name NAME", "--resume", "--seed N",
+        "--time-budget T", "--max-failures N", "--weights-dir DIR", "--skip-bad", "--address ADDRESS", "--dry-run",
     ),
     "confirm": (
         "STUDY", "--top K", "--seeds N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -31,6 +32,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report
+from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.actor import TrialActor
 from raytune_emotion.tuning.mended import mended_tune
 from raytune_emotion.tuning.searcher import (
@@ -62,6 +64,7 @@ from raytune_emotion.tuning.study import (
     write_tables,
 )
 from raytune_emotion.tuning.trial import Job, Resources, halved, is_disk_full
+from raytune_emotion.tuning.warm import EARLIER, read_earlier
 from raytune_emotion.tuning.workers import release_workers
 
 #: Ray reads these when it starts, and has no arguments in their place.
@@ -277,7 +280,9 @@ class _Search(SearchAlgorithm):
         self._uri = uri
         self._token = uuid.uuid4().hex
         self._dropped: set[str] = set()  # trials without weights
-        self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
+        # From what earlier studies have shown, if the study began with any.
+        propose = functools.partial(sampling.propose, earlier=read_earlier(folder))
+        self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed, propose=propose)
         self._live: dict[str, tuple[Proposal, Trial]] = {}
         self._ended: dict[str, TrialRecord] = {}  # thinned: the driver is not to grow with what was reported
         self._curves = curves_of(())  # of the ended
@@ -292,7 +297,7 @@ class _Search(SearchAlgorithm):
         if uri is not None:
             write_text(folder / DRIVER, self._token)
             # The spec comes last: where it is, there is a study.
-            mirror.push(folder, uri, (DRIVER, JOURNAL, SPEC))
+            mirror.push(folder, uri, (DRIVER, JOURNAL, *([EARLIER] if (folder / EARLIER).exists() else []), SPEC))
         records = read_records(folder, study)
         self._asked = len(records)
         confirming = spec.confirms is not None
