@@ -184,41 +184,28 @@ def test_a_trial_out_of_memory_goes_on_in_smaller_micro_batches(begin, monkeypat
     assert [r["accumulate"] for r in record.reports] == [2, 4]
 
 
-def test_a_trial_that_is_out_of_memory_twice_fails(begin, monkeypatch):
+def test_what_fails_for_good_fails_at_once_and_the_study_goes_on(begin, monkeypatch):
     class Actor(TrialActor):
+        """Whose device is too small for the second trial, whatever its micro-batches are."""
+
         def _attempt(self, job):
-            raise OutOfMemory("out of memory on the device")
-            yield
+            if Path(job.folder).name == "0001":
+                raise OutOfMemory("out of memory on the device")
+            yield from super()._attempt(job)
 
     monkeypatch.setattr(engine, "TrialActor", Actor)
-    (record,) = begin(trials=1, epochs=2)[2]()
-    assert (record.status, record.reason) == ("failed", "out of memory on the device")
+    rates = [100.0, 1e-2, 1e-3]
+    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": rates}}
+    folder, _, go = begin(space=space | {"start": [{"optim.lr": rate} for rate in rates]}, trials=3, epochs=2)
+    diverged, too_large, complete = go()
+    assert "loss" in diverged.reason
+    assert too_large.reason == "out of memory on the device"
+    assert [r.status for r in (diverged, too_large, complete)] == ["failed", "failed", "complete"]
+    assert [t.state for t in load_study(folder).trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
 
 
-def test_a_trial_that_diverges_fails_at_once_and_the_study_goes_on(begin):
-    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": [1e-3, 100.0]}, "start": [
-        {"optim.lr": 100.0}, {"optim.lr": 1e-3}]}  # fmt: skip
-    folder, _, go = begin(space=space, trials=2, epochs=2)
-    failed, complete = go()
-    assert (failed.status, complete.status) == ("failed", "complete")
-    assert "loss" in failed.reason
-    assert [t.state for t in load_study(folder).trials] == [TrialState.FAIL, TrialState.COMPLETE]
-
-
-def test_a_process_that_dies_between_two_trials_ends_neither(begin):
-    _folder, _spec, go = begin(trials=3, epochs=1)
-    killed = []
-
-    def kill_once(event):
-        if event.status == "complete" and not killed:
-            killed.append(kill("TrialActor"))
-
-    assert [(r.status, len(r.reports)) for r in go(kill_once)] == [("complete", 1)] * 3
-    assert killed
-
-
-def test_a_report_that_was_written_but_not_heard_is_heard_later(begin, tmp_path, monkeypatch):
-    class Actor(TrialActor):
+def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_path, monkeypatch):
+    class DyingTrialActor(TrialActor):
         """Dies once, between the writing of a report and the driver's hearing of it."""
 
         def step(self):
@@ -228,12 +215,22 @@ def test_a_report_that_was_written_but_not_heard_is_heard_later(begin, tmp_path,
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-    monkeypatch.setattr(engine, "TrialActor", Actor)
-    folder, _spec, go = begin(trials=1, epochs=3)
-    (record,) = go()
-    assert [r["report"] for r in record.reports] == [1, 2, 3]
-    (trial,) = load_study(folder).trials
-    assert trial.intermediate_values == {r["report"]: r["best_val_js"] for r in record.reports}
+    killed = []
+
+    def kill_once(event):
+        if event.status == "complete" and not killed:
+            killed.append(kill("TrialActor"))
+
+    monkeypatch.setattr(engine, "TrialActor", DyingTrialActor)
+    folder, _spec, go = begin(trials=3, epochs=3)
+    records = go(kill_once)
+    assert killed
+    assert records[0].status == "complete"
+    assert {r.status for r in records} <= {"complete", "pruned"}
+    for record, trial in zip(records, load_study(folder).trials, strict=True):
+        assert [r["report"] for r in record.reports] == list(range(1, len(record.reports) + 1))
+        assert trial.intermediate_values == {r["report"]: r["best_val_js"] for r in record.reports}
+    assert [r["report"] for r in records[0].reports] == [1, 2, 3]
 
 
 def test_an_interruption_between_two_trials_is_one_and_a_study_can_be_extended(begin):
