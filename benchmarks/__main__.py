@@ -1,6 +1,8 @@
 """Runs benchmarks by name, or all of them: `python -m benchmarks [NAME …]`."""
 
 import argparse
+import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -24,7 +26,8 @@ import benchmarks
 from benchmarks import Table
 from raytune_emotion.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 NAMES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_"))
 
 
@@ -40,35 +43,73 @@ def main() -> int:
         began = datetime.now(timezone.utc)
         table: Table = module.run()
         took = (datetime.now(timezone.utc) - began).total_seconds()
-        _show(console, f"{name}: {str(module.__doc__).splitlines()[0]}", table)
+        _show(console, f"{name}: {_title(name)}", table)
         _write(name, table, began, took)
+    write_text(HERE / "RESULTS.md", _report())
     return 0
+
+
+def _title(name: str) -> str:
+    """The first sentence of a benchmark, which need not be importable here."""
+    return str(ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))).splitlines()[0]
 
 
 def _show(console: Console, title: str, table: Table) -> None:
     shown = RichTable(*table.columns, title=title, title_justify="left", box=box.SIMPLE)
     for row in table.rows:
-        shown.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+        shown.add_row(*map(_text, row))
     console.print(shown)
     for note in table.notes:
         console.print(note)
 
 
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _write(name: str, table: Table, began: datetime, took: float) -> None:
     RESULTS.mkdir(exist_ok=True)
+    machine = _machine()
     record = {
         "benchmark": name,
         "command": shlex.join(["python", "-m", "benchmarks", name]),
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(took, 1),
-        "machine": _machine(),
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("raytune_emotion", "ray", "optuna", "torch", "timm", "numpy", "pyarrow")
-        },
+        "machine": machine,
+        "versions": _versions(),
         **dataclasses.asdict(table),
     }
-    write_text(RESULTS / f"{name}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    # Those of a machine with a GPU stand beside those of one without.
+    file = "-".join([name, *str(machine["gpu"] or "").lower().split()])
+    write_text(RESULTS / f"{file}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _report() -> str:
+    """All results as one page."""
+    parts = ["# Results of the benchmarks\n\nWritten by `python -m benchmarks` out of `results/`.\n"]
+    for file in sorted(RESULTS.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        machine, columns, rows = record["machine"], record["columns"], record["rows"]
+        device = machine["gpu"] or "no GPU"
+        parts.append(
+            f"## {file.stem}\n\n{_title(record['benchmark'])}\n\n"
+            f"`{record['command']}`, {record['began'][:10]}, {record['seconds']:.0f} s: {device}, {machine['cores']} "
+            f"cores of {machine['cpu']}, Python {machine['python']}, torch {record['versions']['torch']}.\n"
+        )
+        lines = [columns, ["---"] * len(columns), *rows]
+        parts.append("".join(f"| {' | '.join(_text(value).strip() for value in line)} |\n" for line in lines))
+        if record["notes"]:
+            parts.append(" ".join(record["notes"]) + "\n")
+    return "\n".join(parts)
+
+
+def _versions() -> dict[str, str]:
+    """Of what is installed: the benchmarks of the layers below Ray and Optuna run without either."""
+    versions = {}
+    for package in ("raytune_emotion", "ray", "optuna", "torch", "timm", "numpy", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _machine() -> dict[str, Any]:

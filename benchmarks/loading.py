@@ -2,16 +2,19 @@
 
 The usual pipeline is PIL, torchvision's transforms and torch's DataLoader over the JPEG files that the store was packed
 from; its worker processes have started and delivered an epoch before they are timed. Both ways deliver normalised
-float32 batches. The hand-over alone is the store's gather of rows in random order into one buffer, as it goes into a
+float32 batches, to the GPU where there is one; there the loader also does so from a split that lives on the device.
+The hand-over alone is the store's gather of rows in random order into one buffer, as it goes into a
 pinned one; a bare copy of as many rows that lie one after the other, into the same buffer, is the most there can be.
 
 All take turns, round by round; a ratio is the median over the rounds of those within a round.
 """
 
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ from torchvision import transforms
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.loader import batches, epoch_order
+from raytune_emotion.data.loader import Resident, batches, epoch_order, place
 from raytune_emotion.data.sample import write_sample
 from raytune_emotion.data.store import Split, open_store, pack
 from raytune_emotion.learn import memory
@@ -34,17 +37,20 @@ FILE_PX = 224
 SIZES = (224, 96)
 BATCH = 64
 ROUNDS = 5
+CORES = os.cpu_count() or 1
 #: Files that the usual pipeline reads in a round: others in each.
-USUAL_ROWS = 256
-WORKERS = (0, 1, 2)
+USUAL_ROWS = min(ROWS, 128 * CORES)
+WORKERS = sorted({0, 1, 2, CORES})
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 #: Delivers batches, and returns how many images those were.
 Pipeline = Callable[[], int]
 
-LOADER, GATHER, COPY = "loader, normalised", "hand-over, uint8", "bare copy, uint8"
+LOADER, RESIDENT = "loader, normalised", "loader, normalised, from the device"
+GATHER, COPY = "hand-over, uint8", "bare copy, uint8"
 USUAL = {workers: f"usual pipeline, {workers} workers" for workers in WORKERS}
 
 
@@ -93,14 +99,15 @@ def _pipelines(split: Split, files: list[Path], size: int) -> dict[str, Pipeline
     if size == FILE_PX:
         _compare(split, Faces(files, size))
     order = iter(range(10**9))
-    buffer = np.empty((BATCH, size, size, 3), np.uint8)
+    buffer = torch.empty((BATCH, size, size, 3), dtype=torch.uint8, pin_memory=DEVICE.type == "cuda").numpy()
+    placed = place(split, DEVICE)
 
     def rows() -> list[np.ndarray]:
         order_N = epoch_order(len(split), 0, next(order))
         return [order_N[start : start + BATCH] for start in range(0, len(split) // BATCH * BATCH, BATCH)]
 
-    def load() -> int:
-        return sum(len(normalise(batch.x_BHWC, MEAN, STD)) for batch in batches(split, rows(), CPU))
+    def load(source: Split | Resident) -> int:
+        return _count(normalise(batch.x_BHWC, MEAN, STD) for batch in batches(source, rows(), DEVICE))
 
     def gather() -> int:
         return sum(len(split.gather(rows_B, out=buffer)) for rows_B in rows())
@@ -124,9 +131,18 @@ def _pipelines(split: Split, files: list[Path], size: int) -> dict[str, Pipeline
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-        return lambda: sum(len(x_BCHW) for x_BCHW in loader)
+        return lambda: _count(x_BCHW.to(DEVICE) for x_BCHW in loader)
 
-    return {LOADER: load, **{USUAL[workers]: usual(workers) for workers in WORKERS}, GATHER: gather, COPY: copy}
+    loaders = {LOADER: partial(load, split)} | ({RESIDENT: partial(load, placed)} if placed is not split else {})
+    return {**loaders, **{USUAL[workers]: usual(workers) for workers in WORKERS}, GATHER: gather, COPY: copy}
+
+
+def _count(stream: Iterable[torch.Tensor]) -> int:
+    """How many images the batches hold, once they are there."""
+    count = sum(map(len, stream))
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return count
 
 
 def _take_turns(pipelines: dict[str, Pipeline]) -> dict[str, list[float]]:
