@@ -54,7 +54,9 @@ def run() -> Table:
 def _held() -> tuple[float, ...]:
     driver = psutil.Process()
     processes = driver.children(recursive=True)
-    trials = sum(process.memory_info().rss for process in processes if "TrialActor" in process.name())
+    # Such a process is named for what it does: nothing, or a method of Tune's.
+    names = ("ray::TrialActor", "ray::ResourceTrainable")
+    trials = sum(process.memory_info().rss for process in processes if "".join(process.cmdline()).startswith(names))
     shared = [file.stat().st_size for file in Path("/dev/shm").iterdir()]
     return (
         driver.memory_info().rss / 2**20,
