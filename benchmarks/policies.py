@@ -6,7 +6,9 @@ when a core of its own would have come to it. No policy is given the space's sta
 """
 
 import dataclasses
+import functools
 import heapq
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -14,28 +16,32 @@ from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 import optuna
 import torch
-from optuna.samplers import RandomSampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks import Table
-from benchmarks.curves.response import Nearest, Surrogate, fit_responses, read_curves
+from benchmarks.curves.response import Nearest, Recorded, Surrogate, fit_responses, read_curves
 from raytune_emotion.tuning import sampling
+from raytune_emotion.tuning.model import Forecast, encoding_of
 from raytune_emotion.tuning.searcher import OBJECTIVE, Propose, Searcher
 from raytune_emotion.tuning.space import Space, load_space
 from raytune_emotion.tuning.stopping import make_scheduler
 
 CURVES = Path(__file__).parent / "curves"
 SPACE = Path("search_spaces/quick.yaml")
-#: Simulated workers, and the budget of random search in trials that are trained to their end.
-BUDGETS = {2: 64, 8: 128}
+#: Budget of random search, in trials that are trained to their end; all others are replayed for a share of it.
+BUDGET, SHARE = 256, 1 / 8
+#: Simulated workers that all compare on, and those that the parts of this project's policy are compared on.
+WORKERS, ALSO = (2, 8, 32), 8
+#: Studies a median is taken over.
+SEEDS, SEEDS_ALSO = 32, 16
 
 
 class Policy(Protocol):
@@ -46,25 +52,33 @@ class Policy(Protocol):
         """Whether the trial shall go on; one that has finished has ended either way."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """All that Ray's schedulers ask of one of theirs."""
+
+    trial_id: str
+
+
 class Study:
     """Trials as a study of this project runs them."""
 
     def __init__(
         self, space: Space, scheduler: TrialScheduler | None, seed: int, propose: Propose = sampling.propose
     ) -> None:
-        self._searcher = Searcher(optuna.create_study(), space, seed=seed, propose=propose)
+        self._space, self._study = space, optuna.create_study()
+        self._searcher = Searcher(self._study, space, seed=seed, propose=propose)
         self._scheduler = scheduler
 
     def ask(self) -> tuple[str, Mapping[str, Any]]:
         proposal = self._searcher.ask()
         assert proposal is not None  # the space is not finite
         if self._scheduler is not None:
-            self._scheduler.on_trial_add(None, SimpleNamespace(trial_id=proposal.trial_id))
+            self._scheduler.on_trial_add(None, Trial(proposal.trial_id))
         return proposal.trial_id, proposal.settings
 
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         self._searcher.observe(trial_id, report)
-        trial: Any = SimpleNamespace(trial_id=trial_id)
+        trial: Any = Trial(trial_id)
         stopped = (
             self._scheduler is not None and self._scheduler.on_trial_result(None, trial, report) == TrialScheduler.STOP
         )
@@ -73,6 +87,10 @@ class Study:
         elif stopped:
             self._searcher.tell(trial_id, "pruned")
         return not stopped
+
+    def learned(self) -> Forecast:
+        """What this study says to a later one."""
+        return Forecast(encoding_of(self._space), sampling.curves(self._study.get_trials(deepcopy=False)))
 
 
 class RayAsItComes:
@@ -92,12 +110,12 @@ class RayAsItComes:
         trial_id = f"{self._asked:04d}"
         self._asked += 1
         self._search.suggest(trial_id)
-        self._scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial_id))
+        self._scheduler.on_trial_add(None, Trial(trial_id))
         return trial_id, self._settings
 
     def report(self, trial_id: str, report: dict[str, Any]) -> bool:
         result = {"training_iteration": report["report"], "val_js": report["val_js"]}
-        trial: Any = SimpleNamespace(trial_id=trial_id)
+        trial: Any = Trial(trial_id)
         stopped = self._scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
         if stopped or report["finished"]:
             self._search.on_trial_complete(trial_id, result)
@@ -106,20 +124,68 @@ class RayAsItComes:
         return not stopped
 
 
-def propose_random(space: Space, past: Sequence[FrozenTrial], seed: int) -> dict[str, Any]:
-    """Draws from the space, whatever the past."""
-    trial = optuna.create_study(sampler=RandomSampler(seed=seed)).ask()
-    space.suggest(trial)
-    return trial.params
+def by_optuna(make: Callable[[int], BaseSampler]) -> Propose:
+    """Proposes what a sampler of Optuna does that is told of the past."""
+
+    def propose(space: Space, past: Sequence[FrozenTrial], seed: int) -> dict[str, Any]:
+        study = optuna.create_study(sampler=make(seed))
+        study.add_trials(past)
+        trial = study.ask()
+        space.suggest(trial)
+        return trial.params
+
+    return propose
+
+
+@dataclass(frozen=True)
+class Market:
+    """What policies are compared on."""
+
+    space: Space
+    response: Nearest | Surrogate
+    most_reports: int
+    earlier: tuple[Forecast, ...] = ()  # of a study on other curves
+
+
+propose_random = by_optuna(lambda seed: RandomSampler(seed=seed))
+propose_tpe = by_optuna(lambda seed: TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed))
+
+
+def brackets(most_reports: int) -> TrialScheduler:
+    """Asynchronous Hyperband: brackets that stop from the first, the third and the ninth part of the length on."""
+    return ASHAScheduler("report", OBJECTIVE, "min", max_t=most_reports, reduction_factor=3, brackets=3)
+
+
+def median_rule(most_reports: int) -> TrialScheduler:
+    # With slices without end no trial is paused, which a replay knows nothing of.
+    grace = math.ceil(most_reports / 3)
+    return MedianStoppingRule("report", OBJECTIVE, "min", grace_period=grace, min_time_slice=math.inf)
 
 
 RANDOM, RAY, OURS = "random, nothing stopped", "OptunaSearch + ASHAScheduler", "this project"
-#: By name: makes a policy of a space, the number of reports of a whole trial, and a seed.
-POLICIES: dict[str, Callable[[Space, int, int], Policy]] = {
-    RANDOM: lambda space, most, seed: Study(space, None, seed, propose_random),
-    RAY: RayAsItComes,
-    OURS: lambda space, most, seed: Study(space, make_scheduler(most), seed),
-    "random, stopped as here": lambda space, most, seed: Study(space, make_scheduler(most), seed, propose_random),
+#: By name: makes a policy with a seed.
+POLICIES: dict[str, Callable[[Market, int], Policy]] = {
+    RANDOM: lambda market, seed: Study(market.space, None, seed, propose_random),
+    RAY: lambda market, seed: RayAsItComes(market.space, market.most_reports, seed),
+    OURS: lambda market, seed: Study(market.space, make_scheduler(market.most_reports), seed),
+}
+#: With one part of this project's policy in another's place.
+PARTS: dict[str, Callable[[Market, int], Policy]] = {
+    "with random proposals": lambda market, seed: Study(
+        market.space, make_scheduler(market.most_reports), seed, propose_random
+    ),
+    "with Optuna's TPE": lambda market, seed: Study(
+        market.space, make_scheduler(market.most_reports), seed, propose_tpe
+    ),
+    "nothing stopped": lambda market, seed: Study(market.space, None, seed),
+    "with Hyperband's brackets": lambda market, seed: Study(market.space, brackets(market.most_reports), seed),
+    "with the median rule": lambda market, seed: Study(market.space, median_rule(market.most_reports), seed),
+    "warm-started from the other curves": lambda market, seed: Study(
+        market.space,
+        make_scheduler(market.most_reports),
+        seed,
+        functools.partial(sampling.propose, earlier=market.earlier),
+    ),
 }
 
 
@@ -142,19 +208,13 @@ class Replay:
         return float(self.seconds[reached[0]]) if len(reached) else np.inf
 
 
-@dataclass(frozen=True)
-class Market:
-    """What policies are compared on."""
-
-    space: Space
-    response: Nearest | Surrogate
-    most_reports: int
-
-
 def replay(market: Market, name: str, workers: int, seconds: float, seed: int) -> Replay:
-    """Simulates a study of a policy until its time is over."""
+    """Simulates a study by a policy until its time is over."""
     np.random.seed(seed)  # noqa: NPY002  # Ray's schedulers draw from it
-    policy = POLICIES[name](market.space, market.most_reports, seed)
+    return simulate(market, (POLICIES | PARTS)[name](market, seed), workers, seconds)
+
+
+def simulate(market: Market, policy: Policy, workers: int, seconds: float) -> Replay:
     asked = 0
     times: list[float] = []
     bests: list[float] = []
@@ -203,53 +263,64 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
-#: A policy is replayed for this share of the budget that random search has.
-SHARE = 1 / 4
-SEEDS = 24
-
-
 def run() -> Table:
+    _quiet()
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_quiet) as pool:
         return _run(pool)
 
 
 def _run(pool: ProcessPoolExecutor) -> Table:
+    space = read_space()
+    recorded = {file.stem: read_curves(file, space) for file in sorted(CURVES.glob("*.parquet"))}
+    fitted = {name: fit_responses(each) for name, each in recorded.items()}
+    learned = {name: _learned(space, fitted[name].surrogate, each) for name, each in recorded.items()}
+    notes = [
+        f"Medians over {SEEDS} seeds, {SEEDS_ALSO} for the parts. Random search has the time of {BUDGET} full trials, "
+        f"all others a {round(1 / SHARE)}th of it. A ratio of 0: not reached within that."
+    ]
     rows: list[tuple[Any, ...]] = []
-    notes = [f"Medians over {SEEDS} seeds. A ratio of 0: not reached within {SHARE:g} of random's budget."]
-    for file in sorted(CURVES.glob("*.parquet")):
-        recorded = read_curves(file, read_space())
-        fitted = fit_responses(recorded)
+    for name, each in recorded.items():
+        found = fitted[name]
         notes.append(
-            f"{file.stem}: {len(recorded.settings)} configurations of {recorded.js_NR.shape[1]} reports, "
-            f"{recorded.mean_seconds:.0f} core-seconds each. Of a configuration that it has not seen, the surrogate is "
-            f"off by {fitted.surrogate_error:.4f} bits in the median (rank correlation {fitted.rank_correlation:.2f}), "
-            f"the nearest by {fitted.nearest_error:.4f}."
+            f"{name}: {len(each.settings)} configurations of {each.js_NR.shape[1]} reports, {each.mean_seconds:.0f} "
+            f"core-seconds each. Of a configuration that it has not seen, the surrogate is off by "
+            f"{found.surrogate_error:.4f} bits in the median (rank correlation {found.rank_correlation:.2f}), the "
+            f"nearest by {found.nearest_error:.4f}."
         )
-        for kind, response in (("surrogate", fitted.surrogate), ("nearest", fitted.nearest)):
-            market = Market(read_space(), response, recorded.js_NR.shape[1])
-            for workers, full in BUDGETS.items():
-                budget = full * recorded.mean_seconds / workers
-                rows += compare(pool, market, workers, budget, (file.stem, kind, workers))
+        others = tuple(forecast for other, forecast in learned.items() if other != name)
+        for kind, response in (("surrogate", found.surrogate), ("nearest", found.nearest)):
+            market = Market(space, response, each.js_NR.shape[1], others)
+            for workers in WORKERS:
+                rows += compare(pool, market, workers, BUDGET * each.mean_seconds / workers, (name, kind, workers))
     columns = (
         "curves", "response", "workers", "policy", "budget of random search over its own, to random's JS",
-        "budget of Ray's over its own, to Ray's JS", "JS at 1/8 of random's budget", "quartile", "quartile",
-        "JS at 1/4", "quartile", "quartile", "trials",
+        "budget of Ray's over its own, to Ray's JS", "JS at 1/16 of random's budget", "quartile", "quartile",
+        "JS at 1/8", "quartile", "quartile", "trials",
     )  # fmt: skip
     return Table(columns, rows, notes)
+
+
+def _learned(space: Space, response: Surrogate, recorded: Recorded) -> Forecast:
+    """What a study on these curves, in the time of 32 full trials, says to a later one."""
+    market = Market(space, response, recorded.js_NR.shape[1])
+    study = Study(space, make_scheduler(market.most_reports), seed=SEEDS)
+    simulate(market, study, 2, BUDGET * SHARE * recorded.mean_seconds / 2)
+    return study.learned()
 
 
 def compare(
     pool: ProcessPoolExecutor, market: Market, workers: int, budget: float, labels: tuple[Any, ...]
 ) -> list[tuple[Any, ...]]:
     """How much less of the budget each policy needs for the JS that others reach with theirs; medians over seeds."""
-    seeds = range(SEEDS)
     times = {name: budget if name == RANDOM else budget * SHARE for name in POLICIES}
-    done = {name: replays(pool, market, name, workers, times[name], seeds) for name in POLICIES}
+    done = {name: replays(pool, market, name, workers, times[name], range(SEEDS)) for name in POLICIES}
     goals = [(times[name], float(np.median([one.at(times[name]) for one in done[name]]))) for name in (RANDOM, RAY)]
+    if workers == ALSO:
+        done |= {name: replays(pool, market, name, workers, budget * SHARE, range(SEEDS_ALSO)) for name in PARTS}
     rows = []
     for name, studies in done.items():
         ratios = [given / float(np.median([one.until(js) for one in studies])) for given, js in goals]
-        found = [np.percentile([one.at(budget * share) for one in studies], [50, 25, 75]) for share in (1 / 8, SHARE)]
+        found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in (SHARE / 2, SHARE)]
         trials = float(np.mean([one.trials for one in studies]))
         rows.append((*labels, name, *ratios, *map(float, np.concatenate(found)), trials))
     return rows

@@ -128,7 +128,8 @@ class Forecast:
     def believe(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """Takes what is predicted of configurations for true, as of those that run: others then promise more."""
         x_MD = self._encoded(settings)
-        self._z_N = np.concatenate([self._z_N, self._process.predict(x_MD)])
+        z_M = self._process.predict(x_MD).reshape(-1)  # of one point, a process without data gives a scalar
+        self._z_N = np.concatenate([self._z_N, z_M])
         self._x_ND = np.concatenate([self._x_ND.reshape(-1, x_MD.shape[1]), x_MD])
         self._condition()
 

@@ -73,8 +73,11 @@ def test_where_trials_fail_the_worst_is_expected(space):
     assert mean_M[large].mean() > mean_M[~large].mean() + 0.3
 
 
-def test_what_is_believed_is_not_looked_for_again(space):
+@pytest.mark.parametrize("earlier", [False, True], ids=["of this study", "of an earlier one alone"])
+def test_what_is_believed_is_not_looked_for_again(space, earlier):
     forecast = Forecast(encoding_of(space), [curve(each) for each in draw(space, 12, seed=3)])
+    if earlier:
+        forecast = Forecast(encoding_of(space), [], [forecast])
     (there, elsewhere) = draw(space, 2, seed=4)
     mean_before, std_before = forecast([there, elsewhere])
     forecast.believe([there])
