@@ -44,8 +44,7 @@ def main() -> int:
         table: Table = module.run()
         took = (datetime.now(timezone.utc) - began).total_seconds()
         _show(console, f"{name}: {_title(name)}", table)
-        _write(name, table, began, took)
-    write_text(HERE / "RESULTS.md", _report())
+        write_result(name, table, began, took, shlex.join(["python", "-m", "benchmarks", name]))
     return 0
 
 
@@ -67,12 +66,13 @@ def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _write(name: str, table: Table, began: datetime, took: float) -> None:
+def write_result(name: str, table: Table, began: datetime, took: float, command: str) -> None:
+    """Keeps a table, with what it was measured on, and writes the page of all results."""
     RESULTS.mkdir(exist_ok=True)
     machine = _machine()
     record = {
         "benchmark": name,
-        "command": shlex.join(["python", "-m", "benchmarks", name]),
+        "command": command,
         "began": began.isoformat(timespec="seconds"),
         "seconds": round(took, 1),
         "machine": machine,
@@ -80,8 +80,9 @@ def _write(name: str, table: Table, began: datetime, took: float) -> None:
         **dataclasses.asdict(table),
     }
     # Those of a machine with a GPU stand beside those of one without.
-    file = "-".join([name, *str(machine["gpu"] or "").lower().split()])
+    file = "-".join([Path(name).name, *str(machine["gpu"] or "").lower().split()])
     write_text(RESULTS / f"{file}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(HERE / "RESULTS.md", _report())
 
 
 def _report() -> str:

@@ -41,7 +41,7 @@ BUDGET, SHARE = 256, 1 / 8
 #: Simulated workers that all compare on, and those that the parts of this project's policy are compared on.
 WORKERS, ALSO = (2, 8, 32), 8
 #: Studies a median is taken over.
-SEEDS, SEEDS_ALSO = 32, 16
+SEEDS, SEEDS_ALSO = 24, 8
 
 
 class Policy(Protocol):
@@ -328,5 +328,5 @@ def compare(
 
 def read_space() -> Space:
     """The space that the configurations were drawn from, without its start points."""
-    fixed = {"train.epochs": 8, "train.evals_per_epoch": 2, "data.image_size": 48}
+    fixed = {"train.epochs": 8, "train.evals_per_epoch": 2, "train.ema_decay": 0.0, "data.image_size": 48}
     return dataclasses.replace(load_space(SPACE, overrides=fixed), start=())

@@ -50,6 +50,8 @@ def main() -> int:
     store = _store(args)
     train_seed = args.seed if args.train_seed is None else args.train_seed
     length = {"train.epochs": args.epochs, "train.evals_per_epoch": args.evals_per_epoch, "train.seed": train_seed}
+    # As the first of the curves were recorded.
+    length |= {"train.ema_decay": 0.0}
     space = load_space(args.space, overrides={**length, "data.image_size": open_store(store).image_size})
     drawn = dict(enumerate(draw(space, args.configurations, args.seed)))
     known = pd.read_parquet(args.curves) if args.curves.exists() else pd.DataFrame({"configuration": []})

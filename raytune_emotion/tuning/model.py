@@ -24,9 +24,9 @@ from raytune_emotion.tuning.space import Space
 Floats = npt.NDArray[np.float64]
 
 #: Points that the kernel's lengths are fitted to, in a time that grows with their cube. All points are predicted from.
-_FITTED = 120
+_FITTED = 80
 #: Steps of that fit.
-_STEPS = 40
+_STEPS = 25
 #: Of a kernel in D dimensions, as logarithms: variance, D lengths and noise, each with a spread (see `_fit`).
 _VARIANCE, _LENGTH, _NOISE = (0.0, 1.0), (math.log(0.5), 1.0), (math.log(0.02), 1.5)
 #: The least value, as whose logarithm that of a perfect prediction counts.

@@ -1,0 +1,243 @@
+"""Real studies of equal time: this project, random search, Optuna alone, and Ray's OptunaSearch as it is documented.
+
+    python -m benchmarks.curves.contest --data ferplus_small
+
+All choose among the same configurations, those of the quick space without its start points, lest one know more than
+another, and train them by the same code on the same packed store, on two cores. Each study is a process of its own,
+whose time begins with its start.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import ray
+import torch
+from matplotlib.figure import Figure
+from optuna.pruners import HyperbandPruner
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+from rich.progress import track
+from ruamel.yaml import YAML
+
+from benchmarks import Table
+from benchmarks.__main__ import write_result
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.store import open_store, prepare
+from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.tuning.preview import draw
+from raytune_emotion.tuning.space import Space, load_space
+
+SPACE = Path("search_spaces/quick.yaml")
+PICTURE = Path("docs/contest.png")
+EPOCHS = 8
+CORES = 2
+MANY = 10_000  # trials, more than there is time for
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """What a study gets."""
+
+    store: str
+    space: str  # file
+    seconds: float
+    seed: int
+    folder: str  # for what it writes; each report is a line of a *.jsonl below, with its `time` and `val_js`
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves.contest", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder or store")
+    parser.add_argument("--seconds", type=float, default=150, help="of a study")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--study", nargs=2, metavar=("NAME", "JSON"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.study:
+        STUDIES[args.study[0]](Contest(**json.loads(args.study[1])))
+        return 0
+    began = datetime.now(timezone.utc)
+    with tempfile.TemporaryDirectory(prefix="contest-") as scratch:
+        space = Path(scratch) / "space.yaml"
+        mapping = {key: value for key, value in YAML(typ="safe").load(SPACE).items() if key != "start"}
+        YAML().dump(mapping, space)
+        store = str(prepare(args.data, image_size=None).path)
+        found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in STUDIES}
+        # Seed by seed, so that whatever the machine does meanwhile falls on all alike.
+        for seed, name in track([(seed, name) for seed in range(args.seeds) for name in STUDIES], "studies"):
+            folder = Path(scratch) / f"{len(found[name])} {name}"
+            folder.mkdir()
+            asked = Contest(store, str(space), args.seconds, seed, str(folder))
+            found[name].append(_study(name, asked))
+    table = _table(found, args.seconds)
+    took = (datetime.now(timezone.utc) - began).total_seconds()
+    command = ["python", "-m", "benchmarks.curves.contest", "--data", args.data.name]
+    command += ["--seconds", f"{args.seconds:g}", "--seeds", str(args.seeds)]
+    write_result("curves/contest", table, began, took, shlex.join(command))
+    _draw(found, args.seconds)
+    return 0
+
+
+def _study(name: str, asked: Contest) -> list[tuple[float, float]]:
+    """Runs a study; its reports until its time is over, as seconds since its start and validation JS."""
+    began = time.time()
+    command = [sys.executable, "-m", "benchmarks.curves.contest", "--data", "."]
+    command += ["--study", name, json.dumps(dataclasses.asdict(asked))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        _, said = process.communicate(timeout=asked.seconds + 120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    lines = [json.loads(line) for file in Path(asked.folder).rglob("*.jsonl") for line in file.open()]
+    points = sorted((line["time"] - began, line["val_js"]) for line in lines)
+    if not points:
+        raise RuntimeError(f"{name}: nothing was reported; it said: {said.decode()[-2000:]}")
+    return [(seconds, js) for seconds, js in points if seconds <= asked.seconds]
+
+
+def _ours(asked: Contest) -> None:
+    command = [
+        sys.executable, "-m", "raytune_emotion.search", "--data", asked.store, "--space", asked.space, "--trials",
+        str(MANY), "--epochs", str(EPOCHS), "--seed", str(asked.seed), "--time-budget", f"{asked.seconds:g}s",
+        "--results", asked.folder,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _random(asked: Contest) -> None:
+    """Random configurations, each to its end, one a core."""
+    processes = [get_context("spawn").Process(target=_train_every, args=(asked, core)) for core in range(CORES)]
+    for process in processes:
+        process.start()
+    time.sleep(asked.seconds)
+    for process in processes:
+        process.kill()
+
+
+def _train_every(asked: Contest, core: int) -> None:
+    torch.set_num_threads(1)
+    for number, settings in enumerate(draw(_space(asked), MANY, asked.seed)):
+        if number % CORES == core:
+            for _ in _train(asked, settings):
+                pass
+
+
+def _optuna(asked: Contest) -> None:
+    """Optuna's own sampler and Hyperband, in one process that has both cores."""
+    torch.set_num_threads(CORES)
+    space = _space(asked)
+
+    def objective(trial: optuna.Trial) -> float:
+        best = 1.0
+        for epoch, js in enumerate(_train(asked, space.suggest(trial)), start=1):
+            best = min(best, js)
+            trial.report(js, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return best
+
+    pruner = HyperbandPruner(min_resource=1, max_resource=EPOCHS, reduction_factor=3)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=asked.seed), pruner=pruner)
+    study.optimize(objective, timeout=asked.seconds)
+
+
+def _define(space: Space, trial: optuna.Trial) -> dict[str, Any]:
+    return {"settings": space.suggest(trial)}
+
+
+def _ray(asked: Contest) -> None:
+    """A function trainable that reports every epoch, `OptunaSearch` and `ASHAScheduler`, with nothing set but these."""
+    space = _space(asked)
+
+    def trainable(config: dict[str, Any]) -> None:
+        for js in _train(asked, config["settings"]):
+            tune.report({"val_js": js})
+
+    ray.init(num_cpus=CORES, include_dashboard=False, log_to_driver=False)
+    search = OptunaSearch(functools.partial(_define, space), metric="val_js", mode="min", seed=asked.seed)
+    scheduler = ASHAScheduler(metric="val_js", mode="min", max_t=EPOCHS)
+    config = tune.TuneConfig(
+        search_alg=search,
+        scheduler=scheduler,
+        num_samples=MANY,
+        time_budget_s=asked.seconds,
+        max_concurrent_trials=CORES,
+    )
+    results = tune.RunConfig(storage_path=asked.folder, verbose=0)
+    tune.Tuner(trainable, tune_config=config, run_config=results).fit()
+
+
+STUDIES: dict[str, Callable[[Contest], None]] = {
+    "random search": _random,
+    "Optuna with Hyperband": _optuna,
+    "OptunaSearch + ASHAScheduler": _ray,
+    "raytune_emotion": _ours,
+}
+
+
+def _space(asked: Contest) -> Space:
+    fixed = {"train.epochs": EPOCHS, "data.image_size": open_store(Path(asked.store)).image_size}
+    return load_space(Path(asked.space), overrides={**fixed, "train.seed": asked.seed})
+
+
+def _train(asked: Contest, settings: dict[str, Any]) -> Iterator[float]:
+    """The validation JS of every epoch, which are written down; one that diverges ends."""
+    file = Path(asked.folder) / f"{os.getpid()}.jsonl"
+    with contextlib.suppress(Diverged):
+        for report in fit(RunConfig.from_flat(settings), open_store(Path(asked.store)), device=torch.device("cpu")):
+            with file.open("a") as lines:
+                print(json.dumps({"time": report["time"], "val_js": report["val_js"]}), file=lines)
+            yield report["val_js"]
+
+
+def _best(points: list[tuple[float, float]], seconds: float) -> float:
+    return min((js for at, js in points if at <= seconds), default=1.0)
+
+
+def _table(found: dict[str, list[list[tuple[float, float]]]], seconds: float) -> Table:
+    parts = (1 / 4, 1 / 2, 1)
+    rows = []
+    for name, studies in found.items():
+        bests = np.array([[_best(points, part * seconds) for part in parts] for points in studies])
+        rows.append((name, *map(float, bests.mean(axis=0)), *map(float, bests[:, -1])))
+    seeds = range(len(rows[0]) - len(parts) - 1)
+    columns = ("study", "mean JS at 1/4 of the time", "at 1/2", "at the end", *(f"seed {seed}" for seed in seeds))
+    note = f"Best validation JS, bits, of studies of {seconds:g} s on {CORES} cores, their start included."
+    return Table(columns, rows, [note])
+
+
+def _draw(found: dict[str, list[list[tuple[float, float]]]], seconds: float) -> None:
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    times = np.linspace(0, seconds, 300)
+    for (name, studies), colour in zip(found.items(), ("#c9b79c", "#7fb069", "#1f6f8b", "#d1495b"), strict=True):
+        bests = np.array([[_best(points, at) for at in times] for points in studies])
+        axes.plot(times, bests.mean(axis=0), color=colour, label=name, linewidth=2)
+        axes.fill_between(times, bests.min(axis=0), bests.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    last = [points for studies in found.values() for points in studies]
+    axes.set_ylim(min(_best(points, seconds) for points in last) - 0.005, 0.33)
+    axes.set(xlabel="seconds", ylabel="best validation JS, bits", title=f"Mean and range of {len(studies)} seeds")
+    axes.legend(frameon=False)
+    figure.savefig(PICTURE, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
