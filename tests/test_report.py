@@ -129,6 +129,18 @@ class TestThePage:
             ["0002", "failed", "", ""],
         ]
 
+    def test_small_models_that_no_smaller_one_betters_are_shown(self, tmp_path, store):
+        sizes = ((0.20, 11.0), (0.25, 1.0), (0.22, 5.0), (0.23, 5.0), (0.3, 2.0))
+        records = [
+            TrialRecord(f"{number:04d}", "complete", {}, "", (report(1, js, params_millions=millions),))
+            for number, (js, millions) in enumerate(sizes)
+        ]
+        write_report(tmp_path, spec_of(store), records)
+        rows = page_of(tmp_path).rows
+        assert [row[0] for row in rows[rows.index(next(r for r in rows if "backbone" in r)) + 1 :]] == [
+            "0000", "0002", "0001",
+        ]  # fmt: skip
+
     def test_names_are_shown_and_not_run(self, tmp_path, store):
         bad = "<script>alert(1)</script>"
         records = [

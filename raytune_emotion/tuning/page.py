@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.tuning.confirmation import HEADINGS, standings
-from raytune_emotion.tuning.study import StudySpec, TrialRecord, best_first
+from raytune_emotion.tuning.study import StudySpec, TrialRecord, best_first, frontier
 
 REPORT = "report.html"
 _COLOURS = {"complete": "#1f6f8b", "pruned": "#c9b79c", "running": "#7fb069", "failed": "#c8553d"}
@@ -43,6 +43,7 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
         columns=["trial", "status", "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *searched],
         rows=rows,
         left_out=max(0, len(ranked) - _ROWS),
+        frontier=[[_cell(value) for value in _sized(record)] for record in frontier(records)],
         images=images,
         headings=HEADINGS,
         standings=standings(spec, records),
@@ -62,6 +63,12 @@ def _row(record: TrialRecord, searched: list[str]) -> list[Any]:
     metrics = [best.get("val_js"), best.get("val_kl"), best.get("val_accuracy")]
     settings = [record.settings.get(name) for name in searched]
     return [record.trial_id, record.status, last.get("epoch"), *metrics, last.get("seconds"), *settings]
+
+
+def _sized(record: TrialRecord) -> list[Any]:
+    best = record.best or {}
+    backbone = record.settings.get("model.backbone")
+    return [record.trial_id, backbone, best.get("params_millions"), best.get("val_js"), best.get("images_per_second")]
 
 
 def _cell(value: Any) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
+import math
 import platform
 import shutil
 import subprocess
@@ -188,6 +189,17 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
     """The trials by their best validation JS; those without a report come last."""
     return sorted(records, key=lambda r: (r.best is None, r.best["val_js"] if r.best else 0.0, r.trial_id))
+
+
+def frontier(records: list[TrialRecord]) -> list[TrialRecord]:
+    """The trials that no smaller model has bettered, best first: the Pareto front of JS and number of parameters."""
+    found: list[TrialRecord] = []
+    least = math.inf
+    for record in best_first(records):
+        if record.best and record.best["params_millions"] < least:
+            found.append(record)
+            least = record.best["params_millions"]
+    return found
 
 
 def best_trial_id(folder: Path) -> str:
