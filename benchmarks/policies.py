@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
+from rich.progress import track
 
 from benchmarks import Table
 from benchmarks.curves.response import Nearest, Recorded, Surrogate, fit_responses, read_curves
@@ -41,7 +42,7 @@ BUDGET, SHARE = 256, 1 / 8
 #: Simulated workers that all compare on, and those that the parts of this project's policy are compared on.
 WORKERS, ALSO = (2, 8, 32), 8
 #: Studies a median is taken over.
-SEEDS, SEEDS_ALSO = 24, 8
+SEEDS, SEEDS_ALSO = 16, 8
 
 
 class Policy(Protocol):
@@ -278,7 +279,7 @@ def _run(pool: ProcessPoolExecutor) -> Table:
         f"Medians over {SEEDS} seeds, {SEEDS_ALSO} for the parts. Random search has the time of {BUDGET} full trials, "
         f"all others a {round(1 / SHARE)}th of it. A ratio of 0: not reached within that."
     ]
-    rows: list[tuple[Any, ...]] = []
+    markets: list[tuple[str, str, Market, float]] = []
     for name, each in recorded.items():
         found = fitted[name]
         notes.append(
@@ -290,8 +291,10 @@ def _run(pool: ProcessPoolExecutor) -> Table:
         others = tuple(forecast for other, forecast in learned.items() if other != name)
         for kind, response in (("surrogate", found.surrogate), ("nearest", found.nearest)):
             market = Market(space, response, each.js_NR.shape[1], others)
-            for workers in WORKERS:
-                rows += compare(pool, market, workers, BUDGET * each.mean_seconds / workers, (name, kind, workers))
+            markets.append((name, kind, market, BUDGET * each.mean_seconds))
+    rows: list[tuple[Any, ...]] = []
+    for (name, kind, market, core_seconds), workers in track([*product(markets, WORKERS)], "policies"):
+        rows += compare(pool, market, workers, core_seconds / workers, (name, kind, workers))
     columns = (
         "curves", "response", "workers", "policy", "budget of random search over its own, to random's JS",
         "budget of Ray's over its own, to Ray's JS", "JS at 1/16 of random's budget", "quartile", "quartile",

@@ -9,7 +9,7 @@ from raytune_emotion.__main__ import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.package import export_checkpoint
-from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, trial_folder
+from raytune_emotion.tuning.study import SPEC, TRIALS, best_trial_id, opened, read_spec, trial_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     with opened(args.study, TRIALS) as folder:
+        if args.trial is None and (folder / SPEC).exists() and read_spec(folder).confirms is not None:
+            raise UserError(f"{folder}: its winner is in {folder / 'best'}; name another of its runs with --trial")
         trial_id = args.trial or best_trial_id(folder)
         export_trial(folder, args.dest, trial_id, args.study if isinstance(args.study, str) else None)
     print(f"trial {trial_id} is exported to {args.dest}")

@@ -149,6 +149,8 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster,
     exported = json.loads((folder / "best" / "metrics.json").read_text())
     assert exported["val_js"] == runs[1].best["val_js"], "the one in the middle"
     assert (exported["confirmed_mean_js"], exported["confirmed_seeds"]) == (winner.mean_js, 2)
+    (told,) = refusal(capsys, [], "export", folder, folder.parent / "exported")
+    assert told == f"{folder}: its winner is in {folder / 'best'}; name another of its runs with --trial"
     words = f"{winner.mean_js:.4f} ± {winner.standard_error:.4f} bits (mean and standard error over 2 seeds)"
     assert words in (folder / "best" / "README.md").read_text()
     assert f"best mean   {words}, trial {winner.trial_id} of the search" in out
