@@ -298,7 +298,8 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
         assert len(ended_then) < TRIALS
 
         # Then one at a time, on two workers.
-        point = draw.randrange(reported(folder), TRIALS)
+        so_far = reported(folder)
+        point = draw.randrange(so_far, max(so_far + 1, TRIALS))
         killed = pool.submit(kill_one, point, draw.randrange(30), draw.randrange(2))
         try:
             records = go_on(folder, workers=2)
