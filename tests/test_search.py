@@ -438,21 +438,23 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
 
 
+@pytest.fixture(scope="class")
+def begun(tmp_path_factory, faces):
+    folder = tmp_path_factory.mktemp("a study")
+    (folder / "space.yaml").write_text(SPACE)
+    options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
+    code, out, err = ended(*options, cwd=folder)
+    assert code == 0, err
+    return folder, out, err
+
+
+@pytest.fixture(scope="class")
+def study(begun):
+    return begun[0] / "ray_results" / "first"
+
+
 class TestAStudy:
     """In the order of the tests: begun, gone on with, interrupted."""
-
-    @pytest.fixture(scope="class")
-    def begun(self, tmp_path_factory, faces):
-        folder = tmp_path_factory.mktemp("a study")
-        (folder / "space.yaml").write_text(SPACE)
-        options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
-        code, out, err = ended(*options, cwd=folder)
-        assert code == 0, err
-        return folder, out, err
-
-    @pytest.fixture(scope="class")
-    def study(self, begun):
-        return begun[0] / "ray_results" / "first"
 
     def test_says_what_came_out_and_what_to_type_next(self, begun, study):
         _, out, err = begun
