@@ -47,7 +47,7 @@ class Encoding:
     def __call__(self, settings: Mapping[str, Any]) -> list[float]:
         """Of D coordinates; those of what is not set lie in the middle."""
         numbers = [
-            ((math.log(settings[key]) if log else settings[key]) - low) / (high - low) if key in settings else 0.5
+            (_scaled(settings[key], low, log) - low) / (high - low) if key in settings else 0.5
             for key, (low, high, log) in self.ranges.items()
         ]
         return numbers + [float(settings.get(key) == word) for key, words in self.choices.items() for word in words]
@@ -67,10 +67,19 @@ def encoding_of(space: Space) -> Encoding:
         ends = [*listed, *(d.low for d in spans), *(d.high for d in spans)]
         # Listed numbers, as batch sizes, are steps of a ladder.
         log = any(d.log for d in spans) if spans else min(ends) > 0
-        low, high = (math.log(end) if log else end for end in (min(ends), max(ends)))
+        if log:
+            ends = [math.log(end) for end in ends if end > 0]
+        low, high = min(ends), max(ends)
         if high > low:
             ranges[key] = (low, high, log)
     return Encoding(ranges, choices)
+
+
+def _scaled(value: float, low: float, log: bool) -> float:
+    if not log:
+        return value
+    # A branch, or another study, may switch off by 0 what is drawn by orders of magnitude elsewhere.
+    return math.log(value) if value > 0 else low
 
 
 @dataclass(frozen=True)

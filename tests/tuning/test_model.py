@@ -48,6 +48,14 @@ def test_configurations_lie_in_the_unit_cube(space):
     assert encoding({})[: len(encoding.ranges)] == [0.5] * len(encoding.ranges)
 
 
+def test_what_a_branch_switches_off_lies_at_the_low_end_of_its_orders_of_magnitude():
+    decays = {"optim.name": {"choice": ["adam", "sgd"]}, "optim.weight_decay": {"log_uniform": [1e-4, 1e-2]}}
+    space = parse_space(decays | {"when": [{"if": {"optim.name": ["sgd"]}, "optim.weight_decay": 0}]})
+    encoding = encoding_of(space)
+    assert encoding({"optim.name": "sgd", "optim.weight_decay": 0}) == [0, 0, 1]
+    assert encoding({"optim.name": "adam", "optim.weight_decay": 1e-3}) == pytest.approx([0.5, 1, 0])
+
+
 def rank_correlation(forecast, space):
     unseen = [*draw(space, 60, seed=9)]
     return spearmanr(forecast(unseen)[0], [final(each) for each in unseen]).statistic
