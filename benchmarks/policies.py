@@ -216,6 +216,7 @@ def replay(market: Market, name: str, workers: int, seconds: float, seed: int) -
 
 
 def simulate(market: Market, policy: Policy, workers: int, seconds: float) -> Replay:
+    """Runs a policy on replayed reports, each in the order of its time, until the study's time is over."""
     asked = 0
     times: list[float] = []
     bests: list[float] = []

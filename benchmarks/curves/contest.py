@@ -232,9 +232,10 @@ def _draw(found: dict[str, list[list[tuple[float, float]]]], seconds: float) -> 
         bests = np.array([[_best(points, at) for at in times] for points in studies])
         axes.plot(times, bests.mean(axis=0), color=colour, label=name, linewidth=2)
         axes.fill_between(times, bests.min(axis=0), bests.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    last = [points for studies in found.values() for points in studies]
-    axes.set_ylim(min(_best(points, seconds) for points in last) - 0.005, 0.33)
-    axes.set(xlabel="seconds", ylabel="best validation JS, bits", title=f"Mean and range of {len(studies)} seeds")
+    every = [points for studies in found.values() for points in studies]
+    axes.set_ylim(min(_best(points, seconds) for points in every) - 0.005, 0.33)
+    seeds = len(every) // len(found)
+    axes.set(xlabel="seconds", ylabel="best validation JS, bits", title=f"Mean and range of {seeds} seeds")
     axes.legend(frameon=False)
     figure.savefig(PICTURE, dpi=110)
 

@@ -18,8 +18,7 @@ def make_scheduler(most_reports: int) -> ASHAScheduler:
     """Asynchronous successive halving on the best validation JS, with the number of reports as its clock.
 
     A third of the trials passes the first rung, which is at a third of the length: before, the order of trials says
-    little of their order at the end. In the recorded curves of 8 epochs (`benchmarks/curves`) the rank correlation is
-    0.7 and 0.0 after one epoch, and 0.9 and 0.6 after two and a half.
+    little of their order at the end, as the recorded curves show (`benchmarks/curves`).
 
     Args:
         most_reports: of a trial that is not stopped.
