@@ -124,6 +124,7 @@ def make_study(folder: Path, store: Store, *, trials: int, epochs: int, start: l
     spec = StudySpec(
         name=folder.name,
         seed=0,
+        objective="val_js",
         trials=trials,
         epochs=epochs,
         concurrency=1,

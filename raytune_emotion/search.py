@@ -41,7 +41,8 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
 from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, ray_session
-from raytune_emotion.tuning.page import REPORT, write_report
+from raytune_emotion.tuning.objective import OBJECTIVES
+from raytune_emotion.tuning.page import FRONT, REPORT, front_rows, write_report
 from raytune_emotion.tuning.preview import costs, draw
 from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
@@ -66,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="AffectNetFused folder, or packed store in a folder or at a URI (default: generated faces)",
     )
     add("--space", type=Path, metavar="FILE", help="the search space, YAML (default: search_spaces/quick.yaml)")
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        metavar="WHAT",
+        help=f"what is searched for, of {', '.join(map(repr, OBJECTIVES))} (default: 'val_js')",
+    )
     add("--trials", type=positive, metavar="N", help=f"trials in all (default: {DEFAULT_TRIALS})")
     add("--epochs", type=positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
     add("--concurrency", type=positive, metavar="N", help="trials at once (default: as many as fit)")
@@ -206,6 +213,7 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec, str | None]:
     spec = StudySpec(
         name=folder.name,
         seed=args.seed or 0,
+        objective=args.objective or "val_js",
         trials=args.trials or DEFAULT_TRIALS,
         epochs=space.fixed["train.epochs"],
         concurrency=args.concurrency,
@@ -254,7 +262,12 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     load_study(folder)
     faults = [
         f"--{name}: a study keeps the {name} that it began with; leave it out, or begin a new study under another name"
-        for name, value in (("space", args.space), ("seed", args.seed), ("warm-start", args.warm_start))
+        for name, value in (
+            ("space", args.space),
+            ("objective", args.objective),
+            ("seed", args.seed),
+            ("warm-start", args.warm_start),
+        )
         if value is not None
     ]
     if args.epochs is not None and args.epochs < spec.epochs:
@@ -385,6 +398,12 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | No
     if best is None or best.best is None:
         console.print("no trial has reported yet")
         return
+    objective = OBJECTIVES[spec.objective]
+    if objective.front:
+        front = Table(*FRONT, box=box.SIMPLE, title=f"no {objective.cheaper} model has bettered", title_justify="left")
+        for row in front_rows(records, objective):
+            front.add_row(*row)
+        console.print(front)
     # As it is typed: below here without what is above, and whole for a shell.
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     place = {name: mirror.shown(mirror.join(uri, name)) if uri else shown / name for name in ("best", "trials", REPORT)}

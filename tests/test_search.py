@@ -81,6 +81,7 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
     spec = StudySpec(
         name=folder.name,
         seed=0,
+        objective="val_js",
         trials=trials,
         epochs=epochs,
         concurrency=None,

@@ -35,6 +35,7 @@ from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.actor import TrialActor
 from raytune_emotion.tuning.mended import mended_tune
+from raytune_emotion.tuning.objective import OBJECTIVES
 from raytune_emotion.tuning.searcher import (
     JOURNAL,
     Proposal,
@@ -232,7 +233,7 @@ def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudyS
     """Has the best complete trials of a study whose epochs were raised go on to the new end, as trials of their own."""
     study = load_study(folder)
     records = read_records(folder, study)
-    lost = {*losers(records)}
+    lost = {*losers(records, OBJECTIVES[spec.objective])}
     # Those whose weights are kept, and that had not run out of patience before.
     can = [
         r
@@ -280,9 +281,11 @@ class _Search(SearchAlgorithm):
         self._uri = uri
         self._token = uuid.uuid4().hex
         self._dropped: set[str] = set()  # trials without weights
+        self._objective = OBJECTIVES[spec.objective]
         # From what earlier studies have shown, if the study began with any.
-        propose = functools.partial(sampling.propose, earlier=read_earlier(folder))
-        self._searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed, propose=propose)
+        propose = functools.partial(sampling.propose, earlier=read_earlier(folder), objective=self._objective)
+        space = parse_space(spec.space, SPEC)
+        self._searcher = Searcher(study, space, seed=spec.seed, propose=propose, cost=self._objective.cost)
         self._live: dict[str, tuple[Proposal, Trial]] = {}
         self._ended: dict[str, TrialRecord] = {}  # thinned: the driver is not to grow with what was reported
         self._curves = curves_of(())  # of the ended
@@ -300,9 +303,10 @@ class _Search(SearchAlgorithm):
             mirror.push(folder, uri, (DRIVER, JOURNAL, *([EARLIER] if (folder / EARLIER).exists() else []), SPEC))
         records = read_records(folder, study)
         self._asked = len(records)
-        confirming = spec.confirms is not None
         self.scheduler: TrialScheduler = (
-            FIFOScheduler() if confirming else make_scheduler(self._most_reports())  # type: ignore[no-untyped-call]
+            FIFOScheduler()  # type: ignore[no-untyped-call]
+            if spec.confirms is not None
+            else make_scheduler(self._most_reports(), self._objective)
         )
         stopped = replay(self.scheduler, records)
         self._unfinished: deque[str] = deque()
@@ -408,7 +412,8 @@ class _Search(SearchAlgorithm):
         self._stale = True
         self._push(JOURNAL)
         # A confirmation chooses in the end; its trials are few.
-        lost = [] if self._spec.confirms else losers([*self._ended.values()], continued(self._study))
+        ended = [] if self._spec.confirms else [*self._ended.values()]
+        lost = losers(ended, self._objective, continued(self._study))
         gone = [trial_id for trial_id in lost if trial_id not in self._dropped]
         drop_checkpoints(self._folder, gone)
         if self._uri is not None:

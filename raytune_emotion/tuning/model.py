@@ -165,6 +165,33 @@ def expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
     return gain_M
 
 
+def expected_improvement_of_front(
+    mean_M: Floats, std_M: Floats, cost_M: Floats, seen_N: Floats, cost_N: Floats
+) -> Floats:
+    """By how much the area above a front of value and cost grows in the mean, [M].
+
+    The expected hypervolume improvement (Emmerich et al., 2006) where the cost is known: at every cost from the
+    candidate's own on it can better what was seen of as much cost.
+
+    Args:
+        mean_M: of the candidates' values, normal variables, [M].
+        std_M: their standard deviations, [M].
+        cost_M: of the candidates, [M].
+        seen_N: values until now, [N], N > 0; below the least of their costs, the worst of them counts.
+        cost_N: of those, [N].
+    """
+    order = np.argsort(cost_N, kind="stable")
+    least_N = np.minimum.accumulate(seen_N[order])
+    step = np.flatnonzero(np.diff(least_N, prepend=np.inf))
+    starts = [-np.inf, *cost_N[order][step]]
+    ends = [*starts[1:], max(cost_M.max(), cost_N.max())]
+    gain_M = np.zeros_like(mean_M)
+    for value, start, end in zip([seen_N.max(), *least_N[step]], starts, ends, strict=True):
+        width_M = np.maximum(0.0, end - np.maximum(start, cost_M))
+        gain_M += width_M * expected_improvement(mean_M, std_M, float(value))
+    return gain_M
+
+
 def _points(curves: Sequence[Curve]) -> Iterator[tuple[Mapping[str, Any], float, float]]:
     """Settings, share of the full length, and log value there, as if the rest of the way brought all trials the same.
 

@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.tuning.confirmation import HEADINGS, standings
+from raytune_emotion.tuning.objective import BY_SIZE, OBJECTIVES, Objective
 from raytune_emotion.tuning.study import StudySpec, TrialRecord, best_first, frontier
 
 REPORT = "report.html"
+FRONT = ("trial", "backbone", "parameters, millions", "trained, images/s", "JS, bits")
 _COLOURS = {"complete": "#1f6f8b", "pruned": "#c9b79c", "running": "#7fb069", "failed": "#c8553d"}
 _ROWS = 20
 
@@ -29,6 +31,7 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
         with whole(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
     ranked = best_first(records)
+    objective = OBJECTIVES[spec.objective] if OBJECTIVES[spec.objective].front else OBJECTIVES[BY_SIZE]
     template = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning", "."), autoescape=True, undefined=jinja2.StrictUndefined
     ).get_template("page.html.j2")
@@ -43,7 +46,9 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
         columns=["trial", "status", "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *searched],
         rows=rows,
         left_out=max(0, len(ranked) - _ROWS),
-        frontier=[[_cell(value) for value in _sized(record)] for record in frontier(records)],
+        cheaper=objective.cheaper,
+        front_headings=FRONT,
+        front=front_rows(records, objective),
         images=images,
         headings=HEADINGS,
         standings=standings(spec, records),
@@ -65,10 +70,14 @@ def _row(record: TrialRecord, searched: list[str]) -> list[Any]:
     return [record.trial_id, record.status, last.get("epoch"), *metrics, last.get("seconds"), *settings]
 
 
-def _sized(record: TrialRecord) -> list[Any]:
-    best = record.best or {}
-    backbone = record.settings.get("model.backbone")
-    return [record.trial_id, backbone, best.get("params_millions"), best.get("val_js"), best.get("images_per_second")]
+def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[str]]:
+    """The cells of the table that stands below `FRONT`: the trials that no cheaper one has bettered, best first."""
+    rows = []
+    for record in frontier(records, objective):
+        best = record.best or {}
+        values = [best.get(name) for name in ("params_millions", "images_per_second", "val_js")]
+        rows.append([record.trial_id, _cell(record.settings.get("model.backbone")), *map(_cell, values)])
+    return rows
 
 
 def _cell(value: Any) -> str:

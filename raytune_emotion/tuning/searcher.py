@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Report
 from raytune_emotion.tuning import sampling
-from raytune_emotion.tuning.sampling import SETTINGS
+from raytune_emotion.tuning.sampling import COST, SETTINGS
 from raytune_emotion.tuning.space import Space
 
 Status = Literal["complete", "pruned", "failed", "running"]
@@ -69,11 +69,20 @@ class Searcher:
     recorded history alone: a study that was interrupted proposes what the uninterrupted one would have.
     """
 
-    def __init__(self, study: optuna.Study, space: Space, *, seed: int, propose: Propose = sampling.propose) -> None:
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        *,
+        seed: int,
+        propose: Propose = sampling.propose,
+        cost: Callable[[Report], float] | None = None,
+    ) -> None:
         self._study = study
         self._space = space
         self._seed = seed
         self._propose = propose
+        self._cost = cost
         self._handles: dict[str, optuna.Trial] = {}
 
     def ask(self) -> Proposal | None:
@@ -123,6 +132,8 @@ class Searcher:
         trial = self._handles[trial_id]
         step = int(report["report"])
         if step not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+            if self._cost is not None:
+                trial.set_user_attr(COST, self._cost(report))
             trial.report(report[OBJECTIVE], step)
 
     def tell(self, trial_id: str, status: Status, *, reason: str = "") -> None:

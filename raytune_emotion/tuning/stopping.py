@@ -1,12 +1,15 @@
 """Which trials are stopped early, and how the rungs are filled again when a study goes on."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.tuning.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.searcher import OBJECTIVE
 from raytune_emotion.tuning.study import TrialRecord
 
@@ -14,7 +17,7 @@ from raytune_emotion.tuning.study import TrialRecord
 _NO_CONTROLLER: Any = None
 
 
-def make_scheduler(most_reports: int) -> ASHAScheduler:
+def make_scheduler(most_reports: int, objective: Objective = JS_ALONE) -> TrialScheduler:
     """Asynchronous successive halving on the best validation JS, with the number of reports as its clock.
 
     A third of the trials passes the first rung, which is at a third of the length: before, the order of trials says
@@ -22,8 +25,11 @@ def make_scheduler(most_reports: int) -> ASHAScheduler:
 
     Args:
         most_reports: of a trial that is not stopped.
+        objective: of the study. For a front, trials are compared with those of about their cost alone: beside large
+            models every small one would be stopped.
     """
-    return ASHAScheduler(
+    asha = functools.partial(
+        ASHAScheduler,
         time_attr="report",
         metric=OBJECTIVE,
         mode="min",
@@ -31,6 +37,31 @@ def make_scheduler(most_reports: int) -> ASHAScheduler:
         grace_period=math.ceil(most_reports / 3),
         reduction_factor=3,
     )
+    return _AmongAlike(asha, objective.cost) if objective.front and objective.cost else asha()
+
+
+class _AmongAlike(FIFOScheduler):
+    """A scheduler for every doubling of the cost."""
+
+    def __init__(self, make: Callable[[], TrialScheduler], cost: Callable[[Report], float]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._make, self._cost = make, cost
+        self._schedulers: dict[int, TrialScheduler] = {}
+        self._joined: dict[str, TrialScheduler] = {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Report) -> str:
+        if trial.trial_id not in self._joined:
+            # By its first report, lest a rate that varies move it.
+            doubling = math.floor(math.log2(self._cost(result)))
+            if doubling not in self._schedulers:
+                self._schedulers[doubling] = self._make()
+            self._joined[trial.trial_id] = self._schedulers[doubling]
+            self._joined[trial.trial_id].on_trial_add(tune_controller, trial)
+        return self._joined[trial.trial_id].on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Report) -> None:
+        if trial.trial_id in self._joined:
+            self._joined.pop(trial.trial_id).on_trial_complete(tune_controller, trial, result)
 
 
 def replay(scheduler: TrialScheduler, records: Sequence[TrialRecord]) -> set[str]:

@@ -28,6 +28,7 @@ from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
+from raytune_emotion.tuning.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
 
 SPEC = "study.yaml"
@@ -48,6 +49,7 @@ class StudySpec:
 
     name: str
     seed: int
+    objective: str  # of `OBJECTIVES`
     trials: int
     epochs: int
     concurrency: int | None  # trials at once; None: as many as fit
@@ -92,6 +94,8 @@ def read_spec(folder: Path) -> StudySpec:
     try:
         values = YAML(typ="safe").load(folder / SPEC)
         known = {field.name: values[field.name] for field in dataclasses.fields(StudySpec)}
+        if known["objective"] not in OBJECTIVES:
+            raise KeyError(known["objective"])
     except FileNotFoundError:
         raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
     except (YAMLError, KeyError, TypeError) as error:
@@ -191,14 +195,14 @@ def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
     return sorted(records, key=lambda r: (r.best is None, r.best["val_js"] if r.best else 0.0, r.trial_id))
 
 
-def frontier(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The trials that no smaller model has bettered, best first: the Pareto front of JS and number of parameters."""
+def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
+    """The Pareto front of JS and an objective's cost, the best JS first: no trial of less cost has bettered them."""
     found: list[TrialRecord] = []
     least = math.inf
     for record in best_first(records):
-        if record.best and record.best["params_millions"] < least:
+        if objective.cost and record.best and objective.cost(record.best) < least:
             found.append(record)
-            least = record.best["params_millions"]
+            least = objective.cost(record.best)
     return found
 
 
@@ -217,10 +221,13 @@ def best_trial_id(folder: Path) -> str:
     return str(table["trial_id"].iloc[0])
 
 
-def losers(records: list[TrialRecord], spared: Collection[str] = ()) -> list[str]:
-    """The ended trials but for the best and the spared: their weights go, lest a study's disk grow with its trials."""
-    ended = [record.trial_id for record in best_first(records) if record.status != "running"]
-    return [trial_id for trial_id in ended[KEPT:] if trial_id not in spared]
+def losers(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
+    """The ended trials whose weights go, lest a study's disk grow with its trials: but for the best, those of a front
+    that the study is after, and the spared.
+    """
+    ended = [record for record in best_first(records) if record.status != "running"]
+    front = {record.trial_id for record in frontier(ended, objective)} if objective.front else set()
+    return [record.trial_id for record in ended[KEPT:] if record.trial_id not in {*front, *spared}]
 
 
 def drop_checkpoints(folder: Path, trial_ids: Iterable[str]) -> None:

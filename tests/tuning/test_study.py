@@ -7,6 +7,7 @@ import pytest
 
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.objective import BY_SIZE, JS_ALONE, OBJECTIVES
 from raytune_emotion.tuning.study import (
     CURVES,
     KEPT,
@@ -17,6 +18,7 @@ from raytune_emotion.tuning.study import (
     best_trial_id,
     curves_of,
     drop_checkpoints,
+    frontier,
     joined,
     losers,
     read_spec,
@@ -31,6 +33,7 @@ def spec_of(store, **changes):
     spec = StudySpec(
         name="a study",
         seed=3,
+        objective="val_js",
         trials=4,
         epochs=2,
         concurrency=None,
@@ -141,8 +144,21 @@ def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_
         for name in ("last.safetensors", "best.safetensors"):
             (folder / name).write_bytes(b"weights")
         (folder / "history.jsonl").write_text(json.dumps(record.reports[0]) + "\n")
-    drop_checkpoints(tmp_path, losers(many))
+    drop_checkpoints(tmp_path, losers(many, JS_ALONE))
     kept = {file.parent.name for file in tmp_path.rglob("*.safetensors")}
     assert kept == {"0005", "0004", "0003", "0006"}
     assert len(kept) == KEPT + 1
     assert len(list(tmp_path.rglob("history.jsonl"))) == 7
+
+
+def test_a_front_keeps_its_weights():
+    sizes = [0.5, 4.0, 2.0, 8.0, 1.0, 9.0]
+    many = [
+        TrialRecord(f"{i:04d}", "complete", {}, "", (report(1, 0.9 - i / 100, params_millions=size),))
+        for i, size in enumerate(sizes)
+    ]
+    objective = OBJECTIVES[BY_SIZE]
+    assert [record.trial_id for record in frontier(many, objective)] == ["0005", "0004", "0000"]
+    # The three best, and the smallest; with JS alone, the three best.
+    assert {*losers(many, objective)} == {"0001", "0002"}
+    assert {*losers(many, JS_ALONE)} == {"0000", "0001", "0002"}
