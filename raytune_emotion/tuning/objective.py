@@ -1,0 +1,41 @@
+"""What a study is after: the least validation JS, alone, for its time, or for what a model costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raytune_emotion.learn.checkpoint import Report
+
+
+@dataclass(frozen=True)
+class Objective:
+    """JS, and what is weighed against it."""
+
+    #: Of a trial that has reported, the less the better; None where JS alone counts.
+    cost: Callable[[Report], float] | None = None
+    #: Whether the best JS at every cost is wanted, not the most JS for it.
+    front: bool = False
+    #: How a trial of less cost is called.
+    cheaper: str = ""
+
+
+def _seconds_per_epoch(report: Report) -> float:
+    return float(report["seconds"] / report["epoch"])
+
+
+def _params_millions(report: Report) -> float:
+    return float(report["params_millions"])
+
+
+def _seconds_per_image(report: Report) -> float:
+    return float(1 / report["images_per_second"])
+
+
+JS_ALONE = Objective()
+BY_SIZE = "val_js, params_millions"
+#: By the name that `--objective` takes.
+OBJECTIVES = {
+    "val_js": JS_ALONE,
+    "val_js per hour": Objective(_seconds_per_epoch),
+    BY_SIZE: Objective(_params_millions, front=True, cheaper="smaller"),
+    "val_js, images_per_second": Objective(_seconds_per_image, front=True, cheaper="faster"),
+}
