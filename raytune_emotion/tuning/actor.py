@@ -15,7 +15,7 @@ from raytune_emotion.tuning.workers import Workers
 
 # What the driver needs of a report, which lies whole in the trial's folder: Tune keeps statistics of every number for
 # as long as the study runs.
-_HEARD = ("report", "epoch", "seconds", OBJECTIVE, "finished")
+_HEARD = ("report", "epoch", "seconds", OBJECTIVE, "finished", "params_millions", "images_per_second")
 # Tune wants the metric of the schedulers in every result.
 _ENDED = {OBJECTIVE: math.inf, "done": True}
 
@@ -66,11 +66,13 @@ class TrialActor(tune.Trainable):
     def _attempts(self) -> Generator[Report, None, None]:
         try:
             yield from self._attempt(self._job)
+            return
         except OutOfMemory:
             smaller = halved(self._job)
             if smaller is None:
                 raise
-            yield from self._attempt(smaller)
+        # Not within the handler, for as long as that lasts the failed attempt's tensors live: its frames have them.
+        yield from self._attempt(smaller)
 
     def _attempt(self, job: Job) -> Generator[Report, None, None]:
         if job.resources.workers == 1:

@@ -50,6 +50,9 @@ class _AmongAlike(FIFOScheduler):
         self._joined: dict[str, TrialScheduler] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Report) -> str:
+        if "report" not in result:
+            # It has failed, or the study breaks off.
+            return TrialScheduler.CONTINUE
         if trial.trial_id not in self._joined:
             # By its first report, lest a rate that varies move it.
             doubling = math.floor(math.log2(self._cost(result)))
