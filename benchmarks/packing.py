@@ -1,10 +1,10 @@
 """Images that packing takes a core-second for, against PIL's decoding of the same files, and what drafts change.
 
 PIL opens a file, converts it to RGB and loads it, in one process, and nothing else: it neither resizes, nor keeps,
-checks or writes the pixels. `decode_image` turns upright and resizes; `pack` also reads annotations, hashes, writes,
-describes and syncs, once in this process and once in one a core, which are started for it. Core-seconds are those of
-all processes, so the rate by them does not depend on the disk; the rate by the clock is given beside it. Several sizes
-are packed in one pass, and one after the other.
+checks or writes the pixels. `decode_image` turns upright and resizes; then the pixels are also hashed, and written;
+`pack` also reads annotations, describes and syncs, once in this process and once in one a core, which are started for
+it. Core-seconds are those of all processes, so the rate by them does not depend on the disk; the rate by the clock is
+given beside it. Several sizes are packed in one pass, and one after the other.
 
 All take turns, round by round; a ratio is the median over the rounds of those within a round.
 
@@ -28,8 +28,9 @@ from PIL import Image
 
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
-from raytune_emotion.data.images import decode_image
+from raytune_emotion.data.images import DecodeTask, Region, decode_image, write_images
 from raytune_emotion.data.sample import draw_face, draw_point, write_sample
+from raytune_emotion.data.source import File
 from raytune_emotion.data.store import pack_sizes
 
 #: Files' and stores' sides in px, and how many files: fewer where they are large.
@@ -52,7 +53,8 @@ def run() -> Table:
                 write_sample(folder, train=faces, val=1, image_size=file_px)
                 _name_again(folder, NAMES)
             files = sorted((folder / SPLITS["train"] / "images").iterdir())
-            by_core, by_clock = _take_turns(_ways(folder, files[::PART], store_px, Path(scratch)))
+            stores = Path(scratch) / "stores"
+            by_core, by_clock = _take_turns(_ways(folder, files[::PART], store_px, stores), stores)
             case = f"{file_px} -> {', '.join(map(str, store_px))}"
             for name, rates in by_core.items():
                 of_pil = statistics.median(own / pil for own, pil in zip(rates, by_core["PIL"], strict=True))
@@ -63,7 +65,7 @@ def run() -> Table:
     return Table(columns, rows, [f"{os.cpu_count()} cores.", *_errors()])
 
 
-def _ways(folder: Path, files: Sequence[Path], sizes: Sequence[int], scratch: Path) -> dict[str, Callable[[], int]]:
+def _ways(folder: Path, files: Sequence[Path], sizes: tuple[int, ...], dest: Path) -> dict[str, Callable[[], int]]:
     """Each returns how many images it has worked on."""
 
     def pil() -> int:
@@ -77,13 +79,23 @@ def _ways(folder: Path, files: Sequence[Path], sizes: Sequence[int], scratch: Pa
             decode_image(file, sizes[0])
         return len(files)
 
+    def images(out: Path | None) -> Callable[[], int]:
+        names = [File(str(file.relative_to(folder)), "") for file in files]
+
+        def write() -> int:
+            if out is not None:
+                out.parent.mkdir()
+                out.touch()
+            regions = (Region(str(out), 0, None),) if out is not None else ()
+            return len(write_images(DecodeTask(folder, names, sizes, regions)))
+
+        return write
+
     def whole(workers: int, passes: Sequence[Sequence[int]]) -> Callable[[], int]:
         def pack_whole() -> int:
-            dest = scratch / "stores"
             for own in passes:
                 stores = pack_sizes(folder, {size: dest / str(size) for size in own}, workers=workers)
-            shutil.rmtree(dest)
-            return sum(len(split) for store in stores.values() for split in (store.train, store.val)) // len(own)
+            return sum(split.rows for store in stores.values() for split in store.splits.values()) // len(own)
 
         return pack_whole
 
@@ -91,10 +103,13 @@ def _ways(folder: Path, files: Sequence[Path], sizes: Sequence[int], scratch: Pa
     packs = {f"pack, {n} process{'es' * (n > 1)}": whole(n, [sizes]) for n in (1, cores)}
     if len(sizes) > 1:
         return {"PIL": pil, **packs, "pack, size by size": whole(cores, [[size] for size in sizes])}
-    return {"PIL": pil, "decode_image": decode, **packs}
+    parts = {"and hashed": images(None), "and written": images(dest / "pixels")}
+    return {"PIL": pil, "decode_image": decode, **parts, **packs}
 
 
-def _take_turns(ways: dict[str, Callable[[], int]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def _take_turns(
+    ways: dict[str, Callable[[], int]], stores: Path
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Images a core-second and images a second of each in every round, after one round that is not counted."""
     by_core: dict[str, list[float]] = {name: [] for name in ways}
     by_clock: dict[str, list[float]] = {name: [] for name in ways}
@@ -104,6 +119,7 @@ def _take_turns(ways: dict[str, Callable[[], int]]) -> tuple[dict[str, list[floa
             images = way()
             by_core[name].append(images / (_core_seconds() - core_seconds))
             by_clock[name].append(images / (time.perf_counter() - clock))
+            shutil.rmtree(stores, ignore_errors=True)
     return {name: rates[1:] for name, rates in by_core.items()}, {name: rates[1:] for name, rates in by_clock.items()}
 
 

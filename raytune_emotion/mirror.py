@@ -14,13 +14,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.files import whole
@@ -83,6 +83,20 @@ def exists(uri: str) -> bool:
     return bool(_insist(uri, lambda filesystem, path: filesystem.get_file_info(path)).type != FileType.NotFound)
 
 
+def listed(uri: str) -> list[FileInfo]:
+    """What is in the folder at a URI, not below; nothing where there is none."""
+    return _insist(
+        uri, lambda filesystem, path: list(filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
+    )
+
+
+def sizes(uri: str, names: Iterable[str]) -> list[int | None]:
+    """Of each file at a URI, bytes; None where it is not there."""
+    return _insist(
+        uri, lambda filesystem, path: [i.size for i in filesystem.get_file_info([f"{path}/{name}" for name in names])]
+    )
+
+
 def newest(uri: str, name: str) -> str | None:
     """Of the folders at a URI that have a file of this name, the one in which it is newest."""
 
@@ -116,6 +130,12 @@ def read(uri: str, name: str) -> bytes | None:
     with contextlib.suppress(FileNotFoundError):
         return _insist(uri, get)
     return None
+
+
+def read_all(uri: str, names: Iterable[str]) -> Iterator[bytes | None]:
+    """Small files' content as `read` has it, in their order, several at once."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        yield from pool.map(functools.partial(read, uri), names)
 
 
 def pull(uri: str, folder: Path, names: Iterable[str]) -> None:

@@ -1,22 +1,27 @@
 """The command pack: a folder of annotated faces becomes a packed store."""
 
 import argparse
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.config import DataConfig
-from raytune_emotion.data.store import is_store, pack_sizes, prepare_sizes, push_store
-from raytune_emotion.errors import UserError
+from raytune_emotion.data.pool import Map
+from raytune_emotion.data.source import Source, below, shown
+from raytune_emotion.data.store import pack_sizes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = DataConfig()
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder in the layout of AffectNetFused")
     parser.add_argument(
-        "dest", type=mirror.place, metavar="DEST", help="the store: a folder that does not exist yet, or a URI"
+        "source", type=_place, metavar="SRC", help="folder in the layout of AffectNetFused, on a disk or at a URI"
+    )
+    parser.add_argument(
+        "dest", type=_place, metavar="DEST", help="the store: a folder that does not exist yet, or a URI"
     )
     parser.add_argument(
         "--image-size",
@@ -38,38 +43,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help=f"what the values of an annotation stand for (default: {','.join(default.classes)})",
     )
+    parser.add_argument(
+        "--address", metavar="ADDRESS", help="of a running Ray cluster, or auto, to pack on all its nodes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    dest, sizes = args.dest, sorted(set(args.image_size))
-    options = {"classes": args.classes, "skip_bad": args.skip_bad}
-    if isinstance(dest, str):
-        # By way of the cache, which also lets another attempt go on with what this one has done.
-        places = dict.fromkeys(sizes, dest) if len(sizes) == 1 else {n: mirror.join(dest, f"{n}px") for n in sizes}
-        if there := [mirror.shown(place) for place in places.values() if is_store(place)]:
-            raise UserError(f"{place}: exists already; name another destination" for place in there)
-        mirror.check(dest, write=True)
-        stores = prepare_sizes(args.source, sizes, **options)
-        for size, store in stores.items():
-            push_store(store, places[size])
-    else:
+    source, dest, sizes = args.source, args.dest, sorted(set(args.image_size))
+    dests = {sizes[0]: dest} if len(sizes) == 1 else {n: below(dest, f"{n}px") for n in sizes}
+    with _cluster(args.address) as pmap:
         try:
-            dests = {sizes[0]: dest} if len(sizes) == 1 else {n: dest / f"{n}px" for n in sizes}
-            stores = pack_sizes(args.source, dests, **options)
+            stores = pack_sizes(source, dests, classes=args.classes, skip_bad=args.skip_bad, pmap=pmap)
         except KeyboardInterrupt:
             print("what is packed is kept; the same command goes on with it", file=sys.stderr)
             raise
     seconds = time.perf_counter() - started
-    shown, first = mirror.shown(str(dest)), stores[sizes[0]]
-    images = len(first.train) + len(first.val)
-    print(f"{shown}: {len(first.train)} images to train on and {len(first.val)} to validate on")
+    splits = stores[sizes[0]].splits
+    images = {name: split.rows for name, split in splits.items()}
+    print(f"{shown(dest)}: {images['train']} images to train on and {images['val']} to validate on")
     for store in stores.values():
-        megabytes = sum(file.stat().st_size for file in store.path.iterdir()) / 1e6
+        megabytes = sum(shard.bytes for split in store.splits.values() for shard in split.shards) / 1e6
         what = f"{store.image_size} px, {len(store.classes)} classes, {megabytes:,.1f} MB"
         print(f"{what}, rejected rows: {store.rejected}")
-    print(f"{seconds:.1f} s, {images / seconds:,.0f} images/s")
-    print(f"next: python -m raytune_emotion.search --data {shown}")
+    print(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
+    print(f"next: python -m raytune_emotion.search --data {shown(dest)}")
+
+
+def _place(text: str) -> Source:
+    place = mirror.place(text)
+    # Nodes of a cluster work in folders of their own.
+    return place.absolute() if isinstance(place, Path) else place
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[Map | None]:
+    """A map over all nodes of a Ray cluster, if there is to be one."""
+    if address is None:
+        yield None
+        return
+    # Only now: the packing of this machine's own need not wait for Ray.
+    from raytune_emotion.tuning.console import check_cluster, terminated_as_interrupted
+    from raytune_emotion.tuning.engine import ray_session
+    from raytune_emotion.tuning.spread import on_all_nodes
+
+    check_cluster(address)
+    with ray_session(address), terminated_as_interrupted(), on_all_nodes() as pmap:
+        yield pmap
 
 
 if __name__ == "__main__":

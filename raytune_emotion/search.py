@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=mirror.place,
         metavar="DIR",
-        help="AffectNetFused folder, or packed store in a folder or at a URI (default: generated faces)",
+        help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
     add("--space", type=Path, metavar="FILE", help="the search space, YAML (default: search_spaces/quick.yaml)")
     add(

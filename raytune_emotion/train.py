@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=mirror.place,
         metavar="DIR",
-        help="AffectNetFused folder, or packed store in a folder or at a URI (default: generated faces)",
+        help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as optim.lr=1e-3; may be repeated")
     add("--config", type=Path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")

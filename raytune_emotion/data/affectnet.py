@@ -3,12 +3,13 @@
     <folder>/{train_set,val_set}/images/<id>.jpg                   or jpeg, png, bmp; in any case
     <folder>/{train_set,val_set}/annotations/<id>_prob_rank.txt    K probabilities, one line, commas between
 
-Whatever else lies beside these is ignored. A row at fault is named, never mended: the faults are collected,
-so that all of them can be told at once.
+on a disk or at a URI. Whatever else lies beside these is ignored. A row at fault is named, never mended: the faults are
+collected, so that all of them can be told at once.
 """
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 import statistics
@@ -16,12 +17,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 from PIL import Image
 
 from raytune_emotion.data.images import FORMATS
 from raytune_emotion.data.pool import Map
+from raytune_emotion.data.source import File, Source, exists, files, folders, read, shown, stamp
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 
@@ -58,7 +59,7 @@ class Kind(Enum):
 @dataclass(frozen=True, slots=True)
 class Row:
     id: str
-    image: Path
+    image: File
     probs: tuple[float, ...]  # K, as read
 
 
@@ -77,8 +78,7 @@ class Fault:
 
     @property
     def id(self) -> str:
-        name = self.file.rpartition("/")[2]
-        return _annotation_id(name) or _image_id(name)
+        return _annotation_id(self.file) or _image_id(self.file)
 
     @property
     def reason(self) -> str:
@@ -90,73 +90,69 @@ class Scan:
     """A folder whose annotations have been read and whose images have not."""
 
     rows: Mapping[str, Sequence[Row]]  # by split, in the order of the ids
-    unlabelled: Mapping[str, Sequence[Path]]  # images of rows whose annotation is at fault
+    unlabelled: Mapping[str, Sequence[File]]  # images of rows whose annotation is at fault
     faults: Sequence[Fault]
 
 
-def is_folder(path: Path) -> bool:
-    return all((path / name).is_dir() for name in SPLITS.values())
-
-
-def check_layout(root: Path) -> None:
+def check_layout(root: Source) -> None:
     """Whether a folder has the layout of AffectNetFused.
 
     Raises:
         UserError: it has not.
     """
+    found = {f"{folder}/{sub}" for folder in SPLITS.values() for sub in folders(root, folder)}
     wanted = [f"{folder}/{sub}" for folder in SPLITS.values() for sub in ("annotations", "images")]
-    missing = [name for name in wanted if not (root / name).is_dir()]
-    if not root.exists():
-        raise UserError(f"{root}: there is no such folder")
+    missing = [name for name in wanted if name not in found]
+    if missing and not exists(root):
+        raise UserError(f"{shown(root)}: there is no such folder")
     if missing:
         raise UserError(
-            f"{root}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
+            f"{shown(root)}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
             f" missing {'is' if len(missing) == 1 else 'are'} {', '.join(missing)}"
         )
 
 
-def scan(root: Path, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
+def scan(root: Source, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
     """Reads every annotation of a folder and finds its image; the images are not opened.
 
     Raises:
         UserError: the folder has not the layout of AffectNetFused. Faults of single rows are not raised.
     """
     rows: dict[str, list[Row]] = {}
-    unlabelled: dict[str, list[Path]] = {}
+    unlabelled: dict[str, list[File]] = {}
     faults: list[Fault] = []
-    for split, files in _list(root).items():
+    for split, found in _list(root).items():
         folder = SPLITS[split]
         rows[split], unlabelled[split] = [], []
 
-        def fault(file: str, kind: Kind, detail: str = "", split: str = split, folder: str = folder) -> None:
-            faults.append(Fault(split, f"{folder}/{_printable(file)}", kind, detail))
+        def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
+            faults.append(Fault(split, _printable(file), kind, detail))
 
-        for name in files.misnamed:
+        for name in found.misnamed:
             fault(name, Kind.NAME)
-        for id_ in files.images.keys() - files.annotations:
-            for name in files.images[id_]:
-                fault(f"images/{name}", Kind.NO_ANNOTATION)
-        for id_ in files.annotations - files.images.keys():
-            fault(f"annotations/{id_}{_ANNOTATION}", Kind.NO_IMAGE)
+        for id_ in found.images.keys() - found.annotations:
+            for image in found.images[id_]:
+                fault(image.name, Kind.NO_ANNOTATION)
+        for id_ in found.annotations - found.images.keys():
+            fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Kind.NO_IMAGE)
 
-        ids = sorted(files.annotations & files.images.keys())
+        ids = sorted(found.annotations & found.images.keys())
+        names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
         tasks = [
-            (str(root / folder / "annotations"), ids[start : start + _ANNOTATIONS_PER_TASK], classes)
-            for start in range(0, len(ids), _ANNOTATIONS_PER_TASK)
+            (root, names[start : start + _ANNOTATIONS_PER_TASK], classes)
+            for start in range(0, len(names), _ANNOTATIONS_PER_TASK)
         ]
         annotations = (annotation for part in pmap(_read_annotations, tasks) for annotation in part)
-        images_folder = root / folder / "images"
-        for id_, annotation in zip(ids, annotations, strict=True):
-            images = files.images[id_]
+        for id_, name, annotation in zip(ids, names, annotations, strict=True):
+            images = found.images[id_]
             if len(images) > 1:
-                fault(f"images/{images[0]}", Kind.SEVERAL_IMAGES, ", ".join(images))
+                fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_last(image.name) for image in images))
             if isinstance(annotation, Flaw):
-                fault(f"annotations/{id_}{_ANNOTATION}", annotation.kind, annotation.detail)
-                unlabelled[split] += [images_folder / name for name in images]
-            elif len(images) > 1:
-                unlabelled[split] += [images_folder / name for name in images]
+                fault(name, annotation.kind, annotation.detail)
+            if isinstance(annotation, Flaw) or len(images) > 1:
+                unlabelled[split] += images
             else:
-                rows[split].append(Row(id_, images_folder / images[0], annotation))
+                rows[split].append(Row(id_, images[0], annotation))
     return Scan(rows, unlabelled, sorted(faults, key=lambda f: (f.split, f.file)))
 
 
@@ -186,7 +182,7 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     return values
 
 
-def native_size(root: Path, most: int) -> int:
+def native_size(root: Source, most: int) -> int:
     """The side at which a folder's images lose nothing: the median of their shorter sides, px, at most `most`.
 
     Taken from the headers of some of the training images; those that cannot be read are left to the packing to refuse.
@@ -194,27 +190,25 @@ def native_size(root: Path, most: int) -> int:
     Raises:
         UserError: the folder has not the layout of AffectNetFused.
     """
-    check_layout(root)
-    folder = root / SPLITS["train"] / "images"
-    names = sorted(name for name in _names(folder) if _image_id(name))
+    names = _train_images(root)
     sides = []
-    for name in names[:: max(1, len(names) // _SIZES_READ)]:
-        with contextlib.suppress(OSError, ValueError), Image.open(folder / name, formats=FORMATS) as image:
-            sides.append(min(image.size))
+    for content in read(root, names[:: max(1, len(names) // _SIZES_READ)]):
+        with contextlib.suppress(OSError, ValueError):
+            if isinstance(content, bytes):
+                sides.append(min(Image.open(io.BytesIO(content), formats=FORMATS).size))
     return max(16, min(most, int(statistics.median(sides)))) if sides else most
 
 
-def count_images(root: Path) -> int:
+def count_images(root: Source) -> int:
     """How many training images a folder has, by their names alone.
 
     Raises:
         UserError: the folder has not the layout of AffectNetFused.
     """
-    check_layout(root)
-    return sum(bool(_image_id(name)) for name in _names(root / SPLITS["train"] / "images"))
+    return len(_train_images(root))
 
 
-def quick_fingerprint(root: Path) -> str:
+def quick_fingerprint(root: Source) -> str:
     """A hash of the names, sizes and modification times of a folder's images and annotations, read from no file.
 
     Raises:
@@ -224,15 +218,14 @@ def quick_fingerprint(root: Path) -> str:
     digest = hashlib.sha256()
     for folder in SPLITS.values():
         for sub in ("annotations", "images"):
-            with os.scandir(root / folder / sub) as entries:
-                kept = [(e.name, e.stat()) for e in entries if _annotation_id(e.name) or _image_id(e.name)]
+            kept = [file for file in files(root, folder, sub) if _annotation_id(file.name) or _image_id(file.name)]
             digest.update(f"{folder}/{sub}\0{len(kept)}\0".encode())
-            for name, stat in sorted(kept, key=lambda named: named[0]):
-                digest.update(os.fsencode(name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            for file in sorted(kept):
+                digest.update(os.fsencode(file.name) + f"\0{stamp(root, file)}\0".encode())
     return digest.hexdigest()
 
 
-def sentences(root: Path, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
+def sentences(root: Source, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
     """One sentence for each kind of fault, with its count and the first names."""
     advice = {
         Kind.COUNT: f"expected are the {len(classes)} classes {', '.join(classes)}: if the folder was made with"
@@ -253,7 +246,7 @@ def sentences(root: Path, faults: Sequence[Fault], classes: tuple[str, ...] = EM
         if len(group) > _NAMED:
             names.append(f"and {len(group) - _NAMED} more")
         count = "1 file" if len(group) == 1 else f"{len(group)} files"
-        sentence = f"{root}: {kind.value} ({count}): {', '.join(names)}"
+        sentence = f"{shown(root)}: {kind.value} ({count}): {', '.join(names)}"
         told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
     return told
 
@@ -261,46 +254,52 @@ def sentences(root: Path, faults: Sequence[Fault], classes: tuple[str, ...] = EM
 @dataclass(frozen=True)
 class _Files:
     annotations: set[str]  # ids
-    images: dict[str, list[str]]  # id: names
+    images: dict[str, list[File]]  # by id
     misnamed: list[str]
 
 
-def _list(root: Path) -> dict[str, _Files]:
+def _list(root: Source) -> dict[str, _Files]:
     check_layout(root)
     listed = {}
     for split, folder in SPLITS.items():
-        files = _Files(set(), defaultdict(list), [])
-        for name in _names(root / folder / "annotations"):
-            if id_ := _annotation_id(name):
-                if _is_utf8(name):
-                    files.annotations.add(id_)
+        found = _Files(set(), defaultdict(list), [])
+        for file in files(root, folder, "annotations"):
+            if id_ := _annotation_id(file.name):
+                if _is_utf8(file.name):
+                    found.annotations.add(id_)
                 else:
-                    files.misnamed.append(f"annotations/{name}")
-        for name in sorted(_names(root / folder / "images")):
-            if id_ := _image_id(name):
-                if _is_utf8(name):
-                    files.images[id_].append(name)
+                    found.misnamed.append(file.name)
+        for file in sorted(files(root, folder, "images")):
+            if id_ := _image_id(file.name):
+                if _is_utf8(file.name):
+                    found.images[id_].append(file)
                 else:
-                    files.misnamed.append(f"images/{name}")
-        listed[split] = files
+                    found.misnamed.append(file.name)
+        listed[split] = found
     return listed
 
 
-def _names(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_file()]
+def _train_images(root: Source) -> list[str]:
+    check_layout(root)
+    return sorted(file.name for file in files(root, SPLITS["train"], "images") if _image_id(file.name))
 
 
 # Hidden files are nobody's rows: unpacking on a Mac leaves a `._5.jpg` beside each `5.jpg`.
 
 
-def _annotation_id(name: str) -> str:
+def _annotation_id(file: str) -> str:
+    name = _last(file)
     return "" if name.startswith(".") or not name.endswith(_ANNOTATION) else name.removesuffix(_ANNOTATION)
 
 
-def _image_id(name: str) -> str:
+def _image_id(file: str) -> str:
+    name = _last(file)
     stem, _, suffix = name.rpartition(".")
     return "" if name.startswith(".") or suffix.lower() not in _IMAGE_SUFFIXES else stem
+
+
+def _last(file: str) -> str:
+    return file.rpartition("/")[2]
 
 
 def _is_utf8(name: str) -> bool:
@@ -315,15 +314,14 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _read_annotations(task: tuple[str, Sequence[str], tuple[str, ...]]) -> list[tuple[float, ...] | Flaw]:
-    folder, ids, classes = task
-    read: list[tuple[float, ...] | Flaw] = []
-    for id_ in ids:
-        try:
-            read.append(parse_annotation(Path(folder, f"{id_}{_ANNOTATION}").read_bytes(), classes))
-        except OSError as error:
-            read.append(Flaw(Kind.UNREADABLE, error.strerror or str(error)))
-    return read
+def _read_annotations(task: tuple[Source, Sequence[str], tuple[str, ...]]) -> list[tuple[float, ...] | Flaw]:
+    root, names, classes = task
+    return [
+        Flaw(Kind.UNREADABLE, content.strerror or str(content))
+        if isinstance(content, OSError)
+        else parse_annotation(content, classes)
+        for content in read(root, names)
+    ]
 
 
 def _number(field: str) -> float:

@@ -6,6 +6,7 @@ that is no smaller than what is wanted of it, and resized from there.
 
 import contextlib
 import hashlib
+import io
 import itertools
 import os
 import warnings
@@ -21,6 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import __version__ as pillow_version
 
 from raytune_emotion import __version__
+from raytune_emotion.data.source import File, Source, read, stamp
 from raytune_emotion.errors import UserError
 
 #: What files that are named as pictures turn out to hold; any other decoder of PIL (one calls Ghostscript) stays shut.
@@ -53,7 +55,10 @@ def decode_image(file: Path | BinaryIO, image_size: int) -> npt.NDArray[np.uint8
         UserError: the file cannot be read or decoded whole.
     """
     with _quietly():
-        return np.asarray(_decode(file, (image_size,))[0])
+        try:
+            return np.asarray(_decode(file, (image_size,))[0])
+        except _Undecodable as error:
+            raise UserError(f"{file}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -67,47 +72,63 @@ class Region:
 
 @dataclass(frozen=True)
 class DecodeTask:
-    files: Sequence[str]
+    source: Source
+    files: Sequence[File]
     image_sizes: tuple[int, ...]
     into: tuple[Region, ...]  # one for each size; none: only try
 
 
 @dataclass(frozen=True)
 class Decoded:
-    key: str  # another one where a name, a size or a modification time of the files is
+    key: str  # see `files_key`
     digests: Sequence[bytes | str]  # for each file of its pixels at every size, or what is wrong with it
 
 
 def decode_images(task: DecodeTask) -> Decoded:
     """Decodes pictures and writes their pixels, but for what is there already; one that is at fault leaves a gap."""
-    key = _key(task.files)
+    key = files_key(task.source, task.files)
     if task.into and all(map(_is_done, task.into, task.image_sizes, itertools.repeat(key))):
         each = [region.done[1] for region in task.into if region.done is not None]
         steps = range(0, len(task.files) * DIGEST_BYTES, DIGEST_BYTES)
         return Decoded(key, [b"".join(digests[i : i + DIGEST_BYTES] for digests in each) for i in steps])
+    return Decoded(key, write_images(task))
+
+
+def write_images(task: DecodeTask) -> list[bytes | str]:
+    """Decodes pictures and writes their pixels; the digests are as `Decoded` has them."""
     with contextlib.ExitStack() as stack:
-        outs = [stack.enter_context(Path(region.file).open("r+b")) for region in task.into]
+        outs = [stack.enter_context(Path(region.file).open("r+b", buffering=0)) for region in task.into]
         for out, region in zip(outs, task.into, strict=True):
             out.seek(region.offset)
         stack.enter_context(_quietly())
-        return Decoded(key, [_decode_into(outs, Path(file), task.image_sizes) for file in task.files])
+        contents = read(task.source, [file.name for file in task.files])
+        return [_decode_into(outs, content, task.image_sizes) for content in contents]
 
 
-def _decode_into(outs: Sequence[BinaryIO], file: Path, sides: Sequence[int]) -> bytes | str:
+def _decode_into(outs: Sequence[io.FileIO], content: bytes | OSError, sides: Sequence[int]) -> bytes | str:
     try:
-        pictures = _decode(file, sides)
-    except UserError as error:
+        if isinstance(content, OSError):
+            raise _cannot(content)
+        pictures = _decode(io.BytesIO(content), sides)
+    except _Undecodable as error:
         for out, side in zip(outs, sides, strict=bool(outs)):
             out.seek(_bytes(side), os.SEEK_CUR)
-        return str(error).removeprefix(f"{file}: ")
+        return str(error)
     # One at a time: what is hashed and written is in the processor's cache then, and its memory is used again.
     digests = []
     for i, picture in enumerate(pictures):
         pixels = picture.tobytes()
         digests.append(pixels_digest(pixels))
         if outs:
-            outs[i].write(pixels)
+            _write(outs[i], pixels)
     return b"".join(digests)
+
+
+def _write(out: io.FileIO, content: bytes) -> None:
+    # Without a buffer, that of a full disk may be a part.
+    left = memoryview(content)
+    while left:
+        left = left[out.write(left) :]
 
 
 def pixels_digest(pixels: bytes | memoryview) -> bytes:
@@ -126,13 +147,11 @@ def _is_done(region: Region, side: int, key: str) -> bool:
     return found == digests
 
 
-def _key(files: Sequence[str]) -> str:
+def files_key(source: Source, files: Sequence[File]) -> str:
+    """Another one where a name, a size or a modification time of the files is."""
     key = hashlib.sha256(f"{__version__}\0{pillow_version}".encode())
     for file in files:
-        with contextlib.suppress(OSError):  # decoding says what is wrong with it
-            path = Path(file)
-            stat = path.stat()
-            key.update(os.fsencode(path.name) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        key.update(f"{file.name}\0{stamp(source, file)}\0".encode())
     return key.hexdigest()[:16]
 
 
@@ -146,6 +165,15 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class _Undecodable(Exception):
+    pass
+
+
+def _cannot(error: Exception) -> _Undecodable:
+    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return _Undecodable(f"the picture cannot be decoded ({what or type(error).__name__})")
 
 
 def _decode(file: Path | BinaryIO, sides: Sequence[int]) -> list[Image.Image]:
@@ -169,10 +197,9 @@ def _decode(file: Path | BinaryIO, sides: Sequence[int]) -> list[Image.Image]:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{file}: no picture in JPEG, PNG, BMP, GIF or WebP format") from error
+        raise _Undecodable("no picture in JPEG, PNG, BMP, GIF or WebP format") from error
     except Exception as error:  # PIL raises what its decoders happen to: OSError, SyntaxError, struct.error, ...
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{file}: the picture cannot be decoded ({what or type(error).__name__})") from error
+        raise _cannot(error) from error
     return [square.convert("RGB") if square.mode != "RGB" else square for square in map(squares.__getitem__, sides)]
 
 

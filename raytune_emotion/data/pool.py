@@ -18,11 +18,12 @@ _TASKS_WORTH_A_POOL = 32  # some 40 ms each, and a quarter of a second to start 
 
 
 @contextlib.contextmanager
-def processes(workers: int | None) -> Iterator[Map]:
+def processes(workers: int | None, *, least: int = _TASKS_WORTH_A_POOL) -> Iterator[Map]:
     """A `map` that keeps the order, over processes that are started when there is enough to do for them.
 
     Args:
         workers: how many; 1: this process. By default one a core, or this one where there is little to do.
+        least: by default, so many tasks are worth processes.
     """
     cores = len(os.sched_getaffinity(0))
     executor = ProcessPoolExecutor(
@@ -31,7 +32,7 @@ def processes(workers: int | None) -> Iterator[Map]:
 
     def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         tasks = list(tasks)
-        if workers == 1 or (workers is None and (cores == 1 or len(tasks) < _TASKS_WORTH_A_POOL)):
+        if workers == 1 or (workers is None and (cores == 1 or len(tasks) < least)):
             return map(function, tasks)
         with _spawning():
             return executor.map(function, tasks)

@@ -12,8 +12,10 @@ import itertools
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from raytune_emotion import mirror
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data import affectnet, shards
 from raytune_emotion.data.images import pixels_digest
-from raytune_emotion.data.packing import MORE_ROOM, check_space, pack_into, progress
+from raytune_emotion.data.packing import MORE_ROOM, check_space, pack_elsewhere, pack_into, progress
+from raytune_emotion.data.pool import Map, processes
 from raytune_emotion.data.shards import MANIFEST, Manifest, open_shard, parse_manifest
+from raytune_emotion.data.source import Source, shown
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import resumable_folder, sweep, write_text
@@ -59,13 +63,13 @@ class Split:
         Raises:
             IndexError: a row is not in the split.
         """
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+        if rows.size and rows.view(np.uint64).max() >= len(self):  # where those below zero are the largest
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a split of {len(self)}")
         if out is None:
             out = np.empty((len(rows), *self.shards[0].shape[1:]), np.uint8)
         if len(self.shards) == 1:
             # The rows are in range; any other mode than clip copies through a buffer as large as out.
-            return np.take(self.shards[0], rows, axis=0, out=out, mode="clip")
+            return self.shards[0].take(rows, axis=0, out=out, mode="clip")
         ends = np.cumsum([len(shard) for shard in self.shards])
         shard_of = np.searchsorted(ends, rows, side="right")
         for image, shard, row in zip(out, shard_of.tolist(), (rows - ends[shard_of]).tolist(), strict=True):
@@ -107,11 +111,8 @@ def check_data(place: Path | str) -> None:
     Raises:
         UserError: there is neither.
     """
-    if is_store(place):
-        return
-    if isinstance(place, str):
-        raise UserError(f"{mirror.shown(place)}: no packed store, for it has no {MANIFEST}; pack a folder to there")
-    affectnet.check_layout(place)
+    if not is_store(place):
+        affectnet.check_layout(place)
 
 
 def own_size(data: Path | str) -> int:
@@ -123,8 +124,8 @@ def own_size(data: Path | str) -> int:
     packed = sorted(packed_sizes(data))
     if len(packed) > 1:
         held = ", ".join(map(str, packed))
-        raise UserError(f"{mirror.shown(str(data))}: holds stores of {held} px; choose by data.image_size")
-    if packed or isinstance(data, str):
+        raise UserError(f"{shown(data)}: holds stores of {held} px; choose by data.image_size")
+    if packed:
         return packed[0]
     return affectnet.native_size(data, DataConfig().image_size)
 
@@ -132,8 +133,8 @@ def own_size(data: Path | str) -> int:
 def count_rows(data: Path | str) -> int:
     """How many images there are to train on, by names and descriptions alone."""
     if found := _found(data):
-        return _manifest(found[0]).splits["train"].rows
-    return affectnet.count_images(Path(data))
+        return read_manifest(found[0]).splits["train"].rows
+    return affectnet.count_images(data)
 
 
 def packed_sizes(place: Path | str) -> dict[int, Path | str]:
@@ -142,7 +143,22 @@ def packed_sizes(place: Path | str) -> dict[int, Path | str]:
     Raises:
         UserError: what describes one of them is damaged.
     """
-    return {_manifest(store).image_size: store for store in _found(place)}
+    return {read_manifest(store).image_size: store for store in _found(place)}
+
+
+def read_manifest(place: Path | str) -> Manifest:
+    """What describes the store in a folder or at a URI.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if isinstance(place, Path):
+        name, raw = str(place), (place / MANIFEST).read_bytes() if (place / MANIFEST).is_file() else None
+    else:
+        name, raw = mirror.shown(place), mirror.read(place, MANIFEST)
+    if raw is None:
+        raise UserError(f"{name}: no packed store, for it has no {MANIFEST}")
+    return parse_manifest(raw, f"{name}/{MANIFEST}")
 
 
 def open_store(place: Path | str) -> Store:
@@ -157,7 +173,7 @@ def open_store(place: Path | str) -> Store:
 
 
 def pack(
-    source: Path,
+    source: Source,
     dest: Path,
     *,
     image_size: int,
@@ -171,7 +187,7 @@ def pack(
     is. What breaks off or is killed leaves a hidden folder beside dest, and the next attempt goes on with that.
 
     Args:
-        source: the folder.
+        source: the folder, or its URI.
         dest: the store, which must not exist yet.
         image_size: side of the square images, px.
         classes: names of the K values of an annotation, in order.
@@ -180,35 +196,67 @@ def pack(
 
     Raises:
         UserError: a sentence for every kind of fault; dest exists; the disk is too small.
+        Breakdown: a URI fails again and again.
     """
-    (store,) = pack_sizes(source, {image_size: dest}, classes=classes, skip_bad=skip_bad, workers=workers).values()
-    return store
+    pack_sizes(source, {image_size: dest}, classes=classes, skip_bad=skip_bad, workers=workers)
+    return open_store(dest)
 
 
 def pack_sizes(
-    source: Path,
-    dests: Mapping[int, Path],
+    source: Source,
+    dests: Mapping[int, Path | str],
     *,
     classes: tuple[str, ...] = EMOTIONS,
     skip_bad: bool = False,
     workers: int | None = None,
-) -> dict[int, Store]:
-    """Packs a folder at several image sizes, px, in one pass over its files; each store is as `pack` makes it."""
+    pmap: Map | None = None,
+) -> dict[int, Manifest]:
+    """Packs a folder at several image sizes, px, in one pass over its files; each store is as `pack` makes it.
+
+    Args:
+        source: as in `pack`.
+        dests: by image size; also URIs, at which what breaks off leaves whole shards, but no manifest.
+        classes: as in `pack`.
+        skip_bad: as in `pack`.
+        workers: as in `pack`.
+        pmap: in place of workers, runs tasks of whole shards, on machines that all have the folders.
+
+    Raises:
+        UserError: see `pack`.
+        Breakdown: a URI fails again and again; a machine has not one of the folders.
+    """
     for size in dests:
         RunConfig.from_flat({"data.image_size": size, "data.classes": classes})
     if is_store(source):
-        raise UserError(f"{source}: is a packed store already")
+        raise UserError(f"{shown(source)}: is a packed store already")
+    folders = {size: dest for size, dest in dests.items() if isinstance(dest, Path)}
+    uris = {size: dest for size, dest in dests.items() if isinstance(dest, str)}
+    for uri in uris.values():
+        _refuse_credentials(uri)
+    for uri in list(uris.values())[:1]:
+        mirror.check(uri, write=True)
+    if there := [uri for uri in uris.values() if _found(uri)]:
+        raise UserError(f"{shown(uri)}: exists already; name another destination" for uri in there)
     with contextlib.ExitStack() as stack:
         # In the same order by whoever packs: else two might wait for each other.
-        folders = {size: stack.enter_context(resumable_folder(dests[size])) for size in sorted(dests)}
+        parts = {size: stack.enter_context(resumable_folder(folders[size])) for size in sorted(folders)}
         try:
-            pack_into(folders, source, classes, skip_bad=skip_bad, workers=workers)
+            if uris or pmap:
+                run = pmap or stack.enter_context(processes(workers, least=2))
+                pack_elsewhere({**parts, **uris}, source, classes, skip_bad=skip_bad, pmap=run)
+            else:
+                run = stack.enter_context(processes(workers))
+                pack_into(parts, source, classes, skip_bad=skip_bad, pmap=run)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                where = ", ".join(sorted({str(dest.parent) for dest in dests.values()}))
+                # What is for a URI is first made in files.
+                where = ", ".join(sorted({str(folder.parent) for folder in folders.values()})) or tempfile.gettempdir()
                 raise UserError(f"{where}: {error.strerror} while packing; {MORE_ROOM}") from error
             raise
-    return {size: _telling_rejected(open_store(dest)) for size, dest in dests.items()}
+    packed = {size: read_manifest(dest) for size, dest in dests.items()}
+    for size, folder in folders.items():
+        _tell_rejected(folder, packed[size].rejected)
+    return packed
 
 
 def prepare(
@@ -241,7 +289,7 @@ def prepare_sizes(
     skip_bad is another.
 
     Args:
-        data: a store, in a folder or at a URI, or several side by side; or a folder in the layout of AffectNetFused.
+        data: a store or several side by side, or a folder in the layout of AffectNetFused; on a disk or at a URI.
         image_sizes: sides of the square images, px; none: the one as in `prepare`.
         classes: names of the K values of an annotation, in order; a store must have been packed with them.
         skip_bad: as in `pack`.
@@ -252,24 +300,24 @@ def prepare_sizes(
     if packed := packed_sizes(data):
         return _chosen(data, packed, image_sizes or (own_size(data),), classes)
     check_data(data)
-    data = Path(data)
     image_sizes = image_sizes or (own_size(data),)
+    name = data.resolve().name if isinstance(data, Path) else mirror.name_of(data)
     files, cache = affectnet.quick_fingerprint(data), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
         wanted = (shards.VERSION, files, size, classes, skip_bad)
         key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:20]
-        dests[size] = dest = cache / f"{data.resolve().name}-{size}px-{key}"
+        dests[size] = dest = cache / f"{name}-{size}px-{key}"
         if is_store(dest):
             try:
-                _telling_rejected(open_store(dest))
+                _tell_rejected(dest, open_store(dest).rejected)
             except UserError as error:
                 print(f"{error}\n{dest}: packed again", file=sys.stderr)
                 shutil.rmtree(dest)
     sweep(cache, _ABANDONED_S)
     while missing := {size: dest for size, dest in dests.items() if not is_store(dest)}:
         for size, dest in missing.items():
-            print(f"{data}: packed once, at {size} px, into {dest}", file=sys.stderr)
+            print(f"{shown(data)}: packed once, at {size} px, into {dest}", file=sys.stderr)
         try:
             pack_sizes(data, missing, classes=classes, skip_bad=skip_bad)
         except UserError:
@@ -278,29 +326,15 @@ def prepare_sizes(
     return {size: open_store(dest) for size, dest in dests.items()}
 
 
-def push_store(store: Store, uri: str) -> None:
-    """Copies a store to a URI, its manifest last.
-
-    Raises:
-        UserError: there is one already.
-        Breakdown: it fails again and again.
-    """
-    if mirror.exists(mirror.join(uri, MANIFEST)):
-        raise UserError(f"{mirror.shown(uri)}: has a packed store already; name another destination")
-    names = sorted(file.name for file in store.path.iterdir() if file.name != MANIFEST)
-    mirror.push(store.path, uri, [*names, MANIFEST])
-
-
 def cache_folder() -> Path:
     """Where this project keeps what it can make again: a folder of the user's, by the XDG base directory rules."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "raytune_emotion"
 
 
-def _telling_rejected(store: Store) -> Store:
-    if store.rejected:
-        print(f"{store.path}: rejected rows: {store.rejected}, see {store.path / shards.REJECTED}", file=sys.stderr)
-    return store
+def _tell_rejected(path: Path, rejected: int) -> None:
+    if rejected:
+        print(f"{path}: rejected rows: {rejected}, see {path / shards.REJECTED}", file=sys.stderr)
 
 
 def _found(place: Path | str) -> list[Path | str]:
@@ -308,22 +342,14 @@ def _found(place: Path | str) -> list[Path | str]:
     if isinstance(place, Path):
         files = [place / MANIFEST, *sorted(place.glob(f"{_SIDE_BY_SIDE}/{MANIFEST}"))]
         return [file.parent for file in files if file.is_file()]
-    names = mirror.names(place, MANIFEST, f"{_SIDE_BY_SIDE}/{MANIFEST}")
-    return [mirror.join(place, *name.split("/")[:-1]) for name in names]
-
-
-def _manifest(place: Path | str) -> Manifest:
-    if isinstance(place, Path):
-        name, raw = str(place), (place / MANIFEST).read_bytes() if (place / MANIFEST).is_file() else None
-    else:
-        name, raw = mirror.shown(place), mirror.read(place, MANIFEST)
-    if raw is None:
-        raise UserError(f"{name}: no packed store, for it has no {MANIFEST}")
-    return parse_manifest(raw, f"{name}/{MANIFEST}")
+    # Not by all that is below, for it may be a folder of images.
+    infos = mirror.listed(place)
+    stores = [mirror.join(place, info.base_name) for info in infos if fnmatch(info.base_name, _SIDE_BY_SIDE)]
+    return [uri for uri in (place, *sorted(stores)) if mirror.sizes(uri, [MANIFEST]) != [None]]
 
 
 def _map(path: Path) -> Store:
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     faults: list[str] = []
     splits: dict[str, Split] = {}
     for name, entry in manifest.splits.items():
@@ -352,7 +378,7 @@ def _map(path: Path) -> Store:
 def _fetched(uri: str) -> Store:
     """The copy in this machine's cache of the store at a URI; made once, by whichever process comes first."""
     _refuse_credentials(uri)
-    manifest = _manifest(uri)
+    manifest = read_manifest(uri)
     name = f"{mirror.name_of(uri)}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
     dest = cache_folder() / "stores" / name
     if is_store(dest):
@@ -396,7 +422,7 @@ def _chosen(
     data: Path | str, packed: Mapping[int, Path | str], image_sizes: Collection[int], classes: tuple[str, ...]
 ) -> dict[int, Store]:
     """Those of the stores at a place that are asked for."""
-    name, held = mirror.shown(str(data)), ", ".join(map(str, sorted(packed)))
+    name, held = shown(data), ", ".join(map(str, sorted(packed)))
     faults = [
         f"{name}: the store holds images of {held} px, and data.image_size is {size}; set data.image_size to"
         f" {held.replace(', ', ' or ')}, or pack the folder again at {size}"
@@ -406,7 +432,7 @@ def _chosen(
     chosen = {size: packed[size] for size in image_sizes if size in packed}
     faults += [
         f"{name}: the store has the classes {', '.join(found)}, and data.classes is {', '.join(classes)}"
-        for found in dict.fromkeys(_manifest(place).classes for place in chosen.values() or packed.values())
+        for found in dict.fromkeys(read_manifest(place).classes for place in chosen.values() or packed.values())
         if found != classes
     ]
     if faults:

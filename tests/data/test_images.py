@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 
 from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, Region, decode_image, decode_images
 from raytune_emotion.data.sample import draw_face
+from raytune_emotion.data.source import File
 from raytune_emotion.errors import UserError
 from tests.data.test_affectnet import picture
 
@@ -17,6 +18,11 @@ def smooth(width, height):
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     channels = [255 * x, 255 * y, 127 + 100 * np.sin(4 * x + 3 * y)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def task(files, sizes, into=()):
+    """Of files in one folder."""
+    return DecodeTask(files[0].parent, [File(file.name, "") for file in files], sizes, into)
 
 
 def saved(tmp_path, image, name, **options):
@@ -138,11 +144,11 @@ def test_what_is_no_picture_is_refused(tmp_path):
 
 
 def test_pixels_are_written_in_their_places_and_damage_leaves_a_gap(tmp_path):
-    files = [str(saved(tmp_path, picture(i), f"{i}.png")) for i in range(3)]
-    Path(files[1]).write_bytes(b"GIF89a")
+    files = [saved(tmp_path, picture(i), f"{i}.png") for i in range(3)]
+    files[1].write_bytes(b"GIF89a")
     into = tmp_path / "pixels"
     into.write_bytes(b"\7" * (100 + 3 * 1200 + 9))
-    decoded = decode_images(DecodeTask(files, (20,), (Region(str(into), 100, None),)))
+    decoded = decode_images(task(files, (20,), (Region(str(into), 100, None),)))
     first, second, third = decoded.digests
     assert isinstance(first, bytes)
     assert isinstance(third, bytes)
@@ -153,7 +159,7 @@ def test_pixels_are_written_in_their_places_and_damage_leaves_a_gap(tmp_path):
     assert written[-9:] == b"\7" * 9
     pixels = np.frombuffer(written[100:-9], np.uint8).reshape(3, 20, 20, 3)
     np.testing.assert_array_equal(pixels[[0, 2]], [np.asarray(picture(0)), np.asarray(picture(2))])
-    assert decode_images(DecodeTask(files, (20,), ())) == decoded
+    assert decode_images(task(files, (20,))) == decoded
 
 
 def test_the_digest_of_a_picture_is_that_of_its_pixels(tmp_path):
@@ -161,10 +167,10 @@ def test_the_digest_of_a_picture_is_that_of_its_pixels(tmp_path):
     touched = np.array(image)
     touched[13, 7, 2] ^= 1
     files = [
-        str(saved(tmp_path, kind, name))
+        saved(tmp_path, kind, name)
         for kind, name in ((image, "a.png"), (image, "b.bmp"), (Image.fromarray(touched), "c.png"))
     ]
-    a, b, c = decode_images(DecodeTask(files, (20,), ())).digests
+    a, b, c = decode_images(task(files, (20,))).digests
     assert a == b != c
 
 
@@ -180,29 +186,29 @@ def test_a_picture_at_several_sizes_is_at_each_what_it_is_alone(tmp_path):
     regions = [Region(str(tmp_path / str(size)), 0, None) for size in sizes]
     for region in regions:
         Path(region.file).touch()
-    digests = decode_images(DecodeTask([str(file) for file in files], sizes, tuple(regions))).digests
+    digests = decode_images(task(files, sizes, tuple(regions))).digests
     for i, (size, region) in enumerate(zip(sizes, regions, strict=True)):
         pixels = np.frombuffer(Path(region.file).read_bytes(), np.uint8).reshape(3, size, size, 3)
         np.testing.assert_array_equal(pixels, [decode_image(file, size) for file in files])
-        alone = decode_images(DecodeTask([str(file) for file in files], (size,), ())).digests
+        alone = decode_images(task(files, (size,))).digests
         assert [digest[i * DIGEST_BYTES :][:DIGEST_BYTES] for digest in digests] == list(alone)
 
 
 def test_what_an_earlier_attempt_has_done_is_done_again_where_anything_has_changed(tmp_path):
-    files = [str(saved(tmp_path, picture(i), f"{i}.png")) for i in range(2)]
+    files = [saved(tmp_path, picture(i), f"{i}.png") for i in range(2)]
     (tmp_path / "pixels").write_bytes(bytes(2400))
 
     def decode(done):
-        return decode_images(DecodeTask(files, (20,), (Region(str(tmp_path / "pixels"), 0, done),)))
+        return decode_images(task(files, (20,), (Region(str(tmp_path / "pixels"), 0, done),)))
 
     def again(done):
         """Whether the pictures are decoded, and not taken as they are: one that has been overwritten tells."""
-        whole = Path(files[0]).read_bytes()
-        stat = Path(files[0]).stat()
-        Path(files[0]).write_bytes(bytes(len(whole)))
+        whole = files[0].read_bytes()
+        stat = files[0].stat()
+        files[0].write_bytes(bytes(len(whole)))
         os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
         decoded = decode(done)
-        Path(files[0]).write_bytes(whole)
+        files[0].write_bytes(whole)
         os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
         return isinstance(decoded.digests[0], str)
 

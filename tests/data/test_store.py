@@ -24,6 +24,7 @@ from raytune_emotion.data.images import decode_image
 from raytune_emotion.data.store import (
     Split,
     cache_folder,
+    count_rows,
     is_store,
     open_store,
     pack,
@@ -31,7 +32,6 @@ from raytune_emotion.data.store import (
     packed_sizes,
     prepare,
     prepare_sizes,
-    push_store,
 )
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
@@ -52,6 +52,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def small_shards(monkeypatch):
+    """Of two rows at 16 px, and of one at more."""
     monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 16 * 16 * 3)
     monkeypatch.setattr(packing, "_TASK_ROWS", 1)
 
@@ -65,7 +66,7 @@ def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
         assert list(split.ids) == [row.id for row in rows[name]]
         np.testing.assert_array_equal(split.prob_NK, np.array([row.probs for row in rows[name]], np.float32))
         images = split.gather(np.arange(len(split)))
-        np.testing.assert_array_equal(images, [decode_image(row.image, 16) for row in rows[name]])
+        np.testing.assert_array_equal(images, [decode_image(folder / row.image.name, 16) for row in rows[name]])
     with pytest.raises(ValueError, match="read-only"):
         packed.train.prob_NK[0] = 0
 
@@ -81,16 +82,19 @@ def test_the_files_are_plain_arrow(folder, tmp_path):
     np.testing.assert_array_equal(np.array(table.column("probs").to_pylist(), np.float32), packed.train.prob_NK)
 
 
+def files_of(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
 def test_the_number_of_workers_and_of_shards_changes_nothing(folder, tmp_path, monkeypatch):
     one = pack(folder, tmp_path / "one", image_size=16, workers=1)
     two = pack(folder, tmp_path / "two", image_size=16, workers=2)
     assert one.fingerprint == two.fingerprint
-    for file in sorted(path.name for path in one.path.iterdir()):
-        assert (one.path / file).read_bytes() == (two.path / file).read_bytes()
+    assert files_of(one.path) == files_of(two.path)
     monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 16 * 16 * 3)
     monkeypatch.setattr(packing, "_TASK_ROWS", 1)
     sharded = pack(folder, tmp_path / "sharded", image_size=16, workers=1)
-    assert [len(shard) for shard in sharded.train.shards] == [3, 3, 2]
+    assert [len(shard) for shard in sharded.train.shards] == [2, 2, 2, 2]
     assert sharded.fingerprint == one.fingerprint
 
 
@@ -183,7 +187,8 @@ def test_an_attempt_that_was_killed_is_gone_on_with(folder, tmp_path, small_shar
     def decode(file, sides, *, fails_at=None, real=images._decode):
         if len(decoded) == fails_at:
             raise KeyboardInterrupt
-        decoded.append(file.name)
+        found = (path.name for path in folder.glob("*/images/*") if path.read_bytes() == file.getvalue())
+        decoded.append(next(found))
         return real(file, sides)
 
     monkeypatch.setattr(images, "_decode", functools.partial(decode, fails_at=6))
@@ -209,9 +214,7 @@ def test_an_attempt_that_was_killed_is_gone_on_with(folder, tmp_path, small_shar
     assert set(decoded) == expected
     fresh = pack(folder, tmp_path / "fresh", image_size=16, workers=1)
     assert packed.fingerprint == fresh.fingerprint
-    assert {f.name: f.read_bytes() for f in packed.path.iterdir()} == {
-        f.name: f.read_bytes() for f in fresh.path.iterdir()
-    }
+    assert files_of(packed.path) == files_of(fresh.path)
 
 
 def test_all_faults_are_told_at_once_and_nothing_is_left(folder, tmp_path):
@@ -304,6 +307,15 @@ def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "once\n", "")
     assert len(open_store(tmp_path / "store").train) == 8
+
+
+def test_a_machine_without_the_folder_is_one_clear_sentence(folder, tmp_path):
+    def elsewhere(function, tasks):
+        folder.rename(tmp_path / "not shared")
+        return map(function, tasks)
+
+    with pytest.raises(Breakdown, match=r"faces: is not there on .*; share it under this path with every node, or"):
+        pack_sizes(folder, {16: tmp_path / "store"}, pmap=elsewhere)
 
 
 # Opening
@@ -554,10 +566,9 @@ def bucket():
 @pytest.fixture
 def remote(folder, tmp_path, bucket, request, cache):
     """A store and a URI that has it."""
-    store = pack(folder, tmp_path / "store", image_size=16)
     uri = mirror.join(bucket, request.node.name)
-    push_store(store, uri)
-    return store, uri
+    pack_sizes(folder, {16: uri}, workers=1)
+    return pack(folder, tmp_path / "store", image_size=16), uri
 
 
 def open_here(uri):
@@ -575,8 +586,6 @@ def test_a_store_at_a_uri_is_fetched_once_by_whoever_comes_first(remote, cache, 
     assert capfd.readouterr().err == f"{mirror.shown(uri)}: fetched once, into {path}\n"
     assert {f.name for f in path.iterdir()} == {f.name for f in store.path.iterdir()}
     assert fetched.place == pickle.loads(pickle.dumps(fetched)).place == uri
-    with pytest.raises(UserError, match="has a packed store already"):
-        push_store(store, uri)
 
 
 def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(remote, cache, monkeypatch):
@@ -619,11 +628,96 @@ def test_what_is_not_what_its_manifest_says_is_not_kept(remote, cache):
 
 def test_a_uri_without_a_store_or_with_credentials_is_one_clear_sentence(bucket, remote, monkeypatch):
     store, uri = remote
-    with pytest.raises(UserError, match=r"no packed store, for it has no manifest\.json"):
+    with pytest.raises(UserError, match="there is no such folder"):
         prepare(mirror.join(bucket, "nothing"), image_size=None)
+    with pytest.raises(UserError, match="exists already"):
+        pack_sizes(store.path.parent / "faces", {16: uri})
     with pytest.raises(UserError, match=r"holds images of 16 px, and data\.image_size is 32"):
         prepare(uri, image_size=32)
     assert prepare(uri, image_size=None).fingerprint == store.fingerprint
     with pytest.raises(UserError, match="has credentials in it") as raised:
         is_store(uri.replace("s3://", f"s3://key:{SECRET}@"))
     assert SECRET not in str(raised.value)
+
+
+@pytest.fixture
+def upload(folder, bucket, request):
+    """Copies the folder to a URI, which it returns."""
+
+    def copy():
+        uri = mirror.join(bucket, request.node.name, "faces")
+        mirror.push(folder, uri, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
+        return uri
+
+    return copy
+
+
+def at(uri, folder):
+    mirror.pull(uri, folder, mirror.names(uri, "*"))
+    return files_of(folder)
+
+
+def test_a_folder_at_a_uri_is_packed_as_one_on_a_disk(folder, tmp_path, upload, cache, capsys):
+    (folder / "train_set/images/2.png").write_bytes(b"")
+    (folder / "train_set/annotations/3_prob_rank.txt").write_text("")
+    uri = upload()
+    here = pack(folder, tmp_path / "here", image_size=20, skip_bad=True)
+    there = pack(uri, tmp_path / "there", image_size=20, skip_bad=True)
+    assert files_of(here.path) == files_of(there.path)
+    with pytest.raises(UserError) as raised:
+        pack(uri, tmp_path / "refused", image_size=20)
+    assert [fault.partition(": ")[2].partition(" (")[0] for fault in raised.value.faults[:2]] == [
+        "empty annotation",
+        "image cannot be decoded",
+    ]
+    assert all(fault.startswith(f"{mirror.shown(uri)}: ") for fault in raised.value.faults)
+    capsys.readouterr()
+    assert count_rows(uri) == 8
+    prepared = prepare(uri, image_size=None, skip_bad=True)
+    assert (prepared.image_size, prepared.fingerprint) == (20, here.fingerprint)
+    assert capsys.readouterr().err.startswith(f"{mirror.shown(uri)}: packed once, at 20 px, into {prepared.path}\n")
+    assert prepare(uri, image_size=None, skip_bad=True).path == prepared.path
+    assert capsys.readouterr().err == f"{prepared.path}: rejected rows: 2, see {prepared.path / 'rejected.csv'}\n"
+
+
+def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, bucket, small_shards, monkeypatch):
+    uris = {size: mirror.join(bucket, "sizes", f"{size}px") for size in (24, 16)}
+    pushed = set()
+
+    def push(folder, uri, names, real=mirror.push):
+        pushed.update(f"{mirror.name_of(uri)}/{name}" for name in names)
+        real(folder, uri, names)
+
+    def broken_off(function, tasks):
+        for number, task in enumerate(tasks):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield function(task)
+
+    monkeypatch.setattr(mirror, "push", push)
+    with pytest.raises(KeyboardInterrupt):
+        pack_sizes(folder, uris, pmap=broken_off)
+    assert not any(map(is_store, uris.values()))
+    assert {name for name in pushed if "24px" in name} == {f"24px/train-0000{i}.arrow" for i in range(6)}
+
+    pushed.clear()
+    picture(77).save(folder / "train_set/images/3.png")
+    mirror.delete(uris[24], ["train-00004.arrow"])
+    pack_sizes(folder, uris, pmap=map)
+    assert {name for name in pushed if "24px/train" in name} == {f"24px/train-0000{i}.arrow" for i in range(2, 8)}
+    assert {name for name in pushed if "16px/train" in name} == {f"16px/train-0000{i}.arrow" for i in range(1, 4)}
+    for size, uri in uris.items():
+        alone = pack(folder, tmp_path / f"{size}", image_size=size)
+        assert at(uri, tmp_path / f"at{size}") == files_of(alone.path)
+
+
+def test_rows_at_fault_are_set_aside_at_a_uri_too_or_nothing_is_left(folder, tmp_path, bucket, small_shards):
+    for id_ in (0, 1, 6):  # all of a shard, and one of another
+        (folder / f"train_set/images/{id_}.png").write_bytes(b"")
+    uri = mirror.join(bucket, "at fault")
+    with pytest.raises(UserError, match=r"image cannot be decoded \(3 files\)"):
+        pack_sizes(folder, {16: uri}, workers=1)
+    assert mirror.names(uri, "*") == []
+    packed = pack(folder, tmp_path / "here", image_size=16, skip_bad=True)
+    pack_sizes(folder, {16: uri}, workers=1, skip_bad=True)
+    assert at(uri, tmp_path / "there") == files_of(packed.path)

@@ -1,0 +1,63 @@
+"""Work on all nodes of a Ray cluster."""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from raytune_emotion.data.pool import Map
+from raytune_emotion.errors import Breakdown
+
+_AHEAD = 2  # tasks for a core, that none waits for the driver
+_TRIES = 4
+_CANCEL_S = 30.0
+
+
+@contextlib.contextmanager
+def on_all_nodes() -> Iterator[Map]:
+    """A `map` that keeps the order, over the cores of the cluster that this process has joined.
+
+    A task whose process or node dies is done again elsewhere. At the end, none is left that runs.
+
+    Raises:
+        Breakdown: a task dies again and again.
+    """
+    running: set[Any] = set()
+
+    def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        ahead: deque[Any] = deque()
+        for task in tasks:
+            ahead.append(_run.remote(function, task))
+            running.add(ahead[-1])
+            # Nodes may come and go.
+            if len(ahead) >= _AHEAD * ray.cluster_resources().get("CPU", 1):  # type: ignore[no-untyped-call]
+                yield result(ahead.popleft())
+        while ahead:
+            yield result(ahead.popleft())
+
+    def result(task: Any) -> Any:
+        try:
+            found = ray.get(task)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            why = str(error).strip().partition("\n")[0]
+            raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time by: {why}") from error
+        running.remove(task)
+        return found
+
+    try:
+        yield pmap
+    finally:
+        for task in running:
+            ray.cancel(task)
+        if running:
+            ray.wait([*running], num_returns=len(running), timeout=_CANCEL_S)
+
+
+@ray.remote(num_cpus=1, max_retries=_TRIES - 1)
+def _run(function: Callable[[Any], Any], task: Any) -> Any:
+    return function(task)

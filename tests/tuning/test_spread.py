@@ -1,0 +1,77 @@
+"""Work on all nodes of a Ray cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import ray
+
+from raytune_emotion.data.store import pack, pack_sizes
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.spread import on_all_nodes
+from tests.data.test_affectnet import write_folder
+from tests.data.test_store import files_of
+from tests.test_pack import heed_ctrl_c
+
+
+def die_at_first(marks: Path, number: int) -> tuple[int, int]:
+    try:
+        (marks / str(number)).touch(exist_ok=False)
+    except FileExistsError:
+        return number, os.getpid()
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def fail(number: int) -> None:
+    raise UserError([f"{number} is wrong", "and so is this"])
+
+
+def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
+    with on_all_nodes() as pmap:
+        found = list(pmap(partial(die_at_first, tmp_path), iter(range(3))))
+        assert [number for number, _ in found] == [0, 1, 2]
+        assert os.getpid() not in {process for _, process in found}
+        with pytest.raises(UserError) as raised:
+            list(pmap(fail, [1, 2, 3]))
+    assert raised.value.faults == ("1 is wrong", "and so is this")
+
+
+def test_ctrl_c_leaves_no_task_and_the_cluster_goes_on_to_the_same_store(cluster, tmp_path):
+    folder, dest = write_folder(tmp_path / "faces", train=300), tmp_path / "out" / "store"
+    part = dest.with_name(".store.part")
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "raytune_emotion.pack", str(folder), str(dest), "--image-size", "800"]
+    with subprocess.Popen(
+        [*command, "--address", address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not list(part.glob(".train-*.done")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
+    assert (process.returncode, out, err) == (130, "", said)
+    assert list(dest.parent.iterdir()) == [part]
+    while ray.available_resources().get("CPU") != 2:  # Ray takes its time to tell
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kept = {file.name: file.stat().st_mtime_ns for file in part.glob("*.arrow")}
+    with on_all_nodes() as pmap:
+        pack_sizes(folder, {800: dest}, pmap=pmap)
+    assert kept.items() <= {file.name: file.stat().st_mtime_ns for file in dest.iterdir()}.items()
+    assert files_of(dest) == files_of(pack(folder, tmp_path / "here", image_size=800).path)
