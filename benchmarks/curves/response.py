@@ -1,16 +1,17 @@
 """What recorded curves say of configurations that were not recorded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
+from scipy.spatial.distance import cdist
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from raytune_emotion.tuning.model import Encoding, Floats, encoding_of
+from raytune_emotion.tuning.model import Configurations, Encoding, Floats, encoding_of
 from raytune_emotion.tuning.space import Space
 
 _METRIC = "val_js"
@@ -40,12 +41,13 @@ class Nearest:
     recorded: Recorded
     scales_D: Floats  # how much a difference in each coordinate matters
 
-    def __call__(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        near = self.index(np.array(self.recorded.encoding(settings)))
-        return self.recorded.js_NR[near], self.recorded.seconds_NR[near]
+    def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
+        """JS and seconds of a core by report, [M, R] each."""
+        near_M = self.index(self.recorded.encoding(settings))
+        return self.recorded.js_NR[near_M], self.recorded.seconds_NR[near_M]
 
-    def index(self, x_D: Floats) -> int:
-        return int(np.argmin((((self.recorded.x_ND - x_D) * self.scales_D) ** 2).sum(axis=1)))
+    def index(self, x_MD: Floats) -> npt.NDArray[np.intp]:
+        return cdist(x_MD * self.scales_D, self.recorded.x_ND * self.scales_D).argmin(axis=1)
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,12 @@ class Surrogate:
     mean_R: Floats
     kernel: Any
 
-    def __call__(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        x_D = np.array(self.nearest.recorded.encoding(settings))
-        log_R = self.mean_R + self.kernel(x_D[None], self.nearest.recorded.x_ND)[0] @ self.weights_NR
-        return np.exp(log_R), self.nearest.recorded.seconds_NR[self.nearest.index(x_D)]
+    def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
+        """JS and seconds of a core by report, [M, R] each."""
+        recorded = self.nearest.recorded
+        x_MD = recorded.encoding(settings)
+        log_MR = self.mean_R + self.kernel(x_MD, recorded.x_ND) @ self.weights_NR
+        return np.exp(log_MR), recorded.seconds_NR[self.nearest.index(x_MD)]
 
 
 def read_curves(file: Path, space: Space) -> Recorded:
@@ -74,7 +78,7 @@ def read_curves(file: Path, space: Space) -> Recorded:
     return Recorded(
         settings,
         encoding,
-        np.array([encoding(chosen) for chosen in settings]),
+        encoding(settings),
         np.array([rows[_METRIC] for rows in groups]),
         np.array([np.diff(rows["core_seconds"], prepend=0.0) for rows in groups]),
     )
@@ -109,7 +113,8 @@ def fit_responses(recorded: Recorded) -> Fitted:
     without_N = np.exp(log_NR[:, -1] - (weights_NR / np.diag(inverse_NN)[:, None])[:, -1])
     nearest = Nearest(recorded, 1 / kernel.k1.k2.length_scale)
     surrogate = Surrogate(nearest, weights_NR, mean_R, kernel.k1)
-    distances_NN = (((recorded.x_ND[:, None] - recorded.x_ND) * nearest.scales_D) ** 2).sum(axis=2)
+    scaled_ND = recorded.x_ND * nearest.scales_D
+    distances_NN = cdist(scaled_ND, scaled_ND)
     np.fill_diagonal(distances_NN, np.inf)
     neighbours_N = recorded.js_NR[distances_NN.argmin(axis=1), -1]
     true_N = recorded.js_NR[:, -1]

@@ -5,23 +5,24 @@ would have reached, as far as other trials have shown what the rest of the way b
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from optuna.distributions import FloatDistribution, IntDistribution
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import minimize
+from scipy.spatial.distance import cdist
 from scipy.stats import norm
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from raytune_emotion.tuning.space import Space
 
 Floats = npt.NDArray[np.float64]
+#: Of M configurations: one after the other, or as a table of one row each.
+Configurations = Sequence[Mapping[str, Any]] | pd.DataFrame
 
 #: Points that the kernel's lengths are fitted to, in a time that grows with their cube. All points are predicted from.
 _FITTED = 80
@@ -29,6 +30,8 @@ _FITTED = 80
 _STEPS = 25
 #: Of a kernel in D dimensions, as logarithms: variance, D lengths and noise, each with a spread (see `_fit`).
 _VARIANCE, _LENGTH, _NOISE = (0.0, 1.0), (math.log(0.5), 1.0), (math.log(0.02), 1.5)
+#: Spreads from the centre that bound the fit.
+_FAR = 6.0
 #: The least value, as whose logarithm that of a perfect prediction counts.
 _PERFECT = 1e-9
 #: The least standard deviation of log values that is told from none.
@@ -44,13 +47,15 @@ class Encoding:
     ranges: Mapping[str, tuple[float, float, bool]]  # least, most, logarithmic
     choices: Mapping[str, tuple[Any, ...]]
 
-    def __call__(self, settings: Mapping[str, Any]) -> list[float]:
-        """Of D coordinates; those of what is not set lie in the middle."""
+    def __call__(self, settings: Configurations) -> Floats:
+        """The points, [M, D]; coordinates of what is not set lie in the middle."""
+        table = pd.DataFrame(settings, columns=[*self.ranges, *self.choices])
         numbers = [
-            (_scaled(settings[key], low, log) - low) / (high - low) if key in settings else 0.5
+            np.nan_to_num((_scaled(table[key].to_numpy(float), low, log) - low) / (high - low), nan=0.5)
             for key, (low, high, log) in self.ranges.items()
         ]
-        return numbers + [float(settings.get(key) == word) for key, words in self.choices.items() for word in words]
+        words = [(table[key] == word).to_numpy(float) for key, listed in self.choices.items() for word in listed]
+        return np.stack([*numbers, *words], axis=1)
 
 
 def encoding_of(space: Space) -> Encoding:
@@ -75,11 +80,11 @@ def encoding_of(space: Space) -> Encoding:
     return Encoding(ranges, choices)
 
 
-def _scaled(value: float, low: float, log: bool) -> float:
+def _scaled(value_M: Floats, low: float, log: bool) -> Floats:
     if not log:
-        return value
+        return value_M
     # A branch, or another study, may switch off by 0 what is drawn by orders of magnitude elsewhere.
-    return math.log(value) if value > 0 else low
+    return np.where(value_M <= 0, low, np.log(np.where(value_M <= 0, 1.0, value_M)))
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Forecast:
         """
         self._encoding, self._earlier = encoding, earlier
         points = [*_points(curves)]
-        self._x_ND = np.array([[*encoding(settings), length] for settings, length, _ in points])
+        self._x_ND = self._encoded([settings for settings, *_ in points], [length for _, length, _ in points])
         y_N = np.array([value for *_, value in points])
         prior_N = self._prior([settings for settings, *_ in points])
         self._scale: float = (
@@ -116,43 +121,37 @@ class Forecast:
         rest_N = y_N - self._slope * prior_N
         self._mean = float(rest_N.mean()) if points else 0.0
         self._z_N = (rest_N - self._mean) / self._scale
-        dims = len(encoding({})) + 1
-        self._kernel = ConstantKernel(1.0) * Matern(np.ones(dims), (1e-3, 1e4), nu=2.5) + WhiteKernel(0.02, (1e-6, 1e2))
-        if points:
-            some = np.unique(np.linspace(0, len(points) - 1, min(_FITTED, len(points))).astype(int))
-            with warnings.catch_warnings():
-                # Of lengths at their bound: those of settings without consequence.
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                fitted = GaussianProcessRegressor(self._kernel, optimizer=_fit).fit(self._x_ND[some], self._z_N[some])
-            self._kernel = fitted.kernel_
+        some = np.unique(np.linspace(0, len(points) - 1, min(_FITTED, len(points))).astype(int))
+        self._kernel = _fit(self._x_ND[some], self._z_N[some])
         self._condition()
 
-    def __call__(self, settings: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
+    def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
         """Mean and standard deviation of M configurations, [M] each, without the luck of a single training."""
-        mean_M, std_M = self._process.predict(self._encoded(settings), return_std=True)
-        noise = math.exp(self._kernel.theta[-1])
-        std_M = np.sqrt(np.maximum(std_M**2 - noise, 1e-12))
+        similar_MN = self._kernel(self._encoded(settings), self._x_ND)
+        explained_NM = solve_triangular(self._root_NN, similar_MN.T, lower=True)
+        mean_M = similar_MN @ self._weights_N
+        std_M = np.sqrt(np.maximum(self._kernel.variance - (explained_NM**2).sum(axis=0), 1e-12))
         return self._mean + self._slope * self._prior(settings) + self._scale * mean_M, self._scale * std_M
 
-    def believe(self, settings: Sequence[Mapping[str, Any]]) -> None:
+    def believe(self, settings: Configurations) -> None:
         """Takes what is predicted of configurations for true, as of those that run: others then promise more."""
         x_MD = self._encoded(settings)
-        z_M = self._process.predict(x_MD).reshape(-1)  # of one point, a process without data gives a scalar
-        self._z_N = np.concatenate([self._z_N, z_M])
-        self._x_ND = np.concatenate([self._x_ND.reshape(-1, x_MD.shape[1]), x_MD])
+        z_M = self._kernel(x_MD, self._x_ND) @ self._weights_N
+        self._x_ND, self._z_N = np.concatenate([self._x_ND, x_MD]), np.concatenate([self._z_N, z_M])
         self._condition()
 
     def _condition(self) -> None:
-        self._process = GaussianProcessRegressor(self._kernel, optimizer=None)
-        if len(self._z_N):
-            self._process.fit(self._x_ND, self._z_N)
+        noise_NN = self._kernel.noise * np.eye(len(self._x_ND))
+        self._root_NN = np.linalg.cholesky(self._kernel(self._x_ND, self._x_ND) + noise_NN)
+        self._weights_N: Floats = cho_solve((self._root_NN, True), self._z_N)
 
-    def _encoded(self, settings: Sequence[Mapping[str, Any]]) -> Floats:
-        return np.array([[*self._encoding(each), 1.0] for each in settings])
+    def _encoded(self, settings: Configurations, lengths: Sequence[float] | None = None) -> Floats:
+        x_MD = self._encoding(settings)
+        return np.column_stack([x_MD, np.ones(len(x_MD)) if lengths is None else lengths])
 
-    def _prior(self, settings: Sequence[Mapping[str, Any]]) -> Floats:
+    def _prior(self, settings: Configurations) -> Floats:
         """What earlier studies say of M configurations, [M], in standard deviations of theirs."""
-        if not settings or not self._earlier:
+        if not len(settings) or not self._earlier:
             return np.zeros(len(settings))
         standard: Floats = np.mean([(f(settings)[0] - f._mean) / f._scale for f in self._earlier], axis=0)
         return standard
@@ -221,19 +220,51 @@ def _points(curves: Sequence[Curve]) -> Iterator[tuple[Mapping[str, Any], float,
         yield from ((settings, 1.0, worst) for settings in failed)
 
 
-def _fit(negative_likelihood: Any, start: Floats, bounds: Floats) -> tuple[Floats, float]:
+@dataclass(frozen=True)
+class _Kernel:
+    """Matérn's of ν = 5/2."""
+
+    variance: float
+    length_D: Floats
+    noise: float  # variance of a single training
+
+    def __call__(self, x_MD: Floats, y_ND: Floats) -> Floats:
+        """Covariance without noise, [M, N]."""
+        return self.variance * _matern(math.sqrt(5) * cdist(x_MD / self.length_D, y_ND / self.length_D))
+
+
+def _matern(r: Floats) -> Floats:
+    return (1 + r + r * r / 3) * np.exp(-r)
+
+
+def _fit(x_ND: Floats, z_N: Floats) -> _Kernel:
     """Maximises the likelihood times a prior in which lengths grow with the root of the dimensions.
 
     After Hvarfner et al., 2024, "Vanilla Bayesian optimization performs great in high dimensions".
     """
-    dims = len(start) - 2
+    count, dims = x_ND.shape
     length = (_LENGTH[0] + 0.5 * math.log(dims), _LENGTH[1])
     centre, spread = np.array([_VARIANCE, *[length] * dims, _NOISE]).T
+    squares_NND = (x_ND[:, None] - x_ND) ** 2
 
     def loss(theta: Floats) -> tuple[float, Floats]:
-        value, slope = negative_likelihood(theta, eval_gradient=True)
+        variance, inverse_D, noise = math.exp(theta[0]), np.exp(-2 * theta[1:-1]), math.exp(theta[-1])
+        r_NN = np.sqrt(5 * (squares_NND @ inverse_D))
+        k_NN = variance * _matern(r_NN)
+        root = cho_factor(k_NN + noise * np.eye(count), lower=True)
+        weights_N = cho_solve(root, z_N)
+        # Half of it is the slope of the likelihood by the covariance (Rasmussen & Williams, 2006, equation 5.9).
+        slope_NN = cho_solve(root, np.eye(count)) - np.outer(weights_N, weights_N)
+        by_square_NN = slope_NN * variance * (1 + r_NN) * np.exp(-r_NN)
+        slope = np.array([
+            0.5 * (slope_NN * k_NN).sum(),
+            *(5 / 6 * inverse_D * np.tensordot(by_square_NN, squares_NND)),
+            0.5 * noise * np.trace(slope_NN),
+        ])  # fmt: skip
         off = (theta - centre) / spread
-        return value + 0.5 * float(off @ off), slope + off / spread
+        value = 0.5 * z_N @ weights_N + np.log(np.diag(root[0])).sum() + 0.5 * off @ off
+        return float(value), slope + off / spread
 
+    bounds = [(mean - _FAR * std, mean + _FAR * std) for mean, std in zip(centre, spread, strict=True)]
     found = minimize(loss, centre, jac=True, bounds=bounds, method="L-BFGS-B", options={"maxiter": _STEPS})
-    return found.x, float(found.fun)
+    return _Kernel(math.exp(found.x[0]), np.exp(found.x[1:-1]), math.exp(found.x[-1]))

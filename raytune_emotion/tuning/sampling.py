@@ -2,15 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from optuna._transform import _SearchSpaceTransform
+import numpy.typing as npt
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from threadpoolctl import threadpool_limits
 
+from raytune_emotion.tuning.distributions import Fixed, Simplex
 from raytune_emotion.tuning.model import (
+    Configurations,
     Curve,
     Encoding,
     Floats,
@@ -29,8 +33,10 @@ SETTINGS, COST = "settings", "cost"
 _STARTUP = 8
 #: Candidates drawn at random, and as many that change one of the best trials.
 _CANDIDATES, _BEST = 200, 5
-#: Of a trial's parameters, a change draws some anew and moves the others, in parts of their range.
+#: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
 _ANEW, _STEP = 0.2, 0.1
+
+Column = npt.NDArray[Any]
 
 
 def propose(
@@ -52,20 +58,21 @@ def propose(
     tried = {_key(trial.user_attrs[SETTINGS]) for trial in past}
     reported = [trial for trial in past if trial.intermediate_values and trial.state != TrialState.FAIL]
     running = [trial.user_attrs[SETTINGS] for trial in past if trial.state == TrialState.RUNNING]
-    offered = candidates(space, _leading(reported, objective)[:_BEST], seed)
-    drawn = ((params, settings) for params, settings in offered if _key(settings) not in tried)
-    if not earlier and (not reported or len(past) - len(running) < _STARTUP):
-        return next((params for params, _ in drawn), None)
-    fresh = [*drawn]
-    if not fresh:
-        return None
-    # Matrices this small are slower on several threads, and other trials are training.
-    with threadpool_limits(1):
-        forecast = Forecast(encoding_of(space), curves(past), earlier)
-        if running:
-            forecast.believe(running)
-        promise_M = _promise(objective, forecast, encoding_of(space), reported, [settings for _, settings in fresh])
-        return fresh[int(np.argmax(promise_M))][0]
+    params = candidates(space, _leading(reported, objective)[:_BEST], seed)
+    order = np.arange(len(next(iter(params.values()))))
+    if earlier or (reported and len(past) - len(running) >= _STARTUP):
+        # Matrices this small are slower on several threads, and other trials are training.
+        with threadpool_limits(1):
+            forecast = Forecast(encoding_of(space), curves(past), earlier)
+            if running:
+                forecast.believe(running)
+            promise_M = _promise(objective, forecast, encoding_of(space), reported, settings_of(space, params))
+        order = np.argsort(-promise_M, kind="stable")
+    for number in order:
+        trial = FixedTrial({name: column[number : number + 1].tolist()[0] for name, column in params.items()})
+        if _key(space.suggest(trial)) not in tried:
+            return trial.params
+    return None
 
 
 def _promise(
@@ -73,7 +80,7 @@ def _promise(
     forecast: Forecast,
     encoding: Encoding,
     reported: Sequence[FrozenTrial],
-    settings: Sequence[Mapping[str, Any]],
+    settings: Configurations,
 ) -> Floats:
     """By how much each of M candidates is expected to better what there is, [M]."""
     mean_M, std_M = forecast(settings)
@@ -112,27 +119,80 @@ def curves(past: Sequence[FrozenTrial]) -> list[Curve]:
     ]
 
 
-def candidates(space: Space, best: Sequence[FrozenTrial], seed: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Optuna's parameters, with the settings that follow from them: drawn at random, then near the best trials."""
-    # Of all parameters, whether or not a branch of the space has use for them.
-    unit = _SearchSpaceTransform(space.parameters, transform_0_1=True)
+def candidates(space: Space, best: Sequence[FrozenTrial], seed: int) -> dict[str, Column]:
+    """Values of every parameter, whether or not a branch of the space has use for it: at random, then near the best."""
     rng = np.random.default_rng(seed)
-    width = len(unit.bounds)
+    parameters = space.parameters
+    u_MP = rng.random((_CANDIDATES, len(parameters)))
+    if best:
+        near_BP = [
+            [_unit(d, t.params[name]) if name in t.params else np.nan for name, d in parameters.items()] for t in best
+        ]
+        near_MP = np.array(near_BP)[np.arange(_CANDIDATES) % len(best)]
+        steps_P = [0.0 if isinstance(d, CategoricalDistribution) else _STEP for d in parameters.values()]
+        moved_MP = np.clip(near_MP + steps_P * rng.standard_normal(near_MP.shape), 0, 1)
+        anew_MP = np.isnan(near_MP) | (rng.random(near_MP.shape) < _ANEW)
+        u_MP = np.concatenate([u_MP, np.where(anew_MP, rng.random(near_MP.shape), moved_MP)])
+    return {name: _values(d, u_M) for (name, d), u_M in zip(parameters.items(), u_MP.T, strict=True)}
 
-    def candidate(x_P: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        trial = FixedTrial(unit.untransform(x_P))
-        settings = space.suggest(trial)
-        return trial.params, settings
 
-    for _ in range(_CANDIDATES):
-        yield candidate(rng.random(width))
-    for number in range(_CANDIDATES if best else 0):
-        whole = unit.untransform(rng.random(width)) | best[number % len(best)].params
-        x_P = np.clip(unit.transform(whole) + _STEP * rng.standard_normal(width), 0, 1)
-        for columns in unit.column_to_encoded_columns:
-            if rng.random() < _ANEW:
-                x_P[columns] = rng.random(len(columns))
-        yield candidate(x_P)
+def settings_of(space: Space, params: Mapping[str, Column]) -> pd.DataFrame:
+    """What a space makes of parameters, of the settings in which trials can differ; a row each."""
+    deciding = space.deciding()
+    count = len(next(iter(params.values())))
+    columns = {key: np.full(count, np.nan, object) for key in space.columns()}
+    for values in {*zip(*[params[key] for key in deciding], strict=True)} or {()}:
+        decided = dict(zip(deciding, values, strict=True))
+        rows = np.all([np.full(count, True), *(params[key] == value for key, value in decided.items())], axis=0)
+        found: dict[str, Any] = {}
+        for key, (name, setting) in space.active(decided).items():
+            if isinstance(setting, Simplex):
+                raw = setting.raw_names(name)
+                # Without a direction, where all are 1, they stand for the middle.
+                parts = {loss: np.maximum(-np.log(params[raw[loss]][rows]), 1e-9) for loss in raw}
+                found[key] = {loss: part / sum(parts.values()) for loss, part in parts.items()}
+            elif isinstance(setting, Fixed):
+                found[key] = setting.value
+            elif key == "loss":
+                found[key] = {loss: params[name][rows] == loss for loss in setting.choices}
+            else:
+                found[key] = params[name][rows]
+        for key, value in space.flat(found).items():
+            if key in columns:
+                columns[key][rows] = value
+    return pd.DataFrame(columns)
+
+
+def _ends(distribution: FloatDistribution | IntDistribution) -> tuple[float, float]:
+    """Of what is drawn uniformly: its logarithm where it is drawn so; the steps at both ends are as wide as others."""
+    half = (distribution.step or 0) / 2
+    ends = distribution.low - half, distribution.high + half
+    return (math.log(ends[0]), math.log(ends[1])) if distribution.log else ends
+
+
+def _unit(distribution: BaseDistribution, value: Any) -> float:
+    """Where a value lies in the unit interval."""
+    if isinstance(distribution, CategoricalDistribution):
+        return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high = _ends(distribution)
+    return ((math.log(value) if distribution.log else value) - low) / (high - low)
+
+
+def _values(distribution: BaseDistribution, u_M: Floats) -> Column:
+    """The inverse of it, of places in the unit interval."""
+    if isinstance(distribution, CategoricalDistribution):
+        count = len(distribution.choices)
+        return np.array(distribution.choices, object)[np.minimum(u_M * count, count - 1).astype(int)]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high = _ends(distribution)
+    value_M = low + u_M * (high - low)
+    if distribution.log:
+        value_M = np.exp(value_M)
+    if distribution.step:
+        value_M = distribution.low + distribution.step * np.round((value_M - distribution.low) / distribution.step)
+    value_M = np.clip(value_M, distribution.low, distribution.high)
+    return value_M.astype(int) if isinstance(distribution, IntDistribution) else value_M
 
 
 def _key(settings: Mapping[str, Any]) -> str:

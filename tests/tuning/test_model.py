@@ -36,7 +36,7 @@ def curve(configuration, reports=LENGTH):
 def test_configurations_lie_in_the_unit_cube(space):
     encoding = encoding_of(space)
     drawn = [*draw(space, 50, seed=0)]
-    x_ND = np.array([encoding(each) for each in drawn])
+    x_ND = encoding(drawn)
     assert x_ND.min() >= 0
     assert x_ND.max() <= 1
     axes = dict(zip([*encoding.ranges, "resnet", "vit"], x_ND.T, strict=True))
@@ -45,15 +45,15 @@ def test_configurations_lie_in_the_unit_cube(space):
     # Both branches on one scale, which is the logarithm's.
     low, high = math.log(1e-5), math.log(1e-2)
     assert axes["optim.lr"] == pytest.approx([(math.log(each["optim.lr"]) - low) / (high - low) for each in drawn])
-    assert encoding({})[: len(encoding.ranges)] == [0.5] * len(encoding.ranges)
+    assert encoding([{}])[0, : len(encoding.ranges)].tolist() == [0.5] * len(encoding.ranges)
 
 
 def test_what_a_branch_switches_off_lies_at_the_low_end_of_its_orders_of_magnitude():
     decays = {"optim.name": {"choice": ["adam", "sgd"]}, "optim.weight_decay": {"log_uniform": [1e-4, 1e-2]}}
     space = parse_space(decays | {"when": [{"if": {"optim.name": ["sgd"]}, "optim.weight_decay": 0}]})
     encoding = encoding_of(space)
-    assert encoding({"optim.name": "sgd", "optim.weight_decay": 0}) == [0, 0, 1]
-    assert encoding({"optim.name": "adam", "optim.weight_decay": 1e-3}) == pytest.approx([0.5, 1, 0])
+    seen = [{"optim.name": "sgd", "optim.weight_decay": 0}, {"optim.name": "adam", "optim.weight_decay": 1e-3}]
+    assert encoding(seen) == pytest.approx(np.array([[0, 0, 1], [0.5, 1, 0]]))
 
 
 def rank_correlation(forecast, space):

@@ -58,7 +58,7 @@ def chosen(asked):
 def test_js_alone_goes_for_the_largest_and_a_front_for_all_of_them():
     alone, front = searched("val_js", 0.9), searched(BY_SIZE, 0.9)
     assert chosen(alone)["resnet18"] > 10
-    assert max(chosen(front).values()) < 10
+    assert max(chosen(front).values()) < 12
     for name in SIZES:
         best = min(best_js(each, 0.9) for each in front if each["model.backbone"] == name)
         assert best < 1.1 * best_js({"model.backbone": name, "optim.lr": 1e-3}, 0.9)
