@@ -5,12 +5,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from raytune_emotion.data.store import Split
+from raytune_emotion.data.store import Split, Store
 
 #: Of the memory that a process may take on a GPU, what the images of a split may take up at most.
 _SHARE = 0.4
@@ -37,12 +38,47 @@ class Resident:
         return len(self.x_NHWC)
 
 
-def place(split: Split, device: torch.device) -> Split | Resident:
-    """Copies a split to a device where it may take up so much memory, or leaves it in its files."""
-    shape = (len(split), *split.shards[0].shape[1:])
-    if math.prod(shape) > _SHARE * _room(device):
-        return split
-    x_NHWC = torch.empty(shape, dtype=torch.uint8, device=device)
+#: What was placed last, by fingerprint, rows and device: the trials of a process, one after the other, share it.
+_placed: dict[tuple[str, str, int, torch.device], Resident] = {}
+
+
+def place(store: Store, device: torch.device) -> tuple[Split | Resident, Split | Resident]:
+    """Copies the splits of a store to a device, each where it may take up so much memory; else it stays in its files.
+
+    They stay on the device until another store is placed.
+
+    Returns:
+        The training and the validation split.
+    """
+    # The larger part first, as long as there is the most room.
+    splits = {
+        (store.fingerprint, name, len(split), device): split
+        for name, split in (("train", store.train), ("val", store.val))
+    }
+    kept = {key: _placed[key] for key in splits if key in _placed}
+    _placed.clear()
+    for key, split in splits.items():
+        room = _room(device) + sum(resident.x_NHWC.numel() for resident in kept.values())
+        here = kept.pop(key, None)
+        if lives_on_device(size_of(split), room):
+            _placed[key] = _copied(split, device) if here is None else here
+        del here  # before the next is judged, what does not stay is gone
+    train, val = (_placed.get(key, split) for key, split in splits.items())
+    return train, val
+
+
+def lives_on_device(size: float, room: float) -> bool:
+    """Whether images of so many bytes are to live on a device that has so many for this process."""
+    return size <= _SHARE * room
+
+
+def size_of(split: Split) -> int:
+    """Bytes of its images."""
+    return len(split) * math.prod(split.shards[0].shape[1:])
+
+
+def _copied(split: Split, device: torch.device) -> Resident:
+    x_NHWC = torch.empty((len(split), *split.shards[0].shape[1:]), dtype=torch.uint8, device=device)
     for start in range(0, len(split), _COPIED_AT_ONCE):
         part = x_NHWC[start : start + _COPIED_AT_ONCE]
         part.copy_(torch.from_numpy(split.gather(np.arange(start, start + len(part)))))
@@ -54,8 +90,9 @@ def _room(device: torch.device) -> float:
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device.index) * total - torch.cuda.memory_reserved(device)
-    return min(free, allowed)
+    used = torch.cuda.memory_allocated(device)
+    kept = torch.cuda.memory_reserved(device) - used  # freed, but by torch and not to the device
+    return min(free + kept, torch.cuda.get_per_process_memory_fraction(device.index) * total - used)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -76,7 +113,7 @@ def batches(
         for rows_B in batches_of_rows:
             yield _taken(source, rows_B)
         return
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    side = _side_stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
         ahead: deque[Future[tuple[Batch, torch.Event | None]]] = deque()
         for rows_B in batches_of_rows:
@@ -85,6 +122,12 @@ def batches(
                 yield _arrived(*ahead.popleft().result())
         while ahead:
             yield _arrived(*ahead.popleft().result())
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all: torch keeps the memory that was freed on a stream for that stream alone.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _taken(source: Resident, rows_B: npt.NDArray[np.int64]) -> Batch:

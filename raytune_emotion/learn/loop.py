@@ -76,6 +76,7 @@ class Run:
     plan: Plan
     model: nn.Module
     net: nn.Module
+    dtype: torch.dtype  # of the forward and backward pass
     average: ModelEmaV3 | None
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -120,7 +121,8 @@ def fit(
     average: nn.Module | None = run.average.module if run.average is not None else None
     if folder is not None and progress is not None:
         checkpoint.restore(folder, run.model, run.optimizer, average)
-        run.scaler.load_state_dict(progress.scaler)
+        if progress.scaler:  # else it began on a device that needs none
+            run.scaler.load_state_dict(progress.scaler)
 
     while not is_finished(config, plan, history):
         began = time.perf_counter()
@@ -208,12 +210,19 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
             warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
             # Buffers are shared before evaluations instead, once a report and not once a step.
             net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-    optimizer = build_optimizer(model, config.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+    dtype = _dtype(config, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer = build_optimizer(model, config.optim, scaled=scaler.is_enabled())
     loss = losses.mixture(config.loss.weights)
-    # The larger part first, as long as there is the most room.
-    train, val = (place(split, device) for split in (store.train, store.val))
-    return Run(config, store, device, plan, model, net, average, optimizer, scaler, loss, train, val)
+    train, val = place(store, device)
+    return Run(config, store, device, plan, model, net, dtype, average, optimizer, scaler, loss, train, val)
+
+
+def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    dtype = _DTYPES[config.train.precision]
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return dtype
+    return torch.float16  # with scaled gradients, where a GPU can do no better
 
 
 def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
@@ -244,7 +253,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     )
     mean, std = mean_std(run.model)
     parameters = list(run.model.parameters())
-    autocast = torch.autocast(device.type, _DTYPES[config.train.precision], enabled=config.train.precision != "fp32")
+    autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     lr = 0.0
 

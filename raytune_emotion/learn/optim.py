@@ -9,8 +9,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from raytune_emotion.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Adam, AdamW or SGD with momentum.
+def build_optimizer(model: nn.Module, config: OptimConfig, *, scaled: bool = False) -> Optimizer:
+    """Adam, AdamW or SGD with momentum; `scaled` tells that its gradients are scaled, as those of fp16 are.
 
     As is customary for transformers, and harmless elsewhere, biases, the scales of normalisation layers and whatever
     the model itself exempts (`no_weight_decay`: class tokens, position embeddings) are not decayed.
@@ -25,7 +25,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        return SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        # Where the scaler skips a step, as it often does the first, the fused kernel of SGD spoils its momentum.
+        return SGD(groups, lr=config.lr, momentum=config.momentum, fused=not scaled)
     kind = AdamW if config.name == "adamw" else Adam
     return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 

@@ -1,5 +1,6 @@
-import math
+import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_emotion.data import loader
-from raytune_emotion.data.loader import Resident, batches, epoch_order, place
+from raytune_emotion.data.loader import Resident, batches, epoch_order, place, size_of
 from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import Split, pack
+from raytune_emotion.data.store import Split, Store, pack
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -21,16 +22,15 @@ N = 20
 
 
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder: Path = tmp_path_factory.mktemp("loader")
     write_sample(folder / "faces", train=N, val=2, image_size=16)
-    return pack(folder / "faces", folder / "store", image_size=16, workers=1).train
+    return pack(folder / "faces", folder / "store", image_size=16, workers=1)
 
 
-def resident(split: Split, device: torch.device) -> Split | Resident:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "_room", lambda device: math.inf)
-        return place(split, device)
+@pytest.fixture(scope="module")
+def split(store: Store) -> Split:
+    return store.train
 
 
 def threads() -> list[str]:
@@ -48,7 +48,7 @@ def test_yields_the_rows_asked_for_in_their_order(
     split: Split, device: torch.device, placed: bool, asked: list[list[int]]
 ) -> None:
     # All are kept to the end: a batch must not be overwritten by a later one.
-    source = resident(split, device) if placed else split
+    source = loader._copied(split, device) if placed else split
     got = list(batches(source, (rows(*r) for r in asked), device))
     assert [b.rows_B.tolist() for b in got] == asked
     for batch in got:
@@ -60,23 +60,60 @@ def test_yields_the_rows_asked_for_in_their_order(
     assert threads() == []
 
 
-def test_a_split_is_placed_where_it_may_take_up_so_much(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place(split, CPU) is split
+class Device:
+    """Has so many bytes for this process, less what is placed; it is a CPU all the same."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float) -> None:
+        self.total = total
+        self._copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        copied = loader._copied
+
+        def watched(split: Split, device: torch.device) -> Resident:
+            resident = copied(split, device)
+            self._copies.add(resident.x_NHWC)
+            return resident
+
+        monkeypatch.setattr(loader, "_placed", {})
+        monkeypatch.setattr(loader, "_copied", watched)
+        monkeypatch.setattr(loader, "_room", lambda device: self.total - self.taken())
+
+    def taken(self) -> int:
+        return sum(x_NHWC.numel() for x_NHWC in self._copies)
+
+
+@pytest.mark.parametrize(("more", "kind"), [(-1, Split), (1, Resident)])
+def test_a_split_is_placed_where_it_may_take_up_so_much(
+    store: Store, monkeypatch: pytest.MonkeyPatch, more: int, kind: type
+) -> None:
+    assert place(store, CPU) == (store.train, store.val)
     monkeypatch.setattr(loader, "_COPIED_AT_ONCE", 7)
-    needed = N * 16 * 16 * 3 / loader._SHARE
-    for room, kind in ((needed - 1, Split), (needed + 1, Resident)):
-        monkeypatch.setattr(loader, "_room", lambda device, room=room: room)
-        placed = place(split, CPU)
-        assert type(placed) is kind
-    assert isinstance(placed, Resident)
-    np.testing.assert_array_equal(placed.x_NHWC.numpy(), split.gather(np.arange(N)))
-    with pytest.raises(IndexError):
-        next(batches(placed, [rows(-1)], CPU))
+    Device(monkeypatch, size_of(store.train) / loader._SHARE + more)
+    placed, _ = place(store, CPU)
+    assert type(placed) is kind
+    if isinstance(placed, Resident):
+        np.testing.assert_array_equal(placed.x_NHWC.numpy(), store.train.gather(np.arange(N)))
+        with pytest.raises(IndexError):
+            next(batches(placed, [rows(-1)], CPU))
+
+
+def test_what_is_placed_stays_until_another_store_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch, size_of(store.train) / loader._SHARE + 1)
+    placed, again = place(store, CPU), place(dataclasses.replace(store), CPU)
+    assert all(one is other and isinstance(one, Resident) for one, other in zip(placed, again, strict=True))
+    del placed, again
+    assert device.taken() == size_of(store.train) + size_of(store.val)
+    # There is room for both parts of another only where these are gone.
+    other = dataclasses.replace(store, fingerprint="other")
+    assert all(isinstance(part, Resident) for part in place(other, CPU))
+    # When the process may take less than before, they go back to their files.
+    device.total = size_of(store.train)
+    assert place(other, CPU)[0] is store.train
+    assert device.taken() <= size_of(store.val)
 
 
 @pytest.mark.parametrize("placed", [False, True], ids=["files", "resident"])
 def test_the_caller_may_write_into_a_batch(split: Split, placed: bool) -> None:
-    first, second = batches(resident(split, CPU) if placed else split, [rows(3), rows(3)], CPU)
+    first, second = batches(loader._copied(split, CPU) if placed else split, [rows(3), rows(3)], CPU)
     first.x_BHWC.zero_()
     first.prob_BK.zero_()
     np.testing.assert_array_equal(second.x_BHWC.numpy(), split.gather(rows(3)))

@@ -205,6 +205,27 @@ def test_the_average_of_the_weights_is_validated_and_kept(store, tmp_path):
     assert same(state(tmp_path / "plain"), {name: last[name] for name in last if not name.startswith("average.")})
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_scaled_gradients_of_fp16_make_the_steps_of_fp32(store, name):
+    """As on a GPU: the first scales are too large, and their steps are left out."""
+    settings = config(optim__name=name, optim__schedule="constant", train__accumulate=2, train__grad_clip=1.0)
+    plan = make_plan(settings, store, CPU)
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision=precision))
+        training = loop.start(half, store, CPU, plan, fresh=True)
+        if precision == "fp16":
+            assert training.scaler.is_enabled()
+            training = dataclasses.replace(training, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
+            began = {key: value.clone() for key, value in training.model.named_parameters()}
+            loop.train_segment(dataclasses.replace(training, plan=dataclasses.replace(plan, stops=(1,))), [])
+            assert all(torch.equal(value, began[key]) for key, value in training.model.named_parameters())
+            training.scaler.update(2.0**10)
+        losses[precision] = [loop.train_segment(training, [])[0] for _ in range(2)]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["fp32"][-1] < losses["fp32"][0]
+
+
 def test_clipped_gradients_take_small_steps(store, tmp_path):
     clipped = {"optim__name": "sgd", "optim__momentum": 0.0, "optim__schedule": "constant", "train__epochs": 1}
     run(config(**clipped, optim__lr=1.0, train__grad_clip=1e-3), store, tmp_path)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +44,24 @@ def test_only_weights_of_more_dimensions_than_one_decay(name):
 def test_momentum_is_of_each_optimizer(name):
     group = build_optimizer(Small(), OptimConfig(name=name, momentum=0.7)).param_groups[0]
     assert (group["momentum"] if name == "sgd" else group["betas"][0]) == 0.7
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_step_that_the_scaler_skips_changes_nothing(name):
+    model, scaler = Small(), torch.amp.GradScaler("cpu")
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1), scaled=True)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for gradient in (math.inf, 1.0):
+        assert all(map(torch.equal, model.parameters(), before))
+        scaler.scale(sum(parameter.sum() for parameter in model.parameters())).backward()
+        for parameter in model.parameters():
+            parameter.grad *= gradient
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    # The first step of any of them is lr times the gradient, or its sign.
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value - 0.1)
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
