@@ -3,9 +3,14 @@
 The rows go the way that they go in training: from the store to the device, augmented there, through the model and back.
 An error is the L2 norm of the difference over that of the reference: of the pixels that the model sees, its logits, the
 losses of the rows, and the gradient of all parameters together. Random weights, no dropout.
+
+On a GPU also how often the host waits for it in a step of `fit`: torch counts the calls that do, in reports of more
+steps and of fewer.
 """
 
+import dataclasses
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from raytune_emotion.data.augment import augment, decide
 from raytune_emotion.data.loader import batches, place
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.learn import losses
+from raytune_emotion.learn.loop import make_plan, start, train_segment
 from raytune_emotion.learn.model import build_model, mean_std
 
 ROWS = 16
@@ -39,14 +45,32 @@ def run() -> Table:
                 pairs = zip(step, reference, strict=True)
                 errors = (((value - right).norm() / right.norm()).item() for value, right in pairs)
                 rows.append((backbone, precision, *errors))
+        notes = [f"{SETUP.size} px, {ROWS} rows. fp32 is as torch has it: with TF32 in cuDNN."]
+        if DEVICE.type == "cuda":
+            everything = config(backbone, "bf16", **STUDY, **{"train.ema_decay": 0.9, "train.accumulate": 2})
+            waits = _waits(everything, store, 12) - _waits(everything, store, 4)
+            notes.append(f"In 8 steps the host waits {waits} times for the GPU.")
     columns = ("model", "precision", "pixels", "logits", "losses", "gradient")
-    return Table(columns, rows, [f"{SETUP.size} px, {ROWS} rows. fp32 is as torch has it: with TF32 in cuDNN."])
+    return Table(columns, rows, notes)
+
+
+def _waits(settings: RunConfig, store: Store, steps: int) -> int:
+    """How often the host waits for the GPU in the training of one report, of so many steps."""
+    plan = dataclasses.replace(make_plan(settings, store, DEVICE), stops=(steps,))
+    run = start(settings, store, DEVICE, plan, fresh=True)
+    train_segment(run, [])  # what it makes once is there then
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train_segment(run, [])
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def _step(settings: RunConfig, store: Store, device: torch.device, precision: str) -> tuple[Tensor, ...]:
     """Pixels, logits, losses of the rows and gradient, each float64 on the CPU."""
     rows = [np.arange(ROWS)]
-    (batch,) = batches(place(store.train, device), rows, device)
+    (batch,) = batches(place(store, device)[0], rows, device)
     (decisions,) = decide(settings.augment, rows, seed=0, epoch=0, side=store.image_size, device=device)
     model = build_model(settings).to(device, memory_format=torch.channels_last)
     mean, std = mean_std(model)

@@ -50,7 +50,7 @@ class Setup:
 
 
 SETUPS = {
-    "cpu": Setup(48, 1024, 1, 32, 7, {"test_resnet": 2, "test_byobnet": 2, "resnet10t": 8}),
+    "cpu": Setup(48, 1024, 1, 32, 7, {"test_resnet": 1, "test_byobnet": 1, "resnet10t": 4}),
     "cuda": Setup(224, 1024, 8, 64, 4, {"resnet18": 1, "resnet50": 2, "efficientnet_b0": 2, "vit_base_patch16_224": 8}),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

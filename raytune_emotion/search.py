@@ -44,6 +44,7 @@ from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, ray_sessi
 from raytune_emotion.tuning.objective import OBJECTIVES
 from raytune_emotion.tuning.page import FRONT, REPORT, front_rows, write_report
 from raytune_emotion.tuning.preview import costs, draw
+from raytune_emotion.tuning.probe import AUTO, fastest_share
 from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
 from raytune_emotion.tuning.space import Space, load_space, parse_space
 from raytune_emotion.tuning.study import SPEC, StudySpec, best_first, check_stores, read_records, read_spec, write_spec
@@ -77,7 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
     add("--concurrency", type=positive, metavar="N", help="trials at once (default: as many as fit)")
     add("--workers-per-trial", type=positive, metavar="N", help="processes that train a trial (default: 1)")
-    add("--gpus-per-worker", type=gpu_share, metavar="X", help="may be a fraction (default: 1 where there are GPUs)")
+    add(
+        "--gpus-per-worker",
+        type=_gpu_share_or_auto,
+        metavar="X",
+        help=f"may be a fraction, or {AUTO} for what is fastest (default: 1 where there are GPUs)",
+    )
     add(
         "--results",
         type=mirror.place,
@@ -114,9 +120,16 @@ def run(args: argparse.Namespace) -> None:
         _preview(console, args)
         return
     results = _fetched(args) if isinstance(args.results, str) else None
+    auto = args.gpus_per_worker == AUTO
+    if auto:
+        args.gpus_per_worker = None  # until it is known
     folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
     uri = mirror.join(results, folder.name) if results else None
     with ray_session(args.address), terminated_as_interrupted():
+        if auto:
+            gpus_per_worker, seen = fastest_share(spec)
+            console.print(seen, highlight=False)
+            spec = dataclasses.replace(spec, gpus_per_worker=gpus_per_worker)
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
         )
@@ -425,6 +438,10 @@ next:
   python -m raytune_emotion.search {resume}""",
         highlight=False,
     )
+
+
+def _gpu_share_or_auto(text: str) -> float | str:
+    return AUTO if text == AUTO else gpu_share(text)
 
 
 def _duration(text: str) -> timedelta:

@@ -340,6 +340,11 @@ class TestBadRequests:
             (told,) = refused(**asked)
             assert told.startswith("a trial of ")
             assert "does not fit: the cluster has 2 CPU and 0 GPU on 1 nodes" in told
+        told = refused(gpus_per_worker="auto", workers_per_trial=2)
+        assert told == [
+            "--gpus-per-worker auto: the cluster has no GPU for trials to share; leave it out",
+            "--gpus-per-worker auto: the workers of a trial share no GPU; leave it out",
+        ]
 
 
 @pytest.fixture(scope="module")

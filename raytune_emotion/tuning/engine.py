@@ -138,28 +138,50 @@ def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: 
     Raises:
         UserError: where the cluster cannot run even one trial.
     """
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    nodes = alive_nodes()
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
     if gpu and gpus:
-        cpu = cpus * gpu / gpus
+        cpu = cores_per_gpu(nodes) * gpu
     else:
         cpu = cpus / (concurrency * workers) if concurrency else 1.0
     # Whole cores, but for a fraction of a GPU that has less than a core beside it.
     cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
+    if workers > 1 and 0 < gpu < 1:
+        raise UserError(
+            f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "
+            f"for one worker a trial"
+        )
     resources = Resources(workers, cpu, gpu)
     need = resources.per_worker
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    places = sum(int(min(node.get(kind, 0.0) / amount + 1e-9 for kind, amount in need.items())) for node in alive)
+    places = sum(places_on(node, need) for node in nodes)
     if places < workers:
         each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
         raise UserError(
             f"a trial of {workers} workers with {each} each does not fit: the cluster has {cpus:g} CPU and "
-            f"{gpus:g} GPU on {len(alive)} nodes, room for {places} such workers; "
+            f"{gpus:g} GPU on {len(nodes)} nodes, room for {places} such workers; "
             "ask for less with --workers-per-trial or --gpus-per-worker"
         )
     return Placement(resources, min(places // workers, concurrency or sys.maxsize))
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """What each node of the cluster has."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def cores_per_gpu(nodes: list[dict[str, float]]) -> float:
+    """Cores for each GPU, on the node with GPUs that has the fewest; 0 where there are no GPUs."""
+    return min((node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU")), default=0.0)
+
+
+def places_on(node: dict[str, float], need: dict[str, float]) -> int:
+    """How many workers fit on a node with such resources; part of a GPU comes from one GPU."""
+    rooms = {kind: node.get(kind, 0.0) / amount for kind, amount in need.items()}
+    if 0 < need.get("GPU", 0.0) < 1:
+        rooms["GPU"] = node.get("GPU", 0.0) * int(1 / need["GPU"] + 1e-9)
+    return int(min(rooms.values()) + 1e-9)
 
 
 def run_study(

@@ -27,6 +27,7 @@ from raytune_emotion.files import write_text
 from raytune_emotion.learn import memory
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_progress
 from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.learn.sharing import allowance
 
 PARAMS = "params.json"
 DATA = "data.txt"  # the packed data that it trains on; with the settings, all that its numbers depend on
@@ -108,9 +109,15 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     memory.keep_freed()
     if device.type == "cuda":
         # Of a device that it shares, it takes no more memory than its share.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.resources.gpus_per_worker), device.index)
+        total = torch.cuda.get_device_properties(device).total_memory
+        allowed = allowance(total, job.resources.gpus_per_worker)
+        torch.cuda.set_per_process_memory_fraction(allowed / total, device.index)
     with contextlib.ExitStack() as stack:
         stack.callback(_forget)
+        # Momenta of what no longer learns end as denormal numbers, which are slow. The threads of a pool have this from
+        # the one that makes it.
+        torch.set_flush_denormal(True)
+        stack.callback(torch.set_flush_denormal, False)
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
@@ -123,7 +130,9 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
                 if writer is not None:
                     _write_events(writer, report)
                 yield report
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
         except (Diverged, UserError) as error:
             raise TrialFailed(str(error)) from error
@@ -194,6 +203,12 @@ def halved(job: Job) -> Job | None:
     if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
         return None
     return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate})
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # CUDA and its libraries, which take memory beside torch, say it in words.
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def is_disk_full(error: BaseException) -> bool:

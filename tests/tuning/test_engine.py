@@ -20,7 +20,14 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.tuning import engine
 from raytune_emotion.tuning.actor import TrialActor
-from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, job_of, run_study
+from raytune_emotion.tuning.engine import (
+    cores_per_gpu,
+    extend_best,
+    fit_to_cluster,
+    job_of,
+    places_on,
+    run_study,
+)
 from raytune_emotion.tuning.searcher import Proposal, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import KEPT, trial_folder, write_spec
@@ -266,6 +273,23 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic(cluster):
         fit_to_cluster(workers=3, gpus_per_worker=None, concurrency=None)
     with pytest.raises(UserError, match="0 GPU on 1 nodes"):
         fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
+    with pytest.raises(UserError, match="NCCL joins no two workers"):
+        fit_to_cluster(workers=2, gpus_per_worker=0.5, concurrency=None)
+
+
+def test_cores_are_those_of_the_nodes_with_gpus():
+    nodes = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 12.0, "GPU": 1.0}]
+    assert cores_per_gpu(nodes) == 8
+    assert cores_per_gpu(nodes[:1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "places"),
+    [(1, 1.0, 1), (1, 1 / 3, 3), (1, 0.3, 3), (2, 0.6, 2), (2, 0.25, 8), (4, 2.0, 2), (0, 0.5, 0)],
+)
+def test_parts_of_a_gpu_come_from_one(gpus, share, places):
+    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
+    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 10.0, "GPU": share}) == min(1, places)
 
 
 def test_trials_share_the_cores(cluster):

@@ -1,0 +1,243 @@
+"""How many trials share a device: tried out, by processes that train on it at the same time.
+
+Each process trains as a trial does, but evaluates nothing while it is timed. It does what it is told in lines of JSON
+on its standard input, and answers in lines on its standard output.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from raytune_emotion.config import FlatConfig, RunConfig
+from raytune_emotion.data.loader import lives_on_device, size_of
+from raytune_emotion.data.store import Split, Store, open_store
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn import memory
+from raytune_emotion.learn.loop import EVAL_ROWS, Run, evaluate, make_plan, start, train_segment
+
+#: Numbers of trials at once that are tried out.
+COUNTS = (1, 2, 4, 8)
+
+#: Bytes of a GPU that CUDA takes for a process beside what torch asks for: its context, kernels, and libraries.
+_CONTEXT = 600 * 2**20
+#: The fewest trials that come so near to the most images a second share a device.
+_NEAR = 0.95
+_ROWS = 4096
+_SEGMENT_S = 0.25
+
+
+def allowance(total: float, share: float) -> float:
+    """Bytes of a GPU that torch may take for a process with a share of it, so that all together have room."""
+    return total if share >= 1 else max(0.0, share * total - _CONTEXT)
+
+
+def best_count(rates: Sequence[Mapping[int, float]]) -> int:
+    """How many trials at once train as many images of each backbone in the least time, or nearly so.
+
+    Args:
+        rates: of each backbone, images a second in sum by the number of trials; numbers that do not fit are left out.
+
+    Returns:
+        A number that fits for all of them; 1 where there is none.
+    """
+    fitting = sorted(set(rates[0]).intersection(*rates))
+    seconds = {count: sum(1 / of_one[count] for of_one in rates) for count in fitting}
+    return next((count for count in fitting if seconds[count] * _NEAR <= min(seconds.values())), 1)
+
+
+def fitting_counts(counts: Sequence[int], *, peak: float, images: float, total: float) -> list[int]:
+    """Those numbers of trials at once for which a device has the memory.
+
+    Args:
+        counts: to choose from.
+        peak: bytes that a trial takes at most, without its images.
+        images: bytes of all images, which live on the device where there is room.
+        total: bytes of the device.
+    """
+    room = {count: allowance(total, 1 / count) for count in counts}
+    return [count for count in counts if peak + images * lives_on_device(images, room[count]) <= room[count]]
+
+
+class Process:
+    """A process that trains on a device; what it is told to do is answered once each, in order."""
+
+    def __init__(self, device: torch.device) -> None:
+        command = [sys.executable, "-m", __name__, str(device)]
+        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def begin(self, settings: FlatConfig, store: str) -> None:
+        """Answered, when it is ready to train, by the bytes that it takes of the device, of all images, and in all."""
+        self._tell({"settings": dict(settings), "store": store})
+
+    def train(self, *, seconds: float, threads: int, resident: bool) -> None:
+        """Answered by images a second; `resident` where they are to come from the device if they live there."""
+        self._tell({"seconds": seconds, "threads": threads, "resident": resident})
+
+    def rest(self) -> None:
+        """Answered when it has given back what it took of the device."""
+        self._tell({})
+
+    def answer(self) -> Any:
+        """Waits for the next answer.
+
+        Raises:
+            Breakdown: the process has ended.
+        """
+        assert self._popen.stdout is not None
+        line = self._popen.stdout.readline()
+        if not line:
+            raise Breakdown(f"a process that was to try out the device has ended with code {self._popen.wait()}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        self._popen.kill()
+        self._popen.communicate()
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as is said for want of an answer
+            print(json.dumps(order), file=self._popen.stdin, flush=True)
+
+
+@contextlib.contextmanager
+def processes(count: int, device: torch.device) -> Iterator[list[Process]]:
+    """So many processes, which end with the block."""
+    with contextlib.ExitStack() as stack:
+        started = [Process(device) for _ in range(count)]
+        for process in started:
+            stack.callback(process.end)
+        yield started
+
+
+def together(some: Sequence[Process], *, seconds: float, cores: float, resident: bool = True) -> float:
+    """Images a second, in sum, of processes that train at the same time, each with its share of the cores."""
+    for process in some:
+        process.train(seconds=seconds, threads=max(1, int(cores / len(some))), resident=resident)
+    return float(sum(process.answer() for process in some))
+
+
+def measure(
+    backbones: Mapping[str, FlatConfig],
+    stores: Mapping[int, str],
+    device: torch.device,
+    *,
+    cores: float,
+    counts: Sequence[int] = COUNTS,
+    seconds: float = 2.0,
+) -> dict[str, dict[int, float]]:
+    """Images a second, in sum, of several trials at once on a device, by backbone and number of trials.
+
+    Numbers for which the device has no memory are left out.
+
+    Args:
+        backbones: settings to train each with.
+        stores: packed data, by image size, px.
+        device: to share.
+        cores: of all trials together.
+        counts: of trials.
+        seconds: of each measurement.
+
+    Raises:
+        Breakdown: a process has ended.
+    """
+    found: dict[str, dict[int, float]] = {}
+    with processes(max(counts), device) as every:
+        for backbone, settings in backbones.items():
+            store = stores[RunConfig.from_flat(settings).data.image_size]
+            every[0].begin(settings, store)
+            peak, images, total = every[0].answer()
+            fitting = fitting_counts(counts, peak=peak, images=images, total=total)
+            busy = every[: max(fitting, default=1)]
+            for process in busy[1:]:
+                process.begin(settings, store)
+            for process in busy[1:]:
+                process.answer()
+            found[backbone] = {}
+            for count in fitting:
+                resident = lives_on_device(images, allowance(total, 1 / count))
+                rate = together(busy[:count], seconds=seconds, cores=cores, resident=resident)
+                found[backbone][count] = rate
+            for process in busy:
+                process.rest()
+                process.answer()
+    return found
+
+
+# ---- in a process
+
+
+def _serve(device: torch.device) -> None:
+    memory.keep_freed()
+    cuda = device.type == "cuda"
+    run: Run | None = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer: Any = None
+        if "seconds" in order:
+            assert run is not None
+            answer = _train(run, **order)
+        else:
+            run = None
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+        if "settings" in order:
+            store = open_store(order["store"])
+            try:
+                if cuda:
+                    torch.cuda.init()  # type: ignore[no-untyped-call]
+                    torch.cuda.reset_peak_memory_stats(device)
+                # With steps so small that nothing diverges.
+                run = _begin(RunConfig.from_flat({**order["settings"], "optim.lr": 1e-9}), store, device)
+                peak: float = torch.cuda.max_memory_reserved(device) if cuda else 0
+            except torch.OutOfMemoryError:
+                peak = math.inf
+            total = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
+            answer = peak, size_of(store.train) + size_of(store.val), total
+        print(json.dumps(answer), flush=True)
+
+
+def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
+    """A run on a few rows, warm, from one report of which to the next it takes a quarter of a second."""
+    few = dataclasses.replace(store, train=_first(store.train, _ROWS), val=_first(store.val, EVAL_ROWS))
+    run = start(config, few, device, make_plan(config, few, device), fresh=False)
+    evaluate(run.model, run.val, classes=store.classes, device=device)
+    tried = _until(run, min(4, run.plan.steps_per_epoch))
+    train_segment(tried, [])  # chooses kernels
+    began = time.perf_counter()
+    train_segment(tried, [])
+    steps = tried.plan.stops[0] * _SEGMENT_S / (time.perf_counter() - began)
+    return _until(run, min(max(1, int(steps)), run.plan.steps_per_epoch))
+
+
+def _train(run: Run, *, seconds: float, threads: int, resident: bool) -> float:
+    """Images a second."""
+    torch.set_num_threads(threads)
+    if not resident:
+        run = dataclasses.replace(run, train=run.store.train)
+    began, steps = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds:
+        train_segment(run, [])
+        steps += run.plan.stops[0]
+    return steps * run.plan.batch_rows / took
+
+
+def _until(run: Run, steps: int) -> Run:
+    """The run, with its first report after so many steps."""
+    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=(steps,)))
+
+
+def _first(split: Split, rows: int) -> Split:
+    return dataclasses.replace(split, ids=split.ids[:rows], prob_NK=split.prob_NK[:rows])
+
+
+if __name__ == "__main__":
+    _serve(torch.device(sys.argv[1]))

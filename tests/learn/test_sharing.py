@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.sharing import COUNTS, Process, allowance, best_count, fitting_counts, measure
+
+CPU = torch.device("cpu")
+GIB = 2.0**30
+
+counts = st.sets(st.sampled_from(COUNTS)).map(sorted)
+rates_of_one = counts.flatmap(lambda some: st.fixed_dictionaries({count: st.floats(1, 1e6) for count in some}))
+
+
+def seconds(rates, count):
+    """To train an image of each."""
+    return sum(1 / of_one[count] for of_one in rates)
+
+
+@given(rates=st.lists(rates_of_one, min_size=1, max_size=4))
+def test_the_best_count_fits_all_and_is_the_least_of_those_that_are_nearly_fastest(rates):
+    fitting = [count for count in COUNTS if all(count in of_one for of_one in rates)]
+    best = best_count(rates)
+    if not fitting:
+        assert best == 1
+        return
+    assert best in fitting
+    fastest = min(seconds(rates, count) for count in fitting)
+    assert seconds(rates, best) <= fastest / 0.949
+    assert all(seconds(rates, count) > fastest / 0.951 for count in fitting if count < best)
+    # In whatever unit.
+    assert best_count([{count: rate * 1024 for count, rate in of_one.items()} for of_one in rates]) == best
+
+
+@pytest.mark.parametrize(
+    ("rates", "best"),
+    [
+        ([{1: 100.0, 2: 180.0, 4: 300.0, 8: 310.0}], 4),
+        ([{1: 100.0, 2: 103.0, 4: 104.0}], 1),
+        # The slow one takes nearly all of the time, and gains nothing.
+        ([{1: 10_000.0, 2: 20_000.0}, {1: 100.0, 2: 99.0}], 1),
+        ([{1: 100.0, 2: 180.0, 4: 300.0}, {1: 100.0, 2: 190.0}], 2),
+        ([{1: 100.0, 2: 180.0}, {}], 1),
+    ],
+)
+def test_best_counts(rates, best):
+    assert best_count(rates) == best
+
+
+@given(total=st.floats(GIB, 200 * GIB), count=st.integers(1, 64))
+def test_trials_that_share_a_device_have_room_together(total, count):
+    each = allowance(total, 1 / count)
+    assert 0 <= each <= total
+    assert count * each <= total * (1 + 1e-9)
+    assert allowance(total, 2.0) == total
+
+
+def test_what_fits():
+    assert fitting_counts(COUNTS, peak=9 * GIB, images=0, total=80 * GIB) == [1, 2, 4, 8]
+    assert fitting_counts(COUNTS, peak=10 * GIB, images=0, total=80 * GIB) == [1, 2, 4]
+    assert fitting_counts(COUNTS, peak=math.inf, images=0, total=80 * GIB) == []
+    # Images that live on the device need room beside; of eight they stay in their files.
+    assert fitting_counts(COUNTS, peak=9 * GIB, images=7 * GIB, total=80 * GIB) == [1, 2, 4, 8]
+    assert fitting_counts(COUNTS, peak=13 * GIB, images=7 * GIB, total=80 * GIB) == [1, 2]
+
+
+def test_several_trials_are_timed_in_processes_of_their_own(store):
+    settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "optim.lr": 100.0}
+    tried = {name: {**settings, "model.backbone": name} for name in ("test_vit", "test_resnet")}
+    found = measure(tried, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.1)
+    assert list(found) == [*tried]
+    for rates in found.values():
+        assert list(rates) == [1, 2]
+        assert all(10 < rate < 1e6 for rate in rates.values())
+
+
+def test_a_process_that_has_ended_is_told_of():
+    process = Process(CPU)
+    process._popen.kill()
+    process._popen.wait()
+    process.rest()
+    with pytest.raises(Breakdown, match="has ended with code -9"):
+        process.answer()
+    process.end()

@@ -1,0 +1,66 @@
+import dataclasses
+import weakref
+
+import pytest
+import torch
+
+from raytune_emotion.tuning.actor import TrialActor
+from raytune_emotion.tuning.trial import Job, OutOfMemory, Resources, _is_out_of_memory, halved, train_here
+
+JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
+
+
+class Tensors:
+    """What an attempt has on its device."""
+
+
+def test_the_second_attempt_has_the_memory_of_the_first():
+    alive, accumulated = [], []
+
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            accumulated.append(job.settings.get("train.accumulate", 1))
+            if not alive:
+                tensors = Tensors()
+                alive.append(weakref.ref(tensors))
+                raise OutOfMemory("out of memory")
+            yield {"freed": alive[0]() is None}
+
+    actor = Actor.__new__(Actor)
+    actor._job = JOB
+    assert list(actor._attempts()) == [{"freed": True}]
+    assert accumulated == [1, 2]
+
+
+def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):
+    def denormal():
+        return (torch.full((), 1e-38) * 0.1).item()
+
+    settings = {"data.image_size": 32, "model.backbone": "test_vit", "train.epochs": 1}
+    reports = train_here(dataclasses.replace(JOB, folder=str(tmp_path / "0"), store=store.place, settings=settings))
+    assert denormal() > 0
+    next(reports)
+    assert denormal() == 0
+    reports.close()
+    assert denormal() > 0
+
+
+def test_halving_ends_at_one_row():
+    job, accumulated = JOB, []
+    while (job := halved(job)) is not None:
+        accumulated.append(job.settings["train.accumulate"])
+    assert accumulated == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_one):
+    assert _is_out_of_memory(error) == is_one
