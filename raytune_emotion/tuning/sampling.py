@@ -153,7 +153,7 @@ def settings_of(space: Space, params: Mapping[str, Column]) -> pd.DataFrame:
                 found[key] = {loss: part / sum(parts.values()) for loss, part in parts.items()}
             elif isinstance(setting, Fixed):
                 found[key] = setting.value
-            elif key == "loss":
+            elif key == "loss" and isinstance(setting, CategoricalDistribution):
                 found[key] = {loss: params[name][rows] == loss for loss in setting.choices}
             else:
                 found[key] = params[name][rows]
@@ -183,7 +183,8 @@ def _values(distribution: BaseDistribution, u_M: Floats) -> Column:
     """The inverse of it, of places in the unit interval."""
     if isinstance(distribution, CategoricalDistribution):
         count = len(distribution.choices)
-        return np.array(distribution.choices, object)[np.minimum(u_M * count, count - 1).astype(int)]
+        chosen_M: Column = np.array(distribution.choices, object)[np.minimum(u_M * count, count - 1).astype(int)]
+        return chosen_M
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     low, high = _ends(distribution)
     value_M = low + u_M * (high - low)

@@ -1,0 +1,99 @@
+import numpy as np
+import optuna
+import pytest
+
+from benchmarks import policies
+from benchmarks.curves.response import Nearest, read_curves
+from benchmarks.curves.rules import ENDED, Extrapolating, Foretold, Promoting
+from benchmarks.policies import OURS, Market, at_random, read_space, replay, simulate
+from raytune_emotion.tuning.model import encoding_of
+from raytune_emotion.tuning.sampling import SETTINGS
+from raytune_emotion.tuning.searcher import OBJECTIVE
+
+
+@pytest.fixture(scope="module")
+def market():
+    """What was recorded on drawn faces, each configuration answered for by the nearest."""
+    space = read_space()
+    recorded = read_curves(policies.CURVES / "drawn.parquet", space)
+    return Market(space, Nearest(recorded, np.ones(recorded.x_ND.shape[1])), recorded.js_NR.shape[1])
+
+
+class Listed:
+    """Trials of configurations that were drawn before, of which none is stopped."""
+
+    def __init__(self, space, seed):
+        blocks = (policies.drawn(space, seed, block) for block in range(100))
+        self._left = (settings for block in blocks for settings in block.to_dict("records"))
+        self._asked = 0
+
+    def ask(self):
+        self._asked += 1
+        return str(self._asked), next(self._left)
+
+    def report(self, trial_id, report):
+        return not report["finished"]
+
+    def promoted(self):
+        return None
+
+
+def test_random_search_drawn_at_once_is_that_of_one_trial_after_the_other(market):
+    seconds = 20 * market.response.recorded.mean_seconds
+    at_once, one_by_one = at_random(market, 3, seconds, 7), simulate(market, Listed(market.space, 7), 3, seconds)
+    within = at_once.begun <= seconds
+    assert within.sum() > 40
+    assert at_once.begun[within] == pytest.approx(one_by_one.begun)
+    for js in np.quantile(one_by_one.best, [0, 0.3, 0.7]):
+        assert at_once.until(js) == pytest.approx(one_by_one.until(js))
+
+
+def test_searching_betters_random_search_of_the_same_time(market):
+    seconds = 32 / 2 * market.response.recorded.mean_seconds
+    ours = [replay(market, OURS, 2, seconds, np.inf, 0.0, seed) for seed in range(4)]
+    random = [at_random(market, 2, seconds, seed) for seed in range(40)]
+    assert np.median([one.at(seconds) for one in ours]) < np.median([one.at(seconds) for one in random])
+
+
+def test_a_goal_that_is_not_reached_is_gone_on_for(market):
+    seconds = market.response.recorded.mean_seconds
+    short, longer = (replay(market, "with random proposals", 2, seconds, goal, 9 * seconds, 0) for goal in (1.0, 0.14))
+    assert short.begun[-1] <= seconds < longer.begun[-1]
+    assert longer.at(seconds) == short.at(seconds)
+
+
+def test_whoever_comes_to_be_among_the_best_third_goes_on():
+    rule = Promoting(9)
+    for trial_id, js in (("a", 0.3), ("b", 0.2), ("c", 0.4)):
+        assert rule.keeps(trial_id, {"report": 2, OBJECTIVE: js}, ())
+        assert rule.promoted() is None
+        assert not rule.keeps(trial_id, {"report": 3, OBJECTIVE: js}, ())
+    assert rule.promoted() == "b"
+    assert rule.keeps("b", {"report": 4, OBJECTIVE: 0.2}, ())
+    for trial_id in "def":
+        assert rule.promoted() is None
+        rule.keeps(trial_id, {"report": 3, OBJECTIVE: 0.5}, ())
+    assert rule.promoted() == "a"
+
+
+def test_a_hopeless_trial_is_stopped_while_forecasts_are_seen_to_hold(market):
+    space, length = market.space, 9
+    configurations = policies.drawn(space, 0, 0).to_dict("records")[: ENDED + 1]
+    study = optuna.create_study()
+    for number, settings in enumerate(configurations):
+        trial = study.ask()
+        trial.set_user_attr(SETTINGS, settings)
+        js = 0.2 + 0.2 * (number == ENDED) + 0.001 * number
+        for report in range(1, (4 if number == ENDED else length) + 1):
+            trial.report(js * 0.9 ** (report - length), report)
+        if number < ENDED:
+            study.tell(trial, js)
+    rule = Extrapolating(encoding_of(space), length)
+    hopeless, report = f"{ENDED:04d}", {"report": 4}
+    assert rule.keeps(hopeless, {"report": 2}, study.trials)
+    assert rule.keeps(hopeless, report, study.trials)
+    assert rule.foretold[-1].chance == 0.5
+    rule.foretold += [Foretold(f"{number:04d}", 0.0, np.log(0.2), 0.1, 1.0) for number in range(ENDED)]
+    assert not rule.keeps(hopeless, report, study.trials)
+    rule.foretold += [Foretold(f"{number:04d}", 0.0, np.log(0.3), 0.001, 1.0) for number in range(ENDED)]
+    assert rule.keeps(hopeless, report, study.trials)
