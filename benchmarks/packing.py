@@ -33,8 +33,8 @@ from raytune_emotion.data.sample import draw_face, draw_point, write_sample
 from raytune_emotion.data.source import File
 from raytune_emotion.data.store import pack_sizes
 
-#: Files' and stores' sides in px, and how many files: fewer where they are large.
-CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 50), (224, (64, 96, 112, 224), 400))
+#: Files' and stores' sides in px, and how many files: fewer where each takes long.
+CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 100), (224, (64, 96, 112, 224), 200))
 #: Each file lies in the folder under so many names, so that there is work for some seconds.
 NAMES = 16
 #: Packing takes all files, and what is compared with it every eighth.
@@ -48,7 +48,7 @@ def run() -> Table:
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         for file_px, store_px, faces in CASES:
-            folder = Path(scratch) / f"{file_px}"
+            folder = Path(scratch) / f"{faces} of {file_px}"
             if not folder.exists():
                 write_sample(folder, train=faces, val=1, image_size=file_px)
                 _name_again(folder, NAMES)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,7 +65,8 @@ def read(source: Source, names: Iterable[str]) -> Iterator[bytes | OSError]:
     if isinstance(source, Path):
         for name in names:
             try:
-                yield (source / name).read_bytes()
+                with io.FileIO(f"{source}/{name}") as file:  # in half the time of Path.read_bytes
+                    yield file.readall()
             except OSError as error:
                 yield error
     else:

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,18 @@ class Split:
         if len(self.shards) == 1:
             # The rows are in range; any other mode than clip copies through a buffer as large as out.
             return self.shards[0].take(rows, axis=0, out=out, mode="clip")
-        ends = np.cumsum([len(shard) for shard in self.shards])
-        shard_of = np.searchsorted(ends, rows, side="right")
-        for image, shard, row in zip(out, shard_of.tolist(), (rows - ends[shard_of]).tolist(), strict=True):
-            image[...] = self.shards[shard][row]  # row counts back from the shard's end
+        begins = np.cumsum([0, *map(len, self.shards[:-1])])
+        shard_of = np.searchsorted(begins, rows, side="right") - 1
+        length = self.shards[0][0].size
+        starts, to = (rows - begins[shard_of]) * length, out.reshape(-1).data
+        # As bytes: for numpy, to assign a row takes half as long again as to copy its pixels at 96 px.
+        for i, shard, start in zip(range(0, out.size, length), shard_of.tolist(), starts.tolist(), strict=True):
+            to[i : i + length] = self._bytes[shard][start : start + length]
         return out
+
+    @cached_property
+    def _bytes(self) -> tuple[memoryview, ...]:
+        return tuple(shard.reshape(-1).data for shard in self.shards)
 
 
 @dataclass(frozen=True)
