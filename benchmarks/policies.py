@@ -49,9 +49,9 @@ LONGER = 1 / 2
 #: Simulated workers that all compare on, and those that the parts of this project's policy are compared on.
 WORKERS, ALSO = (2, 8, 32), 8
 #: Studies a median is taken over with the surrogate; the most of what else is compared.
-SEEDS, SEEDS_ALSO = 200, 40
+SEEDS, SEEDS_ALSO = 200, 32
 #: Of the parts, of which one takes Optuna seconds to propose, and of those that go on for longer.
-SEEDS_PARTS, SEEDS_SLOW = 16, 4
+SEEDS_PARTS, SEEDS_SLOW = 12, 3
 #: Shares of the best among all configurations, whose JS is to be reached.
 BEST = (0.05, 0.01)
 
