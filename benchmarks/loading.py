@@ -3,8 +3,9 @@
 The usual pipeline is PIL, torchvision's transforms and torch's DataLoader over the JPEG files that the store was packed
 from; its worker processes have started and delivered an epoch before they are timed. Both ways deliver normalised
 float32 batches, to the GPU where there is one; there the loader also does so from a split that lives on the device.
-The hand-over alone is the store's gather of rows in random order into one buffer, as it goes into a
-pinned one; a bare copy of as many rows that lie one after the other, into the same buffer, is the most there can be.
+The hand-over alone is the store's gather of rows in random order into one buffer, as it goes into a pinned one, from
+the store's files and from as many as a large store has; a bare copy of as many rows that lie one after the other, into
+the same buffer, is the most there can be.
 
 All take turns, round by round; a ratio is the median over the rounds of those within a round.
 """
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.loader import Resident, batches, epoch_order, place
 from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import Split, open_store, pack
+from raytune_emotion.data.store import Split, Store, open_store, pack
 from raytune_emotion.learn import memory
 
 #: The pixels of so many rows are several times what a CPU's last cache holds.
@@ -51,6 +53,9 @@ Pipeline = Callable[[], int]
 
 LOADER, RESIDENT = "loader, normalised", "loader, normalised, from the device"
 GATHER, COPY = "hand-over, uint8", "bare copy, uint8"
+#: A store of hundreds of thousands of images has dozens.
+FILES = 32
+MANY = f"hand-over, uint8, of {FILES} files"
 USUAL = {workers: f"usual pipeline, {workers} workers" for workers in WORKERS}
 
 
@@ -81,8 +86,9 @@ def run() -> Table:
         write_sample(faces, train=ROWS, val=1, image_size=FILE_PX)
         for size in SIZES:
             pack(faces, Path(scratch) / str(size), image_size=size)
-            split = open_store(Path(scratch) / str(size)).train
-            pipelines = _pipelines(split, [faces / SPLITS["train"] / "images" / f"{i}.jpg" for i in split.ids], size)
+            store = open_store(Path(scratch) / str(size))
+            files = [faces / SPLITS["train"] / "images" / f"{i}.jpg" for i in store.train.ids]
+            pipelines = _pipelines(store, files)
             rates = _take_turns(pipelines)
             usual = max(USUAL.values(), key=lambda name: statistics.median(rates[name]))
             for name, rate in rates.items():
@@ -95,12 +101,13 @@ def run() -> Table:
     return Table(columns, rows, notes)
 
 
-def _pipelines(split: Split, files: list[Path], size: int) -> dict[str, Pipeline]:
+def _pipelines(store: Store, files: list[Path]) -> dict[str, Pipeline]:
+    split, size = store.train, store.image_size
     if size == FILE_PX:
         _compare(split, Faces(files, size))
     order = iter(range(10**9))
     buffer = torch.empty((BATCH, size, size, 3), dtype=torch.uint8, pin_memory=DEVICE.type == "cuda").numpy()
-    placed = place(split, DEVICE)
+    placed, _ = place(store, DEVICE)
 
     def rows() -> list[np.ndarray]:
         order_N = epoch_order(len(split), 0, next(order))
@@ -109,8 +116,8 @@ def _pipelines(split: Split, files: list[Path], size: int) -> dict[str, Pipeline
     def load(source: Split | Resident) -> int:
         return _count(normalise(batch.x_BHWC, MEAN, STD) for batch in batches(source, rows(), DEVICE))
 
-    def gather() -> int:
-        return sum(len(split.gather(rows_B, out=buffer)) for rows_B in rows())
+    def gather(source: Split) -> int:
+        return sum(len(source.gather(rows_B, out=buffer)) for rows_B in rows())
 
     def copy() -> int:
         parts = [
@@ -134,7 +141,9 @@ def _pipelines(split: Split, files: list[Path], size: int) -> dict[str, Pipeline
         return lambda: _count(x_BCHW.to(DEVICE) for x_BCHW in loader)
 
     loaders = {LOADER: partial(load, split)} | ({RESIDENT: partial(load, placed)} if placed is not split else {})
-    return {**loaders, **{USUAL[workers]: usual(workers) for workers in WORKERS}, GATHER: gather, COPY: copy}
+    parts = [part for shard in split.shards for part in np.array_split(shard, FILES // len(split.shards))]
+    gathers = {GATHER: partial(gather, split), MANY: partial(gather, replace(split, shards=tuple(parts)))}
+    return {**loaders, **{USUAL[workers]: usual(workers) for workers in WORKERS}, **gathers, COPY: copy}
 
 
 def _count(stream: Iterable[torch.Tensor]) -> int:
