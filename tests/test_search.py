@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from raytune_emotion import search
 from raytune_emotion.__main__ import main
 from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.tuning.objective import BY_SIZE
 from raytune_emotion.tuning.searcher import Searcher, create_study
 from raytune_emotion.tuning.space import load_space
 from raytune_emotion.tuning.study import (
@@ -383,10 +384,11 @@ class TestBadResuming:
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")
         told = resumed(
-            f"--space={space()}", "--seed=1", "--epochs=1", f"--data={tmp_path / 'none'}", "--address=nonsense"
-        )
+            f"--space={space()}", "--objective=val_js", "--seed=1", "--epochs=1", f"--data={tmp_path / 'none'}",
+            "--address=nonsense",
+        )  # fmt: skip
         assert [line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in told] == [
-            "--space", "--seed", "--epochs", "--address nonsense", "none",
+            "--space", "--objective", "--seed", "--epochs", "--address nonsense", "none",
         ]  # fmt: skip
 
     def test_other_data(self, resumed, tmp_path, own_cache, capsys):
@@ -449,9 +451,16 @@ def begun(tmp_path_factory, faces):
     folder = tmp_path_factory.mktemp("a study")
     (folder / "space.yaml").write_text(SPACE)
     options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
+    options += ["--objective", BY_SIZE]
     code, out, err = ended(*options, cwd=folder)
     assert code == 0, err
     return folder, out, err
+
+
+def front_of(table):
+    """The rows that no smaller model has bettered, of a table that has the best first."""
+    rows = [*table.itertuples()]
+    return [row for i, row in enumerate(rows) if all(row.params_millions < above.params_millions for above in rows[:i])]
 
 
 @pytest.fixture(scope="class")
@@ -477,6 +486,8 @@ class TestAStudy:
             "  python -m raytune_emotion.search --resume --results ray_results --name first --trials 8",
         ]
         assert len([line for line in lines if re.match(r"000\d  (complete|pruned)  ", line)]) == 4
+        printed = out.partition("no smaller model has bettered")[2]
+        assert re.findall(r"^ +(\d{4}) +test_", printed, re.MULTILINE) == [row.trial_id for row in front_of(table)]
         assert "Traceback" not in err
 
     def test_leaves_the_files_of_the_contract_and_no_others(self, study):
@@ -494,7 +505,9 @@ class TestAStudy:
             always = {"params.json", "data.txt", "history.jsonl"}
             assert always <= names <= always | {"last.safetensors", "best.safetensors"}
             assert len(list(trial.glob("events.out.tfevents.*"))) == 1
-        assert len(list(study.glob("trials/*/best.safetensors"))) == KEPT
+        table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
+        kept = {*table.trial_id[:KEPT], *(row.trial_id for row in front_of(table))}
+        assert {file.parent.name for file in study.glob("trials/*/best.safetensors")} == kept
         assert [path.name for path in study.parent.iterdir()] == ["first"]
 
     def test_its_tables_are_those_of_its_trials(self, study):
