@@ -27,7 +27,7 @@ from benchmarks.policies import (
 from raytune_emotion.tuning.sampling import SETTINGS
 from raytune_emotion.tuning.searcher import trial_id_of
 
-SEEDS = 24
+SEEDS = 8
 EDGES = (0.0, 0.01, CHANCE, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 

@@ -34,14 +34,18 @@ from rich.progress import track
 from benchmarks import Table
 from benchmarks.curves.response import Nearest, Recorded, Surrogate, fit_responses, read_curves
 from benchmarks.curves.rules import Extrapolating, OfRay, Promoting, Rule, Trial
+from raytune_emotion.learn.checkpoint import Report
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.model import Floats, Forecast, encoding_of
+from raytune_emotion.tuning.objective import OBJECTIVES
 from raytune_emotion.tuning.searcher import OBJECTIVE, Propose, Searcher, trial_id_of
 from raytune_emotion.tuning.space import Space, load_space
 from raytune_emotion.tuning.stopping import make_scheduler
 
 CURVES = Path(__file__).parent / "curves"
 SPACE = Path("search_spaces/quick.yaml")
+#: Of the recorded curves.
+EPOCHS = 8
 #: Budget of random search, in trials that are trained to their end; all others are replayed for a share of it.
 BUDGET, SHARE = 256, 1 / 8
 #: What a policy that has not reached a goal by then is given, to see when it does.
@@ -54,6 +58,9 @@ SEEDS, SEEDS_ALSO = 200, 32
 SEEDS_PARTS, SEEDS_SLOW = 12, 3
 #: Shares of the best among all configurations, whose JS is to be reached.
 BEST = (0.05, 0.01)
+
+
+PER_HOUR = OBJECTIVES["val_js per hour"]
 
 
 class Policy(Protocol):
@@ -70,10 +77,17 @@ class Policy(Protocol):
 class Study:
     """Trials as a study of this project runs them."""
 
-    def __init__(self, space: Space, rule: Rule, seed: int, propose: Propose = sampling.propose) -> None:
-        self._space, self._rule, self._propose = space, rule, propose
+    def __init__(
+        self,
+        space: Space,
+        rule: Rule,
+        seed: int,
+        propose: Propose = sampling.propose,
+        cost: Callable[[Report], float] | None = None,
+    ) -> None:
+        self._rule, self._propose = rule, propose
         self._study = optuna.create_study()
-        self._searcher = Searcher(self._study, space, seed=seed, propose=self._next)
+        self._searcher = Searcher(self._study, space, seed=seed, propose=self._next, cost=cost)
         # Optuna takes nothing back, so what may go on again is not told to have ended.
         self._paused: set[str] = set()
 
@@ -241,6 +255,9 @@ PARTS: dict[str, Make] = {
     "warm-started from the other curves": lambda market, seed: Study(
         market.space, asha(market), seed, functools.partial(sampling.propose, earlier=market.earlier)
     ),
+    "for JS per hour": lambda market, seed: Study(
+        market.space, asha(market), seed, functools.partial(sampling.propose, objective=PER_HOUR), PER_HOUR.cost
+    ),
 }
 SLOW = {"with Optuna's Gaussian process"}
 
@@ -333,6 +350,7 @@ def simulate(
         done[trial_id] += 1
         report = {
             "report": done[trial_id],
+            "epoch": done[trial_id] * EPOCHS / len(js_R),
             "val_js": float(js_R[done[trial_id] - 1]),
             OBJECTIVE: float(js_R[: done[trial_id]].min()),
             "seconds": float(seconds_R[: done[trial_id]].sum()),
@@ -459,5 +477,5 @@ def _soonest(js_MR: Floats, seconds_MR: Floats) -> Replay:
 
 def read_space() -> Space:
     """The space that the configurations were drawn from, without its start points."""
-    fixed = {"train.epochs": 8, "train.evals_per_epoch": 2, "train.ema_decay": 0.0, "data.image_size": 48}
+    fixed = {"train.epochs": EPOCHS, "train.evals_per_epoch": 2, "train.ema_decay": 0.0, "data.image_size": 48}
     return dataclasses.replace(load_space(SPACE, overrides=fixed), start=())

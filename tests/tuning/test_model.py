@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import check_grad, minimize
 from scipy.stats import spearmanr
 
+from raytune_emotion.tuning import model
 from raytune_emotion.tuning.model import Curve, Forecast, encoding_of, expected_improvement
 from raytune_emotion.tuning.preview import draw
 from raytune_emotion.tuning.space import parse_space
@@ -106,6 +108,19 @@ def test_an_earlier_study_helps_where_it_holds_and_is_left_where_it_does_not(spa
     assert rank_correlation(Forecast(encoding, few, [same]), space) > max(0.9, cold)
     cold = rank_correlation(Forecast(encoding, many), space)
     assert rank_correlation(Forecast(encoding, many, [adverse]), space) > cold - 0.05
+
+
+def test_the_fit_goes_by_the_slope_of_what_it_minimises(space, monkeypatch):
+    fitted = []
+    monkeypatch.setattr(
+        model, "minimize", lambda loss, start, **kwargs: fitted.append(loss) or minimize(loss, start, **kwargs)
+    )
+    Forecast(encoding_of(space), [curve(each) for each in draw(space, 12, seed=7)])
+    dims = encoding_of(space)([{}]).shape[1] + 1
+    for seed in range(3):
+        theta = np.random.default_rng(seed).normal(0, 0.7, dims + 2)
+        off = check_grad(lambda at: fitted[0](at)[0], lambda at: fitted[0](at)[1], theta)
+        assert off < 1e-4 * np.linalg.norm(fitted[0](theta)[1])
 
 
 @settings(max_examples=20, deadline=None)
