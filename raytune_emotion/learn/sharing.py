@@ -176,6 +176,7 @@ def measure(
 
 def _serve(device: torch.device) -> None:
     memory.keep_freed()
+    torch.set_num_threads(1)  # until it is told how many are its own
     cuda = device.type == "cuda"
     run: Run | None = None
     for line in sys.stdin:
