@@ -59,7 +59,6 @@ SEEDS_PARTS, SEEDS_SLOW = 12, 3
 #: Shares of the best among all configurations, whose JS is to be reached.
 BEST = (0.05, 0.01)
 
-
 PER_HOUR = OBJECTIVES["val_js per hour"]
 
 

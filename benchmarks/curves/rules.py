@@ -88,6 +88,8 @@ class Promoting:
 CHANCE = 0.05
 #: Trials that have ended before it is known how far forecasts are off.
 ENDED = 5
+#: Standard deviations from the mean within which four fifths of a normal distribution lie.
+_MIDDLE = float(norm.ppf(0.9))
 
 
 @dataclass(frozen=True)
@@ -135,4 +137,4 @@ class Extrapolating:
     def _wider(self, past: Sequence[FrozenTrial]) -> float:
         ends = {trial_id_of(t.number): math.log(t.value) for t in past if t.value is not None}
         off = [(ends[f.trial_id] - f.mean) / f.std for f in self.foretold if f.trial_id in ends]
-        return max(1.0, float(np.sqrt(np.mean(np.square(off))))) if len(ends) >= ENDED and off else math.inf
+        return max(1.0, float(np.quantile(np.abs(off), 0.8)) / _MIDDLE) if len(ends) >= ENDED and off else math.inf
