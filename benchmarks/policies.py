@@ -50,12 +50,13 @@ EPOCHS = 8
 BUDGET, SHARE = 256, 1 / 8
 #: What a policy that has not reached a goal by then is given, to see when it does.
 LONGER = 1 / 2
-#: Simulated workers that all compare on, and those that the parts of this project's policy are compared on.
-WORKERS, ALSO = (2, 8, 32), 8
-#: Studies a median is taken over with the surrogate; the most of what else is compared.
-SEEDS, SEEDS_ALSO = 200, 32
+#: Simulated workers that all compare on, with the studies of this project that a median is taken over with the
+#: surrogate, and those workers that the parts of its policy are compared on.
+WORKERS, ALSO = {2: 200, 8: 200, 32: 50}, 8
+#: Studies of random search, and of what else is compared.
+SEEDS, SEEDS_ALSO = 200, 16
 #: Of the parts, of which one takes Optuna seconds to propose, and of those that go on for longer.
-SEEDS_PARTS, SEEDS_SLOW = 12, 3
+SEEDS_PARTS, SEEDS_SLOW = 8, 2
 #: Shares of the best among all configurations, whose JS is to be reached.
 BEST = (0.05, 0.01)
 
@@ -442,7 +443,7 @@ def compare(
     for name in [*POLICIES, *(PARTS if workers == ALSO else ())]:
         count = SEEDS_SLOW if name in SLOW else SEEDS_PARTS if name in PARTS else SEEDS_ALSO
         if name == OURS and isinstance(market.response, Surrogate):
-            count = SEEDS
+            count = WORKERS[workers]
         longer = SEEDS_PARTS if name == OURS else 0
         done[name] = replays(name, budget * SHARE, range(longer), goal, budget * LONGER)
         done[name] += replays(name, budget * SHARE, range(longer, count), np.inf, 0.0)
