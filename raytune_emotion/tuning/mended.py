@@ -51,7 +51,11 @@ class _Controller(TuneController):
         self._newest_failure = exception
         if trial in self._resetting_trials:
             self._resetting_trials.discard(trial)
-            self._set_trial_status(trial, Trial.RUNNING)  # as Tune itself does for a process that dies in its making
+            # As Tune itself does for a process that dies in its making.
+            self._set_trial_status(trial, Trial.RUNNING)
+            if trial in self._staged_trials:
+                # Its process lives, which has failed to leave the trial before; else it would wait for that for ever.
+                self._unstage_trial_with_resources(trial)
         super()._trial_task_failure(trial, exception)
 
 

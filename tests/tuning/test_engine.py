@@ -213,7 +213,13 @@ def test_what_fails_for_good_fails_at_once_and_the_study_goes_on(begin, monkeypa
 
 def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_path, monkeypatch):
     class DyingTrialActor(TrialActor):
-        """Dies once, between the writing of a report and the driver's hearing of it."""
+        """Dies once, between the writing of a report and the hearing of it, and fails once to leave a trial."""
+
+        def reset_config(self, new_config):
+            if not (tmp_path / "stuck").exists():
+                (tmp_path / "stuck").touch()
+                raise RuntimeError("a worker has died")
+            return super().reset_config(new_config)
 
         def step(self):
             result = super().step()
@@ -232,6 +238,7 @@ def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_
     folder, _spec, go = begin(trials=3, epochs=3)
     records = go(kill_once)
     assert killed
+    assert (tmp_path / "stuck").exists()
     assert records[0].status == "complete"
     assert {r.status for r in records} <= {"complete", "pruned"}
     for record, trial in zip(records, load_study(folder).trials, strict=True):
