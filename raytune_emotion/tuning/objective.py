@@ -1,9 +1,13 @@
 """What a study is after: the least validation JS, alone, for its time, or for what a model costs."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from raytune_emotion.learn.checkpoint import Report
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,14 @@ OBJECTIVES = {
     BY_SIZE: Objective(_params_millions, front=True, cheaper="smaller"),
     "val_js, images_per_second": Objective(_seconds_per_image, front=True, cheaper="faster"),
 }
+
+
+def pareto_front(best_first: Iterable[T], cost: Callable[[T], float]) -> list[T]:
+    """Those, of trials in the order of their JS, that none of less cost has bettered, in the same order."""
+    found: list[T] = []
+    least = math.inf
+    for trial in best_first:
+        if cost(trial) < least:
+            found.append(trial)
+            least = cost(trial)
+    return found

@@ -23,7 +23,7 @@ from raytune_emotion.tuning.model import (
     expected_improvement,
     expected_improvement_of_front,
 )
-from raytune_emotion.tuning.objective import JS_ALONE, Objective
+from raytune_emotion.tuning.objective import JS_ALONE, Objective, pareto_front
 from raytune_emotion.tuning.space import Space
 
 #: The attributes of an Optuna trial that have its configuration by dotted path and, where one counts, its cost.
@@ -99,15 +99,7 @@ def _promise(
 def _leading(reported: Sequence[FrozenTrial], objective: Objective) -> list[FrozenTrial]:
     """The trials worth changing: the best first, of which a front keeps those that no cheaper one has bettered."""
     ranked = sorted(reported, key=lambda trial: min(trial.intermediate_values.values()))
-    if not objective.front:
-        return ranked
-    found: list[FrozenTrial] = []
-    least = math.inf
-    for trial in ranked:
-        if trial.user_attrs[COST] < least:
-            found.append(trial)
-            least = trial.user_attrs[COST]
-    return found
+    return pareto_front(ranked, lambda trial: float(trial.user_attrs[COST])) if objective.front else ranked
 
 
 def curves(past: Sequence[FrozenTrial]) -> list[Curve]:

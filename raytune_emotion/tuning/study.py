@@ -28,7 +28,7 @@ from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.files import whole, write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
-from raytune_emotion.tuning.objective import OBJECTIVES, Objective
+from raytune_emotion.tuning.objective import OBJECTIVES, Objective, pareto_front
 from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
 
 SPEC = "study.yaml"
@@ -197,13 +197,8 @@ def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
 
 def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
     """The Pareto front of JS and an objective's cost, the best JS first: no trial of less cost has bettered them."""
-    found: list[TrialRecord] = []
-    least = math.inf
-    for record in best_first(records):
-        if objective.cost and record.best and objective.cost(record.best) < least:
-            found.append(record)
-            least = objective.cost(record.best)
-    return found
+    cost = objective.cost or (lambda report: math.inf)
+    return pareto_front(best_first(records), lambda record: cost(record.best) if record.best else math.inf)
 
 
 def best_trial_id(folder: Path) -> str:
