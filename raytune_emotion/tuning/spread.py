@@ -13,14 +13,15 @@ from raytune_emotion.errors import Breakdown
 
 _AHEAD = 2  # tasks for a core, that none waits for the driver
 _TRIES = 4
-_CANCEL_S = 30.0
+_END_S = 30.0
 
 
 @contextlib.contextmanager
 def on_all_nodes() -> Iterator[Map]:
     """A `map` that keeps the order, over the cores of the cluster that this process has joined.
 
-    A task whose process or node dies is done again elsewhere. At the end, none is left that runs.
+    A task whose process or node dies is done again elsewhere. Where the work is broken off, tasks that have been handed
+    out end by themselves, within half a minute or with the session.
 
     Raises:
         Breakdown: a task dies again and again.
@@ -52,10 +53,9 @@ def on_all_nodes() -> Iterator[Map]:
     try:
         yield pmap
     finally:
-        for task in running:
-            ray.cancel(task)
+        # Not cancelled: Ray aborts the whole process where a task ends just then.
         if running:
-            ray.wait([*running], num_returns=len(running), timeout=_CANCEL_S)
+            ray.wait([*running], num_returns=len(running), timeout=_END_S)
 
 
 @ray.remote(num_cpus=1, max_retries=_TRIES - 1)
