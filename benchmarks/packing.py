@@ -11,7 +11,6 @@ All take turns, round by round; a ratio is the median over the rounds of those w
 Errors are those of drawn faces and of a photograph's, which comes with matplotlib, saved with quality 92.
 """
 
-import io
 import os
 import resource
 import shutil
@@ -59,10 +58,11 @@ def run() -> Table:
             for name, rates in by_core.items():
                 of_pil = statistics.median(own / pil for own, pil in zip(rates, by_core["PIL"], strict=True))
                 rows.append((case, name, *_spread(rates), of_pil, *_spread(by_clock[name])))
+        errors = _errors(Path(scratch) / "face.jpg")
     columns = (
         "px", "way", "images/core-s", "least", "most", "times PIL", "images/s by the clock", "least ", "most ",
     )  # fmt: skip
-    return Table(columns, rows, [f"{os.cpu_count()} cores.", *_errors()])
+    return Table(columns, rows, [f"{os.cpu_count()} cores.", *errors])
 
 
 def _ways(folder: Path, files: Sequence[Path], sizes: tuple[int, ...], dest: Path) -> dict[str, Callable[[], int]]:
@@ -140,14 +140,13 @@ def _name_again(folder: Path, names: int) -> None:
             os.link(file, file.with_name(f"{number}-{file.name}"))
 
 
-def _errors() -> list[str]:
+def _errors(file: Path) -> list[str]:
     """How far pictures are from those that are decoded in full and then resized, and these from what was saved."""
     notes = []
     for file_px, store_px in ERRORS:
         for name, faces in (("drawn faces", _drawn(file_px)), ("a photograph", [_photographed(file_px)])):
             drafted, saved = [], []
             for face in faces:
-                file = io.BytesIO()
                 face.save(file, "JPEG", quality=92)
                 full = _squeezed(Image.open(file), store_px)
                 drafted.append(np.abs(decode_image(file, store_px) - full))

@@ -4,9 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import ExifTags, Image, ImageOps
 
-from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, Region, decode_image, decode_images
+from raytune_emotion.data.images import (
+    DIGEST_BYTES,
+    DecodeTask,
+    Region,
+    _decode,
+    _draft_of_plain_jpeg,
+    decode_image,
+    decode_images,
+)
 from raytune_emotion.data.sample import draw_face
 from raytune_emotion.data.source import File
 from raytune_emotion.errors import UserError
@@ -106,6 +116,27 @@ def test_drafts_are_as_exact_as_is_said(tmp_path, file, side, most):
     exact = np.asarray(Image.open(face).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
     error = np.abs(decode_image(face, side) - exact).mean()
     assert 0 < error < most
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(8, 150), st.integers(8, 150)),
+    side=st.integers(1, 160),
+    grey=st.booleans(),
+    progressive=st.booleans(),
+    subsampling=st.sampled_from([0, 1, 2]),
+    quality=st.integers(20, 100),
+)
+def test_plain_jpegs_are_decoded_as_pil_does(size, side, grey, **options):
+    image, seen = picture(sum(size), size).convert("L" if grey else "RGB"), []
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1
+    for left_to_pil in (False, True):
+        file = io.BytesIO()
+        image.save(file, "JPEG", **options, **({"exif": exif} if left_to_pil else {}))
+        assert (_draft_of_plain_jpeg(file.getvalue(), side) is None) == left_to_pil
+        seen += _decode(file.getvalue(), (side,))
+    np.testing.assert_array_equal(*seen)
 
 
 def test_the_ending_need_not_be_true(tmp_path):
