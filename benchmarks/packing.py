@@ -11,6 +11,7 @@ All take turns, round by round; a ratio is the median over the rounds of those w
 Errors are those of drawn faces and of a photograph's, which comes with matplotlib, saved with quality 92.
 """
 
+import gc
 import os
 import resource
 import shutil
@@ -44,6 +45,7 @@ ERRORS, DRAWN = ((224, 112), (224, 96), (224, 64), (640, 224), (640, 96)), 20
 
 
 def run() -> Table:
+    gc.freeze()  # what is imported here and not by the command pack is not its collector's work
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         for file_px, store_px, faces in CASES:

@@ -108,14 +108,18 @@ def write_images(task: DecodeTask) -> list[bytes | str]:
             out.seek(region.offset)
         stack.enter_context(_quietly())
         contents = read(task.source, [file.name for file in task.files])
-        return [_decode_into(outs, content, task.image_sizes) for content in contents]
+        # Room for most drafts, which are less than twice as wide as what they are for.
+        scratch = bytearray(4 * _bytes(task.image_sizes[0])) if len(task.image_sizes) == 1 else None
+        return [_decode_into(outs, content, task.image_sizes, scratch) for content in contents]
 
 
-def _decode_into(outs: Sequence[BinaryIO], content: bytes | OSError, sides: Sequence[int]) -> bytes | str:
+def _decode_into(
+    outs: Sequence[BinaryIO], content: bytes | OSError, sides: Sequence[int], scratch: bytearray | None
+) -> bytes | str:
     try:
         if isinstance(content, OSError):
             raise _cannot(content)
-        squares = _decode(content, sides)
+        squares = _decode(content, sides, scratch)
     except _Undecodable as error:
         for out, side in zip(outs, sides, strict=bool(outs)):
             out.seek(_bytes(side), os.SEEK_CUR)
@@ -170,12 +174,15 @@ def _cannot(error: Exception) -> _Undecodable:
     return _Undecodable(f"the picture cannot be decoded ({what or type(error).__name__})")
 
 
-def _decode(content: bytes, sides: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
-    """The picture at every size, [H, W, 3], each as it were if it were the only one."""
+def _decode(content: bytes, sides: Sequence[int], scratch: bytearray | None = None) -> list[npt.NDArray[np.uint8]]:
+    """The picture at every size, [H, W, 3], each as it were if it were the only one.
+
+    That of a single size may lie in the scratch: memory that is used again spares the system work.
+    """
     squares: dict[int, npt.NDArray[np.uint8]] = {}
     try:
         while left := [side for side in sides if side not in squares]:
-            draft = _draft_of_plain_jpeg(content, max(left)) or _draft(content, max(left))
+            draft = _draft_of_plain_jpeg(content, max(left), scratch) or _draft(content, max(left))
             for side in left:
                 if not draft.scaled or _scale(draft.whole, side) == _scale(draft.whole, max(left)):
                     squares[side] = _square(draft, side)
@@ -205,19 +212,31 @@ def _draft(content: bytes, side: int) -> _Draft:
         return _Draft(np.asarray(_rgb(image)), whole, scaled, _UPRIGHT.get(_orientation(image)))
 
 
-def _draft_of_plain_jpeg(content: bytes, side: int) -> _Draft | None:
+def _draft_of_plain_jpeg(content: bytes, side: int, scratch: bytearray | None = None) -> _Draft | None:
     """The same, bit for bit, in less time than PIL takes; none of what is no JPEG, or one that PIL should look at."""
-    if not content.startswith(b"\xff\xd8") or b"\xff\xe1" in content:  # it may have to be turned
+    if not _is_plain_jpeg(content):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         if colours not in ("YCbCr", "Gray", "RGB") or height * width > _LARGE_PX:
             return None
         scale = _scale((width, height), side)
-        pixels = simplejpeg.decode_jpeg(content, min_height=-(-height // scale), min_width=-(-width // scale))
+        height_drafted, width_drafted = -(-height // scale), -(-width // scale)
+        fits = scratch is not None and height_drafted * width_drafted * 3 <= len(scratch)
+        pixels = simplejpeg.decode_jpeg(
+            content, min_height=height_drafted, min_width=width_drafted, buffer=scratch if fits else None
+        )
     except ValueError:  # PIL knows what is wrong with it, or that nothing is
         return None
     return _Draft(pixels, (width, height), scaled=True)
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether it is a JPEG without a segment that may tell how to turn it: Exif or XMP."""
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    while (marker := content[at : at + 2])[:1] == b"\xff" and marker not in (b"\xff\xe1", b"\xff\xda"):
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return marker == b"\xff\xda"  # the pixels
 
 
 def _square(draft: _Draft, side: int) -> npt.NDArray[np.uint8]:

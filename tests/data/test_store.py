@@ -184,12 +184,12 @@ def spoil(folder):
 def test_an_attempt_that_was_killed_is_gone_on_with(folder, tmp_path, small_shards, monkeypatch, meanwhile):
     decoded = []
 
-    def decode(content, sides, *, fails_at=None, real=images._decode):
+    def decode(content, sides, scratch, *, fails_at=None, real=images._decode):
         if len(decoded) == fails_at:
             raise KeyboardInterrupt
         found = (path.name for path in folder.glob("*/images/*") if path.read_bytes() == content)
         decoded.append(next(found))
-        return real(content, sides)
+        return real(content, sides, scratch)
 
     monkeypatch.setattr(images, "_decode", functools.partial(decode, fails_at=6))
     with pytest.raises(KeyboardInterrupt):
