@@ -287,7 +287,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
                 loss_sum += loss.detach()
             if config.train.grad_clip > 0:
                 run.scaler.unscale_(run.optimizer)
-                nn.utils.clip_grad_norm_(parameters, config.train.grad_clip, foreach=True)
+                _clip(parameters, config.train.grad_clip)
             run.scaler.step(run.optimizer)
             run.scaler.update()
             run.optimizer.zero_grad()
@@ -300,6 +300,14 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     train_loss = loss_sum.item() / (plan.batch_rows * (end - first))
     _check_finite({"training loss": train_loss}, plan, history)
     return train_loss, lr
+
+
+def _clip(parameters: Sequence[nn.Parameter], most: float) -> None:
+    """Scales the gradients so that their norm, as that of one vector, is not more than this."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    # To look at the norm is to wait for a GPU, and spares a CPU the way through the memory of all gradients.
+    if norm.is_cuda or not norm <= most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
 
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
