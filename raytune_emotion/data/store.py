@@ -26,8 +26,10 @@ import numpy.typing as npt
 from raytune_emotion import mirror
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data import affectnet, shards
+from raytune_emotion.data.bars import progress
+from raytune_emotion.data.blocks import pack_elsewhere
 from raytune_emotion.data.images import pixels_digest
-from raytune_emotion.data.packing import MORE_ROOM, check_space, pack_elsewhere, pack_into, progress
+from raytune_emotion.data.packing import MORE_ROOM, check_space, pack_into
 from raytune_emotion.data.pool import Map, processes
 from raytune_emotion.data.shards import MANIFEST, Manifest, open_shard, parse_manifest
 from raytune_emotion.data.source import Source, shown

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytune_emotion import mirror
-from raytune_emotion.data import images, packing
+from raytune_emotion.data import blocks, images, packing, unfilled
 from raytune_emotion.data import store as store_module
 from raytune_emotion.data.affectnet import Kind, scan
 from raytune_emotion.data.images import decode_image
@@ -53,8 +53,9 @@ def folder(tmp_path):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Of two rows at 16 px, and of one at more."""
-    monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 16 * 16 * 3)
-    monkeypatch.setattr(packing, "_TASK_ROWS", 1)
+    monkeypatch.setattr(unfilled, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    for module in (unfilled, packing, blocks):
+        monkeypatch.setattr(module, "TASK_ROWS", 1)
 
 
 def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
@@ -86,13 +87,12 @@ def files_of(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_the_number_of_workers_and_of_shards_changes_nothing(folder, tmp_path, monkeypatch):
+def test_the_number_of_workers_and_of_shards_changes_nothing(folder, tmp_path, request):
     one = pack(folder, tmp_path / "one", image_size=16, workers=1)
     two = pack(folder, tmp_path / "two", image_size=16, workers=2)
     assert one.fingerprint == two.fingerprint
     assert files_of(one.path) == files_of(two.path)
-    monkeypatch.setattr(packing, "_SHARD_BYTES", 3 * 16 * 16 * 3)
-    monkeypatch.setattr(packing, "_TASK_ROWS", 1)
+    request.getfixturevalue("small_shards")
     sharded = pack(folder, tmp_path / "sharded", image_size=16, workers=1)
     assert [len(shard) for shard in sharded.train.shards] == [2, 2, 2, 2]
     assert sharded.fingerprint == one.fingerprint

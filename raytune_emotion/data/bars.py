@@ -1,0 +1,41 @@
+"""Bars of progress on standard error, where it is a terminal."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+from raytune_emotion.data.pool import Map
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f}/s")
+
+
+def progress() -> Progress:
+    """Bars with rate and time left, where standard error is a terminal."""
+    return Progress(
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def counted(pmap: Map, bars: Progress, what: str) -> Map:
+    """The same map, whose results (lists) are counted on a bar."""
+    bar = bars.add_task(what, total=None)
+
+    def counted(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        for part in pmap(function, tasks):
+            bars.advance(bar, len(part))
+            yield part
+
+    return counted
