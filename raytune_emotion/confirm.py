@@ -28,7 +28,7 @@ from raytune_emotion.tuning.confirmation import (
 from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
 from raytune_emotion.tuning.page import REPORT, write_report
-from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
+from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study, sole_driver
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import (
     SPEC,
@@ -63,12 +63,14 @@ def run(args: argparse.Namespace) -> None:
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
         )
-        spec = _begun(folder, spec, chosen, fresh_seeds(spec.seed, args.seeds))
-        console.print(
-            f"confirmation {folder}: {len(spec.confirms or ())} configurations, {spec.trials} runs of {spec.epochs} "
-            f"epochs, {placement.concurrency} at once"
-        )
-        interrupted = run_shown(console, folder, spec, placement)
+        folder.mkdir(exist_ok=True)
+        with sole_driver(folder):
+            spec = _begun(folder, spec, chosen, fresh_seeds(spec.seed, args.seeds))
+            console.print(
+                f"confirmation {folder}: {len(spec.confirms or ())} configurations, {spec.trials} runs of "
+                f"{spec.epochs} epochs, {placement.concurrency} at once"
+            )
+            interrupted = run_shown(console, folder, spec, placement)
     _conclude(console, folder, spec, interrupted=interrupted)
     if interrupted:
         raise KeyboardInterrupt
@@ -106,7 +108,6 @@ def _asked(args: argparse.Namespace, study: Path) -> tuple[list[TrialRecord], St
 def _begun(folder: Path, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> StudySpec:
     """Begins a confirmation, or goes on with it: what it has stays, what it lacks is added."""
     if not (folder / SPEC).exists():
-        folder.mkdir(exist_ok=True)
         (folder / JOURNAL).unlink(missing_ok=True)  # of a beginning that was cut short
         create_study(folder, parse_space(spec.space, SPEC))
     study = load_study(folder)

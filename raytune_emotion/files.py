@@ -87,6 +87,20 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process is in such a block for the folder; until the end of this one, none gets in."""
+    with contextlib.ExitStack() as stack:
+        alone = True
+        try:
+            stack.enter_context(_locked(folder, fcntl.LOCK_NB))
+        except BlockingIOError:
+            alone = False
+        except OSError:  # a file system without locks
+            pass
+        yield alone
+
+
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
     """Removes what processes that were killed have left of folders, and have not touched for so long."""
     for folder in parent.glob(pattern):

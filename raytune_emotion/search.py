@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from raytune_emotion.tuning.objective import OBJECTIVES
 from raytune_emotion.tuning.page import FRONT, REPORT, front_rows, write_report
 from raytune_emotion.tuning.preview import costs, draw
 from raytune_emotion.tuning.probe import AUTO, fastest_share
-from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study
+from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study, sole_driver
 from raytune_emotion.tuning.space import Space, load_space, parse_space
 from raytune_emotion.tuning.study import SPEC, StudySpec, best_first, check_stores, read_records, read_spec, write_spec
 from raytune_emotion.tuning.warm import EARLIER, gather_earlier, write_earlier
@@ -125,7 +125,11 @@ def run(args: argparse.Namespace) -> None:
         args.gpus_per_worker = None  # until it is known
     folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
     uri = mirror.join(results, folder.name) if results else None
-    with ray_session(args.address), terminated_as_interrupted():
+    with ExitStack() as stack:
+        if args.resume:
+            stack.enter_context(sole_driver(folder))
+        stack.enter_context(ray_session(args.address))
+        stack.enter_context(terminated_as_interrupted())
         if auto:
             gpus_per_worker, seen = fastest_share(spec)
             console.print(seen, highlight=False)
@@ -135,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
         )
         if not args.resume:
             folder.mkdir(parents=True)
+            stack.enter_context(sole_driver(folder))
             create_study(folder, parse_space(spec.space))
             if earlier is not None:
                 write_earlier(folder, earlier)

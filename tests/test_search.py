@@ -23,7 +23,7 @@ from raytune_emotion import search
 from raytune_emotion.__main__ import main
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.tuning.objective import BY_SIZE
-from raytune_emotion.tuning.searcher import Searcher, create_study
+from raytune_emotion.tuning.searcher import Searcher, create_study, sole_driver
 from raytune_emotion.tuning.space import load_space
 from raytune_emotion.tuning.study import (
     KEPT,
@@ -380,6 +380,11 @@ class TestBadResuming:
         assert "no optuna.journal in it, so it is no study" in resumed()[0]
         (resumed.folder / "study.yaml").unlink()
         assert resumed(name=None) == [f"{tmp_path}: there is no study in it to resume; name its folder with --results"]
+
+    def test_one_that_is_at_work(self, resumed):
+        with sole_driver(resumed.folder):
+            told = resumed()
+        assert told == [f"{resumed.folder}: another process is at work on this study; wait for its end, or end it"]
 
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")

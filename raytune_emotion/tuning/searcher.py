@@ -4,19 +4,21 @@ Ray's own `OptunaSearch` tells every trial that the scheduler stopped as complet
 few epochs mix with full ones in the sampler's model. Here each ending keeps its name: complete, pruned or failed.
 """
 
+import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import Report
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.sampling import COST, SETTINGS
@@ -201,6 +203,22 @@ def load_study(folder: Path) -> optuna.Study:
     # By what is in it, not by the folder's name: people rename folders.
     (name,) = optuna.get_all_study_names(storage)
     return optuna.load_study(study_name=name, storage=storage)
+
+
+@contextlib.contextmanager
+def sole_driver(folder: Path) -> Iterator[None]:
+    """Keeps a study's folder to this process: two that run its trials would write over each other.
+
+    Raises:
+        UserError: another process has it.
+    """
+    with alone_in(folder) as alone:
+        if not alone:
+            raise UserError(f"{folder}: another process is at work on this study; wait for its end, or end it")
+        # One that was killed while it wrote has left Optuna's lock, which would be waited for.
+        with contextlib.suppress(RuntimeError):
+            JournalFileSymlinkLock(str(folder / JOURNAL)).release()
+        yield
 
 
 def _storage(folder: Path) -> JournalStorage:

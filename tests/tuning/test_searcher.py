@@ -3,7 +3,7 @@ import pytest
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.searcher import Searcher, asked, create_study, load_study
+from raytune_emotion.tuning.searcher import JOURNAL, Searcher, asked, create_study, load_study, sole_driver
 from raytune_emotion.tuning.space import parse_space
 
 SPACE_BACKBONES = ["test_resnet", "test_vit"]
@@ -173,3 +173,16 @@ def test_optuna_itself_reads_the_journal(tmp_path, space):
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
     )
     assert [s.study_name for s in optuna.get_all_study_summaries(storage)] == [tmp_path.name]
+
+
+def test_a_study_is_driven_by_one_process(tmp_path, space):
+    study = create_study(tmp_path, space)
+    lock = tmp_path / f"{JOURNAL}.lock"
+    lock.symlink_to(tmp_path / JOURNAL)  # as a process leaves it that is killed while it writes
+    with sole_driver(tmp_path):
+        assert not lock.is_symlink()
+        Searcher(study, space, seed=0).ask()
+        with pytest.raises(UserError, match="another process is at work on this study"), sole_driver(tmp_path):
+            pass
+    with sole_driver(tmp_path):
+        assert len(asked(study)) == 1
