@@ -50,10 +50,9 @@ EPOCHS = 8
 BUDGET, SHARE = 256, 1 / 8
 #: What a policy that has not reached a goal by then is given, to see when it does.
 LONGER = 1 / 2
-#: Simulated workers that all compare on, with the studies of this project that a median is taken over with the
-#: surrogate, and those workers that the parts of its policy are compared on.
-WORKERS, ALSO = {2: 200, 8: 200, 32: 50}, 8
-#: Studies of random search, and of what else is compared.
+#: Simulated workers that all compare on, and those that the parts of this project's policy are compared on.
+WORKERS, ALSO = (2, 8, 32), 8
+#: Studies that a median is taken over: with the surrogate, and random search also without; and with the nearest.
 SEEDS, SEEDS_ALSO = 200, 16
 #: Of the parts, of which one takes Optuna seconds to propose, and of those that go on for longer.
 SEEDS_PARTS, SEEDS_SLOW = 8, 2
@@ -441,15 +440,14 @@ def compare(
     goal = float(np.median([one.at(budget) for one in random]))
     done = {RANDOM: random}
     for name in [*POLICIES, *(PARTS if workers == ALSO else ())]:
-        count = SEEDS_SLOW if name in SLOW else SEEDS_PARTS if name in PARTS else SEEDS_ALSO
-        if name == OURS and isinstance(market.response, Surrogate):
-            count = WORKERS[workers]
+        whole = SEEDS if isinstance(market.response, Surrogate) else SEEDS_ALSO
+        count = SEEDS_SLOW if name in SLOW else SEEDS_PARTS if name in PARTS else whole
         longer = SEEDS_PARTS if name == OURS else 0
         done[name] = replays(name, budget * SHARE, range(longer), goal, budget * LONGER)
         done[name] += replays(name, budget * SHARE, range(longer, count), np.inf, 0.0)
     to_ray = float(np.median([one.at(budget * SHARE) for one in done[RAY]]))
-    whole = [market.response(drawn(market.space, SEEDS, block)) for block in range(100)]
-    js_MR, seconds_MR = (np.concatenate(part) for part in zip(*whole, strict=True))
+    every = [market.response(drawn(market.space, SEEDS, block)) for block in range(100)]
+    js_MR, seconds_MR = (np.concatenate(part) for part in zip(*every, strict=True))
     goals = np.quantile(js_MR.min(axis=1), BEST)
     done["the fastest configuration"] = [_soonest(js_MR, np.cumsum(seconds_MR, axis=1))]
     rows = []
