@@ -43,11 +43,14 @@ trap 'rm -rf "$package"' EXIT
 cp -r raytune_emotion search_spaces "$package"
 find "$package" -name __pycache__ -prune -exec rm -rf {} +
 
+commit=$(git describe --always --dirty --abbrev=40 '--exclude=*' 2>/dev/null || true)
+
 # A job runs the first python of the PATH that `ray start` had, which need not be the one with Ray. The project's own
 # comes first where the nodes see it. Ray puts their PATH in its place.
 "$ray" job submit \
   --submission-id "$name-$(date +%Y%m%d-%H%M%S)" \
   --metadata-json "{\"study\": \"$name\"}" \
-  --runtime-env-json "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\"}}" \
+  --runtime-env-json \
+  "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\", \"RAYTUNE_EMOTION_COMMIT\": \"$commit\"}}" \
   --working-dir "$package" \
   -- python -m raytune_emotion.search --address auto "$@"

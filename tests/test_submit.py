@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -116,6 +117,9 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     assert len(pd.read_csv(study / "trials.csv")) == 2
     assert {"study.yaml", "optuna.journal", "curves.parquet", "report.html"} <= {path.name for path in study.iterdir()}
     assert (study / "best" / "model.safetensors").exists()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    told = re.search(r"^git_commit: *(\S*)", (study / "study.yaml").read_text(), re.MULTILINE)[1]
+    assert told.removesuffix("-dirty") == commit.strip()  # the code is not where its repository is
 
     (job,) = ray_cluster.get("/api/jobs/")
     assert job["submission_id"].startswith(f"{name}-20")

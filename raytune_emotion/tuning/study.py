@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import io
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -34,6 +35,8 @@ from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
 SPEC = "study.yaml"
 TRIALS = "trials.csv"
 CURVES = "curves.parquet"
+#: Tells a job, to which the code has come without its repository, the commit that it is of.
+_COMMIT = "RAYTUNE_EMOTION_COMMIT"
 #: Trials whose weights are kept when they have ended.
 KEPT = 3
 
@@ -293,11 +296,24 @@ def _plain(value: Any) -> Any:
 
 def _surroundings() -> dict[str, Any]:
     packages = ("raytune_emotion", "torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": os.environ.get(_COMMIT) or _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Of the code that runs, with -dirty where it is another by now; none where it lies in no repository of its own."""
+    here, git = Path(__file__), shutil.which("git")
+    if git is None:
+        return None
+
+    def told(*arguments: str) -> str:
+        command = [git, "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # The repository around it may be somebody else's, with the package in its environment.
+    return (
+        told("ls-files", here.name) and told("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    ) or None

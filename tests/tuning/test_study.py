@@ -1,10 +1,12 @@
 import dataclasses
 import json
 import re
+import subprocess
 
 import pandas as pd
 import pytest
 
+import raytune_emotion.tuning.study as study_module
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.objective import BY_SIZE, JS_ALONE, OBJECTIVES
@@ -64,6 +66,28 @@ RECORDS = [
     TrialRecord("0002", "failed", {"optim.lr": 9.0}, "the loss is not a number", ()),
     TrialRecord("0003", "running", {"optim.lr": 1e-4}, "", (report(1, 0.6),)),
 ]
+
+
+def test_a_commit_is_told_of_the_code_that_runs_alone(tmp_path, monkeypatch):
+    code = tmp_path / "study.py"
+    code.touch()
+    monkeypatch.setattr(study_module, "__file__", str(code))
+    assert study_module._commit() is None
+
+    def git(*arguments):
+        as_somebody = ["git", "-C", tmp_path, "-c", "user.name=S", "-c", "user.email=s@example.org"]
+        return subprocess.run([*as_somebody, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "--message", "of something else")
+    assert study_module._commit() is None
+    git("add", "study.py")
+    git("commit", "--message", "of the code")
+    assert study_module._commit() == git("rev-parse", "HEAD")
+    code.write_text("edited")
+    assert study_module._commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")  # no git
+    assert study_module._commit() is None
 
 
 def test_the_spec_survives_its_file(tmp_path, store):
