@@ -88,17 +88,20 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
-    """Whether no other process is in such a block for the folder; until the end of this one, none gets in."""
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of such blocks for the folder, until the end of this one.
+
+    Raises:
+        UserError: another process is in one.
+    """
     with contextlib.ExitStack() as stack:
-        alone = True
         try:
             stack.enter_context(_locked(folder, fcntl.LOCK_NB))
         except BlockingIOError:
-            alone = False
+            raise UserError(f"{folder}: another process is at work in it; wait for its end, or end it") from None
         except OSError:  # a file system without locks
             pass
-        yield alone
+        yield
 
 
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:

@@ -20,6 +20,7 @@ from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import check_data, is_store, prepare
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
@@ -141,12 +142,14 @@ next: python -m raytune_emotion.predict {shlex.quote(str(folder / "best"))} FACE
 def _train(console: Console, folder: Path, config: RunConfig, store: str, resources: Resources) -> None:
     job = Job(folder.name, str(folder), store, config.flat(), resources)
     fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        for report in train_here(job) if resources.workers == 1 else train_together(job, MAX_FAILURES):
-            console.print(
-                f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  "
-                f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
-            )
+        with alone_in(folder):
+            for report in train_here(job) if resources.workers == 1 else train_together(job, MAX_FAILURES):
+                console.print(
+                    f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
+                    f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
+                )
     except TrialFailed as error:
         if fresh and not (folder / LAST).exists():
             shutil.rmtree(folder)  # the name is free for another attempt

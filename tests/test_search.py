@@ -384,7 +384,7 @@ class TestBadResuming:
     def test_one_that_is_at_work(self, resumed):
         with sole_driver(resumed.folder):
             told = resumed()
-        assert told == [f"{resumed.folder}: another process is at work on this study; wait for its end, or end it"]
+        assert told == [f"{resumed.folder}: another process is at work in it; wait for its end, or end it"]
 
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")

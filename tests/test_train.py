@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from raytune_emotion.config import RunConfig
+from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import read_history
 from tests.test_search import exit_code, refusal, write_study
 
@@ -80,6 +81,10 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert refused("--name", "mine") == [
         f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
     ]
+    with alone_in(folder):
+        assert refused("--resume", "--name", "mine") == [
+            f"{folder}: another process is at work in it; wait for its end, or end it"
+        ]
     # Its settings and its data are its own: none need be said again, and none can be changed.
     assert trained("--resume", "--name", "mine", "--epochs", 3, data=False) == 0
     history = read_history(folder)

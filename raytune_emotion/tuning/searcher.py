@@ -212,9 +212,7 @@ def sole_driver(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it.
     """
-    with alone_in(folder) as alone:
-        if not alone:
-            raise UserError(f"{folder}: another process is at work on this study; wait for its end, or end it")
+    with alone_in(folder):
         # One that was killed while it wrote has left Optuna's lock, which would be waited for.
         with contextlib.suppress(RuntimeError):
             JournalFileSymlinkLock(str(folder / JOURNAL)).release()
@@ -222,4 +220,4 @@ def sole_driver(folder: Path) -> Iterator[None]:
 
 
 def _storage(folder: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    return JournalStorage(JournalFileBackend(str(folder.absolute() / JOURNAL)))

@@ -182,7 +182,7 @@ def test_a_study_is_driven_by_one_process(tmp_path, space):
     with sole_driver(tmp_path):
         assert not lock.is_symlink()
         Searcher(study, space, seed=0).ask()
-        with pytest.raises(UserError, match="another process is at work on this study"), sole_driver(tmp_path):
+        with pytest.raises(UserError, match="another process is at work in it"), sole_driver(tmp_path):
             pass
     with sole_driver(tmp_path):
         assert len(asked(study)) == 1
