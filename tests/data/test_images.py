@@ -118,7 +118,7 @@ def test_drafts_are_as_exact_as_is_said(tmp_path, file, side, most):
     assert 0 < error < most
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(8, 150), st.integers(8, 150)),
     side=st.integers(1, 160),

@@ -12,7 +12,7 @@ from raytune_emotion.learn.losses import LOSSES, mixture
 
 K = 5
 EQUAL_WEIGHTS = dict.fromkeys(LOSSES, 1 / len(LOSSES))
-modest = settings(max_examples=15, deadline=None)
+modest = settings(max_examples=15)
 CONTRACT = {**LOSSES, "mixture": mixture(EQUAL_WEIGHTS)}
 
 logits = hnp.arrays(np.float64, (2, K), elements=st.floats(-1e4, 1e4, width=32))

@@ -94,7 +94,7 @@ def test_classes_without_a_place_in_the_plane_have_no_transport_cost():
     assert "emd_va" not in per_sample(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), k=st.integers(2, 7))
 def test_transport_is_exact_on_any_metric_with_all_its_ties(data, k):
     """Points on a small grid: distances are often equal, points in line or one upon the other."""

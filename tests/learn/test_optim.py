@@ -90,7 +90,7 @@ def test_plateau_counts_its_patience_in_epochs():
     assert set(factors(config, [*val_js, 0.44])) == {0.1}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(val_js=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), max_size=20), patience=st.integers(1, 4))
 def test_plateau_is_that_of_torch_without_its_state(val_js, patience):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

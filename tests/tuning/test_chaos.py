@@ -1,6 +1,6 @@
 """Studies in which drivers, trial processes, workers and machines die at points that nobody has chosen.
 
-A failure tells the seed of its points; with it in CHAOS_SEED they are the same again.
+The points are drawn with a seed, 0 or that in CHAOS_SEED; a failure tells it.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ _TWO_CORES = {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 2})}
 
 @contextlib.contextmanager
 def chance():
-    seed = int(os.environ.get("CHAOS_SEED", random.randrange(2**32)))
+    seed = int(os.environ.get("CHAOS_SEED", "0"))
     try:
         yield random.Random(seed)
     except BaseException:  # a timeout too

@@ -123,7 +123,7 @@ def test_the_fit_goes_by_the_slope_of_what_it_minimises(space, monkeypatch):
         assert off < 1e-4 * np.linalg.norm(fitted[0](theta)[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(mean=st.floats(-2, 2), std=st.floats(0.01, 2), best=st.floats(-2, 2))
 def test_expected_improvement_is_what_draws_improve_in_the_mean(mean, std, best):
     drawn = np.random.default_rng(0).normal(mean, std, 20_000)

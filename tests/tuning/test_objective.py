@@ -79,7 +79,7 @@ def area(values, costs, most_value, most_cost):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seen=st.lists(st.tuples(st.floats(-2, 2), st.floats(0, 3)), min_size=1, max_size=6),
     mean=st.floats(-2, 2),

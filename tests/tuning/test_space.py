@@ -476,7 +476,7 @@ class TestMixture:
         assert np.allclose(weights.var(axis=0), 4 / (25 * 6), rtol=0.2)
 
     @given(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1)), min_size=5, max_size=5).filter(any))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_start_points_come_back(self, raw: list[float]) -> None:
         weights = {f"loss.{loss}": w / sum(raw) for loss, w in zip(LOSSES, raw, strict=True)}
         space = parse_space({**self.space.to_dict(), "start": [weights]})
@@ -549,7 +549,7 @@ def spaces(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(spaces(), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whatever_a_valid_space_suggests_is_a_valid_configuration(mapping: dict[str, Any], seed: int) -> None:
     # What `values` gives as micro-batches and warm-up always fits these.
     fixed = {"train.epochs": 60} | ({} if "train.batch_size" in mapping else {"train.batch_size": 64})

@@ -72,6 +72,7 @@ def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path):
     said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
     assert (process.returncode, out, err) == (130, "", said)
     assert list(dest.parent.iterdir()) == [part]
+    deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != 2:  # Ray takes its time to tell
         assert time.monotonic() < deadline
         time.sleep(0.05)
