@@ -119,9 +119,7 @@ def begin_shard(path: Path, ids: Sequence[str], prob_NK: npt.NDArray[np.float32]
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
             writer.write_batch(batch)
         file.truncate()
-        assert sink.offset > 0
-        # Pixels then cost half as much to write.
-        os.posix_fallocate(file.fileno(), sink.offset, length)
+    assert sink.offset > 0
     return sink.offset
 
 
