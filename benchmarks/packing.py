@@ -1,10 +1,11 @@
 """Images that packing takes a core-second for, against PIL's decoding of the same files, and what drafts change.
 
-PIL opens a file, converts it to RGB and loads it, in one process, and nothing else: it neither resizes, nor keeps,
-checks or writes the pixels. `decode_image` turns upright and resizes; then the pixels are also hashed, and written;
-`pack` also reads annotations, describes and syncs, once in this process and once in one a core, which are started for
-it. Core-seconds are those of all processes, so the rate by them does not depend on the disk; the rate by the clock is
-given beside it. Several sizes are packed in one pass, and one after the other.
+PIL opens a file, converts it to RGB and loads it, and nothing else: it neither resizes, nor keeps, checks or writes the
+pixels. It does so in one process, and in one a core, as two cores may be less than twice one. `decode_image` turns
+upright and resizes; then the pixels are also hashed, and written; `pack` also reads annotations, describes and syncs,
+in this process and in one a core, which are started for it. Core-seconds are those of all processes, so the rate by
+them does not depend on the disk; the rate by the clock is given beside it. Several sizes are packed in one pass, and
+one after the other.
 
 All take turns, round by round; a ratio is the median over the rounds of those within a round.
 
@@ -19,6 +20,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,9 @@ NAMES = 16
 #: Packing takes all files, and what is compared with it every eighth.
 PART = 8
 ROUNDS = 4
+CORES = os.cpu_count() or 1
+#: PIL in as many processes as packing, and the files that each is handed at once.
+PILS, PART_ROWS = f"PIL, {CORES} processes", 128
 #: Sides of files and of the pictures made of them, whose errors are told; and of how many drawn faces.
 ERRORS, DRAWN = ((224, 112), (224, 96), (224, 64), (640, 224), (640, 96)), 20
 
@@ -55,26 +61,34 @@ def run() -> Table:
                 _name_again(folder, NAMES)
             files = sorted((folder / SPLITS["train"] / "images").iterdir())
             stores = Path(scratch) / "stores"
-            by_core, by_clock = _take_turns(_ways(folder, files[::PART], store_px, stores), stores)
+            by_core, by_clock = _take_turns(_ways(folder, files, store_px, stores), stores)
             case = f"{file_px} -> {', '.join(map(str, store_px))}"
             for name, rates in by_core.items():
-                of_pil = statistics.median(own / pil for own, pil in zip(rates, by_core["PIL"], strict=True))
-                rows.append((case, name, *_spread(rates), of_pil, *_spread(by_clock[name])))
+                of_pil, of_pils = (
+                    statistics.median(own / pil for own, pil in zip(own_rates[name], own_rates[reference], strict=True))
+                    for own_rates, reference in ((by_core, "PIL"), (by_clock, PILS))
+                )
+                rows.append((case, name, *_spread(rates), of_pil, *_spread(by_clock[name]), of_pils))
         errors = _errors(Path(scratch) / "face.jpg")
     columns = (
         "px", "way", "images/core-s", "least", "most", "times PIL", "images/s by the clock", "least ", "most ",
+        "times PIL on all cores",
     )  # fmt: skip
-    return Table(columns, rows, [f"{os.cpu_count()} cores.", *errors])
+    return Table(columns, rows, [f"{CORES} cores.", *errors])
 
 
-def _ways(folder: Path, files: Sequence[Path], sizes: tuple[int, ...], dest: Path) -> dict[str, Callable[[], int]]:
+def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Path) -> dict[str, Callable[[], int]]:
     """Each returns how many images it has worked on."""
+    files = every[::PART]
 
     def pil() -> int:
-        for file in files:
-            with Image.open(file) as image:
-                image.convert("RGB").load()
-        return len(files)
+        return _load(files)
+
+    def pils() -> int:
+        parts = [every[start : start + PART_ROWS] for start in range(0, len(every), PART_ROWS)]
+        # Forked, they begin at once.
+        with ProcessPoolExecutor(CORES, mp_context=get_context("fork")) as executor:
+            return sum(executor.map(_load, parts))
 
     def decode() -> int:
         for file in files:
@@ -101,12 +115,18 @@ def _ways(folder: Path, files: Sequence[Path], sizes: tuple[int, ...], dest: Pat
 
         return pack_whole
 
-    cores = os.cpu_count() or 1
-    packs = {f"pack, {n} process{'es' * (n > 1)}": whole(n, [sizes]) for n in (1, cores)}
+    packs = {f"pack, {n} process{'es' * (n > 1)}": whole(n, [sizes]) for n in (1, CORES)}
     if len(sizes) > 1:
-        return {"PIL": pil, **packs, "pack, size by size": whole(cores, [[size] for size in sizes])}
+        return {"PIL": pil, PILS: pils, **packs, "pack, size by size": whole(CORES, [[size] for size in sizes])}
     parts = {"and hashed": images(None), "and written": images(dest / "pixels")}
-    return {"PIL": pil, "decode_image": decode, **parts, **packs}
+    return {"PIL": pil, PILS: pils, "decode_image": decode, **parts, **packs}
+
+
+def _load(files: Sequence[Path]) -> int:
+    for file in files:
+        with Image.open(file) as image:
+            image.convert("RGB").load()
+    return len(files)
 
 
 def _take_turns(
