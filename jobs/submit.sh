@@ -43,7 +43,11 @@ trap 'rm -rf "$package"' EXIT
 cp -r raytune_emotion search_spaces "$package"
 find "$package" -name __pycache__ -prune -exec rm -rf {} +
 
-commit=$(git describe --always --dirty --abbrev=40 '--exclude=*' 2>/dev/null || true)
+# None where this folder lies in the repository of something else.
+commit=
+if git ls-files --error-unmatch jobs/submit.sh &> /dev/null; then
+  commit=$(git describe --always --dirty --abbrev=40 '--exclude=*')
+fi
 
 # A job runs the first python of the PATH that `ray start` had, which need not be the one with Ray. The project's own
 # comes first where the nodes see it. Ray puts their PATH in its place.

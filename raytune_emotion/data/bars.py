@@ -33,9 +33,9 @@ def counted(pmap: Map, bars: Progress, what: str) -> Map:
     """The same map, whose results (lists) are counted on a bar."""
     bar = bars.add_task(what, total=None)
 
-    def counted(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+    def counting(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         for part in pmap(function, tasks):
             bars.advance(bar, len(part))
             yield part
 
-    return counted
+    return counting

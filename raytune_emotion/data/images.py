@@ -109,7 +109,7 @@ def write_images(task: DecodeTask) -> list[bytes | str]:
         stack.enter_context(_quietly())
         contents = read(task.source, [file.name for file in task.files])
         # Room for most drafts, which are less than twice as wide as what they are for.
-        scratch = bytearray(4 * _bytes(task.image_sizes[0])) if len(task.image_sizes) == 1 else None
+        scratch = bytearray(4 * picture_bytes(task.image_sizes[0])) if len(task.image_sizes) == 1 else None
         return [_decode_into(outs, content, task.image_sizes, scratch) for content in contents]
 
 
@@ -122,7 +122,7 @@ def _decode_into(
         squares = _decode(content, sides, scratch)
     except _Undecodable as error:
         for out, side in zip(outs, sides, strict=bool(outs)):
-            out.seek(_bytes(side), os.SEEK_CUR)
+            out.seek(picture_bytes(side), os.SEEK_CUR)
         return str(error)
     for out, square in zip(outs, squares, strict=bool(outs)):
         out.write(square.data)
@@ -141,7 +141,7 @@ def _is_done(region: Region, side: int, key: str) -> bool:
     digests = region.done[1]
     with Path(region.file).open("rb") as file:
         file.seek(region.offset)
-        found = b"".join(pixels_digest(file.read(_bytes(side))) for _ in range(len(digests) // DIGEST_BYTES))
+        found = b"".join(pixels_digest(file.read(picture_bytes(side))) for _ in range(len(digests) // DIGEST_BYTES))
     return found == digests
 
 
@@ -153,7 +153,7 @@ def files_key(source: Source, files: Sequence[File]) -> str:
     return key.hexdigest()[:16]
 
 
-def _bytes(side: int) -> int:
+def picture_bytes(side: int) -> int:
     return side * side * 3
 
 

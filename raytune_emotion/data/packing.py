@@ -18,7 +18,7 @@ from rich.progress import Progress
 from raytune_emotion.data.affectnet import Row
 from raytune_emotion.data.bars import progress
 from raytune_emotion.data.content import checked, describe, read_rows
-from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, Region, decode_images
+from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, Region, decode_images, picture_bytes
 from raytune_emotion.data.pool import Map
 from raytune_emotion.data.shards import ShardEntry
 from raytune_emotion.data.source import Source
@@ -29,7 +29,6 @@ from raytune_emotion.data.unfilled import (
     begin_unfilled,
     close_shard,
     cut,
-    row_bytes,
     shard_rows,
 )
 from raytune_emotion.errors import UserError
@@ -54,7 +53,7 @@ def pack_into(
     with progress() as bars:
         scan = read_rows(source, classes, pmap, bars)
         for size, folder in folders.items():
-            check_space(folder, sum(map(len, scan.rows.values())) * row_bytes(size))
+            check_space(folder, sum(map(len, scan.rows.values())) * picture_bytes(size))
         with contextlib.ExitStack() as stack:
             stores = [stack.enter_context(_begun(folder, size, scan.rows)) for size, folder in folders.items()]
             digests = _decode_all(source, scan.rows, stores, pmap, bars)

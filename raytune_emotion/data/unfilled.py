@@ -8,7 +8,7 @@ import numpy as np
 
 from raytune_emotion.data import shards
 from raytune_emotion.data.affectnet import Row
-from raytune_emotion.data.images import DIGEST_BYTES, Region
+from raytune_emotion.data.images import DIGEST_BYTES, Region, picture_bytes
 from raytune_emotion.data.shards import ShardEntry
 
 #: Rows of a task: a power of two.
@@ -28,7 +28,7 @@ class Unfilled:
     pixels: int  # where in the file they begin, bytes
 
     def region(self, row: int, done: tuple[str, bytes] | None = None) -> Region:
-        return Region(str(self.path), self.pixels + row * row_bytes(self.image_size), done)
+        return Region(str(self.path), self.pixels + row * picture_bytes(self.image_size), done)
 
 
 def begin_unfilled(folder: Path, split: str, number: int, rows: Sequence[Row], image_size: int) -> Unfilled:
@@ -54,8 +54,4 @@ def cut(digest: bytes | str, i: int) -> bytes:
 
 def shard_rows(image_size: int) -> int:
     """A power of two, so that a shard is of whole tasks, and of whole shards of every larger size."""
-    return max(TASK_ROWS, 1 << (_SHARD_BYTES // row_bytes(image_size)).bit_length() >> 1)
-
-
-def row_bytes(image_size: int) -> int:
-    return image_size * image_size * 3
+    return max(TASK_ROWS, 1 << (_SHARD_BYTES // picture_bytes(image_size)).bit_length() >> 1)
