@@ -410,12 +410,20 @@ def read_markets(space: Space, notes: list[str]) -> list[tuple[str, str, Market,
             f"{name}: {len(each.settings)} configurations of {each.js_NR.shape[1]} reports, {each.mean_seconds:.0f} "
             f"core-seconds each. Of a configuration that it has not seen, the surrogate is off by "
             f"{found.surrogate_error:.4f} bits in the median (rank correlation {found.rank_correlation:.2f}), the "
-            f"nearest by {found.nearest_error:.4f}."
+            f"nearest by {found.nearest_error:.4f}. The shortest of its lengths, in parts of a setting's range: "
+            f"{_shortest(each.encoding.names, 1 / found.nearest.scales_D)}."
         )
         others = tuple(forecast for other, forecast in learned.items() if other != name)
         for kind, response in (("surrogate", found.surrogate), ("nearest", found.nearest)):
             markets.append((name, kind, Market(space, response, each.js_NR.shape[1], others), each.mean_seconds))
     return markets
+
+
+def _shortest(names: Sequence[str], length_D: Floats, most: float = 6.0) -> str:
+    """Which settings matter most to the JS, and over what a part of their range."""
+    ranked = sorted(zip(length_D, names, strict=True))
+    listed = dict.fromkeys(name for length, name in ranked if length < most)
+    return ", ".join(f"{name} {min(length for length, its in ranked if its == name):.1f}" for name in listed)
 
 
 def _learned(space: Space, response: Surrogate, recorded: Recorded) -> Forecast:
@@ -446,7 +454,7 @@ def compare(
         done[name] = replays(name, budget * SHARE, range(longer), goal, budget * LONGER)
         done[name] += replays(name, budget * SHARE, range(longer, count), np.inf, 0.0)
     to_ray = float(np.median([one.at(budget * SHARE) for one in done[RAY]]))
-    every = [market.response(drawn(market.space, SEEDS, block)) for block in range(100)]
+    every = [market.response(drawn(market.space, SEEDS, block)) for block in range(20)]
     js_MR, seconds_MR = (np.concatenate(part) for part in zip(*every, strict=True))
     goals = np.quantile(js_MR.min(axis=1), BEST)
     done["the fastest configuration"] = [_soonest(js_MR, np.cumsum(seconds_MR, axis=1))]

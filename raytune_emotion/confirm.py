@@ -59,18 +59,17 @@ def run(args: argparse.Namespace) -> None:
     study: Path = args.study.absolute()
     chosen, spec = _asked(args, study)
     folder, console = study / CONFIRMED, Console(soft_wrap=True, highlight=False)
-    with ray_session(args.address), terminated_as_interrupted():
+    folder.mkdir(exist_ok=True)
+    with sole_driver(folder), ray_session(args.address), terminated_as_interrupted():
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
         )
-        folder.mkdir(exist_ok=True)
-        with sole_driver(folder):
-            spec = _begun(folder, spec, chosen, fresh_seeds(spec.seed, args.seeds))
-            console.print(
-                f"confirmation {folder}: {len(spec.confirms or ())} configurations, {spec.trials} runs of "
-                f"{spec.epochs} epochs, {placement.concurrency} at once"
-            )
-            interrupted = run_shown(console, folder, spec, placement)
+        spec = _begun(folder, spec, chosen, fresh_seeds(spec.seed, args.seeds))
+        console.print(
+            f"confirmation {folder}: {len(spec.confirms or ())} configurations, {spec.trials} runs of "
+            f"{spec.epochs} epochs, {placement.concurrency} at once"
+        )
+        interrupted = run_shown(console, folder, spec, placement)
     _conclude(console, folder, spec, interrupted=interrupted)
     if interrupted:
         raise KeyboardInterrupt

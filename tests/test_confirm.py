@@ -13,7 +13,7 @@ from raytune_emotion import confirm
 from raytune_emotion.learn.package import load_package
 from raytune_emotion.tuning.confirmation import best_configurations, standings
 from raytune_emotion.tuning.engine import job_of
-from raytune_emotion.tuning.searcher import Searcher, create_study, load_study
+from raytune_emotion.tuning.searcher import Searcher, create_study, load_study, sole_driver
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import TrialRecord, read_records, read_spec, write_spec
 from raytune_emotion.tuning.trial import train_here
@@ -95,6 +95,13 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path):
     create_study(begun, parse_space(spec.space))
     write_spec(begun, spec)
     assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
+
+
+def test_one_that_is_at_work(refused, tmp_path):
+    folder = tmp_path / "study" / "confirmed"
+    folder.mkdir()
+    with sole_driver(folder):
+        assert refused() == [f"{folder}: another process is at work in it; wait for its end, or end it"]
 
 
 def test_a_study_at_a_uri_is_refused(capsys):

@@ -28,8 +28,23 @@ Configurations = Sequence[Mapping[str, Any]] | pd.DataFrame
 _FITTED = 80
 #: Steps of that fit.
 _STEPS = 25
-#: Of a kernel in D dimensions, as logarithms: variance, D lengths and noise, each with a spread (see `_fit`).
-_VARIANCE, _LENGTH, _NOISE = (0.0, 1.0), (math.log(0.5), 1.0), (math.log(0.02), 1.5)
+#: What is believed of a kernel before a trial is seen: of its variance and noise the logarithm, with a spread.
+_VARIANCE, _NOISE = (0.0, 1.0), (math.log(0.02), 1.5)
+#: Of its lengths, in parts of a setting's range and with the spread of their logarithms: of a setting that nothing is
+#: known of, times the root of the dimensions (after Hvarfner et al., 2024, "Vanilla Bayesian optimization performs
+#: great in high dimensions"); of the share of the full length that was trained; and the spread of those in `LENGTHS`.
+_UNKNOWN, _TRAINED, _SPREAD = (0.5, 1.0), (1.2, 0.4), 0.4
+#: How much settings matter to the JS, by how their names begin: the less, the longer. Read off two sets of recorded
+#: curves, which agree in it (`benchmarks/curves`).
+LENGTHS = {
+    "optim.lr": 0.7,
+    "train.batch_size": 1.6,
+    "model.backbone": 2.0,
+    "loss": 3.5,
+    "model": 5.0,
+    "optim": 5.0,
+    "augment": 5.0,
+}
 #: Spreads from the centre that bound the fit.
 _FAR = 6.0
 #: The least value, as whose logarithm that of a perfect prediction counts.
@@ -46,6 +61,11 @@ class Encoding:
 
     ranges: Mapping[str, tuple[float, float, bool]]  # least, most, logarithmic
     choices: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """The setting of every coordinate, [D]."""
+        return [*self.ranges, *(key for key, listed in self.choices.items() for _ in listed)]
 
     def __call__(self, settings: Configurations) -> Floats:
         """The points, [M, D]; coordinates of what is not set lie in the middle."""
@@ -98,7 +118,13 @@ class Curve:
 class Forecast:
     """Of the logarithm of the best value that a configuration will have reached at full length."""
 
-    def __init__(self, encoding: Encoding, curves: Sequence[Curve], earlier: Sequence["Forecast"] = ()) -> None:
+    def __init__(
+        self,
+        encoding: Encoding,
+        curves: Sequence[Curve],
+        earlier: Sequence["Forecast"] = (),
+        lengths: Mapping[str, float] = LENGTHS,
+    ) -> None:
         """Learns from the trials of a study.
 
         Args:
@@ -106,6 +132,7 @@ class Forecast:
             curves: of the study's trials; none of them has to have reported where there are earlier forecasts.
             earlier: forecasts of other studies. This one is then of what they leave open, and they count as far as they
                 explain what is known here (after Golovin et al., 2017, "Google Vizier", section 3.3).
+            lengths: over which settings are believed to make a difference, by how their names begin.
         """
         self._encoding, self._earlier = encoding, earlier
         points = [*_points(curves)]
@@ -122,7 +149,7 @@ class Forecast:
         self._mean = float(rest_N.mean()) if points else 0.0
         self._z_N = (rest_N - self._mean) / self._scale
         some = np.unique(np.linspace(0, len(points) - 1, min(_FITTED, len(points))).astype(int))
-        self._kernel = _fit(self._x_ND[some], self._z_N[some])
+        self._kernel = _fit(self._x_ND[some], self._z_N[some], _believed(encoding, lengths))
         self._condition()
 
     def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
@@ -237,14 +264,22 @@ def _matern(r: Floats) -> Floats:
     return (1 + r + r * r / 3) * np.exp(-r)
 
 
-def _fit(x_ND: Floats, z_N: Floats) -> _Kernel:
-    """Maximises the likelihood times a prior in which lengths grow with the root of the dimensions.
+def _believed(encoding: Encoding, lengths: Mapping[str, float]) -> Floats:
+    """Centre and spread of the logarithm of every coordinate's length, [D, 2]; the share trained is the last."""
+    unknown = _UNKNOWN[0] * math.sqrt(len(encoding.names) + 1), _UNKNOWN[1]
+    believed = [*(_known(name, lengths) or unknown for name in encoding.names), _TRAINED]
+    return np.array([(math.log(length), spread) for length, spread in believed])
 
-    After Hvarfner et al., 2024, "Vanilla Bayesian optimization performs great in high dimensions".
-    """
-    count, dims = x_ND.shape
-    length = (_LENGTH[0] + 0.5 * math.log(dims), _LENGTH[1])
-    centre, spread = np.array([_VARIANCE, *[length] * dims, _NOISE]).T
+
+def _known(name: str, lengths: Mapping[str, float]) -> tuple[float, float] | None:
+    found = max((key for key in lengths if f"{name}.".startswith(f"{key}.")), key=len, default=None)
+    return (lengths[found], _SPREAD) if found else None
+
+
+def _fit(x_ND: Floats, z_N: Floats, lengths_D2: Floats) -> _Kernel:
+    """Maximises the likelihood times what is believed before."""
+    count = len(x_ND)
+    centre, spread = np.array([_VARIANCE, *lengths_D2, _NOISE]).T
     squares_NND = (x_ND[:, None] - x_ND) ** 2
 
     def loss(theta: Floats) -> tuple[float, Floats]:

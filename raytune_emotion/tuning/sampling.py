@@ -30,9 +30,9 @@ from raytune_emotion.tuning.space import Space
 SETTINGS, COST = "settings", "cost"
 
 #: Trials that end before any is modelled.
-_STARTUP = 8
+_STARTUP = 4
 #: Candidates drawn at random, and as many that change one of the best trials.
-_CANDIDATES, _BEST = 200, 5
+_CANDIDATES, _BEST = 1000, 5
 #: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
 _ANEW, _STEP = 0.2, 0.1
 
@@ -89,7 +89,8 @@ def _promise(
     if objective.cost is None or not reported:
         return improvement_M
     known = [(trial.user_attrs[SETTINGS], trial.user_attrs[COST]) for trial in reported]
-    cost_M, _ = Forecast(encoding, [Curve(its, {1: cost}) for its, cost in known])(settings)
+    # Where a difference shows in JS, it need not in cost.
+    cost_M, _ = Forecast(encoding, [Curve(its, {1: cost}) for its, cost in known], lengths={})(settings)
     if not objective.front:
         return improvement_M / np.exp(cost_M)
     logs_N = np.log([cost for _, cost in known])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial
 
-from raytune_emotion.tuning.sampling import candidates, settings_of
+from raytune_emotion.tuning.sampling import _CANDIDATES, candidates, settings_of
 from raytune_emotion.tuning.space import parse_space
 from tests.tuning.test_searcher import SPACE
 
@@ -26,7 +26,7 @@ def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
     space.suggest(seed_trial)
     params = candidates(space, [seed_trial], 2)
     settings = settings_of(space, params)
-    assert len(settings) == 400
+    assert len(settings) == 2 * _CANDIDATES
     for row, found in zip(rows(params)[::7], settings.to_dict("records")[::7], strict=True):
         suggested = space.suggest(FixedTrial(row))
         assert found == pytest.approx({key: suggested[key] for key in space.columns()}, abs=1e-8, nan_ok=True)
@@ -38,9 +38,9 @@ def test_the_second_half_lies_near_the_best():
     space.suggest(best)
     params = candidates(space, [best], 2)
     off = abs(params["model.dropout"] - best.params["model.dropout"])
-    assert np.median(off[200:]) < 0.6 * np.median(off[:200])
+    assert np.median(off[_CANDIDATES:]) < 0.6 * np.median(off[:_CANDIDATES])
     same = np.array(params["loss"]) == best.params["loss"]
-    assert same[200:].mean() > 0.8 > same[:200].mean()
+    assert same[_CANDIDATES:].mean() > 0.8 > same[:_CANDIDATES].mean()
 
 
 def rows(params):
