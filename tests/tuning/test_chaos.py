@@ -25,6 +25,7 @@ from ray.cluster_utils import Cluster
 
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session, run_study
+from raytune_emotion.tuning.sampling import _STARTUP
 from raytune_emotion.tuning.searcher import create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.stopping import make_scheduler, replay
@@ -34,7 +35,7 @@ from tests.test_pack import heed_ctrl_c
 from tests.tuning.test_engine import SPACE, left_behind, numbers
 from tests.tuning.test_study import spec_of
 
-#: Too few for the sampler's model, which `test_searcher` breaks off; here its seeds must be right, and the rungs.
+#: Enough for some to be proposed by the model.
 TRIALS, EPOCHS, SEED = 7, 3, 3
 SPACE = SPACE | {"data.image_size": 32, "train.epochs": EPOCHS}
 #: For what a study held to be given back.
@@ -312,8 +313,9 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
         check_continued(before, after, records)
         assert all(after[trial_id] == before[trial_id] for trial_id in ended_then)
         assert ended_trials(folder).items() >= ended_then.items()
-        # What is proposed does not depend on who trains it.
-        assert [r.settings for r in records] == [settings for _, _, settings, *_ in undisturbed]
+        # Until there is a model of what trials have shown, what is proposed does not depend on who trains it.
+        at_random = [settings for _, _, settings, *_ in undisturbed][:_STARTUP]
+        assert [r.settings for r in records[:_STARTUP]] == at_random
         told = load_study(folder).trials
         assert [t.intermediate_values for t in told] == [
             {report["report"]: report["best_val_js"] for report in record.reports} for record in records
