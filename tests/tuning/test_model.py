@@ -110,6 +110,22 @@ def test_an_earlier_study_helps_where_it_holds_and_is_left_where_it_does_not(spa
     assert rank_correlation(Forecast(encoding, many, [adverse]), space) > cold - 0.05
 
 
+def test_what_is_known_of_settings_helps_while_trials_are_few(space):
+    encoding = encoding_of(space)
+    few = [[curve(each) for each in draw(space, 6, seed=seed)] for seed in range(10, 18)]
+    known = [rank_correlation(Forecast(encoding, seen), space) for seen in few]
+    unknown = [rank_correlation(Forecast(encoding, seen, lengths={}), space) for seen in few]
+    assert np.median(known) > np.median(unknown)
+
+
+def test_settings_are_known_by_the_longest_beginning_of_their_names():
+    lengths = {"optim": 5.0, "optim.lr": 0.7, "loss": 3.5}
+    found = {key: model._known(key, lengths) for key in ("optim.lr", "optim.weight_decay", "loss.kl", "losses", "data")}
+    assert {key: known and known[0] for key, known in found.items()} == {
+        "optim.lr": 0.7, "optim.weight_decay": 5.0, "loss.kl": 3.5, "losses": None, "data": None,
+    }  # fmt: skip
+
+
 def test_the_fit_goes_by_the_slope_of_what_it_minimises(space, monkeypatch):
     fitted = []
     monkeypatch.setattr(
