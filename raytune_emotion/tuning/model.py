@@ -132,7 +132,8 @@ class Forecast:
             curves: of the study's trials; none of them has to have reported where there are earlier forecasts.
             earlier: forecasts of other studies. This one is then of what they leave open, and they count as far as they
                 explain what is known here (after Golovin et al., 2017, "Google Vizier", section 3.3).
-            lengths: over which settings are believed to make a difference, by how their names begin.
+            lengths: the parts of their ranges over which settings are believed to make a difference, by how their names
+                begin; of other settings nothing is believed.
         """
         self._encoding, self._earlier = encoding, earlier
         points = [*_points(curves)]
