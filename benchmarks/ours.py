@@ -29,10 +29,10 @@ from benchmarks.policies import (
     Market,
     Replay,
     pool,
-    reached,
     read_markets,
     read_space,
     replay,
+    summary,
 )
 
 KEPT = CURVES.parent / "results" / "policies.json"
@@ -71,10 +71,8 @@ def _row(
     to_ray = _kept(*labels)
     longer = replays(OURS, budget * SHARE, range(SEEDS_PARTS), goal, budget * LONGER)
     studies = longer + replays(OURS, budget * SHARE, range(SEEDS_PARTS, SEEDS), np.inf, 0.0)
-    ratios = [budget / reached(studies, longer, goal), budget * SHARE / reached(studies, longer, to_ray)]
-    found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in (SHARE / 2, SHARE)]
     trials = float(np.mean([np.sum(one.begun <= budget * SHARE) for one in studies]))
-    return (*labels, len(studies), *ratios, *map(float, np.concatenate(found)), goal, to_ray, trials)
+    return (*labels, len(studies), *summary(studies, longer, budget, goal, to_ray), goal, to_ray, trials)
 
 
 def _kept(curves: str, workers: int) -> float:

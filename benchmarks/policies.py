@@ -461,17 +461,24 @@ def compare(
     rows = []
     for name, studies in done.items():
         went_on = studies[:SEEDS_PARTS] if name == OURS else studies
-        ratios = [budget / reached(studies, went_on, goal), budget * SHARE / reached(studies, went_on, to_ray)]
-        found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in (SHARE / 2, SHARE)]
-        until = [workers * reached(studies, went_on, js) / full for js in goals]
+        until = [workers * _reached(studies, went_on, js) / full for js in goals]
         shown = [time if np.isfinite(time) else "-" for time in until]
         given = budget if name == RANDOM else budget * SHARE
         trials = float(np.mean([np.sum(one.begun <= given) for one in studies]))
-        rows.append((*labels, name, len(studies), *ratios, *map(float, np.concatenate(found)), *shown, trials))
+        rows.append((*labels, name, len(studies), *summary(studies, went_on, budget, goal, to_ray), *shown, trials))
     return rows
 
 
-def reached(studies: Sequence[Replay], went_on: Sequence[Replay], js: float) -> float:
+def summary(
+    studies: Sequence[Replay], went_on: Sequence[Replay], budget: float, goal: float, to_ray: float
+) -> tuple[float, ...]:
+    """How much less of the budget they need for random's JS and for Ray's, and medians and quartiles of theirs."""
+    ratios = [budget / _reached(studies, went_on, goal), budget * SHARE / _reached(studies, went_on, to_ray)]
+    found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in (SHARE / 2, SHARE)]
+    return (*ratios, *map(float, np.concatenate(found)))
+
+
+def _reached(studies: Sequence[Replay], went_on: Sequence[Replay], js: float) -> float:
     """When a JS is reached in the median; of those that went on, where too few of all have come to it."""
     found = float(np.median([one.until(js) for one in studies]))
     return found if np.isfinite(found) else float(np.median([one.until(js) for one in went_on]))

@@ -65,7 +65,7 @@ def test_js_alone_goes_for_the_largest_and_a_front_for_all_of_them():
 
 
 def test_js_per_hour_takes_the_cheap_where_they_are_as_good():
-    assert chosen(searched("val_js per hour", 1.0))["lcnet_050"] > 1.5 * chosen(searched("val_js", 1.0))["lcnet_050"]
+    assert chosen(searched("val_js per hour", 1.0))["lcnet_050"] > 2 * chosen(searched("val_js", 1.0))["lcnet_050"]
 
 
 def area(values, costs, most_value, most_cost):
