@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gc
 import math
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data import loader
@@ -235,6 +237,56 @@ def test_clipped_gradients_take_small_steps(store, tmp_path):
 
 
 # ---- endings
+
+
+ALL = {
+    "augment__crop_scale": 0.8,
+    "augment__colour": 0.3,
+    "augment__grey": 0.2,
+    "augment__erase": 0.3,
+    "augment__mixup": 0.4,
+    "augment__cutmix": 0.4,
+    "train__accumulate": 2,
+    "train__grad_clip": 5,
+}
+
+
+@pytest.fixture
+def like_cuda(monkeypatch):
+    """A GPU whose tensors have no values, so that an operation over two devices fails, and so does reading a number.
+
+    What needs a driver is left out: pinned memory, generators, the average of weights and gradients, which are zero.
+    """
+    device = torch.device("cuda", 0)
+
+    def on_device(split):
+        pixels = torch.empty((len(split), 32, 32, 3), dtype=torch.uint8, device=device)
+        return loader.Resident(pixels, torch.empty(split.prob_NK.shape, device=device))
+
+    monkeypatch.setattr(loop, "place", lambda store, device: (on_device(store.train), on_device(store.val)))
+    monkeypatch.setattr(loop, "_randomness", lambda *key: contextlib.nullcontext())
+    monkeypatch.setattr(nn.Module, "to", lambda model, *args, **kwargs: model)  # it is there from the beginning
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
+        yield device
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("changes", [{}, ALL], ids=["plain", "all"])
+def test_no_step_on_a_gpu_waits_for_it(store, like_cuda, monkeypatch, changes):
+    settings = config(optim__name="adamw", loss__kl=0.5, loss__js=0.5, **changes)
+    running = loop.start(settings, store, like_cuda, make_plan(settings, store, like_cuda), fresh=True)
+    steps = []
+
+    def backward(loss):
+        for parameter in running.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(running.scaler, "update", lambda: steps.append(len(steps)))
+    with pytest.raises(DataDependentOutputException):
+        loop.train_segment(running, [])
+    assert len(steps) == running.plan.steps_per_epoch > 1
 
 
 def test_a_finished_run_yields_nothing_and_goes_on_with_more_epochs(store, tmp_path):
