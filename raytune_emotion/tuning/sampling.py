@@ -33,7 +33,7 @@ SETTINGS, COST = "settings", "cost"
 _STARTUP = 4
 #: Candidates drawn at random, and as many that change one of the best trials.
 _CANDIDATES, _BEST = 1000, 5
-#: By how much less sure than it says a forecast counts: it turns out to be too sure of itself (`benchmarks.calibration`).
+#: By how much less sure a forecast is taken to be than it says: it turns out too sure (`benchmarks.calibration`).
 _WIDER = 1.4
 #: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
 _ANEW, _STEP = 0.2, 0.1
