@@ -40,9 +40,9 @@ from raytune_emotion.data.store import pack_sizes
 CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 100), (224, (64, 96, 112, 224), 200))
 #: Each file lies in the folder under so many names, so that there is work for some seconds.
 NAMES = 16
-#: Packing takes all files, and what is compared with it every eighth.
-PART = 8
-ROUNDS = 4
+#: Packing takes all files, and what is compared with it every second.
+PART = 2
+ROUNDS = 8
 CORES = os.cpu_count() or 1
 #: PIL in as many processes as packing, and the files that each is handed at once.
 PILS, PART_ROWS = f"PIL, {CORES} processes", 128

@@ -1,1 +1,1 @@
-"""Learning curves of configurations that were trained to their end, for `benchmarks.policies` to replay."""
+"""Learning curves of configurations that were trained to their end, and studies replayed on them."""

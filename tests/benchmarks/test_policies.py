@@ -1,13 +1,17 @@
 import dataclasses
+import functools
+import itertools
 
 import numpy as np
 import optuna
 import pytest
 
-from benchmarks import policies
+from benchmarks.curves import replay
+from benchmarks.curves.replay import Market, at_random, simulate
 from benchmarks.curves.response import Nearest, fit_responses, read_curves
 from benchmarks.curves.rules import ENDED, Extrapolating, Foretold, Promoting
-from benchmarks.policies import OURS, Market, at_random, read_space, replay, simulate
+from benchmarks.policies import ours, part
+from benchmarks.rivals import kept_goals
 from raytune_emotion.tuning.model import encoding_of
 from raytune_emotion.tuning.sampling import SETTINGS
 from raytune_emotion.tuning.searcher import OBJECTIVE
@@ -16,16 +20,16 @@ from raytune_emotion.tuning.searcher import OBJECTIVE
 @pytest.fixture(scope="module")
 def market():
     """What was recorded on drawn faces, each configuration answered for by the nearest."""
-    space = read_space()
-    recorded = read_curves(policies.CURVES / "drawn.parquet", space)
-    return Market(space, Nearest(recorded, np.ones(recorded.x_ND.shape[1])), recorded.js_NR.shape[1])
+    space = replay.read_space()
+    recorded = read_curves(replay.CURVES / "drawn.parquet", space)
+    return Market("drawn", "nearest", space, Nearest(recorded, np.ones(recorded.x_ND.shape[1])))
 
 
 class Listed:
     """Trials of configurations that were drawn before, of which none is stopped."""
 
     def __init__(self, space, seed):
-        blocks = (policies.drawn(space, seed, block) for block in range(100))
+        blocks = (replay.drawn(space, seed, block) for block in range(100))
         self._left = (settings for block in blocks for settings in block.to_dict("records"))
         self._asked = 0
 
@@ -41,8 +45,8 @@ class Listed:
 
 
 def test_random_search_drawn_at_once_is_that_of_one_trial_after_the_other(market):
-    seconds = 20 * market.response.recorded.mean_seconds
-    at_once, one_by_one = at_random(market, 3, seconds, 7), simulate(market, Listed(market.space, 7), 3, seconds)
+    seconds = 20 * market.full
+    at_once, one_by_one = at_random(market, 3, 7, seconds), simulate(market, Listed(market.space, 7), 3, seconds)
     within = at_once.begun <= seconds
     assert within.sum() > 40
     assert at_once.begun[within] == pytest.approx(one_by_one.begun)
@@ -55,17 +59,41 @@ def test_searching_betters_random_search_of_the_same_time(market):
     some = {name: getattr(recorded, name)[:64] for name in ("settings", "x_ND", "js_NR", "seconds_NR")}
     # Between as many as can be fitted at once: by the nearest, few are as good as the best.
     market = dataclasses.replace(market, response=fit_responses(dataclasses.replace(recorded, **some)).surrogate)
-    seconds = 32 / 2 * recorded.mean_seconds
-    ours = [replay(market, OURS, 2, seconds, np.inf, 0.0, seed) for seed in range(4)]
-    random = [at_random(market, 2, seconds, seed) for seed in range(40)]
-    assert np.median([one.at(seconds) for one in ours]) < np.median([one.at(seconds) for one in random])
+    seconds = 32 / 2 * market.full
+    searched = [replay.replay(ours, market, 2, seed, seconds) for seed in range(4)]
+    random = [at_random(market, 2, seed, seconds) for seed in range(40)]
+    assert np.median([one.at(seconds) for one in searched]) < np.median([one.at(seconds) for one in random])
 
 
 def test_a_goal_that_is_not_reached_is_gone_on_for(market):
-    seconds = market.response.recorded.mean_seconds
-    short, longer = (replay(market, "with random proposals", 2, seconds, goal, 9 * seconds, 0) for goal in (1.0, 0.14))
+    by_chance, seconds = functools.partial(part, "with random proposals"), market.full
+    short, longer = (replay.replay(by_chance, market, 2, 0, seconds, goal, 9 * seconds) for goal in (1.0, 0.14))
     assert short.begun[-1] <= seconds < longer.begun[-1]
     assert longer.at(seconds) == short.at(seconds)
+
+
+def test_a_row_tells_when_most_had_reached_what_others_found(market):
+    def study(*reports):
+        seconds, best = np.array(reports).T
+        return replay.Replay(seconds * market.full, best, np.array([0.0, 3 * market.full]))
+
+    # Of four full trials' time for each of eight workers; the first two went on.
+    studies = [study((1, 0.2), (8, 0.1)), study((1, 0.3), (16, 0.1)), study((2, 0.2)), study((3, 0.2))]
+    goals = replay.Goals(of_random=0.1, of_ray=0.2, best=(0.2, 0.05))
+    row = replay.row(market, 8, "these", studies, goals, 4 * market.full, 2)
+    assert row[:5] == ("drawn", "nearest", 8, "these", 4)
+    assert row[5:7] == pytest.approx([32 / 12, 4 / 2.5])
+    assert row[7:10] == pytest.approx([0.25, 0.2, 0.475])  # of 0.2, 0.3, 0.2, 1 after two
+    assert row[10:13] == pytest.approx([0.2, 0.2, 0.225])
+    assert row[13] == pytest.approx(8 * 2.5)
+    assert row[14:] == ("-", 2.0)
+
+
+def test_rivals_are_kept_for_every_comparison(market):
+    for kind, workers in itertools.product(("surrogate", "nearest"), replay.WORKERS):
+        goals = kept_goals(dataclasses.replace(market, kind=kind), workers)
+        assert goals.best[1] < goals.best[0] < 0.5
+        assert goals.of_random < goals.of_ray < 0.5
 
 
 def test_whoever_comes_to_be_among_the_best_third_goes_on():
@@ -84,7 +112,7 @@ def test_whoever_comes_to_be_among_the_best_third_goes_on():
 
 def test_a_hopeless_trial_is_stopped_while_forecasts_are_seen_to_hold(market):
     space, length = market.space, 9
-    configurations = policies.drawn(space, 0, 0).to_dict("records")[: ENDED + 1]
+    configurations = replay.drawn(space, 0, 0).to_dict("records")[: ENDED + 1]
     study = optuna.create_study()
     for number, settings in enumerate(configurations):
         trial = study.ask()

@@ -1,0 +1,292 @@
+"""Studies in simulated time: what a policy of search asks for is answered from recorded learning curves.
+
+A policy proposes trials and says at each report whether they go on. Only the training is replayed: a report comes when
+a core of its own would have come to it. No policy is given the space's start points.
+"""
+
+import dataclasses
+import heapq
+import itertools
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+import pandas as pd
+import torch
+
+from benchmarks.curves.response import Nearest, Surrogate, fit_responses, read_curves
+from raytune_emotion.tuning import sampling
+from raytune_emotion.tuning.model import Floats
+from raytune_emotion.tuning.searcher import OBJECTIVE
+from raytune_emotion.tuning.space import Space, load_space
+
+CURVES = Path(__file__).parent
+SPACE = Path("search_spaces/quick.yaml")
+#: Of the recorded curves.
+EPOCHS = 8
+#: Budget of random search, in trials that are trained to their end; all others are replayed for a share of it.
+BUDGET, SHARE = 256, 1 / 8
+#: Simulated workers.
+WORKERS = (2, 8, 32)
+#: Shares of the best among all configurations, whose JS is to be reached.
+BEST = (0.05, 0.01)
+#: How the rows of a table of replayed studies are told apart, and what they hold.
+KEY = ("curves", "response", "workers", "policy")
+COLUMNS = (
+    *KEY, "seeds", "budget of random search over its own, to random's JS", "budget of Ray's over its own, to Ray's JS",
+    "JS at 1/16 of random's budget", "quartile", "quartile", "JS at 1/8", "quartile", "quartile",
+    *(f"full trials to the best {share:.0%}" for share in BEST), "trials",
+)  # fmt: skip
+
+
+class Policy(Protocol):
+    def ask(self) -> tuple[str, Mapping[str, Any]]:
+        """A new trial: its id and its settings."""
+
+    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
+        """Whether the trial shall go on; one that has finished has ended either way."""
+
+    def promoted(self) -> str | None:
+        """A stopped trial that goes on now, in place of a new one."""
+
+
+@dataclass(frozen=True)
+class Market:
+    """What policies are compared on."""
+
+    curves: str  # by the file's name
+    kind: str  # of the response
+    space: Space
+    response: Nearest | Surrogate
+
+    @property
+    def most_reports(self) -> int:
+        return self._nearest.recorded.js_NR.shape[1]
+
+    @property
+    def full(self) -> float:
+        """What a random configuration costs that is trained to its end, in seconds of a core."""
+        return self._nearest.recorded.mean_seconds
+
+    @property
+    def _nearest(self) -> Nearest:
+        return self.response if isinstance(self.response, Nearest) else self.response.nearest
+
+    def budget(self, workers: int) -> float:
+        """The time that random search has, in seconds."""
+        return BUDGET * self.full / workers
+
+
+#: A policy with a seed.
+Make = Callable[[Market, int], Policy]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One simulated study: when the best JS fell, and to what."""
+
+    seconds: Floats  # of the study's clock
+    best: Floats  # bits
+    begun: Floats  # when its trials began
+
+    def at(self, seconds: float) -> float:
+        """The best JS at a time; 1, which is the worst, before the first report."""
+        number = int(np.searchsorted(self.seconds, seconds, side="right"))
+        return float(self.best[number - 1]) if number else 1.0
+
+    def until(self, js: float) -> float:
+        """The time at which a JS was reached; infinite where it was not."""
+        reached = np.flatnonzero(self.best <= js)
+        return float(self.seconds[reached[0]]) if len(reached) else np.inf
+
+
+def replay(
+    make: Make, market: Market, workers: int, seed: int, seconds: float, goal: float = np.inf, longer: float = 0.0
+) -> Replay:
+    """Simulates a study by a policy until its time is over; where the goal is not reached then, for longer."""
+    np.random.seed(seed)  # noqa: NPY002  # Ray's schedulers draw from it
+    return simulate(market, make(market, seed), workers, seconds, goal, longer)
+
+
+def replays(
+    processes: ProcessPoolExecutor, make: Make, market: Market, workers: int, seeds: Sequence[int], *limits: float
+) -> list[Replay]:
+    """A study a seed; for the limits see `replay`."""
+    each = (*map(repeat, (make, market, workers)), seeds, *map(repeat, limits))
+    return list(processes.map(replay, *each, chunksize=max(1, len(seeds) // 16)))
+
+
+def at_random(market: Market, workers: int, seed: int, seconds: float) -> Replay:
+    """Random search that stops nothing, whose trials know nothing of each other, so that they can be drawn at once."""
+    free = [0.0] * workers
+    begins: list[float] = []
+    times: list[Floats] = []
+    found: list[Floats] = []
+    blocks = (market.response(drawn(market.space, seed, block)) for block in itertools.count())
+    for js_R, seconds_R in (curve for js_MR, seconds_MR in blocks for curve in zip(js_MR, seconds_MR, strict=True)):
+        begins.append(heapq.heappop(free))
+        if begins[-1] > seconds:
+            break
+        times.append(begins[-1] + np.cumsum(seconds_R))
+        found.append(js_R)
+        heapq.heappush(free, times[-1][-1])
+    return in_order(np.concatenate(times), np.concatenate(found), np.array(begins))
+
+
+def in_order(seconds_N: Floats, js_N: Floats, begun: Floats) -> Replay:
+    """A study of reports, which may come in any order."""
+    order = np.argsort(seconds_N, kind="stable")
+    return Replay(seconds_N[order], np.minimum.accumulate(js_N[order]), begun)
+
+
+def drawn(space: Space, seed: int, block: int) -> pd.DataFrame:
+    """Some configurations at random, a row each."""
+    return sampling.settings_of(space, sampling.candidates(space, [], zlib.crc32(f"{seed}/{block}".encode())))
+
+
+def many(market: Market, seed: int) -> tuple[Floats, Floats]:
+    """JS and seconds of a core by report, [M, R] each, of some 20,000 configurations at random."""
+    every = [market.response(drawn(market.space, seed, block)) for block in range(20)]
+    js_MR, seconds_MR = (np.concatenate(part) for part in zip(*every, strict=True))
+    return js_MR, seconds_MR
+
+
+def simulate(
+    market: Market, policy: Policy, workers: int, seconds: float, goal: float = np.inf, longer: float = 0.0
+) -> Replay:
+    """Runs a policy on replayed reports, each in the order of its time.
+
+    Until the study's time is over; where the goal is not reached then, until it is or the longer time is over too.
+    """
+    times: list[float] = []
+    bests: list[float] = [np.inf]
+    begins: list[float] = []
+    curves: dict[str, tuple[int, Floats, Floats]] = {}
+    done: dict[str, int] = {}
+    events: list[tuple[float, int, str]] = []
+
+    def go_on(now: float, trial_id: str) -> None:
+        order, _, seconds_R = curves[trial_id]
+        heapq.heappush(events, (now + seconds_R[done[trial_id]], order, trial_id))
+
+    def begin(now: float) -> None:
+        trial_id = policy.promoted()
+        if trial_id is None:
+            trial_id, settings = policy.ask()
+            (js_R,), (seconds_R,) = market.response([settings])
+            curves[trial_id], done[trial_id] = (len(curves), js_R, seconds_R), 0
+            begins.append(now)
+        go_on(now, trial_id)
+
+    for _ in range(workers):
+        begin(0.0)
+    while events[0][0] <= (seconds if bests[-1] <= goal else max(seconds, longer)):
+        now, _, trial_id = heapq.heappop(events)
+        _, js_R, seconds_R = curves[trial_id]
+        if js_R[done[trial_id]] < bests[-1]:
+            times.append(now)
+            bests.append(js_R[done[trial_id]])
+        done[trial_id] += 1
+        report = {
+            "report": done[trial_id],
+            "epoch": done[trial_id] * EPOCHS / len(js_R),
+            "val_js": float(js_R[done[trial_id] - 1]),
+            OBJECTIVE: float(js_R[: done[trial_id]].min()),
+            "seconds": float(seconds_R[: done[trial_id]].sum()),
+            "finished": done[trial_id] == len(js_R),
+        }
+        if policy.report(trial_id, report):
+            go_on(now, trial_id)
+        else:
+            begin(now)
+    return Replay(np.array(times), np.array(bests[1:]), np.array(begins))
+
+
+def pool() -> ProcessPoolExecutor:
+    """Processes that replay."""
+    _quiet()
+    return ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_quiet)
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def read_space() -> Space:
+    """The space that the configurations were drawn from, without its start points."""
+    fixed = {"train.epochs": EPOCHS, "train.evals_per_epoch": 2, "train.ema_decay": 0.0, "data.image_size": 48}
+    return dataclasses.replace(load_space(SPACE, overrides=fixed), start=())
+
+
+def read_markets(notes: list[str]) -> list[Market]:
+    """Every set of curves with both ways to answer between them; the notes tell how far these are off."""
+    space = read_space()
+    markets: list[Market] = []
+    for file in sorted(CURVES.glob("*.parquet")):
+        recorded = read_curves(file, space)
+        found = fit_responses(recorded)
+        notes.append(
+            f"{file.stem}: {len(recorded.settings)} configurations of {recorded.js_NR.shape[1]} reports, "
+            f"{recorded.mean_seconds:.0f} core-seconds each. Of a configuration that it has not seen, the surrogate is "
+            f"off by {found.surrogate_error:.4f} bits in the median (rank correlation {found.rank_correlation:.2f}), "
+            f"the nearest by {found.nearest_error:.4f}. The shortest of its lengths, in parts of a setting's range: "
+            f"{_shortest(recorded.encoding.names, 1 / found.nearest.scales_D)}."
+        )
+        markets.append(Market(file.stem, "surrogate", space, found.surrogate))
+        markets.append(Market(file.stem, "nearest", space, found.nearest))
+    return markets
+
+
+def _shortest(names: Sequence[str], length_D: Floats, most: float = 6.0) -> str:
+    """Which settings matter most to the JS, and over what a part of their range."""
+    ranked = sorted(zip(length_D, names, strict=True))
+    listed = dict.fromkeys(name for length, name in ranked if length < most)
+    return ", ".join(f"{name} {min(length for length, its in ranked if its == name):.1f}" for name in listed)
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What policies are to reach with a number of workers."""
+
+    of_random: float  # what random search has found in all of its time, bits
+    of_ray: float  # what Ray's search has found in its share of that
+    best: tuple[float, ...]  # of all configurations, by their shares
+
+
+def row(
+    market: Market, workers: int, policy: str, studies: Sequence[Replay], goals: Goals, seconds: float, longer: int
+) -> tuple[Any, ...]:
+    """What a policy has found, and how much less of the budget it needed for what others had; medians over studies.
+
+    Args:
+        market: the curves.
+        workers: of each study.
+        policy: its name.
+        studies: one a seed.
+        goals: to be reached.
+        seconds: what each study was given.
+        longer: of how many studies, the first, the time of a goal counts that fewer than half have reached in theirs.
+    """
+
+    def until(js: float) -> float:
+        found = float(np.median([one.until(js) for one in studies]))
+        return found if np.isfinite(found) else float(np.median([one.until(js) for one in studies[:longer]]))
+
+    budget = market.budget(workers)
+    ratios = [budget / until(goals.of_random), budget * SHARE / until(goals.of_ray)]
+    found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in (SHARE / 2, SHARE)]
+    full_trials = [workers * until(js) / market.full for js in goals.best]
+    shown = [count if np.isfinite(count) else "-" for count in full_trials]
+    trials = float(np.mean([np.sum(one.begun <= seconds) for one in studies]))
+    labels = (market.curves, market.kind, workers, policy, len(studies))
+    return (*labels, *ratios, *map(float, np.concatenate(found)), *shown, trials)

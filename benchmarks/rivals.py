@@ -1,0 +1,121 @@
+"""What others find for a budget, replayed on recorded learning curves: random search, and Ray's as it comes.
+
+It is what this project's policy is measured by, in `policies`, and changes with Ray, Optuna and the curves alone.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+from rich.progress import track
+
+from benchmarks import Table
+from benchmarks.curves.replay import (
+    BEST,
+    BUDGET,
+    COLUMNS,
+    KEY,
+    SHARE,
+    WORKERS,
+    Goals,
+    Market,
+    at_random,
+    in_order,
+    many,
+    pool,
+    read_markets,
+    replays,
+    row,
+)
+from benchmarks.curves.rules import Trial
+
+KEPT = Path(__file__).parent / "results" / "rivals.json"
+#: Studies that a median is taken over: of random search and with the surrogate; and of Ray's with the nearest.
+SEEDS, SEEDS_NEAREST = 200, 16
+RANDOM, RAY, FASTEST = "random, nothing stopped", "OptunaSearch + ASHAScheduler", "the fastest configuration"
+#: The columns of what is to be reached.
+OF_RANDOM, OF_BEST = "random's JS at its full budget", tuple(f"JS of the best {share:.0%}" for share in BEST)
+
+
+class RayAsItComes:
+    """Ray's `OptunaSearch` with its `ASHAScheduler`, with nothing set but the metric, the seed and the length."""
+
+    def __init__(self, market: Market, seed: int) -> None:
+        self._settings: dict[str, Any] = {}
+
+        def define(trial: Any) -> None:
+            self._settings = market.space.suggest(trial)
+
+        self._search = OptunaSearch(define, metric="val_js", mode="min", seed=seed)
+        self._scheduler = ASHAScheduler(metric="val_js", mode="min", max_t=market.most_reports)
+        self._asked = 0
+
+    def ask(self) -> tuple[str, dict[str, Any]]:
+        trial_id = f"{self._asked:04d}"
+        self._asked += 1
+        self._search.suggest(trial_id)
+        self._scheduler.on_trial_add(None, Trial(trial_id))
+        return trial_id, self._settings
+
+    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
+        result = {"training_iteration": report["report"], "val_js": report["val_js"]}
+        trial: Any = Trial(trial_id)
+        stopped = self._scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
+        if stopped or report["finished"]:
+            self._search.on_trial_complete(trial_id, result)
+        else:
+            self._search.on_trial_result(trial_id, result)
+        return not (stopped or report["finished"])
+
+    def promoted(self) -> str | None:
+        return None
+
+
+def run() -> Table:
+    notes = [
+        f"Medians over the seeds named. Random search has the time of {BUDGET} full trials, Ray's a "
+        f"{round(1 / SHARE)}th of it. The best {BEST[0]:.0%} and {BEST[1]:.0%} are of all configurations. A ratio of "
+        f"0, and a dash: not reached. '{FASTEST}' is, of 20,000, the one that would get there soonest by itself: no "
+        f"policy can be faster."
+    ]
+    with pool() as processes:
+        cells = [*product(read_markets(notes), WORKERS)]
+        rows = [each for market, workers in track(cells, "rivals") for each in _rows(processes, market, workers)]
+    return Table((*COLUMNS, OF_RANDOM, *OF_BEST), rows, notes)
+
+
+def _rows(processes: ProcessPoolExecutor, market: Market, workers: int) -> list[tuple[Any, ...]]:
+    budget = market.budget(workers)
+    seeds = range(SEEDS if market.kind == "surrogate" else SEEDS_NEAREST)
+    random = list(processes.map(at_random, *map(repeat, (market, workers)), range(SEEDS), repeat(budget)))
+    by_ray = replays(processes, RayAsItComes, market, workers, seeds, budget * SHARE)
+    js_MR, seconds_MR = many(market, SEEDS)
+    goals = Goals(
+        float(np.median([one.at(budget) for one in random])),
+        float(np.median([one.at(budget * SHARE) for one in by_ray])),
+        tuple(map(float, np.quantile(js_MR.min(axis=1), BEST))),
+    )
+    # All configurations as if they were one study's, each of which had begun at its start.
+    at_once = in_order(np.cumsum(seconds_MR, axis=1).ravel(), js_MR.ravel(), np.zeros(1))
+    return [
+        (*row(market, workers, name, studies, goals, seconds, len(studies)), goals.of_random, *goals.best)
+        for name, studies, seconds in (
+            (RANDOM, random, budget),
+            (RAY, by_ray, budget * SHARE),
+            (FASTEST, [at_once], budget * SHARE),
+        )
+    ]
+
+
+def kept_goals(market: Market, workers: int) -> Goals:
+    """What the last run has found."""
+    table = json.loads(KEPT.read_text(encoding="utf-8"))
+    asked = dict(zip(KEY, (market.curves, market.kind, workers, RAY), strict=True))
+    rows = [dict(zip(table["columns"], each, strict=True)) for each in table["rows"]]
+    (found,) = (each for each in rows if all(each[key] == value for key, value in asked.items()))
+    return Goals(found[OF_RANDOM], found["JS at 1/8"], tuple(found[name] for name in OF_BEST))
