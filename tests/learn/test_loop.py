@@ -236,9 +236,6 @@ def test_clipped_gradients_take_small_steps(store, tmp_path):
     assert 0 < moved <= 6 * 1e-3 * 1.001  # steps, each of at most lr times the norm
 
 
-# ---- endings
-
-
 ALL = {
     "augment__crop_scale": 0.8,
     "augment__colour": 0.3,
@@ -287,6 +284,9 @@ def test_no_step_on_a_gpu_waits_for_it(store, like_cuda, monkeypatch, changes):
     with pytest.raises(DataDependentOutputException):
         loop.train_segment(running, [])
     assert len(steps) == running.plan.steps_per_epoch > 1
+
+
+# ---- endings
 
 
 def test_a_finished_run_yields_nothing_and_goes_on_with_more_epochs(store, tmp_path):

@@ -66,6 +66,7 @@ def test_js_alone_goes_for_the_largest_and_a_front_for_all_of_them():
 
 def test_js_per_hour_takes_the_cheap_where_they_are_as_good():
     hour, alone = chosen(searched("val_js per hour", 1.0)), chosen(searched("val_js", 1.0))
+    assert hour["lcnet_050"] > 1.5 * alone["lcnet_050"]
     assert hour["lcnet_050"] > 3 * hour["resnet18"]
     assert alone["lcnet_050"] < 2 * alone["resnet18"]
 
