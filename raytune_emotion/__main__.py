@@ -12,6 +12,7 @@ from pathlib import Path
 
 from raytune_emotion import __version__
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.files import is_disk_full
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
@@ -39,6 +40,11 @@ def guarded(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error: no space left on the disk: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

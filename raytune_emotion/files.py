@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -13,7 +14,15 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError
 
+#: Keeps a folder to one process; it stays there.
+LOCK = ".lock"
 _STALE_SECONDS = 60
+
+
+def is_disk_full(error: BaseException) -> bool:
+    # Safetensors wraps the system's error in one of its own, in words.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
 @contextlib.contextmanager
@@ -96,7 +105,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_locked(folder, fcntl.LOCK_NB))
+            # A file that is open for writing: of a folder, NFS keeps the lock to this machine.
+            lock = stack.enter_context((folder / LOCK).open("ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is at work in it; wait for its end, or end it") from None
         except OSError:  # a file system without locks

@@ -31,14 +31,15 @@ from raytune_emotion.__main__ import (
     plain_name,
     positive,
 )
-from raytune_emotion.config import RunConfig
+from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import Store, cache_folder, check_data, count_rows, is_store, own_size, prepare_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
+from raytune_emotion.files import LOCK
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
-from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
 from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, ray_session
 from raytune_emotion.tuning.objective import OBJECTIVES
@@ -119,14 +120,14 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         _preview(console, args)
         return
-    results = _fetched(args) if isinstance(args.results, str) else None
-    auto = args.gpus_per_worker == AUTO
-    if auto:
-        args.gpus_per_worker = None  # until it is known
-    folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
-    uri = mirror.join(results, folder.name) if results else None
     with ExitStack() as stack:
-        if args.resume:
+        results = _fetched(args, stack) if isinstance(args.results, str) else None
+        auto = args.gpus_per_worker == AUTO
+        if auto:
+            args.gpus_per_worker = None  # until it is known
+        folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
+        uri = mirror.join(results, folder.name) if results else None
+        if args.resume and results is None:
             stack.enter_context(sole_driver(folder))
         stack.enter_context(ray_session(args.address))
         stack.enter_context(terminated_as_interrupted())
@@ -174,7 +175,7 @@ def _preview(console: Console, args: argparse.Namespace) -> None:
             settings.add_row(key, json.dumps(value, ensure_ascii=False))
     console.print(settings)
     console.print("ten of its configurations\n")
-    for configuration in draw(space, _DRAWN, args.seed or 0):
+    for configuration in draw(space, _DRAWN, space.fixed.get("train.seed", 0)):
         named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
         console.print("  ".join(f"{name} {_short(value)}" for name, value in named), highlight=False)
     console.print()
@@ -230,7 +231,7 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec, str | None]:
     first = next(iter(stores.values()))
     spec = StudySpec(
         name=folder.name,
-        seed=args.seed or 0,
+        seed=space.fixed.get("train.seed", 0),
         objective=args.objective or "val_js",
         trials=args.trials or DEFAULT_TRIALS,
         epochs=space.fixed["train.epochs"],
@@ -251,10 +252,16 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec, str | None]:
 
 def _space(path: Path, args: argparse.Namespace) -> Space:
     """The space of a new study, with what the command line says of it."""
-    given = {"train.epochs": args.epochs, "model.weights_dir": _absolute(args.weights_dir)}
+    given = {
+        "train.epochs": args.epochs,
+        "train.seed": args.seed,
+        "model.weights_dir": _absolute(args.weights_dir),
+    }
     given = {key: value for key, value in given.items() if value is not None}
     fixed = load_space(path, overrides=given).fixed
     settled: dict[str, Any] = {"train.epochs": fixed.get("train.epochs", DEFAULT_EPOCHS)}
+    if "train.seed" in fixed:
+        settled["train.seed"] = fixed["train.seed"]
     if fixed.get("model.weights_dir") is not None:
         # Trials run in other folders than this one.
         settled["model.weights_dir"] = _absolute(Path(fixed["model.weights_dir"]))
@@ -302,6 +309,9 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
     else:
         with collecting(faults):
             check_stores(spec, "name the data with --data")
+    for model in _models(space, _absolute(args.weights_dir) or spec.weights_dir):
+        with collecting(faults):
+            check_weights(model)
     if faults:
         raise UserError(faults)
     given = {
@@ -332,13 +342,11 @@ def _sizes(data: Path | str, space: Space) -> tuple[int, ...]:
 def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
     """Builds every backbone at every size once: a trial must not be where it shows that one cannot be had."""
     faults: list[str] = []
-    for name in space.possible("model.backbone") or (RunConfig().model.backbone,):
+    for model in _models(space, space.fixed.get("model.weights_dir")):
         for size in sizes:
-            settings = {"model.backbone": name, "data.image_size": size}
-            settings["model.pretrained"] = any(space.possible("model.pretrained"))
-            settings["model.weights_dir"] = space.fixed.get("model.weights_dir")
+            data = dataclasses.replace(RunConfig().data, image_size=size)
             try:
-                build_model(RunConfig.from_flat(settings))
+                build_model(dataclasses.replace(RunConfig(), model=model, data=data))
             except UserError as error:
                 faults += error.faults
                 if isinstance(error.__cause__, OSError):
@@ -346,6 +354,13 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
                     raise UserError(dict.fromkeys(faults)) from None
     if faults:
         raise UserError(dict.fromkeys(faults))
+
+
+def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
+    """One of each backbone of a space, with pretrained weights where a trial may have them."""
+    backbones = space.possible("model.backbone") or (ModelConfig().backbone,)
+    pretrained = any(space.possible("model.pretrained"))
+    return [ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir) for name in backbones]
 
 
 def _existing_folder(args: argparse.Namespace) -> Path:
@@ -362,11 +377,14 @@ def _existing_folder(args: argparse.Namespace) -> Path:
     return newest
 
 
-def _fetched(args: argparse.Namespace) -> str:
+def _fetched(args: argparse.Namespace, stack: ExitStack) -> str:
     """Replaces results at a URI, which it returns, by a folder of the cache; a study that is to go on is fetched there.
 
+    Its folder is this process's alone until the stack ends.
+
     Raises:
-        UserError: the URI cannot be used, or has no such study to go on with, or one of a new one's name.
+        UserError: the URI cannot be used, or has no such study to go on with, or one of a new one's name; or another
+            process of this machine is at work in its folder.
     """
     uri: str = args.results
     mirror.check(uri, write=True)
@@ -383,9 +401,18 @@ def _fetched(args: argparse.Namespace) -> str:
     if args.name is None:
         return uri
     # What lies at the URI counts; what an earlier search has left here may be behind it.
-    folder = args.results / args.name
-    shutil.rmtree(folder, ignore_errors=True)
+    folder: Path = args.results / args.name
+    if folder.exists() and not args.resume:
+        with sole_driver(folder):
+            shutil.rmtree(folder)
     if args.resume:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(sole_driver(folder))
+        for left in folder.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
         study = mirror.join(uri, args.name)
         mirror.pull(study, folder, mirror.names(study, SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}"))
         spec = read_spec(folder)

@@ -28,7 +28,7 @@ from raytune_emotion.learn.package import export_checkpoint
 from raytune_emotion.tuning.console import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
 from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, read_spec, trial_folder
-from raytune_emotion.tuning.trial import DATA, PARAMS, Job, Resources, TrialFailed, train_here
+from raytune_emotion.tuning.trial import DATA, PARAMS, Job, Resources, TrialFailed, Unfit, train_here
 from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
 
 
@@ -150,12 +150,15 @@ def _train(console: Console, folder: Path, config: RunConfig, store: str, resour
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
                 )
+    except Unfit as error:
+        raise UserError(error.faults) from None
     except TrialFailed as error:
+        raise Breakdown(f"{folder}: the training failed: {error}") from None
+    except OSError as error:
+        raise Breakdown(f"{folder}: the training broke off: {error}") from error
+    finally:
         if fresh and not (folder / LAST).exists():
             shutil.rmtree(folder)  # the name is free for another attempt
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise Breakdown(f"{folder}: the training failed: {error}") from None
 
 
 def _kept(folder: Path) -> dict[str, Any]:

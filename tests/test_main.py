@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -25,6 +26,14 @@ def test_interruption_is_exit_code_130():
 def test_a_fault_of_ours_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
+
+
+def test_a_full_disk_is_said_without_a_traceback(capsys):
+    def action():
+        raise OSError(errno.ENOSPC, "No space left on device", "trials.csv")
+
+    assert guarded(action) == 1
+    assert capsys.readouterr().err.startswith("error: no space left on the disk: ")
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

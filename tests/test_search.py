@@ -1,5 +1,6 @@
 """The command search: what it refuses, and one whole study as a user runs it."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -24,7 +25,7 @@ from raytune_emotion.__main__ import main
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.tuning.objective import BY_SIZE
 from raytune_emotion.tuning.searcher import Searcher, create_study, sole_driver
-from raytune_emotion.tuning.space import load_space
+from raytune_emotion.tuning.space import load_space, parse_space
 from raytune_emotion.tuning.study import (
     KEPT,
     StudySpec,
@@ -317,6 +318,10 @@ class TestBadRequests:
             f"{tmp_path / 'results'}: is no folder, so nothing can be written below it; name another with --results"
         ]
 
+    def test_a_cluster_by_way_of_its_client(self, refused):
+        (told,) = refused(address="ray://127.0.0.1:10001")
+        assert told.startswith("--address ray://127.0.0.1:10001: a study cannot be run over Ray's client; run it on a")
+
     @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nobody.invalid:{port}", "nonsense"])
     def test_a_cluster_that_is_not_there(self, refused, address):
         with socket.socket() as taken:
@@ -406,6 +411,14 @@ class TestBadResuming:
         write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), stores={32: "/gone"}))
         assert resumed() == ["/gone: the packed data of the study are gone; name the data with --data"]
 
+    def test_weights_that_are_gone(self, resumed, tmp_path):
+        write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), weights_dir="/gone"))
+        for told, place in ((resumed(), "/gone"), (resumed(f"--weights-dir={tmp_path}"), tmp_path)):
+            assert [line.partition(";")[0] for line in told] == [
+                f"model.weights_dir: there is no file {place}/{name}.safetensors"
+                for name in ("test_resnet", "test_vit")
+            ]
+
     @pytest.mark.parametrize(
         ("old", "new"),
         [
@@ -421,6 +434,35 @@ class TestBadResuming:
         file.write_text(file.read_text().replace(old, new, 1))
         (told,) = resumed()
         assert told.startswith(str(file))
+
+
+def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, finished, capsys):
+    shutil.copytree(finished, tmp_path / "results" / "study")
+    argv = ["--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume"]
+    with contextlib.ExitStack() as at_work:
+        args = parsed(*argv)
+        search._fetched(args, at_work)
+        local = args.results / "study"
+        before = tree(local)
+        assert local / "study.yaml" in map(Path, before)
+        assert exit_code(["search", *argv]) == 2
+        assert f"error: {local}: another process is at work in it" in capsys.readouterr().err
+        assert tree(local) == before
+
+
+@pytest.mark.parametrize(("option", "seed"), [((), 5), (("--seed", "3"), 3)])
+def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, option, seed):
+    argv = ["--data", str(store.path), "--space", str(space(f"{SPACE}train.seed: 5\n")), *option]
+    _folder, spec, _ = search._new(parsed(*argv, "--results", str(tmp_path)))
+    study = create_study(tmp_path, parse_space(spec.space))
+    proposal = Searcher(study, parse_space(spec.space), seed=spec.seed).ask()
+    assert spec.seed == proposal.settings["train.seed"] == spec.settings(proposal.settings)["train.seed"] == seed
+
+
+def parsed(*argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    search.add_arguments(parser)
+    return parser.parse_args(argv)
 
 
 def started(*argv, cwd) -> subprocess.Popen:
@@ -497,7 +539,7 @@ class TestAStudy:
 
     def test_leaves_the_files_of_the_contract_and_no_others(self, study):
         assert {path.name for path in study.iterdir()} == {
-            "study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html",
+            ".lock", "study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html",
             "curves.png", "progress.png", "settings.png", "trials", "best",
         }  # fmt: skip
         assert {path.name for path in (study / "best").iterdir()} == {

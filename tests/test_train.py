@@ -1,5 +1,6 @@
 """The command train: one configuration, from the command line to its export."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from raytune_emotion import train
 from raytune_emotion.config import RunConfig
 from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import read_history
@@ -243,8 +245,31 @@ class TestBadRequests:
         assert "(13 values for 2 classes)" in told[0]
 
 
+def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(
+    trained, cluster, tmp_path, capsys, monkeypatch
+):
+    # Ray can be started only once in a process, and has been.
+    monkeypatch.setattr(train, "ray_session", lambda address: contextlib.nullcontext())
+    asked = ["--workers", 2, "--set", "train.batch_size=3", "--set", "train.accumulate=2"]
+    assert trained(*TINY, 1, *asked) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: train.batch_size: 3 rows make no 2 micro-batches (train.accumulate) for ")
+    assert err.count("\n") == 1
+    assert not [*(tmp_path / "results").iterdir()]
+
+
+def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, tmp_path, monkeypatch):
+    def interrupted(job):
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_here", interrupted)
+        assert trained(*TINY, 1, "--name", "mine") == 130
+    assert trained(*TINY, 1, "--name", "mine") == 0
+
+
 def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_path, capsys):
-    assert trained(*TINY, 3, "--set", "optim.name=sgd", "--set", "optim.lr=100", "--set", "loss.mse=1") in (0, 1)
     assert trained(*TINY, 30, "--set", "optim.name=sgd", "--set", "optim.lr=100", "--name", "wild") == 1
     err = capsys.readouterr().err
     assert "wild: the training failed: diverged before report" in err

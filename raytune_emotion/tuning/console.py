@@ -26,10 +26,15 @@ def check_cluster(address: str | None) -> None:
     Asked first: Ray itself would try for a quarter of an hour, and only once the data are packed.
 
     Raises:
-        UserError: there is nothing.
+        UserError: there is nothing, or it is the address of Ray's client.
     """
-    if address is None or "://" in address:
+    if address is None:
         return
+    if "://" in address:
+        raise UserError(
+            f"--address {address}: a study cannot be run over Ray's client; run it on a machine of the cluster with "
+            f"--address auto, or submit it with jobs/submit.sh"
+        )
     try:
         found = services.canonicalize_bootstrap_address(address)
         if found is not None:

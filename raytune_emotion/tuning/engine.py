@@ -30,8 +30,8 @@ from ray.tune.search import SearchAlgorithm
 from raytune_emotion import mirror
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import write_text
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report
+from raytune_emotion.files import is_disk_full, write_text
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.actor import TrialActor
 from raytune_emotion.tuning.mended import mended_tune
@@ -60,11 +60,12 @@ from raytune_emotion.tuning.study import (
     joined,
     losers,
     read_records,
+    read_spec,
     thinned,
     trial_folder,
     write_tables,
 )
-from raytune_emotion.tuning.trial import Job, Resources, halved, is_disk_full
+from raytune_emotion.tuning.trial import Job, Resources, halved
 from raytune_emotion.tuning.warm import EARLIER, read_earlier
 from raytune_emotion.tuning.workers import release_workers
 
@@ -84,7 +85,7 @@ DRIVER = "driver"
 #: Of what Ray says of a process that its memory monitor has killed.
 _LOW_MEMORY = "running low on memory"
 
-#: So many failed trials, and none that did not fail, end a study.
+#: So many trials that fail one after the other end a study.
 _HOPELESS = 10
 
 #: The tables are written whole: again only after so many times what the last writing took.
@@ -160,7 +161,7 @@ def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: 
         raise UserError(
             f"a trial of {workers} workers with {each} each does not fit: the cluster has {cpus:g} CPU and "
             f"{gpus:g} GPU on {len(nodes)} nodes, room for {places} such workers; "
-            "ask for less with --workers-per-trial or --gpus-per-worker"
+            "ask for fewer workers a trial, or a smaller --gpus-per-worker"
         )
     return Placement(resources, min(places // workers, concurrency or sys.maxsize))
 
@@ -212,38 +213,17 @@ def run_study(
         or where the space has no more configurations.
 
     Raises:
-        Breakdown: the disk is full, the mirror fails, or every one of the first trials has failed.
+        Breakdown: the disk is full, the mirror fails, or one trial after the other has failed.
         KeyboardInterrupt: by Ctrl-C; all until then is recorded.
     """
     study = load_study(folder)
-    search = _Search(folder, spec, placement, study, watch, uri)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, mended_tune():
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
-        if not search.is_finished():
-            # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
-            tune.run(
-                _trainable(placement.resources),
-                name=folder.name,
-                search_alg=search,
-                scheduler=search.scheduler,
-                num_samples=spec.trials,
-                reuse_actors=True,
-                time_budget_s=time_budget,
-                max_failures=spec.max_failures,
-                stop=_Broken(search),
-                callbacks=[_Smaller(), _Tables(search)],
-                trial_name_creator=lambda trial: trial.config["name"],
-                trial_dirname_creator=lambda trial: trial.trial_id,
-                # What Tune writes of its own is of no use to us: the study's folder is the record.
-                storage_path=scratch,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                raise_on_failed_trial=False,
-                verbose=0,
-            )
-    if search.broken:
-        raise Breakdown(f"{search.broken}; the study can be resumed: {mirror.shown(uri) if uri else folder}")
-    search.record()
+    with _telling_how_to_go_on(folder, uri):
+        search = _Search(folder, spec, placement, study, watch, uri)
+        began = time.monotonic()
+        _tune(search, folder, spec, placement, time_budget)
+        if search.broken:
+            raise Breakdown(search.broken)
+        search.record()
     in_time = time_budget is None or time.monotonic() - began < time_budget.total_seconds()
     if in_time and not search.is_done():
         # Tune, which has caught it, returns as if all were over.
@@ -251,18 +231,68 @@ def run_study(
     return read_records(folder, study)
 
 
+def _tune(
+    search: "_Search", folder: Path, spec: StudySpec, placement: Placement, time_budget: timedelta | None
+) -> None:
+    """Has Ray Tune run trials until the search has no more, or is out of time or interrupted."""
+    if search.is_finished():
+        return
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, mended_tune():
+        # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
+        tune.run(
+            _trainable(placement.resources),
+            name=folder.name,
+            search_alg=search,
+            scheduler=search.scheduler,
+            num_samples=spec.trials,
+            reuse_actors=True,
+            time_budget_s=time_budget,
+            max_failures=spec.max_failures,
+            stop=_Broken(search),
+            callbacks=[_Smaller(), _Tables(search)],
+            trial_name_creator=lambda trial: trial.config["name"],
+            trial_dirname_creator=lambda trial: trial.trial_id,
+            # What Tune writes of its own is of no use to us: the study's folder is the record.
+            storage_path=scratch,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+
+
+@contextlib.contextmanager
+def _telling_how_to_go_on(folder: Path, uri: str | None) -> Iterator[None]:
+    try:
+        with _full_disk_told(folder):
+            yield
+    except Breakdown as error:
+        raise Breakdown(f"{error}; the study can be resumed: {mirror.shown(uri) if uri else folder}") from error
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise Breakdown(f"{folder}: no space left on the disk") from error
+
+
 def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudySpec:
     """Has the best complete trials of a study whose epochs were raised go on to the new end, as trials of their own."""
     study = load_study(folder)
     records = read_records(folder, study)
     lost = {*losers(records, OBJECTIVES[spec.objective])}
-    # Those whose weights are kept, and that had not run out of patience before.
+    before = read_spec(folder).epochs
+    # Those whose weights are kept, and that have run to the end that was, not out of patience.
     can = [
         r
         for r in best_first(records)
         if r.status == "complete"
         and r.trial_id not in lost
-        and r.reports[-1]["epoch"] < spec.epochs
+        and r.reports[-1]["epoch"] >= before
         and _has_last(folder, uri, r.trial_id)
     ]
     searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
@@ -315,6 +345,7 @@ class _Search(SearchAlgorithm):
         self._tables_due = 0.0
         self._experiment: Experiment | None = None
         self._parser = _make_parser()
+        self._failures = 0  # in a row, of the trials that ended last
         self._exhausted = False  # the space has no more than what was tried
         self.broken = ""  # why the study cannot go on
 
@@ -345,9 +376,11 @@ class _Search(SearchAlgorithm):
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
-        if record.reports and record.reports[-1]["finished"]:
+        finished = bool(record.reports) and record.reports[-1]["finished"]
+        # What has finished may be the trial that it goes on from.
+        if finished and record.continues is None:
             self._end(proposal, "complete", record.reports[-1])
-        elif stopped:
+        elif stopped and not finished:
             self._end(proposal, "pruned", record.reports[-1])
         else:
             self._unfinished.append(record.trial_id)
@@ -386,6 +419,8 @@ class _Search(SearchAlgorithm):
         self._push(JOURNAL)
         if proposal.continues and not _has_last(self._folder, self._uri, proposal.trial_id):
             self._copy_checkpoint(proposal.continues, proposal.trial_id)
+            for report in read_history(trial_folder(self._folder, proposal.trial_id)):
+                self._searcher.observe(proposal.trial_id, report)
         assert self._experiment is not None
         job = job_of(self._folder, self._spec, self._placement.resources, proposal, self._uri)
         trial: Trial = _create_trial_from_spec(
@@ -414,6 +449,8 @@ class _Search(SearchAlgorithm):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         proposal, trial = self._live.pop(trial_id)
+        if self.broken:
+            return  # behind a torn line of the journal nothing may be written
         with self._breaking():
             if error or result is None:
                 release_workers(trial_folder(self._folder, trial_id))
@@ -442,9 +479,10 @@ class _Search(SearchAlgorithm):
             mirror.delete(self._uri, [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
         self._dropped.update(gone)
         self._watch(Event(proposal, status, report, reason))
-        if len(self._ended) >= _HOPELESS and all(record.status == "failed" for record in self._ended.values()):
+        self._failures = self._failures + 1 if status == "failed" else 0
+        if self._failures == _HOPELESS:
             self.record()
-            self.broken = f"{len(self._ended)} trials of {len(self._ended)} have failed, the last one: {reason}"
+            self.broken = f"{_HOPELESS} trials have failed one after the other, the last one: {reason}"
 
     def record_in_time(self) -> None:
         """Brings the tables up to the endings that they lack, unless they were written just now."""
@@ -487,13 +525,10 @@ class _Search(SearchAlgorithm):
     def _breaking(self) -> Iterator[None]:
         """Ends the study where what must be written of it cannot be."""
         try:
-            yield
+            with _full_disk_told(self._folder):
+                yield
         except Breakdown as error:
             self.broken = str(error)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            self.broken = f"{self._folder}: no space left on the disk"
 
 
 class _Smaller(tune.Callback):

@@ -216,6 +216,9 @@ def sole_driver(folder: Path) -> Iterator[None]:
         # One that was killed while it wrote has left Optuna's lock, which would be waited for.
         with contextlib.suppress(RuntimeError):
             JournalFileSymlinkLock(str(folder / JOURNAL)).release()
+        # And a full disk, or a power cut, a torn line: with what is written behind it, Optuna could read neither.
+        with contextlib.suppress(FileNotFoundError), (folder / JOURNAL).open("rb+") as journal:
+            journal.truncate(journal.read().rfind(b"\n") + 1)
         yield
 
 

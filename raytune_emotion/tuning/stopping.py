@@ -73,17 +73,21 @@ def replay(scheduler: TrialScheduler, records: Sequence[TrialRecord]) -> set[str
     Ray's own restoring forgets the rungs of a scheduler.
 
     Returns:
-        The running trials that the scheduler would not let go on: they were stopped when the study broke off.
+        The running trials that the scheduler does not let go on: they were stopped when the study broke off.
     """
     stopped: set[str] = set()
     added: set[str] = set()
-    running = {record.trial_id for record in records if record.status == "running"}
+    running = {
+        record.trial_id: record.reports[-1] for record in records if record.status == "running" and record.reports
+    }
     reports = [(report, record.trial_id) for record in records for report in record.reports]
     for report, trial_id in sorted(reports, key=lambda item: item[0]["time"]):
         trial: Any = SimpleNamespace(trial_id=trial_id)
         if trial_id not in added:
             scheduler.on_trial_add(_NO_CONTROLLER, trial)
             added.add(trial_id)
-        if scheduler.on_trial_result(_NO_CONTROLLER, trial, report) == TrialScheduler.STOP and trial_id in running:
+        # What has reported again was let go on, by rungs that some whose reports are older had not come to yet.
+        goes_on = scheduler.on_trial_result(_NO_CONTROLLER, trial, report) != TrialScheduler.STOP
+        if not goes_on and report is running.get(trial_id):
             stopped.add(trial_id)
     return stopped

@@ -40,6 +40,8 @@ _COMMIT = "RAYTUNE_EMOTION_COMMIT"
 #: Trials whose weights are kept when they have ended.
 KEPT = 3
 
+#: Settings that a study may change when it goes on, so that those which a trial was proposed with tell nothing of it.
+_MAY_CHANGE = {"train.epochs", "model.weights_dir"}
 _FIRST_COLUMNS = (
     "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
     "params_millions",
@@ -101,6 +103,10 @@ def read_spec(folder: Path) -> StudySpec:
             raise KeyError(known["objective"])
     except FileNotFoundError:
         raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder / SPEC}: cannot be read: {error.strerror}; name a folder of your own studies"
+        ) from None
     except (YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SPEC}: damaged ({error}); restore it from a copy") from None
     known["classes"] = tuple(known["classes"])
@@ -214,6 +220,8 @@ def best_trial_id(folder: Path) -> str:
         table = pd.read_csv(folder / TRIALS, dtype={"trial_id": str})
     except (FileNotFoundError, pd.errors.EmptyDataError):
         raise UserError(f"{folder}: no {TRIALS} in it; name the folder of a study whose trials have begun") from None
+    except OSError as error:
+        raise UserError(f"{folder / TRIALS}: cannot be read: {error.strerror}; name the folder of a study") from None
     if table.empty or pd.isna(table[OBJECTIVE].iloc[0]):
         raise UserError(f"{folder}: no trial of this study has reported yet")
     return str(table["trial_id"].iloc[0])
@@ -281,7 +289,7 @@ def _row(record: TrialRecord) -> dict[str, Any]:
         "params_millions": last.get("params_millions"),
         "best_epoch": best.get("epoch"),
         "accumulate": last.get("accumulate"),
-        **record.settings,
+        **{name: value for name, value in record.settings.items() if name not in _MAY_CHANGE},
         "continues": record.continues,
         **({"confirms": record.confirms} if record.confirms else {}),
         "reason": record.reason,

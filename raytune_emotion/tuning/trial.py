@@ -7,13 +7,12 @@ folder of its own for as long as it trains.
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import json
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +22,7 @@ from raytune_emotion import mirror
 from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import write_text
+from raytune_emotion.files import is_disk_full, write_text
 from raytune_emotion.learn import memory
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_progress
 from raytune_emotion.learn.loop import Diverged, fit
@@ -73,6 +72,18 @@ class TrialFailed(RuntimeError):
     """A trial that would fail again if it were run again, as when it diverged."""
 
 
+class Unfit(TrialFailed):
+    """A trial that does not fit its data, its device, its workers or the run in its folder: sentences for the user."""
+
+    def __init__(self, faults: tuple[str, ...]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+    # It is sent from worker to driver, and what caused it is not.
+    def __reduce__(self) -> tuple[type["Unfit"], tuple[tuple[str, ...]]]:
+        return type(self), (self.faults,)
+
+
 class OutOfMemory(TrialFailed):
     """A trial that needs more memory than its device has."""
 
@@ -112,7 +123,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
         total = torch.cuda.get_device_properties(device).total_memory
         allowed = allowance(total, job.resources.gpus_per_worker)
         torch.cuda.set_per_process_memory_fraction(allowed / total, device.index)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _told(folder):
         stack.callback(_forget)
         # Momenta of what no longer learns end as denormal numbers, which are slow. The threads of a pool have this from
         # the one that makes it.
@@ -124,22 +135,36 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             write_text(folder / DATA, job.store + "\n")
         writer = stack.enter_context(SummaryWriter(str(folder))) if first else None
         store = open_store(job.store)
-        reports = stack.enter_context(contextlib.closing(fit(config, store, device=device, folder=folder)))
-        try:
-            for report in reports:
-                if writer is not None:
-                    _write_events(writer, report)
-                yield report
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
-        except (Diverged, UserError) as error:
-            raise TrialFailed(str(error)) from error
-        except (OSError, SafetensorError) as error:
-            if is_disk_full(error):
-                raise DiskFull(f"{folder}: no space left on the disk") from error
+        for report in stack.enter_context(contextlib.closing(fit(config, store, device=device, folder=folder))):
+            if writer is not None:
+                _write_events(writer, report)
+            yield report
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tells what another attempt would end by as well from what is no fault of the trial in the folder."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
             raise
+        raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
+    except Diverged as error:
+        raise TrialFailed(str(error)) from error
+    except UserError as error:
+        # A disk, or a server, may be back at the next attempt.
+        if isinstance(error.__cause__, OSError):
+            _raise_of_system(folder, error.__cause__)
+        raise Unfit(error.faults) from error
+    except (OSError, SafetensorError) as error:
+        _raise_of_system(folder, error)
+
+
+def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
+    if is_disk_full(error):
+        raise DiskFull(f"{folder}: no space left on the disk") from error
+    raise error
 
 
 def _train_mirrored(job: Job, uri: str, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
@@ -209,12 +234,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     # CUDA and its libraries, which take memory beside torch, say it in words.
     words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    # Safetensors wraps the system's error in one of its own, in words.
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def _forget() -> None:

@@ -126,7 +126,8 @@ class Workers:
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
         # Its thread must not be within Ray when Ray is left.
         wait([self._run], timeout=_ABORT_S)
-        _remove(self._placement_group)
+        if self._placement_group:
+            _remove(self._placement_group)
         for queue in (self._orders, self._messages):
             queue.shutdown(force=True)
         shutil.rmtree(self._scratch, ignore_errors=True)

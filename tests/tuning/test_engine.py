@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import os
 import signal
@@ -130,6 +131,12 @@ def test_raised_epochs_let_the_best_go_on_from_where_they_ended(begin):
     folder, spec, go = begin(trials=2, epochs=2)
     before = go()
     longer = extend_best(folder, dataclasses.replace(spec, epochs=4))
+
+    def interrupt(event):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(interrupt, trials=longer.trials, epochs=4)
     after = go(trials=longer.trials, epochs=4)
     assert after[:2] == before
     best = min((r for r in before if r.status == "complete"), key=lambda r: r.best["val_js"])
@@ -137,6 +144,7 @@ def test_raised_epochs_let_the_best_go_on_from_where_they_ended(begin):
     assert after[2].settings == best.settings
     assert after[2].reports[:2] == best.reports
     assert [r["report"] for r in after[2].reports] == [1, 2, 3, 4]
+    assert [*load_study(folder).trials[2].intermediate_values] == [1, 2, 3, 4]
 
 
 def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_path):
@@ -161,10 +169,23 @@ def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_pat
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_study_of_which_nothing_succeeds_is_ended_with_the_reason(begin):
-    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"log_uniform": [50.0, 100.0]}}
-    _, _, go = begin(space=space, trials=30, epochs=2)
-    with pytest.raises(Breakdown, match="10 trials of 10 have failed, the last one: diverged"):
+def test_a_study_of_which_nothing_succeeds_any_more_is_ended_with_the_reason(begin):
+    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": [1e-3, *range(70, 101)]}}
+    _, _, go = begin(space=space | {"start": [{"optim.lr": 1e-3}]}, trials=30, epochs=2)
+    ended = []
+    with pytest.raises(Breakdown, match="10 trials have failed one after the other, the last one: diverged"):
+        go(lambda event: ended.append(event.status) if event.status != "running" else None)
+    assert ended[0] == "complete"
+    assert ended[-10:] == ["failed"] * 10
+
+
+def test_a_disk_that_is_full_before_a_study_goes_on_is_said(begin, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, _, go = begin()
+    monkeypatch.setattr(engine, "read_records", full)
+    with pytest.raises(Breakdown, match=f"{folder}: no space left on the disk; the study can be resumed: {folder}"):
         go()
 
 

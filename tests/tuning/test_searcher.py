@@ -186,3 +186,15 @@ def test_a_study_is_driven_by_one_process(tmp_path, space):
             pass
     with sole_driver(tmp_path):
         assert len(asked(study)) == 1
+
+
+def test_a_line_that_a_full_disk_has_torn_is_cut_off(tmp_path, space):
+    with sole_driver(tmp_path):
+        Searcher(create_study(tmp_path, space), space, seed=0).ask()
+    journal = tmp_path / JOURNAL
+    written = journal.read_bytes()
+    journal.write_bytes(written + b'{"op_code": 6, "trial_id"')
+    with sole_driver(tmp_path):
+        assert journal.read_bytes() == written
+        Searcher(load_study(tmp_path), space, seed=0).ask()
+    assert [each.status for each in asked(load_study(tmp_path))] == ["running", "running"]

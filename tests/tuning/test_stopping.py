@@ -60,6 +60,18 @@ def test_a_trial_that_was_stopped_and_not_told_is_found():
     assert running == {last}
 
 
+def test_a_trial_that_was_let_go_on_is_not_stopped_afterwards():
+    """The others' reports are older, but were heard later."""
+
+    def record(number, js, steps):
+        reports = [{"report": i, "best_val_js": js, "time": number + i, "finished": False} for i in steps]
+        return TrialRecord(f"{number:04d}", "running", {}, "", tuple(reports))
+
+    others = [record(number, 0.1, [1, 2, 3]) for number in range(5)]
+    assert replay(make_scheduler(REPORTS), [*others, record(9, 0.5, [1, 2, 3])]) == {"0009"}
+    assert replay(make_scheduler(REPORTS), [*others, record(9, 0.5, [1, 2, 3, 4])]) == set()
+
+
 def test_a_trial_that_may_go_on_is_not_stopped_by_the_replay():
     reports = ({"report": 1, "best_val_js": 0.5, "time": 1.0, "finished": False},)
     assert replay(make_scheduler(REPORTS), [TrialRecord("0000", "running", {}, "", reports)]) == set()

@@ -111,6 +111,13 @@ def test_a_damaged_spec_is_a_clear_error(tmp_path):
         read_spec(tmp_path)
 
 
+def test_a_file_is_no_study(tmp_path):
+    (tmp_path / "file").touch()
+    for read in (read_spec, best_trial_id):
+        with pytest.raises(UserError, match="cannot be read: Not a directory; name "):
+            read(tmp_path / "file")
+
+
 def test_what_the_study_decides_wins_over_the_space(store):
     settings = spec_of(store, weights_dir="/w").settings({"optim.lr": 0.1, "train.seed": 99})
     assert settings["train.seed"] == 3

@@ -1,13 +1,31 @@
 import dataclasses
+import errno
 import weakref
 
 import pytest
 import torch
 
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning import trial
 from raytune_emotion.tuning.actor import TrialActor
-from raytune_emotion.tuning.trial import Job, OutOfMemory, Resources, _is_out_of_memory, halved, train_here
+from raytune_emotion.tuning.trial import (
+    DiskFull,
+    Job,
+    OutOfMemory,
+    Resources,
+    TrialFailed,
+    _is_out_of_memory,
+    halved,
+    train_here,
+)
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
+
+
+def caused(cause):
+    error = UserError("cannot be read")
+    error.__cause__ = cause
+    return error
 
 
 class Tensors:
@@ -43,6 +61,27 @@ def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):
     assert denormal() == 0
     reports.close()
     assert denormal() > 0
+
+
+@pytest.mark.parametrize(
+    ("found", "raised"),
+    [
+        (UserError("it does not fit"), TrialFailed),
+        (caused(OSError(errno.EIO, "Input/output error")), OSError),
+        (caused(OSError(errno.ENOSPC, "No space left on device")), DiskFull),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (OSError(errno.ESTALE, "Stale file handle"), OSError),
+    ],
+)
+def test_only_what_would_end_alike_again_fails_a_trial(tmp_path, monkeypatch, found, raised):
+    def broken(*_):
+        raise found
+
+    for name in ("write_text", "open_store"):
+        with monkeypatch.context() as patched:
+            patched.setattr(trial, name, broken)
+            with pytest.raises(raised):
+                next(train_here(dataclasses.replace(JOB, folder=str(tmp_path / "trial"))))
 
 
 def test_halving_ends_at_one_row():
