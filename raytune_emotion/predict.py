@@ -42,20 +42,25 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
     """Images as given, each folder replaced by the images that lie in it, by name.
 
     Raises:
-        UserError: a path is not there, or a folder holds no image.
+        UserError: a path is not there or cannot be looked at, or a folder holds no image.
     """
     files: list[Path] = []
     faults: list[str] = []
     for path in paths:
-        if path.is_dir():
-            found = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES and not f.name.startswith("."))
-            files += found
-            if not found:
-                faults.append(f"{path}: there is no image in this folder; name the images, or the folder they lie in")
-        elif path.exists():
-            files.append(path)
-        else:
-            faults.append(f"{path}: there is no such image")
+        try:
+            if path.is_dir():
+                found = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES and f.name[0] != ".")
+                files += found
+                if not found:
+                    faults.append(
+                        f"{path}: there is no image in this folder; name the images, or the folder they lie in"
+                    )
+            elif path.exists():
+                files.append(path)
+            else:
+                faults.append(f"{path}: there is no such image")
+        except OSError as error:
+            faults.append(f"{path}: cannot be looked at: {error.strerror}; name images that can")
     if faults:
         raise UserError(faults)
     return files

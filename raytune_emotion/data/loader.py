@@ -67,6 +67,11 @@ def place(store: Store, device: torch.device) -> tuple[Split | Resident, Split |
     return train, val
 
 
+def clear_placed() -> None:
+    """Lets go of the splits that were placed last."""
+    _placed.clear()
+
+
 def lives_on_device(size: float, room: float) -> bool:
     """Whether images of so many bytes are to live on a device that has so many for this process."""
     return size <= _SHARE * room

@@ -29,6 +29,9 @@ LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 
 Report = dict[str, Any]
 
+#: What a file that is not whole, or is not one of these, raises.
+_DAMAGE = (SafetensorError, ValueError)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -76,6 +79,7 @@ def read_progress(folder: Path) -> Progress | None:
 
     Raises:
         UserError: the checkpoint is damaged.
+        OSError: it cannot be read now.
     """
     if not (folder / LAST).exists():
         return None
@@ -83,7 +87,7 @@ def read_progress(folder: Path) -> Progress | None:
         with safe_open(folder / LAST, "pt") as file:
             settings, fingerprint, history, scaler = _header(file, "settings", "fingerprint", "history", "scaler")
         return Progress(settings, fingerprint, tuple(history), scaler)
-    except (SafetensorError, OSError, ValueError) as error:
+    except _DAMAGE as error:
         raise _damaged(folder / LAST, error) from error
 
 
@@ -92,23 +96,32 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Mo
 
     Raises:
         UserError: the checkpoint is damaged.
+        OSError: it cannot be read now.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    modules = {"model.": model} | ({"average.": average} if average is not None else {})
+    moments: list[tuple[int, str, Tensor]] = []
+    # All that damage can show in is looked at first: what fails afterwards is a device without memory.
     try:
         with safe_open(folder / LAST, "pt") as file:
             tensors = _tensors(file)
-        model.load_state_dict(_below("model.", tensors))
-        if average is not None:
-            average.load_state_dict(_below("average.", tensors))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
+        for prefix, module in modules.items():
+            _check_fits(_below(prefix, tensors), module)
         for key, value in _below("optimizer.", tensors).items():
             index, name = key.split(".")
-            parameter = parameters[int(index)]
-            # A fused step walks through memory: its state must lie there as the parameter does, which files don't tell.
-            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-            state.setdefault(int(index), {})[name] = like.detach().copy_(value)
-    except (SafetensorError, OSError, ValueError, IndexError, RuntimeError) as error:
+            if not 0 <= int(index) < len(parameters):
+                raise ValueError(f"its optimizer has a parameter {index}, the model has {len(parameters)}")
+            moments.append((int(index), name, value))
+    except _DAMAGE as error:
         raise _damaged(folder / LAST, error) from error
+    for prefix, module in modules.items():
+        module.load_state_dict(_below(prefix, tensors))
+    state: dict[int, dict[str, Tensor]] = {}
+    for place, name, value in moments:
+        parameter = parameters[place]
+        # A fused step walks through memory: its state must lie there as the parameter does, which files don't tell.
+        like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+        state.setdefault(place, {})[name] = like.detach().copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -133,6 +146,7 @@ def read_best(file: Path) -> Best:
 
     Raises:
         UserError: there is no such file, or it is damaged.
+        OSError: it cannot be read now.
     """
     if not file.exists():
         raise UserError(f"{file}: there is no such checkpoint; a run writes it with its first report")
@@ -141,7 +155,7 @@ def read_best(file: Path) -> Best:
             # Copies: the tensors of a file are a map of it, and fall with it.
             weights = {name: tensor.clone() for name, tensor in _tensors(tensors).items()}
             return Best(weights, *_header(tensors, "settings", "fingerprint", "report"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except _DAMAGE as error:
         raise _damaged(file, error) from error
 
 
@@ -188,6 +202,12 @@ def _header(file: Any, *keys: str) -> list[Any]:
     if not metadata.keys() >= {*keys}:
         raise ValueError("its header is not that of a run")
     return [json.loads(metadata[key]) for key in keys]
+
+
+def _check_fits(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: tensor.shape for name, tensor in module.state_dict().items()}:
+        raise ValueError("its tensors are not those of the model")
 
 
 def _tensors(file: Any) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 
-EVAL_ROWS = 128
+_EVAL_ROWS = 128
 #: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.
 _AVERAGED_EVERY = 4
 
@@ -131,7 +131,9 @@ def fit(
         share_batchnorm(run.model, plan.workers)
         if average is not None:
             share_batchnorm(average, plan.workers)
-        metrics = evaluate(average or run.model, run.val, classes=store.classes, device=device)
+        metrics = evaluate(
+            average or run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run)
+        )
         _check_finite(metrics, plan, history)
         history.append(_report(run, history, train_loss, lr, metrics, began, trained))
         if folder is not None and plan.rank == 0:
@@ -212,7 +214,7 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
             net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     dtype = _dtype(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    optimizer = build_optimizer(model, config.optim, scaled=scaler.is_enabled())
+    optimizer = build_optimizer(model, config.optim)
     loss = losses.mixture(config.loss.weights)
     train, val = place(store, device)
     return Run(config, store, device, plan, model, net, dtype, average, optimizer, scaler, loss, train, val)
@@ -322,8 +324,19 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
             buffer.copy_(mean)
 
 
+def rows_to_evaluate(run: Run) -> int:
+    """At once: on a GPU no more than it trains on, so that smaller micro-batches help where its memory is full."""
+    micro_rows = run.plan.batch_rows // (run.plan.workers * run.config.train.accumulate)
+    return min(_EVAL_ROWS, micro_rows) if run.device.type == "cuda" else _EVAL_ROWS
+
+
 def evaluate(
-    model: nn.Module, split: Split | Resident, *, classes: tuple[str, ...], device: torch.device
+    model: nn.Module,
+    split: Split | Resident,
+    *,
+    classes: tuple[str, ...],
+    device: torch.device,
+    rows: int = _EVAL_ROWS,
 ) -> dict[str, float]:
     """The means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
 
@@ -335,6 +348,7 @@ def evaluate(
         split: of N rows.
         classes: K names, which tell the ground distance of `emd_va`.
         device: of the model.
+        rows: at once.
     """
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows_N = np.arange(rank, len(split), workers)
@@ -344,7 +358,7 @@ def evaluate(
     sums = MetricSums()
     model.eval()
     with torch.inference_mode():
-        for batch in batches(split, (rows_N[i : i + EVAL_ROWS] for i in range(0, len(rows_N), EVAL_ROWS)), device):
+        for batch in batches(split, (rows_N[i : i + rows] for i in range(0, len(rows_N), rows)), device):
             logits.append(model(normalise(batch.x_BHWC, mean, std)))
             probs.append(batch.prob_BK)
         # Many rows at once spare launches, and so many still fit a CPU's cache.

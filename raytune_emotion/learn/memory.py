@@ -7,14 +7,15 @@ new ones: normalising 64 images of 224 px takes four times as long. Here it keep
 import ctypes
 from functools import cache
 
-# malloc.h; the limits of mallopt are ints.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST = -1, -3, 2**31 - 1
+# malloc.h; the limits of mallopt are ints, and older releases take less for one of them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST, _MOST_BEFORE = -1, -3, 2**31 - 1, 2**25
 
 
 def keep_freed() -> None:
     """Has this process keep the memory that it frees. Does nothing where the C library is not glibc."""
     if (libc := _glibc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, _MOST)
+        if not libc.mallopt(_M_MMAP_THRESHOLD, _MOST):
+            libc.mallopt(_M_MMAP_THRESHOLD, _MOST_BEFORE)
         libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 

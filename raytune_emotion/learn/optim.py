@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from raytune_emotion.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, scaled: bool = False) -> Optimizer:
-    """Adam, AdamW or SGD with momentum; `scaled` tells that its gradients are scaled, as those of fp16 are.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """Adam, AdamW or SGD with momentum, all fused; the model is on its device already.
 
     As is customary for transformers, and harmless elsewhere, biases, the scales of normalisation layers and whatever
     the model itself exempts (`no_weight_decay`: class tokens, position embeddings) are not decayed.
@@ -25,8 +26,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, scaled: bool = Fal
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
-        # Where the scaler skips a step, as it often does the first, the fused kernel of SGD spoils its momentum.
-        return SGD(groups, lr=config.lr, momentum=config.momentum, fused=not scaled)
+        sgd = SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+        # Where a scaler skips the first step, as it often does, the kernel would leave a momentum that was never set.
+        # With one of zero the first step is the same.
+        for parameter in [*decayed, *plain] if config.momentum else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = AdamW if config.name == "adamw" else Adam
     return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 

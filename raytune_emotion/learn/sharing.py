@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from raytune_emotion.config import FlatConfig, RunConfig
-from raytune_emotion.data.loader import lives_on_device, size_of
+from raytune_emotion.data.loader import Resident, clear_placed, lives_on_device, size_of
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import memory
-from raytune_emotion.learn.loop import EVAL_ROWS, Run, evaluate, make_plan, start, train_segment
+from raytune_emotion.learn.loop import Run, evaluate, make_plan, rows_to_evaluate, start, train_segment
 
 #: Numbers of trials at once that are tried out.
 COUNTS = (1, 2, 4, 8)
@@ -187,6 +187,7 @@ def _serve(device: torch.device) -> None:
             answer = _train(run, **order)
         else:
             run = None
+            clear_placed()
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
@@ -198,7 +199,7 @@ def _serve(device: torch.device) -> None:
                     torch.cuda.reset_peak_memory_stats(device)
                 # With steps so small that nothing diverges.
                 run = _begin(RunConfig.from_flat({**order["settings"], "optim.lr": 1e-9}), store, device)
-                peak: float = torch.cuda.max_memory_reserved(device) if cuda else 0
+                peak: float = torch.cuda.max_memory_reserved(device) - _images_on_device(run) if cuda else 0
             except torch.OutOfMemoryError:
                 peak = math.inf
             total = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
@@ -208,9 +209,9 @@ def _serve(device: torch.device) -> None:
 
 def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
     """A run on a few rows, warm, from one report of which to the next it takes a quarter of a second."""
-    few = dataclasses.replace(store, train=_first(store.train, _ROWS), val=_first(store.val, EVAL_ROWS))
+    few = dataclasses.replace(store, train=_first(store.train, _ROWS), val=_first(store.val, _ROWS))
     run = start(config, few, device, make_plan(config, few, device), fresh=False)
-    evaluate(run.model, run.val, classes=store.classes, device=device)
+    evaluate(run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run))
     tried = _until(run, min(4, run.plan.steps_per_epoch))
     train_segment(tried, [])  # chooses kernels
     began = time.perf_counter()
@@ -229,6 +230,11 @@ def _train(run: Run, *, seconds: float, threads: int, resident: bool) -> float:
         train_segment(run, [])
         steps += run.plan.stops[0]
     return steps * run.plan.batch_rows / took
+
+
+def _images_on_device(run: Run) -> int:
+    """Bytes."""
+    return sum(part.x_NHWC.nbytes for part in (run.train, run.val) if isinstance(part, Resident))
 
 
 def _until(run: Run, steps: int) -> Run:

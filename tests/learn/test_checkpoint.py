@@ -1,3 +1,4 @@
+import errno
 import json
 
 import pytest
@@ -154,6 +155,31 @@ def test_tensors_that_do_not_fit_the_settings_are_damage(run, store):
     model = build_model(config(model__backbone="test_efficientnet"))
     with pytest.raises(UserError, match="damaged"):
         checkpoint.restore(run, model, torch.optim.AdamW(model.parameters()))
+
+
+def test_what_is_no_damage_is_not_called_so(run, monkeypatch):
+    """Nobody is to delete a checkpoint because a device is full, or a server away for a while."""
+    model = build_model(config())
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def away(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "load_state_dict", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            checkpoint.restore(run, model, optimizer)
+    monkeypatch.setattr(checkpoint, "safe_open", away)
+    for read in (
+        lambda: checkpoint.restore(run, model, optimizer),
+        lambda: read_progress(run),
+        lambda: read_best(run / BEST),
+    ):
+        with pytest.raises(OSError, match="Stale"):
+            read()
 
 
 def test_without_a_last_checkpoint_the_run_starts_anew(run, reports, store):

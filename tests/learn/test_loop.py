@@ -286,6 +286,13 @@ def test_no_step_on_a_gpu_waits_for_it(store, like_cuda, monkeypatch, changes):
     assert len(steps) == running.plan.steps_per_epoch > 1
 
 
+def test_on_a_gpu_smaller_micro_batches_are_smaller_evaluations_too(store, like_cuda):
+    running = loop.start(config(), store, like_cuda, make_plan(config(), store, like_cuda), fresh=True)
+    halved = dataclasses.replace(running, config=config(train__accumulate=2))
+    assert [loop.rows_to_evaluate(run) for run in (running, halved)] == [16, 8]
+    assert loop.rows_to_evaluate(dataclasses.replace(halved, device=CPU)) == 128
+
+
 # ---- endings
 
 

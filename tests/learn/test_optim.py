@@ -49,7 +49,7 @@ def test_momentum_is_of_each_optimizer(name):
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_a_step_that_the_scaler_skips_changes_nothing(name):
     model, scaler = Small(), torch.amp.GradScaler("cpu")
-    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1), scaled=True)
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for gradient in (math.inf, 1.0):
         assert all(map(torch.equal, model.parameters(), before))
@@ -62,6 +62,19 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name):
     # The first step of any of them is lr times the gradient, or its sign.
     for parameter, value in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), value - 0.1)
+
+
+def test_momentum_from_nothing_is_that_of_torch():
+    models = [Small() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = build_optimizer(models[0], OptimConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.0))
+    plain = torch.optim.SGD(models[1].parameters(), lr=0.1, momentum=0.9, fused=True)
+    for _ in range(3):
+        for model, optimizer in zip(models, (ours, plain), strict=True):
+            sum(parameter.square().sum() for parameter in model.parameters()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
