@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--name", type=plain_name, metavar="NAME", help="of the study (default: the space and the time)")
     add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
-    add("--seed", type=natural, metavar="N", help="default: 0")
+    add("--seed", type=natural, metavar="N", help="of proposals and trials (default: that of the space, else 0)")
     add("--time-budget", type=_duration, metavar="T", help="as 90m, 2h or 1d; the study can be resumed afterwards")
     add(
         "--max-failures",
