@@ -443,6 +443,8 @@ class _Search(SearchAlgorithm):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         proposal, _ = self._live[trial_id]
+        if self.broken:
+            return  # behind a torn line of the journal nothing may be written
         with self._breaking():
             self._searcher.observe(trial_id, result)
             self._watch(Event(proposal, "running", result, ""))
@@ -450,7 +452,7 @@ class _Search(SearchAlgorithm):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         proposal, trial = self._live.pop(trial_id)
         if self.broken:
-            return  # behind a torn line of the journal nothing may be written
+            return
         with self._breaking():
             if error or result is None:
                 release_workers(trial_folder(self._folder, trial_id))
