@@ -37,7 +37,7 @@ from tests.tuning.test_study import spec_of
 
 #: Enough for some to be proposed by the model.
 TRIALS, EPOCHS, SEED = 7, 3, 3
-SPACE = SPACE | {"data.image_size": 32, "train.epochs": EPOCHS}
+SPACE = SPACE | {"data.image_size": 32, "train.epochs": EPOCHS, "train.seed": SEED}
 #: For what a study held to be given back.
 _PROMISED_S = 5.0
 #: Commands start clusters with as many cores as that of the tests, whatever the machine has: with the number of threads
