@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import math
 import os
@@ -26,6 +27,10 @@ COMMANDS = {
 }
 
 
+#: What the system says of places that the user has named.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+
+
 def guarded(action: Callable[[], None]) -> int:
     """Runs an action and returns the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
     try:
@@ -41,10 +46,14 @@ def guarded(action: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        print(f"error: no space left on the disk: {error}", file=sys.stderr)
-        return 1
+        if is_disk_full(error):
+            print(f"error: no space left on the disk: {error}", file=sys.stderr)
+            return 1
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            where = f"{error.filename}: {error.strerror}"
+            print(f"error: {where}; name another place, or change who may use it", file=sys.stderr)
+            return 2
+        raise
     return 0
 
 

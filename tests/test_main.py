@@ -36,6 +36,17 @@ def test_a_full_disk_is_said_without_a_traceback(capsys):
     assert capsys.readouterr().err.startswith("error: no space left on the disk: ")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
+def test_a_place_that_the_system_refuses_is_a_sentence(number, capsys):
+    def action():
+        raise OSError(number, "No, it says", "faces/train_set")
+
+    assert guarded(action) == 2
+    assert capsys.readouterr().err == (
+        "error: faces/train_set: No, it says; name another place, or change who may use it\n"
+    )
+
+
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -172,7 +172,7 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
         return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
     if len(values) != len(classes):
         return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
-    total = math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+    total = sum(values) if all(map(math.isfinite, values)) else math.nan
     if math.isnan(total):
         return Flaw(Kind.NOT_FINITE, _named(values, classes, lambda v: not math.isfinite(v)))
     if min(values) < 0:
@@ -193,7 +193,7 @@ def native_size(root: Source, most: int) -> int:
     names = _train_images(root)
     sides = []
     for content in read(root, names[:: max(1, len(names) // _SIZES_READ)]):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
             if isinstance(content, bytes):
                 sides.append(min(Image.open(io.BytesIO(content), formats=FORMATS).size))
     return max(16, min(most, int(statistics.median(sides)))) if sides else most

@@ -87,15 +87,17 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest, faults: list
         return None
     try:
         batch = _map_batch(path)
-    except (pa.ArrowException, OSError) as error:
+        # Arrow itself follows lengths and offsets that reach out of the file.
+        batch.validate(full=True)
+        if batch.schema != _schema(size, k) or batch.num_rows != entry.rows:
+            faults.append(f"{path}: not the {entry.rows} rows of {size} px and {k} classes of {MANIFEST}; {_AGAIN}")
+            return None
+        images = batch.column("image").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, size, size, 3)
+        probs = batch.column("probs").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, k)
+        return Shard(batch.column("id").to_pylist(), images, probs)
+    except (pa.ArrowException, OSError, ValueError) as error:
         faults.append(f"{path}: no readable Arrow file ({error}); {_AGAIN}")
         return None
-    if batch.schema != _schema(size, k) or batch.num_rows != entry.rows:
-        faults.append(f"{path}: not the {entry.rows} rows of {size} px and {k} classes of {MANIFEST}; {_AGAIN}")
-        return None
-    images = batch.column("image").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, size, size, 3)
-    probs = batch.column("probs").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, k)
-    return Shard(batch.column("id").to_pylist(), images, probs)
 
 
 def begin_shard(path: Path, ids: Sequence[str], prob_NK: npt.NDArray[np.float32], image_size: int) -> int:

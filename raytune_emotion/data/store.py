@@ -327,7 +327,7 @@ def prepare_sizes(
                 _tell_rejected(dest, open_store(dest).rejected)
             except UserError as error:
                 print(f"{error}\n{dest}: packed again", file=sys.stderr)
-                shutil.rmtree(dest)
+                shutil.rmtree(dest, ignore_errors=True)
     sweep(cache, _ABANDONED_S)
     while missing := {size: dest for size, dest in dests.items() if not is_store(dest)}:
         for size, dest in missing.items():
@@ -400,7 +400,7 @@ def _fetched(uri: str) -> Store:
             return dataclasses.replace(_map(dest), place=uri)
         except UserError as error:
             print(f"{error}\n{dest}: fetched again", file=sys.stderr)
-            shutil.rmtree(dest)
+            shutil.rmtree(dest, ignore_errors=True)
     sweep(dest.parent, _ABANDONED_S)
     try:
         with resumable_folder(dest) as folder:

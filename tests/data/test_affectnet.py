@@ -1,5 +1,6 @@
 import math
 import os
+import struct
 import zlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from raytune_emotion.data.affectnet import (
     SPLITS,
     Flaw,
     Kind,
+    native_size,
     parse_annotation,
     quick_fingerprint,
     scan,
@@ -113,6 +115,7 @@ def edited(**values):
         (edited(sad="1e999"), Kind.NOT_FINITE, "inf for sad"),
         (edited(fear="-0.1", happy="0.253846"), Kind.NEGATIVE, "-0.1 for fear"),
         (edited(fear="0.5"), Kind.SUM, "1.42308"),
+        (b",".join([b"1e308"] * 13), Kind.SUM, "inf"),
     ],
 )
 def test_every_flaw_has_its_name(raw, kind, detail):
@@ -226,3 +229,13 @@ def test_the_quick_fingerprint_sees_what_matters_and_nothing_else(tmp_path):
     longer = quick_fingerprint(tmp_path)
     annotation.rename(annotation.with_name("77_prob_rank.txt"))
     assert len({first, touched, longer, quick_fingerprint(tmp_path)}) == 4
+
+
+def test_the_size_of_a_folder_is_that_of_the_pictures_that_can_be(tmp_path):
+    write_folder(tmp_path)
+    image = tmp_path / "train_set/images/0.png"
+    whole = image.read_bytes()
+    # The first chunk, behind the signature: length, name, width and height, five bytes more, checksum.
+    header = whole[12:16] + struct.pack(">II", 60000, 60000) + whole[24:29]
+    image.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
+    assert native_size(tmp_path, 224) == 20

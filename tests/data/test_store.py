@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import functools
 import json
@@ -418,6 +419,21 @@ def test_a_damaged_store_is_refused_by_name(folder, tmp_path, damage):
     for fault, part in zip(raised.value.faults, expected, strict=True):
         assert str(packed.path) in fault
         assert part in fault
+
+
+def test_no_damage_of_what_describes_a_shard_ends_the_process(folder, tmp_path):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    shard, opened = packed.path / "val-00000.arrow", 0
+    whole = shard.read_bytes()
+    begin = whole.index(packed.val.shards[0].tobytes()) - 2000
+    for place in [*range(max(0, begin), begin + 2000), *range(len(whole) - 1000, len(whole))]:
+        # Not over what is mapped.
+        (tmp_path / "damaged").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        (tmp_path / "damaged").replace(shard)
+        with contextlib.suppress(UserError):
+            open_store(packed.path)
+            opened += 1
+    assert 0 < opened < 1500
 
 
 # The cache
