@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup search test lint bench
+.PHONY: setup search test lint bench gpu
 
 setup: $(READY)
 
@@ -26,3 +26,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# All that there is to measure on a GPU, and a study there: make gpu DATA=faces [WEIGHTS=folder]
+gpu: setup
+	$(BIN)/python -m benchmarks correctness loading training sharing
+	$(BIN)/python -m raytune_emotion.search --space search_spaces/gpu.yaml --trials 32 --gpus-per-worker auto \
+	  --data $(or $(DATA),$(error name the faces to search on: make gpu DATA=folder)) \
+	  $(if $(WEIGHTS),--weights-dir $(WEIGHTS))
