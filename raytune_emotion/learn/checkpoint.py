@@ -133,8 +133,8 @@ def settle(folder: Path, progress: Progress | None) -> None:
             abandoned.unlink()
     history = progress.history if progress is not None else ()
     lines = "".join(map(_line, history))
-    found = (folder / HISTORY).read_text(encoding="utf-8") if (folder / HISTORY).exists() else ""
-    if found != lines:
+    found = (folder / HISTORY).read_bytes() if (folder / HISTORY).exists() else b""
+    if found != lines.encode():
         write_text(folder / HISTORY, lines)
     if progress is not None and history[-1]["best_report"] == history[-1]["report"] and not _has_best(folder, progress):
         with safe_open(folder / LAST, "pt") as file:
@@ -167,12 +167,11 @@ def read_history(folder: Path) -> list[Report]:
     """
     try:
         lines = (folder / HISTORY).read_text(encoding="utf-8").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        return [json.loads(line) for line in lines]
     except FileNotFoundError:
         return []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    try:
-        return [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(
             f"{folder / HISTORY}: a damaged line ({error}); delete the file, and resuming the run restores it"

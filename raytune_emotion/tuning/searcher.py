@@ -195,14 +195,22 @@ def load_study(folder: Path) -> optuna.Study:
     """The Optuna study of a study's folder.
 
     Raises:
-        UserError: where there is none.
+        UserError: where there is none, or it is damaged.
     """
     if not (folder / JOURNAL).is_file():
         raise UserError(f"{folder}: no {JOURNAL} in it, so it is no study; name a folder that a search has made")
-    storage = _storage(folder)
-    # By what is in it, not by the folder's name: people rename folders.
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage)
+    try:
+        storage = _storage(folder)
+        # By what is in it, not by the folder's name: people rename folders.
+        (name,) = optuna.get_all_study_names(storage)
+        return optuna.load_study(study_name=name, storage=storage)
+    except OSError:
+        raise
+    except Exception as error:  # what Optuna happens to meet in lines that are not as it wrote them
+        raise UserError(
+            f"{folder / JOURNAL}: is damaged ({type(error).__name__}: {error}); put back a copy of it, or begin a new "
+            f"study with the same options: what trials have reached is in {folder / 'trials'}"
+        ) from error
 
 
 @contextlib.contextmanager

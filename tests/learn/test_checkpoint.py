@@ -76,8 +76,9 @@ def test_a_torn_last_line_is_left_out(run, reports):
     assert read_history(run) == reports[:-1]
 
 
-def test_a_line_torn_elsewhere_is_a_fault(run):
-    (run / HISTORY).write_text('{"report": 1, \n{"report": 2}\n')
+@pytest.mark.parametrize("history", [b'{"report": 1, \n{"report": 2}\n', b'{"report": \xff1}\n'])
+def test_a_line_torn_elsewhere_is_a_fault(run, history):
+    (run / HISTORY).write_bytes(history)
     with pytest.raises(UserError, match=HISTORY):
         read_history(run)
 
@@ -88,18 +89,20 @@ def test_there_is_no_history_before_the_first_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "found", ["missing", "torn", "line missing", "line beyond", "of another run"], ids=lambda found: found
+    "found", ["missing", "torn", "line missing", "line beyond", "of another run", "no text"], ids=lambda found: found
 )
 def test_history_is_mended_from_the_last_checkpoint(run, reports, store, found):
     lines = [json.dumps(report) + "\n" for report in reports]
     (run / HISTORY).write_text(
         {
             "missing": "",
+            "no text": "\xff",
             "torn": "".join(lines)[:-5],
             "line missing": lines[0],
             "line beyond": "".join(lines) + lines[-1].replace('"report": 2', '"report": 3'),
             "of another run": '{"report": 1}\n' * 2,
-        }[found]
+        }[found],
+        encoding="latin-1",
     )
     if found == "missing":
         (run / HISTORY).unlink()

@@ -198,3 +198,21 @@ def test_a_line_that_a_full_disk_has_torn_is_cut_off(tmp_path, space):
         assert journal.read_bytes() == written
         Searcher(load_study(tmp_path), space, seed=0).ask()
     assert [each.status for each in asked(load_study(tmp_path))] == ["running", "running"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [],
+        lambda lines: [b'{"op_code": 0, "study_name"', *lines[1:]],
+        lambda lines: [lines[0], b"\xff\n", *lines[1:]],
+        lambda lines: [lines[0], b"{}\n", *lines[1:]],
+        lambda lines: [line.replace(b"FloatDistribution", b"FloatDistributio-") for line in lines],
+    ],
+)
+def test_a_damaged_journal_is_a_clear_error(tmp_path, space, damage):
+    Searcher(create_study(tmp_path, space), space, seed=0).ask()
+    journal = tmp_path / JOURNAL
+    journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="is damaged .*put back a copy of it"):
+        load_study(tmp_path)
