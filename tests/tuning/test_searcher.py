@@ -214,5 +214,5 @@ def test_a_damaged_journal_is_a_clear_error(tmp_path, space, damage):
     Searcher(create_study(tmp_path, space), space, seed=0).ask()
     journal = tmp_path / JOURNAL
     journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
-    with pytest.raises(UserError, match="is damaged .*put back a copy of it"):
+    with pytest.raises(UserError, match=r"is damaged .*put back a copy of it"):
         load_study(tmp_path)
