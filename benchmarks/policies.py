@@ -202,7 +202,7 @@ def warm_started(earlier: Forecast, market: Market, seed: int) -> Study:
 
 def run() -> Table:
     notes = [
-        f"Medians over the seeds named. Every study has an {round(1 / SHARE)}th of the time of {BUDGET} full trials, "
+        f"Medians over the seeds named. Every study has 1/{1 / SHARE:g} of the time of {BUDGET} full trials, "
         f"which random search had. Of this project, the first {SEEDS_LONGER} seeds (with the nearest, all) that have "
         f"not reached random's JS by then go on, up to {LONGER:g} of that time: when a JS is reached that most had not "
         f"come to, is the median of those. A ratio of 0, and a dash: not reached."

@@ -3,7 +3,6 @@
 It is what this project's policy is measured by, in `policies`, and changes with Ray, Optuna and the curves alone.
 """
 
-import json
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product, repeat
 from pathlib import Path
@@ -19,20 +18,22 @@ from benchmarks.curves.replay import (
     BEST,
     BUDGET,
     COLUMNS,
-    KEY,
     SHARE,
     WORKERS,
     Goals,
     Market,
     at_random,
+    found_at,
     in_order,
     many,
     pool,
     read_markets,
+    read_rows,
     replays,
     row,
 )
 from benchmarks.curves.rules import Trial
+from raytune_emotion.tuning.model import Floats
 
 KEPT = Path(__file__).parent / "results" / "rivals.json"
 #: Studies that a median is taken over: of random search and with the surrogate; and of Ray's with the nearest.
@@ -78,23 +79,26 @@ class RayAsItComes:
 
 def run() -> Table:
     notes = [
-        f"Medians over the seeds named. Random search has the time of {BUDGET} full trials, Ray's a "
-        f"{round(1 / SHARE)}th of it. The best {BEST[0]:.0%} and {BEST[1]:.0%} are of all configurations. A ratio of "
+        f"Medians over the seeds named. Random search has the time of {BUDGET} full trials, Ray's "
+        f"1/{1 / SHARE:g} of it. The best {BEST[0]:.0%} and {BEST[1]:.0%} are of all configurations. A ratio of "
         f"0, and a dash: not reached. '{FASTEST}' is, of 20,000, the one that would get there soonest by itself: no "
         f"policy can be faster."
     ]
     with pool() as processes:
-        cells = [*product(read_markets(notes), WORKERS)]
-        rows = [each for market, workers in track(cells, "rivals") for each in _rows(processes, market, workers)]
+        markets = [(market, *many(market, SEEDS)) for market in read_markets(notes)]
+        cells = track([*product(markets, WORKERS)], "rivals")
+        rows = [each for market, workers in cells for each in _rows(processes, *market, workers)]
     return Table((*COLUMNS, OF_RANDOM, *OF_BEST), rows, notes)
 
 
-def _rows(processes: ProcessPoolExecutor, market: Market, workers: int) -> list[tuple[Any, ...]]:
+def _rows(
+    processes: ProcessPoolExecutor, market: Market, js_MR: Floats, seconds_MR: Floats, workers: int
+) -> list[tuple[Any, ...]]:
+    """Of one cell; JS and seconds are those of many configurations."""
     budget = market.budget(workers)
     seeds = range(SEEDS if market.kind == "surrogate" else SEEDS_NEAREST)
     random = list(processes.map(at_random, *map(repeat, (market, workers)), range(SEEDS), repeat(budget)))
     by_ray = replays(processes, RayAsItComes, market, workers, seeds, budget * SHARE)
-    js_MR, seconds_MR = many(market, SEEDS)
     goals = Goals(
         float(np.median([one.at(budget) for one in random])),
         float(np.median([one.at(budget * SHARE) for one in by_ray])),
@@ -114,8 +118,5 @@ def _rows(processes: ProcessPoolExecutor, market: Market, workers: int) -> list[
 
 def kept_goals(market: Market, workers: int) -> Goals:
     """What the last run has found."""
-    table = json.loads(KEPT.read_text(encoding="utf-8"))
-    asked = dict(zip(KEY, (market.curves, market.kind, workers, RAY), strict=True))
-    rows = [dict(zip(table["columns"], each, strict=True)) for each in table["rows"]]
-    (found,) = (each for each in rows if all(each[key] == value for key, value in asked.items()))
-    return Goals(found[OF_RANDOM], found["JS at 1/8"], tuple(found[name] for name in OF_BEST))
+    found = read_rows(KEPT)[market.curves, market.kind, workers, RAY]
+    return Goals(found[OF_RANDOM], found[found_at(SHARE)[0]], tuple(found[name] for name in OF_BEST))

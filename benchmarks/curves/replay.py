@@ -7,6 +7,7 @@ a core of its own would have come to it. No policy is given the space's start po
 import dataclasses
 import heapq
 import itertools
+import json
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,15 +35,25 @@ SPACE = Path("search_spaces/quick.yaml")
 EPOCHS = 8
 #: Budget of random search, in trials that are trained to their end; all others are replayed for a share of it.
 BUDGET, SHARE = 256, 1 / 8
+#: Shares of that budget after which the best JS is told.
+SPENT = tuple(SHARE / 2**halved for halved in (4, 3, 2, 1, 0))
 #: Simulated workers.
 WORKERS = (2, 8, 32)
 #: Shares of the best among all configurations, whose JS is to be reached.
 BEST = (0.05, 0.01)
 #: How the rows of a table of replayed studies are told apart, and what they hold.
 KEY = ("curves", "response", "workers", "policy")
+
+
+def found_at(share: float) -> tuple[str, str, str]:
+    """Columns of the best JS after a share of random search's budget: its median and quartiles."""
+    part = f"1/{1 / share:g}"
+    return f"JS at {part}", f"Q1 at {part}", f"Q3 at {part}"
+
+
 COLUMNS = (
     *KEY, "seeds", "budget of random search over its own, to random's JS", "budget of Ray's over its own, to Ray's JS",
-    "JS at 1/16 of random's budget", "quartile", "quartile", "JS at 1/8", "quartile", "quartile",
+    *itertools.chain.from_iterable(map(found_at, SPENT)),
     *(f"full trials to the best {share:.0%}" for share in BEST), "trials",
 )  # fmt: skip
 
@@ -284,9 +295,16 @@ def row(
 
     budget = market.budget(workers)
     ratios = [budget / until(goals.of_random), budget * SHARE / until(goals.of_ray)]
-    found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in (SHARE / 2, SHARE)]
+    found = [np.percentile([one.at(budget * part) for one in studies], [50, 25, 75]) for part in SPENT]
     full_trials = [workers * until(js) / market.full for js in goals.best]
     shown = [count if np.isfinite(count) else "-" for count in full_trials]
     trials = float(np.mean([np.sum(one.begun <= seconds) for one in studies]))
     labels = (market.curves, market.kind, workers, policy, len(studies))
     return (*labels, *ratios, *map(float, np.concatenate(found)), *shown, trials)
+
+
+def read_rows(results: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of a table that was kept, by what tells them apart."""
+    table = json.loads(results.read_text(encoding="utf-8"))
+    rows = [dict(zip(table["columns"], each, strict=True)) for each in table["rows"]]
+    return {tuple(each[name] for name in KEY): each for each in rows}

@@ -83,10 +83,19 @@ def test_a_row_tells_when_most_had_reached_what_others_found(market):
     row = replay.row(market, 8, "these", studies, goals, 4 * market.full, 2)
     assert row[:5] == ("drawn", "nearest", 8, "these", 4)
     assert row[5:7] == pytest.approx([32 / 12, 4 / 2.5])
-    assert row[7:10] == pytest.approx([0.25, 0.2, 0.475])  # of 0.2, 0.3, 0.2, 1 after two
-    assert row[10:13] == pytest.approx([0.2, 0.2, 0.225])
-    assert row[13] == pytest.approx(8 * 2.5)
-    assert row[14:] == ("-", 2.0)
+    found = dict(zip(replay.COLUMNS, row, strict=True))
+    after_two, after_four = ([found[name] for name in replay.found_at(share)] for share in (1 / 16, 1 / 8))
+    assert after_two == pytest.approx([0.25, 0.2, 0.475])  # of 0.2, 0.3, 0.2, 1
+    assert after_four == pytest.approx([0.2, 0.2, 0.225])
+    assert found["full trials to the best 5%"] == pytest.approx(8 * 2.5)
+    assert found["full trials to the best 1%"] == "-"
+    assert found["trials"] == 2.0
+
+
+def test_the_settings_that_matter_most_are_told_by_their_shortest_length():
+    names = ["optim.lr", "model.backbone", "model.backbone", "loss.kl"]
+    told = replay._shortest(names, np.array([0.7, 2.0, 1.6, 9.0]))
+    assert told == "optim.lr 0.7, model.backbone 1.6"
 
 
 def test_rivals_are_kept_for_every_comparison(market):
