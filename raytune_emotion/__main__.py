@@ -49,7 +49,7 @@ def guarded(action: Callable[[], None]) -> int:
         if is_disk_full(error):
             print(f"error: no space left on the disk: {error}", file=sys.stderr)
             return 1
-        if isinstance(error, OSError) and error.errno in _REFUSED:
+        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
             where = f"{error.filename}: {error.strerror}"
             print(f"error: {where}; name another place, or change who may use it", file=sys.stderr)
             return 2

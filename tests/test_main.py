@@ -27,6 +27,12 @@ def test_a_fault_of_ours_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         guarded(lambda: 1 // 0)
 
+    def refused():
+        raise PermissionError(errno.EPERM, "it says not of which file")
+
+    with pytest.raises(PermissionError):
+        guarded(refused)
+
 
 def test_a_full_disk_is_said_without_a_traceback(capsys):
     def action():
