@@ -29,6 +29,7 @@ from raytune_emotion.learn.checkpoint import Best, Report, read_best
 from raytune_emotion.learn.model import Colour, build_model, mean_std
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+_IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
 
 _MEANINGS = {
     "js": "Jensen-Shannon divergence, bits",
@@ -186,7 +187,11 @@ def load_package(folder: Path) -> Package:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         known, classes = config["pretrained_cfg"], tuple(config["label_names"])
-        model = timm.create_model(config["architecture"], num_classes=len(classes), **config.get("model_args", {}))
+        architecture, arguments = config["architecture"], config.get("model_args", {})
+        # By others, timm can be made to load a pickle, or to ask a hub; and folders are handed around.
+        if not timm.is_model(architecture) or not arguments.keys() <= {_IMAGE_SIZE}:
+            raise ValueError(f"{architecture} with {', '.join(arguments) or 'nothing'} is no model that is exported")
+        model = timm.create_model(architecture, num_classes=len(classes), **arguments)
         model.load_state_dict(load_file(folder / WEIGHTS))
         return Package(model.eval(), classes, known["input_size"][1], tuple(known["mean"]), tuple(known["std"]))
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -205,7 +210,7 @@ def _timm_config(model: nn.Module, config: RunConfig) -> dict[str, Any]:
         "num_classes": len(classes),
         "num_features": model.num_features,
         "label_names": classes,
-        **({"model_args": {"img_size": size}} if known.get("fixed_input_size") else {}),
+        **({"model_args": {_IMAGE_SIZE: size}} if known.get("fixed_input_size") else {}),
         "pretrained_cfg": {
             **kept,
             "input_size": [3, size, size],
