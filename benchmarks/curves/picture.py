@@ -25,7 +25,7 @@ def main() -> None:
 def picture(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> Figure:
     """Median and quartiles of the best JS by what was spent, for every set of curves and number of workers."""
     figure = Figure(figsize=(9, 5), layout="constrained")
-    grid = figure.subplots(len(FACES), len(WORKERS), sharex=True, sharey="row", squeeze=False)
+    grid = figure.subplots(len(FACES), len(WORKERS), sharex=True, sharey="row")
     for (row, name), (column, workers) in product(enumerate(FACES), enumerate(WORKERS)):
         axes: Axes = grid[row, column]
         for policy, colour in COLOURS.items():
