@@ -24,7 +24,7 @@ from rich.table import Table as RichTable
 
 import benchmarks
 from benchmarks import Table
-from raytune_emotion.files import write_text
+from raytune_emotion.storage.atomic import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

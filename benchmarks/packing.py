@@ -33,8 +33,8 @@ from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.images import DecodeTask, Region, decode_image, write_images
 from raytune_emotion.data.sample import draw_face, draw_point, write_sample
-from raytune_emotion.data.source import File
 from raytune_emotion.data.store import pack_sizes
+from raytune_emotion.storage.locations import File
 
 #: Files' and stores' sides in px, and how many files: fewer where each takes long.
 CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 100), (224, (64, 96, 112, 224), 200))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from raytune_emotion import __version__
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import is_disk_full
+from raytune_emotion.storage.atomic import is_disk_full
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {

@@ -9,11 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main, gpu_share, positive
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.package import write_package
+from raytune_emotion.storage import remote
 from raytune_emotion.tuning.confirmation import (
     CONFIRMED,
     HEADINGS,
@@ -44,7 +44,7 @@ from raytune_emotion.tuning.study import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=mirror.place, metavar="STUDY", help="the folder of a study")
+    add("study", type=remote.place, metavar="STUDY", help="the folder of a study")
     add("--top", type=positive, default=3, metavar="K", help="of the study's configurations, the best (default: 3)")
     add("--seeds", type=positive, default=5, metavar="N", help="runs of each, with a seed of its own (default: 5)")
     add("--concurrency", type=positive, metavar="N", help="runs at once (default: as in the search)")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if isinstance(args.study, str):
-        raise UserError(f"{mirror.shown(args.study)}: a study at a URI cannot be confirmed there; copy it to a folder")
+        raise UserError(f"{remote.shown(args.study)}: a study at a URI cannot be confirmed there; copy it to a folder")
     study: Path = args.study.absolute()
     chosen, spec = _asked(args, study)
     folder, console = study / CONFIRMED, Console(soft_wrap=True, highlight=False)

@@ -4,17 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.package import export_checkpoint
+from raytune_emotion.storage import remote
 from raytune_emotion.tuning.study import SPEC, TRIALS, best_trial_id, opened, read_spec, trial_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=mirror.place, metavar="STUDY", help="folder or URI of a study")
+    add("study", type=remote.place, metavar="STUDY", help="folder or URI of a study")
     add("dest", type=Path, metavar="DEST", help="folder to write; an earlier export there is replaced")
     add("--trial", metavar="ID", help="of the study (default: the best)")
 
@@ -43,14 +43,14 @@ def export_trial(study: Path, dest: Path, trial_id: str, uri: str | None = None)
     if uri is None:
         kept = sorted(file.parent.name for file in study.glob(f"trials/*/{BEST}"))
     else:
-        kept = [Path(name).parent.name for name in mirror.names(uri, f"trials/*/{BEST}")]
+        kept = [Path(name).parent.name for name in remote.names(uri, f"trials/*/{BEST}")]
     if trial_id not in kept:
         those = (
             f"there are those of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
         )
         raise UserError(f"{study}: has no weights of a trial {trial_id}, as only those of the best are kept; {those}")
     if uri is not None:
-        mirror.pull(uri, study, [f"trials/{trial_id}/{BEST}"])
+        remote.pull(uri, study, [f"trials/{trial_id}/{BEST}"])
     name = study.resolve().name
     export_checkpoint(trial_folder(study, trial_id) / BEST, dest, [f"Trial {trial_id} of the study {name}."])
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data.pool import Map
-from raytune_emotion.data.source import Source, below, shown
 from raytune_emotion.data.store import pack_sizes
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Source, below, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _place(text: str) -> Source:
-    place = mirror.place(text)
+    place = remote.place(text)
     # Nodes of a cluster work in folders of their own.
     return place.absolute() if isinstance(place, Path) else place
 

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.storage import remote
 from raytune_emotion.tuning.confirmation import standings, write_standings
 from raytune_emotion.tuning.page import REPORT, write_report
 from raytune_emotion.tuning.searcher import JOURNAL, load_study
@@ -14,7 +14,7 @@ from raytune_emotion.tuning.study import CURVES, TRIALS, opened, read_records, r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=mirror.place, metavar="STUDY", help="the folder or the URI of a study")
+    parser.add_argument("study", type=remote.place, metavar="STUDY", help="the folder or the URI of a study")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> None:
         if isinstance(args.study, Path):
             print(folder / REPORT)
         else:
-            mirror.push(folder, args.study, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
-            print(mirror.shown(mirror.join(args.study, REPORT)))
+            remote.push(folder, args.study, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
+            print(remote.shown(remote.join(args.study, REPORT)))
 
 
 if __name__ == "__main__":

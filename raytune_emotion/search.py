@@ -21,7 +21,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import (
     check_makeable,
     collecting,
@@ -36,10 +35,11 @@ from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import Store, cache_folder, check_data, count_rows, is_store, own_size, prepare_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
-from raytune_emotion.files import LOCK
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_weights
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
 from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, ray_session
 from raytune_emotion.tuning.objective import OBJECTIVES
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        type=mirror.place,
+        type=remote.place,
         metavar="DIR",
         help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
@@ -87,14 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--results",
-        type=mirror.place,
+        type=remote.place,
         default=Path("ray_results"),
         metavar="DIR",
         help="a folder, or a URI such as s3://bucket/prefix (default: ray_results)",
     )
     add(
         "--warm-start",
-        type=mirror.place,
+        type=remote.place,
         nargs="+",
         metavar="STUDY",
         help="earlier studies, of these or other data, whose trials tell what to try first",
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         if auto:
             args.gpus_per_worker = None  # until it is known
         folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
-        uri = mirror.join(results, folder.name) if results else None
+        uri = remote.join(results, folder.name) if results else None
         if args.resume and results is None:
             stack.enter_context(sole_driver(folder))
         stack.enter_context(ray_session(args.address))
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
         elif spec.epochs > read_spec(folder).epochs:
             spec = extend_best(folder, spec, uri)
         write_spec(folder, spec)
-        where = f"{mirror.shown(uri)}, worked on in {folder}" if uri else folder
+        where = f"{remote.shown(uri)}, worked on in {folder}" if uri else folder
         console.print(f"study {where}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
         interrupted = run_shown(console, folder, spec, placement, uri=uri, time_budget=args.time_budget)
     _conclude(console, folder, spec, results)
@@ -387,15 +387,15 @@ def _fetched(args: argparse.Namespace, stack: ExitStack) -> str:
             process of this machine is at work in its folder.
     """
     uri: str = args.results
-    mirror.check(uri, write=True)
+    remote.check(uri, write=True)
     args.results = cache_folder() / "studies" / hashlib.sha256(uri.encode()).hexdigest()[:20]
     if args.resume:
-        args.name = args.name or mirror.newest(uri, SPEC)
-        if args.name is None or not mirror.exists(mirror.join(uri, args.name, SPEC)):
-            raise UserError(f"{mirror.shown(uri)}: there is no study {args.name or 'in it'} to resume")
-    elif args.name is not None and mirror.exists(mirror.join(uri, args.name)):
+        args.name = args.name or remote.newest(uri, SPEC)
+        if args.name is None or not remote.exists(remote.join(uri, args.name, SPEC)):
+            raise UserError(f"{remote.shown(uri)}: there is no study {args.name or 'in it'} to resume")
+    elif args.name is not None and remote.exists(remote.join(uri, args.name)):
         raise UserError(
-            f"{mirror.shown(mirror.join(uri, args.name))}: there is a study of this name already; go on with it by "
+            f"{remote.shown(remote.join(uri, args.name))}: there is a study of this name already; go on with it by "
             f"--resume, or choose another"
         )
     if args.name is None:
@@ -413,12 +413,12 @@ def _fetched(args: argparse.Namespace, stack: ExitStack) -> str:
                 shutil.rmtree(left)
             elif left.name != LOCK:
                 left.unlink()
-        study = mirror.join(uri, args.name)
-        mirror.pull(study, folder, mirror.names(study, SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}"))
+        study = remote.join(uri, args.name)
+        remote.pull(study, folder, remote.names(study, SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}"))
         spec = read_spec(folder)
         if args.data is None and not all(is_store(path) for path in spec.stores.values()):
             # They were packed on another machine; the data may be here too.
-            data = sample_folder() if spec.data == _GENERATED else mirror.place(spec.data)
+            data = sample_folder() if spec.data == _GENERATED else remote.place(spec.data)
             with suppress(UserError):
                 check_data(data)
                 args.data = data
@@ -432,13 +432,13 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | No
         status: sum(r.status == status for r in records) for status in ("complete", "pruned", "failed", "running")
     }
     best = best_first(records)[0] if records else None
-    uri = mirror.join(results, folder.name) if results else None
+    uri = remote.join(results, folder.name) if results else None
     write_report(folder, spec, records)
     if best is not None and best.best is not None:
         export_trial(folder, folder / "best", best.trial_id, uri)
     if uri is not None:
         written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
-        mirror.push(folder, uri, [str(file.relative_to(folder)) for file in written])
+        remote.push(folder, uri, [str(file.relative_to(folder)) for file in written])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
     if best is None or best.best is None:
         console.print("no trial has reported yet")
@@ -451,9 +451,9 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | No
         console.print(front)
     # As it is typed: below here without what is above, and whole for a shell.
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    place = {name: mirror.shown(mirror.join(uri, name)) if uri else shown / name for name in ("best", "trials", REPORT)}
+    place = {name: remote.shown(remote.join(uri, name)) if uri else shown / name for name in ("best", "trials", REPORT)}
     typed = {"best": shlex.quote(str(shown / "best")), "trials": shlex.quote(str(place["trials"]))}
-    above = mirror.shown(results) if results else shown.parent
+    above = remote.shown(results) if results else shown.parent
     resume = f"--resume --results {shlex.quote(str(above))} --name {folder.name}"
     if len(records) >= spec.trials and not counts["running"]:
         resume += f" --trials {2 * spec.trials}"

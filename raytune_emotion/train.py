@@ -14,17 +14,17 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import check_makeable, collecting, command_main, gpu_share, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import check_data, is_store, prepare
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.learn.package import export_checkpoint
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import alone_in
 from raytune_emotion.tuning.console import check_cluster
 from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
 from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, read_spec, trial_folder
@@ -36,13 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        type=mirror.place,
+        type=remote.place,
         metavar="DIR",
         help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as optim.lr=1e-3; may be repeated")
     add("--config", type=Path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")
-    add("--study", type=mirror.place, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
+    add("--study", type=remote.place, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
     add("--trial", metavar="ID", help="a trial of --study")
     add("--epochs", type=int, metavar="N", help="the same as --set train.epochs=N")
     add("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
@@ -179,7 +179,7 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> P
         check_data(given)
         return given
     if args.resume:
-        before = mirror.place((folder / DATA).read_text(encoding="utf-8").strip())
+        before = remote.place((folder / DATA).read_text(encoding="utf-8").strip())
         if not is_store(before):
             raise UserError(f"{before}: the packed data of the run are gone; name the data with --data")
         return before
@@ -190,7 +190,7 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> P
         packed = read_spec(study).stores.get(size)
         if packed is None or not is_store(packed):
             raise UserError(f"{study}: its packed images of {size} px are not to be found; name the data with --data")
-        return mirror.place(packed)
+        return remote.place(packed)
 
 
 def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Imports run one way: vocabulary <- data <- learn <- tuning <- commands."""
+"""Imports run one way: vocabulary <- storage <- data <- learn <- tuning <- commands; within tuning from wing to wing."""
 
 import ast
 from pathlib import Path
@@ -8,15 +8,23 @@ import pytest
 import raytune_emotion
 
 ROOT = Path(raytune_emotion.__file__).parent
-VOCABULARY = {"emotions", "config", "errors", "files", "mirror", "__init__", "__version__"}
-LAYERS = {"vocabulary": 0, "data": 1, "learn": 2, "tuning": 3, "commands": 4}
+LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "cli", "commands", "entry")
+WINGS = ("space", "policy", "study", "execution", "report")
+VOCABULARY = {"emotions", "config", "errors", "__init__", "__version__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
-def layer_of(parts: tuple[str, ...]) -> str:
-    if parts and parts[0] in ("data", "learn", "tuning"):
-        return parts[0]
-    return "vocabulary" if not parts or parts[0] in VOCABULARY else "commands"
+def floor_of(parts: tuple[str, ...]) -> tuple[int, int]:
+    """Where a module stands: its layer, and within `tuning` its wing."""
+    if not parts or parts[0] in VOCABULARY:
+        return 0, 0
+    if parts[0] == "__main__":
+        return LAYERS.index("entry"), 0
+    if parts[:2] == ("data", "ferplus"):  # a command that lies with the data
+        return LAYERS.index("commands"), 0
+    if parts[0] not in LAYERS:
+        return LAYERS.index("commands"), 0
+    return LAYERS.index(parts[0]), WINGS.index(parts[1]) if parts[0] == "tuning" and parts[1] in WINGS else 0
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -32,20 +40,16 @@ def imported(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_nothing_from_above(module):
-    parts = module.relative_to(ROOT).with_suffix("").parts
-    layer = layer_of(parts)
-    # The wrapper of all commands knows neither them nor what they use; `ferplus` is a command that lies with the data.
-    allowed_main = layer == "commands" or parts == ("data", "ferplus")
+    floor = floor_of(module.relative_to(ROOT).with_suffix("").parts)
     for name in imported(ast.parse(module.read_text())):
         package, *inner = name.split(".")
         if package == "raytune_emotion":
-            if inner[:1] == ["__main__"]:
-                assert allowed_main, f"{module} imports {name}"
-            else:
-                assert LAYERS[layer_of(tuple(inner))] <= LAYERS[layer], f"{module} imports {name}"
-        if layer in ("vocabulary", "data", "learn"):
+            assert floor_of(tuple(inner)) <= floor, f"{module} imports {name}"
+        if floor < (LAYERS.index("tuning"), 0):
             assert package not in ("ray", "optuna"), f"{module} imports {name}"
 
 
-def test_every_layer_was_seen():
-    assert {layer_of(m.relative_to(ROOT).with_suffix("").parts) for m in MODULES} == set(LAYERS)
+def test_every_layer_and_wing_was_seen():
+    parts = {module.relative_to(ROOT).with_suffix("").parts for module in MODULES}
+    assert {floor_of(p)[0] for p in parts} == set(range(len(LAYERS)))
+    assert {p[1] for p in parts if p[0] == "tuning"} == {*WINGS, "__init__"}

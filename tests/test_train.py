@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from raytune_emotion import train
 from raytune_emotion.config import RunConfig
-from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.storage.atomic import alone_in
 from tests.test_search import exit_code, refusal, write_study
 
 

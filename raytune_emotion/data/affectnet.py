@@ -22,9 +22,9 @@ from PIL import Image
 
 from raytune_emotion.data.images import FORMATS
 from raytune_emotion.data.pool import Map
-from raytune_emotion.data.source import File, Source, exists, files, folders, read, shown, stamp
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import File, Source, exists, files, folders, read, shown, stamp
 
 SPLITS: dict[str, str] = {"train": "train_set", "val": "val_set"}
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from raytune_emotion import mirror
 from raytune_emotion.data import shards
 from raytune_emotion.data.affectnet import Row
 from raytune_emotion.data.bars import progress
@@ -24,10 +23,11 @@ from raytune_emotion.data.content import checked, describe, read_rows
 from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, files_key, write_images
 from raytune_emotion.data.pool import Map
 from raytune_emotion.data.shards import ShardEntry
-from raytune_emotion.data.source import Source
 from raytune_emotion.data.unfilled import TASK_ROWS, Digests, Unfilled, begin_unfilled, close_shard, cut, shard_rows
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import write_text
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Source
 
 #: What an attempt that was killed may have left at a URI.
 _LEFT = re.compile(r"((train|val)-\d+\.arrow|(\.(train|val)-\d+)?\.done)(\.part)?")
@@ -66,7 +66,7 @@ def pack_elsewhere(
     for i, (size, uri) in enumerate(uris.items()):
         with tempfile.TemporaryDirectory() as scratch:
             describe(Path(scratch), content, i, size, entries[size])
-            mirror.push(Path(scratch), uri, [*([shards.REJECTED] if skip_bad else []), shards.MANIFEST])
+            remote.push(Path(scratch), uri, [*([shards.REJECTED] if skip_bad else []), shards.MANIFEST])
         _tidy(uri, kept={entry.file for own in entries[size].values() for entry in own})
 
 
@@ -110,7 +110,7 @@ def _blocks(source: Source, split: str, rows: Sequence[Row], uris: Mapping[int, 
 def _make_shards(block: _Block) -> _Made:
     """Packs a block, unless an earlier attempt has."""
     key, record, first = block.key(), f".{block.split}-{block.start:08d}.done", next(iter(block.uris.values()))
-    if (made := _made_before(block, mirror.read(first, record), key)) is not None:
+    if (made := _made_before(block, remote.read(first, record), key)) is not None:
         return made
     digests: list[bytes | str] = []
     entries: dict[int, list[ShardEntry]] = {size: [] for size in block.uris}
@@ -131,14 +131,14 @@ def _make_shards(block: _Block) -> _Made:
                     continue
                 entry = close_shard(shard, [cut(digest, i) for digest in digests[start // most * most :]])
                 if entry is not None:
-                    mirror.push(folders[size], block.uris[size], [entry.file])
+                    remote.push(folders[size], block.uris[size], [entry.file])
                     shard.path.unlink()
                     entries[size].append(entry)
         good = [digest for digest in digests if isinstance(digest, bytes)]
         if len(good) == len(digests):
             text = _Record(key=key, digests=b"".join(good).hex(), entries=entries).model_dump_json()
             write_text(Path(scratch, record), text)
-            mirror.push(Path(scratch), first, [record])
+            remote.push(Path(scratch), first, [record])
     return _Made(digests, entries)
 
 
@@ -147,7 +147,7 @@ def _made_before(block: _Block, raw: bytes | None, key: str) -> _Made | None:
     with contextlib.suppress(ValidationError):
         found = _Record.model_validate_json(raw or b"")
         if found.key == key and all(
-            mirror.sizes(uri, [entry.file for entry in found.entries[size]])
+            remote.sizes(uri, [entry.file for entry in found.entries[size]])
             == [entry.bytes for entry in found.entries[size]]
             for size, uri in block.uris.items()
         ):
@@ -178,5 +178,5 @@ def _uri(place: Path | str) -> str:
 
 def _tidy(uri: str, kept: Collection[str] = ()) -> None:
     """Deletes what attempts have left at a URI, but for files of the store."""
-    names = [info.base_name for info in mirror.listed(uri)]
-    mirror.delete(uri, [name for name in names if _LEFT.fullmatch(name) and name not in kept])
+    names = [info.base_name for info in remote.listed(uri)]
+    remote.delete(uri, [name for name in names if _LEFT.fullmatch(name) and name not in kept])

@@ -14,10 +14,10 @@ from raytune_emotion.data.bars import counted
 from raytune_emotion.data.images import DecodeTask, write_images
 from raytune_emotion.data.pool import Map
 from raytune_emotion.data.shards import Manifest, ShardEntry, SplitEntry
-from raytune_emotion.data.source import Source, below, shown
 from raytune_emotion.data.unfilled import TASK_ROWS, Digests, cut
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import write_text
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Source, below, shown
 
 _TRIED_PX = 32
 

@@ -25,7 +25,7 @@ from PIL import Image
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import whole_folder
+from raytune_emotion.storage.atomic import whole_folder
 
 #: FER+'s name of an emotion, in the order of its columns: ours.
 NAMES = {

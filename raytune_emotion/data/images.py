@@ -23,8 +23,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL import __version__ as pillow_version
 
 from raytune_emotion import __version__
-from raytune_emotion.data.source import File, Source, read, stamp
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import File, Source, read, stamp
 
 #: What files that are named as pictures turn out to hold; any other decoder of PIL (one calls Ghostscript) stays shut.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")

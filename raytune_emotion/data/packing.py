@@ -21,7 +21,6 @@ from raytune_emotion.data.content import checked, describe, read_rows
 from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, Region, decode_images, picture_bytes
 from raytune_emotion.data.pool import Map
 from raytune_emotion.data.shards import ShardEntry
-from raytune_emotion.data.source import Source
 from raytune_emotion.data.unfilled import (
     TASK_ROWS,
     Digests,
@@ -32,6 +31,7 @@ from raytune_emotion.data.unfilled import (
     shard_rows,
 )
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Source
 
 #: What to do about a disk that is full.
 MORE_ROOM = "choose a disk with room (for the cache: XDG_CACHE_HOME) or a smaller image size"

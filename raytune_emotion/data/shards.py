@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import whole
+from raytune_emotion.storage.atomic import whole
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.csv"

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raytune_emotion import mirror
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data import affectnet, shards
 from raytune_emotion.data.bars import progress
@@ -32,10 +31,11 @@ from raytune_emotion.data.images import pixels_digest
 from raytune_emotion.data.packing import MORE_ROOM, check_space, pack_into
 from raytune_emotion.data.pool import Map, processes
 from raytune_emotion.data.shards import MANIFEST, Manifest, open_shard, parse_manifest
-from raytune_emotion.data.source import Source, shown
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import resumable_folder, sweep, write_text
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import resumable_folder, sweep, write_text
+from raytune_emotion.storage.locations import Source, shown
 
 #: Names of stores of several sizes that lie side by side.
 _SIDE_BY_SIDE = "[0-9]*px"
@@ -112,10 +112,10 @@ def is_store(place: Path | str) -> bool:
     Raises:
         UserError: the URI cannot be read, or has credentials in it.
     """
-    place = mirror.place(place) if isinstance(place, str) else place
+    place = remote.place(place) if isinstance(place, str) else place
     if isinstance(place, str):
         _refuse_credentials(place)
-        mirror.check(place, write=False)
+        remote.check(place, write=False)
     return bool(_found(place))
 
 
@@ -169,7 +169,7 @@ def read_manifest(place: Path | str) -> Manifest:
     if isinstance(place, Path):
         name, raw = str(place), (place / MANIFEST).read_bytes() if (place / MANIFEST).is_file() else None
     else:
-        name, raw = mirror.shown(place), mirror.read(place, MANIFEST)
+        name, raw = remote.shown(place), remote.read(place, MANIFEST)
     if raw is None:
         raise UserError(f"{name}: no packed store, for it has no {MANIFEST}")
     return parse_manifest(raw, f"{name}/{MANIFEST}")
@@ -182,7 +182,7 @@ def open_store(place: Path | str) -> Store:
         UserError: with a sentence for everything that is missing, damaged or of another version.
         Breakdown: a URI cannot be read again and again.
     """
-    place = mirror.place(place) if isinstance(place, str) else place
+    place = remote.place(place) if isinstance(place, str) else place
     return _fetched(place) if isinstance(place, str) else _map(place)
 
 
@@ -248,7 +248,7 @@ def pack_sizes(
     for uri in uris.values():
         _refuse_credentials(uri)
     for uri in list(uris.values())[:1]:
-        mirror.check(uri, write=True)
+        remote.check(uri, write=True)
     if there := [uri for uri in uris.values() if _found(uri)]:
         raise UserError(f"{shown(uri)}: exists already; name another destination" for uri in there)
     with contextlib.ExitStack() as stack:
@@ -315,7 +315,7 @@ def prepare_sizes(
         return _chosen(data, packed, image_sizes or (own_size(data),), classes)
     check_data(data)
     image_sizes = image_sizes or (own_size(data),)
-    name = data.resolve().name if isinstance(data, Path) else mirror.name_of(data)
+    name = data.resolve().name if isinstance(data, Path) else remote.name_of(data)
     files, cache = affectnet.quick_fingerprint(data), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
@@ -357,9 +357,9 @@ def _found(place: Path | str) -> list[Path | str]:
         files = [place / MANIFEST, *sorted(place.glob(f"{_SIDE_BY_SIDE}/{MANIFEST}"))]
         return [file.parent for file in files if file.is_file()]
     # Not by all that is below, for it may be a folder of images.
-    infos = mirror.listed(place)
-    stores = [mirror.join(place, info.base_name) for info in infos if fnmatch(info.base_name, _SIDE_BY_SIDE)]
-    return [uri for uri in (place, *sorted(stores)) if mirror.sizes(uri, [MANIFEST]) != [None]]
+    infos = remote.listed(place)
+    stores = [remote.join(place, info.base_name) for info in infos if fnmatch(info.base_name, _SIDE_BY_SIDE)]
+    return [uri for uri in (place, *sorted(stores)) if remote.sizes(uri, [MANIFEST]) != [None]]
 
 
 def _map(path: Path) -> Store:
@@ -393,7 +393,7 @@ def _fetched(uri: str) -> Store:
     """The copy in this machine's cache of the store at a URI; made once, by whichever process comes first."""
     _refuse_credentials(uri)
     manifest = read_manifest(uri)
-    name = f"{mirror.name_of(uri)}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
+    name = f"{remote.name_of(uri)}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
     dest = cache_folder() / "stores" / name
     if is_store(dest):
         try:
@@ -404,7 +404,7 @@ def _fetched(uri: str) -> Store:
     sweep(dest.parent, _ABANDONED_S)
     try:
         with resumable_folder(dest) as folder:
-            print(f"{mirror.shown(uri)}: fetched once, into {dest}", file=sys.stderr)
+            print(f"{remote.shown(uri)}: fetched once, into {dest}", file=sys.stderr)
             _fetch(uri, manifest, folder)
     except UserError:
         if not is_store(dest):  # else another process was faster
@@ -419,8 +419,8 @@ def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
     with progress() as bars:
         for file in bars.track(wanted, description="fetching files"):
-            mirror.pull(uri, folder, [file])
-    mirror.pull(uri, folder, [shards.REJECTED])
+            remote.pull(uri, folder, [file])
+    remote.pull(uri, folder, [shards.REJECTED])
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     store = _map(folder)
     rows = (
@@ -429,7 +429,7 @@ def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
         for id_, image, prob_K in zip(split.ids, itertools.chain(*split.shards), split.prob_NK, strict=True)
     )
     if shards.fingerprint(store.image_size, store.classes, rows) != store.fingerprint:
-        raise UserError(f"{mirror.shown(uri)}: its files are not those of its {MANIFEST}; copy the store there again")
+        raise UserError(f"{remote.shown(uri)}: its files are not those of its {MANIFEST}; copy the store there again")
 
 
 def _chosen(
@@ -456,8 +456,8 @@ def _chosen(
 
 def _refuse_credentials(uri: str) -> None:
     address = uri.partition("?")[0]
-    if mirror.shown(address) != address:
+    if remote.shown(address) != address:
         raise UserError(
-            f"{mirror.shown(uri)}: has credentials in it, which would be written into studies; leave them to the"
+            f"{remote.shown(uri)}: has credentials in it, which would be written into studies; leave them to the"
             f" environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )

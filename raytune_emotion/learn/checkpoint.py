@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import whole, write_text
+from raytune_emotion.storage.atomic import whole, write_text
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 import pandas as pd
 
-from raytune_emotion.files import write_text
+from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.sampling import SETTINGS
 from raytune_emotion.tuning.searcher import CONFIRMS
 from raytune_emotion.tuning.study import StudySpec, TrialRecord, best_first

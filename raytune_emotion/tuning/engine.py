@@ -27,11 +27,11 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 
-from raytune_emotion import mirror
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import is_disk_full, write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import is_disk_full, write_text
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.actor import TrialActor
 from raytune_emotion.tuning.mended import mended_tune
@@ -267,7 +267,7 @@ def _telling_how_to_go_on(folder: Path, uri: str | None) -> Iterator[None]:
         with _full_disk_told(folder):
             yield
     except Breakdown as error:
-        raise Breakdown(f"{error}; the study can be resumed: {mirror.shown(uri) if uri else folder}") from error
+        raise Breakdown(f"{error}; the study can be resumed: {remote.shown(uri) if uri else folder}") from error
 
 
 @contextlib.contextmanager
@@ -304,7 +304,7 @@ def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudyS
 def _has_last(folder: Path, uri: str | None, trial_id: str) -> bool:
     if uri is None:
         return (trial_folder(folder, trial_id) / LAST).exists()
-    return mirror.exists(mirror.join(uri, "trials", trial_id, LAST))
+    return remote.exists(remote.join(uri, "trials", trial_id, LAST))
 
 
 def _trainable(resources: Resources) -> Any:
@@ -353,7 +353,7 @@ class _Search(SearchAlgorithm):
         if uri is not None:
             write_text(folder / DRIVER, self._token)
             # The spec comes last: where it is, there is a study.
-            mirror.push(folder, uri, (DRIVER, JOURNAL, *([EARLIER] if (folder / EARLIER).exists() else []), SPEC))
+            remote.push(folder, uri, (DRIVER, JOURNAL, *([EARLIER] if (folder / EARLIER).exists() else []), SPEC))
         records = read_records(folder, study)
         self._asked = len(records)
         self.scheduler: TrialScheduler = (
@@ -436,10 +436,10 @@ class _Search(SearchAlgorithm):
 
     def _copy_checkpoint(self, source: str, target: str) -> None:
         if self._uri is not None:
-            mirror.pull(self._uri, self._folder, [f"trials/{source}/{name}" for name in (HISTORY, BEST, LAST)])
+            remote.pull(self._uri, self._folder, [f"trials/{source}/{name}" for name in (HISTORY, BEST, LAST)])
         copy_checkpoint(trial_folder(self._folder, source), trial_folder(self._folder, target))
         if self._uri is not None:
-            mirror.push(self._folder, self._uri, [f"trials/{target}/{name}" for name in (HISTORY, BEST, LAST)])
+            remote.push(self._folder, self._uri, [f"trials/{target}/{name}" for name in (HISTORY, BEST, LAST)])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         proposal, _ = self._live[trial_id]
@@ -478,7 +478,7 @@ class _Search(SearchAlgorithm):
         gone = [trial_id for trial_id in lost if trial_id not in self._dropped]
         drop_checkpoints(self._folder, gone)
         if self._uri is not None:
-            mirror.delete(self._uri, [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
+            remote.delete(self._uri, [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
         self._dropped.update(gone)
         self._watch(Event(proposal, status, report, reason))
         self._failures = self._failures + 1 if status == "failed" else 0
@@ -506,7 +506,7 @@ class _Search(SearchAlgorithm):
         if self._uri is not None:
             # What trials of this or other machines have reported.
             running = [t.trial_id for t in asked(self._study) if t.trial_id not in self._ended]
-            mirror.pull(self._uri, self._folder, [f"trials/{trial_id}/{HISTORY}" for trial_id in running])
+            remote.pull(self._uri, self._folder, [f"trials/{trial_id}/{HISTORY}" for trial_id in running])
         records = read_records(self._folder, self._study, self._ended)
         ended = [record for record in records if record.status != "running"]
         self._curves = joined(self._curves, curves_of(ended))
@@ -517,11 +517,11 @@ class _Search(SearchAlgorithm):
         if self._uri is None:
             return
         # A driver that was thought dead must not undo what the next one has written.
-        driver = mirror.read(self._uri, DRIVER)
+        driver = remote.read(self._uri, DRIVER)
         if driver != self._token.encode():
             why = "the study is no longer there" if driver is None else "another search has gone on with this study"
-            raise Breakdown(f"{mirror.shown(self._uri)}: {why}")
-        mirror.push(self._folder, self._uri, names)
+            raise Breakdown(f"{remote.shown(self._uri)}: {why}")
+        remote.push(self._folder, self._uri, names)
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -598,5 +598,5 @@ def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Propos
         store=spec.stores[config.data.image_size],
         settings=settings,
         resources=resources,
-        mirror=mirror.join(uri, "trials", proposal.trial_id) if uri else None,
+        mirror=remote.join(uri, "trials", proposal.trial_id) if uri else None,
     )

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raytune_emotion.files import whole, write_text
+from raytune_emotion.storage.atomic import whole, write_text
 from raytune_emotion.tuning.confirmation import HEADINGS, standings
 from raytune_emotion.tuning.objective import BY_SIZE, OBJECTIVES, Objective
 from raytune_emotion.tuning.study import StudySpec, TrialRecord, best_first, frontier

@@ -18,8 +18,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import alone_in
 from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.storage.atomic import alone_in
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.sampling import COST, SETTINGS
 from raytune_emotion.tuning.space import Space

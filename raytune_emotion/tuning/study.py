@@ -24,11 +24,11 @@ import pandas as pd
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion import mirror
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import whole, write_text
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import whole, write_text
 from raytune_emotion.tuning.objective import OBJECTIVES, Objective, pareto_front
 from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
 
@@ -162,15 +162,15 @@ def opened(study: Path | str, *patterns: str) -> Iterator[Path]:
         yield study
         return
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        mirror.check(study, write=False)
-        folder = Path(scratch) / mirror.name_of(study)
-        mirror.pull(study, folder, mirror.names(study, SPEC, *patterns))
+        remote.check(study, write=False)
+        folder = Path(scratch) / remote.name_of(study)
+        remote.pull(study, folder, remote.names(study, SPEC, *patterns))
         try:
             if not (folder / SPEC).exists():
                 raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name one that a search has made")
             yield folder
         except UserError as error:
-            raise UserError(fault.replace(str(folder), mirror.shown(study)) for fault in error.faults) from None
+            raise UserError(fault.replace(str(folder), remote.shown(study)) for fault in error.faults) from None
 
 
 def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:

@@ -18,15 +18,15 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 
-from raytune_emotion import mirror
 from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import is_disk_full, write_text
 from raytune_emotion.learn import memory
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_progress
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.sharing import allowance
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import is_disk_full, write_text
 
 PARAMS = "params.json"
 DATA = "data.txt"  # the packed data that it trains on; with the settings, all that its numbers depend on
@@ -58,7 +58,7 @@ class Job:
     store: str  # folder, or URI from which each machine fetches it
     settings: dict[str, Any]
     resources: Resources
-    mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
+    remote: str | None = None  # URI that has the trial's files where the folder may die with its machine
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -173,7 +173,7 @@ def _train_mirrored(job: Job, uri: str, device: torch.device, *, first: bool) ->
         folder, pushed = Path(scratch), dict[str, tuple[int, int]]()
         here = dataclasses.replace(job, folder=scratch, mirror=None)
         # The rest follows from it, so every worker takes it for itself, and none depends on a disk of another's.
-        mirror.pull(uri, folder, [LAST])
+        remote.pull(uri, folder, [LAST])
         try:
             with contextlib.closing(train_on(here, device, first=first)) as reports:
                 for report in reports:
@@ -198,7 +198,7 @@ def _push_changed(folder: Path, uri: str, pushed: dict[str, tuple[int, int]]) ->
     states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
     order = [name for name in (LAST, BEST, HISTORY) if name in states]
     changed = [name for name in dict.fromkeys([*order, *states]) if pushed.get(name) != states[name]]
-    mirror.push(folder, uri, changed)
+    remote.push(folder, uri, changed)
     pushed.update(states)
 
 
@@ -207,7 +207,7 @@ def newest_report(job: Job) -> Report | None:
     if job.mirror is None:
         return _reported(Path(job.folder))
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        mirror.pull(job.mirror, Path(scratch), [LAST])
+        remote.pull(job.mirror, Path(scratch), [LAST])
         return _reported(Path(scratch))
 
 

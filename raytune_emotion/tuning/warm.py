@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raytune_emotion import mirror
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import write_text
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.model import Curve, Forecast, encoding_of
 from raytune_emotion.tuning.sampling import SETTINGS, curves
 from raytune_emotion.tuning.searcher import JOURNAL, load_study
@@ -41,7 +41,7 @@ def gather_earlier(studies: Sequence[Path | str]) -> str:
             continue
         seen = curves([trial for trial in trials if SETTINGS in trial.user_attrs])
         if sum(bool(curve.values) for curve in seen) < _LEAST:
-            shown = mirror.shown(str(place))
+            shown = remote.shown(str(place))
             faults.append(f"--warm-start {shown}: fewer than {_LEAST} of its trials have reported; leave it out")
         gathered.append({"space": space, "trials": [[curve.settings, curve.values] for curve in seen]})
     if faults:

@@ -18,8 +18,8 @@ from raytune_emotion.data.images import (
     decode_images,
 )
 from raytune_emotion.data.sample import draw_face
-from raytune_emotion.data.source import File
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import File
 from tests.data.test_affectnet import picture
 
 

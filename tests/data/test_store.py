@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion import mirror
 from raytune_emotion.data import blocks, images, packing, unfilled
 from raytune_emotion.data import store as store_module
 from raytune_emotion.data.affectnet import Kind, scan
@@ -36,8 +35,9 @@ from raytune_emotion.data.store import (
 )
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.storage import remote
 from tests.data.test_affectnet import UNIFORM, picture, write_folder, write_row
-from tests.test_mirror import SECRET, s3_server
+from tests.storage.test_remote import SECRET, s3_server
 
 
 def spiked(place):
@@ -580,9 +580,9 @@ def bucket():
 
 
 @pytest.fixture
-def remote(folder, tmp_path, bucket, request, cache):
+def stored(folder, tmp_path, bucket, request, cache):
     """A store and a URI that has it."""
-    uri = mirror.join(bucket, request.node.name)
+    uri = remote.join(bucket, request.node.name)
     pack_sizes(folder, {16: uri}, workers=1)
     return pack(folder, tmp_path / "store", image_size=16), uri
 
@@ -592,30 +592,30 @@ def open_here(uri):
     return str(store.path), store.fingerprint, store.val.gather(np.arange(3)).sum()
 
 
-def test_a_store_at_a_uri_is_fetched_once_by_whoever_comes_first(remote, cache, capfd):
-    store, uri = remote
+def test_a_store_at_a_uri_is_fetched_once_by_whoever_comes_first(stored, cache, capfd):
+    store, uri = stored
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
         found = set(executor.map(open_here, [uri] * 2))
     (path,) = cache.iterdir()
     assert found == {(str(path), store.fingerprint, store.val.gather(np.arange(3)).sum())}
     fetched = open_store(uri)
-    assert capfd.readouterr().err == f"{mirror.shown(uri)}: fetched once, into {path}\n"
+    assert capfd.readouterr().err == f"{remote.shown(uri)}: fetched once, into {path}\n"
     assert {f.name for f in path.iterdir()} == {f.name for f in store.path.iterdir()}
     assert fetched.place == pickle.loads(pickle.dumps(fetched)).place == uri
 
 
-def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(remote, cache, monkeypatch):
-    store, uri = remote
+def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(stored, cache, monkeypatch):
+    store, uri = stored
     pulled = []
 
-    def pull(uri, folder, names, real=mirror.pull):
+    def pull(uri, folder, names, real=remote.pull):
         if len(pulled) == 1:
             pulled.append("broken off")
             raise Breakdown("the network is gone")
         pulled.extend(names)
         real(uri, folder, names)
 
-    monkeypatch.setattr(mirror, "pull", pull)
+    monkeypatch.setattr(remote, "pull", pull)
     with pytest.raises(Breakdown):
         open_store(uri)
     assert not any(map(is_store, cache.glob("*")))
@@ -628,24 +628,24 @@ def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(rem
     assert (again.path, again.fingerprint) == (fetched.path, store.fingerprint)
 
 
-def test_what_is_not_what_its_manifest_says_is_not_kept(remote, cache):
-    store, uri = remote
+def test_what_is_not_what_its_manifest_says_is_not_kept(stored, cache):
+    store, uri = stored
     whole = (store.path / "val-00000.arrow").read_bytes()
     pixels = store.val.gather(np.array([1])).tobytes()
     place = whole.index(pixels)
     damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
     (store.path / "val-00000.arrow").unlink()
     (store.path / "val-00000.arrow").write_bytes(damaged)
-    mirror.push(store.path, uri, ["val-00000.arrow"])
+    remote.push(store.path, uri, ["val-00000.arrow"])
     with pytest.raises(UserError, match=r"its files are not those of its manifest\.json; copy the store there again"):
         open_store(uri)
     assert list(cache.iterdir()) == []
 
 
-def test_a_uri_without_a_store_or_with_credentials_is_one_clear_sentence(bucket, remote, monkeypatch):
-    store, uri = remote
+def test_a_uri_without_a_store_or_with_credentials_is_one_clear_sentence(bucket, stored, monkeypatch):
+    store, uri = stored
     with pytest.raises(UserError, match="there is no such folder"):
-        prepare(mirror.join(bucket, "nothing"), image_size=None)
+        prepare(remote.join(bucket, "nothing"), image_size=None)
     with pytest.raises(UserError, match="exists already"):
         pack_sizes(store.path.parent / "faces", {16: uri})
     with pytest.raises(UserError, match=r"holds images of 16 px, and data\.image_size is 32"):
@@ -661,15 +661,15 @@ def upload(folder, bucket, request):
     """Copies the folder to a URI, which it returns."""
 
     def copy():
-        uri = mirror.join(bucket, request.node.name, "faces")
-        mirror.push(folder, uri, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
+        uri = remote.join(bucket, request.node.name, "faces")
+        remote.push(folder, uri, [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()])
         return uri
 
     return copy
 
 
 def at(uri, folder):
-    mirror.pull(uri, folder, mirror.names(uri, "*"))
+    remote.pull(uri, folder, remote.names(uri, "*"))
     return files_of(folder)
 
 
@@ -686,22 +686,22 @@ def test_a_folder_at_a_uri_is_packed_as_one_on_a_disk(folder, tmp_path, upload, 
         "empty annotation",
         "image cannot be decoded",
     ]
-    assert all(fault.startswith(f"{mirror.shown(uri)}: ") for fault in raised.value.faults)
+    assert all(fault.startswith(f"{remote.shown(uri)}: ") for fault in raised.value.faults)
     capsys.readouterr()
     assert count_rows(uri) == 8
     prepared = prepare(uri, image_size=None, skip_bad=True)
     assert (prepared.image_size, prepared.fingerprint) == (20, here.fingerprint)
-    assert capsys.readouterr().err.startswith(f"{mirror.shown(uri)}: packed once, at 20 px, into {prepared.path}\n")
+    assert capsys.readouterr().err.startswith(f"{remote.shown(uri)}: packed once, at 20 px, into {prepared.path}\n")
     assert prepare(uri, image_size=None, skip_bad=True).path == prepared.path
     assert capsys.readouterr().err == f"{prepared.path}: rejected rows: 2, see {prepared.path / 'rejected.csv'}\n"
 
 
 def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, bucket, small_shards, monkeypatch):
-    uris = {size: mirror.join(bucket, "sizes", f"{size}px") for size in (24, 16)}
+    uris = {size: remote.join(bucket, "sizes", f"{size}px") for size in (24, 16)}
     pushed = set()
 
-    def push(folder, uri, names, real=mirror.push):
-        pushed.update(f"{mirror.name_of(uri)}/{name}" for name in names)
+    def push(folder, uri, names, real=remote.push):
+        pushed.update(f"{remote.name_of(uri)}/{name}" for name in names)
         real(folder, uri, names)
 
     def broken_off(function, tasks):
@@ -710,7 +710,7 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
                 raise KeyboardInterrupt
             yield function(task)
 
-    monkeypatch.setattr(mirror, "push", push)
+    monkeypatch.setattr(remote, "push", push)
     with pytest.raises(KeyboardInterrupt):
         pack_sizes(folder, uris, pmap=broken_off)
     assert not any(map(is_store, uris.values()))
@@ -718,7 +718,7 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
 
     pushed.clear()
     picture(77).save(folder / "train_set/images/3.png")
-    mirror.delete(uris[24], ["train-00004.arrow"])
+    remote.delete(uris[24], ["train-00004.arrow"])
     pack_sizes(folder, uris, pmap=map)
     assert {name for name in pushed if "24px/train" in name} == {f"24px/train-0000{i}.arrow" for i in range(2, 8)}
     assert {name for name in pushed if "16px/train" in name} == {f"16px/train-0000{i}.arrow" for i in range(1, 4)}
@@ -733,7 +733,7 @@ def test_rows_at_fault_are_set_aside_at_a_uri_too_or_nothing_is_left(folder, tmp
     uri = (tmp_path / "at fault").as_uri()
     with pytest.raises(UserError, match=r"image cannot be decoded \(3 files\)"):
         pack_sizes(folder, {16: uri}, workers=1)
-    assert mirror.names(uri, "*") == []
+    assert remote.names(uri, "*") == []
     packed = pack(folder, tmp_path / "here", image_size=16, skip_bad=True)
     pack_sizes(folder, {16: uri}, workers=1, skip_bad=True)
     assert at(uri, tmp_path / "there") == files_of(packed.path)

@@ -17,18 +17,18 @@ import pandas as pd
 import pytest
 import ray
 
-from raytune_emotion import mirror
 from raytune_emotion.__main__ import command_main
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
 from raytune_emotion.learn.package import load_package
+from raytune_emotion.storage import remote
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.engine import DRIVER, Placement, _Search, extend_best, job_of, run_study
 from raytune_emotion.tuning.searcher import JOURNAL, Proposal, Searcher, create_study, load_study
 from raytune_emotion.tuning.space import parse_space
 from raytune_emotion.tuning.study import CURVES, KEPT, SPEC, TRIALS, best_first, read_spec, trial_folder, write_spec
 from raytune_emotion.tuning.trial import PARAMS, Resources, newest_report, train_here
-from tests.test_mirror import SECRET, s3_server
+from tests.storage.test_remote import SECRET, s3_server
 from tests.tuning.test_engine import SPACE, left_behind, numbers
 from tests.tuning.test_study import spec_of
 
@@ -57,32 +57,32 @@ def begin(tmp_path, store):
 def lose(folder, uri):
     """The machine of the driver dies; another one fetches the study."""
     shutil.rmtree(folder)
-    mirror.pull(uri, folder, mirror.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
+    remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
 
 
 def ask(folder, spec, placement, uri):
     """What a search does until its first trial begins."""
-    mirror.push(folder, uri, [SPEC])
+    remote.push(folder, uri, [SPEC])
     proposal = Searcher(load_study(folder), parse_space(spec.space, "space"), seed=spec.seed).ask()
-    mirror.push(folder, uri, [JOURNAL])
+    remote.push(folder, uri, [JOURNAL])
     return job_of(folder, spec, placement.resources, proposal, uri)
 
 
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
-    uri = mirror.join(bucket, "a study")
+    uri = remote.join(bucket, "a study")
     folder, spec, placement = begin(trials=4, epochs=2)
     records = run_study(folder, spec, placement, uri=uri)
 
-    names = mirror.names(uri, "*")
+    names = remote.names(uri, "*")
     assert {name for name in names if "/" not in name} == {SPEC, JOURNAL, TRIALS, CURVES, DRIVER}
     for name in (HISTORY, PARAMS, "events.out.tfevents.*"):
-        assert len(mirror.names(uri, f"trials/*/{name}")) == 4, name
+        assert len(remote.names(uri, f"trials/*/{name}")) == 4, name
     kept = {r.trial_id for r in best_first(records)[:KEPT]}
     for name in (BEST, LAST):
-        assert {Path(found).parent.name for found in mirror.names(uri, f"trials/*/{name}")} == kept, name
+        assert {Path(found).parent.name for found in remote.names(uri, f"trials/*/{name}")} == kept, name
     assert not list(folder.rglob("*.safetensors")), "the driver has no need of weights"
     for name in (SPEC, JOURNAL, TRIALS, CURVES):
-        assert mirror.read(uri, name) == (folder / name).read_bytes(), name
+        assert remote.read(uri, name) == (folder / name).read_bytes(), name
     for record in records:
         job = job_of(folder, spec, placement.resources, Proposal(record.trial_id, record.settings, None))
         with contextlib.closing(train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id)))) as local:
@@ -96,11 +96,11 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
     assert [r.continues for r in after[4:]] == can
     for record in after[4:]:
         assert record.reports[:2] == records[int(record.continues)].reports
-    assert len(mirror.names(uri, f"trials/*/{BEST}")) == KEPT
+    assert len(remote.names(uri, f"trials/*/{BEST}")) == KEPT
 
 
 def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, cluster, tmp_path):
-    uri = mirror.join(bucket, "broken off")
+    uri = remote.join(bucket, "broken off")
     folder, spec, placement = begin(trials=1, epochs=3, workers=2)
     job = ask(folder, spec, Placement(Resources(1, 1.0, 0.0), 1), uri)
     with contextlib.closing(train_here(job)) as reports:
@@ -108,22 +108,22 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, 
     assert not Path(job.folder).exists(), "its process needs nothing of the driver's disk"
     # It had died after it pushed the newest state, before it pushed what follows from that.
     (tmp_path / HISTORY).write_text(json.dumps(before[0]) + "\n")
-    mirror.push(tmp_path, job.mirror, [HISTORY])
-    mirror.delete(job.mirror, [BEST])
+    remote.push(tmp_path, job.mirror, [HISTORY])
+    remote.delete(job.mirror, [BEST])
 
     lose(folder, uri)
     (record,) = run_study(folder, spec, placement, uri=uri)
     # To the clocks the same: they were not trained again.
     assert list(record.reports[:2]) == before
     assert [r["report"] for r in record.reports] == [1, 2, 3]
-    mirror.pull(job.mirror, tmp_path, [BEST, HISTORY])
+    remote.pull(job.mirror, tmp_path, [BEST, HISTORY])
     assert read_best(tmp_path / BEST).report == record.best
     assert read_history(tmp_path) == list(record.reports)
     assert left_behind() == (0.0, [])
 
 
 def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror, "_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
     place = tmp_path / "place"
     folder, spec, placement = begin(trials=2, epochs=3)
     job = ask(folder, spec, placement, place.as_uri())
@@ -166,8 +166,8 @@ def test_a_search_that_was_thought_dead_undoes_nothing_of_the_next(begin, tmp_pa
 
 
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluster, bucket, faces, tmp_path, capsys):
-    results = mirror.join(bucket, "results")
-    uri = mirror.join(results, "killed")
+    results = remote.join(bucket, "results")
+    uri = remote.join(results, "killed")
     (tmp_path / "space.yaml").write_text(json.dumps(SPACE | {"data.image_size": 32}))
 
     def search(machine, *options):
@@ -178,21 +178,21 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluste
 
     begun = ["--name", "killed", "--data", str(faces), "--space", str(tmp_path / "space.yaml")]
     driver = search("one machine", *begun, "--trials", "2", "--epochs", "8", "--concurrency", "1")
-    while (mirror.read(uri, f"trials/0000/{HISTORY}") or b"").count(b"\n") < 2:
+    while (remote.read(uri, f"trials/0000/{HISTORY}") or b"").count(b"\n") < 2:
         assert driver.poll() is None, driver.stdout.read()
         time.sleep(0.1)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     shutil.rmtree(tmp_path / "one machine")
-    before = mirror.read(uri, f"trials/0000/{HISTORY}")
+    before = remote.read(uri, f"trials/0000/{HISTORY}")
 
     driver = search("another machine", "--resume")
     output = driver.communicate()[0]
     assert driver.returncode == 0, output
     assert SECRET not in output
     assert "exported    s3://***@bucket/results/killed/best?***" in output
-    assert mirror.read(uri, f"trials/0000/{HISTORY}").startswith(before)
-    mirror.pull(uri, tmp_path / "there", mirror.names(uri, TRIALS, "best/*", "*.html"))
+    assert remote.read(uri, f"trials/0000/{HISTORY}").startswith(before)
+    remote.pull(uri, tmp_path / "there", remote.names(uri, TRIALS, "best/*", "*.html"))
     table = pd.read_csv(tmp_path / "there" / TRIALS, dtype={"trial_id": str})
     assert set(table["status"]) <= {"complete", "pruned"}
     assert len(table) == 2
@@ -207,11 +207,11 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluste
     add_arguments(parser)
     assert settings_of(parser.parse_args(["--study", uri]))["optim.lr"] == table["optim.lr"][0]
 
-    mirror.delete(uri, ["report.html", TRIALS])
+    remote.delete(uri, ["report.html", TRIALS])
     assert command_main("report", [uri]) == 0
     assert "s3://***@bucket/results/killed/report.html" in capsys.readouterr().out
-    assert mirror.read(uri, TRIALS) == (tmp_path / "there" / TRIALS).read_bytes()
-    assert mirror.exists(mirror.join(uri, "report.html"))
-    assert command_main("report", [mirror.join(results, "never")]) == 2
+    assert remote.read(uri, TRIALS) == (tmp_path / "there" / TRIALS).read_bytes()
+    assert remote.exists(remote.join(uri, "report.html"))
+    assert command_main("report", [remote.join(results, "never")]) == 2
     assert command_main("search", ["--results", results, "--name", "killed"]) == 2
     assert command_main("search", ["--results", results, "--name", "never", "--resume"]) == 2

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from raytune_emotion import mirror
+from raytune_emotion.storage import remote
 
 Source = Path | str
 
@@ -19,22 +19,22 @@ class File(NamedTuple):
 
 
 def below(source: Source, *names: str) -> Source:
-    return source.joinpath(*names) if isinstance(source, Path) else mirror.join(source, *names)
+    return source.joinpath(*names) if isinstance(source, Path) else remote.join(source, *names)
 
 
 def shown(source: Source) -> str:
-    return mirror.shown(str(source))
+    return remote.shown(str(source))
 
 
 def exists(source: Source) -> bool:
-    return source.exists() if isinstance(source, Path) else mirror.exists(source)
+    return source.exists() if isinstance(source, Path) else remote.exists(source)
 
 
 def folders(source: Source, folder: str) -> list[str]:
     """The names of the folders in a folder; none where that is not there."""
     if isinstance(source, Path):
         return [entry.name for entry in (source / folder).glob("*/")]
-    return [info.base_name for info in mirror.listed(mirror.join(source, folder)) if not info.is_file]
+    return [info.base_name for info in remote.listed(remote.join(source, folder)) if not info.is_file]
 
 
 def files(source: Source, *folder: str) -> list[File]:
@@ -43,7 +43,7 @@ def files(source: Source, *folder: str) -> list[File]:
     if isinstance(source, Path):
         with os.scandir(source / start) as entries:
             return [File(f"{start}/{entry.name}", "") for entry in entries if entry.is_file()]
-    infos = mirror.listed(mirror.join(source, *folder))
+    infos = remote.listed(remote.join(source, *folder))
     return [File(f"{start}/{info.base_name}", f"{info.size} {info.mtime_ns}") for info in infos if info.is_file]
 
 
@@ -70,5 +70,5 @@ def read(source: Source, names: Iterable[str]) -> Iterator[bytes | OSError]:
             except OSError as error:
                 yield error
     else:
-        for content in mirror.read_all(source, names):
+        for content in remote.read_all(source, names):
             yield FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) if content is None else content

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.files import whole
+from raytune_emotion.storage.atomic import whole
 
 _WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
 _CHECK_S = 30.0
@@ -63,7 +63,7 @@ def check(uri: str, *, write: bool) -> None:
         UserError: they cannot, or there is no answer within half a minute.
     """
     # In a process of its own: a call to a server that does not answer cannot be ended otherwise.
-    command = [sys.executable, "-c", "from raytune_emotion.mirror import _check; _check()"]
+    command = [sys.executable, "-c", "from raytune_emotion.storage.remote import _check; _check()"]
     try:
         found = subprocess.run(
             command, input=json.dumps([uri, write]), capture_output=True, text=True, timeout=_CHECK_S, check=False

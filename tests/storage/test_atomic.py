@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from raytune_emotion import files
 from raytune_emotion.errors import UserError
-from raytune_emotion.files import resumable_folder, whole, whole_folder, write_text
+from raytune_emotion.storage import atomic
+from raytune_emotion.storage.atomic import resumable_folder, whole, whole_folder, write_text
 
 
 def test_a_file_that_fails_leaves_what_was_there(tmp_path):
@@ -68,10 +68,10 @@ def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_STALE_SECONDS", -1)
+    monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
     script = (
         "import os, pathlib, sys\n"
-        "from raytune_emotion.files import whole_folder\n"
+        "from raytune_emotion.storage.atomic import whole_folder\n"
         "with whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').touch()\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -81,7 +81,7 @@ def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path,
     assert left.name.endswith(".part")
     with whole_folder(tmp_path / "dest") as first:
         assert not left.exists()
-        files.sweep(tmp_path, -1)
+        atomic.sweep(tmp_path, -1)
         assert first.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]
 
