@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from raytune_emotion.__main__ import guarded
+from raytune_emotion.cli import guarded
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Split, open_store
 from raytune_emotion.errors import UserError

@@ -1,120 +1,10 @@
-"""The console script: one verb a command, and what all commands share."""
+"""Hyperparameter search for models that predict a distribution over emotions from a face."""
 
 import argparse
-import contextlib
-import errno
-import importlib
-import math
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from raytune_emotion import __version__
-from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage.atomic import is_disk_full
-
-#: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
-COMMANDS = {
-    "search": "find the best model for a set of annotated faces: a study",
-    "confirm": "run a study's best configurations again with fresh seeds",
-    "pack": "turn a folder of annotated faces into a packed store",
-    "train": "train one configuration, without a search",
-    "report": "rebuild the tables and plots of a study",
-    "export": "export a trial's best checkpoint",
-    "predict": "predict the distribution of emotions of images",
-}
-
-
-#: What the system says of places that the user has named.
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-
-
-def guarded(action: Callable[[], None]) -> int:
-    """Runs an action and returns the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
-    try:
-        action()
-    except UserError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except Breakdown as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if is_disk_full(error):
-            print(f"error: no space left on the disk: {error}", file=sys.stderr)
-            return 1
-        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
-            where = f"{error.filename}: {error.strerror}"
-            print(f"error: {where}; name another place, or change who may use it", file=sys.stderr)
-            return 2
-        raise
-    return 0
-
-
-@contextlib.contextmanager
-def collecting(faults: list[str]) -> Iterator[None]:
-    """Notes what is wrong in place of raising it, so that the user is told of everything at once."""
-    try:
-        yield
-    except UserError as error:
-        faults += error.faults
-
-
-def check_makeable(folder: Path) -> None:
-    """Whether a folder that is not there can be made.
-
-    Raises:
-        UserError: what it is to lie in is no folder, or lets nobody write.
-    """
-    nearest = next(parent for parent in folder.parents if os.path.lexists(parent))
-    if not nearest.is_dir():
-        raise UserError(f"{nearest}: is no folder, so nothing can be written below it; name another with --results")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{nearest}: cannot be written to; name another folder with --results")
-
-
-# Types of arguments.
-
-
-def positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"a whole number from 0, below 2^31, is wanted, got {text!r}")
-    return int(text)
-
-
-def gpu_share(text: str) -> float:
-    """A number of GPUs as Ray deals them out: parts of one, or whole ones."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < math.inf or (number > 1 and number != int(number)):
-        raise argparse.ArgumentTypeError(f"0, a fraction of 1 or a whole number is wanted, got {text!r}")
-    return number
-
-
-def plain_name(text: str) -> str:
-    if not re.fullmatch(r"[\w][\w.=,+-]{0,99}", text):
-        raise argparse.ArgumentTypeError(f"up to 100 letters, digits and . _ - = , + make a name, got {text!r}")
-    return text
-
-
-def command_main(verb: str, argv: list[str] | None = None) -> int:
-    """Runs one command as `python -m raytune_emotion.<verb>` does."""
-    parser = argparse.ArgumentParser(prog=f"raytune-emotion {verb}", description=COMMANDS[verb])
-    return _run(verb, parser, sys.argv[1:] if argv is None else argv)
+from raytune_emotion.cli import COMMANDS, command_main
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,14 +16,6 @@ def main(argv: list[str] | None = None) -> int:
         verbs.add_parser(verb, help=purpose, add_help=False)
     args, rest = parser.parse_known_args(argv)
     return command_main(args.verb, rest)
-
-
-def _run(verb: str, parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    # Imported only now: `predict` need not wait for Ray.
-    module = importlib.import_module(f"raytune_emotion.{verb}")
-    module.add_arguments(parser)
-    args = parser.parse_args(argv)
-    return guarded(lambda: module.run(args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raytune_emotion.__main__ import command_main, gpu_share, positive
+from raytune_emotion.cli import command_main, gpu_share, positive
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.package import write_package

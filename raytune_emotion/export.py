@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.package import export_checkpoint

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data.pool import Map
 from raytune_emotion.data.store import pack_sizes

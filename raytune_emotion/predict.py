@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.images import decode_image
 from raytune_emotion.errors import UserError

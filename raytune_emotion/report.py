@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.storage import remote
 from raytune_emotion.tuning.confirmation import standings, write_standings

@@ -21,15 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raytune_emotion.__main__ import (
-    check_makeable,
-    collecting,
-    command_main,
-    gpu_share,
-    natural,
-    plain_name,
-    positive,
-)
+from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, natural, plain_name, positive
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import Store, cache_folder, check_data, count_rows, is_store, own_size, prepare_sizes

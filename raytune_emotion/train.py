@@ -14,7 +14,7 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion.__main__ import check_makeable, collecting, command_main, gpu_share, plain_name, positive
+from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.sample import sample_folder
 from raytune_emotion.data.store import check_data, is_store, prepare

@@ -1,4 +1,4 @@
-"""Imports run one way: vocabulary <- storage <- data <- learn <- tuning <- commands; within tuning from wing to wing."""
+"""Imports run one way: vocabulary <- storage <- data <- learn <- tuning <- commands; in tuning, from wing to wing."""
 
 import ast
 from pathlib import Path

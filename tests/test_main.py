@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from raytune_emotion.__main__ import COMMANDS, guarded, main
+from raytune_emotion.__main__ import main
+from raytune_emotion.cli import COMMANDS, guarded
 from raytune_emotion.errors import UserError
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.data.store import open_store, pack
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.tuning.trial import DATA

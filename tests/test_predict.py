@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.config import RunConfig
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import BEST

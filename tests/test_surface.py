@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from raytune_emotion.__main__ import COMMANDS
+from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn import checkpoint, package

@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the conversion from the command line."""
-    from raytune_emotion.__main__ import guarded
+    from raytune_emotion.cli import guarded
 
     parser = argparse.ArgumentParser(
         prog="python -m raytune_emotion.data.ferplus",

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import ray
 
-from raytune_emotion.__main__ import command_main
+from raytune_emotion.cli import command_main
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
 from raytune_emotion.learn.package import load_package
