@@ -35,8 +35,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from benchmarks import Table
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import Store, open_store, pack
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.store import Store, open_store
+from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.tuning.engine import Event, Placement, ray_session, run_study

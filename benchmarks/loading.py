@@ -29,8 +29,9 @@ from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.loader import Resident, batches, epoch_order, place
-from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import Split, Store, open_store, pack
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.store import Split, Store, open_store
+from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn import memory
 
 #: The pixels of so many rows are several times what a CPU's last cache holds.

@@ -31,9 +31,9 @@ from PIL import Image
 
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
-from raytune_emotion.data.images import DecodeTask, Region, decode_image, write_images
-from raytune_emotion.data.sample import draw_face, draw_point, write_sample
-from raytune_emotion.data.store import pack_sizes
+from raytune_emotion.data.decode import DecodeTask, Region, decode_image, write_images
+from raytune_emotion.data.packing.pack import pack_sizes
+from raytune_emotion.data.synthetic import draw_face, draw_point, write_sample
 from raytune_emotion.storage.locations import File
 
 #: Files' and stores' sides in px, and how many files: fewer where each takes long.

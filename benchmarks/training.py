@@ -29,8 +29,9 @@ from torch.optim import AdamW
 
 from benchmarks import Table
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import Store, open_store, pack
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.store import Store, open_store
+from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn import losses, memory
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.config import DataConfig
-from raytune_emotion.data.pool import Map
-from raytune_emotion.data.store import pack_sizes
+from raytune_emotion.data.packing.pack import pack_sizes
+from raytune_emotion.data.parallel import Map
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Source, below, shown
 

@@ -15,7 +15,7 @@ import torch
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.images import decode_image
+from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.package import Package, load_package
 

@@ -23,8 +23,9 @@ from rich.table import Table
 
 from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, natural, plain_name, positive
 from raytune_emotion.config import ModelConfig, RunConfig
-from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import Store, cache_folder, check_data, count_rows, is_store, own_size, prepare_sizes
+from raytune_emotion.data.prepare import check_data, count_rows, own_size, prepare_sizes
+from raytune_emotion.data.store import Store, cache_folder, is_store
+from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
 from raytune_emotion.learn.checkpoint import HISTORY

@@ -16,8 +16,9 @@ from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
-from raytune_emotion.data.sample import sample_folder
-from raytune_emotion.data.store import check_data, is_store, prepare
+from raytune_emotion.data.prepare import check_data, prepare
+from raytune_emotion.data.store import is_store
+from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
 from raytune_emotion.learn.loop import baseline

@@ -27,7 +27,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> Path:
     """A small AffectNetFused folder of generated faces, with a validation set of odd size."""
-    from raytune_emotion.data.sample import write_sample
+    from raytune_emotion.data.synthetic import write_sample
 
     folder = tmp_path_factory.mktemp("faces") / "sample"
     write_sample(folder, train=96, val=33, image_size=32)
@@ -36,7 +36,7 @@ def faces(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(faces):
-    from raytune_emotion.data.store import prepare
+    from raytune_emotion.data.prepare import prepare
 
     return prepare(faces, image_size=32)
 

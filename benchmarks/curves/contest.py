@@ -40,7 +40,8 @@ from ruamel.yaml import YAML
 from benchmarks import Table
 from benchmarks.__main__ import write_result
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.store import open_store, prepare
+from raytune_emotion.data.prepare import prepare
+from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.tuning.preview import draw
 from raytune_emotion.tuning.space import Space, load_space

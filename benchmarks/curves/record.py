@@ -22,8 +22,10 @@ import torch
 from rich.progress import track
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import open_store, pack, prepare
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.prepare import prepare
+from raytune_emotion.data.store import open_store
+from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.storage.atomic import whole, write_text
 from raytune_emotion.tuning.preview import draw

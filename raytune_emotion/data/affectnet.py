@@ -20,8 +20,8 @@ from enum import Enum
 
 from PIL import Image
 
-from raytune_emotion.data.images import FORMATS
-from raytune_emotion.data.pool import Map
+from raytune_emotion.data.decode import FORMATS
+from raytune_emotion.data.parallel import Map
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Source, exists, files, folders, read, shown, stamp

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from raytune_emotion.data.pool import Map
+from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
 
 _AHEAD = 2  # tasks for a core, that none waits for the driver

@@ -58,7 +58,7 @@ class Job:
     store: str  # folder, or URI from which each machine fetches it
     settings: dict[str, Any]
     resources: Resources
-    remote: str | None = None  # URI that has the trial's files where the folder may die with its machine
+    mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

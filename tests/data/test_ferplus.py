@@ -10,7 +10,7 @@ from PIL import Image
 
 from raytune_emotion.data.affectnet import scan
 from raytune_emotion.data.ferplus import NAMES, convert, main, probabilities
-from raytune_emotion.data.store import pack
+from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 

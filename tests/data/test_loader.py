@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from raytune_emotion.data import loader
 from raytune_emotion.data.loader import Resident, batches, epoch_order, place, size_of
-from raytune_emotion.data.sample import write_sample
-from raytune_emotion.data.store import Split, Store, pack
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.store import Split, Store
+from raytune_emotion.data.synthetic import write_sample
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]

@@ -17,22 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data import blocks, images, packing, unfilled
-from raytune_emotion.data import store as store_module
+from raytune_emotion.data import decode as decode_module
 from raytune_emotion.data.affectnet import Kind, scan
-from raytune_emotion.data.images import decode_image
-from raytune_emotion.data.store import (
-    Split,
-    cache_folder,
-    count_rows,
-    is_store,
-    open_store,
-    pack,
-    pack_sizes,
-    packed_sizes,
-    prepare,
-    prepare_sizes,
-)
+from raytune_emotion.data.decode import decode_image
+from raytune_emotion.data.packing import local, shard_writer
+from raytune_emotion.data.packing import pack as pack_module
+from raytune_emotion.data.packing import remote as remote_packing
+from raytune_emotion.data.packing.pack import pack, pack_sizes
+from raytune_emotion.data.prepare import count_rows, prepare, prepare_sizes
+from raytune_emotion.data.store import Split, cache_folder, is_store, open_store, packed_sizes
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
@@ -54,8 +47,8 @@ def folder(tmp_path):
 @pytest.fixture
 def small_shards(monkeypatch):
     """Of two rows at 16 px, and of one at more."""
-    monkeypatch.setattr(unfilled, "_SHARD_BYTES", 3 * 16 * 16 * 3)
-    for module in (unfilled, packing, blocks):
+    monkeypatch.setattr(shard_writer, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+    for module in (shard_writer, local, remote_packing):
         monkeypatch.setattr(module, "TASK_ROWS", 1)
 
 
@@ -67,8 +60,8 @@ def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
     for name, split in (("train", packed.train), ("val", packed.val)):
         assert list(split.ids) == [row.id for row in rows[name]]
         np.testing.assert_array_equal(split.prob_NK, np.array([row.probs for row in rows[name]], np.float32))
-        images = split.gather(np.arange(len(split)))
-        np.testing.assert_array_equal(images, [decode_image(folder / row.image.name, 16) for row in rows[name]])
+        decoded = split.gather(np.arange(len(split)))
+        np.testing.assert_array_equal(decoded, [decode_image(folder / row.image.name, 16) for row in rows[name]])
     with pytest.raises(ValueError, match="read-only"):
         packed.train.prob_NK[0] = 0
 
@@ -185,14 +178,14 @@ def spoil(folder):
 def test_an_attempt_that_was_killed_is_gone_on_with(folder, tmp_path, small_shards, monkeypatch, meanwhile):
     decoded = []
 
-    def decode(content, sides, scratch, *, fails_at=None, real=images._decode):
+    def decode(content, sides, scratch, *, fails_at=None, real=decode_module._decode):
         if len(decoded) == fails_at:
             raise KeyboardInterrupt
         found = (path.name for path in folder.glob("*/images/*") if path.read_bytes() == content)
         decoded.append(next(found))
         return real(content, sides, scratch)
 
-    monkeypatch.setattr(images, "_decode", functools.partial(decode, fails_at=6))
+    monkeypatch.setattr(decode_module, "_decode", functools.partial(decode, fails_at=6))
     with pytest.raises(KeyboardInterrupt):
         pack(folder, tmp_path / "store", image_size=16, workers=1)
     (part,) = tmp_path.glob(".store.*")
@@ -210,7 +203,7 @@ def test_an_attempt_that_was_killed_is_gone_on_with(folder, tmp_path, small_shar
         expected |= {before[-1]}
 
     decoded.clear()
-    monkeypatch.setattr(images, "_decode", decode)
+    monkeypatch.setattr(decode_module, "_decode", decode)
     packed = pack(folder, tmp_path / "store", image_size=16, workers=1)
     assert set(decoded) == expected
     fresh = pack(folder, tmp_path / "fresh", image_size=16, workers=1)
@@ -294,7 +287,7 @@ def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
 
 def test_a_disk_that_is_too_small_is_told_before_it_is_full(folder, tmp_path):
     with pytest.raises(UserError, match=r"the store takes [\d,.]+ GB and [\d,.]+ GB are free"):
-        packing.check_space(tmp_path, 10**18)
+        local.check_space(tmp_path, 10**18)
 
 
 def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path):
@@ -556,11 +549,11 @@ def test_a_folder_is_prepared_at_several_sizes_in_one_pass(folder, cache, monkey
     first = prepare(folder, image_size=16)
     packed, passes = written(first), []
 
-    def pack_into(folders, *args, real=packing.pack_into, **options):
+    def pack_into(folders, *args, real=local.pack_into, **options):
         passes.append(sorted(folders))
         real(folders, *args, **options)
 
-    monkeypatch.setattr(store_module, "pack_into", pack_into)
+    monkeypatch.setattr(pack_module, "pack_into", pack_into)
     stores = prepare_sizes(folder, (16, 24, 32))
     assert passes == [[24, 32]]
     assert written(stores[16]) == packed

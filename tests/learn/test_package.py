@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.images import decode_image
+from raytune_emotion.data.decode import decode_image
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import package

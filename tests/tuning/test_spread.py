@@ -9,7 +9,7 @@ import time
 import pytest
 import ray
 
-from raytune_emotion.data.store import pack, pack_sizes
+from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.spread import on_all_nodes
 from tests.data.test_affectnet import write_folder

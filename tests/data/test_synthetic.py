@@ -6,9 +6,9 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from raytune_emotion.data import sample
-from raytune_emotion.data.sample import draw_face, draw_point, sample_folder, write_sample
-from raytune_emotion.data.store import pack
+from raytune_emotion.data import synthetic
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.synthetic import draw_face, draw_point, sample_folder, write_sample
 from raytune_emotion.emotions import EMOTIONS, VALENCE_AROUSAL, label_distribution
 from raytune_emotion.errors import UserError
 
@@ -148,8 +148,8 @@ def test_valence_and_arousal_can_be_learned_but_not_at_a_glance() -> None:
 @pytest.fixture
 def small_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sample, "TRAIN", 30)
-    monkeypatch.setattr(sample, "VAL", 5)
+    monkeypatch.setattr(synthetic, "TRAIN", 30)
+    monkeypatch.setattr(synthetic, "VAL", 5)
     return tmp_path
 
 

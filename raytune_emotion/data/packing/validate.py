@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.progress import Progress
 
-from raytune_emotion.data import affectnet, shards
+from raytune_emotion.data import affectnet, shard_format
 from raytune_emotion.data.affectnet import Fault, Kind, Row, Scan
-from raytune_emotion.data.bars import counted
-from raytune_emotion.data.images import DecodeTask, write_images
-from raytune_emotion.data.pool import Map
-from raytune_emotion.data.shards import Manifest, ShardEntry, SplitEntry
-from raytune_emotion.data.unfilled import TASK_ROWS, Digests, cut
+from raytune_emotion.data.decode import DecodeTask, write_images
+from raytune_emotion.data.packing.shard_writer import TASK_ROWS, Digests, cut
+from raytune_emotion.data.parallel import Map
+from raytune_emotion.data.progress import counted
+from raytune_emotion.data.shard_format import Manifest, ShardEntry, SplitEntry
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Source, below, shown
@@ -82,7 +82,7 @@ def describe(
 ) -> None:
     """Writes all of a store but its shards; it is that of the i-th size."""
     if content.skip_bad:
-        with (folder / shards.REJECTED).open("w", encoding="utf-8", newline="") as file:
+        with (folder / shard_format.REJECTED).open("w", encoding="utf-8", newline="") as file:
             rejected = ((f.split, f.file, f.reason) for f in content.faults)
             csv.writer(file).writerows([("split", "file", "reason"), *rejected])
     held = (
@@ -93,8 +93,8 @@ def describe(
     )
     manifest = Manifest(
         format="raytune_emotion.store",
-        version=shards.VERSION,
-        fingerprint=shards.fingerprint(image_size, content.classes, held),
+        version=shard_format.VERSION,
+        fingerprint=shard_format.fingerprint(image_size, content.classes, held),
         image_size=image_size,
         classes=content.classes,
         rejected=len({(fault.split, fault.id) for fault in content.faults}),
@@ -103,7 +103,7 @@ def describe(
             for split, own in entries.items()
         },
     )
-    write_text(folder / shards.MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    write_text(folder / shard_format.MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def _refuse_empty(source: Source, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from raytune_emotion.data.images import (
+from raytune_emotion.data.decode import (
     DIGEST_BYTES,
     DecodeTask,
     Region,
@@ -17,7 +17,7 @@ from raytune_emotion.data.images import (
     decode_image,
     decode_images,
 )
-from raytune_emotion.data.sample import draw_face
+from raytune_emotion.data.synthetic import draw_face
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File
 from tests.data.test_affectnet import picture

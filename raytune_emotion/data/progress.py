@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from raytune_emotion.data.pool import Map
+from raytune_emotion.data.parallel import Map
 
 
 class _Rate(ProgressColumn):

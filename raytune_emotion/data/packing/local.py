@@ -7,7 +7,6 @@ decoded from. What still is as these say is not decoded again.
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,8 @@ from typing import TextIO
 from rich.progress import Progress
 
 from raytune_emotion.data.affectnet import Row
-from raytune_emotion.data.bars import progress
-from raytune_emotion.data.content import checked, describe, read_rows
-from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, Region, decode_images, picture_bytes
-from raytune_emotion.data.pool import Map
-from raytune_emotion.data.shards import ShardEntry
-from raytune_emotion.data.unfilled import (
+from raytune_emotion.data.decode import DIGEST_BYTES, DecodeTask, Region, decode_images, picture_bytes
+from raytune_emotion.data.packing.shard_writer import (
     TASK_ROWS,
     Digests,
     Unfilled,
@@ -30,11 +25,11 @@ from raytune_emotion.data.unfilled import (
     cut,
     shard_rows,
 )
-from raytune_emotion.errors import UserError
+from raytune_emotion.data.packing.validate import checked, describe, read_rows
+from raytune_emotion.data.parallel import Map
+from raytune_emotion.data.progress import progress
+from raytune_emotion.data.shard_format import ShardEntry, check_space
 from raytune_emotion.storage.locations import Source
-
-#: What to do about a disk that is full.
-MORE_ROOM = "choose a disk with room (for the cache: XDG_CACHE_HOME) or a smaller image size"
 
 _DONE = ".done"
 
@@ -70,19 +65,6 @@ def pack_into(
                     os.fsync(file.fileno())
         (store.folder / _DONE).unlink()
         describe(store.folder, content, i, store.image_size, entries)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Whether the disk has room for so many bytes, some of which may lie in the folder already.
-
-    Raises:
-        UserError: it has not.
-    """
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-    if needed > free:
-        raise UserError(
-            f"{folder.parent}: the store takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {MORE_ROOM}"
-        )
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,22 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from raytune_emotion.data import shards
+from raytune_emotion.data import shard_format
 from raytune_emotion.data.affectnet import Row
-from raytune_emotion.data.bars import progress
-from raytune_emotion.data.content import checked, describe, read_rows
-from raytune_emotion.data.images import DIGEST_BYTES, DecodeTask, files_key, write_images
-from raytune_emotion.data.pool import Map
-from raytune_emotion.data.shards import ShardEntry
-from raytune_emotion.data.unfilled import TASK_ROWS, Digests, Unfilled, begin_unfilled, close_shard, cut, shard_rows
+from raytune_emotion.data.decode import DIGEST_BYTES, DecodeTask, files_key, write_images
+from raytune_emotion.data.packing.shard_writer import (
+    TASK_ROWS,
+    Digests,
+    Unfilled,
+    begin_unfilled,
+    close_shard,
+    cut,
+    shard_rows,
+)
+from raytune_emotion.data.packing.validate import checked, describe, read_rows
+from raytune_emotion.data.parallel import Map
+from raytune_emotion.data.progress import progress
+from raytune_emotion.data.shard_format import ShardEntry
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import write_text
@@ -66,7 +74,7 @@ def pack_elsewhere(
     for i, (size, uri) in enumerate(uris.items()):
         with tempfile.TemporaryDirectory() as scratch:
             describe(Path(scratch), content, i, size, entries[size])
-            remote.push(Path(scratch), uri, [*([shards.REJECTED] if skip_bad else []), shards.MANIFEST])
+            remote.push(Path(scratch), uri, [*([shard_format.REJECTED] if skip_bad else []), shard_format.MANIFEST])
         _tidy(uri, kept={entry.file for own in entries[size].values() for entry in own})
 
 

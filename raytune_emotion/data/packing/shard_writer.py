@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from raytune_emotion.data import shards
+from raytune_emotion.data import shard_format
 from raytune_emotion.data.affectnet import Row
-from raytune_emotion.data.images import DIGEST_BYTES, Region, picture_bytes
-from raytune_emotion.data.shards import ShardEntry
+from raytune_emotion.data.decode import DIGEST_BYTES, Region, picture_bytes
+from raytune_emotion.data.shard_format import ShardEntry
 
 #: Rows of a task: a power of two.
 TASK_ROWS = 128
@@ -34,14 +34,14 @@ class Unfilled:
 def begin_unfilled(folder: Path, split: str, number: int, rows: Sequence[Row], image_size: int) -> Unfilled:
     """A shard but for its pixels; those that are there stay."""
     path, prob_NK = folder / f"{split}-{number:05d}.arrow", np.array([row.probs for row in rows], np.float32)
-    return Unfilled(path, image_size, shards.begin_shard(path, [row.id for row in rows], prob_NK, image_size))
+    return Unfilled(path, image_size, shard_format.begin_shard(path, [row.id for row in rows], prob_NK, image_size))
 
 
 def close_shard(shard: Unfilled, digests: Sequence[bytes]) -> ShardEntry | None:
     """Leaves the rows at fault out of a shard that has its pixels. Where all are, there is none."""
     good = list(map(bool, digests))
     if not all(good):
-        shards.keep_rows(shard.path, good)
+        shard_format.keep_rows(shard.path, good)
     if not any(good):
         return None
     return ShardEntry(file=shard.path.name, rows=sum(good), bytes=shard.path.stat().st_size)

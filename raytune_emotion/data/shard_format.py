@@ -7,6 +7,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,3 +179,20 @@ def _map_batch(path: Path) -> Any:
         if reader.num_record_batches != 1:
             raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches in place of one")
         return reader.get_batch(0)
+
+
+#: What to do about a disk that is full.
+MORE_ROOM = "choose a disk with room (for the cache: XDG_CACHE_HOME) or a smaller image size"
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Whether the disk has room for so many bytes, some of which may lie in the folder already.
+
+    Raises:
+        UserError: it has not.
+    """
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+    if needed > free:
+        raise UserError(
+            f"{folder.parent}: the store takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {MORE_ROOM}"
+        )
