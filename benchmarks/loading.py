@@ -32,7 +32,7 @@ from raytune_emotion.data.loader import Resident, batches, epoch_order, place
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.data.synthetic import write_sample
-from raytune_emotion.learn import memory
+from raytune_emotion.learn import malloc
 
 #: The pixels of so many rows are several times what a CPU's last cache holds.
 ROWS = 2000
@@ -81,7 +81,7 @@ class Faces(Dataset[torch.Tensor]):
 
 
 def run() -> Table:
-    memory.keep_freed()  # as in a process that trains
+    malloc.keep_freed()  # as in a process that trains
     rows: list[tuple[object, ...]] = []
     notes = [f"{ROWS} faces, JPEG files of {FILE_PX} px; {torch.get_num_threads()} threads; batches of {BATCH}."]
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:

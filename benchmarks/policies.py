@@ -35,11 +35,11 @@ from benchmarks.curves.replay import (
 )
 from benchmarks.curves.rules import Extrapolating, OfRay, Promoting, Rule
 from benchmarks.rivals import kept_goals
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.learn.report import OBJECTIVE, Report
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.model import Forecast, encoding_of
 from raytune_emotion.tuning.objective import OBJECTIVES
-from raytune_emotion.tuning.searcher import OBJECTIVE, Propose, Searcher, trial_id_of
+from raytune_emotion.tuning.searcher import Propose, Searcher, trial_id_of
 from raytune_emotion.tuning.space import Space
 from raytune_emotion.tuning.stopping import make_scheduler
 

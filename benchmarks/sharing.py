@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import Table
 from benchmarks.training import DEVICE, SETUP, STUDY, config, faces
-from raytune_emotion.learn.sharing import Process, processes, together
+from raytune_emotion.learn.throughput import Process, processes, together
 
 TRIALS = (1, 2, 4)
 BACKBONES = {

@@ -32,7 +32,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.data.synthetic import write_sample
-from raytune_emotion.learn import losses, memory
+from raytune_emotion.learn import losses, malloc
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
@@ -118,7 +118,7 @@ def _measure(store: Store) -> list[tuple[tuple[str, str], dict[str, list[float]]
     if DEVICE.type == "cpu":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
-    memory.keep_freed()
+    malloc.keep_freed()
     measured = []
     for backbone, precision in itertools.product(SETUP.backbones, PRECISIONS):
         settings = config(backbone, precision)

@@ -17,8 +17,8 @@ from raytune_emotion.cli import guarded
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Split, open_store
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.losses import js
-from raytune_emotion.learn.package import load_package
 from raytune_emotion.tuning.study import read_spec
 
 DOCS = Path(__file__).parent

@@ -12,7 +12,7 @@ from rich.table import Table
 from raytune_emotion.cli import command_main, gpu_share, positive
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
-from raytune_emotion.learn.package import write_package
+from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.storage import remote
 from raytune_emotion.tuning.confirmation import (
     CONFIRMED,

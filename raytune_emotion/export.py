@@ -7,7 +7,7 @@ from pathlib import Path
 from raytune_emotion.cli import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
-from raytune_emotion.learn.package import export_checkpoint
+from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.storage import remote
 from raytune_emotion.tuning.study import SPEC, TRIALS, best_trial_id, opened, read_spec, trial_folder
 

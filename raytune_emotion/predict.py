@@ -17,7 +17,7 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.package import Package, load_package
+from raytune_emotion.learn.export_folder import Package, load_package
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
 _BATCH = 64

@@ -21,9 +21,9 @@ from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
+from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
-from raytune_emotion.learn.package import export_checkpoint
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import alone_in
 from raytune_emotion.tuning.console import check_cluster

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from raytune_emotion import confirm
-from raytune_emotion.learn.package import load_package
+from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.tuning.confirmation import best_configurations, standings
 from raytune_emotion.tuning.engine import job_of
 from raytune_emotion.tuning.searcher import Searcher, create_study, load_study, sole_driver

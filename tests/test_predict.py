@@ -13,8 +13,8 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.config import RunConfig
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import BEST
+from raytune_emotion.learn.export_folder import export_checkpoint, load_package
 from raytune_emotion.learn.loop import fit
-from raytune_emotion.learn.package import export_checkpoint, load_package
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn import checkpoint, package
+from raytune_emotion.learn import checkpoint, export_folder
 from raytune_emotion.tuning import confirmation, page, searcher, study, trial
 
 #: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
@@ -90,7 +90,7 @@ def test_the_files():
     assert FILES["study"] == (study.SPEC, searcher.JOURNAL, study.TRIALS, study.CURVES, page.REPORT)
     assert FILES["trial"] == (trial.PARAMS, trial.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
     assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.STANDINGS)
-    assert FILES["export"] == (package.WEIGHTS, package.CONFIG, package.METRICS, package.CARD)
+    assert FILES["export"] == (export_folder.WEIGHTS, export_folder.CONFIG, export_folder.METRICS, export_folder.CARD)
 
 
 def test_the_first_columns_and_the_statuses_of_the_table():

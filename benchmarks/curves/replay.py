@@ -24,9 +24,9 @@ import pandas as pd
 import torch
 
 from benchmarks.curves.response import Nearest, Surrogate, fit_responses, read_curves
+from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.model import Floats
-from raytune_emotion.tuning.searcher import OBJECTIVE
 from raytune_emotion.tuning.space import Space, load_space
 
 CURVES = Path(__file__).parent

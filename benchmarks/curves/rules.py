@@ -10,9 +10,10 @@ from optuna.trial import FrozenTrial
 from ray.tune.schedulers import TrialScheduler
 from scipy.stats import norm
 
+from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.model import Encoding, Forecast
 from raytune_emotion.tuning.sampling import SETTINGS, curves
-from raytune_emotion.tuning.searcher import OBJECTIVE, trial_id_of
+from raytune_emotion.tuning.searcher import trial_id_of
 
 Report = Mapping[str, Any]
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import whole, write_text
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 
-Report = dict[str, Any]
 
 #: What a file that is not whole, or is not one of these, raises.
 _DAMAGE = (SafetensorError, ValueError)

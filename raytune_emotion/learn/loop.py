@@ -30,10 +30,11 @@ from raytune_emotion.data.loader import Resident, batches, epoch_order, place
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
-from raytune_emotion.learn.checkpoint import Progress, Report
+from raytune_emotion.learn.checkpoint import Progress
 from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
+from raytune_emotion.learn.report import Report
 
 _EVAL_ROWS = 128
 #: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.

@@ -8,14 +8,10 @@ from typing import Any
 from ray import tune
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import Report
-from raytune_emotion.tuning.searcher import OBJECTIVE
+from raytune_emotion.learn.report import HEARD, OBJECTIVE, Report
 from raytune_emotion.tuning.trial import Job, OutOfMemory, TrialFailed, halved, newest_report, train_here
 from raytune_emotion.tuning.workers import Workers
 
-# What the driver needs of a report, which lies whole in the trial's folder: Tune keeps statistics of every number for
-# as long as the study runs.
-_HEARD = ("report", "epoch", "seconds", OBJECTIVE, "finished", "params_millions", "images_per_second")
 # Tune wants the metric of the schedulers in every result.
 _ENDED = {OBJECTIVE: math.inf, "done": True}
 
@@ -42,7 +38,7 @@ class TrialActor(tune.Trainable):
             return {"failed": str(error), **_ENDED}
         except Breakdown as error:
             return {"breakdown": str(error), **_ENDED}
-        return {name: report[name] for name in _HEARD} | {"done": report["finished"]}
+        return {name: report[name] for name in HEARD} | {"done": report["finished"]}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._reports.close()

@@ -29,7 +29,8 @@ from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import is_disk_full, write_text
 from raytune_emotion.tuning import sampling

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.learn.report import Report
 
 T = TypeVar("T")
 

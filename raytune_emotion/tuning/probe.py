@@ -9,7 +9,7 @@ from ray.exceptions import RayTaskError
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.sharing import COUNTS, best_count, measure
+from raytune_emotion.learn.throughput import COUNTS, best_count, measure
 from raytune_emotion.tuning.engine import alive_nodes, cores_per_gpu
 from raytune_emotion.tuning.preview import draw
 from raytune_emotion.tuning.space import parse_space

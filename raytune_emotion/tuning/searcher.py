@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.learn.report import OBJECTIVE, Report
 from raytune_emotion.storage.atomic import alone_in
 from raytune_emotion.tuning import sampling
 from raytune_emotion.tuning.sampling import COST, SETTINGS
@@ -38,7 +38,6 @@ _STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATE
 Propose = Callable[[Space, list[FrozenTrial], int], dict[str, Any] | None]
 
 JOURNAL = "optuna.journal"
-OBJECTIVE = "best_val_js"
 #: The attribute of an Optuna trial that repeats a configuration of another study: the trial there that had it first.
 CONFIRMS = "confirms"
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.learn.report import OBJECTIVE, Report
 from raytune_emotion.tuning.objective import JS_ALONE, Objective
-from raytune_emotion.tuning.searcher import OBJECTIVE
 from raytune_emotion.tuning.study import TrialRecord
 
 # ASHA asks neither its controller nor anything of a trial but its id.

@@ -26,11 +26,12 @@ from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_history
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
+from raytune_emotion.learn.report import OBJECTIVE, Report
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import whole, write_text
 from raytune_emotion.tuning.objective import OBJECTIVES, Objective, pareto_front
-from raytune_emotion.tuning.searcher import OBJECTIVE, Status, asked
+from raytune_emotion.tuning.searcher import Status, asked
 
 SPEC = "study.yaml"
 TRIALS = "trials.csv"

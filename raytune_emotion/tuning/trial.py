@@ -21,10 +21,11 @@ from torch.utils.tensorboard import SummaryWriter
 from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn import memory
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, Report, read_progress
+from raytune_emotion.learn import malloc
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
+from raytune_emotion.learn.device import allowance, is_out_of_memory
 from raytune_emotion.learn.loop import Diverged, fit
-from raytune_emotion.learn.sharing import allowance
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import is_disk_full, write_text
 
@@ -117,7 +118,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     config = RunConfig.from_flat(job.settings)
     folder = Path(job.folder)
     torch.set_num_threads(job.resources.threads)
-    memory.keep_freed()
+    malloc.keep_freed()
     if device.type == "cuda":
         # Of a device that it shares, it takes no more memory than its share.
         total = torch.cuda.get_device_properties(device).total_memory
@@ -147,7 +148,7 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
     except Diverged as error:
@@ -230,15 +231,9 @@ def halved(job: Job) -> Job | None:
     return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate})
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # CUDA and its libraries, which take memory beside torch, say it in words.
-    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
-
-
 def _forget() -> None:
     gc.collect()
-    memory.give_back()
+    malloc.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

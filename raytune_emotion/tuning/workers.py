@@ -32,7 +32,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Empty, Queue
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import Report
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.trial import Job, TrialFailed, train_on
 

@@ -12,9 +12,9 @@ from benchmarks.curves.response import Nearest, fit_responses, read_curves
 from benchmarks.curves.rules import ENDED, Extrapolating, Foretold, Promoting
 from benchmarks.policies import ours, part
 from benchmarks.rivals import kept_goals
+from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.model import encoding_of
 from raytune_emotion.tuning.sampling import SETTINGS
-from raytune_emotion.tuning.searcher import OBJECTIVE
 
 
 @pytest.fixture(scope="module")

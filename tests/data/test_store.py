@@ -293,7 +293,7 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(folder, tmp_path):
 def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom raytune_emotion.data.store import pack\n"
+        "import sys\nfrom pathlib import Path\nfrom raytune_emotion.data.packing.pack import pack\n"
         "print('once')\n"
         "pack(Path(sys.argv[1]), Path(sys.argv[2]), image_size=16, workers=2)\n"
     )

@@ -11,7 +11,8 @@ from scipy.spatial import distance
 from scipy.stats import wasserstein_distance
 
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample, transport_cost
+from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
+from raytune_emotion.learn.transport import transport_cost
 
 K = len(EMOTIONS)
 

@@ -20,7 +20,7 @@ import ray
 from raytune_emotion.cli import command_main
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
-from raytune_emotion.learn.package import load_package
+from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage import remote
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.engine import DRIVER, Placement, _Search, extend_best, job_of, run_study

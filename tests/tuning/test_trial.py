@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.device import is_out_of_memory
 from raytune_emotion.tuning import trial
 from raytune_emotion.tuning.actor import TrialActor
-from raytune_emotion.tuning.trial import (
-    DiskFull,
-    Job,
-    OutOfMemory,
-    Resources,
-    TrialFailed,
-    _is_out_of_memory,
-    halved,
-    train_here,
-)
+from raytune_emotion.tuning.trial import DiskFull, Job, OutOfMemory, Resources, TrialFailed, halved, train_here
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
 
@@ -102,4 +94,4 @@ def test_halving_ends_at_one_row():
     ],
 )
 def test_what_counts_as_out_of_memory(error, is_one):
-    assert _is_out_of_memory(error) == is_one
+    assert is_out_of_memory(error) == is_one

@@ -1,7 +1,7 @@
 import psutil
 import torch
 
-from raytune_emotion.learn.memory import give_back, keep_freed
+from raytune_emotion.learn.malloc import give_back, keep_freed
 
 
 def resident():

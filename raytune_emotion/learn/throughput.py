@@ -21,23 +21,17 @@ from raytune_emotion.config import FlatConfig, RunConfig
 from raytune_emotion.data.loader import Resident, clear_placed, lives_on_device, size_of
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn import memory
+from raytune_emotion.learn import malloc
+from raytune_emotion.learn.device import allowance
 from raytune_emotion.learn.loop import Run, evaluate, make_plan, rows_to_evaluate, start, train_segment
 
 #: Numbers of trials at once that are tried out.
 COUNTS = (1, 2, 4, 8)
 
-#: Bytes of a GPU that CUDA takes for a process beside what torch asks for: its context, kernels, and libraries.
-_CONTEXT = 600 * 2**20
 #: The fewest trials that come so near to the most images a second share a device.
 _NEAR = 0.95
 _ROWS = 4096
 _SEGMENT_S = 0.25
-
-
-def allowance(total: float, share: float) -> float:
-    """Bytes of a GPU that torch may take for a process with a share of it, so that all together have room."""
-    return total if share >= 1 else max(0.0, share * total - _CONTEXT)
 
 
 def best_count(rates: Sequence[Mapping[int, float]]) -> int:
@@ -175,7 +169,7 @@ def measure(
 
 
 def _serve(device: torch.device) -> None:
-    memory.keep_freed()
+    malloc.keep_freed()
     torch.set_num_threads(1)  # until it is told how many are its own
     cuda = device.type == "cuda"
     run: Run | None = None

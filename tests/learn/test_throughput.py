@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.sharing import COUNTS, Process, allowance, best_count, fitting_counts, measure
+from raytune_emotion.learn.device import allowance
+from raytune_emotion.learn.throughput import COUNTS, Process, best_count, fitting_counts, measure
 
 CPU = torch.device("cpu")
 GIB = 2.0**30

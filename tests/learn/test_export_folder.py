@@ -14,11 +14,11 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn import package
+from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.checkpoint import BEST, Best
+from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import evaluate, fit
 from raytune_emotion.learn.model import build_model, mean_std
-from raytune_emotion.learn.package import export_checkpoint, load_package, write_package
 
 CPU = torch.device("cpu")
 FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
@@ -114,7 +114,7 @@ def test_the_card_tells_what_it_is_and_its_code_runs(trained, store, faces, tmp_
     assert "weights_dir" not in card
     for name in report:
         if name.startswith("val_"):
-            assert name.removeprefix("val_") in package._MEANINGS
+            assert name.removeprefix("val_") in export_folder._MEANINGS
 
     face = next((faces / "val_set" / "images").iterdir())
     Image.open(face).save(tmp_path / "face.jpg", quality=100)
@@ -148,7 +148,7 @@ class TestReplacing:
     @pytest.mark.parametrize("exchange", [True, False])
     def test_the_new_takes_the_place_of_the_old(self, tmp_path, monkeypatch, exchange):
         if not exchange:
-            monkeypatch.setattr(package, "_exchanged", lambda one, other: False)
+            monkeypatch.setattr(export_folder, "_exchanged", lambda one, other: False)
         dest = tmp_path / "best"
         write_package(dest, self.old)
         write_package(dest, self.new)
@@ -158,7 +158,7 @@ class TestReplacing:
     def test_there_is_a_whole_one_at_every_moment(self, tmp_path):
         dest = tmp_path / "best"
         write_package(dest, self.old)
-        if not package._exchanged(tmp_path / "best", tmp_path / "best"):
+        if not export_folder._exchanged(tmp_path / "best", tmp_path / "best"):
             pytest.skip("this file system cannot exchange names")
         missing, looks, done = [], [], threading.Event()
 
@@ -187,8 +187,8 @@ class TestReplacing:
             return original(path, *rest)
 
         target = "whole" if name == "model.safetensors" else "write_text"
-        original = getattr(package, target)
-        monkeypatch.setattr(package, target, full)
+        original = getattr(export_folder, target)
+        monkeypatch.setattr(export_folder, target, full)
         with pytest.raises(UserError, match="No space left on device"):
             write_package(dest, self.new)
         assert self.shows(dest, self.old)
@@ -197,7 +197,7 @@ class TestReplacing:
     def test_a_failure_between_two_renames_leaves_the_old(self, tmp_path, monkeypatch):
         dest = tmp_path / "best"
         write_package(dest, self.old)
-        monkeypatch.setattr(package, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(export_folder, "_exchanged", lambda one, other: False)
         rename = Path.rename
 
         def failing(path, target):

@@ -24,8 +24,9 @@ from torch import nn
 from raytune_emotion import __version__
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import Best, Report, read_best
+from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.model import Colour, build_model, mean_std
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import whole, write_text
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
