@@ -14,8 +14,8 @@ from benchmarks import Table
 from benchmarks.curves.replay import BUDGET, SHARE, Market, pool, read_markets, simulate
 from benchmarks.curves.rules import CHANCE, ENDED, Foretold
 from benchmarks.policies import ALSO, Study, extrapolating
-from raytune_emotion.tuning.sampling import SETTINGS
-from raytune_emotion.tuning.searcher import trial_id_of
+from raytune_emotion.tuning.policy.sampler import SETTINGS
+from raytune_emotion.tuning.study.optuna_study import trial_id_of
 
 SEEDS = 8
 EDGES = (0.0, 0.01, CHANCE, 0.1, 0.2, 0.4, 0.7, 1.0)

@@ -40,12 +40,14 @@ from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.loop import fit
-from raytune_emotion.tuning.engine import Event, Placement, ray_session, run_study
-from raytune_emotion.tuning.searcher import create_study
-from raytune_emotion.tuning.space import parse_space
-from raytune_emotion.tuning.stopping import make_scheduler
-from raytune_emotion.tuning.study import StudySpec, write_spec
-from raytune_emotion.tuning.trial import Job, Resources, train_on
+from raytune_emotion.tuning.execution.cluster import Placement, ray_session
+from raytune_emotion.tuning.execution.job import Job, Resources, train_on
+from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.tune_adapter import Event
+from raytune_emotion.tuning.policy.scheduler import make_scheduler
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_study import create_study
+from raytune_emotion.tuning.study.spec import StudySpec, write_spec
 
 
 @dataclasses.dataclass(frozen=True)

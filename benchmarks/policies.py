@@ -36,12 +36,12 @@ from benchmarks.curves.replay import (
 from benchmarks.curves.rules import Extrapolating, OfRay, Promoting, Rule
 from benchmarks.rivals import kept_goals
 from raytune_emotion.learn.report import OBJECTIVE, Report
-from raytune_emotion.tuning import sampling
-from raytune_emotion.tuning.model import Forecast, encoding_of
-from raytune_emotion.tuning.objective import OBJECTIVES
-from raytune_emotion.tuning.searcher import Propose, Searcher, trial_id_of
-from raytune_emotion.tuning.space import Space
-from raytune_emotion.tuning.stopping import make_scheduler
+from raytune_emotion.tuning.policy import sampler
+from raytune_emotion.tuning.policy.forecast import Forecast, encoding_of
+from raytune_emotion.tuning.policy.objective import OBJECTIVES
+from raytune_emotion.tuning.policy.scheduler import make_scheduler
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.optuna_study import Propose, Searcher, trial_id_of
 
 #: What a policy that has not reached a goal by then is given, to see when it does, of random search's time.
 LONGER = 1 / 2
@@ -63,7 +63,7 @@ class Study:
         space: Space,
         rule: Rule,
         seed: int,
-        propose: Propose = sampling.propose,
+        propose: Propose = sampler.propose,
         cost: Callable[[Report], float] | None = None,
     ) -> None:
         self._rule, self._propose = rule, propose
@@ -185,7 +185,7 @@ PARTS: dict[str, Make] = {
     "with curves extrapolated": stopped_by(extrapolating),
     "with pauses and promotion": stopped_by(lambda market: Promoting(market.most_reports)),
     "for JS per hour": lambda market, seed: Study(
-        market.space, asha(market), seed, functools.partial(sampling.propose, objective=PER_HOUR), PER_HOUR.cost
+        market.space, asha(market), seed, functools.partial(sampler.propose, objective=PER_HOUR), PER_HOUR.cost
     ),
 }
 SLOW = "with Optuna's Gaussian process"
@@ -197,7 +197,7 @@ def part(name: str, market: Market, seed: int) -> Policy:
 
 
 def warm_started(earlier: Forecast, market: Market, seed: int) -> Study:
-    return Study(market.space, asha(market), seed, functools.partial(sampling.propose, earlier=[earlier]))
+    return Study(market.space, asha(market), seed, functools.partial(sampler.propose, earlier=[earlier]))
 
 
 def run() -> Table:
@@ -245,4 +245,4 @@ def _learned(market: Market) -> Forecast:
     """What a study on these curves, in the time of 32 full trials, says to a later one."""
     study = ours(market, SEEDS)
     simulate(market, study, 2, market.budget(2) * SHARE)
-    return Forecast(encoding_of(market.space), sampling.curves(study.trials))
+    return Forecast(encoding_of(market.space), sampler.curves(study.trials))

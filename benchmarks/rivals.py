@@ -33,7 +33,7 @@ from benchmarks.curves.replay import (
     row,
 )
 from benchmarks.curves.rules import Trial
-from raytune_emotion.tuning.model import Floats
+from raytune_emotion.tuning.policy.forecast import Floats
 
 KEPT = Path(__file__).parent / "results" / "rivals.json"
 #: Studies that a median is taken over: of random search and with the surrogate; and of Ray's with the nearest.

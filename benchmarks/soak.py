@@ -9,8 +9,10 @@ import psutil
 
 from benchmarks import Table
 from benchmarks.engine import make_study, tiny_store
-from raytune_emotion.tuning.engine import Event, Placement, ray_session, run_study
-from raytune_emotion.tuning.trial import Resources
+from raytune_emotion.tuning.execution.cluster import Placement, ray_session
+from raytune_emotion.tuning.execution.job import Resources
+from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.tune_adapter import Event
 
 TRIALS, EPOCHS = 300, 3
 EVERY = 10

@@ -19,7 +19,7 @@ from raytune_emotion.data.store import Split, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.losses import js
-from raytune_emotion.tuning.study import read_spec
+from raytune_emotion.tuning.study.spec import read_spec
 
 DOCS = Path(__file__).parent
 #: Faces of the contact sheet: the first of the validation set that are likeliest to be these.

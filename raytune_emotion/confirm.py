@@ -14,7 +14,11 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.storage import remote
-from raytune_emotion.tuning.confirmation import (
+from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.report.console import run_shown, terminated_as_interrupted
+from raytune_emotion.tuning.report.page import REPORT, write_report
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     HEADINGS,
     STANDINGS,
@@ -25,21 +29,9 @@ from raytune_emotion.tuning.confirmation import (
     standings,
     write_standings,
 )
-from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
-from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
-from raytune_emotion.tuning.page import REPORT, write_report
-from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study, sole_driver
-from raytune_emotion.tuning.space import parse_space
-from raytune_emotion.tuning.study import (
-    SPEC,
-    StudySpec,
-    TrialRecord,
-    check_stores,
-    read_records,
-    read_spec,
-    trial_folder,
-    write_spec,
-)
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, load_study, sole_driver
+from raytune_emotion.tuning.study.records import TrialRecord, read_records, trial_folder
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec, write_spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,9 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.storage import remote
-from raytune_emotion.tuning.study import SPEC, TRIALS, best_trial_id, opened, read_spec, trial_folder
+from raytune_emotion.tuning.study.records import opened, trial_folder
+from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.tables import TRIALS, best_trial_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from raytune_emotion.cli import command_main
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.storage import remote
-from raytune_emotion.tuning.confirmation import standings, write_standings
-from raytune_emotion.tuning.page import REPORT, write_report
-from raytune_emotion.tuning.searcher import JOURNAL, load_study
-from raytune_emotion.tuning.study import CURVES, TRIALS, opened, read_records, read_spec, write_tables
+from raytune_emotion.tuning.report.page import REPORT, write_report
+from raytune_emotion.tuning.study.confirmation import standings, write_standings
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
+from raytune_emotion.tuning.study.records import opened, read_records
+from raytune_emotion.tuning.study.spec import read_spec
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS, write_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -33,17 +33,21 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK
-from raytune_emotion.tuning.console import check_cluster, run_shown, terminated_as_interrupted
-from raytune_emotion.tuning.engine import extend_best, fit_to_cluster, ray_session
-from raytune_emotion.tuning.objective import OBJECTIVES
-from raytune_emotion.tuning.page import FRONT, REPORT, front_rows, write_report
-from raytune_emotion.tuning.preview import costs, draw
-from raytune_emotion.tuning.probe import AUTO, fastest_share
-from raytune_emotion.tuning.searcher import JOURNAL, create_study, load_study, sole_driver
-from raytune_emotion.tuning.space import Space, load_space, parse_space
-from raytune_emotion.tuning.study import SPEC, StudySpec, best_first, check_stores, read_records, read_spec, write_spec
-from raytune_emotion.tuning.warm import EARLIER, gather_earlier, write_earlier
-from raytune_emotion.tuning.workers import MAX_FAILURES
+from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.gpu_sharing import AUTO, fastest_share
+from raytune_emotion.tuning.execution.runner import extend_best
+from raytune_emotion.tuning.execution.worker_group import MAX_FAILURES
+from raytune_emotion.tuning.policy.objective import OBJECTIVES
+from raytune_emotion.tuning.policy.warm_start import EARLIER, write_earlier
+from raytune_emotion.tuning.report.console import run_shown, terminated_as_interrupted
+from raytune_emotion.tuning.report.dry_run import costs
+from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, write_report
+from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.space.space import Space, draw
+from raytune_emotion.tuning.study.earlier import gather_earlier
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, load_study, sole_driver
+from raytune_emotion.tuning.study.records import best_first, read_records
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec, write_spec
 
 DEFAULT_SPACE = Path("search_spaces/quick.yaml")
 DEFAULT_TRIALS = 32

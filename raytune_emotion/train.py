@@ -26,11 +26,12 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import alone_in
-from raytune_emotion.tuning.console import check_cluster
-from raytune_emotion.tuning.engine import fit_to_cluster, ray_session
-from raytune_emotion.tuning.study import TRIALS, best_trial_id, opened, read_spec, trial_folder
-from raytune_emotion.tuning.trial import DATA, PARAMS, Job, Resources, TrialFailed, Unfit, train_here
-from raytune_emotion.tuning.workers import MAX_FAILURES, train_together
+from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.job import DATA, PARAMS, Job, Resources, TrialFailed, Unfit, train_here
+from raytune_emotion.tuning.execution.worker_group import MAX_FAILURES, train_together
+from raytune_emotion.tuning.study.records import opened, trial_folder
+from raytune_emotion.tuning.study.spec import read_spec
+from raytune_emotion.tuning.study.tables import TRIALS, best_trial_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

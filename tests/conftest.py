@@ -9,7 +9,7 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
 #: They take long, mostly for what they start: first come first, so that two processes are done at the same time.
-LONG = ("test_engine.py", "test_search.py", "test_chaos.py", "test_remote.py", "test_submit.py", "test_pack.py")
+LONG = ("test_runner.py", "test_search.py", "test_chaos.py", "test_remote_study.py", "test_submit.py", "test_pack.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -44,7 +44,7 @@ def store(faces):
 @pytest.fixture(scope="session")
 def cluster():
     """One local Ray cluster for all tests that touch Ray."""
-    from raytune_emotion.tuning.engine import ray_session
+    from raytune_emotion.tuning.execution.cluster import ray_session
 
     with ray_session(None, dashboard=False, num_cpus=2):
         yield

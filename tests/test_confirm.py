@@ -11,14 +11,14 @@ import pytest
 
 from raytune_emotion import confirm
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.tuning.confirmation import best_configurations, standings
-from raytune_emotion.tuning.engine import job_of
-from raytune_emotion.tuning.searcher import Searcher, create_study, load_study, sole_driver
-from raytune_emotion.tuning.space import parse_space
-from raytune_emotion.tuning.study import TrialRecord, read_records, read_spec, write_spec
-from raytune_emotion.tuning.trial import train_here
+from raytune_emotion.tuning.execution.job import job_of, train_here
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.confirmation import best_configurations, standings
+from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study, sole_driver
+from raytune_emotion.tuning.study.records import TrialRecord, read_records
+from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.test_search import exit_code, refusal, write_study
-from tests.tuning.test_study import report, spec_of
+from tests.tuning.study.test_records import report, spec_of
 
 
 @pytest.fixture(scope="module")

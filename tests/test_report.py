@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from raytune_emotion.tuning.page import write_report
-from raytune_emotion.tuning.searcher import Searcher, create_study, load_study
-from raytune_emotion.tuning.space import parse_space
-from raytune_emotion.tuning.study import TrialRecord, read_spec, write_spec
+from raytune_emotion.tuning.report.page import write_report
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study
+from raytune_emotion.tuning.study.records import TrialRecord
+from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.test_search import exit_code, refusal, write_study
-from tests.tuning.test_study import RECORDS, report, spec_of
+from tests.tuning.study.test_records import RECORDS, report, spec_of
 
 MADE = ("trials.csv", "curves.parquet", "report.html", "curves.png", "progress.png", "settings.png")
 

@@ -23,19 +23,13 @@ from safetensors.torch import save_file
 from raytune_emotion import search
 from raytune_emotion.__main__ import main
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.tuning.objective import BY_SIZE
-from raytune_emotion.tuning.searcher import Searcher, create_study, sole_driver
-from raytune_emotion.tuning.space import load_space, parse_space
-from raytune_emotion.tuning.study import (
-    KEPT,
-    StudySpec,
-    read_records,
-    read_spec,
-    trial_folder,
-    write_spec,
-    write_tables,
-)
-from raytune_emotion.tuning.trial import Job, Resources, train_here
+from raytune_emotion.tuning.execution.job import Job, Resources, train_here
+from raytune_emotion.tuning.policy.objective import BY_SIZE
+from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, sole_driver
+from raytune_emotion.tuning.study.records import KEPT, read_records, trial_folder
+from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
+from raytune_emotion.tuning.study.tables import write_tables
 from tests.data.test_affectnet import write_folder, write_row
 
 SPACE = """\

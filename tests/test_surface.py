@@ -8,8 +8,10 @@ import pytest
 from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn import checkpoint, export_folder
-from raytune_emotion.tuning import confirmation, page, searcher, study, trial
+from raytune_emotion.learn import checkpoint, export_folder, report
+from raytune_emotion.tuning.execution import job
+from raytune_emotion.tuning.report import page
+from raytune_emotion.tuning.study import confirmation, optuna_study, spec, tables
 
 #: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
 ARGUMENTS = {
@@ -87,16 +89,16 @@ def test_the_arguments_of_a_command(verb):
 
 
 def test_the_files():
-    assert FILES["study"] == (study.SPEC, searcher.JOURNAL, study.TRIALS, study.CURVES, page.REPORT)
-    assert FILES["trial"] == (trial.PARAMS, trial.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
+    assert FILES["study"] == (spec.SPEC, optuna_study.JOURNAL, tables.TRIALS, tables.CURVES, page.REPORT)
+    assert FILES["trial"] == (job.PARAMS, job.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
     assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.STANDINGS)
     assert FILES["export"] == (export_folder.WEIGHTS, export_folder.CONFIG, export_folder.METRICS, export_folder.CARD)
 
 
 def test_the_first_columns_and_the_statuses_of_the_table():
-    assert study._FIRST_COLUMNS == COLUMNS
-    assert set(searcher._STATES) == STATUSES
-    assert searcher.OBJECTIVE == "best_val_js"
+    assert tables._FIRST_COLUMNS == COLUMNS
+    assert set(optuna_study._STATES) == STATUSES
+    assert report.OBJECTIVE == "best_val_js"
 
 
 def test_the_settings():

@@ -43,8 +43,8 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.loop import Diverged, fit
-from raytune_emotion.tuning.preview import draw
-from raytune_emotion.tuning.space import Space, load_space
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.space.space import Space, draw
 
 SPACE = Path("search_spaces/quick.yaml")
 PICTURE = Path("docs/contest.png")

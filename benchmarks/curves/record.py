@@ -28,8 +28,8 @@ from raytune_emotion.data.store import open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.storage.atomic import whole, write_text
-from raytune_emotion.tuning.preview import draw
-from raytune_emotion.tuning.space import Space, load_space
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.space.space import Space, draw
 
 #: Times of the wall clock, which say nothing of a machine that is shared.
 _LEFT_OUT = ("seconds", "time", "images_per_second")

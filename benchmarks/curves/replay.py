@@ -25,9 +25,10 @@ import torch
 
 from benchmarks.curves.response import Nearest, Surrogate, fit_responses, read_curves
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.tuning import sampling
-from raytune_emotion.tuning.model import Floats
-from raytune_emotion.tuning.space import Space, load_space
+from raytune_emotion.tuning.policy import sampler
+from raytune_emotion.tuning.policy.forecast import Floats
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.space.space import Space
 
 CURVES = Path(__file__).parent
 SPACE = Path("search_spaces/quick.yaml")
@@ -160,7 +161,7 @@ def in_order(seconds_N: Floats, js_N: Floats, begun: Floats) -> Replay:
 
 def drawn(space: Space, seed: int, block: int) -> pd.DataFrame:
     """Some configurations at random, a row each."""
-    return sampling.settings_of(space, sampling.candidates(space, [], zlib.crc32(f"{seed}/{block}".encode())))
+    return sampler.settings_of(space, sampler.candidates(space, [], zlib.crc32(f"{seed}/{block}".encode())))
 
 
 def many(market: Market, seed: int) -> tuple[Floats, Floats]:

@@ -11,8 +11,8 @@ from scipy.spatial.distance import cdist
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from raytune_emotion.tuning.model import Configurations, Encoding, Floats, encoding_of
-from raytune_emotion.tuning.space import Space
+from raytune_emotion.tuning.policy.forecast import Configurations, Encoding, Floats, encoding_of
+from raytune_emotion.tuning.space.space import Space
 
 _METRIC = "val_js"
 _REPORTED = "report"  # the columns before it are settings

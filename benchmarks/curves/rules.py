@@ -11,9 +11,9 @@ from ray.tune.schedulers import TrialScheduler
 from scipy.stats import norm
 
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.tuning.model import Encoding, Forecast
-from raytune_emotion.tuning.sampling import SETTINGS, curves
-from raytune_emotion.tuning.searcher import trial_id_of
+from raytune_emotion.tuning.policy.forecast import Encoding, Forecast
+from raytune_emotion.tuning.policy.sampler import SETTINGS, curves
+from raytune_emotion.tuning.study.optuna_study import trial_id_of
 
 Report = Mapping[str, Any]
 

@@ -1,0 +1,141 @@
+"""Join or start a Ray cluster, and fit trials to what it has."""
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import ray
+from ray._private import services
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.execution.job import Resources
+
+#: Ray reads these when it starts, and has no arguments in their place.
+_RAY_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[None]:
+    """Joins the Ray cluster at an address, or starts one on this machine, and leaves it at the end."""
+    os.environ.update(_RAY_SETTINGS)
+    # Its warnings are of result files that are not written, and of failed trials, whose reasons are in the tables.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    # Said to be local, lest it join a cluster that somebody has left on this machine.
+    joined = {"address": address} if address else {"address": "local", "include_dashboard": dashboard, **local}
+    try:
+        ray.init(**joined, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a study takes of a cluster."""
+
+    resources: Resources
+    concurrency: int
+
+
+def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+    """Fits trials to the cluster that this process has joined.
+
+    Without GPUs a trial's worker takes one core, or more where fewer trials are to run at once than there are cores.
+
+    Raises:
+        UserError: where the cluster cannot run even one trial.
+    """
+    nodes = alive_nodes()
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
+    if gpu and gpus:
+        cpu = cores_per_gpu(nodes) * gpu
+    else:
+        cpu = cpus / (concurrency * workers) if concurrency else 1.0
+    # Whole cores, but for a fraction of a GPU that has less than a core beside it.
+    cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
+    if workers > 1 and 0 < gpu < 1:
+        raise UserError(
+            f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "
+            f"for one worker a trial"
+        )
+    resources = Resources(workers, cpu, gpu)
+    need = resources.per_worker
+    places = sum(places_on(node, need) for node in nodes)
+    if places < workers:
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        raise UserError(
+            f"a trial of {workers} workers with {each} each does not fit: the cluster has {cpus:g} CPU and "
+            f"{gpus:g} GPU on {len(nodes)} nodes, room for {places} such workers; "
+            "ask for fewer workers a trial, or a smaller --gpus-per-worker"
+        )
+    return Placement(resources, min(places // workers, concurrency or sys.maxsize))
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """What each node of the cluster has."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def cores_per_gpu(nodes: list[dict[str, float]]) -> float:
+    """Cores for each GPU, on the node with GPUs that has the fewest; 0 where there are no GPUs."""
+    return min((node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU")), default=0.0)
+
+
+def places_on(node: dict[str, float], need: dict[str, float]) -> int:
+    """How many workers fit on a node with such resources; part of a GPU comes from one GPU."""
+    rooms = {kind: node.get(kind, 0.0) / amount for kind, amount in need.items()}
+    if 0 < need.get("GPU", 0.0) < 1:
+        rooms["GPU"] = node.get("GPU", 0.0) * int(1 / need["GPU"] + 1e-9)
+    return int(min(rooms.values()) + 1e-9)
+
+
+_CONNECT_S = 10.0
+
+
+def check_cluster(address: str | None) -> None:
+    """Whether anything answers where a Ray cluster is said to be.
+
+    Asked first: Ray itself would try for a quarter of an hour, and only once the data are packed.
+
+    Raises:
+        UserError: there is nothing, or it is the address of Ray's client.
+    """
+    if address is None:
+        return
+    if "://" in address:
+        raise UserError(
+            f"--address {address}: a study cannot be run over Ray's client; run it on a machine of the cluster with "
+            f"--address auto, or submit it with jobs/submit.sh"
+        )
+    try:
+        found = services.canonicalize_bootstrap_address(address)
+        if found is not None:
+            host, port = services.extract_ip_port(found)
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "
+            f"leave --address out to start Ray on this machine"
+        ) from None

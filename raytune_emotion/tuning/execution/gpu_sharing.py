@@ -1,0 +1,70 @@
+"""`--gpus-per-worker auto`: how many trials share a GPU is tried out, on one GPU of the cluster."""
+
+import math
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.throughput import COUNTS, best_count, measure
+from raytune_emotion.tuning.execution.cluster import alive_nodes, cores_per_gpu
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.space.space import draw
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec
+
+#: What is said in place of a number of GPUs.
+AUTO = "auto"
+
+_DRAWN = 256
+
+
+def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
+    """The share of a GPU for each trial with which all trials of a study together are fastest; and what was seen.
+
+    Tried out with every backbone of the space, on a free GPU of the cluster with its share of the cores.
+
+    Raises:
+        UserError: the cluster has no GPU, or the workers of a trial need one each.
+        Breakdown: it could not be tried out.
+    """
+    nodes = alive_nodes()
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    faults = []
+    if not gpus:
+        faults.append(f"--gpus-per-worker {AUTO}: the cluster has no GPU for trials to share; leave it out")
+    if spec.workers_per_trial > 1:
+        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial share no GPU; leave it out")
+    if faults:
+        raise UserError(faults)
+    cores = max(1, int(cores_per_gpu(nodes)))
+    # So many as there will ever be on one.
+    most = math.ceil(spec.concurrency / gpus) if spec.concurrency else max(COUNTS)
+    counts = [count for count in COUNTS if count <= most]
+    on_one_gpu: Any = ray.remote(num_cpus=cores, num_gpus=1, max_retries=0)
+    tried = on_one_gpu(measure).remote(heaviest(spec), spec.stores, torch.device(device), cores=cores, counts=counts)
+    try:
+        found: dict[str, dict[int, float]] = ray.get(tried)
+    except RayTaskError as error:
+        raise Breakdown(f"--gpus-per-worker {AUTO}: {error.cause}; give a number in its place") from error
+    count = best_count([*found.values()])
+    rates = "; ".join(
+        f"{name} {', '.join(f'{rate:.0f}' for rate in of_one.values())}" for name, of_one in found.items()
+    )
+    of = ", ".join(map(str, counts))
+    return 1 / count, f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit: {rates}"
+
+
+def heaviest(spec: StudySpec) -> dict[str, dict[str, Any]]:
+    """Settings for each backbone of a study's space that take as much memory as any others, or nearly so."""
+    found: dict[str, tuple[float, dict[str, Any]]] = {}
+    for chosen in draw(parse_space(spec.space, SPEC), _DRAWN, seed=0):
+        settings = spec.settings(chosen)
+        config = RunConfig.from_flat(settings)
+        rows = config.train.batch_size / config.train.accumulate
+        weight = rows * config.data.image_size**2 * (2 if config.train.precision == "fp32" else 1)
+        if weight > found.get(config.model.backbone, (0, {}))[0]:
+            found[config.model.backbone] = weight, settings
+    return {name: settings for name, (_, settings) in found.items()}

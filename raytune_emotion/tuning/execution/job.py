@@ -1,0 +1,263 @@
+"""What one trial is, and how it trains in a process: its checkpoints and its events lie in its own folder.
+
+That folder is a trial's memory: `fit` goes on from the checkpoint in it, so whatever ended a trial before, it is simply
+run again. Ray keeps no checkpoint of its own. Where a trial has a mirror, that is its memory, and each process has a
+folder of its own for as long as it trains.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.tensorboard import SummaryWriter
+
+from raytune_emotion.config import RunConfig, TrainConfig
+from raytune_emotion.data.store import open_store
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn import malloc
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
+from raytune_emotion.learn.device import allowance, is_out_of_memory
+from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.learn.report import Report
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import is_disk_full, write_text
+from raytune_emotion.tuning.study.optuna_study import Proposal
+from raytune_emotion.tuning.study.records import trial_folder
+from raytune_emotion.tuning.study.spec import StudySpec
+
+PARAMS = "params.json"
+DATA = "data.txt"  # the packed data that it trains on; with the settings, all that its numbers depend on
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one trial takes."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus_per_worker))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One trial as it crosses processes: plain values only."""
+
+    name: str  # readable, for the dashboard
+    folder: str
+    store: str  # folder, or URI from which each machine fetches it
+    settings: dict[str, Any]
+    resources: Resources
+    mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Job":
+        return cls(**{**values, "resources": Resources(**values["resources"])})
+
+
+class TrialFailed(RuntimeError):
+    """A trial that would fail again if it were run again, as when it diverged."""
+
+
+class Unfit(TrialFailed):
+    """A trial that does not fit its data, its device, its workers or the run in its folder: sentences for the user."""
+
+    def __init__(self, faults: tuple[str, ...]) -> None:
+        self.faults = faults
+        super().__init__("\n".join(faults))
+
+    # It is sent from worker to driver, and what caused it is not.
+    def __reduce__(self) -> tuple[type["Unfit"], tuple[tuple[str, ...]]]:
+        return type(self), (self.faults,)
+
+
+class OutOfMemory(TrialFailed):
+    """A trial that needs more memory than its device has."""
+
+
+class DiskFull(Breakdown):
+    """No fault of the trial: it can go on when there is room."""
+
+
+def train_here(job: Job) -> Generator[Report, None, None]:
+    """Trains a job in this process, or goes on with it, and yields its reports; closing the generator stops it.
+
+    Raises:
+        TrialFailed: where another attempt would end the same.
+    """
+    yield from train_on(job, torch.device("cuda" if job.resources.gpus_per_worker else "cpu"))
+
+
+def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator[Report, None, None]:
+    """Trains a worker's share of a job; the first worker also writes the settings, and events for TensorBoard.
+
+    Nothing of the trial is left in the process when the generator is exhausted or closed.
+
+    Raises:
+        TrialFailed: where another attempt would end the same; OutOfMemory of these.
+        DiskFull: a checkpoint could not be written.
+        Breakdown: the mirror cannot be read or written.
+    """
+    if job.mirror is not None:
+        yield from _train_mirrored(job, job.mirror, device, first=first)
+        return
+    config = RunConfig.from_flat(job.settings)
+    folder = Path(job.folder)
+    torch.set_num_threads(job.resources.threads)
+    malloc.keep_freed()
+    if device.type == "cuda":
+        # Of a device that it shares, it takes no more memory than its share.
+        total = torch.cuda.get_device_properties(device).total_memory
+        allowed = allowance(total, job.resources.gpus_per_worker)
+        torch.cuda.set_per_process_memory_fraction(allowed / total, device.index)
+    with contextlib.ExitStack() as stack, _told(folder):
+        stack.callback(_forget)
+        # Momenta of what no longer learns end as denormal numbers, which are slow. The threads of a pool have this from
+        # the one that makes it.
+        torch.set_flush_denormal(True)
+        stack.callback(torch.set_flush_denormal, False)
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
+            write_text(folder / DATA, job.store + "\n")
+        writer = stack.enter_context(SummaryWriter(str(folder))) if first else None
+        store = open_store(job.store)
+        for report in stack.enter_context(contextlib.closing(fit(config, store, device=device, folder=folder))):
+            if writer is not None:
+                _write_events(writer, report)
+            yield report
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Tells what another attempt would end by as well from what is no fault of the trial in the folder."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
+    except Diverged as error:
+        raise TrialFailed(str(error)) from error
+    except UserError as error:
+        # A disk, or a server, may be back at the next attempt.
+        if isinstance(error.__cause__, OSError):
+            _raise_of_system(folder, error.__cause__)
+        raise Unfit(error.faults) from error
+    except (OSError, SafetensorError) as error:
+        _raise_of_system(folder, error)
+
+
+def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
+    if is_disk_full(error):
+        raise DiskFull(f"{folder}: no space left on the disk") from error
+    raise error
+
+
+def _train_mirrored(job: Job, uri: str, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
+    """Goes on from the newest state in the mirror; every report is there before it is yielded."""
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        folder, pushed = Path(scratch), dict[str, tuple[int, int]]()
+        here = dataclasses.replace(job, folder=scratch, mirror=None)
+        # The rest follows from it, so every worker takes it for itself, and none depends on a disk of another's.
+        remote.pull(uri, folder, [LAST])
+        try:
+            with contextlib.closing(train_on(here, device, first=first)) as reports:
+                for report in reports:
+                    if first:
+                        _push_changed(folder, uri, pushed)
+                    yield report
+        except TrialFailed:
+            if first:
+                _push_changed(folder, uri, pushed)
+            raise
+        if first:
+            # What was mended of a run that had ended, but had not pushed all of it.
+            _push_changed(folder, uri, pushed)
+
+
+def _push_changed(folder: Path, uri: str, pushed: dict[str, tuple[int, int]]) -> None:
+    """Pushes what has changed in a trial's folder since it was last pushed, in the order in which a run writes it.
+
+    Whatever is missing when that breaks off, or is of the report before, is mended from `last` by the next attempt.
+    """
+    stats = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
+    states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+    order = [name for name in (LAST, BEST, HISTORY) if name in states]
+    changed = [name for name in dict.fromkeys([*order, *states]) if pushed.get(name) != states[name]]
+    remote.push(folder, uri, changed)
+    pushed.update(states)
+
+
+def newest_report(job: Job) -> Report | None:
+    """What a trial that goes on has reported last, whether or not anybody has heard it; None where it has not."""
+    if job.mirror is None:
+        return _reported(Path(job.folder))
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        remote.pull(job.mirror, Path(scratch), [LAST])
+        return _reported(Path(scratch))
+
+
+def _reported(folder: Path) -> Report | None:
+    try:
+        progress = read_progress(folder)
+    except UserError:
+        return None  # what is wrong with it is said when it is to go on
+    return progress.history[-1] if progress is not None and progress.history else None
+
+
+def halved(job: Job) -> Job | None:
+    """The same job in micro-batches of half the size, for about half the memory; None where they are of one row.
+
+    The effective batch, and so what the optimizer sees, stays the same but for the statistics of BatchNorm.
+    """
+    accumulate = 2 * job.settings.get("train.accumulate", TrainConfig().accumulate)
+    if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
+        return None
+    return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate})
+
+
+def _forget() -> None:
+    gc.collect()
+    malloc.give_back()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _write_events(writer: SummaryWriter, report: Report) -> None:
+    for name, value in report.items():
+        if isinstance(value, float) and name != "time":
+            group, _, metric = name.partition("_")
+            writer.add_scalar(f"{group}/{metric}" if group in ("val", "train") else name, value, report["report"])
+    writer.flush()
+
+
+def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal, uri: str | None = None) -> Job:
+    """What runs a trial of a study."""
+    settings = spec.settings(proposal.settings)
+    config = RunConfig.from_flat(settings)
+    return Job(
+        name=f"{proposal.trial_id}_{config.model.backbone}_{config.loss.label}",
+        folder=str(trial_folder(folder, proposal.trial_id).absolute()),
+        store=spec.stores[config.data.image_size],
+        settings=settings,
+        resources=resources,
+        mirror=remote.join(uri, "trials", proposal.trial_id) if uri else None,
+    )

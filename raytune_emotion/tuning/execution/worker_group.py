@@ -1,0 +1,268 @@
+"""Several workers that train trials together: one run of Ray Train, which stays from trial to trial.
+
+A run takes some ten processes and half a minute of a core to start, far more than a short trial. So its workers stay,
+and train one trial after the other as they are told; only one that fails takes them down.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray._private.state as ray_state
+import torch.distributed as dist
+from ray import train
+from ray._raylet import PlacementGroupID
+from ray.actor import ActorHandle
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.exceptions import RayError
+from ray.train.torch import TorchConfig, get_device
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2.api.config import RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.queue import Empty, Queue
+
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.report import Report
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.tuning.execution.job import Job, TrialFailed, train_on
+
+PLACEMENT_GROUP = "placement_group"
+#: Restarts of a trial whose processes died, where nothing else is asked for.
+MAX_FAILURES = 3
+_ABORT_S = 5.0
+
+_GO_ON, _STOP, _DONE = "go on", "stop", "done"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Controller:
+    """Ray Train's controller has started; it is what can end the workers."""
+
+    actor: ActorHandle[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reserved:
+    """The workers have their place in the cluster."""
+
+    placement_group: str  # its id
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """The trial has failed, and how."""
+
+    error: TrialFailed | Breakdown
+
+
+class Workers:
+    """The workers of one driver. `train` runs a trial on them; `close` ends them."""
+
+    def __init__(self, first: Job) -> None:
+        self._orders = Queue(actor_options={"num_cpus": 0})
+        self._messages = Queue(actor_options={"num_cpus": 0})
+        self._scratch = Path(first.folder) / "ray_train"
+        self._controller: ActorHandle[Any] | None = None
+        self._placement_group = ""
+        resources = first.resources
+        gpu = resources.gpus_per_worker > 0
+        # Ray Train takes internal callbacks too, which its annotation does not say.
+        callbacks: list[Any] = [_Introduce(self._messages)]
+        trainer = _Trainer(
+            train_loop_per_worker=_work,
+            train_loop_config={"orders": self._orders, "messages": self._messages},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
+            ),
+            # It does not restart its workers: whoever runs the trial does, and counts for each trial by itself.
+            run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
+        )
+        # `fit` blocks until the workers have ended.
+        self._run: Future[Any] = ThreadPoolExecutor(1, "ray-train").submit(trainer.fit)
+
+    def train(self, job: Job) -> Generator[Report, None, None]:
+        """Trains a job on the workers and yields its reports; closing the generator stops the trial.
+
+        Raises:
+            TrialFailed: where another attempt would end the same.
+            ray.train.TrainingFailedError: a worker has died. After either the workers are gone.
+        """
+        Path(job.folder).mkdir(parents=True, exist_ok=True)
+        release_workers(Path(job.folder))  # of an attempt whose driver was killed
+        self._note_placement_group(job)
+        self._orders.put(job.to_dict())
+        try:
+            while (message := self._receive(job)) != _DONE:
+                yield message
+                self._orders.put(_GO_ON)
+        except GeneratorExit:
+            self._orders.put(_STOP)
+            while self._receive(job) != _DONE:
+                pass
+            raise
+        finally:
+            (Path(job.folder) / PLACEMENT_GROUP).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Ends the workers and frees what they hold, at once."""
+        deadline = time.monotonic() + _ABORT_S
+        while self._controller is None and not self._run.done() and time.monotonic() < deadline:
+            with contextlib.suppress(Empty):
+                self._note(self._messages.get(timeout=0.1))
+        if self._controller is not None and not self._run.done():
+            # The controller leaves in the midst of the call, which is how it says that it is done.
+            with contextlib.suppress(RayError):
+                ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+        # Its thread must not be within Ray when Ray is left.
+        wait([self._run], timeout=_ABORT_S)
+        if self._placement_group:
+            _remove(self._placement_group)
+        for queue in (self._orders, self._messages):
+            queue.shutdown(force=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _receive(self, job: Job) -> Any:
+        """The next message about a trial."""
+        while True:
+            try:
+                message = self._messages.get(timeout=0.2)
+            except Empty:
+                if self._run.done():
+                    self._run.result()
+                    raise RuntimeError("the workers have ended by themselves") from None
+                if not self._placement_group:
+                    _free_abandoned()
+                continue
+            if isinstance(message, _Failed):
+                raise message.error
+            if not self._note(message):
+                return message
+            self._note_placement_group(job)
+
+    def _note(self, message: object) -> bool:
+        """Remembers what is said of the workers themselves; False for what is said of a trial."""
+        if isinstance(message, _Controller):
+            self._controller = message.actor
+        elif isinstance(message, _Reserved):
+            self._placement_group = message.placement_group
+        else:
+            return False
+        return True
+
+    def _note_placement_group(self, job: Job) -> None:
+        # In the trial's folder: whoever takes the trial up when this process was killed can free the place.
+        if self._placement_group:
+            write_text(Path(job.folder) / PLACEMENT_GROUP, self._placement_group)
+
+
+def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Report, None, None]:
+    """Trains one job on workers of its own, and goes on from its checkpoint when one of them dies.
+
+    Raises:
+        TrialFailed: where another attempt would end the same.
+        ray.train.TrainingFailedError: workers died more often than `max_failures`.
+    """
+    for failures in range(max_failures + 1):
+        workers = Workers(job)
+        try:
+            yield from workers.train(job)
+        except train.TrainingFailedError:
+            if failures == max_failures:
+                raise
+        else:
+            return
+        finally:
+            workers.close()
+
+
+class _Trainer(TorchTrainer):
+    """Without two helpers of Ray Train, each a process.
+
+    One hands out Ray datasets. The other frees the place of workers whose driver is gone. It asks the dashboard of the
+    cluster that was started last on this machine: where there is none it never learns anything, and where that is
+    another's cluster it takes the place away from workers that live.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        without = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
+
+
+class _Introduce(ControllerCallback, WorkerGroupCallback):
+    """Makes known, from within Ray Train's controller, what must be ended when a trial is."""
+
+    def __init__(self, messages: Queue) -> None:
+        self._messages = messages
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        self._messages.put(_Controller(ray.get_runtime_context().current_actor))
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._messages.put(_Reserved(group.id.hex()))
+
+
+def release_workers(folder: Path) -> None:
+    """Frees the workers that a trial's folder tells of, with all they hold; their driver was killed."""
+    file = folder / PLACEMENT_GROUP
+    if file.exists():
+        _remove(file.read_text(encoding="utf-8"))
+        file.unlink(missing_ok=True)
+
+
+def _free_abandoned() -> None:
+    """Frees the places of workers that were still starting when their driver was killed: nobody else knows of them.
+
+    Ray keeps a placement group until the actor that made it and the whole job have ended.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for entry in ray_state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(entry)
+        # Those of Tune are made by no actor, and count as if theirs had died.
+        made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        of_this_job = group.creator_job_id.hex() == job
+        if made_by_actor and of_this_job and group.creator_actor_dead and group.state != group.REMOVED:
+            _remove(group.placement_group_id.hex())
+
+
+def _remove(placement_group: str) -> None:
+    # One that is of a cluster that is no more, or is gone already, is none of our concern.
+    with contextlib.suppress(ValueError, RayError):
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(placement_group)))
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker does: trains one trial after the other, in step with the others."""
+    orders, messages = config["orders"], config["messages"]
+    first = train.get_context().get_world_rank() == 0
+
+    def heard() -> Any:
+        order = [orders.get() if first else None]
+        dist.broadcast_object_list(order, device=get_device())
+        return order[0]
+
+    while True:
+        job = Job.from_dict(heard())
+        try:
+            with contextlib.closing(train_on(job, get_device(), first=first)) as reports:
+                for report in reports:
+                    if first:
+                        messages.put(report)
+                    if heard() == _STOP:
+                        break
+        except (TrialFailed, Breakdown) as error:
+            messages.put(_Failed(error))
+            raise
+        if first:
+            messages.put(_DONE)

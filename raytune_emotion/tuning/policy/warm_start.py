@@ -1,0 +1,31 @@
+"""What earlier studies have shown, kept in the folder of a study that starts from it.
+
+Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
+"""
+
+import json
+from pathlib import Path
+
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.tuning.policy.forecast import Curve, Forecast, encoding_of
+from raytune_emotion.tuning.space.parser import parse_space
+
+EARLIER = "earlier.json"
+
+
+def write_earlier(folder: Path, gathered: str) -> None:
+    """Keeps what was gathered in a study's folder."""
+    write_text(folder / EARLIER, gathered)
+
+
+def read_earlier(folder: Path) -> list[Forecast]:
+    """What the studies that a study started from say of any configuration; none where it started from none."""
+    if not (folder / EARLIER).exists():
+        return []
+    return [
+        Forecast(
+            encoding_of(parse_space(study["space"], EARLIER)),
+            [Curve(settings, {int(n): js for n, js in values.items()}) for settings, values in study["trials"]],
+        )
+        for study in json.loads((folder / EARLIER).read_text(encoding="utf-8"))
+    ]

@@ -1,0 +1,530 @@
+"""The search space: a YAML file, checked as a whole before anything starts, that proposes configurations.
+
+optim.lr: {log_uniform: [1e-5, 3e-3]}       # a setting's dotted path: a distribution, or a plain value
+train.batch_size: {choice: [32, 64]}        # also uniform, int_uniform ([low, high] or [low, high, step]),
+loss: {simplex: [mse, kl, js]}              # int_log_uniform; weights of a mixture that sum to 1
+when:                                       # what holds for some choices only; the last that applies wins
+  - if: {train.batch_size: [64]}
+    optim.lr: {log_uniform: [1e-4, 1e-2]}
+start:                                      # tried first; what is left out is sampled
+  - {optim.lr: 1e-3, train.batch_size: 32, loss.kl: 1}
+
+The whole format is in `json_schema`, by which editors complete and check a space.
+"""
+
+import difflib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.model import check_backbone, check_weights
+from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
+
+#: What a trial cannot differ in from the others of its study, and why. A space may fix it.
+NEVER_SEARCHED: Mapping[str, str] = {
+    "data.classes": "they belong to the data",
+    "model.weights_dir": "it says where files lie",
+    "train.epochs": "trials of unequal length cannot be compared",
+    "train.evals_per_epoch": "trials are compared report by report",
+    "train.seed": "a lucky seed is no better setting",
+}
+
+SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(RunConfig)}
+RANGES = ("uniform", "log_uniform", "int_uniform", "int_log_uniform")
+_NO_OVERRIDES: FlatConfig = MappingProxyType({})
+
+_Path = tuple[str | int, ...]
+
+
+def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
+    """Reads a search space.
+
+    Args:
+        path: a YAML file (YAML 1.2, in which 1e-5 is a number).
+        overrides: settings fixed from outside, such as the number of epochs; what the file says of them is passed over.
+
+    Raises:
+        UserError: with every fault at once, each as "FILE:LINE: setting: what is wrong".
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: the search space cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: the search space is not text in UTF-8") from None
+    source = _Source(str(path))
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        node = yaml.compose(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: no valid YAML: {error.problem}") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(node, MappingNode):
+        raise UserError(f"{path}:1: a search space is a mapping of settings, such as `optim.lr: 1e-3`")
+    space = _parse(_plain(node, (), source, yaml), source, overrides)
+    _check_together(source, space, _without_weights)
+    source.finish()
+    return space
+
+
+def parse_space(mapping: Mapping[str, Any], name: str = "the search space") -> Space:
+    """Like `load_space`, from plain dicts and lists such as `Space.to_dict` gives; `name` stands for the file.
+
+    Whether pretrained weights are at hand is not asked: a study can be read where it cannot be run.
+    """
+    return _parse(mapping, _Source(name), {})
+
+
+class _Source:
+    """Where everything stands in the file, and what is wrong with it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.lines: dict[_Path, int] = {}
+        self.faults: dict[str, int] = {}
+        self.places: dict[str, _Path] = {}  # of settings, by the name that Optuna has for them
+        # Settings that could not be read: what refers to them has no fault of its own.
+        self.broken: set[str] = set()
+
+    def fault(self, at: _Path, sentence: str, *, line: int = 0) -> None:
+        line = line or self.lines.get(at, 0)
+        self.faults[f"{self.name}:{line}: {sentence}" if line else f"{self.name}: {sentence}"] = line
+
+    def finish(self) -> None:
+        if self.faults:
+            raise UserError(sorted(self.faults, key=self.faults.__getitem__))
+
+
+def _plain(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int, ...] = ()) -> Any:
+    """A node as dicts, lists and scalars, its lines noted in the source."""
+    source.lines.setdefault(at, node.start_mark.line + 1)
+    if id(node) in within:
+        source.fault(at, f"{_shown(at)}: contains itself by an alias")
+        return None
+    within = (*within, id(node))
+    if isinstance(node, MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            here = (*at, key)
+            if key in result:
+                source.fault(here, f"{key}: is there already, in line {source.lines[here]}", line=line)
+            else:
+                source.lines[here] = line
+                result[key] = _plain(value_node, here, source, yaml, within)
+        return result
+    if isinstance(node, SequenceNode):
+        return [_plain(item, (*at, i), source, yaml, within) for i, item in enumerate(node.value)]
+    try:
+        return yaml.constructor.construct_object(node)
+    except (YAMLError, ValueError):
+        source.fault(at, f"{_shown(at)}: {node.value!r} with the tag {node.tag} is no plain value")
+        return None
+
+
+def _shown(at: _Path) -> str:
+    """The setting that a place in the file belongs to."""
+    if at[0] in ("when", "start"):
+        return str(at[2]) if len(at) > 2 else str(at[0])
+    return str(at[0])
+
+
+def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -> Space:
+    when, start = ([] if mapping.get(key) is None else mapping[key] for key in ("when", "start"))
+    kept: dict[str, Any] = {key: value for key, value in mapping.items() if key not in ("when", "start", *overrides)}
+    kept |= {key: list(value) if isinstance(value, tuple) else value for key, value in overrides.items()}
+    settings = _settings(source, (), kept)
+    source.places = {key: (key,) for key in settings}
+
+    if not isinstance(when, list):
+        source.fault(("when",), "when: must be a list of entries, each with an `if` and settings")
+        when = []
+    entries = _without(overrides, when)
+    deciding = {key for entry in entries.values() for key in _conditions_of(entry)}
+    branches: list[Branch] = []
+    for i, entry in entries.items():
+        branch = _branch(source, ("when", i), entry, settings, deciding)
+        if branch:
+            for key in branch.settings:
+                if any(b.conditions == branch.conditions and key in b.settings for b in branches):
+                    source.fault(("when", i, key), f"{key}: is set already by an earlier entry with the same `if`")
+                source.places[branch.parameter(key)] = ("when", i, key)
+            branches.append(branch)
+    every = [*settings, *(key for branch in branches for key in branch.settings)]
+    if "loss" in every and any(key.startswith("loss.") for key in every):
+        source.fault(("loss",), "loss: stands beside single weights (loss.…); give one or the other")
+
+    if not isinstance(start, list):
+        source.fault(("start",), "start: must be a list of points, each a mapping of settings to values")
+        start = []
+    space = Space(settings, tuple(branches))
+    points = _without(overrides, start)
+    parsed = tuple(_start_point(source, ("start", i), point, space) for i, point in points.items())
+    if not space.parameters and not source.faults:
+        source.fault((), "nothing is searched; give a setting a distribution, such as {choice: [a, b]}")
+    source.finish()
+    _check_together(source, space)
+    source.finish()
+
+    kept |= {key: list(part.values()) for key, part in (("when", entries), ("start", points)) if part}
+    return Space(settings, space.when, parsed, kept)
+
+
+def _without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any]:
+    """Entries of `when` or `start` by their place, less what is fixed from outside, and those not empty then."""
+    result: dict[int, Any] = {}
+    for i, entry in enumerate(entries):
+        if isinstance(entry, Mapping) and not overrides.keys().isdisjoint(entry):
+            left = {key: value for key, value in entry.items() if key not in overrides}
+            if left.keys() - {"if"}:
+                result[i] = left
+        else:
+            result[i] = entry
+    return result
+
+
+def _conditions_of(entry: Any) -> Iterable[str]:
+    conditions = entry.get("if") if isinstance(entry, Mapping) else None
+    return conditions if isinstance(conditions, Mapping) else ()
+
+
+def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str, Setting]:
+    result: dict[str, Setting] = {}
+    for key, value in given.items():
+        if key == "loss":
+            setting = _loss(source, (*at, key), value)
+        elif key in SETTINGS:
+            setting = _setting(source, (*at, key), key, value)
+        else:
+            known = [*SETTINGS, "loss", *(() if at else ("when", "start"))]
+            source.fault((*at, key), f"{key}: there is no such setting{_nearest(key, known)}")
+            continue
+        if setting is None:
+            source.broken.add(key)
+        else:
+            result[key] = setting
+    return result
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], words: Sequence[str]) -> str | None:
+    """The word of a distribution, `{word: …}`."""
+    if len(given) != 1:
+        source.fault(at, f"{key}: a distribution has one word, such as {{{words[0]}: …}}, got {len(given)}")
+        return None
+    (word,) = given
+    if word not in words:
+        source.fault(at, f"{key}: `{word}` is no distribution for it ({', '.join(words)}){_nearest(word, words)}")
+        return None
+    return word
+
+
+def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
+    """`loss`: a name, `{choice: names}`, or `{simplex: names}`."""
+    if not isinstance(given, Mapping):
+        if _is_loss(source, at, given):
+            return Fixed(given)
+        return None
+    word = _one_word(source, at, "loss", given, ("simplex", "choice"))
+    if not word:
+        return None
+    items = _distinct(source, (*at, word), "loss", given[word])
+    names = [name for i, name in items if _is_loss(source, (*at, word, i), name)]
+    if not names or len(names) < len(given[word]):
+        return None
+    if word == "simplex" and len(names) == 1:
+        source.fault((*at, word), f"loss: a mixture takes two losses or more; write `loss: {names[0]}` for one alone")
+        return None
+    return Simplex(tuple(names)) if word == "simplex" else CategoricalDistribution(names)
+
+
+def _is_loss(source: _Source, at: _Path, name: Any) -> bool:
+    if name in LOSSES:
+        return True
+    near = _nearest(name, LOSSES) if isinstance(name, str) else ""
+    source.fault(at, f"loss: {name!r} is none of the losses {', '.join(LOSSES)}{near}")
+    return False
+
+
+def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None:
+    never = NEVER_SEARCHED.get(key)
+    if not isinstance(given, Mapping):
+        if never and at[0] == "when":
+            source.fault(at, f"{key}: must be the same in all trials: {never}")
+        if isinstance(given, list) and key != "data.classes":
+            source.fault(at, f"{key}: a list is no value; write {{choice: [a, b]}} to search it")
+            return None
+        return Fixed(_value(source, at, key, given))
+    if never:
+        source.fault(at, f"{key}: cannot be searched, as {never}; give one value")
+        return None
+    if key.startswith("loss."):
+        source.fault(at, f"{key}: a single weight cannot be searched; write loss: {{simplex: [mse, kl]}}")
+        return None
+    word = _one_word(source, at, key, given, ("choice", *RANGES))
+    if word is None:
+        return None
+    if word == "choice":
+        items = _distinct(source, (*at, word), key, given[word])
+        values = [_value(source, (*at, word, i), key, value) for i, value in items]
+        return CategoricalDistribution(values) if values else None
+    if key == "data.image_size":
+        source.fault(at, f"{key}: every size has a packed store of its own, so list the sizes with choice")
+        return None
+    return _range(source, (*at, word), key, word, given[word])
+
+
+def _distinct(source: _Source, at: _Path, key: str, given: Any) -> list[tuple[int, Any]]:
+    """The values of a choice or simplex with their places, those that are wrong left out."""
+    if not isinstance(given, list) or not given:
+        source.fault(at, f"{key}: {at[-1]} takes a list of values, such as [a, b], got {given!r}")
+        return []
+    result: list[tuple[int, Any]] = []
+    for i, value in enumerate(given):
+        if isinstance(value, list | dict):
+            source.fault((*at, i), f"{key}: {at[-1]} takes plain values, got {value!r}")
+        elif any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in given[:i]):
+            source.fault((*at, i), f"{key}: {value!r} is there twice")
+        else:
+            result.append((i, value))
+    return result
+
+
+def _range(source: _Source, at: _Path, key: str, word: str, given: Any) -> Setting | None:
+    kind = SETTINGS[key].type
+    whole, log = word.startswith("int"), "log" in word
+    form = "[low, high]" if log else "[low, high] or [low, high, step]"
+    wanted = "whole numbers" if whole else "numbers"
+    if kind not in (int, float):
+        source.fault(at, f"{key}: is no number; write {{choice: [a, b]}} to search it")
+    elif kind is int and not whole:
+        source.fault(at, f"{key}: is a whole number, so write int_{word} in place of {word}")
+    elif not isinstance(given, list) or len(given) not in ((2,) if log else (2, 3)):
+        source.fault(at, f"{key}: {word} takes {form}, got {given!r}")
+    elif not all(_is_number(x, whole) for x in given):
+        source.fault(at, f"{key}: {word} takes {wanted}, got {given!r}")
+    elif given[0] >= given[1]:
+        source.fault(at, f"{key}: the lower bound must be below the upper, got {given!r}")
+    elif log and given[0] <= 0:
+        source.fault(at, f"{key}: the bounds of {word} must be above 0, got {given!r}")
+    elif len(given) == 3 and not _on_grid(given[1], given[0], given[2]):
+        source.fault(at, f"{key}: the step must be above 0 and lead from the lower bound to the upper, got {given!r}")
+    else:
+        for i, end in enumerate(given[:2]):
+            _value(source, (*at, i), key, end)
+        low, high, *step = given
+        if whole:
+            return IntDistribution(low, high, log=log, step=step[0] if step else 1)
+        return FloatDistribution(float(low), float(high), log=log, step=float(step[0]) if step else None)
+    return None
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _on_grid(value: float, low: float, step: float | None) -> bool:
+    if step is None:
+        return True
+    steps = (value - low) / step if step > 0 else math.nan
+    return math.isfinite(steps) and abs(steps - round(steps)) < 1e-8
+
+
+def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
+    """A value as the configuration holds it. The rest of the configuration is looked at in `_check_together`."""
+    section, _, name = key.partition(".")
+    if isinstance(value, list):
+        value = tuple(value)
+    try:
+        result = getattr(SECTIONS[section](**{name: value}), name)
+    except ValidationError as error:
+        for fault in error.errors():
+            if fault["loc"][:1] == (name,):
+                source.fault(at, f"{key}: {fault['msg'].replace('Input should', 'should')}, got {value!r}")
+        return value
+    if key == "model.backbone":
+        try:
+            check_backbone(value)
+        except UserError as error:
+            for sentence in error.faults:
+                source.fault(at, sentence)
+    return result
+
+
+def _branch(
+    source: _Source, at: _Path, entry: Any, settings: Mapping[str, Setting], deciding: set[str]
+) -> Branch | None:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("if"), Mapping) or not entry["if"]:
+        source.fault(at, "when: an entry needs an `if`, such as {model.backbone: [resnet18]}")
+        return None
+    body = {key: value for key, value in entry.items() if key != "if"}
+    if not body:
+        source.fault(at, "when: an entry needs settings beside its `if`")
+    conditions: dict[str, tuple[Any, ...]] = {}
+    for key, wanted in entry["if"].items():
+        here = (*at, "if", key)
+        setting = settings.get(key)
+        if key in source.broken:
+            continue
+        if not isinstance(setting, CategoricalDistribution):
+            hint = _nearest(key, [k for k, s in settings.items() if isinstance(s, CategoricalDistribution)])
+            source.fault(here, f"{key}: an `if` asks for a setting that is searched by choice; this is not{hint}")
+            continue
+        values = wanted if isinstance(wanted, list) else [wanted]
+        unknown = [value for value in values if value not in setting.choices]
+        for value in unknown:
+            choices = [str(choice) for choice in setting.choices]
+            near = _nearest(str(value), choices)
+            source.fault(here, f"{key}: {value!r} is none of its choices ({', '.join(choices)}){near}")
+        if not values:
+            source.fault(here, f"{key}: an `if` needs one of its choices")
+        # In the order of the choice, so that equal conditions have one name.
+        conditions[key] = tuple(choice for choice in setting.choices if choice in values)
+    for key in body:
+        if key in deciding:
+            source.fault((*at, key), f"{key}: a `when` asks for it, so it cannot depend on a `when` itself")
+        elif key.startswith("loss."):
+            source.fault((*at, key), f"{key}: in a `when`, write loss: with a name, a choice or a simplex")
+    return Branch(conditions, _settings(source, at, body))
+
+
+def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[str, Any]:
+    """A start point's values as the configuration holds them, checked against the space."""
+    if not isinstance(point, Mapping) or not point:
+        source.fault(at, "start: a point is a mapping of settings to values")
+        return {}
+    for branch in space.when:
+        depending = [key for key in point if key in branch.settings or key.partition(".")[0] in branch.settings]
+        missing = [key for key in branch.conditions if key not in point]
+        if depending and missing:
+            key = depending[0]
+            source.fault((*at, key), f"{key}: depends on {missing[0]}, which this start point must give too")
+            return {}
+    active = {key: setting for key, (_, setting) in space.active(point).items()}
+    mixture = active.get("loss")
+    result: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    for key, value in point.items():
+        here = (*at, key)
+        if key in source.broken or (key in SETTINGS and key.startswith("loss.") and "loss" in source.broken):
+            continue
+        if isinstance(mixture, Simplex) and key in SETTINGS and key.startswith("loss."):
+            loss = key.removeprefix("loss.")
+            if loss not in mixture.losses:
+                source.fault(here, f"{key}: is not in the mixture of {', '.join(mixture.losses)}")
+            elif not _is_number(value, whole=False) or not 0 <= value <= 1:
+                source.fault(here, f"{key}: a weight is a number from 0 to 1, got {value!r}")
+            else:
+                weights[loss] = float(value)
+        elif key not in active:
+            absent = "is not in this space, so that it cannot be set here"
+            unknown = f"there is no such setting{_nearest(key, active)}"
+            source.fault(here, f"{key}: {absent if key in SETTINGS else unknown}")
+        elif isinstance(active[key], Simplex):
+            source.fault(here, "loss: is a mixture here, so give weights, such as loss.kl: 1")
+        else:
+            wrong = _outside(active[key], value)
+            if wrong:
+                source.fault(here, f"{key}: {wrong}, got {value!r}")
+                continue
+            result[key] = value if key == "loss" else _value(source, here, key, value)
+            if isinstance(active[key], IntDistribution):
+                # Of a setting that takes fractions too, Optuna must get a whole number.
+                result[key] = int(value)
+    total = sum(weights.values())
+    if weights and abs(total - 1) > 1e-6:
+        source.fault(at, f"start: the weights of the mixture must sum to 1, and sum to {total:.6g}")
+    return result | {f"loss.{loss}": w / total for loss, w in weights.items() if total > 0}
+
+
+def _outside(setting: Setting, value: Any) -> str | None:
+    """Why a value does not belong to a setting."""
+    if isinstance(setting, Fixed):
+        same = value == (list(setting.value) if isinstance(setting.value, tuple) else setting.value)
+        return None if same else f"is fixed to {setting.value!r} in this space"
+    if isinstance(setting, CategoricalDistribution):
+        return None if value in setting.choices else f"must be one of {', '.join(map(str, setting.choices))}"
+    assert isinstance(setting, FloatDistribution | IntDistribution)
+    if not _is_number(value, whole=False) or not setting.low <= value <= setting.high:
+        return f"must lie from {setting.low:g} to {setting.high:g}"
+    if not _on_grid(value, setting.low, setting.step):
+        return f"must lie on the grid from {setting.low:g} by {setting.step:g}"
+    return None
+
+
+def _invalid(config: FlatConfig) -> tuple[str, ...]:
+    try:
+        RunConfig.from_flat(config)
+    except UserError as error:
+        return error.faults
+    return ()
+
+
+def _without_weights(config: FlatConfig) -> tuple[str, ...]:
+    try:
+        check_weights(RunConfig.from_flat(config).model)
+    except UserError as error:
+        return error.faults
+    return ()
+
+
+def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig], tuple[str, ...]] = _invalid) -> None:
+    """Finds settings that are valid alone and not together, such as more warm-up than epochs.
+
+    For each combination of what `when` asks for, every pair of settings is judged at its ends. What fails so can be
+    suggested, hence is a fault of the space. Of rules on three settings, it sees what pairs show.
+    """
+    deciding = space.deciding()
+    choices = [space.possible(key) for key in deciding]
+    for values in itertools.product(*choices):
+        decided = dict(zip(deciding, values, strict=True))
+        active = space.active(decided)
+        names = {key: name for key, (name, _) in active.items()}
+        ends = {key: _ends(setting) for key, (_, setting) in active.items()}
+        ends |= {key: (value,) for key, value in decided.items()}
+        first = {key: end[0] for key, end in ends.items()}
+        several = {key: end for key, end in ends.items() if len(end) > 1}
+        pairs = [
+            {one: a, other: b}
+            for (one, ends_one), (other, ends_other) in itertools.combinations(several.items(), 2)
+            for a, b in itertools.product(ends_one, ends_other)
+        ]
+        singles = [{key: a} for key, end in several.items() for a in end]
+        for change in (*singles, *pairs, {}):
+            for sentence in judge(space.flat({**first, **change})):
+                key = sentence.partition(":")[0]
+                # The sentence is on a setting, or on the section of several.
+                place = next((source.places[names[k]] for k in names if k == key or k.startswith(f"{key}.")), ())
+                source.fault(place, sentence)
+
+
+def _ends(setting: Setting) -> tuple[Any, ...]:
+    """The values of a setting between which all others lie."""
+    if isinstance(setting, Fixed):
+        return (setting.value,)
+    if isinstance(setting, Simplex):
+        return (setting.losses[0],)
+    if isinstance(setting, CategoricalDistribution):
+        numbers = [x for x in setting.choices if isinstance(x, int | float) and not isinstance(x, bool)]
+        return (min(numbers), max(numbers)) if len(numbers) == len(setting.choices) else tuple(setting.choices)
+    assert isinstance(setting, FloatDistribution | IntDistribution)
+    return (setting.low, setting.high)

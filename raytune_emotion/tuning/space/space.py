@@ -1,0 +1,206 @@
+"""What a search space is once it is read: settings with distributions, and the configurations that they suggest.
+
+Optuna sees a parameter under its setting's dotted path. In a branch of `when` it has a name of its own,
+`optim.lr [train.batch_size=64]`, so that each parameter has one distribution in a study. A loss of a mixture is the raw
+`loss.kl~`, uniform in (0, 1]; its weight follows from all of them.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import RandomSampler
+
+from raytune_emotion.config import SETTINGS, FlatConfig
+
+#: The losses that a mixture can have.
+LOSSES: tuple[str, ...] = tuple(key.removeprefix("loss.") for key in SETTINGS if key.startswith("loss."))
+
+# exp(-x) falls below this at x = 20; the weights of a start point need x of 5 at most.
+_RAW_WEIGHT = FloatDistribution(2e-9, 1.0)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One value for every trial; of `loss`, the name of the only loss."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Simplex:
+    """Weights of losses: none below 0, one in sum, uniformly distributed over all such mixtures.
+
+    With u uniform in (0, 1], the weights -ln(u_i) / sum_j -ln(u_j) follow the flat Dirichlet distribution (Optuna FAQ,
+    "How do I suggest variables which represent the proportion, that is, are in accordance with Dirichlet
+    distribution?"). A weight is 0 where its u is 1.
+    """
+
+    losses: tuple[str, ...]
+
+    def raw_names(self, name: str) -> dict[str, str]:
+        """Each loss with its Optuna parameter: `loss [a=b]` gives `loss.kl~ [a=b]`."""
+        return {loss: name.replace("loss", f"loss.{loss}~", 1) for loss in self.losses}
+
+    def weights(self, raw: Mapping[str, float]) -> dict[str, float]:
+        parts = {loss: abs(math.log(u)) for loss, u in raw.items()}
+        total = sum(parts.values())
+        # All u at 1, the one point without a direction, stands for the middle.
+        return {loss: part / total if total > 0 else 1 / len(parts) for loss, part in parts.items()}
+
+    def raw(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The inverse of `weights`, with the exponentials' sum at its mean, the number of losses."""
+        return {loss: math.exp(-len(self.losses) * weights.get(loss, 0.0)) for loss in self.losses}
+
+
+Setting = Fixed | Simplex | BaseDistribution
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An entry of `when`: settings that hold where every condition does."""
+
+    conditions: Mapping[str, tuple[Any, ...]]
+    settings: Mapping[str, Setting]
+
+    def applies(self, decided: FlatConfig) -> bool:
+        return all(key in decided and decided[key] in values for key, values in self.conditions.items())
+
+    def parameter(self, key: str) -> str:
+        """The Optuna name that a setting has in this branch."""
+        conditions = (f"{name}={'|'.join(map(str, values))}" for name, values in self.conditions.items())
+        return f"{key} [{', '.join(conditions)}]"
+
+
+@dataclass(frozen=True)
+class Space:
+    """A valid search space. Whatever it suggests builds a `RunConfig`."""
+
+    settings: Mapping[str, Setting]
+    when: tuple[Branch, ...] = ()
+    start: tuple[FlatConfig, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """The settings that are the same in every trial, by dotted path."""
+        varied = {key for branch in self.when for key in branch.settings}
+        same = ((k, s) for k, s in self.settings.items() if isinstance(s, Fixed) and k not in varied)
+        return self.flat({key: setting.value for key, setting in same})
+
+    @property
+    def parameters(self) -> dict[str, BaseDistribution]:
+        """Every parameter that Optuna can see, by its name there."""
+        result: dict[str, BaseDistribution] = {}
+        for name, _, setting in self._named():
+            if isinstance(setting, Simplex):
+                result |= dict.fromkeys(setting.raw_names(name).values(), _RAW_WEIGHT)
+            elif isinstance(setting, BaseDistribution):
+                result[name] = setting
+        return result
+
+    def columns(self) -> tuple[str, ...]:
+        """The settings in which trials can differ, by dotted path, in the order of the file."""
+        varied = {key for branch in self.when for key in branch.settings}
+        keys = dict.fromkeys(key for _, key, s in self._named() if key in varied or not isinstance(s, Fixed))
+        return tuple(
+            name for key in keys for name in ([f"loss.{x}" for x in self._losses()] if key == "loss" else [key])
+        )
+
+    def possible(self, key: str) -> tuple[Any, ...]:
+        """The values that a setting can take where they can be listed; none where it is not in the space."""
+        values: list[Any] = []
+        for _, name, setting in self._named():
+            if name == key and isinstance(setting, Fixed):
+                values.append(setting.value)
+            elif name == key and isinstance(setting, CategoricalDistribution):
+                values += setting.choices
+        return tuple(dict.fromkeys(values))
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
+        """A configuration by dotted path: every setting of the space, what is searched as the trial suggests.
+
+        Settings that the space does not name are absent: they have their defaults.
+        """
+        decided = {key: _draw(trial, key, self.settings[key]) for key in self.deciding()}
+        return self.flat({key: _draw(trial, name, s) for key, (name, s) in self.active(decided).items()})
+
+    def start_points(self) -> list[dict[str, Any]]:
+        """The start points as Optuna's parameters, for `study.enqueue_trial`."""
+        points = []
+        for start in self.start:
+            point: dict[str, Any] = {}
+            for key, (name, setting) in self.active(start).items():
+                if isinstance(setting, Simplex):
+                    weights = {loss: start[f"loss.{loss}"] for loss in setting.losses if f"loss.{loss}" in start}
+                    if weights:
+                        names = setting.raw_names(name)
+                        point |= {names[loss]: raw for loss, raw in setting.raw(weights).items()}
+                elif isinstance(setting, BaseDistribution) and key in start:
+                    point[name] = start[key]
+            points.append(point)
+        return points
+
+    def to_dict(self) -> dict[str, Any]:
+        """The space as plain dicts and lists, to be kept; `parse_space` reads it back."""
+        return dict(self.source)
+
+    def active(self, decided: FlatConfig) -> dict[str, tuple[str, Setting]]:
+        """What holds where the settings that `when` asks for are as decided: setting, Optuna name, distribution."""
+        result = {key: (key, setting) for key, setting in self.settings.items()}
+        for branch in self.when:
+            if branch.applies(decided):
+                result |= {key: (branch.parameter(key), setting) for key, setting in branch.settings.items()}
+        return result
+
+    def deciding(self) -> tuple[str, ...]:
+        """The settings that `when` asks for."""
+        return tuple(dict.fromkeys(key for branch in self.when for key in branch.conditions))
+
+    def flat(self, values: FlatConfig) -> dict[str, Any]:
+        """Replaces `loss`, a name or weights by name, by `loss.…`; the other losses of the space weigh 0."""
+        result: dict[str, Any] = {}
+        for key, value in values.items():
+            if key == "loss":
+                weights = value if isinstance(value, dict) else {value: 1.0}
+                result |= {f"loss.{loss}": weights.get(loss, 0.0) for loss in self._losses()}
+            else:
+                result[key] = list(value) if isinstance(value, tuple) else value
+        return result
+
+    def _named(self) -> Iterator[tuple[str, str, Setting]]:
+        yield from ((key, key, setting) for key, setting in self.settings.items())
+        for branch in self.when:
+            yield from ((branch.parameter(key), key, setting) for key, setting in branch.settings.items())
+
+    def _losses(self) -> list[str]:
+        simplexes = [s.losses for _, _, s in self._named() if isinstance(s, Simplex)]
+        taking_part = {*self.possible("loss"), *itertools.chain(*simplexes)}
+        return [loss for loss in LOSSES if loss in taking_part]
+
+
+def _draw(trial: optuna.trial.BaseTrial, name: str, setting: Setting) -> Any:
+    if isinstance(setting, Fixed):
+        return setting.value
+    if isinstance(setting, Simplex):
+        low, high = _RAW_WEIGHT.low, _RAW_WEIGHT.high
+        return setting.weights({k: trial.suggest_float(n, low, high) for k, n in setting.raw_names(name).items()})
+    if isinstance(setting, CategoricalDistribution):
+        return trial.suggest_categorical(name, setting.choices)
+    if isinstance(setting, IntDistribution):
+        return trial.suggest_int(name, setting.low, setting.high, step=setting.step, log=setting.log)
+    assert isinstance(setting, FloatDistribution)
+    return trial.suggest_float(name, setting.low, setting.high, step=setting.step, log=setting.log)
+
+
+def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The space's start points, and then random configurations of it, by dotted path."""
+    study = optuna.create_study(sampler=RandomSampler(seed=seed))
+    for point in space.start_points():
+        study.enqueue_trial(point)
+    for _ in range(count):
+        yield space.suggest(study.ask())

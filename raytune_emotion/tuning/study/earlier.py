@@ -1,0 +1,42 @@
+"""Gather what earlier studies have shown, for a study that starts from them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage import remote
+from raytune_emotion.tuning.policy.sampler import SETTINGS, curves
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
+from raytune_emotion.tuning.study.records import opened
+from raytune_emotion.tuning.study.spec import read_spec
+
+#: Trials that must have reported before one can be told from another.
+_LEAST = 4
+
+
+def gather_earlier(studies: Sequence[Path | str]) -> str:
+    """The spaces and curves of studies, at folders or URIs, as `write_earlier` writes them.
+
+    Raises:
+        UserError: one of them is no study, or too few of its trials have reported; all faults at once.
+    """
+    gathered: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for place in studies:
+        try:
+            with opened(place, JOURNAL) as folder:
+                space = read_spec(folder).space
+                trials = load_study(folder).get_trials(deepcopy=False)
+        except UserError as error:
+            faults += error.faults
+            continue
+        seen = curves([trial for trial in trials if SETTINGS in trial.user_attrs])
+        if sum(bool(curve.values) for curve in seen) < _LEAST:
+            shown = remote.shown(str(place))
+            faults.append(f"--warm-start {shown}: fewer than {_LEAST} of its trials have reported; leave it out")
+        gathered.append({"space": space, "trials": [[curve.settings, curve.values] for curve in seen]})
+    if faults:
+        raise UserError(faults)
+    return json.dumps(gathered)

@@ -1,0 +1,125 @@
+"""A study's folder: what it was asked, what came of it, and the tables that people read.
+
+The record is the Optuna journal (which trials there are, and how they ended) with the trials' own histories (what they
+reported). The tables are made from it and may be made again at any time.
+"""
+
+import contextlib
+import dataclasses
+import math
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
+from raytune_emotion.learn.report import Report
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import whole
+from raytune_emotion.tuning.policy.objective import Objective, pareto_front
+from raytune_emotion.tuning.study.optuna_study import Status, asked
+from raytune_emotion.tuning.study.spec import SPEC
+
+#: Trials whose weights are kept when they have ended.
+KEPT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRecord:
+    """One trial of a study, as recorded."""
+
+    trial_id: str
+    status: Status
+    settings: dict[str, Any]  # those that the space chose
+    reason: str
+    reports: tuple[Report, ...]
+    continues: str | None = None  # the trial that it went on from, whose reports are its own first
+    confirms: str | None = None  # the trial of another study whose configuration it repeats
+
+    @property
+    def best(self) -> Report | None:
+        """The report with the least validation JS."""
+        return min(self.reports, key=lambda report: report["val_js"], default=None)
+
+
+def trial_folder(study: Path, trial_id: str) -> Path:
+    return study / "trials" / trial_id
+
+
+@contextlib.contextmanager
+def opened(study: Path | str, *patterns: str) -> Iterator[Path]:
+    """The folder of a study; of one at a URI, a copy with the files of these patterns, gone when the block ends.
+
+    Raises:
+        UserError: there is no study at the URI; and what the block raises, in words of the URI.
+    """
+    if isinstance(study, Path):
+        yield study
+        return
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        remote.check(study, write=False)
+        folder = Path(scratch) / remote.name_of(study)
+        remote.pull(study, folder, remote.names(study, SPEC, *patterns))
+        try:
+            if not (folder / SPEC).exists():
+                raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name one that a search has made")
+            yield folder
+        except UserError as error:
+            raise UserError(fault.replace(str(folder), remote.shown(study)) for fault in error.faults) from None
+
+
+def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:
+    """The trials of a study with their reports, in the order of their start, but for those that are known already."""
+    return [
+        TrialRecord(
+            t.trial_id,
+            t.status,
+            t.settings,
+            t.reason,
+            tuple(read_history(trial_folder(folder, t.trial_id))),
+            t.continues,
+            t.confirms,
+        )
+        for t in asked(study)
+        if t.trial_id not in known
+    ]
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Lets the trial in one folder go on in another, which may hold an attempt at this that was cut short."""
+    target.mkdir(parents=True, exist_ok=True)
+    # The newest state comes last: a folder without it is a trial that has not begun.
+    for name in (HISTORY, BEST, LAST):
+        with whole(target / name) as temporary:
+            shutil.copyfile(source / name, temporary)
+
+
+def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
+    """The trials by their best validation JS; those without a report come last."""
+    return sorted(records, key=lambda r: (r.best is None, r.best["val_js"] if r.best else 0.0, r.trial_id))
+
+
+def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
+    """The Pareto front of JS and an objective's cost, the best JS first: no trial of less cost has bettered them."""
+    cost = objective.cost or (lambda report: math.inf)
+    return pareto_front(best_first(records), lambda record: cost(record.best) if record.best else math.inf)
+
+
+def losers(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
+    """The ended trials whose weights go, lest a study's disk grow with its trials: but for the best, those of a front
+    that the study is after, and the spared.
+    """
+    ended = [record for record in best_first(records) if record.status != "running"]
+    front = {record.trial_id for record in frontier(ended, objective)} if objective.front else set()
+    return [record.trial_id for record in ended[KEPT:] if record.trial_id not in {*front, *spared}]
+
+
+def drop_checkpoints(folder: Path, trial_ids: Iterable[str]) -> None:
+    """Deletes the weights of trials."""
+    for trial_id in trial_ids:
+        for file in trial_folder(folder, trial_id).glob("*.safetensors"):
+            file.unlink()

@@ -1,0 +1,138 @@
+"""Hold the complete resolved configuration of a study, and keep it in `study.yaml`."""
+
+import dataclasses
+import importlib.metadata
+import io
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from raytune_emotion.data.store import is_store, open_store
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.tuning.policy.objective import OBJECTIVES
+
+SPEC = "study.yaml"
+
+#: Tells a job, to which the code has come without its repository, the commit that it is of.
+_COMMIT = "RAYTUNE_EMOTION_COMMIT"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySpec:
+    """The complete resolved configuration of a study, as `study.yaml` holds it."""
+
+    name: str
+    seed: int
+    objective: str  # of `OBJECTIVES`
+    trials: int
+    epochs: int
+    concurrency: int | None  # trials at once; None: as many as fit
+    workers_per_trial: int
+    gpus_per_worker: float | None  # None: one where there are GPUs
+    max_failures: int  # of a trial's processes, before it is given up
+    data: str  # what was given: a folder or a store
+    stores: dict[int, str]  # image size, px: packed store
+    fingerprints: dict[int, str]  # image size, px: hash of the store's content
+    classes: tuple[str, ...]
+    weights_dir: str | None
+    space: dict[str, Any]  # the YAML space, whole
+    baseline: dict[str, float]  # metrics of predicting the training mean
+    confirms: dict[str, float] | None = None  # of a confirmation: trials of the study above it, and their best JS, bits
+
+    def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The complete settings of a trial, of which the space chose some."""
+        own = {
+            "data.image_size": chosen.get("data.image_size", min(self.stores)),
+            "data.classes": list(self.classes),
+            "train.epochs": self.epochs,
+            "train.seed": self.seed if self.confirms is None else chosen["train.seed"],
+        }
+        return {**chosen, **own, **({"model.weights_dir": self.weights_dir} if self.weights_dir else {})}
+
+
+def write_spec(folder: Path, spec: StudySpec) -> None:
+    """Writes `study.yaml`, with the versions of what runs and the time of its beginning."""
+    text = io.StringIO()
+    before = YAML(typ="safe").load(folder / SPEC)["created"] if (folder / SPEC).exists() else None
+    created = before or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    YAML().dump({**_plain(dataclasses.asdict(spec)), "created": created, **_surroundings()}, text)
+    write_text(folder / SPEC, text.getvalue())
+
+
+def read_spec(folder: Path) -> StudySpec:
+    """Reads `study.yaml`.
+
+    Raises:
+        UserError: where it is missing or was damaged.
+    """
+    try:
+        values = YAML(typ="safe").load(folder / SPEC)
+        known = {field.name: values[field.name] for field in dataclasses.fields(StudySpec)}
+        if known["objective"] not in OBJECTIVES:
+            raise KeyError(known["objective"])
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder / SPEC}: cannot be read: {error.strerror}; name a folder of your own studies"
+        ) from None
+    except (YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SPEC}: damaged ({error}); restore it from a copy") from None
+    known["classes"] = tuple(known["classes"])
+    return StudySpec(**known)
+
+
+def check_stores(spec: StudySpec, advice: str) -> None:
+    """Whether the packed data of a study are where they were, and what they were.
+
+    Raises:
+        UserError: they are not; each fault ends with the advice.
+    """
+    faults: list[str] = []
+    for size, path in spec.stores.items():
+        if not is_store(path):
+            faults.append(f"{path}: the packed data of the study are gone; {advice}")
+        elif open_store(path).fingerprint != spec.fingerprints[size]:
+            faults.append(f"{path}: has changed since the study began; {advice}")
+    if faults:
+        raise UserError(faults)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _surroundings() -> dict[str, Any]:
+    packages = ("raytune_emotion", "torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "git_commit": os.environ.get(_COMMIT) or _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Of the code that runs, with -dirty where it is another by now; none where it lies in no repository of its own."""
+    here, git = Path(__file__), shutil.which("git")
+    if git is None:
+        return None
+
+    def told(*arguments: str) -> str:
+        command = [git, "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # The repository around it may be somebody else's, with the package in its environment.
+    return (
+        told("ls-files", here.name) and told("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    ) or None

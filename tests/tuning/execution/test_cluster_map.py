@@ -1,0 +1,78 @@
+"""Work on all nodes of a Ray cluster."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from raytune_emotion.data.packing.pack import pack, pack_sizes
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.execution.cluster_map import on_all_nodes
+from tests.data.test_affectnet import write_folder
+from tests.data.test_store import files_of
+from tests.test_pack import heed_ctrl_c
+
+
+def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
+    # Functions in functions are sent as they are: the tasks need not import this module.
+    def die_once(number):
+        mark = tmp_path / str(number)
+        if number == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number, os.getpid()
+
+    def refuse(number):
+        raise UserError([f"{number} is wrong", "and so is this"])
+
+    with on_all_nodes() as pmap:
+        found = list(pmap(die_once, iter(range(3))))
+        assert [number for number, _ in found] == [0, 1, 2]
+        assert os.getpid() not in {process for _, process in found}
+        with pytest.raises(UserError) as raised:
+            list(pmap(refuse, [1, 2, 3]))
+    assert raised.value.faults == ("1 is wrong", "and so is this")
+    assert (tmp_path / "1").exists()
+
+
+def test_a_cluster_packs_the_stores_of_one_machine(cluster, faces, tmp_path):
+    with on_all_nodes() as pmap:
+        pack_sizes(faces, {size: tmp_path / f"{size}px" for size in (16, 24)}, pmap=pmap)
+    for size in (16, 24):
+        alone = pack(faces, tmp_path / f"alone{size}", image_size=size)
+        assert files_of(tmp_path / f"{size}px") == files_of(alone.path)
+
+
+def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path):
+    folder, dest = write_folder(tmp_path / "faces", train=384), tmp_path / "out" / "store"
+    part = dest.with_name(".store.part")
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "raytune_emotion.pack", folder, dest, "--image-size", "600", "--address", address]
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not list(part.glob(".train-*.done")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
+    assert (process.returncode, out, err) == (130, "", said)
+    assert list(dest.parent.iterdir()) == [part]
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:  # Ray takes its time to tell
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

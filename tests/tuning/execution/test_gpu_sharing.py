@@ -1,0 +1,24 @@
+from raytune_emotion.tuning.execution.gpu_sharing import heaviest
+from tests.tuning.study.test_records import spec_of
+
+SPACE = {
+    "model.backbone": {"choice": ["test_resnet", "test_vit"]},
+    "data.image_size": {"choice": [32, 48]},
+    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+    "train.batch_size": {"choice": [16, 32, 128]},
+    "train.precision": {"choice": ["bf16", "fp32"]},
+    "when": [{"if": {"model.backbone": ["test_vit"]}, "train.batch_size": {"int_uniform": [8, 24]}}],
+}
+
+
+def test_each_backbone_is_tried_where_it_takes_the_most_memory(store):
+    spec = spec_of(store, name="study", space=SPACE, trials=1, epochs=2)
+    found = heaviest(spec)
+    assert {*found} == {"test_resnet", "test_vit"}
+    for settings in found.values():
+        assert settings["data.image_size"] == 48
+        assert settings["train.precision"] == "fp32"
+        assert settings["train.epochs"] == 2
+    assert found["test_resnet"]["train.batch_size"] == 128
+    # Of a range, nearly the end.
+    assert 22 <= found["test_vit"]["train.batch_size"] <= 24

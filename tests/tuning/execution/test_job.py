@@ -1,0 +1,97 @@
+import dataclasses
+import errno
+import weakref
+
+import pytest
+import torch
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.device import is_out_of_memory
+from raytune_emotion.tuning.execution import job
+from raytune_emotion.tuning.execution.job import DiskFull, Job, OutOfMemory, Resources, TrialFailed, halved, train_here
+from raytune_emotion.tuning.execution.trial_actor import TrialActor
+
+JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
+
+
+def caused(cause):
+    error = UserError("cannot be read")
+    error.__cause__ = cause
+    return error
+
+
+class Tensors:
+    """What an attempt has on its device."""
+
+
+def test_the_second_attempt_has_the_memory_of_the_first():
+    alive, accumulated = [], []
+
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            accumulated.append(job.settings.get("train.accumulate", 1))
+            if not alive:
+                tensors = Tensors()
+                alive.append(weakref.ref(tensors))
+                raise OutOfMemory("out of memory")
+            yield {"freed": alive[0]() is None}
+
+    actor = Actor.__new__(Actor)
+    actor._job = JOB
+    assert list(actor._attempts()) == [{"freed": True}]
+    assert accumulated == [1, 2]
+
+
+def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):
+    def denormal():
+        return (torch.full((), 1e-38) * 0.1).item()
+
+    settings = {"data.image_size": 32, "model.backbone": "test_vit", "train.epochs": 1}
+    reports = train_here(dataclasses.replace(JOB, folder=str(tmp_path / "0"), store=store.place, settings=settings))
+    assert denormal() > 0
+    next(reports)
+    assert denormal() == 0
+    reports.close()
+    assert denormal() > 0
+
+
+@pytest.mark.parametrize(
+    ("found", "raised"),
+    [
+        (UserError("it does not fit"), TrialFailed),
+        (caused(OSError(errno.EIO, "Input/output error")), OSError),
+        (caused(OSError(errno.ENOSPC, "No space left on device")), DiskFull),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (OSError(errno.ESTALE, "Stale file handle"), OSError),
+    ],
+)
+def test_only_what_would_end_alike_again_fails_a_trial(tmp_path, monkeypatch, found, raised):
+    def broken(*_):
+        raise found
+
+    for name in ("write_text", "open_store"):
+        with monkeypatch.context() as patched:
+            patched.setattr(job, name, broken)
+            with pytest.raises(raised):
+                next(train_here(dataclasses.replace(JOB, folder=str(tmp_path / "trial"))))
+
+
+def test_halving_ends_at_one_row():
+    job, accumulated = JOB, []
+    while (job := halved(job)) is not None:
+        accumulated.append(job.settings["train.accumulate"])
+    assert accumulated == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, is_one):
+    assert is_out_of_memory(error) == is_one

@@ -1,0 +1,221 @@
+"""Studies whose record lies in a bucket of a real S3 server, and whose machines die."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+
+from raytune_emotion.cli import command_main
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
+from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.storage import remote
+from raytune_emotion.train import add_arguments, settings_of
+from raytune_emotion.tuning.execution.cluster import Placement
+from raytune_emotion.tuning.execution.job import PARAMS, Resources, job_of, newest_report, train_here
+from raytune_emotion.tuning.execution.runner import extend_best, run_study
+from raytune_emotion.tuning.execution.tune_adapter import DRIVER, Search
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, create_study, load_study
+from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
+from raytune_emotion.tuning.study.spec import SPEC, read_spec, write_spec
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from tests.storage.test_remote import SECRET, s3_server
+from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
+from tests.tuning.study.test_records import spec_of
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_server() as uri:
+        yield uri
+
+
+@pytest.fixture
+def begin(tmp_path, store):
+    """Makes a study; returns its folder, its spec and a place for its trials."""
+
+    def make(*, workers=1, **changes):
+        folder = tmp_path / "study"
+        folder.mkdir()
+        spec = spec_of(store, name="study", space=SPACE, concurrency=1, **changes)
+        create_study(folder, parse_space(spec.space, "space"))
+        write_spec(folder, spec)
+        return folder, spec, Placement(Resources(workers, 1.0, 0.0), 1)
+
+    return make
+
+
+def lose(folder, uri):
+    """The machine of the driver dies; another one fetches the study."""
+    shutil.rmtree(folder)
+    remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
+
+
+def ask(folder, spec, placement, uri):
+    """What a search does until its first trial begins."""
+    remote.push(folder, uri, [SPEC])
+    proposal = Searcher(load_study(folder), parse_space(spec.space, "space"), seed=spec.seed).ask()
+    remote.push(folder, uri, [JOURNAL])
+    return job_of(folder, spec, placement.resources, proposal, uri)
+
+
+def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
+    uri = remote.join(bucket, "a study")
+    folder, spec, placement = begin(trials=4, epochs=2)
+    records = run_study(folder, spec, placement, uri=uri)
+
+    names = remote.names(uri, "*")
+    assert {name for name in names if "/" not in name} == {SPEC, JOURNAL, TRIALS, CURVES, DRIVER}
+    for name in (HISTORY, PARAMS, "events.out.tfevents.*"):
+        assert len(remote.names(uri, f"trials/*/{name}")) == 4, name
+    kept = {r.trial_id for r in best_first(records)[:KEPT]}
+    for name in (BEST, LAST):
+        assert {Path(found).parent.name for found in remote.names(uri, f"trials/*/{name}")} == kept, name
+    assert not list(folder.rglob("*.safetensors")), "the driver has no need of weights"
+    for name in (SPEC, JOURNAL, TRIALS, CURVES):
+        assert remote.read(uri, name) == (folder / name).read_bytes(), name
+    for record in records:
+        job = job_of(folder, spec, placement.resources, Proposal(record.trial_id, record.settings, None))
+        with contextlib.closing(train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id)))) as local:
+            assert numbers(record.reports) == numbers(islice(local, len(record.reports)))
+
+    lose(folder, uri)
+    longer = extend_best(folder, dataclasses.replace(read_spec(folder), epochs=3), uri)
+    after = run_study(folder, longer, placement, uri=uri)
+    assert after[:4] == records
+    can = [r.trial_id for r in best_first(records)[:KEPT] if r.status == "complete"]
+    assert [r.continues for r in after[4:]] == can
+    for record in after[4:]:
+        assert record.reports[:2] == records[int(record.continues)].reports
+    assert len(remote.names(uri, f"trials/*/{BEST}")) == KEPT
+
+
+def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, cluster, tmp_path):
+    uri = remote.join(bucket, "broken off")
+    folder, spec, placement = begin(trials=1, epochs=3, workers=2)
+    job = ask(folder, spec, Placement(Resources(1, 1.0, 0.0), 1), uri)
+    with contextlib.closing(train_here(job)) as reports:
+        before = [next(reports), next(reports)]
+    assert not Path(job.folder).exists(), "its process needs nothing of the driver's disk"
+    # It had died after it pushed the newest state, before it pushed what follows from that.
+    (tmp_path / HISTORY).write_text(json.dumps(before[0]) + "\n")
+    remote.push(tmp_path, job.mirror, [HISTORY])
+    remote.delete(job.mirror, [BEST])
+
+    lose(folder, uri)
+    (record,) = run_study(folder, spec, placement, uri=uri)
+    # To the clocks the same: they were not trained again.
+    assert list(record.reports[:2]) == before
+    assert [r["report"] for r in record.reports] == [1, 2, 3]
+    remote.pull(job.mirror, tmp_path, [BEST, HISTORY])
+    assert read_best(tmp_path / BEST).report == record.best
+    assert read_history(tmp_path) == list(record.reports)
+    assert left_behind() == (0.0, [])
+
+
+def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
+    place = tmp_path / "place"
+    folder, spec, placement = begin(trials=2, epochs=3)
+    job = ask(folder, spec, placement, place.as_uri())
+    search = Search(folder, spec, placement, load_study(folder), print, place.as_uri())
+    with contextlib.closing(train_here(job)) as reports:
+        before = next(reports)
+        place.rename(tmp_path / "elsewhere")
+        place.touch()
+        with pytest.raises(Breakdown, match="failed 3 times in a row"):
+            next(reports)
+    assert search.next_trial() is None
+    assert "failed 3 times in a row" in search.broken
+
+    place.unlink()
+    (tmp_path / "elsewhere").rename(place)
+    assert [r["report"] for r in train_here(job)] == [2, 3]
+    assert read_history(trial_folder(place, "0000"))[0] == before
+    assert not list(place.rglob("*.part"))
+    # All was said, but its ending was not heard.
+    assert list(train_here(job)) == []
+    assert newest_report(job)["finished"]
+
+
+def test_a_search_that_was_thought_dead_undoes_nothing_of_the_next(begin, tmp_path):
+    place = tmp_path / "place"
+    folder, spec, placement = begin()
+
+    def search():
+        return Search(folder, spec, placement, load_study(folder), print, place.as_uri())
+
+    first = search()
+    first.record()
+    second = search()
+    with pytest.raises(Breakdown, match="another search has gone on with this study"):
+        first.record()
+    second.record()
+    shutil.rmtree(place)
+    with pytest.raises(Breakdown, match="no longer there"):
+        second.record()
+
+
+def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluster, bucket, faces, tmp_path, capsys):
+    results = remote.join(bucket, "results")
+    uri = remote.join(results, "killed")
+    (tmp_path / "space.yaml").write_text(json.dumps(SPACE | {"data.image_size": 32}))
+
+    def search(machine, *options):
+        command = [sys.executable, "-m", "raytune_emotion.search", "--results", results, *options]
+        command += ["--address", ray.get_runtime_context().gcs_address]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / machine)}
+        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    begun = ["--name", "killed", "--data", str(faces), "--space", str(tmp_path / "space.yaml")]
+    driver = search("one machine", *begun, "--trials", "2", "--epochs", "8", "--concurrency", "1")
+    while (remote.read(uri, f"trials/0000/{HISTORY}") or b"").count(b"\n") < 2:
+        assert driver.poll() is None, driver.stdout.read()
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    shutil.rmtree(tmp_path / "one machine")
+    before = remote.read(uri, f"trials/0000/{HISTORY}")
+
+    driver = search("another machine", "--resume")
+    output = driver.communicate()[0]
+    assert driver.returncode == 0, output
+    assert SECRET not in output
+    assert "exported    s3://***@bucket/results/killed/best?***" in output
+    assert remote.read(uri, f"trials/0000/{HISTORY}").startswith(before)
+    remote.pull(uri, tmp_path / "there", remote.names(uri, TRIALS, "best/*", "*.html"))
+    table = pd.read_csv(tmp_path / "there" / TRIALS, dtype={"trial_id": str})
+    assert set(table["status"]) <= {"complete", "pruned"}
+    assert len(table) == 2
+    assert load_package(tmp_path / "there" / "best").image_size == 32
+
+    assert command_main("export", [uri, str(tmp_path / "second"), "--trial", table["trial_id"][1]]) == 0
+    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["val_js"] == table["val_js"][1]
+    assert command_main("export", [uri, str(tmp_path / "none"), "--trial", "0009"]) == 2
+    assert "error: s3://***@bucket/results/killed?***: has no weights of a trial 0009" in capsys.readouterr().err
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert settings_of(parser.parse_args(["--study", uri]))["optim.lr"] == table["optim.lr"][0]
+
+    remote.delete(uri, ["report.html", TRIALS])
+    assert command_main("report", [uri]) == 0
+    assert "s3://***@bucket/results/killed/report.html" in capsys.readouterr().out
+    assert remote.read(uri, TRIALS) == (tmp_path / "there" / TRIALS).read_bytes()
+    assert remote.exists(remote.join(uri, "report.html"))
+    assert command_main("report", [remote.join(results, "never")]) == 2
+    assert command_main("search", ["--results", results, "--name", "killed"]) == 2
+    assert command_main("search", ["--results", results, "--name", "never", "--resume"]) == 2

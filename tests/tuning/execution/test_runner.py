@@ -1,0 +1,332 @@
+"""Studies on a real Ray cluster, with real training of tiny models."""
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import ray
+from optuna.trial import TrialState
+from ray.tune.experiment import Trial
+
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.tuning.execution import runner, tune_adapter
+from raytune_emotion.tuning.execution.cluster import cores_per_gpu, fit_to_cluster, places_on
+from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
+from raytune_emotion.tuning.execution.runner import extend_best, run_study
+from raytune_emotion.tuning.execution.trial_actor import TrialActor
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_study import Proposal, create_study, load_study
+from raytune_emotion.tuning.study.records import KEPT, trial_folder
+from raytune_emotion.tuning.study.spec import write_spec
+from tests.tuning.study.test_records import spec_of
+
+SPACE = {
+    "model.backbone": "test_vit",
+    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+    "loss": {"simplex": ["kl", "js"]},
+    "augment.mixup": 0.2,
+}
+TIMES = ("seconds", "time", "images_per_second")
+
+
+@pytest.fixture
+def begin(tmp_path, store, cluster):
+    """Makes a study and returns what runs it."""
+
+    def make(name="study", *, space=SPACE, concurrency=1, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = spec_of(store, name=name, space=space, concurrency=concurrency, **changes)
+        create_study(folder, parse_space(spec.space, name))
+        write_spec(folder, spec)
+
+        def go(watch=lambda event: None, **more):
+            asked = dataclasses.replace(spec, **more)
+            place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=concurrency)
+            return run_study(folder, asked, place, watch=watch)
+
+        return folder, spec, go
+
+    return make
+
+
+def numbers(reports):
+    return [{name: value for name, value in report.items() if name not in TIMES} for report in reports]
+
+
+def left_behind():
+    """What the cluster still holds after five seconds: cores that are taken, and placement groups."""
+    for _ in range(50):
+        groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+        taken = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
+        if not taken and not groups:
+            break
+        time.sleep(0.1)
+    return taken, groups
+
+
+def test_a_study_runs_from_its_space_to_its_tables(begin):
+    events = []
+    folder, _spec, go = begin(trials=7, epochs=3)
+
+    def watch(event):
+        events.append(event)
+        if sum(event.status != "running" for event in events) == 7:
+            assert sum(type(each) is Trial for each in gc.get_objects()) <= 2, "Tune keeps trials that have ended"
+
+    records = go(watch)
+    assert [r.trial_id for r in records] == [f"{i:04d}" for i in range(7)]
+    assert {r.status for r in records} == {"complete", "pruned"}
+    # No rung is passed by more than those that deserve it, and a complete trial has all its reports.
+    assert all(len(r.reports) == 3 for r in records if r.status == "complete")
+    assert all(len(r.reports) < 3 for r in records if r.status == "pruned")
+
+    told = load_study(folder).trials
+    for record, trial in zip(records, told, strict=True):
+        assert trial.state == {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED}[record.status]
+        assert trial.intermediate_values == {r["report"]: r["best_val_js"] for r in record.reports}
+    table = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str})
+    assert len(table) == 7
+    assert table["best_val_js"].is_monotonic_increasing
+    assert len(list(folder.glob("trials/*/best.safetensors"))) == KEPT
+    assert all(any(trial_folder(folder, r.trial_id).glob("events.out.tfevents.*")) for r in records)
+    assert len({event.proposal.trial_id for event in events}) == 7
+    assert left_behind() == (0.0, [])
+
+
+def test_a_trial_is_the_same_tenth_in_a_reused_process_as_first_in_a_fresh_one(begin, tmp_path):
+    space = {**SPACE, "loss": "kl"}
+    folder, spec, go = begin(space=space, trials=10, epochs=2)
+    tenth = go()[-1]
+    assert tenth.trial_id == "0009"
+    # A study of its own has a process of its own.
+    (fresh,) = begin(
+        "fresh", space={**space, "optim.lr": {"choice": [tenth.settings["optim.lr"]]}}, trials=1, epochs=2
+    )[2]()
+    assert fresh.settings == tenth.settings
+    assert numbers(fresh.reports)[: len(tenth.reports)] == numbers(tenth.reports)
+    # And as it is in none of Ray's.
+    resources = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1).resources
+    job = job_of(folder, spec, resources, Proposal("0009", tenth.settings, None))
+    alone = dataclasses.replace(job, folder=str(tmp_path / "alone"))
+    assert numbers(train_here(alone)) == numbers(fresh.reports)
+
+
+def test_raised_epochs_let_the_best_go_on_from_where_they_ended(begin):
+    folder, spec, go = begin(trials=2, epochs=2)
+    before = go()
+    longer = extend_best(folder, dataclasses.replace(spec, epochs=4))
+
+    def interrupt(event):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(interrupt, trials=longer.trials, epochs=4)
+    after = go(trials=longer.trials, epochs=4)
+    assert after[:2] == before
+    best = min((r for r in before if r.status == "complete"), key=lambda r: r.best["val_js"])
+    assert after[2].continues == best.trial_id
+    assert after[2].settings == best.settings
+    assert after[2].reports[:2] == best.reports
+    assert [r["report"] for r in after[2].reports] == [1, 2, 3, 4]
+    assert [*load_study(folder).trials[2].intermediate_values] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    try:
+        folder = disk / "study"
+        folder.mkdir()
+        space = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}
+        spec = spec_of(store, space=space, trials=2, epochs=6)
+        create_study(folder, parse_space(space, "space"))
+        place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1)
+        with pytest.raises(Breakdown, match="no space left on the disk; the study can be resumed"):
+            run_study(folder, spec, place)
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        records = run_study(folder, spec, place)
+        assert {r.status for r in records} <= {"complete", "pruned"}
+        assert [r["report"] for r in records[0].reports] == list(range(1, 7))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_study_of_which_nothing_succeeds_any_more_is_ended_with_the_reason(begin):
+    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": [1e-3, *range(70, 101)]}}
+    _, _, go = begin(space=space | {"start": [{"optim.lr": 1e-3}]}, trials=30, epochs=2)
+    ended = []
+    with pytest.raises(Breakdown, match="10 trials have failed one after the other, the last one: diverged"):
+        go(lambda event: ended.append(event.status) if event.status != "running" else None)
+    assert ended[0] == "complete"
+    assert ended[-10:] == ["failed"] * 10
+
+
+def test_a_disk_that_is_full_before_a_study_goes_on_is_said(begin, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, _, go = begin()
+    monkeypatch.setattr(tune_adapter, "read_records", full)
+    with pytest.raises(Breakdown, match=f"{folder}: no space left on the disk; the study can be resumed: {folder}"):
+        go()
+
+
+def test_a_trial_out_of_memory_goes_on_in_smaller_micro_batches(begin, monkeypatch):
+    class Actor(TrialActor):
+        """Whose device has room for micro-batches of 16 rows, and whose machine, from the second epoch on, of 8."""
+
+        def _attempt(self, job):
+            accumulate = job.settings.get("train.accumulate", 1)
+            # As Ray says of a process that its memory monitor has killed.
+            killed = RuntimeError("1 worker(s) were killed due to the node running low on memory. And so on.\nHelp.")
+            if accumulate < 2:
+                raise OutOfMemory("out of memory on the device")
+            if accumulate < 4 and read_history(Path(job.folder)):
+                raise killed
+            for report in super()._attempt(job):
+                yield report
+                if accumulate < 4:
+                    raise killed
+
+    monkeypatch.setattr(runner, "TrialActor", Actor)
+    (record,) = begin(trials=1, epochs=2)[2]()
+    assert record.status == "complete"
+    assert [r["accumulate"] for r in record.reports] == [2, 4]
+
+
+def test_what_fails_for_good_fails_at_once_and_the_study_goes_on(begin, monkeypatch):
+    class Actor(TrialActor):
+        """Whose device is too small for the second trial, whatever its micro-batches are."""
+
+        def _attempt(self, job):
+            if Path(job.folder).name == "0001":
+                raise OutOfMemory("out of memory on the device")
+            yield from super()._attempt(job)
+
+    monkeypatch.setattr(runner, "TrialActor", Actor)
+    rates = [100.0, 1e-2, 1e-3]
+    space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": rates}}
+    folder, _, go = begin(space=space | {"start": [{"optim.lr": rate} for rate in rates]}, trials=3, epochs=2)
+    diverged, too_large, complete = go()
+    assert "loss" in diverged.reason
+    assert too_large.reason == "out of memory on the device"
+    assert [r.status for r in (diverged, too_large, complete)] == ["failed", "failed", "complete"]
+    assert [t.state for t in load_study(folder).trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_path, monkeypatch):
+    class DyingTrialActor(TrialActor):
+        """Dies once, between the writing of a report and the hearing of it, and fails once to leave a trial."""
+
+        def reset_config(self, new_config):
+            if not (tmp_path / "stuck").exists():
+                (tmp_path / "stuck").touch()
+                raise RuntimeError("a worker has died")
+            return super().reset_config(new_config)
+
+        def step(self):
+            result = super().step()
+            if not (tmp_path / "died").exists():
+                (tmp_path / "died").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+    killed = []
+
+    def kill_once(event):
+        if event.status == "complete" and not killed:
+            killed.append(kill("TrialActor"))
+
+    monkeypatch.setattr(runner, "TrialActor", DyingTrialActor)
+    folder, _spec, go = begin(trials=3, epochs=3)
+    records = go(kill_once)
+    assert killed
+    assert (tmp_path / "stuck").exists()
+    assert records[0].status == "complete"
+    assert {r.status for r in records} <= {"complete", "pruned"}
+    for record, trial in zip(records, load_study(folder).trials, strict=True):
+        assert [r["report"] for r in record.reports] == list(range(1, len(record.reports) + 1))
+        assert trial.intermediate_values == {r["report"]: r["best_val_js"] for r in record.reports}
+    assert [r["report"] for r in records[0].reports] == [1, 2, 3]
+
+
+def test_an_interruption_between_two_trials_is_one_and_a_study_can_be_extended(begin):
+    _folder, _spec, go = begin(trials=2, epochs=1)
+
+    def interrupt(event):
+        if event.status == "complete":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(interrupt)
+    after = go(trials=4)
+    assert [r.status for r in after] == ["complete"] * 4
+    assert go() == after
+
+
+def test_a_trial_that_always_dies_is_given_up(begin):
+    _, _, go = begin(trials=1, epochs=50, max_failures=1)
+    deaths = []
+
+    def kill_always(event):
+        if event.report is not None and event.status == "running":
+            deaths.append(kill("TrialActor"))
+
+    (record,) = go(kill_always)
+    assert record.status == "failed"
+    assert "2 times" in record.reason
+    assert left_behind() == (0.0, [])
+
+
+def test_what_can_never_fit_is_refused_with_the_arithmetic(cluster):
+    with pytest.raises(UserError, match=r"3 workers with 1 CPU each does not fit: the cluster has 2 CPU .* room for 2"):
+        fit_to_cluster(workers=3, gpus_per_worker=None, concurrency=None)
+    with pytest.raises(UserError, match="0 GPU on 1 nodes"):
+        fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
+    with pytest.raises(UserError, match="NCCL joins no two workers"):
+        fit_to_cluster(workers=2, gpus_per_worker=0.5, concurrency=None)
+
+
+def test_cores_are_those_of_the_nodes_with_gpus():
+    nodes = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 12.0, "GPU": 1.0}]
+    assert cores_per_gpu(nodes) == 8
+    assert cores_per_gpu(nodes[:1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "places"),
+    [(1, 1.0, 1), (1, 1 / 3, 3), (1, 0.3, 3), (2, 0.6, 2), (2, 0.25, 8), (4, 2.0, 2), (0, 0.5, 0)],
+)
+def test_parts_of_a_gpu_come_from_one(gpus, share, places):
+    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
+    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 10.0, "GPU": share}) == min(1, places)
+
+
+def test_trials_share_the_cores(cluster):
+    for concurrency, cpus, at_once in ((None, 1.0, 2), (1, 2.0, 1), (2, 1.0, 2)):
+        place = fit_to_cluster(workers=1, gpus_per_worker=None, concurrency=concurrency)
+        assert (place.resources.cpus_per_worker, place.concurrency) == (cpus, at_once)
+
+
+def kill(title):
+    """Kills one of this cluster's processes whose title holds a word."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = process.cmdline()
+            if command and command[0].startswith("ray::") and title in " ".join(command):
+                os.kill(process.pid, signal.SIGKILL)
+                return process.pid
+    raise AssertionError(f"no process {title}")

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+from optuna.trial import FixedTrial
+
+from raytune_emotion.tuning.policy.sampler import _CANDIDATES, candidates, settings_of
+from raytune_emotion.tuning.space.parser import parse_space
+from tests.tuning.study.test_optuna_study import SPACE
+
+SPACES = {
+    "branches, and a mixture": SPACE,
+    "steps, whole numbers, and a choice of losses": {
+        "loss": {"choice": ["js", "kl"]},
+        "train.batch_size": {"int_log_uniform": [8, 64]},
+        "data.image_size": {"choice": [32, 64]},
+        "augment.flip": {"uniform": [0.0, 0.5, 0.25]},
+        "model.dropout": {"uniform": [0.1, 0.3]},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
+    space = parse_space(SPACES[name])
+    (before,) = rows(candidates(space, [], 1))[:1]
+    seed_trial = FixedTrial(before)
+    space.suggest(seed_trial)
+    params = candidates(space, [seed_trial], 2)
+    settings = settings_of(space, params)
+    assert len(settings) == 2 * _CANDIDATES
+    for row, found in zip(rows(params)[::7], settings.to_dict("records")[::7], strict=True):
+        suggested = space.suggest(FixedTrial(row))
+        assert found == pytest.approx({key: suggested[key] for key in space.columns()}, abs=1e-8, nan_ok=True)
+
+
+def test_the_second_half_lies_near_the_best():
+    space = parse_space(SPACES["steps, whole numbers, and a choice of losses"])
+    best = FixedTrial(rows(candidates(space, [], 1))[0])
+    space.suggest(best)
+    params = candidates(space, [best], 2)
+    off = abs(params["model.dropout"] - best.params["model.dropout"])
+    assert np.median(off[_CANDIDATES:]) < 0.6 * np.median(off[:_CANDIDATES])
+    same = np.array(params["loss"]) == best.params["loss"]
+    assert same[_CANDIDATES:].mean() > 0.8 > same[:_CANDIDATES].mean()
+
+
+def rows(params):
+    return [dict(zip(params, row, strict=True)) for row in zip(*[c.tolist() for c in params.values()], strict=True)]

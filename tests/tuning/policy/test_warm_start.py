@@ -1,0 +1,67 @@
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.execution.cluster import fit_to_cluster
+from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier, write_earlier
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.earlier import gather_earlier
+from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study
+from raytune_emotion.tuning.study.spec import write_spec
+from tests.tuning.study.test_optuna_study import report
+from tests.tuning.study.test_records import spec_of
+
+SPACE = {
+    "model.backbone": "test_vit",
+    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+    "augment.flip": {"uniform": [0, 0.5]},
+}
+#: Of other faces: another space, that has the learning rate in common.
+EARLIER_SPACE = {"optim.lr": {"log_uniform": [1e-5, 1e-2]}, "model.dropout": {"uniform": [0, 0.4]}}
+BEST = 4e-4
+
+
+def write_study(folder, store, trials):
+    """An earlier study of made-up trials, whose loss has a valley in the learning rate."""
+    folder.mkdir()
+    space = parse_space(EARLIER_SPACE)
+    searcher = Searcher(create_study(folder, space), space, seed=0)
+    for _ in range(trials):
+        proposal = searcher.ask()
+        js = 0.1 * math.exp(abs(math.log(proposal.settings["optim.lr"] / BEST)))
+        searcher.observe(proposal.trial_id, report(1, js, finished=True))
+        searcher.tell(proposal.trial_id, "complete")
+    write_spec(folder, spec_of(store, space=EARLIER_SPACE))
+    return folder
+
+
+def test_a_study_begins_where_earlier_ones_were_good_and_keeps_what_they_said(tmp_path, store, cluster):
+    earlier = write_study(tmp_path / "earlier", store, 20)
+    folder = tmp_path / "study"
+    folder.mkdir()
+    spec = spec_of(store, space=SPACE, trials=3, epochs=1)
+    create_study(folder, parse_space(SPACE))
+    write_spec(folder, spec)
+    write_earlier(folder, gather_earlier([earlier]))
+    shutil.rmtree(earlier)
+    records = run_study(folder, spec, fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1))
+    rates = np.array([record.settings["optim.lr"] for record in records])
+    assert len(rates) == 3
+    assert (abs(np.log10(rates / BEST)) < 0.5).all(), rates  # a range of two decades
+
+    (folder / EARLIER).unlink()
+    assert read_earlier(folder) == []
+
+
+def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store):
+    short = write_study(tmp_path / "short", store, 3)
+    load_study(short)
+    with pytest.raises(UserError) as refused:
+        gather_earlier([short, tmp_path / "none"])
+    assert len(refused.value.faults) == 2
+    assert refused.value.faults[0] == f"--warm-start {short}: fewer than 4 of its trials have reported; leave it out"
+    assert "it is no study" in refused.value.faults[1]

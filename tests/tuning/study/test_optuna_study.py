@@ -1,0 +1,218 @@
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher, asked, create_study, load_study, sole_driver
+
+SPACE_BACKBONES = ["test_resnet", "test_vit"]
+SPACE = {
+    "model.backbone": {"choice": SPACE_BACKBONES},
+    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+    "loss": {"simplex": ["kl", "js", "mse"]},
+    "when": [{"if": {"model.backbone": ["test_vit"]}, "optim.lr": {"log_uniform": [1e-5, 1e-3]}}],
+    "start": [{"model.backbone": "test_resnet", "optim.lr": 1e-3, "loss.kl": 1.0}],
+}
+
+
+def report(step, js, *, finished=False):
+    return {"report": step, "best_val_js": js, "finished": finished}
+
+
+@pytest.fixture
+def space():
+    return parse_space(SPACE, "space")
+
+
+def run_trial(searcher, proposal):
+    """A made-up trial: its loss is a function of what was proposed."""
+    js = abs(proposal.settings["optim.lr"] - 2e-3) * 100 + proposal.settings["loss.mse"] / 10
+    if proposal.settings["model.backbone"] == "test_vit":
+        searcher.observe(proposal.trial_id, report(1, js + 0.2))
+        searcher.tell(proposal.trial_id, "pruned")
+    else:
+        searcher.observe(proposal.trial_id, report(1, js + 0.1))
+        searcher.observe(proposal.trial_id, report(2, js, finished=True))
+        searcher.tell(proposal.trial_id, "complete")
+
+
+def test_each_ending_keeps_its_name(tmp_path, space):
+    study = create_study(tmp_path, space)
+    searcher = Searcher(study, space, seed=0)
+    full, stopped, broken, open_ = (searcher.ask() for _ in range(4))
+    for trial, values in ((full, (0.5, 0.3, 0.4)), (stopped, (0.6,))):
+        for step, js in enumerate(values, start=1):
+            searcher.observe(trial.trial_id, report(step, js))
+    searcher.tell(full.trial_id, "complete")
+    searcher.tell(stopped.trial_id, "pruned")
+    searcher.tell(broken.trial_id, "failed", reason="the loss is not a number")
+
+    told = load_study(tmp_path).trials
+    assert [t.state for t in told] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING]
+    assert told[0].value == 0.3
+    assert told[0].intermediate_values == {1: 0.5, 2: 0.3, 3: 0.4}
+    assert told[1].value == 0.6
+    records = asked(load_study(tmp_path))
+    assert [r.status for r in records] == ["complete", "pruned", "failed", "running"]
+    assert records[2].reason == "the loss is not a number"
+    assert records[0].settings == full.settings
+    assert full.settings["loss.kl"] == pytest.approx(1.0)
+    assert records[3].trial_id == open_.trial_id == "0003"
+
+
+def test_a_study_that_was_broken_off_proposes_what_the_whole_one_does(tmp_path, space):
+    proposals = {}
+    for name, sessions in (("whole", [14]), ("broken", [3, 6, 5])):
+        folder = tmp_path / name
+        folder.mkdir()
+        create_study(folder, space)
+        proposals[name] = []
+        for trials in sessions:
+            searcher = Searcher(load_study(folder), space, seed=5)
+            for _ in range(trials):
+                proposals[name].append(searcher.ask())
+                run_trial(searcher, proposals[name][-1])
+    assert proposals["whole"] == proposals["broken"]
+    assert len({p.settings["optim.lr"] for p in proposals["whole"]}) == 14
+
+
+def test_a_region_that_fails_is_left(tmp_path):
+    # Nothing but the failures tells the batch sizes apart.
+    space = parse_space(
+        {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.batch_size": {"choice": [32, 64, 128, 256]}}, "space"
+    )
+    searcher = Searcher(create_study(tmp_path, space), space, seed=0)
+    sizes = []
+    for _ in range(40):
+        proposal = searcher.ask()
+        sizes.append(proposal.settings["train.batch_size"])
+        if sizes[-1] >= 128:
+            searcher.tell(proposal.trial_id, "failed", reason="out of memory")
+        else:
+            searcher.observe(proposal.trial_id, report(1, 0.3 + len(sizes) % 7 / 100, finished=True))
+            searcher.tell(proposal.trial_id, "complete")
+    # One half of all by chance.
+    assert sum(size >= 128 for size in sizes[:4]) >= 2
+    assert sum(size >= 128 for size in sizes[-20:]) <= 4
+
+
+def test_no_configuration_is_proposed_twice_and_a_small_space_ends(tmp_path):
+    space = parse_space({"train.batch_size": {"choice": [16, 32, 64]}, "optim.name": {"choice": ["adam", "sgd"]}})
+    searcher = Searcher(create_study(tmp_path, space), space, seed=0)
+    proposed = []
+    while (proposal := searcher.ask()) is not None:
+        proposed.append(tuple(proposal.settings.values()))
+        searcher.observe(proposal.trial_id, report(1, 0.3, finished=True))
+        searcher.tell(proposal.trial_id, "complete")
+    assert len({*proposed}) == len(proposed) == 6
+
+
+def test_another_seed_proposes_something_else(tmp_path, space):
+    rates = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        searcher = Searcher(create_study(folder, space), space, seed=seed)
+        searcher.ask()  # the start point
+        rates.append(searcher.ask().settings["optim.lr"])
+    assert rates[0] != rates[1]
+
+
+def test_a_running_trial_is_taken_up_with_the_reports_that_are_missing(tmp_path, space):
+    first = Searcher(create_study(tmp_path, space), space, seed=0)
+    proposal = first.ask()
+    first.observe(proposal.trial_id, report(1, 0.5))
+
+    second = Searcher(load_study(tmp_path), space, seed=0)
+    assert second.resume(proposal.trial_id) == proposal
+    for step, js in ((1, 0.5), (2, 0.4)):
+        second.observe(proposal.trial_id, report(step, js))
+    second.tell(proposal.trial_id, "complete")
+    (trial,) = load_study(tmp_path).get_trials(states=(TrialState.COMPLETE,))
+    assert trial.intermediate_values == {1: 0.5, 2: 0.4}
+
+
+@pytest.mark.parametrize("before", [0, 1, 10], ids=["start point", "random", "by the model"])
+def test_a_trial_whose_asking_was_cut_short_is_what_it_was_to_be(tmp_path, space, before):
+    proposals = []
+    for name in ("whole", "torn"):
+        folder = tmp_path / name
+        folder.mkdir()
+        searcher = Searcher(create_study(folder, space), space, seed=5)
+        for _ in range(before):
+            run_trial(searcher, searcher.ask())
+        if name == "torn":
+            # Killed before its settings were recorded.
+            searcher._settle = lambda trial, seed: trial.suggest_categorical("model.backbone", SPACE_BACKBONES)
+            searcher.ask()
+            searcher = Searcher(load_study(folder), space, seed=5)
+            searcher.finish_asking()
+            (record,) = [r for r in asked(load_study(folder)) if r.status == "running"]
+            proposals.append(searcher.resume(record.trial_id))
+        else:
+            proposals.append(searcher.ask())
+    assert proposals[0] == proposals[1]
+
+
+def test_a_renamed_folder_is_still_its_study(tmp_path, space):
+    (tmp_path / "old").mkdir()
+    create_study(tmp_path / "old", space)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert load_study(tmp_path / "new").study_name == "old"
+
+
+def test_a_folder_without_a_study_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="it is no study"):
+        load_study(tmp_path)
+
+
+def test_optuna_itself_reads_the_journal(tmp_path, space):
+    create_study(tmp_path, space)
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "optuna.journal"))
+    )
+    assert [s.study_name for s in optuna.get_all_study_summaries(storage)] == [tmp_path.name]
+
+
+def test_a_study_is_driven_by_one_process(tmp_path, space):
+    study = create_study(tmp_path, space)
+    lock = tmp_path / f"{JOURNAL}.lock"
+    lock.symlink_to(tmp_path / JOURNAL)  # as a process leaves it that is killed while it writes
+    with sole_driver(tmp_path):
+        assert not lock.is_symlink()
+        Searcher(study, space, seed=0).ask()
+        with pytest.raises(UserError, match="another process is at work in it"), sole_driver(tmp_path):
+            pass
+    with sole_driver(tmp_path):
+        assert len(asked(study)) == 1
+
+
+def test_a_line_that_a_full_disk_has_torn_is_cut_off(tmp_path, space):
+    with sole_driver(tmp_path):
+        Searcher(create_study(tmp_path, space), space, seed=0).ask()
+    journal = tmp_path / JOURNAL
+    written = journal.read_bytes()
+    journal.write_bytes(written + b'{"op_code": 6, "trial_id"')
+    with sole_driver(tmp_path):
+        assert journal.read_bytes() == written
+        Searcher(load_study(tmp_path), space, seed=0).ask()
+    assert [each.status for each in asked(load_study(tmp_path))] == ["running", "running"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [],
+        lambda lines: [b'{"op_code": 0, "study_name"', *lines[1:]],
+        lambda lines: [lines[0], b"\xff\n", *lines[1:]],
+        lambda lines: [lines[0], b"{}\n", *lines[1:]],
+        lambda lines: [line.replace(b"FloatDistribution", b"FloatDistributio-") for line in lines],
+    ],
+)
+def test_a_damaged_journal_is_a_clear_error(tmp_path, space, damage):
+    Searcher(create_study(tmp_path, space), space, seed=0).ask()
+    journal = tmp_path / JOURNAL
+    journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=r"is damaged .*put back a copy of it"):
+        load_study(tmp_path)

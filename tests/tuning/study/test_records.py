@@ -1,0 +1,179 @@
+import dataclasses
+import json
+import re
+import subprocess
+
+import pandas as pd
+import pytest
+
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
+from raytune_emotion.tuning.study import spec as spec_module
+from raytune_emotion.tuning.study.records import KEPT, TrialRecord, drop_checkpoints, frontier, losers, trial_folder
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS, best_trial_id, curves_of, joined, thinned, write_tables
+
+
+def spec_of(store, **changes):
+    spec = StudySpec(
+        name="a study",
+        seed=3,
+        objective="val_js",
+        trials=4,
+        epochs=2,
+        concurrency=None,
+        workers_per_trial=1,
+        gpus_per_worker=None,
+        max_failures=3,
+        data="faces",
+        stores={store.image_size: str(store.path)},
+        fingerprints={store.image_size: store.fingerprint},
+        classes=EMOTIONS,
+        weights_dir=None,
+        space={"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": {"simplex": ["kl", "js"]}},
+        baseline={"js": 0.4, "kl": 1.2},
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+def report(step, js, **more):
+    return {
+        "report": step, "epoch": float(step), "val_js": js, "best_val_js": js, "val_kl": js * 2, "seconds": 1.5 * step,
+        "params_millions": 0.4, "finished": False, **more,
+    }  # fmt: skip
+
+
+RECORDS = [
+    TrialRecord("0000", "pruned", {"optim.lr": 1e-3}, "", (report(1, 0.5),)),
+    TrialRecord("0001", "complete", {"optim.lr": 1e-2}, "", (report(1, 0.4), report(2, 0.3), report(3, 0.35))),
+    TrialRecord("0002", "failed", {"optim.lr": 9.0}, "the loss is not a number", ()),
+    TrialRecord("0003", "running", {"optim.lr": 1e-4}, "", (report(1, 0.6),)),
+]
+
+
+def test_a_commit_is_told_of_the_code_that_runs_alone(tmp_path, monkeypatch):
+    code = tmp_path / "study.py"
+    code.touch()
+    monkeypatch.setattr(spec_module, "__file__", str(code))
+    assert spec_module._commit() is None
+
+    def git(*arguments):
+        as_somebody = ["git", "-C", tmp_path, "-c", "user.name=S", "-c", "user.email=s@example.org"]
+        return subprocess.run([*as_somebody, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "--message", "of something else")
+    assert spec_module._commit() is None
+    git("add", "study.py")
+    git("commit", "--message", "of the code")
+    assert spec_module._commit() == git("rev-parse", "HEAD")
+    code.write_text("edited")
+    assert spec_module._commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")  # no git
+    assert spec_module._commit() is None
+
+
+def test_the_spec_survives_its_file(tmp_path, store):
+    spec = spec_of(store)
+    write_spec(tmp_path, spec)
+    assert read_spec(tmp_path) == spec
+    text = (tmp_path / SPEC).read_text()
+    for part in ("versions:", "torch:", "git_commit:", "created:", store.fingerprint):
+        assert part in text
+    old = text.replace(re.findall("created: .*", text)[0], "created: '2020-01-01T00:00:00+00:00'")
+    (tmp_path / SPEC).write_text(old)
+    write_spec(tmp_path, dataclasses.replace(spec, trials=99))
+    assert "created: '2020-01-01T00:00:00+00:00'" in (tmp_path / SPEC).read_text()
+
+
+def test_a_damaged_spec_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match="it is no study"):
+        read_spec(tmp_path)
+    (tmp_path / SPEC).write_text("name: only")
+    with pytest.raises(UserError, match="damaged"):
+        read_spec(tmp_path)
+
+
+def test_a_file_is_no_study(tmp_path):
+    (tmp_path / "file").touch()
+    for read in (read_spec, best_trial_id):
+        with pytest.raises(UserError, match="cannot be read: Not a directory; name "):
+            read(tmp_path / "file")
+
+
+def test_what_the_study_decides_wins_over_the_space(store):
+    settings = spec_of(store, weights_dir="/w").settings({"optim.lr": 0.1, "train.seed": 99})
+    assert settings["train.seed"] == 3
+    assert settings["train.epochs"] == 2
+    assert settings["data.image_size"] == store.image_size
+    assert settings["model.weights_dir"] == "/w"
+    assert settings["optim.lr"] == 0.1
+
+
+def test_the_table_has_a_row_a_trial_best_first(tmp_path):
+    write_tables(tmp_path, RECORDS)
+    table = pd.read_csv(tmp_path / TRIALS, dtype={"trial_id": str})
+    assert list(table["trial_id"]) == ["0001", "0000", "0003", "0002"]
+    assert list(table.columns[:6]) == ["trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl"]
+    best = table.iloc[0]
+    assert (best["best_val_js"], best["val_kl"], best["epochs"], best["best_epoch"]) == (0.3, 0.6, 3.0, 2.0)
+    assert best["optim.lr"] == 1e-2
+    assert table.iloc[3]["reason"] == "the loss is not a number"
+    assert best_trial_id(tmp_path) == "0001"
+
+
+def test_the_curves_have_a_row_a_report(tmp_path):
+    write_tables(tmp_path, RECORDS)
+    curves = pd.read_parquet(tmp_path / CURVES)
+    assert list(curves["trial_id"]) == ["0000", "0001", "0001", "0001", "0003"]
+    assert list(curves["val_js"]) == [0.5, 0.4, 0.3, 0.35, 0.6]
+
+
+def test_of_ended_trials_the_curves_and_two_reports_are_enough(tmp_path):
+    whole, thin = tmp_path / "whole", tmp_path / "thin"
+    whole.mkdir()
+    thin.mkdir()
+    write_tables(whole, RECORDS)
+    curves = joined(curves_of([]), curves_of(RECORDS[:2]), curves_of(RECORDS[2:]))
+    thinned_records = [thinned(record) for record in RECORDS]
+    assert [len(record.reports) for record in thinned_records] == [1, 2, 0, 1]
+    write_tables(thin, thinned_records, curves)
+    assert (thin / TRIALS).read_bytes() == (whole / TRIALS).read_bytes()
+    pd.testing.assert_frame_equal(pd.read_parquet(thin / CURVES), pd.read_parquet(whole / CURVES))
+
+
+def test_tables_of_a_study_without_trials_can_be_read(tmp_path):
+    write_tables(tmp_path, [])
+    assert len(pd.read_csv(tmp_path / TRIALS)) == 0
+    with pytest.raises(UserError, match="no trial of this study has reported"):
+        best_trial_id(tmp_path)
+
+
+def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_path):
+    many = [TrialRecord(f"{i:04d}", "complete", {}, "", (report(1, 0.9 - i / 100),)) for i in range(6)]
+    many.append(TrialRecord("0006", "running", {}, "", (report(1, 0.99),)))
+    for record in many:
+        folder = trial_folder(tmp_path, record.trial_id)
+        folder.mkdir(parents=True)
+        for name in ("last.safetensors", "best.safetensors"):
+            (folder / name).write_bytes(b"weights")
+        (folder / "history.jsonl").write_text(json.dumps(record.reports[0]) + "\n")
+    drop_checkpoints(tmp_path, losers(many, JS_ALONE))
+    kept = {file.parent.name for file in tmp_path.rglob("*.safetensors")}
+    assert kept == {"0005", "0004", "0003", "0006"}
+    assert len(kept) == KEPT + 1
+    assert len(list(tmp_path.rglob("history.jsonl"))) == 7
+
+
+def test_a_front_keeps_its_weights():
+    sizes = [0.5, 4.0, 2.0, 8.0, 1.0, 9.0]
+    many = [
+        TrialRecord(f"{i:04d}", "complete", {}, "", (report(1, 0.9 - i / 100, params_millions=size),))
+        for i, size in enumerate(sizes)
+    ]
+    objective = OBJECTIVES[BY_SIZE]
+    assert [record.trial_id for record in frontier(many, objective)] == ["0005", "0004", "0000"]
+    # The three best, and the smallest; with JS alone, the three best.
+    assert {*losers(many, objective)} == {"0001", "0002"}
+    assert {*losers(many, JS_ALONE)} == {"0000", "0001", "0002"}
