@@ -1,4 +1,4 @@
-"""What Optuna is told, and what it is asked for by way of `sampling`.
+"""What Optuna is told, and what it is asked for by way of `sampler`.
 
 Ray's own `OptunaSearch` tells every trial that the scheduler stopped as complete with its last value, so that values of
 few epochs mix with full ones in the sampler's model. Here each ending keeps its name: complete, pruned or failed.
