@@ -339,7 +339,7 @@ def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
     folder = tmp_path / "study"
     # Long enough not to be over by what is still reported while the machine dies.
     make_study(folder, store, space=SPACE | {"train.epochs": 16}, trials=3, epochs=16)
-    repository = Path(__file__).parents[2]
+    repository = Path(__file__).parents[3]
     with chance() as draw, Session(__name__, folder, draw.randrange(1, 5), cwd=repository) as script:
         assert await_reports(folder, 1, script.runs), script.output()
         family = script.family()

@@ -21,7 +21,7 @@ from raytune_emotion.tuning.space.space import LOSSES, Simplex, Space
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-SPACES = Path(__file__).parents[2] / "search_spaces"
+SPACES = Path(__file__).parents[3] / "search_spaces"
 SHIPPED = sorted(SPACES.glob("*.yaml"))
 
 #: The space of the README, with everything that the format has.
