@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
@@ -39,6 +39,9 @@ _PERMANENT_WORDS = re.compile(
     r"\b(NO_SUCH_BUCKET|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE"
     r"|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
+
+#: Names of options whose values are secrets.
+_SECRET = re.compile(r"secret|token|password|credential|signature|access_?key|account_?key|^sig$", re.IGNORECASE)
 
 _T = TypeVar("_T")
 
@@ -62,6 +65,32 @@ def shown(uri: str) -> str:
     # Not by its parts: a secret with a slash that should have been written as %2F is no part.
     address, options, _ = uri.partition("?")
     return re.sub("://[^/@]*:.*@", "://***@", address) + ("?***" if options else "")
+
+
+def refuse_credentials(uri: str) -> None:
+    """Refuse a URI that holds a secret: it is written into studies, and every user of the machine sees it in `ps`.
+
+    Raises:
+        UserError: without the secret.
+    """
+    address, _, options = uri.partition("?")
+    if shown(address) != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
+        raise UserError(
+            f"{shown(uri)}: has credentials in it, which would be written into studies; leave them to the environment,"
+            f" such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+
+
+def refuse_outside(where: str, folder: Path, names: Iterable[str]) -> None:
+    """Refuse names that somebody else has chosen and that lead out of the folder they are to be written into.
+
+    Raises:
+        UserError: a sentence for each of them.
+    """
+    if outside := [name for name in names if not _is_inside(name)]:
+        raise UserError(
+            f"{where}: holds {name!r}, which would be written outside of {folder}; remove it there" for name in outside
+        )
 
 
 def check(uri: str, *, write: bool) -> None:
@@ -154,11 +183,7 @@ def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
         Breakdown: it fails again and again.
     """
     names = list(names)
-    if outside := [name for name in names if not _is_inside(name)]:
-        raise UserError(
-            f"{shown(uri)}: holds {name!r}, which would be written outside of {folder}; remove it there"
-            for name in outside
-        )
+    refuse_outside(shown(uri), folder, names)
 
     def get(name: str, filesystem: FileSystem, path: str) -> None:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
