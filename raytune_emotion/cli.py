@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import errno
 import importlib
 import math
 import os
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage.atomic import is_disk_full
+from raytune_emotion.known_errors import known_error
+from raytune_emotion.terminal import warn
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
@@ -25,33 +25,28 @@ COMMANDS = {
     "predict": "predict the distribution of emotions of images",
 }
 
-#: What the system says of places that the user has named.
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-
 
 def guarded(action: Callable[[], None]) -> int:
-    """Runs an action and returns the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
+    """Run an action and return the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
     try:
         action()
     except UserError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            warn(f"error: {fault}")
         return 2
     except Breakdown as error:
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        warn("interrupted")
         return 130
     except Exception as error:
-        if is_disk_full(error):
-            print(f"error: no space left on the disk: {error}", file=sys.stderr)
-            return 1
-        if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
-            where = f"{error.filename}: {error.strerror}"
-            print(f"error: {where}; name another place, or change who may use it", file=sys.stderr)
-            return 2
-        raise
+        known = known_error(error)
+        if known is None:
+            raise
+        code, sentence = known
+        warn(f"error: {sentence}")
+        return code
     return 0
 
 

@@ -6,7 +6,7 @@ dicts of such names are what crosses process boundaries.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -176,6 +176,9 @@ class RunConfig:
         }
 
 
+#: Other words for settings that people bring along.
+_SYNONYMS = {"learning_rate": "lr", "optimizer": "optim.name", "model": "model.backbone"}
+
 #: Every setting's dotted path, with its field.
 SETTINGS: dict[str, dataclasses.Field[Any]] = {
     f"{section.name}.{setting.name}": setting
@@ -185,9 +188,33 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
 
 
 def unknown_setting(key: str) -> str:
-    """The sentence for a name that is no setting, with the nearest that is."""
-    near = difflib.get_close_matches(key, SETTINGS, n=1)
-    return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+    """Return the sentence for a name that is no setting, with the setting that was probably meant."""
+    return f"{key}: there is no such setting{did_you_mean(key, SETTINGS)}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name that is nearest to a word; "" if none is near.
+
+    A dotted name is also known by its last part (`lr` means `optim.lr`), by the initials of that (`optim.wd` means
+    `optim.weight_decay`), and by the words of `_SYNONYMS`.
+    """
+    known = list(known)
+    asked = word.lower().replace("-", "_")
+    section, _, last = asked.rpartition(".")
+    last = _SYNONYMS.get(last, last)
+    same = [name for name in known if last in (name, *_short_names(name))]
+    same = [name for name in same if name.startswith(f"{section}.")] or same
+    near = same or difflib.get_close_matches(asked, known, n=1)
+    if not near:
+        by_last = {name.rpartition(".")[2]: name for name in known}
+        near = [by_last[found] for found in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _short_names(name: str) -> tuple[str, ...]:
+    last = name.rpartition(".")[2]
+    initials = "".join(part[0] for part in last.split("_") if part)
+    return (last, initials) if "_" in last else (last,)
 
 
 def _sentence(loc: tuple[int | str, ...], message: str, value: object) -> str:

@@ -5,15 +5,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from raytune_emotion.cli import command_main, gpu_share, positive
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.storage import remote
+from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.report.console import run_shown, terminated_as_interrupted
 from raytune_emotion.tuning.report.page import REPORT, write_report
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{remote.shown(args.study)}: a study at a URI cannot be confirmed there; copy it to a folder")
     study: Path = args.study.absolute()
     chosen, spec = _asked(args, study)
-    folder, console = study / CONFIRMED, Console(soft_wrap=True, highlight=False)
+    folder, console = study / CONFIRMED, plain_console()
     folder.mkdir(exist_ok=True)
     with sole_driver(folder), ray_session(args.address), terminated_as_interrupted():
         placement = fit_to_cluster(
@@ -114,7 +113,7 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, *, interrupted: b
     found = standings(spec, records)
     write_standings(folder, found)
     write_report(folder, spec, records)
-    table = Table(*HEADINGS, box=box.SIMPLE)
+    table = plain_table(*HEADINGS)
     for standing in found:
         table.add_row(*standing.cells)
     console.print(table)

@@ -9,6 +9,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.storage import remote
+from raytune_emotion.terminal import say, short
 from raytune_emotion.tuning.study.records import opened, trial_folder
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.tables import TRIALS, best_trial_id
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{folder}: its winner is in {folder / 'best'}; name another of its runs with --trial")
         trial_id = args.trial or best_trial_id(folder)
         export_trial(folder, args.dest, trial_id, args.study if isinstance(args.study, str) else None)
-    print(f"trial {trial_id} is exported to {args.dest}")
+    say(f"trial {trial_id} is exported to {short(args.dest)}")
 
 
 def export_trial(study: Path, dest: Path, trial_id: str, uri: str | None = None) -> None:

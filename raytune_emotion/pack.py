@@ -13,6 +13,7 @@ from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Source, below, shown
+from raytune_emotion.terminal import say, warn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +57,18 @@ def run(args: argparse.Namespace) -> None:
         try:
             stores = pack_sizes(source, dests, classes=args.classes, skip_bad=args.skip_bad, pmap=pmap)
         except KeyboardInterrupt:
-            print("what is packed is kept; the same command goes on with it", file=sys.stderr)
+            warn("what is packed is kept; the same command goes on with it")
             raise
     seconds = time.perf_counter() - started
     splits = stores[sizes[0]].splits
     images = {name: split.rows for name, split in splits.items()}
-    print(f"{shown(dest)}: {images['train']} images to train on and {images['val']} to validate on")
+    say(f"{shown(dest)}: {images['train']} images to train on and {images['val']} to validate on")
     for store in stores.values():
         megabytes = sum(shard.bytes for split in store.splits.values() for shard in split.shards) / 1e6
         what = f"{store.image_size} px, {len(store.classes)} classes, {megabytes:,.1f} MB"
-        print(f"{what}, rejected rows: {store.rejected}")
-    print(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
-    print(f"next: python -m raytune_emotion.search --data {shown(dest)}")
+        say(f"{what}, rejected rows: {store.rejected}")
+    say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
+    say(f"next: python -m raytune_emotion.search --data {shown(dest)}")
 
 
 def _place(text: str) -> Source:

@@ -15,6 +15,7 @@ import torch
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.export_folder import Package, load_package
@@ -86,7 +87,7 @@ def predict(package: Package, files: Sequence[Path], device: torch.device) -> np
             faults.extend(error.faults)
             return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode():
         for start in range(0, len(files), _BATCH):
             images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
             # After a fault the rest is only looked at for more.

@@ -7,6 +7,7 @@ from pathlib import Path
 from raytune_emotion.cli import command_main
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.storage import remote
+from raytune_emotion.terminal import say, short
 from raytune_emotion.tuning.report.page import REPORT, write_report
 from raytune_emotion.tuning.study.confirmation import standings, write_standings
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
@@ -28,10 +29,10 @@ def run(args: argparse.Namespace) -> None:
         if spec.confirms is not None:
             write_standings(folder, standings(spec, records))
         if isinstance(args.study, Path):
-            print(folder / REPORT)
+            say(short(folder / REPORT))
         else:
             remote.push(folder, args.study, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
-            print(remote.shown(remote.join(args.study, REPORT)))
+            say(remote.shown(remote.join(args.study, REPORT)))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from typing import Any
 
 import optuna
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, natural, plain_name, positive
 from raytune_emotion.config import ModelConfig, RunConfig
@@ -33,6 +31,7 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.gpu_sharing import AUTO, fastest_share
 from raytune_emotion.tuning.execution.runner import extend_best
@@ -113,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    console = Console(soft_wrap=True)
+    console = plain_console()
     if args.dry_run:
         _preview(console, args)
         return
@@ -130,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         stack.enter_context(terminated_as_interrupted())
         if auto:
             gpus_per_worker, seen = fastest_share(spec)
-            console.print(seen, highlight=False)
+            console.print(seen)
             spec = dataclasses.replace(spec, gpus_per_worker=gpus_per_worker)
         placement = fit_to_cluster(
             workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
@@ -166,7 +165,7 @@ def _preview(console: Console, args: argparse.Namespace) -> None:
     rows, sizes = count_rows(data), _sizes(data, space)
     _check_backbones(space, sizes)
 
-    settings = Table("setting", "is", box=box.SIMPLE, title="the space", title_justify="left")
+    settings = plain_table("setting", "is", title="the space")
     for key, value in space.to_dict().items():
         if key != "start":
             settings.add_row(key, json.dumps(value, ensure_ascii=False))
@@ -174,12 +173,12 @@ def _preview(console: Console, args: argparse.Namespace) -> None:
     console.print("ten of its configurations\n")
     for configuration in draw(space, _DRAWN, space.fixed.get("train.seed", 0)):
         named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
-        console.print("  ".join(f"{name} {_short(value)}" for name, value in named), highlight=False)
+        console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
     console.print()
     epochs, trials = space.fixed["train.epochs"], args.trials or DEFAULT_TRIALS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cost = Table("backbone", "px", "parameters, millions", "images/s", "minutes a trial", box=box.SIMPLE)
-    cost.title, cost.title_justify = f"training on this machine ({device})", "left"
+    headings = ("backbone", "px", "parameters, millions", "images/s", "minutes a trial")
+    cost = plain_table(*headings, title=f"training on this machine ({device})")
     minutes = []
     for each in costs(space, sizes, device):
         minutes.append(rows * epochs / each.images_per_second / 60)
@@ -190,8 +189,7 @@ def _preview(console: Console, args: argparse.Namespace) -> None:
     hours = trials * mean / 60
     console.print(
         f"{trials} trials of {epochs} epochs on {rows} images: {hours:.1f} hours of this device if none is stopped and "
-        f"all backbones are drawn alike",
-        highlight=False,
+        f"all backbones are drawn alike"
     )
 
 
@@ -436,13 +434,13 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | No
     if uri is not None:
         written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
         remote.push(folder, uri, [str(file.relative_to(folder)) for file in written])
-    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n), highlight=False)
+    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
     if best is None or best.best is None:
         console.print("no trial has reported yet")
         return
     objective = OBJECTIVES[spec.objective]
     if objective.front:
-        front = Table(*FRONT, box=box.SIMPLE, title=f"no {objective.cheaper} model has bettered", title_justify="left")
+        front = plain_table(*FRONT, title=f"no {objective.cheaper} model has bettered")
         for row in front_rows(records, objective):
             front.add_row(*row)
         console.print(front)
@@ -464,8 +462,7 @@ page        {place[REPORT]}
 next:
   python -m raytune_emotion.predict {typed["best"]} FACE.jpg
   tensorboard --logdir {typed["trials"]}
-  python -m raytune_emotion.search {resume}""",
-        highlight=False,
+  python -m raytune_emotion.search {resume}"""
     )
 
 

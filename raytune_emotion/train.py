@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
+from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.prepare import check_data, prepare
 from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
@@ -26,6 +27,7 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.job import DATA, PARAMS, Job, Resources, TrialFailed, Unfit, train_here
 from raytune_emotion.tuning.execution.worker_group import MAX_FAILURES, train_together
@@ -119,11 +121,17 @@ def run(args: argparse.Namespace) -> None:
     config = RunConfig.from_flat({**settings, "data.image_size": store.image_size})
     if not args.resume:
         build_model(config)  # that it can be had shows here, and not where Ray and a folder wait for it
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     console.print(f"run {folder}: {len(store.train)} training and {len(store.val)} validation images")
     if args.workers == 1:
         gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(torch.cuda.is_available())
-        _train(console, folder, config, store.place, Resources(1, float(torch.get_num_threads()), gpus))
+        _train(
+            console,
+            folder,
+            config,
+            store.place,
+            Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus),
+        )
     else:
         with ray_session(args.address):
             place = fit_to_cluster(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_emotion.config import SETTINGS, LossConfig, RunConfig
+from raytune_emotion.config import SETTINGS, LossConfig, RunConfig, unknown_setting
 from raytune_emotion.errors import UserError
 
 
@@ -27,6 +27,26 @@ def test_all_faults_are_named_at_once():
     for part in ("optim.lrr: there is no such setting; did you mean optim.lr?", "optim.lr: ", "got -1", "got '3'"):
         assert part in text
     assert "'adam', 'adamw' or 'sgd'" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("lr", "optim.lr"), ("optim.wd", "optim.weight_decay"), ("wd", "model.weights_dir or optim.weight_decay"),
+        ("seed", "train.seed"),
+        ("train.bs", "train.batch_size"), ("batch-size", "train.batch_size"), ("optim.lrr", "optim.lr"),
+        ("optim.learning_rate", "optim.lr"), ("optimizer", "optim.name"), ("backbone", "model.backbone"),
+        ("train.lr", "optim.lr"), ("epoch", "train.epochs"), ("augment.fliip", "augment.flip"), ("kl", "loss.kl"),
+        ("optim.momentun", "optim.momentum"),
+    ],
+)  # fmt: skip
+def test_the_setting_that_was_meant_is_named(written, meant):
+    assert unknown_setting(written) == f"{written}: there is no such setting; did you mean {meant}?"
+
+
+@pytest.mark.parametrize("written", ["foo", "", "."])
+def test_no_setting_is_named_for_a_word_that_is_like_none(written):
+    assert unknown_setting(written) == f"{written}: there is no such setting"
 
 
 @pytest.mark.parametrize(

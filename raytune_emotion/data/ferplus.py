@@ -26,6 +26,7 @@ from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import whole_folder
+from raytune_emotion.terminal import say, typed
 
 #: FER+'s name of an emotion, in the order of its columns: ours.
 NAMES = {
@@ -210,8 +211,8 @@ def _refuse(faults: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     counts = convert(args.pixels, args.votes, args.dest)
-    print(f"{args.dest}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    print(f"next: python -m raytune_emotion.pack {args.dest} DEST --image-size {_SIDE}")
+    say(f"{args.dest}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
+    say(f"next: python -m raytune_emotion.pack {typed(args.dest)} DEST --image-size {_SIDE}")
 
 
 def main(argv: list[str] | None = None) -> int:

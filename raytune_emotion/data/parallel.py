@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from raytune_emotion.data.cores import usable_cores
+
 #: `map`, or a parallel one that keeps the order.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
@@ -25,7 +27,7 @@ def processes(workers: int | None, *, least: int = _TASKS_WORTH_A_POOL) -> Itera
         workers: how many; 1: this process. By default one a core, or this one where there is little to do.
         least: by default, so many tasks are worth processes.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     executor = ProcessPoolExecutor(
         workers or cores, mp_context=multiprocessing.get_context("spawn"), initializer=_follow_parent
     )

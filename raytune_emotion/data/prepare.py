@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import sweep
 from raytune_emotion.storage.locations import shown
+from raytune_emotion.terminal import warn
 
 
 def check_data(place: Path | str) -> None:
@@ -111,12 +111,12 @@ def prepare_sizes(
             try:
                 tell_rejected(dest, open_store(dest).rejected)
             except UserError as error:
-                print(f"{error}\n{dest}: packed again", file=sys.stderr)
+                warn(f"{error}\n{dest}: packed again")
                 shutil.rmtree(dest, ignore_errors=True)
     sweep(cache, ABANDONED_S)
     while missing := {size: dest for size, dest in dests.items() if not is_store(dest)}:
         for size, dest in missing.items():
-            print(f"{shown(data)}: packed once, at {size} px, into {dest}", file=sys.stderr)
+            warn(f"{shown(data)}: packed once, at {size} px, into {dest}")
         try:
             pack_sizes(data, missing, classes=classes, skip_bad=skip_bad)
         except UserError:

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
 from raytune_emotion.data.parallel import Map
+from raytune_emotion.terminal import plain_console
 
 
 class _Rate(ProgressColumn):
@@ -24,7 +24,7 @@ def progress() -> Progress:
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=plain_console(stderr=True),
         disable=not sys.stderr.isatty(),
     )
 

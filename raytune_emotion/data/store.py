@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -26,6 +25,7 @@ from raytune_emotion.data.shard_format import MANIFEST, Manifest, check_space, o
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import resumable_folder, sweep, write_text
+from raytune_emotion.terminal import warn
 
 #: Names of stores of several sizes that lie side by side.
 _SIDE_BY_SIDE = "[0-9]*px"
@@ -198,12 +198,12 @@ def _fetched(uri: str) -> Store:
         try:
             return dataclasses.replace(_map(dest), place=uri)
         except UserError as error:
-            print(f"{error}\n{dest}: fetched again", file=sys.stderr)
+            warn(f"{error}\n{dest}: fetched again")
             shutil.rmtree(dest, ignore_errors=True)
     sweep(dest.parent, ABANDONED_S)
     try:
         with resumable_folder(dest) as folder:
-            print(f"{remote.shown(uri)}: fetched once, into {dest}", file=sys.stderr)
+            warn(f"{remote.shown(uri)}: fetched once, into {dest}")
             _fetch(uri, manifest, folder)
     except UserError:
         if not is_store(dest):  # else another process was faster

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import resumable_folder
 from raytune_emotion.storage.locations import Source, shown
+from raytune_emotion.terminal import warn
 
 
 def pack(
@@ -117,4 +117,4 @@ def pack_sizes(
 
 def tell_rejected(path: Path, rejected: int) -> None:
     if rejected:
-        print(f"{path}: rejected rows: {rejected}, see {path / shard_format.REJECTED}", file=sys.stderr)
+        warn(f"{path}: rejected rows: {rejected}, see {path / shard_format.REJECTED}")

@@ -15,6 +15,7 @@ import optuna
 import ray
 from ray._private import services
 
+from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution.job import Resources
 
@@ -38,7 +39,9 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
     # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     # Said to be local, lest it join a cluster that somebody has left on this machine.
-    joined = {"address": address} if address else {"address": "local", "include_dashboard": dashboard, **local}
+    # Ray itself counts cores that this process may not use.
+    here = {"address": "local", "include_dashboard": dashboard, "num_cpus": usable_cores(), **local}
+    joined = {"address": address} if address else here
     try:
         ray.init(**joined, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except ConnectionError as error:

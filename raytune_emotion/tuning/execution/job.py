@@ -21,13 +21,14 @@ from torch.utils.tensorboard import SummaryWriter
 from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
 from raytune_emotion.learn.device import allowance, is_out_of_memory
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import is_disk_full, write_text
+from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.study.optuna_study import Proposal
 from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec

@@ -19,10 +19,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import is_disk_full, write_text
+from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.execution.cluster import Placement
 from raytune_emotion.tuning.execution.job import Job, halved, job_of
 from raytune_emotion.tuning.execution.worker_group import release_workers

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from raytune_emotion.tuning.execution.cluster import Placement
 from raytune_emotion.tuning.execution.runner import run_study
@@ -60,9 +60,7 @@ def run_shown(
 @contextmanager
 def _progress(console: Console, spec: StudySpec, records: list[TrialRecord]) -> Iterator[Callable[[Event], None]]:
     """A line for each trial that ends, and below them, in a terminal, a bar."""
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
+    progress = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     running: dict[str, str] = {}
     ended = {record.trial_id for record in records if record.status != "running"}
     best = min([spec.baseline["js"], *(record.best["val_js"] for record in records if record.best)])
@@ -77,7 +75,7 @@ def _progress(console: Console, spec: StudySpec, records: list[TrialRecord]) -> 
             running.pop(trial_id, None)
             ended.add(trial_id)
             progress.update(bar, completed=len(ended))
-            progress.console.print(_line(event), highlight=False)
+            progress.console.print(_line(event))
         progress.update(bar, description=f"best {best:.4f}  running {', '.join(running.values())}")
 
     with progress:

@@ -12,7 +12,6 @@ start:                                      # tried first; what is left out is s
 The whole format is in `json_schema`, by which editors complete and check a space.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig
+from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.model import check_backbone, check_weights
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
@@ -211,18 +210,13 @@ def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str,
             setting = _setting(source, (*at, key), key, value)
         else:
             known = [*SETTINGS, "loss", *(() if at else ("when", "start"))]
-            source.fault((*at, key), f"{key}: there is no such setting{_nearest(key, known)}")
+            source.fault((*at, key), f"{key}: there is no such setting{did_you_mean(key, known)}")
             continue
         if setting is None:
             source.broken.add(key)
         else:
             result[key] = setting
     return result
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], words: Sequence[str]) -> str | None:
@@ -232,7 +226,7 @@ def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], wo
         return None
     (word,) = given
     if word not in words:
-        source.fault(at, f"{key}: `{word}` is no distribution for it ({', '.join(words)}){_nearest(word, words)}")
+        source.fault(at, f"{key}: `{word}` is no distribution for it ({', '.join(words)}){did_you_mean(word, words)}")
         return None
     return word
 
@@ -259,7 +253,7 @@ def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
 def _is_loss(source: _Source, at: _Path, name: Any) -> bool:
     if name in LOSSES:
         return True
-    near = _nearest(name, LOSSES) if isinstance(name, str) else ""
+    near = did_you_mean(name, LOSSES) if isinstance(name, str) else ""
     source.fault(at, f"loss: {name!r} is none of the losses {', '.join(LOSSES)}{near}")
     return False
 
@@ -386,14 +380,14 @@ def _branch(
         if key in source.broken:
             continue
         if not isinstance(setting, CategoricalDistribution):
-            hint = _nearest(key, [k for k, s in settings.items() if isinstance(s, CategoricalDistribution)])
+            hint = did_you_mean(key, [k for k, s in settings.items() if isinstance(s, CategoricalDistribution)])
             source.fault(here, f"{key}: an `if` asks for a setting that is searched by choice; this is not{hint}")
             continue
         values = wanted if isinstance(wanted, list) else [wanted]
         unknown = [value for value in values if value not in setting.choices]
         for value in unknown:
             choices = [str(choice) for choice in setting.choices]
-            near = _nearest(str(value), choices)
+            near = did_you_mean(str(value), choices)
             source.fault(here, f"{key}: {value!r} is none of its choices ({', '.join(choices)}){near}")
         if not values:
             source.fault(here, f"{key}: an `if` needs one of its choices")
@@ -437,7 +431,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
                 weights[loss] = float(value)
         elif key not in active:
             absent = "is not in this space, so that it cannot be set here"
-            unknown = f"there is no such setting{_nearest(key, active)}"
+            unknown = f"there is no such setting{did_you_mean(key, active)}"
             source.fault(here, f"{key}: {absent if key in SETTINGS else unknown}")
         elif isinstance(active[key], Simplex):
             source.fault(here, "loss: is a mixture here, so give weights, such as loss.kl: 1")

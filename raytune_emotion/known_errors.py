@@ -1,0 +1,178 @@
+"""Errors that a user, a machine or a network causes: one table of what is said of each, with the exit code."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+#: What the system says of a place that the user has named.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+#: What it says when a disk, a server or a connection fails.
+_FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENXIO)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+
+_MORE_FILES = "raise the limit, such as by `ulimit -n 65536`"
+_MORE_PROCESSES = "the system starts no more processes or threads; raise the limit (`ulimit -u`), or end others"
+_MORE_MEMORY = (
+    "ask for a smaller train.batch_size or data.image_size, or more of train.accumulate; or raise the memory limit "
+    "(`ulimit -v`, the container's, the job's)"
+)
+_HUB = "connect this machine to the Hugging Face hub, or name a folder of weights as model.weights_dir"
+
+
+@dataclass(frozen=True)
+class KnownError:
+    """One row: an error by the name of its class, or of a base of that, and by a condition."""
+
+    name: str  # with its module: to know an error, its library need not be imported
+    when: Callable[[Any], bool]
+    code: int  # the exit code: 2 where the user or the machine is to be changed, 1 where the work broke off
+    sentence: Callable[[Any], str]
+
+
+def _always(error: Any) -> bool:
+    return True
+
+
+def _number_in(*numbers: int) -> Callable[[Any], bool]:
+    return lambda error: getattr(error, "errno", None) in numbers
+
+
+def _says(*words: str) -> Callable[[Any], bool]:
+    return lambda error: any(word in str(error) for word in words)
+
+
+def _place(error: Any) -> str:
+    """The file that an error of the system is about, with what the system says of it."""
+    name = error.filename
+    said = error.strerror or first_line(error)
+    return said if name is None else f"{os.fsdecode(name) if isinstance(name, str | bytes) else name}: {said}"
+
+
+def _of_the_hub(error: Any) -> str:
+    return f"the Hugging Face hub: {first_line(error)}; {_HUB}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or the user's share of it, is full."""
+    # Safetensors wraps the system's error in one of its own, in words.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; the name of its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+#: The first row that fits counts.
+KNOWN = (
+    KnownError(
+        "builtins.OSError",
+        is_disk_full,
+        1,
+        lambda error: f"no space left on the disk: {first_line(error)}; make room, then go on by --resume",
+    ),
+    KnownError("builtins.OSError", _number_in(*_TOO_MANY_FILES), 2, lambda error: f"{_place(error)}; {_MORE_FILES}"),
+    KnownError("builtins.OSError", _number_in(errno.EAGAIN), 2, lambda error: f"{_place(error)}; {_MORE_PROCESSES}"),
+    KnownError(
+        "builtins.OSError", _number_in(errno.ENOMEM), 2, lambda error: f"out of memory: {_place(error)}; {_MORE_MEMORY}"
+    ),
+    KnownError("huggingface_hub.errors.HfHubHTTPError", _always, 2, _of_the_hub),
+    KnownError("huggingface_hub.errors.EntryNotFoundError", _always, 2, _of_the_hub),
+    KnownError("huggingface_hub.errors.OfflineModeIsEnabled", _always, 2, _of_the_hub),
+    KnownError("httpx2.HTTPError", _always, 2, _of_the_hub),
+    KnownError("httpx.HTTPError", _always, 2, _of_the_hub),
+    KnownError("requests.exceptions.RequestException", _always, 2, _of_the_hub),
+    KnownError(
+        "builtins.OSError",
+        lambda error: error.errno in _REFUSED and error.filename is not None,
+        2,
+        lambda error: f"{_place(error)}; name another place, or change who may use it",
+    ),
+    KnownError(
+        "builtins.OSError",
+        _number_in(*_FAILED),
+        1,
+        lambda error: f"{_place(error)}; the storage or the network failed: try again, or name another place",
+    ),
+    KnownError(
+        "builtins.ConnectionError",
+        lambda error: not isinstance(error, BrokenPipeError),
+        1,
+        lambda error: f"a connection broke: {first_line(error)}; try again",
+    ),
+    KnownError("builtins.MemoryError", _always, 2, lambda error: f"out of memory; {_MORE_MEMORY}"),
+    KnownError(
+        "torch.OutOfMemoryError", _always, 2, lambda error: f"out of memory: {first_line(error)}; {_MORE_MEMORY}"
+    ),
+    KnownError(
+        "builtins.RuntimeError",
+        _says("DefaultCPUAllocator", "out of memory"),
+        2,
+        lambda error: f"out of memory: {first_line(error)}; {_MORE_MEMORY}",
+    ),
+    KnownError("builtins.RuntimeError", _says("can't start new thread"), 2, lambda error: _MORE_PROCESSES),
+    KnownError(
+        "builtins.RuntimeError",
+        _says("Could not determine home directory"),
+        2,
+        lambda error: "this user has no home folder; name one: export HOME=/some/folder",
+    ),
+    KnownError(
+        "safetensors._safetensors_rust.SafetensorError",
+        is_disk_full,
+        1,
+        lambda error: f"no space left on the disk: {first_line(error)}; make room, then go on by --resume",
+    ),
+    KnownError(
+        "safetensors._safetensors_rust.SafetensorError",
+        _always,
+        2,
+        lambda error: f"a file of weights is damaged: {first_line(error)}; restore it from a copy, or make it anew",
+    ),
+    KnownError(
+        "ray.exceptions.AuthenticationError",
+        _always,
+        2,
+        lambda error: (
+            f"the Ray cluster asks for a token: {first_line(error)}; get one by `ray get-auth-token --generate`, and "
+            f"export RAY_AUTH_MODE=token"
+        ),
+    ),
+    KnownError(
+        "ray.exceptions.RayError",
+        _always,
+        1,
+        lambda error: f"Ray: {first_line(error)}; start again, or go on by --resume",
+    ),
+    KnownError(
+        "ray.train.TrainingFailedError",
+        _always,
+        1,
+        lambda error: f"the workers of a trial failed: {first_line(error)}; go on by --resume",
+    ),
+    KnownError(
+        "optuna.exceptions.StorageInternalError",
+        _always,
+        1,
+        lambda error: f"the study's journal: {first_line(error)}; go on by --resume",
+    ),
+)
+
+
+def known_error(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the sentence for an error; None for one that is a fault of this program."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException) and "ray.exceptions.RayTaskError" in _names(error):
+        return known_error(cause)  # what was raised in another process
+    names = _names(error)
+    for row in KNOWN:
+        if row.name in names and row.when(error):
+            return row.code, row.sentence(error)
+    return None
+
+
+def _names(error: BaseException) -> set[str]:
+    return {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}

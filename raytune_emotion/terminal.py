@@ -1,0 +1,72 @@
+"""Text for people: on the console, in messages, and as a command that they can type."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_COLOUR_CODE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Return a text without colour codes, and with control characters and broken Unicode as escapes.
+
+    Names of files and messages of other programs may hold all of these; a terminal would obey them.
+    """
+    text = _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", _COLOUR_CODE.sub("", text))
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+class _PlainConsole(Console):
+    def render_str(self, text: str, *args: Any, **options: Any) -> Text:
+        return super().render_str(printable(text), *args, **options)
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Make a console that shows text as it stands.
+
+    Nothing in a text is markup, an emoji code or a word to be coloured: texts come from paths, errors and files. All
+    console output of this project goes through such a console, or through `say` and `warn`.
+    """
+    return _PlainConsole(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def plain_table(*headings: str, title: str | None = None) -> Table:
+    """Make a table for a plain console; each heading is a column."""
+    return Table(*headings, box=box.SIMPLE, title=title, title_justify="left")
+
+
+def say(text: str) -> None:
+    """Print a line on standard output."""
+    print(printable(text))
+
+
+def warn(text: str) -> None:
+    """Print a line on standard error."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def count(number: int, noun: str, nouns: str | None = None) -> str:
+    """Say how many there are: `count(1, "trial")` is "1 trial", `count(2, "trial")` is "2 trials"."""
+    return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
+def short(path: Path) -> str:
+    """Return a path as people read it: relative if it is below the working folder, else absolute."""
+    path = path.absolute()
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, OSError):  # elsewhere; or the working folder is gone
+        return str(path)
+
+
+def typed(place: Path | str) -> str:
+    """Return a path, or another word, as it is typed in a shell."""
+    return shlex.quote(short(place) if isinstance(place, Path) else place)

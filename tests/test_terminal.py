@@ -1,0 +1,116 @@
+"""Text on the console: nothing from outside is markup, and every output goes through one module."""
+
+import ast
+import io
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+import raytune_emotion
+from raytune_emotion import terminal
+from raytune_emotion.terminal import count, plain_console, plain_table, printable, short, typed
+
+ROOT = Path(raytune_emotion.__file__).parent
+
+#: Texts that came from outside, or may: a closing tag, a source line, an emoji code, a link.
+HOSTILE = (
+    "RuntimeError: [/w/pytorch/third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234",
+    "[enforce fail at alloc_cpu.cpp:118] err == 0",
+    "results/[old]/a[/b]/:smiley:",
+    "[link=file:///etc]click[/link]",
+)
+
+
+def printed(*things, monkeypatch) -> str:
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    for thing in things:
+        plain_console().print(thing)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_from_outside_is_no_markup(text, monkeypatch):
+    assert printed(text, monkeypatch=monkeypatch) == f"{text}\n"
+    table = plain_table("heading", title=text)
+    table.add_row(text)
+    told = "".join(printed(table, monkeypatch=monkeypatch).split())  # long lines are broken
+    assert told.count("".join(text.split())) == 2
+    console = plain_console()
+    console.file = out = io.StringIO()
+    with Progress("{task.description}", console=console) as bars:
+        bars.add_task(text)
+    assert text[:60] in out.getvalue()
+
+
+def test_control_characters_and_broken_names_are_shown_and_not_obeyed(monkeypatch):
+    assert (
+        printable("\x1b[33m(raylet)\x1b[0m a\x07b\x1b]0;title\x07\r\n\tc")
+        == "(raylet) a\\x07b\\x1b]0;title\\x07\\x0d\n\tc"
+    )
+    name = os.fsdecode(b"caf\xe9")
+    assert printable(name) == "caf\\udce9"
+    assert printed(name, monkeypatch=monkeypatch) == "caf\\udce9\n"
+
+
+def test_a_number_has_its_noun():
+    assert [count(n, "trial") for n in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]
+    assert [count(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
+def test_a_path_is_relative_below_the_working_folder_and_absolute_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    below = tmp_path / "ray results" / "mine"
+    assert short(below) == short(Path("ray results/mine")) == "ray results/mine"
+    assert short(tmp_path) == "."
+    assert short(Path("/elsewhere/mine")) == "/elsewhere/mine"
+    assert shlex.split(typed(below)) == ["ray results/mine"]
+    assert typed("s3://bucket/a b") == "'s3://bucket/a b'"
+
+
+def test_a_working_folder_that_is_gone_is_no_error(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})\n"
+    code += "from pathlib import Path; from raytune_emotion.terminal import short; print(short(Path('/a/b')))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "/a/b\n"
+
+
+#: Modules that write what a program reads, or the log of their own process.
+_FOR_PROGRAMS = {
+    "terminal.py",
+    "predict.py",  # CSV
+    "storage/remote.py",  # to the process that asked
+    "learn/throughput.py",  # likewise
+    "tuning/execution/trial_actor.py",  # the log
+    "tuning/space/json_schema.py",  # JSON
+}
+
+
+def calls_of(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("module", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_output_goes_through_the_terminal_module(module):
+    """A console, a table or a column that reads markup is made nowhere else, so that no text can become markup."""
+    if str(module.relative_to(ROOT)) in _FOR_PROGRAMS:
+        return
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    for name, call in calls_of(tree):
+        where = f"{module.relative_to(ROOT)}:{call.lineno}"
+        last = name.rpartition(".")[2]
+        assert last not in ("Console", "Table", "TextColumn", "from_markup", "render_markup", "Panel"), where
+        assert name != "print", f"{where}: terminal.say and terminal.warn print"
+        assert not any(word.arg in ("markup", "emoji") for word in call.keywords), where
+
+
+def test_the_console_is_the_only_one():
+    assert not plain_console()._markup
+    assert terminal.plain_console(stderr=True).stderr
