@@ -16,6 +16,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+#: Of the S3 server of the tests. Processes that tests start inherit them.
+os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="wJalrXUtnFEMI")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Packed stores and generated faces of the tests stay among themselves."""

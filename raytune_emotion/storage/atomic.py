@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes of files and folders, and locks."""
 
 import contextlib
 import fcntl
@@ -16,16 +16,22 @@ from raytune_emotion.errors import UserError
 #: Keeps a folder to one process; it stays there.
 LOCK = ".lock"
 _STALE_SECONDS = 60
+#: What the system says of a file system without locks. Every other error is one of the lock's file.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which becomes `path` when the block ends well and is gone when it does not."""
+    """Yield a temporary file beside `path`; it replaces `path` when the block succeeds and is deleted when it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # follows the umask
         yield temporary
-        # Some writers make files that their owner alone can read; these are to be as open as their folder.
-        temporary.chmod(path.parent.stat().st_mode & 0o666)
+        # Some writers make files that their owner alone can read. Some file systems have no modes to change.
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -91,20 +97,24 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of such blocks for the folder, until the end of this one.
+    """Hold the exclusive lock of a folder during the block.
+
+    On a file system without locks there is none to hold.
 
     Raises:
-        UserError: another process is in one.
+        UserError: another process holds it, or the lock's file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
             # A file that is open for writing: of a folder, NFS keeps the lock to this machine.
             lock = stack.enter_context((folder / LOCK).open("ab"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is at work in it; wait for its end, or end it") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            raise UserError(
+                f"{folder / LOCK}: cannot be locked ({error.strerror}); name a folder that you may write to"
+            ) from error
         yield
 
 
@@ -143,12 +153,19 @@ def _exists(dest: Path) -> UserError:
 def _locked(folder: Path, how: int = 0) -> Iterator[int]:
     fd = os.open(folder, os.O_RDONLY)
     try:
-        try:
+        if how:
             fcntl.flock(fd, fcntl.LOCK_EX | how)
-        except OSError:
-            if how:
-                raise
-            # A file system without locks: it is never swept, and two at a time write the same to it.
+        else:
+            # Without locks two processes at a time write the same to the folder, and nothing sweeps it.
+            _flock(fd, fcntl.LOCK_EX)
         yield fd
     finally:
         os.close(fd)
+
+
+def _flock(fd: int, how: int) -> None:
+    try:
+        fcntl.flock(fd, how)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise

@@ -6,6 +6,7 @@ back.
 """
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import json
@@ -14,23 +15,33 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.atomic import is_disk_full, whole
 
 _WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
 _CHECK_S = 30.0
 _CHUNK = 16 * 2**20  # bytes
 _AT_ONCE = 16
-# Theirs alone are there when they are whole.
-_OBJECT_STORES = ("s3", "gcs", "abfs")
+#: How each kind of file system puts a file in the place of another in one step: an object is copied, a file is moved.
+_COPY, _MOVE = ("s3", "gcs", "abfs"), ("local",)
+#: What the system, and a store of objects in words, say of a request that would fail again.
+_PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_PERMANENT_WORDS = re.compile(
+    r"\b(NO_SUCH_BUCKET|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE"
+    r"|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED)\b"
+)
+
+#: Names of options whose values are secrets.
+_SECRET = re.compile(r"secret|token|password|credential|signature|access_?key|account_?key|^sig$", re.IGNORECASE)
 
 _T = TypeVar("_T")
 
@@ -54,6 +65,32 @@ def shown(uri: str) -> str:
     # Not by its parts: a secret with a slash that should have been written as %2F is no part.
     address, options, _ = uri.partition("?")
     return re.sub("://[^/@]*:.*@", "://***@", address) + ("?***" if options else "")
+
+
+def refuse_credentials(uri: str) -> None:
+    """Refuse a URI that holds a secret: it is written into studies, and every user of the machine sees it in `ps`.
+
+    Raises:
+        UserError: without the secret.
+    """
+    address, _, options = uri.partition("?")
+    if shown(address) != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
+        raise UserError(
+            f"{shown(uri)}: has credentials in it, which would be written into studies; leave them to the environment,"
+            f" such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+
+
+def refuse_outside(where: str, folder: Path, names: Iterable[str]) -> None:
+    """Refuse names that somebody else has chosen and that lead out of the folder they are to be written into.
+
+    Raises:
+        UserError: a sentence for each of them.
+    """
+    if outside := [name for name in names if not _is_inside(name)]:
+        raise UserError(
+            f"{where}: holds {name!r}, which would be written outside of {folder}; remove it there" for name in outside
+        )
 
 
 def check(uri: str, *, write: bool) -> None:
@@ -105,7 +142,7 @@ def newest(uri: str, name: str) -> str | None:
         found = filesystem.get_file_info([f"{info.path}/{name}" for info in folders if info.type == FileType.Directory])
         return [info for info in found if info.type == FileType.File]
 
-    files = _insist(uri, look)
+    files = [info for info in _insist(uri, look) if _is_inside(info.path.split("/")[-2])]
     return Path(max(files, key=lambda info: info.mtime_ns).path).parent.name if files else None
 
 
@@ -142,8 +179,11 @@ def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
     """Copies files from a URI into a folder, but for those that are not there.
 
     Raises:
+        UserError: a name leads out of the folder.
         Breakdown: it fails again and again.
     """
+    names = list(names)
+    refuse_outside(shown(uri), folder, names)
 
     def get(name: str, filesystem: FileSystem, path: str) -> None:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
@@ -178,15 +218,28 @@ def delete(uri: str, names: Iterable[str]) -> None:
 
 
 def _put(file: Path, filesystem: FileSystem, target: str) -> None:
-    direct = filesystem.type_name in _OBJECT_STORES
-    if not direct:
-        filesystem.create_dir(target.rpartition("/")[0])
-    # Not by pyarrow's `copy_files`, which closes what it writes in a destructor: that an upload failed is lost there.
-    stream = filesystem.open_output_stream(target if direct else f"{target}.part")
-    with file.open("rb") as source, stream:
-        shutil.copyfileobj(source, stream, _CHUNK)
-    if not direct:
-        filesystem.move(f"{target}.part", target)
+    """Upload a file beside the target, and put it in the target's place when it is there whole.
+
+    A stream cannot be given up: whatever closes it, be it an exception or its destructor, completes an object of what
+    was written. So none is ever opened at the target.
+    """
+    part = f"{target}.{uuid.uuid4().hex[:8]}.part"
+    with file.open("rb") as source:
+        if filesystem.type_name in _MOVE:
+            filesystem.create_dir(target.rpartition("/")[0])
+        try:
+            # Not by pyarrow's `copy_files`, which closes what it writes in a destructor, where errors are lost.
+            with filesystem.open_output_stream(part) as stream:
+                shutil.copyfileobj(source, stream, _CHUNK)
+            if filesystem.type_name in _MOVE:
+                filesystem.move(part, target)
+            else:
+                filesystem.copy_file(part, target)
+                filesystem.delete_file(part)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                filesystem.delete_file(part)
+            raise
 
 
 def _each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem, str], None]) -> None:
@@ -200,17 +253,25 @@ def _each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem, str
 
 def _insist(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
     waits = iter(_WAITS)
+    tries = 1
     while True:
         try:
             return action(*_open(uri))
         except FileNotFoundError:
             raise
         except OSError as error:
-            wait = next(waits, None)
+            if is_disk_full(error):
+                raise
+            wait = None if _is_permanent(error) else next(waits, None)
             if wait is None:
-                tries = f"{len(_WAITS) + 1} times in a row"
-                raise Breakdown(f"{shown(uri)}: failed {tries}, the last time by: {_first_line(error)}") from error
+                times = f"failed {tries} times in a row, the last time by: " if tries > 1 else "failed: "
+                raise Breakdown(f"{shown(uri)}: {times}{_first_line(error)}") from error
         time.sleep(wait)
+        tries += 1
+
+
+def _is_permanent(error: OSError) -> bool:
+    return error.errno in _PERMANENT or _PERMANENT_WORDS.search(str(error)) is not None
 
 
 @functools.lru_cache(maxsize=8)
@@ -231,6 +292,10 @@ def _check() -> None:
         filesystem, path = _open(uri)
         if not path:
             raise ValueError("it names no bucket and no folder")
+        if filesystem.type_name not in (*_COPY, *_MOVE):
+            raise ValueError(f"in a file system of type {filesystem.type_name} no file can replace another in one step")
+        if (name := name_of(uri)) and not _is_inside(name):
+            raise ValueError("its last part is no name of a folder")
         if not write:
             filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return
@@ -238,6 +303,11 @@ def _check() -> None:
         filesystem.delete_file(f"{path}/.check")
     except (OSError, ValueError, NotImplementedError) as error:
         print(_first_line(error))
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name that somebody else has chosen stays in the folder that it is put into."""
+    return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,13 +1,17 @@
 import contextlib
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import atomic
-from raytune_emotion.storage.atomic import resumable_folder, whole, whole_folder, write_text
+from raytune_emotion.storage.atomic import alone_in, resumable_folder, whole, whole_folder, write_text
 
 
 def test_a_file_that_fails_leaves_what_was_there(tmp_path):
@@ -34,11 +38,68 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_a_file_is_as_open_as_its_folder_whoever_wrote_it(tmp_path):
-    tmp_path.chmod(0o750)
-    with whole(tmp_path / "weights") as temporary:
-        temporary.touch(mode=0o600)
-    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_file_mode_follows_the_umask_whoever_wrote_it(tmp_path, umask, mode):
+    tmp_path.chmod(0o1777)
+    before = os.umask(umask)
+    try:
+        with whole(tmp_path / "weights") as temporary:
+            temporary.unlink()
+            temporary.touch(mode=0o600)
+        write_text(tmp_path / "table.csv", "new")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "weights": mode,
+        "table.csv": mode,
+    }
+
+
+def test_file_is_written_where_modes_cannot_change(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_text(tmp_path / "table.csv", "new")
+    assert (tmp_path / "table.csv").read_text() == "new"
+
+
+# Locks
+
+
+def test_only_one_process_holds_the_lock_of_a_folder(tmp_path):
+    with alone_in(tmp_path), pytest.raises(UserError, match="another process is at work in it"), alone_in(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone_in(tmp_path), resumable_folder(tmp_path / "dest"):
+        pass
+    atomic.sweep(tmp_path, -1, "dest")
+    assert (tmp_path / "dest").exists(), "what may be in use is not removed"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE])
+def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=rf"\.lock: cannot be locked \({os.strerror(number)}\)"), alone_in(tmp_path):
+        pass
+    with pytest.raises(OSError, match=os.strerror(number)), resumable_folder(tmp_path / "dest"):
+        pass
+
+
+def test_lock_that_cannot_be_opened_is_an_error(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock: cannot be locked \(Is a directory\)"), alone_in(tmp_path):
+        pass
 
 
 # Folders that are whole or not there

@@ -1,13 +1,20 @@
 """Files at a URI: on a real S3 server on the loopback interface, and in a folder."""
 
 import contextlib
+import errno
 import http.client
 import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import moto.backends
 import pytest
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSystem
@@ -26,7 +33,7 @@ def s3_server():
     host, port = server.get_host_and_port()
     options = f"endpoint_override=http%3A%2F%2F{host}%3A{port}&region=us-east-1&scheme=http"
     try:
-        bucket = f"s3://key:{SECRET}@bucket?{options}"
+        bucket = f"s3://bucket?{options}"
         filesystem, path = FileSystem.from_uri(f"{bucket}&allow_bucket_creation=true")
         filesystem.create_dir(path)
         yield bucket
@@ -131,13 +138,13 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
-        slow = f"s3://key:{SECRET}@bucket/a?endpoint_override=127.0.0.1:{mute.getsockname()[1]}&scheme=http&region=x"
+        slow = f"s3://bucket/a?endpoint_override=127.0.0.1:{mute.getsockname()[1]}&scheme=http&region=x"
         for place, why in [
             ("ftp://host/a", "Unrecognized filesystem type"),
             ("s3://", "names no bucket"),
-            (f"s3://key:{SECRET}@bucket/a?regio=x", "Unexpected query parameter"),
+            ("s3://bucket/a?regio=x", "Unexpected query parameter"),
             (remote.join((tmp_path / "file").as_uri(), "a"), "Not a directory"),
-            (bucket.replace("@bucket", "@nosuchbucket"), "NO_SUCH_BUCKET"),
+            (bucket.replace("//bucket", "//nosuchbucket"), "NO_SUCH_BUCKET"),
             (f"s3://key:{SECRET}/+@bucket/a?region=x", "Cannot parse URI"),
             (slow, "no answer in 2 s"),
         ]:
@@ -175,11 +182,168 @@ def test_a_server_that_comes_back_is_waited_for(folder, tmp_path, monkeypatch):
     assert content(tmp_path / "disk") == {"a.txt": b"a"}
 
 
+# An upload that breaks off
+
+
+GOOD = b"good" * 10
+#: More than what one request of an upload in parts takes.
+HALF = bytes(range(256)) * 2**17
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("written", [0, len(HALF)])
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, MemoryError])
+def test_interrupted_upload_keeps_the_old_object(uri, tmp_path, monkeypatch, written, error):
+    (tmp_path / "journal").write_bytes(GOOD)
+    remote.push(tmp_path, uri, ["journal"])
+
+    def break_off(source, target, length):
+        if written:
+            target.write(HALF)
+        raise error
+
+    monkeypatch.setattr(shutil, "copyfileobj", break_off)
+    with pytest.raises(error):
+        remote.push(tmp_path, uri, ["journal"])
+    assert remote.read(uri, "journal") == GOOD
+    assert remote.names(uri, "*") == ["journal"]
+
+
+def test_file_that_vanished_keeps_the_old_object(uri, tmp_path):
+    (tmp_path / "journal").write_bytes(GOOD)
+    remote.push(tmp_path, uri, ["journal"])
+    (tmp_path / "journal").unlink()
+    with pytest.raises(FileNotFoundError):
+        remote.push(tmp_path, uri, ["journal"])
+    assert remote.read(uri, "journal") == GOOD
+    assert remote.names(uri, "*") == ["journal"]
+
+
+def test_two_ctrl_c_in_an_upload_keep_the_old_object(uri, tmp_path):
+    (tmp_path / "journal").write_bytes(GOOD)
+    remote.push(tmp_path, uri, ["journal"])
+    (tmp_path / "journal").unlink()
+    os.mkfifo(tmp_path / "journal")
+    script = (
+        "import pathlib, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from raytune_emotion.storage import remote\n"
+        "remote.push(pathlib.Path(sys.argv[1]), sys.argv[2], ['journal'])\n"
+    )
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), uri], stderr=subprocess.PIPE, text=True
+        ) as process,
+        (tmp_path / "journal").open("wb") as pipe,
+    ):
+        pipe.write(HALF)
+        pipe.flush()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert remote.read(uri, "journal") == GOOD
+
+
+# Names that somebody else has chosen
+
+
+def test_name_that_leads_out_of_the_folder_is_refused(bucket, tmp_path):
+    # Clients mend such a name; who means harm has another one.
+    backend = moto.backends.get_backend("s3")["123456789012"]["aws"]
+    for name in ("names/study.yaml", "names/trials/../../other/history.jsonl", "names/../study.yaml"):
+        backend.put_object("bucket", name, b"theirs")
+    uri = remote.join(bucket, "names")
+    found = remote.names(uri, "*study.yaml", "trials/*/history.jsonl")
+    assert "trials/../../other/history.jsonl" in found
+    with pytest.raises(
+        UserError, match=r"names.*: holds 'trials/\.\./\.\./other/history\.jsonl', which would be written"
+    ):
+        remote.pull(uri, tmp_path / "deep" / "folder", found)
+    assert content(tmp_path) == {}
+    assert remote.newest(uri, "study.yaml") is None
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "a//x", "", ".", "a/./x", "a\0b"])
+def test_only_names_below_the_folder_are_fetched(tmp_path, name):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="which would be written outside"):
+        remote.pull((tmp_path / "there").as_uri(), tmp_path / "here", [name])
+
+
+def test_uri_that_ends_in_no_name_is_refused(bucket):
+    for uri in (remote.join(bucket, ".."), bucket.replace("bucket?", "bucket/a/%2E%2E?")):
+        with pytest.raises(UserError, match="its last part is no name of a folder"):
+            remote.check(uri, write=False)
+
+
+# What is tried again
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EROFS, "Read-only file system"),
+        OSError("When reading: AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+        OSError("AWS Error NO_SUCH_BUCKET during PutObject operation: The specified bucket does not exist"),
+    ],
+)
+def test_error_that_stays_is_not_tried_again(tmp_path, monkeypatch, error):
+    tries = []
+
+    def fail(uri):
+        tries.append(uri)
+        raise error
+
+    monkeypatch.setattr(remote, "_open", fail)
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
+    with pytest.raises(Breakdown, match=r"^s3://bucket/a: failed: "):
+        remote.exists("s3://bucket/a")
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error SLOW_DOWN during")])
+def test_error_that_passes_is_tried_again(monkeypatch, error):
+    tries = []
+
+    def fail(uri):
+        tries.append(uri)
+        raise error
+
+    monkeypatch.setattr(remote, "_open", fail)
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
+    with pytest.raises(Breakdown, match="failed 3 times in a row, the last time by: "):
+        remote.exists("s3://bucket/a")
+    assert len(tries) == 3
+
+
+def test_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/a").write_bytes(b"a")
+
+    def fill_up(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", fill_up)
+    with pytest.raises(OSError, match="No space left on device"):
+        remote.pull((tmp_path / "there").as_uri(), tmp_path / "here", ["a"])
+
+
+def test_file_system_that_cannot_replace_a_file_is_refused():
+    with pytest.raises(UserError, match="in a file system of type mock no file can replace another in one step"):
+        remote.check("mock:///a/b", write=True)
+
+
 def test_an_upload_that_fails_is_never_silent(bucket, folder, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", ())
     for name in ("a.txt", "trials/0000/last.safetensors"):
         with pytest.raises(Breakdown, match="NO_SUCH_BUCKET"):
-            remote.push(folder, bucket.replace("@bucket", "@nosuchbucket"), [name])
+            remote.push(folder, bucket.replace("//bucket", "//nosuchbucket"), [name])
 
 
 def test_a_server_that_stays_away_is_a_breakdown(folder, tmp_path, monkeypatch):

@@ -1,0 +1,190 @@
+"""A folder and a URI behave alike, to the byte and to the sentence."""
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import File, Folder, Remote, location_of, parse_location
+from tests.storage.test_remote import SECRET, s3_server
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_server() as uri:
+        yield uri
+
+
+@pytest.fixture(params=["folder", "file", "s3"])
+def location(request, tmp_path):
+    """An empty place of each kind."""
+    if request.param == "s3":
+        return Remote(remote.join(request.getfixturevalue("bucket"), request.node.name))
+    place = tmp_path / "at a place"
+    return Folder(place) if request.param == "folder" else Remote(place.as_uri())
+
+
+def put(location, name, text):
+    with location.write(name) as path:
+        path.write_text(text)
+
+
+def test_what_is_written_is_read_and_found(location):
+    assert (location.exists(), location.read("a.txt"), location.sizes(["a.txt"])) == (False, None, [None])
+    assert (location.list_folders(), location.find("*")) == ([], [])
+    put(location, "a.txt", "a")
+    put(location, "trials/0000/history.jsonl", "{}")
+    assert location.exists()
+    assert location.read("a.txt") == b"a"
+    assert location.sizes(["a.txt", "b.txt", "trials/0000/history.jsonl"]) == [1, None, 2]
+    assert location.find("*") == ["a.txt", "trials/0000/history.jsonl"]
+    assert location.find("trials/*.jsonl", "b*") == ["trials/0000/history.jsonl"]
+    assert location.list_folders() == ["trials"]
+    assert location.list_folders("trials") == ["0000"]
+    assert [file.name for file in location.list_files()] == ["a.txt"]
+    assert [file.name for file in location.list_files("trials/0000")] == ["trials/0000/history.jsonl"]
+    assert (location / "trials/0000").read("history.jsonl") == b"{}"
+    assert (location / "trials").name == "trials"
+    contents = list(location.read_all(["a.txt", "none"]))
+    assert contents[0] == b"a"
+    assert isinstance(contents[1], OSError)
+    assert contents[1].errno == errno.ENOENT
+
+
+def test_stamp_changes_with_the_file(location):
+    put(location, "a.txt", "a")
+    (before,) = location.list_files()
+    stamp = location.stamp(before)
+    put(location, "a.txt", "ab")
+    (after,) = location.list_files()
+    assert stamp
+    assert location.stamp(after) != stamp
+
+
+def test_write_that_fails_leaves_the_old_file(location):
+    put(location, "a.txt", "old")
+
+    def write_half():
+        with location.write("a.txt") as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert location.read("a.txt") == b"old"
+    assert location.find("*") == ["a.txt"]
+
+
+def test_files_are_pushed_pulled_and_deleted(location, tmp_path):
+    here = tmp_path / "here"
+    for name in ("a.txt", "deep/b.txt"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        write_text(here / name, name)
+    location.push(here, ["a.txt", "deep/b.txt"])
+    location.pull(tmp_path / "there", ["a.txt", "deep/b.txt", "none"])
+    assert [file.read_text() for file in sorted((tmp_path / "there").rglob("*.txt"))] == ["a.txt", "deep/b.txt"]
+    location.delete(["a.txt", "none"])
+    assert location.find("*") == ["deep/b.txt"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x"])
+def test_name_that_leads_out_of_the_folder_is_not_pulled(location, tmp_path, name):
+    with pytest.raises(UserError, match="which would be written outside"):
+        location.pull(tmp_path / "here", [name])
+
+
+def test_folder_that_is_the_location_needs_no_copies(tmp_path):
+    location = Folder(tmp_path)
+    write_text(tmp_path / "a.txt", "a")
+    inode = (tmp_path / "a.txt").stat().st_ino
+    location.push(tmp_path, ["a.txt", "none"])
+    location.pull(tmp_path, ["a.txt", "none"])
+    assert (tmp_path / "a.txt").stat().st_ino == inode
+    with location.copy_here("*") as folder:
+        assert folder == tmp_path
+    assert location.working_folder() == tmp_path
+
+
+def test_copy_here_holds_what_was_asked_for_and_errors_name_the_location(location):
+    put(location, "study.yaml", "spec")
+    put(location, "large", "weights")
+
+    def refuse():
+        with location.copy_here("study.*") as folder:
+            assert (folder / "study.yaml").read_text() == "spec"
+            assert folder.name == location.name
+            raise UserError(f"{folder / 'study.yaml'}: damaged")
+
+    with pytest.raises(UserError) as raised:
+        refuse()
+    assert str(raised.value) == f"{location}/study.yaml: damaged"
+
+
+def test_newest_folder_with_a_file_is_found(location):
+    assert location.newest("a.txt") is None
+    put(location, "one/a.txt", "a")
+    put(location, "two/b.txt", "b")
+    assert location.newest("a.txt") == "one"
+
+
+def test_location_can_be_checked(location):
+    location.check(write=True)
+    assert location.find("*") == []
+
+
+def test_place_below_a_file_cannot_be_used(tmp_path):
+    (tmp_path / "file").touch()
+    for location in (Folder(tmp_path / "file" / "a"), Remote((tmp_path / "file/a").as_uri())):
+        with pytest.raises(UserError, match=r"file: is not a folder|Not a directory"):
+            location.check(write=True)
+
+
+def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = parse_location("ray_results")
+    assert folder == Folder(Path("ray_results")) == location_of(Path("ray_results")) == location_of(folder)
+    assert (str(folder), folder.address, folder.name) == ("ray_results", str(tmp_path / "ray_results"), "ray_results")
+    uri = parse_location("s3://bucket/a?region=x") / "first one"
+    assert str(uri) == uri.address == "s3://bucket/a/first%20one?region=x"
+    assert uri.name == "first one"
+    assert uri.working_folder().is_relative_to(tmp_path / "cache")
+    assert uri.working_folder() != (parse_location("s3://other") / "first").working_folder()
+    assert folder.require_folder("copy it") == Path("ray_results")
+    with pytest.raises(UserError, match=r"first%20one.*: is at a URI, and a folder of this machine is needed; copy it"):
+        uri.require_folder("copy it")
+    for location in (folder, uri):
+        assert pickle.loads(pickle.dumps(location)) == location
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://key:{SECRET}@bucket/a",
+        f"s3://key:{SECRET}/+@bucket/a?region=x",
+        f"s3://bucket/a?secret_key={SECRET}",
+        f"abfs://container@account/a?sas_token={SECRET}",
+        f"gs://bucket/a?Access_Token={SECRET}&x=y",
+    ],
+)
+def test_uri_with_credentials_is_refused_without_telling_them(uri):
+    with pytest.raises(UserError, match="has credentials in it") as raised:
+        parse_location(uri)
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a?region=x&scheme=http", "abfs://container@account/a", "file:///a@b:c@d"])
+def test_uri_without_credentials_is_taken(uri):
+    assert str(parse_location(uri)) == uri
+
+
+def test_listing_of_a_uri_holds_stamps(bucket):
+    location = Remote(remote.join(bucket, "stamps"))
+    put(location, "a.txt", "abc")
+    (file,) = location.list_files()
+    assert isinstance(file, File)
+    assert location.stamp(file).startswith("3 ")
