@@ -25,7 +25,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage.atomic import is_disk_full, whole
+from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.storage.atomic import whole
 
 _WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
 _CHECK_S = 30.0
