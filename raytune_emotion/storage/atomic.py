@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, and locks."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
