@@ -22,7 +22,7 @@ from rich.console import Console
 from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, natural, plain_name, positive
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.data.prepare import check_data, count_rows, own_size, prepare_sizes
-from raytune_emotion.data.store import Store, cache_folder, is_store
+from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
@@ -31,6 +31,7 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.gpu_sharing import AUTO, fastest_share

@@ -11,7 +11,6 @@ from raytune_emotion.data.packing.pack import pack_sizes, tell_rejected
 from raytune_emotion.data.store import (
     ABANDONED_S,
     Store,
-    cache_folder,
     is_store,
     open_store,
     packed_sizes,
@@ -22,6 +21,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import sweep
+from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.storage.locations import shown
 from raytune_emotion.terminal import warn
 

@@ -6,7 +6,6 @@ may lie side by side, as `pack` leaves them: in a place's folders 64px, 96px, ..
 
 import dataclasses
 import itertools
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from raytune_emotion.data.shard_format import MANIFEST, Manifest, check_space, o
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import resumable_folder, sweep, write_text
+from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import warn
 
 #: Names of stores of several sizes that lie side by side.
@@ -142,12 +142,6 @@ def open_store(place: Path | str) -> Store:
     """
     place = remote.place(place) if isinstance(place, str) else place
     return _fetched(place) if isinstance(place, str) else _map(place)
-
-
-def cache_folder() -> Path:
-    """Where this project keeps what it can make again: a folder of the user's, by the XDG base directory rules."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "raytune_emotion"
 
 
 def stores_at(place: Path | str) -> list[Path | str]:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from raytune_emotion.data.affectnet import SPLITS
-from raytune_emotion.data.store import cache_folder
 from raytune_emotion.emotions import VALENCE_AROUSAL, label_distribution
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import whole_folder
+from raytune_emotion.storage.cache import cache_folder
 
 #: Sizes of the built-in sample.
 TRAIN, VAL, IMAGE_SIZE = 2000, 500, 64

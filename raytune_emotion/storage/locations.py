@@ -30,6 +30,7 @@ from typing import NamedTuple
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.cache import cache_folder
 
 
 class File(NamedTuple):
@@ -353,12 +354,6 @@ def parse_location(text: str) -> Location:
 def location_of(place: Location | str | os.PathLike[str]) -> Location:
     """Return a location as it is, or parse a path or a URI: for functions that people call from their own programs."""
     return place if isinstance(place, Location) else parse_location(os.fspath(place))
-
-
-def cache_folder() -> Path:
-    """Return where this project keeps what it can make again, by the XDG base directory rules."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "raytune_emotion"
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

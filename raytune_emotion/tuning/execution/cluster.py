@@ -14,10 +14,14 @@ from typing import Any
 import optuna
 import ray
 from ray._private import services
+from ray.exceptions import AuthenticationError
 
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.tuning.execution.job import Resources
+from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
+from raytune_emotion.tuning.execution.ray_patches import forget_token
 
 #: Ray reads these when it starts, and has no arguments in their place.
 _RAY_SETTINGS = {
@@ -28,28 +32,76 @@ _RAY_SETTINGS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
+_TOKEN_NEEDED = (
+    "the cluster asks for a token; export RAY_AUTH_MODE=token, with its token in ~/.ray/auth_token (there "
+    "`ray get-auth-token --generate` makes one)"
+)
+
 
 @contextlib.contextmanager
 def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[None]:
-    """Joins the Ray cluster at an address, or starts one on this machine, and leaves it at the end."""
-    os.environ.update(_RAY_SETTINGS)
+    """Join the Ray cluster at an address, or start one on this machine, and leave it at the end.
+
+    The environment of this process is then as it was.
+
+    Raises:
+        UserError: the cluster cannot be joined, or Ray cannot be started on this machine as it is.
+    """
+    if ray.is_initialized():
+        raise UserError("Ray runs in this process already, and a session needs its own; call ray.shutdown() before")
     # Its warnings are of result files that are not written, and of failed trials, whose reasons are in the tables.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    # Said to be local, lest it join a cluster that somebody has left on this machine.
-    # Ray itself counts cores that this process may not use.
-    here = {"address": "local", "include_dashboard": dashboard, "num_cpus": usable_cores(), **local}
-    joined = {"address": address} if address else here
-    try:
-        ray.init(**joined, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
-    except ConnectionError as error:
-        raise UserError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_own_environment())
+        os.environ.update(_RAY_SETTINGS)
+        if address:
+            arguments: dict[str, Any] = {"address": address}
+        else:
+            own = stack.enter_context(local_ray())
+            # Said to be local, lest it join a cluster that somebody has left on this machine. Ray itself would count
+            # cores that this process may not use.
+            arguments = {"address": "local", "include_dashboard": dashboard, "num_cpus": usable_cores(), **own, **local}
+        forget_token()
+        try:
+            ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        except Exception as error:
+            ray.shutdown()
+            raise _start_failure(address, error) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_environment() -> Iterator[None]:
+    """Undo what the block does to the environment, and have Ray forget what it has read there."""
+    before = dict(os.environ)
     try:
         yield
     finally:
-        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+        forget_token()
+
+
+def _start_failure(address: str | None, error: Exception) -> Exception:
+    """The error to raise where Ray could not be started or joined, whatever it has raised."""
+    why = first_line(error)
+    if address is None:
+        known = known_error(error)
+        limits = low_limits()
+        sentence = f"Ray cannot be started on this machine: {known[1] if known else why}"
+        return UserError(f"{sentence}; {limits}, which may be too few; raise it" if limits else sentence)
+    if isinstance(error, AuthenticationError):
+        return UserError(f"--address {address}: {_TOKEN_NEEDED}")
+    if "Version mismatch" in str(error):
+        versions = " ".join(str(error).split())
+        return UserError(f"--address {address}: {versions} Use the cluster's versions of Ray and Python here")
+    return UserError(f"--address {address}: the Ray cluster there cannot be joined ({why}); look whether it still runs")
 
 
 @dataclass(frozen=True)

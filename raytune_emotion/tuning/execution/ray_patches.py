@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray.tune.tune
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution import tune_controller
@@ -71,3 +72,9 @@ def mended_tune() -> Iterator[None]:
     finally:
         for (module, name, _), own in zip(places, before, strict=True):
             setattr(module, name, own)
+
+
+def forget_token() -> None:
+    """Have Ray read anew whether it is to use a token, and which: it keeps both for the whole process."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

@@ -1,0 +1,49 @@
+"""Where this project keeps what it can make again."""
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from raytune_emotion.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Return the cache folder of this user, by the XDG base directory rules; it need not exist.
+
+    Without a home folder that can be written it is a folder of this user's alone for temporary files.
+
+    Raises:
+        UserError: somebody else has made that folder.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():
+        return base / "raytune_emotion"
+    home = home_folder()
+    if home is not None and _can_make(home / ".cache" / "raytune_emotion"):
+        return home / ".cache" / "raytune_emotion"
+    return _temporary_folder()
+
+
+def home_folder() -> Path | None:
+    """Return the user's home folder; None for a user without one, as in containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def _can_make(folder: Path) -> bool:
+    nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def _temporary_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"raytune_emotion-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise UserError(f"{folder}: belongs to somebody else; name a cache folder: export XDG_CACHE_HOME=/some/folder")
+    return folder

@@ -1,0 +1,106 @@
+"""Start Ray on this machine for this process alone: a folder, a token and limits of its own.
+
+By itself Ray would put its sockets below TMPDIR, whose path may be too long for one, or into /tmp/ray, which may be
+somebody else's; and since 2.59 it would leave a token in the user's home folder, where others may read it.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.terminal import warn
+
+try:
+    import resource
+except ImportError:  # not on Windows, where the limits below do not exist either
+    resource = None  # type: ignore[assignment]
+
+#: The system takes 107 bytes for the path of a socket; of these Ray's own names below its folder take up to 66.
+_LONGEST = 40
+_PREFIX = "rte-"
+_RANDOM = 8  # letters that `mkdtemp` appends
+#: Limits of a process below which Ray may fail, with the shell's word for each.
+_LIMITS = (
+    ("RLIMIT_NPROC", "ulimit -u", "processes and threads", 4096),
+    ("RLIMIT_NOFILE", "ulimit -n", "open files", 4096),
+    ("RLIMIT_AS", "ulimit -v", "bytes of address space", 2**45),
+)
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[dict[str, object]]:
+    """Prepare a local Ray session: yield arguments of `ray.init`, and clean up at the end.
+
+    The session's folder is removed at the end; where the block fails, it stays for its logs, without the token.
+
+    Raises:
+        UserError: there is no folder for it.
+    """
+    raise_limits()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base_folder()))
+    token = folder / "auth_token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": "token"}
+    failed = False
+    try:
+        yield {"_temp_dir": str(folder)}
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException:
+        failed = True
+        raise
+    finally:
+        token.unlink(missing_ok=True)
+        if failed and any(folder.iterdir()):
+            warn(f"Ray's logs are kept in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def base_folder() -> Path:
+    """Find a folder for Ray's files: RAY_TMPDIR, TMPDIR or /tmp, the first that is short enough and can be written.
+
+    Raises:
+        UserError: none can be used.
+    """
+    faults = []
+    for name, base in (*((name, os.environ.get(name)) for name in ("RAY_TMPDIR", "TMPDIR")), ("", "/tmp")):
+        if not base:
+            continue
+        named = f"{name}={base}" if name else base
+        if len(os.fsencode(base)) + 1 + len(_PREFIX) + _RANDOM > _LONGEST:
+            faults.append(f"{named} has a path of more than {_LONGEST - len(_PREFIX) - _RANDOM - 1} bytes")
+        elif not os.access(base, os.W_OK | os.X_OK) or not Path(base).is_dir():
+            faults.append(f"{named} is no folder that can be written to")
+        else:
+            return Path(base)
+    raise UserError(f"no folder for Ray's sockets: {'; '.join(faults)}; set RAY_TMPDIR to a short one of your own")
+
+
+def raise_limits() -> None:
+    """Raise this process's soft limits of processes and open files as far as Ray needs; its children inherit them."""
+    for name, _, _, enough in _LIMITS[:2]:  # a limit of memory is somebody's intention
+        with contextlib.suppress(ValueError, OSError, AttributeError):
+            number = getattr(resource, name)
+            soft, hard = resource.getrlimit(number)
+            most = enough if hard == resource.RLIM_INFINITY else min(hard, enough)
+            if soft != resource.RLIM_INFINITY and soft < most:
+                resource.setrlimit(number, (most, hard))
+
+
+def low_limits() -> str:
+    """Name the limits of this process that are so low that Ray may fail by them; "" where none is."""
+    low = []
+    for name, command, what, enough in _LIMITS:
+        with contextlib.suppress(ValueError, OSError, AttributeError):
+            soft, _ = resource.getrlimit(getattr(resource, name))
+            if soft != resource.RLIM_INFINITY and soft < enough:
+                low.append(f"this process may have {soft} {what} (`{command}`)")
+    return " and ".join(low)
