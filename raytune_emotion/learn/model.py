@@ -12,6 +12,7 @@ from torch import nn
 
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.backbones import check_architecture
 
 Colour = tuple[float, float, float]
 
@@ -76,15 +77,12 @@ def check_backbone(name: str) -> None:
     Raises:
         UserError: with the nearest names that it knows.
     """
+    check_architecture(name)
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        what, known = "there is no such timm model", timm.list_models()
-    elif tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
-        what = f"timm has no weights of that name for {architecture}"
-    else:
-        return
-    near = difflib.get_close_matches(name, known, n=3)
-    raise UserError(f"model.backbone: {name}: {what}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
+        near = difflib.get_close_matches(name, known, n=3)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f"model.backbone: {name}: timm has no weights of that name for {architecture}{meant}")
 
 
 def check_weights(config: ModelConfig) -> None:

@@ -28,7 +28,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.model import check_backbone, check_weights
+from raytune_emotion.learn.backbones import check_architecture
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
 
 #: What a trial cannot differ in from the others of its study, and why. A space may fix it.
@@ -357,7 +357,12 @@ def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
         return value
     if key == "model.backbone":
         try:
-            check_backbone(value)
+            check_architecture(value)
+            if "." in value:
+                # Tags can be had from timm alone, which takes seconds to import.
+                from raytune_emotion.learn.model import check_backbone
+
+                check_backbone(value)
         except UserError as error:
             for sentence in error.faults:
                 source.fault(at, sentence)
@@ -475,7 +480,12 @@ def _invalid(config: FlatConfig) -> tuple[str, ...]:
 
 def _without_weights(config: FlatConfig) -> tuple[str, ...]:
     try:
-        check_weights(RunConfig.from_flat(config).model)
+        model = RunConfig.from_flat(config).model
+        if model.pretrained or model.weights_dir is not None:
+            # Only now: it imports timm, which takes seconds.
+            from raytune_emotion.learn.model import check_weights
+
+            check_weights(model)
     except UserError as error:
         return error.faults
     return ()
