@@ -18,6 +18,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_folder import Package, load_package
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
@@ -87,7 +88,7 @@ def predict(package: Package, files: Sequence[Path], device: torch.device) -> np
             faults.extend(error.faults)
             return None
 
-    with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode():
+    with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode(), exact_fp32():
         for start in range(0, len(files), _BATCH):
             images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
             # After a fault the rest is only looked at for more.

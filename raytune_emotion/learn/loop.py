@@ -25,16 +25,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.augment import augment, decide, normalise
-from raytune_emotion.data.loader import Resident, batches, epoch_order, place
+from raytune_emotion.data.augment import decide, normalise
+from raytune_emotion.data.loader import Resident, batches, clear_placed, epoch_order, place
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
 from raytune_emotion.learn.checkpoint import Progress
+from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.step import Step
 
 _EVAL_ROWS = 128
 #: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.
@@ -69,25 +71,23 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with. `net` is the model, wrapped where there are several workers."""
+    """What a run works with."""
 
     config: RunConfig
     store: Store
     device: torch.device
     plan: Plan
     model: nn.Module
-    net: nn.Module
-    dtype: torch.dtype  # of the forward and backward pass
     average: ModelEmaV3 | None
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    loss: losses.Loss
+    step: Step
     train: Split | Resident
     val: Split | Resident
 
 
 def fit(
-    config: RunConfig, store: Store, *, device: torch.device, folder: Path | None = None
+    config: RunConfig, store: Store, *, device: torch.device, folder: Path | None = None, resident: bool = True
 ) -> Generator[Report, None, None]:
     """Trains, and yields a report after every evaluation, once the checkpoint of it is written.
 
@@ -99,6 +99,7 @@ def fit(
         device: to train on; of this worker, where there are several.
         folder: of the checkpoints, where all workers see it; made if missing. A run that lies there goes on.
             None keeps nothing.
+        resident: whether the images may lie on a GPU, where there is room for them.
 
     Yields:
         `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
@@ -118,7 +119,7 @@ def fit(
     history = list(progress.history) if progress is not None else []
     if is_finished(config, plan, history):
         return
-    run = start(config, store, device, plan, fresh=progress is None)
+    run = start(config, store, device, plan, fresh=progress is None, resident=resident)
     average: nn.Module | None = run.average.module if run.average is not None else None
     if folder is not None and progress is not None:
         checkpoint.restore(folder, run.model, run.optimizer, average)
@@ -192,8 +193,10 @@ def is_finished(config: RunConfig, plan: Plan, history: Sequence[Report]) -> boo
     return len(history) >= plan.epochs * len(plan.stops) or 0 < patience <= waited
 
 
-def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, fresh: bool) -> Run:
-    """Builds what a run works with: with pretrained weights, if any, where it is fresh."""
+def start(
+    config: RunConfig, store: Store, device: torch.device, plan: Plan, *, fresh: bool, resident: bool = True
+) -> Run:
+    """Build what a run works with: with pretrained weights, if any, where it is fresh."""
     model = build_model(config, weights=fresh)
     normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
     if normalised and plan.batch_rows // (plan.workers * config.train.accumulate) == 1:
@@ -216,9 +219,26 @@ def start(config: RunConfig, store: Store, device: torch.device, plan: Plan, *, 
     dtype = _dtype(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model, config.optim)
-    loss = losses.mixture(config.loss.weights)
-    train, val = place(store, device)
-    return Run(config, store, device, plan, model, net, dtype, average, optimizer, scaler, loss, train, val)
+    mean, std = mean_std(model)
+    step = Step(
+        net,
+        optimizer,
+        scaler,
+        losses.mixture(config.loss.weights),
+        mean=mean,
+        std=std,
+        dtype=dtype,
+        device=device,
+        batch_rows=plan.batch_rows,
+        workers=plan.workers,
+        grad_clip=config.train.grad_clip,
+        # Workers that train together wait for each other within a step.
+        capture=device.type == "cuda" and torch.cuda.is_available() and plan.workers == 1,
+    )
+    if not resident:
+        clear_placed()
+    train, val = place(store, device) if resident else (store.train, store.val)
+    return Run(config, store, device, plan, model, average, optimizer, scaler, step, train, val)
 
 
 def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -254,13 +274,10 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
         side=run.store.image_size,
         device=device,
     )
-    mean, std = mean_std(run.model)
-    parameters = list(run.model.parameters())
-    autocast = torch.autocast(device.type, run.dtype, enabled=run.dtype != torch.float32)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     lr = 0.0
 
     run.model.train()
+    run.step.loss_sum.zero_()
     with (
         _randomness(device, config.train.seed, len(history), plan.rank),
         contextlib.closing(batches(run.train, rows, device)) as stream,  # type: ignore[type-var]
@@ -274,43 +291,16 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
                 val_js=val_js,
                 evals_per_epoch=len(plan.stops),
             )
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
-            for micro in range(accumulate):
-                batch = next(stream)
-                x_BCHW, prob_BK = augment(batch, next(decisions), mean=mean, std=std)
-                # Workers add up their gradients once a step, with its last micro-batch.
-                with contextlib.nullcontext() if micro == accumulate - 1 else _no_sync(run.net):
-                    with autocast:
-                        logits_BK = run.net(x_BCHW)
-                    loss = run.loss(logits_BK.float(), prob_BK).sum()
-                    # The gradient of the mean over the whole batch, however it is cut; the wrapper takes the mean
-                    # over workers, which is undone here.
-                    run.scaler.scale(loss * (plan.workers / plan.batch_rows)).backward()  # type: ignore[no-untyped-call]
-                loss_sum += loss.detach()
-            if config.train.grad_clip > 0:
-                run.scaler.unscale_(run.optimizer)
-                _clip(parameters, config.train.grad_clip)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-            run.optimizer.zero_grad()
+            run.step([(next(stream), next(decisions)) for _ in range(accumulate)], lr)
             looks, between = divmod(epoch * plan.steps_per_epoch + step, _AVERAGED_EVERY)
             if run.average is not None and between == 0:
                 run.average.update(run.model, step=looks + 1)
 
     if plan.workers > 1:
-        dist.all_reduce(loss_sum)
-    train_loss = loss_sum.item() / (plan.batch_rows * (end - first))
+        dist.all_reduce(run.step.loss_sum)
+    train_loss = run.step.loss_sum.item() / (plan.batch_rows * (end - first))
     _check_finite({"training loss": train_loss}, plan, history)
     return train_loss, lr
-
-
-def _clip(parameters: Sequence[nn.Parameter], most: float) -> None:
-    """Scales the gradients so that their norm, as that of one vector, is not more than this."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    # To look at the norm is to wait for a GPU, and spares a CPU the way through the memory of all gradients.
-    if norm.is_cuda or not norm <= most:
-        nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
 
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
@@ -341,8 +331,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
 
-    In fp32 whatever the precision of training, because that is how the model is used afterwards, so these are the
-    numbers that are found again. Leaves the model in evaluation mode.
+    Computes in exact fp32, without TF32, whatever the precision of training: so `predict` finds the same numbers on any
+    device. Leaves the model in evaluation mode.
 
     Args:
         model: bare, not wrapped, so that workers with fewer batches than others keep none waiting.
@@ -358,7 +348,7 @@ def evaluate(
     logits, probs = [torch.empty(0, len(classes), device=device)], [torch.empty(0, len(classes), device=device)]
     sums = MetricSums()
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_fp32():
         for batch in batches(split, (rows_N[i : i + rows] for i in range(0, len(rows_N), rows)), device):
             logits.append(model(normalise(batch.x_BHWC, mean, std)))
             probs.append(batch.prob_BK)
@@ -464,7 +454,3 @@ def _randomness(device: torch.device, *key: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         yield
-
-
-def _no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:
-    return net.no_sync() if isinstance(net, DistributedDataParallel) else contextlib.nullcontext()

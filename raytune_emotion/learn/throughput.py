@@ -22,7 +22,7 @@ from raytune_emotion.data.loader import Resident, clear_placed, lives_on_device,
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import malloc
-from raytune_emotion.learn.device import allowance
+from raytune_emotion.learn.device import allowance, is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.loop import Run, evaluate, make_plan, rows_to_evaluate, start, train_segment
 
 #: Numbers of trials at once that are tried out.
@@ -69,12 +69,18 @@ class Process:
         self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def begin(self, settings: FlatConfig, store: str) -> None:
-        """Answered, when it is ready to train, by the bytes that it takes of the device, of all images, and in all."""
+        """Prepare to train. The answer: bytes that it takes of the device, of all images, and of the device in all.
+
+        The answer is None where the device has too little memory.
+        """
         self._tell({"settings": dict(settings), "store": store})
 
-    def train(self, *, seconds: float, threads: int, resident: bool) -> None:
-        """Answered by images a second; `resident` where they are to come from the device if they live there."""
-        self._tell({"seconds": seconds, "threads": threads, "resident": resident})
+    def train(self, *, seconds: float, threads: int, share: float, resident: bool) -> None:
+        """Train for some seconds with a share of the device. The answer: images per second, None if out of memory.
+
+        `resident` says whether the images come from the device, if they lie there.
+        """
+        self._tell({"seconds": seconds, "threads": threads, "share": share, "resident": resident})
 
     def rest(self) -> None:
         """Answered when it has given back what it took of the device."""
@@ -111,11 +117,17 @@ def processes(count: int, device: torch.device) -> Iterator[list[Process]]:
         yield started
 
 
-def together(some: Sequence[Process], *, seconds: float, cores: float, resident: bool = True) -> float:
-    """Images a second, in sum, of processes that train at the same time, each with its share of the cores."""
+def together(some: Sequence[Process], *, seconds: float, cores: float, resident: bool = True) -> float | None:
+    """Train in processes at the same time, each with its share of the device and of the cores.
+
+    Returns:
+        Their images per second, in sum; None where one of them is out of memory.
+    """
     for process in some:
-        process.train(seconds=seconds, threads=max(1, int(cores / len(some))), resident=resident)
-    return float(sum(process.answer() for process in some))
+        threads = max(1, int(cores / len(some)))
+        process.train(seconds=seconds, threads=threads, share=1 / len(some), resident=resident)
+    rates = [process.answer() for process in some]
+    return None if None in rates else float(sum(rates))
 
 
 def measure(
@@ -129,7 +141,7 @@ def measure(
 ) -> dict[str, dict[int, float]]:
     """Images a second, in sum, of several trials at once on a device, by backbone and number of trials.
 
-    Numbers for which the device has no memory are left out.
+    Numbers for which the device has too little memory are left out.
 
     Args:
         backbones: settings to train each with.
@@ -146,22 +158,39 @@ def measure(
     with processes(max(counts), device) as every:
         for backbone, settings in backbones.items():
             store = stores[RunConfig.from_flat(settings).data.image_size]
-            every[0].begin(settings, store)
-            peak, images, total = every[0].answer()
-            fitting = fitting_counts(counts, peak=peak, images=images, total=total)
-            busy = every[: max(fitting, default=1)]
-            for process in busy[1:]:
-                process.begin(settings, store)
-            for process in busy[1:]:
-                process.answer()
-            found[backbone] = {}
-            for count in fitting:
-                resident = lives_on_device(images, allowance(total, 1 / count))
-                rate = together(busy[:count], seconds=seconds, cores=cores, resident=resident)
-                found[backbone][count] = rate
-            for process in busy:
+            found[backbone] = _measure_one(every, settings, store, cores=cores, counts=counts, seconds=seconds)
+            for process in every:
                 process.rest()
                 process.answer()
+    return found
+
+
+def _measure_one(
+    every: Sequence[Process],
+    settings: FlatConfig,
+    store: str,
+    *,
+    cores: float,
+    counts: Sequence[int],
+    seconds: float,
+) -> dict[int, float]:
+    """Return the images per second, in sum, by number of trials; a number that does not fit is left out."""
+    every[0].begin(settings, store)
+    if (answer := every[0].answer()) is None:
+        return {}
+    peak, images, total = answer
+    fitting = fitting_counts(counts, peak=peak, images=images, total=total)
+    others = every[1 : max(fitting, default=1)]
+    for process in others:
+        process.begin(settings, store)
+    # The device may be fuller than the first process could tell.
+    fit = 1 + sum([process.answer() is not None for process in others])
+    found: dict[int, float] = {}
+    for count in fitting:
+        resident = lives_on_device(images, allowance(total, 1 / count))
+        if count <= fit:
+            rate = together(every[:count], seconds=seconds, cores=cores, resident=resident)
+            found |= {} if rate is None else {count: rate}
     return found
 
 
@@ -170,35 +199,45 @@ def measure(
 
 def _serve(device: torch.device) -> None:
     malloc.keep_freed()
+    reduce_fragmentation()
     torch.set_num_threads(1)  # until it is told how many are its own
-    cuda = device.type == "cuda"
     run: Run | None = None
     for line in sys.stdin:
         order = json.loads(line)
         answer: Any = None
-        if "seconds" in order:
-            assert run is not None
-            answer = _train(run, **order)
-        else:
+        try:
+            if "seconds" in order:
+                answer = _train(run, **order) if run is not None else None
+            else:
+                run = None
+                _release(device)
+            if "settings" in order:
+                run, answer = _prepare(order["settings"], order["store"], device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             run = None
-            clear_placed()
-            gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
-        if "settings" in order:
-            store = open_store(order["store"])
-            try:
-                if cuda:
-                    torch.cuda.init()  # type: ignore[no-untyped-call]
-                    torch.cuda.reset_peak_memory_stats(device)
-                # With steps so small that nothing diverges.
-                run = _begin(RunConfig.from_flat({**order["settings"], "optim.lr": 1e-9}), store, device)
-                peak: float = torch.cuda.max_memory_reserved(device) - _images_on_device(run) if cuda else 0
-            except torch.OutOfMemoryError:
-                peak = math.inf
-            total = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
-            answer = peak, size_of(store.train) + size_of(store.val), total
         print(json.dumps(answer), flush=True)
+
+
+def _release(device: torch.device) -> None:
+    clear_placed()
+    gc.collect()
+    limit_memory(device, 1)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _prepare(settings: FlatConfig, place: str, device: torch.device) -> tuple[Run, tuple[float, int, float]]:
+    store, cuda = open_store(place), device.type == "cuda"
+    if cuda:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.reset_peak_memory_stats(device)
+    # With a learning rate so small that nothing diverges.
+    run = _begin(RunConfig.from_flat({**settings, "optim.lr": 1e-9}), store, device)
+    peak = torch.cuda.max_memory_reserved(device) - _images_on_device(run) if cuda else 0
+    total = torch.cuda.get_device_properties(device).total_memory if cuda else math.inf
+    return run, (peak, size_of(store.train) + size_of(store.val), total)
 
 
 def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
@@ -214,9 +253,10 @@ def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
     return _until(run, min(max(1, int(steps)), run.plan.steps_per_epoch))
 
 
-def _train(run: Run, *, seconds: float, threads: int, resident: bool) -> float:
-    """Images a second."""
+def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bool) -> float:
+    """Return images per second."""
     torch.set_num_threads(threads)
+    limit_memory(run.device, share)
     if not resident:
         run = dataclasses.replace(run, train=run.store.train)
     began, steps = time.perf_counter(), 0

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn import throughput
 from raytune_emotion.learn.device import allowance
 from raytune_emotion.learn.throughput import COUNTS, Process, best_count, fitting_counts, measure
 
@@ -76,6 +79,36 @@ def test_several_trials_are_timed_in_processes_of_their_own(store):
     for rates in found.values():
         assert list(rates) == [1, 2]
         assert all(10 < rate < 1e6 for rate in rates.values())
+
+
+_FULL = """
+import torch
+from raytune_emotion.learn import throughput
+
+def begin(*args):
+    raise RuntimeError("CUDA error: out of memory")
+
+throughput._begin = begin
+throughput._serve(torch.device("cpu"))
+"""
+
+
+class Full(Process):
+    """A process whose device has too little memory."""
+
+    def __init__(self, device):
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", _FULL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+
+@pytest.mark.parametrize(("kinds", "fitting"), [([Process, Full], [1]), ([Full, Process], [])])
+def test_measure_leaves_out_counts_for_which_a_process_has_too_little_memory(store, monkeypatch, kinds, fitting):
+    starts = iter(kinds)
+    monkeypatch.setattr(throughput, "Process", lambda device: next(starts)(device))
+    settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "model.backbone": "test_vit"}
+    found = measure({"test_vit": settings}, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.1)
+    assert list(found["test_vit"]) == fitting
 
 
 def test_a_process_that_has_ended_is_told_of():

@@ -51,7 +51,8 @@ def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
         raise Breakdown(f"--gpus-per-worker {AUTO}: {error.cause}; give a number in its place") from error
     count = best_count([*found.values()])
     rates = "; ".join(
-        f"{name} {', '.join(f'{rate:.0f}' for rate in of_one.values())}" for name, of_one in found.items()
+        f"{name} {', '.join(f'{rate:.0f}' for rate in of_one.values()) or 'does not fit, not even alone'}"
+        for name, of_one in found.items()
     )
     of = ", ".join(map(str, counts))
     return 1 / count, f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit: {rates}"

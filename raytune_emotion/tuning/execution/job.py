@@ -24,7 +24,7 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
-from raytune_emotion.learn.device import allowance, is_out_of_memory
+from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
@@ -64,6 +64,7 @@ class Job:
     settings: dict[str, Any]
     resources: Resources
     mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
+    resident: bool = True  # whether its images may lie on the GPU
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -123,11 +124,8 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     folder = Path(job.folder)
     torch.set_num_threads(job.resources.threads)
     malloc.keep_freed()
-    if device.type == "cuda":
-        # Of a device that it shares, it takes no more memory than its share.
-        total = torch.cuda.get_device_properties(device).total_memory
-        allowed = allowance(total, job.resources.gpus_per_worker)
-        torch.cuda.set_per_process_memory_fraction(allowed / total, device.index)
+    reduce_fragmentation()
+    limit_memory(device, job.resources.gpus_per_worker)
     with contextlib.ExitStack() as stack, _told(folder):
         stack.callback(_forget)
         # Momenta of what no longer learns end as denormal numbers, which are slow. The threads of a pool have this from
@@ -140,7 +138,8 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             write_text(folder / DATA, job.store + "\n")
         writer = stack.enter_context(SummaryWriter(str(folder))) if first else None
         store = open_store(job.store)
-        for report in stack.enter_context(contextlib.closing(fit(config, store, device=device, folder=folder))):
+        reports = fit(config, store, device=device, folder=folder, resident=job.resident)
+        for report in stack.enter_context(contextlib.closing(reports)):
             if writer is not None:
                 _write_events(writer, report)
             yield report
@@ -225,14 +224,15 @@ def _reported(folder: Path) -> Report | None:
 
 
 def halved(job: Job) -> Job | None:
-    """The same job in micro-batches of half the size, for about half the memory; None where they are of one row.
+    """Return the job with micro-batches of half the size and its images in their files; None for batches of one row.
 
-    The effective batch, and so what the optimizer sees, stays the same but for the statistics of BatchNorm.
+    It takes about half the memory. The effective batch, and so what the optimizer sees, stays the same but for the
+    statistics of BatchNorm.
     """
     accumulate = 2 * job.settings.get("train.accumulate", TrainConfig().accumulate)
     if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
         return None
-    return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate})
+    return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate}, resident=False)
 
 
 def _forget() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.device import is_out_of_memory
 from raytune_emotion.tuning.execution import job
 from raytune_emotion.tuning.execution.job import DiskFull, Job, OutOfMemory, Resources, TrialFailed, halved, train_here
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
@@ -83,15 +82,6 @@ def test_halving_ends_at_one_row():
     assert accumulated == [2, 4]
 
 
-@pytest.mark.parametrize(
-    ("error", "is_one"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    ],
-)
-def test_what_counts_as_out_of_memory(error, is_one):
-    assert is_out_of_memory(error) == is_one
+def test_a_smaller_attempt_leaves_the_images_in_their_files():
+    assert JOB.resident
+    assert not halved(JOB).resident

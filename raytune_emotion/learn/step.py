@@ -1,0 +1,173 @@
+"""One step of the optimizer: forward and backward pass of its micro-batches, gradient clipping, update.
+
+On a GPU a step of a small model takes as long as the launches of its kernels. After a few steps all kernels of a step
+are therefore captured as one CUDA graph, which is launched as a whole from then on (Nguyen et al., "Accelerating
+PyTorch with CUDA Graphs", 2021). A captured step computes what a launched one does.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from raytune_emotion.data.augment import Decisions, Triple, augment
+from raytune_emotion.data.loader import Batch
+from raytune_emotion.learn.losses import Loss
+
+Input = tuple[Batch, Decisions]
+
+#: Steps before the capture. They choose kernels, and make what is made once: optimizer state, cuBLAS workspaces.
+_LAUNCHED_FIRST = 3
+
+
+class Step:
+    """Trains a model by one batch a call. Nothing in a call waits for the device.
+
+    Args:
+        net: the model, wrapped where there are several workers.
+        optimizer: of its parameters.
+        scaler: of the gradients.
+        loss: of logits and targets, one number a row.
+        mean: of the model's input, of pixels in [0, 1].
+        std: likewise.
+        dtype: of the forward and backward pass.
+        device: of the model.
+        batch_rows: rows of a batch, over all workers.
+        workers: that each train on their share of a batch.
+        grad_clip: largest L2 norm of the gradient; 0: any.
+        capture: whether to capture a step as a CUDA graph. All batches must then have the same shapes.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        loss: Loss,
+        *,
+        mean: Triple,
+        std: Triple,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_rows: int,
+        workers: int,
+        grad_clip: float,
+        capture: bool,
+    ) -> None:
+        self._net, self._optimizer, self._scaler, self._loss = net, optimizer, scaler, loss
+        self._mean, self._std, self._dtype, self._device = mean, std, dtype, device
+        self._scale, self._grad_clip, self._capture = workers / batch_rows, grad_clip, capture
+        #: Sum of the losses of all rows since it was last set to zero.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        # A captured step reads the learning rate from the device.
+        self._lr = torch.zeros((), device=device) if capture else None
+        self._launched = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Input] = []  # of the graph
+
+    def __call__(self, inputs: Sequence[Input], lr: float) -> None:
+        """Trains by the micro-batches of one batch, each with the decisions on its augmentation."""
+        if self._lr is not None:
+            self._lr.fill_(lr)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr if self._lr is None else self._lr
+        if self._capture and self._graph is None and self._launched >= _LAUNCHED_FIRST:
+            self._capture_graph(inputs)
+        if self._graph is not None:
+            for to, values in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
+                to.copy_(values, non_blocking=True)
+            self._graph.replay()
+        elif self._capture:
+            self._launch_aside(inputs)
+        else:
+            self._launch(inputs)
+        self._launched += 1
+
+    def _launch(self, inputs: Sequence[Input]) -> None:
+        for index, (batch, decisions) in enumerate(inputs):
+            x_BCHW, prob_BK = augment(batch, decisions, mean=self._mean, std=self._std)
+            # Workers add up their gradients once a step, with its last micro-batch.
+            with contextlib.nullcontext() if index == len(inputs) - 1 else _no_sync(self._net):
+                with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                    logits_BK = self._net(x_BCHW)
+                loss = self._loss(logits_BK.float(), prob_BK).sum()
+                # The gradient of the mean over the whole batch, however it is cut; the wrapper takes the mean over
+                # workers, which is undone here.
+                self._scaler.scale(loss * self._scale).backward()  # type: ignore[no-untyped-call]
+            self.loss_sum += loss.detach()
+        if self._grad_clip > 0:
+            self._scaler.unscale_(self._optimizer)
+            _clip([p for group in self._optimizer.param_groups for p in group["params"]], self._grad_clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad()
+
+    def _launch_aside(self, inputs: Sequence[Input]) -> None:
+        """Launches a step on a stream of its own, as is asked for before a capture."""
+        aside, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            self._launch(inputs)
+        current.wait_stream(aside)
+
+    def _capture_graph(self, inputs: Sequence[Input]) -> None:
+        """Captures a step as a graph; a model that cannot be captured goes on launching its kernels one by one.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no memory for it.
+        """
+        self._inputs = [_copy(given) for given in inputs]
+        for group in self._optimizer.param_groups:
+            if "capturable" in group:
+                group["capturable"] = True
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # the graph takes its memory from a pool of its own
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(aside):
+                # The loader's thread may copy meanwhile.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._launch(self._inputs)
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            warnings.warn(f"the training step cannot be captured as a CUDA graph: {first}", stacklevel=2)
+            self._optimizer.zero_grad()
+            self._capture, self._inputs = False, []
+            return
+        self._graph = graph
+
+
+def _tensors(inputs: Sequence[Input]) -> list[torch.Tensor]:
+    return [
+        tensor
+        for batch, decisions in inputs
+        for tensor in (batch.x_BHWC, batch.prob_BK, *(decisions[name] for name in decisions))
+    ]
+
+
+def _copy(given: Input) -> Input:
+    batch, decisions = given
+    copied = dataclasses.replace(batch, x_BHWC=batch.x_BHWC.clone(), prob_BK=batch.prob_BK.clone())
+    return copied, {name: tensor.clone() for name, tensor in decisions.items()}
+
+
+def _clip(parameters: Sequence[nn.Parameter], most: float) -> None:
+    """Scales the gradients so that their norm, as that of one vector, is not more than this."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    # To look at the norm is to wait for a GPU, and spares a CPU the way through the memory of all gradients.
+    if norm.is_cuda or not norm <= most:
+        nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
+
+
+def _no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return net.no_sync() if isinstance(net, DistributedDataParallel) else contextlib.nullcontext()
