@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 from typing_extensions import Self
 
 from raytune_emotion.emotions import EMOTIONS
@@ -40,11 +41,19 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
     backbone: str = Field(default="resnet18", min_length=1, description="a timm model name")
-    pretrained: bool = Field(default=False, description="start from timm's weights, or from weights_dir's")
+    pretrained: bool = Field(
+        default=False, description="start from timm's weights, or from weights_dir's; true where weights_dir is named"
+    )
     weights_dir: str | None = Field(
         default=None, description="folder with <backbone>.safetensors, for machines without a hub"
     )
     dropout: float = Field(default=0.3, ge=0, lt=1, description="probability, before the classifier")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_weights_that_are_named(cls, given: ArgsKwargs) -> ArgsKwargs:
+        settings = given.kwargs or {}
+        return ArgsKwargs(given.args, {"pretrained": settings.get("weights_dir") is not None, **settings})
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -141,7 +150,7 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, flat: FlatConfig) -> Self:
-        """Builds the tree from settings by dotted path; a loss that is not named weighs nothing.
+        """Build the tree from settings by dotted path; a loss that is not named weighs nothing.
 
         Raises:
             UserError: with a sentence for every setting that is unknown, of the wrong kind or out of range.

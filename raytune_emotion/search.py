@@ -355,7 +355,7 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
 def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
     """One of each backbone of a space, with pretrained weights where a trial may have them."""
     backbones = space.possible("model.backbone") or (ModelConfig().backbone,)
-    pretrained = any(space.possible("model.pretrained"))
+    pretrained = any(space.possible("model.pretrained") or (weights_dir is not None,))
     return [ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir) for name in backbones]
 
 

@@ -22,8 +22,8 @@ _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError,
 def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     """The backbone with its head, on the CPU, in training mode; its weights are a function of the configuration.
 
-    `model.weights_dir` alone asks for pretrained weights; without it, `model.pretrained` takes timm's, from the hub
-    or its cache. A classifier of another size is left out of them and starts anew; all else must fit exactly.
+    Where `model.pretrained` is true, it starts from the weights in `model.weights_dir`; without that folder from
+    timm's, from the hub or its cache. A classifier of another size is left out and starts anew; all else must fit.
 
     Args:
         config: of the run.
@@ -38,12 +38,12 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     # timm marks the models whose parameters depend on the image size; these take img_size.
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         options["img_size"] = size
-    if weights:
+    if weights and config.model.pretrained:
         check_weights(config.model)
         if config.model.weights_dir is not None:
             options |= _from_file(_weights_file(config.model), name)
         else:
-            options["pretrained"] = config.model.pretrained
+            options["pretrained"] = True
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)
@@ -91,6 +91,8 @@ def check_weights(config: ModelConfig) -> None:
     Raises:
         UserError: there is no such file, or timm has no weights for the model.
     """
+    if not config.pretrained:
+        return
     if config.weights_dir is not None:
         if not (file := _weights_file(config)).is_file():
             raise UserError(
@@ -98,7 +100,7 @@ def check_weights(config: ModelConfig) -> None:
                 f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
                 f"leave model.weights_dir out"
             )
-    elif config.pretrained and not getattr(timm.get_pretrained_cfg(config.backbone), "has_weights", False):
+    elif not getattr(timm.get_pretrained_cfg(config.backbone), "has_weights", False):
         raise UserError(
             f"model.pretrained: timm has no pretrained weights for {config.backbone}; choose another backbone, or "
             f"set model.pretrained to false"

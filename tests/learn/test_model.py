@@ -120,6 +120,13 @@ class TestWeightsFromAFile:
         with pytest.raises(UserError, match=str(file)):
             build_model(configured(weights_dir=str(tmp_path)))
 
+    def test_they_are_taken_unless_the_model_is_to_start_from_scratch(self, tmp_path):
+        folder, weights = weights_in(tmp_path, "test_resnet")
+        flat = {"model.backbone": "test_resnet", "data.image_size": 32, "model.weights_dir": folder}
+        for more, taken in (({}, True), ({"model.pretrained": True}, True), ({"model.pretrained": False}, False)):
+            built = build_model(RunConfig.from_flat(flat | more)).state_dict()
+            assert torch.equal(built["conv1.0.weight"], weights["conv1.0.weight"]) == taken
+
     def test_they_can_be_left_out(self, tmp_path):
         build_model(configured(weights_dir=str(tmp_path / "moved")), weights=False)
 
