@@ -12,6 +12,7 @@ import pkgutil
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,19 @@ def main() -> int:
     names = parser.parse_args().names or NAMES
     if unknown := sorted({*names} - {*NAMES}):
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    console = Console(soft_wrap=True, highlight=False)
     for name in names:
-        module = importlib.import_module(f"benchmarks.{name}")
-        began = datetime.now(timezone.utc)
-        table: Table = module.run()
-        took = (datetime.now(timezone.utc) - began).total_seconds()
-        _show(console, f"{name}: {_title(name)}", table)
-        write_result(name, table, began, took, shlex.join(["python", "-m", "benchmarks", name]))
+        command = shlex.join(["python", "-m", "benchmarks", name])
+        measure(name, importlib.import_module(f"benchmarks.{name}").run, command)
     return 0
+
+
+def measure(name: str, run: Callable[[], Table], command: str) -> None:
+    """Run a benchmark, print its table, and keep it with the command that makes it."""
+    began = datetime.now(timezone.utc)
+    table = run()
+    took = (datetime.now(timezone.utc) - began).total_seconds()
+    _show(Console(soft_wrap=True, highlight=False), f"{name}: {_title(name)}", table)
+    write_result(name, table, began, took, command)
 
 
 def _title(name: str) -> str:

@@ -1,16 +1,15 @@
-"""One training step on the device in each precision, against the same step in fp64 on the CPU.
+"""One training step on the device in each precision, against the same step in fp64 on the CPU; and validation.
 
 The rows go the way that they go in training: from the store to the device, augmented there, through the model and back.
 An error is the L2 norm of the difference over that of the reference: of the pixels that the model sees, its logits, the
-losses of the rows, and the gradient of all parameters together. Random weights, no dropout.
-
-On a GPU also how often the host waits for it in a step of `fit`: torch counts the calls that do, in reports of more
-steps and of fewer.
+losses of the rows, and the gradient of all parameters together. Random weights, no dropout. The rows of validation have
+the error of its logits: as `evaluate` computes them, in exact fp32, and with TF32, as cuDNN would by default.
 """
 
-import dataclasses
+import contextlib
+import copy
+import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,11 @@ from torch import Tensor
 from benchmarks import Table
 from benchmarks.training import DEVICE, SETUP, STUDY, config, faces
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.augment import augment, decide
+from raytune_emotion.data.augment import augment, decide, normalise
 from raytune_emotion.data.loader import batches, place
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.learn import losses
-from raytune_emotion.learn.loop import make_plan, start, train_segment
+from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.model import build_model, mean_std
 
 ROWS = 16
@@ -45,26 +44,27 @@ def run() -> Table:
                 pairs = zip(step, reference, strict=True)
                 errors = (((value - right).norm() / right.norm()).item() for value, right in pairs)
                 rows.append((backbone, precision, *errors))
-        notes = [f"{SETUP.size} px, {ROWS} rows. fp32 is as torch has it: with TF32 in cuDNN."]
-        if DEVICE.type == "cuda":
-            everything = config(backbone, "bf16", **STUDY, **{"train.ema_decay": 0.9, "train.accumulate": 2})
-            waits = _waits(everything, store, 12) - _waits(everything, store, 4)
-            notes.append(f"In 8 steps the host waits {waits} times for the GPU.")
-    columns = ("model", "precision", "pixels", "logits", "losses", "gradient")
-    return Table(columns, rows, notes)
+            for name, error in _validation(settings, store):
+                rows.append((backbone, f"validation, {name}", "", error, "", ""))
+            print(*rows[-2 - len(PRECISIONS[DEVICE.type]) :], sep="\n", file=sys.stderr, flush=True)
+    notes = [f"{SETUP.size} px, {ROWS} rows."]
+    return Table(("model", "precision", "pixels", "logits", "losses", "gradient"), rows, notes)
 
 
-def _waits(settings: RunConfig, store: Store, steps: int) -> int:
-    """How often the host waits for the GPU in the training of one report, of so many steps."""
-    plan = dataclasses.replace(make_plan(settings, store, DEVICE), stops=(steps,))
-    run = start(settings, store, DEVICE, plan, fresh=True)
-    train_segment(run, [])  # what it makes once is there then
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        train_segment(run, [])
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:
+    """The errors of the logits in evaluation mode."""
+    model = build_model(settings).eval()
+    mean, std = mean_std(model)
+    x_BCHW = normalise(torch.from_numpy(store.val.gather(np.arange(ROWS))), mean, std)
+    with torch.inference_mode():
+        right = copy.deepcopy(model).double()(x_BCHW.double())
+        model, x_BCHW = model.to(DEVICE, memory_format=torch.channels_last), x_BCHW.to(DEVICE)
+        found = []
+        for name, context in (("exact", exact_fp32()), ("TF32", contextlib.nullcontext())):
+            with context:
+                logits_BK = model(x_BCHW).double().cpu()
+            found.append((name, ((logits_BK - right).norm() / right.norm()).item()))
+    return found
 
 
 def _step(settings: RunConfig, store: Store, device: torch.device, precision: str) -> tuple[Tensor, ...]:

@@ -1,41 +1,57 @@
-"""Training images a second of `fit` as it runs in a trial, against a bare loop on one synthetic batch.
+"""Training images per second of `fit` as a trial runs it, against a bare loop on one synthetic batch.
 
-The bare loop is forward pass, loss, backward pass and step of the optimizer in the same precision, on one batch that
-lies in memory: no loader, no augmentation, no clipping of gradients, no sum of the loss. `fit` does all of that, once
-with the default settings (mirror images) and once with those of a study (crops, erasing, clipping). The plain loop is
-the bare one as people write it first: fp32, the memory format and the optimizer that torch has by default.
+The bare loop is forward pass, loss, backward pass and optimizer step in the same precision, launched operation by
+operation, on one batch that lies in memory: no loader, no augmentation, no clipping, no sum of the loss. `fit` does all
+of that, once with the default settings (mirror images) and once with those of a study (crops, erasing, clipping). The
+plain loop is the bare one as people write it first: fp32, torch's default memory format and optimizer.
+
+On a GPU also: the body of timm's training script (`train_one_epoch`: channels last, autocast, timm's optimizer and
+loss) on the same synthetic batch, so without the costs of its loader; `fit` with cuDNN's search for the fastest
+kernels; `fit` on a compiled model; and `fit` at the batch size of which it is fastest.
 
 All take turns, report by report, in one process that keeps the memory it frees, as trials do. On a CPU it has one
 thread and is held on one core, so that the loader's thread has no core of its own. A ratio is the median over the turns
 of those within a turn.
 """
 
+import argparse
+import contextlib
 import dataclasses
+import gc
 import itertools
 import json
+import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import timm.loss
+import timm.optim
 import torch
+from torch import nn
 from torch.optim import AdamW
 
 from benchmarks import Table
+from benchmarks.__main__ import measure
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn import losses, malloc
-from raytune_emotion.learn.loop import fit
-from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.device import reduce_fragmentation
+from raytune_emotion.learn.loop import Run, fit, make_plan, start, train_segment
+from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer
+from raytune_emotion.learn.step import Step
 
 
 @dataclass(frozen=True)
@@ -46,39 +62,68 @@ class Setup:
     rows: int
     repeats: int  # of the rows, in an epoch
     batch: int
+    batches: tuple[int, ...]  # of which the fastest is measured too
     turns: int
+    precisions: tuple[str, ...]
     backbones: dict[str, int]  # and into how many reports an epoch is cut, so that a turn takes about a second at most
 
 
 SETUPS = {
-    "cpu": Setup(48, 1024, 1, 32, 7, {"test_resnet": 1, "test_byobnet": 1, "resnet10t": 4}),
-    "cuda": Setup(224, 1024, 8, 64, 4, {"resnet18": 1, "resnet50": 2, "efficientnet_b0": 2, "vit_base_patch16_224": 8}),
+    "cpu": Setup(48, 1024, 1, 32, (), 7, ("fp32", "bf16"), {"test_resnet": 1, "test_byobnet": 1, "resnet10t": 4}),
+    "cuda": Setup(
+        224,
+        1024,
+        32,
+        32,
+        (128, 256, 512),
+        3,
+        ("bf16",),
+        {"resnet18": 4, "resnet50": 16, "efficientnet_b0": 10, "vit_base_patch16_224": 32},
+    ),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETUP = SETUPS[DEVICE.type]
-PRECISIONS = ("fp32", "bf16")
 STUDY = {"augment.crop_scale": 0.9, "augment.erase": 0.15, "train.grad_clip": 5, "optim.weight_decay": 0.05}
+#: Model, precision and batch; images per second in every turn by way; what is measured once.
+Measured = tuple[tuple[str, str, int], dict[str, list[float]], dict[str, float]]
+COLUMNS = ("model", "precision", "batch", "way", "images/s", "times bare", "least", "most", "times plain")
 
 
-def run() -> Table:
+def run(seconds: float = math.inf) -> Table:
+    """Measure until all is measured, or as long as there is time."""
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        command = [sys.executable, "-m", "benchmarks.training", str(faces(Path(scratch)))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    for (backbone, precision), turns in json.loads(done.stdout):
-        for way, rates in turns.items():
-            ratios = [[rate / other for rate, other in zip(rates, turns[to], strict=True)] for to in ("bare", "plain")]
-            rows.append(
-                (backbone, precision, way, statistics.median(rates), *_summary(ratios[0]), statistics.median(ratios[1]))
-            )
-    columns = ("model", "precision", "way", "images/s", "times bare", "least", "most", "times plain")
-    notes = [f"{SETUP.size} px, batches of {SETUP.batch}, {SETUP.turns} turns."]
-    return Table(columns, rows, notes)
+        command = [sys.executable, "-m", "benchmarks.training", "--seconds", str(seconds)]
+        command += ["--store", str(faces(Path(scratch)))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            (backbone, precision, batch), turns, once = json.loads(line)
+            for way, rates in turns.items():
+                ratios = [[rate / to for rate, to in zip(rates, turns[other], strict=True)] for other in BASES]
+                times_plain = statistics.median(ratios[1])
+                summary = (statistics.median(rates), *_summary(ratios[0]), times_plain)
+                rows.append((backbone, precision, batch, way, *summary))
+            rows += [(backbone, precision, batch, way, value, "", "", "", "") for way, value in once.items()]
+            print(*rows[-len(turns) - len(once) :], sep="\n", file=sys.stderr, flush=True)
+        if process.wait():
+            rows.append((f"ended with code {process.returncode}", *[""] * 8))
+    notes = [f"{SETUP.size} px, {SETUP.turns} turns. `compiling` is in seconds, all else in images per second."]
+    return Table(COLUMNS, rows, notes)
+
+
+BASES = ("bare", "plain")
+#: Models and batches that are compiled too; each takes up to a minute, if `compiling` has not run before.
+COMPILED = (
+    *((backbone, SETUP.batch) for backbone in SETUP.backbones),
+    ("resnet50", 256),
+    ("vit_base_patch16_224", 256),
+)
 
 
 def faces(scratch: Path) -> Path:
     """Packs drawn faces of the setup's size, and returns their store."""
-    write_sample(scratch / "faces", train=SETUP.rows, val=8, image_size=SETUP.size)
+    write_sample(scratch / "faces", train=SETUP.rows, val=64, image_size=SETUP.size)
     return pack(scratch / "faces", scratch / "store", image_size=SETUP.size).path
 
 
@@ -92,13 +137,13 @@ def open_repeated(path: Path) -> Store:
     return dataclasses.replace(store, train=repeated)
 
 
-def config(backbone: str, precision: str, **settings: object) -> RunConfig:
+def config(backbone: str, precision: str, batch: int = SETUP.batch, **settings: object) -> RunConfig:
     """Of a run that never ends."""
     return RunConfig.from_flat(
         {
             "data.image_size": SETUP.size,
             "model.backbone": backbone,
-            "train.batch_size": SETUP.batch,
+            "train.batch_size": batch,
             "train.precision": precision,
             "train.epochs": 10**6,
             "train.evals_per_epoch": SETUP.backbones[backbone],
@@ -113,59 +158,195 @@ def _summary(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def _measure(store: Store) -> list[tuple[tuple[str, str], dict[str, list[float]]]]:
-    """Images a second in every turn, by model, precision and way."""
+def _measure(store: Store, until: float) -> Iterator[Measured]:
+    """Measure each model, precision and batch, until the time is over."""
     if DEVICE.type == "cpu":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
     malloc.keep_freed()
-    measured = []
-    for backbone, precision in itertools.product(SETUP.backbones, PRECISIONS):
-        settings = config(backbone, precision)
-        ways = {
-            "fit": _rates_of_fit(settings, store),
-            "fit of a study": _rates_of_fit(config(backbone, precision, **STUDY), store),
-            "bare": _rates_of_loop(settings, plain=False),
-            "plain": _rates_of_loop(settings, plain=True),
-        }
-        turns = [{name: next(rates) for name, rates in ways.items()} for _ in range(1 + SETUP.turns)][1:]
-        measured.append(((backbone, precision), {name: [turn[name] for turn in turns] for name in ways}))
-    return measured
+    reduce_fragmentation()
+    every = list(itertools.product(SETUP.precisions, SETUP.backbones))
+    for precision, backbone in every:
+        yield _measure_one(backbone, precision, SETUP.batch, store)
+        if time.monotonic() > until:
+            return
+    for precision, backbone in every if SETUP.batches else ():
+        rates = {batch: _rate_at(backbone, precision, batch, store) for batch in SETUP.batches}
+        key, turns, once = _measure_one(backbone, precision, max(rates, key=rates.__getitem__), store)
+        yield key, turns, once | {f"fit at batch {batch}": rate for batch, rate in rates.items()}
+        if time.monotonic() > until:
+            return
 
 
-def _rates_of_fit(settings: RunConfig, store: Store) -> Iterator[float]:
-    for report in fit(settings, store, device=DEVICE):
-        yield report["images_per_second"]
+def _measure_one(backbone: str, precision: str, batch: int, store: Store) -> Measured:
+    settings = config(backbone, precision, batch)
+    once: dict[str, float] = {}
+    ways: dict[str, Callable[[], Iterator[float]]] = {
+        "fit": lambda: _rates_of_fit(settings, store),
+        "fit of a study": lambda: _rates_of_fit(config(backbone, precision, batch, **STUDY), store),
+        "bare": lambda: _rates_of_loop(settings, _bare(settings)),
+        "plain": lambda: _rates_of_loop(settings, _plain(settings), layout=torch.contiguous_format),
+    }
+    if DEVICE.type == "cuda":
+        ways["timm"] = lambda: _rates_of_loop(settings, _timm(settings))
+        ways["fit, kernels searched"] = lambda: _rates_of_fit(settings, store, search=True)
+        if (backbone, batch) in COMPILED:
+            ways["fit, compiled"] = lambda: _rates_of_compiled(settings, store, once)
+    return (backbone, precision, batch), _in_turns(ways), once
 
 
-def _rates_of_loop(settings: RunConfig, *, plain: bool) -> Iterator[float]:
-    layout = torch.contiguous_format if plain else torch.channels_last
-    model = build_model(settings).to(DEVICE, memory_format=layout)
-    optimizer = AdamW(model.parameters()) if plain else build_optimizer(model, settings.optim)
-    loss = losses.mixture(settings.loss.weights)
+def _in_turns(ways: Mapping[str, Callable[[], Iterator[float]]]) -> dict[str, list[float]]:
+    """Images per second of each way, one a turn. On a GPU one way after the other, as not all have room together."""
+    first = 2  # turns that choose kernels and capture
+    if DEVICE.type == "cpu":
+        running = {name: way() for name, way in ways.items()}
+        turns = [{name: next(rates) for name, rates in running.items()} for _ in range(first + SETUP.turns)]
+        return {name: [turn[name] for turn in turns[first:]] for name in ways}
+    found = {}
+    for name, way in ways.items():
+        try:
+            found[name] = list(itertools.islice(way(), first, first + SETUP.turns))
+        except RuntimeError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            found[name] = [math.nan] * SETUP.turns
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def _rate_at(backbone: str, precision: str, batch: int, store: Store) -> float:
+    rates = _rates_of_fit(config(backbone, precision, batch), store)
+    try:
+        return [next(rates) for _ in range(2)][-1]
+    except torch.OutOfMemoryError:
+        return 0.0
+    finally:
+        rates.close()
+        torch.cuda.empty_cache()
+
+
+def _rates_of_fit(settings: RunConfig, store: Store, *, search: bool = False) -> Iterator[float]:
+    reports = fit(settings, store, device=DEVICE)
+    with contextlib.closing(reports):
+        while True:
+            with _kernels_searched(search):
+                report = next(reports)
+            yield report["images_per_second"]
+
+
+@contextlib.contextmanager
+def _kernels_searched(search: bool) -> Iterator[None]:
+    torch.backends.cudnn.benchmark = search
+    yield
+    torch.backends.cudnn.benchmark = False
+
+
+def _rates_of_compiled(settings: RunConfig, store: Store, once: dict[str, float]) -> Iterator[float]:
+    run, once["compiling"] = compiled_run(settings, store)
+    while True:
+        began = time.perf_counter()
+        train_segment(run, [])
+        yield run.plan.batch_rows * run.plan.stops[0] / (time.perf_counter() - began)
+
+
+def compiled_run(settings: RunConfig, store: Store) -> tuple[Run, float]:
+    """Return a run of which a step is compiled before it is captured as a graph, and the seconds of its first step."""
+    plan = make_plan(settings, store, DEVICE)
+    run = start(settings, store, DEVICE, plan, fresh=True)
+    mean, std = mean_std(run.model)
+    step = Step(
+        torch.compile(run.model, dynamic=False),
+        run.optimizer,
+        run.scaler,
+        losses.mixture(settings.loss.weights),
+        mean=mean,
+        std=std,
+        dtype=torch.bfloat16 if settings.train.precision == "bf16" else torch.float32,
+        device=DEVICE,
+        batch_rows=plan.batch_rows,
+        workers=1,
+        grad_clip=0,
+        capture=DEVICE.type == "cuda",
+    )
+    run = dataclasses.replace(run, step=step)
+    first = dataclasses.replace(run, plan=dataclasses.replace(plan, stops=(1,)))
+    began = time.perf_counter()
+    train_segment(first, [])
+    return run, time.perf_counter() - began
+
+
+def _rates_of_loop(
+    settings: RunConfig, step: Callable[[torch.Tensor, torch.Tensor], None], layout: Any = torch.channels_last
+) -> Iterator[float]:
     batch = settings.train.batch_size
     x_BCHW = torch.randn(batch, 3, SETUP.size, SETUP.size).to(DEVICE, memory_format=layout)
     prob_BK = torch.randn(batch, len(settings.data.classes)).softmax(1).to(DEVICE)
-    bf16 = settings.train.precision == "bf16" and not plain
     steps = SETUP.rows * SETUP.repeats // settings.train.evals_per_epoch // batch
     while True:
         began = time.perf_counter()
         for _ in range(steps):
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-                logits_BK = model(x_BCHW)
-            mean = loss(logits_BK.float(), prob_BK).mean()
-            mean.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        mean.item()  # on a GPU, waits for the steps
+            step(x_BCHW, prob_BK)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
         yield steps * batch / (time.perf_counter() - began)
 
 
-def _main(store: str) -> None:
-    print(json.dumps(_measure(open_repeated(Path(store)))))
+def _bare(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, settings.optim)
+    return _step_of(model, optimizer, settings, autocast=settings.train.precision == "bf16")
+
+
+def _plain(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    model = build_model(settings).to(DEVICE)
+    return _step_of(model, AdamW(model.parameters()), settings, autocast=False)
+
+
+def _step_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, settings: RunConfig, *, autocast: bool
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    loss = losses.mixture(settings.loss.weights)
+
+    def step(x_BCHW: torch.Tensor, prob_BK: torch.Tensor) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            logits_BK = model(x_BCHW)
+        loss(logits_BK.float(), prob_BK).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _timm(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """The body of `train_one_epoch` in timm's train.py, with --amp-dtype bfloat16, --channels-last and --opt adamw."""
+    model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    loss_fn = timm.loss.SoftTargetCrossEntropy()
+
+    def step(x_BCHW: torch.Tensor, prob_BK: torch.Tensor) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            output = model(x_BCHW)
+            loss = loss_fn(output, prob_BK)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further model is measured")
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)  # in the process that measures
+    args = parser.parse_args()
+    if args.store is None:
+        command = shlex.join(["python", "-m", "benchmarks.training", "--seconds", f"{args.seconds:g}"])
+        measure("training", lambda: run(args.seconds), command)
+        return 0
+    for measured in _measure(open_repeated(args.store), time.monotonic() + args.seconds):
+        print(json.dumps(measured), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    sys.exit(main())

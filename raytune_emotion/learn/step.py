@@ -61,7 +61,8 @@ class Step:
     ) -> None:
         self._net, self._optimizer, self._scaler, self._loss = net, optimizer, scaler, loss
         self._mean, self._std, self._dtype, self._device = mean, std, dtype, device
-        self._scale, self._grad_clip, self._capture = workers / batch_rows, grad_clip, capture
+        self._scale, self._grad_clip = workers / batch_rows, grad_clip
+        self.capture = capture
         #: Sum of the losses of all rows since it was last set to zero.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         # A captured step reads the learning rate from the device.
@@ -70,19 +71,24 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Input] = []  # of the graph
 
+    @property
+    def captured(self) -> bool:
+        """Tell whether steps are launched as a graph."""
+        return self._graph is not None
+
     def __call__(self, inputs: Sequence[Input], lr: float) -> None:
         """Trains by the micro-batches of one batch, each with the decisions on its augmentation."""
         if self._lr is not None:
             self._lr.fill_(lr)
         for group in self._optimizer.param_groups:
             group["lr"] = lr if self._lr is None else self._lr
-        if self._capture and self._graph is None and self._launched >= _LAUNCHED_FIRST:
+        if self.capture and self._graph is None and self._launched >= _LAUNCHED_FIRST:
             self._capture_graph(inputs)
         if self._graph is not None:
             for to, values in zip(_tensors(self._inputs), _tensors(inputs), strict=True):
                 to.copy_(values, non_blocking=True)
             self._graph.replay()
-        elif self._capture:
+        elif self.capture:
             self._launch_aside(inputs)
         else:
             self._launch(inputs)
@@ -142,7 +148,7 @@ class Step:
                 raise first from None
             warnings.warn(f"the training step cannot be captured as a CUDA graph: {first}", stacklevel=2)
             self._optimizer.zero_grad()
-            self._capture, self._inputs = False, []
+            self.capture, self._inputs = False, []
             return
         self._graph = graph
 

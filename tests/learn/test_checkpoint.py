@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -51,9 +52,12 @@ def test_a_folder_holds_what_was_reported_and_nothing_more(run, reports):
     assert read_best(run / BEST).report == min(reports, key=lambda report: report["val_js"])
 
 
-def test_files_are_as_open_as_their_folder(store, tmp_path):
-    tmp_path.chmod(0o750)
-    next(fit(config(), store, device=CPU, folder=tmp_path))
+def test_files_get_the_mode_that_the_umask_leaves(store, tmp_path):
+    before = os.umask(0o027)
+    try:
+        next(fit(config(), store, device=CPU, folder=tmp_path))
+    finally:
+        os.umask(before)
     assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / LAST, tmp_path / BEST)} == {
         LAST: 0o640,
         BEST: 0o640,

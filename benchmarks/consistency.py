@@ -1,0 +1,170 @@
+"""The same numbers by another way: captured or launched steps, images on the device or in files, resumed or not.
+
+An error of weights is the L2 norm of the difference of two runs' weights over that of the way one of them has gone. On
+a GPU two runs of the same settings differ too, as its sums have no fixed order: that row is what the others are to be
+read against. Also what happens where memory is short, and how often the host waits for the device.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import Table
+from benchmarks.training import DEVICE, SETUP, STUDY, config, faces, open_repeated
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.loader import batches, clear_placed, place
+from raytune_emotion.data.store import Store, open_store
+from raytune_emotion.learn.checkpoint import LAST
+from raytune_emotion.learn.device import is_out_of_memory, limit_memory
+from raytune_emotion.learn.loop import Run, evaluate, fit, make_plan, start, train_segment
+from raytune_emotion.learn.throughput import measure
+
+BACKBONES = {"cpu": {"test_resnet": "fp32"}, "cuda": {"resnet18": "fp32", "efficientnet_b0": "bf16"}}[DEVICE.type]
+EVERYTHING = {
+    **STUDY,
+    "augment.colour": 0.3,
+    "augment.grey": 0.1,
+    "augment.mixup": 0.2,
+    "augment.cutmix": 0.5,
+    "train.ema_decay": 0.9,
+    "train.accumulate": 2,
+}
+
+
+def run() -> Table:
+    rows: list[tuple[object, ...]] = []
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        store = open_store(faces(Path(scratch)))
+        rows.append(("images on the device and from files", "", "", _differing_images(store), "pixels that differ"))
+        for backbone, precision in BACKBONES.items():
+            for name, error in _runs(backbone, precision, store):
+                rows.append((name, backbone, precision, error, "error of weights"))
+            resumed = _resumed(backbone, precision, store, Path(scratch))
+            rows.append(("resumed after each report", backbone, precision, *resumed))
+            print(*rows, sep="\n", file=sys.stderr, flush=True)
+        if DEVICE.type == "cuda":
+            rows += _cuda_only(store)
+    return Table(("check", "model", "precision", "result", "of what"), rows)
+
+
+def settings_of(backbone: str, precision: str, **more: object) -> RunConfig:
+    short = {"train.epochs": 3, "train.evals_per_epoch": 1, "optim.lr": 1e-4}
+    return RunConfig.from_flat({**config(backbone, precision, **STUDY).flat(), **short, **more})
+
+
+def _differing_images(store: Store) -> int:
+    some = [np.arange(i, 1024, 8)[:32] for i in range(8)]
+    here, _ = place(store, DEVICE)
+    pairs = zip(batches(here, some, DEVICE), batches(store.train, some, DEVICE), strict=True)
+    return sum(int((a.x_BHWC != b.x_BHWC).sum()) + int((a.prob_BK != b.prob_BK).sum()) for a, b in pairs)
+
+
+def _runs(backbone: str, precision: str, store: Store) -> list[tuple[str, float]]:
+    settings = settings_of(backbone, precision)
+    plan = make_plan(settings, store, DEVICE)
+    origin, first = _weights(settings, store, plan, steps=0), _weights(settings, store, plan)
+    found = [("launched twice", _error(_weights(settings, store, plan), first, origin))]
+    if DEVICE.type == "cuda":
+        found.append(("captured and launched", _error(_weights(settings, store, plan, capture=True), first, origin)))
+    return found
+
+
+def _weights(settings: RunConfig, store: Store, plan: Any, *, steps: int = 8, capture: bool = False) -> torch.Tensor:
+    run = start(settings, store, DEVICE, plan, fresh=True)
+    if not capture:
+        run.step.capture = False
+    if steps:
+        train_segment(dataclasses.replace(run, plan=dataclasses.replace(plan, stops=(steps,))), [])
+        assert capture == (run.step.captured)
+    return torch.cat([p.detach().double().flatten().cpu() for p in run.model.parameters()])
+
+
+def _error(weights: torch.Tensor, other: torch.Tensor, origin: torch.Tensor) -> float:
+    return ((weights - other).norm() / (other - origin).norm()).item()
+
+
+def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> tuple[float, str]:
+    """The largest difference of val JS between an uninterrupted run and a resumed one."""
+    settings = settings_of(backbone, precision)
+    reports: dict[str, list[float]] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for name, starts in (("whole", 1), ("again", 1), ("resumed", settings.train.epochs)):
+        folder = scratch / f"{name}-{backbone}"
+        reports[name] = []
+        for _ in range(starts):
+            with contextlib.closing(fit(settings, store, device=DEVICE, folder=folder)) as running:
+                some = itertools.islice(running, settings.train.epochs // starts)
+                reports[name] += [report["val_js"] for report in some]
+        state = load_file(folder / LAST)
+        weights[name] = torch.cat([state[key].double().flatten() for key in sorted(state) if key.startswith("model.")])
+    others = ("resumed", "again")
+    js = [max(abs(a - b) for a, b in zip(reports["whole"], reports[name], strict=True)) for name in others]
+    errors = [_error(weights[name], weights["whole"], 0 * weights["whole"]) for name in others]
+    return js[0], f"val JS, bits ({js[1]:.1e} between two whole runs); weights {errors[0]:.1e} ({errors[1]:.1e})"
+
+
+def _cuda_only(store: Store) -> list[tuple[object, ...]]:
+    everything = RunConfig.from_flat(config("efficientnet_b0", "bf16").flat() | EVERYTHING)
+    waits = _waits(everything, store, 12) - _waits(everything, store, 4)
+    waited = "waits of the host in 8 steps"
+    rows: list[tuple[object, ...]] = [(waited, "efficientnet_b0", "bf16", waits, "all augmentations")]
+    rows.append((waited, "efficientnet_b0", "fp16", _fp16_waits(everything, store), "all augmentations"))
+    for name, share, rows_of_batch in (("out of memory by size", 1.0, 4096), ("out of memory by share", 0.05, 256)):
+        limit_memory(DEVICE, share)
+        large = RunConfig.from_flat(
+            settings_of("resnet50", "fp32").flat() | {"train.batch_size": rows_of_batch, "data.image_size": SETUP.size}
+        )
+        rows.append((name, "resnet50", "fp32", *_ending(large, store.path)))
+        smaller = RunConfig.from_flat(large.flat() | {"train.accumulate": 64, "train.epochs": 1})
+        rows.append((f"{name}, then smaller", "resnet50", "fp32", *_ending(smaller, store.path)))
+        print(*rows, sep="\n", file=sys.stderr, flush=True)
+    limit_memory(DEVICE, 1.0)
+    too_large = config("resnet50", "fp32", 8192).flat()
+    found = measure({"resnet50": too_large}, {SETUP.size: str(store.path)}, DEVICE, cores=4, counts=(1, 2), seconds=0.1)
+    rows.append(("auto with a batch of 8192", "resnet50", "fp32", str(found), "rates by number of trials"))
+    return rows
+
+
+def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        for _ in fit(settings, open_repeated(place), device=DEVICE, resident=settings.train.accumulate == 1):
+            break
+        ending = "trained"
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        ending = type(error).__name__
+    gc.collect()
+    clear_placed()
+    torch.cuda.empty_cache()
+    return ending, f"at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
+
+
+def _fp16_waits(settings: RunConfig, store: Store) -> int:
+    half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="fp16"))
+    return _waits(half, store, 12) - _waits(half, store, 4)
+
+
+def _waits(settings: RunConfig, store: Store, steps: int) -> int:
+    """How often the host waits for the GPU in a report after so many steps, and at its end."""
+    plan = dataclasses.replace(make_plan(settings, store, DEVICE), stops=(steps,))
+    run: Run = start(settings, store, DEVICE, plan, fresh=True)
+    train_segment(run, [])  # what it makes once is there then
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train_segment(run, [])
+        torch.cuda.set_sync_debug_mode("default")
+    evaluate(run.model, run.val, classes=store.classes, device=DEVICE)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
