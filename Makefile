@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The main job on the built-in sample of generated faces.
 search: setup
-	$(BIN)/python -m raytune_emotion.search --space search_spaces/quick.yaml --trials 16 --epochs 6
+	$(BIN)/python -m raytune_emotion.search --space quick --trials 16 --epochs 6
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -30,6 +30,6 @@ bench: setup
 # All that there is to measure on a GPU, and a study there: make gpu DATA=faces [WEIGHTS=folder]
 gpu: setup
 	$(BIN)/python -m benchmarks correctness loading training sharing
-	$(BIN)/python -m raytune_emotion.search --space search_spaces/gpu.yaml --trials 32 --gpus-per-worker auto \
+	$(BIN)/python -m raytune_emotion.search --space gpu --trials 32 --gpus-per-worker auto \
 	  --data $(or $(DATA),$(error name the faces to search on: make gpu DATA=folder)) \
 	  $(if $(WEIGHTS),--weights-dir $(WEIGHTS))

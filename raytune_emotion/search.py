@@ -42,6 +42,7 @@ from raytune_emotion.tuning.policy.warm_start import EARLIER, write_earlier
 from raytune_emotion.tuning.report.console import run_shown, terminated_as_interrupted
 from raytune_emotion.tuning.report.dry_run import costs
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, write_report
+from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.space.space import Space, draw
 from raytune_emotion.tuning.study.earlier import gather_earlier
@@ -49,7 +50,7 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, loa
 from raytune_emotion.tuning.study.records import best_first, read_records
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec, write_spec
 
-DEFAULT_SPACE = Path("search_spaces/quick.yaml")
+DEFAULT_SPACE = find_space(DEFAULT)
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
 _DRAWN = 10
@@ -65,7 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
-    add("--space", type=Path, metavar="FILE", help="the search space, YAML (default: search_spaces/quick.yaml)")
+    add(
+        "--space",
+        type=_space_file,
+        metavar="SPACE",
+        help=f"the search space: {', '.join(known_spaces())}, or a YAML file (default: {DEFAULT})",
+    )
     add(
         "--objective",
         choices=OBJECTIVES,
@@ -469,6 +475,13 @@ next:
 
 def _gpu_share_or_auto(text: str) -> float | str:
     return AUTO if text == AUTO else gpu_share(text)
+
+
+def _space_file(text: str) -> Path:
+    try:
+        return find_space(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--space ")) from None
 
 
 def _duration(text: str) -> timedelta:

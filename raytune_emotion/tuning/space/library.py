@@ -1,0 +1,41 @@
+"""Find the search spaces that come with the package, by their names and from any folder."""
+
+from pathlib import Path
+
+import raytune_emotion
+from raytune_emotion.config import did_you_mean
+from raytune_emotion.errors import UserError
+
+#: The space of a search that names none.
+DEFAULT = "quick"
+
+
+def find_space(text: str) -> Path:
+    """Return the file of a search space.
+
+    Args:
+        text: the path of a YAML file, or the name of a space that comes with the package, such as `gpu`.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(text)
+    known = known_spaces()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file():
+        if not path.exists() and path.stem in known:
+            raise UserError(f"--space {path}: there is no such file; did you mean {path.stem}, of the package?")
+        return path
+    if text not in known:
+        near = did_you_mean(text, known)
+        others = f"there are {', '.join(known)}; a file of your own ends with .yaml"
+        raise UserError(f"--space {text}: there is no such search space{near or f'; {others}'}")
+    return known[text]
+
+
+def known_spaces() -> dict[str, Path]:
+    """Return the search spaces that come with the package, by name."""
+    package = Path(raytune_emotion.__file__).parent
+    # In the repository they lie beside the package, and in an installation in it.
+    folders = (package / "search_spaces", package.parent / "search_spaces")
+    found = next((folder for folder in folders if folder.is_dir()), folders[0])
+    return {file.stem: file for file in sorted(found.glob("*.yaml"))}
