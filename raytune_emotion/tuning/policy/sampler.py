@@ -1,8 +1,9 @@
 """What is tried next: the candidate that is expected to better what the study has by the most."""
 
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ _CANDIDATES, _BEST = 1000, 5
 _WIDER = 1.4
 #: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
 _ANEW, _STEP = 0.2, 0.1
+#: Parameters' values that are gone through, where all candidates were tried before.
+_ENUMERABLE = 100_000
 
 Column = npt.NDArray[Any]
 
@@ -73,7 +76,32 @@ def propose(
         trial = FixedTrial({name: column[number : number + 1].tolist()[0] for name, column in params.items()})
         if _key(space.suggest(trial)) not in tried:
             return trial.params
+    return _first_untried(space, tried)
+
+
+def _first_untried(space: Space, tried: Collection[str]) -> dict[str, Any] | None:
+    """Return the first configuration, of a space that has few, that was not tried; chance need not have drawn it."""
+    values = {name: _all_values(distribution) for name, distribution in space.parameters.items()}
+    if math.prod(len(those) for those in values.values()) > _ENUMERABLE or not all(map(len, values.values())):
+        return None
+    for point in itertools.product(*values.values()):
+        trial = FixedTrial(dict(zip(values, point, strict=True)))
+        if _key(space.suggest(trial)) not in tried:
+            return trial.params
     return None
+
+
+def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
+    """Return the values that a parameter can have; none where they cannot be listed."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    if isinstance(distribution, IntDistribution):
+        return range(distribution.low, distribution.high + 1, distribution.step)
+    assert isinstance(distribution, FloatDistribution)
+    if distribution.step is None:
+        return ()
+    steps = round((distribution.high - distribution.low) / distribution.step)
+    return [distribution.low + number * distribution.step for number in range(steps + 1)]
 
 
 def _promise(
@@ -192,4 +220,9 @@ def _values(distribution: BaseDistribution, u_M: Floats) -> Column:
 
 
 def _key(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, sort_keys=True)
+    # 0.3 and 3 * 0.1 are the same setting, and so are 5 and 5.0.
+    same = {
+        key: f"{value:.9g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+        for key, value in settings.items()
+    }
+    return json.dumps(same, sort_keys=True)

@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
-from optuna.trial import FixedTrial
+from optuna.trial import FixedTrial, TrialState, create_trial
 
-from raytune_emotion.tuning.policy.sampler import _CANDIDATES, candidates, settings_of
+from raytune_emotion.tuning.policy.sampler import _CANDIDATES, SETTINGS, candidates, propose, settings_of
 from raytune_emotion.tuning.space.parser import parse_space
 from tests.tuning.study.test_optuna_study import SPACE
 
@@ -41,6 +43,29 @@ def test_the_second_half_lies_near_the_best():
     assert np.median(off[_CANDIDATES:]) < 0.6 * np.median(off[:_CANDIDATES])
     same = np.array(params["loss"]) == best.params["loss"]
     assert same[_CANDIDATES:].mean() > 0.8 > same[:_CANDIDATES].mean()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_last_configuration_of_a_space_is_found_and_then_none(seed):
+    space = parse_space(
+        {
+            "train.batch_size": {"choice": [8, 16, 32, 64, 128]},
+            "train.grad_clip": {"choice": [*range(60)]},
+            "augment.flip": {"uniform": [0.0, 0.9, 0.1]},
+            "when": [{"if": {"train.batch_size": [8]}, "augment.flip": 0.5}],
+        }
+    )
+    points = list(itertools.product([8, 16, 32, 64, 128], range(60), [i / 10 for i in range(10)]))
+    settings = [
+        space.suggest(FixedTrial({"train.batch_size": size, "train.grad_clip": clip, "augment.flip": flip}))
+        for size, clip, flip in points
+    ]
+    past = [create_trial(state=TrialState.FAIL, user_attrs={SETTINGS: found}) for found in settings]
+    assert propose(space, past, seed) is None
+    left = propose(space, past[:-1], seed)
+    assert left is not None
+    assert left["train.batch_size"] == 128
+    assert left["augment.flip"] == pytest.approx(0.9)
 
 
 def rows(params):
