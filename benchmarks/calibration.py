@@ -14,7 +14,7 @@ from benchmarks import Table
 from benchmarks.curves.replay import BUDGET, SHARE, Market, pool, read_markets, simulate
 from benchmarks.curves.rules import CHANCE, ENDED, Foretold
 from benchmarks.policies import ALSO, Study, extrapolating
-from raytune_emotion.tuning.policy.sampler import SETTINGS
+from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.study.optuna_study import trial_id_of
 
 SEEDS = 8

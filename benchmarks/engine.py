@@ -32,6 +32,7 @@ import torch
 from ray import train, tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
 
 from benchmarks import Table
 from raytune_emotion.config import RunConfig
@@ -40,14 +41,13 @@ from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.loop import fit
+from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.execution.cluster import Placement, ray_session
 from raytune_emotion.tuning.execution.job import Job, Resources, train_on
+from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.execution.tune_adapter import Event
-from raytune_emotion.tuning.policy.scheduler import make_scheduler
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import create_study
-from raytune_emotion.tuning.study.spec import StudySpec, write_spec
+from raytune_emotion.tuning.study import open_study
+from raytune_emotion.tuning.study.spec import StudySpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,7 @@ def make_study(folder: Path, store: Store, *, trials: int, epochs: int, start: l
         },
         baseline={},
     )
-    folder.mkdir(parents=True)
-    create_study(folder, parse_space(spec.space))
-    write_spec(folder, spec)
+    open_study.make_study(folder, spec)
     return spec
 
 
@@ -231,7 +229,7 @@ def _measure(name: str, trials: int, epochs: int, store: Store, folder: Path) ->
         places = trials if epochs > 1 else 1
         with ray_session(None, dashboard=False, num_cpus=variant.workers * places):
             if name.startswith("engine"):
-                records = run_study(folder, spec, Placement(resources, 1), watch=watch)
+                records = run_study(open_study.load(folder), Placement(resources, 1), watch=watch)
                 left["stopped"] = sum(record.status == "pruned" for record in records)
             else:
                 left["stopped"] = _recipe(jobs, variant.workers, epochs, folder / "ray", ended)
@@ -270,11 +268,12 @@ def _recipe(jobs: list[Job], workers: int, epochs: int, storage: Path, ended: Ca
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ended()
 
+    # None where no trial is to be stopped: it would stop each at its last report, in the midst of ending.
+    asha = ASHAScheduler("report", OBJECTIVE, "min", max_t=epochs, reduction_factor=3) if epochs > 1 else None
     results = tune.Tuner(
         tune.with_resources(drive, {"node:__internal_head__": 0.001}),
         param_space={"job": tune.grid_search([job.to_dict() for job in jobs])},
-        # No scheduler where none is to be stopped: it would stop each at its last report, in the midst of ending.
-        tune_config=tune.TuneConfig(max_concurrent_trials=1, scheduler=make_scheduler(epochs) if epochs > 1 else None),
+        tune_config=tune.TuneConfig(max_concurrent_trials=1, scheduler=asha),
         run_config=tune.RunConfig(
             name="recipe",
             storage_path=str(storage),

@@ -1,7 +1,7 @@
 """How good a model this project's policy of search finds for a budget, whole and with its parts replaced.
 
 Replayed on recorded learning curves, and measured by what others had reached in `rivals`. The policy is driven as a
-study drives it: the same `Searcher` asks and tells Optuna, the same scheduler of Ray sees every report.
+study drives it: the same `Searcher` asks and tells Optuna, the same scheduler sees every report.
 """
 
 import copy
@@ -22,6 +22,7 @@ from benchmarks import Table
 from benchmarks.curves.replay import (
     BUDGET,
     COLUMNS,
+    EPOCHS,
     SHARE,
     WORKERS,
     Make,
@@ -33,15 +34,16 @@ from benchmarks.curves.replay import (
     row,
     simulate,
 )
-from benchmarks.curves.rules import Extrapolating, OfRay, Promoting, Rule
+from benchmarks.curves.rules import Extrapolating, OfRay, Promoting, Rule, Stopping
 from benchmarks.rivals import kept_goals
 from raytune_emotion.learn.report import OBJECTIVE, Report
 from raytune_emotion.tuning.policy import sampler
+from raytune_emotion.tuning.policy.decisions import Begin
 from raytune_emotion.tuning.policy.forecast import Forecast, encoding_of
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
-from raytune_emotion.tuning.policy.scheduler import make_scheduler
+from raytune_emotion.tuning.policy.scheduler import Halving
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.optuna_study import Propose, Searcher, trial_id_of
+from raytune_emotion.tuning.study.optuna_study import Proposal, Searcher, trial_id_of
 
 #: What a policy that has not reached a goal by then is given, to see when it does, of random search's time.
 LONGER = 1 / 2
@@ -53,6 +55,10 @@ SEEDS, SEEDS_LONGER, SEEDS_NEAREST, SEEDS_PARTS, SEEDS_SLOW = 200, 48, 16, 16, 4
 OURS = "this project"
 
 PER_HOUR = OBJECTIVES["val_js per hour"]
+
+
+#: Of a space, the past and a seed: Optuna's parameters of a new configuration, or None where there is none.
+Propose = Callable[[Space, list[FrozenTrial], int], dict[str, Any] | None]
 
 
 class Study:
@@ -74,11 +80,12 @@ class Study:
 
     def ask(self) -> tuple[str, Mapping[str, Any]]:
         proposal = self._searcher.ask()
-        assert proposal is not None  # the space is not finite
+        assert isinstance(proposal, Proposal)  # the space is not finite
         return proposal.trial_id, proposal.settings
 
-    def _next(self, space: Space, past: list[FrozenTrial], seed: int) -> dict[str, Any] | None:
-        return self._propose(space, [self._seen(trial) for trial in past], seed)
+    def _next(self, space: Space, past: list[FrozenTrial], seed: int, *, new: bool) -> Begin | None:
+        params = self._propose(space, [self._seen(trial) for trial in past], seed)
+        return None if params is None else Begin(params)
 
     def _seen(self, trial: FrozenTrial) -> FrozenTrial:
         if trial_id_of(trial.number) in self._paused:
@@ -139,7 +146,7 @@ class ByOptuna:
 
 def asha(market: Market) -> Rule:
     """This project's."""
-    return OfRay(make_scheduler(market.most_reports))
+    return Stopping(Halving(EPOCHS))
 
 
 def brackets(market: Market) -> Rule:

@@ -11,8 +11,9 @@ from benchmarks import Table
 from benchmarks.engine import make_study, tiny_store
 from raytune_emotion.tuning.execution.cluster import Placement, ray_session
 from raytune_emotion.tuning.execution.job import Resources
+from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.execution.tune_adapter import Event
+from raytune_emotion.tuning.study.open_study import load
 
 TRIALS, EPOCHS = 300, 3
 EVERY = 10
@@ -43,9 +44,9 @@ def run() -> Table:
 
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         folder = Path(scratch) / "soak"
-        spec = make_study(folder, tiny_store(Path(scratch)), trials=TRIALS, epochs=EPOCHS, start=[])
+        make_study(folder, tiny_store(Path(scratch)), trials=TRIALS, epochs=EPOCHS, start=[])
         with ray_session(None, num_cpus=2):
-            run_study(folder, spec, Placement(Resources(1, 1.0, 0.0), 2), watch=watch)
+            run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 2), watch=watch)
 
     warm = {ended: sample for ended, sample in samples.items() if ended >= WARM}
     slopes = np.polyfit(np.array([*warm]) / 100, np.array([*warm.values()]), 1)[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.interruption import orderly
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.terminal import warn
 
@@ -108,8 +109,12 @@ def command_main(verb: str, argv: list[str] | None = None) -> int:
 
 
 def _run(verb: str, parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    # Imported only now: `predict` need not wait for Ray.
-    module = importlib.import_module(f"raytune_emotion.{verb}")
-    module.add_arguments(parser)
-    args = parser.parse_args(argv)
-    return guarded(lambda: module.run(args))
+    def action() -> None:
+        # Imported only now: `predict` need not wait for Ray.
+        module = importlib.import_module(f"raytune_emotion.{verb}")
+        module.add_arguments(parser)
+        module.run(parser.parse_args(argv))
+
+    # Around all of it: imports take seconds, and a signal may come while one of the last messages is written.
+    with orderly():
+        return guarded(action)

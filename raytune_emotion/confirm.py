@@ -1,22 +1,27 @@
 """Runs the best configurations of a study again, with fresh seeds, and exports the one that is best in the mean."""
 
 import argparse
+import contextlib
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 
 from raytune_emotion.cli import command_main, gpu_share, positive
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
 from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
-from raytune_emotion.tuning.report.console import run_shown, terminated_as_interrupted
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+from raytune_emotion.tuning.report.console import run_shown
 from raytune_emotion.tuning.report.page import REPORT, write_report
-from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     HEADINGS,
@@ -28,9 +33,10 @@ from raytune_emotion.tuning.study.confirmation import (
     standings,
     write_standings,
 )
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, load_study, sole_driver
-from raytune_emotion.tuning.study.records import TrialRecord, read_records, trial_folder
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec, write_spec
+from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study, open_study
+from raytune_emotion.tuning.study.optuna_study import sole_driver
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,31 +56,43 @@ def run(args: argparse.Namespace) -> None:
     study: Path = args.study.absolute()
     chosen, spec = _asked(args, study)
     folder, console = study / CONFIRMED, plain_console()
-    folder.mkdir(exist_ok=True)
-    with sole_driver(folder), ray_session(args.address), terminated_as_interrupted():
-        placement = fit_to_cluster(
-            workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
-        )
-        spec = _begun(folder, spec, chosen, fresh_seeds(spec.seed, args.seeds))
-        console.print(
-            f"confirmation {folder}: {len(spec.confirms or ())} configurations, {spec.trials} runs of "
-            f"{spec.epochs} epochs, {placement.concurrency} at once"
-        )
-        interrupted = run_shown(console, folder, spec, placement)
-    _conclude(console, folder, spec, interrupted=interrupted)
-    if interrupted:
-        raise KeyboardInterrupt
+    # Until all is written, the confirmation's folder is this process's alone.
+    with contextlib.ExitStack() as held:
+        if not (folder / SPEC).exists():
+            if folder.exists():  # of a beginning that was cut short
+                with sole_driver(folder):
+                    shutil.rmtree(folder)
+            make_study(folder, spec)
+        confirmation = held.enter_context(open_study(folder))
+        ended = None
+        try:
+            with ray_session(args.address) as cluster:
+                placement = fit_to_cluster(
+                    workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
+                )
+                confirmation = _with_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, args.seeds))
+                console.print(
+                    f"confirmation {folder}: {len(spec.confirms or ())} configurations, {confirmation.spec.trials} runs"
+                    f" of {spec.epochs} epochs, {placement.concurrency} at once"
+                )
+                run_shown(console, confirmation, placement, failure=cluster.failure)
+        except (KeyboardInterrupt, ClusterLost) as why:
+            ended = why
+        with finishing():
+            _conclude(console, confirmation, whole=ended is None)
+        if ended is not None:
+            raise ended
 
 
 def _asked(args: argparse.Namespace, study: Path) -> tuple[list[TrialRecord], StudySpec]:
-    """The trials to be confirmed, and how; all of it is looked at before Ray is started."""
+    """Return the trials to be confirmed, and how; all of it is looked at before Ray is started."""
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
     check_cluster(args.address)
     resume = f"python -m raytune_emotion.search --resume --results {study.parent} --name {study.name} --data DIR"
     check_stores(searched, f"tell where they are by `{resume}`")
-    chosen = best_configurations(read_records(study, load_study(study)), args.top)
+    chosen = best_configurations(load(study).records(), args.top)
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
     folder = study / CONFIRMED
@@ -95,21 +113,15 @@ def _asked(args: argparse.Namespace, study: Path) -> tuple[list[TrialRecord], St
     )
 
 
-def _begun(folder: Path, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> StudySpec:
-    """Begins a confirmation, or goes on with it: what it has stays, what it lacks is added."""
-    if not (folder / SPEC).exists():
-        (folder / JOURNAL).unlink(missing_ok=True)  # of a beginning that was cut short
-        create_study(folder, parse_space(spec.space, SPEC))
-    study = load_study(folder)
-    enqueue(study, chosen, seeds)
-    spec = dataclasses.replace(spec, trials=len(study.get_trials(deepcopy=False)))
-    write_spec(folder, spec)
-    return spec
+def _with_runs(study: OpenStudy, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> OpenStudy:
+    """Enqueue the runs that a confirmation lacks; those that it has stay."""
+    enqueue(study.optuna, chosen, seeds)
+    return study.with_spec(dataclasses.replace(spec, trials=len(study.optuna.get_trials(deepcopy=False))))
 
 
-def _conclude(console: Console, folder: Path, spec: StudySpec, *, interrupted: bool) -> None:
-    """Says how the configurations stand, and exports the winner once all is done."""
-    records = read_records(folder, load_study(folder))
+def _conclude(console: Console, study: OpenStudy, *, whole: bool) -> None:
+    """Say how the configurations stand, and export the winner once all is done."""
+    folder, spec, records = study.folder, study.spec, study.records()
     found = standings(spec, records)
     write_standings(folder, found)
     write_report(folder, spec, records)
@@ -117,7 +129,7 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, *, interrupted: b
     for standing in found:
         table.add_row(*standing.cells)
     console.print(table)
-    if interrupted:
+    if not whole:
         console.print(f"the same command goes on: python -m raytune_emotion.confirm {folder.parent}")
         return
     winner = found[0]
@@ -146,7 +158,8 @@ def _export(folder: Path, winner: Standing, configurations: int) -> None:
         f"with fresh seeds: JS {winner.in_words}.",
         f"These weights are of the run in the middle, trial {run.trial_id} of the confirmation.",
     ]
-    write_package(folder / "best", dataclasses.replace(best, report={**best.report, **confirmed}), notes)
+    report = cast("Report", {**best.report, **confirmed})
+    write_package(folder / "best", dataclasses.replace(best, report=report), notes)
 
 
 if __name__ == "__main__":

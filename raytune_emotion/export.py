@@ -6,13 +6,14 @@ from pathlib import Path
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST
+from raytune_emotion.learn.checkpoint import BEST, HISTORY
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.storage import remote
 from raytune_emotion.terminal import say, short
+from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import opened, trial_folder
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
-from raytune_emotion.tuning.study.tables import TRIALS, best_trial_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with opened(args.study, TRIALS) as folder:
+    with opened(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         if args.trial is None and (folder / SPEC).exists() and read_spec(folder).confirms is not None:
             raise UserError(f"{folder}: its winner is in {folder / 'best'}; name another of its runs with --trial")
-        trial_id = args.trial or best_trial_id(folder)
+        trial_id = args.trial or load(folder).best_trial().trial_id
         export_trial(folder, args.dest, trial_id, args.study if isinstance(args.study, str) else None)
     say(f"trial {trial_id} is exported to {short(args.dest)}")
 

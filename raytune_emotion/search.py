@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import torch
@@ -26,29 +26,32 @@ from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError
 from raytune_emotion.export import export_trial
+from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.cache import cache_folder
+from raytune_emotion.storage.locations import parse_location
 from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.gpu_sharing import AUTO, fastest_share
-from raytune_emotion.tuning.execution.runner import extend_best
-from raytune_emotion.tuning.execution.worker_group import MAX_FAILURES
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
-from raytune_emotion.tuning.policy.warm_start import EARLIER, write_earlier
-from raytune_emotion.tuning.report.console import run_shown, terminated_as_interrupted
+from raytune_emotion.tuning.policy.warm_start import EARLIER
+from raytune_emotion.tuning.report.console import run_shown
 from raytune_emotion.tuning.report.dry_run import costs
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, write_report
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
-from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
 from raytune_emotion.tuning.study.earlier import gather_earlier
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, load_study, sole_driver
-from raytune_emotion.tuning.study.records import best_first, read_records
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec, write_spec
+from raytune_emotion.tuning.study.endings import MAX_FAILURES
+from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study, open_study, raise_epochs
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Status, sole_driver
+from raytune_emotion.tuning.study.records import winner
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
 
 DEFAULT_SPACE = find_space(DEFAULT)
 DEFAULT_TRIALS = 32
@@ -123,39 +126,44 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         _preview(console, args)
         return
-    with ExitStack() as stack:
-        results = _fetched(args, stack) if isinstance(args.results, str) else None
+    # Until all is written, the study's folder is this process's alone.
+    with ExitStack() as held:
+        results = _fetched(args, held) if isinstance(args.results, str) else None
         auto = args.gpus_per_worker == AUTO
         if auto:
             args.gpus_per_worker = None  # until it is known
-        folder, spec, earlier = (*_resumed(args), None) if args.resume else _new(args)
-        uri = remote.join(results, folder.name) if results else None
-        if args.resume and results is None:
-            stack.enter_context(sole_driver(folder))
-        stack.enter_context(ray_session(args.address))
-        stack.enter_context(terminated_as_interrupted())
-        if auto:
-            gpus_per_worker, seen = fastest_share(spec)
-            console.print(seen)
-            spec = dataclasses.replace(spec, gpus_per_worker=gpus_per_worker)
-        placement = fit_to_cluster(
-            workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
-        )
-        if not args.resume:
-            folder.mkdir(parents=True)
-            stack.enter_context(sole_driver(folder))
-            create_study(folder, parse_space(spec.space))
-            if earlier is not None:
-                write_earlier(folder, earlier)
-        elif spec.epochs > read_spec(folder).epochs:
-            spec = extend_best(folder, spec, uri)
-        write_spec(folder, spec)
-        where = f"{remote.shown(uri)}, worked on in {folder}" if uri else folder
-        console.print(f"study {where}: {spec.trials} trials of {spec.epochs} epochs, {placement.concurrency} at once")
-        interrupted = run_shown(console, folder, spec, placement, uri=uri, time_budget=args.time_budget)
-    _conclude(console, folder, spec, results)
-    if interrupted:
-        raise KeyboardInterrupt
+        study = _open_existing(args, results, held) if args.resume else None
+        folder, spec, earlier = (study.folder, _resumed(args, study), None) if study else _new(args)
+        location = parse_location(results) / folder.name if results else None
+        begun, ended = False, None
+        try:
+            with ray_session(args.address) as cluster:
+                if auto:
+                    gpus_per_worker, seen = fastest_share(spec)
+                    console.print(seen)
+                    spec = dataclasses.replace(spec, gpus_per_worker=gpus_per_worker)
+                placement = fit_to_cluster(
+                    workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
+                )
+                if study is None:
+                    make_study(folder, spec, earlier)
+                    study = held.enter_context(open_study(folder, location))
+                else:
+                    study = (raise_epochs if spec.epochs > study.spec.epochs else OpenStudy.with_spec)(study, spec)
+                where = f"{location}, worked on in {folder}" if location else folder
+                trials = f"{study.spec.trials} trials of {spec.epochs} epochs"
+                console.print(f"study {where}: {trials}, {placement.concurrency} at once")
+                begun = True
+                run_shown(console, study, placement, time_budget=args.time_budget, failure=cluster.failure)
+        except (KeyboardInterrupt, ClusterLost) as why:
+            if not begun:
+                raise
+            ended = why
+        assert study is not None
+        with finishing():
+            _conclude(console, study, results)
+        if ended is not None:
+            raise ended
 
 
 def _preview(console: Console, args: argparse.Namespace) -> None:
@@ -274,19 +282,24 @@ def _absolute(path: Path | None) -> str | None:
     return str(path.expanduser().absolute()) if path is not None else None
 
 
-def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
-    """The folder and the spec of a study that goes on: what it is stays; how much of it, and where it runs, may change.
-
-    All of it is looked at before Ray is started.
-    """
+def _open_existing(args: argparse.Namespace, results: str | None, held: ExitStack) -> OpenStudy:
+    """Load the study that goes on; its folder is this process's alone until `held` ends."""
     folder = _existing_folder(args)
-    spec = read_spec(folder)
-    if spec.confirms is not None:
+    if read_spec(folder).confirms is not None:
         raise UserError(
             f"{folder}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
         )
-    space = parse_space(spec.space, str(folder / SPEC))
-    load_study(folder)
+    if results is None:
+        return held.enter_context(open_study(folder))
+    return load(folder, parse_location(results) / folder.name)  # `_fetched` has the folder to itself
+
+
+def _resumed(args: argparse.Namespace, study: OpenStudy) -> StudySpec:
+    """Return the spec of a study that goes on: what it is stays; how much of it, and where it runs, may change.
+
+    All of it is looked at before Ray is started.
+    """
+    spec, space = study.spec, study.space
     faults = [
         f"--{name}: a study keeps the {name} that it began with; leave it out, or begin a new study under another name"
         for name, value in (
@@ -326,7 +339,7 @@ def _resumed(args: argparse.Namespace) -> tuple[Path, StudySpec]:
         "weights_dir": _absolute(args.weights_dir),
     }
     given = {name: value for name, value in given.items() if value is not None}
-    return folder, dataclasses.replace(spec, stores=stores, **given)
+    return dataclasses.replace(spec, stores=stores, **given)
 
 
 def _stores(data: Path | str, space: Space, *, skip_bad: bool) -> dict[int, Store]:
@@ -427,23 +440,21 @@ def _fetched(args: argparse.Namespace, stack: ExitStack) -> str:
     return uri
 
 
-def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | None) -> None:
-    """Exports the best trial, and says what came out and what to type next."""
-    records = read_records(folder, load_study(folder))
-    counts = {
-        status: sum(r.status == status for r in records) for status in ("complete", "pruned", "failed", "running")
-    }
-    best = best_first(records)[0] if records else None
+def _conclude(console: Console, study: OpenStudy, results: str | None) -> None:
+    """Export the best trial, and say what came out and what to type next."""
+    folder, spec, records = study.folder, study.spec, study.records()
+    counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
+    best = winner(records)
     uri = remote.join(results, folder.name) if results else None
     write_report(folder, spec, records)
-    if best is not None and best.best is not None:
+    if best is not None:
         export_trial(folder, folder / "best", best.trial_id, uri)
     if uri is not None:
         written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
         remote.push(folder, uri, [str(file.relative_to(folder)) for file in written])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
     if best is None or best.best is None:
-        console.print("no trial has reported yet")
+        console.print("no trial has reported yet, or those that have failed")
         return
     objective = OBJECTIVES[spec.objective]
     if objective.front:
@@ -461,7 +472,7 @@ def _conclude(console: Console, folder: Path, spec: StudySpec, results: str | No
         resume += f" --trials {2 * spec.trials}"
     console.print(
         f"""
-best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({counts["complete"] + counts["pruned"]} trials)
+best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({len(records)} trials)
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
 exported    {place["best"]}
 page        {place[REPORT]}

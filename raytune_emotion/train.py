@@ -3,9 +3,9 @@
 import argparse
 import io
 import os
-import shlex
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,25 @@ from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_sh
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.prepare import check_data, prepare
-from raytune_emotion.data.store import is_store
+from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, LAST, read_history, read_progress
+from raytune_emotion.interruption import finishing
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history, read_progress
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import alone_in
-from raytune_emotion.terminal import plain_console
+from raytune_emotion.terminal import plain_console, typed
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
 from raytune_emotion.tuning.execution.job import DATA, PARAMS, Job, Resources, TrialFailed, Unfit, train_here
-from raytune_emotion.tuning.execution.worker_group import MAX_FAILURES, train_together
+from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import opened, trial_folder
 from raytune_emotion.tuning.study.spec import read_spec
-from raytune_emotion.tuning.study.tables import TRIALS, best_trial_id
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +74,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.trial is not None and args.study is None:
         faults.append(f"--trial {args.trial}: of which study? name its folder with --study")
     if args.study is not None:
-        with collecting(faults), opened(args.study, TRIALS, f"trials/{args.trial or '*'}/{PARAMS}") as study:
-            settings = _read(trial_folder(study, args.trial or best_trial_id(study)) / PARAMS)
+        files = (JOURNAL, f"trials/*/{HISTORY}", f"trials/{args.trial or '*'}/{PARAMS}")
+        with collecting(faults), opened(args.study, *files) as study:
+            settings = _read(trial_folder(study, args.trial or load(study).best_trial().trial_id) / PARAMS)
     if args.config is not None:
         with collecting(faults):
             settings = _over(settings, _read(args.config))
@@ -123,39 +127,65 @@ def run(args: argparse.Namespace) -> None:
         build_model(config)  # that it can be had shows here, and not where Ray and a folder wait for it
     console = plain_console()
     console.print(f"run {folder}: {len(store.train)} training and {len(store.val)} validation images")
-    if args.workers == 1:
-        gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(torch.cuda.is_available())
-        _train(
-            console,
-            folder,
-            config,
-            store.place,
-            Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus),
-        )
-    else:
-        with ray_session(args.address):
-            place = fit_to_cluster(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
-            _train(console, folder, config, store.place, place.resources)
+    ended = None
+    try:
+        if args.workers == 1:
+            gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(torch.cuda.is_available())
+            resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
+            _train(console, folder, config, store.place, resources, train_here)
+        else:
+            _train_on_cluster(console, args, folder, config, store.place)
+    except (KeyboardInterrupt, ClusterLost) as why:
+        ended = why
+    with finishing():
+        _conclude(console, folder, store, ended, f" --workers {args.workers}" if args.workers > 1 else "")
+    if ended is not None:
+        raise ended
+
+
+def _conclude(console: Console, folder: Path, store: Store, ended: BaseException | None, more: str) -> None:
+    """Export the best until now, and say what to type next."""
+    if ended is not None and not (folder / BEST).exists():
+        console.print("the run ended before its first evaluation; nothing is kept of it")
+        return
     export_checkpoint(folder / BEST, folder / "best")
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
+    resume = f"python -m raytune_emotion.train --resume --results {typed(folder.parent)} --name {folder.name}{more}"
     console.print(
         f"""
 best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {best["val_accuracy"]:.3f})
 baseline    {mean["js"]:.4f} bits, predicting the training mean
 exported    {folder / "best"}
 
-next: python -m raytune_emotion.predict {shlex.quote(str(folder / "best"))} FACE.jpg"""
+next: python -m raytune_emotion.predict {typed(folder / "best")} FACE.jpg"""
+        + (f"\nto go on: {resume}" if ended is not None else "")
     )
 
 
-def _train(console: Console, folder: Path, config: RunConfig, store: str, resources: Resources) -> None:
+def _train_on_cluster(console: Console, args: argparse.Namespace, folder: Path, config: RunConfig, store: str) -> None:
+    # Imported for several workers alone: Ray Train takes a second and 100 MB.
+    from raytune_emotion.tuning.execution.worker_group import train_together
+
+    with ray_session(args.address) as cluster:
+        place = fit_to_cluster(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
+        _train(console, folder, config, store, place.resources, lambda job: watched(train_together(job), cluster))
+
+
+def _train(
+    console: Console,
+    folder: Path,
+    config: RunConfig,
+    store: str,
+    resources: Resources,
+    train: Callable[[Job], Iterator[Report]],
+) -> None:
     job = Job(folder.name, str(folder), store, config.flat(), resources)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with alone_in(folder):
-            for report in train_here(job) if resources.workers == 1 else train_together(job, MAX_FAILURES):
+            for report in train(job):
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"

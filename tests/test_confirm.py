@@ -12,11 +12,12 @@ import pytest
 from raytune_emotion import confirm
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.tuning.execution.job import job_of, train_here
-from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.confirmation import best_configurations, standings
-from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study, sole_driver
+from raytune_emotion.tuning.study.open_study import make_study
+from raytune_emotion.tuning.study.optuna_study import Searcher, load_study, sole_driver
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
+from tests.support import joined_session
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.study.test_records import report, spec_of
 
@@ -91,9 +92,7 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path):
     (told,) = refused()
     assert "confirmed: its runs are of 1 epochs, and trials of the study now of 2; move it away to confirm" in told
     begun = tmp_path / "begun"
-    begun.mkdir()
-    create_study(begun, parse_space(spec.space))
-    write_spec(begun, spec)
+    make_study(begun, spec)
     assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
 
 
@@ -112,14 +111,14 @@ def test_a_study_at_a_uri_is_refused(capsys):
 
 def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster, tmp_path, capsys, monkeypatch):
     # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr(confirm, "ray_session", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(confirm, "ray_session", joined_session)
     folder = study / "confirmed"
 
-    def run_one_epoch(console, folder, spec, placement):
-        proposal = Searcher(load_study(folder), parse_space(spec.space), seed=spec.seed).ask()
-        with contextlib.closing(train_here(job_of(folder, spec, placement.resources, proposal))) as reports:
+    def run_one_epoch(console, study, placement, failure):
+        proposal = Searcher(study.optuna, study.space, seed=study.spec.seed).ask()
+        with contextlib.closing(train_here(job_of(study, placement.resources, proposal))) as reports:
             next(reports)
-        return True
+        return KeyboardInterrupt()
 
     with monkeypatch.context() as interrupted:
         interrupted.setattr(confirm, "run_shown", run_one_epoch)

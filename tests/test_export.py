@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
+from raytune_emotion.tuning.study.open_study import make_study
 from tests.test_search import exit_code, refusal, write_study
+from tests.tuning.study.test_records import spec_of
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,17 @@ def test_destinations_that_are_taken(study, tmp_path, capsys):
     assert told.startswith(f"{study}: holds what is of no export (")
 
 
-@pytest.mark.parametrize("text", ["", "trial_id,status,best_val_js\n", "trial_id,status,best_val_js\n0000,running,\n"])
-def test_a_study_without_results(study, tmp_path, capsys, text):
-    (study / "trials.csv").write_text(text)
+def test_a_study_without_results(tmp_path, store, capsys):
+    study = tmp_path / "begun"
+    make_study(study, spec_of(store))
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
-    assert told.startswith(f"{study}: no trial")
+    assert told == f"{study}: no trial of this study has reported yet, or those that have failed"
+
+
+@pytest.mark.parametrize("text", ["", "trial_id,status,best_val_js\n0000,complete,0.1\n0001,complete,0.2\n"])
+def test_the_best_trial_is_read_from_the_record_and_not_from_its_table(study, tmp_path, text):
+    """A search that was killed has left a table that is behind (C9)."""
+    best = best_of(study)
+    (study / "trials.csv").write_text(text if best != "0000" else text.replace("0000", "0001", 1))
+    assert exit_code(["export", study, tmp_path / "x"]) == 0
+    assert f"Trial {best} of the study" in (tmp_path / "x" / "README.md").read_text()

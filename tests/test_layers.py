@@ -10,7 +10,7 @@ import raytune_emotion
 ROOT = Path(raytune_emotion.__file__).parent
 LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "cli", "commands", "entry")
 WINGS = ("space", "policy", "study", "execution", "report")
-VOCABULARY = {"emotions", "config", "errors", "known_errors", "terminal", "__init__", "__version__"}
+VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__init__", "__version__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

@@ -13,9 +13,10 @@ from PIL import Image
 
 from raytune_emotion.tuning.report.page import write_report
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study
+from raytune_emotion.tuning.study.open_study import make_study
+from raytune_emotion.tuning.study.optuna_study import Searcher, load_study
 from raytune_emotion.tuning.study.records import TrialRecord
-from raytune_emotion.tuning.study.spec import read_spec, write_spec
+from raytune_emotion.tuning.study.spec import read_spec
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.study.test_records import RECORDS, report, spec_of
 
@@ -104,10 +105,7 @@ def test_a_study_that_runs_can_be_reported(study):
 
 def test_a_study_that_has_just_begun_can_be_reported(tmp_path, store):
     folder = tmp_path / "study"
-    folder.mkdir()
-    spec = spec_of(store)
-    create_study(folder, parse_space(spec.space))
-    write_spec(folder, spec)
+    make_study(folder, spec_of(store))
     assert exit_code(["report", folder]) == 0
     assert len(page_of(folder).rows) == 1
     assert len(pd.read_csv(folder / "trials.csv")) == 0

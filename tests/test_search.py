@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from raytune_emotion import search
 from raytune_emotion.__main__ import main
 from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import load_space, parse_space
@@ -31,6 +32,7 @@ from raytune_emotion.tuning.study.records import KEPT, read_records, trial_folde
 from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
 from tests.data.test_affectnet import write_folder, write_row
+from tests.support import joined_session
 
 SPACE = """\
 model.backbone: {choice: [test_resnet, test_vit]}
@@ -94,6 +96,7 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
     )
     study = create_study(folder, space)
     write_spec(folder, spec)
+    (folder / LOCK).touch()
     searcher = Searcher(study, space, seed=0)
     for _ in range(trials):
         proposal = searcher.ask()
@@ -335,7 +338,7 @@ class TestBadRequests:
 
     def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
         # Ray can be started only once in a process, and has been.
-        monkeypatch.setattr(search, "ray_session", lambda address: contextlib.nullcontext())
+        monkeypatch.setattr(search, "ray_session", joined_session)
         for asked in ({"workers_per_trial": 99}, {"gpus_per_worker": 8}):
             (told,) = refused(**asked)
             assert told.startswith("a trial of ")

@@ -1,6 +1,5 @@
 """The command train: one configuration, from the command line to its export."""
 
-import contextlib
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ from raytune_emotion import train
 from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import alone_in
+from tests.support import joined_session
 from tests.test_search import exit_code, refusal, write_study
 
 
@@ -147,7 +147,7 @@ class TestFromAStudy:
         (told,) = refused("--trial", "0009")
         assert told == "--trial 0009: of which study? name its folder with --study"
         (told,) = refused("--study", tmp_path)
-        assert told.startswith(f"{tmp_path}: no trials.csv in it; name the folder of a study")
+        assert told == f"{tmp_path}: no study.yaml in it, so it is no study; name a folder that a search has made"
 
     def test_its_data_are_gone(self, study, tmp_path, capsys):
         copy = tmp_path / "study"
@@ -249,7 +249,7 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(
     trained, cluster, tmp_path, capsys, monkeypatch
 ):
     # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr(train, "ray_session", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(train, "ray_session", joined_session)
     asked = ["--workers", 2, "--set", "train.batch_size=3", "--set", "train.accumulate=2"]
     assert trained(*TINY, 1, *asked) == 2
     err = capsys.readouterr().err

@@ -11,8 +11,9 @@ from ray.tune.schedulers import TrialScheduler
 from scipy.stats import norm
 
 from raytune_emotion.learn.report import OBJECTIVE
+from raytune_emotion.tuning.policy.decisions import SETTINGS, Scheduler
 from raytune_emotion.tuning.policy.forecast import Encoding, Forecast
-from raytune_emotion.tuning.policy.sampler import SETTINGS, curves
+from raytune_emotion.tuning.policy.sampler import curves
 from raytune_emotion.tuning.study.optuna_study import trial_id_of
 
 Report = Mapping[str, Any]
@@ -52,6 +53,21 @@ class OfRay:
             self._added.add(trial_id)
             self._scheduler.on_trial_add(None, trial)
         return self._scheduler.on_trial_result(None, trial, report) != TrialScheduler.STOP
+
+    def promoted(self) -> str | None:
+        return None
+
+
+class Stopping:
+    """A scheduler of this project's that pauses nothing."""
+
+    pauses = False
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def keeps(self, trial_id: str, report: Report, past: Sequence[FrozenTrial]) -> bool:
+        return self._scheduler.decide(trial_id, dict(report)) == "go on"
 
     def promoted(self) -> str | None:
         return None

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def fit(
         if plan.workers > 1:
             # The others wait here, so that what they have yielded is written.
             history[-1] = _with_clocks_of_the_first(history[-1], device)
-        yield dict(history[-1])
+        yield history[-1].copy()
 
 
 def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
@@ -385,7 +386,7 @@ def _report(
     before = history[-1]["seconds"] if history else 0.0
     best = min([metrics["js"], *(report["val_js"] for report in history)])
     improved = not history or metrics["js"] < history[-1]["best_val_js"]
-    report: Report = {
+    report: Any = {
         "report": number,
         "epoch": epoch + end / plan.steps_per_epoch,
         "seconds": before + time.perf_counter() - began,
@@ -401,15 +402,16 @@ def _report(
         "finished": False,
     }
     report["finished"] = is_finished(run.config, plan, [*history, report])
-    return report
+    return cast("Report", report)
 
 
 def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
     """A worker's report, with the times that the first worker took: all else is the same already."""
-    clocks = ("seconds", "time", "images_per_second")
-    taken = torch.tensor([report[name] for name in clocks], dtype=torch.float64, device=device)
+    clocks = [report["seconds"], report["time"], report["images_per_second"]]
+    taken = torch.tensor(clocks, dtype=torch.float64, device=device)
     dist.broadcast(taken, src=0)
-    return report | dict(zip(clocks, taken.tolist(), strict=True))
+    seconds, at, rate = taken.tolist()
+    return {**report, "seconds": seconds, "time": at, "images_per_second": rate}
 
 
 def _check_resumable(

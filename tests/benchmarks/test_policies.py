@@ -13,8 +13,8 @@ from benchmarks.curves.rules import ENDED, Extrapolating, Foretold, Promoting
 from benchmarks.policies import ours, part
 from benchmarks.rivals import kept_goals
 from raytune_emotion.learn.report import OBJECTIVE
+from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.forecast import encoding_of
-from raytune_emotion.tuning.policy.sampler import SETTINGS
 
 
 @pytest.fixture(scope="module")

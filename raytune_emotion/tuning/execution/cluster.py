@@ -4,24 +4,26 @@ import contextlib
 import logging
 import math
 import os
+import shlex
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 import ray
-from ray._private import services
 from ray.exceptions import AuthenticationError
 
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
+from raytune_emotion.interruption import unchanged_handlers
 from raytune_emotion.known_errors import first_line, known_error
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watched_cluster
 from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
-from raytune_emotion.tuning.execution.ray_patches import forget_token
+from raytune_emotion.tuning.execution.ray_patches import find_cluster, forget_token, own_process_session
 
 #: Ray reads these when it starts, and has no arguments in their place.
 _RAY_SETTINGS = {
@@ -39,22 +41,21 @@ _TOKEN_NEEDED = (
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[None]:
+def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[ClusterWatch]:
     """Join the Ray cluster at an address, or start one on this machine, and leave it at the end.
 
-    The environment of this process is then as it was.
+    What this changes in the process is as before when the block ends: environment, logging, warnings, signals.
+
+    Yields:
+        What knows whether the cluster lives.
 
     Raises:
         UserError: the cluster cannot be joined, or Ray cannot be started on this machine as it is.
     """
     if ray.is_initialized():
         raise UserError("Ray runs in this process already, and a session needs its own; call ray.shutdown() before")
-    # Its warnings are of result files that are not written, and of failed trials, whose reasons are in the tables.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_silence())
         stack.enter_context(_own_environment())
         os.environ.update(_RAY_SETTINGS)
         if address:
@@ -64,16 +65,37 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
             # Said to be local, lest it join a cluster that somebody has left on this machine. Ray itself would count
             # cores that this process may not use.
             arguments = {"address": "local", "include_dashboard": dashboard, "num_cpus": usable_cores(), **own, **local}
+            python = shlex.quote(sys.executable)
+            if python != sys.executable:
+                # Ray starts workers through a shell, and quotes all but the interpreter (ray 5288, 33047).
+                arguments["runtime_env"] = {"py_executable": python}
         forget_token()
+        stack.callback(_shut_down)
         try:
-            ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+            with unchanged_handlers(), own_process_session():
+                ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:
-            ray.shutdown()
+            _shut_down()
             raise _start_failure(address, error) from error
-        try:
+        yield stack.enter_context(watched_cluster(own=address is None))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep Ray Tune and Optuna from printing what this project says itself."""
+    tune = logging.getLogger("ray.tune")
+    levels = tune.level, optuna.logging.get_verbosity()
+    # Its warnings are of result files that are not written, and of failed trials, whose reasons are in the tables.
+    tune.setLevel(logging.CRITICAL)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
+            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
             yield
-        finally:
-            ray.shutdown()
+    finally:
+        tune.setLevel(levels[0])
+        optuna.logging.set_verbosity(levels[1])
 
 
 @contextlib.contextmanager
@@ -86,6 +108,26 @@ def _own_environment() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         forget_token()
+
+
+@contextlib.contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _shut_down() -> None:
+    with unchanged_handlers():
+        ray.shutdown()
 
 
 def _start_failure(address: str | None, error: Exception) -> Exception:
@@ -185,10 +227,9 @@ def check_cluster(address: str | None) -> None:
             f"--address auto, or submit it with jobs/submit.sh"
         )
     try:
-        found = services.canonicalize_bootstrap_address(address)
+        found = find_cluster(address)
         if found is not None:
-            host, port = services.extract_ip_port(found)
-            socket.create_connection((host, int(port)), _CONNECT_S).close()
+            socket.create_connection(found, _CONNECT_S).close()
     except (ValueError, OSError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "

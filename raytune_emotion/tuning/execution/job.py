@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -29,9 +29,10 @@ from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.tuning.study.optuna_study import Proposal
-from raytune_emotion.tuning.study.records import trial_folder
-from raytune_emotion.tuning.study.spec import StudySpec
+
+if TYPE_CHECKING:  # a trial's process needs none of what these import
+    from raytune_emotion.tuning.study.open_study import OpenStudy
+    from raytune_emotion.tuning.study.optuna_study import Proposal
 
 PARAMS = "params.json"
 DATA = "data.txt"  # the packed data that it trains on; with the settings, all that its numbers depend on
@@ -250,15 +251,15 @@ def _write_events(writer: SummaryWriter, report: Report) -> None:
     writer.flush()
 
 
-def job_of(folder: Path, spec: StudySpec, resources: Resources, proposal: Proposal, uri: str | None = None) -> Job:
-    """What runs a trial of a study."""
-    settings = spec.settings(proposal.settings)
+def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Job:
+    """Return what runs a trial of a study."""
+    settings = study.spec.settings(proposal.settings)
     config = RunConfig.from_flat(settings)
     return Job(
         name=f"{proposal.trial_id}_{config.model.backbone}_{config.loss.label}",
-        folder=str(trial_folder(folder, proposal.trial_id).absolute()),
-        store=spec.stores[config.data.image_size],
+        folder=str(study.trial_folder(proposal.trial_id).absolute()),
+        store=study.spec.stores[config.data.image_size],
         settings=settings,
         resources=resources,
-        mirror=remote.join(uri, "trials", proposal.trial_id) if uri else None,
+        mirror=study.copy.of_trial(proposal.trial_id),
     )

@@ -1,16 +1,56 @@
-"""Ray Tune, mended: the death of one process ends neither a trial nor the study, and ended trials cost nothing more."""
+"""Use the private interfaces of Ray's core and of Ray Tune, each for a reason: all such uses stand here.
+
+`tests/tuning/execution/test_ray_contract.py` names each of them; those of Ray Train are in `ray_train_patches.py`.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
+import ray
+import ray._private.worker
 import ray.tune.tune
+from ray import tune
+from ray._private import services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
-from ray.tune.experiment import Trial
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.progress_reporter import TrialProgressCallback
+
+#: Of what Ray says of a process that its memory monitor has killed.
+LOW_MEMORY = "running low on memory"
+
+
+class PlainTrainable(tune.Trainable):
+    """Stand in the driver for an actor that is no `Trainable`: to import Ray Tune takes 0.3 core-seconds and 90 MB."""
+
+    actor: type
+    environment: ClassVar[dict[str, str]] = {}  # of the actor's process
+
+
+class _ActorClasses:
+    """Take the place of Tune's cache of actor classes."""
+
+    def __init__(self) -> None:
+        self._found: dict[type[PlainTrainable], Any] = {}
+
+    def get(self, trainable: type[PlainTrainable]) -> Any:
+        if trainable not in self._found:
+            # A process with an environment of its own cannot be one of those that Ray has started already.
+            options = {"runtime_env": {"env_vars": trainable.environment}} if trainable.environment else {"num_cpus": 0}
+            self._found[trainable] = ray.remote(**options)(trainable.actor)
+        return self._found[trainable]
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what Tune adds, which only Ray Tune itself can read."""
+    return {key: value for key, value in config.items() if not key.startswith("__")}
 
 
 class _ActorManager(RayActorManager):
@@ -18,6 +58,9 @@ class _ActorManager(RayActorManager):
 
     The monitor ends it with an error that Tune does not know, at which it would end the study.
     """
+
+    def add_actor(self, cls: Any, kwargs: dict[str, Any], resource_request: Any, **hooks: Any) -> Any:
+        return super().add_actor(cls, {"config": _plain(kwargs["config"])}, resource_request, **hooks)
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
@@ -35,6 +78,15 @@ class _Controller(TuneController):
     """
 
     _newest_failure: Exception | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._class_cache: Any = _ActorClasses()
+
+    def _schedule_trial_task(self, trial: Trial, method_name: str, *args: Any, **options: Any) -> Any:
+        if method_name == "reset":
+            options |= {"args": (_plain(options["args"][0]),), "kwargs": {}}
+        return super()._schedule_trial_task(trial, method_name, *args, **options)
 
     def step(self) -> None:
         super().step()  # type: ignore[no-untyped-call]
@@ -78,3 +130,73 @@ def forget_token() -> None:
     """Have Ray read anew whether it is to use a token, and which: it keeps both for the whole process."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+
+
+def make_trial(experiment: Experiment, trial_id: str, config: dict[str, Any], settings: Mapping[str, Any]) -> Trial:
+    """Make a trial of Ray Tune's with an id of ours; Tune itself draws ids at random."""
+    trial: Trial = _create_trial_from_spec(
+        {**experiment.spec, "config": config},
+        _make_parser(),
+        evaluated_params=settings,
+        experiment_tag=trial_id,
+        trial_id=trial_id,
+    )
+    return trial
+
+
+def newest_error(trial: Trial) -> str:
+    """Return the line that says why a trial's process ended the last time."""
+    # Not by the trial's own method, which reads a copy that may be still to be made.
+    file = Path(trial.error_file) if trial.error_file else None
+    text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
+    lines = text.rpartition("Failure #")[2].strip().splitlines()
+    return next((line for line in lines if LOW_MEMORY in line), lines[-1])
+
+
+class QuietProgress(TrialProgressCallback):
+    """Take the place of Tune's own report of progress, which prints nothing here but would keep every trial."""
+
+    def log_result(self, trial: Trial, result: dict[str, Any], error: bool = False) -> None:
+        pass
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        pass
+
+
+def find_cluster(address: str) -> tuple[str, int] | None:
+    """Return the host and port of the cluster that an address such as `auto` stands for; None: that of this process.
+
+    Asked before `ray.init`, which would try for a quarter of an hour.
+    """
+    found = services.canonicalize_bootstrap_address(address)
+    if found is None:
+        return None
+    host, port = services.extract_ip_port(found)
+    return host, int(port)
+
+
+class _OwnSession(services.ConsolePopen):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, start_new_session=True, **options)
+
+
+@contextlib.contextmanager
+def own_process_session() -> Iterator[None]:
+    """Start Ray's processes in process sessions of their own within the block.
+
+    A signal to the process group of a search, as `timeout`, Slurm and systemd send it, would end them before the search
+    could end in order. They still end with the process that started them.
+    """
+    before = services.ConsolePopen
+    setattr(services, "ConsolePopen", _OwnSession)  # noqa: B010  # to mypy it is a type
+    try:
+        yield
+    finally:
+        setattr(services, "ConsolePopen", before)  # noqa: B010
+
+
+def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:
+    """Return the processes of a cluster that this process has started, without which it is none."""
+    node = ray._private.worker._global_node
+    every: dict[str, list[Any]] = {} if node is None else node.all_processes
+    return {name: each.process for name in ("gcs_server", "raylet") for each in every.get(name, [])}

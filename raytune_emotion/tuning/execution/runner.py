@@ -1,108 +1,134 @@
-"""Runs a study's trials on a Ray cluster."""
+"""Run the trials of a study on the Ray cluster that this process has joined."""
 
-import contextlib
-import dataclasses
-import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 
-from raytune_emotion.errors import Breakdown
-from raytune_emotion.storage import remote
-from raytune_emotion.tuning.execution.cluster import Placement
-from raytune_emotion.tuning.execution.job import Resources
-from raytune_emotion.tuning.execution.ray_patches import mended_tune
+from raytune_emotion.tuning.execution.cluster import Placement, environment
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+from raytune_emotion.tuning.execution.job import Resources, job_of
+from raytune_emotion.tuning.execution.ray_patches import PlainTrainable, mended_tune
+from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import (
-    Event,
-    Search,
-    SmallerBatches,
-    StopWhenBroken,
-    TableWriter,
-    full_disk_told,
-    has_last,
-)
-from raytune_emotion.tuning.policy.objective import OBJECTIVES
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import Searcher, asked, load_study
-from raytune_emotion.tuning.study.records import (
-    TrialRecord,
-    best_first,
-    losers,
-    read_records,
-)
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec
+from raytune_emotion.tuning.execution.tune_adapter import Between, Gate, Search, SmallerBatches
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.records import TrialRecord
+
+#: Between two looks at whether Ray Tune has ended, the cluster lives, and the time is over.
+_LOOK_S = 0.2
+#: Ray Tune gets so long to end trials in order; what it has not ended then ends with the session.
+_END_S = 30.0
+_END_OF_DEAD_S = 1.0
 
 
 def run_study(
-    folder: Path,
-    spec: StudySpec,
+    study: OpenStudy,
     placement: Placement,
     *,
-    uri: str | None = None,
     time_budget: timedelta | None = None,
-    watch: Callable[[Event], None] = lambda event: None,
+    watch: Watch = lambda event: None,
+    say: Callable[[str], None] = lambda text: None,
+    failure: Callable[[], str] = lambda: "",
 ) -> list[TrialRecord]:
-    """Runs what is left to run of a study, on the Ray cluster that this process has joined.
+    """Run what is left to run of a study.
 
     Trials that have ended stay as they are; those that had begun go on from their checkpoints; new ones are asked for
     until the study has as many as its spec says.
 
     Args:
-        folder: of the study.
-        spec: of the study.
-        placement: of its trials.
-        uri: of the study's mirror, whose record the folder has. Nothing that the study needs is then in the folder
+        study: whose folder is this process's alone. With a remote copy, nothing that the study needs is in the folder
             alone while a trial runs: the record is there at every beginning and ending of one.
+        placement: of its trials.
         time_budget: after which the study is left as it is then.
-        watch: is told of all that happens.
+        watch: hears of all that happens to trials.
+        say: tells the user why nothing happens.
+        failure: says what of the cluster has died; empty while it lives.
 
     Returns:
         All trials. Some are still `running` where the study is out of time. They are fewer than asked for where it is,
         or where the space has no more configurations.
 
     Raises:
-        Breakdown: the disk is full, the mirror fails, or one trial after the other has failed.
-        KeyboardInterrupt: by Ctrl-C; all until then is recorded.
+        ClusterLost: the cluster has died.
+        Breakdown: the record cannot be written, or one trial after the other has failed.
+        KeyboardInterrupt: all until then is recorded.
     """
-    study = load_study(folder)
-    with _telling_how_to_go_on(folder, uri):
-        search = Search(folder, spec, placement, study, watch, uri)
-        began = time.monotonic()
-        _tune(search, folder, spec, placement, time_budget)
-        if search.broken:
-            raise Breakdown(search.broken)
-        search.record()
-    in_time = time_budget is None or time.monotonic() - began < time_budget.total_seconds()
-    if in_time and not search.is_done():
-        # Tune, which has caught it, returns as if all were over.
-        raise KeyboardInterrupt
-    return read_records(folder, study)
+    recorder = Recorder(study, watch)
+    try:
+        if not recorder.broken:
+            _run(recorder, study, placement, time_budget, say, failure)
+    finally:
+        recorder.close()
+    return study.records()
 
 
-def _tune(search: Search, folder: Path, spec: StudySpec, placement: Placement, time_budget: timedelta | None) -> None:
-    """Has Ray Tune run trials until the search has no more, or is out of time or interrupted."""
-    if search.is_finished():
-        return
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(placement.concurrency)
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, mended_tune():
+def _run(
+    recorder: Recorder,
+    study: OpenStudy,
+    placement: Placement,
+    time_budget: timedelta | None,
+    say: Callable[[str], None],
+    failure: Callable[[], str],
+) -> None:
+    """Have Ray Tune run trials in a thread of its own, until it has no more, or has to stop.
+
+    So this thread hears signals, and sees when the cluster has died: Ray Tune then waits for ever.
+    """
+    stop, errors = threading.Event(), list[Exception]()
+    deadline = time.monotonic() + time_budget.total_seconds() if time_budget else float("inf")
+    need = " and ".join(f"{amount:g} {kind}" for kind, amount in placement.resources.per_worker.items())
+    workers = placement.resources.workers
+    waiting = f"waiting for room on the cluster: a trial needs {need}" + (f" {workers} times" if workers > 1 else "")
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+
+        def tune_trials() -> None:
+            try:
+                _tune(recorder, study, placement, stop, lambda: say(waiting), scratch)
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=tune_trials, name="tune", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive() and time.monotonic() < deadline:
+                if lost := failure():
+                    raise ClusterLost(f"{lost}; the study can be resumed: {study.copy}")
+                thread.join(_LOOK_S)
+        finally:
+            stop.set()
+            thread.join(_END_OF_DEAD_S if failure() else _END_S)
+        if errors and not recorder.broken:
+            raise errors[0]
+
+
+def _tune(
+    recorder: Recorder,
+    study: OpenStudy,
+    placement: Placement,
+    stop: threading.Event,
+    say_waiting: Callable[[], None],
+    scratch: str,
+) -> None:
+    pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(placement.concurrency)}
+    with environment(pending), mended_tune():
         # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
         tune.run(
             _trainable(placement.resources),
-            name=folder.name,
-            search_alg=search,
-            scheduler=search.scheduler,
-            num_samples=spec.trials,
+            name=study.folder.name,
+            search_alg=Search(recorder, partial(job_of, study, placement.resources), placement.concurrency),
+            scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
+            num_samples=study.spec.trials,
             reuse_actors=True,
-            time_budget_s=time_budget,
-            max_failures=spec.max_failures,
-            stop=StopWhenBroken(search),
-            callbacks=[SmallerBatches(), TableWriter(search)],
+            max_failures=study.spec.max_failures,
+            stop=Gate(recorder, stop),
+            callbacks=[SmallerBatches(), Between(recorder, say_waiting)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # What Tune writes of its own is of no use to us: the study's folder is the record.
@@ -113,38 +139,10 @@ def _tune(search: Search, folder: Path, spec: StudySpec, placement: Placement, t
         )
 
 
-@contextlib.contextmanager
-def _telling_how_to_go_on(folder: Path, uri: str | None) -> Iterator[None]:
-    try:
-        with full_disk_told(folder):
-            yield
-    except Breakdown as error:
-        raise Breakdown(f"{error}; the study can be resumed: {remote.shown(uri) if uri else folder}") from error
-
-
-def extend_best(folder: Path, spec: StudySpec, uri: str | None = None) -> StudySpec:
-    """Has the best complete trials of a study whose epochs were raised go on to the new end, as trials of their own."""
-    study = load_study(folder)
-    records = read_records(folder, study)
-    lost = {*losers(records, OBJECTIVES[spec.objective])}
-    before = read_spec(folder).epochs
-    # Those whose weights are kept, and that have run to the end that was, not out of patience.
-    can = [
-        r
-        for r in best_first(records)
-        if r.status == "complete"
-        and r.trial_id not in lost
-        and r.reports[-1]["epoch"] >= before
-        and has_last(folder, uri, r.trial_id)
-    ]
-    searcher = Searcher(study, parse_space(spec.space, SPEC), seed=spec.seed)
-    for record in can:
-        searcher.extend(record.trial_id)
-    return dataclasses.replace(spec, trials=max(spec.trials, len(asked(study))) + len(can))
-
-
 def _trainable(resources: Resources) -> Any:
     if resources.workers == 1:
-        return tune.with_resources(TrialActor, resources.per_worker)
+        own = type("Trial", (PlainTrainable,), {"actor": TrialActor})
+        return tune.with_resources(own, resources.per_worker)
+    own = type("Trial", (PlainTrainable,), {"actor": TrialActor, "environment": {"RAY_TRAIN_V2_ENABLED": "1"}})
     # The process that drives the workers must not take a core that they need: it runs on the head node and takes none.
-    return tune.with_resources(TrialActor, {"node:__internal_head__": 0.001})
+    return tune.with_resources(own, {"node:__internal_head__": 0.001})

@@ -1,27 +1,36 @@
-"""The process that runs trials for Ray Tune, one after the other."""
+"""Run trials for Ray Tune in one process, one after the other.
 
-import math
+This module, and what it imports, is all that such a process needs: neither Ray Tune nor Optuna, pandas or scipy.
+"""
+
+import os
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
-
-from ray import tune
+from typing import TYPE_CHECKING, Any
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.report import HEARD, OBJECTIVE, Report
+from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.tuning.execution.job import Job, OutOfMemory, TrialFailed, halved, newest_report, train_here
-from raytune_emotion.tuning.execution.worker_group import Workers
+from raytune_emotion.tuning.study.endings import Broken, Failed
 
-# Tune wants the metric of the schedulers in every result.
-_ENDED = {OBJECTIVE: math.inf, "done": True}
+if TYPE_CHECKING:
+    from raytune_emotion.tuning.execution.worker_group import Workers
+
+#: The key of a result that has no report, but says how the trial ended.
+ENDING = "ending"
 
 
-class TrialActor(tune.Trainable):
-    """Trains in its own process, or drives workers that train together. Imports, maps and devices stay warm."""
+class TrialActor:
+    """Train in this process, or drive workers that train together. Imports, maps and devices are kept.
 
-    _workers: Workers | None = None
+    Ray Tune calls `train`, `reset`, `stop` and `get_auto_filled_metrics`, as of its own `Trainable`.
+    """
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._workers: Workers | None = None
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
         self._job = Job.from_dict(config)
         self._reports = self._train()
         print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
@@ -30,24 +39,28 @@ class TrialActor(tune.Trainable):
         # The dashboard asks once, when the process starts, and many trials run in it: it is named for what stays.
         return f"trials of {Path(self._job.folder).parent.parent.name}"
 
-    def step(self) -> dict[str, Any]:
-        """Trains until the next report, which is the result; what ends a trial for good is a result too."""
+    def train(self) -> dict[str, Any]:
+        """Train until the next report, which is the result; what ends a trial for good is a result too."""
         try:
             report = next(self._reports)
         except TrialFailed as error:
-            return {"failed": str(error), **_ENDED}
+            return {ENDING: Failed(str(error))}
         except Breakdown as error:
-            return {"breakdown": str(error), **_ENDED}
-        return {name: report[name] for name in HEARD} | {"done": report["finished"]}
+            return {ENDING: Broken(str(error))}
+        return {name: value for name, value in report.items() if name in HEARD}
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset(self, config: dict[str, Any]) -> bool:
+        """Leave the trial, and begin with another."""
         self._reports.close()
-        self.setup(new_config)
+        self._begin(config)
         return True
 
-    def cleanup(self) -> None:
+    def stop(self) -> None:
         self._reports.close()
         self._close_workers()
+
+    def get_auto_filled_metrics(self, debug_metrics_only: bool) -> dict[str, Any]:
+        return {"pid": os.getpid()}
 
     def _train(self) -> Generator[Report, None, None]:
         # A process may have died after it wrote a report and before that was heard; to hear it twice does no harm.
@@ -75,6 +88,9 @@ class TrialActor(tune.Trainable):
             yield from train_here(job)
             return
         if self._workers is None:
+            # Imported for several workers alone: Ray Train takes a second and 100 MB.
+            from raytune_emotion.tuning.execution.worker_group import Workers
+
             self._workers = Workers(job)
         try:
             yield from self._workers.train(job)

@@ -13,49 +13,30 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray._private.state as ray_state
 import torch.distributed as dist
 from ray import train
-from ray._raylet import PlacementGroupID
-from ray.actor import ActorHandle
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
-from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, get_device
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Empty, Queue
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.execution.job import Job, TrialFailed, train_on
+from raytune_emotion.tuning.execution.ray_train_patches import (
+    Controller,
+    Introduce,
+    PlainTrainer,
+    Reserved,
+    free_abandoned,
+    remove_group,
+)
+from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
 PLACEMENT_GROUP = "placement_group"
-#: Restarts of a trial whose processes died, where nothing else is asked for.
-MAX_FAILURES = 3
 _ABORT_S = 5.0
 
 _GO_ON, _STOP, _DONE = "go on", "stop", "done"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Controller:
-    """Ray Train's controller has started; it is what can end the workers."""
-
-    actor: ActorHandle[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reserved:
-    """The workers have their place in the cluster."""
-
-    placement_group: str  # its id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +53,13 @@ class Workers:
         self._orders = Queue(actor_options={"num_cpus": 0})
         self._messages = Queue(actor_options={"num_cpus": 0})
         self._scratch = Path(first.folder) / "ray_train"
-        self._controller: ActorHandle[Any] | None = None
+        self._controller: Controller | None = None
         self._placement_group = ""
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
         # Ray Train takes internal callbacks too, which its annotation does not say.
-        callbacks: list[Any] = [_Introduce(self._messages)]
-        trainer = _Trainer(
+        callbacks: list[Any] = [Introduce(self._messages)]
+        trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -121,13 +102,11 @@ class Workers:
             with contextlib.suppress(Empty):
                 self._note(self._messages.get(timeout=0.1))
         if self._controller is not None and not self._run.done():
-            # The controller leaves in the midst of the call, which is how it says that it is done.
-            with contextlib.suppress(RayError):
-                ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+            self._controller.abort(_ABORT_S)
         # Its thread must not be within Ray when Ray is left.
         wait([self._run], timeout=_ABORT_S)
         if self._placement_group:
-            _remove(self._placement_group)
+            remove_group(self._placement_group)
         for queue in (self._orders, self._messages):
             queue.shutdown(force=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
@@ -142,7 +121,7 @@ class Workers:
                     self._run.result()
                     raise RuntimeError("the workers have ended by themselves") from None
                 if not self._placement_group:
-                    _free_abandoned()
+                    free_abandoned()
                 continue
             if isinstance(message, _Failed):
                 raise message.error
@@ -152,9 +131,9 @@ class Workers:
 
     def _note(self, message: object) -> bool:
         """Remembers what is said of the workers themselves; False for what is said of a trial."""
-        if isinstance(message, _Controller):
-            self._controller = message.actor
-        elif isinstance(message, _Reserved):
+        if isinstance(message, Controller):
+            self._controller = message
+        elif isinstance(message, Reserved):
             self._placement_group = message.placement_group
         else:
             return False
@@ -186,60 +165,12 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
             workers.close()
 
 
-class _Trainer(TorchTrainer):
-    """Without two helpers of Ray Train, each a process.
-
-    One hands out Ray datasets. The other frees the place of workers whose driver is gone. It asks the dashboard of the
-    cluster that was started last on this machine: where there is none it never learns anything, and where that is
-    another's cluster it takes the place away from workers that live.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        without = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
-
-
-class _Introduce(ControllerCallback, WorkerGroupCallback):
-    """Makes known, from within Ray Train's controller, what must be ended when a trial is."""
-
-    def __init__(self, messages: Queue) -> None:
-        self._messages = messages
-
-    def after_controller_start(self, train_run_context: object) -> None:
-        self._messages.put(_Controller(ray.get_runtime_context().current_actor))
-
-    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        self._messages.put(_Reserved(group.id.hex()))
-
-
 def release_workers(folder: Path) -> None:
     """Frees the workers that a trial's folder tells of, with all they hold; their driver was killed."""
     file = folder / PLACEMENT_GROUP
     if file.exists():
-        _remove(file.read_text(encoding="utf-8"))
+        remove_group(file.read_text(encoding="utf-8"))
         file.unlink(missing_ok=True)
-
-
-def _free_abandoned() -> None:
-    """Frees the places of workers that were still starting when their driver was killed: nobody else knows of them.
-
-    Ray keeps a placement group until the actor that made it and the whole job have ended.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    for entry in ray_state.state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(entry)
-        # Those of Tune are made by no actor, and count as if theirs had died.
-        made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
-        of_this_job = group.creator_job_id.hex() == job
-        if made_by_actor and of_this_job and group.creator_actor_dead and group.state != group.REMOVED:
-            _remove(group.placement_group_id.hex())
-
-
-def _remove(placement_group: str) -> None:
-    # One that is of a cluster that is no more, or is gone already, is none of our concern.
-    with contextlib.suppress(ValueError, RayError):
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(placement_group)))
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -17,13 +17,14 @@ that was interrupted, or killed, asks with the same past. Trials that ran when i
 proposer is asked for anything.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from optuna.trial import FrozenTrial
 
-from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.report import Heard, Report
 from raytune_emotion.tuning.space.space import Space
 
 #: Attributes of an Optuna trial: its configuration by dotted path, its cost where one counts, whether it is paused.
@@ -79,10 +80,15 @@ class Recorded(Protocol):
     def reports(self) -> Sequence[Report]: ...
 
 
+def best_js(trial: FrozenTrial) -> float:
+    """Return the lowest validation JS that a trial has reported, bits; infinite where it has not."""
+    return min(trial.intermediate_values.values(), default=math.inf)
+
+
 class Scheduler(Protocol):
     """Decide after every report what becomes of its trial."""
 
-    def decide(self, trial_id: str, report: Report) -> Decision:
+    def decide(self, trial_id: str, report: Heard) -> Decision:
         """Answer for a report of a running trial that has not reached its last epoch."""
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.report import Heard
 
 T = TypeVar("T")
 
@@ -15,22 +15,22 @@ class Objective:
     """JS, and what is weighed against it."""
 
     #: Of a trial that has reported, the less the better; None where JS alone counts.
-    cost: Callable[[Report], float] | None = None
+    cost: Callable[[Heard], float] | None = None
     #: Whether the best JS at every cost is wanted, not the most JS for it.
     front: bool = False
     #: How a trial of less cost is called.
     cheaper: str = ""
 
 
-def _seconds_per_epoch(report: Report) -> float:
+def _seconds_per_epoch(report: Heard) -> float:
     return float(report["seconds"] / report["epoch"])
 
 
-def _params_millions(report: Report) -> float:
+def _params_millions(report: Heard) -> float:
     return float(report["params_millions"])
 
 
-def _seconds_per_image(report: Report) -> float:
+def _seconds_per_image(report: Heard) -> float:
     return float(1 / report["images_per_second"])
 
 

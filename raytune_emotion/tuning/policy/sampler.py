@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from threadpoolctl import threadpool_limits
 
+from raytune_emotion.tuning.policy.decisions import COST, SETTINGS, Begin, Proposer, best_js
 from raytune_emotion.tuning.policy.forecast import (
     Configurations,
     Curve,
@@ -25,9 +26,6 @@ from raytune_emotion.tuning.policy.forecast import (
 )
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective, pareto_front
 from raytune_emotion.tuning.space.space import Fixed, Simplex, Space
-
-#: The attributes of an Optuna trial that have its configuration by dotted path and, where one counts, its cost.
-SETTINGS, COST = "settings", "cost"
 
 #: Trials that end before any is modelled.
 _STARTUP = 4
@@ -104,6 +102,16 @@ def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
     return [distribution.low + number * distribution.step for number in range(steps + 1)]
 
 
+def make_proposer(earlier: Sequence[Forecast] = (), objective: Objective = JS_ALONE) -> Proposer:
+    """Have `propose` begin trials, as long as new ones may begin; it takes up none."""
+
+    def answer(space: Space, past: list[FrozenTrial], seed: int, *, new: bool) -> Begin | None:
+        params = propose(space, past, seed, earlier, objective) if new else None
+        return None if params is None else Begin(params)
+
+    return answer
+
+
 def _promise(
     objective: Objective,
     forecast: Forecast,
@@ -129,7 +137,7 @@ def _promise(
 
 def _leading(reported: Sequence[FrozenTrial], objective: Objective) -> list[FrozenTrial]:
     """The trials worth changing: the best first, of which a front keeps those that no cheaper one has bettered."""
-    ranked = sorted(reported, key=lambda trial: min(trial.intermediate_values.values()))
+    ranked = sorted(reported, key=best_js)
     return pareto_front(ranked, lambda trial: float(trial.user_attrs[COST])) if objective.front else ranked
 
 

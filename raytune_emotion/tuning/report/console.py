@@ -1,85 +1,63 @@
-"""A study on the console: what is looked at before it starts, how it is interrupted, and what is seen of it."""
+"""Show a running study on the console."""
 
-import signal
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.execution.cluster import Placement
+from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.execution.tune_adapter import Event
-from raytune_emotion.tuning.study.optuna_study import load_study
-from raytune_emotion.tuning.study.records import TrialRecord, read_records
-from raytune_emotion.tuning.study.spec import StudySpec
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process, do what Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        # Called, not raised: in a Ray job SIGINT is blocked.
-        handler = signal.getsignal(signal.SIGINT)
-        if callable(handler):
-            handler(number, frame)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.records import winner
 
 
 def run_shown(
     console: Console,
-    folder: Path,
-    spec: StudySpec,
+    study: OpenStudy,
     placement: Placement,
     *,
-    uri: str | None = None,
     time_budget: timedelta | None = None,
-) -> bool:
-    """Runs a study as `run_study` does, with a line for each trial that ends and, in a terminal, a bar below them.
-
-    Returns:
-        Whether it was interrupted; all until then is recorded.
-    """
-    with _progress(console, spec, read_records(folder, load_study(folder))) as watch:
-        try:
-            run_study(folder, spec, placement, uri=uri, time_budget=time_budget, watch=watch)
-        except KeyboardInterrupt:
-            return True
-    return False
+    failure: Callable[[], str] = lambda: "",
+) -> None:
+    """Run a study as `run_study` does, with a line for each trial that ends and, in a terminal, a bar below them."""
+    with _progress(console, study) as watch:
+        run_study(study, placement, time_budget=time_budget, watch=watch, say=console.print, failure=failure)
 
 
 @contextmanager
-def _progress(console: Console, spec: StudySpec, records: list[TrialRecord]) -> Iterator[Callable[[Event], None]]:
-    """A line for each trial that ends, and below them, in a terminal, a bar."""
+def _progress(console: Console, study: OpenStudy) -> Iterator[Callable[[Event], None]]:
+    """Print a line for each trial that ends, and below them, in a terminal, a bar."""
     progress = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
     running: dict[str, str] = {}
-    ended = {record.trial_id for record in records if record.status != "running"}
-    best = min([spec.baseline["js"], *(record.best["val_js"] for record in records if record.best)])
+    records = study.records()
+    ended = {record.trial_id for record in records if record.ended}
+    leader = winner(records)
+    best = leader.best["val_js"] if leader is not None and leader.best else math.inf
+
+    def text() -> str:
+        return f"best {best:.4f}  running {', '.join(running.values())}" if best < math.inf else "no evaluation yet"
 
     def watch(event: Event) -> None:
         nonlocal best
         trial_id = event.proposal.trial_id
         if event.report is not None:
-            best = min(best, event.report["best_val_js"])
-            running[trial_id] = f"{trial_id} {event.report['best_val_js']:.4f}"
+            best = min(best, event.report[OBJECTIVE])
+            running[trial_id] = f"{trial_id} {event.report[OBJECTIVE]:.4f}"
         if event.status != "running":
             running.pop(trial_id, None)
+        if event.status not in ("running", "paused"):
             ended.add(trial_id)
             progress.update(bar, completed=len(ended))
             progress.console.print(_line(event))
-        progress.update(bar, description=f"best {best:.4f}  running {', '.join(running.values())}")
+        progress.update(bar, description=text())
 
     with progress:
-        bar = progress.add_task(f"best {best:.4f}", total=spec.trials, completed=len(ended))
+        bar = progress.add_task(text(), total=study.spec.trials, completed=len(ended))
         yield watch
 
 
@@ -93,5 +71,5 @@ def _line(event: Event) -> str:
     if event.report is None:
         outcome = event.reason
     else:
-        outcome = f"JS {event.report['best_val_js']:.4f} bits after {event.report['epoch']:g} epochs"
+        outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {event.report['epoch']:g} epochs"
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"

@@ -1,6 +1,7 @@
 """A study for people: `report.html`, with its plots as PNG files beside it."""
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def _searched(records: list[TrialRecord]) -> list[str]:
 
 
 def _row(record: TrialRecord, searched: list[str]) -> list[Any]:
-    best = record.best or {}
-    last = record.reports[-1] if record.reports else {}
+    best: Mapping[str, Any] = record.best or {}
+    last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
     metrics = [best.get("val_js"), best.get("val_kl"), best.get("val_accuracy")]
     settings = [record.settings.get(name) for name in searched]
     return [record.trial_id, record.status, last.get("epoch"), *metrics, last.get("seconds"), *settings]
@@ -73,7 +74,7 @@ def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[st
     """The cells of the table that stands below `FRONT`: the trials that no cheaper one has bettered, best first."""
     rows = []
     for record in frontier(records, objective):
-        best = record.best or {}
+        best: Mapping[str, Any] = record.best or {}
         values = [best.get(name) for name in ("params_millions", "images_per_second", "val_js")]
         rows.append([record.trial_id, _cell(record.settings.get("model.backbone")), *map(_cell, values)])
     return rows

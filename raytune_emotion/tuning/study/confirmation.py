@@ -14,7 +14,7 @@ import optuna
 import pandas as pd
 
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.tuning.policy.sampler import SETTINGS
+from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.study.optuna_study import CONFIRMS
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.spec import StudySpec

@@ -7,7 +7,8 @@ from typing import Any
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.tuning.policy.sampler import SETTINGS, curves
+from raytune_emotion.tuning.policy.decisions import SETTINGS
+from raytune_emotion.tuning.policy.sampler import curves
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
 from raytune_emotion.tuning.study.records import opened
 from raytune_emotion.tuning.study.spec import read_spec

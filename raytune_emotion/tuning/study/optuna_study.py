@@ -1,4 +1,4 @@
-"""What Optuna is told, and what it is asked for by way of `sampler`.
+"""Keep a study's trials in Optuna, and ask its policy for the next one.
 
 Ray's own `OptunaSearch` tells every trial that the scheduler stopped as complete with its last value, so that values of
 few epochs mix with full ones in the sampler's model. Here each ending keeps its name: complete, pruned or failed.
@@ -7,24 +7,25 @@ few epochs mix with full ones in the sampler's model. Here each ending keeps its
 import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.report import OBJECTIVE, Report
+from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.atomic import alone_in
-from raytune_emotion.tuning.policy import sampler
-from raytune_emotion.tuning.policy.sampler import COST, SETTINGS
+from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SETTINGS, Begin, Proposer, Prune, TakeUp, best_js
+from raytune_emotion.tuning.policy.sampler import make_proposer
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored
 
-Status = Literal["complete", "pruned", "failed", "running"]
+Status = Literal["complete", "pruned", "failed", "running", "paused"]
 
 _STATES: dict[Status, TrialState] = {
     "complete": TrialState.COMPLETE,
@@ -34,12 +35,10 @@ _STATES: dict[Status, TrialState] = {
 }
 _STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATES.items()}
 
-#: Of a space, the past and a seed: Optuna's parameters of a new configuration, or None where there is none.
-Propose = Callable[[Space, list[FrozenTrial], int], dict[str, Any] | None]
-
 JOURNAL = "optuna.journal"
-#: The attribute of an Optuna trial that repeats a configuration of another study: the trial there that had it first.
-CONFIRMS = "confirms"
+#: Attributes of an Optuna trial: the trial that it goes on from; of a confirmation, the trial of the other study that
+#: had its configuration first.
+CONTINUES, CONFIRMS = "continues", "confirms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Asked:
 
 
 class Searcher:
-    """An Optuna study, asked for trials and told of their reports and endings.
+    """Ask an Optuna study for trials, and tell it of their reports and endings.
 
     A trial's sampler is seeded by the study's seed and the trial's number, so that what is proposed depends on the
     recorded history alone: a study that was interrupted proposes what the uninterrupted one would have.
@@ -76,26 +75,35 @@ class Searcher:
         space: Space,
         *,
         seed: int,
-        propose: Propose = sampler.propose,
-        cost: Callable[[Report], float] | None = None,
+        propose: Proposer | None = None,
+        cost: Callable[[Heard], float] | None = None,
     ) -> None:
         self._study = study
         self._space = space
         self._seed = seed
-        self._propose = propose
+        self._propose = propose or make_proposer()
         self._cost = cost
         self._handles: dict[str, optuna.Trial] = {}
 
-    def ask(self) -> Proposal | None:
-        """The next trial: from the space's `start` list first; None where all that the space has was tried."""
+    def ask(self, *, new: bool = True) -> Proposal | Prune | None:
+        """Answer what takes a free place: first the trials that wait, such as the space's `start` list.
+
+        Args:
+            new: whether a new trial may begin.
+
+        Returns:
+            A trial to run; a paused one to prune; None where there is nothing to run for now.
+        """
         trials = self._study.get_trials(deepcopy=False)
         past = [trial for trial in trials if SETTINGS in trial.user_attrs]
         seed = self._seed_of(len(past))
-        if not any(trial.state == TrialState.WAITING for trial in trials):
-            params = self._propose(self._space, past, seed)
-            if params is None:
-                return None
-            self._study.enqueue_trial(params)
+        if not (new and any(trial.state == TrialState.WAITING for trial in trials)):
+            answer = self._propose(self._space, past, seed, new=new)
+            if isinstance(answer, TakeUp):
+                return self.resume(trial_id_of(answer.number))
+            if not isinstance(answer, Begin):
+                return answer
+            self._study.enqueue_trial(dict(answer.params))
         return self._settle(self._study.ask(), seed)
 
     def finish_asking(self) -> None:
@@ -103,7 +111,7 @@ class Searcher:
         trials = self._study.get_trials(deepcopy=False)
         settled = sum(SETTINGS in trial.user_attrs for trial in trials)
         for torn in [t for t in trials if t.state == TrialState.RUNNING and SETTINGS not in t.user_attrs]:
-            self._settle(optuna.Trial(self._study, torn._trial_id), self._seed_of(settled))
+            self._settle(reopen(self._study, torn), self._seed_of(settled))
 
     def _settle(self, trial: optuna.Trial, seed: int) -> Proposal:
         # In a confirmation they are there already.
@@ -118,36 +126,40 @@ class Searcher:
     def _seed_of(self, number: int) -> int:
         return zlib.crc32(f"{self._seed}/{number}".encode())
 
-    def extend(self, trial_id: str) -> None:
-        """Has a trial that is complete asked for again, to go on from where it ended."""
-        ended = self._frozen(trial_id)
-        self._study.enqueue_trial(ended.params, user_attrs={"continues": trial_id})
-
     def resume(self, trial_id: str) -> Proposal:
-        """A trial that was asked for in an earlier session and has not ended."""
+        """Take up a trial that has begun, and has not ended."""
         frozen = self._frozen(trial_id)
-        return self._opened(optuna.Trial(self._study, frozen._trial_id), frozen.user_attrs[SETTINGS])
+        trial = reopen(self._study, frozen)
+        if frozen.user_attrs.get(PAUSED):
+            trial.set_user_attr(PAUSED, False)
+        return self._opened(trial, frozen.user_attrs[SETTINGS])
 
-    def observe(self, trial_id: str, report: Report) -> None:
-        """Tells a report of a running trial; one that is known already is passed over."""
+    def observe(self, trial_id: str, report: Heard) -> bool:
+        """Tell a report of a running trial. Returns whether it was new."""
         trial = self._handles[trial_id]
         step = int(report["report"])
-        if step not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-            if self._cost is not None:
-                trial.set_user_attr(COST, self._cost(report))
-            trial.report(report[OBJECTIVE], step)
+        if step in stored(trial).intermediate_values:
+            return False
+        if self._cost is not None:
+            trial.set_user_attr(COST, self._cost(report))
+        trial.report(report[OBJECTIVE], step)
+        return True
+
+    def pause(self, trial_id: str) -> None:
+        """Tell that a trial has left its process, and can be taken up again."""
+        self._handles.pop(trial_id).set_user_attr(PAUSED, True)
 
     def tell(self, trial_id: str, status: Status, *, reason: str = "") -> None:
-        """Tells a trial's ending; its value is the best of what was observed."""
-        trial = self._handles.pop(trial_id)
+        """Tell a trial's ending; its value is the best of what was observed."""
+        trial = self._handles[trial_id]
         if reason:
             trial.set_user_attr("reason", reason)
-        values = trial.storage.get_trial(trial._trial_id).intermediate_values
-        value = min(values.values()) if status == "complete" else None
+        value = best_js(stored(trial)) if status == "complete" else None
         self._study.tell(trial, value, state=_STATES[status])
+        del self._handles[trial_id]
 
     def _opened(self, trial: optuna.Trial, settings: dict[str, Any]) -> Proposal:
-        proposal = Proposal(trial_id_of(trial.number), settings, trial.user_attrs.get("continues"))
+        proposal = Proposal(trial_id_of(trial.number), settings, trial.user_attrs.get(CONTINUES))
         self._handles[proposal.trial_id] = trial
         return proposal
 
@@ -159,16 +171,25 @@ def trial_id_of(number: int) -> str:
     return f"{number:04d}"
 
 
+def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
+    """Have complete trials asked for again, to go on from where they ended; those that are already are left out."""
+    waiting = continued(study)
+    for trial_id in trial_ids:
+        if trial_id not in waiting:
+            ended = study.get_trials(deepcopy=False)[int(trial_id)]
+            study.enqueue_trial(ended.params, user_attrs={CONTINUES: trial_id})
+
+
 def asked(study: optuna.Study) -> list[Asked]:
-    """Every trial that was ever asked for, in order."""
+    """Return every trial that was ever asked for, in order."""
     return [
         Asked(
             trial_id_of(trial.number),
-            _STATUSES[trial.state],
+            "paused" if trial.state == TrialState.RUNNING and trial.user_attrs.get(PAUSED) else _STATUSES[trial.state],
             # Without settings is one whose asking was cut short.
             trial.user_attrs.get(SETTINGS, {}),
             trial.user_attrs.get("reason", ""),
-            trial.user_attrs.get("continues"),
+            trial.user_attrs.get(CONTINUES),
             trial.user_attrs.get(CONFIRMS),
         )
         for trial in study.get_trials(deepcopy=False)
@@ -179,12 +200,16 @@ def asked(study: optuna.Study) -> list[Asked]:
 def continued(study: optuna.Study) -> set[str]:
     """The trials that others go on from which have not ended, or not begun."""
     open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
-    return {trial.user_attrs["continues"] for trial in open_ones if "continues" in trial.user_attrs}
+    return {trial.user_attrs[CONTINUES] for trial in open_ones if CONTINUES in trial.user_attrs}
 
 
-def create_study(folder: Path, space: Space) -> optuna.Study:
-    """A new Optuna study in a study's folder, with the space's `start` list enqueued."""
-    study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="minimize")
+def create_study(folder: Path, space: Space, name: str | None = None) -> optuna.Study:
+    """Make an Optuna study in a study's folder, with the space's `start` list enqueued."""
+    storage = _storage(folder)
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would say that there is a study
+    study = optuna.create_study(storage=storage, study_name=name or folder.name, direction="minimize")
+    optuna.logging.set_verbosity(verbosity)
     for point in space.start_points():
         study.enqueue_trial(point)
     return study
@@ -220,12 +245,7 @@ def sole_driver(folder: Path) -> Iterator[None]:
         UserError: another process has it.
     """
     with alone_in(folder):
-        # One that was killed while it wrote has left Optuna's lock, which would be waited for.
-        with contextlib.suppress(RuntimeError):
-            JournalFileSymlinkLock(str(folder / JOURNAL)).release()
-        # And a full disk, or a power cut, a torn line: with what is written behind it, Optuna could read neither.
-        with contextlib.suppress(FileNotFoundError), (folder / JOURNAL).open("rb+") as journal:
-            journal.truncate(journal.read().rfind(b"\n") + 1)
+        mend_journal(folder / JOURNAL)
         yield
 
 

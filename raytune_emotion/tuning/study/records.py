@@ -41,8 +41,12 @@ class TrialRecord:
     confirms: str | None = None  # the trial of another study whose configuration it repeats
 
     @property
+    def ended(self) -> bool:
+        return self.status in ("complete", "pruned", "failed")
+
+    @property
     def best(self) -> Report | None:
-        """The report with the least validation JS."""
+        """Return the report with the lowest validation JS; None before the first."""
         return min(self.reports, key=lambda report: report["val_js"], default=None)
 
 
@@ -98,22 +102,31 @@ def copy_checkpoint(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, temporary)
 
 
-def best_first(records: list[TrialRecord]) -> list[TrialRecord]:
-    """The trials by their best validation JS; those without a report come last."""
-    return sorted(records, key=lambda r: (r.best is None, r.best["val_js"] if r.best else 0.0, r.trial_id))
+def best_first(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Sort trials by their best validation JS. Failed ones come after the others, those without a report last."""
+    return sorted(
+        records, key=lambda r: (r.best is None, r.status == "failed", r.best["val_js"] if r.best else 0.0, r.trial_id)
+    )
+
+
+def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
+    """Return the best trial of a study; None where none has reported, or those that have failed."""
+    reported = [record for record in records if record.best and record.status != "failed"]
+    return best_first(reported)[0] if reported else None
 
 
 def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
-    """The Pareto front of JS and an objective's cost, the best JS first: no trial of less cost has bettered them."""
+    """Return the Pareto front of JS and an objective's cost, the best JS first. Failed trials are not on it."""
     cost = objective.cost or (lambda report: math.inf)
-    return pareto_front(best_first(records), lambda record: cost(record.best) if record.best else math.inf)
+    ranked = best_first(record for record in records if record.status != "failed")
+    return pareto_front(ranked, lambda record: cost(record.best) if record.best else math.inf)
 
 
 def losers(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
     """The ended trials whose weights go, lest a study's disk grow with its trials: but for the best, those of a front
     that the study is after, and the spared.
     """
-    ended = [record for record in best_first(records) if record.status != "running"]
+    ended = [record for record in best_first(records) if record.ended]
     front = {record.trial_id for record in frontier(ended, objective)} if objective.front else set()
     return [record.trial_id for record in ended[KEPT:] if record.trial_id not in {*front, *spared}]
 

@@ -1,26 +1,27 @@
 """Write the tables of a study, which people read; the record is elsewhere."""
 
 import dataclasses
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import whole, write_text
-from raytune_emotion.tuning.study.records import (
-    TrialRecord,
-    best_first,
-)
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, asked
+from raytune_emotion.tuning.study.records import TrialRecord, best_first
 
-TRIALS = "trials.csv"
+TRIALS, CURVES = "trials.csv", "curves.parquet"
 
-CURVES = "curves.parquet"
+#: The tables are written again only after so many times what the last writing took.
+_REST = 20
 
-#: Settings that a study may change when it goes on, so that those which a trial was proposed with tell nothing of it.
-_MAY_CHANGE = {"train.epochs", "model.weights_dir"}
+#: Settings that a study may change when it goes on, so that a trial's own values at its proposal tell nothing of it.
+_HIDDEN = {"train.epochs", "model.weights_dir"}
 
 _FIRST_COLUMNS = (
     "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
@@ -28,21 +29,55 @@ _FIRST_COLUMNS = (
 )  # fmt: skip
 
 
-def best_trial_id(folder: Path) -> str:
-    """The best trial of a study, by its table.
+class Tables:
+    """Keep the tables of a running study up to its record.
 
-    Raises:
-        UserError: where there is no study, or no trial of it has reported.
+    Of a trial that has ended, the driver keeps its curve and two reports: it must not grow with what is reported.
     """
-    try:
-        table = pd.read_csv(folder / TRIALS, dtype={"trial_id": str})
-    except (FileNotFoundError, pd.errors.EmptyDataError):
-        raise UserError(f"{folder}: no {TRIALS} in it; name the folder of a study whose trials have begun") from None
-    except OSError as error:
-        raise UserError(f"{folder / TRIALS}: cannot be read: {error.strerror}; name the folder of a study") from None
-    if table.empty or pd.isna(table[OBJECTIVE].iloc[0]):
-        raise UserError(f"{folder}: no trial of this study has reported yet")
-    return str(table["trial_id"].iloc[0])
+
+    def __init__(self, study: OpenStudy) -> None:
+        self._study = study
+        self._ended: dict[str, TrialRecord] = {}  # thinned
+        self._curves = curves_of(())  # of the ended
+        self._stale = False  # whether the tables lack an ending
+        self._due = 0.0
+
+    @property
+    def ended(self) -> list[TrialRecord]:
+        return [*self._ended.values()]
+
+    def read(self) -> list[TrialRecord]:
+        """Read all trials, keep those that have ended, and return the others."""
+        # What trials of this or other machines have reported.
+        unknown = [t.trial_id for t in asked(self._study.optuna) if t.trial_id not in self._ended]
+        self._study.copy.pull(f"trials/{trial_id}/{HISTORY}" for trial_id in unknown)
+        records = self._study.records(self._ended)
+        self._keep([record for record in records if record.ended])
+        return [record for record in records if not record.ended]
+
+    def add(self, trial_id: str) -> None:
+        """Read and keep a trial that has just ended."""
+        self._study.copy.pull([f"trials/{trial_id}/{HISTORY}"])
+        self._keep([self._study.record(trial_id)])
+        self._stale = True
+
+    def write_in_time(self) -> None:
+        """Write the tables if they lack an ending, unless they were written just now."""
+        if self._stale and time.monotonic() >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Bring the study's tables, and their remote copy, up to all that has happened."""
+        began = time.monotonic()
+        running = self.read()
+        write_tables(self._study.folder, [*self.ended, *running], joined(self._curves, curves_of(running)))
+        self._study.copy.push(JOURNAL, TRIALS, CURVES)
+        self._stale = False
+        self._due = time.monotonic() + _REST * (time.monotonic() - began)
+
+    def _keep(self, records: list[TrialRecord]) -> None:
+        self._curves = joined(self._curves, curves_of(records))
+        self._ended |= {record.trial_id: thinned(record) for record in records}
 
 
 def curves_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
@@ -79,8 +114,8 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
     # The metrics beside the best JS are those of the same report, the one that the best checkpoint is from.
-    best = dict(record.best or {})
-    last = record.reports[-1] if record.reports else {}
+    best: Mapping[str, Any] = record.best or {}
+    last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
     return {
         "trial_id": record.trial_id,
         "status": record.status,
@@ -91,7 +126,7 @@ def _row(record: TrialRecord) -> dict[str, Any]:
         "params_millions": last.get("params_millions"),
         "best_epoch": best.get("epoch"),
         "accumulate": last.get("accumulate"),
-        **{name: value for name, value in record.settings.items() if name not in _MAY_CHANGE},
+        **{name: value for name, value in record.settings.items() if name not in _HIDDEN},
         "continues": record.continues,
         **({"confirms": record.confirms} if record.confirms else {}),
         "reason": record.reason,

@@ -23,19 +23,18 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.tune.schedulers import FIFOScheduler
 
 from raytune_emotion.learn.checkpoint import HISTORY
-from raytune_emotion.tuning.execution import tune_adapter
+from raytune_emotion.tuning.execution import recorder
 from raytune_emotion.tuning.execution.cluster import fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.policy.sampler import _STARTUP
-from raytune_emotion.tuning.policy.scheduler import make_scheduler, replay
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import create_study, load_study
+from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
+from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
-from raytune_emotion.tuning.study.spec import read_spec, write_spec
+from raytune_emotion.tuning.study.spec import read_spec
 from tests.test_pack import heed_ctrl_c
 from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
 from tests.tuning.study.test_records import spec_of
@@ -60,25 +59,22 @@ def chance():
         raise
 
 
-def make_study(folder, store, **changes):
-    folder.mkdir()
+def begin(folder, store, **changes):
     asked = {"space": SPACE, "trials": TRIALS, "epochs": EPOCHS} | changes
-    spec = spec_of(store, name=folder.name, seed=SEED, **asked)
-    create_study(folder, parse_space(spec.space, folder.name))
-    write_spec(folder, spec)
+    make_study(folder, spec_of(store, name=folder.name, seed=SEED, **asked))
 
 
 def go_on(folder, *, workers=1, concurrency=1, watch=lambda event: None):
     """Runs what is left of a study, on the cluster that this process has joined."""
     place = fit_to_cluster(workers=workers, gpus_per_worker=0.0, concurrency=concurrency)
-    return run_study(folder, read_spec(folder), place, watch=watch)
+    return run_study(load(folder), place, watch=watch)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, store, tmp_path_factory):
     """The outcome of the study to which nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed") / "study"
-    make_study(folder, store)
+    begin(folder, store)
     return outcome(go_on(folder))
 
 
@@ -236,7 +232,7 @@ def test_a_search_that_is_killed_and_then_interrupted_ends_as_if_it_had_been_nei
 
 def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(undisturbed, store, tmp_path):
     folder = tmp_path / "study"
-    make_study(folder, store, max_failures=20)
+    begin(folder, store, max_failures=20)
     over = threading.Event()
 
     def kill_now_and_then(points, patience):
@@ -276,7 +272,7 @@ def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(und
 
 def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undisturbed, store, tmp_path):
     folder = tmp_path / "study"
-    make_study(folder, store)
+    begin(folder, store)
     over = threading.Event()
 
     def kill_one(point, polls, which):
@@ -330,7 +326,7 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
             dataclasses.replace(r, status="running", reports=tuple(x for x in r.reports if not x["finished"]))
             for r in records
         ]
-        stopped = replay(make_scheduler(EPOCHS), unended) - ended_then.keys()
+        stopped = Halving(EPOCHS).replay(unended) - ended_then.keys()
         assert stopped == {r.trial_id for r in records if r.status == "pruned"} - ended_then.keys()
         assert {r.status for r in records} == {"complete", "pruned"}
 
@@ -338,7 +334,7 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
 def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
     folder = tmp_path / "study"
     # Long enough not to be over by what is still reported while the machine dies.
-    make_study(folder, store, space=SPACE | {"train.epochs": 16}, trials=3, epochs=16)
+    begin(folder, store, space=SPACE | {"train.epochs": 16}, trials=3, epochs=16)
     repository = Path(__file__).parents[3]
     with chance() as draw, Session(__name__, folder, draw.randrange(1, 5), cwd=repository) as script:
         assert await_reports(folder, 1, script.runs), script.output()
@@ -394,7 +390,7 @@ def lose_a_machine(folder, count):
         return None, {}
 
     try:
-        stops_nobody = mock.patch.object(tune_adapter, "make_scheduler", return_value=FIFOScheduler())
+        stops_nobody = mock.patch.object(recorder, "Halving", return_value=RunToEnd())
         with stops_nobody, ray_session(cluster.address), ThreadPoolExecutor(1) as pool:
             lost = pool.submit(lose)
             try:

@@ -8,9 +8,7 @@ import pytest
 from raytune_emotion.tuning.execution.cluster import Placement, ray_session
 from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import create_study
-from raytune_emotion.tuning.study.spec import read_spec, write_spec
+from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.tuning.study.test_records import spec_of
 
 SPACE = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.batch_size": 32, "loss": "kl"}
@@ -19,10 +17,7 @@ SPACE = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}
 @pytest.fixture
 def study(tmp_path, store):
     folder = tmp_path / "study"
-    folder.mkdir()
-    spec = spec_of(store, name="study", space=SPACE, trials=1, epochs=2, max_failures=1)
-    create_study(folder, parse_space(SPACE))
-    write_spec(folder, spec)
+    make_study(folder, spec_of(store, name="study", space=SPACE, trials=1, epochs=2, max_failures=1))
     return folder
 
 
@@ -44,7 +39,7 @@ def test_a_study_outlives_what_the_memory_monitor_kills(study):
 def _run_without_memory(folder):
     settings = {"memory_usage_threshold": 0.01, "memory_monitor_refresh_ms": 100}
     with ray_session(None, dashboard=False, num_cpus=1, _system_config=settings):
-        (record,) = run_study(folder, read_spec(folder), Placement(Resources(1, 1.0, 0.0), 1))
+        (record,) = run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 1))
     print(f"{record.status}: {record.reason}")
 
 

@@ -22,15 +22,17 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.execution.cluster import Placement
 from raytune_emotion.tuning.execution.job import PARAMS, Resources, job_of, newest_report, train_here
-from raytune_emotion.tuning.execution.runner import extend_best, run_study
-from raytune_emotion.tuning.execution.tune_adapter import DRIVER, Search
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, create_study, load_study
+from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
 from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
-from raytune_emotion.tuning.study.spec import SPEC, read_spec, write_spec
+from raytune_emotion.tuning.study.remote_copy import DRIVER
+from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from tests.storage.test_remote import SECRET, s3_server
 from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
@@ -49,11 +51,8 @@ def begin(tmp_path, store):
 
     def make(*, workers=1, **changes):
         folder = tmp_path / "study"
-        folder.mkdir()
-        spec = spec_of(store, name="study", space=SPACE, concurrency=1, **changes)
-        create_study(folder, parse_space(spec.space, "space"))
-        write_spec(folder, spec)
-        return folder, spec, Placement(Resources(workers, 1.0, 0.0), 1)
+        make_study(folder, spec_of(store, name="study", space=SPACE, concurrency=1, **changes))
+        return folder, Placement(Resources(workers, 1.0, 0.0), 1)
 
     return make
 
@@ -64,18 +63,19 @@ def lose(folder, uri):
     remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
 
 
-def ask(folder, spec, placement, uri):
+def ask(folder, placement, uri):
     """What a search does until its first trial begins."""
     remote.push(folder, uri, [SPEC])
-    proposal = Searcher(load_study(folder), parse_space(spec.space, "space"), seed=spec.seed).ask()
+    study = load(folder, Remote(uri))
+    proposal = Searcher(study.optuna, study.space, seed=study.spec.seed).ask()
     remote.push(folder, uri, [JOURNAL])
-    return job_of(folder, spec, placement.resources, proposal, uri)
+    return job_of(study, placement.resources, proposal)
 
 
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
     uri = remote.join(bucket, "a study")
-    folder, spec, placement = begin(trials=4, epochs=2)
-    records = run_study(folder, spec, placement, uri=uri)
+    folder, placement = begin(trials=4, epochs=2)
+    records = run_study(load(folder, Remote(uri)), placement)
 
     names = remote.names(uri, "*")
     assert {name for name in names if "/" not in name} == {SPEC, JOURNAL, TRIALS, CURVES, DRIVER}
@@ -88,13 +88,13 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
     for name in (SPEC, JOURNAL, TRIALS, CURVES):
         assert remote.read(uri, name) == (folder / name).read_bytes(), name
     for record in records:
-        job = job_of(folder, spec, placement.resources, Proposal(record.trial_id, record.settings, None))
+        job = job_of(load(folder), placement.resources, Proposal(record.trial_id, record.settings, None))
         with contextlib.closing(train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id)))) as local:
             assert numbers(record.reports) == numbers(islice(local, len(record.reports)))
 
     lose(folder, uri)
-    longer = extend_best(folder, dataclasses.replace(read_spec(folder), epochs=3), uri)
-    after = run_study(folder, longer, placement, uri=uri)
+    study = load(folder, Remote(uri))
+    after = run_study(raise_epochs(study, dataclasses.replace(study.spec, epochs=3)), placement)
     assert after[:4] == records
     can = [r.trial_id for r in best_first(records)[:KEPT] if r.status == "complete"]
     assert [r.continues for r in after[4:]] == can
@@ -105,8 +105,8 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
 
 def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, cluster, tmp_path):
     uri = remote.join(bucket, "broken off")
-    folder, spec, placement = begin(trials=1, epochs=3, workers=2)
-    job = ask(folder, spec, Placement(Resources(1, 1.0, 0.0), 1), uri)
+    folder, placement = begin(trials=1, epochs=3, workers=2)
+    job = ask(folder, Placement(Resources(1, 1.0, 0.0), 1), uri)
     with contextlib.closing(train_here(job)) as reports:
         before = [next(reports), next(reports)]
     assert not Path(job.folder).exists(), "its process needs nothing of the driver's disk"
@@ -116,7 +116,7 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, 
     remote.delete(job.mirror, [BEST])
 
     lose(folder, uri)
-    (record,) = run_study(folder, spec, placement, uri=uri)
+    (record,) = run_study(load(folder, Remote(uri)), placement)
     # To the clocks the same: they were not trained again.
     assert list(record.reports[:2]) == before
     assert [r["report"] for r in record.reports] == [1, 2, 3]
@@ -129,17 +129,18 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, 
 def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
     place = tmp_path / "place"
-    folder, spec, placement = begin(trials=2, epochs=3)
-    job = ask(folder, spec, placement, place.as_uri())
-    search = Search(folder, spec, placement, load_study(folder), print, place.as_uri())
+    folder, placement = begin(trials=2, epochs=3)
+    job = ask(folder, placement, place.as_uri())
+    recorder = Recorder(load(folder, Remote(place.as_uri())))
     with contextlib.closing(train_here(job)) as reports:
         before = next(reports)
         place.rename(tmp_path / "elsewhere")
         place.touch()
         with pytest.raises(Breakdown, match="failed 3 times in a row"):
             next(reports)
-    assert search.next_trial() is None
-    assert "failed 3 times in a row" in search.broken
+    assert recorder.next() is None
+    assert "failed 3 times in a row" in recorder.broken
+    assert recorder.is_over
 
     place.unlink()
     (tmp_path / "elsewhere").rename(place)
@@ -151,22 +152,22 @@ def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypat
     assert newest_report(job)["finished"]
 
 
-def test_a_search_that_was_thought_dead_undoes_nothing_of_the_next(begin, tmp_path):
+def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     place = tmp_path / "place"
-    folder, spec, placement = begin()
+    folder, _ = begin()
 
     def search():
-        return Search(folder, spec, placement, load_study(folder), print, place.as_uri())
+        return Recorder(load(folder, Remote(place.as_uri())))
 
-    first = search()
-    first.record()
-    second = search()
-    with pytest.raises(Breakdown, match="another search has gone on with this study"):
-        first.record()
-    second.record()
+    first, second, third = search(), search(), search()
+    for stale in (first, second):
+        assert stale.next() is None
+        with pytest.raises(Breakdown, match="another search has gone on with this study"):
+            stale.close()
     shutil.rmtree(place)
+    assert third.next() is None
     with pytest.raises(Breakdown, match="no longer there"):
-        second.record()
+        third.close()
 
 
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluster, bucket, faces, tmp_path, capsys):

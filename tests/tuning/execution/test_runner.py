@@ -19,15 +19,15 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.tuning.execution import runner, tune_adapter
+from raytune_emotion.tuning.execution import runner
 from raytune_emotion.tuning.execution.cluster import cores_per_gpu, fit_to_cluster, places_on
 from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
-from raytune_emotion.tuning.execution.runner import extend_best, run_study
+from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import Proposal, create_study, load_study
+from raytune_emotion.tuning.study import open_study
+from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
+from raytune_emotion.tuning.study.optuna_study import Proposal, load_study
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
-from raytune_emotion.tuning.study.spec import write_spec
 from tests.tuning.study.test_records import spec_of
 
 SPACE = {
@@ -45,17 +45,15 @@ def begin(tmp_path, store, cluster):
 
     def make(name="study", *, space=SPACE, concurrency=1, **changes):
         folder = tmp_path / name
-        folder.mkdir()
-        spec = spec_of(store, name=name, space=space, concurrency=concurrency, **changes)
-        create_study(folder, parse_space(spec.space, name))
-        write_spec(folder, spec)
+        make_study(folder, spec_of(store, name=name, space=space, concurrency=concurrency, **changes))
 
         def go(watch=lambda event: None, **more):
-            asked = dataclasses.replace(spec, **more)
+            study = load(folder)
+            study = study.with_spec(dataclasses.replace(study.spec, **more))
             place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=concurrency)
-            return run_study(folder, asked, place, watch=watch)
+            return run_study(study, place, watch=watch)
 
-        return folder, spec, go
+        return folder, go
 
     return make
 
@@ -77,7 +75,7 @@ def left_behind():
 
 def test_a_study_runs_from_its_space_to_its_tables(begin):
     events = []
-    folder, _spec, go = begin(trials=7, epochs=3)
+    folder, go = begin(trials=7, epochs=3)
 
     def watch(event):
         events.append(event)
@@ -106,26 +104,27 @@ def test_a_study_runs_from_its_space_to_its_tables(begin):
 
 def test_a_trial_is_the_same_tenth_in_a_reused_process_as_first_in_a_fresh_one(begin, tmp_path):
     space = {**SPACE, "loss": "kl"}
-    folder, spec, go = begin(space=space, trials=10, epochs=2)
+    folder, go = begin(space=space, trials=10, epochs=2)
     tenth = go()[-1]
     assert tenth.trial_id == "0009"
     # A study of its own has a process of its own.
     (fresh,) = begin(
         "fresh", space={**space, "optim.lr": {"choice": [tenth.settings["optim.lr"]]}}, trials=1, epochs=2
-    )[2]()
+    )[1]()
     assert fresh.settings == tenth.settings
     assert numbers(fresh.reports)[: len(tenth.reports)] == numbers(tenth.reports)
     # And as it is in none of Ray's.
     resources = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1).resources
-    job = job_of(folder, spec, resources, Proposal("0009", tenth.settings, None))
+    job = job_of(load(folder), resources, Proposal("0009", tenth.settings, None))
     alone = dataclasses.replace(job, folder=str(tmp_path / "alone"))
     assert numbers(train_here(alone)) == numbers(fresh.reports)
 
 
 def test_raised_epochs_let_the_best_go_on_from_where_they_ended(begin):
-    folder, spec, go = begin(trials=2, epochs=2)
+    folder, go = begin(trials=2, epochs=2)
     before = go()
-    longer = extend_best(folder, dataclasses.replace(spec, epochs=4))
+    study = load(folder)
+    longer = raise_epochs(study, dataclasses.replace(study.spec, epochs=4)).spec
 
     def interrupt(event):
         os.kill(os.getpid(), signal.SIGINT)
@@ -149,15 +148,13 @@ def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_pat
         pytest.skip("a small disk can be mounted by root only")
     try:
         folder = disk / "study"
-        folder.mkdir()
         space = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}
-        spec = spec_of(store, space=space, trials=2, epochs=6)
-        create_study(folder, parse_space(space, "space"))
+        make_study(folder, spec_of(store, space=space, trials=2, epochs=6))
         place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1)
         with pytest.raises(Breakdown, match="no space left on the disk; the study can be resumed"):
-            run_study(folder, spec, place)
+            run_study(load(folder), place)
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
-        records = run_study(folder, spec, place)
+        records = run_study(load(folder), place)
         assert {r.status for r in records} <= {"complete", "pruned"}
         assert [r["report"] for r in records[0].reports] == list(range(1, 7))
     finally:
@@ -166,7 +163,7 @@ def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_pat
 
 def test_a_study_of_which_nothing_succeeds_any_more_is_ended_with_the_reason(begin):
     space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": [1e-3, *range(70, 101)]}}
-    _, _, go = begin(space=space | {"start": [{"optim.lr": 1e-3}]}, trials=30, epochs=2)
+    _, go = begin(space=space | {"start": [{"optim.lr": 1e-3}]}, trials=30, epochs=2)
     ended = []
     with pytest.raises(Breakdown, match="10 trials have failed one after the other, the last one: diverged"):
         go(lambda event: ended.append(event.status) if event.status != "running" else None)
@@ -178,8 +175,8 @@ def test_a_disk_that_is_full_before_a_study_goes_on_is_said(begin, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    folder, _, go = begin()
-    monkeypatch.setattr(tune_adapter, "read_records", full)
+    folder, go = begin()
+    monkeypatch.setattr(open_study, "read_records", full)
     with pytest.raises(Breakdown, match=f"{folder}: no space left on the disk; the study can be resumed: {folder}"):
         go()
 
@@ -202,7 +199,7 @@ def test_a_trial_out_of_memory_goes_on_in_smaller_micro_batches(begin, monkeypat
                     raise killed
 
     monkeypatch.setattr(runner, "TrialActor", Actor)
-    (record,) = begin(trials=1, epochs=2)[2]()
+    (record,) = begin(trials=1, epochs=2)[1]()
     assert record.status == "complete"
     assert [r["accumulate"] for r in record.reports] == [2, 4]
 
@@ -219,7 +216,7 @@ def test_what_fails_for_good_fails_at_once_and_the_study_goes_on(begin, monkeypa
     monkeypatch.setattr(runner, "TrialActor", Actor)
     rates = [100.0, 1e-2, 1e-3]
     space = {"model.backbone": "test_vit", "optim.name": "sgd", "optim.lr": {"choice": rates}}
-    folder, _, go = begin(space=space | {"start": [{"optim.lr": rate} for rate in rates]}, trials=3, epochs=2)
+    folder, go = begin(space=space | {"start": [{"optim.lr": rate} for rate in rates]}, trials=3, epochs=2)
     diverged, too_large, complete = go()
     assert "loss" in diverged.reason
     assert too_large.reason == "out of memory on the device"
@@ -231,14 +228,14 @@ def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_
     class DyingTrialActor(TrialActor):
         """Dies once, between the writing of a report and the hearing of it, and fails once to leave a trial."""
 
-        def reset_config(self, new_config):
+        def reset(self, config):
             if not (tmp_path / "stuck").exists():
                 (tmp_path / "stuck").touch()
                 raise RuntimeError("a worker has died")
-            return super().reset_config(new_config)
+            return super().reset(config)
 
-        def step(self):
-            result = super().step()
+        def train(self):
+            result = super().train()
             if not (tmp_path / "died").exists():
                 (tmp_path / "died").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -251,7 +248,7 @@ def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_
             killed.append(kill("TrialActor"))
 
     monkeypatch.setattr(runner, "TrialActor", DyingTrialActor)
-    folder, _spec, go = begin(trials=3, epochs=3)
+    folder, go = begin(trials=3, epochs=3)
     records = go(kill_once)
     assert killed
     assert (tmp_path / "stuck").exists()
@@ -264,7 +261,7 @@ def test_a_process_that_dies_unheard_or_between_two_trials_ends_none(begin, tmp_
 
 
 def test_an_interruption_between_two_trials_is_one_and_a_study_can_be_extended(begin):
-    _folder, _spec, go = begin(trials=2, epochs=1)
+    _, go = begin(trials=2, epochs=1)
 
     def interrupt(event):
         if event.status == "complete":
@@ -278,7 +275,7 @@ def test_an_interruption_between_two_trials_is_one_and_a_study_can_be_extended(b
 
 
 def test_a_trial_that_always_dies_is_given_up(begin):
-    _, _, go = begin(trials=1, epochs=50, max_failures=1)
+    _, go = begin(trials=1, epochs=50, max_failures=1)
     deaths = []
 
     def kill_always(event):

@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -7,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.tuning.policy import sampler
 from raytune_emotion.tuning.policy.forecast import expected_improvement_of_front
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
-from raytune_emotion.tuning.policy.scheduler import make_scheduler, replay
+from raytune_emotion.tuning.policy.sampler import make_proposer
+from raytune_emotion.tuning.policy.scheduler import Halving
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 from raytune_emotion.tuning.study.records import TrialRecord
@@ -34,10 +33,7 @@ def searched(name, doubled, trials=28):
     """The settings of a study's trials, one at a time, by the objective of a name."""
     objective = OBJECTIVES[name]
 
-    def propose(space, past, seed):
-        return sampler.propose(space, past, seed, objective=objective)
-
-    study = optuna.create_study()
+    study, propose = optuna.create_study(), make_proposer(objective=objective)
     searcher = Searcher(study, parse_space(SPACE, "space"), seed=0, propose=propose, cost=objective.cost)
     asked = []
     for _ in range(trials):
@@ -103,20 +99,23 @@ def test_the_improvement_of_a_front_is_the_area_that_draws_add_in_the_mean(seen,
 
 def stopped(trials, objective, most_reports=3):
     """Of trials that report side by side, each with a size and a JS that stays: which are stopped, and the record."""
-    scheduler = make_scheduler(most_reports, objective)
+    scheduler = Halving(most_reports, objective)
     live = {f"{i:04d}": (size, js) for i, (size, js) in enumerate(trials)}
     histories = {trial_id: [] for trial_id in live}
-    for trial_id in live:
-        scheduler.on_trial_add(None, SimpleNamespace(trial_id=trial_id))
     gone = set()
     for step in range(1, most_reports + 1):
         for trial_id in [each for each in live if each not in gone]:
             size, js = live[trial_id]
-            report = {"report": step, "best_val_js": js, "params_millions": size, "finished": step == most_reports}
+            report = {
+                "report": step,
+                "epoch": step,
+                "best_val_js": js,
+                "params_millions": size,
+                "finished": step == most_reports,
+            }
             report["time"] = len(histories) * step + int(trial_id)
             histories[trial_id].append(report)
-            decision = scheduler.on_trial_result(None, SimpleNamespace(trial_id=trial_id), report)
-            if decision == "STOP" and not report["finished"]:
+            if not report["finished"] and scheduler.decide(trial_id, report) == "stop":
                 gone.add(trial_id)
     return gone, histories
 
@@ -134,4 +133,4 @@ def test_for_a_front_small_models_are_compared_with_small_ones():
     statuses = {trial_id: "pruned" if trial_id in alike else "complete" for trial_id in histories}
     statuses |= {"0000": "running", "0005": "running"}
     records = [TrialRecord(t, statuses[t], {}, "", tuple(reports)) for t, reports in histories.items()]
-    assert replay(make_scheduler(3, OBJECTIVES[BY_SIZE]), records) == {"0005"}
+    assert Halving(3, OBJECTIVES[BY_SIZE]).replay(records) == {"0005"}

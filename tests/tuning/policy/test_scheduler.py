@@ -1,61 +1,63 @@
 import random
-from types import SimpleNamespace
 
-from raytune_emotion.tuning.policy.scheduler import make_scheduler, replay
+import pytest
+
+from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
 from raytune_emotion.tuning.study.records import TrialRecord
 
-REPORTS = 9
+EPOCHS = 9
+
+
+def report(epoch, js, time, **more):
+    return {"report": epoch, "epoch": epoch, "best_val_js": js, "time": time, "finished": False, **more}
 
 
 def simulate(seed):
-    """Trials side by side under a scheduler; what they report, in the order of time, and which were stopped."""
+    """Run trials side by side under a scheduler; return it, what they report in the order of time, and the stopped."""
     rng = random.Random(seed)
-    scheduler = make_scheduler(REPORTS)
+    scheduler = Halving(EPOCHS)
     histories, stopped, time = {}, set(), 0.0
     live = []
     for number in range(30):
-        trial = SimpleNamespace(trial_id=f"{number:04d}")
-        scheduler.on_trial_add(None, trial)
-        histories[trial.trial_id] = []
-        live.append((trial, rng.random()))
+        histories[f"{number:04d}"] = []
+        live.append((f"{number:04d}", rng.random()))
         while len(live) >= 4 or (number == 29 and live):
-            trial, quality = rng.choice(live)
-            step = len(histories[trial.trial_id]) + 1
+            trial_id, quality = rng.choice(live)
+            epoch = len(histories[trial_id]) + 1
             time += 1
-            best = quality + 1 / step
-            report = {"report": step, "best_val_js": best, "time": time, "finished": step == REPORTS}
-            histories[trial.trial_id].append(report)
-            decision = scheduler.on_trial_result(None, trial, report)
-            if report["finished"] or decision == "STOP":
-                live = [(t, q) for t, q in live if t is not trial]
-                if not report["finished"]:
-                    stopped.add(trial.trial_id)
+            histories[trial_id].append(report(epoch, quality + 1 / epoch, time, finished=epoch == EPOCHS))
+            if epoch == EPOCHS:
+                live.remove((trial_id, quality))
+            elif scheduler.decide(trial_id, histories[trial_id][-1]) == "stop":
+                live.remove((trial_id, quality))
+                stopped.add(trial_id)
     return scheduler, histories, stopped
-
-
-def rungs(scheduler):
-    return [recorded for bracket in scheduler._brackets for _, recorded in bracket._rungs]
 
 
 def records_of(histories, status):
     return [TrialRecord(t, status(t), {}, "", tuple(reports)) for t, reports in histories.items()]
 
 
+def test_about_a_third_of_many_trials_pass_the_rung():
+    _, histories, stopped = simulate(0)
+    assert {len(histories[trial_id]) for trial_id in stopped} == {EPOCHS // 3}
+    assert 5 <= len(histories) - len(stopped) <= 15
+
+
 def test_a_replayed_scheduler_has_the_rungs_of_the_uninterrupted_one():
     for seed in range(5):
         scheduler, histories, stopped = simulate(seed)
         assert len(stopped) > 5
-        fresh = make_scheduler(REPORTS)
-        replay(fresh, records_of(histories, lambda t, stopped=stopped: "pruned" if t in stopped else "complete"))
-        assert rungs(fresh) == rungs(scheduler)
+        fresh = Halving(EPOCHS)
+        fresh.replay(records_of(histories, lambda t, stopped=stopped: "pruned" if t in stopped else "complete"))
+        assert fresh._reached == scheduler._reached
 
 
 def test_a_trial_that_was_stopped_and_not_told_is_found():
     _, histories, stopped = simulate(1)
     last = max(stopped)
-    running = replay(
-        make_scheduler(REPORTS),
-        records_of(histories, lambda t: "running" if t == last else "pruned" if t in stopped else "complete"),
+    running = Halving(EPOCHS).replay(
+        records_of(histories, lambda t: "running" if t == last else "pruned" if t in stopped else "complete")
     )
     assert running == {last}
 
@@ -63,15 +65,32 @@ def test_a_trial_that_was_stopped_and_not_told_is_found():
 def test_a_trial_that_was_let_go_on_is_not_stopped_afterwards():
     """The others' reports are older, but were heard later."""
 
-    def record(number, js, steps):
-        reports = [{"report": i, "best_val_js": js, "time": number + i, "finished": False} for i in steps]
+    def record(number, js, epochs):
+        reports = [report(epoch, js, number + epoch) for epoch in epochs]
         return TrialRecord(f"{number:04d}", "running", {}, "", tuple(reports))
 
     others = [record(number, 0.1, [1, 2, 3]) for number in range(5)]
-    assert replay(make_scheduler(REPORTS), [*others, record(9, 0.5, [1, 2, 3])]) == {"0009"}
-    assert replay(make_scheduler(REPORTS), [*others, record(9, 0.5, [1, 2, 3, 4])]) == set()
+    assert Halving(EPOCHS).replay([*others, record(9, 0.5, [1, 2, 3])]) == {"0009"}
+    assert Halving(EPOCHS).replay([*others, record(9, 0.5, [1, 2, 3, 4])]) == set()
 
 
 def test_a_trial_that_may_go_on_is_not_stopped_by_the_replay():
-    reports = ({"report": 1, "best_val_js": 0.5, "time": 1.0, "finished": False},)
-    assert replay(make_scheduler(REPORTS), [TrialRecord("0000", "running", {}, "", reports)]) == set()
+    assert Halving(EPOCHS).replay([TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()
+
+
+@pytest.mark.parametrize("evaluations", [1, 2, 6])
+def test_trials_are_compared_at_the_same_epoch_however_often_they_report(evaluations):
+    """Where an epoch has fewer steps than evaluations are asked for, a trial reports less often than others (C11)."""
+    scheduler = Halving(6)
+    for number in range(3):
+        assert scheduler.decide(f"{number:04d}", report(2.0, 0.1, 1.0)) == "go on"
+    decisions = [
+        scheduler.decide("0009", report(step / evaluations, 0.5, step) | {"report": step})
+        for step in range(1, 2 * evaluations + 1)
+    ]
+    assert decisions == ["go on"] * (2 * evaluations - 1) + ["stop"]
+
+
+def test_a_confirmation_stops_nothing():
+    assert RunToEnd().decide("0000", report(1, 0.9, 1.0)) == "go on"
+    assert RunToEnd().replay([TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()

@@ -7,9 +7,10 @@ import pytest
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution.cluster import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier, write_earlier
+from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.earlier import gather_earlier
+from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.tuning.study.test_optuna_study import report
@@ -42,13 +43,9 @@ def write_study(folder, store, trials):
 def test_a_study_begins_where_earlier_ones_were_good_and_keeps_what_they_said(tmp_path, store, cluster):
     earlier = write_study(tmp_path / "earlier", store, 20)
     folder = tmp_path / "study"
-    folder.mkdir()
-    spec = spec_of(store, space=SPACE, trials=3, epochs=1)
-    create_study(folder, parse_space(SPACE))
-    write_spec(folder, spec)
-    write_earlier(folder, gather_earlier([earlier]))
+    make_study(folder, spec_of(store, space=SPACE, trials=3, epochs=1), gather_earlier([earlier]))
     shutil.rmtree(earlier)
-    records = run_study(folder, spec, fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1))
+    records = run_study(load(folder), fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1))
     rates = np.array([record.settings["optim.lr"] for record in records])
     assert len(rates) == 3
     assert (abs(np.log10(rates / BEST)) < 0.5).all(), rates  # a range of two decades

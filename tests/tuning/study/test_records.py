@@ -10,9 +10,18 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
 from raytune_emotion.tuning.study import spec as spec_module
-from raytune_emotion.tuning.study.records import KEPT, TrialRecord, drop_checkpoints, frontier, losers, trial_folder
+from raytune_emotion.tuning.study.records import (
+    KEPT,
+    TrialRecord,
+    best_first,
+    drop_checkpoints,
+    frontier,
+    losers,
+    trial_folder,
+    winner,
+)
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
-from raytune_emotion.tuning.study.tables import CURVES, TRIALS, best_trial_id, curves_of, joined, thinned, write_tables
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS, curves_of, joined, thinned, write_tables
 
 
 def spec_of(store, **changes):
@@ -97,9 +106,8 @@ def test_a_damaged_spec_is_a_clear_error(tmp_path):
 
 def test_a_file_is_no_study(tmp_path):
     (tmp_path / "file").touch()
-    for read in (read_spec, best_trial_id):
-        with pytest.raises(UserError, match="cannot be read: Not a directory; name "):
-            read(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be read: Not a directory; name "):
+        read_spec(tmp_path / "file")
 
 
 def test_what_the_study_decides_wins_over_the_space(store):
@@ -120,7 +128,16 @@ def test_the_table_has_a_row_a_trial_best_first(tmp_path):
     assert (best["best_val_js"], best["val_kl"], best["epochs"], best["best_epoch"]) == (0.3, 0.6, 3.0, 2.0)
     assert best["optim.lr"] == 1e-2
     assert table.iloc[3]["reason"] == "the loss is not a number"
-    assert best_trial_id(tmp_path) == "0001"
+
+
+def test_a_failed_trial_is_never_the_best():
+    failed = TrialRecord("0009", "failed", {}, "out of memory", (report(1, 0.1),))
+    paused = TrialRecord("0010", "paused", {}, "", (report(1, 0.2),))
+    records = [failed, *RECORDS, paused]
+    assert [r.trial_id for r in best_first(records)] == ["0010", "0001", "0000", "0003", "0009", "0002"]
+    assert winner(records) == paused
+    assert winner([failed, RECORDS[2]]) is None
+    assert failed not in frontier(records, OBJECTIVES[BY_SIZE])
 
 
 def test_the_curves_have_a_row_a_report(tmp_path):
@@ -146,8 +163,6 @@ def test_of_ended_trials_the_curves_and_two_reports_are_enough(tmp_path):
 def test_tables_of_a_study_without_trials_can_be_read(tmp_path):
     write_tables(tmp_path, [])
     assert len(pd.read_csv(tmp_path / TRIALS)) == 0
-    with pytest.raises(UserError, match="no trial of this study has reported"):
-        best_trial_id(tmp_path)
 
 
 def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_path):

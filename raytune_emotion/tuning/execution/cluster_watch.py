@@ -1,0 +1,152 @@
+"""Find out when a cluster dies or freezes: Ray itself then waits for ever (ray 9044, 23857, 46548)."""
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.terminal import warn
+from raytune_emotion.tuning.execution.ray_patches import own_processes
+
+_EVERY_S = 3.0
+#: Without an answer for so long, Ray's head counts as dead. A machine under load takes seconds.
+_SILENCE_S = 40.0
+#: A trial's process that was stopped, as by SIGSTOP, for so long is killed: its trial goes on from its checkpoint.
+_FROZEN_S = 20.0
+
+#: Between two looks at whether the cluster lives.
+_LOOK_S = 0.5
+#: What runs on the cluster gets so long to end in order; what has not ended then ends with the session.
+_END_S = 30.0
+
+T = TypeVar("T")
+
+_NAMES = {"gcs_server": "Ray's head process (gcs_server)", "raylet": "Ray's node process (raylet)"}
+
+
+class ClusterWatch:
+    """Know whether the cluster lives that this process has joined."""
+
+    def __init__(self, *, own: bool) -> None:
+        """Begin to watch.
+
+        Args:
+            own: whether this process has started the cluster, and so sees its processes.
+        """
+        self._processes = own_processes() if own else {}
+        self._node = ray.get_runtime_context().get_node_id()
+        self._answered = time.monotonic()
+        self._failure = ""
+        self._frozen: dict[int, float] = {}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
+        self._thread.start()
+
+    def failure(self) -> str:
+        """Say what has died or frozen; empty while the cluster lives."""
+        for name, process in self._processes.items():
+            if process.poll() is not None and not self._failure:
+                self._failure = f"{_NAMES[name]} has ended (code {process.returncode})"
+        if not self._failure and time.monotonic() - self._answered > _SILENCE_S:
+            self._failure = f"Ray's head has not answered for {_SILENCE_S:.0f} s"
+        return self._failure
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join(timeout=2 * _EVERY_S)
+
+    def _watch(self) -> None:
+        while not self._end.wait(_EVERY_S):
+            with contextlib.suppress(Exception):  # of whatever class: no answer is none
+                nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+                if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
+                    self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
+                self._answered = time.monotonic()
+            if "raylet" in self._processes:
+                self._end_frozen(self._processes["raylet"].pid)
+
+    def _end_frozen(self, raylet: int) -> None:
+        stopped = {pid for pid in _children(raylet) if _state(pid) == "T"}
+        self._frozen = {pid: self._frozen.get(pid, time.monotonic()) for pid in stopped}
+        for pid, since in self._frozen.items():
+            if time.monotonic() - since > _FROZEN_S:
+                warn(f"process {pid} of a trial was stopped for {_FROZEN_S:.0f} s: it is ended, and its trial goes on")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+class ClusterLost(Breakdown):
+    """The cluster has died or frozen. What was written until then is whole, and the work can be resumed."""
+
+
+def watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Iterator[T]:
+    """Iterate in a thread of its own, so that this one hears signals, and sees when the cluster has died.
+
+    Raises:
+        ClusterLost: it has. The thread is left to itself.
+    """
+    found: queue.Queue[T | BaseException | None] = queue.Queue()
+    stop = threading.Event()
+
+    def iterate() -> None:
+        try:
+            with contextlib.closing(reports):
+                for report in reports:
+                    found.put(report)
+                    if stop.is_set():
+                        break
+            found.put(None)
+        except BaseException as error:
+            found.put(error)
+
+    thread = threading.Thread(target=iterate, name="reports", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item = found.get(timeout=_LOOK_S)
+            except queue.Empty:
+                if lost := watch.failure():
+                    raise ClusterLost(lost) from None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join(0.0 if watch.failure() else _END_S)
+
+
+@contextlib.contextmanager
+def watched_cluster(*, own: bool) -> Iterator[ClusterWatch]:
+    """Watch the cluster that this process has joined until the block ends."""
+    watch = ClusterWatch(own=own)
+    try:
+        yield watch
+    finally:
+        watch.close()
+
+
+def _children(pid: int) -> list[int]:
+    """List the processes that a process has started; none where the system does not tell."""
+    found: list[int] = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, file.read_text().split())
+    return found
+
+
+def _state(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""

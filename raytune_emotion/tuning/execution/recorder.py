@@ -1,0 +1,269 @@
+"""Record what becomes of a study's trials, and decide what runs next. Knows nothing of Ray.
+
+Whoever runs trials calls `next` for each free place, `report` for each report and `end` for a trial that failed. Nobody
+else writes the record of a running study.
+"""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
+from raytune_emotion.learn.report import Heard
+from raytune_emotion.tuning.policy.decisions import Prune, Scheduler
+from raytune_emotion.tuning.policy.sampler import make_proposer
+from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
+from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
+from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, Status, asked, continued, trial_id_of
+from raytune_emotion.tuning.study.records import (
+    TrialRecord,
+    copy_checkpoint,
+    drop_checkpoints,
+    losers,
+)
+from raytune_emotion.tuning.study.spec import SPEC
+from raytune_emotion.tuning.study.tables import Tables
+
+#: So many trials that fail one after the other end a study.
+HOPELESS = 10
+
+_STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "failed", Paused: "paused"}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a trial, for whoever watches."""
+
+    proposal: Proposal
+    status: Status
+    report: Heard | None  # the part of the latest report that is sent to the driver
+    reason: str
+
+
+T = TypeVar("T")
+Watch = Callable[[Event], None]
+
+
+class Recorder:
+    """Keep the record of one running study.
+
+    An error of the record ends the study: `broken` then says why, and nothing more is written, since nothing may be
+    written behind a torn line of the journal.
+    """
+
+    def __init__(self, study: OpenStudy, watch: Watch = lambda event: None) -> None:
+        """Take up the record where it was left."""
+        self._study, self._watch = study, watch
+        self._tables = Tables(study)
+        self._searcher, self._scheduler = _policy_of(study)
+        self._live: dict[str, Proposal] = {}  # those that `next` returned, until they end
+        self._dropped: set[str] = set()  # trials without weights
+        self._failures = 0  # in a row, of the trials that ended last
+        self._idle = False  # the policy had nothing to run, and nothing has happened since
+        self._begun = 0  # trials that were ever asked for
+        self._to_take_up: deque[str] = deque()
+        self._closed = False
+        self._lock = threading.RLock()
+        self.broken = ""  # why the study cannot go on
+        self.error: Exception | None = None  # the cause
+        self._guarded(self._take_up, None)
+
+    def _take_up(self) -> None:
+        """Complete what an earlier session has left, and queue its running trials."""
+        self._searcher.finish_asking()
+        # The spec comes last: where it is, there is a study.
+        there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
+        self._study.copy.claim([JOURNAL, *there, SPEC])
+        records = self._study.records()
+        self._begun = len(records)
+        stopped = self._scheduler.replay(records)
+        for record in records:
+            if record.status == "running":
+                self._take_up_one(record, stopped=record.trial_id in stopped)
+
+    def _take_up_one(self, record: TrialRecord, *, stopped: bool) -> None:
+        proposal = self._searcher.resume(record.trial_id)
+        for report in record.reports:
+            self._searcher.observe(record.trial_id, report)
+        finished = bool(record.reports) and record.reports[-1]["finished"]
+        # What has finished may be the trial that it goes on from.
+        if finished and record.continues is None:
+            self._end(proposal, Complete(), record.reports[-1])
+        elif stopped and not finished:
+            self._end(proposal, Pruned(), record.reports[-1])
+        else:
+            self._to_take_up.append(record.trial_id)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no trial runs, and none is left to run now."""
+        return bool(self.broken) or self._closed or (not self._live and not self._to_take_up and self._idle)
+
+    def next(self) -> Proposal | None:
+        """Begin a trial, or take one up; None where there is nothing to run for now."""
+        return self._guarded(self._next, None)
+
+    def report(self, trial_id: str, report: Heard) -> bool:
+        """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
+        return self._guarded(lambda: self._report(self._live[trial_id], report), False)
+
+    def end(self, trial_id: str, ending: Failed | Broken) -> None:
+        """Record that a trial ended without a report."""
+        self._guarded(lambda: self._end(self._live[trial_id], ending, None), None)
+
+    def write_in_time(self) -> None:
+        """Write the tables if they lack an ending, unless they were written just now."""
+        self._guarded(self._tables.write_in_time, None)
+
+    def close(self) -> None:
+        """Write the tables; from here on nothing is recorded. Where the study is over, paused trials end as pruned.
+
+        Raises:
+            Breakdown: why the study cannot go on, and how it is resumed.
+        """
+        with self._lock:
+            if self.is_over:
+                self._guarded(self._prune_paused, None)
+            if not self.broken:
+                self._guarded(self._tables.write, None)
+            elif isinstance(self.error, _StudyEnds):
+                # The record is whole, but the disk may be full, or the URI away.
+                with contextlib.suppress(OSError, Breakdown):
+                    self._tables.write()
+            self._closed = True
+            if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
+                raise self.error
+            if self.broken:
+                raise Breakdown(f"{self.broken}; the study can be resumed: {self._study.copy}") from self.error
+
+    def _guarded(self, action: Callable[[], T], otherwise: T) -> T:
+        """Run an action, unless the record is closed or broken; an error breaks it."""
+        with self._lock:
+            if self.broken or self._closed:
+                return otherwise
+            try:
+                return action()
+            except Exception as error:
+                # Raised here it would reach whoever runs trials, which takes it for a failure of the trial.
+                self.broken, self.error = _reason(error, self._study), error
+                return otherwise
+
+    def _next(self) -> Proposal | None:
+        if self._to_take_up:
+            proposal = self._searcher.resume(self._to_take_up.popleft())
+        else:
+            answer = None if self._idle else self._ask()
+            if answer is None:
+                self._idle = True
+                return None
+            proposal = answer
+        self._study.copy.push(JOURNAL)
+        self._copy_checkpoint(proposal)
+        self._live[proposal.trial_id] = proposal
+        self._watch(Event(proposal, "running", None, ""))
+        return proposal
+
+    def _ask(self) -> Proposal | None:
+        while True:
+            answer = self._searcher.ask(new=self._begun < self._study.spec.trials)
+            if not isinstance(answer, Prune):
+                break
+            self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
+        self._begun = len(asked(self._study.optuna))
+        return answer
+
+    def _copy_checkpoint(self, proposal: Proposal) -> None:
+        """Give a trial that goes on from another what that has reached, unless it has begun."""
+        source, target = proposal.continues, proposal.trial_id
+        if source is None or self._study.copy.has(f"trials/{target}/{LAST}"):
+            return
+        names = (HISTORY, BEST, LAST)
+        self._study.copy.pull(f"trials/{source}/{name}" for name in names)
+        copy_checkpoint(self._study.trial_folder(source), self._study.trial_folder(target))
+        self._study.copy.push(*(f"trials/{target}/{name}" for name in names))
+        for report in read_history(self._study.trial_folder(target)):
+            self._searcher.observe(target, report)
+
+    def _report(self, proposal: Proposal, report: Heard) -> bool:
+        new = self._searcher.observe(proposal.trial_id, report)
+        self._idle = False
+        ending = self._ending(proposal.trial_id, report, new=new)
+        if ending is not None:
+            self._end(proposal, ending, report)
+            return False
+        self._watch(Event(proposal, "running", report, ""))
+        return True
+
+    def _ending(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
+        """Decide how a trial ends by a report, if it does."""
+        if report["finished"]:
+            return Complete()
+        # A report that is heard twice, as after the death of a process, decides nothing.
+        decision = self._scheduler.decide(trial_id, report) if new else "go on"
+        return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
+
+    def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
+        """Record an ending: the one place that does."""
+        trial_id, self._idle = proposal.trial_id, False
+        if isinstance(ending, Broken):
+            # Not told to Optuna: the trial goes on when the study does.
+            self._live.pop(trial_id, None)
+            raise _StudyEnds(ending.reason)
+        status, reason = _STATUS[type(ending)], getattr(ending, "reason", "")
+        if isinstance(ending, Paused):
+            self._searcher.pause(trial_id)
+        else:
+            self._searcher.tell(trial_id, status, reason=reason)
+            self._tables.add(trial_id)
+        self._study.copy.push(JOURNAL)
+        self._drop_weights()
+        self._live.pop(trial_id, None)
+        self._watch(Event(proposal, status, report, reason))
+        self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
+        if self._failures == HOPELESS:
+            raise _StudyEnds(f"{HOPELESS} trials have failed one after the other, the last one: {reason}")
+
+    def _drop_weights(self) -> None:
+        # A confirmation chooses in the end; its trials are few.
+        ended = [] if self._study.spec.confirms else self._tables.ended
+        lost = losers(ended, self._study.objective, continued(self._study.optuna))
+        gone = [trial_id for trial_id in lost if trial_id not in self._dropped]
+        drop_checkpoints(self._study.folder, gone)
+        self._study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
+        self._dropped.update(gone)
+
+    def _prune_paused(self) -> None:
+        for trial in asked(self._study.optuna):
+            if trial.status == "paused":
+                self._end(self._searcher.resume(trial.trial_id), Pruned(), None)
+
+
+class _StudyEnds(Breakdown):
+    """The study cannot go on, though its record is whole."""
+
+
+def _reason(error: Exception, study: OpenStudy) -> str:
+    """Say why a record is broken."""
+    if isinstance(error, UserError):
+        return "; ".join(error.faults)
+    if is_disk_full(error):
+        return f"{study.folder}: no space left on the disk"
+    if isinstance(error, OSError):
+        return f"{study.folder}: the record cannot be read or written: {error}"
+    return str(error) if isinstance(error, Breakdown) else f"{type(error).__name__}: {error}"
+
+
+def _policy_of(study: OpenStudy) -> tuple[Searcher, Scheduler]:
+    """Make what decides about a study's trials, from what its folder says."""
+    propose = make_proposer(read_earlier(study.folder), study.objective)
+    searcher = Searcher(study.optuna, study.space, seed=study.spec.seed, propose=propose, cost=study.objective.cost)
+    # A confirmation runs each configuration to its end.
+    scheduler = RunToEnd() if study.spec.confirms is not None else Halving(study.spec.epochs, study.objective)
+    return searcher, scheduler

@@ -1,0 +1,133 @@
+"""Open a study: load its parts once, and hand them down as one value."""
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import optuna
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import LAST
+from raytune_emotion.storage.atomic import whole_folder
+from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
+from raytune_emotion.tuning.policy.warm_start import write_earlier
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.optuna_study import asked, create_study, extend, load_study, sole_driver
+from raytune_emotion.tuning.study.records import TrialRecord, best_first, losers, read_records, trial_folder, winner
+from raytune_emotion.tuning.study.remote_copy import RemoteCopy
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenStudy:
+    """A study that is loaded: what it was asked, and its record."""
+
+    folder: Path
+    spec: StudySpec
+    space: Space
+    optuna: optuna.Study
+    copy: RemoteCopy
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.spec.objective]
+
+    def trial_folder(self, trial_id: str) -> Path:
+        return trial_folder(self.folder, trial_id)
+
+    def records(self, known: Collection[str] = ()) -> list[TrialRecord]:
+        """Read the trials in the order of their start, but for those that are known already."""
+        return read_records(self.folder, self.optuna, known)
+
+    def record(self, trial_id: str) -> TrialRecord:
+        (record,) = (r for r in self.records({t.trial_id for t in asked(self.optuna)} - {trial_id}))
+        return record
+
+    def best_trial(self) -> TrialRecord:
+        """Return the best trial.
+
+        Raises:
+            UserError: no trial has reported, or those that have failed.
+        """
+        best = winner(self.records())
+        if best is None:
+            raise UserError(f"{self.copy}: no trial of this study has reported yet, or those that have failed")
+        return best
+
+    def with_spec(self, spec: StudySpec) -> "OpenStudy":
+        """Write another spec, and return the study with it."""
+        write_spec(self.folder, spec)
+        return dataclasses.replace(self, spec=spec)
+
+
+def make_study(folder: Path, spec: StudySpec, earlier: str | None = None) -> None:
+    """Make a study's folder: all of it, or nothing.
+
+    Args:
+        folder: of the study, which must not exist.
+        spec: of the study.
+        earlier: what earlier studies have shown, as `gather_earlier` returns it.
+
+    Raises:
+        UserError: the folder exists, or cannot be made.
+    """
+    with whole_folder(folder) as part:
+        create_study(part, parse_space(spec.space, SPEC), folder.name)
+        if earlier is not None:
+            write_earlier(part, earlier)
+        write_spec(part, spec)
+
+
+def load(folder: Path, location: Location | None = None) -> OpenStudy:
+    """Load a study to read it.
+
+    Raises:
+        UserError: there is none in the folder, or it is damaged.
+    """
+    spec = read_spec(folder)
+    space = parse_space(spec.space, str(folder / SPEC))
+    return OpenStudy(folder, spec, space, load_study(folder), RemoteCopy(folder, location or Folder(folder)))
+
+
+@contextlib.contextmanager
+def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenStudy]:
+    """Load a study to work on it. Its folder is this process's alone until the block ends.
+
+    Args:
+        folder: to work in, with the study's record.
+        location: of the study, where that is not the folder.
+
+    Raises:
+        UserError: there is no study, it is damaged, or another process is at work on it.
+    """
+    read_spec(folder)  # before a lock is made in a folder that is no study
+    with sole_driver(folder):
+        yield load(folder, location)
+
+
+def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
+    """Have the best complete trials go on to a new, later end, as trials of their own.
+
+    To call it twice does no more than to call it once: a process may be killed in the midst of it.
+
+    Args:
+        study: with the spec that it had.
+        spec: with more epochs.
+    """
+    records = study.records()
+    lost = {*losers(records, study.objective)}
+    # Those whose weights are kept, and that have run to the end that was, not out of patience.
+    can = [
+        record.trial_id
+        for record in best_first(records)
+        if record.status == "complete"
+        and record.trial_id not in lost
+        and record.reports[-1]["epoch"] >= study.spec.epochs
+        and study.copy.has(f"trials/{record.trial_id}/{LAST}")
+    ]
+    extend(study.optuna, can)
+    trials = max(spec.trials, len(asked(study.optuna))) + len(can)
+    return study.with_spec(dataclasses.replace(spec, trials=trials))

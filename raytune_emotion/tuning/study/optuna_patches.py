@@ -1,0 +1,35 @@
+"""Use the private interfaces of Optuna, each for a reason: all such uses stand here.
+
+`tests/tuning/study/test_optuna_contract.py` names each of them.
+"""
+
+import contextlib
+from pathlib import Path
+
+import optuna
+from optuna.storages.journal import JournalFileSymlinkLock
+from optuna.trial import FrozenTrial
+
+
+def reopen(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
+    """Return the handle of a trial that was asked for by another process; `ask` gives handles of new trials alone."""
+    return optuna.Trial(study, trial._trial_id)
+
+
+def stored(trial: optuna.Trial) -> FrozenTrial:
+    """Return a trial as the storage has it; the public way lists all trials, and takes longer with each of them."""
+    return trial.storage.get_trial(trial._trial_id)
+
+
+def mend_journal(journal: Path) -> None:
+    """Undo what a process that was killed has left in a journal. Nobody else may be at work on it.
+
+    Optuna would wait for the lock that the process held. A full disk, or a power cut, leaves a torn line: with what is
+    written behind it, Optuna could read neither.
+    """
+    with contextlib.suppress(RuntimeError):
+        JournalFileSymlinkLock(str(journal)).release()
+    with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)

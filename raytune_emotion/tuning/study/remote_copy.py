@@ -1,0 +1,65 @@
+"""Keep the study at its location up to date with the folder in which this process works on it."""
+
+import dataclasses
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Location
+
+#: Says which driver a study has that is worked on elsewhere: the one that began last. Locks do not reach it.
+DRIVER = "driver"
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteCopy:
+    """A study's location. Where that is the folder itself, nothing is copied."""
+
+    folder: Path
+    location: Location
+    token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __str__(self) -> str:
+        return str(self.location)
+
+    @property
+    def _is_folder(self) -> bool:
+        return self.location.address == str(self.folder.absolute())
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Become the driver, and push these files in their order."""
+        if self._is_folder:
+            return
+        write_text(self.folder / DRIVER, self.token)
+        self.location.push(self.folder, [DRIVER, *names])
+
+    def push(self, *names: str) -> None:
+        """Push files.
+
+        Raises:
+            Breakdown: another driver has become the study's; or the location fails again and again.
+        """
+        if self._is_folder:
+            return
+        # A driver that was thought dead must not undo what the next one has written.
+        driver = self.location.read(DRIVER)
+        if driver != self.token.encode():
+            why = "the study is no longer there" if driver is None else "another search has gone on with this study"
+            raise Breakdown(f"{self}: {why}")
+        self.location.push(self.folder, names)
+
+    def pull(self, names: Iterable[str]) -> None:
+        self.location.pull(self.folder, list(names))
+
+    def delete(self, names: Iterable[str]) -> None:
+        if names := list(names):
+            self.location.delete(names)
+
+    def has(self, name: str) -> bool:
+        return self.location.sizes([name]) != [None]
+
+    def of_trial(self, trial_id: str) -> str | None:
+        """Return the URI of a trial's folder; None where it is in the study's folder."""
+        return None if self._is_folder else (self.location / "trials" / trial_id).address

@@ -1,0 +1,105 @@
+"""Every private interface of Ray that this project uses, by name and signature.
+
+A new version of Ray breaks this test, with a list; `pyproject.toml` keeps it away until somebody has looked.
+"""
+
+import importlib
+import inspect
+
+import pytest
+
+#: Where it is, and its parameters where it is called or overridden; None where it is an attribute or a class.
+_PRIVATE = {
+    # Ray's core.
+    "ray._private.services:canonicalize_bootstrap_address": ("addr", "temp_dir"),
+    "ray._private.services:extract_ip_port": ("bootstrap_address",),
+    "ray._private.services:ConsolePopen": None,
+    "ray._private.worker:_global_node": None,
+    "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
+    "ray._raylet:AuthenticationTokenLoader.instance": None,
+    "ray._raylet:Config.initialize": None,
+    # Ray Tune.
+    "ray.air.execution._internal.actor_manager:RayActorManager.add_actor": (
+        "self", "cls", "kwargs", "resource_request", "on_start", "on_stop", "on_error",
+    ),
+    "ray.air.execution._internal.actor_manager:RayActorManager._actor_task_failed": (
+        "self", "tracked_actor_task", "exception",
+    ),
+    "ray.tune.execution.tune_controller:RayActorManager": None,
+    "ray.tune.execution.tune_controller:_ActorClassCache.get": ("self", "trainable_cls"),
+    "ray.tune.execution.tune_controller:TuneController.step": ("self",),
+    "ray.tune.execution.tune_controller:TuneController._trial_task_failure": ("self", "trial", "exception"),
+    "ray.tune.execution.tune_controller:TuneController._set_trial_status": ("self", "trial", "status"),
+    "ray.tune.execution.tune_controller:TuneController._unstage_trial_with_resources": ("self", "trial"),
+    "ray.tune.execution.tune_controller:TuneController._schedule_trial_task": (
+        "self", "trial", "method_name", "args", "kwargs", "on_result", "on_error", "_return_future",
+    ),
+    "ray.tune.tune:TuneController": None,
+    "ray.tune.experiment.config_parser:_create_trial_from_spec": ("spec", "parser", "trial_kwargs"),
+    "ray.tune.experiment.config_parser:_make_parser": ("parser_creator", "kwargs"),
+    "ray.tune.progress_reporter:TrialProgressCallback.log_result": ("self", "trial", "result", "error"),
+    "ray.tune.progress_reporter:TrialProgressCallback.on_trial_complete": (
+        "self", "iteration", "trials", "trial", "info",
+    ),
+    "ray.tune.search:SearchAlgorithm.set_finished": ("self",),
+    "ray.tune.experiment:Trial.set_config": ("self", "config"),
+    # Ray Train, for several workers a trial.
+    "ray._private.state:GlobalState._connect_and_get_accessor": ("self",),
+    "ray._raylet:PlacementGroupID.from_hex": None,
+    "ray.core.generated.gcs_pb2:PlacementGroupTableData": None,
+    "ray.train.v2._internal.callbacks.datasets:DatasetsCallback": None,
+    "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback": None,
+    "ray.train.v2._internal.execution.callback:ControllerCallback.after_controller_start": (
+        "self", "train_run_context",
+    ),
+    "ray.train.v2._internal.execution.callback:WorkerGroupCallback.after_worker_group_start": ("self", "worker_group"),
+    "ray.train.v2._internal.execution.worker_group:WorkerGroup.get_worker_group_state": ("self",),
+    "ray.train.v2._internal.execution.controller:TrainController.abort": ("self",),
+    "ray.train.v2.torch.torch_trainer:TorchTrainer._create_default_callbacks": ("self",),
+}  # fmt: skip
+
+#: Attributes that `ray_patches` reads or changes of a running `TuneController`, and methods that Tune calls on a trial.
+_OF_CONTROLLER = (
+    "_trials", "_stopped_trials", "_failed_trials", "_trials_to_cache", "_trial_metadata", "_resetting_trials",
+    "_staged_trials", "_class_cache",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _PRIVATE)
+def test_a_private_interface_is_as_it_was(name):
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    if _PRIVATE[name] is not None:
+        assert tuple(inspect.signature(found).parameters) == _PRIVATE[name]
+
+
+def test_the_controller_of_trials_has_the_attributes_that_are_used():
+    from ray.tune.execution.tune_controller import TuneController
+
+    source = inspect.getsource(TuneController.__init__)
+    assert [name for name in _OF_CONTROLLER if f"self.{name}" not in source] == []
+
+
+def test_tune_calls_of_a_trial_what_the_actor_has():
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
+
+    from raytune_emotion.tuning.execution.trial_actor import TrialActor
+
+    source = inspect.getsource(TuneController)
+    for method in ("train", "reset", "stop"):
+        assert f'"{method}"' in source
+        assert callable(getattr(TrialActor, method))
+    assert "ray_actor.get_auto_filled_metrics.remote(" in inspect.getsource(Trial.set_ray_actor)
+
+
+def test_what_ray_says_when_memory_is_short_is_known():
+    """Without these words a trial that needs too much memory is not tried in smaller micro-batches."""
+    import ray.exceptions
+
+    from raytune_emotion.tuning.execution.ray_patches import LOW_MEMORY
+
+    assert LOW_MEMORY == "running low on memory"
+    assert issubclass(ray.exceptions.OutOfMemoryError, ray.exceptions.RayError)

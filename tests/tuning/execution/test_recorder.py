@@ -1,0 +1,346 @@
+"""The record of a running study, driven by hand: no Ray, no training."""
+
+import dataclasses
+import errno
+import json
+import threading
+
+import pytest
+from optuna.trial import TrialState
+
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.checkpoint import BEST, LAST
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.execution import recorder as recorder_module
+from raytune_emotion.tuning.execution.recorder import HOPELESS, Recorder
+from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, Begin, Prune, TakeUp
+from raytune_emotion.tuning.study.endings import Broken, Failed
+from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher
+from raytune_emotion.tuning.study.records import KEPT, trial_folder
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from tests.tuning.study.test_records import report as bare_report
+from tests.tuning.study.test_records import spec_of
+
+SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
+
+
+@pytest.fixture
+def folder(tmp_path, store):
+    make_study(tmp_path / "study", spec_of(store, space=SPACE, trials=4, epochs=3))
+    return tmp_path / "study"
+
+
+def train(folder, trial_id, js, *, epochs=3, time=0.0):
+    """Write what a trial's process writes, an epoch at a time; yield what the driver hears."""
+    place = trial_folder(folder, trial_id)
+    place.mkdir(parents=True, exist_ok=True)
+    history = place / "history.jsonl"
+    done = len(history.read_text().splitlines()) if history.exists() else 0
+    for epoch in range(done + 1, epochs + 1):
+        report = bare_report(epoch, js, finished=epoch == epochs, time=time + epoch)
+        with history.open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        for name in (BEST, LAST):
+            (place / name).write_bytes(b"weights")
+        yield report
+
+
+def run(recorder, folder, values, **options):
+    """Run every trial that a recorder gives, one after the other, each with a JS of its own."""
+    begun = []
+    while (proposal := recorder.next()) is not None:
+        begun.append(proposal.trial_id)
+        for report in train(folder, proposal.trial_id, values[proposal.trial_id], time=len(begun), **options):
+            if not recorder.report(proposal.trial_id, report):
+                break
+    return begun
+
+
+def statuses(folder):
+    return {record.trial_id: record.status for record in load(folder).records()}
+
+
+VALUES = {f"{i:04d}": js for i, js in enumerate((0.30, 0.20, 0.40, 0.10, 0.35, 0.25))}
+
+
+def test_a_study_runs_to_its_end_and_its_tables(folder):
+    events = []
+    recorder = Recorder(load(folder), events.append)
+    assert run(recorder, folder, VALUES) == ["0000", "0001", "0002", "0003"]
+    assert recorder.is_over
+    recorder.close()
+    # The rung is at the first of three epochs: 0002 is worse than a third of those before it.
+    assert statuses(folder) == {"0000": "complete", "0001": "complete", "0002": "pruned", "0003": "complete"}
+    assert (folder / TRIALS).read_text().splitlines()[1].startswith("0003,complete,3.0,0.1")
+    assert (folder / CURVES).exists()
+    ended = [(event.proposal.trial_id, event.status) for event in events if event.status != "running"]
+    assert ended == [("0000", "complete"), ("0001", "complete"), ("0002", "pruned"), ("0003", "complete")]
+    told = load(folder).optuna.trials
+    assert [trial.value for trial in told] == [0.3, 0.2, 0.4, 0.1]
+    assert told[2].intermediate_values == {1: 0.4}
+
+
+def test_weights_of_all_but_the_best_are_deleted(folder):
+    recorder = Recorder(load(folder))
+    run(recorder, folder, VALUES)
+    kept = {file.parent.name for file in folder.glob(f"trials/*/{BEST}")}
+    assert kept == {"0000", "0001", "0003"}
+    assert len(kept) == KEPT
+
+
+def test_a_trial_that_broke_off_goes_on_and_one_that_was_stopped_is_told_so(folder):
+    first = Recorder(load(folder))
+    proposals = [first.next() for _ in range(4)]
+    runs = [train(folder, proposal.trial_id, VALUES[proposal.trial_id], time=1) for proposal in proposals]
+    goes_on = [first.report(p.trial_id, next(r)) for p, r in zip(proposals, runs, strict=True)]
+    assert goes_on == [True, True, False, True]
+    # As if the process was killed between the decision and its record: 0001 has reported more, and nobody heard it.
+    next(runs[1])
+    second = Recorder(load(folder))
+    assert statuses(folder)["0002"] == "pruned"
+    assert [second.next().trial_id for _ in range(3)] == ["0000", "0001", "0003"]
+    assert second.next() is None
+    assert not second.is_over, "three trials run"
+    assert [*load(folder).optuna.trials[1].intermediate_values] == [1, 2]
+
+
+def test_a_report_that_is_heard_twice_decides_nothing(folder):
+    recorder = Recorder(load(folder))
+    for _ in range(2):
+        proposal = recorder.next()
+        reports = train(folder, proposal.trial_id, 0.1, time=1)
+        assert recorder.report(proposal.trial_id, next(reports))
+    worse = recorder.next().trial_id
+    late = next(train(folder, worse, 0.9, time=2))
+    recorder._searcher.observe(worse, late)  # heard before its process died
+    assert recorder.report(worse, late), "it would be stopped now"
+
+
+def test_a_failed_trial_keeps_its_reason_and_the_study_goes_on(folder):
+    recorder = Recorder(load(folder))
+    failed = recorder.next().trial_id
+    recorder.end(failed, Failed("the loss is not a number"))
+    assert run(recorder, folder, VALUES) == ["0001", "0002", "0003"]
+    recorder.close()
+    record = load(folder).record(failed)
+    assert (record.status, record.reason) == ("failed", "the loss is not a number")
+    assert load(folder).optuna.trials[0].state == TrialState.FAIL
+
+
+def test_ten_failures_in_a_row_end_the_study_with_their_reason(tmp_path, store):
+    folder = tmp_path / "study"
+    make_study(folder, spec_of(store, space=SPACE, trials=30, epochs=1))
+    recorder = Recorder(load(folder))
+    ended = 0
+    while (proposal := recorder.next()) is not None:
+        if ended == 3:  # they are counted from the last success on
+            recorder.report(proposal.trial_id, next(train(folder, proposal.trial_id, 0.3, epochs=1)))
+        else:
+            recorder.end(proposal.trial_id, Failed(f"diverged at {ended}"))
+        ended += 1
+    assert ended == 4 + HOPELESS
+    with pytest.raises(Breakdown) as raised:
+        recorder.close()
+    assert str(raised.value) == (
+        f"10 trials have failed one after the other, the last one: diverged at 13; the study can be resumed: {folder}"
+    )
+    assert len((folder / TRIALS).read_text().splitlines()) == 15, "the tables hold all of it"
+
+
+def test_what_breaks_a_trial_off_ends_the_study_and_not_the_trial(folder):
+    recorder = Recorder(load(folder))
+    trial_id = recorder.next().trial_id
+    recorder.end(trial_id, Broken("s3://bucket: no answer"))
+    assert recorder.next() is None
+    with pytest.raises(Breakdown, match="s3://bucket: no answer; the study can be resumed: "):
+        recorder.close()
+    assert statuses(folder) == {trial_id: "running"}
+
+
+class TestARecordThatCannotBeWritten:
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            (OSError(errno.EIO, "Input/output error"), "the record cannot be read or written: [Errno 5] Input/output"),
+            (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk"),
+            (UserError("history.jsonl: line 3 is damaged"), "history.jsonl: line 3 is damaged"),
+            (Breakdown("the URI is away"), "the URI is away"),
+        ],
+    )
+    def test_an_error_at_an_ending_is_the_reason_of_the_end(self, folder, monkeypatch, error, told):
+        """Ray Tune would take it for a failure of the trial, and the cause would be lost (C2)."""
+        recorder = Recorder(load(folder))
+        trial_id = recorder.next().trial_id
+
+        def tell(*_, **__):
+            raise error
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Searcher, "tell", tell)
+            for report in train(folder, trial_id, 0.3):
+                goes_on = recorder.report(trial_id, report)
+        assert not goes_on
+        before = (folder / JOURNAL).read_bytes()
+        assert recorder.next() is None
+        assert not recorder.report(trial_id, report)
+        recorder.end(trial_id, Failed("late"))
+        recorder.write_in_time()
+        with pytest.raises(Breakdown) as raised:
+            recorder.close()
+        assert told in str(raised.value)
+        assert (folder / JOURNAL).read_bytes() == before, "nothing may be written behind a torn line"
+
+        # What the error kept from the record is in the trial's folder, and the study goes on.
+        again = Recorder(load(folder))
+        assert statuses(folder)[trial_id] == "complete"
+        assert run(again, folder, VALUES) == ["0001", "0002", "0003"]
+
+    def test_asking_ends_the_study_at_once(self, folder, monkeypatch):
+        """Ray Tune would ask again every second for ten minutes, and each time begin a trial that never runs (C1)."""
+        recorder = Recorder(load(folder))
+
+        def away(*_):
+            raise Breakdown("the URI is away")
+
+        monkeypatch.setattr(type(load(folder).copy), "push", away)
+        for _ in range(20):
+            assert recorder.next() is None
+            assert recorder.is_over
+        assert len(load(folder).optuna.trials) == 1
+        with pytest.raises(Breakdown, match="the URI is away; the study can be resumed"):
+            recorder.close()
+
+    def test_a_fault_of_this_project_keeps_its_traceback(self, folder, monkeypatch):
+        recorder = Recorder(load(folder))
+        monkeypatch.setattr(Searcher, "ask", lambda *_, **__: 1 / 0)
+        assert recorder.next() is None
+        with pytest.raises(ZeroDivisionError):
+            recorder.close()
+
+    def test_tables_that_cannot_be_written_end_the_study(self, folder, monkeypatch):
+        recorder = Recorder(load(folder))
+        (folder / TRIALS).mkdir()
+        recorder.report(recorder.next().trial_id, bare_report(1, 0.3, finished=True, time=1.0))
+        recorder.write_in_time()
+        assert recorder.is_over
+        with pytest.raises(Breakdown, match="Is a directory"):
+            recorder.close()
+
+
+def test_nothing_is_recorded_once_it_is_closed(folder):
+    """A thread of Ray Tune's that could not be ended may still call."""
+    recorder = Recorder(load(folder))
+    trial_id = recorder.next().trial_id
+    recorder.close()
+    before = (folder / JOURNAL).read_bytes()
+    late = threading.Thread(target=lambda: recorder.report(trial_id, bare_report(1, 0.1, time=1.0)))
+    late.start()
+    late.join()
+    assert recorder.next() is None
+    assert (folder / JOURNAL).read_bytes() == before
+
+
+class TestPauses:
+    @pytest.fixture
+    def policy(self, monkeypatch):
+        """A policy that answers what a test says: after a report, and for a free place."""
+
+        class Policy:
+            decisions, answers, pasts = {}, [], []
+
+            def decide(self, trial_id, report):
+                return self.decisions.get((trial_id, report["report"]), "go on")
+
+            def replay(self, trials):
+                return set()
+
+            def __call__(self, space, past, seed, *, new):
+                self.pasts.append([dict(trial.user_attrs) for trial in past])
+                return self.answers.pop(0)
+
+        policy = Policy()
+
+        def made(study):
+            return Searcher(study.optuna, study.space, seed=0, propose=policy), policy
+
+        monkeypatch.setattr(recorder_module, "_policy_of", made)
+        return policy
+
+    def test_a_paused_trial_is_taken_up_where_it_was_also_in_another_session(self, folder, policy):
+        policy.decisions = {("0000", 1): "pause"}
+        policy.answers = [Begin({}), Begin({}), TakeUp(0)]
+        recorder = Recorder(load(folder))
+        assert recorder.next().trial_id == "0000"
+        first = train(folder, "0000", 0.3)
+        assert not recorder.report("0000", next(first)), "it leaves its process"
+        assert statuses(folder) == {"0000": "paused"}
+        assert recorder.next().trial_id == "0001"
+        assert policy.pasts[-1][0][PAUSED]
+        assert SETTINGS in policy.pasts[-1][0]
+        recorder.close()
+        assert "0000,paused,1.0,0.3" in (folder / TRIALS).read_text()
+
+        recorder = Recorder(load(folder))
+        assert recorder.next().trial_id == "0001", "it ran"
+        taken_up = recorder.next()
+        assert taken_up.trial_id == "0000"
+        assert statuses(folder) == {"0000": "running", "0001": "running"}
+        assert [recorder.report("0000", report) for report in train(folder, "0000", 0.3)] == [True, False]
+        assert statuses(folder)["0000"] == "complete"
+
+    def test_a_trial_that_is_paused_at_the_end_is_pruned(self, folder, policy):
+        policy.decisions = {(f"{i:04d}", 1): "pause" for i in range(3)}
+        policy.answers = [Begin({}), Begin({}), Begin({}), Prune(1), None]
+        events = []
+        recorder = Recorder(load(folder), events.append)
+        for i in range(3):
+            recorder.report(recorder.next().trial_id, next(train(folder, f"{i:04d}", 0.3 + i)))
+        assert recorder.next() is None
+        assert statuses(folder) == {"0000": "paused", "0001": "pruned", "0002": "paused"}
+        assert recorder.is_over
+        recorder.close()
+        assert set(statuses(folder).values()) == {"pruned"}
+        assert [event.status for event in events][-3:] == ["pruned"] * 3
+        assert [trial.state for trial in load(folder).optuna.trials] == [TrialState.PRUNED] * 3
+
+    def test_a_policy_that_has_nothing_for_now_is_asked_again_when_something_has_happened(self, folder, policy):
+        policy.answers = [Begin({}), None, Begin({})]
+        recorder = Recorder(load(folder))
+        trial_id = recorder.next().trial_id
+        for _ in range(5):
+            assert recorder.next() is None
+        assert not recorder.is_over
+        assert len(policy.answers) == 1, "it is asked once"
+        recorder.report(trial_id, next(train(folder, trial_id, 0.3)))
+        assert recorder.next().trial_id == "0001"
+
+
+def test_to_raise_the_epochs_twice_enqueues_the_best_once(folder):
+    """A process that was killed between the two has enqueued them, and not written the spec (C10)."""
+    recorder = Recorder(load(folder))
+    run(recorder, folder, VALUES)
+    recorder.close()
+    study = load(folder)
+    longer = dataclasses.replace(study.spec, epochs=5)
+    once = raise_epochs(study, longer)
+    again = raise_epochs(study, longer)  # with the spec of before
+    assert once.spec == again.spec
+    assert once.spec.trials == 4 + 3
+    waiting = [t.user_attrs["continues"] for t in study.optuna.trials if t.state == TrialState.WAITING]
+    assert waiting == ["0003", "0001", "0000"]
+
+    recorder = Recorder(load(folder))
+    proposal = recorder.next()
+    assert (proposal.trial_id, proposal.continues) == ("0004", "0003")
+    assert (trial_folder(folder, "0004") / LAST).exists()
+    epochs = [report["epoch"] for report in train(folder, "0004", 0.1, epochs=5)]
+    assert epochs == [4.0, 5.0]
+
+
+def test_a_study_at_another_place_is_there_before_a_trial_begins(folder, tmp_path):
+    there = Folder(tmp_path / "there")
+    recorder = Recorder(load(folder, there))
+    proposal = recorder.next()
+    assert there.read(JOURNAL) == (folder / JOURNAL).read_bytes()
+    assert statuses(tmp_path / "there") == {proposal.trial_id: "running"}

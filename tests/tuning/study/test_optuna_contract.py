@@ -1,0 +1,33 @@
+"""Every private interface of Optuna that this project uses. A new version of Optuna breaks this test."""
+
+import inspect
+import json
+
+import optuna
+from optuna.storages.journal import JournalFileSymlinkLock
+
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_patches import reopen, stored
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study
+from tests.tuning.study.test_optuna_study import SPACE
+
+
+def test_a_trial_can_be_reopened_by_its_number():
+    assert tuple(inspect.signature(optuna.Trial).parameters) == ("study", "trial_id")
+    study = optuna.create_study()
+    asked = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    again = reopen(study, study.trials[0])
+    again.report(0.5, 1)
+    assert stored(asked).intermediate_values == {1: 0.5}
+
+
+def test_the_lock_of_a_journal_can_be_released():
+    assert callable(JournalFileSymlinkLock.release)
+
+
+def test_a_journal_is_a_line_a_change(tmp_path):
+    """A torn last line is cut off; that is safe where each line stands for itself."""
+    create_study(tmp_path, parse_space(SPACE)).ask()
+    raw = (tmp_path / JOURNAL).read_bytes()
+    assert raw.endswith(b"\n")
+    assert all(isinstance(json.loads(line), dict) for line in raw.splitlines())
