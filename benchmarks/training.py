@@ -49,9 +49,8 @@ from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn import losses, malloc
 from raytune_emotion.learn.device import reduce_fragmentation
 from raytune_emotion.learn.loop import Run, fit, make_plan, start, train_segment
-from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
-from raytune_emotion.learn.step import Step
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,7 @@ def config(backbone: str, precision: str, batch: int = SETUP.batch, **settings: 
             "model.backbone": backbone,
             "train.batch_size": batch,
             "train.precision": precision,
+            "train.compile": "never",
             "train.epochs": 10**6,
             "train.evals_per_epoch": SETUP.backbones[backbone],
             "loss.kl": 0.5,
@@ -251,27 +251,11 @@ def _rates_of_compiled(settings: RunConfig, store: Store, once: dict[str, float]
 
 def compiled_run(settings: RunConfig, store: Store) -> tuple[Run, float]:
     """Return a run of which a step is compiled before it is captured as a graph, and the seconds of its first step."""
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, compile="always"))
     plan = make_plan(settings, store, DEVICE)
     run = start(settings, store, DEVICE, plan, fresh=True)
-    mean, std = mean_std(run.model)
-    step = Step(
-        torch.compile(run.model, dynamic=False),
-        run.optimizer,
-        run.scaler,
-        losses.mixture(settings.loss.weights),
-        mean=mean,
-        std=std,
-        dtype=torch.bfloat16 if settings.train.precision == "bf16" else torch.float32,
-        device=DEVICE,
-        batch_rows=plan.batch_rows,
-        workers=1,
-        grad_clip=0,
-        capture=DEVICE.type == "cuda",
-    )
-    run = dataclasses.replace(run, step=step)
-    first = dataclasses.replace(run, plan=dataclasses.replace(plan, stops=(1,)))
     began = time.perf_counter()
-    train_segment(first, [])
+    train_segment(dataclasses.replace(run, plan=dataclasses.replace(plan, stops=(1,))), [])
     return run, time.perf_counter() - began
 
 

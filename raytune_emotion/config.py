@@ -109,6 +109,9 @@ class TrainConfig:
         default=0.0, ge=0, lt=1, description="a step, of the average of the weights that is validated and kept; 0: none"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the forward and backward pass")
+    compile: Literal["auto", "always", "never"] = Field(
+        default="auto", description="torch.compile of the training step; auto: on a GPU, in runs long enough to gain"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
 
 

@@ -57,7 +57,7 @@ NAMES_OF_SETTINGS = """
     optim.name optim.lr optim.weight_decay optim.momentum optim.schedule optim.warmup_epochs optim.plateau_patience
     optim.plateau_factor
     train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.ema_decay
-    train.precision train.seed
+    train.precision train.compile train.seed
     augment.flip augment.crop_scale augment.colour augment.grey augment.erase augment.mixup augment.cutmix
 """
 

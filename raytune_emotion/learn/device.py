@@ -3,8 +3,10 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import cast
 
 import torch
+from torch import nn
 
 #: Bytes of a GPU that CUDA takes for a process beside what torch asks for: its context, kernels, and libraries.
 _CONTEXT = 600 * 2**20
@@ -40,6 +42,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
+
+
+def compile_model(model: nn.Module) -> nn.Module:
+    """Compile a model for batches of one shape. What cannot be compiled is run as it is, with a warning."""
+    # Earlier runs of this process would count against torch's limit of shapes. Their code stays in its cache on disk.
+    torch.compiler.reset()
+    torch._dynamo.config.suppress_errors = True
+    return cast("nn.Module", torch.compile(model, dynamic=False))
 
 
 @contextlib.contextmanager

@@ -293,6 +293,41 @@ def test_on_a_gpu_smaller_micro_batches_are_smaller_evaluations_too(store, like_
     assert loop.rows_to_evaluate(dataclasses.replace(halved, device=CPU)) == 128
 
 
+# ---- compiling
+
+
+@pytest.mark.parametrize(
+    ("device", "when", "batch_rows", "compiled"),
+    [
+        ("cuda", "auto", 10**6, True),
+        ("cuda", "auto", 10**5, False),
+        ("cuda", "never", 10**6, False),
+        ("cpu", "auto", 10**6, False),
+        ("cpu", "always", 16, True),
+    ],
+)
+def test_long_runs_on_a_gpu_are_compiled(device, when, batch_rows, compiled):
+    settings = config(train__compile=when, data__image_size=224)
+    plan = loop.Plan(batch_rows, steps_per_epoch=1, stops=(1,), epochs=2, rank=0, workers=1)
+    assert loop.is_compiled(settings, torch.device(device), plan) == compiled
+    smaller = config(train__compile=when, data__image_size=112)
+    assert loop.is_compiled(smaller, torch.device(device), plan) == (compiled and when == "always")
+
+
+def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: torch_compile(model, dynamic=dynamic, backend=backend))
+    reports = [run(config(train__compile=when, train__epochs=1), store) for when in ("never", "always")]
+    assert traced
+    assert reports[0] == reports[1]
+
+
 # ---- endings
 
 

@@ -37,6 +37,7 @@ NEVER_SEARCHED: Mapping[str, str] = {
     "model.weights_dir": "it says where files lie",
     "train.epochs": "trials of unequal length cannot be compared",
     "train.evals_per_epoch": "trials are compared report by report",
+    "train.compile": "it changes how fast a trial is, and not what it learns",
     "train.seed": "a lucky seed is no better setting",
 }
 

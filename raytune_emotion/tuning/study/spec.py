@@ -15,6 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from raytune_emotion import __version__
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
@@ -114,10 +115,12 @@ def _plain(value: Any) -> Any:
 
 
 def _surroundings() -> dict[str, Any]:
-    packages = ("raytune_emotion", "torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
+    packages = ("torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
+    # The package itself need not be installed: its folder on the path is enough.
+    own = {"raytune_emotion": __version__}
     return {
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": own | {name: importlib.metadata.version(name) for name in packages},
         "git_commit": os.environ.get(_COMMIT) or _commit(),
     }
 
