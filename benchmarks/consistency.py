@@ -122,7 +122,12 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
     for name, share, rows_of_batch in (("out of memory by size", 1.0, 4096), ("out of memory by share", 0.05, 256)):
         limit_memory(DEVICE, share)
         large = RunConfig.from_flat(
-            settings_of("resnet50", "fp32").flat() | {"train.batch_size": rows_of_batch, "data.image_size": SETUP.size}
+            settings_of("resnet50", "fp32").flat()
+            | {
+                "train.batch_size": rows_of_batch,
+                # A report for each step.
+                "train.evals_per_epoch": SETUP.rows * SETUP.repeats // rows_of_batch,
+            }
         )
         rows.append((name, "resnet50", "fp32", *_ending(large, store.path)))
         smaller = RunConfig.from_flat(large.flat() | {"train.accumulate": 64, "train.epochs": 1})

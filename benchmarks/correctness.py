@@ -26,7 +26,7 @@ from raytune_emotion.learn import losses
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.model import build_model, mean_std
 
-ROWS = 16
+ROWS = 4
 PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CPU = torch.device("cpu")
