@@ -7,7 +7,7 @@ plain loop is the bare one as people write it first: fp32, torch's default memor
 
 On a GPU also: the body of timm's training script (`train_one_epoch`: channels last, autocast, timm's optimizer and
 loss) on the same synthetic batch, so without the costs of its loader; `fit` of some compiled models; and all of this at
-the batch size at which `fit` is fastest. (cuDNN's search for kernels, `torch.backends.cudnn.benchmark`, gained nothing.)
+the batch size at which `fit` is fastest. (cuDNN's search for kernels, `cudnn.benchmark`, gained nothing.)
 
 All take turns, report by report, in one process that keeps the memory it frees, as trials do. On a CPU it has one
 thread and is held on one core, so that the loader's thread has no core of its own. A ratio is the median over the turns

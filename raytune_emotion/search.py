@@ -29,7 +29,7 @@ from raytune_emotion.export import export_trial
 from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
-from raytune_emotion.learn.model import build_model, check_weights
+from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.cache import cache_folder
@@ -364,8 +364,8 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
                 build_model(dataclasses.replace(RunConfig(), model=model, data=data))
             except UserError as error:
                 faults += error.faults
-                if isinstance(error.__cause__, OSError):
-                    # Weights that cannot be fetched: one that was tried in vain for a minute stands for all.
+                if isinstance(error, WeightsUnavailableError):
+                    # To try others, too, could take a minute each.
                     raise UserError(dict.fromkeys(faults)) from None
     if faults:
         raise UserError(dict.fromkeys(faults))

@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_deprecated_models
 from torch import nn
 
 from raytune_emotion.config import ModelConfig, RunConfig
@@ -19,8 +20,12 @@ Colour = tuple[float, float, float]
 _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 
 
+class WeightsUnavailableError(UserError):
+    """Pretrained weights that could not be fetched from the hub or read from its cache."""
+
+
 def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
-    """The backbone with its head, on the CPU, in training mode; its weights are a function of the configuration.
+    """Build the backbone with its head, on the CPU, in training mode. Its weights are a function of the configuration.
 
     Where `model.pretrained` is true, it starts from the weights in `model.weights_dir`; without that folder from
     timm's, from the hub or its cache. A classifier of another size is left out and starts anew; all else must fit.
@@ -32,43 +37,58 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     Raises:
         UserError: the backbone is unknown or cannot take the image size, or its weights cannot be had or do not fit.
     """
-    name, size, n_classes = config.model.backbone, config.data.image_size, len(config.data.classes)
-    check_backbone(name)
-    options: dict[str, Any] = {"num_classes": n_classes, "drop_rate": config.model.dropout}
+    check_backbone(config.model.backbone)
+    name, size = successor(config.model.backbone), config.data.image_size
+    options: dict[str, Any] = {"num_classes": len(config.data.classes), "drop_rate": config.model.dropout}
     # timm marks the models whose parameters depend on the image size; these take img_size.
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         options["img_size"] = size
-    if weights and config.model.pretrained:
+    weights = weights and config.model.pretrained
+    if weights:
         check_weights(config.model)
-        if config.model.weights_dir is not None:
-            options |= _from_file(_weights_file(config.model), name)
-        else:
-            options["pretrained"] = True
-
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)
+        if not weights:
+            return _create(config, options)
+        if config.model.weights_dir is not None:
+            return _create(config, options | _from_file(_weights_file(config.model), name))
         try:
-            model: nn.Module = timm.create_model(name, **options)
-            if options["num_classes"] != n_classes:
-                model.reset_classifier(n_classes)  # type: ignore[operator]
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, 3, size, size))
-        except OSError as error:
-            raise UserError(
+            return _create(config, options | {"pretrained": True})
+        except Exception as error:
+            # The hub's client, its network library and the reader of a damaged file each have errors of their own. What
+            # also happens without the weights is no fault of theirs.
+            _create(config, options)
+            raise WeightsUnavailableError(
                 f"model.pretrained: the weights of {name} could not be fetched ({_first_line(error)}); connect this "
-                f"machine to the Hugging Face hub, or save timm's weights elsewhere as {name}.safetensors and name "
-                f"their folder as model.weights_dir"
+                f"machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or save timm's weights elsewhere as "
+                f"{config.model.backbone}.safetensors and name their folder as model.weights_dir"
             ) from error
-        except _UNBUILDABLE as error:
-            if "loading state_dict" in str(error):
-                raise UserError(
-                    f"model.weights_dir: {_weights_file(config.model)} does not fit {name}: {line.strip()}"
-                    for line in str(error).splitlines()[1:]
-                ) from error
+
+
+def _create(config: RunConfig, options: dict[str, Any]) -> nn.Module:
+    """Have timm make the model, and try whether it takes the image size."""
+    name, size, n_classes = successor(config.model.backbone), config.data.image_size, len(config.data.classes)
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+        if options["num_classes"] != n_classes:
+            model.reset_classifier(n_classes)  # type: ignore[operator]
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except _UNBUILDABLE as error:
+        if "loading state_dict" in str(error) and config.model.weights_dir is not None:
             raise UserError(
-                f"model.backbone: {name} cannot take images of {size} px (data.image_size): {_first_line(error)}"
+                f"model.weights_dir: {_weights_file(config.model)} does not fit {name}: {line.strip()}"
+                for line in str(error).splitlines()[1:]
             ) from error
+        raise UserError(
+            f"model.backbone: {name} cannot take images of {size} px (data.image_size): {_first_line(error)}"
+        ) from error
     return model.train()
+
+
+def successor(name: str) -> str:
+    """Return the present name of a model that timm has renamed; any other name as it is."""
+    return str(get_deprecated_models().get(name) or name)
 
 
 def check_backbone(name: str) -> None:
@@ -100,7 +120,7 @@ def check_weights(config: ModelConfig) -> None:
                 f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
                 f"leave model.weights_dir out"
             )
-    elif not getattr(timm.get_pretrained_cfg(config.backbone), "has_weights", False):
+    elif not getattr(timm.get_pretrained_cfg(successor(config.backbone)), "has_weights", False):
         raise UserError(
             f"model.pretrained: timm has no pretrained weights for {config.backbone}; choose another backbone, or "
             f"set model.pretrained to false"

@@ -2,11 +2,12 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std
+from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std, successor
 
 CLASSIFIER = {"test_resnet": "fc", "test_efficientnet": "classifier", "test_vit": "head"}
 
@@ -137,6 +138,42 @@ def test_without_a_hub_there_is_one_clear_sentence(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"weights of test_resnet could not be fetched .* model.weights_dir") as caught:
         build_model(configured(pretrained=True))
     assert len(caught.value.faults) == 1
+
+
+class Unreachable(Exception):
+    """As a network library of the hub's client raises it: no OSError."""
+
+
+@pytest.mark.parametrize(
+    "error", [Unreachable("407 Proxy Authentication Required"), SafetensorError("header too large")]
+)
+def test_whatever_keeps_the_weights_away_is_one_clear_sentence(monkeypatch, error):
+    create = timm.create_model
+
+    def away(name, *, pretrained=False, **options):
+        if pretrained:
+            raise error
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", away)
+    with pytest.raises(
+        UserError, match=rf"weights of test_resnet could not be fetched .*{error}.*HTTPS_PROXY"
+    ) as caught:
+        build_model(configured(pretrained=True))
+    assert len(caught.value.faults) == 1
+
+
+def test_an_image_size_that_a_backbone_cannot_take_is_no_fault_of_its_weights():
+    with pytest.raises(UserError, match="cannot take images of 96 px"):
+        build_model(configured("efficientformer_l1", image_size=96, pretrained=True))
+
+
+def test_an_old_name_is_taken_for_its_successor():
+    assert successor("tv_resnet34") == "resnet34.tv_in1k"
+    assert successor("resnet34") == "resnet34"
+    check_weights(ModelConfig(backbone="tv_resnet34", pretrained=True))
+    old, new = (build_model(configured(name)).state_dict() for name in ("tv_resnet34", "resnet34.tv_in1k"))
+    assert all(torch.equal(old[name], new[name]) for name in new)
 
 
 def test_what_timm_has_no_weights_for_is_said_before_anything_is_built():
