@@ -28,7 +28,7 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 if [[ ! $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$ ]]; then
-  echo "error: --name: letters, digits and . _ - = , + make a name, got '$name'" >&2
+  echo "error: --name: expected letters, digits and . _ - = , +, got '$name'" >&2
   exit 2
 fi
 # A job's own folder is gone when it ends.

@@ -75,30 +75,34 @@ def check_makeable(folder: Path) -> None:
 
 def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
 def natural(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"a whole number from 0, below 2^31, is wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}, got {text!r}")
     return int(text)
 
 
 def gpu_share(text: str) -> float:
-    """A number of GPUs as Ray deals them out: parts of one, or whole ones."""
+    """Read a worker's share of a GPU: it trains on one at most."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 <= number < math.inf or (number > 1 and number != int(number)):
-        raise argparse.ArgumentTypeError(f"0, a fraction of 1 or a whole number is wanted, got {text!r}")
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    if number > 1:
+        raise argparse.ArgumentTypeError(
+            f"a worker trains on one GPU; ask for more --workers-per-trial (in train --workers), got {text!r}"
+        )
     return number
 
 
 def plain_name(text: str) -> str:
     if not re.fullmatch(r"[\w][\w.=,+-]{0,99}", text):
-        raise argparse.ArgumentTypeError(f"up to 100 letters, digits and . _ - = , + make a name, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected up to 100 letters, digits and . _ - = , +, got {text!r}")
     return text
 
 

@@ -502,7 +502,7 @@ def _duration(text: str) -> timedelta:
     except OverflowError:
         length = timedelta()
     if not length:
-        raise argparse.ArgumentTypeError(f"a time such as 90m, 2h or 1d is wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a time such as 90m, 2h or 1d, got {text!r}")
     return length
 
 

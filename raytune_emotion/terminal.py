@@ -53,9 +53,10 @@ def warn(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def count(number: int, noun: str, nouns: str | None = None) -> str:
-    """Say how many there are: `count(1, "trial")` is "1 trial", `count(2, "trial")` is "2 trials"."""
-    return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"
+def count(number: float, noun: str, nouns: str | None = None) -> str:
+    """Say how many there are: `count(1, "trial")` is "1 trial", `count(2.5, "epoch")` is "2.5 epochs"."""
+    amount = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{amount} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
 def short(path: Path) -> str:

@@ -69,3 +69,10 @@ def test_a_module_is_a_command_too():
     assert result.returncode == 2
     assert "raytune-emotion predict" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_share_of_a_gpu_is_one_at_most(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "--gpus-per-worker", "2"])
+    assert ended.value.code == 2
+    assert "a worker trains on one GPU; ask for more --workers-per-trial" in capsys.readouterr().err

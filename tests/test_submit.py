@@ -151,4 +151,4 @@ def test_a_name_that_is_none_is_refused_here(name):
         ["bash", ROOT / "jobs" / "submit.sh", "--name", name], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: --name: letters, digits and . _ - = , + make a name, got '{name}'\n"
+    assert done.stderr == f"error: --name: expected letters, digits and . _ - = , +, got '{name}'\n"

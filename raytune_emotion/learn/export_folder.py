@@ -28,6 +28,7 @@ from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.model import Colour, build_model, mean_std
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.terminal import count
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 _IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
@@ -77,7 +78,7 @@ that of `label_names` in `config.json`.
 
 ## How good it is
 
-Means over the validation set, after {epoch:g} epochs:
+Means over the validation set, after {epochs}:
 
 {metrics}
 
@@ -237,7 +238,7 @@ def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Be
         classes=", ".join(config.data.classes),
         folder=folder,
         size=config.data.image_size,
-        epoch=best.report["epoch"],
+        epochs=count(float(best.report["epoch"]), "epoch"),
         metrics=_table_of_metrics(best.report),
         origin="\n".join(f"- {line}" for line in origin),
         settings="\n".join(

@@ -305,7 +305,7 @@ def test_cores_are_those_of_the_nodes_with_gpus():
 
 @pytest.mark.parametrize(
     ("gpus", "share", "places"),
-    [(1, 1.0, 1), (1, 1 / 3, 3), (1, 0.3, 3), (2, 0.6, 2), (2, 0.25, 8), (4, 2.0, 2), (0, 0.5, 0)],
+    [(1, 1.0, 1), (1, 1 / 3, 3), (1, 0.3, 3), (2, 0.6, 2), (2, 0.25, 8), (4, 1.0, 4), (0, 0.5, 0)],
 )
 def test_parts_of_a_gpu_come_from_one(gpus, share, places):
     assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
