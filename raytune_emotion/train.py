@@ -32,7 +32,16 @@ from raytune_emotion.storage.atomic import alone_in
 from raytune_emotion.terminal import plain_console, typed
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
-from raytune_emotion.tuning.execution.job import DATA, PARAMS, Job, Resources, TrialFailed, Unfit, train_here
+from raytune_emotion.tuning.execution.job import (
+    DATA,
+    PARAMS,
+    Job,
+    Resources,
+    TrialFailed,
+    Unfit,
+    train_here,
+    with_retry,
+)
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import opened, trial_folder
@@ -185,7 +194,7 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with alone_in(folder):
-            for report in train(job):
+            for report in with_retry(job, train):
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"

@@ -14,6 +14,7 @@ from raytune_emotion import train
 from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.tuning.execution.job import OutOfMemory
 from tests.support import joined_session
 from tests.test_search import exit_code, refusal, write_study
 
@@ -267,6 +268,19 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
         patched.setattr(train, "train_here", interrupted)
         assert trained(*TINY, 1, "--name", "mine") == 130
     assert trained(*TINY, 1, "--name", "mine") == 0
+
+
+def test_a_training_out_of_memory_goes_on_in_smaller_micro_batches(trained, tmp_path, monkeypatch, capsys):
+    whole = train.train_here
+
+    def with_little_memory(job):
+        if job.settings.get("train.accumulate", 1) == 1:
+            raise OutOfMemory("out of memory on the device: DefaultCPUAllocator: can't allocate memory")
+        yield from whole(job)
+
+    monkeypatch.setattr(train, "train_here", with_little_memory)
+    assert trained(*TINY, 1, "--name", "small") == 0
+    assert [report["accumulate"] for report in read_history(tmp_path / "results" / "small")] == [2]
 
 
 def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_path, capsys):

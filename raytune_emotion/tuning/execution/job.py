@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import json
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -222,6 +222,23 @@ def _reported(folder: Path) -> Report | None:
     except UserError:
         return None  # what is wrong with it is said when it is to go on
     return progress.history[-1] if progress is not None and progress.history else None
+
+
+def with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generator[Report, None, None]:
+    """Train; where the device has too little memory for the job, once more with smaller micro-batches.
+
+    Raises:
+        OutOfMemory: also that was too much, or the micro-batches are of one row.
+    """
+    try:
+        yield from attempt(job)
+        return
+    except OutOfMemory:
+        smaller = halved(job)
+        if smaller is None:
+            raise
+    # Not within the handler, for as long as that lasts the failed attempt's tensors live: its frames have them.
+    yield from attempt(smaller)
 
 
 def halved(job: Job) -> Job | None:

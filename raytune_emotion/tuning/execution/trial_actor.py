@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD, Report
-from raytune_emotion.tuning.execution.job import Job, OutOfMemory, TrialFailed, halved, newest_report, train_here
+from raytune_emotion.tuning.execution.job import Job, TrialFailed, newest_report, train_here, with_retry
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 if TYPE_CHECKING:
@@ -67,21 +67,10 @@ class TrialActor:
         written = newest_report(self._job)
         if written is not None and not written["finished"]:
             yield written
-        yield from self._attempts()
+        yield from with_retry(self._job, self._attempt)
         # Nothing was left to train: that the trial had ended was not heard.
         if written is not None:
             yield written
-
-    def _attempts(self) -> Generator[Report, None, None]:
-        try:
-            yield from self._attempt(self._job)
-            return
-        except OutOfMemory:
-            smaller = halved(self._job)
-            if smaller is None:
-                raise
-        # Not within the handler, for as long as that lasts the failed attempt's tensors live: its frames have them.
-        yield from self._attempt(smaller)
 
     def _attempt(self, job: Job) -> Generator[Report, None, None]:
         if job.resources.workers == 1:

@@ -7,8 +7,16 @@ import torch
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution import job
-from raytune_emotion.tuning.execution.job import DiskFull, Job, OutOfMemory, Resources, TrialFailed, halved, train_here
-from raytune_emotion.tuning.execution.trial_actor import TrialActor
+from raytune_emotion.tuning.execution.job import (
+    DiskFull,
+    Job,
+    OutOfMemory,
+    Resources,
+    TrialFailed,
+    halved,
+    train_here,
+    with_retry,
+)
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
 
@@ -26,18 +34,28 @@ class Tensors:
 def test_the_second_attempt_has_the_memory_of_the_first():
     alive, accumulated = [], []
 
-    class Actor(TrialActor):
-        def _attempt(self, job):
-            accumulated.append(job.settings.get("train.accumulate", 1))
-            if not alive:
-                tensors = Tensors()
-                alive.append(weakref.ref(tensors))
-                raise OutOfMemory("out of memory")
-            yield {"freed": alive[0]() is None}
+    def attempt(job):
+        accumulated.append(job.settings.get("train.accumulate", 1))
+        if not alive:
+            tensors = Tensors()
+            alive.append(weakref.ref(tensors))
+            raise OutOfMemory("out of memory")
+        yield {"freed": alive[0]() is None}
 
-    actor = Actor.__new__(Actor)
-    actor._job = JOB
-    assert list(actor._attempts()) == [{"freed": True}]
+    assert list(with_retry(JOB, attempt)) == [{"freed": True}]
+    assert accumulated == [1, 2]
+
+
+def test_there_is_no_third_attempt():
+    accumulated = []
+
+    def attempt(job):
+        accumulated.append(job.settings.get("train.accumulate", 1))
+        raise OutOfMemory("out of memory")
+        yield
+
+    with pytest.raises(OutOfMemory):
+        list(with_retry(JOB, attempt))
     assert accumulated == [1, 2]
 
 
