@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import orderly
 from raytune_emotion.known_errors import known_error
+from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import warn
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
@@ -60,17 +60,19 @@ def collecting(faults: list[str]) -> Iterator[None]:
         faults += error.faults
 
 
-def check_makeable(folder: Path) -> None:
-    """Whether a folder that is not there can be made.
+def location(text: str) -> Location:
+    """Read a folder of this machine or a URI."""
+    try:
+        return parse_location(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
-    Raises:
-        UserError: what it is to lie in is no folder, or lets nobody write.
-    """
-    nearest = next(parent for parent in folder.parents if os.path.lexists(parent))
-    if not nearest.is_dir():
-        raise UserError(f"{nearest}: is no folder, so nothing can be written below it; name another with --results")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{nearest}: cannot be written to; name another folder with --results")
+
+def local_path(text: str) -> Path:
+    """Read a path of this machine where nothing else will do."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{location(text)} is a URI; name a path of this machine")
+    return Path(text)
 
 
 def positive(text: str) -> int:

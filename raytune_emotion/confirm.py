@@ -10,13 +10,12 @@ from typing import cast
 
 from rich.console import Console
 
-from raytune_emotion.cli import command_main, gpu_share, positive
+from raytune_emotion.cli import command_main, gpu_share, location, positive
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage import remote
 from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
@@ -41,7 +40,7 @@ from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, rea
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=remote.place, metavar="STUDY", help="the folder of a study")
+    add("study", type=location, metavar="STUDY", help="the folder of a study")
     add("--top", type=positive, default=3, metavar="K", help="of the study's configurations, the best (default: 3)")
     add("--seeds", type=positive, default=5, metavar="N", help="runs of each, with a seed of its own (default: 5)")
     add("--concurrency", type=positive, metavar="N", help="runs at once (default: as in the search)")
@@ -51,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if isinstance(args.study, str):
-        raise UserError(f"{remote.shown(args.study)}: a study at a URI cannot be confirmed there; copy it to a folder")
-    study: Path = args.study.absolute()
+    study: Path = args.study.require_folder("copy the study to a folder, and confirm it there").absolute()
     chosen, spec = _asked(args, study)
     folder, console = study / CONFIRMED, plain_console()
     # Until all is written, the confirmation's folder is this process's alone.

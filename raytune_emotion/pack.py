@@ -5,24 +5,22 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-from raytune_emotion.cli import command_main
+from raytune_emotion.cli import command_main, location
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
-from raytune_emotion.storage import remote
-from raytune_emotion.storage.locations import Source, below, shown
-from raytune_emotion.terminal import say, warn
+from raytune_emotion.storage.locations import parse_location
+from raytune_emotion.terminal import say, typed, warn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = DataConfig()
     parser.add_argument(
-        "source", type=_place, metavar="SRC", help="folder in the layout of AffectNetFused, on a disk or at a URI"
+        "source", type=location, metavar="SRC", help="folder in the layout of AffectNetFused, on a disk or at a URI"
     )
     parser.add_argument(
-        "dest", type=_place, metavar="DEST", help="the store: a folder that does not exist yet, or a URI"
+        "dest", type=location, metavar="DEST", help="the store: a folder that does not exist yet, or a URI"
     )
     parser.add_argument(
         "--image-size",
@@ -51,8 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    source, dest, sizes = args.source, args.dest, sorted(set(args.image_size))
-    dests = {sizes[0]: dest} if len(sizes) == 1 else {n: below(dest, f"{n}px") for n in sizes}
+    # By addresses: nodes of a cluster work in folders of their own.
+    source, dest = parse_location(args.source.address), parse_location(args.dest.address)
+    sizes = sorted(set(args.image_size))
+    dests = {sizes[0]: dest} if len(sizes) == 1 else {n: dest / f"{n}px" for n in sizes}
     with _cluster(args.address) as pmap:
         try:
             stores = pack_sizes(source, dests, classes=args.classes, skip_bad=args.skip_bad, pmap=pmap)
@@ -62,19 +62,13 @@ def run(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     splits = stores[sizes[0]].splits
     images = {name: split.rows for name, split in splits.items()}
-    say(f"{shown(dest)}: {images['train']} images to train on and {images['val']} to validate on")
+    say(f"{dest}: {images['train']} images to train on and {images['val']} to validate on")
     for store in stores.values():
         megabytes = sum(shard.bytes for split in store.splits.values() for shard in split.shards) / 1e6
         what = f"{store.image_size} px, {len(store.classes)} classes, {megabytes:,.1f} MB"
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
-    say(f"next: python -m raytune_emotion.search --data {shown(dest)}")
-
-
-def _place(text: str) -> Source:
-    place = remote.place(text)
-    # Nodes of a cluster work in folders of their own.
-    return place.absolute() if isinstance(place, Path) else place
+    say(f"next: python -m raytune_emotion.search --data {typed(str(dest))}")
 
 
 @contextlib.contextmanager

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raytune_emotion.cli import command_main
+from raytune_emotion.cli import command_main, local_path, location
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.cores import usable_cores
-from raytune_emotion.data.decode import decode_image
+from raytune_emotion.data.decode import decode_image, pictures_decoded_quietly
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_folder import Package, load_package
@@ -27,14 +27,15 @@ _BATCH = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="folder that search, train or export wrote")
-    add("images", type=Path, nargs="+", metavar="IMAGE", help="a face; a folder stands for the images in it")
+    add("export", type=location, metavar="EXPORT", help="folder or URI that search, train or export wrote")
+    add("images", type=local_path, nargs="+", metavar="IMAGE", help="a face; a folder stands for the images in it")
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
 
 def run(args: argparse.Namespace) -> None:
     device = _device(args.device)
-    package = load_package(args.export)
+    with args.export.copy_here("*") as folder:
+        package = load_package(folder)
     files = list_images(args.images)
     # All is predicted before anything is printed: an unreadable image must leave no half table behind.
     print(table(files, predict(package, files, device), package.classes), end="")
@@ -88,7 +89,12 @@ def predict(package: Package, files: Sequence[Path], device: torch.device) -> np
             faults.extend(error.faults)
             return None
 
-    with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode(), exact_fp32():
+    with (
+        pictures_decoded_quietly(),
+        ThreadPoolExecutor(usable_cores()) as pool,
+        torch.inference_mode(),
+        exact_fp32(),
+    ):
         for start in range(0, len(files), _BATCH):
             images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
             # After a fault the rest is only looked at for more.

@@ -2,12 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from raytune_emotion.cli import command_main
+from raytune_emotion.cli import command_main, location
 from raytune_emotion.learn.checkpoint import HISTORY
-from raytune_emotion.storage import remote
-from raytune_emotion.terminal import say, short
+from raytune_emotion.terminal import say
 from raytune_emotion.tuning.report.page import REPORT, write_report
 from raytune_emotion.tuning.study.confirmation import standings, write_standings
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
@@ -17,7 +15,7 @@ from raytune_emotion.tuning.study.tables import CURVES, TRIALS, write_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=remote.place, metavar="STUDY", help="the folder or the URI of a study")
+    parser.add_argument("study", type=location, metavar="STUDY", help="the folder or the URI of a study")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,11 +26,8 @@ def run(args: argparse.Namespace) -> None:
         write_report(folder, spec, records)
         if spec.confirms is not None:
             write_standings(folder, standings(spec, records))
-        if isinstance(args.study, Path):
-            say(short(folder / REPORT))
-        else:
-            remote.push(folder, args.study, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
-            say(remote.shown(remote.join(args.study, REPORT)))
+        args.study.push(folder, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
+    say(str(args.study / REPORT))
 
 
 if __name__ == "__main__":

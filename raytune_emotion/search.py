@@ -2,12 +2,8 @@
 
 import argparse
 import dataclasses
-import hashlib
 import json
-import os
 import re
-import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -19,9 +15,18 @@ import optuna
 import torch
 from rich.console import Console
 
-from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, natural, plain_name, positive
+from raytune_emotion.cli import (
+    collecting,
+    command_main,
+    gpu_share,
+    local_path,
+    location,
+    natural,
+    plain_name,
+    positive,
+)
 from raytune_emotion.config import ModelConfig, RunConfig
-from raytune_emotion.data.prepare import check_data, count_rows, own_size, prepare_sizes
+from raytune_emotion.data.prepare import Data, find_data, prepare_sizes
 from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError
@@ -30,11 +35,8 @@ from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
-from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import LOCK
-from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.storage.locations import parse_location
-from raytune_emotion.terminal import plain_console, plain_table
+from raytune_emotion.storage.locations import Folder, Location, parse_location
+from raytune_emotion.terminal import plain_console, plain_table, typed
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.gpu_sharing import AUTO, fastest_share
@@ -51,7 +53,7 @@ from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study, open_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Status, sole_driver
 from raytune_emotion.tuning.study.records import winner
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, created_at, read_spec
 
 DEFAULT_SPACE = find_space(DEFAULT)
 DEFAULT_TRIALS = 32
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        type=remote.place,
+        type=location,
         metavar="DIR",
         help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
@@ -93,14 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--results",
-        type=remote.place,
-        default=Path("ray_results"),
+        type=location,
+        default=Folder(Path("ray_results")),
         metavar="DIR",
         help="a folder, or a URI such as s3://bucket/prefix (default: ray_results)",
     )
     add(
         "--warm-start",
-        type=remote.place,
+        type=location,
         nargs="+",
         metavar="STUDY",
         help="earlier studies, of these or other data, whose trials tell what to try first",
@@ -115,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"restarts of a trial that died (default: {MAX_FAILURES})",
     )
-    add("--weights-dir", type=Path, metavar="DIR", help="pretrained weights, for machines without a hub")
+    add("--weights-dir", type=local_path, metavar="DIR", help="pretrained weights, for machines without a hub")
     add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
     add("--address", metavar="ADDRESS", help="of a running Ray cluster, or auto (default: start Ray here)")
     add("--dry-run", action="store_true", help="show the space, ten configurations of it and what trials cost here")
@@ -128,13 +130,13 @@ def run(args: argparse.Namespace) -> None:
         return
     # Until all is written, the study's folder is this process's alone.
     with ExitStack() as held:
-        results = _fetched(args, held) if isinstance(args.results, str) else None
+        place = _location(args)
+        folder = place.working_folder()
         auto = args.gpus_per_worker == AUTO
         if auto:
             args.gpus_per_worker = None  # until it is known
-        study = _open_existing(args, results, held) if args.resume else None
-        folder, spec, earlier = (study.folder, _resumed(args, study), None) if study else _new(args)
-        location = parse_location(results) / folder.name if results else None
+        study = _open_existing(args, place, held) if args.resume else None
+        spec, earlier = (_resumed(args, study), None) if study else _new(args, place)
         begun, ended = False, None
         try:
             with ray_session(args.address) as cluster:
@@ -146,13 +148,13 @@ def run(args: argparse.Namespace) -> None:
                     workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
                 )
                 if study is None:
+                    place.free_working_folder()
                     make_study(folder, spec, earlier)
-                    study = held.enter_context(open_study(folder, location))
+                    study = held.enter_context(open_study(folder, place))
                 else:
                     study = (raise_epochs if spec.epochs > study.spec.epochs else OpenStudy.with_spec)(study, spec)
-                where = f"{location}, worked on in {folder}" if location else folder
                 trials = f"{study.spec.trials} trials of {spec.epochs} epochs"
-                console.print(f"study {where}: {trials}, {placement.concurrency} at once")
+                console.print(f"study {place}: {trials}, {placement.concurrency} at once")
                 begun = True
                 run_shown(console, study, placement, time_budget=args.time_budget, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:
@@ -161,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
             ended = why
         assert study is not None
         with finishing():
-            _conclude(console, study, results)
+            _conclude(console, study, args.results)
         if ended is not None:
             raise ended
 
@@ -173,11 +175,10 @@ def _preview(console: Console, args: argparse.Namespace) -> None:
     with collecting(faults):
         space = _space(args.space or DEFAULT_SPACE, args)
     with collecting(faults):
-        data = args.data or sample_folder()
-        check_data(data)
+        data = find_data(args.data or sample_folder())
     if faults:
         raise UserError(faults)
-    rows, sizes = count_rows(data), _sizes(data, space)
+    rows, sizes = data.count_rows(), _sizes(data, space)
     _check_backbones(space, sizes)
 
     settings = plain_table("setting", "is", title="the space")
@@ -212,35 +213,35 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _new(args: argparse.Namespace) -> tuple[Path, StudySpec, str | None]:
-    """The folder and the spec of a new study, with its data packed, and what earlier studies have shown."""
+def _new(args: argparse.Namespace, place: Location) -> tuple[StudySpec, str | None]:
+    """Make the spec of a new study, with its data packed, and gather what earlier studies have shown."""
     path = args.space or DEFAULT_SPACE
-    folder: Path = args.results.absolute() / (args.name or f"{path.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
     faults: list[str] = []
     with collecting(faults):
-        if os.path.lexists(folder):
+        args.results.check(write=True)
+        if place.exists():
             raise UserError(
-                f"{folder}: there is a study of this name already; go on with it by --resume, or choose another"
+                f"{place}: there is a study of this name already; go on with it by --resume, or choose another"
             )
-        check_makeable(folder)
     with collecting(faults):
         check_cluster(args.address)
     with collecting(faults):
         space = _space(path, args)
     if args.data:
         with collecting(faults):
-            check_data(args.data)
+            data = find_data(args.data)
     with collecting(faults):
         earlier = gather_earlier(args.warm_start) if args.warm_start else None
     if faults:
         raise UserError(faults)
 
-    data = args.data or sample_folder()
+    if not args.data:
+        data = find_data(sample_folder())
     _check_backbones(space, _sizes(data, space))
     stores = _stores(data, space, skip_bad=args.skip_bad)
     first = next(iter(stores.values()))
     spec = StudySpec(
-        name=folder.name,
+        name=place.name,
         seed=space.fixed.get("train.seed", 0),
         objective=args.objective or "val_js",
         trials=args.trials or DEFAULT_TRIALS,
@@ -249,15 +250,15 @@ def _new(args: argparse.Namespace) -> tuple[Path, StudySpec, str | None]:
         workers_per_trial=args.workers_per_trial or 1,
         gpus_per_worker=args.gpus_per_worker,
         max_failures=MAX_FAILURES if args.max_failures is None else args.max_failures,
-        data=(args.data if isinstance(args.data, str) else str(args.data.absolute())) if args.data else _GENERATED,
-        stores={size: store.place for size, store in stores.items()},
+        data=args.data.address if args.data else _GENERATED,
+        stores={size: store.address for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
         classes=first.classes,
         weights_dir=space.fixed.get("model.weights_dir"),
         space=space.to_dict(),
         baseline=baseline(first),
     )
-    return folder, spec, earlier
+    return spec, earlier
 
 
 def _space(path: Path, args: argparse.Namespace) -> Space:
@@ -282,16 +283,51 @@ def _absolute(path: Path | None) -> str | None:
     return str(path.expanduser().absolute()) if path is not None else None
 
 
-def _open_existing(args: argparse.Namespace, results: str | None, held: ExitStack) -> OpenStudy:
-    """Load the study that goes on; its folder is this process's alone until `held` ends."""
-    folder = _existing_folder(args)
-    if read_spec(folder).confirms is not None:
+def _location(args: argparse.Namespace) -> Location:
+    """Return where the study lies: a new one's place, or that of one that goes on.
+
+    Raises:
+        UserError: there is no such study to go on with; the place cannot be read.
+    """
+    results: Location = args.results
+    if not args.resume:
+        path = args.space or DEFAULT_SPACE
+        return results / (args.name or f"{path.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    results.check(write=True)
+    name = args.name or results.newest(SPEC)
+    if name is None:
+        raise UserError(f"{results}: there is no study in it to resume; name its folder with --results")
+    study = results / name
+    if study.read(SPEC) is None:
+        what = f"no {SPEC} in it, so it is no study" if study.exists() else "there is no study of this name to resume"
+        raise UserError(f"{study}: {what}; name its folder with --results")
+    return study
+
+
+def _open_existing(args: argparse.Namespace, place: Location, held: ExitStack) -> OpenStudy:
+    """Load the study that goes on; its folder is this process's alone until `held` ends.
+
+    The folder is brought up to date first: another machine may have gone on with the study. What it holds of another
+    study of the same name is kept elsewhere.
+    """
+    folder = place.working_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(sole_driver(folder))
+    if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
+        place.set_aside_copy()
+    place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
+    spec = read_spec(folder)
+    if spec.confirms is not None:
         raise UserError(
-            f"{folder}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
+            f"{place}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
         )
-    if results is None:
-        return held.enter_context(open_study(folder))
-    return load(folder, parse_location(results) / folder.name)  # `_fetched` has the folder to itself
+    if args.data is None and not all(is_store(path) for path in spec.stores.values()):
+        # They were packed on another machine; the data may be here too.
+        data = Folder(sample_folder()) if spec.data == _GENERATED else parse_location(spec.data)
+        with suppress(UserError):
+            find_data(data)
+            args.data = data
+    return load(folder, place)
 
 
 def _resumed(args: argparse.Namespace, study: OpenStudy) -> StudySpec:
@@ -317,8 +353,8 @@ def _resumed(args: argparse.Namespace, study: OpenStudy) -> StudySpec:
     stores = spec.stores
     if args.data is not None:
         with collecting(faults):
-            moved = _stores(args.data, space, skip_bad=args.skip_bad)
-            stores = {size: store.place for size, store in moved.items()}
+            moved = _stores(find_data(args.data), space, skip_bad=args.skip_bad)
+            stores = {size: store.address for size, store in moved.items()}
             if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
                 faults.append(f"{args.data}: other data than the study began with; its trials could not be compared")
     else:
@@ -342,16 +378,16 @@ def _resumed(args: argparse.Namespace, study: OpenStudy) -> StudySpec:
     return dataclasses.replace(spec, stores=stores, **given)
 
 
-def _stores(data: Path | str, space: Space, *, skip_bad: bool) -> dict[int, Store]:
+def _stores(data: Data, space: Space, *, skip_bad: bool) -> dict[int, Store]:
     """The packed store for each image size of a space; its own size where the space names none."""
     classes = space.possible("data.classes")
     options = {"classes": tuple(classes[0])} if classes else {}
     return prepare_sizes(data, _sizes(data, space), skip_bad=skip_bad, **options)
 
 
-def _sizes(data: Path | str, space: Space) -> tuple[int, ...]:
+def _sizes(data: Data, space: Space) -> tuple[int, ...]:
     """The image sizes of a space; those of the data where it names none."""
-    return space.possible("data.image_size") or (own_size(data),)
+    return space.possible("data.image_size") or (data.own_size(),)
 
 
 def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
@@ -378,80 +414,16 @@ def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
     return [ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir) for name in backbones]
 
 
-def _existing_folder(args: argparse.Namespace) -> Path:
-    results: Path = args.results.absolute()
-    if args.name:
-        named: Path = results / args.name
-        if not named.is_dir():
-            raise UserError(f"{named}: there is no study of this name to resume; name its folder with --results")
-        return named
-    studies = sorted(results.glob(f"*/{SPEC}"), key=lambda file: file.stat().st_mtime)
-    if not studies:
-        raise UserError(f"{results}: there is no study in it to resume; name its folder with --results")
-    newest: Path = studies[-1].parent
-    return newest
-
-
-def _fetched(args: argparse.Namespace, stack: ExitStack) -> str:
-    """Replaces results at a URI, which it returns, by a folder of the cache; a study that is to go on is fetched there.
-
-    Its folder is this process's alone until the stack ends.
-
-    Raises:
-        UserError: the URI cannot be used, or has no such study to go on with, or one of a new one's name; or another
-            process of this machine is at work in its folder.
-    """
-    uri: str = args.results
-    remote.check(uri, write=True)
-    args.results = cache_folder() / "studies" / hashlib.sha256(uri.encode()).hexdigest()[:20]
-    if args.resume:
-        args.name = args.name or remote.newest(uri, SPEC)
-        if args.name is None or not remote.exists(remote.join(uri, args.name, SPEC)):
-            raise UserError(f"{remote.shown(uri)}: there is no study {args.name or 'in it'} to resume")
-    elif args.name is not None and remote.exists(remote.join(uri, args.name)):
-        raise UserError(
-            f"{remote.shown(remote.join(uri, args.name))}: there is a study of this name already; go on with it by "
-            f"--resume, or choose another"
-        )
-    if args.name is None:
-        return uri
-    # What lies at the URI counts; what an earlier search has left here may be behind it.
-    folder: Path = args.results / args.name
-    if folder.exists() and not args.resume:
-        with sole_driver(folder):
-            shutil.rmtree(folder)
-    if args.resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(sole_driver(folder))
-        for left in folder.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left.name != LOCK:
-                left.unlink()
-        study = remote.join(uri, args.name)
-        remote.pull(study, folder, remote.names(study, SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}"))
-        spec = read_spec(folder)
-        if args.data is None and not all(is_store(path) for path in spec.stores.values()):
-            # They were packed on another machine; the data may be here too.
-            data = sample_folder() if spec.data == _GENERATED else remote.place(spec.data)
-            with suppress(UserError):
-                check_data(data)
-                args.data = data
-    return uri
-
-
-def _conclude(console: Console, study: OpenStudy, results: str | None) -> None:
+def _conclude(console: Console, study: OpenStudy, results: Location) -> None:
     """Export the best trial, and say what came out and what to type next."""
-    folder, spec, records = study.folder, study.spec, study.records()
+    folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
-    uri = remote.join(results, folder.name) if results else None
     write_report(folder, spec, records)
     if best is not None:
-        export_trial(folder, folder / "best", best.trial_id, uri)
-    if uri is not None:
-        written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
-        remote.push(folder, uri, [str(file.relative_to(folder)) for file in written])
+        export_trial(place, Folder(folder / "best"), best.trial_id)
+    written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
+    place.push(folder, [str(file.relative_to(folder)) for file in written])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
     if best is None or best.best is None:
         console.print("no trial has reported yet, or those that have failed")
@@ -462,24 +434,19 @@ def _conclude(console: Console, study: OpenStudy, results: str | None) -> None:
         for row in front_rows(records, objective):
             front.add_row(*row)
         console.print(front)
-    # As it is typed: below here without what is above, and whole for a shell.
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    place = {name: remote.shown(remote.join(uri, name)) if uri else shown / name for name in ("best", "trials", REPORT)}
-    typed = {"best": shlex.quote(str(shown / "best")), "trials": shlex.quote(str(place["trials"]))}
-    above = remote.shown(results) if results else shown.parent
-    resume = f"--resume --results {shlex.quote(str(above))} --name {folder.name}"
+    resume = f"--resume --results {typed(str(results))} --name {place.name}"
     if len(records) >= spec.trials and not counts["running"]:
         resume += f" --trials {2 * spec.trials}"
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({len(records)} trials)
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
-exported    {place["best"]}
-page        {place[REPORT]}
+exported    {place / "best"}
+page        {place / REPORT}
 
 next:
-  python -m raytune_emotion.predict {typed["best"]} FACE.jpg
-  tensorboard --logdir {typed["trials"]}
+  python -m raytune_emotion.predict {typed(str(place / "best"))} FACE.jpg
+  tensorboard --logdir {typed(str(place / "trials"))}
   python -m raytune_emotion.search {resume}"""
     )
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion.cli import check_makeable, collecting, command_main, gpu_share, plain_name, positive
+from raytune_emotion.cli import collecting, command_main, gpu_share, local_path, location, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.cores import usable_cores
-from raytune_emotion.data.prepare import check_data, prepare
+from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import Breakdown, UserError
@@ -27,8 +27,8 @@ from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.storage.atomic import LOCK, alone_in
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import plain_console, typed
 from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
@@ -52,22 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--data",
-        type=remote.place,
+        type=location,
         metavar="DIR",
         help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as optim.lr=1e-3; may be repeated")
-    add("--config", type=Path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")
-    add("--study", type=remote.place, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
+    add("--config", type=local_path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")
+    add("--study", type=location, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
     add("--trial", metavar="ID", help="a trial of --study")
     add("--epochs", type=int, metavar="N", help="the same as --set train.epochs=N")
     add("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
     add("--workers", type=positive, default=1, metavar="N", help="processes that train together (default: 1)")
     add("--gpus-per-worker", type=gpu_share, metavar="X", help="default: 1 where there are GPUs")
-    add("--results", type=Path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
+    add("--results", type=local_path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
     add("--name", type=plain_name, metavar="NAME", help="of the run (default: {backbone}_{loss})")
     add("--resume", action="store_true", help="go on with the run of that name")
-    add("--weights-dir", type=Path, metavar="DIR", help="pretrained weights, for machines without a hub")
+    add("--weights-dir", type=local_path, metavar="DIR", help="pretrained weights, for machines without a hub")
     add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
     add("--address", metavar="ADDRESS", help="of a running Ray cluster, for several workers (default: start Ray here)")
 
@@ -113,11 +113,11 @@ def run(args: argparse.Namespace) -> None:
             check_weights(checked.model)
     if not args.resume:
         with collecting(faults):
-            if os.path.lexists(folder):
+            if _is_taken(folder):
                 raise UserError(
                     f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
                 )
-            check_makeable(folder)
+            Folder(folder).check(write=True)
     if args.workers > 1:
         with collecting(faults):
             check_cluster(args.address)
@@ -141,9 +141,9 @@ def run(args: argparse.Namespace) -> None:
         if args.workers == 1:
             gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(torch.cuda.is_available())
             resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
-            _train(console, folder, config, store.place, resources, train_here)
+            _train(console, folder, config, store.address, resources, train_here)
         else:
-            _train_on_cluster(console, args, folder, config, store.place)
+            _train_on_cluster(console, args, folder, config, store.address)
     except (KeyboardInterrupt, ClusterLost) as why:
         ended = why
     with finishing():
@@ -190,7 +190,7 @@ def _train(
     train: Callable[[Job], Iterator[Report]],
 ) -> None:
     job = Job(folder.name, str(folder), store, config.flat(), resources)
-    fresh = not folder.exists()
+    fresh = not _is_taken(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with alone_in(folder):
@@ -210,6 +210,11 @@ def _train(
             shutil.rmtree(folder)  # the name is free for another attempt
 
 
+def _is_taken(folder: Path) -> bool:
+    """Tell whether a run has the name; one that was killed before it wrote anything has not."""
+    return os.path.lexists(folder) and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK})
+
+
 def _kept(folder: Path) -> dict[str, Any]:
     """The settings of a run that goes on: those that its checkpoint began with, or, before there is one, was to."""
     progress = read_progress(folder)
@@ -221,25 +226,23 @@ def _default_name(settings: dict[str, Any]) -> str:
     return f"{config.model.backbone}_{config.loss.label}"
 
 
-def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Path | str:
-    """What to train on: what is named, or what the run or the study had, or the built-in sample."""
-    given: Path | str | None = args.data
-    if given is not None:
-        check_data(given)
-        return given
+def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Data:
+    """Find what to train on: what is named, or what the run or the study had, or the built-in sample."""
+    if args.data is not None:
+        return find_data(args.data)
     if args.resume:
-        before = remote.place((folder / DATA).read_text(encoding="utf-8").strip())
+        before = (folder / DATA).read_text(encoding="utf-8").strip()
         if not is_store(before):
             raise UserError(f"{before}: the packed data of the run are gone; name the data with --data")
-        return before
+        return find_data(before)
     if args.study is None:
-        return sample_folder()
+        return find_data(sample_folder())
     size = settings.get("data.image_size", DataConfig().image_size)
     with opened(args.study) as study:
         packed = read_spec(study).stores.get(size)
         if packed is None or not is_store(packed):
             raise UserError(f"{study}: its packed images of {size} px are not to be found; name the data with --data")
-        return remote.place(packed)
+        return find_data(packed)
 
 
 def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

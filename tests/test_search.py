@@ -24,6 +24,7 @@ from raytune_emotion import search
 from raytune_emotion.__main__ import main
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import load_space, parse_space
@@ -312,7 +313,7 @@ class TestBadRequests:
     def test_results_that_are_a_file(self, refused, tmp_path, below):
         (tmp_path / "results").touch()
         assert refused(results=tmp_path / "results" / below) == [
-            f"{tmp_path / 'results'}: is no folder, so nothing can be written below it; name another with --results"
+            f"{tmp_path / 'results'}: is not a folder; name another place"
         ]
 
     def test_a_cluster_by_way_of_its_client(self, refused):
@@ -376,7 +377,7 @@ class TestBadResuming:
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").touch()
         assert "there is no study of this name to resume" in resumed(name="none")[0]
-        assert "there is no study of this name to resume" in resumed(name="file")[0]
+        assert "no study.yaml in it, so it is no study" in resumed(name="file")[0]
         assert "no study.yaml in it, so it is no study" in resumed(name="empty")[0]
         (resumed.folder / "optuna.journal").unlink()
         assert "no optuna.journal in it, so it is no study" in resumed()[0]
@@ -405,7 +406,7 @@ class TestBadResuming:
         assert told == f"{others}: other data than the study began with; its trials could not be compared"
 
     def test_data_that_are_gone(self, resumed):
-        write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), stores={32: "/gone"}))
+        write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), stores={32: "/gone"}, data="/gone"))
         assert resumed() == ["/gone: the packed data of the study are gone; name the data with --data"]
 
     def test_weights_that_are_gone(self, resumed, tmp_path):
@@ -438,8 +439,8 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
     argv = ["--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume"]
     with contextlib.ExitStack() as at_work:
         args = parsed(*argv)
-        search._fetched(args, at_work)
-        local = args.results / "study"
+        study = search._open_existing(args, search._location(args), at_work)
+        local = study.folder
         before = tree(local)
         assert local / "study.yaml" in map(Path, before)
         assert exit_code(["search", *argv]) == 2
@@ -450,7 +451,7 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
 @pytest.mark.parametrize(("option", "seed"), [((), 5), (("--seed", "3"), 3)])
 def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, option, seed):
     argv = ["--data", str(store.path), "--space", str(space(f"{SPACE}train.seed: 5\n")), *option]
-    _folder, spec, _ = search._new(parsed(*argv, "--results", str(tmp_path)))
+    spec, _ = search._new(parsed(*argv), Folder(tmp_path / "new"))
     study = create_study(tmp_path, parse_space(spec.space))
     proposal = Searcher(study, parse_space(spec.space), seed=spec.seed).ask()
     assert spec.seed == proposal.settings["train.seed"] == spec.settings(proposal.settings)["train.seed"] == seed

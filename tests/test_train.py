@@ -205,9 +205,7 @@ class TestBadSettings:
 class TestBadRequests:
     def test_results_that_are_a_file(self, refused, tmp_path):
         (tmp_path / "results").touch()
-        assert refused() == [
-            f"{tmp_path / 'results'}: is no folder, so nothing can be written below it; name another with --results"
-        ]
+        assert refused() == [f"{tmp_path / 'results'}: is not a folder; name another place"]
 
     def test_what_is_no_run_cannot_go_on(self, refused, tmp_path):
         (tmp_path / "results" / "empty").mkdir(parents=True)

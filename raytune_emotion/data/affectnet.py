@@ -4,7 +4,7 @@
     <folder>/{train_set,val_set}/annotations/<id>_prob_rank.txt    K probabilities, one line, commas between
 
 on a disk or at a URI. Whatever else lies beside these is ignored. A row at fault is named, never mended: the faults are
-collected, so that all of them can be told at once.
+collected, so that all of them can be told at once. A folder is listed once, and the list is handed on.
 """
 
 import contextlib
@@ -22,14 +22,12 @@ from PIL import Image
 
 from raytune_emotion.data.decode import FORMATS
 from raytune_emotion.data.parallel import Map
+from raytune_emotion.data.shard_format import SUM_TOLERANCE
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import File, Source, exists, files, folders, read, shown, stamp
+from raytune_emotion.storage.locations import File, Location
 
 SPLITS: dict[str, str] = {"train": "train_set", "val": "val_set"}
-
-#: How far from one a row may sum; the published files stay within 1e-6.
-SUM_TOLERANCE = 1e-3
 
 _ANNOTATION = "_prob_rank.txt"
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp"})
@@ -86,6 +84,22 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class SplitFiles:
+    """The files of a split that may be rows, sorted by name."""
+
+    annotations: Sequence[File]
+    images: Sequence[File]
+
+
+@dataclass(frozen=True)
+class FaceFolder:
+    """A folder in the layout of AffectNetFused, and the list of its files."""
+
+    location: Location
+    splits: Mapping[str, SplitFiles]  # train, val
+
+
+@dataclass(frozen=True)
 class Scan:
     """A folder whose annotations have been read and whose images have not."""
 
@@ -94,35 +108,50 @@ class Scan:
     faults: Sequence[Fault]
 
 
-def check_layout(root: Source) -> None:
-    """Whether a folder has the layout of AffectNetFused.
+def check_layout(root: Location) -> None:
+    """Find out whether a folder has the layout of AffectNetFused, without listing its files.
 
     Raises:
         UserError: it has not.
     """
-    found = {f"{folder}/{sub}" for folder in SPLITS.values() for sub in folders(root, folder)}
+    found = {f"{folder}/{sub}" for folder in SPLITS.values() for sub in root.list_folders(folder)}
     wanted = [f"{folder}/{sub}" for folder in SPLITS.values() for sub in ("annotations", "images")]
     missing = [name for name in wanted if name not in found]
-    if missing and not exists(root):
-        raise UserError(f"{shown(root)}: there is no such folder")
+    if missing and not root.exists():
+        raise UserError(f"{root}: there is no such folder")
     if missing:
         raise UserError(
-            f"{shown(root)}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
+            f"{root}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
             f" missing {'is' if len(missing) == 1 else 'are'} {', '.join(missing)}"
         )
 
 
-def scan(root: Source, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
-    """Reads every annotation of a folder and finds its image; the images are not opened.
+def list_faces(root: Location) -> FaceFolder:
+    """List the files of a folder.
 
     Raises:
-        UserError: the folder has not the layout of AffectNetFused. Faults of single rows are not raised.
+        UserError: the folder has not the layout of AffectNetFused.
     """
+    check_layout(root)
+    return FaceFolder(
+        root,
+        {
+            split: SplitFiles(
+                sorted(file for file in root.list_files(f"{folder}/annotations") if _annotation_id(file.name)),
+                sorted(file for file in root.list_files(f"{folder}/images") if _image_id(file.name)),
+            )
+            for split, folder in SPLITS.items()
+        },
+    )
+
+
+def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
+    """Read every annotation of a folder and find its image; the images are not opened, and no fault is raised."""
     rows: dict[str, list[Row]] = {}
     unlabelled: dict[str, list[File]] = {}
     faults: list[Fault] = []
-    for split, found in _list(root).items():
-        folder = SPLITS[split]
+    for split, files in faces.splits.items():
+        found, folder = _by_id(files), SPLITS[split]
         rows[split], unlabelled[split] = [], []
 
         def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
@@ -139,7 +168,7 @@ def scan(root: Source, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> 
         ids = sorted(found.annotations & found.images.keys())
         names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
         tasks = [
-            (root, names[start : start + _ANNOTATIONS_PER_TASK], classes)
+            (faces.location, names[start : start + _ANNOTATIONS_PER_TASK], classes)
             for start in range(0, len(names), _ANNOTATIONS_PER_TASK)
         ]
         annotations = (annotation for part in pmap(_read_annotations, tasks) for annotation in part)
@@ -182,51 +211,33 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     return values
 
 
-def native_size(root: Source, most: int) -> int:
-    """The side at which a folder's images lose nothing: the median of their shorter sides, px, at most `most`.
+def native_size(faces: FaceFolder, most: int) -> int:
+    """Return the side at which images lose nothing: the median of their shorter sides, px, at most `most`.
 
-    Taken from the headers of some of the training images; those that cannot be read are left to the packing to refuse.
-
-    Raises:
-        UserError: the folder has not the layout of AffectNetFused.
+    It is taken from the headers of some training images; those that cannot be read are left to the packing to refuse.
     """
-    names = _train_images(root)
+    names = [file.name for file in faces.splits["train"].images]
     sides = []
-    for content in read(root, names[:: max(1, len(names) // _SIZES_READ)]):
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+    for content in faces.location.read_all(names[:: max(1, len(names) // _SIZES_READ)]):
+        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             if isinstance(content, bytes):
                 sides.append(min(Image.open(io.BytesIO(content), formats=FORMATS).size))
     return max(16, min(most, int(statistics.median(sides)))) if sides else most
 
 
-def count_images(root: Source) -> int:
-    """How many training images a folder has, by their names alone.
-
-    Raises:
-        UserError: the folder has not the layout of AffectNetFused.
-    """
-    return len(_train_images(root))
-
-
-def quick_fingerprint(root: Source) -> str:
-    """A hash of the names, sizes and modification times of a folder's images and annotations, read from no file.
-
-    Raises:
-        UserError: the folder has not the layout of AffectNetFused.
-    """
-    check_layout(root)
+def quick_fingerprint(faces: FaceFolder) -> str:
+    """Hash the names, sizes and modification times of a folder's images and annotations, without reading a file."""
     digest = hashlib.sha256()
-    for folder in SPLITS.values():
-        for sub in ("annotations", "images"):
-            kept = [file for file in files(root, folder, sub) if _annotation_id(file.name) or _image_id(file.name)]
+    for split, folder in SPLITS.items():
+        for sub, kept in (("annotations", faces.splits[split].annotations), ("images", faces.splits[split].images)):
             digest.update(f"{folder}/{sub}\0{len(kept)}\0".encode())
-            for file in sorted(kept):
-                digest.update(os.fsencode(file.name) + f"\0{stamp(root, file)}\0".encode())
+            for file in kept:
+                digest.update(os.fsencode(file.name) + f"\0{faces.location.stamp(file)}\0".encode())
     return digest.hexdigest()
 
 
-def sentences(root: Source, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
-    """One sentence for each kind of fault, with its count and the first names."""
+def sentences(root: Location, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
+    """Write one sentence for each kind of fault, with its count and the first names."""
     advice = {
         Kind.COUNT: f"expected are the {len(classes)} classes {', '.join(classes)}: if the folder was made with"
         " another list, name it in data.classes",
@@ -246,42 +257,28 @@ def sentences(root: Source, faults: Sequence[Fault], classes: tuple[str, ...] = 
         if len(group) > _NAMED:
             names.append(f"and {len(group) - _NAMED} more")
         count = "1 file" if len(group) == 1 else f"{len(group)} files"
-        sentence = f"{shown(root)}: {kind.value} ({count}): {', '.join(names)}"
+        sentence = f"{root}: {kind.value} ({count}): {', '.join(names)}"
         told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
     return told
 
 
 @dataclass(frozen=True)
-class _Files:
-    annotations: set[str]  # ids
-    images: dict[str, list[File]]  # by id
-    misnamed: list[str]
+class _Ids:
+    annotations: set[str]
+    images: dict[str, list[File]]
+    misnamed: list[str]  # files
 
 
-def _list(root: Source) -> dict[str, _Files]:
-    check_layout(root)
-    listed = {}
-    for split, folder in SPLITS.items():
-        found = _Files(set(), defaultdict(list), [])
-        for file in files(root, folder, "annotations"):
-            if id_ := _annotation_id(file.name):
-                if _is_utf8(file.name):
-                    found.annotations.add(id_)
-                else:
-                    found.misnamed.append(file.name)
-        for file in sorted(files(root, folder, "images")):
-            if id_ := _image_id(file.name):
-                if _is_utf8(file.name):
-                    found.images[id_].append(file)
-                else:
-                    found.misnamed.append(file.name)
-        listed[split] = found
-    return listed
-
-
-def _train_images(root: Source) -> list[str]:
-    check_layout(root)
-    return sorted(file.name for file in files(root, SPLITS["train"], "images") if _image_id(file.name))
+def _by_id(files: SplitFiles) -> _Ids:
+    found = _Ids(set(), defaultdict(list), [])
+    for file in (*files.annotations, *files.images):
+        if not _is_utf8(file.name):
+            found.misnamed.append(file.name)
+        elif id_ := _annotation_id(file.name):
+            found.annotations.add(id_)
+        else:
+            found.images[_image_id(file.name)].append(file)
+    return found
 
 
 # Hidden files are nobody's rows: unpacking on a Mac leaves a `._5.jpg` beside each `5.jpg`.
@@ -314,13 +311,13 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def _read_annotations(task: tuple[Source, Sequence[str], tuple[str, ...]]) -> list[tuple[float, ...] | Flaw]:
+def _read_annotations(task: tuple[Location, Sequence[str], tuple[str, ...]]) -> list[tuple[float, ...] | Flaw]:
     root, names, classes = task
     return [
         Flaw(Kind.UNREADABLE, content.strerror or str(content))
         if isinstance(content, OSError)
         else parse_annotation(content, classes)
-        for content in read(root, names)
+        for content in root.read_all(names)
     ]
 
 

@@ -16,16 +16,15 @@ from raytune_emotion.data.cores import usable_cores
 #: `map`, or a parallel one that keeps the order.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
-_TASKS_WORTH_A_POOL = 32  # some 40 ms each, and a quarter of a second to start a process
+_TASKS_WORTH_A_POOL = 16  # some 50 ms each, and a quarter of a second to start a process
 
 
 @contextlib.contextmanager
-def processes(workers: int | None, *, least: int = _TASKS_WORTH_A_POOL) -> Iterator[Map]:
+def processes(workers: int | None) -> Iterator[Map]:
     """A `map` that keeps the order, over processes that are started when there is enough to do for them.
 
     Args:
         workers: how many; 1: this process. By default one a core, or this one where there is little to do.
-        least: by default, so many tasks are worth processes.
     """
     cores = usable_cores()
     executor = ProcessPoolExecutor(
@@ -34,7 +33,7 @@ def processes(workers: int | None, *, least: int = _TASKS_WORTH_A_POOL) -> Itera
 
     def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         tasks = list(tasks)
-        if workers == 1 or (workers is None and (cores == 1 or len(tasks) < least)):
+        if workers == 1 or (workers is None and (cores == 1 or len(tasks) < _TASKS_WORTH_A_POOL)):
             return map(function, tasks)
         with _spawning():
             return executor.map(function, tasks)

@@ -3,145 +3,165 @@
 import hashlib
 import shutil
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
 
 from raytune_emotion.config import DataConfig
-from raytune_emotion.data import affectnet, shard_format
+from raytune_emotion.data import shard_format
+from raytune_emotion.data.affectnet import FaceFolder, check_layout, list_faces, native_size, quick_fingerprint
 from raytune_emotion.data.packing.pack import pack_sizes, tell_rejected
-from raytune_emotion.data.store import (
-    ABANDONED_S,
-    Store,
-    is_store,
-    open_store,
-    packed_sizes,
-    read_manifest,
-    stores_at,
-)
+from raytune_emotion.data.shard_format import Manifest
+from raytune_emotion.data.store import Store, find_stores, is_store, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import sweep
 from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.storage.locations import shown
+from raytune_emotion.storage.locations import ABANDONED_S, Folder, Location, location_of
 from raytune_emotion.terminal import warn
 
 
-def check_data(place: Path | str) -> None:
-    """Whether there is something to train on: a store, or a folder of images.
+@dataclass(frozen=True)
+class Data:
+    """What there is to train on: packed stores, or a folder of faces that is packed on first use.
+
+    It is looked at once: manifests are read, and a folder is listed, when they are first asked for.
+    """
+
+    location: Location
+    stores: tuple[Location, ...]  # empty for a folder of faces
+
+    @cached_property
+    def manifests(self) -> Mapping[int, tuple[Location, Manifest]]:
+        """By image size, px, where there is a store, and what describes it."""
+        read = [(store, read_manifest(store)) for store in self.stores]
+        return {manifest.image_size: (store, manifest) for store, manifest in read}
+
+    @cached_property
+    def faces(self) -> FaceFolder:
+        return list_faces(self.location)
+
+    def own_size(self) -> int:
+        """Return the image size of a store, px; of a folder that of its images, but no more than the default.
+
+        Raises:
+            UserError: there are several stores.
+        """
+        packed = sorted(self.manifests)
+        if len(packed) > 1:
+            held = ", ".join(map(str, packed))
+            raise UserError(f"{self.location}: holds stores of {held} px; choose by data.image_size")
+        return packed[0] if packed else native_size(self.faces, DataConfig().image_size)
+
+    def count_rows(self) -> int:
+        """Return how many images there are to train on, by names and manifests alone."""
+        for _, manifest in self.manifests.values():
+            return manifest.splits["train"].rows
+        return len(self.faces.splits["train"].images)
+
+
+def find_data(place: Data | Location | str | PathLike[str]) -> Data:
+    """Look what there is to train on at a location.
 
     Raises:
-        UserError: there is neither.
+        UserError: there is neither a store nor a folder in the layout of AffectNetFused.
     """
-    if not is_store(place):
-        affectnet.check_layout(place)
-
-
-def own_size(data: Path | str) -> int:
-    """The image size of a store, px; of a folder that of its images, but no more than the default.
-
-    Raises:
-        UserError: there are several stores.
-    """
-    packed = sorted(packed_sizes(data))
-    if len(packed) > 1:
-        held = ", ".join(map(str, packed))
-        raise UserError(f"{shown(data)}: holds stores of {held} px; choose by data.image_size")
-    if packed:
-        return packed[0]
-    return affectnet.native_size(data, DataConfig().image_size)
-
-
-def count_rows(data: Path | str) -> int:
-    """How many images there are to train on, by names and descriptions alone."""
-    if found := stores_at(data):
-        return read_manifest(found[0]).splits["train"].rows
-    return affectnet.count_images(data)
+    if isinstance(place, Data):
+        return place
+    location = location_of(place)
+    location.check(write=False)
+    data = Data(location, tuple(find_stores(location)))
+    if not data.stores:
+        check_layout(location)
+    return data
 
 
 def prepare(
-    data: Path | str, *, image_size: int | None, classes: tuple[str, ...] = EMOTIONS, skip_bad: bool = False
+    place: Data | Location | str | PathLike[str],
+    *,
+    image_size: int | None,
+    classes: tuple[str, ...] = EMOTIONS,
+    skip_bad: bool = False,
 ) -> Store:
-    """One store to train from, as `prepare_sizes` has them.
+    """Find or make one store to train from, as `prepare_sizes` does.
 
     Args:
-        data: see `prepare_sizes`.
+        place: a store or several side by side, or a folder in the layout of AffectNetFused; on a disk or at a URI.
         image_size: side of the square images, px; None: the store's own, or that of the folder's images, but no more
             than the default.
         classes: see `prepare_sizes`.
         skip_bad: see `prepare_sizes`.
+
+    Raises:
+        UserError: there is neither; see `prepare_sizes`.
     """
-    sizes = () if image_size is None else (image_size,)
-    (store,) = prepare_sizes(data, sizes, classes=classes, skip_bad=skip_bad).values()
-    return store
+    data = find_data(place)
+    size = data.own_size() if image_size is None else image_size
+    return prepare_sizes(data, (size,), classes=classes, skip_bad=skip_bad)[size]
 
 
 def prepare_sizes(
-    data: Path | str,
+    data: Data,
     image_sizes: Collection[int],
     *,
     classes: tuple[str, ...] = EMOTIONS,
     skip_bad: bool = False,
 ) -> dict[int, Store]:
-    """Stores to train from: those at data, or packed in one pass from the folder at data and kept in the cache.
+    """Open stores to train from; a folder of faces is packed in one pass into the cache.
 
     A folder is packed again when a name, a size or a modification time in it, the image size, the classes or
     skip_bad is another.
 
     Args:
-        data: a store or several side by side, or a folder in the layout of AffectNetFused; on a disk or at a URI.
-        image_sizes: sides of the square images, px; none: the one as in `prepare`.
+        data: where the stores or the faces are.
+        image_sizes: sides of the square images, px.
         classes: names of the K values of an annotation, in order; a store must have been packed with them.
         skip_bad: as in `pack`.
 
     Raises:
-        UserError: data is neither; a store is of other sizes or other classes; see `pack`.
+        UserError: a store is of other sizes or other classes; see `pack`.
     """
-    if packed := packed_sizes(data):
-        return _chosen(data, packed, image_sizes or (own_size(data),), classes)
-    check_data(data)
-    image_sizes = image_sizes or (own_size(data),)
-    name = data.resolve().name if isinstance(data, Path) else remote.name_of(data)
-    files, cache = affectnet.quick_fingerprint(data), cache_folder() / "stores"
+    if data.manifests:
+        return _open_packed(data, image_sizes, classes)
+    files, cache = quick_fingerprint(data.faces), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
         wanted = (shard_format.VERSION, files, size, classes, skip_bad)
         key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:20]
-        dests[size] = dest = cache / f"{name}-{size}px-{key}"
+        dests[size] = dest = Folder(cache / f"{data.location.name}-{size}px-{key}")
         if is_store(dest):
             try:
                 tell_rejected(dest, open_store(dest).rejected)
             except UserError as error:
                 warn(f"{error}\n{dest}: packed again")
-                shutil.rmtree(dest, ignore_errors=True)
+                shutil.rmtree(dest.path, ignore_errors=True)
     sweep(cache, ABANDONED_S)
     while missing := {size: dest for size, dest in dests.items() if not is_store(dest)}:
         for size, dest in missing.items():
-            warn(f"{shown(data)}: packed once, at {size} px, into {dest}")
+            warn(f"{data.location}: packed once, at {size} px, into {dest}")
         try:
-            pack_sizes(data, missing, classes=classes, skip_bad=skip_bad)
+            pack_sizes(data.faces, missing, classes=classes, skip_bad=skip_bad)
         except UserError:
             if not any(map(is_store, missing.values())):  # else another process was faster
                 raise
     return {size: open_store(dest) for size, dest in dests.items()}
 
 
-def _chosen(
-    data: Path | str, packed: Mapping[int, Path | str], image_sizes: Collection[int], classes: tuple[str, ...]
-) -> dict[int, Store]:
-    """Those of the stores at a place that are asked for."""
-    name, held = shown(data), ", ".join(map(str, sorted(packed)))
+def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, ...]) -> dict[int, Store]:
+    """Open those of the packed stores that are asked for."""
+    held = ", ".join(map(str, sorted(data.manifests)))
     faults = [
-        f"{name}: the store holds images of {held} px, and data.image_size is {size}; set data.image_size to"
+        f"{data.location}: the store holds images of {held} px, and data.image_size is {size}; set data.image_size to"
         f" {held.replace(', ', ' or ')}, or pack the folder again at {size}"
         for size in image_sizes
-        if size not in packed
+        if size not in data.manifests
     ]
-    chosen = {size: packed[size] for size in image_sizes if size in packed}
+    chosen = {size: data.manifests[size] for size in image_sizes if size in data.manifests}
     faults += [
-        f"{name}: the store has the classes {', '.join(found)}, and data.classes is {', '.join(classes)}"
-        for found in dict.fromkeys(read_manifest(place).classes for place in chosen.values() or packed.values())
+        f"{data.location}: the store has the classes {', '.join(found)}, and data.classes is {', '.join(classes)}"
+        for found in dict.fromkeys(manifest.classes for _, manifest in (chosen or data.manifests).values())
         if found != classes
     ]
     if faults:
         raise UserError(faults)
-    return {size: open_store(place) for size, place in chosen.items()}
+    return {size: open_store(store) for size, (store, _) in chosen.items()}

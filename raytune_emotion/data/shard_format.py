@@ -6,24 +6,23 @@
 """
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.atomic import whole
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.csv"
 VERSION = 1
+#: How far from one the probabilities of a row may sum.
+SUM_TOLERANCE = 1e-3
 
 _AGAIN = "the store is damaged, pack the folder again"
 
@@ -40,12 +39,18 @@ class SplitEntry(BaseModel):
     rows: int = Field(ge=1)
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> "SplitEntry":
+        if self.rows != sum(shard.rows for shard in self.shards):
+            raise ValueError(f"{self.rows} rows, and {sum(shard.rows for shard in self.shards)} in its shards")
+        return self
+
 
 class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["raytune_emotion.store"]
     version: Literal[1]
-    fingerprint: str
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")  # a part of paths in the cache
     image_size: int = Field(gt=0)
     classes: tuple[str, ...] = Field(min_length=2)
     rejected: int = Field(ge=0)
@@ -95,66 +100,31 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest, faults: list
             return None
         images = batch.column("image").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, size, size, 3)
         probs = batch.column("probs").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, k)
+        # In single precision. NaN is not within the tolerance.
+        with np.errstate(invalid="ignore", over="ignore"):
+            sound = probs.min() >= 0 and (abs(probs.sum(axis=1) - 1) <= SUM_TOLERANCE + 1e-6 * k).all()
+        if not sound:
+            faults.append(f"{path}: holds probabilities that do not sum to 1; {_AGAIN}")
+            return None
         return Shard(batch.column("id").to_pylist(), images, probs)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         faults.append(f"{path}: no readable Arrow file ({error}); {_AGAIN}")
         return None
 
 
-def begin_shard(path: Path, ids: Sequence[str], prob_NK: npt.NDArray[np.float32], image_size: int) -> int:
-    """Writes all of a shard but its pixels, and leaves those that are there; returns where in the file they begin."""
-    schema = _schema(image_size, prob_NK.shape[1])
-    length = len(ids) * image_size * image_size * 3
-    pixels = pa.py_buffer(np.zeros(length, np.uint8))  # never touched, so it takes no memory
-    batch = pa.record_batch(
-        [
-            pa.array(ids, pa.string()),
-            pa.FixedSizeListArray.from_arrays(
-                pa.Array.from_buffers(pa.uint8(), length, [None, pixels]), type=schema.field("image").type
-            ),
-            pa.FixedSizeListArray.from_arrays(pa.array(prob_NK.reshape(-1)), type=schema.field("probs").type),
-        ],
-        schema=schema,
-    )
-    path.touch()
-    with path.open("r+b") as file:
-        sink = _Gap(file, pixels)
-        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
-            writer.write_batch(batch)
-        file.truncate()
-    assert sink.offset > 0
-    return sink.offset
-
-
-class _Gap:
-    """A file in which the place of one buffer is passed over."""
-
-    def __init__(self, file: BinaryIO, buffer: Any) -> None:
-        self.file, self.address, self.offset = file, buffer.address, -1
-        self.closed = False
-
-    def write(self, data: Any) -> int:
-        if isinstance(data, pa.Buffer) and data.address == self.address:
-            self.offset = self.file.tell()
-            self.file.seek(data.size, os.SEEK_CUR)
-            return int(data.size)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def keep_rows(path: Path, kept: Sequence[bool]) -> None:
-    """Drops the other rows of a shard; all of it where none is kept."""
-    if not any(kept):
-        path.unlink()
-        return
-    batch = _map_batch(path).filter(pa.array(kept))
-    with whole(path) as temporary, pa.ipc.new_file(str(temporary), batch.schema) as writer:
-        writer.write_batch(batch)
+def write_shard(
+    path: Path, ids: Sequence[str], image_NHWC: npt.NDArray[np.uint8], prob_NK: npt.NDArray[np.float32]
+) -> None:
+    """Write a shard's file in one go. The pixels, C-contiguous, are not copied."""
+    schema = _schema(image_NHWC.shape[1], prob_NK.shape[1])
+    pixels = pa.Array.from_buffers(pa.uint8(), image_NHWC.size, [None, pa.py_buffer(image_NHWC)])
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.FixedSizeListArray.from_arrays(pixels, type=schema.field("image").type),
+        pa.FixedSizeListArray.from_arrays(pa.array(prob_NK.reshape(-1)), type=schema.field("probs").type),
+    ]
+    with pa.ipc.new_file(str(path), schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 def fingerprint(
@@ -179,20 +149,3 @@ def _map_batch(path: Path) -> Any:
         if reader.num_record_batches != 1:
             raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches in place of one")
         return reader.get_batch(0)
-
-
-#: What to do about a disk that is full.
-MORE_ROOM = "choose a disk with room (for the cache: XDG_CACHE_HOME) or a smaller image size"
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Whether the disk has room for so many bytes, some of which may lie in the folder already.
-
-    Raises:
-        UserError: it has not.
-    """
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-    if needed > free:
-        raise UserError(
-            f"{folder.parent}: the store takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {MORE_ROOM}"
-        )

@@ -6,11 +6,11 @@ may lie side by side, as `pack` leaves them: in a place's folders 64px, 96px, ..
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,13 @@ import numpy.typing as npt
 from raytune_emotion.data import shard_format
 from raytune_emotion.data.decode import pixels_digest
 from raytune_emotion.data.progress import progress
-from raytune_emotion.data.shard_format import MANIFEST, Manifest, check_space, open_shard, parse_manifest
+from raytune_emotion.data.shard_format import MANIFEST, Manifest, open_shard, parse_manifest
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import resumable_folder, sweep, write_text
-from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.terminal import warn
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Folder, Location, check_space, location_of
 
 #: Names of stores of several sizes that lie side by side.
 _SIDE_BY_SIDE = "[0-9]*px"
-ABANDONED_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Split:
 @dataclass(frozen=True)
 class Store:
     path: Path
-    place: str  # by which other machines open it: the folder, or the URI that it was fetched from
+    address: str  # by which other machines open it: the folder, or the URI that it was fetched from
     image_size: int
     classes: tuple[str, ...]
     fingerprint: str  # of the content: classes, ids, pixels, probabilities
@@ -93,70 +90,56 @@ class Store:
     rejected: int  # rows of the source that were set aside when it was packed
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return open_store, (self.place,)
+        return open_store, (self.address,)
 
 
-def is_store(place: Path | str) -> bool:
-    """Whether there is a store, or several side by side, in a folder or at a URI.
-
-    Raises:
-        UserError: the URI cannot be read, or has credentials in it.
-    """
-    place = remote.place(place) if isinstance(place, str) else place
-    if isinstance(place, str):
-        refuse_credentials(place)
-        remote.check(place, write=False)
-    return bool(stores_at(place))
-
-
-def packed_sizes(place: Path | str) -> dict[int, Path | str]:
-    """Where there is a store of each image size, px, in a folder or at a URI; nothing where there is none.
+def is_store(place: Location | str | PathLike[str]) -> bool:
+    """Tell whether there is a store, or several side by side, at a location.
 
     Raises:
-        UserError: what describes one of them is damaged.
+        UserError: the location cannot be read, or has credentials in it.
     """
-    return {read_manifest(store).image_size: store for store in stores_at(place)}
+    location = location_of(place)
+    location.check(write=False)
+    return bool(find_stores(location))
 
 
-def read_manifest(place: Path | str) -> Manifest:
-    """What describes the store in a folder or at a URI.
+def find_stores(location: Location) -> list[Location]:
+    """Find the stores at a location: itself, or those side by side in it."""
+    # Not by all that is below, for it may be a folder of images.
+    beside = sorted(name for name in location.list_folders() if fnmatch(name, _SIDE_BY_SIDE))
+    places = [location, *(location / name for name in beside)]
+    return [place for place in places if place.sizes([MANIFEST]) != [None]]
+
+
+def read_manifest(location: Location) -> Manifest:
+    """Read what describes the store at a location.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if isinstance(place, Path):
-        name, raw = str(place), (place / MANIFEST).read_bytes() if (place / MANIFEST).is_file() else None
-    else:
-        name, raw = remote.shown(place), remote.read(place, MANIFEST)
+    raw = location.read(MANIFEST)
     if raw is None:
-        raise UserError(f"{name}: no packed store, for it has no {MANIFEST}")
-    return parse_manifest(raw, f"{name}/{MANIFEST}")
+        raise UserError(f"{location}: no packed store, for it has no {MANIFEST}")
+    return parse_manifest(raw, f"{location}/{MANIFEST}")
 
 
-def open_store(place: Path | str) -> Store:
-    """Maps a store into memory; its pixels are not read before they are gathered. One at a URI is first fetched.
+def open_store(place: Location | str | PathLike[str]) -> Store:
+    """Map a store into memory; its pixels are not read before they are gathered. One at a URI is first fetched.
 
     Raises:
         UserError: with a sentence for everything that is missing, damaged or of another version.
         Breakdown: a URI cannot be read again and again.
     """
-    place = remote.place(place) if isinstance(place, str) else place
-    return _fetched(place) if isinstance(place, str) else _map(place)
-
-
-def stores_at(place: Path | str) -> list[Path | str]:
-    """The stores at a place: itself, or those side by side in it."""
-    if isinstance(place, Path):
-        files = [place / MANIFEST, *sorted(place.glob(f"{_SIDE_BY_SIDE}/{MANIFEST}"))]
-        return [file.parent for file in files if file.is_file()]
-    # Not by all that is below, for it may be a folder of images.
-    infos = remote.listed(place)
-    stores = [remote.join(place, info.base_name) for info in infos if fnmatch(info.base_name, _SIDE_BY_SIDE)]
-    return [uri for uri in (place, *sorted(stores)) if remote.sizes(uri, [MANIFEST]) != [None]]
+    location = location_of(place)
+    manifest = read_manifest(location)
+    key = f"{location.name}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
+    path = location.cache_here(key, check=_map, fetch=lambda folder: _fetch(location, manifest, folder))
+    return dataclasses.replace(_map(path), address=location.address)
 
 
 def _map(path: Path) -> Store:
-    manifest = read_manifest(path)
+    manifest = read_manifest(Folder(path))
     faults: list[str] = []
     splits: dict[str, Split] = {}
     for name, entry in manifest.splits.items():
@@ -182,38 +165,16 @@ def _map(path: Path) -> Store:
     )
 
 
-def _fetched(uri: str) -> Store:
-    """The copy in this machine's cache of the store at a URI; made once, by whichever process comes first."""
-    refuse_credentials(uri)
-    manifest = read_manifest(uri)
-    name = f"{remote.name_of(uri)}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
-    dest = cache_folder() / "stores" / name
-    if is_store(dest):
-        try:
-            return dataclasses.replace(_map(dest), place=uri)
-        except UserError as error:
-            warn(f"{error}\n{dest}: fetched again")
-            shutil.rmtree(dest, ignore_errors=True)
-    sweep(dest.parent, ABANDONED_S)
-    try:
-        with resumable_folder(dest) as folder:
-            warn(f"{remote.shown(uri)}: fetched once, into {dest}")
-            _fetch(uri, manifest, folder)
-    except UserError:
-        if not is_store(dest):  # else another process was faster
-            raise
-    return dataclasses.replace(_map(dest), place=uri)
-
-
-def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
+def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
+    """Copy a store into a folder of this machine, and validate its content."""
     sizes = {shard.file: shard.bytes for entry in manifest.splits.values() for shard in entry.shards}
-    check_space(folder, sum(sizes.values()))
+    check_space(folder, sum(sizes.values()), "choose another disk for the cache by XDG_CACHE_HOME")
     here = {file.name: file.stat().st_size for file in folder.iterdir()}
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
     with progress() as bars:
         for file in bars.track(wanted, description="fetching files"):
-            remote.pull(uri, folder, [file])
-    remote.pull(uri, folder, [shard_format.REJECTED])
+            location.pull(folder, [file])
+    location.pull(folder, [shard_format.REJECTED])
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     store = _map(folder)
     rows = (
@@ -222,13 +183,4 @@ def _fetch(uri: str, manifest: Manifest, folder: Path) -> None:
         for id_, image, prob_K in zip(split.ids, itertools.chain(*split.shards), split.prob_NK, strict=True)
     )
     if shard_format.fingerprint(store.image_size, store.classes, rows) != store.fingerprint:
-        raise UserError(f"{remote.shown(uri)}: its files are not those of its {MANIFEST}; copy the store there again")
-
-
-def refuse_credentials(uri: str) -> None:
-    address = uri.partition("?")[0]
-    if remote.shown(address) != address:
-        raise UserError(
-            f"{remote.shown(uri)}: has credentials in it, which would be written into studies; leave them to the"
-            f" environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+        raise UserError(f"{location}: its files are not those of its {MANIFEST}; copy the store there again")

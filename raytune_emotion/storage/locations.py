@@ -21,16 +21,21 @@ import io
 import os
 import shutil
 import tempfile
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.atomic import LOCK, alone_in, resumable_folder, sweep, whole
 from raytune_emotion.storage.cache import cache_folder
+from raytune_emotion.terminal import warn
+
+#: After which what an attempt has left in the cache is removed.
+ABANDONED_S = 7 * 24 * 3600.0
 
 
 class File(NamedTuple):
@@ -41,7 +46,8 @@ class File(NamedTuple):
 class Location(ABC):
     """A folder on this machine or at a URI. `str` shows it as the user wrote it.
 
-    Calls to a URI raise Breakdown when they fail again and again, calls to a folder OSError.
+    It crosses processes and machines. A call to a URI that fails again and again raises Breakdown, one to a folder
+    OSError.
     """
 
     @property
@@ -129,6 +135,65 @@ class Location(ABC):
         Raises:
             UserError: the location cannot be read; what the block raises, in words of the location.
         """
+
+    @abstractmethod
+    def publish(self) -> contextlib.AbstractContextManager[Path]:
+        """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
+
+        They are copied when the block ends well.
+        """
+
+    @abstractmethod
+    def check_out(self, *patterns: str) -> Path:
+        """Bring the working folder up to date with the files that match a pattern, and return it.
+
+        In the working folder of a URI nothing else is left. The caller holds its lock.
+        """
+
+    @abstractmethod
+    def set_aside_copy(self) -> None:
+        """Move what the working folder of a URI holds to a folder beside it, and tell so. The caller holds its lock."""
+
+    @abstractmethod
+    def free_working_folder(self) -> None:
+        """Let no working folder be there, so that it can be made anew; what the one of a URI holds is set aside.
+
+        Raises:
+            UserError: another process is at work in it.
+        """
+
+    @abstractmethod
+    def build(self) -> "contextlib.AbstractContextManager[Location]":
+        """Make a new folder: the block writes its files at the location that it gets.
+
+        Here the folder appears at once, when the block ends well. At a URI its files appear one by one, so that the
+        block writes last what tells that the others are there. What breaks off is kept for the next attempt.
+
+        Raises:
+            UserError: the folder exists.
+        """
+
+    @abstractmethod
+    def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
+        """Return the folder's path; of one at a URI, that of its copy in this machine's cache, which is made once.
+
+        Args:
+            key: the name of the copy, another one for other content.
+            check: raises UserError for a copy that is to be made again.
+            fetch: fills a folder, in which an attempt that broke off has left its files.
+        """
+
+    @abstractmethod
+    def check_space(self, needed: int, advice: str) -> None:
+        """Find out whether the disk has room for so many bytes, some of which may lie in the folder already.
+
+        Raises:
+            UserError: it has not; the sentence ends with the advice.
+        """
+
+    @abstractmethod
+    def is_reachable(self) -> bool:
+        """Tell whether this machine sees the folder: all machines see a URI, and a folder those that share it."""
 
     @abstractmethod
     def working_folder(self) -> Path:
@@ -240,6 +305,33 @@ class Folder(Location):
     def copy_here(self, *patterns: str) -> Iterator[Path]:
         yield self.path
 
+    @contextlib.contextmanager
+    def publish(self) -> Iterator[Path]:
+        yield self.path
+
+    def check_out(self, *patterns: str) -> Path:
+        return self.working_folder()
+
+    def set_aside_copy(self) -> None:
+        pass
+
+    def free_working_folder(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def build(self) -> Iterator[Location]:
+        with resumable_folder(self.path) as folder:
+            yield Folder(folder)
+
+    def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
+        return self.path
+
+    def check_space(self, needed: int, advice: str) -> None:
+        check_space(self.path, needed, advice)
+
+    def is_reachable(self) -> bool:
+        return self.path.is_dir()
+
     def working_folder(self) -> Path:
         return self.path.absolute()
 
@@ -256,6 +348,7 @@ class Remote(Location):
 
     def __post_init__(self) -> None:
         remote.refuse_credentials(self.uri)
+        remote.refuse_odd_name(self.uri)
 
     def __str__(self) -> str:
         return self.uri
@@ -332,6 +425,70 @@ class Remote(Location):
             except UserError as error:
                 raise UserError(fault.replace(str(folder), self.uri) for fault in error.faults) from None
 
+    @contextlib.contextmanager
+    def publish(self) -> Iterator[Path]:
+        self.check(write=True)
+        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+            folder = Path(scratch, self.name)
+            yield folder
+            self.push(folder, Folder(folder).find("*"))
+
+    def check_out(self, *patterns: str) -> Path:
+        folder = self.working_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
+        self.pull(folder, self.find(*patterns))
+        return folder
+
+    def set_aside_copy(self) -> None:
+        folder = self.working_folder()
+        aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+        for left in [path for path in folder.iterdir() if path.name != LOCK]:
+            aside.mkdir(exist_ok=True)
+            left.rename(aside / left.name)
+        if aside.exists():
+            warn(f"{self.uri}: what earlier work of this name has left on this machine is kept in {aside}")
+
+    def free_working_folder(self) -> None:
+        folder = self.working_folder()
+        if folder.exists():
+            with alone_in(folder):
+                self.set_aside_copy()
+                shutil.rmtree(folder)
+
+    @contextlib.contextmanager
+    def build(self) -> Iterator[Location]:
+        yield self
+
+    def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
+        dest = cache_folder() / "stores" / key
+        if dest.exists():
+            try:
+                check(dest)
+            except UserError as error:
+                warn(f"{error}\n{dest}: fetched again")
+                shutil.rmtree(dest, ignore_errors=True)
+        sweep(dest.parent, ABANDONED_S)
+        while not dest.exists():
+            try:
+                with resumable_folder(dest) as folder:
+                    warn(f"{self.uri}: fetched once, into {dest}")
+                    fetch(folder)
+            except UserError:
+                if not dest.exists():  # else another process was faster
+                    raise
+        return dest
+
+    def check_space(self, needed: int, advice: str) -> None:
+        pass
+
+    def is_reachable(self) -> bool:
+        return True
+
     def working_folder(self) -> Path:
         return cache_folder() / "studies" / hashlib.sha256(self.uri.encode()).hexdigest()[:20] / self.name
 
@@ -356,66 +513,21 @@ def location_of(place: Location | str | os.PathLike[str]) -> Location:
     return place if isinstance(place, Location) else parse_location(os.fspath(place))
 
 
+def check_space(folder: Path, needed: int, advice: str) -> None:
+    """Find out whether the disk has room for so many bytes, some of which may lie in the folder already.
+
+    Raises:
+        UserError: it has not; the sentence ends with the advice.
+    """
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
+    if needed > free:
+        raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; {advice}")
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-# Until the data modules use `Location`.
-
-Source = Path | str
-
-
-def below(source: Source, *names: str) -> Source:
-    return source.joinpath(*names) if isinstance(source, Path) else remote.join(source, *names)
-
-
-def shown(source: Source) -> str:
-    return remote.shown(str(source))
-
-
-def exists(source: Source) -> bool:
-    return source.exists() if isinstance(source, Path) else remote.exists(source)
-
-
-def folders(source: Source, folder: str) -> list[str]:
-    """The names of the folders in a folder; none where that is not there."""
-    if isinstance(source, Path):
-        return [entry.name for entry in (source / folder).glob("*/")]
-    return [info.base_name for info in remote.listed(remote.join(source, folder)) if not info.is_file]
-
-
-def files(source: Source, *folder: str) -> list[File]:
-    """The files in a folder, in no order."""
-    start = "/".join(folder)
-    if isinstance(source, Path):
-        with os.scandir(source / start) as entries:
-            return [File(f"{start}/{entry.name}", "") for entry in entries if entry.is_file()]
-    infos = remote.listed(remote.join(source, *folder))
-    return [File(f"{start}/{info.base_name}", f"{info.size} {info.mtime_ns}") for info in infos if info.is_file]
-
-
-def stamp(source: Source, file: File) -> str:
-    """A file's size and modification time; empty where it is gone."""
-    if isinstance(source, Path):
-        with contextlib.suppress(OSError):
-            stat = (source / file.name).stat()
-            return f"{stat.st_size} {stat.st_mtime_ns}"
-    return file.stamp
-
-
-def read(source: Source, names: Iterable[str]) -> Iterator[bytes | OSError]:
-    """What each file holds, or why it cannot be read.
-
-    Raises:
-        Breakdown: a URI cannot be read again and again.
-    """
-    if isinstance(source, Path):
-        for name in names:
-            try:
-                with io.FileIO(f"{source}/{name}") as file:  # in half the time of Path.read_bytes
-                    yield file.readall()
-            except OSError as error:
-                yield error
-    else:
-        for content in remote.read_all(source, names):
-            yield FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) if content is None else content
+def uri_of(location: Location) -> str | None:
+    """Return the URI of a location; None for a folder. It goes when the execution of trials takes locations."""
+    return location.uri if isinstance(location, Remote) else None

@@ -82,6 +82,16 @@ def refuse_credentials(uri: str) -> None:
         )
 
 
+def refuse_odd_name(uri: str) -> None:
+    """Refuse a URI whose last part would be another folder where it names a folder of this machine.
+
+    Raises:
+        UserError: it is such a one.
+    """
+    if (name := name_of(uri)) and (not _is_inside(name) or "/" in name):
+        raise UserError(f"{uri}: its last part, {name!r}, is no name of a folder; name one")
+
+
 def refuse_outside(where: str, folder: Path, names: Iterable[str]) -> None:
     """Refuse names that somebody else has chosen and that lead out of the folder they are to be written into.
 
@@ -295,8 +305,6 @@ def _check() -> None:
             raise ValueError("it names no bucket and no folder")
         if filesystem.type_name not in (*_COPY, *_MOVE):
             raise ValueError(f"in a file system of type {filesystem.type_name} no file can replace another in one step")
-        if (name := name_of(uri)) and not _is_inside(name):
-            raise ValueError("its last part is no name of a folder")
         if not write:
             filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return

@@ -14,6 +14,7 @@ from raytune_emotion.data.affectnet import (
     SPLITS,
     Flaw,
     Kind,
+    list_faces,
     native_size,
     parse_annotation,
     quick_fingerprint,
@@ -22,8 +23,13 @@ from raytune_emotion.data.affectnet import (
 )
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Folder
 
 UNIFORM = ",".join(["0.076923"] * 13) + "\n"
+
+
+def listed(folder):
+    return list_faces(Folder(folder))
 
 
 def picture(seed, size=(20, 20)):
@@ -137,7 +143,7 @@ def test_the_folder_as_it_is_in_the_wild(tmp_path):
     for beside in ("Thumbs.db", "._5.jpg", "5.gif"):
         (tmp_path / "train_set/images" / beside).write_text("-1")
 
-    found = scan(tmp_path)
+    found = scan(listed(tmp_path))
     assert found.faults == []
     assert [row.id for row in found.rows["train"]] == ["100002", "5", "9", "a.b", "clip_7_0042_affwild"]
     names = [row.image.name.removeprefix("train_set/images/") for row in found.rows["train"]]
@@ -153,7 +159,7 @@ def test_orphans_and_doubles_are_faults(tmp_path):
     picture(0).save(train / "images/3.JPG")
     (train / "annotations/4_prob_rank.txt").write_text("")
 
-    found = scan(tmp_path)
+    found = scan(listed(tmp_path))
     assert [(f.split, f.file, f.kind, f.id) for f in found.faults] == [
         ("train", "train_set/annotations/1_prob_rank.txt", Kind.NO_IMAGE, "1"),
         ("train", "train_set/annotations/4_prob_rank.txt", Kind.EMPTY, "4"),
@@ -171,20 +177,20 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
     write_folder(tmp_path)
     strange = os.fsdecode(b"\xe9_prob_rank.txt")
     (tmp_path / "train_set/annotations" / strange).write_text(UNIFORM)
-    faults = scan(tmp_path).faults
+    faults = scan(listed(tmp_path)).faults
     assert [(f.file, f.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
-    assert sentences(tmp_path, faults)[0].encode() == (
+    assert sentences(Folder(tmp_path), faults)[0].encode() == (
         f"{tmp_path}: name is not UTF-8 (1 file): train_set/annotations/\\xe9_prob_rank.txt".encode()
     )
 
 
 def test_the_layout_is_told_where_it_is_missed(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
-        scan(tmp_path / "nowhere")
+        scan(listed(tmp_path / "nowhere"))
     write_row(tmp_path, "train", 1)
     (tmp_path / "val_set" / "images").mkdir(parents=True)
     with pytest.raises(UserError) as raised:
-        scan(tmp_path)
+        scan(listed(tmp_path))
     assert str(raised.value) == (
         f"{tmp_path}: not a folder in the layout of AffectNetFused, which has train_set/annotations, train_set/images,"
         " val_set/annotations, val_set/images; missing is val_set/annotations"
@@ -195,20 +201,20 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
     write_folder(tmp_path)
     for id_, count in ((1, 8), (4, 14)):
         (tmp_path / f"train_set/annotations/{id_}_prob_rank.txt").write_text(",".join([repr(1 / count)] * count))
-    assert sentences(tmp_path, scan(tmp_path).faults) == [
+    assert sentences(Folder(tmp_path), scan(listed(tmp_path)).faults) == [
         f"{tmp_path}: wrong number of values (2 files): train_set/annotations/1_prob_rank.txt (8 values for 13"
         " classes), train_set/annotations/4_prob_rank.txt (14 values for 13 classes); expected are the 13 classes"
         f" {', '.join(EMOTIONS)}: if the folder was made with another list, name it in data.classes"
     ]
     eight = EMOTIONS[:8]
-    assert [row.id for row in scan(tmp_path, eight).rows["train"]] == ["1"]
+    assert [row.id for row in scan(listed(tmp_path), eight).rows["train"]] == ["1"]
 
 
 def test_a_sentence_names_ten_files_and_counts_the_rest(tmp_path):
     write_folder(tmp_path, train=13)
     for annotation in (tmp_path / "train_set/annotations").iterdir():
         annotation.write_text("")
-    (sentence,) = sentences(tmp_path, scan(tmp_path).faults)
+    (sentence,) = sentences(Folder(tmp_path), scan(listed(tmp_path)).faults)
     assert "empty annotation (13 files)" in sentence
     assert sentence.count("_prob_rank.txt") == 10
     assert sentence.endswith(", and 3 more")
@@ -216,19 +222,19 @@ def test_a_sentence_names_ten_files_and_counts_the_rest(tmp_path):
 
 def test_the_quick_fingerprint_sees_what_matters_and_nothing_else(tmp_path):
     write_folder(tmp_path)
-    first = quick_fingerprint(tmp_path)
+    first = quick_fingerprint(listed(tmp_path))
     (tmp_path / "train_set/annotations/1_val.txt").write_text("0.3")
     (tmp_path / "train_set/images/Thumbs.db").write_text("")
-    assert quick_fingerprint(tmp_path) == first
+    assert quick_fingerprint(listed(tmp_path)) == first
 
     annotation = tmp_path / "train_set/annotations/1_prob_rank.txt"
     os.utime(annotation, (1, 1))
-    touched = quick_fingerprint(tmp_path)
+    touched = quick_fingerprint(listed(tmp_path))
     annotation.write_text(UNIFORM + "\n")
     os.utime(annotation, (1, 1))
-    longer = quick_fingerprint(tmp_path)
+    longer = quick_fingerprint(listed(tmp_path))
     annotation.rename(annotation.with_name("77_prob_rank.txt"))
-    assert len({first, touched, longer, quick_fingerprint(tmp_path)}) == 4
+    assert len({first, touched, longer, quick_fingerprint(listed(tmp_path))}) == 4
 
 
 def test_the_size_of_a_folder_is_that_of_the_pictures_that_can_be(tmp_path):
@@ -238,4 +244,4 @@ def test_the_size_of_a_folder_is_that_of_the_pictures_that_can_be(tmp_path):
     # The first chunk, behind the signature: length, name, width and height, five bytes more, checksum.
     header = whole[12:16] + struct.pack(">II", 60000, 60000) + whole[24:29]
     image.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
-    assert native_size(tmp_path, 224) == 20
+    assert native_size(listed(tmp_path), 224) == 20

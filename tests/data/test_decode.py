@@ -1,25 +1,25 @@
 import io
 import os
-from pathlib import Path
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from raytune_emotion.data.decode import (
-    DIGEST_BYTES,
-    DecodeTask,
-    Region,
-    _decode,
-    _draft_of_plain_jpeg,
+    Undecodable,
+    decode_at_sizes,
     decode_image,
-    decode_images,
+    files_key,
+    pictures_decoded_quietly,
+    pixels_digest,
 )
 from raytune_emotion.data.synthetic import draw_face
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import File
+from raytune_emotion.storage.locations import File, Folder
 from tests.data.test_affectnet import picture
 
 
@@ -28,11 +28,6 @@ def smooth(width, height):
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     channels = [255 * x, 255 * y, 127 + 100 * np.sin(4 * x + 3 * y)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
-
-
-def task(files, sizes, into=()):
-    """Of files in one folder."""
-    return DecodeTask(files[0].parent, [File(file.name, "") for file in files], sizes, into)
 
 
 def saved(tmp_path, image, name, **options):
@@ -118,27 +113,6 @@ def test_drafts_are_as_exact_as_is_said(tmp_path, file, side, most):
     assert 0 < error < most
 
 
-@settings(max_examples=60)
-@given(
-    size=st.tuples(st.integers(8, 150), st.integers(8, 150)),
-    side=st.integers(1, 160),
-    grey=st.booleans(),
-    progressive=st.booleans(),
-    subsampling=st.sampled_from([0, 1, 2]),
-    quality=st.integers(20, 100),
-)
-def test_plain_jpegs_are_decoded_as_pil_does(size, side, grey, **options):
-    image, seen = picture(sum(size), size).convert("L" if grey else "RGB"), []
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 1
-    for left_to_pil in (False, True):
-        file = io.BytesIO()
-        image.save(file, "JPEG", **options, **({"exif": exif} if left_to_pil else {}))
-        assert (_draft_of_plain_jpeg(file.getvalue(), side) is None) == left_to_pil
-        seen += _decode(file.getvalue(), (side,))
-    np.testing.assert_array_equal(*seen)
-
-
 def test_the_ending_need_not_be_true(tmp_path):
     image = picture(5)
     for format_ in ("PNG", "GIF", "WEBP"):
@@ -174,26 +148,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
         decode_image(tmp_path / "none.png", 20)
 
 
-def test_pixels_are_written_in_their_places_and_damage_leaves_a_gap(tmp_path):
-    files = [saved(tmp_path, picture(i), f"{i}.png") for i in range(3)]
-    files[1].write_bytes(b"GIF89a")
-    into = tmp_path / "pixels"
-    into.write_bytes(b"\7" * (100 + 3 * 1200 + 9))
-    decoded = decode_images(task(files, (20,), (Region(str(into), 100, None),)))
-    first, second, third = decoded.digests
-    assert isinstance(first, bytes)
-    assert isinstance(third, bytes)
-    assert first != third
-    assert second.startswith("no picture in JPEG, PNG")
-    written = into.read_bytes()
-    assert written[:100] == b"\7" * 100
-    assert written[-9:] == b"\7" * 9
-    pixels = np.frombuffer(written[100:-9], np.uint8).reshape(3, 20, 20, 3)
-    np.testing.assert_array_equal(pixels[[0, 2]], [np.asarray(picture(0)), np.asarray(picture(2))])
-    assert decode_images(task(files, (20,))) == decoded
-
-
-def test_the_digest_of_a_picture_is_that_of_its_pixels(tmp_path):
+def test_digest_of_a_picture_is_that_of_its_pixels(tmp_path):
     image = picture(9)
     touched = np.array(image)
     touched[13, 7, 2] ^= 1
@@ -201,11 +156,11 @@ def test_the_digest_of_a_picture_is_that_of_its_pixels(tmp_path):
         saved(tmp_path, kind, name)
         for kind, name in ((image, "a.png"), (image, "b.bmp"), (Image.fromarray(touched), "c.png"))
     ]
-    a, b, c = decode_images(task(files, (20,))).digests
+    a, b, c = (pixels_digest(decode_image(file, 20).data) for file in files)
     assert a == b != c
 
 
-def test_a_picture_at_several_sizes_is_at_each_what_it_is_alone(tmp_path):
+def test_picture_at_several_sizes_is_at_each_what_it_is_alone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     files = [
@@ -214,46 +169,46 @@ def test_a_picture_at_several_sizes_is_at_each_what_it_is_alone(tmp_path):
         saved(tmp_path, picture(4, (100, 100)), "noise.jpg"),
     ]
     sizes = (50, 16, 100, 224, 105, 64)
-    regions = [Region(str(tmp_path / str(size)), 0, None) for size in sizes]
-    for region in regions:
-        Path(region.file).touch()
-    digests = decode_images(task(files, sizes, tuple(regions))).digests
-    for i, (size, region) in enumerate(zip(sizes, regions, strict=True)):
-        pixels = np.frombuffer(Path(region.file).read_bytes(), np.uint8).reshape(3, size, size, 3)
-        np.testing.assert_array_equal(pixels, [decode_image(file, size) for file in files])
-        alone = decode_images(task(files, (size,))).digests
-        assert [digest[i * DIGEST_BYTES :][:DIGEST_BYTES] for digest in digests] == list(alone)
+    for file in files:
+        for size, square in zip(sizes, decode_at_sizes(file.read_bytes(), sizes), strict=True):
+            np.testing.assert_array_equal(square, decode_image(file, size))
 
 
-def test_what_an_earlier_attempt_has_done_is_done_again_where_anything_has_changed(tmp_path):
+def test_key_of_files_changes_with_each_of_them(tmp_path):
     files = [saved(tmp_path, picture(i), f"{i}.png") for i in range(2)]
-    (tmp_path / "pixels").write_bytes(bytes(2400))
-
-    def decode(done):
-        return decode_images(task(files, (20,), (Region(str(tmp_path / "pixels"), 0, done),)))
-
-    def again(done):
-        """Whether the pictures are decoded, and not taken as they are: one that has been overwritten tells."""
-        whole = files[0].read_bytes()
-        stat = files[0].stat()
-        files[0].write_bytes(bytes(len(whole)))
-        os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        decoded = decode(done)
-        files[0].write_bytes(whole)
-        os.utime(files[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        return isinstance(decoded.digests[0], str)
-
-    first = decode(None)
-    done = first.key, b"".join(first.digests)
-    assert not again(done)
-    assert decode(done) == first
-    assert again(None)
-    assert again(("another key", done[1]))
-    pixels = (tmp_path / "pixels").read_bytes()
-    (tmp_path / "pixels").write_bytes(pixels[:-1] + b"x")
-    assert again(done)
-    decode(None)
-    assert not again(done)
+    listed = [File(file.name, "") for file in files]
+    before = files_key(Folder(tmp_path), listed)
+    assert files_key(Folder(tmp_path), listed) == before
     os.utime(files[1], (1, 1))
-    assert again(done)
-    assert decode(done).key != first.key
+    assert files_key(Folder(tmp_path), listed) != before
+    assert files_key(Folder(tmp_path), listed[:1]) != before
+
+
+def test_threads_that_decode_leave_the_filters_of_warnings_alone(tmp_path):
+    file = saved(tmp_path, picture(1).quantize(4), "odd.png", transparency=b"\x00\xff\x80\x00")
+    before = list(warnings.filters)
+    with pictures_decoded_quietly(), ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(lambda _: decode_image(file, 20), range(200)))) == 200
+    assert warnings.filters == before
+
+
+@settings(max_examples=150)
+@given(
+    format_=st.sampled_from(["JPEG", "PNG", "BMP", "GIF", "WEBP"]),
+    damage=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=20),
+    kept=st.floats(0.0, 1.0),
+)
+def test_damaged_picture_is_decoded_or_refused_by_a_sentence(format_, damage, kept):
+    buffer = io.BytesIO()
+    picture(3, (40, 30)).save(buffer, format_)
+    content = bytearray(buffer.getvalue())
+    for place, value in damage:
+        content[place % len(content)] = value
+    sentence, squares = "", []
+    try:
+        with pictures_decoded_quietly():
+            squares = decode_at_sizes(bytes(content[: int(kept * len(content))]), (16,))
+    except Undecodable as error:
+        sentence = str(error)
+    assert "\n" not in sentence
+    assert bool(sentence) or [(square.shape, square.dtype) for square in squares] == [((16, 16, 3), np.uint8)]

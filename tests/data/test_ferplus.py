@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from raytune_emotion.data.affectnet import scan
+from raytune_emotion.data.affectnet import list_faces, scan
 from raytune_emotion.data.ferplus import NAMES, convert, main, probabilities
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Folder
 
 FOLDER_OF = {"Training": "FER2013Train", "PublicTest": "FER2013Valid", "PrivateTest": "FER2013Test"}
 
@@ -81,7 +82,7 @@ def test_votes_become_shares_of_our_classes(votes):
 def test_a_release_becomes_a_folder(pixels, votes, tmp_path):
     counts = convert(pixels, votes, tmp_path / "faces")
     assert counts == {"train": 3, "val": 1, "no emotion": 2, "repeated": 4, "PrivateTest": 1}
-    found = scan(tmp_path / "faces")
+    found = scan(list_faces(Folder(tmp_path / "faces")))
     assert found.faults == []
     assert [r.id for r in found.rows["train"]] == ["0000000", "0000001", "0000004"]
     (public,) = found.rows["val"]

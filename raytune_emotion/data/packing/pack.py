@@ -1,120 +1,171 @@
-"""Pack a folder of annotated faces into stores, each of one image size."""
+"""Pack a folder of annotated faces into stores, each of one image size: every picture is decoded once, into shards."""
 
 import contextlib
 import errno
-import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+import re
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+from os import PathLike
+from typing import Any
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data import shard_format
-from raytune_emotion.data.packing.local import pack_into
-from raytune_emotion.data.packing.remote import pack_elsewhere
+from raytune_emotion.data.affectnet import FaceFolder, list_faces
+from raytune_emotion.data.decode import picture_bytes
+from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_blocks
+from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
 from raytune_emotion.data.parallel import Map, processes
-from raytune_emotion.data.shard_format import MORE_ROOM, Manifest
-from raytune_emotion.data.store import (
-    Store,
-    is_store,
-    open_store,
-    read_manifest,
-    refuse_credentials,
-    stores_at,
-)
+from raytune_emotion.data.progress import progress
+from raytune_emotion.data.shard_format import REJECTED, Manifest, ShardEntry
+from raytune_emotion.data.store import Store, find_stores, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.errors import UserError
-from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import resumable_folder
-from raytune_emotion.storage.locations import Source, shown
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.terminal import warn
+
+#: What to do about a disk that is full.
+MORE_ROOM = "choose a disk with room (cache: XDG_CACHE_HOME; on the way to a URI: TMPDIR) or a smaller image size"
+#: What attempts may have left beside the files of a store.
+_LEFT = re.compile(r"(train|val)-\d+\.arrow|\..*(done|tmp)|.*\.[0-9a-f]{8}\.part")
 
 
 def pack(
-    source: Source,
-    dest: Path,
+    source: Location | str | PathLike[str],
+    dest: Location | str | PathLike[str],
     *,
     image_size: int,
     classes: tuple[str, ...] = EMOTIONS,
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Store:
-    """Checks and decodes every row of an AffectNetFused folder, once, and writes them as a store.
+    """Check and decode every row of an AffectNetFused folder, once, and write them as a store.
 
-    The content depends on the source alone, not on the number of workers. There is nothing at dest unless all of it
-    is. What breaks off or is killed leaves a hidden folder beside dest, and the next attempt goes on with that.
+    The content depends on the source alone, not on the number of workers. There is no store at dest unless all of it
+    is. What breaks off or is killed keeps whole shards, hidden beside a folder or at a URI, and the next attempt goes
+    on with them.
 
     Args:
         source: the folder, or its URI.
         dest: the store, which must not exist yet.
         image_size: side of the square images, px.
         classes: names of the K values of an annotation, in order.
-        skip_bad: leave out the rows at fault, listed in rejected.csv, in place of refusing them all.
+        skip_bad: leave out the rows at fault, listed in rejected.csv, instead of refusing them all.
         workers: processes; by default one a core, or none where there is little to do.
 
     Raises:
         UserError: a sentence for every kind of fault; dest exists; the disk is too small.
         Breakdown: a URI fails again and again.
     """
-    pack_sizes(source, {image_size: dest}, classes=classes, skip_bad=skip_bad, workers=workers)
-    return open_store(dest)
+    location = location_of(dest)
+    pack_sizes(location_of(source), {image_size: location}, classes=classes, skip_bad=skip_bad, workers=workers)
+    return open_store(location)
 
 
 def pack_sizes(
-    source: Source,
-    dests: Mapping[int, Path | str],
+    source: Location | FaceFolder,
+    dests: Mapping[int, Location],
     *,
     classes: tuple[str, ...] = EMOTIONS,
     skip_bad: bool = False,
     workers: int | None = None,
     pmap: Map | None = None,
 ) -> dict[int, Manifest]:
-    """Packs a folder at several image sizes, px, in one pass over its files; each store is as `pack` makes it.
+    """Pack a folder at several image sizes, px, in one pass over its files; each store is as `pack` makes it.
 
     Args:
-        source: as in `pack`.
-        dests: by image size; also URIs, at which what breaks off leaves whole shards, but no manifest.
+        source: the folder, maybe listed already.
+        dests: by image size.
         classes: as in `pack`.
         skip_bad: as in `pack`.
         workers: as in `pack`.
-        pmap: in place of workers, runs tasks of whole shards, on machines that all have the folders.
+        pmap: in place of workers, runs the tasks, on machines that all see the locations.
 
     Raises:
         UserError: see `pack`.
-        Breakdown: a URI fails again and again; a machine has not one of the folders.
+        Breakdown: a URI fails again and again; a machine does not see one of the folders.
     """
     for size in dests:
         RunConfig.from_flat({"data.image_size": size, "data.classes": classes})
-    if is_store(source):
-        raise UserError(f"{shown(source)}: is a packed store already")
-    folders = {size: dest for size, dest in dests.items() if isinstance(dest, Path)}
-    uris = {size: dest for size, dest in dests.items() if isinstance(dest, str)}
-    for uri in uris.values():
-        refuse_credentials(uri)
-    for uri in list(uris.values())[:1]:
-        remote.check(uri, write=True)
-    if there := [uri for uri in uris.values() if stores_at(uri)]:
-        raise UserError(f"{shown(uri)}: exists already; name another destination" for uri in there)
+    faces = source if isinstance(source, FaceFolder) else _listed(source)
+    for dest in list(dests.values())[:1]:
+        dest.check(write=True)
+    if there := [dest for dest in dests.values() if find_stores(dest)]:
+        raise UserError(f"{dest}: exists already; name another destination, or remove it" for dest in there)
     with contextlib.ExitStack() as stack:
         # In the same order by whoever packs: else two might wait for each other.
-        parts = {size: stack.enter_context(resumable_folder(folders[size])) for size in sorted(folders)}
+        built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
+        run = _where_all_is_seen([faces.location, *built.values()], pmap or stack.enter_context(processes(workers)))
         try:
-            if uris or pmap:
-                run = pmap or stack.enter_context(processes(workers, least=2))
-                pack_elsewhere({**parts, **uris}, source, classes, skip_bad=skip_bad, pmap=run)
-            else:
-                run = stack.enter_context(processes(workers))
-                pack_into(parts, source, classes, skip_bad=skip_bad, pmap=run)
+            _pack(faces, built, classes, skip_bad=skip_bad, pmap=run)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                # What is for a URI is first made in files.
-                where = ", ".join(sorted({str(folder.parent) for folder in folders.values()})) or tempfile.gettempdir()
-                raise UserError(f"{where}: {error.strerror} while packing; {MORE_ROOM}") from error
-            raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = ", ".join(map(str, dests.values()))
+            raise UserError(f"{where}: {error.strerror} while packing; {MORE_ROOM}") from error
     packed = {size: read_manifest(dest) for size, dest in dests.items()}
-    for size, folder in folders.items():
-        tell_rejected(folder, packed[size].rejected)
+    for size, dest in dests.items():
+        tell_rejected(dest, packed[size].rejected)
     return packed
 
 
-def tell_rejected(path: Path, rejected: int) -> None:
+def tell_rejected(store: Location, rejected: int) -> None:
     if rejected:
-        warn(f"{path}: rejected rows: {rejected}, see {path / shard_format.REJECTED}")
+        warn(f"{store}: rejected rows: {rejected}, see {store}/{REJECTED}")
+
+
+def _listed(source: Location) -> FaceFolder:
+    source.check(write=False)
+    if find_stores(source):
+        raise UserError(f"{source}: is a packed store already")
+    return list_faces(source)
+
+
+def _pack(
+    faces: FaceFolder, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map
+) -> None:
+    digests: dict[str, list[Digest]] = {}
+    entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
+    with progress() as bars:
+        scan = read_rows(faces, classes, pmap, bars)
+        rows = sum(map(len, scan.rows.values()))
+        for size, dest in dests.items():
+            dest.check_space(rows * picture_bytes(size), MORE_ROOM)
+        bar = bars.add_task("packing images", total=rows)
+        blocks = [
+            block for split, own in scan.rows.items() for block in split_into_blocks(faces.location, split, own, dests)
+        ]
+        for block, packed in zip(blocks, pmap(pack_block, blocks), strict=True):
+            bars.advance(bar, len(block.rows))
+            digests.setdefault(block.split, []).extend(packed.digests)
+            for size in dests:
+                entries[size].setdefault(block.split, []).extend(packed.entries[size])
+        try:
+            content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
+        except UserError:
+            for dest in dests.values():
+                _tidy(dest)
+            raise
+    for i, (size, dest) in enumerate(dests.items()):
+        write_manifest(dest, content, i, size, entries[size])
+        _tidy(dest, kept={entry.file for own in entries[size].values() for entry in own})
+
+
+def _tidy(dest: Location, kept: Collection[str] = ()) -> None:
+    """Delete what attempts have left, but for files of the store."""
+    names = [file.name for file in dest.list_files()]
+    dest.delete([name for name in names if _LEFT.fullmatch(name) and name not in kept])
+
+
+def _where_all_is_seen(locations: Sequence[Location], pmap: Map) -> Map:
+    """Return the same map, whose tasks break off on a machine that does not see one of the locations."""
+    return lambda function, tasks: pmap(_look_and_run, ((locations, function, task) for task in tasks))
+
+
+def _look_and_run(task: tuple[Sequence[Location], Callable[[Any], Any], Any]) -> Any:
+    locations, function, own = task
+    for location in locations:
+        if not location.is_reachable():
+            raise Breakdown(
+                f"{location}: is not there on {socket.gethostname()}; share it under this path with every node, or have"
+                " SRC and DEST at URIs"
+            )
+    return function(own)

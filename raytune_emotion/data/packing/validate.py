@@ -1,88 +1,95 @@
-"""What a folder's stores are to hold, and what of the folder they are not: its faults."""
+"""Validate the rows of a folder, and write what describes a store: its manifest and its rejected rows."""
 
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich.progress import Progress
 
 from raytune_emotion.data import affectnet, shard_format
-from raytune_emotion.data.affectnet import Fault, Kind, Row, Scan
-from raytune_emotion.data.decode import DecodeTask, write_images
-from raytune_emotion.data.packing.shard_writer import TASK_ROWS, Digests, cut
+from raytune_emotion.data.affectnet import FaceFolder, Fault, Kind, Row, Scan
+from raytune_emotion.data.decode import Undecodable, decode_at_sizes, pictures_decoded_quietly
+from raytune_emotion.data.packing.blocks import Digest, cut
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.data.progress import counted
 from raytune_emotion.data.shard_format import Manifest, ShardEntry, SplitEntry
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.storage.locations import Source, below, shown
+from raytune_emotion.storage.locations import File, Location
 
 _TRIED_PX = 32
-
-
-def read_rows(source: Source, classes: tuple[str, ...], pmap: Map, bars: Progress) -> Scan:
-    """The folder's rows, of which each split has some."""
-    scan = affectnet.scan(source, classes, counted(pmap, bars, "reading annotations"))
-    _refuse_empty(source, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
-    return scan
+_FILES_PER_TASK = 128
 
 
 @dataclass(frozen=True)
 class Content:
-    """What the stores of a folder hold, and do not."""
+    """What the stores of a folder hold, and what was rejected."""
 
     classes: tuple[str, ...]
     rows: Mapping[str, Sequence[Row]]  # by split
-    digests: Digests
+    digests: Mapping[str, Sequence[Digest]]  # by split
     faults: Sequence[Fault]
     skip_bad: bool
 
 
-def checked(
-    source: Source,
+def read_rows(faces: FaceFolder, classes: tuple[str, ...], pmap: Map, bars: Progress) -> Scan:
+    """Read the annotations of a folder.
+
+    Raises:
+        UserError: a split has no row whose annotation is good.
+    """
+    scan = affectnet.scan(faces, classes, counted(pmap, bars, "reading annotations"))
+    _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
+    return scan
+
+
+def validate_rows(
+    faces: FaceFolder,
     classes: tuple[str, ...],
     scan: Scan,
-    digests: Digests,
+    digests: Mapping[str, Sequence[Digest]],
     pmap: Map,
     bars: Progress,
     *,
     skip_bad: bool,
 ) -> Content:
-    """What is packed, if it may be. Pictures without a good annotation are tried too: all faults are told at once."""
+    """Collect all faults, those of images without a good annotation too, and return what is left to pack.
+
+    Raises:
+        UserError: there are faults, and they are not to be skipped; a split has no good row.
+    """
     found = [
         (split, row.image.name, digest)
         for split, rows in scan.rows.items()
         for row, digest in zip(rows, digests[split], strict=True)
     ]
     for split, files in scan.unlabelled.items():
-        parts = (files[start : start + TASK_ROWS] for start in range(0, len(files), TASK_ROWS))
-        tasks = [DecodeTask(source, part, (_TRIED_PX,), ()) for part in parts]
-        tried = counted(pmap, bars, "trying other images")(write_images, tasks) if tasks else []
-        results = (digest for part in tried for digest in part)
-        found += [(split, file.name, digest) for file, digest in zip(files, results, strict=True)]
+        tasks = [
+            (faces.location, files[start : start + _FILES_PER_TASK]) for start in range(0, len(files), _FILES_PER_TASK)
+        ]
+        tried = counted(pmap, bars, "trying other images")(_try_images, tasks) if tasks else []
+        results = (wrong for part in tried for wrong in part)
+        found += [(split, file.name, wrong) for file, wrong in zip(files, results, strict=True)]
     undecodable = [Fault(split, name, Kind.UNDECODABLE, what) for split, name, what in found if isinstance(what, str)]
     faults = sorted([*scan.faults, *undecodable], key=lambda f: (f.split, f.file, f.kind.value))
     if faults and not skip_bad:
         raise UserError(
             [
-                *affectnet.sentences(source, faults, classes),
-                f"{shown(source)}: nothing is packed while files are at fault; mend them, or set them aside with"
+                *affectnet.sentences(faces.location, faults, classes),
+                f"{faces.location}: nothing is packed while files are at fault; mend them, or set them aside with"
                 " --skip-bad",
             ]
         )
     good = {split: sum(isinstance(digest, bytes) for digest in own) for split, own in digests.items()}
-    _refuse_empty(source, good, faults, classes)
+    _refuse_empty(faces, good, faults, classes)
     return Content(classes, scan.rows, digests, faults, skip_bad)
 
 
-def describe(
-    folder: Path, content: Content, i: int, image_size: int, entries: Mapping[Any, Sequence[ShardEntry]]
+def write_manifest(
+    dest: Location, content: Content, i: int, image_size: int, entries: Mapping[str, Sequence[ShardEntry]]
 ) -> None:
-    """Writes all of a store but its shards; it is that of the i-th size."""
+    """Write all of a store but its shards; it is that of the i-th size. The manifest comes last."""
     if content.skip_bad:
-        with (folder / shard_format.REJECTED).open("w", encoding="utf-8", newline="") as file:
+        with dest.write(shard_format.REJECTED) as path, path.open("w", encoding="utf-8", newline="") as file:
             rejected = ((f.split, f.file, f.reason) for f in content.faults)
             csv.writer(file).writerows([("split", "file", "reason"), *rejected])
     held = (
@@ -103,10 +110,28 @@ def describe(
             for split, own in entries.items()
         },
     )
-    write_text(folder / shard_format.MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    with dest.write(shard_format.MANIFEST) as path:
+        path.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def _refuse_empty(source: Source, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
+def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
+    """Tell what is wrong with each image; None where nothing is."""
+    location, files = task
+    found: list[str | None] = []
+    with pictures_decoded_quietly():
+        for content in location.read_all([file.name for file in files]):
+            try:
+                decode_at_sizes(content, (_TRIED_PX,))
+            except Undecodable as error:
+                found.append(str(error))
+            else:
+                found.append(None)
+    return found
+
+
+def _refuse_empty(
+    faces: FaceFolder, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]
+) -> None:
     if empty := [affectnet.SPLITS[split] for split, rows in good.items() if not rows]:
-        told = affectnet.sentences(source, faults, classes)
-        raise UserError([*told, *(f"{shown(below(source, name))}: not one good row" for name in empty)])
+        told = affectnet.sentences(faces.location, faults, classes)
+        raise UserError([*told, *(f"{faces.location / name}: not one good row" for name in empty)])

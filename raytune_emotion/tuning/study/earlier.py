@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.sampler import curves
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
@@ -17,8 +16,8 @@ from raytune_emotion.tuning.study.spec import read_spec
 _LEAST = 4
 
 
-def gather_earlier(studies: Sequence[Path | str]) -> str:
-    """The spaces and curves of studies, at folders or URIs, as `write_earlier` writes them.
+def gather_earlier(studies: Sequence[Location]) -> str:
+    """Gather the spaces and curves of studies, as `write_earlier` writes them.
 
     Raises:
         UserError: one of them is no study, or too few of its trials have reported; all faults at once.
@@ -35,8 +34,7 @@ def gather_earlier(studies: Sequence[Path | str]) -> str:
             continue
         seen = curves([trial for trial in trials if SETTINGS in trial.user_attrs])
         if sum(bool(curve.values) for curve in seen) < _LEAST:
-            shown = remote.shown(str(place))
-            faults.append(f"--warm-start {shown}: fewer than {_LEAST} of its trials have reported; leave it out")
+            faults.append(f"--warm-start {place}: fewer than {_LEAST} of its trials have reported; leave it out")
         gathered.append({"space": space, "trials": [[curve.settings, curve.values] for curve in seen]})
     if faults:
         raise UserError(faults)

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 import optuna
-from optuna.storages.journal import JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
 
@@ -28,7 +28,7 @@ def mend_journal(journal: Path) -> None:
     written behind it, Optuna could read neither.
     """
     with contextlib.suppress(RuntimeError):
-        JournalFileSymlinkLock(str(journal)).release()
+        JournalFileOpenLock(str(journal)).release()
     with contextlib.suppress(FileNotFoundError), journal.open("rb+") as file:
         content = file.read()
         if not content.endswith(b"\n"):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
@@ -250,4 +250,6 @@ def sole_driver(folder: Path) -> Iterator[None]:
 
 
 def _storage(folder: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(folder.absolute() / JOURNAL)))
+    # Optuna's own lock is a symbolic link, which not every file system has. Both kinds respect each other.
+    file = str(folder.absolute() / JOURNAL)
+    return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))

@@ -8,18 +8,16 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
 from raytune_emotion.tuning.study.optuna_study import Status, asked
 from raytune_emotion.tuning.study.spec import SPEC
@@ -55,25 +53,14 @@ def trial_folder(study: Path, trial_id: str) -> Path:
 
 
 @contextlib.contextmanager
-def opened(study: Path | str, *patterns: str) -> Iterator[Path]:
-    """The folder of a study; of one at a URI, a copy with the files of these patterns, gone when the block ends.
+def opened(study: Location, *patterns: str) -> Iterator[Path]:
+    """Provide the files of a study that match a pattern, and its spec, in a folder of this machine.
 
     Raises:
-        UserError: there is no study at the URI; and what the block raises, in words of the URI.
+        UserError: the location cannot be read; and what the block raises, in words of the location.
     """
-    if isinstance(study, Path):
-        yield study
-        return
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        remote.check(study, write=False)
-        folder = Path(scratch) / remote.name_of(study)
-        remote.pull(study, folder, remote.names(study, SPEC, *patterns))
-        try:
-            if not (folder / SPEC).exists():
-                raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name one that a search has made")
-            yield folder
-        except UserError as error:
-            raise UserError(fault.replace(str(folder), remote.shown(study)) for fault in error.faults) from None
+    with study.copy_here(SPEC, *patterns) as folder:
+        yield folder
 
 
 def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:

@@ -92,6 +92,14 @@ def read_spec(folder: Path) -> StudySpec:
     return StudySpec(**known)
 
 
+def created_at(text: bytes | None) -> object:
+    """Return when the study of a `study.yaml` began, which tells it from another one of its name; None if unknown."""
+    try:
+        return YAML(typ="safe").load(text or b"")["created"]
+    except (YAMLError, KeyError, TypeError, ValueError):
+        return None
+
+
 def check_stores(spec: StudySpec, advice: str) -> None:
     """Whether the packed data of a study are where they were, and what they were.
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution.cluster import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
@@ -43,7 +44,7 @@ def write_study(folder, store, trials):
 def test_a_study_begins_where_earlier_ones_were_good_and_keeps_what_they_said(tmp_path, store, cluster):
     earlier = write_study(tmp_path / "earlier", store, 20)
     folder = tmp_path / "study"
-    make_study(folder, spec_of(store, space=SPACE, trials=3, epochs=1), gather_earlier([earlier]))
+    make_study(folder, spec_of(store, space=SPACE, trials=3, epochs=1), gather_earlier([Folder(earlier)]))
     shutil.rmtree(earlier)
     records = run_study(load(folder), fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1))
     rates = np.array([record.settings["optim.lr"] for record in records])
@@ -58,7 +59,7 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
     short = write_study(tmp_path / "short", store, 3)
     load_study(short)
     with pytest.raises(UserError) as refused:
-        gather_earlier([short, tmp_path / "none"])
+        gather_earlier([Folder(short), Folder(tmp_path / "none")])
     assert len(refused.value.faults) == 2
     assert refused.value.faults[0] == f"--warm-start {short}: fewer than 4 of its trials have reported; leave it out"
     assert "it is no study" in refused.value.faults[1]

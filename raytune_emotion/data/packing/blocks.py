@@ -1,0 +1,175 @@
+"""Pack blocks of rows: a task makes whole shards, at every size, and then a record of what they were made of.
+
+The record, `.<split>-<first row>.done`, lies beside the shards of the smallest size. Another attempt leaves the shards
+as they are if their record still fits the files. Tasks may run on any machine that sees the locations.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel
+
+from raytune_emotion.data.affectnet import Row
+from raytune_emotion.data.decode import (
+    DIGEST_BYTES,
+    Undecodable,
+    decode_at_sizes,
+    files_key,
+    picture_bytes,
+    pictures_decoded_quietly,
+    pixels_digest,
+)
+from raytune_emotion.data.shard_format import ShardEntry, write_shard
+from raytune_emotion.storage.locations import Location
+
+_SHARD_BYTES = 64 * 2**20  # pixels in a shard, at most: a task holds a shard of each size in memory
+_LEAST_ROWS = 128  # of a shard: fewer would not be worth a task
+_ENOUGH_SHARDS = 32  # of a split: more rows go into a shard only where there are so many, for as many cores
+_ROWS_READ = 128  # at once
+
+#: Of a row of the dataset: the digests of its pixels at every size, or what is wrong with its picture.
+Digest = bytes | str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that make whole shards at every size."""
+
+    source: Location
+    split: str
+    start: int  # of the split's rows
+    rows: Sequence[Row]
+    dests: Mapping[int, Location]  # by image size, px, the smallest first
+    shard_rows: Mapping[int, int]  # by image size
+
+    @property
+    def record(self) -> str:
+        return f".{self.split}-{self.start:08d}.done"
+
+    def key(self) -> str:
+        """Hash all that the shards are made of."""
+        files = files_key(self.source, [row.image for row in self.rows])
+        made_of = [(row.id, row.probs) for row in self.rows], dict(self.shard_rows), files
+        return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    digests: Sequence[Digest]
+    entries: Mapping[int, Sequence[ShardEntry]]  # by image size
+
+
+class _Record(BaseModel):
+    """What is kept of a block in which no picture is at fault."""
+
+    key: str
+    digests: str  # in hexadecimal digits
+    entries: dict[int, list[ShardEntry]]
+
+
+def cut(digest: Digest, i: int) -> bytes:
+    """Return the part of a row's digests that is of the i-th size; empty for a row at fault."""
+    return digest[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] if isinstance(digest, bytes) else b""
+
+
+def shard_rows(image_size: int, rows: int) -> int:
+    """Return how many of a split's rows make a shard: a power of two, so that shards of several sizes nest."""
+    most = 1 << max(1, _SHARD_BYTES // picture_bytes(image_size)).bit_length() - 1
+    return min(most, max(_LEAST_ROWS, 1 << (max(1, rows // _ENOUGH_SHARDS) - 1).bit_length()))
+
+
+def split_into_blocks(
+    source: Location, split: str, rows: Sequence[Row], dests: Mapping[int, Location]
+) -> Iterator[Block]:
+    of_size = {size: shard_rows(size, len(rows)) for size in dests}
+    step = max(of_size.values())
+    for start in range(0, len(rows), step):
+        yield Block(source, split, start, rows[start : start + step], dests, of_size)
+
+
+def pack_block(block: Block) -> PackedBlock:
+    """Pack a block, unless an earlier attempt has."""
+    key, first = block.key(), next(iter(block.dests.values()))
+    if (before := _packed_before(block, first.read(block.record), key)) is not None:
+        return before
+    packed = _pack(block)
+    good = [digest for digest in packed.digests if isinstance(digest, bytes)]
+    if len(good) == len(packed.digests):
+        record = _Record(key=key, digests=b"".join(good).hex(), entries={k: [*v] for k, v in packed.entries.items()})
+        with first.write(block.record) as path:
+            path.write_text(record.model_dump_json(), encoding="utf-8")
+    return packed
+
+
+def _pack(block: Block) -> PackedBlock:
+    digests: list[Digest] = []
+    shards = {size: _OpenShard(size, block) for size in block.dests}
+    with pictures_decoded_quietly():
+        for start in range(0, len(block.rows), _ROWS_READ):
+            rows = block.rows[start : start + _ROWS_READ]
+            contents = block.source.read_all([row.image.name for row in rows])
+            for row, content in zip(rows, contents, strict=True):
+                try:
+                    squares = decode_at_sizes(content, tuple(block.dests))
+                except Undecodable as error:
+                    digests.append(str(error))
+                else:
+                    digests.append(b"".join(pixels_digest(square.data) for square in squares))
+                    for shard, square in zip(shards.values(), squares, strict=True):
+                        shard.add(row, square)
+                for shard in shards.values():
+                    shard.end_row(len(digests))
+    return PackedBlock(digests, {size: shard.entries for size, shard in shards.items()})
+
+
+@dataclass
+class _OpenShard:
+    """The shards of a block at one size, one after the other: its rows are gathered, and written when it is full."""
+
+    image_size: int
+    block: Block
+    entries: list[ShardEntry] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        most = min(self.block.shard_rows[self.image_size], len(self.block.rows))
+        self.image_NHWC = np.empty((most, self.image_size, self.image_size, 3), np.uint8)
+
+    def add(self, row: Row, square: npt.NDArray[np.uint8]) -> None:
+        self.image_NHWC[len(self.rows)] = square
+        self.rows.append(row)
+
+    def end_row(self, done: int) -> None:
+        """Write the shard if the row was its last; `done` rows of the block are done."""
+        block, of_shard = self.block, self.block.shard_rows[self.image_size]
+        if (done % of_shard and done < len(block.rows)) or not self.rows:
+            return
+        name = f"{block.split}-{(block.start + done - 1) // of_shard:05d}.arrow"
+        prob_NK = np.array([row.probs for row in self.rows], np.float32)
+        with block.dests[self.image_size].write(name) as path:
+            write_shard(path, [row.id for row in self.rows], self.image_NHWC[: len(self.rows)], prob_NK)
+            size = path.stat().st_size
+        self.entries.append(ShardEntry(file=name, rows=len(self.rows), bytes=size))
+        self.rows.clear()
+
+
+def _packed_before(block: Block, raw: bytes | None, key: str) -> PackedBlock | None:
+    """Return what the record of an earlier attempt says if its shards are those of the block, and are there."""
+    with contextlib.suppress(ValueError):  # damaged
+        found = _Record.model_validate_json(raw or b"")
+        if (
+            found.key == key
+            and found.entries.keys() == block.dests.keys()
+            and all(
+                dest.sizes(entry.file for entry in found.entries[size])
+                == [entry.bytes for entry in found.entries[size]]
+                for size, dest in block.dests.items()
+            )
+        ):
+            whole, step = bytes.fromhex(found.digests), DIGEST_BYTES * len(block.dests)
+            return PackedBlock([whole[start : start + step] for start in range(0, len(whole), step)], found.entries)
+    return None
