@@ -2,10 +2,10 @@
 
 PIL opens a file, converts it to RGB and loads it, and nothing else: it neither resizes, nor keeps, checks or writes the
 pixels. It does so in one process, and in one a core, as two cores may be less than twice one. `decode_image` turns
-upright and resizes; then the pixels are also hashed, and written; `pack` also reads annotations, describes and syncs,
-in this process and in one a core, which are started for it. Core-seconds are those of all processes, so the rate by
-them does not depend on the disk; the rate by the clock is given beside it. Several sizes are packed in one pass, and
-one after the other.
+upright and resizes; then the pixels are also hashed; `pack` also reads annotations, and writes and syncs shards, in
+this process and in one a core, which are started for it. Core-seconds are those of all processes, so the rate by them
+does not depend on the disk; the rate by the clock is given beside it. Several sizes are packed in one pass, and one
+after the other.
 
 All take turns, round by round; a ratio is the median over the rounds of those within a round.
 
@@ -31,10 +31,10 @@ from PIL import Image
 
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
-from raytune_emotion.data.decode import DecodeTask, Region, decode_image, write_images
+from raytune_emotion.data.decode import decode_image, pixels_digest
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.synthetic import draw_face, draw_point, write_sample
-from raytune_emotion.storage.locations import File
+from raytune_emotion.storage.locations import Folder, Location
 
 #: Files' and stores' sides in px, and how many files: fewer where each takes long.
 CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 100), (224, (64, 96, 112, 224), 200))
@@ -95,22 +95,16 @@ def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Pat
             decode_image(file, sizes[0])
         return len(files)
 
-    def images(out: Path | None) -> Callable[[], int]:
-        names = [File(str(file.relative_to(folder)), "") for file in files]
-
-        def write() -> int:
-            if out is not None:
-                out.parent.mkdir()
-                out.touch()
-            regions = (Region(str(out), 0, None),) if out is not None else ()
-            return len(write_images(DecodeTask(folder, names, sizes, regions)))
-
-        return write
+    def hashed() -> int:
+        for file in files:
+            pixels_digest(decode_image(file, sizes[0]).data)
+        return len(files)
 
     def whole(workers: int, passes: Sequence[Sequence[int]]) -> Callable[[], int]:
         def pack_whole() -> int:
             for own in passes:
-                stores = pack_sizes(folder, {size: dest / str(size) for size in own}, workers=workers)
+                dests: dict[int, Location] = {size: Folder(dest / str(size)) for size in own}
+                stores = pack_sizes(Folder(folder), dests, workers=workers)
             return sum(split.rows for store in stores.values() for split in store.splits.values()) // len(own)
 
         return pack_whole
@@ -118,8 +112,7 @@ def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Pat
     packs = {f"pack, {n} process{'es' * (n > 1)}": whole(n, [sizes]) for n in (1, CORES)}
     if len(sizes) > 1:
         return {"PIL": pil, PILS: pils, **packs, "pack, size by size": whole(CORES, [[size] for size in sizes])}
-    parts = {"and hashed": images(None), "and written": images(dest / "pixels")}
-    return {"PIL": pil, PILS: pils, "decode_image": decode, **parts, **packs}
+    return {"PIL": pil, PILS: pils, "decode_image": decode, "and hashed": hashed, **packs}
 
 
 def _load(files: Sequence[Path]) -> int:

@@ -47,11 +47,6 @@ _SECRET = re.compile(r"secret|token|password|credential|signature|access_?key|ac
 _T = TypeVar("_T")
 
 
-def place(text: str) -> Path | str:
-    """What the user names: a folder, or where it has a scheme, the URI of one."""
-    return text if "://" in text else Path(text)
-
-
 def join(uri: str, *names: str) -> str:
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(path="/".join([parts.path.rstrip("/"), *map(quote, names)])))

@@ -177,6 +177,12 @@ def test_uri_with_credentials_is_refused_without_telling_them(uri):
     assert SECRET not in str(raised.value)
 
 
+@pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa"])
+def test_uri_that_ends_in_no_name_is_refused(uri):
+    with pytest.raises(UserError, match="is no name of a folder"):
+        parse_location(uri)
+
+
 @pytest.mark.parametrize("uri", ["s3://bucket/a?region=x&scheme=http", "abfs://container@account/a", "file:///a@b:c@d"])
 def test_uri_without_credentials_is_taken(uri):
     assert str(parse_location(uri)) == uri

@@ -64,7 +64,7 @@ def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):
         return (torch.full((), 1e-38) * 0.1).item()
 
     settings = {"data.image_size": 32, "model.backbone": "test_vit", "train.epochs": 1}
-    reports = train_here(dataclasses.replace(JOB, folder=str(tmp_path / "0"), store=store.place, settings=settings))
+    reports = train_here(dataclasses.replace(JOB, folder=str(tmp_path / "0"), store=store.address, settings=settings))
     assert denormal() > 0
     next(reports)
     assert denormal() == 0
