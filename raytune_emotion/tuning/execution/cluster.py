@@ -23,7 +23,7 @@ from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watched_cluster
 from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
-from raytune_emotion.tuning.execution.ray_patches import find_cluster, forget_token, own_process_session
+from raytune_emotion.tuning.execution.ray_patches import find_cluster, forget_token, own_process_session, quiet_errors
 
 #: Ray reads these when it starts, and has no arguments in their place.
 _RAY_SETTINGS = {
@@ -70,6 +70,7 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
                 # Ray starts workers through a shell, and quotes all but the interpreter (ray 5288, 33047).
                 arguments["runtime_env"] = {"py_executable": python}
         forget_token()
+        stack.enter_context(quiet_errors())
         stack.callback(_shut_down)
         try:
             with unchanged_handlers(), own_process_session():

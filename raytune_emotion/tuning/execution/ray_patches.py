@@ -195,6 +195,20 @@ def own_process_session() -> Iterator[None]:
         setattr(services, "ConsolePopen", before)  # noqa: B010
 
 
+@contextlib.contextmanager
+def quiet_errors() -> Iterator[None]:
+    """Keep Ray from printing what it says of processes that died: an essay for each, in colour codes.
+
+    `ray.init(log_to_driver=False)` does not keep it. The reasons are in the tables, and in Ray's logs.
+    """
+    before = ray._private.worker.print_to_stdstream
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        ray._private.worker.print_to_stdstream = before
+
+
 def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:
     """Return the processes of a cluster that this process has started, without which it is none."""
     node = ray._private.worker._global_node

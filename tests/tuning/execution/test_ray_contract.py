@@ -15,6 +15,7 @@ _PRIVATE = {
     "ray._private.services:extract_ip_port": ("bootstrap_address",),
     "ray._private.services:ConsolePopen": None,
     "ray._private.worker:_global_node": None,
+    "ray._private.worker:print_to_stdstream": ("data", "ignore_prefix"),
     "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
     "ray._raylet:AuthenticationTokenLoader.instance": None,
     "ray._raylet:Config.initialize": None,
