@@ -7,11 +7,13 @@ and train one trial after the other as they are told; only one that fails takes 
 import contextlib
 import dataclasses
 import shutil
+import threading
 import time
-from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from ray import train
@@ -35,6 +37,10 @@ from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
 PLACEMENT_GROUP = "placement_group"
 _ABORT_S = 5.0
+#: So long workers wait for one of them within a step. Whatever keeps one longer, as an error of its GPU, ends them all.
+_COLLECTIVE_S = 600
+#: So long they wait for the next order: a driver may be busy between two trials, and a study may pause.
+_ORDER_WAIT = timedelta(days=7)
 
 _GO_ON, _STOP, _DONE = "go on", "stop", "done"
 
@@ -62,7 +68,7 @@ class Workers:
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_COLLECTIVE_S),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),
@@ -70,7 +76,7 @@ class Workers:
             run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
         )
         # `fit` blocks until the workers have ended.
-        self._run: Future[Any] = ThreadPoolExecutor(1, "ray-train").submit(trainer.fit)
+        self._run = in_background(trainer.fit)
 
     def train(self, job: Job) -> Generator[Report, None, None]:
         """Trains a job on the workers and yields its reports; closing the generator stops the trial.
@@ -145,6 +151,20 @@ class Workers:
             write_text(Path(job.folder) / PLACEMENT_GROUP, self._placement_group)
 
 
+def in_background(action: Callable[[], Any]) -> Future[Any]:
+    """Run an action in a thread that does not keep the process alive: Ray Train may never come back from an abort."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    return future
+
+
 def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Report, None, None]:
     """Trains one job on workers of its own, and goes on from its checkpoint when one of them dies.
 
@@ -177,10 +197,12 @@ def _work(config: dict[str, Any]) -> None:
     """What each worker does: trains one trial after the other, in step with the others."""
     orders, messages = config["orders"], config["messages"]
     first = train.get_context().get_world_rank() == 0
+    # Not by NCCL, which takes a long wait for an order for a hang, and kills the workers.
+    ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
 
     def heard() -> Any:
         order = [orders.get() if first else None]
-        dist.broadcast_object_list(order, device=get_device())
+        dist.broadcast_object_list(order, group=cast("dist.ProcessGroup", ordered))
         return order[0]
 
     while True:
