@@ -193,9 +193,10 @@ class TestBadStudies:
         (told,) = refusal(capsys, [study], "report", study)
         assert told == f"{study}: no optuna.journal in it, so it is no study; name a folder that a search has made"
 
-    def test_a_damaged_history(self, study, capsys):
+    @pytest.mark.parametrize("line", ["{", "{}", "[]", "3", '{"report": "one"}'])
+    def test_a_damaged_history(self, study, capsys, line):
         file = study / "trials" / "0001" / "history.jsonl"
-        file.write_text("{\n" + file.read_text())
+        file.write_text(f"{line}\n{file.read_text()}")
         (told,) = refusal(capsys, [study], "report", study)
         assert told.startswith(f"{file}: a damaged line")
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.storage.atomic import whole, write_text
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
@@ -169,13 +169,25 @@ def read_history(folder: Path) -> list[Report]:
         lines = (folder / HISTORY).read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
-        return [json.loads(line) for line in lines]
+        return [_report(json.loads(line)) for line in lines]
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise UserError(
             f"{folder / HISTORY}: a damaged line ({error}); delete the file, and resuming the run restores it"
         ) from error
+
+
+def _report(line: Any) -> Report:
+    """Take a line of a history for a report if it has the numbers that a study looks at.
+
+    Raises:
+        ValueError: it has not.
+    """
+    numbers = {key: line.get(key) for key in (*HEARD, "val_js")} if isinstance(line, dict) else {"report": None}
+    if wrong := [key for key, value in numbers.items() if not isinstance(value, int | float)]:
+        raise ValueError(f"no number as {wrong[0]}")
+    return cast("Report", line)
 
 
 def _has_best(folder: Path, progress: Progress) -> bool:

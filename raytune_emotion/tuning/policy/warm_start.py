@@ -6,6 +6,7 @@ Kept, since a study that goes on proposes what it would have proposed, wherever 
 import json
 from pathlib import Path
 
+from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast, encoding_of
 from raytune_emotion.tuning.space.parser import parse_space
@@ -22,10 +23,17 @@ def read_earlier(folder: Path) -> list[Forecast]:
     """What the studies that a study started from say of any configuration; none where it started from none."""
     if not (folder / EARLIER).exists():
         return []
-    return [
-        Forecast(
-            encoding_of(parse_space(study["space"], EARLIER)),
-            [Curve(settings, {int(n): js for n, js in values.items()}) for settings, values in study["trials"]],
-        )
-        for study in json.loads((folder / EARLIER).read_text(encoding="utf-8"))
-    ]
+    try:
+        return [
+            Forecast(
+                encoding_of(parse_space(study["space"], EARLIER)),
+                [Curve(kept, {int(n): float(js) for n, js in values.items()}) for kept, values in study["trials"]],
+            )
+            for study in json.loads((folder / EARLIER).read_text(encoding="utf-8"))
+        ]
+    except UserError as error:
+        raise UserError(f"{folder}/{fault}" for fault in error.faults) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / EARLIER}: damaged ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error

@@ -12,8 +12,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from typing_extensions import Self
 
 from raytune_emotion import __version__
 from raytune_emotion.data.store import is_store, open_store
@@ -27,27 +30,35 @@ SPEC = "study.yaml"
 _COMMIT = "RAYTUNE_EMOTION_COMMIT"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class StudySpec:
-    """The complete resolved configuration of a study, as `study.yaml` holds it."""
+    """The complete resolved configuration of a study, as `study.yaml` holds it. Nonsense is refused."""
 
     name: str
-    seed: int
+    seed: int = Field(ge=0)
     objective: str  # of `OBJECTIVES`
-    trials: int
-    epochs: int
-    concurrency: int | None  # trials at once; None: as many as fit
-    workers_per_trial: int
-    gpus_per_worker: float | None  # None: one where there are GPUs
-    max_failures: int  # of a trial's processes, before it is given up
+    trials: int = Field(ge=0)
+    epochs: int = Field(ge=1)
+    concurrency: int | None = Field(ge=1)  # trials at once; None: as many as fit
+    workers_per_trial: int = Field(ge=1)
+    gpus_per_worker: float | None = Field(ge=0)  # None: one where there are GPUs
+    max_failures: int = Field(ge=0)  # of a trial's processes, before it is given up
     data: str  # what was given: a folder or a store
-    stores: dict[int, str]  # image size, px: packed store
+    stores: dict[int, str] = Field(min_length=1)  # image size, px: packed store
     fingerprints: dict[int, str]  # image size, px: hash of the store's content
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = Field(min_length=2)
     weights_dir: str | None
     space: dict[str, Any]  # the YAML space, whole
     baseline: dict[str, float]  # metrics of predicting the training mean
     confirms: dict[str, float] | None = None  # of a confirmation: trials of the study above it, and their best JS, bits
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.stores.keys() != self.fingerprints.keys():
+            raise ValueError("stores and fingerprints are of other image sizes")
+        return self
 
     def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The complete settings of a trial, of which the space chose some."""
@@ -61,35 +72,47 @@ class StudySpec:
 
 
 def write_spec(folder: Path, spec: StudySpec) -> None:
-    """Writes `study.yaml`, with the versions of what runs and the time of its beginning."""
+    """Write `study.yaml`, with the versions of what runs and the time of its beginning."""
     text = io.StringIO()
-    before = YAML(typ="safe").load(folder / SPEC)["created"] if (folder / SPEC).exists() else None
-    created = before or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    before = (folder / SPEC).read_bytes() if (folder / SPEC).exists() else None
+    created = created_at(before) or datetime.now(timezone.utc).isoformat(timespec="seconds")
     YAML().dump({**_plain(dataclasses.asdict(spec)), "created": created, **_surroundings()}, text)
     write_text(folder / SPEC, text.getvalue())
 
 
 def read_spec(folder: Path) -> StudySpec:
-    """Reads `study.yaml`.
+    """Read `study.yaml`.
 
     Raises:
-        UserError: where it is missing or was damaged.
+        UserError: it is missing, or damaged: with a sentence for every value that is wrong.
     """
+    file = folder / SPEC
     try:
-        values = YAML(typ="safe").load(folder / SPEC)
-        known = {field.name: values[field.name] for field in dataclasses.fields(StudySpec)}
-        if known["objective"] not in OBJECTIVES:
-            raise KeyError(known["objective"])
+        values = YAML(typ="safe").load(file)
+        if not isinstance(values, dict):
+            raise TypeError("no names with values")
+        names = [field.name for field in dataclasses.fields(StudySpec)]
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v := values[name], list) else v for name in names}
+        return StudySpec(**known)
     except FileNotFoundError:
         raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
     except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}; name a folder of your own studies") from None
+    except ValidationError as error:
         raise UserError(
-            f"{folder / SPEC}: cannot be read: {error.strerror}; name a folder of your own studies"
+            f"{file}: damaged ({'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, got {_short(e['input'])}); restore "
+            f"it from a copy"
+            for e in error.errors()
         ) from None
-    except (YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / SPEC}: damaged ({error}); restore it from a copy") from None
-    known["classes"] = tuple(known["classes"])
-    return StudySpec(**known)
+    except KeyError as error:
+        raise UserError(f"{file}: damaged (it names no {error.args[0]}); restore it from a copy") from None
+    except (YAMLError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: damaged ({error}); restore it from a copy") from None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def created_at(text: bytes | None) -> object:

@@ -63,3 +63,13 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
     assert len(refused.value.faults) == 2
     assert refused.value.faults[0] == f"--warm-start {short}: fewer than 4 of its trials have reported; leave it out"
     assert "it is no study" in refused.value.faults[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "3", "[3]", "[{}]", '[{"space": {"optim.lr": {"uniform": [1, 2]}}, "trials": [[{}, {"one": 1}]]}]'],
+)
+def test_damaged_memory_of_earlier_studies_is_a_sentence(tmp_path, text):
+    (tmp_path / EARLIER).write_text(text)
+    with pytest.raises(UserError, match=r"earlier\.json: damaged \(.*; restore it from a copy"):
+        read_earlier(tmp_path)

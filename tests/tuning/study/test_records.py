@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import re
@@ -5,6 +6,9 @@ import subprocess
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
@@ -101,6 +105,46 @@ def test_a_damaged_spec_is_a_clear_error(tmp_path):
         read_spec(tmp_path)
     (tmp_path / SPEC).write_text("name: only")
     with pytest.raises(UserError, match="damaged"):
+        read_spec(tmp_path)
+
+
+def test_every_wrong_value_of_a_spec_is_a_sentence(tmp_path, store):
+    write_spec(tmp_path, spec_of(store))
+    values = YAML(typ="safe").load(tmp_path / SPEC)
+    values |= {"epochs": "many", "trials": 2.5, "objective": "beauty", "baseline": {"js": "low"}}
+    YAML().dump(values, tmp_path / SPEC)
+    with pytest.raises(UserError) as raised:
+        read_spec(tmp_path)
+    assert list(raised.value.faults) == [
+        f"{tmp_path / SPEC}: damaged ({what}); restore it from a copy"
+        for what in (
+            "trials: Input should be a valid integer, got 2.5",
+            "epochs: Input should be a valid integer, got 'many'",
+            "baseline.js: Input should be a valid number, got 'low'",
+        )
+    ]
+    YAML().dump(values | {"epochs": 1, "trials": 2, "baseline": {}}, tmp_path / SPEC)
+    with pytest.raises(UserError, match=r"objective is one of .*, got 'beauty'"):
+        read_spec(tmp_path)
+
+
+ODD = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.lists(st.integers(), max_size=2)
+)
+
+
+@given(data=st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_spec_is_read_or_refused_by_a_sentence(data, tmp_path, store):
+    write_spec(tmp_path, spec_of(store))
+    values = YAML(typ="safe").load(tmp_path / SPEC)
+    name = data.draw(st.sampled_from(sorted(values)))
+    if data.draw(st.booleans()):
+        values[name] = data.draw(ODD | st.dictionaries(st.text(max_size=3) | st.integers(), ODD, max_size=2))
+    else:
+        del values[name]
+    YAML().dump(values, tmp_path / SPEC)
+    with contextlib.suppress(UserError):
         read_spec(tmp_path)
 
 
