@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from torch.utils.tensorboard import SummaryWriter
 
 from raytune_emotion.config import RunConfig, TrainConfig
 from raytune_emotion.data.store import open_store
@@ -25,6 +24,7 @@ from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
+from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage import remote
@@ -137,12 +137,14 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
             write_text(folder / DATA, job.store + "\n")
-        writer = stack.enter_context(SummaryWriter(str(folder))) if first else None
+        events = stack.enter_context(EventWriter(folder)) if first else None
+        if events is not None:
+            events.write_settings(job.settings)
         store = open_store(job.store)
         reports = fit(config, store, device=device, folder=folder, resident=job.resident)
         for report in stack.enter_context(contextlib.closing(reports)):
-            if writer is not None:
-                _write_events(writer, report)
+            if events is not None:
+                events.write_report(report, report["report"])
             yield report
 
 
@@ -258,14 +260,6 @@ def _forget() -> None:
     malloc.give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _write_events(writer: SummaryWriter, report: Report) -> None:
-    for name, value in report.items():
-        if isinstance(value, float) and name != "time":
-            group, _, metric = name.partition("_")
-            writer.add_scalar(f"{group}/{metric}" if group in ("val", "train") else name, value, report["report"])
-    writer.flush()
 
 
 def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Job:

@@ -1,0 +1,58 @@
+"""Write what TensorBoard shows of a run: a scalar of every number that it reports, and its settings.
+
+The settings, with the best JS, fill the page HParams, where runs of one folder are compared.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from raytune_emotion.learn.report import OBJECTIVE, Report
+
+_GROUPS = ("val", "train")
+
+
+class EventWriter:
+    """Appends a run's events to a file of its own in a folder.
+
+    Args:
+        folder: of the run; its name is the run's name in TensorBoard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = SummaryWriter(str(folder))
+
+    def __enter__(self) -> "EventWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of a run for the page HParams. Lists and settings without a value are left out."""
+        plain = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
+        # The first of the three lists the page's columns. TensorBoard would take those of a single run for all, and
+        # runs differ in their conditional settings; without it, it gathers the columns from all runs.
+        _, begin, end = hparams(plain, {OBJECTIVE: None})  # type: ignore[no-untyped-call]
+        for summary in (begin, end):
+            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+        self._writer.flush()
+
+    def write_report(self, report: Report, step: int) -> None:
+        """Write every number of a report that is no count, at a step, under the name that `tag_of` gives it."""
+        for name, value in report.items():
+            if isinstance(value, float) and name != "time":
+                self._writer.add_scalar(tag_of(name), value, step)
+        self._writer.flush()
+
+
+def tag_of(name: str) -> str:
+    """Return TensorBoard's name for a number of a report: `val_js` is `val/js`, which stands in the group `val`."""
+    group, _, metric = name.partition("_")
+    return f"{group}/{metric}" if group in _GROUPS else name
