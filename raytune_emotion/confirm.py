@@ -17,8 +17,9 @@ from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.terminal import plain_console, plain_table
-from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.report.console import run_shown
 from raytune_emotion.tuning.report.page import REPORT, write_report
 from raytune_emotion.tuning.study.confirmation import (
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
                 confirmation = _with_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, args.seeds))
                 console.print(
                     f"confirmation {folder}: {len(spec.confirms or ())} configurations, {confirmation.spec.trials} runs"
-                    f" of {spec.epochs} epochs, {placement.concurrency} at once"
+                    f" of {spec.epochs} epochs, {placement}"
                 )
                 run_shown(console, confirmation, placement, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:

@@ -37,9 +37,10 @@ from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.terminal import plain_console, plain_table, typed
-from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.gpu_sharing import AUTO, fastest_share
+from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.report.console import run_shown
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
                 else:
                     study = (raise_epochs if spec.epochs > study.spec.epochs else OpenStudy.with_spec)(study, spec)
                 trials = f"{study.spec.trials} trials of {spec.epochs} epochs"
-                console.print(f"study {place}: {trials}, {placement.concurrency} at once")
+                console.print(f"study {place}: {trials}, {placement}")
                 begun = True
                 run_shown(console, study, placement, time_budget=args.time_budget, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:

@@ -30,7 +30,7 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import LOCK, alone_in
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import plain_console, typed
-from raytune_emotion.tuning.execution.cluster import check_cluster, fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
 from raytune_emotion.tuning.execution.job import (
     DATA,
@@ -42,6 +42,7 @@ from raytune_emotion.tuning.execution.job import (
     train_here,
     with_retry,
 )
+from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import opened, trial_folder

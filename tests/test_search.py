@@ -340,10 +340,10 @@ class TestBadRequests:
     def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
         # Ray can be started only once in a process, and has been.
         monkeypatch.setattr(search, "ray_session", joined_session)
-        for asked in ({"workers_per_trial": 99}, {"gpus_per_worker": 8}):
-            (told,) = refused(**asked)
-            assert told.startswith("a trial of ")
-            assert "does not fit: the cluster has 2 CPU and 0 GPU on 1 nodes" in told
+        (told,) = refused(workers_per_trial=99)
+        assert told.startswith("a trial of 99 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
+        (told,) = refused(gpus_per_worker=1)
+        assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)
         assert told == [
             "--gpus-per-worker auto: the cluster has no GPU for trials to share; leave it out",

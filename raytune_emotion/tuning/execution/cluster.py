@@ -2,28 +2,32 @@
 
 import contextlib
 import logging
-import math
 import os
 import shlex
 import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
 import ray
 from ray.exceptions import AuthenticationError
 
-from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
 from raytune_emotion.interruption import unchanged_handlers
 from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watched_cluster
-from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
-from raytune_emotion.tuning.execution.ray_patches import find_cluster, forget_token, own_process_session, quiet_errors
+from raytune_emotion.tuning.execution.placement import local_node
+from raytune_emotion.tuning.execution.ray_patches import (
+    ask_cluster,
+    find_cluster,
+    forget_token,
+    own_process_session,
+    own_token,
+    quiet_errors,
+)
 
 #: Ray reads these when it starts, and has no arguments in their place.
 _RAY_SETTINGS = {
@@ -62,9 +66,11 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
             arguments: dict[str, Any] = {"address": address}
         else:
             own = stack.enter_context(local_ray())
+            node = local_node()
             # Said to be local, lest it join a cluster that somebody has left on this machine. Ray itself would count
-            # cores that this process may not use.
-            arguments = {"address": "local", "include_dashboard": dashboard, "num_cpus": usable_cores(), **own, **local}
+            # cores that this process may not use, and GPUs that PyTorch cannot.
+            room = {"num_cpus": int(node["CPU"]), "num_gpus": int(node["GPU"])}
+            arguments = {"address": "local", "include_dashboard": dashboard, **room, **own, **local}
             python = shlex.quote(sys.executable)
             if python != sys.executable:
                 # Ray starts workers through a shell, and quotes all but the interpreter (ray 5288, 33047).
@@ -147,78 +153,16 @@ def _start_failure(address: str | None, error: Exception) -> Exception:
     return UserError(f"--address {address}: the Ray cluster there cannot be joined ({why}); look whether it still runs")
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What a study takes of a cluster."""
-
-    resources: Resources
-    concurrency: int
-
-
-def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
-    """Fits trials to the cluster that this process has joined.
-
-    Without GPUs a trial's worker takes one core, or more where fewer trials are to run at once than there are cores.
-
-    Raises:
-        UserError: where the cluster cannot run even one trial.
-    """
-    nodes = alive_nodes()
-    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
-    if gpu and gpus:
-        cpu = cores_per_gpu(nodes) * gpu
-    else:
-        cpu = cpus / (concurrency * workers) if concurrency else 1.0
-    # Whole cores, but for a fraction of a GPU that has less than a core beside it.
-    cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
-    if workers > 1 and 0 < gpu < 1:
-        raise UserError(
-            f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "
-            f"for one worker a trial"
-        )
-    resources = Resources(workers, cpu, gpu)
-    need = resources.per_worker
-    places = sum(places_on(node, need) for node in nodes)
-    if places < workers:
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
-        raise UserError(
-            f"a trial of {workers} workers with {each} each does not fit: the cluster has {cpus:g} CPU and "
-            f"{gpus:g} GPU on {len(nodes)} nodes, room for {places} such workers; "
-            "ask for fewer workers a trial, or a smaller --gpus-per-worker"
-        )
-    return Placement(resources, min(places // workers, concurrency or sys.maxsize))
-
-
-def alive_nodes() -> list[dict[str, float]]:
-    """What each node of the cluster has."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
-
-
-def cores_per_gpu(nodes: list[dict[str, float]]) -> float:
-    """Cores for each GPU, on the node with GPUs that has the fewest; 0 where there are no GPUs."""
-    return min((node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU")), default=0.0)
-
-
-def places_on(node: dict[str, float], need: dict[str, float]) -> int:
-    """How many workers fit on a node with such resources; part of a GPU comes from one GPU."""
-    rooms = {kind: node.get(kind, 0.0) / amount for kind, amount in need.items()}
-    if 0 < need.get("GPU", 0.0) < 1:
-        rooms["GPU"] = node.get("GPU", 0.0) * int(1 / need["GPU"] + 1e-9)
-    return int(min(rooms.values()) + 1e-9)
-
-
 _CONNECT_S = 10.0
 
 
 def check_cluster(address: str | None) -> None:
-    """Whether anything answers where a Ray cluster is said to be.
+    """Find out whether a Ray cluster of this version answers at an address, and lets this process in.
 
     Asked first: Ray itself would try for a quarter of an hour, and only once the data are packed.
 
     Raises:
-        UserError: there is nothing, or it is the address of Ray's client.
+        UserError: it does not, or it is the address of Ray's client.
     """
     if address is None:
         return
@@ -229,10 +173,34 @@ def check_cluster(address: str | None) -> None:
         )
     try:
         found = find_cluster(address)
-        if found is not None:
-            socket.create_connection(found, _CONNECT_S).close()
+        if found is None:
+            return
+        socket.create_connection(found, _CONNECT_S).close()
     except (ValueError, OSError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "
             f"leave --address out to start Ray on this machine"
         ) from None
+    if os.environ.get("RAY_USE_TLS", "0") == "0":  # else it cannot be asked so simply
+        _check_answer(address, *found)
+
+
+def _check_answer(address: str, host: str, port: int) -> None:
+    token = own_token()
+    uses_token = os.environ.get("RAY_AUTH_MODE", "token" if address == "auto" and token else "").lower() == "token"
+    answer = ask_cluster(host, port, None)
+    if answer.asks_for_token:
+        if not uses_token or not token:
+            raise UserError(f"--address {address}: {_TOKEN_NEEDED}")
+        answer = ask_cluster(host, port, token)
+        if answer.asks_for_token:
+            raise UserError(f"--address {address}: the token at hand is not that of the cluster; {_TOKEN_NEEDED}")
+    elif uses_token and not token:
+        raise UserError(f"--address {address}: the cluster asks for no token, and there is none; unset RAY_AUTH_MODE")
+    if answer.version is None:
+        raise UserError(f"--address {address}: what answers there is no Ray cluster ({answer.fault}); name another")
+    if answer.version != ray.__version__:
+        raise UserError(
+            f"--address {address}: the cluster runs Ray {answer.version}, and this is Ray {ray.__version__}; use the "
+            f"cluster's version here"
+        )

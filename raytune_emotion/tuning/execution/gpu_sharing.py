@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.throughput import COUNTS, best_count, measure
-from raytune_emotion.tuning.execution.cluster import alive_nodes, cores_per_gpu
+from raytune_emotion.tuning.execution.placement import cluster_nodes, cores_per_gpu
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec
@@ -30,7 +30,7 @@ def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
         UserError: the cluster has no GPU, or the workers of a trial need one each.
         Breakdown: it could not be tried out.
     """
-    nodes = alive_nodes()
+    nodes = cluster_nodes()
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     faults = []
     if not gpus:

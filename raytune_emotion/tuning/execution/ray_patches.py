@@ -4,11 +4,13 @@
 """
 
 import contextlib
+import dataclasses
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import grpc
 import ray
 import ray._private.worker
 import ray.tune.tune
@@ -16,6 +18,7 @@ from ray import tune
 from ray._private import services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.execution import tune_controller
 from ray.tune.execution.tune_controller import TuneController
@@ -25,6 +28,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 
 #: Of what Ray says of a process that its memory monitor has killed.
 LOW_MEMORY = "running low on memory"
+_ANSWER_S = 5.0
 
 
 class PlainTrainable(tune.Trainable):
@@ -173,6 +177,37 @@ def find_cluster(address: str) -> tuple[str, int] | None:
         return None
     host, port = services.extract_ip_port(found)
     return host, int(port)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterAnswer:
+    """What a cluster's head said when it was asked whether it lives."""
+
+    version: str | None  # of Ray; None: it has not said
+    asks_for_token: bool = False
+    fault: str = ""  # why there was no answer
+
+
+def ask_cluster(host: str, port: int, token: str | None) -> ClusterAnswer:
+    """Ask the head of a cluster whether it lives, by its own protocol; `ray.init` needs half a minute to be refused."""
+    headers = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+        head: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+            reply = head.CheckAlive(request, timeout=_ANSWER_S, metadata=headers)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return ClusterAnswer(None, code is grpc.StatusCode.UNAUTHENTICATED, code.name.lower().replace("_", " "))
+    return ClusterAnswer(reply.ray_version)
+
+
+def own_token() -> str | None:
+    """Return the token that Ray would offer; None where there is none."""
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    token: str = loader.get_raw_token(ignore_auth_mode=True)
+    return token or None
 
 
 class _OwnSession(services.ConsolePopen):

@@ -26,8 +26,9 @@ from ray.cluster_utils import Cluster
 
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.tuning.execution import recorder
-from raytune_emotion.tuning.execution.cluster import fit_to_cluster, ray_session
+from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
+from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.policy.sampler import _STARTUP
 from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd

@@ -19,6 +19,9 @@ _PRIVATE = {
     "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
     "ray._raylet:AuthenticationTokenLoader.instance": None,
     "ray._raylet:Config.initialize": None,
+    "ray._raylet:AuthenticationTokenLoader.get_raw_token": None,
+    "ray.core.generated.gcs_service_pb2:CheckAliveRequest": None,
+    "ray.core.generated.gcs_service_pb2_grpc:NodeInfoGcsServiceStub": ("channel",),
     # Ray Tune.
     "ray.air.execution._internal.actor_manager:RayActorManager.add_actor": (
         "self", "cls", "kwargs", "resource_request", "on_start", "on_stop", "on_error",

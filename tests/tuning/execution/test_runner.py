@@ -17,11 +17,11 @@ import ray
 from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 
-from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.tuning.execution import runner
-from raytune_emotion.tuning.execution.cluster import cores_per_gpu, fit_to_cluster, places_on
 from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
+from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.study import open_study
@@ -286,30 +286,6 @@ def test_a_trial_that_always_dies_is_given_up(begin):
     assert record.status == "failed"
     assert "2 times" in record.reason
     assert left_behind() == (0.0, [])
-
-
-def test_what_can_never_fit_is_refused_with_the_arithmetic(cluster):
-    with pytest.raises(UserError, match=r"3 workers with 1 CPU each does not fit: the cluster has 2 CPU .* room for 2"):
-        fit_to_cluster(workers=3, gpus_per_worker=None, concurrency=None)
-    with pytest.raises(UserError, match="0 GPU on 1 nodes"):
-        fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
-    with pytest.raises(UserError, match="NCCL joins no two workers"):
-        fit_to_cluster(workers=2, gpus_per_worker=0.5, concurrency=None)
-
-
-def test_cores_are_those_of_the_nodes_with_gpus():
-    nodes = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 12.0, "GPU": 1.0}]
-    assert cores_per_gpu(nodes) == 8
-    assert cores_per_gpu(nodes[:1]) == 0
-
-
-@pytest.mark.parametrize(
-    ("gpus", "share", "places"),
-    [(1, 1.0, 1), (1, 1 / 3, 3), (1, 0.3, 3), (2, 0.6, 2), (2, 0.25, 8), (4, 1.0, 4), (0, 0.5, 0)],
-)
-def test_parts_of_a_gpu_come_from_one(gpus, share, places):
-    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
-    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 10.0, "GPU": share}) == min(1, places)
 
 
 def test_trials_share_the_cores(cluster):

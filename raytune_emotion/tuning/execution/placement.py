@@ -1,0 +1,114 @@
+"""Fit trials to the cores and GPUs of a machine or a cluster."""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from raytune_emotion.data.cores import usable_cores
+from raytune_emotion.errors import UserError
+from raytune_emotion.terminal import count
+from raytune_emotion.tuning.execution.job import Resources
+
+#: Of each node: how much it has of "CPU", "GPU" and other resources.
+Nodes = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a study takes of a cluster."""
+
+    resources: Resources
+    concurrency: int
+
+    def __str__(self) -> str:
+        cpus = self.resources.cpus_per_worker
+        share = f", each on {cpus:g} of a core" if cpus < 1 and not self.resources.gpus_per_worker else ""
+        return f"{self.concurrency} at once{share}"
+
+
+def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+    """Fit trials to the cluster that this process has joined; see `fit`."""
+    return fit(
+        cluster_nodes(), "the cluster", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency
+    )
+
+
+def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+    """Fit trials to this machine, whether or not Ray runs; see `fit`."""
+    return fit(
+        [local_node()], "this machine", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency
+    )
+
+
+def fit(nodes: Nodes, where: str, *, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+    """Fit trials to nodes.
+
+    Without GPUs a trial's worker takes one core, or more where fewer trials are to run at once than there are cores.
+
+    Args:
+        nodes: what there is.
+        where: a word for the nodes, for messages.
+        workers: of a trial.
+        gpus_per_worker: up to 1; None for one, if there are GPUs.
+        concurrency: trials at once; None for as many as fit.
+
+    Raises:
+        UserError: not even one trial fits.
+    """
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
+    if gpu and not gpus:
+        raise UserError(f"--gpus-per-worker {gpu:g}: {where} has no GPU that PyTorch can use; leave the option out")
+    if workers > 1 and 0 < gpu < 1:
+        raise UserError(
+            f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "
+            f"for one worker a trial"
+        )
+    if not cpus:
+        raise UserError(
+            f"{where} has no core to train on: {count(len(nodes), 'node')} with 0 CPU. A search takes a cluster as it "
+            f"is when the search begins, and makes none grow; start its worker nodes before"
+        )
+    cpu = cores_per_gpu(nodes) * gpu if gpu else cpus / (concurrency * workers) if concurrency else 1.0
+    # Whole cores, but for a fraction of a GPU that has less than a core beside it.
+    cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
+    resources = Resources(workers, cpu, gpu)
+    need = resources.per_worker
+    places = sum(places_on(node, need) for node in nodes)
+    if places < workers:
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        there = f"{cpus:g} CPU and {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
+        advice = "ask for fewer workers a trial" + (", or a smaller --gpus-per-worker" if gpu else "")
+        raise UserError(
+            f"a trial of {count(workers, 'worker')} with {each} each does not fit: {where} has {there} on "
+            f"{count(len(nodes), 'node')}, room for {count(places, 'such worker')}; {advice}"
+        )
+    return Placement(resources, min(places // workers, concurrency or sys.maxsize))
+
+
+def cluster_nodes() -> Nodes:
+    """Return what each node of the cluster has."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def local_node() -> dict[str, float]:
+    """Return what this process may use of this machine."""
+    return {"CPU": float(usable_cores()), "GPU": float(torch.cuda.device_count())}
+
+
+def cores_per_gpu(nodes: Nodes) -> float:
+    """Return the cores for each GPU, on the node with GPUs that has the fewest; 0 if there are no GPUs."""
+    return min((node.get("CPU", 0.0) / node["GPU"] for node in nodes if node.get("GPU")), default=0.0)
+
+
+def places_on(node: dict[str, float], need: dict[str, float]) -> int:
+    """Return how many workers fit on a node with such resources; part of a GPU comes from one GPU."""
+    rooms = {kind: node.get(kind, 0.0) / amount for kind, amount in need.items()}
+    if 0 < need.get("GPU", 0.0) < 1:
+        rooms["GPU"] = node.get("GPU", 0.0) * int(1 / need["GPU"] + 1e-9)
+    return int(min(rooms.values()) + 1e-9)

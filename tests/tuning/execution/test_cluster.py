@@ -1,0 +1,109 @@
+"""What answers at the address of a cluster."""
+
+import contextlib
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import ray
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.execution import ray_patches
+from raytune_emotion.tuning.execution.cluster import check_cluster
+
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch, tmp_path):
+    """This user has no token, unless a test gives one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    monkeypatch.undo()
+    ray_patches.forget_token()
+
+
+@contextlib.contextmanager
+def head(*, token: str | None = None, version: str = ray.__version__):
+    """The part of a cluster's head that is asked whether it lives."""
+
+    class Service(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+        def CheckAlive(self, request, context):  # noqa: N802
+            offered = dict(context.invocation_metadata()).get("authorization")
+            if token is not None and offered != f"Bearer {token}":
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken: it is missing or incorrect")
+            return gcs_service_pb2.CheckAliveReply(ray_version=version)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for the address of the node
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+def refusal(address: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check_cluster(address)
+    (told,) = caught.value.faults
+    prefix = f"--address {address}: "
+    assert told.startswith(prefix)
+    return told.removeprefix(prefix)
+
+
+def test_a_cluster_that_lets_this_process_in_is_no_error(monkeypatch):
+    check_cluster(None)
+    with head() as address:
+        check_cluster(address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with head(token=TOKEN) as address:
+        check_cluster(address)
+
+
+def test_a_cluster_that_asks_for_a_token_says_how_to_offer_it(monkeypatch):
+    with head(token=TOKEN) as address:
+        assert refusal(address).startswith(
+            "the cluster asks for a token; export RAY_AUTH_MODE=token, with its token in"
+        )
+        # Ray offers a token to an address only when it is told to.
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        assert refusal(address).startswith(
+            "the cluster asks for a token; export RAY_AUTH_MODE=token, with its token in"
+        )
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        check_cluster(address)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "of another cluster")
+        assert refusal(address).startswith("the token at hand is not that of the cluster; ")
+
+
+def test_a_token_that_is_asked_for_here_alone_is_said(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with head() as address:
+        assert refusal(address) == "the cluster asks for no token, and there is none; unset RAY_AUTH_MODE"
+
+
+def test_a_cluster_of_another_version_is_refused_with_both():
+    with head(version="2.48.0") as address:
+        assert refusal(address) == (
+            f"the cluster runs Ray 2.48.0, and this is Ray {ray.__version__}; use the cluster's version here"
+        )
+
+
+def test_what_answers_and_is_no_cluster_is_refused(monkeypatch):
+    monkeypatch.setattr(ray_patches, "_ANSWER_S", 0.3)
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        assert refusal(f"127.0.0.1:{listener.getsockname()[1]}").startswith("what answers there is no Ray cluster (")
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for the address of the node
+    server.start()
+    try:
+        assert refusal(f"127.0.0.1:{port}") == "what answers there is no Ray cluster (unimplemented); name another"
+    finally:
+        server.stop(None)

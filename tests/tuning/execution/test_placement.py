@@ -1,0 +1,73 @@
+"""Trials on nodes."""
+
+import pytest
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.execution import placement
+from raytune_emotion.tuning.execution.placement import cores_per_gpu, fit, fit_here, places_on
+
+
+def refusal(nodes, where="the cluster", workers=1, gpus_per_worker=None, concurrency=None) -> str:
+    with pytest.raises(UserError) as caught:
+        fit(nodes, where, workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency)
+    (told,) = caught.value.faults
+    return told
+
+
+def test_what_can_never_fit_is_refused_with_the_arithmetic():
+    two = [{"CPU": 2.0}]
+    assert refusal(two, workers=3) == (
+        "a trial of 3 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, room for 2 such workers; "
+        "ask for fewer workers a trial"
+    )
+    gpus = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
+    assert refusal(gpus, workers=3, gpus_per_worker=1.0) == (
+        "a trial of 3 workers with 4 CPU and 1 GPU each does not fit: the cluster has 8 CPU and 2 GPU on 2 nodes, room "
+        "for 2 such workers; ask for fewer workers a trial, or a smaller --gpus-per-worker"
+    )
+    assert "NCCL joins no two workers" in refusal(gpus, workers=2, gpus_per_worker=0.5)
+
+
+def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
+    monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
+    with pytest.raises(UserError) as caught:
+        fit_here(workers=1, gpus_per_worker=1.0, concurrency=None)
+    assert str(caught.value) == (
+        "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; leave the option out"
+    )
+    assert fit_here(workers=1, gpus_per_worker=0.0, concurrency=None).resources.gpus_per_worker == 0
+
+
+def test_a_cluster_whose_workers_are_still_to_come_is_refused_in_words():
+    told = refusal([{"memory": 1e9}, {"CPU": 0.0}])
+    assert told.startswith("the cluster has no core to train on: 2 nodes with 0 CPU.")
+    assert told.endswith("start its worker nodes before")
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "cpus", "said"),
+    [
+        (None, 1.0, "2 at once"),
+        (1, 2.0, "1 at once"),
+        (2, 1.0, "2 at once"),
+        (8, 0.2, "8 at once, each on 0.2 of a core"),
+    ],
+)
+def test_trials_share_the_cores(concurrency, cpus, said):
+    found = fit([{"CPU": 2.0}], "here", workers=1, gpus_per_worker=None, concurrency=concurrency)
+    assert (found.resources.cpus_per_worker, str(found)) == (cpus, said)
+
+
+def test_cores_are_those_of_the_nodes_with_gpus():
+    nodes = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 12.0, "GPU": 1.0}]
+    assert cores_per_gpu(nodes) == 8
+    assert cores_per_gpu(nodes[:1]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "share", "places"),
+    [(1, 1.0, 1), (1, 1 / 3, 3), (1, 0.3, 3), (2, 0.6, 2), (2, 0.25, 8), (4, 1.0, 4), (0, 0.5, 0)],
+)
+def test_parts_of_a_gpu_come_from_one(gpus, share, places):
+    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
+    assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 10.0, "GPU": share}) == min(1, places)
