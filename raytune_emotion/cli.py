@@ -17,13 +17,13 @@ from raytune_emotion.terminal import warn
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
-    "search": "find the best model for a set of annotated faces: a study",
-    "confirm": "run a study's best configurations again with fresh seeds",
-    "pack": "turn a folder of annotated faces into a packed store",
+    "search": "search for the best model for a set of annotated faces",
+    "confirm": "train the best configurations of a study again with new seeds",
+    "pack": "pack a folder of annotated faces into a store for fast loading",
     "train": "train one configuration, without a search",
-    "report": "rebuild the tables and plots of a study",
-    "export": "export a trial's best checkpoint",
-    "predict": "predict the distribution of emotions of images",
+    "report": "write the tables, plots and report of a study again",
+    "export": "export a trial of a study as a folder that timm loads",
+    "predict": "predict the distribution over emotions of images",
 }
 
 

@@ -41,13 +41,35 @@ from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, rea
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=location, metavar="STUDY", help="the folder of a study")
-    add("--top", type=positive, default=3, metavar="K", help="of the study's configurations, the best (default: 3)")
-    add("--seeds", type=positive, default=5, metavar="N", help="runs of each, with a seed of its own (default: 5)")
-    add("--concurrency", type=positive, metavar="N", help="runs at once (default: as in the search)")
-    add("--workers-per-trial", type=positive, metavar="N", help="processes a run (default: as in the search)")
-    add("--gpus-per-worker", type=gpu_share, metavar="X", help="may be a fraction (default: as in the search)")
-    add("--address", metavar="ADDRESS", help="of a running Ray cluster, or auto (default: start Ray here)")
+    add("study", type=location, metavar="STUDY", help="folder of a study")
+    add(
+        "--top", type=positive, default=3, metavar="K", help="number of best configurations to train again (default: 3)"
+    )
+    add(
+        "--seeds",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="runs per configuration, each with a new seed (default: 5)",
+    )
+    add("--concurrency", type=positive, metavar="N", help="runs at the same time (default: as in the search)")
+    add(
+        "--workers-per-trial",
+        type=positive,
+        metavar="N",
+        help="processes that train one run together (default: as in the search)",
+    )
+    add(
+        "--gpus-per-worker",
+        type=gpu_share,
+        metavar="X",
+        help="GPUs per worker, 1 or a fraction (default: as in the search)",
+    )
+    add(
+        "--address",
+        metavar="ADDRESS",
+        help="address of a running Ray cluster, or auto (default: start Ray on this machine)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

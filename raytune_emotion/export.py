@@ -1,4 +1,4 @@
-"""Exports a trial of a study: a folder that timm loads and that `predict` predicts with."""
+"""Export a trial of a study as a folder that timm and `predict` load: the command."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", type=location, metavar="STUDY", help="folder or URI of a study")
     add("dest", type=location, metavar="DEST", help="folder or URI to write; an earlier export there is replaced")
-    add("--trial", metavar="ID", help="of the study (default: the best)")
+    add("--trial", metavar="ID", help="id of the trial (default: the best trial)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The command pack: a folder of annotated faces becomes a packed store."""
+"""Pack a folder of annotated faces into a store: the command."""
 
 import argparse
 import contextlib
@@ -17,10 +17,10 @@ from raytune_emotion.terminal import say, typed, warn
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = DataConfig()
     parser.add_argument(
-        "source", type=location, metavar="SRC", help="folder in the layout of AffectNetFused, on a disk or at a URI"
+        "source", type=location, metavar="SRC", help="folder in the AffectNetFused layout, as a path or URI"
     )
     parser.add_argument(
-        "dest", type=location, metavar="DEST", help="the store: a folder that does not exist yet, or a URI"
+        "dest", type=location, metavar="DEST", help="store to write: a folder that does not exist yet, or a URI"
     )
     parser.add_argument(
         "--image-size",
@@ -28,22 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[default.image_size],
         metavar="N",
-        help=f"side in px; a store DEST/Npx for each of several (default: {default.image_size})",
+        help=f"side of the images, px; several sizes make a store DEST/Npx each (default: {default.image_size})",
     )
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="set faulty rows aside, listed in DEST/rejected.csv",
+        help="leave bad rows out, and list them in DEST/rejected.csv",
     )
     parser.add_argument(
         "--classes",
         type=lambda names: tuple(name.strip() for name in names.split(",")),
         default=default.classes,
         metavar="A,B,C",
-        help=f"what the values of an annotation stand for (default: {','.join(default.classes)})",
+        help=f"class names in the order of the annotated values (default: {','.join(default.classes)})",
     )
     parser.add_argument(
-        "--address", metavar="ADDRESS", help="of a running Ray cluster, or auto, to pack on all its nodes"
+        "--address", metavar="ADDRESS", help="address of a running Ray cluster, or auto: pack on all its nodes"
     )
 
 

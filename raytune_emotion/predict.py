@@ -1,4 +1,4 @@
-"""Predicts the distribution of emotions of images: a line of CSV each, on standard output."""
+"""Predict the distribution over emotions of images, as CSV on standard output: the command."""
 
 import argparse
 import csv
@@ -28,8 +28,8 @@ _BATCH = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("export", type=location, metavar="EXPORT", help="folder or URI that search, train or export wrote")
-    add("images", type=local_path, nargs="+", metavar="IMAGE", help="a face; a folder stands for the images in it")
-    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("images", type=local_path, nargs="+", metavar="IMAGE", help="image of a face, or a folder of images")
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Rebuilds the tables, the plots and the page of a study, also while it runs."""
+"""Write the tables, the plots and the report of a study again, also while it runs: the command."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from raytune_emotion.tuning.study.tables import CURVES, TRIALS, write_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", type=location, metavar="STUDY", help="the folder or the URI of a study")
+    parser.add_argument("study", type=location, metavar="STUDY", help="folder or URI of a study")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The main job: a study. Finds the configuration that predicts distributions of emotion best."""
+"""Search for the configuration that best predicts distributions over emotions: the main command."""
 
 import argparse
 import dataclasses
@@ -70,58 +70,81 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=location,
         metavar="DIR",
-        help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
+        help="AffectNetFused folder or packed store, as a path or URI (default: the built-in sample)",
     )
     add(
         "--space",
         type=_space_file,
         metavar="SPACE",
-        help=f"the search space: {', '.join(known_spaces())}, or a YAML file (default: {DEFAULT})",
+        help=f"search space: {', '.join(known_spaces())}, or a YAML file (default: {DEFAULT})",
     )
     add(
         "--objective",
         choices=OBJECTIVES,
         metavar="WHAT",
-        help=f"what is searched for, of {', '.join(map(repr, OBJECTIVES))} (default: 'val_js')",
+        help=f"objective: {', '.join(map(repr, OBJECTIVES))} (default: 'val_js')",
     )
-    add("--trials", type=positive, metavar="N", help=f"trials in all (default: {DEFAULT_TRIALS})")
-    add("--epochs", type=positive, metavar="N", help=f"epochs of a full trial (default: {DEFAULT_EPOCHS})")
-    add("--concurrency", type=positive, metavar="N", help="trials at once (default: as many as fit)")
-    add("--workers-per-trial", type=positive, metavar="N", help="processes that train a trial (default: 1)")
+    add("--trials", type=positive, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
+    add(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        help=f"epochs of a trial that is not stopped early (default: {DEFAULT_EPOCHS})",
+    )
+    add("--concurrency", type=positive, metavar="N", help="trials at the same time (default: as many as fit)")
+    add("--workers-per-trial", type=positive, metavar="N", help="processes that train one trial together (default: 1)")
     add(
         "--gpus-per-worker",
         type=_gpu_share_or_auto,
         metavar="X",
-        help=f"may be a fraction, or {AUTO} for what is fastest (default: 1 where there are GPUs)",
+        help=f"GPUs per worker: a fraction, 1, or {AUTO} for the fastest share (default: 1 if there are GPUs)",
     )
     add(
         "--results",
         type=location,
         default=Folder(Path("ray_results")),
         metavar="DIR",
-        help="a folder, or a URI such as s3://bucket/prefix (default: ray_results)",
+        help="folder of the studies, or a URI such as s3://bucket/prefix (default: ray_results)",
     )
     add(
         "--warm-start",
         type=location,
         nargs="+",
         metavar="STUDY",
-        help="earlier studies, of these or other data, whose trials tell what to try first",
+        help="earlier studies, of the same or other data, that guide the first trials",
     )
-    add("--name", type=plain_name, metavar="NAME", help="of the study (default: the space and the time)")
-    add("--resume", action="store_true", help="go on with the study --name; the newest one without a name")
-    add("--seed", type=natural, metavar="N", help="of proposals and trials (default: that of the space, else 0)")
-    add("--time-budget", type=_duration, metavar="T", help="as 90m, 2h or 1d; the study can be resumed afterwards")
+    add("--name", type=plain_name, metavar="NAME", help="name of the study (default: the space and the time)")
+    add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")
+    add("--seed", type=natural, metavar="N", help="seed of proposals and trials (default: that of the space, else 0)")
+    add(
+        "--time-budget",
+        type=_duration,
+        metavar="T",
+        help="stop after this time, such as 90m, 2h or 1d; --resume continues the study",
+    )
     add(
         "--max-failures",
         type=natural,
         metavar="N",
-        help=f"restarts of a trial that died (default: {MAX_FAILURES})",
+        help=f"restarts of a trial whose process died (default: {MAX_FAILURES})",
     )
-    add("--weights-dir", type=local_path, metavar="DIR", help="pretrained weights, for machines without a hub")
-    add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
-    add("--address", metavar="ADDRESS", help="of a running Ray cluster, or auto (default: start Ray here)")
-    add("--dry-run", action="store_true", help="show the space, ten configurations of it and what trials cost here")
+    add(
+        "--weights-dir",
+        type=local_path,
+        metavar="DIR",
+        help="folder of pretrained weights, for machines without access to the hub",
+    )
+    add("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the data")
+    add(
+        "--address",
+        metavar="ADDRESS",
+        help="address of a running Ray cluster, or auto (default: start Ray on this machine)",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="show the space, ten configurations and the training speed; start nothing",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -55,22 +55,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=location,
         metavar="DIR",
-        help="AffectNetFused folder or packed store, on a disk or at a URI (default: generated faces)",
+        help="folder or packed store, as a path or URI (default: the study's data, or the built-in sample)",
     )
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, as optim.lr=1e-3; may be repeated")
-    add("--config", type=local_path, metavar="FILE", help="settings by dotted path, YAML or a trial's params.json")
-    add("--study", type=location, metavar="DIR", help="take the settings of a study's best trial, or of --trial")
-    add("--trial", metavar="ID", help="a trial of --study")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting, such as optim.lr=1e-3; may be repeated",
+    )
+    add("--config", type=local_path, metavar="FILE", help="file of settings: YAML, or the params.json of a trial")
+    add("--study", type=location, metavar="DIR", help="study whose best trial (or --trial) gives the settings")
+    add("--trial", metavar="ID", help="id of a trial of --study")
     add("--epochs", type=int, metavar="N", help="the same as --set train.epochs=N")
     add("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
-    add("--workers", type=positive, default=1, metavar="N", help="processes that train together (default: 1)")
-    add("--gpus-per-worker", type=gpu_share, metavar="X", help="default: 1 where there are GPUs")
-    add("--results", type=local_path, default=Path("ray_results"), metavar="DIR", help="default: ray_results")
-    add("--name", type=plain_name, metavar="NAME", help="of the run (default: {backbone}_{loss})")
-    add("--resume", action="store_true", help="go on with the run of that name")
-    add("--weights-dir", type=local_path, metavar="DIR", help="pretrained weights, for machines without a hub")
-    add("--skip-bad", action="store_true", help="set faulty rows aside instead of refusing the data")
-    add("--address", metavar="ADDRESS", help="of a running Ray cluster, for several workers (default: start Ray here)")
+    add("--workers", type=positive, default=1, metavar="N", help="processes that train the model together (default: 1)")
+    add(
+        "--gpus-per-worker",
+        type=gpu_share,
+        metavar="X",
+        help="GPUs per worker, 1 or a fraction (default: 1 if there are GPUs)",
+    )
+    add(
+        "--results",
+        type=local_path,
+        default=Path("ray_results"),
+        metavar="DIR",
+        help="folder of the run's folder (default: ray_results)",
+    )
+    add("--name", type=plain_name, metavar="NAME", help="name of the run (default: {backbone}_{loss})")
+    add("--resume", action="store_true", help="continue the run --name")
+    add(
+        "--weights-dir",
+        type=local_path,
+        metavar="DIR",
+        help="folder of pretrained weights, for machines without access to the hub",
+    )
+    add("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the data")
+    add(
+        "--address",
+        metavar="ADDRESS",
+        help="address of a Ray cluster for several workers, or auto (default: start Ray on this machine)",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
