@@ -48,6 +48,8 @@ class ModelConfig:
         default=None, description="folder with <backbone>.safetensors, for machines without a hub"
     )
     dropout: float = Field(default=0.3, ge=0, lt=1, description="probability, before the classifier")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a residual block")
+    freeze_epochs: float = Field(default=0.0, ge=0, description="epochs at the beginning in which only the head learns")
 
     @model_validator(mode="before")
     @classmethod
@@ -93,6 +95,9 @@ class OptimConfig:
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; beta1 of adam and adamw")
     schedule: Literal["constant", "cosine", "plateau"] = Field(default="plateau", description="of the step size")
     warmup_epochs: float = Field(default=0.0, ge=0, description="linear warm-up, epochs")
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="factor on the learning rate from each layer to the one below it"
+    )
     plateau_patience: float = Field(default=3.0, ge=0, description="epochs without a better val JS before lr falls")
     plateau_factor: float = Field(default=0.5, gt=0, lt=1, description="what lr is multiplied by then")
 
@@ -107,6 +112,15 @@ class TrainConfig:
     grad_clip: float = Field(default=0.0, ge=0, description="largest L2 norm of the gradient; 0: any")
     ema_decay: float = Field(
         default=0.0, ge=0, lt=1, description="a step, of the average of the weights that is validated and kept; 0: none"
+    )
+    balance: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="power of the inverse frequency of its majority class by which a row weighs",
+    )
+    smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the mean training distribution in each training target"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the forward and backward pass")
     compile: Literal["auto", "always", "never"] = Field(

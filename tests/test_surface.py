@@ -52,12 +52,12 @@ STATUSES = {"complete", "pruned", "failed", "running"}
 
 NAMES_OF_SETTINGS = """
     data.image_size data.classes
-    model.backbone model.pretrained model.weights_dir model.dropout
+    model.backbone model.pretrained model.weights_dir model.dropout model.drop_path model.freeze_epochs
     loss.mse loss.l1 loss.kl loss.ce loss.js
-    optim.name optim.lr optim.weight_decay optim.momentum optim.schedule optim.warmup_epochs optim.plateau_patience
-    optim.plateau_factor
+    optim.name optim.lr optim.weight_decay optim.momentum optim.schedule optim.warmup_epochs optim.layer_decay
+    optim.plateau_patience optim.plateau_factor
     train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.ema_decay
-    train.precision train.compile train.seed
+    train.balance train.smoothing train.precision train.compile train.seed
     augment.flip augment.crop_scale augment.colour augment.grey augment.erase augment.mixup augment.cutmix
 """
 

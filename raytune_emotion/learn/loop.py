@@ -37,7 +37,7 @@ from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.report import Report
-from raytune_emotion.learn.step import Step
+from raytune_emotion.learn.step import Step, make_targets
 
 _EVAL_ROWS = 128
 #: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.
@@ -239,6 +239,9 @@ def start(
         device=device,
         batch_rows=plan.batch_rows,
         workers=plan.workers,
+        targets=make_targets(
+            store.train.prob_NK, smoothing=config.train.smoothing, balance=config.train.balance, device=device
+        ),
         grad_clip=config.train.grad_clip,
         # Workers that train together wait for each other within a step.
         capture=device.type == "cuda" and torch.cuda.is_available() and plan.workers == 1,
@@ -308,7 +311,8 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
                 val_js=val_js,
                 evals_per_epoch=len(plan.stops),
             )
-            run.step([(next(stream), next(decisions)) for _ in range(accumulate)], lr)
+            only_head = epoch * plan.steps_per_epoch + step < config.model.freeze_epochs * plan.steps_per_epoch
+            run.step([(next(stream), next(decisions)) for _ in range(accumulate)], lr, only_head=only_head)
             looks, between = divmod(epoch * plan.steps_per_epoch + step, _AVERAGED_EVERY)
             if run.average is not None and between == 0:
                 run.average.update(run.model, step=looks + 1)

@@ -40,6 +40,8 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     check_backbone(config.model.backbone)
     name, size = successor(config.model.backbone), config.data.image_size
     options: dict[str, Any] = {"num_classes": len(config.data.classes), "drop_rate": config.model.dropout}
+    if config.model.drop_path:
+        options["drop_path_rate"] = config.model.drop_path
     # timm marks the models whose parameters depend on the image size; these take img_size.
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         options["img_size"] = size
@@ -75,6 +77,8 @@ def _create(config: RunConfig, options: dict[str, Any]) -> nn.Module:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except _UNBUILDABLE as error:
+        if "drop_path_rate" in str(error):
+            raise UserError(f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another") from error
         if "loading state_dict" in str(error) and config.model.weights_dir is not None:
             raise UserError(
                 f"model.weights_dir: {_weights_file(config.model)} does not fit {name}: {line.strip()}"

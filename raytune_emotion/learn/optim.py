@@ -1,9 +1,11 @@
-"""The optimizer, and the schedule of its step size: a function of the step and of the reports so far, without state."""
+"""The optimizer, and the schedule of its learning rate: a function of the step and of the reports so far."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -11,29 +13,45 @@ from raytune_emotion.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Adam, AdamW or SGD with momentum, all fused; the model is on its device already.
+    """Build Adam, AdamW or SGD with momentum, all fused. The model is on its device already.
 
     As is customary for transformers, and harmless elsewhere, biases, the scales of normalisation layers and whatever
     the model itself exempts (`no_weight_decay`: class tokens, position embeddings) are not decayed.
 
-    The step size is set by the loop, before every step.
+    The loop sets the learning rate before every step: in each group times its `lr_scale`, if any, which follows from
+    `layer_decay` (Bao et al., "BEiT", 2021). Groups of `head: True` hold the classifier's parameters.
     """
     exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (plain if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    if config.layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+        )
+    else:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=exempt)
+    groups = _with_head_apart(model, groups)
     if config.name == "sgd":
         sgd = SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
         # Where a scaler skips the first step, as it often does, the kernel would leave a momentum that was never set.
         # With one of zero the first step is the same.
-        for parameter in [*decayed, *plain] if config.momentum else ():
+        for parameter in model.parameters() if config.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     kind = AdamW if config.name == "adamw" else Adam
     return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+
+
+def _with_head_apart(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Split groups of parameters so that each holds the classifier's parameters alone, or none of them."""
+    classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    modules = [classifiers] if isinstance(classifiers, nn.Module) else list(classifiers)
+    head = {id(parameter) for module in modules for parameter in module.parameters()}
+    split = []
+    for group in groups:
+        for is_head in (False, True):
+            own = [parameter for parameter in group["params"] if (id(parameter) in head) == is_head]
+            if own:
+                split.append({**group, "params": own, "head": is_head})
+    return split
 
 
 def lr_factor(
@@ -45,7 +63,7 @@ def lr_factor(
     val_js: Sequence[float],
     evals_per_epoch: int,
 ) -> float:
-    """What `optim.lr` is multiplied by at a step.
+    """Return the factor on `optim.lr` at a step.
 
     Every schedule starts with the linear warm-up, if there is one. `cosine` then falls to zero at the end of the run;
     `plateau` falls by its factor at the reports.
@@ -69,7 +87,7 @@ def lr_factor(
 
 
 def plateau_falls(val_js: Sequence[float], patience: float) -> int:
-    """How often a step size has fallen by now that falls after `patience` reports without a new best.
+    """Return how often the learning rate has fallen by now, if it falls after `patience` reports without a new best.
 
     After a fall the count starts anew, and the best stays.
     """
@@ -85,5 +103,5 @@ def plateau_falls(val_js: Sequence[float], patience: float) -> int:
 
 
 def reports_since_best(val_js: Sequence[float]) -> int:
-    """How many reports there have been since the least value, the first of equals."""
+    """Return how many reports there have been since the least value, the first of equals."""
     return len(val_js) - 1 - min(range(len(val_js)), key=val_js.__getitem__)

@@ -10,6 +10,8 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,8 +27,46 @@ Input = tuple[Batch, Decisions]
 _LAUNCHED_FIRST = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What a training set's distributions and rows become before the loss."""
+
+    mean_K: torch.Tensor | None = None  # of the training targets, mixed into each; None: left as they are
+    smoothing: float = 0.0  # its share
+    weight_K: torch.Tensor | None = None  # of a row, by its majority class; None: one
+
+    def __call__(self, prob_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the targets, and the weights of the rows if they differ."""
+        weight_B = None if self.weight_K is None else self.weight_K[prob_BK.argmax(1)]
+        if self.mean_K is not None:
+            prob_BK = torch.lerp(prob_BK, self.mean_K.expand_as(prob_BK), self.smoothing)
+        return prob_BK, weight_B
+
+
+def make_targets(
+    prob_NK: npt.NDArray[np.float32], *, smoothing: float, balance: float, device: torch.device
+) -> Targets:
+    """Build the targets of a training set.
+
+    Args:
+        prob_NK: distributions of the training rows.
+        smoothing: share of their mean in each target; 0: none.
+        balance: a row weighs by the inverse frequency of its majority class to this power, one in the mean over the
+            rows; 0: all rows weigh the same.
+        device: of the training.
+    """
+    mean_K = weight_K = None
+    if smoothing:
+        mean_K = torch.from_numpy(prob_NK.mean(axis=0, dtype=np.float64)).float().to(device)
+    if balance:
+        share_K = np.bincount(prob_NK.argmax(axis=1), minlength=prob_NK.shape[1]) / len(prob_NK)
+        raw_K = np.where(share_K > 0, np.maximum(share_K, 1e-12) ** -balance, 0.0)
+        weight_K = torch.from_numpy(raw_K / (share_K * raw_K).sum()).float().to(device)
+    return Targets(mean_K, smoothing, weight_K)
+
+
 class Step:
-    """Trains a model by one batch a call. Nothing in a call waits for the device.
+    """Train a model by one batch a call. Nothing in a call waits for the device.
 
     Args:
         net: the model, wrapped where there are several workers.
@@ -39,6 +79,7 @@ class Step:
         device: of the model.
         batch_rows: rows of a batch, over all workers.
         workers: that each train on their share of a batch.
+        targets: what becomes of the training targets and of the rows' weights.
         grad_clip: largest L2 norm of the gradient; 0: any.
         capture: whether to capture a step as a CUDA graph. All batches must then have the same shapes.
     """
@@ -56,17 +97,19 @@ class Step:
         device: torch.device,
         batch_rows: int,
         workers: int,
+        targets: Targets,
         grad_clip: float,
         capture: bool,
     ) -> None:
         self._net, self._optimizer, self._scaler, self._loss = net, optimizer, scaler, loss
         self._mean, self._std, self._dtype, self._device = mean, std, dtype, device
-        self._scale, self._grad_clip = workers / batch_rows, grad_clip
+        self._scale, self._targets, self._grad_clip = workers / batch_rows, targets, grad_clip
         self.capture = capture
         #: Sum of the losses of all rows since it was last set to zero.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        # A captured step reads the learning rate from the device.
-        self._lr = torch.zeros((), device=device) if capture else None
+        # A captured step reads the learning rates of the groups from the device.
+        self._lr_G = torch.zeros(len(optimizer.param_groups), device=device) if capture else None
+        self._factors_G: dict[bool, torch.Tensor] = {}  # on them, by whether the head alone learns
         self._launched = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Input] = []  # of the graph
@@ -76,12 +119,15 @@ class Step:
         """Tell whether steps are launched as a graph."""
         return self._graph is not None
 
-    def __call__(self, inputs: Sequence[Input], lr: float) -> None:
-        """Trains by the micro-batches of one batch, each with the decisions on its augmentation."""
-        if self._lr is not None:
-            self._lr.fill_(lr)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr if self._lr is None else self._lr
+    def __call__(self, inputs: Sequence[Input], lr: float, *, only_head: bool = False) -> None:
+        """Train by the micro-batches of one batch, each with the decisions on its augmentation.
+
+        Args:
+            inputs: the micro-batches.
+            lr: the learning rate, before the factors of the optimizer's groups.
+            only_head: whether the classifier alone learns.
+        """
+        self._set_learning_rates(lr, only_head=only_head)
         if self.capture and self._graph is None and self._launched >= _LAUNCHED_FIRST:
             self._capture_graph(inputs)
         if self._graph is not None:
@@ -94,14 +140,30 @@ class Step:
             self._launch(inputs)
         self._launched += 1
 
+    def _set_learning_rates(self, lr: float, *, only_head: bool) -> None:
+        groups = self._optimizer.param_groups
+        factors = [group.get("lr_scale", 1.0) * (not only_head or group["head"]) for group in groups]
+        if self._lr_G is None:
+            for group, factor in zip(groups, factors, strict=True):
+                group["lr"] = lr * factor
+            return
+        if only_head not in self._factors_G:
+            self._factors_G[only_head] = torch.tensor(factors).to(self._device)
+        torch.mul(self._factors_G[only_head], lr, out=self._lr_G)
+        if self._graph is None:
+            for group, lr_of_group in zip(groups, self._lr_G, strict=True):
+                group["lr"] = lr_of_group
+
     def _launch(self, inputs: Sequence[Input]) -> None:
         for index, (batch, decisions) in enumerate(inputs):
             x_BCHW, prob_BK = augment(batch, decisions, mean=self._mean, std=self._std)
+            prob_BK, weight_B = self._targets(prob_BK)
             # Workers add up their gradients once a step, with its last micro-batch.
             with contextlib.nullcontext() if index == len(inputs) - 1 else _no_sync(self._net):
                 with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
                     logits_BK = self._net(x_BCHW)
-                loss = self._loss(logits_BK.float(), prob_BK).sum()
+                loss_B = self._loss(logits_BK.float(), prob_BK)
+                loss = (loss_B if weight_B is None else loss_B * weight_B).sum()
                 # The gradient of the mean over the whole batch, however it is cut; the wrapper takes the mean over
                 # workers, which is undone here.
                 self._scaler.scale(loss * self._scale).backward()  # type: ignore[no-untyped-call]

@@ -293,6 +293,38 @@ def test_on_a_gpu_smaller_micro_batches_are_smaller_evaluations_too(store, like_
     assert loop.rows_to_evaluate(dataclasses.replace(halved, device=CPU)) == 128
 
 
+# ---- transfer
+
+
+def test_only_the_head_learns_until_the_backbone_is_freed(store, tmp_path):
+    settings = config(model__freeze_epochs=1, train__epochs=2, optim__name="adamw", optim__weight_decay=0.1)
+    start = build_model(settings).state_dict()
+    reports = fit(settings, store, device=CPU, folder=tmp_path)
+    for freed in (False, True):
+        next(reports)
+        moved = {
+            name.removeprefix("model.")
+            for name, value in state(tmp_path).items()
+            if name.startswith("model.") and not torch.equal(value, start[name.removeprefix("model.")])
+        }
+        assert {"fc.weight", "fc.bias"} <= moved
+        assert ("conv1.0.weight" in moved) == freed
+
+
+def test_a_run_that_is_smoothed_balanced_and_decayed_by_layer_goes_on_as_if_it_had_not_been_stopped(store, tmp_path):
+    settings = config(train__smoothing=0.1, train__balance=0.5, optim__layer_decay=0.7, model__freeze_epochs=0.5)
+    whole = run(settings, store)
+    parts = run(settings, store, tmp_path, stop=1) + run(settings, store, tmp_path)
+    assert parts == whole
+    assert whole != run(config(), store)
+
+
+def test_a_backbone_without_blocks_to_skip_is_named(store):
+    with pytest.raises(UserError, match=r"model\.drop_path: .* has no blocks to skip"):
+        build_model(config(model__drop_path=0.1, model__backbone="vgg11", data__image_size=64))
+    build_model(config(model__drop_path=0.1, model__backbone="test_vit"))
+
+
 # ---- compiling
 
 

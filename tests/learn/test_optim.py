@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +63,27 @@ def test_a_step_that_the_scaler_skips_changes_nothing(name):
     # The first step of any of them is lr times the gradient, or its sign.
     for parameter, value in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(parameter.detach(), value - 0.1)
+
+
+def test_layers_learn_the_slower_the_further_they_are_from_the_head():
+    model = timm.create_model("test_vit", num_classes=13)
+    scale_of = {}
+    for group in build_optimizer(model, OptimConfig(layer_decay=0.5)).param_groups:
+        scale_of |= {id(parameter): group["lr_scale"] for parameter in group["params"]}
+    named = {name: scale_of[id(parameter)] for name, parameter in model.named_parameters()}
+    assert len(named) == len(scale_of)
+    assert named["head.weight"] == 1
+    assert named["patch_embed.proj.weight"] == min(named.values())
+    blocks = [named[f"blocks.{i}.attn.qkv.weight"] for i in range(len(model.blocks))]
+    assert blocks == [named["patch_embed.proj.weight"] * 2**i for i in range(1, len(blocks) + 1)]
+
+
+def test_the_head_has_groups_of_its_own():
+    model = timm.create_model("test_resnet", num_classes=13)
+    groups = build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    head = {id(p) for group in groups if group["head"] for p in group["params"]}
+    assert head == {id(p) for p in model.get_classifier().parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_momentum_from_nothing_is_that_of_torch():
