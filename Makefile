@@ -27,9 +27,9 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# All that there is to measure on a GPU, and a study there: make gpu DATA=faces [WEIGHTS=folder]
+# The checks of a GPU, and a study there: make gpu DATA=faces [WEIGHTS=folder]
 gpu: setup
-	$(BIN)/python -m benchmarks correctness loading training sharing
+	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m raytune_emotion.search --space gpu --trials 32 --gpus-per-worker auto \
 	  --data $(or $(DATA),$(error name the faces to search on: make gpu DATA=folder)) \
 	  $(if $(WEIGHTS),--weights-dir $(WEIGHTS))
