@@ -481,7 +481,7 @@ def _gpu_share_or_auto(text: str) -> float | str:
 
 def _space_file(text: str) -> Path:
     try:
-        return find_space(text)
+        return find_space(str(local_path(text)))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--space ")) from None
 

@@ -9,6 +9,14 @@ from raytune_emotion.cli import COMMANDS, guarded
 from raytune_emotion.errors import UserError
 
 
+def exit_code(argv):
+    """Run a command in this process; argparse ends it by SystemExit."""
+    try:
+        return main(argv)
+    except SystemExit as ended:
+        return ended.code
+
+
 def test_wrong_input_is_a_sentence_each_and_exit_code_2(capsys):
     def action():
         raise UserError(["a.txt: empty; delete it", "b.txt: holds text"])
@@ -76,3 +84,51 @@ def test_a_share_of_a_gpu_is_one_at_most(capsys):
         main(["search", "--gpus-per-worker", "2"])
     assert ended.value.code == 2
     assert "a worker trains on one GPU; ask for more --workers-per-trial" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--results", "{uri}"],
+        ["train", "--weights-dir", "{uri}"],
+        ["train", "--config", "{uri}"],
+        ["search", "--space", "{uri}"],
+        ["search", "--weights-dir", "{uri}"],
+        ["confirm", "{uri}"],
+        ["predict", "export", "{uri}"],
+    ],
+)
+@pytest.mark.parametrize("uri", ["s3://bucket/prefix", "file:///nowhere/at/all"])
+def test_uri_where_a_path_is_needed_is_refused_and_makes_no_folder(argv, uri, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code([part.format(uri=uri) for part in argv]) == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    assert f"{uri} is a URI; name a path of this machine" in said or f"{uri}: is at a URI, and a folder" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["search", "--results", "{uri}"],
+        ["search", "--data", "{uri}"],
+        ["search", "--warm-start", "{uri}"],
+        ["train", "--data", "{uri}"],
+        ["train", "--study", "{uri}"],
+        ["train", "--results", "{uri}"],
+        ["confirm", "{uri}"],
+        ["pack", "{uri}", "dest"],
+        ["pack", "source", "{uri}"],
+        ["report", "{uri}"],
+        ["export", "{uri}", "dest"],
+        ["export", "study", "{uri}"],
+        ["predict", "{uri}", "face.jpg"],
+    ],
+)
+def test_credentials_in_a_uri_are_refused_by_every_command(argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code([part.format(uri="s3://key:wJalrXUtnFEMI@bucket/a") for part in argv]) == 2
+    *_, said = capsys.readouterr().err.splitlines()
+    assert "s3://***@bucket/a: has credentials in it, which would be written into studies" in said
+    assert "wJalrXUtnFEMI" not in said
+    assert list(tmp_path.iterdir()) == []

@@ -217,15 +217,15 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the conversion from the command line."""
-    from raytune_emotion.cli import guarded
+    from raytune_emotion.cli import guarded, local_path
 
     parser = argparse.ArgumentParser(
         prog="python -m raytune_emotion.data.ferplus",
         description="turn FER+ into a folder in the layout of AffectNetFused",
     )
-    parser.add_argument("pixels", type=Path, help="fer2013.csv, or the folder of FER+'s PNG files")
-    parser.add_argument("votes", type=Path, help="fer2013new.csv")
-    parser.add_argument("dest", type=Path, help="the new folder")
+    parser.add_argument("pixels", type=local_path, help="fer2013.csv, or the folder of FER+'s PNG files")
+    parser.add_argument("votes", type=local_path, help="fer2013new.csv")
+    parser.add_argument("dest", type=local_path, help="the new folder")
     args = parser.parse_args(argv)
     return guarded(lambda: run(args))
 

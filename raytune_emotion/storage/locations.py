@@ -137,6 +137,17 @@ class Location(ABC):
         """
 
     @abstractmethod
+    def work_here(self, *names: str) -> contextlib.AbstractContextManager[Path]:
+        """Provide a folder of this machine to work in: the folder itself, or a temporary one with these files.
+
+        What is to stay at a URI has to be pushed.
+        """
+
+    @abstractmethod
+    def is_here(self, folder: Path) -> bool:
+        """Tell whether a folder of this machine is the location itself, so that its lock is enough."""
+
+    @abstractmethod
     def publish(self) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
@@ -287,13 +298,13 @@ class Folder(Location):
             yield temporary
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
-        if not self._is(folder):
+        if not self.is_here(folder):
             for name in names:
                 with self.write(name) as temporary:
                     shutil.copyfile(folder / name, temporary)
 
     def pull(self, folder: Path, names: Iterable[str]) -> None:
-        if not self._is(folder):
+        if not self.is_here(folder):
             remote.refuse_outside(str(self), folder, names := list(names))
             Folder(folder).push(self.path, (name for name in names if (self.path / name).is_file()))
 
@@ -304,6 +315,13 @@ class Folder(Location):
     @contextlib.contextmanager
     def copy_here(self, *patterns: str) -> Iterator[Path]:
         yield self.path
+
+    @contextlib.contextmanager
+    def work_here(self, *names: str) -> Iterator[Path]:
+        yield self.path
+
+    def is_here(self, folder: Path) -> bool:
+        return self.path.resolve() == folder.resolve()
 
     @contextlib.contextmanager
     def publish(self) -> Iterator[Path]:
@@ -337,9 +355,6 @@ class Folder(Location):
 
     def require_folder(self, advice: str) -> Path:
         return self.path
-
-    def _is(self, folder: Path) -> bool:
-        return self.path.resolve() == folder.resolve()
 
 
 @dataclass(frozen=True)
@@ -416,14 +431,22 @@ class Remote(Location):
     @contextlib.contextmanager
     def copy_here(self, *patterns: str) -> Iterator[Path]:
         self.check(write=False)
-        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-            folder = Path(scratch, self.name)
-            folder.mkdir(exist_ok=True)
-            self.pull(folder, self.find(*patterns))
+        with self.work_here(*self.find(*patterns)) as folder:
             try:
                 yield folder
             except UserError as error:
                 raise UserError(fault.replace(str(folder), self.uri) for fault in error.faults) from None
+
+    @contextlib.contextmanager
+    def work_here(self, *names: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+            folder = Path(scratch, self.name)
+            folder.mkdir(exist_ok=True)
+            self.pull(folder, names)
+            yield folder
+
+    def is_here(self, folder: Path) -> bool:
+        return False
 
     @contextlib.contextmanager
     def publish(self) -> Iterator[Path]:
@@ -526,8 +549,3 @@ def check_space(folder: Path, needed: int, advice: str) -> None:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def uri_of(location: Location) -> str | None:
-    """Return the URI of a location; None for a folder. It goes when the execution of trials takes locations."""
-    return location.uri if isinstance(location, Remote) else None

@@ -1,8 +1,7 @@
-"""A folder's mirror on storage that outlives the machine: S3, GCS or whatever else `pyarrow.fs` knows by a URI.
+"""Files at a URI: on S3, GCS, Azure or, as `file:`, in a folder.
 
-Work is done in local folders, as ever. What must outlive the machine is pushed, by whole files: a reader finds the old
-one or the new one. Each call is tried again some time later where it fails, as servers are gone for a while and come
-back.
+Each file is replaced in one step: a reader finds the old one or the new one. A request that fails for a reason that
+passes is tried again some time later, as servers are gone for a while and come back. What callers use is `Location`.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.known_errors import first_line, is_disk_full
 from raytune_emotion.storage.atomic import whole
 
 _WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
@@ -56,13 +55,6 @@ def name_of(uri: str) -> str:
     return unquote(urlsplit(uri).path.rstrip("/").rpartition("/")[2])
 
 
-def shown(uri: str) -> str:
-    """A URI as others may read it: without credentials and options."""
-    # Not by its parts: a secret with a slash that should have been written as %2F is no part.
-    address, options, _ = uri.partition("?")
-    return re.sub("://[^/@]*:.*@", "://***@", address) + ("?***" if options else "")
-
-
 def refuse_credentials(uri: str) -> None:
     """Refuse a URI that holds a secret: it is written into studies, and every user of the machine sees it in `ps`.
 
@@ -70,9 +62,10 @@ def refuse_credentials(uri: str) -> None:
         UserError: without the secret.
     """
     address, _, options = uri.partition("?")
-    if shown(address) != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
+    hidden = re.sub("://[^/@]*:.*@", "://***@", address)  # not by its parts: a secret with a slash is no part
+    if hidden != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
         raise UserError(
-            f"{shown(uri)}: has credentials in it, which would be written into studies; leave them to the environment,"
+            f"{hidden}: has credentials in it, which would be written into studies; leave them to the environment,"
             f" such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 
@@ -100,7 +93,7 @@ def refuse_outside(where: str, folder: Path, names: Iterable[str]) -> None:
 
 
 def check(uri: str, *, write: bool) -> None:
-    """Finds out whether files can be read and, if asked for, written at a URI, before anything depends on it.
+    """Find out whether files can be read and, if asked for, written at a URI, before anything depends on it.
 
     Raises:
         UserError: they cannot, or there is no answer within half a minute.
@@ -115,81 +108,80 @@ def check(uri: str, *, write: bool) -> None:
     except subprocess.TimeoutExpired:
         fault = f"no answer in {_CHECK_S:g} s"
     if fault:
-        what, why = "written to" if write else "read", fault.replace(uri, shown(uri))
         raise UserError(
-            f"{shown(uri)}: cannot be {what} ({why}); name a folder, or a URI such as "
+            f"{uri}: cannot be {'written to' if write else 'read'} ({fault}); name a folder, or a URI such as "
             f"s3://bucket/prefix?region=eu-west-1 of a bucket that exists, with valid credentials"
         )
 
 
 def exists(uri: str) -> bool:
-    return bool(_insist(uri, lambda filesystem, path: filesystem.get_file_info(path)).type != FileType.NotFound)
+    return bool(_with_retries(uri, lambda filesystem, path: filesystem.get_file_info(path)).type != FileType.NotFound)
 
 
 def listed(uri: str) -> list[FileInfo]:
-    """What is in the folder at a URI, not below; nothing where there is none."""
-    return _insist(
+    """List what is in the folder at a URI, not below; nothing where there is none."""
+    return _with_retries(
         uri, lambda filesystem, path: list(filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
     )
 
 
 def sizes(uri: str, names: Iterable[str]) -> list[int | None]:
-    """Of each file at a URI, bytes; None where it is not there."""
-    return _insist(
+    """Return the bytes of each file at a URI; None where it is missing."""
+    return _with_retries(
         uri, lambda filesystem, path: [i.size for i in filesystem.get_file_info([f"{path}/{name}" for name in names])]
     )
 
 
 def newest(uri: str, name: str) -> str | None:
-    """Of the folders at a URI that have a file of this name, the one in which it is newest."""
+    """Return the folder at a URI whose file of this name is the newest; None where none has it."""
 
     def look(filesystem: FileSystem, path: str) -> list[Any]:
         folders = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
         found = filesystem.get_file_info([f"{info.path}/{name}" for info in folders if info.type == FileType.Directory])
         return [info for info in found if info.type == FileType.File]
 
-    files = [info for info in _insist(uri, look) if _is_inside(info.path.split("/")[-2])]
+    files = [info for info in _with_retries(uri, look) if _is_inside(info.path.split("/")[-2])]
     return Path(max(files, key=lambda info: info.mtime_ns).path).parent.name if files else None
 
 
 def names(uri: str, *patterns: str) -> list[str]:
-    """The files at a URI and below, by their path from there, that match one of the patterns; `*` matches `/` too."""
+    """List the files at a URI and below that match a pattern, by their path from there; `*` matches `/` too."""
 
     def look(filesystem: FileSystem, path: str) -> list[str]:
         infos = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
         return [info.path.removeprefix(f"{path}/") for info in infos if info.type == FileType.File]
 
-    found = _insist(uri, look)
+    found = _with_retries(uri, look)
     return sorted(name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def read(uri: str, name: str) -> bytes | None:
-    """A small file's content; None where it is not there."""
+    """Read a small file; None where it is missing."""
 
     def get(filesystem: FileSystem, path: str) -> bytes:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
             return bytes(source.read())
 
     with contextlib.suppress(FileNotFoundError):
-        return _insist(uri, get)
+        return _with_retries(uri, get)
     return None
 
 
 def read_all(uri: str, names: Iterable[str]) -> Iterator[bytes | None]:
-    """Small files' content as `read` has it, in their order, several at once."""
+    """Read small files as `read` does, in their order, several at once."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield from pool.map(functools.partial(read, uri), names)
 
 
 def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
-    """Copies files from a URI into a folder, but for those that are not there.
+    """Copy files from a URI into a folder; a missing file is skipped.
 
     Raises:
         UserError: a name leads out of the folder.
         Breakdown: it fails again and again.
     """
     names = list(names)
-    refuse_outside(shown(uri), folder, names)
+    refuse_outside(uri, folder, names)
 
     def get(name: str, filesystem: FileSystem, path: str) -> None:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
@@ -201,7 +193,7 @@ def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
 
 
 def push(folder: Path, uri: str, names: Iterable[str]) -> None:
-    """Copies files of a folder to a URI, one after the other, each whole.
+    """Copy files of a folder to a URI, one after the other, each in one step.
 
     Raises:
         Breakdown: it fails again and again.
@@ -211,11 +203,11 @@ def push(folder: Path, uri: str, names: Iterable[str]) -> None:
         _put(folder / name, filesystem, f"{path}/{name}")
 
     for name in names:
-        _insist(uri, functools.partial(put, name))
+        _with_retries(uri, functools.partial(put, name))
 
 
 def delete(uri: str, names: Iterable[str]) -> None:
-    """Deletes those files at a URI that are there.
+    """Delete those of the files at a URI that exist.
 
     Raises:
         Breakdown: it fails again and again.
@@ -251,13 +243,13 @@ def _put(file: Path, filesystem: FileSystem, target: str) -> None:
 def _each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem, str], None]) -> None:
     def one(name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            _insist(uri, functools.partial(action, name))
+            _with_retries(uri, functools.partial(action, name))
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(one, names))
 
 
-def _insist(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
+def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
     waits = iter(_WAITS)
     tries = 1
     while True:
@@ -271,7 +263,7 @@ def _insist(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
             wait = None if _is_permanent(error) else next(waits, None)
             if wait is None:
                 times = f"failed {tries} times in a row, the last time by: " if tries > 1 else "failed: "
-                raise Breakdown(f"{shown(uri)}: {times}{_first_line(error)}") from error
+                raise Breakdown(f"{uri}: {times}{first_line(error)}") from error
         time.sleep(wait)
         tries += 1
 
@@ -292,7 +284,7 @@ def _open(uri: str) -> tuple[FileSystem, str]:
 
 
 def _check() -> None:
-    """Says on standard output why what standard input tells of cannot be used; nothing where it can be."""
+    """Print why the URI on standard input cannot be used; nothing where it can be."""
     uri, write = json.load(sys.stdin)
     try:
         filesystem, path = _open(uri)
@@ -306,13 +298,9 @@ def _check() -> None:
         _put(Path(__file__), filesystem, f"{path}/.check")
         filesystem.delete_file(f"{path}/.check")
     except (OSError, ValueError, NotImplementedError) as error:
-        print(_first_line(error))
+        print(first_line(error))
 
 
 def _is_inside(name: str) -> bool:
     """Whether a name that somebody else has chosen stays in the folder that it is put into."""
     return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/")) and "\0" not in name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

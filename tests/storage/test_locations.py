@@ -8,7 +8,7 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.atomic import alone_in, write_text
 from raytune_emotion.storage.locations import File, Folder, Remote, location_of, parse_location
 from tests.storage.test_remote import SECRET, s3_server
 
@@ -194,3 +194,77 @@ def test_listing_of_a_uri_holds_stamps(bucket):
     (file,) = location.list_files()
     assert isinstance(file, File)
     assert location.stamp(file).startswith("3 ")
+
+
+# The folder in which a machine works on what lies at a URI
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A study at a URI, and its working folder, in which an earlier search has left a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    study = Remote((tmp_path / "bucket").as_uri()) / "first"
+    folder = study.working_folder()
+    folder.mkdir(parents=True)
+    write_text(folder / "trials.csv", "of days of work")
+    return study, folder
+
+
+def test_new_study_at_a_uri_deletes_no_local_copy(elsewhere, capsys):
+    study, folder = elsewhere
+    study.free_working_folder()
+    assert not folder.exists()
+    (aside,) = folder.parent.iterdir()
+    assert (aside / "trials.csv").read_text() == "of days of work"
+    said = f"{study}: what earlier work of this name has left on this machine is kept in {aside}\n"
+    assert capsys.readouterr().err == said
+    study.free_working_folder()
+    assert list(folder.parent.iterdir()) == [aside]
+
+
+def test_working_folder_in_use_is_not_freed(elsewhere):
+    study, folder = elsewhere
+    with alone_in(folder), pytest.raises(UserError, match="another process is at work in it"):
+        study.free_working_folder()
+    assert (folder / "trials.csv").exists()
+
+
+def test_working_folder_is_brought_up_to_date(elsewhere):
+    study, folder = elsewhere
+    put(study, "study.yaml", "spec")
+    put(study, "trials/0000/history.jsonl", "{}")
+    put(study, "trials/0000/last.safetensors", "weights")
+    with alone_in(folder):
+        assert study.check_out("study.yaml", "trials/*/history.jsonl") == folder
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert found == [".lock", "study.yaml", "trials/0000/history.jsonl"]
+
+
+def test_folder_of_this_machine_is_its_own_working_folder(tmp_path):
+    study = Folder(tmp_path / "first")
+    put(study, "study.yaml", "spec")
+    study.free_working_folder()
+    study.set_aside_copy()
+    assert study.check_out("nothing") == tmp_path / "first"
+    assert study.read("study.yaml") == b"spec"
+
+
+def test_what_is_published_lies_at_the_location(location):
+    with location.publish() as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "a.txt", "a")
+    assert location.read("a.txt") == b"a"
+
+
+def test_nothing_is_published_of_a_block_that_fails(bucket):
+    location = Remote(remote.join(bucket, "published"))
+
+    def fail():
+        with location.publish() as folder:
+            folder.mkdir()
+            write_text(folder / "a.txt", "a")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert location.find("*") == []

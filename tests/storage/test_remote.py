@@ -115,14 +115,10 @@ def test_the_newest_folder_with_a_file_is_found(uri, folder):
     assert remote.newest(uri, "a.txt") == "two words+ü"
 
 
-def test_places_are_folders_or_uris():
-    uri = remote.join("s3://key:secret@bucket/a/?region=b", "my study", "0000")
-    assert uri == "s3://key:secret@bucket/a/my%20study/0000?region=b"
+def test_uris_are_joined_and_named():
+    uri = remote.join("s3://bucket/a/?region=b", "my study", "0000")
+    assert uri == "s3://bucket/a/my%20study/0000?region=b"
     assert remote.name_of(remote.join(uri, "best one")) == "best one"
-    assert remote.shown(uri) == "s3://***@bucket/a/my%20study/0000?***"
-    for open_one in ("gs://bucket/a", "abfs://container@account/a", "file:///a@b:c@d"):
-        assert remote.shown(open_one) == open_one
-    assert remote.shown("s3://key:sec/ret@bucket/a") == "s3://***@bucket/a"
 
 
 def test_a_place_that_can_be_used_is_left_as_it_was(uri):
@@ -143,7 +139,6 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
             ("s3://bucket/a?regio=x", "Unexpected query parameter"),
             (remote.join((tmp_path / "file").as_uri(), "a"), "Not a directory"),
             (bucket.replace("//bucket", "//nosuchbucket"), "NO_SUCH_BUCKET"),
-            (f"s3://key:{SECRET}/+@bucket/a?region=x", "Cannot parse URI"),
             (slow, "no answer in 2 s"),
         ]:
             if place == slow:
@@ -151,8 +146,7 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
             with pytest.raises(UserError, match=why) as raised:
                 remote.check(place, write=True)
             (fault,) = raised.value.faults
-            assert fault.startswith(f"{remote.shown(place)}: cannot be written to (")
-            assert SECRET not in fault
+            assert fault.startswith(f"{place}: cannot be written to (")
             assert "\n" not in fault
 
 

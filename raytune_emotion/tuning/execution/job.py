@@ -1,15 +1,14 @@
 """What one trial is, and how it trains in a process: its checkpoints and its events lie in its own folder.
 
 That folder is a trial's memory: `fit` goes on from the checkpoint in it, so whatever ended a trial before, it is simply
-run again. Ray keeps no checkpoint of its own. Where a trial has a mirror, that is its memory, and each process has a
-folder of its own for as long as it trains.
+run again. Ray keeps no checkpoint of its own. Where a trial is kept at a URI, that is its memory, and each process has
+a folder of its own for as long as it trains.
 """
 
 import contextlib
 import dataclasses
 import gc
 import json
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,8 +26,8 @@ from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Location, parse_location
 
 if TYPE_CHECKING:  # a trial's process needs none of what these import
     from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -64,8 +63,13 @@ class Job:
     store: str  # folder, or URI from which each machine fetches it
     settings: dict[str, Any]
     resources: Resources
-    mirror: str | None = None  # URI that has the trial's files where the folder may die with its machine
+    location: str | None = None  # address of what keeps the trial's files, where that is not the driver's folder
     resident: bool = True  # whether its images may lie on the GPU
+
+    @property
+    def kept_at(self) -> Location:
+        """The location that has the trial's files, on whatever machine."""
+        return parse_location(self.location or self.folder)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -116,13 +120,29 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     Raises:
         TrialFailed: where another attempt would end the same; OutOfMemory of these.
         DiskFull: a checkpoint could not be written.
-        Breakdown: the mirror cannot be read or written.
+        Breakdown: the location cannot be read or written.
     """
-    if job.mirror is not None:
-        yield from _train_mirrored(job, job.mirror, device, first=first)
-        return
+    location, pushed = job.kept_at, dict[str, tuple[int, int]]()
+    # All else follows from the last state. Every worker takes it for itself: none depends on a disk of another's.
+    with location.work_here(LAST) as folder:
+        try:
+            with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
+                for report in reports:
+                    if first:
+                        _push_changed(folder, location, pushed)
+                    yield report
+        except TrialFailed:
+            if first:
+                _push_changed(folder, location, pushed)
+            raise
+        if first:
+            # What was repaired of a run that had ended, but had not pushed all of it.
+            _push_changed(folder, location, pushed)
+
+
+def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
+    """Go on from the state in a folder of this machine."""
     config = RunConfig.from_flat(job.settings)
-    folder = Path(job.folder)
     torch.set_num_threads(job.resources.threads)
     malloc.keep_freed()
     reduce_fragmentation()
@@ -174,30 +194,8 @@ def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
     raise error
 
 
-def _train_mirrored(job: Job, uri: str, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
-    """Goes on from the newest state in the mirror; every report is there before it is yielded."""
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        folder, pushed = Path(scratch), dict[str, tuple[int, int]]()
-        here = dataclasses.replace(job, folder=scratch, mirror=None)
-        # The rest follows from it, so every worker takes it for itself, and none depends on a disk of another's.
-        remote.pull(uri, folder, [LAST])
-        try:
-            with contextlib.closing(train_on(here, device, first=first)) as reports:
-                for report in reports:
-                    if first:
-                        _push_changed(folder, uri, pushed)
-                    yield report
-        except TrialFailed:
-            if first:
-                _push_changed(folder, uri, pushed)
-            raise
-        if first:
-            # What was mended of a run that had ended, but had not pushed all of it.
-            _push_changed(folder, uri, pushed)
-
-
-def _push_changed(folder: Path, uri: str, pushed: dict[str, tuple[int, int]]) -> None:
-    """Pushes what has changed in a trial's folder since it was last pushed, in the order in which a run writes it.
+def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int, int]]) -> None:
+    """Push what has changed in a trial's folder since it was last pushed, in the order in which a run writes it.
 
     Whatever is missing when that breaks off, or is of the report before, is mended from `last` by the next attempt.
     """
@@ -205,17 +203,14 @@ def _push_changed(folder: Path, uri: str, pushed: dict[str, tuple[int, int]]) ->
     states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
     order = [name for name in (LAST, BEST, HISTORY) if name in states]
     changed = [name for name in dict.fromkeys([*order, *states]) if pushed.get(name) != states[name]]
-    remote.push(folder, uri, changed)
+    location.push(folder, changed)
     pushed.update(states)
 
 
 def newest_report(job: Job) -> Report | None:
     """What a trial that goes on has reported last, whether or not anybody has heard it; None where it has not."""
-    if job.mirror is None:
-        return _reported(Path(job.folder))
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        remote.pull(job.mirror, Path(scratch), [LAST])
-        return _reported(Path(scratch))
+    with job.kept_at.work_here(LAST) as folder:
+        return _reported(folder)
 
 
 def _reported(folder: Path) -> Report | None:
@@ -272,5 +267,5 @@ def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Jo
         store=study.spec.stores[config.data.image_size],
         settings=settings,
         resources=resources,
-        mirror=study.copy.of_trial(proposal.trial_id),
+        location=study.copy.of_trial(proposal.trial_id),
     )

@@ -24,13 +24,9 @@ class RemoteCopy:
     def __str__(self) -> str:
         return str(self.location)
 
-    @property
-    def _is_folder(self) -> bool:
-        return self.location.address == str(self.folder.absolute())
-
     def claim(self, names: Iterable[str]) -> None:
         """Become the driver, and push these files in their order."""
-        if self._is_folder:
+        if self.location.is_here(self.folder):
             return
         write_text(self.folder / DRIVER, self.token)
         self.location.push(self.folder, [DRIVER, *names])
@@ -41,7 +37,7 @@ class RemoteCopy:
         Raises:
             Breakdown: another driver has become the study's; or the location fails again and again.
         """
-        if self._is_folder:
+        if self.location.is_here(self.folder):
             return
         # A driver that was thought dead must not undo what the next one has written.
         driver = self.location.read(DRIVER)
@@ -60,6 +56,6 @@ class RemoteCopy:
     def has(self, name: str) -> bool:
         return self.location.sizes([name]) != [None]
 
-    def of_trial(self, trial_id: str) -> str | None:
-        """Return the URI of a trial's folder; None where it is in the study's folder."""
-        return None if self._is_folder else (self.location / "trials" / trial_id).address
+    def of_trial(self, trial_id: str) -> str:
+        """Return the address of a trial's folder."""
+        return (self.location / "trials" / trial_id).address

@@ -89,7 +89,9 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
         assert remote.read(uri, name) == (folder / name).read_bytes(), name
     for record in records:
         job = job_of(load(folder), placement.resources, Proposal(record.trial_id, record.settings, None))
-        with contextlib.closing(train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id)))) as local:
+        with contextlib.closing(
+            train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id), location=None))
+        ) as local:
             assert numbers(record.reports) == numbers(islice(local, len(record.reports)))
 
     lose(folder, uri)
@@ -112,15 +114,15 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, 
     assert not Path(job.folder).exists(), "its process needs nothing of the driver's disk"
     # It had died after it pushed the newest state, before it pushed what follows from that.
     (tmp_path / HISTORY).write_text(json.dumps(before[0]) + "\n")
-    remote.push(tmp_path, job.mirror, [HISTORY])
-    remote.delete(job.mirror, [BEST])
+    remote.push(tmp_path, job.location, [HISTORY])
+    remote.delete(job.location, [BEST])
 
     lose(folder, uri)
     (record,) = run_study(load(folder, Remote(uri)), placement)
     # To the clocks the same: they were not trained again.
     assert list(record.reports[:2]) == before
     assert [r["report"] for r in record.reports] == [1, 2, 3]
-    remote.pull(job.mirror, tmp_path, [BEST, HISTORY])
+    remote.pull(job.location, tmp_path, [BEST, HISTORY])
     assert read_best(tmp_path / BEST).report == record.best
     assert read_history(tmp_path) == list(record.reports)
     assert left_behind() == (0.0, [])

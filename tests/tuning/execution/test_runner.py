@@ -116,7 +116,7 @@ def test_a_trial_is_the_same_tenth_in_a_reused_process_as_first_in_a_fresh_one(b
     # And as it is in none of Ray's.
     resources = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1).resources
     job = job_of(load(folder), resources, Proposal("0009", tenth.settings, None))
-    alone = dataclasses.replace(job, folder=str(tmp_path / "alone"))
+    alone = dataclasses.replace(job, folder=str(tmp_path / "alone"), location=None)
     assert numbers(train_here(alone)) == numbers(fresh.reports)
 
 

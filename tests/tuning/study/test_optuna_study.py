@@ -1,5 +1,10 @@
+import errno
+import os
+import threading
+
 import optuna
 import pytest
+from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
@@ -216,3 +221,31 @@ def test_a_damaged_journal_is_a_clear_error(tmp_path, space, damage):
     journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
     with pytest.raises(UserError, match=r"is damaged .*put back a copy of it"):
         load_study(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EPERM])
+def test_study_lies_on_a_drive_without_symbolic_links(tmp_path, space, monkeypatch, number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    study = create_study(tmp_path, space)
+    with sole_driver(tmp_path):
+        trial = load_study(tmp_path).ask()
+        study.tell(trial.number, 0.5)
+    assert [trial.value for trial in load_study(tmp_path).trials if trial.value is not None] == [0.5]
+
+
+def test_journal_lock_respects_that_of_other_programs(tmp_path, space):
+    """Optuna's dashboard takes a symbolic link when a person writes a note."""
+    create_study(tmp_path, space)
+    theirs = JournalFileSymlinkLock(str(tmp_path / JOURNAL))
+    ours = load_study(tmp_path)
+    theirs.acquire()
+    thread = threading.Thread(target=ours.ask)
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    theirs.release()
+    thread.join(10)
+    assert not thread.is_alive()
