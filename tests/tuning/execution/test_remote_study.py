@@ -197,7 +197,7 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluste
     output = driver.communicate()[0]
     assert driver.returncode == 0, output
     assert SECRET not in output
-    assert "exported    s3://bucket/results/killed/best?***" in output
+    assert f"exported    {remote.join(uri, 'best')}\n" in output
     assert remote.read(uri, f"trials/0000/{HISTORY}").startswith(before)
     remote.pull(uri, tmp_path / "there", remote.names(uri, TRIALS, "best/*", "*.html"))
     table = pd.read_csv(tmp_path / "there" / TRIALS, dtype={"trial_id": str})
@@ -208,7 +208,11 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluste
     assert command_main("export", [uri, str(tmp_path / "second"), "--trial", table["trial_id"][1]]) == 0
     assert json.loads((tmp_path / "second" / "metrics.json").read_text())["val_js"] == table["val_js"][1]
     assert command_main("export", [uri, str(tmp_path / "none"), "--trial", "0009"]) == 2
-    assert "error: s3://bucket/results/killed?***: has no weights of a trial 0009" in capsys.readouterr().err
+    assert f"error: {uri}: has no weights of a trial 0009" in capsys.readouterr().err
+    assert command_main("export", [uri, remote.join(results, "exported")]) == 0
+    assert remote.names(remote.join(results, "exported"), "*") == [
+        "README.md", "config.json", "metrics.json", "model.safetensors"
+    ]  # fmt: skip
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -216,7 +220,7 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluste
 
     remote.delete(uri, ["report.html", TRIALS])
     assert command_main("report", [uri]) == 0
-    assert "s3://bucket/results/killed/report.html" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"{remote.join(uri, 'report.html')}\n")
     assert remote.read(uri, TRIALS) == (tmp_path / "there" / TRIALS).read_bytes()
     assert remote.exists(remote.join(uri, "report.html"))
     assert command_main("report", [remote.join(results, "never")]) == 2
