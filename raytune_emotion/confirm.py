@@ -16,6 +16,7 @@ from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
+from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.terminal import plain_console, plain_table
 from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
@@ -79,9 +80,8 @@ def run(args: argparse.Namespace) -> None:
     # Until all is written, the confirmation's folder is this process's alone.
     with contextlib.ExitStack() as held:
         if not (folder / SPEC).exists():
-            if folder.exists():  # of a beginning that was cut short
-                with sole_driver(folder):
-                    shutil.rmtree(folder)
+            if folder.exists():
+                _remove_lock_alone(folder)
             make_study(folder, spec)
         confirmation = held.enter_context(open_study(folder))
         ended = None
@@ -102,6 +102,18 @@ def run(args: argparse.Namespace) -> None:
             _conclude(console, confirmation, whole=ended is None)
         if ended is not None:
             raise ended
+
+
+def _remove_lock_alone(folder: Path) -> None:
+    """Remove a folder in which nothing but a lock is left, so that a confirmation can be made there.
+
+    Raises:
+        UserError: there is more in it, or another process is at work in it.
+    """
+    with sole_driver(folder):
+        if others := sorted({path.name for path in folder.iterdir()} - {LOCK}):
+            raise UserError(f"{folder}: holds {', '.join(others[:5])} and is no confirmation; move that away")
+        shutil.rmtree(folder)
 
 
 def _asked(args: argparse.Namespace, study: Path) -> tuple[list[TrialRecord], StudySpec]:

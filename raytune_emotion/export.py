@@ -6,7 +6,7 @@ import sys
 from raytune_emotion.cli import command_main, location
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, HISTORY
-from raytune_emotion.learn.export_folder import export_checkpoint
+from raytune_emotion.learn.export_folder import check_replaceable, export_checkpoint
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import say
 from raytune_emotion.tuning.study.open_study import load
@@ -43,6 +43,7 @@ def export_trial(study: Location, dest: Location, trial_id: str) -> None:
             f"there are those of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
         )
         raise UserError(f"{study}: has no weights of a trial {trial_id}, as only those of the best are kept; {those}")
+    check_replaceable(dest)
     with study.copy_here(f"trials/{trial_id}/{BEST}") as folder, dest.publish() as package:
         notes = [f"Trial {trial_id} of the study {study.name}."]
         export_checkpoint(trial_folder(folder, trial_id) / BEST, package, notes)

@@ -1,9 +1,10 @@
-"""The command export on studies that are not as they should be; on good ones it is tested with `predict`."""
+"""The command export, also on studies that are not as they should be."""
 
 import shutil
 
 import pytest
 
+from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.tuning.study.open_study import make_study
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.study.test_records import spec_of
@@ -50,11 +51,22 @@ def test_damaged_weights(study, tmp_path, capsys, keep):
 def test_destinations_that_are_taken(study, tmp_path, capsys):
     (tmp_path / "file").touch()
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "file")
-    assert told == f"{tmp_path / 'file'}: is there already and is no folder; name another destination"
+    assert told == f"{tmp_path / 'file'}: exists already and is not a folder; name another destination"
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "file" / "below")
     assert told.startswith(f"{tmp_path / 'file' / 'below'}: cannot be written (")
     (told,) = refusal(capsys, [tmp_path], "export", study, study)
-    assert told.startswith(f"{study}: holds what is of no export (")
+    assert told.startswith(f"{study}: holds files that are not of an export (")
+
+
+def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys):
+    dest = tmp_path / "at a uri"
+    assert exit_code(["export", study, dest.as_uri()]) == 0
+    assert capsys.readouterr().out == f"trial {best_of(study)} is exported to {dest.as_uri()}\n"
+    assert exit_code(["export", study, dest.as_uri()]) == 0
+    assert load_package(dest).image_size == 32
+    (dest / "thesis.tex").touch()
+    (told,) = refusal(capsys, [tmp_path], "export", study, dest.as_uri())
+    assert told.startswith(f"{dest.as_uri()}: holds files that are not of an export (thesis.tex)")
 
 
 def test_a_study_without_results(tmp_path, store, capsys):

@@ -47,8 +47,8 @@ def seed_of(folder: Path) -> int:
 
 
 class TestExport:
-    def test_the_best_by_default_and_any_by_name(self, study, tmp_path, capsys):
-        assert command_main("export", [str(study), str(tmp_path / "one")]) == 0
+    def test_trial_is_exported_by_name(self, study, tmp_path, capsys):
+        assert command_main("export", [str(study), str(tmp_path / "one"), "--trial", "0005"]) == 0
         assert capsys.readouterr().out == f"trial 0005 is exported to {tmp_path / 'one'}\n"
         assert seed_of(tmp_path / "one") == 5
         assert "- Trial 0005 of the study a study.\n" in (tmp_path / "one" / "README.md").read_text()

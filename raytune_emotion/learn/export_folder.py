@@ -28,6 +28,7 @@ from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.model import Colour, build_model, mean_std
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
@@ -155,7 +156,7 @@ def write_package(dest: Path, best: Best, notes: Iterable[str] = ()) -> None:
     own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
     described = _timm_config(model, config) | {"raytune_emotion": own}
 
-    _check_replaceable(dest)
+    check_replaceable(Folder(dest))
     new, old = (dest.with_name(f".{dest.name}.{name}") for name in ("new", "old"))
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -259,16 +260,23 @@ def _table_of_metrics(report: Report) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 
-def _check_replaceable(dest: Path) -> None:
-    if not os.path.lexists(dest):
+def check_replaceable(dest: Location) -> None:
+    """Find out whether an export may replace what lies at a location: nothing, or an earlier export.
+
+    Raises:
+        UserError: it may not.
+    """
+    if not dest.exists():
         return
-    if not dest.is_dir() or dest.is_symlink():
-        raise UserError(f"{dest}: is there already and is no folder; name another destination")
-    others = sorted({path.name for path in dest.iterdir()} - {WEIGHTS, CONFIG, METRICS, CARD})
+    if not dest.is_folder():
+        raise UserError(f"{dest}: exists already and is not a folder; name another destination")
+    others = sorted(
+        {*dest.list_folders(), *(file.name for file in dest.list_files())} - {WEIGHTS, CONFIG, METRICS, CARD}
+    )
     if others:
         raise UserError(
-            f"{dest}: holds what is of no export ({', '.join(others[:5])}), which replacing it would delete; name "
-            f"another destination, or move that away"
+            f"{dest}: holds files that are not of an export ({', '.join(others[:5])}), which would be deleted or mixed "
+            f"with it; name another destination, or move them away"
         )
 
 

@@ -77,6 +77,10 @@ class Location(ABC):
         """Tell whether there is such a folder."""
 
     @abstractmethod
+    def is_folder(self) -> bool:
+        """Tell whether what exists here is a folder, and no file or link."""
+
+    @abstractmethod
     def list_folders(self, folder: str = "") -> list[str]:
         """List the names of the folders in a folder; none where it is missing."""
 
@@ -247,6 +251,9 @@ class Folder(Location):
     def exists(self) -> bool:
         return os.path.lexists(self.path)
 
+    def is_folder(self) -> bool:
+        return self.path.is_dir() and not self.path.is_symlink()
+
     def list_folders(self, folder: str = "") -> list[str]:
         try:
             with os.scandir(self.path / folder) as entries:
@@ -384,6 +391,9 @@ class Remote(Location):
 
     def exists(self) -> bool:
         return remote.exists(self.uri)
+
+    def is_folder(self) -> bool:
+        return not remote.is_file(self.uri)
 
     def list_folders(self, folder: str = "") -> list[str]:
         return [info.base_name for info in remote.listed(self._below(folder)) if not info.is_file]

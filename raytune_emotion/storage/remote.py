@@ -118,6 +118,10 @@ def exists(uri: str) -> bool:
     return bool(_with_retries(uri, lambda filesystem, path: filesystem.get_file_info(path)).type != FileType.NotFound)
 
 
+def is_file(uri: str) -> bool:
+    return bool(_with_retries(uri, lambda filesystem, path: filesystem.get_file_info(path)).type == FileType.File)
+
+
 def listed(uri: str) -> list[FileInfo]:
     """List what is in the folder at a URI, not below; nothing where there is none."""
     return _with_retries(

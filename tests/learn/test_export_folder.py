@@ -224,11 +224,11 @@ class TestReplacing:
         dest = tmp_path / "best"
         write_package(dest, self.old)
         (dest / "thesis.tex").touch()
-        with pytest.raises(UserError, match=r"holds what is of no export \(thesis.tex\)"):
+        with pytest.raises(UserError, match=r"holds files that are not of an export \(thesis.tex\)"):
             write_package(dest, self.new)
         assert self.shows(dest, self.old)
         (tmp_path / "file").touch()
-        with pytest.raises(UserError, match="is no folder"):
+        with pytest.raises(UserError, match="is not a folder"):
             write_package(tmp_path / "file", self.new)
         with pytest.raises(UserError, match="cannot be written"):
             write_package(tmp_path / "file" / "best", self.new)

@@ -131,6 +131,12 @@ def test_newest_folder_with_a_file_is_found(location):
     assert location.newest("a.txt") == "one"
 
 
+def test_folder_is_told_from_a_file(location):
+    put(location, "deep/a.txt", "a")
+    assert (location / "deep").is_folder()
+    assert not (location / "deep/a.txt").is_folder()
+
+
 def test_location_can_be_checked(location):
     location.check(write=True)
     assert location.find("*") == []

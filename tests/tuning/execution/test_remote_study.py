@@ -24,8 +24,8 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
-from raytune_emotion.tuning.execution.cluster import Placement
 from raytune_emotion.tuning.execution.job import PARAMS, Resources, job_of, newest_report, train_here
+from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
