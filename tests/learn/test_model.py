@@ -163,7 +163,9 @@ def test_whatever_keeps_the_weights_away_is_one_clear_sentence(monkeypatch, erro
     assert len(caught.value.faults) == 1
 
 
-def test_an_image_size_that_a_backbone_cannot_take_is_no_fault_of_its_weights():
+def test_an_image_size_that_a_backbone_cannot_take_is_no_fault_of_its_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="cannot take images of 96 px"):
         build_model(configured("efficientformer_l1", image_size=96, pretrained=True))
 
