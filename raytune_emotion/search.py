@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import sys
+import types
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
@@ -35,6 +36,8 @@ from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
+from raytune_emotion.library import studies
+from raytune_emotion.library.studies import Study
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.terminal import plain_console, plain_table, typed
 from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
@@ -496,6 +499,16 @@ def _duration(text: str) -> timedelta:
         raise argparse.ArgumentTypeError(f"expected a time such as 90m, 2h or 1d, got {text!r}")
     return length
 
+
+class _CallableModule(types.ModuleType):
+    """Let `from raytune_emotion import search` be a function: this module shares its name with that of the library."""
+
+    def __call__(self, *args: Any, **options: Any) -> Study:
+        return studies.search(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+sys.modules[__name__].__doc__ = studies.search.__doc__
 
 if __name__ == "__main__":
     sys.exit(command_main("search"))

@@ -10,7 +10,7 @@ import raytune_emotion
 ROOT = Path(raytune_emotion.__file__).parent
 LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "cli", "commands", "entry")
 WINGS = ("space", "policy", "study", "execution", "report")
-VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__init__", "__version__"}
+VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__version__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
@@ -18,7 +18,7 @@ def floor_of(parts: tuple[str, ...]) -> tuple[int, int]:
     """Where a module stands: its layer, and within `tuning` its wing."""
     if not parts or parts[0] in VOCABULARY:
         return 0, 0
-    if parts[0] == "__main__":
+    if parts[0] in ("__main__", "__init__"):  # the package itself names the library, for type checkers alone
         return LAYERS.index("entry"), 0
     if parts[:2] == ("data", "ferplus"):  # a command that lies with the data
         return LAYERS.index("commands"), 0

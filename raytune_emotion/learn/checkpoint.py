@@ -57,9 +57,7 @@ def save(
     folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, average: nn.Module | None = None
 ) -> None:
     """Writes the state at the newest report, its weights (their average if any) again if they are the best, and it."""
-    tensors = _state("model", model) | (_state("average", average) if average is not None else {})
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": _plain(value) for name, value in state.items()}
+    tensors = _all_tensors(model, optimizer, average)
     header = {
         "settings": progress.settings,
         "fingerprint": progress.fingerprint,
@@ -98,24 +96,69 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Mo
         UserError: the checkpoint is damaged.
         OSError: it cannot be read now.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _load(folder / LAST, model, optimizer, average)
+
+
+def save_with_header(file: Path, model: nn.Module, optimizer: Optimizer, header: Mapping[str, Any]) -> None:
+    """Write a model and its optimizer, with any header that is JSON, for a training loop other than `fit`."""
+    _write(file, _all_tensors(model, optimizer), header)
+
+
+def load_with_header(file: Path, model: nn.Module, optimizer: Optimizer | None, *keys: str) -> list[Any]:
+    """Load what `save_with_header` wrote into a model and, if there is one, its optimizer.
+
+    Returns:
+        What the header holds under the keys.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it is of another model.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such checkpoint; name one that a training has written")
+    try:
+        with safe_open(file, "pt") as tensors:
+            values = _header(tensors, *keys)
+    except _DAMAGE as error:
+        raise UserError(
+            f"{file}: is no checkpoint in safetensors ({_first_line(error)}); name one that a training has written"
+        ) from error
+    _load(file, model, optimizer)
+    return values
+
+
+def _all_tensors(model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> dict[str, Tensor]:
+    tensors = _state("model", model) | (_state("average", average) if average is not None else {})
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {
+            f"optimizer.{index}.{name}": _plain(torch.as_tensor(value))
+            for name, value in state.items()
+            if value is not None
+        }
+    return tensors
+
+
+def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn.Module | None = None) -> None:
+    groups = optimizer.param_groups if optimizer is not None else []
+    parameters = [parameter for group in groups for parameter in group["params"]]
     modules = {"model.": model} | ({"average.": average} if average is not None else {})
     moments: list[tuple[int, str, Tensor]] = []
     # All that damage can show in is looked at first: what fails afterwards is a device without memory.
     try:
-        with safe_open(folder / LAST, "pt") as file:
-            tensors = _tensors(file)
+        with safe_open(file, "pt") as opened:
+            tensors = _tensors(opened)
         for prefix, module in modules.items():
             _check_fits(_below(prefix, tensors), module)
-        for key, value in _below("optimizer.", tensors).items():
+        for key, value in _below("optimizer.", tensors).items() if optimizer is not None else ():
             index, name = key.split(".")
             if not 0 <= int(index) < len(parameters):
                 raise ValueError(f"its optimizer has a parameter {index}, the model has {len(parameters)}")
             moments.append((int(index), name, value))
     except _DAMAGE as error:
-        raise _damaged(folder / LAST, error) from error
+        raise _damaged(file, error) from error
     for prefix, module in modules.items():
         module.load_state_dict(_below(prefix, tensors))
+    if optimizer is None:
+        return
     state: dict[int, dict[str, Tensor]] = {}
     for place, name, value in moments:
         parameter = parameters[place]
@@ -246,8 +289,11 @@ def _line(report: Report) -> str:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    why = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
-        f"{file}: a damaged checkpoint ({why}); delete {LAST} and {BEST} there, and the run starts anew when it is "
-        f"resumed"
+        f"{file}: a damaged checkpoint ({_first_line(error)}); delete {LAST} and {BEST} there, and the run starts anew "
+        f"when it is resumed"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

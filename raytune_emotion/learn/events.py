@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from raytune_emotion.learn.report import OBJECTIVE, Report
+from raytune_emotion.learn.report import OBJECTIVE
 
 _GROUPS = ("val", "train")
 
@@ -44,7 +44,7 @@ class EventWriter:
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self._writer.flush()
 
-    def write_report(self, report: Report, step: int) -> None:
+    def write_report(self, report: Mapping[str, object], step: int) -> None:
         """Write every number of a report that is no count, at a step, under the name that `tag_of` gives it."""
         for name, value in report.items():
             if isinstance(value, float) and name != "time":

@@ -85,6 +85,13 @@ def curves_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
     return pd.DataFrame([{"trial_id": record.trial_id, **report} for record in records for report in record.reports])
 
 
+def trials_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
+    """Make the table `trials.csv`: a row a trial, the best first."""
+    table = pd.DataFrame([_row(record) for record in best_first(records)])
+    rest = [column for column in table.columns if column not in _FIRST_COLUMNS]
+    return table.reindex(columns=[*_FIRST_COLUMNS, *rest])
+
+
 def joined(*frames: pd.DataFrame) -> pd.DataFrame:
     """Rows of several frames. An empty one, which knows no types, would change those of the others."""
     return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
@@ -104,10 +111,7 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
         records: of its trials; they may be thinned where `curves` are given.
         curves: of the same trials.
     """
-    rows = [_row(record) for record in best_first(records)]
-    table = pd.DataFrame(rows)
-    rest = [column for column in table.columns if column not in _FIRST_COLUMNS]
-    write_text(folder / TRIALS, table.reindex(columns=[*_FIRST_COLUMNS, *rest]).to_csv(index=False))
+    write_text(folder / TRIALS, trials_of(records).to_csv(index=False))
     with whole(folder / CURVES) as temporary:
         (curves_of(records) if curves is None else curves).to_parquet(temporary, index=False)
 

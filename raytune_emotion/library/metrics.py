@@ -1,0 +1,89 @@
+"""Metrics on probabilities: those that the commands report, by the same code."""
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from raytune_emotion.config import did_you_mean
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.metrics import distances_of, per_sample
+
+Probabilities: TypeAlias = Tensor | npt.NDArray[np.floating]
+
+#: All metrics by name. `js` is in bits, `kl` and `ce` are in nats, `emd` is in class steps.
+METRICS = (
+    "js", "kl", "ce", "tvd", "mse", "l1", "emd", "emd_va", "chebyshev", "clark", "canberra", "cosine", "intersection",
+    "accuracy",
+)  # fmt: skip
+_DISTANCE = "emd_va"
+#: A predicted probability below it counts as it, so that every metric is finite.
+_LEAST = 1e-12
+
+
+class MetricsCalculator:
+    """Compute metrics between predicted and target distributions, in float64.
+
+    Args:
+        metrics: names of METRICS, in the order of the results; None: all that the classes allow.
+        classes: K names, which tell the distances of `emd_va`. Other classes than the 13 emotions have none.
+
+    Raises:
+        UserError: with a sentence for every metric that there is not.
+    """
+
+    def __init__(self, metrics: Iterable[str] | None = None, *, classes: Iterable[str] = EMOTIONS) -> None:
+        self._distances_KK = distances_of(tuple(classes))
+        possible = [name for name in METRICS if name != _DISTANCE or self._distances_KK is not None]
+        self.metrics = tuple(possible if metrics is None else metrics)
+        if wrong := [name for name in self.metrics if name not in possible]:
+            raise UserError(
+                f"metrics: expected names of {', '.join(possible)}, got {name!r}{did_you_mean(name, possible)}"
+                for name in wrong
+            )
+
+    def compute_all(self, predictions: Probabilities, targets: Probabilities) -> dict[str, float]:
+        """Compute the mean of each metric over N rows.
+
+        Args:
+            predictions: [N, K], probabilities; each row is divided by its sum.
+            targets: [N, K], probabilities.
+
+        Returns:
+            Name -> mean over the rows.
+
+        Raises:
+            UserError: the shapes differ, or there is no row.
+        """
+        values = self.compute_per_sample(predictions, targets)
+        return {name: value_N.mean().item() for name, value_N in values.items()}
+
+    def compute_per_sample(self, predictions: Probabilities, targets: Probabilities) -> dict[str, Tensor]:
+        """Compute each metric of every row.
+
+        Args:
+            predictions: see `compute_all`.
+            targets: see `compute_all`.
+
+        Returns:
+            Name -> [N], float64.
+
+        Raises:
+            UserError: see `compute_all`.
+        """
+        q_NK, p_NK = (torch.as_tensor(given).detach().cpu().double() for given in (predictions, targets))
+        if q_NK.shape != p_NK.shape or q_NK.ndim != 2 or not len(q_NK):
+            raise UserError(
+                f"predictions, targets: expected two of one shape [N, K], got {[*q_NK.shape]} and {[*p_NK.shape]}"
+            )
+        distances_KK = self._distances_KK if _DISTANCE in self.metrics else None
+        if distances_KK is not None and len(distances_KK) != q_NK.shape[1]:
+            raise UserError(
+                f"predictions: expected {len(distances_KK)} columns, one a class, got {q_NK.shape[1]}; name the classes"
+            )
+        values = per_sample(q_NK.clamp_min(_LEAST).log(), p_NK, distances_KK)
+        return {name: values[name] for name in self.metrics}

@@ -1,0 +1,201 @@
+"""Studies: run one as the command `search` does, and read one, also while it runs."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pandas as pd
+from ruamel.yaml import YAML
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, read_best
+from raytune_emotion.learn.model import build_model
+from raytune_emotion.library.models import EmotionModel
+from raytune_emotion.storage.locations import Location, location_of
+from raytune_emotion.tuning.study import optuna_study
+from raytune_emotion.tuning.study.records import opened, read_records, trial_folder, winner
+from raytune_emotion.tuning.study.spec import StudySpec, read_spec
+from raytune_emotion.tuning.study.tables import curves_of, trials_of
+
+Place = str | os.PathLike[str] | Location
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it was when it was loaded; `load_study` again shows what came since."""
+
+    location: Location
+    spec: StudySpec = field(repr=False)
+    trials: pd.DataFrame = field(repr=False)
+    """A row a trial, best first, as in `trials.csv`: `trial_id`, `status`, `epochs`, `best_val_js` (bits), the other
+    metrics of that evaluation, `seconds`, `params_millions`, …, and a column for each hyperparameter."""
+    curves: pd.DataFrame = field(repr=False)
+    """A row an evaluation, as in `curves.parquet`: `trial_id`, `epoch`, `val_js` (bits), `val_kl` (nats), …"""
+    _best_id: str | None = field(repr=False)
+
+    @property
+    def best(self) -> "pd.Series[Any]":
+        """The row of the best trial in `trials`.
+
+        Raises:
+            UserError: no trial has reported yet.
+        """
+        if self._best_id is None:
+            raise UserError(f"{self.location}: no trial of this study has reported yet; load it again later")
+        return self.trials[self.trials["trial_id"] == self._best_id].iloc[0]
+
+    def model(self, trial_id: str | None = None) -> EmotionModel:
+        """Load a trial's best weights, in evaluation mode: images [B, 3, H, W] in [0, 1] -> probabilities [B, K].
+
+        Args:
+            trial_id: of the trial; None: the best. A study keeps the weights of its best trials only.
+
+        Raises:
+            UserError: the study has no weights of that trial.
+        """
+        chosen = self.best["trial_id"] if trial_id is None else trial_id
+        with opened(self.location, f"trials/{chosen}/{BEST}") as folder:
+            best = read_best(trial_folder(folder, chosen) / BEST)
+        config = RunConfig.from_flat({k: v for k, v in best.settings.items() if k != "model.weights_dir"})
+        backbone = build_model(config, weights=False)
+        backbone.load_state_dict(best.weights)
+        model = EmotionModel(backbone, config.data.classes, config.data.image_size)
+        return model.eval()
+
+
+def load_study(path: Place) -> Study:
+    """Load a study, also one that runs: it is read without a lock.
+
+    Args:
+        path: the study's folder, or its URI.
+
+    Raises:
+        UserError: there is no study, or it is damaged.
+    """
+    location = location_of(path)
+    with opened(location, optuna_study.JOURNAL, f"trials/*/{HISTORY}") as folder:
+        spec = read_spec(folder)
+        records = read_records(folder, optuna_study.load_study(folder))
+    best = winner(records)
+    return Study(location, spec, trials_of(records), curves_of(records), best.trial_id if best else None)
+
+
+def search(
+    data: Place | None = None,
+    space: str | os.PathLike[str] | Mapping[str, Any] = "quick",
+    *,
+    trials: int | None = None,
+    epochs: int | None = None,
+    objective: str | None = None,
+    seed: int | None = None,
+    concurrency: int | None = None,
+    workers_per_trial: int | None = None,
+    gpus_per_worker: float | str | None = None,
+    results: Place = "ray_results",
+    name: str | None = None,
+    resume: bool = False,
+    time_budget: str | None = None,
+    warm_start: Sequence[Place] = (),
+    max_failures: int | None = None,
+    weights_dir: str | os.PathLike[str] | None = None,
+    skip_bad: bool = False,
+    address: str | None = None,
+) -> Study:
+    """Run a study, exactly as the command `python -m raytune_emotion.search` does, and load it.
+
+    Args:
+        data: a folder in the layout of AffectNetFused, or a packed store; on a disk or at a URI; None: the generated
+            sample, or the data of the study that is resumed.
+        space: name of a search space that comes with the project, a YAML file, or the same as a mapping, such as
+            `{"model.backbone": "resnet18", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}`. Ignored when resuming.
+        trials: in all; None: 32.
+        epochs: of a full trial; None: that of the space, or 20.
+        objective: `val_js`, or one of the other objectives of the command.
+        seed: of proposals and trials.
+        concurrency: trials at once; None: as many as fit.
+        workers_per_trial: processes that train a trial.
+        gpus_per_worker: a number or `auto`; None: one where there are GPUs.
+        results: folder or URI that the study's folder is made in.
+        name: of the study; None: of the space and the time. Give it to resume a study.
+        resume: whether to go on with the study of that name.
+        time_budget: such as `90m`, `2h` or `1d`.
+        warm_start: earlier studies, whose trials tell what to try first.
+        max_failures: restarts of a trial whose process died.
+        weights_dir: folder with pretrained weights, for machines without a hub.
+        skip_bad: whether faulty rows of a folder are set aside; else they are refused.
+        address: of a running Ray cluster, or `auto`; None: start Ray here.
+
+    Returns:
+        The study, as `load_study` loads it.
+
+    Raises:
+        UserError: with a sentence for everything that is wrong with the arguments, the data or the space.
+        Breakdown: the study broke off; it can be resumed.
+        KeyboardInterrupt: it was interrupted; it can be resumed.
+    """
+    if resume and name is None:
+        raise UserError("name: expected the name of the study to resume, got None")
+    command = importlib.import_module("raytune_emotion.search")
+    with _space_file(space) as file:
+        name = name or f"{file.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        given: dict[str, Any] = {
+            "data": data,
+            "space": None if resume else file,
+            "trials": trials,
+            "epochs": epochs,
+            "objective": objective,
+            "seed": seed,
+            "concurrency": concurrency,
+            "workers-per-trial": workers_per_trial,
+            "gpus-per-worker": gpus_per_worker,
+            "results": results,
+            "name": name,
+            "time-budget": time_budget,
+            "max-failures": max_failures,
+            "weights-dir": weights_dir,
+            "address": address,
+        }
+        argv = [f"--{option}={_text(value)}" for option, value in given.items() if value is not None]
+        argv += ["--resume"] if resume else []
+        argv += ["--skip-bad"] if skip_bad else []
+        argv += ["--warm-start", *map(_text, warm_start)] if warm_start else []
+        parser = _Parser(prog="search", add_help=False)
+        command.add_arguments(parser)
+        command.run(parser.parse_args(argv))
+    return load_study(location_of(results) / name)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raise what is wrong, in place of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _text(value: Any) -> str:
+    return (
+        value.address
+        if isinstance(value, Location)
+        else os.fspath(value)
+        if isinstance(value, os.PathLike)
+        else str(value)
+    )
+
+
+@contextlib.contextmanager
+def _space_file(space: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Path]:
+    if not isinstance(space, Mapping):
+        yield Path(space)
+        return
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        file = Path(scratch, "space.yaml")
+        YAML(typ="safe").dump(dict(space), file)
+        yield file

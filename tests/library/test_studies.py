@@ -1,0 +1,116 @@
+"""The library's studies, with the names that it gives."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import raytune_emotion
+from raytune_emotion import load_study
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.loop import evaluate
+from tests.test_search import write_study
+
+NAMES = {
+    "create_model", "get_loss_function", "MSELoss", "L1Loss", "KLDivLoss", "CrossEntropyLoss", "JSLoss", "CombinedLoss",
+    "MetricsCalculator", "create_loaders", "create_trainer", "load_checkpoint", "visualize_predictions",
+    "plot_training_curves", "search", "load_study", "UserError", "__version__",
+}  # fmt: skip
+
+
+def test_the_names_of_the_library():
+    assert set(raytune_emotion.__all__) == NAMES
+    for name in NAMES:
+        assert getattr(raytune_emotion, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'create_modell'"):
+        raytune_emotion.create_modell  # noqa: B018
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = "torch ray optuna timm numpy pandas matplotlib pydantic"
+    code = f"import sys, raytune_emotion; print([name for name in '{heavy}'.split() if name in sys.modules])"
+    assert run_python(code) == "[]"
+
+
+def test_losses_are_imported_without_ray_optuna_and_timm():
+    code = """import sys, raytune_emotion
+raytune_emotion.JSLoss
+print([name for name in ("ray", "optuna", "timm") if name in sys.modules])"""
+    assert run_python(code) == "[]"
+
+
+@pytest.mark.parametrize("first", ["import raytune_emotion", "import raytune_emotion.search"])
+def test_search_is_a_function_whatever_was_imported_before(first):
+    code = f"""{first}
+from raytune_emotion import search
+import raytune_emotion
+print(callable(search), raytune_emotion.search is search, search.__doc__[:11])"""
+    assert run_python(code) == "True True Run a study"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, store):
+    folder = tmp_path_factory.mktemp("library") / "study"
+    write_study(folder, store)
+    return folder
+
+
+def test_a_study_has_its_trials_and_curves_as_tables(folder):
+    study = load_study(folder)
+    written = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str})
+    assert [*study.trials.columns] == [*written.columns]
+    assert [*study.trials["trial_id"]] == [*written["trial_id"]]
+    assert study.best["trial_id"] == written["trial_id"][0]
+    assert study.best["best_val_js"] == study.curves["val_js"].min()
+    assert len(study.curves) == 6
+    assert study.spec.trials == 3
+
+
+def test_the_model_of_a_study_has_the_numbers_of_its_best_trial(folder, store):
+    study = load_study(str(folder))
+    model = study.model()
+    assert not model.training
+    images = torch.from_numpy(store.val.gather(np.arange(4))).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(model(images).sum(-1), torch.ones(4))
+    metrics = evaluate(model.backbone, store.val, classes=store.classes, device=torch.device("cpu"))
+    assert metrics["js"] == pytest.approx(study.best["val_js"], abs=1e-6)
+    assert metrics["kl"] == pytest.approx(study.best["val_kl"], abs=1e-6)
+
+
+def test_what_is_no_study_is_refused(tmp_path, folder):
+    with pytest.raises(UserError, match="no study"):
+        load_study(tmp_path)
+    with pytest.raises(UserError, match="0099"):
+        load_study(folder).model("0099")
+
+
+def test_all_that_the_command_refuses_is_an_error(tmp_path):
+    search = raytune_emotion.search
+    with pytest.raises(UserError, match="there is no such"):
+        search(tmp_path, "no_such_space", results=tmp_path)
+    with pytest.raises(UserError, match=r"optim\.lrr"):
+        search(space={"optim.lrr": 1.0}, results=tmp_path / "results")
+    with pytest.raises(UserError, match="--trials"):
+        search(trials=0, results=tmp_path / "results")
+    with pytest.raises(UserError, match="name: expected"):
+        search(resume=True)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_search_returns_its_study_and_goes_on(faces, tmp_path):
+    space = {"model.backbone": "test_resnet", "optim.lr": {"log_uniform": [1e-3, 1e-2]}, "data.image_size": 32}
+    options = {"results": tmp_path, "name": "small", "concurrency": 2}
+    study = raytune_emotion.search(faces, space, trials=2, epochs=1, **options)
+    assert study.location.path == tmp_path / "small"
+    assert len(study.trials) == 2
+    assert study.trials["optim.lr"].between(1e-3, 1e-2).all()
+    again = raytune_emotion.search(trials=3, resume=True, **options)
+    assert len(again.trials) == 3
+    assert again.model()(torch.rand(1, 3, 32, 32)).shape == (1, 13)
