@@ -1,73 +1,69 @@
-"""A study for people: `report.html`, with its plots as PNG files beside it."""
+"""A study for people: `report.html`, one file that needs no network, with its plots and tables beside it."""
 
 import base64
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
+from markupsafe import Markup
 
+from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import whole, write_text
-from raytune_emotion.tuning.policy.objective import BY_SIZE, OBJECTIVES, Objective
-from raytune_emotion.tuning.report.plots import COLOURS, draw_curves, draw_progress, draw_settings
-from raytune_emotion.tuning.study.confirmation import HEADINGS, standings
-from raytune_emotion.tuning.study.records import TrialRecord, best_first, frontier
+from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
+from raytune_emotion.tuning.report.importance import MIN_TRIALS
+from raytune_emotion.tuning.report.page_data import (
+    COSTS,
+    StudyData,
+    as_json,
+    count_statuses,
+    fixed_rows,
+    gather,
+    searched_rows,
+)
+from raytune_emotion.tuning.report.plots import draw_all
+from raytune_emotion.tuning.report.results import Result, loss_weights, write_results
+from raytune_emotion.tuning.report.winner import (
+    Face,
+    Predictions,
+    extreme_faces,
+    predict_winner,
+    predictions_table,
+)
+from raytune_emotion.tuning.study.confirmation import CONFIRMED, HEADINGS, STANDINGS, Standing, standings
+from raytune_emotion.tuning.study.records import TrialRecord, best_first, frontier, winner
 from raytune_emotion.tuning.study.spec import StudySpec
 
 REPORT = "report.html"
 FRONT = ("trial", "backbone", "parameters, millions", "trained, images/s", "JS, bits")
-_ROWS = 20
+_RESULTS = ("model", "loss", "trials", "trial", "MSE", "KL", "TVD", "JS", "s/epoch")
+_CLASSES = ("class", "mean target", "mean prediction", "mean absolute error", "calibration error", "majority in",
+            "of these found")  # fmt: skip
+_METRICS = (
+    ("val_js", "JS, bits"), ("val_kl", "KL, nats"), ("val_tvd", "TVD"), ("val_mse", "MSE"), ("val_emd", "EMD"),
+    ("val_accuracy", "accuracy of the likeliest class"), ("params_millions", "parameters, millions"),
+    ("images_per_second", "training speed, images/s"),
+)  # fmt: skip
+_AIMS = {
+    "val_js": "the lowest validation JS",
+    "val_js per hour": "the lowest validation JS for the time",
+}
 
 
 def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> None:
-    """Draws the plots of a study and writes its page."""
-    plots = {"curves": draw_curves(spec, records), "progress": draw_progress(spec, records)}
-    searched = _searched(records)
-    if searched:
-        plots["settings"] = draw_settings(records, searched)
-    for name, figure in plots.items():
+    """Write the page of a study, and its plots and tables as PNG and CSV files."""
+    found = standings(spec, records)
+    leader = found[0].median if found and found[0].runs else winner(records)
+    predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
+    data = gather(spec, records, None if isinstance(predictions, str) else predictions)
+    for name, table in _tables(data, predictions).items():
+        write_text(folder / f"{name}.csv", table)
+    for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
         with whole(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    ranked = best_first(records)
-    objective = OBJECTIVES[spec.objective] if OBJECTIVES[spec.objective].front else OBJECTIVES[BY_SIZE]
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).get_template("page.html.j2")
-    images = {name: base64.b64encode((folder / f"{name}.png").read_bytes()).decode() for name in plots}
-    rows = [[_cell(value) for value in _row(record, searched)] for record in ranked[:_ROWS]]
-    counts = {status: sum(record.status == status for record in records) for status in COLOURS}
-    text = template.render(
-        spec=spec,
-        best=ranked[0] if ranked and ranked[0].best else None,
-        counts={status: n for status, n in counts.items() if n},
-        hours=sum(record.reports[-1]["seconds"] for record in records if record.reports) / 3600,
-        columns=["trial", "status", "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *searched],
-        rows=rows,
-        left_out=max(0, len(ranked) - _ROWS),
-        cheaper=objective.cheaper,
-        front_headings=FRONT,
-        front=front_rows(records, objective),
-        images=images,
-        headings=HEADINGS,
-        standings=standings(spec, records),
-    )
-    write_text(folder / REPORT, text)
-
-
-def _searched(records: list[TrialRecord]) -> list[str]:
-    """The settings in which the trials differ."""
-    names = dict.fromkeys(name for record in records for name in record.settings)
-    return [name for name in names if len({repr(record.settings.get(name)) for record in records}) > 1]
-
-
-def _row(record: TrialRecord, searched: list[str]) -> list[Any]:
-    best: Mapping[str, Any] = record.best or {}
-    last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
-    metrics = [best.get("val_js"), best.get("val_kl"), best.get("val_accuracy")]
-    settings = [record.settings.get(name) for name in searched]
-    return [record.trial_id, record.status, last.get("epoch"), *metrics, last.get("seconds"), *settings]
+    write_text(folder / REPORT, _render(folder, data, leader, found, predictions))
 
 
 def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[str]]:
@@ -78,6 +74,190 @@ def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[st
         values = [best.get(name) for name in ("params_millions", "images_per_second", "val_js")]
         rows.append([record.trial_id, _cell(record.settings.get("model.backbone")), *map(_cell, values)])
     return rows
+
+
+def _render(
+    folder: Path,
+    data: StudyData,
+    leader: TrialRecord | None,
+    found: Sequence[Standing],
+    predictions: Predictions | str,
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+    def part(name: str) -> Markup:
+        assert environment.loader is not None
+        # Files of this package: the only text that is markup.
+        return Markup(environment.loader.get_source(environment, name)[0])
+
+    scripts = [part(name) for name in ("vendor/d3.min.js", "vendor/plot.min.js", "page.js")]
+    objective = OBJECTIVES[data.spec.objective]
+    columns = _columns(data)
+    return environment.get_template("page.html.j2").render(
+        **_winner_parts(folder, data, leader, found, predictions),
+        policy=_policy(scripts),
+        css=part("page.css"),
+        scripts=scripts,
+        data=as_json(data),
+        spec=data.spec,
+        records=data.records,
+        aim=_AIMS.get(data.spec.objective, f"the front of {data.spec.objective}"),
+        counts=count_statuses(data.records),
+        duration=_duration(sum(r.reports[-1]["seconds"] for r in data.records if r.reports)),
+        searched=searched_rows(data.space),
+        fixed=fixed_rows(data.space),
+        axes=data.axes,
+        importances=data.importances,
+        least=MIN_TRIALS,
+        losses=data.losses,
+        costs=COSTS,
+        results=[{"trial_id": result.trial_id, "cells": _result_cells(result)} for result in data.results],
+        result_headings=_RESULTS,
+        class_headings=_CLASSES,
+        columns=columns,
+        rows=[_row(record, data, columns) for record in best_first(data.records)],
+        failures=[record for record in data.records if record.status == "failed"],
+        cheaper=objective.cheaper,
+        front_headings=FRONT,
+        front=front_rows(list(data.records), objective) if objective.front else [],
+        standings=found,
+        standing_headings=HEADINGS,
+        contents=_contents(data, predictions),
+    )
+
+
+def _winner_parts(
+    folder: Path,
+    data: StudyData,
+    leader: TrialRecord | None,
+    found: Sequence[Standing],
+    predictions: Predictions | str,
+) -> dict[str, Any]:
+    best: Mapping[str, Any] = leader.best if leader and leader.best else {}
+    confirmed = _confirmed(folder, found)
+    worst: list[Face] = []
+    finest: list[Face] = []
+    closer = None
+    if not isinstance(predictions, str) and data.analysis is not None:
+        finest, worst = extreme_faces(predictions)
+        closer = {
+            "count": len(predictions.ids),
+            "total": len(predictions.split),
+            "js": float(predictions.js_N.mean()),
+            "classes": data.analysis.classes,
+        }
+    return {
+        "best": leader if best else None,
+        "confirmed": confirmed,
+        "standing_words": f"The run in the middle of the {len(found[0].runs)} of its configuration"
+        if found and found[0].runs
+        else "",
+        "epochs_of_best": _count(best.get("epoch", 0), "epoch"),
+        "metrics": [(name, _cell(best[key])) for key, name in _METRICS if best.get(key) is not None],
+        "closer": closer,
+        "worst": worst,
+        "finest": finest,
+        "not_closer": predictions if isinstance(predictions, str) else "",
+    }
+
+
+def _confirmed(folder: Path, found: Sequence[Standing]) -> dict[str, Any] | None:
+    """Return the mean of the best configuration over seeds: of this confirmation, or of the one in a study's folder."""
+    if found and found[0].mean is not None:
+        rows = [found[0].row]
+    elif (folder / CONFIRMED / STANDINGS).exists():
+        table = pd.read_csv(folder / CONFIRMED / STANDINGS, dtype={"trial_id": str})
+        rows = [{str(k): v for k, v in row.items()} for row in table[table.mean_js.notna()].to_dict("records")]
+    else:
+        rows = []
+    if not rows:
+        return None
+    row = rows[0]
+    error = None if pd.isna(row["standard_error"]) else float(row["standard_error"])
+    return {"trial_id": row["trial_id"], "mean": float(row["mean_js"]), "error": error, "seeds": int(row["seeds"])}
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Return a policy by which a browser runs these scripts alone and asks nobody for anything."""
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+
+
+def _contents(data: StudyData, predictions: Predictions | str) -> list[tuple[str, str]]:
+    best, axes = data.winner is not None, bool(data.axes)
+    parts = [
+        ("search", "search", True), ("winner", "winner", best), ("results", "results", bool(data.results)),
+        ("time", "time", best), ("curves", "curves", best), ("parallel", "settings", best and axes),
+        ("importance", "importance", best and axes), ("slices", "slices", best and axes), ("costs", "cost", best),
+        ("errors", "errors", not isinstance(predictions, str)), ("trials", "trials", True),
+        ("failures", "failures", any(record.status == "failed" for record in data.records)),
+    ]  # fmt: skip
+    return [(anchor, name) for anchor, name, there in parts if there]
+
+
+def _columns(data: StudyData) -> list[str]:
+    names = [axis.name for axis in data.axes if not axis.name.startswith("loss.")]
+    loss = ["loss"] if any(axis.name.startswith("loss.") for axis in data.axes) else []
+    return ["trial", "status", "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *loss, *names]
+
+
+def _row(record: TrialRecord, data: StudyData, columns: Sequence[str]) -> dict[str, Any]:
+    best: Mapping[str, Any] = record.best or {}
+    last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
+    values = [record.trial_id, record.status, last.get("epoch"), best.get("val_js"), best.get("val_kl")]
+    values += [best.get("val_accuracy"), last.get("seconds")]
+    cells = [(_cell(value), "" if value is None else value) for value in values]
+    for name in columns[len(values) :]:
+        value = _mixture(record) if name == "loss" else record.settings.get(name)
+        cells.append((f"{value:.3g}" if isinstance(value, float) else _cell(value), "" if value is None else value))
+    won = data.winner is not None and record.trial_id == data.winner.trial_id
+    return {"trial_id": record.trial_id, "status": record.status, "cells": cells, "won": won}
+
+
+def _mixture(record: TrialRecord) -> str:
+    weights = sorted(loss_weights(record).items(), key=lambda item: -item[1])
+    return weights[0][0] if len(weights) == 1 else " ".join(f"{k} {w:.2f}" for k, w in weights if w >= 0.005)
+
+
+def _result_cells(result: Result) -> list[tuple[str, Any]]:
+    values = [result.model, result.loss, result.trials, result.trial_id, result.val_mse, result.val_kl]
+    values += [result.val_tvd, result.val_js, result.seconds_per_epoch]
+    return [(_cell(value), "" if value is None else value) for value in values]
+
+
+def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
+    """Return the tables of the plots, as CSV, by their file's name; the trials have their own."""
+    steps = pd.DataFrame(data.steps, columns=["seconds", OBJECTIVE, "trial_id"])
+    tables = {"results": write_results(data.results), "progress": steps.to_csv(index=False)}
+    if data.importances:
+        tables["importance"] = pd.DataFrame(data.importances).to_csv(index=False)
+    if data.analysis is not None and not isinstance(predictions, str):
+        names = predictions.classes
+        matrix = pd.DataFrame(data.analysis.confusion_KK, index=pd.Index(names, name="target"), columns=list(names))
+        bins = [{"class": c.name, **vars(b)} for c in data.analysis.classes for b in c.bins]
+        tables |= {
+            "classes": pd.DataFrame(data.analysis.classes).drop(columns="bins").to_csv(index=False),
+            "calibration": pd.DataFrame(bins).to_csv(index=False),
+            "confusion": matrix.to_csv(),
+            "entropy": pd.DataFrame(data.analysis.entropy).to_csv(index=False),
+            "predictions": predictions_table(predictions).to_csv(index=False, float_format="%.6f"),
+        }
+    return tables
+
+
+def _count(number: float, word: str) -> str:
+    return f"{number:g} {word}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _cell(value: Any) -> str:

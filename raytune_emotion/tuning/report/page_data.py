@@ -1,0 +1,223 @@
+"""Gather what the plots of a study show, once for the page and for the PNG files."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from raytune_emotion.tuning.policy.objective import pareto_front
+from raytune_emotion.tuning.report.axes import Axis, choice_text, searched_axes, space_of
+from raytune_emotion.tuning.report.importance import Importance, importances
+from raytune_emotion.tuning.report.results import Result, loss_weights, results_of, seconds_per_epoch
+from raytune_emotion.tuning.report.winner import (
+    Bin,
+    ClassError,
+    Predictions,
+    class_errors,
+    confusion,
+    errors_by_entropy,
+)
+from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
+from raytune_emotion.tuning.study.optuna_study import Status
+from raytune_emotion.tuning.study.records import TrialRecord, best_first, winner
+from raytune_emotion.tuning.study.spec import StudySpec
+
+#: Costs that JS is drawn against: key of a trial's record, its name, and whether more of it is better.
+COSTS = (
+    ("params", "parameters, millions", False),
+    ("seconds_per_epoch", "seconds per epoch", False),
+    ("images_per_second", "training speed, images/s", True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """The winner's predictions, in numbers."""
+
+    classes: tuple[ClassError, ...]
+    confusion_KK: tuple[tuple[int, ...], ...]
+    entropy: tuple[Bin, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyData:
+    """All that the plots of a study show."""
+
+    spec: StudySpec
+    records: tuple[TrialRecord, ...]
+    space: Space | None
+    axes: tuple[Axis, ...]
+    winner: TrialRecord | None
+    importances: tuple[Importance, ...]
+    results: tuple[Result, ...]
+    losses: tuple[str, ...]  # that mixtures of the study have, where it has any
+    fronts: Mapping[str, tuple[str, ...]]  # by cost: the trials that none of less cost has bettered
+    steps: tuple[tuple[float, float, str], ...]  # s since the first trial began, best JS so far, its trial
+    analysis: Analysis | None
+
+
+def gather(spec: StudySpec, records: Sequence[TrialRecord], predictions: Predictions | None) -> StudyData:
+    """Compute what the plots show."""
+    space = space_of(spec)
+    axes = searched_axes(space, records)
+    return StudyData(
+        spec,
+        tuple(records),
+        space,
+        tuple(axes),
+        winner(records),
+        tuple(importances(records, axes)),
+        tuple(results_of(records)),
+        _losses(records),
+        {key: tuple(_front(records, key, more)) for key, _, more in COSTS},
+        tuple(_steps(records)),
+        _analysis(predictions) if predictions is not None else None,
+    )
+
+
+def as_json(data: StudyData) -> dict[str, Any]:
+    """Return what the page's script draws, as plain values; numbers that are none are null."""
+    begin = began_at(data.records)
+    value = {
+        "baseline": data.spec.baseline["js"],
+        "epochs": data.spec.epochs,
+        "winner": data.winner.trial_id if data.winner else None,
+        "axes": [dataclasses.asdict(axis) for axis in data.axes],
+        "importances": [dataclasses.asdict(importance) for importance in data.importances],
+        "losses": data.losses,
+        "costs": [{"key": key, "name": name} for key, name, _ in COSTS],
+        "fronts": dict(data.fronts),
+        "steps": [{"t": t, "js": js, "id": trial_id} for t, js, trial_id in data.steps],
+        "trials": [_trial(record, data, begin) for record in data.records],
+        "analysis": dataclasses.asdict(data.analysis) if data.analysis else None,
+    }
+    return _finite(value)  # type: ignore[no-any-return]
+
+
+def began_at(records: Sequence[TrialRecord]) -> float:
+    """Return when the first trial began, unix; 0 where no report tells a time."""
+    return min((r["time"] - r["seconds"] for record in records for r in record.reports[:1] if "time" in r), default=0.0)
+
+
+def elapsed(report: Mapping[str, Any], begin: float) -> float | None:
+    """Return the seconds from the study's begin to a report; None where it tells no time."""
+    return report["time"] - begin if "time" in report else None
+
+
+def costs_of(record: TrialRecord) -> dict[str, float | None]:
+    """Return what a trial costs, by the keys of `COSTS`."""
+    last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
+    return {
+        "params": last.get("params_millions"),
+        "seconds_per_epoch": seconds_per_epoch(last),
+        "images_per_second": last.get("images_per_second"),
+    }
+
+
+def searched_rows(space: Space | None) -> list[tuple[str, str, str]]:
+    """Describe a space in rows: setting, what is searched, and where that holds."""
+    if space is None:
+        return []
+    rows = [(key, describe(setting), "") for key, setting in space.settings.items() if not isinstance(setting, Fixed)]
+    for branch in space.when:
+        conditions = ", ".join(f"{k} is {' or '.join(map(choice_text, vs))}" for k, vs in branch.conditions.items())
+        rows += [(key, describe(setting), conditions) for key, setting in branch.settings.items()]
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    return sorted(rows, key=lambda row: names.index(row[0]))
+
+
+def fixed_rows(space: Space | None) -> list[tuple[str, str]]:
+    """Describe what is the same in every trial."""
+    return [(key, choice_text(value)) for key, value in space.fixed.items()] if space else []
+
+
+def describe(setting: Setting) -> str:
+    """Say in words what a setting may be."""
+    if isinstance(setting, Fixed):
+        return choice_text(setting.value)
+    if isinstance(setting, Simplex):
+        return f"mixture of {', '.join(setting.losses)}"
+    if isinstance(setting, CategoricalDistribution):
+        return ", ".join(map(choice_text, setting.choices))
+    assert isinstance(setting, FloatDistribution | IntDistribution)
+    step = f", steps of {setting.step:g}" if setting.step and setting.step != 1 else ""
+    whole = "whole numbers, " if isinstance(setting, IntDistribution) else ""
+    return f"{setting.low:g} to {setting.high:g} ({whole}{'log' if setting.log else 'linear'} scale{step})"
+
+
+def count_statuses(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """Count the trials of each status that occurs."""
+    counts = {status: sum(record.status == status for record in records) for status in get_args(Status)}
+    return {status: n for status, n in counts.items() if n}
+
+
+def _trial(record: TrialRecord, data: StudyData, begin: float) -> dict[str, Any]:
+    best: Mapping[str, Any] = record.best or {}
+    return {
+        "id": record.trial_id,
+        "status": record.status,
+        "js": best.get("val_js"),
+        "kl": best.get("val_kl"),
+        "accuracy": best.get("val_accuracy"),
+        "epochs": record.reports[-1]["epoch"] if record.reports else None,
+        "seconds": record.reports[-1]["seconds"] if record.reports else None,
+        "t": elapsed(best, begin) if best else None,
+        "curve": [[report["epoch"], report["val_js"]] for report in record.reports],
+        "settings": {axis.name: axis.position(record.settings.get(axis.name)) for axis in data.axes},
+        "loss": {name: weight for name, weight in loss_weights(record).items() if name in data.losses},
+        **costs_of(record),
+    }
+
+
+def _losses(records: Sequence[TrialRecord]) -> tuple[str, ...]:
+    """Return the losses that take part in mixtures; none where each trial has a single loss."""
+    weights = [loss_weights(record) for record in records]
+    if not any(len(some) > 1 for some in weights):
+        return ()
+    return tuple(dict.fromkeys(name for some in weights for name in some))
+
+
+def _front(records: Sequence[TrialRecord], key: str, more: bool) -> list[str]:
+    ranked = best_first(record for record in records if record.best and record.status != "failed")
+
+    def cost(record: TrialRecord) -> float:
+        value = costs_of(record)[key]
+        return math.inf if value is None else -value if more else value
+
+    return [record.trial_id for record in pareto_front(ranked, cost)]
+
+
+def _steps(records: Sequence[TrialRecord]) -> list[tuple[float, float, str]]:
+    begin = began_at(records)
+    reports = sorted(
+        (report["time"] - begin, report["val_js"], record.trial_id)
+        for record in records
+        if record.status != "failed"
+        for report in record.reports
+        if "time" in report
+    )
+    steps: list[tuple[float, float, str]] = []
+    for step in reports:
+        if not steps or step[1] < steps[-1][1]:
+            steps.append(step)
+    return [*steps, (reports[-1][0], *steps[-1][1:])] if steps else []
+
+
+def _analysis(predictions: Predictions) -> Analysis:
+    return Analysis(
+        tuple(class_errors(predictions)),
+        tuple(map(tuple, confusion(predictions).tolist())),
+        tuple(errors_by_entropy(predictions)),
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

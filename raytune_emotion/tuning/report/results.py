@@ -1,0 +1,77 @@
+"""Make the results table: what each model reached with each loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.tuning.study.records import TrialRecord, best_first
+
+#: A smaller weight does not make a loss part of a mixture's name.
+_NAMED_FROM = 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best trial of one model with one loss, or with mixtures of the same losses."""
+
+    model: str
+    loss: str
+    trials: int
+    trial_id: str
+    val_mse: float | None
+    val_kl: float | None  # nats
+    val_tvd: float | None
+    val_js: float  # bits
+    seconds_per_epoch: float | None
+
+
+def results_of(records: Sequence[TrialRecord]) -> list[Result]:
+    """Return a row for each pair of model and loss that has run, the lowest JS first. Failed trials are left out."""
+    groups: dict[tuple[str, str], list[TrialRecord]] = {}
+    for record in best_first(record for record in records if record.best and record.status != "failed"):
+        groups.setdefault((model_of(record), loss_of(record)), []).append(record)
+    return [_result(model, loss, group) for (model, loss), group in groups.items()]
+
+
+def write_results(results: Sequence[Result]) -> str:
+    """Write the table as CSV."""
+    return pd.DataFrame(results, columns=list(Result.__annotations__)).to_csv(index=False)
+
+
+def model_of(record: TrialRecord) -> str:
+    return str(record.settings.get("model.backbone", RunConfig().model.backbone))
+
+
+def loss_weights(record: TrialRecord) -> dict[str, float]:
+    """Return the losses of a trial with their weights, those of weight 0 left out."""
+    given = {name.removeprefix("loss."): w for name, w in record.settings.items() if name.startswith("loss.") and w}
+    return given or dict(RunConfig().loss.weights)
+
+
+def loss_of(record: TrialRecord) -> str:
+    """Name the loss of a trial, or those that its mixture consists of, in the order of the settings."""
+    weights = loss_weights(record)
+    return " + ".join(name for name, weight in weights.items() if weight >= _NAMED_FROM)
+
+
+def seconds_per_epoch(report: Mapping[str, Any]) -> float | None:
+    seconds, epochs = report.get("seconds"), report.get("epoch")
+    return seconds / epochs if seconds is not None and epochs else None
+
+
+def _result(model: str, loss: str, group: Sequence[TrialRecord]) -> Result:
+    best: Mapping[str, Any] = group[0].best or {}
+    return Result(
+        model,
+        loss,
+        len(group),
+        group[0].trial_id,
+        best.get("val_mse"),
+        best.get("val_kl"),
+        best.get("val_tvd"),
+        best["val_js"],
+        seconds_per_epoch(group[0].reports[-1]),
+    )
