@@ -119,6 +119,7 @@ def _render(
         result_headings=_RESULTS,
         class_headings=_CLASSES,
         columns=columns,
+        short_columns=_short_names(columns),
         rows=[_row(record, data, columns) for record in best_first(data.records)],
         failures=[record for record in data.records if record.status == "failed"],
         cheaper=objective.cheaper,
@@ -206,6 +207,12 @@ def _columns(data: StudyData) -> list[str]:
     return ["trial", "status", "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *loss, *names]
 
 
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Leave out the section of settings whose own name is enough."""
+    own = [name.rpartition(".")[2] for name in names]
+    return [short if own.count(short) == 1 and short != "name" else name for short, name in zip(own, names, strict=True)]
+
+
 def _row(record: TrialRecord, data: StudyData, columns: Sequence[str]) -> dict[str, Any]:
     best: Mapping[str, Any] = record.best or {}
     last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
@@ -221,7 +228,7 @@ def _row(record: TrialRecord, data: StudyData, columns: Sequence[str]) -> dict[s
 
 def _mixture(record: TrialRecord) -> str:
     weights = sorted(loss_weights(record).items(), key=lambda item: -item[1])
-    return weights[0][0] if len(weights) == 1 else " ".join(f"{k} {w:.2f}" for k, w in weights if w >= 0.005)
+    return weights[0][0] if len(weights) == 1 else " ".join(f"{k}\N{NO-BREAK SPACE}{w:.2f}" for k, w in weights if w >= 0.005)
 
 
 def _result_cells(result: Result) -> list[tuple[str, Any]]:
