@@ -6,12 +6,12 @@ import sys
 from raytune_emotion.cli import command_main, location
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.terminal import say
-from raytune_emotion.tuning.report.page import REPORT, write_report
+from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
 from raytune_emotion.tuning.study.confirmation import standings, write_standings
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
 from raytune_emotion.tuning.study.records import opened, read_records
 from raytune_emotion.tuning.study.spec import read_spec
-from raytune_emotion.tuning.study.tables import CURVES, TRIALS, write_tables
+from raytune_emotion.tuning.study.tables import CURVES, write_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         write_report(folder, spec, records)
         if spec.confirms is not None:
             write_standings(folder, standings(spec, records))
-        args.study.push(folder, [TRIALS, CURVES, REPORT, *(file.name for file in folder.glob("*.png"))])
+        args.study.push(folder, [CURVES, *report_files(folder)])
     say(str(args.study / REPORT))
 
 

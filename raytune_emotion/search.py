@@ -48,7 +48,7 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.report.console import run_shown
 from raytune_emotion.tuning.report.dry_run import costs
-from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, write_report
+from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
@@ -449,8 +449,8 @@ def _conclude(console: Console, study: OpenStudy, results: Location) -> None:
     write_report(folder, spec, records)
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
-    written = [file for pattern in (REPORT, "*.png", "best/*") for file in folder.glob(pattern)]
-    place.push(folder, [str(file.relative_to(folder)) for file in written])
+    exported = [str(file.relative_to(folder)) for file in folder.glob("best/*")]
+    place.push(folder, [*report_files(folder), *exported])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
     if best is None or best.best is None:
         console.print("no trial has reported yet, or those that have failed")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 
@@ -163,9 +164,12 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster,
     assert f"best mean   {words}, trial {winner.trial_id} of the search" in out
     assert load_package(folder / "best").image_size == 32
     page = (folder / "report.html").read_text()
-    assert "<h1>Study study, confirmed</h1>" in page
-    assert f"<b>{winner.mean_js:.4f}</b>best mean JS, bits (trial {winner.trial_id} of the search)" in page
-    assert f"<td>{winner.trial_id}</td><td>{winner.mean_js:.4f}</td><td>{winner.standard_error:.4f}</td>" in page
+    assert "<h1>study, confirmed</h1>" in page
+    assert f"<b>{winner.mean_js:.4f} <small>± {winner.standard_error:.4f}</small></b>JS, bits: mean and" in page
+    assert f"standard error over 2 seeds, trial {winner.trial_id} of the search" in page
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", page)]
+    place = cells.index(f"{winner.mean_js:.4f}")
+    assert cells[place - 1 : place + 2] == [winner.trial_id, f"{winner.mean_js:.4f}", f"{winner.standard_error:.4f}"]
 
     # The record says it all again.
     before = (folder / "confirmed.csv").read_bytes()

@@ -59,5 +59,6 @@ def test_an_installed_package_has_its_files(installed):
     assert {file.name for file in (ROOT / "search_spaces").glob("*.yaml")} <= {
         file.name for file in (package / "search_spaces").iterdir()
     }
-    for kept in ("py.typed", "tuning/report/page.html.j2"):
+    parts = ("page.html.j2", "page.css", "page.js", "vendor/d3.min.js", "vendor/plot.min.js", "vendor/LICENSE.txt")
+    for kept in ("py.typed", *(f"tuning/report/{part}" for part in parts)):
         assert (package / kept).is_file()

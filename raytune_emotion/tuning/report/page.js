@@ -95,7 +95,7 @@ function plot(width, options) {
 
 const dots = (list, x, y, more = {}) =>
   Plot.dot(last(list), {
-    x, y, r: literal((d) => (d.id === data.winner ? 6 : 4)),
+    x, y, r: literal((d) => (d.id === data.winner ? 6 : list.length > 150 ? 3 : 4)),
     fill: literal(colour), stroke: "var(--card)", strokeWidth: 1, ariaLabel: named, ...more,
   });
 const baseline = () => [
@@ -139,7 +139,7 @@ const charts = {
       marks: [
         ...baseline(),
         Plot.line(rows, {
-          x, y, z: "id", stroke: of, ariaLabel: named, strokeOpacity: scored.length > 60 ? 0.5 : 0.85,
+          x, y, z: "id", stroke: of, ariaLabel: named, strokeOpacity: scored.length > 60 ? 0.4 : 0.85,
           strokeWidth: (d) => (d.id === data.winner ? 2.8 : 1.3),
         }),
         Plot.dot(ends, {
@@ -159,7 +159,7 @@ const charts = {
       const value = js ? Math.min(trial.js, axis.high) : place(axis, trial, 0.5);
       return value === null ? null : share(axis, value);
     };
-    const rows = last(scored).flatMap((trial) =>
+    const rows = last(d3.sort(scored, (trial) => -trial.js)).flatMap((trial) =>
       axes.map((axis, i) => ({ trial, id: trial.id, i, at: at(axis, trial) })).filter((row) => row.at !== null));
     const marks = axes.flatMap((axis, i) => ticksOf(axis, 4).map((value) => ({
       i, at: share(axis, value), text: axis.kind === "choice" ? fit(axis.choices[value], upright ? 12 : 40 / axis.choices.length) : shortNumber(value),
@@ -167,7 +167,7 @@ const charts = {
     const names = axes.map((axis, i) => ({ i, name: shortName(axis.name) }));
     const stroke = literal((d) => (d.id === data.winner ? "var(--accent)" : shade(d.trial.js)));
     const wide = (d) => (d.id === data.winner ? 3 : 1.2), halo = { stroke: "var(--card)", strokeWidth: 4, fill: "currentColor" };
-    const lines = { z: "id", stroke, strokeWidth: wide, ariaLabel: named, strokeOpacity: scored.length > 100 ? 0.45 : 0.8 };
+    const lines = { z: "id", stroke, strokeWidth: wide, ariaLabel: named, strokeOpacity: scored.length > 100 ? 0.35 : 0.8 };
     const svg = upright
       ? plot(width, {
           height: 400, marginTop: 40, marginBottom: 14, marginLeft: 46, marginRight: 46, axis: null,

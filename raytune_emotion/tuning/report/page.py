@@ -24,7 +24,7 @@ from raytune_emotion.tuning.report.page_data import (
     searched_rows,
 )
 from raytune_emotion.tuning.report.plots import draw_all
-from raytune_emotion.tuning.report.results import Result, loss_weights, write_results
+from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, write_results
 from raytune_emotion.tuning.report.winner import (
     Face,
     Predictions,
@@ -64,6 +64,11 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
         with whole(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
     write_text(folder / REPORT, _render(folder, data, leader, found, predictions))
+
+
+def report_files(folder: Path) -> list[str]:
+    """Return the names of the page, the plots and the tables in a study's folder."""
+    return [file.name for pattern in (REPORT, "*.png", "*.csv") for file in sorted(folder.glob(pattern))]
 
 
 def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[str]]:
@@ -210,7 +215,9 @@ def _columns(data: StudyData) -> list[str]:
 def _short_names(names: Sequence[str]) -> list[str]:
     """Leave out the section of settings whose own name is enough."""
     own = [name.rpartition(".")[2] for name in names]
-    return [short if own.count(short) == 1 and short != "name" else name for short, name in zip(own, names, strict=True)]
+    return [
+        short if own.count(short) == 1 and short != "name" else name for short, name in zip(own, names, strict=True)
+    ]
 
 
 def _row(record: TrialRecord, data: StudyData, columns: Sequence[str]) -> dict[str, Any]:
@@ -220,19 +227,15 @@ def _row(record: TrialRecord, data: StudyData, columns: Sequence[str]) -> dict[s
     values += [best.get("val_accuracy"), last.get("seconds")]
     cells = [(_cell(value), "" if value is None else value) for value in values]
     for name in columns[len(values) :]:
-        value = _mixture(record) if name == "loss" else record.settings.get(name)
+        value = mixture_of(record) if name == "loss" else record.settings.get(name)
         cells.append((f"{value:.3g}" if isinstance(value, float) else _cell(value), "" if value is None else value))
     won = data.winner is not None and record.trial_id == data.winner.trial_id
     return {"trial_id": record.trial_id, "status": record.status, "cells": cells, "won": won}
 
 
-def _mixture(record: TrialRecord) -> str:
-    weights = sorted(loss_weights(record).items(), key=lambda item: -item[1])
-    return weights[0][0] if len(weights) == 1 else " ".join(f"{k}\N{NO-BREAK SPACE}{w:.2f}" for k, w in weights if w >= 0.005)
-
-
 def _result_cells(result: Result) -> list[tuple[str, Any]]:
-    values = [result.model, result.loss, result.trials, result.trial_id, result.val_mse, result.val_kl]
+    loss = f"{MIXTURE}: {result.weights}" if result.loss == MIXTURE else result.loss
+    values = [result.model, loss, result.trials, result.trial_id, result.val_mse, result.val_kl]
     values += [result.val_tvd, result.val_js, result.seconds_per_epoch]
     return [(_cell(value), "" if value is None else value) for value in values]
 

@@ -110,8 +110,9 @@ def draw_parallel(data: StudyData) -> Figure:
         ends = axis.choices if axis.kind == "choice" else (f"{axis.low:g}", f"{axis.high:g}")
         for j, text in enumerate(ends):
             y = (j + 0.5) / len(ends) if axis.kind == "choice" else j
-            axes.text(i, y, f" {text}", fontsize=6, va="center")
+            axes.text(i, y, f" {text}", fontsize=6, va="center", in_layout=False)
     axes.set_xticks(range(len(data.axes)), [axis.name for axis in data.axes], rotation=30, ha="right", fontsize=7)
+    axes.set_xlim(-0.3, len(data.axes) - 0.3)
     axes.set_yticks([])
     axes.set_title("Settings of all trials; dark is a high JS, the winner is red")
     return figure
@@ -137,8 +138,8 @@ def draw_simplex(data: StudyData) -> Figure:
     mixtures = [loss_weights(record).items() for record in scored]
     x, y = ([sum(w * corners[name][k] for name, w in mixture) for mixture in mixtures] for k in (0, 1))
     points = axes.scatter(x, y, c=[_js(record) for record in scored], cmap="viridis_r", s=22)
-    for name, (x, y) in corners.items():
-        axes.text(1.1 * x, 1.1 * y, name, ha="center", va="center")
+    for name, corner in corners.items():
+        axes.text(1.1 * corner[0], 1.1 * corner[1], name, ha="center", va="center")
     axes.set_aspect("equal")
     axes.set_axis_off()
     figure.colorbar(points, label=_JS, shrink=0.6)

@@ -9,16 +9,17 @@ import pandas as pd
 from raytune_emotion.config import RunConfig
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 
-#: A smaller weight does not make a loss part of a mixture's name.
-_NAMED_FROM = 0.05
+MIXTURE = "mixture"
+_SHOWN_FROM = 0.005  # a smaller weight would be shown as 0.00
 
 
 @dataclass(frozen=True)
 class Result:
-    """The best trial of one model with one loss, or with mixtures of the same losses."""
+    """The best trial of one model with one loss, or with any mixture of losses."""
 
     model: str
-    loss: str
+    loss: str  # or `MIXTURE`
+    weights: str  # of the losses of that trial
     trials: int
     trial_id: str
     val_mse: float | None
@@ -52,9 +53,17 @@ def loss_weights(record: TrialRecord) -> dict[str, float]:
 
 
 def loss_of(record: TrialRecord) -> str:
-    """Name the loss of a trial, or those that its mixture consists of, in the order of the settings."""
+    """Name the single loss of a trial; all mixtures count as one."""
     weights = loss_weights(record)
-    return " + ".join(name for name, weight in weights.items() if weight >= _NAMED_FROM)
+    return next(iter(weights)) if len(weights) == 1 else MIXTURE
+
+
+def mixture_of(record: TrialRecord) -> str:
+    """Write the losses of a trial with their weights, the greatest first; a single one without."""
+    weights = sorted(loss_weights(record).items(), key=lambda item: -item[1])
+    if len(weights) == 1:
+        return weights[0][0]
+    return " ".join(f"{name}\N{NO-BREAK SPACE}{weight:.2f}" for name, weight in weights if weight >= _SHOWN_FROM)
 
 
 def seconds_per_epoch(report: Mapping[str, Any]) -> float | None:
@@ -67,6 +76,7 @@ def _result(model: str, loss: str, group: Sequence[TrialRecord]) -> Result:
     return Result(
         model,
         loss,
+        mixture_of(group[0]),
         len(group),
         group[0].trial_id,
         best.get("val_mse"),

@@ -22,7 +22,7 @@ from raytune_emotion.learn.checkpoint import BEST, Best, read_best
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import per_sample
 from raytune_emotion.learn.model import build_model, mean_std
-from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Folder, location_of
 from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec
 
@@ -93,8 +93,8 @@ def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions 
     try:
         best = read_best(trial_folder(folder, trial_id) / BEST)
         size = int(best.settings["data.image_size"])
-        place = remote.place(spec.stores[size])
-        if isinstance(place, str) or not is_store(place):
+        place = location_of(spec.stores[size])
+        if not isinstance(place, Folder) or not is_store(place):
             return f"its data of {size} px are not on this machine"
         store = open_store(place)
         if store.fingerprint != best.fingerprint:

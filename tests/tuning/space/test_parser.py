@@ -580,7 +580,16 @@ def mixture_of(space: Space, config: dict[str, Any]) -> dict[str, float]:
 
 class TestShipped:
     def test_there_are_all(self) -> None:
-        assert [path.name for path in SHIPPED] == ["gpu.yaml", "large.yaml", "losses.yaml", "quick.yaml", "vit.yaml"]
+        names = ["comparison", "gpu", "large", "losses", "quick", "vit"]
+        assert [path.stem for path in SHIPPED] == names
+
+    def test_comparison_searches_two_models_by_two_losses_and_nothing_else(self) -> None:
+        space = load_space(SPACES / "comparison.yaml")
+        assert space.columns() == ("model.backbone", "loss.mse", "loss.kl")
+        assert space.possible("model.backbone") == ("resnet18", "efficientnet_b0")
+        assert space.possible("loss") == ("mse", "kl")
+        found = {(c["model.backbone"], c["loss.mse"], c["loss.kl"]) for c in samples(space, 40)}
+        assert found == {(name, *one) for name in ("resnet18", "efficientnet_b0") for one in ((1.0, 0.0), (0.0, 1.0))}
 
     @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
     def test_is_valid_and_suggests_configurations(self, path: Path) -> None:

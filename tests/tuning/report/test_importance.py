@@ -1,0 +1,48 @@
+"""The importance of settings."""
+
+import math
+import random
+
+from raytune_emotion.tuning.report.axes import Axis
+from raytune_emotion.tuning.report.importance import MIN_TRIALS, importances
+from raytune_emotion.tuning.study.records import TrialRecord
+
+AXES = [
+    Axis("optim.lr", "log", 1e-4, 1e-1),
+    Axis("model.dropout", "linear", 0.0, 0.5),
+    Axis("optim.name", "choice", choices=("adam", "sgd")),
+]
+
+
+def made(count):
+    rng = random.Random(0)
+    records = []
+    for i in range(count):
+        settings = {"optim.lr": 10 ** rng.uniform(-4, -1), "model.dropout": rng.uniform(0, 0.5)}
+        if i % 2:  # a branch in which the setting is absent
+            settings["optim.name"] = rng.choice(["adam", "sgd"])
+        js = 0.2 + 0.05 * (math.log10(settings["optim.lr"]) + 2) ** 2
+        records.append(TrialRecord(f"{i:04d}", "complete", settings, "", ({"epoch": 1.0, "val_js": js},)))
+    return records
+
+
+def test_the_setting_that_decides_comes_first_with_an_interval_around_it():
+    found = importances(made(60), AXES)
+    assert found[0].name == "optim.lr"
+    assert found[0].low > found[1].high
+    assert all(importance.low <= importance.mean <= importance.high for importance in found)
+    assert sum(importance.mean for importance in found) == 1 or math.isclose(sum(i.mean for i in found), 1)
+
+
+def test_it_is_the_same_each_time():
+    assert importances(made(30), AXES) == importances(made(30), AXES)
+
+
+def test_a_few_trials_tell_nothing():
+    assert importances(made(MIN_TRIALS - 1), AXES) == []
+    assert len(importances(made(MIN_TRIALS), AXES)) == len(AXES)
+
+
+def test_failed_trials_do_not_count():
+    records = [TrialRecord(r.trial_id, "failed", r.settings, "", r.reports) for r in made(30)]
+    assert importances(records, AXES) == []

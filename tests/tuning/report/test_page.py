@@ -1,0 +1,132 @@
+"""The page of a study, as a file."""
+
+import dataclasses
+import re
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from raytune_emotion.tuning.report.page import report_files, write_report
+from raytune_emotion.tuning.study.records import TrialRecord
+from tests.tuning.report.pages import Page
+from tests.tuning.study.test_records import RECORDS, report, spec_of
+
+
+def test_every_ending_of_a_trial_has_its_row(tmp_path, store):
+    write_report(tmp_path, spec_of(store), RECORDS)
+    _, *rows = Page(tmp_path).tables["trials"]
+    assert [row[:4] for row in rows] == [
+        ["0001", "complete", "3", "0.3"],
+        ["0000", "pruned", "1", "0.5"],
+        ["0003", "running", "1", "0.6"],
+        ["0002", "failed", "", ""],
+    ]
+
+
+def test_failures_stand_with_their_reasons(tmp_path, store):
+    write_report(tmp_path, spec_of(store), RECORDS)
+    assert Page(tmp_path).tables["failures"][1:] == [["0002", "0", "the loss is not a number"]]
+
+
+def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
+    bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/x] {{ 7 * 7 }}"
+    records = [
+        TrialRecord(f"000{i}", status, {"model.backbone": name}, bad, (report(1, 0.4),))
+        for i, (name, status) in enumerate([(bad, "complete"), ("test_vit", "failed")])
+    ]
+    write_report(tmp_path, dataclasses.replace(spec_of(store), name=bad, data=bad), records)
+    page = Page(tmp_path)
+    assert [tag for tag, _ in page.tags].count("script") == 4  # the data, two libraries, and what draws
+    assert not [
+        tag for tag, attributes in page.tags if tag == "img" or any(name.startswith("on") for name in attributes)
+    ]
+    assert bad in page.text
+    assert page.tables["failures"][1][2] == bad
+    assert page.data["trials"][0]["settings"]["model.backbone"] == bad
+
+
+def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store):
+    sizes = ((0.20, 11.0), (0.25, 1.0), (0.22, 5.0), (0.23, 5.0), (0.3, 2.0))
+    records = [
+        TrialRecord(f"{number:04d}", "complete", {}, "", (report(1, js, params_millions=millions),))
+        for number, (js, millions) in enumerate(sizes)
+    ]
+    write_report(tmp_path, spec_of(store), records)
+    assert "front" not in Page(tmp_path).tables
+    assert Page(tmp_path).data["fronts"]["params"] == ["0000", "0002", "0001"]
+    write_report(tmp_path, spec_of(store, objective="val_js, params_millions"), records)
+    assert [row[0] for row in Page(tmp_path).tables["front"][1:]] == ["0000", "0002", "0001"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1e-5, 1e-2], [0.0, 0.5], [32, 64], ["adam", "sgd"], [True, False], [None, "a"], [1, "a"], [0, 1e6], [-1, 50]],
+)
+def test_settings_of_every_kind_are_plotted(tmp_path, store, values):
+    records = [
+        TrialRecord(f"000{i}", "complete", {"some.setting": value}, "", (report(1, 0.4),))
+        for i, value in enumerate(values)
+    ]
+    # A branch of the space in which the setting is absent.
+    records.append(TrialRecord("0009", "complete", {"optim.lr": 1e-3}, "", (report(1, 0.4),)))
+    write_report(tmp_path, spec_of(store), records)
+    axis = next(axis for axis in Page(tmp_path).data["axes"] if axis["name"] == "some.setting")
+    drawn = [trial["settings"]["some.setting"] for trial in Page(tmp_path).data["trials"][:2]]
+    for value in drawn:
+        assert value in axis["choices"] if axis["kind"] == "choice" else axis["low"] <= value <= axis["high"]
+    with Image.open(tmp_path / "settings.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_numbers_that_are_none_are_left_out_of_the_plots(tmp_path, store):
+    records = [TrialRecord("0000", "complete", {}, "", (report(1, 0.4, val_kl=float("inf")),))]
+    write_report(tmp_path, spec_of(store), records)
+    assert Page(tmp_path).data["trials"][0]["kl"] is None
+
+
+def test_one_is_singular(tmp_path, store):
+    record = TrialRecord("0000", "complete", {"optim.lr": 1e-3}, "", (report(1, 0.4),))
+    write_report(tmp_path, spec_of(store, trials=1, epochs=1), [record])
+    text = Page(tmp_path).text
+    assert "1 trial of at most 1 epoch on faces, in search of the lowest validation JS." in text
+    assert "After 1 epoch." in text
+    assert not re.search(r"\b1 (trials|epochs|seeds|settings)\b", text)
+
+
+def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store):
+    (tmp_path / "confirmed").mkdir()
+    table = [("0007", 0.2512, 0.0031, 5, 0, 0.24), ("0001", 0.26, 0.001, 5, 0, 0.25)]
+    columns = ["trial_id", "mean_js", "standard_error", "seeds", "failed", "searched_js"]
+    pd.DataFrame(table, columns=columns).to_csv(tmp_path / "confirmed" / "confirmed.csv", index=False)
+    write_report(tmp_path, spec_of(store), RECORDS)
+    told = "0.2512 ± 0.0031 JS, bits: mean and standard error over 5 seeds, trial 0007 of the search"
+    assert told in Page(tmp_path).text
+
+
+def test_why_the_winner_is_not_looked_at_more_closely_is_said(tmp_path, store):
+    write_report(tmp_path, spec_of(store), RECORDS)
+    assert "Not shown: " in Page(tmp_path).text
+    assert "there is no such checkpoint" in Page(tmp_path).text
+
+
+def test_what_is_pushed_are_the_page_the_pictures_and_the_tables(tmp_path, store):
+    write_report(tmp_path, spec_of(store), RECORDS)
+    assert {"report.html", "curves.png", "cost.png", "results.csv"} <= set(report_files(tmp_path))
+    assert set(report_files(tmp_path)) == {path.name for path in tmp_path.iterdir()}
+
+
+def test_the_page_is_one_file_of_less_than_six_megabytes_that_asks_for_nothing(tmp_path, store):
+    records = [
+        TrialRecord(
+            f"{i:04d}", "pruned", {"optim.lr": 1e-4 * (1 + i / 6)}, "", tuple(report(e, 0.4) for e in range(1, 9))
+        )
+        for i in range(500)
+    ]
+    write_report(tmp_path, spec_of(store), records)
+    assert (tmp_path / "report.html").stat().st_size < 6e6
+    tags = Page(tmp_path).tags
+    assert not [tag for tag, attributes in tags if {"src", "href"} & set(attributes) and tag not in ("a", "img")]
+    policy = next(a["content"] for tag, a in tags if tag == "meta" and "http-equiv" in a)
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert "unsafe" not in policy.partition("script-src")[2]
