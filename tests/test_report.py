@@ -5,9 +5,10 @@ import shutil
 import pandas as pd
 import pytest
 
+from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.open_study import make_study
-from raytune_emotion.tuning.study.optuna_study import LOCK, Searcher, load_study
+from raytune_emotion.tuning.study.optuna_study import Searcher, load_study
 from raytune_emotion.tuning.study.spec import read_spec
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.report.pages import Page
