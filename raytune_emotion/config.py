@@ -1,7 +1,7 @@
-"""The configuration of one run: a frozen tree that refuses nonsense when it is built.
+"""The configuration of one run: a frozen tree that is validated when it is built.
 
-A setting is named by its dotted path (`optim.lr`) in files, in tables and on the command line; plain
-dicts of such names are what crosses process boundaries.
+Files, tables and the command line name a setting by its dotted path (`optim.lr`). Plain dicts of such names cross
+process boundaries.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from raytune_emotion.errors import UserError
 Value = str | int | float | bool | None | tuple[str, ...]
 FlatConfig = Mapping[str, Any]
 
-# Strict, so that "3" is no number and 1 no truth; an int is still taken where a float is asked for.
+# Strict: "3" is not a number and 1 is not a boolean. An int is accepted as a float.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -34,7 +34,7 @@ class DataConfig:
     @model_validator(mode="after")
     def _each_class_once(self) -> Self:
         if twice := sorted({name for name in self.classes if self.classes.count(name) > 1}):
-            raise ValueError(f"each of the classes may be named once, and {', '.join(twice)} is named again")
+            raise ValueError(f"each class may be named only once, but these are named again: {', '.join(twice)}")
         return self
 
 
@@ -42,12 +42,12 @@ class DataConfig:
 class ModelConfig:
     backbone: str = Field(default="resnet18", min_length=1, description="a timm model name")
     pretrained: bool = Field(
-        default=False, description="start from timm's weights, or from weights_dir's; true where weights_dir is named"
+        default=False, description="start from pretrained weights of timm or weights_dir; default true with weights_dir"
     )
     weights_dir: str | None = Field(
-        default=None, description="folder with <backbone>.safetensors, for machines without a hub"
+        default=None, description="folder with <backbone>.safetensors, for machines without access to the hub"
     )
-    dropout: float = Field(default=0.3, ge=0, lt=1, description="probability, before the classifier")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="dropout probability before the classifier")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a residual block")
     freeze_epochs: float = Field(default=0.0, ge=0, description="epochs at the beginning in which only the head learns")
 
@@ -60,7 +60,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LossConfig:
-    """Weights of the mixture: not negative, and one in sum."""
+    """Weights of the loss mixture: non-negative, with sum 1."""
 
     mse: float = Field(default=0.0, ge=0, le=1, description="mean squared error")
     l1: float = Field(default=0.0, ge=0, le=1, description="mean absolute error")
@@ -72,17 +72,17 @@ class LossConfig:
     def _on_the_simplex(self) -> Self:
         total = sum(dataclasses.asdict(self).values())
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the weights of the mixture must sum to 1, and sum to {total:.6g}")
+            raise ValueError(f"the weights of the mixture must sum to 1, but their sum is {total:.6g}")
         return self
 
     @property
     def weights(self) -> dict[str, float]:
-        """The losses that take part, with their weights."""
+        """Return the losses with a positive weight."""
         return {name: w for name, w in dataclasses.asdict(self).items() if w > 0}
 
     @property
     def label(self) -> str:
-        """A name for people and folders: `kl`, or `mse0.25-kl0.75`."""
+        """Return a name for people and folders: `kl`, or `mse0.25-kl0.75`."""
         parts = self.weights
         return "-".join(parts if len(parts) == 1 else (f"{name}{w:.2g}" for name, w in parts.items()))
 
@@ -90,28 +90,35 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
     name: Literal["adam", "adamw", "sgd"] = Field(default="adamw", description="optimizer")
-    lr: float = Field(default=1e-3, gt=0, le=100, description="peak step size")
-    weight_decay: float = Field(default=0.0, ge=0, description="1/step, times lr; decoupled in adamw")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd; beta1 of adam and adamw")
-    schedule: Literal["constant", "cosine", "plateau"] = Field(default="plateau", description="of the step size")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="linear warm-up, epochs")
+    lr: float = Field(default=1e-3, gt=0, le=100, description="peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay, decoupled in adamw")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd; beta1 of adam and adamw")
+    schedule: Literal["constant", "cosine", "plateau"] = Field(default="plateau", description="learning rate schedule")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up")
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="factor on the learning rate from each layer to the one below it"
     )
-    plateau_patience: float = Field(default=3.0, ge=0, description="epochs without a better val JS before lr falls")
-    plateau_factor: float = Field(default=0.5, gt=0, lt=1, description="what lr is multiplied by then")
+    plateau_patience: float = Field(
+        default=3.0, ge=0, description="epochs without a better validation JS before the learning rate drops"
+    )
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1, description="factor of that drop")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    batch_size: int = Field(default=32, ge=1, description="rows an optimizer step, over all workers")
-    accumulate: int = Field(default=1, ge=1, description="micro-batches that a worker's share of a batch is cut into")
-    epochs: int = Field(default=30, ge=1, description="passes over the training set, at most")
-    evals_per_epoch: int = Field(default=1, ge=1, description="validations, reports and checkpoints an epoch")
-    patience: float = Field(default=0.0, ge=0, description="epochs without a better val JS before the end; 0: never")
-    grad_clip: float = Field(default=0.0, ge=0, description="largest L2 norm of the gradient; 0: any")
+    batch_size: int = Field(default=32, ge=1, description="rows per optimizer step, over all workers")
+    accumulate: int = Field(default=1, ge=1, description="gradient accumulation steps")
+    epochs: int = Field(default=30, ge=1, description="maximum number of passes over the training set")
+    evals_per_epoch: int = Field(default=1, ge=1, description="evaluations, reports and checkpoints per epoch")
+    patience: float = Field(
+        default=0.0, ge=0, description="epochs without a better validation JS before training ends; 0: never"
+    )
+    grad_clip: float = Field(default=0.0, ge=0, description="maximum L2 norm of the gradient; 0: no clipping")
     ema_decay: float = Field(
-        default=0.0, ge=0, lt=1, description="a step, of the average of the weights that is validated and kept; 0: none"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="decay per step of the average of the weights, which is validated and kept; 0: no average",
     )
     balance: float = Field(
         default=0.0,
@@ -122,29 +129,33 @@ class TrainConfig:
     smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of the mean training distribution in each training target"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the forward and backward pass")
-    compile: Literal["auto", "always", "never"] = Field(
-        default="auto", description="torch.compile of the training step; auto: on a GPU, in runs long enough to gain"
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="precision of the forward and backward pass"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of weights, order, dropout and augmentation")
+    compile: Literal["auto", "always", "never"] = Field(
+        default="auto", description="use torch.compile; auto: on a GPU, in runs that are long enough to gain"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="seed of weights, order, dropout and augmentation")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class AugmentConfig:
-    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a mirror image")
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
     crop_scale: float = Field(
-        default=1.0, gt=0, le=1, description="least share of the area that a random crop keeps; 1: whole"
+        default=1.0, gt=0, le=1, description="minimum share of the area that a random crop keeps; 1: no crop"
     )
-    colour: float = Field(default=0.0, ge=0, le=1, description="strength of jitter in brightness, contrast, saturation")
-    grey: float = Field(default=0.0, ge=0, le=1, description="probability of a greyscale image")
-    erase: float = Field(default=0.0, ge=0, le=1, description="probability of an erased rectangle")
-    mixup: float = Field(default=0.0, ge=0, description="alpha of mixup's Beta distribution; 0: none")
-    cutmix: float = Field(default=0.0, ge=0, description="alpha of cutmix's Beta distribution; 0: none")
+    colour: float = Field(
+        default=0.0, ge=0, le=1, description="strength of the jitter of brightness, contrast and saturation"
+    )
+    grey: float = Field(default=0.0, ge=0, le=1, description="probability of conversion to greyscale")
+    erase: float = Field(default=0.0, ge=0, le=1, description="probability that a random rectangle is erased")
+    mixup: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution of mixup; 0: off")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution of cutmix; 0: off")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
-    """Everything that decides the numbers of one run, but for the data."""
+    """Everything except the data that determines the numbers of one run."""
 
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -167,10 +178,10 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, flat: FlatConfig) -> Self:
-        """Build the tree from settings by dotted path; a loss that is not named weighs nothing.
+        """Build the tree from settings by dotted path; a loss that is not named has weight 0.
 
         Raises:
-            UserError: with a sentence for every setting that is unknown, of the wrong kind or out of range.
+            UserError: one sentence for each setting that is unknown, of the wrong type or out of range.
         """
         faults = [unknown_setting(key) for key in flat if key not in SETTINGS]
         sections: dict[str, Any] = {}
@@ -194,7 +205,7 @@ class RunConfig:
             raise UserError([_sentence(e["loc"], e["msg"], e["input"]) for e in error.errors()]) from None
 
     def flat(self) -> dict[str, Any]:
-        """The inverse of `from_flat`: every setting by its dotted path, as values that YAML and JSON hold."""
+        """Return every setting by its dotted path, as values of YAML and JSON: the inverse of `from_flat`."""
         return {
             f"{section}.{name}": list(value) if isinstance(value, tuple) else value
             for section, settings in dataclasses.asdict(self).items()
@@ -202,10 +213,10 @@ class RunConfig:
         }
 
 
-#: Other words for settings that people bring along.
+#: Common other names of settings.
 _SYNONYMS = {"learning_rate": "lr", "optimizer": "optim.name", "model": "model.backbone"}
 
-#: Every setting's dotted path, with its field.
+#: The field of each setting, by dotted path.
 SETTINGS: dict[str, dataclasses.Field[Any]] = {
     f"{section.name}.{setting.name}": setting
     for section in dataclasses.fields(RunConfig)
@@ -214,12 +225,12 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
 
 
 def unknown_setting(key: str) -> str:
-    """Return the sentence for a name that is no setting, with the setting that was probably meant."""
+    """Return the error for a name that is not a setting, with the setting that was probably meant."""
     return f"{key}: there is no such setting{did_you_mean(key, SETTINGS)}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the known name that is nearest to a word; "" if none is near.
+    """Return "; did you mean ...?" with the known name that is closest to a word; "" if none is close.
 
     A dotted name is also known by its last part (`lr` means `optim.lr`), by the initials of that (`optim.wd` means
     `optim.weight_decay`), and by the words of `_SYNONYMS`.

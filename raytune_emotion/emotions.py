@@ -1,4 +1,4 @@
-"""The 13 emotions of AffectNetFused, and where they lie in the plane of valence and arousal."""
+"""Define the 13 emotions of AffectNetFused and their place in the valence-arousal plane."""
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,17 @@ EMOTIONS: tuple[str, ...] = tuple(VALENCE_AROUSAL)
 
 
 def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The distribution over EMOTIONS of points in the valence-arousal plane.
+    """Compute the distribution over EMOTIONS of points in the valence-arousal plane.
 
-    p(class | v, a) is proportional to N(v; mu_v, sigma_v) N(a; mu_a, sigma_a), the Gaussians of
-    VALENCE_AROUSAL: the rule that AffectNetFused's annotations follow.
+    p(class | v, a) is proportional to N(v; mu_v, sigma_v) N(a; mu_a, sigma_a), with the Gaussians of VALENCE_AROUSAL.
+    The built-in sample is labelled by this rule. Whether the annotations of AffectNetFused follow it is not verified.
 
     Args:
         valence: [N], in [-1, 1].
         arousal: [N], in [-1, 1].
 
     Returns:
-        [N, 13], each row non-negative with sum one.
+        [N, 13], each row non-negative with sum 1.
     """
     v_mean, v_std, a_mean, a_std = np.array(list(VALENCE_AROUSAL.values())).T
     log_p = (
@@ -49,10 +49,10 @@ def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np
 
 
 def class_distances(classes: tuple[str, ...]) -> npt.NDArray[np.float64] | None:
-    """Euclidean distances between the means of classes in the valence-arousal plane.
+    """Compute the Euclidean distances between the class means in the valence-arousal plane.
 
     Returns:
-        [K, K], or None where a class has no place in the plane.
+        [K, K], or None if a class has no point in the plane.
     """
     if not set(classes) <= set(VALENCE_AROUSAL):
         return None

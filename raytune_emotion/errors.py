@@ -1,10 +1,10 @@
-"""What goes wrong for a reason the user can mend."""
+"""Define the errors that the commands report without a traceback."""
 
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Input that is wrong: every fault of it at once, one sentence each.
+    """Report wrong input: all its errors at once, one sentence each.
 
     The commands print the sentences on standard error and exit with code 2.
     """
@@ -12,7 +12,7 @@ class UserError(ValueError):
     def __init__(self, faults: str | Iterable[str]) -> None:
         self.faults: tuple[str, ...] = (faults,) if isinstance(faults, str) else tuple(faults)
         if not self.faults:
-            raise AssertionError("a UserError without a fault")
+            raise AssertionError("a UserError without an error")
         super().__init__("\n".join(self.faults))
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[tuple[str, ...]]]:
@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class Breakdown(RuntimeError):
-    """What ended the work though its input is right, such as a full disk; what was done is kept, and can be resumed.
+    """Report a failure with correct input, such as a full disk. Finished work is kept and can be resumed.
 
-    The commands print it as a sentence on standard error and exit with code 1.
+    The commands print it as one sentence on standard error and exit with code 1.
     """

@@ -37,15 +37,15 @@ def run(args: argparse.Namespace) -> None:
     with args.export.copy_here("*") as folder:
         package = load_package(folder)
     files = list_images(args.images)
-    # All is predicted before anything is printed: an unreadable image must leave no half table behind.
+    # Predict everything before anything is printed: an unreadable image must not leave half a table.
     print(table(files, predict(package, files, device), package.classes), end="")
 
 
 def list_images(paths: Iterable[Path]) -> list[Path]:
-    """Images as given, each folder replaced by the images that lie in it, by name.
+    """List images: each file as given, and the images of each folder, sorted by name.
 
     Raises:
-        UserError: a path is not there or cannot be looked at, or a folder holds no image.
+        UserError: a path does not exist or cannot be read, or a folder has no image.
     """
     files: list[Path] = []
     faults: list[str] = []
@@ -55,28 +55,26 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
                 found = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES and f.name[0] != ".")
                 files += found
                 if not found:
-                    faults.append(
-                        f"{path}: there is no image in this folder; name the images, or the folder they lie in"
-                    )
+                    faults.append(f"{path}: there is no image in this folder; name the images, or their folder")
             elif path.exists():
                 files.append(path)
             else:
                 faults.append(f"{path}: there is no such image")
         except OSError as error:
-            faults.append(f"{path}: cannot be looked at: {error.strerror}; name images that can")
+            faults.append(f"{path}: cannot be read: {error.strerror}; name readable images")
     if faults:
         raise UserError(faults)
     return files
 
 
 def predict(package: Package, files: Sequence[Path], device: torch.device) -> npt.NDArray[np.float64]:
-    """Decodes images as those that the model was trained on, and predicts.
+    """Decode images as for training, and predict.
 
     Returns:
-        [N, K], each row with sum one.
+        [N, K], each row with sum 1.
 
     Raises:
-        UserError: with a sentence for every image that cannot be read.
+        UserError: one sentence for each image that cannot be read.
     """
     model = package.model.to(device)
     faults: list[str] = []
@@ -97,7 +95,7 @@ def predict(package: Package, files: Sequence[Path], device: torch.device) -> np
     ):
         for start in range(0, len(files), _BATCH):
             images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
-            # After a fault the rest is only looked at for more.
+            # After an error, the remaining images are only checked.
             if not faults:
                 x_BHWC = torch.from_numpy(np.stack(images)).to(device)
                 logits_BK = model(normalise(x_BHWC, package.mean, package.std))
@@ -108,12 +106,12 @@ def predict(package: Package, files: Sequence[Path], device: torch.device) -> np
 
 
 def table(files: Sequence[Path], prob_NK: npt.NDArray[np.float64], classes: Sequence[str]) -> str:
-    """CSV: a header, then each image with its probabilities, to six decimals."""
+    """Return CSV: a header, then one line per image with its probabilities, to six decimals."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", *classes])
     for file, prob_K in zip(files, prob_NK, strict=True):
-        # A name that is no text is shown escaped.
+        # A name that is not valid text is escaped.
         writer.writerow([os.fsencode(file).decode(errors="backslashreplace"), *(f"{p:.6f}" for p in prob_K)])
     return text.getvalue()
 

@@ -52,13 +52,13 @@ def test_no_setting_is_named_for_a_word_that_is_like_none(written):
 @pytest.mark.parametrize(
     ("flat", "part"),
     [
-        ({"loss.mse": 0.5}, "sum to 0.5"),
+        ({"loss.mse": 0.5}, "their sum is 0.5"),
         ({"train.accumulate": 64}, "train.accumulate: at most train.batch_size (32)"),
         ({"optim.warmup_epochs": 30.0}, "optim.warmup_epochs: less than train.epochs"),
         ({"model.dropout": float("nan")}, "model.dropout"),
         ({"train.epochs": True}, "train.epochs"),
         ({"train.epochs": 2.0}, "train.epochs"),
-        ({"data.classes": ["calm", "tense", "calm"]}, "once, and calm is named again"),
+        ({"data.classes": ["calm", "tense", "calm"]}, "only once, but these are named again: calm"),
     ],
 )
 def test_nonsense_is_refused(flat, part):

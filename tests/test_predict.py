@@ -129,7 +129,7 @@ class TestPredict:
         assert command_main("predict", [str(export), str(tmp_path), str(tmp_path / "x.jpg")]) == 2
         assert capsys.readouterr() == (
             "",
-            f"error: {tmp_path}: there is no image in this folder; name the images, or the folder they lie in\n"
+            f"error: {tmp_path}: there is no image in this folder; name the images, or their folder\n"
             f"error: {tmp_path / 'x.jpg'}: there is no such image\n",
         )
 

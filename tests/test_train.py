@@ -172,7 +172,7 @@ class TestBadSettings:
             ("optim.lr=!!python/name:os.system", "is no plain value"),
             ("optim.momentun=0.9", "optim.momentun: there is no such setting; did you mean optim.momentum?"),
             ("loss.hinge=1", "loss.hinge: there is no such setting"),
-            ("loss.kl=0.5", "loss: the weights of the mixture must sum to 1, and sum to 0.5"),
+            ("loss.kl=0.5", "loss: the weights of the mixture must sum to 1, but their sum is 0.5"),
             ("model.backbone=resnet81", "resnet81: there is no such timm model; did you mean"),
             ("data.classes=happy", "data.classes: should be a valid tuple, got 'happy'"),
             ("data.image_size=8", "data.image_size: should be greater than or equal to 16, got 8"),

@@ -452,7 +452,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
                 result[key] = int(value)
     total = sum(weights.values())
     if weights and abs(total - 1) > 1e-6:
-        source.fault(at, f"start: the weights of the mixture must sum to 1, and sum to {total:.6g}")
+        source.fault(at, f"start: the weights of the mixture must sum to 1, but their sum is {total:.6g}")
     return result | {f"loss.{loss}": w / total for loss, w in weights.items() if total > 0}
 
 

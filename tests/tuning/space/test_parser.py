@@ -259,7 +259,7 @@ class TestFaults:
                 "loss.kl: {uniform: [0, 1]}",
                 "loss.kl: a single weight cannot be searched; write loss: {simplex: [mse, kl]}",
             ),
-            ("loss.kl: 0.5", "loss: the weights of the mixture must sum to 1, and sum to 0.5"),
+            ("loss.kl: 0.5", "loss: the weights of the mixture must sum to 1, but their sum is 0.5"),
             ("{loss: kl, loss.kl: 1}", "loss: stands beside single weights (loss.…); give one or the other"),
             ("when: 3", "when: must be a list of entries, each with an `if` and settings"),
             ("when: [3]", "when: an entry needs an `if`, such as {model.backbone: [resnet18]}"),
@@ -286,7 +286,7 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("point", "fault"),
         [
-            ("{loss.kl: 0.5}", "start: the weights of the mixture must sum to 1, and sum to 0.5"),
+            ("{loss.kl: 0.5}", "start: the weights of the mixture must sum to 1, but their sum is 0.5"),
             ("{loss.kl: 2}", "loss.kl: a weight is a number from 0 to 1, got 2"),
             ("{loss.l1: 1}", "loss.l1: is not in the mixture of kl, js"),
             ("{loss: kl}", "loss: is a mixture here, so give weights, such as loss.kl: 1"),
