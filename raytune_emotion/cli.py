@@ -70,9 +70,10 @@ def location(text: str) -> Location:
 
 def local_path(text: str) -> Path:
     """Read a path of this machine where nothing else will do."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{location(text)} is a URI; name a path of this machine")
-    return Path(text)
+    try:
+        return location(text).require_folder("name a path of this machine")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

@@ -106,7 +106,7 @@ def test_one_that_is_at_work(refused, tmp_path):
 
 def test_a_study_at_a_uri_is_refused(capsys):
     assert refusal(capsys, [], "confirm", "s3://bucket/results/first") == [
-        "s3://bucket/results/first: is at a URI, and a folder of this machine is needed; copy the study to a folder, "
+        "s3://bucket/results/first: is a URI, and a path of this machine is needed; copy the study to a folder, "
         "and confirm it there"
     ]
 

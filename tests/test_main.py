@@ -103,7 +103,7 @@ def test_uri_where_a_path_is_needed_is_refused_and_makes_no_folder(argv, uri, tm
     monkeypatch.chdir(tmp_path)
     assert exit_code([part.format(uri=uri) for part in argv]) == 2
     *_, said = capsys.readouterr().err.splitlines()
-    assert f"{uri} is a URI; name a path of this machine" in said or f"{uri}: is at a URI, and a folder" in said
+    assert f"{uri}: is a URI, and a path of this machine is needed; " in said
     assert list(tmp_path.iterdir()) == []
 
 

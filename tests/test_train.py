@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from raytune_emotion import train
 from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.storage.atomic import LOCK, alone_in
 from raytune_emotion.tuning.execution.job import OutOfMemory
 from tests.support import joined_session
 from tests.test_search import exit_code, refusal, write_study
@@ -286,3 +286,14 @@ def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_p
     err = capsys.readouterr().err
     assert "wild: the training failed: diverged before report" in err
     assert "Traceback" not in err
+
+
+def test_run_that_was_killed_before_it_wrote_anything_holds_no_name(tmp_path):
+    assert not train._is_taken(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).touch()
+    assert not train._is_taken(tmp_path / "run")
+    (tmp_path / "run" / "params.json").touch()
+    assert train._is_taken(tmp_path / "run")
+    (tmp_path / "file").touch()
+    assert train._is_taken(tmp_path / "file")

@@ -526,7 +526,7 @@ class Remote(Location):
         return cache_folder() / "studies" / hashlib.sha256(self.uri.encode()).hexdigest()[:20] / self.name
 
     def require_folder(self, advice: str) -> Path:
-        raise UserError(f"{self.uri}: is at a URI, and a folder of this machine is needed; {advice}")
+        raise UserError(f"{self.uri}: is a URI, and a path of this machine is needed; {advice}")
 
     def _below(self, folder: str) -> str:
         return remote.join(self.uri, folder) if folder else self.uri

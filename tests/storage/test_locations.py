@@ -161,7 +161,7 @@ def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
     assert uri.working_folder().is_relative_to(tmp_path / "cache")
     assert uri.working_folder() != (parse_location("s3://other") / "first").working_folder()
     assert folder.require_folder("copy it") == Path("ray_results")
-    with pytest.raises(UserError, match=r"first%20one.*: is at a URI, and a folder of this machine is needed; copy it"):
+    with pytest.raises(UserError, match=r"first%20one.*: is a URI, and a path of this machine is needed; copy it"):
         uri.require_folder("copy it")
     for location in (folder, uri):
         assert pickle.loads(pickle.dumps(location)) == location

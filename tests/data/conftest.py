@@ -1,0 +1,58 @@
+import pytest
+
+from raytune_emotion.cli import guarded
+from raytune_emotion.data.packing import blocks
+from raytune_emotion.data.packing.pack import pack, pack_sizes
+from raytune_emotion.storage.locations import Folder, parse_location
+from tests.data.test_affectnet import write_folder, write_row
+from tests.storage.test_remote import s3_server
+
+#: Almost all on one class, in the notation that Python has for tiny numbers.
+SPIKED = ",".join("0.9999999999999" if i == 4 else "1e-14" for i in range(13))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "faces", train=7, val=3)
+    write_row(tmp_path / "faces", "train", "clip_3_affwild", text=SPIKED, size=(31, 17))
+    return tmp_path / "faces"
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Of two rows at 16 px, and of one at more."""
+    monkeypatch.setattr(blocks, "_SHARD_BYTES", 3 * 16 * 16 * 3)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "raytune_emotion" / "stores"
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_server() as uri:
+        yield parse_location(uri)
+
+
+@pytest.fixture
+def stored(folder, tmp_path, bucket, request, cache):
+    """A store and a URI that has it."""
+    location = bucket / request.node.name
+    pack_sizes(Folder(folder), {16: location}, workers=1)
+    return pack(folder, tmp_path / "store", image_size=16), str(location)
+
+
+@pytest.fixture
+def exit_code_of(capsys):
+    """Runs an action as a command does, and returns its exit code, after a look at what is said."""
+
+    def run(action):
+        code = guarded(action)
+        lines = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("error: ") for line in lines)
+        assert bool(lines) == (code == 2)
+        return code
+
+    return run
