@@ -100,7 +100,7 @@ def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Pat
             pixels_digest(decode_image(file, sizes[0]).data)
         return len(files)
 
-    def whole(workers: int, passes: Sequence[Sequence[int]]) -> Callable[[], int]:
+    def atomic_write(workers: int, passes: Sequence[Sequence[int]]) -> Callable[[], int]:
         def pack_whole() -> int:
             for own in passes:
                 dests: dict[int, Location] = {size: Folder(dest / str(size)) for size in own}
@@ -109,9 +109,9 @@ def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Pat
 
         return pack_whole
 
-    packs = {f"pack, {n} process{'es' * (n > 1)}": whole(n, [sizes]) for n in (1, CORES)}
+    packs = {f"pack, {n} process{'es' * (n > 1)}": atomic_write(n, [sizes]) for n in (1, CORES)}
     if len(sizes) > 1:
-        return {"PIL": pil, PILS: pils, **packs, "pack, size by size": whole(CORES, [[size] for size in sizes])}
+        return {"PIL": pil, PILS: pils, **packs, "pack, size by size": atomic_write(CORES, [[size] for size in sizes])}
     return {"PIL": pil, PILS: pils, "decode_image": decode, "and hashed": hashed, **packs}
 
 

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[Map | None]:
-    """A map over all nodes of a Ray cluster, if there is to be one."""
+    """Yield a map over all nodes of a Ray cluster; None without an address."""
     if address is None:
         yield None
         return

@@ -27,7 +27,7 @@ from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage.atomic import LOCK, alone_in
+from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import plain_console, typed
 from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings asked for; what is said later in this order wins: study, file, --set, the options of their own.
+    """Collect the settings; a later source wins: study, file, --set, an option of its own.
 
     Raises:
         UserError: something cannot be read. Whether the settings are valid is not asked.
@@ -220,7 +220,7 @@ def _train(
     fresh = not _is_taken(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with alone_in(folder):
+        with exclusive_lock(folder):
             for report in with_retry(job, train):
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
@@ -243,7 +243,7 @@ def _is_taken(folder: Path) -> bool:
 
 
 def _kept(folder: Path) -> dict[str, Any]:
-    """The settings of a run that goes on: those that its checkpoint began with, or, before there is one, was to."""
+    """Read the settings of a run that goes on: those of its checkpoint or, before the first, of its parameters."""
     progress = read_progress(folder)
     return progress.settings if progress is not None else _read(folder / PARAMS)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from raytune_emotion import train
 from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.storage.atomic import LOCK, alone_in
+from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.tuning.execution.job import OutOfMemory
 from tests.support import joined_session
 from tests.test_search import exit_code, refusal, write_study
@@ -84,7 +84,7 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert refused("--name", "mine") == [
         f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
     ]
-    with alone_in(folder):
+    with exclusive_lock(folder):
         assert refused("--resume", "--name", "mine") == [
             f"{folder}: another process is at work in it; wait for its end, or end it"
         ]

@@ -27,7 +27,7 @@ from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn.loop import Diverged, fit
-from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
 
@@ -88,7 +88,7 @@ def write_curves(work: Path, dest: Path, known: pd.DataFrame, drawn: dict[int, d
         if _file(work, number).exists() and number not in {*known["configuration"]}
         for report in json.loads(_file(work, number).read_text()) or [{}]
     ]
-    with whole(dest) as temporary:
+    with atomic_write(dest) as temporary:
         pd.concat([table for table in (known, pd.DataFrame(rows)) if len(table)]).to_parquet(
             temporary, index=False, compression="zstd"
         )

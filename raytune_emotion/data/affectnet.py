@@ -186,7 +186,7 @@ def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map
 
 
 def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[float, ...] | Flaw:
-    """The K probabilities of an annotation file's bytes, exactly as written, or what is wrong with them."""
+    """Parse the K probabilities of an annotation file, exactly as written, or tell what is wrong with them."""
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

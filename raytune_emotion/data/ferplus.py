@@ -25,7 +25,7 @@ from PIL import Image
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.atomic import whole_folder
+from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.terminal import say, typed
 
 #: FER+'s name of an emotion, in the order of its columns: ours.
@@ -92,7 +92,7 @@ def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str,
             by_usage[row.usage].append((row, picture))
 
     seen: set[bytes | str] = set()
-    with whole_folder(dest) as folder:
+    with atomic_folder(dest) as folder:
         for name in SPLITS.values():
             (folder / name / "images").mkdir(parents=True)
             (folder / name / "annotations").mkdir()

@@ -21,7 +21,7 @@ _TASKS_WORTH_A_POOL = 16  # some 50 ms each, and a quarter of a second to start 
 
 @contextlib.contextmanager
 def processes(workers: int | None) -> Iterator[Map]:
-    """A `map` that keeps the order, over processes that are started when there is enough to do for them.
+    """Yield a `map` that keeps the order, over processes that are started when there is enough to do for them.
 
     Args:
         workers: how many; 1: this process. By default one a core, or this one where there is little to do.

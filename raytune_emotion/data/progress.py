@@ -30,7 +30,7 @@ def progress() -> Progress:
 
 
 def counted(pmap: Map, bars: Progress, what: str) -> Map:
-    """The same map, whose results (lists) are counted on a bar."""
+    """Return the same map; its results, which are lists, are counted on a bar."""
     bar = bars.add_task(what, total=None)
 
     def counting(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:

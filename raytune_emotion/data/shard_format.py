@@ -3,6 +3,8 @@
 <store>/manifest.json          written last: what the store holds, and that it is whole
 <store>/<split>-00000.arrow    one record batch: id, image (uint8, H x W x RGB), probs (float32, K)
 <store>/rejected.csv           with skip_bad: the rows left out, and why
+
+A packer writes each shard in one go: `packing/blocks.py`.
 """
 
 import hashlib
@@ -58,7 +60,7 @@ class Manifest(BaseModel):
 
 
 def parse_manifest(raw: bytes, name: object) -> Manifest:
-    """What a manifest says.
+    """Parse a manifest.
 
     Raises:
         UserError: it is damaged, or of another version.
@@ -84,6 +86,7 @@ class Shard:
 
 
 def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest, faults: list[str]) -> Shard | None:
+    """Map a shard into memory; append a sentence to `faults` and return None if it is missing or damaged."""
     path, size, k = folder / entry.file, manifest.image_size, len(manifest.classes)
     if not path.is_file():
         faults.append(f"{path}: is missing; {_AGAIN}")
@@ -130,7 +133,7 @@ def write_shard(
 def fingerprint(
     image_size: int, classes: tuple[str, ...], rows: Iterable[tuple[str, str, bytes, Sequence[float]]]
 ) -> str:
-    """A hash of a store's content, whatever its shards: of rows as (split, id, digest of pixels, probabilities)."""
+    """Hash a store's content, whatever its shards: rows as (split, id, digest of pixels, probabilities)."""
     digest = hashlib.sha256(repr((image_size, classes)).encode())
     for split, id_, pixels, probs in rows:
         digest.update(f"{split}\0{id_}\0".encode() + pixels + np.array(probs, "<f4").tobytes())
@@ -143,7 +146,7 @@ def _schema(image_size: int, k: int) -> Any:
 
 
 def _map_batch(path: Path) -> Any:
-    """The one record batch of a file, in mapped memory; ArrowInvalid or OSError where there is none."""
+    """Map the one record batch of a file into memory; ArrowInvalid or OSError if there is none."""
     with pa.memory_map(str(path)) as file:  # closed here, and mapped as long as an array needs it
         reader = pa.ipc.open_file(file)
         if reader.num_record_batches != 1:

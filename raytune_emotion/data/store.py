@@ -41,7 +41,7 @@ class Split:
         return len(self.ids)
 
     def gather(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
-        """Copies images out of the map of the files.
+        """Copy images out of the mapped files.
 
         Args:
             rows: [B], from 0 to len(self) - 1, in any order.

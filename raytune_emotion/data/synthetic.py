@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import VALENCE_AROUSAL, label_distribution
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.atomic import whole_folder
+from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.cache import cache_folder
 
 #: Sizes of the built-in sample.
@@ -59,7 +59,7 @@ def write_sample(dest: Path, *, train: int, val: int, image_size: int = IMAGE_SI
     Raises:
         UserError: dest exists, or cannot be written.
     """
-    with whole_folder(dest) as folder:
+    with atomic_folder(dest) as folder:
         for number, (split, count) in enumerate(zip(SPLITS, (train, val), strict=True)):
             _write_split(folder / SPLITS[split], count, image_size, (seed, number))
 

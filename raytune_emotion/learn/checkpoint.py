@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import HEARD, Report
-from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.storage.atomic import atomic_write, write_text
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 
@@ -247,7 +247,7 @@ def _write_best(folder: Path, weights: Mapping[str, Tensor], progress: Progress)
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     texts = {key: json.dumps(value) for key, value in header.items()}
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(dict(tensors), temporary, {"format": "pt", **texts})
 
 

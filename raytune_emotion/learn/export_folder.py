@@ -27,7 +27,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.model import Colour, build_model, mean_std
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
 
@@ -165,7 +165,7 @@ def write_package(dest: Path, best: Best, notes: Iterable[str] = ()) -> None:
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         new.mkdir()
-        with whole(new / WEIGHTS) as temporary:
+        with atomic_write(new / WEIGHTS) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in best.weights.items()}, temporary, {"format": "pt"})
         write_text(new / CONFIG, _json(described))
         write_text(new / METRICS, _json(best.report))

@@ -16,7 +16,7 @@ from torch import Tensor
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.library.metrics import MetricsCalculator, Probabilities
-from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.atomic import atomic_write
 
 _TRUE, _PREDICTED = "#1f6f8b", "#d1495b"
 
@@ -120,6 +120,6 @@ def _saved(figure: Figure, path: str | Path | None) -> Figure:
         kind = file.suffix.removeprefix(".").lower() or "png"
         if kind not in known:
             raise UserError(f"{file}: expected one of the suffixes {', '.join(sorted(known))}; choose another name")
-        with whole(file) as temporary:
+        with atomic_write(file) as temporary:
             figure.savefig(temporary, dpi=110, format=kind)
     return figure

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError
 
-#: Keeps a folder to one process; it stays there.
+#: The file of a folder's lock. It is never deleted.
 LOCK = ".lock"
 _STALE_SECONDS = 60
 #: What the system says of a file system without locks. Every other error is one of the lock's file.
@@ -22,7 +22,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it replaces `path` when the block succeeds and is deleted when it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
@@ -41,21 +41,21 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, or replaces it, in one step."""
-    with whole(path) as temporary:
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def whole_folder(dest: Path) -> Iterator[Path]:
-    """A folder beside dest to write into, which becomes dest when the block ends well and else goes away.
+def atomic_folder(dest: Path) -> Iterator[Path]:
+    """Yield a new folder beside dest; it becomes dest when the block succeeds and is deleted when it fails.
 
     Raises:
         UserError: dest exists, before or after the block; or nothing can be written beside it.
     """
     ours = f".{dest.name}.{socket.gethostname()}."
     folder = dest.parent / f"{ours}{uuid.uuid4().hex[:12]}.part"
-    with _telling_whether(dest):
+    with _destination_errors(dest):
         dest.parent.mkdir(parents=True, exist_ok=True)
         sweep(dest.parent, _STALE_SECONDS, glob.escape(ours) + "*.part")
         folder.mkdir()
@@ -63,17 +63,17 @@ def whole_folder(dest: Path) -> Iterator[Path]:
         # Held while this process lives, so that what a killed one left can be told from what is in use.
         with _locked(folder):
             yield folder
-        _become(dest, folder)
+        _rename_to(dest, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def resumable_folder(dest: Path) -> Iterator[Path]:
-    """A folder beside dest to write into, which becomes dest when the block ends well.
+    """Yield a folder beside dest; it becomes dest when the block succeeds.
 
-    It goes away when the block finds the user's input to be wrong. When it breaks off otherwise, or is killed, the
-    folder stays, and the next attempt gets it with what is in it. One process at a time is in the block; others wait.
+    A UserError deletes it. After any other error, or when the process is killed, it stays, and the next attempt gets it
+    with its files. One process at a time is in the block; others wait.
 
     Raises:
         UserError: dest exists, before or after the block or the wait; or nothing can be written beside it.
@@ -81,7 +81,7 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
     folder = dest.parent / f".{dest.name}.part"
     with contextlib.ExitStack() as stack:
         while True:
-            with _telling_whether(dest):
+            with _destination_errors(dest):
                 folder.mkdir(parents=True, exist_ok=True)
             # Whoever held the lock has renamed the folder, or removed it.
             with contextlib.suppress(FileNotFoundError):
@@ -90,17 +90,15 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
                     break
         try:
             yield folder
-            _become(dest, folder)
+            _rename_to(dest, folder)
         except UserError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the exclusive lock of a folder during the block.
-
-    On a file system without locks there is none to hold.
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a folder during the block, if its file system has locks.
 
     Raises:
         UserError: another process holds it, or the lock's file cannot be written.
@@ -120,7 +118,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
-    """Removes what processes that were killed have left of folders, and have not touched for so long."""
+    """Delete the folders that killed processes have left and that nobody has touched for so many seconds."""
     for folder in parent.glob(pattern):
         with contextlib.suppress(OSError), _locked(folder, fcntl.LOCK_NB):
             if time.time() - folder.stat().st_mtime > seconds:
@@ -128,7 +126,7 @@ def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
 
 
 @contextlib.contextmanager
-def _telling_whether(dest: Path) -> Iterator[None]:
+def _destination_errors(dest: Path) -> Iterator[None]:
     if os.path.lexists(dest):
         raise _exists(dest)
     try:
@@ -137,7 +135,7 @@ def _telling_whether(dest: Path) -> Iterator[None]:
         raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
 
 
-def _become(dest: Path, folder: Path) -> None:
+def _rename_to(dest: Path, folder: Path) -> None:
     try:
         folder.rename(dest)
     except OSError:

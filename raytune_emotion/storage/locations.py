@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import LOCK, alone_in, resumable_folder, sweep, whole
+from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, sweep
 from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import warn
 
@@ -301,7 +301,7 @@ class Folder(Location):
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Path]:
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        with whole(self.path / name) as temporary:
+        with atomic_write(self.path / name) as temporary:
             yield temporary
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
@@ -489,7 +489,7 @@ class Remote(Location):
     def free_working_folder(self) -> None:
         folder = self.working_folder()
         if folder.exists():
-            with alone_in(folder):
+            with exclusive_lock(folder):
                 self.set_aside_copy()
                 shutil.rmtree(folder)
 

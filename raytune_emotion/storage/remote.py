@@ -25,7 +25,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import first_line, is_disk_full
-from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.atomic import atomic_write
 
 _WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
 _CHECK_S = 30.0
@@ -190,7 +190,7 @@ def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
     def get(name: str, filesystem: FileSystem, path: str) -> None:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with whole(folder / name) as temporary, temporary.open("wb") as target:
+            with atomic_write(folder / name) as temporary, temporary.open("wb") as target:
                 shutil.copyfileobj(source, target, _CHUNK)
 
     _each(uri, names, get)
@@ -220,7 +220,7 @@ def delete(uri: str, names: Iterable[str]) -> None:
 
 
 def _put(file: Path, filesystem: FileSystem, target: str) -> None:
-    """Upload a file beside the target, and put it in the target's place when it is there whole.
+    """Upload a file beside the target, then put it in the target's place.
 
     A stream cannot be given up: whatever closes it, be it an exception or its destructor, completes an object of what
     was written. So none is ever opened at the target.
@@ -306,5 +306,5 @@ def _check() -> None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name that somebody else has chosen stays in the folder that it is put into."""
+    """Tell whether a relative name that somebody else has chosen stays in its folder."""
     return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/")) and "\0" not in name

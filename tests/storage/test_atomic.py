@@ -11,7 +11,7 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import atomic
-from raytune_emotion.storage.atomic import alone_in, resumable_folder, whole, whole_folder, write_text
+from raytune_emotion.storage.atomic import atomic_folder, atomic_write, exclusive_lock, resumable_folder, write_text
 
 
 def test_a_file_that_fails_leaves_what_was_there(tmp_path):
@@ -19,7 +19,7 @@ def test_a_file_that_fails_leaves_what_was_there(tmp_path):
     write_text(path, "old")
 
     def write_half() -> None:
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise RuntimeError
 
@@ -43,7 +43,7 @@ def test_file_mode_follows_the_umask_whoever_wrote_it(tmp_path, umask, mode):
     tmp_path.chmod(0o1777)
     before = os.umask(umask)
     try:
-        with whole(tmp_path / "weights") as temporary:
+        with atomic_write(tmp_path / "weights") as temporary:
             temporary.unlink()
             temporary.touch(mode=0o600)
         write_text(tmp_path / "table.csv", "new")
@@ -68,7 +68,11 @@ def test_file_is_written_where_modes_cannot_change(tmp_path, monkeypatch):
 
 
 def test_only_one_process_holds_the_lock_of_a_folder(tmp_path):
-    with alone_in(tmp_path), pytest.raises(UserError, match="another process is at work in it"), alone_in(tmp_path):
+    with (
+        exclusive_lock(tmp_path),
+        pytest.raises(UserError, match="another process is at work in it"),
+        exclusive_lock(tmp_path),
+    ):
         pass
 
 
@@ -78,7 +82,7 @@ def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with alone_in(tmp_path), resumable_folder(tmp_path / "dest"):
+    with exclusive_lock(tmp_path), resumable_folder(tmp_path / "dest"):
         pass
     atomic.sweep(tmp_path, -1, "dest")
     assert (tmp_path / "dest").exists(), "what may be in use is not removed"
@@ -90,7 +94,10 @@ def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_pat
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(UserError, match=rf"\.lock: cannot be locked \({os.strerror(number)}\)"), alone_in(tmp_path):
+    with (
+        pytest.raises(UserError, match=rf"\.lock: cannot be locked \({os.strerror(number)}\)"),
+        exclusive_lock(tmp_path),
+    ):
         pass
     with pytest.raises(OSError, match=os.strerror(number)), resumable_folder(tmp_path / "dest"):
         pass
@@ -98,7 +105,7 @@ def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_pat
 
 def test_lock_that_cannot_be_opened_is_an_error(tmp_path):
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match=r"\.lock: cannot be locked \(Is a directory\)"), alone_in(tmp_path):
+    with pytest.raises(UserError, match=r"\.lock: cannot be locked \(Is a directory\)"), exclusive_lock(tmp_path):
         pass
 
 
@@ -108,7 +115,7 @@ def test_lock_that_cannot_be_opened_is_an_error(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_breaks_off_leaves_nothing(tmp_path, error):
     def break_off():
-        with whole_folder(tmp_path / "a" / "dest") as folder:
+        with atomic_folder(tmp_path / "a" / "dest") as folder:
             (folder / "half").write_text("half")
             raise error
 
@@ -119,7 +126,7 @@ def test_what_breaks_off_leaves_nothing(tmp_path, error):
 
 def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
     def lose_the_race():
-        with whole_folder(tmp_path / "dest"):
+        with atomic_folder(tmp_path / "dest"):
             (tmp_path / "dest").mkdir()
             (tmp_path / "dest" / "theirs").touch()
 
@@ -132,15 +139,15 @@ def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path,
     monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
     script = (
         "import os, pathlib, sys\n"
-        "from raytune_emotion.storage.atomic import whole_folder\n"
-        "with whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "from raytune_emotion.storage.atomic import atomic_folder\n"
+        "with atomic_folder(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').touch()\n"
         "    os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "dest")], check=False)
     (left,) = tmp_path.iterdir()
     assert left.name.endswith(".part")
-    with whole_folder(tmp_path / "dest") as first:
+    with atomic_folder(tmp_path / "dest") as first:
         assert not left.exists()
         atomic.sweep(tmp_path, -1)
         assert first.exists()

@@ -8,7 +8,7 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import alone_in, write_text
+from raytune_emotion.storage.atomic import exclusive_lock, write_text
 from raytune_emotion.storage.locations import File, Folder, Remote, location_of, parse_location
 from tests.storage.test_remote import SECRET, s3_server
 
@@ -230,7 +230,7 @@ def test_new_study_at_a_uri_deletes_no_local_copy(elsewhere, capsys):
 
 def test_working_folder_in_use_is_not_freed(elsewhere):
     study, folder = elsewhere
-    with alone_in(folder), pytest.raises(UserError, match="another process is at work in it"):
+    with exclusive_lock(folder), pytest.raises(UserError, match="another process is at work in it"):
         study.free_working_folder()
     assert (folder / "trials.csv").exists()
 
@@ -240,7 +240,7 @@ def test_working_folder_is_brought_up_to_date(elsewhere):
     put(study, "study.yaml", "spec")
     put(study, "trials/0000/history.jsonl", "{}")
     put(study, "trials/0000/last.safetensors", "weights")
-    with alone_in(folder):
+    with exclusive_lock(folder):
         assert study.check_out("study.yaml", "trials/*/history.jsonl") == folder
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert found == [".lock", "study.yaml", "trials/0000/history.jsonl"]

@@ -11,7 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.importance import MIN_TRIALS
 from raytune_emotion.tuning.report.page_data import (
@@ -61,7 +61,7 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
     for name, table in _tables(data, predictions).items():
         write_text(folder / f"{name}.csv", table)
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
-        with whole(folder / f"{name}.png") as temporary:
+        with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
     write_text(folder / REPORT, _render(folder, data, leader, found, predictions))
 

@@ -9,7 +9,7 @@ import optuna
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import LAST
-from raytune_emotion.storage.atomic import whole_folder
+from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.warm_start import write_earlier
@@ -74,7 +74,7 @@ def make_study(folder: Path, spec: StudySpec, earlier: str | None = None) -> Non
     Raises:
         UserError: the folder exists, or cannot be made.
     """
-    with whole_folder(folder) as part:
+    with atomic_folder(folder) as part:
         create_study(part, parse_space(spec.space, SPEC), folder.name)
         if earlier is not None:
             write_earlier(part, earlier)

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import OBJECTIVE, Heard
-from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SETTINGS, Begin, Proposer, Prune, TakeUp, best_js
 from raytune_emotion.tuning.policy.sampler import make_proposer
 from raytune_emotion.tuning.space.space import Space
@@ -244,7 +244,7 @@ def sole_driver(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it.
     """
-    with alone_in(folder):
+    with exclusive_lock(folder):
         mend_journal(folder / JOURNAL)
         yield
 

@@ -16,7 +16,7 @@ import optuna
 
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage.atomic import whole
+from raytune_emotion.storage.atomic import atomic_write
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
 from raytune_emotion.tuning.study.optuna_study import Status, asked
@@ -85,7 +85,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     # The newest state comes last: a folder without it is a trial that has not begun.
     for name in (HISTORY, BEST, LAST):
-        with whole(target / name) as temporary:
+        with atomic_write(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
 
 

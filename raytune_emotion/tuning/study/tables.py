@@ -10,7 +10,7 @@ import pandas as pd
 
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.storage.atomic import whole, write_text
+from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, asked
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
@@ -112,7 +112,7 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
         curves: of the same trials.
     """
     write_text(folder / TRIALS, trials_of(records).to_csv(index=False))
-    with whole(folder / CURVES) as temporary:
+    with atomic_write(folder / CURVES) as temporary:
         (curves_of(records) if curves is None else curves).to_parquet(temporary, index=False)
 
 
