@@ -4,6 +4,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ import torch
 from PIL import Image
 
 import benchmarks.__main__
-import raytune_emotion.__main__
+import raytune_emotion
 from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS, RunConfig
 from raytune_emotion.data import synthetic
@@ -27,6 +28,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.metrics import distances_of, per_sample
+from raytune_emotion.library import studies
 from tests.test_search import write_study
 from tests.test_surface import COLUMNS, FILES
 
@@ -158,13 +160,14 @@ def project(finished_study, tmp_path, monkeypatch):
     shutil.copytree(finished_study, "ray_results/first")
     Image.new("RGB", (40, 40), "grey").save("face.jpg")
 
-    def search(argv: list[str]) -> int:
+    def search(*args: object, **options: object) -> studies.Study:
         """Stand in for a search: to start Ray takes as long as all other examples."""
-        parse(argv[0], argv[1:])
-        shutil.copytree(finished_study, Path("ray_results") / argv[argv.index("--name") + 1])
-        return 0
+        folder = Path("ray_results") / str(whole_search.bind(*args, **options).arguments["name"])
+        shutil.copytree(finished_study, folder)
+        return studies.load_study(folder)
 
-    monkeypatch.setattr(raytune_emotion.__main__, "main", search)
+    whole_search = inspect.signature(studies.search)
+    monkeypatch.setattr(studies, "search", search)
     with mpl.rc_context({"backend": "agg"}):
         yield tmp_path
 
@@ -242,7 +245,7 @@ def test_source_files_that_are_named_exist(document):
 
 def test_modules_of_the_architecture_table_exist():
     rows = re.findall(r"^\| `([\w/]+)/` \| .*? \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-    assert len(rows) == 8
+    assert len(rows) == 9
     for folder, modules in rows:
         for module in re.findall(r"`([\w/]+)`", modules):
             path = ROOT / "raytune_emotion" / folder / module
@@ -301,3 +304,13 @@ def test_files_columns_and_metrics_are_listed():
     probs = torch.full((1, len(EMOTIONS)), 1 / len(EMOTIONS))
     for metric in per_sample(probs.log(), probs, distances_of(EMOTIONS)):
         assert f"`{metric}`" in text, f"{metric} is not defined"
+
+
+def test_all_included_spaces_are_listed():
+    listed = {*re.findall(r"^\| \[`(\w+)`\]", (ROOT / "search_spaces/README.md").read_text(), re.MULTILINE)}
+    assert listed == {file.stem for file in (ROOT / "search_spaces").glob("*.yaml")}
+
+
+def test_library_is_listed():
+    text = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    assert [name for name in raytune_emotion.__all__ if name[0] != "_" and f"`{name}" not in text] == []
