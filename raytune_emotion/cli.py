@@ -18,6 +18,7 @@ from raytune_emotion.terminal import warn
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
     "search": "search for the best model for a set of annotated faces",
+    "status": "show what a running or finished study has reached",
     "confirm": "train the best configurations of a study again with new seeds",
     "pack": "pack a folder of annotated faces into a store for fast loading",
     "train": "train one configuration, without a search",

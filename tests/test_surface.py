@@ -21,6 +21,7 @@ ARGUMENTS = {
         "--resume", "--seed N", "--time-budget T", "--max-failures N", "--weights-dir DIR", "--skip-bad",
         "--address ADDRESS", "--dry-run",
     ),
+    "status": ("STUDY", "--json", "--watch SECONDS"),
     "confirm": (
         "STUDY", "--top K", "--seeds N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X",
         "--address ADDRESS",

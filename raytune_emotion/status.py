@@ -1,0 +1,70 @@
+"""Show what a running or finished study has reached."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from raytune_emotion.cli import command_main, location, positive
+from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.terminal import plain_console, printable, say
+from raytune_emotion.tuning.report.summary import Summary, describe, summarize
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
+from raytune_emotion.tuning.study.records import opened, read_records
+from raytune_emotion.tuning.study.spec import read_spec
+
+_SECONDS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("study", type=location, metavar="STUDY", help="the folder or the URI of a study, running or not")
+    add("--json", action="store_true", help="one line of JSON, for scripts")
+    add(
+        "--watch",
+        type=positive,
+        nargs="?",
+        const=_SECONDS,
+        metavar="SECONDS",
+        help=f"show it again after so many seconds, until Ctrl-C (without a number: {_SECONDS})",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.json or args.watch is None or not sys.stdout.isatty():
+        while True:
+            summary = read_summary(args.study)
+            say(json.dumps(dataclasses.asdict(summary)) if args.json else "\n".join(describe(summary)))
+            sys.stdout.flush()
+            if args.watch is None:
+                return
+            time.sleep(args.watch)
+    with Live(_lines(read_summary(args.study)), console=plain_console(), auto_refresh=False) as live:
+        while True:
+            time.sleep(args.watch)
+            live.update(_lines(read_summary(args.study)), refresh=True)
+
+
+def read_summary(study: Location) -> Summary:
+    """Sum up a study as it is now. It is read without a lock, and nothing is written.
+
+    Raises:
+        UserError: there is no study, or it is damaged.
+    """
+    with opened(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+        spec, trials = read_spec(folder), load_study(folder)
+        return summarize(spec, trials, read_records(folder, trials), now=time.time(), name=str(study))
+
+
+def _lines(summary: Summary) -> Group:
+    return Group(*(Text(printable(line)) for line in describe(summary)))
+
+
+if __name__ == "__main__":
+    sys.exit(command_main("status"))

@@ -1,0 +1,173 @@
+"""Sum up what a study has reached, finished or not: in numbers for programs, and in lines for people."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import optuna
+
+from raytune_emotion.tuning.study.optuna_study import Status, trial_id_of
+from raytune_emotion.tuning.study.records import TrialRecord, winner
+from raytune_emotion.tuning.study.spec import StudySpec
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class BestTrial:
+    trial_id: str
+    status: Status
+    val_js: float  # bits
+    epoch: float  # of the evaluation that it was reached at
+    settings: dict[str, Any]  # those that the space chose
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a study has reached. Its fields are the keys of `status --json`; their names stay."""
+
+    study: str
+    objective: str
+    finished: bool  # whether all trials that were asked for have ended
+    trials_planned: int
+    trials: dict[str, int]  # by status
+    best: BestTrial | None
+    baseline_js: float | None  # of predicting the training mean, bits
+    started: float | None  # of the first trial, seconds since 1970
+    elapsed_seconds: float  # since then; of a finished study until its last trial ended
+    active_seconds: float  # of these, with a trial in work
+    trials_per_hour: float | None  # that ended, by the active time
+    seconds_since_evaluation: float | None
+    best_js_by_time: list[tuple[float, float]]  # seconds since the start, lowest JS so far in bits
+
+
+def summarize(
+    spec: StudySpec, study: optuna.Study, records: Sequence[TrialRecord], *, now: float, name: str = ""
+) -> Summary:
+    """Sum up a study.
+
+    Args:
+        spec: of the study.
+        study: its trials in Optuna, which know when they started and ended.
+        records: of the same trials.
+        now: seconds since 1970.
+        name: of the study; its own where it is empty.
+    """
+    spans = _spans(study, records)
+    started = min((start for start, _ in spans), default=None)
+    counts = Counter(record.status for record in records)
+    ended = sum(record.ended for record in records)
+    finished = ended >= spec.trials and ended == len(records)
+    last = max((end for _, end in spans), default=now)
+    active = _covered(spans)
+    leader = winner(records)
+    heard = [report["time"] for record in records for report in record.reports if "time" in report]
+    return Summary(
+        study=name or spec.name,
+        objective=spec.objective,
+        finished=finished,
+        trials_planned=spec.trials,
+        trials={status: counts[status] for status in get_args(Status)},
+        best=_best_of(leader) if leader is not None else None,
+        baseline_js=spec.baseline.get("js"),
+        started=started,
+        elapsed_seconds=(last if finished else now) - started if started is not None else 0.0,
+        active_seconds=active,
+        trials_per_hour=ended / active * 3600 if ended and active > 0 else None,
+        seconds_since_evaluation=now - max(heard) if heard else None,
+        best_js_by_time=_best_by_time(records, started) if started is not None else [],
+    )
+
+
+def describe(summary: Summary) -> list[str]:
+    """Say a summary in lines for people."""
+    counts = ", ".join(f"{n} {status}" for status, n in summary.trials.items() if n) or "none yet"
+    rate = f", {summary.trials_per_hour:.3g} an hour" if summary.trials_per_hour is not None else ""
+    lines = [
+        f"study       {summary.study}" + (", finished" if summary.finished else ""),
+        f"trials      {counts}, of {summary.trials_planned}{rate}",
+    ]
+    if summary.started is not None:
+        since = summary.seconds_since_evaluation
+        heard = f", last evaluation {_duration(since)} ago" if since is not None and not summary.finished else ""
+        lines.append(f"time        {_duration(summary.elapsed_seconds)} since the start{heard}")
+    if summary.best is None:
+        return [*lines, "best JS     no evaluation yet"]
+    best = summary.best
+    baseline = f"; predicting the training mean: {summary.baseline_js:.4f}" if summary.baseline_js is not None else ""
+    lines.append(f"best JS     {best.val_js:.4f} bits, trial {best.trial_id} at epoch {best.epoch:g}{baseline}")
+    if summary.best_js_by_time:
+        first, lowest = summary.best_js_by_time[0][1], summary.best_js_by_time[-1][1]
+        lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
+    lines += [f"  {name} {_shown(value)}" for name, value in best.settings.items()]
+    return lines
+
+
+def sparkline(points: Sequence[tuple[float, float]], width: int = _WIDTH) -> str:
+    """Draw a value that only falls, against time: a bar for each part of the time, high where the value is high."""
+    end, highest, lowest = points[-1][0], points[0][1], points[-1][1]
+    bars = []
+    for part in range(width):
+        until = end * (part + 1) / width
+        reached = [value for seconds, value in points if seconds <= until]
+        if not reached:
+            bars.append(" ")
+            continue
+        share = (reached[-1] - lowest) / (highest - lowest) if highest > lowest else 0.0
+        bars.append(_BARS[round(share * (len(_BARS) - 1))])
+    return "".join(bars)
+
+
+def _best_of(record: TrialRecord) -> BestTrial:
+    assert record.best is not None
+    return BestTrial(record.trial_id, record.status, record.best["val_js"], record.best["epoch"], record.settings)
+
+
+def _best_by_time(records: Iterable[TrialRecord], started: float) -> list[tuple[float, float]]:
+    """Return the lowest JS so far at every evaluation that lowered it, and at the last one."""
+    heard = sorted(
+        (report["time"], report["val_js"])
+        for record in records
+        for report in record.reports
+        if record.status != "failed" and "time" in report
+    )
+    points: list[tuple[float, float]] = []
+    for time, js in heard:
+        if not points or js < points[-1][1]:
+            points.append((max(0.0, time - started), js))
+    if points:
+        points.append((max(0.0, heard[-1][0] - started), points[-1][1]))
+    return points
+
+
+def _spans(study: optuna.Study, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
+    """Return when each trial started, and when it ended or was last heard of."""
+    last = {record.trial_id: record.reports[-1].get("time", 0.0) for record in records if record.reports}
+    spans = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.datetime_start is not None:
+            start = trial.datetime_start.timestamp()
+            ended = trial.datetime_complete.timestamp() if trial.datetime_complete is not None else start
+            spans.append((start, max(ended, last.get(trial_id_of(trial.number), 0.0))))
+    return spans
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of spans."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,121 @@
+"""The command status: on folders and at URIs, in lines and as JSON, once and again and again."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.tuning.report.summary import describe, sparkline, summarize
+from raytune_emotion.tuning.study.optuna_study import load_study
+from raytune_emotion.tuning.study.records import read_records
+from raytune_emotion.tuning.study.spec import read_spec
+from tests.test_search import exit_code, refusal, tree, write_study
+
+KEYS = [
+    "study", "objective", "finished", "trials_planned", "trials", "best", "baseline_js", "started", "elapsed_seconds",
+    "active_seconds", "trials_per_hour", "seconds_since_evaluation", "best_js_by_time",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, store):
+    folder = tmp_path_factory.mktemp("status") / "study"
+    write_study(folder, store)
+    return folder
+
+
+@pytest.fixture
+def running(finished, tmp_path):
+    """A study whose last trial is at work: its ending is missing in the journal, and half a report is written."""
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    journal = folder / "optuna.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:9])
+    history = folder / "trials" / "0002" / "history.jsonl"
+    history.write_text(history.read_text()[:-20])
+    return folder
+
+
+def json_of(capsys, *argv):
+    capsys.readouterr()
+    assert exit_code(["status", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_finished_study_is_summed_up(finished, capsys):
+    told = json_of(capsys, finished)
+    records = read_records(finished, load_study(finished))
+    lowest = min(report["val_js"] for record in records for report in record.reports)
+    assert list(told) == KEYS
+    assert told["finished"] is True
+    assert told["trials"] == {"complete": 3, "pruned": 0, "failed": 0, "running": 0, "paused": 0}
+    assert told["best"]["val_js"] == lowest == told["best_js_by_time"][-1][1]
+    assert told["best"]["settings"] == next(r.settings for r in records if r.trial_id == told["best"]["trial_id"])
+    assert told["trials_per_hour"] == pytest.approx(3 * 3600 / told["active_seconds"])
+    assert 0 < told["active_seconds"] <= told["elapsed_seconds"] + 1e-6
+
+
+def test_a_running_study_is_read_without_its_lock_and_left_as_it_is(running, capsys):
+    before = tree(running)
+    with alone_in(running):  # as the process that works on it
+        before |= tree(running)
+        told = json_of(capsys, running)
+        assert exit_code(["status", running]) == 0
+    assert tree(running) == before
+    assert told["finished"] is False
+    assert told["trials"]["complete"] == 2
+    assert told["trials"]["running"] == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("trials      2 complete, 1 running, of 3, ")
+    assert any(line.startswith("best JS     0.") for line in lines)
+
+
+def test_a_study_at_a_uri_is_read_as_a_folder_is(finished, capsys):
+    here, there = json_of(capsys, finished), json_of(capsys, f"file://{finished}")
+    changing = ("study", "seconds_since_evaluation")
+    assert {k: v for k, v in here.items() if k not in changing} == {k: v for k, v in there.items() if k not in changing}
+
+
+def test_a_study_without_an_evaluation_says_so(finished):
+    spec = read_spec(finished)
+    trials = load_study(finished)
+    summary = summarize(spec, trials, [], now=0.0)
+    assert describe(summary)[-1] == "best JS     no evaluation yet"
+    assert summary.trials_per_hour is None
+    assert not summary.finished
+
+
+def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
+    spec, trials = read_spec(finished), load_study(finished)
+    records = read_records(finished, trials)
+    now = summarize(spec, trials, records[:2], now=2e9)
+    later = summarize(spec, trials, records[:2], now=2e9 + 3600)
+    assert later.trials_per_hour == now.trials_per_hour
+    assert later.elapsed_seconds == now.elapsed_seconds + 3600
+
+
+def test_the_sparkline_falls_with_the_best_js():
+    assert sparkline([(1.0, 0.8), (2.0, 0.1), (4.0, 0.1)], width=4) == "█▁▁▁"
+    assert sparkline([(2.0, 0.5), (4.0, 0.5)], width=4) == " ▁▁▁"
+    assert sparkline([(0.0, 0.5)], width=2) == "▁▁"
+
+
+def test_what_is_no_study_is_refused(tmp_path, capsys):
+    (sentence,) = refusal(capsys, [tmp_path], "status", tmp_path)
+    assert "no study" in sentence
+
+
+def test_watching_goes_on_until_ctrl_c(finished):
+    command = [sys.executable, "-m", "raytune_emotion.status", finished, "--watch", "1", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told = [json.loads(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert told[0]["best"] == told[1]["best"]
