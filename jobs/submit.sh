@@ -1,19 +1,17 @@
 #!/usr/bin/env bash
-# Submits a search to a running Ray cluster, and follows its log:
+# Submits a search to a Ray cluster that runs, and follows its log.
 #
-#   RAY_API_SERVER_ADDRESS=http://head:8265 jobs/submit.sh \
-#     --data /shared/AffectNetFused --results /shared/ray_results --space search_spaces/gpu.yaml --name affectnet
+#   RAY_API_SERVER_ADDRESS=http://HEAD:8265 jobs/submit.sh \
+#     --data /shared/affectnet-96 --results /shared/ray_results --space gpu --name affectnet
 #
-# All arguments are those of `python -m raytune_emotion.search`. The code and the search spaces travel with the job;
-# other paths are those of the cluster: results, and data as a packed store, lie where every node sees them, or results
-# at a URI. Unless --results says otherwise a study goes to ray_results in the project's folder. The nodes need its
-# requirements: by `make setup` in a folder that they share with this machine, or in the environment of `ray start`.
-# Without RAY_API_SERVER_ADDRESS the cluster is sought on this machine.
+# The arguments are those of `python -m raytune_emotion.search`. Without RAY_API_SERVER_ADDRESS the cluster is looked for
+# on this machine. Only the package and the search spaces are uploaded. All paths are those of the cluster: data and
+# results lie on a file system that all nodes see, or at a URI. Without --results they go to ray_results in this folder.
+# The nodes need the project's dependencies: in the environment of `ray start`, or in .venv of this folder if they see it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# Clusters started where there is a token (`ray get-auth-token --generate`) ask for it; `ray job` offers it when told,
-# and fails when told where there is none.
+# `ray job` sends a token only if told so, and fails if there is none.
 if [[ ${RAY_AUTH_TOKEN-}${RAY_AUTH_TOKEN_PATH-} || -e ~/.ray/auth_token ]]; then
   export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 fi
@@ -31,26 +29,30 @@ if [[ ! $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$ ]]; then
   echo "error: --name: expected letters, digits and . _ - = , +, got '$name'" >&2
   exit 2
 fi
-# A job's own folder is gone when it ends.
+# The folder of a job is deleted when the job ends, so results never go there.
 [[ $results ]] || set -- --results "$PWD/ray_results" "$@"
 
 ray=ray
 [[ -x .venv/bin/ray ]] && ray=.venv/bin/ray
+if ! command -v "$ray" > /dev/null; then
+  echo "error: ray: the command is missing; run \`make setup\`, or activate an environment that has it" >&2
+  exit 2
+fi
 
-# Only the code travels: with everything else in this folder the upload would pass Ray's limit.
+# Upload only the code: all of this folder may be larger than Ray allows.
 package=$(mktemp -d)
 trap 'rm -rf "$package"' EXIT
 cp -r raytune_emotion search_spaces "$package"
 find "$package" -name __pycache__ -prune -exec rm -rf {} +
 
-# None where this folder lies in the repository of something else.
+# Empty if this folder lies in the repository of another project.
 commit=
 if git ls-files --error-unmatch jobs/submit.sh &> /dev/null; then
   commit=$(git describe --always --dirty --abbrev=40 '--exclude=*')
 fi
 
-# A job runs the first python of the PATH that `ray start` had, which need not be the one with Ray. The project's own
-# comes first where the nodes see it. Ray puts their PATH in its place.
+# A job runs the first python in the PATH of `ray start`. Where the nodes see .venv of this folder, its python comes
+# first. Ray replaces ${PATH} by the PATH of the node.
 "$ray" job submit \
   --submission-id "$name-$(date +%Y%m%d-%H%M%S)" \
   --metadata-json "{\"study\": \"$name\"}" \

@@ -38,7 +38,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
 
 #: What a shell does by itself, and programs that come with no parser of ours.
-SHELL_WORDS = {"export", ".", "pip", "tensorboard", "optuna-dashboard", "pytest"}
+SHELL_WORDS = {"export", ".", "pip", "tensorboard", "optuna-dashboard", "pytest", "tail"}
+SHELL_WORDS |= {"kubectl", "podman", "scancel", "sky"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ def check_command(line: str) -> None:
     elif program == "jobs/submit.sh":
         assert (ROOT / program).is_file()
         parse("search", rest)
+    elif program == "sbatch":
+        assert (ROOT / rest[0]).is_file(), f"{rest[0]} is missing"
+        parse("search", rest[1:])
     elif program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= {*targets}, f"make has no target {rest}"

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Starts a search, or continues it if its study exists. For jobs that their platform starts again after a stop:
+# the command stays the same each time.
+#
+#   jobs/search_or_resume.sh --results URI --name NAME [options of `python -m raytune_emotion.search`]
+set -euo pipefail
+
+results= name=
+for ((i = 1; i <= $#; i++)); do
+  next=$((i + 1))
+  case ${!i} in
+    --results) results=${!next-} ;;
+    --results=*) results=${!i#*=} ;;
+    --name) name=${!next-} ;;
+    --name=*) name=${!i#*=} ;;
+  esac
+done
+if [[ ! $results || ! $name ]]; then
+  echo "error: --results and --name: a study can be continued only if its place is known; give both" >&2
+  exit 2
+fi
+
+# If the place cannot be read, the search itself says why.
+resume=$(python -c '
+import sys
+from raytune_emotion.storage.locations import parse_location
+print("--resume" if parse_location(sys.argv[1]).exists() else "")
+' "$results/$name" 2> /dev/null) || resume=
+
+# `exec`: signals reach the search.
+exec python -m raytune_emotion.search "$@" $resume

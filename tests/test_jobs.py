@@ -1,0 +1,451 @@
+"""The files of jobs/, as far as they can be tried without their platforms. For jobs/submit.sh see test_submit.py."""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import ray.scripts.scripts
+import tomllib
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+from ruamel.yaml import YAML
+
+import raytune_emotion
+from raytune_emotion import search
+
+ROOT = Path(raytune_emotion.__file__).parents[1]
+JOBS = ROOT / "jobs"
+
+
+def read_yaml(name: str) -> dict:
+    return YAML(typ="safe").load((JOBS / name).read_text(encoding="utf-8"))
+
+
+def parse_search(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    search.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def parse_ray(command: str) -> dict:
+    """Parse a ray command with Ray's own parser; its options by name."""
+    program, verb, *rest = shlex.split(command)
+    assert program == "ray"
+    return ray.scripts.scripts.cli.commands[verb].make_context(verb, rest).params
+
+
+def test_every_job_file_is_named_in_the_readme():
+    text = (JOBS / "README.md").read_text(encoding="utf-8")
+    there = {str(file.relative_to(JOBS)) for file in JOBS.rglob("*") if file.is_file()} - {"README.md"}
+    assert [name for name in sorted(there) if f"({name})" not in text] == []
+    assert text.count("\n") <= 60
+
+
+# What several of them start: jobs/search_or_resume.sh.
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder of programs that stand in for others: each writes its name and arguments into the file `calls`."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    return folder
+
+
+def stand_in(programs: Path, name: str, then: str = "") -> None:
+    calls = programs.parent / "calls"
+    text = f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> {shlex.quote(str(calls))}\n{then}\n'
+    (programs / name).write_text(text)
+    (programs / name).chmod(0o755)
+
+
+def calls_in(folder: Path, start: str) -> list[str]:
+    calls = folder / "calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return [line for line in lines if line.startswith(start)]
+
+
+#: A python that records a search, and runs the little programs of the scripts.
+PYTHON = f'[[ $1 == -m ]] || exec {shlex.quote(sys.executable)} "$@"'
+
+
+def search_or_resume(programs: Path, *argv: str) -> subprocess.CompletedProcess:
+    stand_in(programs, "python", PYTHON + "\nexit 3")
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", JOBS / "search_or_resume.sh", *argv], cwd=ROOT, env=os.environ | {"PATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["results", "file:results"])
+def test_search_is_resumed_where_its_study_exists(programs, tmp_path, place):
+    results = str(tmp_path / "results") if place == "results" else f"file://{tmp_path / 'results'}"
+    argv = ["--results", results, "--name=first", "--trials", "3"]
+    assert search_or_resume(programs, *argv).returncode == 3  # that of the search
+    (tmp_path / "results" / "first").mkdir(parents=True)
+    search_or_resume(programs, *argv)
+    (tmp_path / "results" / "first" / "study.yaml").touch()
+    search_or_resume(programs, *argv)
+    started = f"python -m raytune_emotion.search {' '.join(argv)}"
+    assert calls_in(tmp_path, "python -m")[0].rstrip() == started
+    assert calls_in(tmp_path, "python -m")[2] == f"{started} --resume"
+
+
+@pytest.mark.parametrize("argv", [["--name", "first"], ["--results", "r"], []])
+def test_search_that_could_not_be_resumed_is_refused(programs, tmp_path, argv):
+    done = search_or_resume(programs, *argv)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: --results and --name: ")
+    assert calls_in(tmp_path, "python") == []
+
+
+# jobs/slurm.sh: Slurm, Ray and the search are stand-ins.
+
+
+class SlurmJob:
+    """A running jobs/slurm.sh on three nodes."""
+
+    def __init__(self, programs: Path, folder: Path, *, ray_start: str = "sleep 100 & wait", last: str) -> None:
+        self.folder = folder
+        stand_in(programs, "scontrol", "[[ $1 != show ]] || printf 'node1\\nnode2\\nnode3\\n'")
+        stand_in(programs, "srun", 'while [[ $1 == --* ]]; do shift; done\nexec "$@"')
+        # `trap`: what it has started ends with it, as with Ray.
+        ends = "trap 'kill $(jobs -p); exit' TERM"
+        stand_in(programs, "ray", f"[[ $1 == start ]] || exit 0\n{ends}\n{ray_start}")
+        a_search = f'[[ $1 == -m ]] || {{ [[ $1 == - ]] && exit 0; exec {shlex.quote(sys.executable)} "$@"; }}\n{last}'
+        stand_in(programs, "python", a_search)
+        (folder / "project").mkdir(exist_ok=True)
+        shutil.copytree(JOBS, folder / "project" / "jobs", dirs_exist_ok=True)
+        surroundings = {
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_JOB_NODELIST": "node[1-3]",
+            "SLURM_CPUS_PER_TASK": "8",
+            "SLURM_SUBMIT_DIR": str(folder / "project"),
+        }
+        self.process = subprocess.Popen(
+            ["bash", JOBS / "slurm.sh", "--results", str(folder / "results"), "--name", "first"],
+            env=os.environ | surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def await_search(self) -> None:
+        deadline = time.monotonic() + 60
+        while not (self.folder / "runs").exists():
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, "the search does not start"
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def start_job(programs: Path, tmp_path: Path) -> Iterator:
+    started = []
+
+    def start(**options: str) -> SlurmJob:
+        (tmp_path / "runs").unlink(missing_ok=True)
+        started.append(SlurmJob(programs, tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for job in started:
+        if job.process.poll() is None:
+            os.killpg(job.process.pid, signal.SIGKILL)
+            job.process.communicate()
+
+
+def long_search(folder: Path) -> str:
+    """A search that runs until a SIGTERM, and then ends as a search does."""
+    return f"trap 'exit 130' TERM\ntouch {shlex.quote(str(folder / 'runs'))}\nwhile :; do sleep 0.02; done"
+
+
+def test_slurm_job_starts_ray_on_all_nodes_and_runs_the_search(start_job, tmp_path):
+    code, errors = start_job(last="exit 7").end()
+    assert (code, errors) == (7, "")  # that of the search
+
+    head, *others = calls_in(tmp_path, "ray start")
+    first = parse_ray(head)
+    address = f"{first['node_ip_address']}:{first['port']}"
+    assert (first["head"], first["block"], first["num_cpus"]) == (True, True, 8)
+    (other,) = map(parse_ray, others)  # once, by srun on two nodes
+    assert (other["address"], other["head"], other["num_cpus"]) == (address, False, 8)
+    (step,) = calls_in(tmp_path, "srun")
+    assert {"--nodes=2", "--ntasks=2", "--exclude=node1", "--cpus-per-task=8"} < {*step.split()}
+
+    (called,) = calls_in(tmp_path, "python -m")
+    asked = parse_search(shlex.split(called)[3:])
+    assert (asked.address, asked.name, asked.resume) == (address, "first", False)
+    assert calls_in(tmp_path, "scontrol requeue") == []
+
+
+def test_slurm_job_stops_before_its_time_limit_and_continues_when_requeued(start_job, tmp_path):
+    job = start_job(last=long_search(tmp_path))
+    job.await_search()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end()[0] == 130
+    assert calls_in(tmp_path, "scontrol requeue") == ["scontrol requeue 4711"]
+
+    (tmp_path / "results" / "first").mkdir(parents=True)
+    assert start_job(last="exit 0").end()[0] == 0
+    first, second = calls_in(tmp_path, "python -m")
+    assert second == f"{first} --resume".replace("  ", " ")
+
+
+def test_slurm_job_that_a_user_stops_is_not_requeued(start_job, tmp_path):
+    job = start_job(last=long_search(tmp_path))
+    job.await_search()
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end()[0] == 130
+    assert calls_in(tmp_path, "scontrol requeue") == []
+
+
+def test_slurm_job_says_that_ray_does_not_start(programs, start_job, tmp_path):
+    job = start_job(ray_start="exit 1", last="exit 0")
+    stand_in(programs, "ray", "exit 1")
+    code, errors = job.end()
+    assert code == 1
+    assert re.fullmatch(r"error: Ray does not start on \S+; its reason is above\n", errors)
+    assert calls_in(tmp_path, "python -m") == []
+
+
+def test_slurm_asks_for_the_signal_that_the_script_handles():
+    text = (JOBS / "slurm.sh").read_text()
+    directives = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE))
+    name, seconds = re.fullmatch(r"B:(\w+)@(\d+)", directives["signal"]).groups()
+    assert f"' {name}\n" in text  # a trap
+    assert int(seconds) >= 120
+    assert directives.keys() >= {"requeue", "nodes", "time"}
+    assert directives["ntasks-per-node"] == "1"
+
+
+# Kubernetes. The names are those of RayJob (ray.io/v1) that may stand at each place, as far as this project uses them.
+
+POD = {"spec": {"securityContext": {"fsGroup": int}, "terminationGracePeriodSeconds": int, "volumes": list,
+                "tolerations": list, "containers": list}}  # fmt: skip
+GROUP = {"rayStartParams": dict, "template": POD}
+RAY_JOB = {
+    "apiVersion": str, "kind": str, "metadata": {"name": str},
+    "spec": {
+        "entrypoint": str, "backoffLimit": int, "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int,
+        "rayClusterSpec": {
+            "rayVersion": str, "authOptions": {"mode": str}, "headGroupSpec": GROUP, "workerGroupSpecs": list,
+        },
+    },
+}  # fmt: skip
+WORKERS = {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, **GROUP}
+CONTAINER = {"name": str, "image": str, "ports": list, "resources": {"requests": dict, "limits": dict},
+             "volumeMounts": list}  # fmt: skip
+
+
+def check_names(value: object, form: object, where: str = "") -> None:
+    """Check that a tree has no names but those of its form, and values of its types."""
+    if not isinstance(form, dict):
+        assert isinstance(value, form), where
+        return
+    assert isinstance(value, dict), where
+    for name, below in value.items():
+        assert name in form, f"{where}.{name}"
+        check_names(below, form[name], f"{where}.{name}")
+
+
+def test_ray_job_has_the_names_of_its_kind():
+    job = read_yaml("kuberay.yaml")
+    check_names(job, RAY_JOB)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["authOptions"] == {"mode": "token"}
+    for group in cluster["workerGroupSpecs"]:
+        check_names(group, WORKERS)
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        check_names(container, CONTAINER)
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        parse_ray("ray start " + " ".join(f"--{name}={value}" for name, value in group["rayStartParams"].items()))
+    workers = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    assert workers["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
+
+
+def test_mistyped_name_in_a_ray_job_is_noticed():
+    job = read_yaml("kuberay.yaml")
+    job["spec"]["rayClusterSpec"]["workerGroupSpec"] = []
+    with pytest.raises(AssertionError, match="workerGroupSpec"):
+        check_names(job, RAY_JOB)
+
+
+def test_ray_job_runs_a_search_that_can_be_resumed():
+    entrypoint = read_yaml("kuberay.yaml")["spec"]["entrypoint"]
+    assert not re.search(r"[\"'$\\]", entrypoint)
+    program, script, *argv = shlex.split(entrypoint)
+    assert (program, script) == ("bash", "/opt/raytune-emotion/jobs/search_or_resume.sh")
+    asked = parse_search(argv)
+    mounts = "/shared/"
+    assert (asked.address, asked.name) == ("auto", "affectnet")
+    assert str(asked.results).startswith(mounts)
+    assert str(asked.data).startswith(mounts)
+
+
+# Ray's cluster launcher.
+
+
+@pytest.fixture
+def launched() -> dict:
+    """jobs/autoscale.yaml as Ray's cluster launcher completes it."""
+    logging.disable()
+    try:
+        config = prepare_config(read_yaml("autoscale.yaml"))
+        validate_config(config)
+    finally:
+        logging.disable(logging.NOTSET)
+    return config
+
+
+def test_launcher_takes_the_cluster(launched):
+    head, worker = (launched["available_node_types"][name] for name in ("head", "worker"))
+    assert launched["head_node_type"] == "head"
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert (head["resources"], worker["resources"]["GPU"]) == ({"CPU": 0}, 1)
+    assert worker["min_workers"] == worker["max_workers"] == launched["max_workers"]
+    assert launched["setup_commands"] == []  # not those of Ray, which install another version
+
+
+def test_launcher_refuses_a_mistyped_name():
+    config = read_yaml("autoscale.yaml")
+    config["max_worker"] = 3
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config(config)
+
+
+def test_launched_nodes_start_ray_with_a_token(launched):
+    (head,), (worker,) = (
+        [command.partition("; ")[2] for command in launched[f"{kind}_start_ray_commands"] if "ray start" in command]
+        for kind in ("head", "worker")
+    )
+    first, other = parse_ray(head), parse_ray(worker)
+    assert (first["head"], first["dashboard_host"]) == (True, "127.0.0.1")
+    assert other["address"] == f"$RAY_HEAD_IP:{first['port']}"
+    assert launched["docker"]["run_options"] == ["--env RAY_AUTH_MODE=token"]
+    assert "~/.ray/auth_token" in launched["file_mounts"]
+
+
+# SkyPilot. Its names: https://docs.skypilot.co/en/latest/reference/yaml-spec.html
+
+
+def test_skypilot_task_has_the_names_of_its_kind():
+    task = read_yaml("skypilot.yaml")
+    resources = {"accelerators": str, "use_spot": bool, "disk_size": int}
+    envs = {"NAME": str, "SPACE": str, "DATA": type(None), "RESULTS": type(None)}
+    form = {"name": str, "resources": resources, "workdir": str, "envs": envs, "setup": str, "run": str}
+    check_names(task, form)
+    assert task.keys() == form.keys()
+    for script in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_skypilot_task_runs_a_search_that_can_be_resumed(programs, tmp_path):
+    task = read_yaml("skypilot.yaml")
+    stand_in(programs, "python", PYTHON)
+    envs = {name: value or f"s3://bucket/{name.lower()}" for name, value in task["envs"].items()}
+    envs["RESULTS"] = str(tmp_path / "results")
+    surroundings = os.environ | envs | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    shutil.copytree(JOBS, tmp_path / "workdir" / "jobs")
+    subprocess.run(["bash", "-e", "-c", task["run"]], cwd=tmp_path / "workdir", env=surroundings, check=True)
+    (called,) = calls_in(tmp_path, "python -m")
+    asked = parse_search(shlex.split(called)[3:])
+    assert (str(asked.data), asked.name, asked.address) == ("s3://bucket/data", "affectnet", None)
+
+
+# The image.
+
+
+def instructions() -> list[tuple[str, list[str]]]:
+    text = (JOBS / "Containerfile").read_text()
+    lines = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [(line.split()[0], line.split()[1:]) for line in lines if line.strip()]
+
+
+def test_image_copies_what_exists_and_what_pip_needs():
+    sources = [name for word, rest in instructions() if word == "COPY" for name in rest[:-1]]
+    assert [name for name in sources if not (ROOT / name).exists()] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    needed = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
+    needed |= {name.partition("/")[0] for name in project["tool"]["setuptools"]["package-dir"].values()}
+    assert {*needed, "raytune_emotion"} <= {*sources}
+
+
+def test_image_uses_options_that_exist():
+    words = [word for word, _ in instructions()]
+    assert words[0] == "FROM"
+    assert {*words} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    commands = [part.split() for word, rest in instructions() if word == "RUN" for part in " ".join(rest).split(" && ")]
+    known = {"apt-get": {"--yes", "--no-install-recommends"}, "useradd": {"--create-home", "--uid"}, "rm": {"-rf"}}
+    for program, *rest in commands:
+        options = {word for word in rest if word.startswith("-")}
+        if program == "pip":
+            create = importlib.import_module("pip._internal.commands").create_command
+            create(rest[0]).parser.parse_args(rest[1:])
+        else:
+            assert options <= known[program], program
+
+
+def test_image_has_what_the_other_jobs_run():
+    folder = next(rest[0] for word, rest in instructions() if word == "WORKDIR")
+    assert f"{folder}/jobs/search_or_resume.sh" in read_yaml("kuberay.yaml")["spec"]["entrypoint"]
+    assert ("COPY", ["jobs/search_or_resume.sh", "jobs/"]) in instructions()
+    users = ("Containerfile", "kuberay.yaml", "autoscale.yaml", "README.md")
+    images = set(re.findall(r"registry\.example/[\w/.:-]+", "".join((JOBS / name).read_text() for name in users)))
+    assert images == {f"registry.example/raytune-emotion:{raytune_emotion.__version__}"}
+
+
+# Monitoring.
+
+
+def test_prometheus_reads_the_list_of_nodes_that_ray_writes():
+    config = read_yaml("monitoring/prometheus.yml")
+    (scrape,) = config["scrape_configs"]
+    folder, name = os.path.split(scrape["file_sd_configs"][0]["files"][0])
+    assert folder == ray._common.utils.get_default_ray_temp_dir()
+    assert name == ray._private.ray_constants.PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+
+def test_dashboard_shows_metrics_that_ray_has():
+    dashboard = json.loads((JOBS / "monitoring" / "grafana.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+    # Ray's nodes export some; its processes others, which stand in the queries of Ray's own dashboard.
+    known = {f"ray_{name}" for name in METRICS_GAUGES}
+    known |= set(re.findall(r"\bray_\w+", Path(default_dashboard_panels.__file__).read_text()))
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"\bray_\w+", query)}
+    assert all(re.search(r"\bray_\w+", query) for query in queries)
+    assert asked - known == set()
+    sources = {panel["datasource"]["uid"] for panel in panels}
+    assert sources == {f"${{{variable['name']}}}" for variable in dashboard["templating"]["list"]}
