@@ -1,12 +1,11 @@
 """What all commands share: their names, the types of their arguments, and how errors become exit codes."""
 
 import argparse
-import contextlib
 import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from raytune_emotion.errors import Breakdown, UserError
@@ -50,15 +49,6 @@ def guarded(action: Callable[[], None]) -> int:
         warn(f"error: {sentence}")
         return code
     return 0
-
-
-@contextlib.contextmanager
-def collecting(faults: list[str]) -> Iterator[None]:
-    """Notes what is wrong in place of raising it, so that the user is told of everything at once."""
-    try:
-        yield
-    except UserError as error:
-        faults += error.faults
 
 
 def location(text: str) -> Location:

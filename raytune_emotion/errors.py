@@ -1,6 +1,7 @@
 """Define the errors that the commands report without a traceback."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -24,3 +25,12 @@ class Breakdown(RuntimeError):
 
     The commands print it as one sentence on standard error and exit with code 1.
     """
+
+
+@contextlib.contextmanager
+def collecting(errors: list[str]) -> Iterator[None]:
+    """Note the errors of the block in place of raising them, so that the user is told all at once."""
+    try:
+        yield
+    except UserError as error:
+        errors += error.faults

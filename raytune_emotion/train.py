@@ -14,13 +14,13 @@ from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion.cli import collecting, command_main, gpu_share, local_path, location, plain_name, positive
+from raytune_emotion.cli import command_main, gpu_share, local_path, location, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
-from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.errors import Breakdown, UserError, collecting
 from raytune_emotion.interruption import finishing
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history, read_progress
 from raytune_emotion.learn.export_folder import export_checkpoint

@@ -22,14 +22,18 @@ from safetensors.torch import save_file
 
 from raytune_emotion import search
 from raytune_emotion.__main__ import main
+from raytune_emotion.data.prepare import find_data
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import LOCK
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.execution import cluster as cluster_module
+from raytune_emotion.tuning.execution import gpu_sharing
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.study.creation import new_spec, open_existing
 from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, sole_driver
 from raytune_emotion.tuning.study.records import KEPT, read_records, trial_folder
+from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
 from tests.data.test_affectnet import write_folder, write_row
@@ -124,7 +128,7 @@ def space(tmp_path):
 @pytest.fixture
 def refused(tmp_path, own_cache, store, faces, space, capsys, monkeypatch):
     """Runs a search that must refuse before Ray is started; all of it is right but what is said otherwise."""
-    monkeypatch.setattr(search, "ray_session", lambda address: pytest.fail("nothing is refused"))
+    monkeypatch.setattr(cluster_module, "ray_session", lambda address: pytest.fail("nothing is refused"))
 
     def run(*argv, **options) -> list[str]:
         given = {"data": faces, "space": options.get("space") or space(), "results": tmp_path / "results"} | options
@@ -339,7 +343,8 @@ class TestBadRequests:
 
     def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
         # Ray can be started only once in a process, and has been.
-        monkeypatch.setattr(search, "ray_session", joined_session)
+        monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+        monkeypatch.setattr(gpu_sharing, "check_room", lambda request: None)
         (told,) = refused(workers_per_trial=99)
         assert told.startswith("a trial of 99 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
@@ -362,7 +367,7 @@ class TestBadResuming:
     @pytest.fixture
     def resumed(self, tmp_path, own_cache, finished, capsys, monkeypatch):
         """Goes on with a copy of a study, which must be refused before Ray is started."""
-        monkeypatch.setattr(search, "ray_session", lambda address: pytest.fail("nothing is refused"))
+        monkeypatch.setattr(cluster_module, "ray_session", lambda address: pytest.fail("nothing is refused"))
         folder = tmp_path / "study"
         shutil.copytree(finished, folder)
 
@@ -376,7 +381,9 @@ class TestBadResuming:
     def test_what_is_no_study(self, resumed, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").touch()
-        assert "there is no study of this name to resume" in resumed(name="none")[0]
+        assert resumed(name="none") == [
+            f"{tmp_path / 'none'}: there is no study of this name to resume; there are study"
+        ]
         assert "no study.yaml in it, so it is no study" in resumed(name="file")[0]
         assert "no study.yaml in it, so it is no study" in resumed(name="empty")[0]
         (resumed.folder / "optuna.journal").unlink()
@@ -391,13 +398,29 @@ class TestBadResuming:
 
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")
+        other = space(SPACE.replace("1e-2", "2e-2"))
         told = resumed(
-            f"--space={space()}", "--objective=val_js", "--seed=1", "--epochs=1", f"--data={tmp_path / 'none'}",
-            "--address=nonsense",
+            f"--space={other}", "--objective=val_js per hour", "--seed=1", "--epochs=1", f"--data={tmp_path / 'none'}",
+            "--address=nonsense", f"--warm-start={tmp_path}",
         )  # fmt: skip
-        assert [line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in told] == [
-            "--space", "--objective", "--seed", "--epochs", "--address nonsense", "none",
-        ]  # fmt: skip
+        assert {line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in told} == {
+            "--space", "--objective", "--seed", "--epochs", "--address nonsense", "none", "--warm-start",
+        }  # fmt: skip
+        (seed,) = [line for line in told if line.startswith("--seed")]
+        assert seed == (
+            "--seed: a study keeps the seed that it began with, 0; leave the option out, or begin a new study under "
+            "another name"
+        )
+
+    def test_what_the_study_has_may_be_said_again(self, resumed, tmp_path, space):
+        """So the command that began the study goes on with it when --resume is added."""
+        same = (f"--space={space()}", "--objective=val_js", "--seed=0", "--epochs=2", "--trials=3")
+        told = resumed(*same, "--address=nonsense")
+        assert len(told) == 1
+        assert told[0].startswith("--address nonsense: ")
+        # The space may name what the command line said otherwise.
+        told = resumed(f"--space={space(SPACE + 'train.epochs: 7')}", "--address=nonsense")
+        assert len(told) == 1
 
     def test_other_data(self, resumed, tmp_path, own_cache, capsys):
         others = write_folder(tmp_path / "others")
@@ -438,8 +461,7 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
     shutil.copytree(finished, tmp_path / "results" / "study")
     argv = ["--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume"]
     with contextlib.ExitStack() as at_work:
-        args = parsed(*argv)
-        study = search._open_existing(args, search._location(args), at_work)
+        study = open_existing(parsed(*argv).find_study(), at_work)
         local = study.folder
         before = tree(local)
         assert local / "study.yaml" in map(Path, before)
@@ -451,16 +473,17 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
 @pytest.mark.parametrize(("option", "seed"), [((), 5), (("--seed", "3"), 3)])
 def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, option, seed):
     argv = ["--data", str(store.path), "--space", str(space(f"{SPACE}train.seed: 5\n")), *option]
-    spec, _ = search._new(parsed(*argv), Folder(tmp_path / "new"))
+    request = parsed(*argv)
+    spec = new_spec(request, "new", request.load_space(), find_data(request.data))
     study = create_study(tmp_path, parse_space(spec.space))
     proposal = Searcher(study, parse_space(spec.space), seed=spec.seed).ask()
     assert spec.seed == proposal.settings["train.seed"] == spec.settings(proposal.settings)["train.seed"] == seed
 
 
-def parsed(*argv) -> argparse.Namespace:
+def parsed(*argv) -> SearchRequest:
     parser = argparse.ArgumentParser()
     search.add_arguments(parser)
-    return parser.parse_args(argv)
+    return SearchRequest(**vars(parser.parse_args(argv)))
 
 
 def started(*argv, cwd) -> subprocess.Popen:

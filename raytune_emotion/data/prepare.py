@@ -80,7 +80,7 @@ def prepare(
     place: Data | Location | str | PathLike[str],
     *,
     image_size: int | None,
-    classes: tuple[str, ...] = EMOTIONS,
+    classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
 ) -> Store:
     """Find or make one store to train from, as `prepare_sizes` does.
@@ -104,7 +104,7 @@ def prepare_sizes(
     data: Data,
     image_sizes: Collection[int],
     *,
-    classes: tuple[str, ...] = EMOTIONS,
+    classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
 ) -> dict[int, Store]:
     """Open stores to train from; a folder of faces is packed in one pass into the cache.
@@ -115,7 +115,8 @@ def prepare_sizes(
     Args:
         data: where the stores or the faces are.
         image_sizes: sides of the square images, px.
-        classes: names of the K values of an annotation, in order; a store must have been packed with them.
+        classes: names of the K values of an annotation, in order, which a store must have been packed with; None: the
+            store's own, or of a folder the 13 of this project.
         skip_bad: as in `pack`.
 
     Raises:
@@ -123,6 +124,7 @@ def prepare_sizes(
     """
     if data.manifests:
         return _open_packed(data, image_sizes, classes)
+    classes = classes or EMOTIONS
     files, cache = quick_fingerprint(data.faces), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
@@ -147,7 +149,7 @@ def prepare_sizes(
     return {size: open_store(dest) for size, dest in dests.items()}
 
 
-def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, ...]) -> dict[int, Store]:
+def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, ...] | None) -> dict[int, Store]:
     """Open those of the packed stores that are asked for."""
     held = ", ".join(map(str, sorted(data.manifests)))
     faults = [
@@ -157,10 +159,14 @@ def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, .
         if size not in data.manifests
     ]
     chosen = {size: data.manifests[size] for size in image_sizes if size in data.manifests}
+    found = list(dict.fromkeys(manifest.classes for _, manifest in (chosen or data.manifests).values()))
+    if classes is None and len(found) > 1:
+        faults.append(f"{data.location}: its stores have different classes; choose one by data.image_size")
     faults += [
-        f"{data.location}: the store has the classes {', '.join(found)}, and data.classes is {', '.join(classes)}"
-        for found in dict.fromkeys(manifest.classes for _, manifest in (chosen or data.manifests).values())
-        if found != classes
+        f"{data.location}: the store has the classes {', '.join(those)}, and data.classes is {', '.join(classes)};"
+        f" leave data.classes out to take those of the store"
+        for those in found
+        if classes is not None and those != classes
     ]
     if faults:
         raise UserError(faults)

@@ -10,15 +10,43 @@ from ray.exceptions import RayTaskError
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.throughput import COUNTS, best_count, measure
-from raytune_emotion.tuning.execution.placement import cluster_nodes, cores_per_gpu
+from raytune_emotion.tuning.execution.placement import Nodes, cluster_nodes, cores_per_gpu, fit_here, local_node
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
+from raytune_emotion.tuning.study.request import AUTO, SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
-#: What is said in place of a number of GPUs.
-AUTO = "auto"
-
 _DRAWN = 256
+
+
+def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
+    """Check that trials can share a GPU.
+
+    Raises:
+        UserError: there is no GPU, or the workers of a trial need one each.
+    """
+    faults = []
+    if not any(node.get("GPU") for node in nodes):
+        faults.append(f"--gpus-per-worker {AUTO}: {where} has no GPU for trials to share; leave it out")
+    if workers > 1:
+        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial share no GPU; leave it out")
+    if faults:
+        raise UserError(faults)
+
+
+def check_room(request: SearchRequest) -> None:
+    """Check, before Ray is started, that this machine can run what a search without a cluster asks for.
+
+    Raises:
+        UserError: not even one trial fits, or there is no GPU.
+    """
+    workers = request.workers_per_trial or 1
+    if request.address is not None:
+        return
+    if request.gpus_per_worker == AUTO:
+        check_sharing([local_node()], "this machine", workers)
+    else:
+        fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency)
 
 
 def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
@@ -31,14 +59,8 @@ def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
         Breakdown: it could not be tried out.
     """
     nodes = cluster_nodes()
+    check_sharing(nodes, "the cluster", spec.workers_per_trial)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    faults = []
-    if not gpus:
-        faults.append(f"--gpus-per-worker {AUTO}: the cluster has no GPU for trials to share; leave it out")
-    if spec.workers_per_trial > 1:
-        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial share no GPU; leave it out")
-    if faults:
-        raise UserError(faults)
     cores = max(1, int(cores_per_gpu(nodes)))
     # So many as there will ever be on one.
     most = math.ceil(spec.concurrency / gpus) if spec.concurrency else max(COUNTS)

@@ -1,17 +1,26 @@
 """What a space holds and what its trials cost, before any of them runs."""
 
+import json
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
+import optuna
 import torch
+from rich.console import Console
 
 from raytune_emotion.config import RunConfig
+from raytune_emotion.data.prepare import Data
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
-from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.terminal import plain_table
+from raytune_emotion.tuning.space.space import Space, draw
+from raytune_emotion.tuning.study.creation import check_backbones, image_sizes
+from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
 
+_DRAWN = 10
 _ROWS = 32
 _STEPS = 5
 
@@ -24,6 +33,44 @@ class Cost:
     image_size: int  # px
     params_millions: float
     images_per_second: float  # in training, without augmentation and evaluation
+
+
+def show_dry_run(console: Console, request: SearchRequest, space: Space, data: Data) -> None:
+    """Show what a study would choose from, and what its trials would cost with as many threads as this process has."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows, sizes = data.count_rows(), image_sizes(data, space)
+    check_backbones(space, sizes)
+
+    settings = plain_table("setting", "is", title="the space")
+    for key, value in space.to_dict().items():
+        if key != "start":
+            settings.add_row(key, json.dumps(value, ensure_ascii=False))
+    console.print(settings)
+    console.print("ten of its configurations\n")
+    for configuration in draw(space, _DRAWN, space.fixed.get("train.seed", 0)):
+        named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
+        console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
+    console.print()
+    epochs, trials = space.fixed["train.epochs"], request.trials or DEFAULT_TRIALS
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    headings = ("backbone", "px", "parameters, millions", "images/s", "minutes a trial")
+    cost = plain_table(*headings, title=f"training on this machine ({device})")
+    minutes = []
+    for each in costs(space, sizes, device):
+        minutes.append(rows * epochs / each.images_per_second / 60)
+        rate = f"{each.images_per_second:.0f}"
+        cost.add_row(each.backbone, str(each.image_size), f"{each.params_millions:.2f}", rate, f"{minutes[-1]:.1f}")
+    console.print(cost)
+    mean = sum(minutes) / len(minutes)
+    hours = trials * mean / 60
+    console.print(
+        f"{trials} trials of {epochs} epochs on {rows} images: {hours:.1f} hours of this device if none is stopped and "
+        f"all backbones are drawn alike"
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def costs(space: Space, sizes: tuple[int, ...], device: torch.device) -> list[Cost]:

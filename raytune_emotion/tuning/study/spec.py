@@ -22,10 +22,13 @@ from raytune_emotion import __version__
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 
 SPEC = "study.yaml"
 
+#: So many studies are named where another was meant.
+_LISTED = 10
 #: Tells a job, to which the code has come without its repository, the commit that it is of.
 _COMMIT = "RAYTUNE_EMOTION_COMMIT"
 
@@ -95,7 +98,9 @@ def read_spec(folder: Path) -> StudySpec:
         known: dict[str, Any] = {name: tuple(v) if isinstance(v := values[name], list) else v for name in names}
         return StudySpec(**known)
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
+        inside = studies_in(Folder(folder))
+        advice = f"there are studies in it: {', '.join(inside)}" if inside else "name a folder that a search has made"
+        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; {advice}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; name a folder of your own studies") from None
     except ValidationError as error:
@@ -108,6 +113,13 @@ def read_spec(folder: Path) -> StudySpec:
         raise UserError(f"{file}: damaged (it names no {error.args[0]}); restore it from a copy") from None
     except (YAMLError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged ({error}); restore it from a copy") from None
+
+
+def studies_in(results: Location) -> list[str]:
+    """List the names of the studies in a folder or at a URI; of many, the first."""
+    names = sorted(results.list_folders())
+    found = zip(names, results.sizes(f"{name}/{SPEC}" for name in names), strict=True)
+    return [name for name, size in found if size is not None][:_LISTED]
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,194 @@
+"""Make the spec of a study: of a new one, or of one that goes on. All is checked that can be before Ray is started."""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.data.prepare import Data, find_data, prepare_sizes
+from raytune_emotion.data.store import Store, is_store
+from raytune_emotion.data.synthetic import sample_folder
+from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.learn.loop import baseline
+from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
+from raytune_emotion.storage.locations import Folder, Location, parse_location
+from raytune_emotion.tuning.policy.warm_start import EARLIER
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.endings import MAX_FAILURES
+from raytune_emotion.tuning.study.open_study import OpenStudy, load
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, sole_driver
+from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, created_at, read_spec
+
+_GENERATED = "generated faces"
+#: Settings of a study that come from the command line where it names them, so that a space may have others.
+_OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", "model.weights_dir")
+
+
+def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> StudySpec:
+    """Make the spec of a new study, with its data packed.
+
+    Raises:
+        UserError: a backbone cannot be built, or the data cannot be packed.
+    """
+    check_backbones(space, image_sizes(data, space))
+    stores = _stores(data, space, skip_bad=request.skip_bad)
+    first = next(iter(stores.values()))
+    return StudySpec(
+        name=name,
+        seed=space.fixed.get("train.seed", 0),
+        objective=request.objective or "val_js",
+        trials=request.trials or DEFAULT_TRIALS,
+        epochs=space.fixed["train.epochs"],
+        concurrency=request.concurrency,
+        workers_per_trial=request.workers_per_trial or 1,
+        gpus_per_worker=request.gpu_share,
+        max_failures=MAX_FAILURES if request.max_failures is None else request.max_failures,
+        data=request.data.address if request.data else _GENERATED,
+        stores={size: store.address for size, store in stores.items()},
+        fingerprints={size: store.fingerprint for size, store in stores.items()},
+        classes=first.classes,
+        weights_dir=space.fixed.get("model.weights_dir"),
+        space=space.to_dict(),
+        baseline=baseline(first),
+    )
+
+
+def open_existing(place: Location, held: ExitStack) -> OpenStudy:
+    """Load the study that goes on; its folder is this process's alone until `held` ends.
+
+    The folder is brought up to date first: another machine may have gone on with the study. What it holds of another
+    study of the same name is kept elsewhere.
+    """
+    folder = place.working_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(sole_driver(folder))
+    if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
+        place.set_aside_copy()
+    place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
+    spec = read_spec(folder)
+    if spec.confirms is not None:
+        raise UserError(
+            f"{place}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
+        )
+    return load(folder, place)
+
+
+def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) -> StudySpec:
+    """Return the spec of a study that goes on: what it is stays; how much of it, and where it runs, may change.
+
+    Args:
+        request: what is asked for.
+        study: that goes on.
+        faults: what is known to be wrong already.
+
+    Raises:
+        UserError: there are such faults; what is asked for is of another study; its data or weights are gone.
+    """
+    spec, space = study.spec, study.space
+    faults = _changes(request, study) + faults
+    if request.epochs is not None and request.epochs < spec.epochs:
+        faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
+    stores = spec.stores
+    data = request.data or _found_again(spec)
+    if data is not None:
+        with collecting(faults):
+            moved = _stores(find_data(data), space, skip_bad=request.skip_bad)
+            stores = {size: store.address for size, store in moved.items()}
+            if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
+                faults.append(f"{data}: other data than the study began with; its trials could not be compared")
+    else:
+        with collecting(faults):
+            check_stores(spec, "name the data with --data")
+    for model in _models(space, absolute(request.weights_dir) or spec.weights_dir):
+        with collecting(faults):
+            check_weights(model)
+    if faults:
+        raise UserError(faults)
+    given: dict[str, Any] = {
+        "trials": request.trials,
+        "epochs": request.epochs,
+        "concurrency": request.concurrency,
+        "workers_per_trial": request.workers_per_trial,
+        "gpus_per_worker": request.gpu_share,
+        "max_failures": request.max_failures,
+        "weights_dir": absolute(request.weights_dir),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(spec, stores=stores, **given)
+
+
+def _changes(request: SearchRequest, study: OpenStudy) -> list[str]:
+    """List what is asked for and would make another study of it. To repeat what the study has is no error."""
+    spec = study.spec
+    wanted = {"objective": request.objective, "seed": request.seed}
+    has = {"objective": spec.objective, "seed": spec.seed}
+    changed = [
+        f"{name} that it began with, {has[name]}" for name, value in wanted.items() if value not in (None, has[name])
+    ]
+    if request.space is not None:
+        # What the study has of these is from the command line, or may change.
+        own = {key: value for key, value in study.space.fixed.items() if key in _OUTSIDE_THE_SPACE}
+        if load_space(request.space, overrides=own).to_dict() != study.space.to_dict():
+            changed.append("space that it began with")
+    if request.warm_start and not (study.folder / EARLIER).exists():
+        changed.append("warm-start that it began with, none")
+    return [
+        f"--{what.partition(' ')[0]}: a study keeps the {what}; leave the option out, or begin a new study under "
+        f"another name"
+        for what in changed
+    ]
+
+
+def _found_again(spec: StudySpec) -> Location | None:
+    """Return where the data of a study lie, if its packed stores are not on this machine; None if they are."""
+    if all(is_store(path) for path in spec.stores.values()):
+        return None
+    data = Folder(sample_folder()) if spec.data == _GENERATED else parse_location(spec.data)
+    with suppress(UserError):
+        find_data(data)
+        return data
+    return None
+
+
+def _stores(data: Data, space: Space, *, skip_bad: bool) -> dict[int, Store]:
+    """Open or make the packed store for each image size of a space."""
+    classes = space.possible("data.classes")
+    named = tuple(classes[0]) if classes else None
+    return prepare_sizes(data, image_sizes(data, space), classes=named, skip_bad=skip_bad)
+
+
+def image_sizes(data: Data, space: Space) -> tuple[int, ...]:
+    """Return the image sizes of a space; that of the data if it names none."""
+    return space.possible("data.image_size") or (data.own_size(),)
+
+
+def check_backbones(space: Space, sizes: Sequence[int]) -> None:
+    """Build every backbone at every size once: a trial must not be where it shows that one cannot be had.
+
+    Raises:
+        UserError: with an error for each that cannot.
+    """
+    faults: list[str] = []
+    for model in _models(space, space.fixed.get("model.weights_dir")):
+        for size in sizes:
+            data = dataclasses.replace(RunConfig().data, image_size=size)
+            try:
+                build_model(dataclasses.replace(RunConfig(), model=model, data=data))
+            except UserError as error:
+                faults += error.faults
+                if isinstance(error, WeightsUnavailableError):
+                    # To try others, too, could take a minute each.
+                    raise UserError(dict.fromkeys(faults)) from None
+    if faults:
+        raise UserError(dict.fromkeys(faults))
+
+
+def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
+    """List each backbone of a space, with pretrained weights if a trial may have them."""
+    backbones = space.possible("model.backbone") or (ModelConfig().backbone,)
+    pretrained = any(space.possible("model.pretrained") or (weights_dir is not None,))
+    return [ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir) for name in backbones]

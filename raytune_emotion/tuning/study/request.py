@@ -1,0 +1,96 @@
+"""Hold what the command line asks of a search. None stands for what it leaves open."""
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.space.library import DEFAULT, find_space
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.spec import SPEC, studies_in
+
+#: Said in place of a number of GPUs: what is fastest is tried out.
+AUTO = "auto"
+DEFAULT_TRIALS = 32
+DEFAULT_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What a search is to do; the names are those of the options."""
+
+    results: Location
+    data: Location | None = None
+    space: Path | None = None
+    objective: str | None = None
+    trials: int | None = None
+    epochs: int | None = None
+    concurrency: int | None = None
+    workers_per_trial: int | None = None
+    gpus_per_worker: float | str | None = None  # a number, or `AUTO`
+    warm_start: list[Location] | None = None
+    name: str | None = None
+    resume: bool = False
+    seed: int | None = None
+    time_budget: timedelta | None = None
+    max_failures: int | None = None
+    weights_dir: Path | None = None
+    skip_bad: bool = False
+    address: str | None = None
+    dry_run: bool = False
+
+    @property
+    def gpu_share(self) -> float | None:
+        """The GPUs of a worker; None if none are named, or if they are to be found out."""
+        return self.gpus_per_worker if isinstance(self.gpus_per_worker, float) else None
+
+    @property
+    def space_file(self) -> Path:
+        return self.space or find_space(DEFAULT)
+
+    def load_space(self) -> Space:
+        """Read the space of a new study, with what the command line says of its settings.
+
+        Raises:
+            UserError: with every error of the file.
+        """
+        given = {"train.epochs": self.epochs, "train.seed": self.seed, "model.weights_dir": absolute(self.weights_dir)}
+        given = {key: value for key, value in given.items() if value is not None}
+        fixed = load_space(self.space_file, overrides=given).fixed
+        settled: dict[str, Any] = {"train.epochs": fixed.get("train.epochs", DEFAULT_EPOCHS)}
+        if "train.seed" in fixed:
+            settled["train.seed"] = fixed["train.seed"]
+        if fixed.get("model.weights_dir") is not None:
+            # Trials run in other folders than this one.
+            settled["model.weights_dir"] = absolute(Path(fixed["model.weights_dir"]))
+        return load_space(self.space_file, overrides=settled)
+
+    def find_study(self) -> Location:
+        """Return where the study lies: a new one's place, or that of one that goes on.
+
+        Raises:
+            UserError: there is no such study to go on with; the place cannot be read.
+        """
+        if not self.resume:
+            return self.results / (self.name or f"{self.space_file.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        self.results.check(write=True)
+        name = self.name or self.results.newest(SPEC)
+        if name is None:
+            raise UserError(f"{self.results}: there is no study in it to resume; name its folder with --results")
+        study = self.results / name
+        if study.read(SPEC) is None:
+            if study.exists():
+                raise UserError(f"{study}: no {SPEC} in it, so it is no study; name its folder with --results")
+            others = studies_in(self.results)
+            raise UserError(
+                f"{study}: there is no study of this name to resume; "
+                + (f"there are {', '.join(others)}" if others else "name its folder with --results")
+            )
+        return study
+
+
+def absolute(path: Path | None) -> str | None:
+    return str(path.expanduser().absolute()) if path is not None else None
