@@ -225,6 +225,8 @@ def _search(request: SearchRequest, place: Location, new: _Checked | None) -> No
                     study = (raise_epochs if spec.epochs > study.spec.epochs else OpenStudy.with_spec)(study, spec)
                 trials = f"{count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}"
                 console.print(f"study {place}: {trials}, {placement}")
+                if study.is_over():
+                    console.print("every trial has ended, and nothing is left to run; ask for more with --trials")
                 begun = True
                 run_shown(console, study, placement, time_budget=request.time_budget, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:

@@ -10,9 +10,10 @@ import statistics
 import pandas as pd
 import pytest
 
-from raytune_emotion import confirm
 from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
+from raytune_emotion.tuning.report import console as console_module
 from raytune_emotion.tuning.study.confirmation import best_configurations, standings
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import Searcher, load_study, sole_driver
@@ -33,7 +34,7 @@ def study(store, tmp_path_factory):
 @pytest.fixture
 def refused(study, tmp_path, capsys, monkeypatch):
     """Runs a confirmation that must be refused before Ray is started, of a copy of the study."""
-    monkeypatch.setattr(confirm, "ray_session", lambda address: pytest.fail("nothing is refused"))
+    monkeypatch.setattr(cluster_module, "ray_session", lambda address: pytest.fail("nothing is refused"))
     shutil.copytree(study, tmp_path / "study")
     return lambda *argv, of="study": refusal(capsys, [tmp_path], "confirm", tmp_path / of, *argv)
 
@@ -113,17 +114,17 @@ def test_a_study_at_a_uri_is_refused(capsys):
 
 def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster, tmp_path, capsys, monkeypatch):
     # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr(confirm, "ray_session", joined_session)
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     folder = study / "confirmed"
 
     def run_one_epoch(console, study, placement, failure):
         proposal = Searcher(study.optuna, study.space, seed=study.spec.seed).ask()
         with contextlib.closing(train_here(job_of(study, placement.resources, proposal))) as reports:
             next(reports)
-        return KeyboardInterrupt()
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(confirm, "run_shown", run_one_epoch)
+        interrupted.setattr(console_module, "run_shown", run_one_epoch)
         assert exit_code(["confirm", study, "--top", 2, "--seeds", 1, "--concurrency", 1]) == 130
     assert "the same command goes on" in capsys.readouterr().out
     begun = {file.parent.name: file.read_bytes() for file in folder.glob("trials/*/history.jsonl")}

@@ -31,6 +31,8 @@ from raytune_emotion.tuning.execution.ray_patches import (
 
 #: Ray reads these when it starts, and has no arguments in their place.
 _RAY_SETTINGS = {
+    # A node that does not answer counts as dead after 40 s, not 70.
+    "RAY_health_check_timeout_ms": "5000",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",

@@ -19,7 +19,7 @@ from raytune_emotion.tuning.execution.ray_patches import own_processes
 _EVERY_S = 3.0
 #: Without an answer for so long, Ray's head counts as dead. A machine under load takes seconds.
 _SILENCE_S = 40.0
-#: A trial's process that was stopped, as by SIGSTOP, for so long is killed: its trial goes on from its checkpoint.
+#: What was stopped for so long, as by SIGSTOP, counts as frozen: suspended machines and debuggers take less.
 _FROZEN_S = 20.0
 
 #: Between two looks at whether the cluster lives.
@@ -42,6 +42,7 @@ class ClusterWatch:
             own: whether this process has started the cluster, and so sees its processes.
         """
         self._processes = own_processes() if own else {}
+        self._vital = {name: process for name, process in self._processes.items() if name in _NAMES}
         self._node = ray.get_runtime_context().get_node_id()
         self._answered = time.monotonic()
         self._failure = ""
@@ -52,7 +53,7 @@ class ClusterWatch:
 
     def failure(self) -> str:
         """Say what has died or frozen; empty while the cluster lives."""
-        for name, process in self._processes.items():
+        for name, process in self._vital.items():
             if process.poll() is not None and not self._failure:
                 self._failure = f"{_NAMES[name]} has ended (code {process.returncode})"
         if not self._failure and time.monotonic() - self._answered > _SILENCE_S:
@@ -60,8 +61,12 @@ class ClusterWatch:
         return self._failure
 
     def close(self) -> None:
+        """End the watch, and what is left of a cluster that has died: only a live one can be left in order."""
         self._end.set()
-        self._thread.join(timeout=2 * _EVERY_S)
+        if self.failure():
+            for process in self._processes.values():
+                process.kill()
+        self._thread.join(timeout=_EVERY_S)
 
     def _watch(self) -> None:
         while not self._end.wait(_EVERY_S):
@@ -70,14 +75,20 @@ class ClusterWatch:
                 if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
                     self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
                 self._answered = time.monotonic()
-            if "raylet" in self._processes:
-                self._end_frozen(self._processes["raylet"].pid)
+            if "raylet" in self._vital:
+                self._look_for_frozen()
 
-    def _end_frozen(self, raylet: int) -> None:
-        stopped = {pid for pid in _children(raylet) if _state(pid) == "T"}
+    def _look_for_frozen(self) -> None:
+        """Give up a cluster whose own processes were stopped, and end processes of trials that were."""
+        vital = {process.pid: name for name, process in self._vital.items()}
+        stopped = [pid for pid in (*vital, *_children(self._vital["raylet"].pid)) if _state(pid) == "T"]
         self._frozen = {pid: self._frozen.get(pid, time.monotonic()) for pid in stopped}
         for pid, since in self._frozen.items():
-            if time.monotonic() - since > _FROZEN_S:
+            if time.monotonic() - since < _FROZEN_S:
+                continue
+            if pid in vital:
+                self._failure = f"{_NAMES[vital[pid]]} was stopped for {_FROZEN_S:.0f} s"
+            else:
                 warn(f"process {pid} of a trial was stopped for {_FROZEN_S:.0f} s: it is ended, and its trial goes on")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

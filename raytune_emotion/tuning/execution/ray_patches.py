@@ -245,7 +245,7 @@ def quiet_errors() -> Iterator[None]:
 
 
 def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:
-    """Return the processes of a cluster that this process has started, without which it is none."""
+    """Return the processes of the cluster that this process has started, by what they are."""
     node = ray._private.worker._global_node
     every: dict[str, list[Any]] = {} if node is None else node.all_processes
-    return {name: each.process for name in ("gcs_server", "raylet") for each in every.get(name, [])}
+    return {name: each.process for name, some in every.items() for each in some}

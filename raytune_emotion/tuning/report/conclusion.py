@@ -1,21 +1,33 @@
-"""Say what came out of a search, and what to type next."""
+"""Say what came out of a search or a confirmation, and what to type next."""
 
-from typing import get_args
+import dataclasses
+from pathlib import Path
+from typing import cast, get_args
 
 from rich.console import Console
 
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.export_folder import write_package
+from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import plain_table, typed
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
+from raytune_emotion.tuning.study.confirmation import HEADINGS, STANDINGS, Standing, standings, write_standings
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status
-from raytune_emotion.tuning.study.records import winner
+from raytune_emotion.tuning.study.records import trial_folder, winner
+from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial
 
 
 def conclude(console: Console, study: OpenStudy, results: Location) -> None:
-    """Export the best trial, and say what came out and what to type next."""
+    """Export the best trial, and say what came out and what to type next.
+
+    Raises:
+        Breakdown: every trial has failed.
+    """
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
@@ -26,6 +38,8 @@ def conclude(console: Console, study: OpenStudy, results: Location) -> None:
     place.push(folder, [*report_files(folder), *exported])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
     if best is None or best.best is None:
+        if records and counts["failed"] == len(records):
+            raise Breakdown(f"{place}: every trial has failed; why is in the last column of {place / TRIALS}")
         console.print("no trial has reported yet, or those that have failed")
         return
     objective = OBJECTIVES[spec.objective]
@@ -49,3 +63,46 @@ next:
   tensorboard --logdir {typed(str(place / "trials"))}
   python -m raytune_emotion.search {resume}"""
     )
+
+
+def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:
+    """Say how the configurations stand, and export the winner once all is done."""
+    folder, spec, records = study.folder, study.spec, study.records()
+    found = standings(spec, records)
+    write_standings(folder, found)
+    write_report(folder, spec, records)
+    table = plain_table(*HEADINGS)
+    for standing in found:
+        table.add_row(*standing.cells)
+    console.print(table)
+    if not whole:
+        console.print(f"the same command goes on: python -m raytune_emotion.confirm {folder.parent}")
+        return
+    winner = found[0]
+    if not winner.runs:
+        raise Breakdown(f"{folder}: no run has come to its end; why is in the last column of {folder / 'trials.csv'}")
+    _export(folder, winner, len(found))
+    console.print(
+        f"""best mean   {winner.in_words}, trial {winner.trial_id} of the search
+exported    {folder / "best"}, the run in the middle ({winner.median.trial_id})
+table       {folder / STANDINGS}
+page        {folder / REPORT}"""
+    )
+
+
+def _export(folder: Path, winner: Standing, configurations: int) -> None:
+    """Exports the run of the winner that is in the middle, lest the luck of a seed be exported."""
+    run = winner.median
+    best = read_best(trial_folder(folder, run.trial_id) / BEST)
+    confirmed = {
+        "confirmed_mean_js": winner.mean,
+        "confirmed_standard_error": winner.standard_error,
+        "confirmed_seeds": len(winner.runs),
+    }
+    notes = [
+        f"The configuration of trial {winner.trial_id} of the study {folder.parent.name}, the best of {configurations} "
+        f"with fresh seeds: JS {winner.in_words}.",
+        f"These weights are of the run in the middle, trial {run.trial_id} of the confirmation.",
+    ]
+    report = cast("Report", {**best.report, **confirmed})
+    write_package(folder / "best", dataclasses.replace(best, report=report), notes)

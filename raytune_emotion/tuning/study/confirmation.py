@@ -5,6 +5,7 @@ It is a study of its own within the folder of the one that it confirms, whose tr
 
 import dataclasses
 import math
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 import optuna
 import pandas as pd
 
-from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.tuning.policy.decisions import SETTINGS
-from raytune_emotion.tuning.study.optuna_study import CONFIRMS
+from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
+from raytune_emotion.tuning.study.optuna_study import CONFIRMS, sole_driver
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
-from raytune_emotion.tuning.study.spec import StudySpec
+from raytune_emotion.tuning.study.request import ConfirmRequest
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
 
 #: The confirmation's folder in that of its study, and its table there.
 CONFIRMED = "confirmed"
@@ -129,3 +133,57 @@ def standings(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Standing]
 def write_standings(folder: Path, found: Iterable[Standing]) -> None:
     """Writes `confirmed.csv`."""
     write_text(folder / STANDINGS, pd.DataFrame([standing.row for standing in found]).to_csv(index=False))
+
+
+def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialRecord], StudySpec]:
+    """Return the trials to be confirmed, and how.
+
+    Raises:
+        UserError: there is no such study, it has nothing to confirm, or its data are gone.
+    """
+    searched = read_spec(study)
+    if searched.confirms is not None:
+        raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
+    resume = f"python -m raytune_emotion.search --resume --results {study.parent} --name {study.name} --data DIR"
+    check_stores(searched, f"tell where they are by `{resume}`")
+    chosen = best_configurations(load(study).records(), request.top)
+    if not chosen:
+        raise UserError(f"{study}: no trial of this study has reported yet")
+    folder = study / CONFIRMED
+    before = read_spec(folder) if (folder / SPEC).exists() else None
+    if before is not None and before.epochs != searched.epochs:
+        raise UserError(
+            f"{folder}: its runs are of {before.epochs} epochs, and trials of the study now of {searched.epochs}; move "
+            f"it away to confirm the study anew"
+        )
+    confirms = {record.trial_id: record.best["val_js"] for record in chosen if record.best}
+    given = {name: getattr(request, name) for name in ("concurrency", "workers_per_trial", "gpus_per_worker")}
+    return chosen, dataclasses.replace(
+        searched,
+        name=f"{searched.name}, confirmed",
+        space={key: value for key, value in searched.space.items() if key != "start"},
+        confirms={**(before.confirms or {} if before else {}), **confirms},
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def make_confirmation(folder: Path, spec: StudySpec) -> None:
+    """Make the folder of a confirmation, unless it is there.
+
+    Raises:
+        UserError: there is something else in it, or another process is at work in it.
+    """
+    if (folder / SPEC).exists():
+        return
+    if folder.exists():
+        with sole_driver(folder):
+            if others := sorted({path.name for path in folder.iterdir()} - {LOCK}):
+                raise UserError(f"{folder}: holds {', '.join(others[:5])} and is no confirmation; move that away")
+            shutil.rmtree(folder)
+    make_study(folder, spec)
+
+
+def with_runs(study: OpenStudy, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> OpenStudy:
+    """Enqueue the runs that a confirmation lacks; those that it has stay."""
+    enqueue(study.optuna, chosen, seeds)
+    return study.with_spec(dataclasses.replace(spec, trials=len(study.optuna.get_trials(deepcopy=False))))

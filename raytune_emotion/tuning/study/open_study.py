@@ -46,6 +46,11 @@ class OpenStudy:
         (record,) = (r for r in self.records({t.trial_id for t in asked(self.optuna)} - {trial_id}))
         return record
 
+    def is_over(self) -> bool:
+        """Whether as many trials as were asked for have ended."""
+        trials = asked(self.optuna)
+        return len(trials) >= self.spec.trials and not any(t.status in ("running", "paused") for t in trials)
+
     def best_trial(self) -> TrialRecord:
         """Return the best trial.
 

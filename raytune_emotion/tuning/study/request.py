@@ -1,4 +1,4 @@
-"""Hold what the command line asks of a search. None stands for what it leaves open."""
+"""Hold what the command line asks of a search or a confirmation. None stands for what it leaves open."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -90,6 +90,19 @@ class SearchRequest:
                 + (f"there are {', '.join(others)}" if others else "name its folder with --results")
             )
         return study
+
+
+@dataclass(frozen=True)
+class ConfirmRequest:
+    """What a confirmation is to do. None stands for what the search had."""
+
+    study: Location
+    top: int = 3
+    seeds: int = 5
+    concurrency: int | None = None
+    workers_per_trial: int | None = None
+    gpus_per_worker: float | None = None
+    address: str | None = None
 
 
 def absolute(path: Path | None) -> str | None:
