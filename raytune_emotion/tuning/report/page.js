@@ -57,7 +57,7 @@ function scaleOf(axis, width) {
   return {
     type: axis.kind === "log" ? "log" : "linear",
     domain: choice ? [-0.6, axis.choices.length - 0.4] : [axis.low, axis.high],
-    ticks: ticksOf(axis, Math.max(2, Math.floor(width / 52))),
+    ticks: ticksOf(axis, Math.max(2, Math.floor(width / 41))),
     tickFormat: choice ? (i) => fit(axis.choices[i], 16) : shortNumber,
     tickRotate: choice && crowded(axis, width) ? -32 : 0,
     inset: choice ? 0 : 6,
