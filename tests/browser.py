@@ -62,6 +62,7 @@ class Tab:
             self.call(f"{domain}.enable")
         mobile = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=file.absolute().as_uri())
@@ -81,12 +82,16 @@ class Tab:
             time.sleep(0.05)
         raise AssertionError(f"never true: {expression}")
 
+    def wait_for_frame(self):
+        """Wait until the browser has drawn what was asked of it, and has told the page of it."""
+        self.eval("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
+
     def draw_all(self):
         """Scroll through the page, so that each plot is drawn, and back."""
         self.eval("document.documentElement.style.scrollBehavior = 'auto'")
         for share in [i / 20 for i in range(21)] + [0]:
             self.eval(f"scrollTo(0, {share} * document.body.scrollHeight)")
-            self.eval("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))")
+            self.wait_for_frame()
         self.wait("[...document.querySelectorAll('[data-chart]')].every((figure) => figure.querySelector('svg'))")
 
     def click(self, x, y, kind="click"):
@@ -95,6 +100,11 @@ class Tab:
         if kind == "click":
             for event in ("mousePressed", "mouseReleased"):
                 self.call("Input.dispatchMouseEvent", type=event, x=x, y=y, button="left", clickCount=1)
+
+    def tap(self, x, y):
+        """Touch a place of the window with a finger."""
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def screenshot(self, file: Path):
         """Write a picture of the whole page."""

@@ -57,7 +57,7 @@ function scaleOf(axis, width) {
   return {
     type: axis.kind === "log" ? "log" : "linear",
     domain: choice ? [-0.6, axis.choices.length - 0.4] : [axis.low, axis.high],
-    ticks: ticksOf(axis, Math.max(2, Math.floor(width / 41))),
+    ticks: ticksOf(axis, Math.max(2, Math.floor(width / 36))),
     tickFormat: choice ? (i) => fit(axis.choices[i], 16) : shortNumber,
     tickRotate: choice && crowded(axis, width) ? -32 : 0,
     inset: choice ? 0 : 6,
@@ -437,16 +437,20 @@ function chip(text, act, hue) {
 
 for (const figure of figures) {
   figure.addEventListener("pointermove", (event) => hover(nearest(figure, event), event));
-  figure.addEventListener("pointerleave", (event) => hover(null, event));
+  figure.addEventListener("pointerdown", (event) => hover(nearest(figure, event), event)); // a finger does not hover
+  figure.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hover(null, event));
   figure.addEventListener("click", (event) => {
     const id = nearest(figure, event);
     if (id) toggle(id);
   });
 }
 
+addEventListener("pointerdown", (event) => event.target.closest("[data-chart]") || hover(null, event));
+addEventListener("scroll", (event) => hover(null, event), { passive: true });
+
 // ---- tables
 
-const SHOWN = 20;
+const SHOWN = innerWidth < 720 ? 8 : 20;
 
 function setUp(table) {
   const body = table.tBodies[0], rows = [...body.rows], section = table.closest("section");
@@ -518,9 +522,10 @@ document.getElementById("cost")?.addEventListener("change", () => {
   draw(document.querySelector("[data-chart=cost]"));
   index();
 });
-document.getElementById("copy")?.addEventListener("click", async (event) => {
-  await navigator.clipboard.writeText(document.getElementById("settings").textContent);
-  event.target.textContent = "copied";
+document.getElementById("copy")?.addEventListener("click", async ({ target }) => {
+  const settings = document.getElementById("settings");
+  getSelection().selectAllChildren(settings); // to be copied by hand where the browser refuses
+  target.textContent = await navigator.clipboard.writeText(settings.textContent).then(() => "copied", () => "selected");
 });
 addEventListener("keydown", (event) => event.key === "Escape" && [...marked.keys()].forEach(toggle));
 

@@ -68,9 +68,8 @@ def draw_curves(data: StudyData) -> Figure:
 def draw_progress(data: StudyData) -> Figure:
     figure, (axes,) = _figure(8, 3.2)
     begin = began_at(data.records)
-    for record in data.records:
-        if record.best and (t := elapsed(record.best, begin)) is not None:
-            axes.scatter(t / 60, record.best["val_js"], color=_colour(data, record), s=18)
+    shown = [(t / 60, r) for r in data.records if r.best and (t := elapsed(r.best, begin)) is not None]
+    axes.scatter([t for t, _ in shown], [_js(r) for _, r in shown], c=[_colour(data, r) for _, r in shown], s=18)
     minutes = [t / 60 for t, _, _ in data.steps]
     axes.step(minutes, [js for _, js, _ in data.steps], where="post", color=_WINNER, label="best so far")
     _baseline(axes, data)

@@ -1,5 +1,6 @@
 """The page of a study in a real browser: what it shows, and how it answers."""
 
+import itertools
 import math
 import random
 
@@ -80,8 +81,8 @@ def place_of(tab, trial, chart="curves"):
     """Where the last dot of a trial stands in the window."""
     select = f"document.querySelector('[data-chart={chart}] .dot[data-t=\"{trial}\"]')"
     tab.eval(f"{select}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-    box = tab.eval(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({select}.getBoundingClientRect())")
-    return box
+    tab.wait_for_frame()
+    return tab.eval(f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])({select}.getBoundingClientRect())")
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -111,7 +112,7 @@ def test_axes_have_the_scale_of_the_space_and_ticks_that_do_not_touch(tab, page)
             f"{texts.format(i)}.map((t) => t.getBoundingClientRect()).map((b) => [b.left, b.right, b.top])"
         )
         if len({top for _, _, top in boxes}) == 1:  # else they are slanted
-            assert all(one[1] < other[0] for one, other in zip(boxes, boxes[1:], strict=False)), axes[i]
+            assert all(one[1] < other[0] for one, other in itertools.pairwise(boxes)), axes[i]
 
 
 def test_hovering_shows_the_settings_of_a_trial(tab, page):
@@ -126,6 +127,21 @@ def test_hovering_shows_the_settings_of_a_trial(tab, page):
     assert tab.eval(f"elements.get('{winner}').every((element) => element.classList.contains('hover'))")
     tab.click(2, 2, kind="hover")
     assert tab.eval("document.getElementById('tip').hidden")
+
+
+def test_a_finger_shows_and_marks_a_trial(tab, page):
+    tab.show(page, width=390)
+    tab.draw_all()
+    x, y = place_of(tab, tab.eval("data.winner"))
+    tab.tap(x, y)
+    tab.wait("document.querySelector('[data-chart=curves] .marked')")
+    assert tab.eval("document.querySelector('[data-chart=curves] .marked').dataset.t === data.winner")
+    assert not tab.eval("document.getElementById('tip').hidden")
+    box = tab.eval("(({left, right}) => [left, right])(document.getElementById('tip').getBoundingClientRect())")
+    assert box[0] >= 0
+    assert box[1] <= 390
+    tab.eval("scrollBy(0, 300)")
+    tab.wait("document.getElementById('tip').hidden")
 
 
 def test_clicking_marks_a_trial_in_every_plot_and_table_and_again_unmarks_it(tab, page):
