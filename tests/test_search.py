@@ -470,6 +470,22 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
         assert tree(local) == before
 
 
+def test_local_copy_of_another_study_is_kept_when_the_one_at_a_uri_goes_on(tmp_path, finished, capsys):
+    shutil.copytree(finished, tmp_path / "results" / "study")
+    place = parsed("--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume").find_study()
+    folder = place.working_folder()
+    shutil.copytree(finished, folder)
+    (folder / "study.yaml").write_text((folder / "study.yaml").read_text().replace("created: '", "created: '1"))
+    (folder / "trials.csv").write_text("of days of work")
+    with contextlib.ExitStack() as held:
+        study = open_existing(place, held)
+    assert study.folder == folder
+    assert not (folder / "trials.csv").exists()
+    (aside,) = set(folder.parent.iterdir()) - {folder}
+    assert (aside / "trials.csv").read_text() == "of days of work"
+    assert f"is kept in {aside}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("option", "seed"), [((), 5), (("--seed", "3"), 3)])
 def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, option, seed):
     argv = ["--data", str(store.path), "--space", str(space(f"{SPACE}train.seed: 5\n")), *option]

@@ -33,6 +33,7 @@ _CHUNK = 16 * 2**20  # bytes
 _AT_ONCE = 16
 #: How each kind of file system puts a file in the place of another in one step: an object is copied, a file is moved.
 _COPY, _MOVE = ("s3", "gcs", "abfs"), ("local",)
+_LARGEST_COPY = 5 * 2**30  # bytes, of S3
 #: What the system, and a store of objects in words, say of a request that would fail again.
 _PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 _PERMANENT_WORDS = re.compile(
@@ -227,6 +228,10 @@ def _put(file: Path, filesystem: FileSystem, target: str) -> None:
     """
     part = f"{target}.{uuid.uuid4().hex[:8]}.part"
     with file.open("rb") as source:
+        if filesystem.type_name == "s3" and file.stat().st_size > _LARGEST_COPY:
+            raise Breakdown(
+                f"{target}: S3 replaces no file of more than 5 GiB in one step; keep the results in a folder"
+            )
         if filesystem.type_name in _MOVE:
             filesystem.create_dir(target.rpartition("/")[0])
         try:

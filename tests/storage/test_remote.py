@@ -241,6 +241,14 @@ def test_two_ctrl_c_in_an_upload_keep_the_old_object(uri, tmp_path):
     assert remote.read(uri, "journal") == GOOD
 
 
+def test_file_that_s3_cannot_replace_in_one_step_is_refused_before_it_is_sent(bucket, folder, monkeypatch):
+    monkeypatch.setattr(remote, "_LARGEST_COPY", 1000)
+    uri = remote.join(bucket, "large")
+    with pytest.raises(Breakdown, match=r"last\.safetensors: S3 replaces no file of more than 5 GiB in one step"):
+        remote.push(folder, uri, ["a.txt", "trials/0000/last.safetensors"])
+    assert remote.names(uri, "*") == ["a.txt"]
+
+
 # Names that somebody else has chosen
 
 

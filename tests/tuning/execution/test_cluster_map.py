@@ -11,9 +11,10 @@ import ray
 
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution.cluster_map import on_all_nodes
+from tests.data.packing.test_pack import files_of
 from tests.data.test_affectnet import write_folder
-from tests.data.test_store import files_of
 from tests.test_pack import heed_ctrl_c
 
 
@@ -41,7 +42,7 @@ def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
 
 def test_a_cluster_packs_the_stores_of_one_machine(cluster, faces, tmp_path):
     with on_all_nodes() as pmap:
-        pack_sizes(faces, {size: tmp_path / f"{size}px" for size in (16, 24)}, pmap=pmap)
+        pack_sizes(Folder(faces), {size: Folder(tmp_path / f"{size}px") for size in (16, 24)}, pmap=pmap)
     for size in (16, 24):
         alone = pack(faces, tmp_path / f"alone{size}", image_size=size)
         assert files_of(tmp_path / f"{size}px") == files_of(alone.path)
