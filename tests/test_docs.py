@@ -166,7 +166,8 @@ def project(finished_study, tmp_path, monkeypatch):
 
     def search(*args: object, **options: object) -> studies.Study:
         """Stand in for a search: to start Ray takes as long as all other examples."""
-        folder = Path("ray_results") / str(whole_search.bind(*args, **options).arguments["name"])
+        given = whole_search.bind(*args, **options).arguments
+        folder = Path(given.get("results", "ray_results")) / given["name"]
         shutil.copytree(finished_study, folder)
         return studies.load_study(folder)
 
