@@ -42,7 +42,7 @@ CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 100), (224, (64, 96
 NAMES = 16
 #: Packing takes all files, and what is compared with it every second.
 PART = 2
-ROUNDS = 4
+ROUNDS = 8
 CORES = os.cpu_count() or 1
 #: PIL in as many processes as packing, and the files that each is handed at once.
 PILS, PART_ROWS = f"PIL, {CORES} processes", 128
