@@ -186,7 +186,7 @@ class TestReplacing:
                 raise OSError(28, "No space left on device", str(path))
             return original(path, *rest)
 
-        target = "whole" if name == "model.safetensors" else "write_text"
+        target = "atomic_write" if name == "model.safetensors" else "write_text"
         original = getattr(export_folder, target)
         monkeypatch.setattr(export_folder, target, full)
         with pytest.raises(UserError, match="No space left on device"):
