@@ -103,7 +103,8 @@ def draw_parallel(data: StudyData) -> Figure:
         points = [(i, _share(axis, record)) for i, axis in enumerate(data.axes)]
         there = [(i, y) for i, y in points if y is not None]
         shade = mpl.colormaps["viridis_r"](1 - rank / max(1, len(scored) - 1))
-        axes.plot(*zip(*there, strict=True), color=_WINNER if record is data.winner else shade, linewidth=1, alpha=0.8)
+        won = record is data.winner
+        axes.plot(*zip(*there, strict=True), color=_WINNER if won else shade, linewidth=2.4 if won else 0.9, alpha=0.8)
     for i, axis in enumerate(data.axes):
         axes.axvline(i, color="black", linewidth=0.5)
         ends = axis.choices if axis.kind == "choice" else (f"{axis.low:g}", f"{axis.high:g}")
