@@ -8,8 +8,8 @@
         ...                                               # a Path: the folder itself, or a temporary copy
     study.push(folder, ["trials.csv"])                    # nothing to do where `folder` is the location itself
 
-A program that works in a folder and keeps a location up to date calls `push`, `pull` and `delete` at every step. They
-do nothing where the folder is the location, so it needs no branches. File names are relative, with slashes.
+A program that works in a folder and keeps a location up to date calls `push` and `pull` at every step. They do nothing
+where the folder is the location, so the program needs no branches. File names are relative, with slashes.
 """
 
 import contextlib

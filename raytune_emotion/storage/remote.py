@@ -285,7 +285,7 @@ def _is_permanent(error: OSError) -> bool:
 def _open(uri: str) -> tuple[FileSystem, str]:
     found = None
     if uri.startswith("s3://"):
-        # A small file is then one request, and not three. The option is pyarrow's from version 21 on.
+        # A small upload is then one request, and not three. The option is pyarrow's from version 21 on.
         with contextlib.suppress(ValueError):
             found = FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true")
     filesystem, path = found or FileSystem.from_uri(uri)
