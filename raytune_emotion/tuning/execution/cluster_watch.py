@@ -22,6 +22,8 @@ _SILENCE_S = 40.0
 #: What was stopped for so long, as by SIGSTOP, counts as frozen: suspended machines and debuggers take less.
 _FROZEN_S = 20.0
 
+#: A cluster of this machine without a process for work for so long, while it keeps some for every core, is broken.
+_NO_WORKER_S = 50.0
 #: Between two looks at whether the cluster lives.
 _LOOK_S = 0.5
 #: What runs on the cluster gets so long to end in order; what has not ended then ends with the session.
@@ -47,6 +49,7 @@ class ClusterWatch:
         self._answered = time.monotonic()
         self._failure = ""
         self._frozen: dict[int, float] = {}
+        self._worker_seen = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
         self._thread.start()
@@ -77,11 +80,19 @@ class ClusterWatch:
                 self._answered = time.monotonic()
             if "raylet" in self._vital:
                 self._look_for_frozen()
+                self._look_for_workers()
+
+    def _look_for_workers(self) -> None:
+        """Give up a cluster that starts no process for any work, as where the system refuses it one."""
+        if any(_age_s(pid) > _EVERY_S for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)):
+            self._worker_seen = time.monotonic()
+        elif time.monotonic() - self._worker_seen > _NO_WORKER_S and Path("/proc").is_dir():
+            self._failure = f"Ray has started no process for work for {_NO_WORKER_S:.0f} s; its logs say why"
 
     def _look_for_frozen(self) -> None:
         """Give up a cluster whose own processes were stopped, and end processes of trials that were."""
         vital = {process.pid: name for name, process in self._vital.items()}
-        stopped = [pid for pid in (*vital, *_children(self._vital["raylet"].pid)) if _state(pid) == "T"]
+        stopped = [pid for pid in (*vital, *_children(self._vital["raylet"].pid)) if _is_stopped(pid)]
         self._frozen = {pid: self._frozen.get(pid, time.monotonic()) for pid in stopped}
         for pid, since in self._frozen.items():
             if time.monotonic() - since < _FROZEN_S:
@@ -157,7 +168,27 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _state(pid: int) -> str:
+def _is_worker(pid: int) -> bool:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return ""
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return command.startswith(b"ray::") or b"default_worker.py" in command
+    return False
+
+
+def _age_s(pid: int) -> float:
+    """Return for how long a process has run; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, IndexError):
+        started = int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    return 0.0
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return _stat(pid)[0] == "T"
+    return False
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of `/proc/PID/stat` after the process's name, which may hold anything: proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 
+from raytune_emotion.known_errors import first_line
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import Resources, job_of
@@ -84,14 +86,11 @@ def _run(
     """
     stop, errors = threading.Event(), list[Exception]()
     deadline = time.monotonic() + time_budget.total_seconds() if time_budget else float("inf")
-    need = " and ".join(f"{amount:g} {kind}" for kind, amount in placement.resources.per_worker.items())
-    workers = placement.resources.workers
-    waiting = f"waiting for room on the cluster: a trial needs {need}" + (f" {workers} times" if workers > 1 else "")
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
 
         def tune_trials() -> None:
             try:
-                _tune(recorder, study, placement, stop, lambda: say(waiting), scratch)
+                _tune(recorder, study, placement, stop, lambda: say(_waiting(placement.resources)), scratch)
             except Exception as error:
                 errors.append(error)
 
@@ -100,13 +99,28 @@ def _run(
         try:
             while thread.is_alive() and time.monotonic() < deadline:
                 if lost := failure():
-                    raise ClusterLost(f"{lost}; the study can be resumed: {study.copy}")
+                    raise _lost(lost, study)
                 thread.join(_LOOK_S)
+            if time.monotonic() >= deadline:
+                say("the time budget is spent: trials that run are left as they are")
         finally:
             stop.set()
             thread.join(_END_OF_DEAD_S if failure() else _END_S)
         if errors and not recorder.broken:
+            of_ray = isinstance(errors[0], RayError | ConnectionError)
+            if lost := failure() or (first_line(errors[0]) if of_ray else ""):
+                raise _lost(lost, study) from errors[0]
             raise errors[0]
+
+
+def _lost(what: str, study: OpenStudy) -> ClusterLost:
+    return ClusterLost(f"{what}; the study can be resumed: {study.copy}")
+
+
+def _waiting(resources: Resources) -> str:
+    need = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.per_worker.items())
+    times = f" {resources.workers} times" if resources.workers > 1 else ""
+    return f"waiting for room on the cluster: a trial needs {need}{times}"
 
 
 def _tune(

@@ -1,0 +1,119 @@
+"""How signals end a command: each case in a process of its own."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+#: Says when it is ready; what it writes after an interruption takes two seconds.
+COMMAND = """
+import sys, time
+from raytune_emotion.cli import guarded
+from raytune_emotion.interruption import finishing, orderly
+
+def action():
+    try:
+        print("ready", flush=True)
+        {work}
+    finally:
+        time.sleep(2)
+        print("written", flush=True)
+
+with orderly():
+    sys.exit(guarded(action))
+"""
+SLEEP = "time.sleep(60)"
+
+
+def started(work=SLEEP, prefix=()):
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", COMMAND.format(work=work)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def outcome(process):
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_a_command_in_order(name):
+    process = started()
+    process.send_signal(getattr(signal, name))
+    assert outcome(process) == (130, "written\n", "interrupted\n")
+
+
+def test_further_signals_do_not_break_off_what_is_written():
+    process = started()
+    for name in ("SIGINT", "SIGTERM", "SIGTERM", "SIGINT"):
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.2)
+    assert outcome(process) == (130, "written\n", "interrupted\n")
+
+
+def test_a_third_ctrl_c_insists():
+    process = started()
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    code, out, _ = outcome(process)
+    assert (code, out) == (130, "")
+
+
+def test_what_must_be_finished_is_before_the_command_ends():
+    work = "\n        ".join(["with finishing():", "    time.sleep(1)", "    print('finished', flush=True)"])
+    process = started(work)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert outcome(process) == (130, "finished\nwritten\n", "interrupted\n")
+
+
+def test_sigterm_works_where_ctrl_c_is_ignored_as_in_the_background_of_a_script():
+    """A shell without job control has what runs behind `&` ignore Ctrl-C (C7)."""
+    script = f"{sys.executable} -c '{COMMAND.format(work=SLEEP)}' & wait $!; echo code $?"
+    with subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+        assert shell.stdout.readline() == "ready\n"
+        (child,) = map(int, subprocess.run(
+            ["pgrep", "-P", str(shell.pid)], capture_output=True, text=True, check=True
+        ).stdout.split())  # fmt: skip
+        for number in (signal.SIGINT, signal.SIGTERM):
+            subprocess.run(["kill", f"-{number.value}", str(child)], check=True)
+        assert shell.communicate(timeout=30)[0] == "written\ncode 130\n"
+
+
+def test_nohup_keeps_a_command_from_ending_with_its_terminal():
+    process = started("time.sleep(1); print('done', flush=True)", prefix=["nohup"])
+    process.send_signal(signal.SIGHUP)
+    code, out, _ = outcome(process)
+    assert (code, out) == (0, "done\nwritten\n")
+
+
+def test_handlers_are_as_before_and_other_threads_change_none():
+    code = """
+import signal, threading
+from raytune_emotion.interruption import orderly, unchanged_handlers
+numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+before = [signal.getsignal(number) for number in numbers]
+def enter():
+    with orderly():
+        return [signal.getsignal(number) for number in numbers]
+assert enter() != before
+assert [signal.getsignal(number) for number in numbers] == before
+found = []
+thread = threading.Thread(target=lambda: found.append(enter()))
+thread.start()
+thread.join()
+assert found == [before]
+with unchanged_handlers():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+assert [signal.getsignal(number) for number in numbers] == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
