@@ -1,6 +1,5 @@
 """Show a running study on the console."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +12,6 @@ from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.records import winner
 
 
 def run_shown(
@@ -36,20 +34,22 @@ def _progress(console: Console, study: OpenStudy) -> Iterator[Callable[[Event], 
     running: dict[str, str] = {}
     records = study.records()
     ended = {record.trial_id for record in records if record.ended}
-    leader = winner(records)
-    best = leader.best["val_js"] if leader is not None and leader.best else math.inf
+    reached = {r.trial_id: r.best["val_js"] for r in records if r.best and r.status != "failed"}
 
     def text() -> str:
-        return f"best {best:.4f}  running {', '.join(running.values())}" if best < math.inf else "no evaluation yet"
+        if not reached:
+            return "no evaluation yet"
+        return f"best {min(reached.values()):.4f}  running {', '.join(running.values())}"
 
     def watch(event: Event) -> None:
-        nonlocal best
         trial_id = event.proposal.trial_id
         if event.report is not None:
-            best = min(best, event.report[OBJECTIVE])
+            reached[trial_id] = event.report[OBJECTIVE]
             running[trial_id] = f"{trial_id} {event.report[OBJECTIVE]:.4f}"
         if event.status != "running":
             running.pop(trial_id, None)
+        if event.status == "failed":  # it is never the best
+            reached.pop(trial_id, None)
         if event.status not in ("running", "paused"):
             ended.add(trial_id)
             progress.update(bar, completed=len(ended))
@@ -67,7 +67,9 @@ def _line(event: Event) -> str:
     what += [
         f"{key.rpartition('.')[2]} {settings[key]:.3g}" for key in ("optim.lr", "train.batch_size") if key in settings
     ]
-    what += [f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w]
+    what += [
+        f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005
+    ]
     if event.report is None:
         outcome = event.reason
     else:
