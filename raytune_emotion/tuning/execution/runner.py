@@ -17,7 +17,7 @@ from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import Resources, job_of
 from raytune_emotion.tuning.execution.placement import Placement
-from raytune_emotion.tuning.execution.ray_patches import PlainTrainable, mended_tune
+from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, mended_tune
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import Between, Gate, Search, SmallerBatches

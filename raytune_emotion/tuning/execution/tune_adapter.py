@@ -12,7 +12,7 @@ from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.execution.job import Job, halved
-from raytune_emotion.tuning.execution.ray_patches import LOW_MEMORY, QuietProgress, make_trial, newest_error
+from raytune_emotion.tuning.execution.ray_tune_patches import LOW_MEMORY, QuietProgress, make_trial, newest_error
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.trial_actor import ENDING
 from raytune_emotion.tuning.study.endings import Failed

@@ -103,7 +103,7 @@ def test_what_ray_says_when_memory_is_short_is_known():
     """Without these words a trial that needs too much memory is not tried in smaller micro-batches."""
     import ray.exceptions
 
-    from raytune_emotion.tuning.execution.ray_patches import LOW_MEMORY
+    from raytune_emotion.tuning.execution.ray_tune_patches import LOW_MEMORY
 
     assert LOW_MEMORY == "running low on memory"
     assert issubclass(ray.exceptions.OutOfMemoryError, ray.exceptions.RayError)

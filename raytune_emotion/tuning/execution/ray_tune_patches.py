@@ -1,0 +1,153 @@
+"""Use the private interfaces of Ray Tune, each for a reason: all such uses stand here.
+
+`tests/tuning/execution/test_ray_contract.py` names each of them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+import ray.tune.tune
+from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.tune.execution import tune_controller
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Experiment, Trial
+from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
+from ray.tune.progress_reporter import TrialProgressCallback
+
+#: Of what Ray says of a process that its memory monitor has killed.
+LOW_MEMORY = "running low on memory"
+
+
+class PlainTrainable(tune.Trainable):
+    """Stand in the driver for an actor that is no `Trainable`: to import Ray Tune takes 0.3 core-seconds and 90 MB."""
+
+    actor: type
+    environment: ClassVar[dict[str, str]] = {}  # of the actor's process
+
+
+class _ActorClasses:
+    """Take the place of Tune's cache of actor classes."""
+
+    def __init__(self) -> None:
+        self._found: dict[type[PlainTrainable], Any] = {}
+
+    def get(self, trainable: type[PlainTrainable]) -> Any:
+        if trainable not in self._found:
+            # A process with an environment of its own cannot be one of those that Ray has started already.
+            options = {"runtime_env": {"env_vars": trainable.environment}} if trainable.environment else {"num_cpus": 0}
+            self._found[trainable] = ray.remote(**options)(trainable.actor)
+        return self._found[trainable]
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what Tune adds, which only Ray Tune itself can read."""
+    return {key: value for key, value in config.items() if not key.startswith("__")}
+
+
+class _ActorManager(RayActorManager):
+    """Takes an actor that Ray's memory monitor has killed for one that died.
+
+    The monitor ends it with an error that Tune does not know, at which it would end the study.
+    """
+
+    def add_actor(self, cls: Any, kwargs: dict[str, Any], resource_request: Any, **hooks: Any) -> Any:
+        return super().add_actor(cls, {"config": _plain(kwargs["config"])}, resource_request, **hooks)
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            # Its first line says it; the others, where memory went, are in Ray's logs too.
+            exception = RayActorError(error_msg=str(exception).splitlines()[0])
+        super()._actor_task_failed(tracked_actor_task, exception)
+
+
+class _Controller(TuneController):
+    """Restarts a trial whose process died before it had begun to run it, as when it died between two trials.
+
+    Tune hears of such a death twice, and takes the second time for that of a trial that cannot be restarted.
+
+    It also forgets trials that have ended: Tune would keep 45 KiB of each, and walk through all at every event.
+    """
+
+    _newest_failure: Exception | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._class_cache: Any = _ActorClasses()
+
+    def _schedule_trial_task(self, trial: Trial, method_name: str, *args: Any, **options: Any) -> Any:
+        if method_name == "reset":
+            options |= {"args": (_plain(options["args"][0]),), "kwargs": {}}
+        return super()._schedule_trial_task(trial, method_name, *args, **options)
+
+    def step(self) -> None:
+        super().step()  # type: ignore[no-untyped-call]
+        ended = self._stopped_trials | self._failed_trials
+        if ended:
+            self._trials = [trial for trial in self._trials if trial not in ended]
+            for kept in (self._stopped_trials, self._failed_trials, self._trials_to_cache):
+                kept.difference_update(ended)
+            for trial in ended:
+                self._trial_metadata.pop(trial.trial_id, None)
+
+    def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
+        if exception is self._newest_failure:
+            return
+        self._newest_failure = exception
+        if trial in self._resetting_trials:
+            self._resetting_trials.discard(trial)
+            # As Tune itself does for a process that dies in its making.
+            self._set_trial_status(trial, Trial.RUNNING)
+            if trial in self._staged_trials:
+                # Its process lives, which has failed to leave the trial before; else it would wait for that for ever.
+                self._unstage_trial_with_resources(trial)
+        super()._trial_task_failure(trial, exception)
+
+
+@contextlib.contextmanager
+def mended_tune() -> Iterator[None]:
+    """Lets `tune.run` use the above."""
+    places = [(tune_controller, "RayActorManager", _ActorManager), (ray.tune.tune, "TuneController", _Controller)]
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, mended in places:
+        setattr(module, name, mended)
+    try:
+        yield
+    finally:
+        for (module, name, _), own in zip(places, before, strict=True):
+            setattr(module, name, own)
+
+
+def make_trial(experiment: Experiment, trial_id: str, config: dict[str, Any], settings: Mapping[str, Any]) -> Trial:
+    """Make a trial of Ray Tune's with an id of ours; Tune itself draws ids at random."""
+    trial: Trial = _create_trial_from_spec(
+        {**experiment.spec, "config": config},
+        _make_parser(),
+        evaluated_params=settings,
+        experiment_tag=trial_id,
+        trial_id=trial_id,
+    )
+    return trial
+
+
+def newest_error(trial: Trial) -> str:
+    """Return the line that says why a trial's process ended the last time."""
+    # Not by the trial's own method, which reads a copy that may be still to be made.
+    file = Path(trial.error_file) if trial.error_file else None
+    text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
+    lines = text.rpartition("Failure #")[2].strip().splitlines()
+    return next((line for line in lines if LOW_MEMORY in line), lines[-1])
+
+
+class QuietProgress(TrialProgressCallback):
+    """Take the place of Tune's own report of progress, which prints nothing here but would keep every trial."""
+
+    def log_result(self, trial: Trial, result: dict[str, Any], error: bool = False) -> None:
+        pass
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        pass

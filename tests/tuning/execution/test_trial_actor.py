@@ -1,0 +1,77 @@
+"""The process of a trial, without Ray."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.learn.report import HEARD
+from raytune_emotion.tuning.execution.job import Job, OutOfMemory, Resources, TrialFailed
+from raytune_emotion.tuning.execution.trial_actor import ENDING, TrialActor
+from raytune_emotion.tuning.study.endings import Broken, Failed
+
+#: What takes seconds and hundreds of MB, and no trial's process has a use for.
+NEEDLESS = ("optuna", "pandas", "scipy", "ray.tune", "ray.train", "matplotlib", "jinja2")
+
+
+@pytest.fixture
+def job(tmp_path, store):
+    settings = {
+        "model.backbone": "test_vit", "data.image_size": store.image_size, "train.epochs": 2, "train.batch_size": 32,
+    }  # fmt: skip
+    return Job(
+        "a trial", str(tmp_path / "study" / "trials" / "0000"), str(store.path), settings, Resources(1, 1.0, 0.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "module", ["raytune_emotion.tuning.execution.trial_actor", "raytune_emotion.tuning.execution.cluster"]
+)
+def test_what_is_needless_is_not_imported(module):
+    needless = [name for name in NEEDLESS if "actor" in module or name.startswith("ray.")]
+    code = f"import sys, {module}; print([name for name in {needless} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_result_is_what_the_driver_hears(job):
+    actor = TrialActor(job.to_dict())
+    results = [actor.train(), actor.train()]
+    assert [set(result) for result in results] == [{*HEARD}] * 2
+    assert [result["finished"] for result in results] == [False, True]
+    actor.stop()
+
+
+def test_a_process_goes_from_trial_to_trial_and_says_again_what_was_not_heard(job, tmp_path):
+    actor = TrialActor(job.to_dict())
+    first = actor.train()
+    other = dataclasses.replace(job, folder=str(tmp_path / "study" / "trials" / "0001"))
+    assert actor.reset(other.to_dict())
+    assert actor.train()["report"] == 1
+    assert actor.reset(job.to_dict())
+    again, second = actor.train(), actor.train()
+    assert again == first
+    assert (second["report"], second["finished"]) == (2, True)
+    assert [report["report"] for report in read_history(tmp_path / "study" / "trials" / "0000")] == [1, 2]
+    assert actor.reset(job.to_dict())
+    assert actor.train() == second, "its ending was not heard"
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (TrialFailed("the loss is not a number"), Failed("the loss is not a number")),
+        (OutOfMemory("out of memory on the device"), Failed("out of memory on the device")),
+        (Breakdown("the URI is away"), Broken("the URI is away")),
+    ],
+)
+def test_what_ends_a_trial_is_a_result_with_a_type(job, error, ending):
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            raise error
+            yield
+
+    assert Actor(job.to_dict()).train() == {ENDING: ending}
