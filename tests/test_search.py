@@ -23,10 +23,12 @@ from safetensors.torch import save_file
 from raytune_emotion import search
 from raytune_emotion.__main__ import main
 from raytune_emotion.data.prepare import find_data
+from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import gpu_sharing
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import load_space, parse_space
@@ -455,6 +457,31 @@ class TestBadResuming:
         file.write_text(file.read_text().replace(old, new, 1))
         (told,) = resumed()
         assert told.startswith(str(file))
+
+
+@pytest.mark.parametrize("how", [None, KeyboardInterrupt, ClusterLost("Ray has died")])
+def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, space, monkeypatch, capsys, how):
+    """Its best trial, its page and its tables too, however it ended (C8)."""
+    folder, concluded = tmp_path / "results" / "s", []
+
+    def run_shown(*_, **__):
+        if how is not None:
+            raise how
+
+    def conclude(*_):
+        with pytest.raises(UserError, match="another process is at work in it"), sole_driver(folder):
+            pass
+        concluded.append(True)
+
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_shown", run_shown)
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", conclude)
+    argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
+    assert exit_code(argv) == {None: 0, KeyboardInterrupt: 130}.get(how, 1)
+    assert concluded == [True]
+    with sole_driver(folder):
+        pass
 
 
 def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, finished, capsys):

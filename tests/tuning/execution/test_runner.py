@@ -82,7 +82,14 @@ def test_a_study_runs_from_its_space_to_its_tables(begin):
         if sum(event.status != "running" for event in events) == 7:
             assert sum(type(each) is Trial for each in gc.get_objects()) <= 2, "Tune keeps trials that have ended"
 
+    def process():
+        """What a study may not leave changed: Ray Tune leaves its handlers of signals (C6)."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        return [signal.getsignal(number) for number in numbers], dict(os.environ)
+
+    before = process()
     records = go(watch)
+    assert process() == before
     assert [r.trial_id for r in records] == [f"{i:04d}" for i in range(7)]
     assert {r.status for r in records} == {"complete", "pruned"}
     # No rung is passed by more than those that deserve it, and a complete trial has all its reports.
