@@ -64,6 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"GPUs per worker: a fraction, 1, or {AUTO} for the fastest share (default: 1 if there are GPUs)",
     )
+    _add_study_arguments(parser)
+
+
+def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--results",
         type=location,

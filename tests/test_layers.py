@@ -53,3 +53,34 @@ def test_every_layer_and_wing_was_seen():
     parts = {module.relative_to(ROOT).with_suffix("").parts for module in MODULES}
     assert {floor_of(p)[0] for p in parts} == set(range(len(LAYERS)))
     assert {p[1] for p in parts if p[0] == "tuning"} == {*WINGS, "__init__"}
+
+
+def lines_of(node: ast.AST) -> int:
+    """Count the lines of a function or a class, but for its docstring."""
+    first = node.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return node.end_lineno - node.lineno + 1 - (first.end_lineno - first.lineno + 1 if is_docstring else 0)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_and_no_class_is_too_long_to_read(module):
+    most = {ast.FunctionDef: 75, ast.ClassDef: 200}
+    nodes = [node for node in ast.walk(ast.parse(module.read_text())) if type(node) in most]
+    assert [f"{node.name}: {lines_of(node)} lines" for node in nodes if lines_of(node) > most[type(node)]] == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    def name_of(module: Path) -> str:
+        parts = module.relative_to(ROOT.parent).with_suffix("").parts
+        return ".".join(part for part in parts if part != "__init__")
+
+    graph: dict[str, set[str]] = {}
+    names = {name_of(module) for module in MODULES}
+    for module in MODULES:
+        body = ast.Module([node for node in ast.parse(module.read_text()).body if not isinstance(node, ast.If)], [])
+        top = ast.Module([node for node in body.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        found = {name if name in names else name.rpartition(".")[0] for name in imported(top)}
+        graph[name_of(module)] = found & names - {name_of(module)}
+    while leaves := {name for name, others in graph.items() if not others}:
+        graph = {name: others - leaves for name, others in graph.items() if name not in leaves}
+    assert graph == {}
