@@ -17,6 +17,7 @@ from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.ray_patches import own_processes
 
 _EVERY_S = 3.0
+_SUSPENDED_S = 10.0
 #: Without an answer for so long, Ray's head counts as dead. A machine under load takes seconds.
 _SILENCE_S = 40.0
 #: What was stopped for so long, as by SIGSTOP, counts as frozen: suspended machines and debuggers take less.
@@ -49,18 +50,29 @@ class ClusterWatch:
         self._answered = time.monotonic()
         self._failure = ""
         self._frozen: dict[int, float] = {}
-        self._worker_seen = time.monotonic()
+        self._looked = self._asked = self._worker_seen = time.monotonic()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="cluster-watch", daemon=True)
+        # Of its own, since a question to a head that has frozen never comes back.
+        self._thread = threading.Thread(target=self._ask, name="cluster-watch", daemon=True)
         self._thread.start()
 
     def failure(self) -> str:
-        """Say what has died or frozen; empty while the cluster lives."""
+        """Say what has died or frozen; empty while the cluster lives. It is to be asked all the time."""
+        now = time.monotonic()
+        if now - self._asked > _SUSPENDED_S:
+            # Nobody has looked, or this process itself was stopped, as by Ctrl-Z: nothing is known of that time.
+            self._answered = self._worker_seen = now
+            self._frozen.clear()
+        self._asked = now
         for name, process in self._vital.items():
             if process.poll() is not None and not self._failure:
                 self._failure = f"{_NAMES[name]} has ended (code {process.returncode})"
-        if not self._failure and time.monotonic() - self._answered > _SILENCE_S:
+        if not self._failure and now - self._answered > _SILENCE_S:
             self._failure = f"Ray's head has not answered for {_SILENCE_S:.0f} s"
+        if not self._failure and "raylet" in self._vital and now - self._looked > _EVERY_S:
+            self._looked = now
+            self._look_for_frozen()
+            self._look_for_workers()
         return self._failure
 
     def close(self) -> None:
@@ -71,31 +83,28 @@ class ClusterWatch:
                 process.kill()
         self._thread.join(timeout=_EVERY_S)
 
-    def _watch(self) -> None:
+    def _ask(self) -> None:
         while not self._end.wait(_EVERY_S):
             with contextlib.suppress(Exception):  # of whatever class: no answer is none
                 nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
                 if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
                     self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
                 self._answered = time.monotonic()
-            if "raylet" in self._vital:
-                self._look_for_frozen()
-                self._look_for_workers()
 
     def _look_for_workers(self) -> None:
         """Give up a cluster that starts no process for any work, as where the system refuses it one."""
         if any(_age_s(pid) > _EVERY_S for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)):
-            self._worker_seen = time.monotonic()
-        elif time.monotonic() - self._worker_seen > _NO_WORKER_S and Path("/proc").is_dir():
+            self._worker_seen = self._looked
+        elif not self._failure and self._looked - self._worker_seen > _NO_WORKER_S and Path("/proc").is_dir():
             self._failure = f"Ray has started no process for work for {_NO_WORKER_S:.0f} s; its logs say why"
 
     def _look_for_frozen(self) -> None:
         """Give up a cluster whose own processes were stopped, and end processes of trials that were."""
         vital = {process.pid: name for name, process in self._vital.items()}
         stopped = [pid for pid in (*vital, *_children(self._vital["raylet"].pid)) if _is_stopped(pid)]
-        self._frozen = {pid: self._frozen.get(pid, time.monotonic()) for pid in stopped}
+        self._frozen = {pid: self._frozen.get(pid, self._looked) for pid in stopped}
         for pid, since in self._frozen.items():
-            if time.monotonic() - since < _FROZEN_S:
+            if self._looked - since < _FROZEN_S:
                 continue
             if pid in vital:
                 self._failure = f"{_NAMES[vital[pid]]} was stopped for {_FROZEN_S:.0f} s"

@@ -1,0 +1,144 @@
+"""What a watch sees of processes, without Ray."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from raytune_emotion.tuning.execution import cluster_watch
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, ClusterWatch, watched
+
+
+@pytest.fixture
+def parts():
+    """Two processes in the place of Ray's; the second has a child that passes for one that works."""
+    worker = "import time; time.sleep(60)"
+    raylet = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, 'default_worker.py'])"
+    found = {
+        "gcs_server": subprocess.Popen([sys.executable, "-c", worker]),
+        "raylet": subprocess.Popen([sys.executable, "-c", raylet]),
+    }
+    yield found
+    for process in found.values():
+        children = cluster_watch._children(process.pid)
+        process.kill()
+        process.wait()
+        for child in children:
+            subprocess.run(["kill", "-KILL", str(child)], check=False, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def watch(parts, monkeypatch):
+    """A watch over them, with a clock that a test moves."""
+    clock = SimpleNamespace(now=1000.0, answers=True)
+
+    def nodes():
+        if not clock.answers:
+            raise ConnectionError
+        return [{"NodeID": "here", "Alive": True}]
+
+    monkeypatch.setattr(cluster_watch, "own_processes", lambda: parts)
+    monkeypatch.setattr(cluster_watch.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    monkeypatch.setattr(cluster_watch.ray, "nodes", nodes)
+    monkeypatch.setattr(cluster_watch.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 100.0)
+    deadline = time.time() + 20
+    while not cluster_watch._children(parts["raylet"].pid):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    watch = ClusterWatch(own=True)
+
+    def after(seconds):
+        """What the watch says, asked all the time until then."""
+        for _ in range(int(seconds)):
+            clock.now += 1.0
+            if clock.answers:
+                watch._answered = clock.now
+            if found := watch.failure():
+                return found
+        return ""
+
+    yield SimpleNamespace(after=after, clock=clock, watch=watch)
+    watch._end.set()
+
+
+def stop(pid):
+    os.kill(pid, signal.SIGSTOP)
+    while not cluster_watch._is_stopped(pid):
+        time.sleep(0.01)
+
+
+def test_a_cluster_that_lives_has_not_failed(watch):
+    assert watch.after(200) == ""
+
+
+@pytest.mark.parametrize(("name", "told"), [("raylet", "node process (raylet)"), ("gcs_server", "head process (gcs_")])
+def test_a_part_that_dies_is_named_at_once(watch, parts, name, told):
+    parts[name].kill()
+    parts[name].wait()
+    assert told in watch.after(1)
+    assert "has ended (code -9)" in watch.after(1)
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_part_that_was_stopped_is_given_up_after_20_seconds(watch, parts, name):
+    stop(parts[name].pid)
+    assert watch.after(15) == ""
+    assert f"({name}) was stopped for 20 s" in watch.after(15)
+
+
+def test_a_trial_that_was_stopped_is_ended(watch, parts, capsys):
+    (worker,) = cluster_watch._children(parts["raylet"].pid)
+    stop(worker)
+    assert watch.after(30) == ""
+    assert f"process {worker} of a trial was stopped for 20 s" in capsys.readouterr().err
+    assert parts["raylet"].wait(timeout=20) == 0, "its child has ended"
+
+
+def test_a_head_that_does_not_answer_is_given_up(watch):
+    watch.clock.answers = False
+    assert watch.after(35) == ""
+    assert "has not answered for 40 s" in watch.after(10)
+
+
+def test_a_cluster_that_starts_no_process_is_given_up(watch, monkeypatch):
+    monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 0.5)  # they end as soon as they begin
+    assert watch.after(45) == ""
+    assert "started no process for work for 50 s" in watch.after(10)
+
+
+def test_the_time_for_which_the_watch_itself_was_stopped_does_not_count(watch, parts):
+    watch.clock.answers = False
+    assert watch.after(30) == ""
+    watch.clock.now += 3600  # Ctrl-Z, or a suspended machine
+    assert watch.after(30) == ""
+
+
+def test_reports_are_heard_from_another_thread_and_a_death_is_raised():
+    failure = []
+    dead = SimpleNamespace(failure=lambda: failure[0] if failure else "")
+    assert list(watched((i for i in range(3)), dead)) == [0, 1, 2]
+
+    def broken():
+        yield 1
+        raise ValueError("of the training")
+
+    reports = watched(broken(), dead)
+    assert next(reports) == 1
+    with pytest.raises(ValueError, match="of the training"):
+        next(reports)
+
+    def frozen():
+        yield 1
+        time.sleep(30)
+
+    with contextlib.closing(watched(frozen(), dead)) as reports:
+        assert next(reports) == 1
+        failure.append("Ray has died")
+        with pytest.raises(ClusterLost, match="Ray has died"):
+            next(reports)
