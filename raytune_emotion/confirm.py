@@ -6,8 +6,9 @@ from pathlib import Path
 
 from raytune_emotion.cli import command_main, gpu_share, location, positive
 from raytune_emotion.interruption import finishing
-from raytune_emotion.terminal import count, plain_console
+from raytune_emotion.terminal import count, plain_console, short
 from raytune_emotion.tuning.study.request import ConfirmRequest
+from raytune_emotion.tuning.study.spec import read_spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     request = ConfirmRequest(**vars(args))
     study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
+    read_spec(study)  # whether it is a study shows at once
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-    from raytune_emotion.tuning.execution.placement import fit_to_cluster
+    from raytune_emotion.tuning.execution.placement import fit_here, fit_to_cluster
     from raytune_emotion.tuning.report.conclusion import conclude_confirmation
     from raytune_emotion.tuning.report.console import run_shown
     from raytune_emotion.tuning.study.confirmation import (
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
     check_cluster(request.address)
     chosen, spec = plan_confirmation(request, study)
+    if request.address is None:
+        fit_here(workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency)
     folder, console = study / CONFIRMED, plain_console()
     make_confirmation(folder, spec)
     # Until all is written, the confirmation's folder is this process's alone.
@@ -75,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
                 )
                 confirmation = with_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
                 runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
-                console.print(f"confirmation {folder}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")
+                console.print(f"confirmation {short(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")
                 run_shown(console, confirmation, placement, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:
             ended = why

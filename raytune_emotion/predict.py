@@ -8,18 +8,21 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from raytune_emotion.cli import command_main, local_path, location
-from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.decode import decode_image, pictures_decoded_quietly
-from raytune_emotion.errors import UserError
-from raytune_emotion.learn.device import exact_fp32
-from raytune_emotion.learn.export_folder import Package, load_package
+from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.learn.export_files import check_export
+
+if TYPE_CHECKING:
+    import torch
+
+    from raytune_emotion.learn.export_folder import Package
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
 _BATCH = 64
@@ -33,10 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    device = _device(args.device)
     with args.export.copy_here("*") as folder:
+        errors: list[str] = []
+        with collecting(errors):
+            check_export(folder)
+        with collecting(errors):
+            files = list_images(args.images)
+        if errors:
+            raise UserError(errors)
+        # Imported only now: it takes seconds.
+        from raytune_emotion.learn.export_folder import load_package
+
+        device = _device(args.device)
         package = load_package(folder)
-    files = list_images(args.images)
     # Predict everything before anything is printed: an unreadable image must not leave half a table.
     print(table(files, predict(package, files, device), package.classes), end="")
 
@@ -67,7 +79,7 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def predict(package: Package, files: Sequence[Path], device: torch.device) -> npt.NDArray[np.float64]:
+def predict(package: "Package", files: Sequence[Path], device: "torch.device") -> npt.NDArray[np.float64]:
     """Decode images as for training, and predict.
 
     Returns:
@@ -76,6 +88,11 @@ def predict(package: Package, files: Sequence[Path], device: torch.device) -> np
     Raises:
         UserError: one sentence for each image that cannot be read.
     """
+    import torch
+
+    from raytune_emotion.data.augment import normalise
+    from raytune_emotion.learn.device import exact_fp32
+
     model = package.model.to(device)
     faults: list[str] = []
     parts: list[npt.NDArray[np.float64]] = []
@@ -116,7 +133,9 @@ def table(files: Sequence[Path], prob_NK: npt.NDArray[np.float64], classes: Sequ
     return text.getvalue()
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None) -> "torch.device":
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

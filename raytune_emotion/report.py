@@ -1,17 +1,11 @@
-"""Write the tables, the plots and the report of a study again, also while it runs: the command."""
+"""Rebuild the tables and the report of a study, also while it runs: the command."""
 
 import argparse
 import sys
 
 from raytune_emotion.cli import command_main, location
-from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.terminal import say
-from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
-from raytune_emotion.tuning.study.confirmation import standings, write_standings
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-from raytune_emotion.tuning.study.records import opened, read_records
-from raytune_emotion.tuning.study.spec import read_spec
-from raytune_emotion.tuning.study.tables import CURVES, write_tables
+from raytune_emotion.tuning.study.spec import SPEC, read_spec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with opened(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+    with args.study.copy_here(SPEC) as folder:
         spec = read_spec(folder)
+    # Imported only now: it takes seconds.
+    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
+    from raytune_emotion.tuning.study.confirmation import standings, write_standings
+    from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
+    from raytune_emotion.tuning.study.records import opened, read_records
+    from raytune_emotion.tuning.study.tables import CURVES, write_tables
+
+    with opened(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         records = read_records(folder, load_study(folder))
         write_tables(folder, records)
         write_report(folder, spec, records)

@@ -5,19 +5,19 @@ import dataclasses
 import json
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from raytune_emotion.cli import command_main, location, positive
-from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import plain_console, printable, say
-from raytune_emotion.tuning.report.summary import Summary, describe, summarize
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-from raytune_emotion.tuning.study.records import opened, read_records
-from raytune_emotion.tuning.study.spec import read_spec
+from raytune_emotion.tuning.study.spec import SPEC, read_spec
+
+if TYPE_CHECKING:
+    from raytune_emotion.tuning.report.summary import Summary
 
 _SECONDS = 5
 
@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    with args.study.copy_here(SPEC) as folder:
+        read_spec(folder)
+    # Imported only now: it takes seconds.
+    from raytune_emotion.tuning.report.summary import describe
+
     if args.json or args.watch is None or not sys.stdout.isatty():
         while True:
             summary = read_summary(args.study)
@@ -51,18 +56,25 @@ def run(args: argparse.Namespace) -> None:
             live.update(_lines(read_summary(args.study)), refresh=True)
 
 
-def read_summary(study: Location) -> Summary:
+def read_summary(study: Location) -> "Summary":
     """Sum up a study as it is now. It is read without a lock, and nothing is written.
 
     Raises:
         UserError: there is no study, or it is damaged.
     """
+    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.tuning.report.summary import summarize
+    from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
+    from raytune_emotion.tuning.study.records import opened, read_records
+
     with opened(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         spec, trials = read_spec(folder), load_study(folder)
         return summarize(spec, trials, read_records(folder, trials), now=time.time(), name=str(study))
 
 
-def _lines(summary: Summary) -> Group:
+def _lines(summary: "Summary") -> Group:
+    from raytune_emotion.tuning.report.summary import describe
+
     return Group(*(Text(printable(line)) for line in describe(summary)))
 
 

@@ -1,52 +1,26 @@
-"""One configuration, without a search: also the final fit of a study's winner over many workers."""
+"""Train one configuration, also the best configuration of a study: the command."""
 
 import argparse
 import io
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.cli import command_main, gpu_share, local_path, location, plain_name, positive
 from raytune_emotion.config import DataConfig, RunConfig
-from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.prepare import Data, find_data, prepare
-from raytune_emotion.data.store import Store, is_store
+from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
-from raytune_emotion.errors import Breakdown, UserError, collecting
-from raytune_emotion.interruption import finishing
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history, read_progress
-from raytune_emotion.learn.export_folder import export_checkpoint
-from raytune_emotion.learn.loop import baseline
-from raytune_emotion.learn.model import build_model, check_backbone, check_weights
-from raytune_emotion.learn.report import Report
-from raytune_emotion.storage.atomic import LOCK, exclusive_lock
-from raytune_emotion.storage.locations import Folder
-from raytune_emotion.terminal import plain_console, typed
-from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
-from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
-from raytune_emotion.tuning.execution.job import (
-    DATA,
-    PARAMS,
-    Job,
-    Resources,
-    TrialFailed,
-    Unfit,
-    train_here,
-    with_retry,
-)
-from raytune_emotion.tuning.execution.placement import fit_to_cluster
-from raytune_emotion.tuning.study.open_study import load
-from raytune_emotion.tuning.study.optuna_study import JOURNAL
-from raytune_emotion.tuning.study.records import opened, trial_folder
-from raytune_emotion.tuning.study.spec import read_spec
+from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.learn.backbones import check_architecture
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,9 +84,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.trial is not None and args.study is None:
         faults.append(f"--trial {args.trial}: of which study? name its folder with --study")
     if args.study is not None:
-        files = (JOURNAL, f"trials/*/{HISTORY}", f"trials/{args.trial or '*'}/{PARAMS}")
-        with collecting(faults), opened(args.study, *files) as study:
-            settings = _read(trial_folder(study, args.trial or load(study).best_trial().trial_id) / PARAMS)
+        with collecting(faults):
+            settings = _settings_in(args.study, args.trial)
     if args.config is not None:
         with collecting(faults):
             settings = _over(settings, _read(args.config))
@@ -125,18 +98,33 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return settings | {key: value for key, value in own.items() if value is not None}
 
 
+def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
+    """Read the settings of a study's trial, by default the best."""
+    # Imported only now: it takes seconds.
+    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.tuning.study.open_study import load
+    from raytune_emotion.tuning.study.optuna_study import JOURNAL
+
+    with study.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}", f"trials/*/{PARAMS}") as folder:
+        best = load(folder).best_trial().trial_id if trial is None else ""
+        begun = [file.parent.name for file in folder.glob(f"trials/*/{PARAMS}")]
+        return _read(folder / "trials" / find_trial(trial or best, begun, study) / PARAMS)
+
+
 def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     folder: Path = args.results.absolute() / (args.name or _default_name(settings))
     if args.resume:
         if not (folder / PARAMS).is_file():
-            raise UserError(f"{folder}: there is no run of this name to resume")
+            raise UserError(f"{folder}: there is no run of this name to resume{_other_runs(folder.parent)}")
         settings = _over(_kept(folder), settings)
     checked = RunConfig.from_flat(settings)
     faults: list[str] = []
     with collecting(faults):
-        check_backbone(checked.model.backbone)
-        if not args.resume:  # which has its weights from the run itself
+        check_architecture(checked.model.backbone)
+        if checked.model.pretrained and not args.resume:  # which has its weights from the run itself
+            from raytune_emotion.learn.model import check_weights
+
             check_weights(checked.model)
     if not args.resume:
         with collecting(faults):
@@ -145,96 +133,50 @@ def run(args: argparse.Namespace) -> None:
                     f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
                 )
             Folder(folder).check(write=True)
-    if args.workers > 1:
-        with collecting(faults):
-            check_cluster(args.address)
-    elif args.gpus_per_worker and not torch.cuda.is_available():
-        faults.append(f"--gpus-per-worker {args.gpus_per_worker:g}: this machine has no GPU; leave it out")
+    with collecting(faults):
+        _check_machine(args)
     with collecting(faults):
         data = _data(args, settings, folder)
     if faults:
         raise UserError(faults)
 
+    # Imported only now: it takes seconds.
+    from raytune_emotion.learn.model import build_model
+    from raytune_emotion.tuning.report.single_run import Workers, train_single
+
     store = prepare(
-        data, image_size=settings.get("data.image_size"), classes=checked.data.classes, skip_bad=args.skip_bad
+        data,
+        image_size=settings.get("data.image_size"),
+        classes=checked.data.classes if "data.classes" in settings else None,
+        skip_bad=args.skip_bad,
     )
-    config = RunConfig.from_flat({**settings, "data.image_size": store.image_size})
+    own = {"data.image_size": store.image_size, "data.classes": store.classes}
+    config = RunConfig.from_flat({**settings, **own})
     if not args.resume:
         build_model(config)  # that it can be had shows here, and not where Ray and a folder wait for it
-    console = plain_console()
-    console.print(f"run {folder}: {len(store.train)} training and {len(store.val)} validation images")
-    ended = None
-    try:
-        if args.workers == 1:
-            gpus = args.gpus_per_worker if args.gpus_per_worker is not None else float(torch.cuda.is_available())
-            resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
-            _train(console, folder, config, store.address, resources, train_here)
-        else:
-            _train_on_cluster(console, args, folder, config, store.address)
-    except (KeyboardInterrupt, ClusterLost) as why:
-        ended = why
-    with finishing():
-        _conclude(console, folder, store, ended, f" --workers {args.workers}" if args.workers > 1 else "")
-    if ended is not None:
-        raise ended
+    workers = Workers(args.workers, args.gpus_per_worker, args.address)
+    train_single(folder, config, store, workers, fresh=not _is_taken(folder))
 
 
-def _conclude(console: Console, folder: Path, store: Store, ended: BaseException | None, more: str) -> None:
-    """Export the best until now, and say what to type next."""
-    if ended is not None and not (folder / BEST).exists():
-        console.print("the run ended before its first evaluation; nothing is kept of it")
-        return
-    export_checkpoint(folder / BEST, folder / "best")
-    mean = baseline(store)
-    best = min(read_history(folder), key=lambda report: report["val_js"])
-    resume = f"python -m raytune_emotion.train --resume --results {typed(folder.parent)} --name {folder.name}{more}"
-    console.print(
-        f"""
-best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {best["val_accuracy"]:.3f})
-baseline    {mean["js"]:.4f} bits, predicting the training mean
-exported    {folder / "best"}
+def _check_machine(args: argparse.Namespace) -> None:
+    """Check that there is what a run is to be trained on: a cluster, or a GPU.
 
-next: python -m raytune_emotion.predict {typed(folder / "best")} FACE.jpg"""
-        + (f"\nto go on: {resume}" if ended is not None else "")
-    )
+    Raises:
+        UserError: there is not.
+    """
+    if args.workers > 1 and args.address is not None:
+        from raytune_emotion.tuning.execution.cluster import check_cluster
+
+        check_cluster(args.address)
+    elif args.workers > 1 or args.gpus_per_worker:
+        from raytune_emotion.tuning.execution.placement import fit_here
+
+        fit_here(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
 
 
-def _train_on_cluster(console: Console, args: argparse.Namespace, folder: Path, config: RunConfig, store: str) -> None:
-    # Imported for several workers alone: Ray Train takes a second and 100 MB.
-    from raytune_emotion.tuning.execution.worker_group import train_together
-
-    with ray_session(args.address) as cluster:
-        place = fit_to_cluster(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
-        _train(console, folder, config, store, place.resources, lambda job: watched(train_together(job), cluster))
-
-
-def _train(
-    console: Console,
-    folder: Path,
-    config: RunConfig,
-    store: str,
-    resources: Resources,
-    train: Callable[[Job], Iterator[Report]],
-) -> None:
-    job = Job(folder.name, str(folder), store, config.flat(), resources)
-    fresh = not _is_taken(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive_lock(folder):
-            for report in with_retry(job, train):
-                console.print(
-                    f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
-                    f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
-                )
-    except Unfit as error:
-        raise UserError(error.faults) from None
-    except TrialFailed as error:
-        raise Breakdown(f"{folder}: the training failed: {error}") from None
-    except OSError as error:
-        raise Breakdown(f"{folder}: the training broke off: {error}") from error
-    finally:
-        if fresh and not (folder / LAST).exists():
-            shutil.rmtree(folder)  # the name is free for another attempt
+def _other_runs(results: Path) -> str:
+    runs = sorted(file.parent.name for file in results.glob(f"*/{PARAMS}"))
+    return f"; there are {', '.join(runs)}" if runs else "; name its folder with --results"
 
 
 def _is_taken(folder: Path) -> bool:
@@ -244,6 +186,8 @@ def _is_taken(folder: Path) -> bool:
 
 def _kept(folder: Path) -> dict[str, Any]:
     """Read the settings of a run that goes on: those of its checkpoint or, before the first, of its parameters."""
+    from raytune_emotion.learn.checkpoint import read_progress
+
     progress = read_progress(folder)
     return progress.settings if progress is not None else _read(folder / PARAMS)
 
@@ -265,7 +209,7 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
     if args.study is None:
         return find_data(sample_folder())
     size = settings.get("data.image_size", DataConfig().image_size)
-    with opened(args.study) as study:
+    with args.study.copy_here(SPEC) as study:
         packed = read_spec(study).stores.get(size)
         if packed is None or not is_store(packed):
             raise UserError(f"{study}: its packed images of {size} px are not to be found; name the data with --data")
@@ -285,7 +229,7 @@ def _assigned(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not key or not equals:
-            faults.append(f"--set {assignment}: KEY=VALUE is wanted, such as optim.lr=1e-3")
+            faults.append(f"--set {assignment}: expected KEY=VALUE, such as optim.lr=1e-3")
             continue
         try:
             settings[key] = YAML(typ="safe", pure=True).load(io.StringIO(text))
@@ -304,7 +248,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (YAMLError, ValueError) as error:
         raise UserError(f"{file}: no valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{file}: settings by dotted path are wanted, such as `optim.lr: 1e-3`")
+        raise UserError(f"{file}: expected settings by dotted path, such as `optim.lr: 1e-3`")
     return values
 
 

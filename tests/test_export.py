@@ -4,7 +4,9 @@ import shutil
 
 import pytest
 
+from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.study.open_study import make_study
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.study.test_records import spec_of
@@ -33,11 +35,11 @@ def test_the_weights_of_the_trial_are_gone(study, tmp_path, capsys):
     other = "0001" if best == "0000" else "0000"
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
     assert told == (
-        f"{study}: has no weights of a trial {best}, as only those of the best are kept; there are those of {other}"
+        f"{study}: has no weights of trial {best}, as only those of the best are kept; there are those of {other}"
     )
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x", "--trial", "0009")
-    assert "has no weights of a trial 0009" in told
-    assert exit_code(["export", study, tmp_path / "x", "--trial", other]) == 0
+    assert "has no weights of trial 0009" in told
+    assert exit_code(["export", study, tmp_path / "x", "--trial", str(int(other))]) == 0
 
 
 @pytest.mark.parametrize("keep", [0, 100, -100])
@@ -83,3 +85,26 @@ def test_the_best_trial_is_read_from_the_record_and_not_from_its_table(study, tm
     (study / "trials.csv").write_text(text if best != "0000" else text.replace("0000", "0001", 1))
     assert exit_code(["export", study, tmp_path / "x"]) == 0
     assert f"Trial {best} of the study" in (tmp_path / "x" / "README.md").read_text()
+
+
+def test_a_run_of_train_is_exported_as_it_is(tmp_path, store, capsys):
+    """Also one that was interrupted: its best weights until then."""
+    settings = {"model.backbone": "test_resnet", "data.image_size": 32, "train.epochs": 1, "loss.kl": 1.0}
+    run = tmp_path / "run"
+    list(train_here(Job("run", str(run), str(store.path), RunConfig.from_flat(settings).flat(), Resources(1, 1, 0))))
+    assert exit_code(["export", run, tmp_path / "x"]) == 0
+    assert capsys.readouterr().out == f"the best weights of {run} are exported to {tmp_path / 'x'}\n"
+    assert (tmp_path / "x" / "model.safetensors").is_file()
+    (told,) = refusal(capsys, [tmp_path], "export", run, tmp_path / "y", "--trial", "2")
+    assert told.startswith(f"--trial 2: {run} is a run of train, not a study")
+    (run / "best.safetensors").unlink()
+    (told,) = refusal(capsys, [tmp_path], "export", run, tmp_path / "y")
+    assert told == f"{run}: the run has no evaluation yet; go on with it by train --resume --name run"
+
+
+def test_the_studies_in_a_folder_are_named_where_one_was_meant(tmp_path, capsys):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").touch()
+    (told,) = refusal(capsys, [tmp_path], "export", tmp_path, tmp_path / "x")
+    assert told == f"{tmp_path}: no study.yaml in it, so it is no study; there are studies in it: first, second"

@@ -11,7 +11,7 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import open_store
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.tuning.execution.job import DATA
+from raytune_emotion.tuning.study.trials import DATA
 from tests.data.test_affectnet import write_folder, write_row
 
 

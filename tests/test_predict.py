@@ -135,7 +135,8 @@ class TestPredict:
 
     @pytest.mark.parametrize("device", ["cuda:7", "mars"])
     def test_a_device_that_is_not_here(self, export, tmp_path, capsys, device):
-        assert command_main("predict", [str(export), str(tmp_path), "--device", device]) == 2
+        (tmp_path / "face.jpg").touch()
+        assert command_main("predict", [str(export), str(tmp_path / "face.jpg"), "--device", device]) == 2
         assert f"--device {device}: is not here" in capsys.readouterr().err
 
     def test_as_a_module_without_ray(self, export, faces):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from raytune_emotion.storage.atomic import alone_in
+from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.report.summary import describe, sparkline, summarize
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
@@ -62,7 +62,7 @@ def test_a_finished_study_is_summed_up(finished, capsys):
 
 def test_a_running_study_is_read_without_its_lock_and_left_as_it_is(running, capsys):
     before = tree(running)
-    with alone_in(running):  # as the process that works on it
+    with exclusive_lock(running):  # as the process that works on it
         before |= tree(running)
         told = json_of(capsys, running)
         assert exit_code(["status", running]) == 0

@@ -8,10 +8,9 @@ import pytest
 from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn import checkpoint, export_folder, report
-from raytune_emotion.tuning.execution import job
+from raytune_emotion.learn import checkpoint, export_files, report
 from raytune_emotion.tuning.report import page
-from raytune_emotion.tuning.study import confirmation, optuna_study, spec, tables
+from raytune_emotion.tuning.study import confirmation, optuna_study, spec, tables, trials
 
 #: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
 ARGUMENTS = {
@@ -91,9 +90,9 @@ def test_the_arguments_of_a_command(verb):
 
 def test_the_files():
     assert FILES["study"] == (spec.SPEC, optuna_study.JOURNAL, tables.TRIALS, tables.CURVES, page.REPORT)
-    assert FILES["trial"] == (job.PARAMS, job.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
+    assert FILES["trial"] == (trials.PARAMS, trials.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
     assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.STANDINGS)
-    assert FILES["export"] == (export_folder.WEIGHTS, export_folder.CONFIG, export_folder.METRICS, export_folder.CARD)
+    assert FILES["export"] == (export_files.WEIGHTS, export_files.CONFIG, export_files.METRICS, export_files.CARD)
 
 
 def test_the_first_columns_and_the_statuses_of_the_table():

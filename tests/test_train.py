@@ -15,6 +15,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.tuning.execution.job import OutOfMemory
+from raytune_emotion.tuning.report import single_run
 from tests.support import joined_session
 from tests.test_search import exit_code, refusal, write_study
 
@@ -134,7 +135,7 @@ class TestFromAStudy:
         assert {name: settings[name] for name in wanted} == wanted | {"train.epochs": 1}
 
     def test_a_trial_can_be_named_and_changed(self, trained, study, tmp_path):
-        asked = ["--study", study, "--trial", "0002", "--set", "optim.lr=0.004", "--name", "third", "--epochs", 1]
+        asked = ["--study", study, "--trial", "2", "--set", "optim.lr=0.004", "--name", "third", "--epochs", 1]
         assert trained(*asked) == 0
         wanted = json.loads((study / "trials" / "0002" / "params.json").read_text())
         settings = json.loads((tmp_path / "results" / "third" / "params.json").read_text())
@@ -144,7 +145,7 @@ class TestFromAStudy:
 
     def test_what_it_does_not_have(self, refused, study, tmp_path):
         (told,) = refused("--study", study, "--trial", "0009")
-        assert told == f"{study}/trials/0009/params.json: cannot be read: No such file or directory"
+        assert told == f"{study}: there is no trial 0009; there are 0000 to 0002"
         (told,) = refused("--trial", "0009")
         assert told == "--trial 0009: of which study? name its folder with --study"
         (told,) = refused("--study", tmp_path)
@@ -162,8 +163,8 @@ class TestBadSettings:
     @pytest.mark.parametrize(
         ("assignment", "said"),
         [
-            ("nonsense", "--set nonsense: KEY=VALUE is wanted, such as optim.lr=1e-3"),
-            ("=3", "--set =3: KEY=VALUE is wanted, such as optim.lr=1e-3"),
+            ("nonsense", "--set nonsense: expected KEY=VALUE, such as optim.lr=1e-3"),
+            ("=3", "--set =3: expected KEY=VALUE, such as optim.lr=1e-3"),
             ("optim.lr=", "optim.lr: should be a valid number, got None"),
             ("optim.lr=fast", "optim.lr: should be a valid number, got 'fast'"),
             ("optim.lr=.nan", "optim.lr: should be"),
@@ -211,12 +212,14 @@ class TestBadRequests:
         (tmp_path / "results" / "empty").mkdir(parents=True)
         for name in ("empty", "none"):
             assert refused("--resume", "--name", name) == [
-                f"{tmp_path / 'results' / name}: there is no run of this name to resume"
+                f"{tmp_path / 'results' / name}: there is no run of this name to resume; name its folder with --results"
             ]
 
     def test_a_gpu_that_is_not_here(self, refused, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert refused("--gpus-per-worker", "1") == ["--gpus-per-worker 1: this machine has no GPU; leave it out"]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert refused("--gpus-per-worker", "1") == [
+            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; leave the option out"
+        ]
 
     def test_a_cluster_that_is_not_there(self, refused):
         with socket.socket() as taken:
@@ -263,20 +266,20 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
         yield
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_here", interrupted)
+        patched.setattr(single_run, "train_here", interrupted)
         assert trained(*TINY, 1, "--name", "mine") == 130
     assert trained(*TINY, 1, "--name", "mine") == 0
 
 
 def test_a_training_out_of_memory_goes_on_in_smaller_micro_batches(trained, tmp_path, monkeypatch, capsys):
-    whole = train.train_here
+    whole = single_run.train_here
 
     def with_little_memory(job):
         if job.settings.get("train.accumulate", 1) == 1:
             raise OutOfMemory("out of memory on the device: DefaultCPUAllocator: can't allocate memory")
         yield from whole(job)
 
-    monkeypatch.setattr(train, "train_here", with_little_memory)
+    monkeypatch.setattr(single_run, "train_here", with_little_memory)
     assert trained(*TINY, 1, "--name", "small") == 0
     assert [report["accumulate"] for report in read_history(tmp_path / "results" / "small")] == [2]
 

@@ -25,13 +25,13 @@ from raytune_emotion import __version__
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best
+from raytune_emotion.learn.export_files import CARD, CONFIG, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.model import Colour, build_model, mean_std
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
 
-WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 _IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
 
 _MEANINGS = {
@@ -183,10 +183,7 @@ def load_package(folder: Path) -> Package:
     Raises:
         UserError: the folder is no export, or it is damaged.
     """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        inner = folder / "best"
-        hint = f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name one that export, search or train wrote"
-        raise UserError(f"{folder}: is no export folder, which has a {CONFIG} and a {WEIGHTS}; {hint}")
+    check_export(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         known, classes = config["pretrained_cfg"], tuple(config["label_names"])

@@ -28,13 +28,11 @@ from raytune_emotion.learn.loop import Diverged, fit
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
+from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 if TYPE_CHECKING:  # a trial's process needs none of what these import
     from raytune_emotion.tuning.study.open_study import OpenStudy
     from raytune_emotion.tuning.study.optuna_study import Proposal
-
-PARAMS = "params.json"
-DATA = "data.txt"  # the packed data that it trains on; with the settings, all that its numbers depend on
 
 
 @dataclasses.dataclass(frozen=True)

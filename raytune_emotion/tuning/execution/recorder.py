@@ -21,7 +21,7 @@ from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, Status, asked, continued, trial_id_of
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, Status, asked, continued
 from raytune_emotion.tuning.study.records import (
     TrialRecord,
     copy_checkpoint,
@@ -30,6 +30,7 @@ from raytune_emotion.tuning.study.records import (
 )
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import Tables
+from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: So many trials that fail one after the other end a study.
 HOPELESS = 10

@@ -11,7 +11,7 @@ from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import plain_table, typed
+from raytune_emotion.terminal import count, plain_table, typed
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.study.confirmation import HEADINGS, STANDINGS, Standing, standings, write_standings
@@ -53,7 +53,7 @@ def conclude(console: Console, study: OpenStudy, results: Location) -> None:
         resume += f" --trials {2 * spec.trials}"
     console.print(
         f"""
-best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({len(records)} trials)
+best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")})
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
 exported    {place / "best"}
 page        {place / REPORT}

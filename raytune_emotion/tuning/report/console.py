@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from raytune_emotion.learn.report import OBJECTIVE
+from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.runner import run_study
@@ -73,5 +74,5 @@ def _line(event: Event) -> str:
     if event.report is None:
         outcome = event.reason
     else:
-        outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {event.report['epoch']:g} epochs"
+        outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"

@@ -15,7 +15,7 @@ from raytune_emotion.data.prepare import Data
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
-from raytune_emotion.terminal import plain_table
+from raytune_emotion.terminal import count, plain_table
 from raytune_emotion.tuning.space.space import Space, draw
 from raytune_emotion.tuning.study.creation import check_backbones, image_sizes
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
@@ -53,20 +53,25 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     console.print()
     epochs, trials = space.fixed["train.epochs"], request.trials or DEFAULT_TRIALS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    headings = ("backbone", "px", "parameters, millions", "images/s", "minutes a trial")
+    headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")
     cost = plain_table(*headings, title=f"training on this machine ({device})")
-    minutes = []
+    seconds = []
     for each in costs(space, sizes, device):
-        minutes.append(rows * epochs / each.images_per_second / 60)
+        seconds.append(rows * epochs / each.images_per_second)
         rate = f"{each.images_per_second:.0f}"
-        cost.add_row(each.backbone, str(each.image_size), f"{each.params_millions:.2f}", rate, f"{minutes[-1]:.1f}")
+        cost.add_row(each.backbone, str(each.image_size), f"{each.params_millions:.2f}", rate, _duration(seconds[-1]))
     console.print(cost)
-    mean = sum(minutes) / len(minutes)
-    hours = trials * mean / 60
+    whole = _duration(trials * sum(seconds) / len(seconds))
     console.print(
-        f"{trials} trials of {epochs} epochs on {rows} images: {hours:.1f} hours of this device if none is stopped and "
-        f"all backbones are drawn alike"
+        f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}: {whole} of this device if "
+        f"none is stopped and all backbones are drawn alike"
     )
+
+
+def _duration(seconds: float) -> str:
+    """Say a time in the unit that it is some of."""
+    size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= each[0]), (1, "s"))
+    return f"{seconds / size:.1f} {unit}"
 
 
 def _short(value: Any) -> str:

@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 import optuna
 
-from raytune_emotion.tuning.study.optuna_study import Status, trial_id_of
+from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.spec import StudySpec
+from raytune_emotion.tuning.study.trials import trial_id_of
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40

@@ -24,6 +24,7 @@ from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SETTINGS, Begi
 from raytune_emotion.tuning.policy.sampler import make_proposer
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored
+from raytune_emotion.tuning.study.trials import trial_id_of
 
 Status = Literal["complete", "pruned", "failed", "running", "paused"]
 
@@ -165,10 +166,6 @@ class Searcher:
 
     def _frozen(self, trial_id: str) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[int(trial_id)]
-
-
-def trial_id_of(number: int) -> str:
-    return f"{number:04d}"
 
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:

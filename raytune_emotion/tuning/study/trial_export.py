@@ -18,8 +18,21 @@ def export_trial(study: Location, dest: Location, trial_id: str) -> None:
         those = (
             f"there are those of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
         )
-        raise UserError(f"{study}: has no weights of a trial {trial_id}, as only those of the best are kept; {those}")
+        raise UserError(f"{study}: has no weights of trial {trial_id}, as only those of the best are kept; {those}")
     check_replaceable(dest)
     with study.copy_here(f"trials/{trial_id}/{BEST}") as folder, dest.publish() as package:
         notes = [f"Trial {trial_id} of the study {study.name}."]
         export_checkpoint(trial_folder(folder, trial_id) / BEST, package, notes)
+
+
+def export_run(run: Location, dest: Location) -> None:
+    """Export the best weights that a run of `train` has until now; an earlier export at dest is replaced.
+
+    Raises:
+        UserError: the run has not been evaluated yet, or dest cannot be written.
+    """
+    if run.sizes([BEST]) == [None]:
+        raise UserError(f"{run}: the run has no evaluation yet; go on with it by train --resume --name {run.name}")
+    check_replaceable(dest)
+    with run.copy_here(BEST) as folder, dest.publish() as package:
+        export_checkpoint(folder / BEST, package, [f"The run {run.name}."])

@@ -24,7 +24,7 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
-from raytune_emotion.tuning.execution.job import PARAMS, Resources, job_of, newest_report, train_here
+from raytune_emotion.tuning.execution.job import Resources, job_of, newest_report, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.runner import run_study
@@ -34,6 +34,7 @@ from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from raytune_emotion.tuning.study.trials import PARAMS
 from tests.storage.test_remote import SECRET, s3_server
 from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
 from tests.tuning.study.test_records import spec_of

@@ -1,0 +1,134 @@
+"""Train one configuration, and say what came of it."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.cores import usable_cores
+from raytune_emotion.data.store import Store
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.interruption import finishing
+from raytune_emotion.learn.checkpoint import BEST, LAST, read_history
+from raytune_emotion.learn.export_folder import export_checkpoint
+from raytune_emotion.learn.loop import baseline
+from raytune_emotion.learn.report import Report
+from raytune_emotion.storage.atomic import exclusive_lock
+from raytune_emotion.terminal import count, plain_console, short, typed
+from raytune_emotion.tuning.execution.cluster import ray_session
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
+from raytune_emotion.tuning.execution.job import Job, Resources, TrialFailed, Unfit, train_here, with_retry
+from raytune_emotion.tuning.execution.placement import fit_to_cluster
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who trains."""
+
+    count: int
+    gpus_per_worker: float | None  # None: 1 if there are GPUs
+    address: str | None  # of a cluster for several workers; None: this machine
+
+
+def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers, *, fresh: bool) -> None:
+    """Train in a folder, export the best weights, and say what to type next.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        store: to train on.
+        workers: who trains.
+        fresh: whether the folder is this run's own, and goes if nothing comes of it.
+
+    Raises:
+        UserError: the configuration and the data do not fit together.
+        Breakdown: the training failed.
+        KeyboardInterrupt: it was interrupted; what was reached is exported.
+    """
+    console = plain_console()
+    images = f"{len(store.train)} training and {count(len(store.val), 'validation image')}"
+    console.print(f"run {short(folder)}: {images}")
+    ended = None
+    try:
+        if workers.count == 1:
+            gpus = workers.gpus_per_worker
+            gpus = float(torch.cuda.is_available()) if gpus is None else gpus
+            resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
+            _train(console, folder, config, store.address, resources, train_here, fresh=fresh)
+        else:
+            _train_on_cluster(console, workers, folder, config, store.address, fresh=fresh)
+    except (KeyboardInterrupt, ClusterLost) as why:
+        ended = why
+    with finishing():
+        _conclude(console, folder, store, ended, f" --workers {workers.count}" if workers.count > 1 else "")
+    if ended is not None:
+        raise ended
+
+
+def _conclude(console: Console, folder: Path, store: Store, ended: BaseException | None, more: str) -> None:
+    """Export the best until now, and say what to type next."""
+    if ended is not None and not (folder / BEST).exists():
+        console.print("the run ended before its first evaluation; nothing is kept of it")
+        return
+    export_checkpoint(folder / BEST, folder / "best")
+    mean = baseline(store)
+    best = min(read_history(folder), key=lambda report: report["val_js"])
+    resume = f"python -m raytune_emotion.train --resume --results {typed(folder.parent)} --name {folder.name}{more}"
+    console.print(
+        f"""
+best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {best["val_accuracy"]:.3f})
+baseline    {mean["js"]:.4f} bits, predicting the training mean
+exported    {short(folder / "best")}
+
+next: python -m raytune_emotion.predict {typed(folder / "best")} FACE.jpg"""
+        + (f"\nto go on: {resume}" if ended is not None else "")
+    )
+
+
+def _train_on_cluster(
+    console: Console, workers: Workers, folder: Path, config: RunConfig, store: str, *, fresh: bool
+) -> None:
+    # Imported for several workers alone: Ray Train takes a second and 100 MB.
+    from raytune_emotion.tuning.execution.worker_group import train_together
+
+    with ray_session(workers.address) as cluster:
+        place = fit_to_cluster(workers=workers.count, gpus_per_worker=workers.gpus_per_worker, concurrency=1)
+
+        def together(job: Job) -> Iterator[Report]:
+            return watched(train_together(job), cluster)
+
+        _train(console, folder, config, store, place.resources, together, fresh=fresh)
+
+
+def _train(
+    console: Console,
+    folder: Path,
+    config: RunConfig,
+    store: str,
+    resources: Resources,
+    train: Callable[[Job], Iterator[Report]],
+    *,
+    fresh: bool,
+) -> None:
+    job = Job(folder.name, str(folder), store, config.flat(), resources)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive_lock(folder):
+            for report in with_retry(job, train):
+                console.print(
+                    f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
+                    f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
+                )
+    except Unfit as error:
+        raise UserError(error.faults) from None
+    except TrialFailed as error:
+        raise Breakdown(f"{folder}: the training failed: {error}") from None
+    except OSError as error:
+        raise Breakdown(f"{folder}: the training broke off: {error}") from error
+    finally:
+        if fresh and not (folder / LAST).exists():
+            shutil.rmtree(folder)  # the name is free for another attempt

@@ -1,0 +1,44 @@
+"""Name trials and the files of one, and find the trial that somebody means."""
+
+from collections.abc import Iterable
+
+from raytune_emotion.errors import UserError
+
+PARAMS = "params.json"
+#: The packed data that a trial trains on; with its settings, all that its numbers depend on.
+DATA = "data.txt"
+
+
+def trial_id_of(number: int) -> str:
+    return f"{number:04d}"
+
+
+def as_trial_id(text: str) -> str:
+    """Return what was said as an id: `2` is `0002`."""
+    return trial_id_of(int(text)) if text.isascii() and text.isdigit() else text
+
+
+def find_trial(text: str, known: Iterable[str], study: object) -> str:
+    """Return the id of a trial.
+
+    Args:
+        text: what was said.
+        known: the ids of the study's trials.
+        study: a name for it in messages.
+
+    Raises:
+        UserError: there is no such trial; the sentence names those that there are.
+    """
+    known = sorted(known)
+    wanted = as_trial_id(text)
+    if wanted not in known:
+        raise UserError(f"{study}: there is no trial {text}; {named(known)}")
+    return wanted
+
+
+def named(ids: list[str]) -> str:
+    """Say which trials there are, a row of them by its ends."""
+    if not ids:
+        return "no trial has begun"
+    whole = [trial_id_of(number) for number in range(int(ids[0]), int(ids[0]) + len(ids))]
+    return f"there are {ids[0]} to {ids[-1]}" if len(ids) > 2 and ids == whole else f"there are {', '.join(ids)}"

@@ -1,0 +1,63 @@
+"""How soon a command answers: nothing heavy is imported before its arguments are looked at."""
+
+import subprocess
+import sys
+
+import pytest
+
+from raytune_emotion.cli import COMMANDS
+
+#: Each takes a second or more to import.
+_HEAVY = {"torch", "timm", "ray", "pandas", "scipy", "matplotlib", "tensorboard"}
+
+
+def heavy_after(argv: list[str], cwd) -> tuple[int, str]:
+    """The exit code of a command, and what it has imported of the heavy libraries."""
+    code = (
+        "import sys\n"
+        "from raytune_emotion.__main__ import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as ended: code = ended.code\n"
+        f"print('imported', sorted({_HEAVY!r} & {{*sys.modules}}))\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.splitlines()[-1] + done.stderr
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_help_and_a_mistyped_option_answer_at_once(verb, tmp_path):
+    assert heavy_after([verb, "--help"], tmp_path) == (0, "imported []")
+    code, told = heavy_after([verb, "--mistyped"], tmp_path)
+    assert (code, told[:11]) == (2, "imported []")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["search", "--space", "none.yaml"], "none.yaml: the search space cannot be read"),
+        (["search", "--space", "nobody"], "nobody: there is no such search space; there are "),
+        (["search", "--space", "bad.yaml"], "bad.yaml:1: model.backbone: resnet81: there is no such timm model"),
+        (["search", "--data", "none"], "none: there is no such folder"),
+        (["search", "--gpus-per-worker", "2"], "a worker trains on one GPU; ask for more --workers-per-trial"),
+        (["search", "--resume"], "ray_results: there is no study in it to resume"),
+        (["search", "--resume", "--dry-run"], "--resume: --dry-run shows what a new study would do"),
+        (["train", "--data", "none"], "none: there is no such folder"),
+        (["train", "--set", "lr=1"], "lr: there is no such setting; did you mean optim.lr?"),
+        (["train", "--set", "optim.wd=1"], "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
+        (["train", "--set", "model.backbone=resnet81"], "resnet81: there is no such timm model"),
+        (["pack", "none", "store"], "none: there is no such folder"),
+        (["confirm", "none"], "none: no study.yaml in it, so it is no study"),
+        (["report", "none"], "none: no study.yaml in it, so it is no study"),
+        (["export", "none", "dest"], "none: no study.yaml in it, so it is no study"),
+        (["status", "none"], "none: no study.yaml in it, so it is no study"),
+        (["predict", "none", "face.jpg"], "none: is no export folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_input_is_refused_before_anything_heavy_is_imported(argv, said, tmp_path):
+    (tmp_path / "bad.yaml").write_text("model.backbone: {choice: [resnet81]}\n")
+    code, told = heavy_after(argv, tmp_path)
+    assert (code, told[:11]) == (2, "imported []")
+    assert said in told
+    assert "Traceback" not in told
