@@ -251,7 +251,7 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(
     trained, cluster, tmp_path, capsys, monkeypatch
 ):
     # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr(train, "ray_session", joined_session)
+    monkeypatch.setattr(single_run, "ray_session", joined_session)
     asked = ["--workers", 2, "--set", "train.batch_size=3", "--set", "train.accumulate=2"]
     assert trained(*TINY, 1, *asked) == 2
     err = capsys.readouterr().err

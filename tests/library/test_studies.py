@@ -12,6 +12,7 @@ import raytune_emotion
 from raytune_emotion import load_study
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import evaluate
+from tests.support import joined_session
 from tests.test_search import write_study
 
 NAMES = {
@@ -104,7 +105,9 @@ def test_all_that_the_command_refuses_is_an_error(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_search_returns_its_study_and_goes_on(faces, tmp_path):
+def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch):
+    # Ray can be started only once in a process, and has been.
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster.ray_session", joined_session)
     space = {"model.backbone": "test_resnet", "optim.lr": {"log_uniform": [1e-3, 1e-2]}, "data.image_size": 32}
     options = {"results": tmp_path, "name": "small", "concurrency": 2}
     study = raytune_emotion.search(faces, space, trials=2, epochs=1, **options)

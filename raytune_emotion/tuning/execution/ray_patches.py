@@ -6,6 +6,7 @@ their own, since to import these takes a second.
 
 import contextlib
 import dataclasses
+import functools
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -96,7 +97,12 @@ def quiet_errors() -> Iterator[None]:
     `ray.init(log_to_driver=False)` does not keep it. The reasons are in the tables, and in Ray's logs.
     """
     before = ray._private.worker.print_to_stdstream
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+    @functools.wraps(before)
+    def say_nothing(*_: object, **__: object) -> None:
+        pass
+
+    ray._private.worker.print_to_stdstream = say_nothing
     try:
         yield
     finally:

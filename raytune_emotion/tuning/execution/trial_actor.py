@@ -47,7 +47,7 @@ class TrialActor:
             return {ENDING: Failed(str(error))}
         except Breakdown as error:
             return {ENDING: Broken(str(error))}
-        return {name: value for name, value in report.items() if name in HEARD}
+        return {"pid": os.getpid(), **{name: value for name, value in report.items() if name in HEARD}}
 
     def reset(self, config: dict[str, Any]) -> bool:
         """Leave the trial, and begin with another."""

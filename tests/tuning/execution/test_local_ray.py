@@ -133,6 +133,9 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
         raise raised
 
     monkeypatch.setattr(cluster.ray, "init", fail)
+    # Other tests of this process may share a cluster, which must stay.
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_shut_down", lambda: None)
     monkeypatch.setattr(cluster, "low_limits", lambda: "this process may have 300 processes and threads (`ulimit -u`)")
     before = dict(os.environ)
     with pytest.raises(UserError) as caught, cluster.ray_session(None):
@@ -163,6 +166,9 @@ def test_a_cluster_that_cannot_be_joined_is_a_sentence(monkeypatch, raised, said
         raise raised
 
     monkeypatch.setattr(cluster.ray, "init", fail)
+    # Other tests of this process may share a cluster, which must stay.
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_shut_down", lambda: None)
     with pytest.raises(UserError) as caught, cluster.ray_session("10.0.0.1:6379"):
         pass
     (told,) = caught.value.faults
