@@ -67,6 +67,26 @@ def local_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def add_training_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options on data and starting weights that `search` and `train` share."""
+    parser.add_argument(
+        "--weights-dir",
+        type=local_path,
+        metavar="DIR",
+        help="folder of pretrained weights, for machines without access to the hub",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the data")
+
+
+def add_address_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the Ray cluster of a study."""
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="address of a running Ray cluster, or auto (default: start Ray on this machine)",
+    )
+
+
 def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")

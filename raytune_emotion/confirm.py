@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytune_emotion.cli import command_main, gpu_share, location, positive
+from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive
 from raytune_emotion.interruption import finishing
 from raytune_emotion.terminal import count, plain_console, short
 from raytune_emotion.tuning.study.request import ConfirmRequest
@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="GPUs per worker, 1 or a fraction (default: as in the search)",
     )
-    add(
-        "--address",
-        metavar="ADDRESS",
-        help="address of a running Ray cluster, or auto (default: start Ray on this machine)",
-    )
+    add_address_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,7 +10,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytune_emotion.cli import command_main, gpu_share, local_path, location, natural, plain_name, positive
+from raytune_emotion.cli import (
+    add_address_option,
+    add_training_data_options,
+    command_main,
+    gpu_share,
+    local_path,
+    location,
+    natural,
+    plain_name,
+    positive,
+)
 from raytune_emotion.data.prepare import Data, find_data
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collecting
@@ -98,18 +108,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"restarts of a trial whose process died (default: {MAX_FAILURES})",
     )
-    add(
-        "--weights-dir",
-        type=local_path,
-        metavar="DIR",
-        help="folder of pretrained weights, for machines without access to the hub",
-    )
-    add("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the data")
-    add(
-        "--address",
-        metavar="ADDRESS",
-        help="address of a running Ray cluster, or auto (default: start Ray on this machine)",
-    )
+    add_training_data_options(parser)
+    add_address_option(parser)
     add(
         "--dry-run",
         action="store_true",

@@ -10,7 +10,15 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from raytune_emotion.cli import command_main, gpu_share, local_path, location, plain_name, positive
+from raytune_emotion.cli import (
+    add_training_data_options,
+    command_main,
+    gpu_share,
+    local_path,
+    location,
+    plain_name,
+    positive,
+)
 from raytune_emotion.config import DataConfig, RunConfig
 from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import is_store
@@ -59,13 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--name", type=plain_name, metavar="NAME", help="name of the run (default: {backbone}_{loss})")
     add("--resume", action="store_true", help="continue the run --name")
-    add(
-        "--weights-dir",
-        type=local_path,
-        metavar="DIR",
-        help="folder of pretrained weights, for machines without access to the hub",
-    )
-    add("--skip-bad", action="store_true", help="leave bad rows out instead of refusing the data")
+    add_training_data_options(parser)
     add(
         "--address",
         metavar="ADDRESS",

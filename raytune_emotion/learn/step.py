@@ -176,7 +176,7 @@ class Step:
         self._optimizer.zero_grad()
 
     def _launch_aside(self, inputs: Sequence[Input]) -> None:
-        """Launches a step on a stream of its own, as is asked for before a capture."""
+        """Launch a step on a stream of its own, as PyTorch asks for before a capture."""
         aside, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
@@ -184,7 +184,7 @@ class Step:
         current.wait_stream(aside)
 
     def _capture_graph(self, inputs: Sequence[Input]) -> None:
-        """Captures a step as a graph; a model that cannot be captured goes on launching its kernels one by one.
+        """Capture a step as a graph. A model that cannot be captured keeps launching its kernels one by one.
 
         Raises:
             torch.OutOfMemoryError: the device has no memory for it.
@@ -230,7 +230,7 @@ def _copy(given: Input) -> Input:
 
 
 def _clip(parameters: Sequence[nn.Parameter], most: float) -> None:
-    """Scales the gradients so that their norm, as that of one vector, is not more than this."""
+    """Scale the gradients so that their norm, as that of one vector, is at most this."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     # To look at the norm is to wait for a GPU, and spares a CPU the way through the memory of all gradients.
     if norm.is_cuda or not norm <= most:
