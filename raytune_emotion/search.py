@@ -216,9 +216,8 @@ def _search(request: SearchRequest, place: Location, new: _Checked | None) -> No
         try:
             with ray_session(request.address) as cluster:
                 if request.gpus_per_worker == AUTO:
-                    gpus_per_worker, seen = fastest_share(spec)
-                    console.print(seen)
-                    spec = dataclasses.replace(spec, gpus_per_worker=gpus_per_worker)
+                    share = fastest_share(spec, cluster, console.print)
+                    spec = dataclasses.replace(spec, gpus_per_worker=share)
                 placement = fit_to_cluster(
                     workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
                 )

@@ -1,6 +1,7 @@
 """`--gpus-per-worker auto`: how many trials share a GPU is tried out, on one GPU of the cluster."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.exceptions import RayTaskError
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.throughput import COUNTS, best_count, measure
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watched
 from raytune_emotion.tuning.execution.placement import Nodes, cluster_nodes, cores_per_gpu, fit_here, local_node
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
@@ -49,14 +51,19 @@ def check_room(request: SearchRequest) -> None:
         fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency)
 
 
-def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
-    """The share of a GPU for each trial with which all trials of a study together are fastest; and what was seen.
+def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], None]) -> float:
+    """Find the share of a GPU for each trial with which all trials of a study together are fastest.
 
     Tried out with every backbone of the space, on a free GPU of the cluster with its share of the cores.
 
+    Args:
+        spec: of the study.
+        watch: of the cluster.
+        say: tells the user what is waited for, and what was seen.
+
     Raises:
         UserError: the cluster has no GPU, or the workers of a trial need one each.
-        Breakdown: it could not be tried out.
+        Breakdown: it could not be tried out, or the cluster has died.
     """
     nodes = cluster_nodes()
     check_sharing(nodes, "the cluster", spec.workers_per_trial)
@@ -66,9 +73,10 @@ def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
     most = math.ceil(spec.concurrency / gpus) if spec.concurrency else max(COUNTS)
     counts = [count for count in COUNTS if count <= most]
     on_one_gpu: Any = ray.remote(num_cpus=cores, num_gpus=1, max_retries=0)
-    tried = on_one_gpu(measure).remote(heaviest(spec), spec.stores, torch.device(device), cores=cores, counts=counts)
+    tried = on_one_gpu(measure).remote(heaviest(spec), spec.stores, torch.device("cuda"), cores=cores, counts=counts)
+    say("trying out how many trials share a GPU, as soon as one is free")
     try:
-        found: dict[str, dict[int, float]] = ray.get(tried)
+        found: dict[str, dict[int, float]] = next(watched((ray.get(each) for each in [tried]), watch))
     except RayTaskError as error:
         raise Breakdown(f"--gpus-per-worker {AUTO}: {error.cause}; give a number in its place") from error
     count = best_count([*found.values()])
@@ -77,7 +85,8 @@ def fastest_share(spec: StudySpec, device: str = "cuda") -> tuple[float, str]:
         for name, of_one in found.items()
     )
     of = ", ".join(map(str, counts))
-    return 1 / count, f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit: {rates}"
+    say(f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit: {rates}")
+    return 1 / count
 
 
 def heaviest(spec: StudySpec) -> dict[str, dict[str, Any]]:
