@@ -11,17 +11,17 @@ from ray.exceptions import RayError, RayTaskError
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
 
-_AHEAD = 2  # tasks for a core, that none waits for the driver
+_AHEAD = 2  # tasks per core, so that no core waits for the driver
 _TRIES = 4
 _END_S = 30.0
 
 
 @contextlib.contextmanager
 def on_all_nodes() -> Iterator[Map]:
-    """A `map` that keeps the order, over the cores of the cluster that this process has joined.
+    """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    A task whose process or node dies is done again elsewhere. Where the work is broken off, tasks that have been handed
-    out end by themselves, within half a minute or with the session.
+    A task whose process or node dies is run again elsewhere. If the work is interrupted, tasks that were handed out end
+    by themselves, within half a minute or with the session.
 
     Raises:
         Breakdown: a task dies again and again.
@@ -33,7 +33,7 @@ def on_all_nodes() -> Iterator[Map]:
         for task in tasks:
             ahead.append(_run.remote(function, task))
             running.add(ahead[-1])
-            # Nodes may come and go.
+            # Nodes may join and leave.
             if len(ahead) >= _AHEAD * ray.cluster_resources().get("CPU", 1):  # type: ignore[no-untyped-call]
                 yield result(ahead.popleft())
         while ahead:
@@ -53,7 +53,7 @@ def on_all_nodes() -> Iterator[Map]:
     try:
         yield pmap
     finally:
-        # Not cancelled: Ray aborts the whole process where a task ends just then.
+        # Not cancelled: Ray aborts the whole process if a task ends at that moment.
         if running:
             ray.wait([*running], num_returns=len(running), timeout=_END_S)
 

@@ -1,4 +1,4 @@
-"""`--gpus-per-worker auto`: how many trials share a GPU is tried out, on one GPU of the cluster."""
+"""Find out how many trials share a GPU, by trying it on one GPU of the cluster: `--gpus-per-worker auto`."""
 
 import math
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], Non
     check_sharing(nodes, "the cluster", spec.workers_per_trial)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     cores = max(1, int(cores_per_gpu(nodes)))
-    # So many as there will ever be on one.
+    # At most as many as there will ever be on one GPU.
     most = math.ceil(spec.concurrency / gpus) if spec.concurrency else max(COUNTS)
     counts = [count for count in COUNTS if count <= most]
     on_one_gpu: Any = ray.remote(num_cpus=cores, num_gpus=1, max_retries=0)
@@ -90,7 +90,7 @@ def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], Non
 
 
 def heaviest(spec: StudySpec) -> dict[str, dict[str, Any]]:
-    """Settings for each backbone of a study's space that take as much memory as any others, or nearly so."""
+    """Choose settings for each backbone of a study's space that take about as much memory as any others."""
     found: dict[str, tuple[float, dict[str, Any]]] = {}
     for chosen in draw(parse_space(spec.space, SPEC), _DRAWN, seed=0):
         settings = spec.settings(chosen)

@@ -1,8 +1,8 @@
-"""What one trial is, and how it trains in a process: its checkpoints and its events lie in its own folder.
+"""Describe one trial as a job, and train it in a process.
 
-That folder is a trial's memory: `fit` goes on from the checkpoint in it, so whatever ended a trial before, it is simply
-run again. Ray keeps no checkpoint of its own. Where a trial is kept at a URI, that is its memory, and each process has
-a folder of its own for as long as it trains.
+Checkpoints and events of a trial lie in its own folder. `fit` goes on from the checkpoint there, so a trial that was
+interrupted is simply run again. Ray keeps no checkpoints. If a trial is kept at a URI, each process works in a
+temporary folder, and pushes what changes.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # a trial's process needs none of what these import
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one trial takes."""
+    """Resources of one trial."""
 
     workers: int
     cpus_per_worker: float
@@ -54,19 +54,19 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One trial as it crosses processes: plain values only."""
+    """One trial, as plain values that can be sent to another process."""
 
     name: str  # readable, for the dashboard
     folder: str
     store: str  # folder, or URI from which each machine fetches it
     settings: dict[str, Any]
     resources: Resources
-    location: str | None = None  # address of what keeps the trial's files, where that is not the driver's folder
+    location: str | None = None  # address of the trial's files, if they are not kept in `folder`
     resident: bool = True  # whether its images may lie on the GPU
 
     @property
     def kept_at(self) -> Location:
-        """The location that has the trial's files, on whatever machine."""
+        """Return the location with the trial's files; it is the same on every machine."""
         return parse_location(self.location or self.folder)
 
     def to_dict(self) -> dict[str, Any]:
@@ -78,50 +78,50 @@ class Job:
 
 
 class TrialFailed(RuntimeError):
-    """A trial that would fail again if it were run again, as when it diverged."""
+    """The trial would fail again if it were run again, for example because it diverged."""
 
 
 class Unfit(TrialFailed):
-    """A trial that does not fit its data, its device, its workers or the run in its folder: sentences for the user."""
+    """The configuration does not fit the data, the device, the workers or the run in the folder."""
 
     def __init__(self, faults: tuple[str, ...]) -> None:
         self.faults = faults
         super().__init__("\n".join(faults))
 
-    # It is sent from worker to driver, and what caused it is not.
+    # It is sent from worker to driver without its cause.
     def __reduce__(self) -> tuple[type["Unfit"], tuple[tuple[str, ...]]]:
         return type(self), (self.faults,)
 
 
 class OutOfMemory(TrialFailed):
-    """A trial that needs more memory than its device has."""
+    """The trial needs more memory than its device has."""
 
 
 class DiskFull(Breakdown):
-    """No fault of the trial: it can go on when there is room."""
+    """The disk is full. The trial can go on once there is room."""
 
 
 def train_here(job: Job) -> Generator[Report, None, None]:
-    """Trains a job in this process, or goes on with it, and yields its reports; closing the generator stops it.
+    """Train a job in this process, or go on with it, and yield its reports. Close the generator to stop it.
 
     Raises:
-        TrialFailed: where another attempt would end the same.
+        TrialFailed: another attempt would fail too.
     """
     yield from train_on(job, torch.device("cuda" if job.resources.gpus_per_worker else "cpu"))
 
 
 def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator[Report, None, None]:
-    """Trains a worker's share of a job; the first worker also writes the settings, and events for TensorBoard.
+    """Train a worker's share of a job. The first worker also writes the settings, and events for TensorBoard.
 
-    Nothing of the trial is left in the process when the generator is exhausted or closed.
+    The process holds nothing of the trial once the generator is exhausted or closed.
 
     Raises:
-        TrialFailed: where another attempt would end the same; OutOfMemory of these.
+        TrialFailed: another attempt would fail too; OutOfMemory is one of these.
         DiskFull: a checkpoint could not be written.
         Breakdown: the location cannot be read or written.
     """
     location, pushed = job.kept_at, dict[str, tuple[int, int]]()
-    # All else follows from the last state. Every worker takes it for itself: none depends on a disk of another's.
+    # Everything else follows from the last state. Each worker reads its own copy: machines need not share a disk.
     with location.work_here(LAST) as folder:
         try:
             with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
@@ -134,7 +134,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
                 _push_changed(folder, location, pushed)
             raise
         if first:
-            # What was repaired of a run that had ended, but had not pushed all of it.
+            # Files that were repaired, of a run that ended before it had pushed all of them.
             _push_changed(folder, location, pushed)
 
 
@@ -147,8 +147,8 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
     limit_memory(device, job.resources.gpus_per_worker)
     with contextlib.ExitStack() as stack, _told(folder):
         stack.callback(_forget)
-        # Momenta of what no longer learns end as denormal numbers, which are slow. The threads of a pool have this from
-        # the one that makes it.
+        # Momenta of parameters that no longer learn decay to denormal numbers, which are slow. Threads of a pool get
+        # this flag from the thread that creates the pool.
         torch.set_flush_denormal(True)
         stack.callback(torch.set_flush_denormal, False)
         if first:
@@ -168,7 +168,7 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Tells what another attempt would end by as well from what is no fault of the trial in the folder."""
+    """Raise errors of the training as what they mean: another attempt would fail too, or it would not."""
     try:
         yield
     except RuntimeError as error:
@@ -178,7 +178,7 @@ def _told(folder: Path) -> Iterator[None]:
     except Diverged as error:
         raise TrialFailed(str(error)) from error
     except UserError as error:
-        # A disk, or a server, may be back at the next attempt.
+        # A disk or a server may be back for the next attempt.
         if isinstance(error.__cause__, OSError):
             _raise_of_system(folder, error.__cause__)
         raise Unfit(error.faults) from error
@@ -195,7 +195,7 @@ def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
 def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int, int]]) -> None:
     """Push what has changed in a trial's folder since it was last pushed, in the order in which a run writes it.
 
-    Whatever is missing when that breaks off, or is of the report before, is mended from `last` by the next attempt.
+    If this is interrupted, the next attempt repairs missing or older files from `last`.
     """
     stats = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
     states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
@@ -206,7 +206,7 @@ def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int,
 
 
 def newest_report(job: Job) -> Report | None:
-    """What a trial that goes on has reported last, whether or not anybody has heard it; None where it has not."""
+    """Return the last report that a trial has written, whether or not the driver heard it; None if there is none."""
     with job.kept_at.work_here(LAST) as folder:
         return _reported(folder)
 
@@ -215,15 +215,15 @@ def _reported(folder: Path) -> Report | None:
     try:
         progress = read_progress(folder)
     except UserError:
-        return None  # what is wrong with it is said when it is to go on
+        return None  # the error is raised when the trial goes on
     return progress.history[-1] if progress is not None and progress.history else None
 
 
 def with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generator[Report, None, None]:
-    """Train; where the device has too little memory for the job, once more with smaller micro-batches.
+    """Train. If the device has too little memory, try once more with smaller micro-batches.
 
     Raises:
-        OutOfMemory: also that was too much, or the micro-batches are of one row.
+        OutOfMemory: the second attempt needs too much memory too, or micro-batches already have one row.
     """
     try:
         yield from attempt(job)
@@ -232,15 +232,15 @@ def with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generato
         smaller = halved(job)
         if smaller is None:
             raise
-    # Not within the handler, for as long as that lasts the failed attempt's tensors live: its frames have them.
+    # Not inside the handler: until it ends, the frames of the failed attempt keep its tensors alive.
     yield from attempt(smaller)
 
 
 def halved(job: Job) -> Job | None:
-    """Return the job with micro-batches of half the size and its images in their files; None for batches of one row.
+    """Return the job with micro-batches of half the size, and with its images not on the GPU; None for one row.
 
-    It takes about half the memory. The effective batch, and so what the optimizer sees, stays the same but for the
-    statistics of BatchNorm.
+    It takes about half the memory. The effective batch stays the same, so the optimizer sees the same gradients, except
+    for the statistics of BatchNorm.
     """
     accumulate = 2 * job.settings.get("train.accumulate", TrainConfig().accumulate)
     if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
@@ -256,7 +256,7 @@ def _forget() -> None:
 
 
 def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Job:
-    """Return what runs a trial of a study."""
+    """Make the job of a trial of a study."""
     settings = study.spec.settings(proposal.settings)
     config = RunConfig.from_flat(settings)
     return Job(

@@ -50,9 +50,9 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _ActorManager(RayActorManager):
-    """Takes an actor that Ray's memory monitor has killed for one that died.
+    """Treat an actor that Ray's memory monitor has killed as one that died.
 
-    The monitor ends it with an error that Tune does not know, at which it would end the study.
+    The monitor ends it with an error that Tune does not know, and at which it would end the study.
     """
 
     def add_actor(self, cls: Any, kwargs: dict[str, Any], resource_request: Any, **hooks: Any) -> Any:
@@ -60,17 +60,17 @@ class _ActorManager(RayActorManager):
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
-            # Its first line says it; the others, where memory went, are in Ray's logs too.
+            # The first line says it. The others, about where memory went, are in Ray's logs too.
             exception = RayActorError(error_msg=str(exception).splitlines()[0])
         super()._actor_task_failed(tracked_actor_task, exception)
 
 
 class _Controller(TuneController):
-    """Restarts a trial whose process died before it had begun to run it, as when it died between two trials.
+    """Restart a trial whose process died before it began to run the trial, for example between two trials.
 
-    Tune hears of such a death twice, and takes the second time for that of a trial that cannot be restarted.
+    Tune hears of such a death twice, and takes the second message for the death of a trial that cannot be restarted.
 
-    It also forgets trials that have ended: Tune would keep 45 KiB of each, and walk through all at every event.
+    Also forget trials that have ended: Tune would keep 45 KiB of each, and walk through all of them at every event.
     """
 
     _newest_failure: Exception | None = None
@@ -100,17 +100,17 @@ class _Controller(TuneController):
         self._newest_failure = exception
         if trial in self._resetting_trials:
             self._resetting_trials.discard(trial)
-            # As Tune itself does for a process that dies in its making.
+            # Tune does the same for a process that dies while it starts.
             self._set_trial_status(trial, Trial.RUNNING)
             if trial in self._staged_trials:
-                # Its process lives, which has failed to leave the trial before; else it would wait for that for ever.
+                # Its process lives, and failed to leave the trial before. Else it would wait for that process for ever.
                 self._unstage_trial_with_resources(trial)
         super()._trial_task_failure(trial, exception)
 
 
 @contextlib.contextmanager
 def mended_tune() -> Iterator[None]:
-    """Lets `tune.run` use the above."""
+    """Let `tune.run` use these classes within the block."""
     places = [(tune_controller, "RayActorManager", _ActorManager), (ray.tune.tune, "TuneController", _Controller)]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, mended in places:

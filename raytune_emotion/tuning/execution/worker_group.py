@@ -1,7 +1,7 @@
-"""Several workers that train trials together: one run of Ray Train, which stays from trial to trial.
+"""Train trials on several workers together, in one run of Ray Train that lasts for many trials.
 
-A run takes some ten processes and half a minute of a core to start, far more than a short trial. So its workers stay,
-and train one trial after the other as they are told; only one that fails takes them down.
+A run of Ray Train starts about ten processes and takes half a minute of a core, far more than a short trial. So the
+workers stay alive, and train one trial after the other as they are ordered. Only a failed trial ends them.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
 PLACEMENT_GROUP = "placement_group"
 _ABORT_S = 5.0
-#: So long workers wait for one of them within a step. Whatever keeps one longer, as an error of its GPU, ends them all.
+#: Longest wait for another worker within a step, in seconds. Anything longer, such as a GPU error, ends all workers.
 _COLLECTIVE_S = 600
-#: So long they wait for the next order: a driver may be busy between two trials, and a study may pause.
+#: Longest wait for the next order: the driver may be busy between two trials.
 _ORDER_WAIT = timedelta(days=7)
 
 _GO_ON, _STOP, _DONE = "go on", "stop", "done"
@@ -47,13 +47,13 @@ _GO_ON, _STOP, _DONE = "go on", "stop", "done"
 
 @dataclasses.dataclass(frozen=True)
 class _Failed:
-    """The trial has failed, and how."""
+    """Message: the trial has failed with this error."""
 
     error: TrialFailed | Breakdown
 
 
 class Workers:
-    """The workers of one driver. `train` runs a trial on them; `close` ends them."""
+    """Own the workers of one driver: `train` runs a trial on them, `close` ends them."""
 
     def __init__(self, first: Job) -> None:
         self._orders = Queue(actor_options={"num_cpus": 0})
@@ -63,7 +63,7 @@ class Workers:
         self._placement_group = ""
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
-        # Ray Train takes internal callbacks too, which its annotation does not say.
+        # Ray Train accepts internal callbacks too; its annotation does not say so.
         callbacks: list[Any] = [Introduce(self._messages)]
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
@@ -72,21 +72,21 @@ class Workers:
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),
-            # It does not restart its workers: whoever runs the trial does, and counts for each trial by itself.
+            # Ray Train does not restart the workers. Whoever runs the trial does, and counts per trial.
             run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
         )
         # `fit` blocks until the workers have ended.
         self._run = in_background(trainer.fit)
 
     def train(self, job: Job) -> Generator[Report, None, None]:
-        """Trains a job on the workers and yields its reports; closing the generator stops the trial.
+        """Train a job on the workers and yield its reports. Close the generator to stop the trial.
 
         Raises:
-            TrialFailed: where another attempt would end the same.
-            ray.train.TrainingFailedError: a worker has died. After either the workers are gone.
+            TrialFailed: another attempt would fail too.
+            ray.train.TrainingFailedError: a worker has died. After either error the workers are gone.
         """
         Path(job.folder).mkdir(parents=True, exist_ok=True)
-        release_workers(Path(job.folder))  # of an attempt whose driver was killed
+        release_workers(Path(job.folder))  # those of an attempt whose driver was killed
         self._note_placement_group(job)
         self._orders.put(job.to_dict())
         try:
@@ -102,14 +102,14 @@ class Workers:
             (Path(job.folder) / PLACEMENT_GROUP).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Ends the workers and frees what they hold, at once."""
+        """End the workers at once, and free their resources."""
         deadline = time.monotonic() + _ABORT_S
         while self._controller is None and not self._run.done() and time.monotonic() < deadline:
             with contextlib.suppress(Empty):
                 self._note(self._messages.get(timeout=0.1))
         if self._controller is not None and not self._run.done():
             self._controller.abort(_ABORT_S)
-        # Its thread must not be within Ray when Ray is left.
+        # The thread must not be inside Ray when this process leaves Ray.
         wait([self._run], timeout=_ABORT_S)
         if self._placement_group:
             remove_group(self._placement_group)
@@ -118,7 +118,7 @@ class Workers:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _receive(self, job: Job) -> Any:
-        """The next message about a trial."""
+        """Return the next message about a trial."""
         while True:
             try:
                 message = self._messages.get(timeout=0.2)
@@ -136,7 +136,7 @@ class Workers:
             self._note_placement_group(job)
 
     def _note(self, message: object) -> bool:
-        """Remembers what is said of the workers themselves; False for what is said of a trial."""
+        """Remember a message about the workers themselves. Return False for a message about a trial."""
         if isinstance(message, Controller):
             self._controller = message
         elif isinstance(message, Reserved):
@@ -146,7 +146,7 @@ class Workers:
         return True
 
     def _note_placement_group(self, job: Job) -> None:
-        # In the trial's folder: whoever takes the trial up when this process was killed can free the place.
+        # In the trial's folder: if this process is killed, whoever takes the trial up can free the resources.
         if self._placement_group:
             write_text(Path(job.folder) / PLACEMENT_GROUP, self._placement_group)
 
@@ -166,10 +166,10 @@ def in_background(action: Callable[[], Any]) -> Future[Any]:
 
 
 def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Report, None, None]:
-    """Trains one job on workers of its own, and goes on from its checkpoint when one of them dies.
+    """Train one job on workers of its own. If a worker dies, go on from the last checkpoint.
 
     Raises:
-        TrialFailed: where another attempt would end the same.
+        TrialFailed: another attempt would fail too.
         ray.train.TrainingFailedError: workers died more often than `max_failures`.
     """
     for failures in range(max_failures + 1):
@@ -186,7 +186,7 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
 
 
 def release_workers(folder: Path) -> None:
-    """Frees the workers that a trial's folder tells of, with all they hold; their driver was killed."""
+    """End workers whose driver was killed, by the placement group that it noted in a trial's folder."""
     file = folder / PLACEMENT_GROUP
     if file.exists():
         remove_group(file.read_text(encoding="utf-8"))
@@ -194,10 +194,10 @@ def release_workers(folder: Path) -> None:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What each worker does: trains one trial after the other, in step with the others."""
+    """Run in each worker: train one trial after the other, in step with the other workers."""
     orders, messages = config["orders"], config["messages"]
     first = train.get_context().get_world_rank() == 0
-    # Not by NCCL, which takes a long wait for an order for a hang, and kills the workers.
+    # Not through NCCL: it takes a long wait for a hang, and kills the workers.
     ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
 
     def heard() -> Any:

@@ -1,6 +1,7 @@
-"""The confirmation of a study: its best configurations, run again with fresh seeds, and what comes of it.
+"""Plan the confirmation of a study, and rank its configurations by their new runs.
 
-It is a study of its own within the folder of the one that it confirms, whose trials are all decided when it begins.
+A confirmation is a study of its own, in the folder of the study that it confirms. All its trials are decided when it
+begins: each of the best configurations with several new seeds.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
 
-#: The confirmation's folder in that of its study, and its table there.
+#: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
 STANDINGS = "confirmed.csv"
 
@@ -34,21 +35,21 @@ _SEED = "train.seed"
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """A configuration, and what it came to with each seed."""
+    """One confirmed configuration with its runs, one per seed."""
 
     trial_id: str  # in the search
-    searched_js: float  # there, bits
-    runs: tuple[TrialRecord, ...]  # those that are complete, the best first
+    searched_js: float  # best JS in the search, bits
+    runs: tuple[TrialRecord, ...]  # the complete ones, best first
     failed: int
 
     @property
     def mean(self) -> float | None:
-        """Of the runs' best validation JS, bits; None where there is none."""
+        """Return the mean of the runs' best validation JS, bits; None without a run."""
         return statistics.fmean(self._js) if self.runs else None
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean, bits; None where there are not two runs."""
+        """Return the standard error of the mean, bits; None with fewer than two runs."""
         n = len(self.runs)
         return statistics.stdev(self._js) / math.sqrt(n) if n > 1 else None
 
@@ -61,7 +62,7 @@ class Standing:
 
     @property
     def row(self) -> dict[str, Any]:
-        """Of `confirmed.csv`; for people, it stands below `HEADINGS`."""
+        """Return the row of `confirmed.csv`. In a table for people, `HEADINGS` stand above it."""
         return {
             "trial_id": self.trial_id,
             "mean_js": self.mean,
@@ -78,7 +79,7 @@ class Standing:
 
     @property
     def median(self) -> TrialRecord:
-        """The run in the middle; of two, the worse."""
+        """Return the median run; of an even number, the worse one in the middle."""
         return self.runs[len(self.runs) // 2]
 
     @property
@@ -87,7 +88,7 @@ class Standing:
 
 
 def best_configurations(records: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
-    """The best trial of each of the best configurations: one that went on from another has the same as that."""
+    """Return the best trial of each of the best configurations. A trial that continues another has the same one."""
     found: list[TrialRecord] = []
     for record in best_first([record for record in records if record.best and record.status != "failed"]):
         if len(found) < count and all(record.settings != other.settings for other in found):
@@ -96,9 +97,9 @@ def best_configurations(records: Iterable[TrialRecord], count: int) -> list[Tria
 
 
 def enqueue(study: optuna.Study, records: Sequence[TrialRecord], seeds: Iterable[int]) -> None:
-    """Has a confirmation's Optuna study ask for each configuration with each seed, but for what it has already.
+    """Enqueue each configuration with each seed, except those that are already there.
 
-    Seed by seed: wherever it is broken off, the configurations have about as many runs each.
+    The order is seed by seed, so an interrupted confirmation has about the same number of runs for each configuration.
     """
     known = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
     there = {(attributes[CONFIRMS], attributes[SETTINGS][_SEED]) for attributes in known}
@@ -110,13 +111,14 @@ def enqueue(study: optuna.Study, records: Sequence[TrialRecord], seeds: Iterable
 
 
 def fresh_seeds(seed: int, count: int) -> list[int]:
-    """The seeds after that of the study."""
+    """Return the seeds that follow the seed of the study."""
     return [(seed + 1 + i) % 2**31 for i in range(count)]
 
 
 def standings(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Standing]:
-    """How the configurations of a confirmation stand, the best mean first; those of which a run has failed come later,
-    and last those without a complete run.
+    """Rank the configurations of a confirmation by their mean JS.
+
+    Configurations with failed runs come after the others, those without a complete run last.
     """
     found = [
         Standing(
@@ -131,7 +133,7 @@ def standings(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Standing]
 
 
 def write_standings(folder: Path, found: Iterable[Standing]) -> None:
-    """Writes `confirmed.csv`."""
+    """Write `confirmed.csv`."""
     write_text(folder / STANDINGS, pd.DataFrame([standing.row for standing in found]).to_csv(index=False))
 
 

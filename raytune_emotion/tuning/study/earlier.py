@@ -12,7 +12,7 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
 from raytune_emotion.tuning.study.records import opened
 from raytune_emotion.tuning.study.spec import read_spec
 
-#: Trials that must have reported before one can be told from another.
+#: Trials that must have reported before a study says anything about what is good.
 _LEAST = 4
 
 

@@ -1,7 +1,7 @@
 """Keep a study's trials in Optuna, and ask its policy for the next one.
 
-Ray's own `OptunaSearch` tells every trial that the scheduler stopped as complete with its last value, so that values of
-few epochs mix with full ones in the sampler's model. Here each ending keeps its name: complete, pruned or failed.
+Ray's own `OptunaSearch` tells each stopped trial as complete, with its last value. Values of a few epochs then mix with
+those of full trials in the sampler's model. Here every ending keeps its name: complete, pruned or failed.
 """
 
 import contextlib
@@ -66,8 +66,8 @@ class Asked:
 class Searcher:
     """Ask an Optuna study for trials, and tell it of their reports and endings.
 
-    A trial's sampler is seeded by the study's seed and the trial's number, so that what is proposed depends on the
-    recorded history alone: a study that was interrupted proposes what the uninterrupted one would have.
+    The seed of a proposal follows from the study's seed and the trial's number. Proposals depend only on the recorded
+    history, so an interrupted study makes the same proposals as an uninterrupted one.
     """
 
     def __init__(
@@ -108,17 +108,17 @@ class Searcher:
         return self._settle(self._study.ask(), seed)
 
     def finish_asking(self) -> None:
-        """Settles the trials whose asking was cut short, before anything of them could run."""
+        """Complete the trials whose asking was interrupted before they could run."""
         trials = self._study.get_trials(deepcopy=False)
         settled = sum(SETTINGS in trial.user_attrs for trial in trials)
         for torn in [t for t in trials if t.state == TrialState.RUNNING and SETTINGS not in t.user_attrs]:
             self._settle(reopen(self._study, torn), self._seed_of(settled))
 
     def _settle(self, trial: optuna.Trial, seed: int) -> Proposal:
-        # In a confirmation they are there already.
+        # In a confirmation the settings are already there.
         settings = trial.user_attrs.get(SETTINGS)
         if settings is None:
-            # For what a start point leaves out.
+            # For the parameters that a start point leaves out.
             self._study.sampler = RandomSampler(seed=seed)
             settings = self._space.suggest(trial)
             trial.set_user_attr(SETTINGS, settings)
@@ -151,7 +151,7 @@ class Searcher:
         self._handles.pop(trial_id).set_user_attr(PAUSED, True)
 
     def tell(self, trial_id: str, status: Status, *, reason: str = "") -> None:
-        """Tell a trial's ending; its value is the best of what was observed."""
+        """Tell how a trial ended; its value is the best that was observed."""
         trial = self._handles[trial_id]
         if reason:
             trial.set_user_attr("reason", reason)
@@ -169,7 +169,7 @@ class Searcher:
 
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
-    """Have complete trials asked for again, to go on from where they ended; those that are already are left out."""
+    """Enqueue continuations of complete trials, which go on from their last epoch. Skip trials that have one."""
     waiting = continued(study)
     for trial_id in trial_ids:
         if trial_id not in waiting:
@@ -183,7 +183,7 @@ def asked(study: optuna.Study) -> list[Asked]:
         Asked(
             trial_id_of(trial.number),
             "paused" if trial.state == TrialState.RUNNING and trial.user_attrs.get(PAUSED) else _STATUSES[trial.state],
-            # Without settings is one whose asking was cut short.
+            # A trial without settings is one whose asking was interrupted.
             trial.user_attrs.get(SETTINGS, {}),
             trial.user_attrs.get("reason", ""),
             trial.user_attrs.get(CONTINUES),
@@ -195,7 +195,7 @@ def asked(study: optuna.Study) -> list[Asked]:
 
 
 def continued(study: optuna.Study) -> set[str]:
-    """The trials that others go on from which have not ended, or not begun."""
+    """Return the trials that a waiting or running trial goes on from."""
     open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
     return {trial.user_attrs[CONTINUES] for trial in open_ones if CONTINUES in trial.user_attrs}
 
@@ -213,21 +213,21 @@ def create_study(folder: Path, space: Space, name: str | None = None) -> optuna.
 
 
 def load_study(folder: Path) -> optuna.Study:
-    """The Optuna study of a study's folder.
+    """Load the Optuna study of a study's folder.
 
     Raises:
-        UserError: where there is none, or it is damaged.
+        UserError: there is none, or it is damaged.
     """
     if not (folder / JOURNAL).is_file():
         raise UserError(f"{folder}: no {JOURNAL} in it, so it is no study; name a folder that a search has made")
     try:
         storage = _storage(folder)
-        # By what is in it, not by the folder's name: people rename folders.
+        # Not by the name of the folder: people rename folders.
         (name,) = optuna.get_all_study_names(storage)
         return optuna.load_study(study_name=name, storage=storage)
     except OSError:
         raise
-    except Exception as error:  # what Optuna happens to meet in lines that are not as it wrote them
+    except Exception as error:  # Optuna raises errors of all kinds for a damaged line
         raise UserError(
             f"{folder / JOURNAL}: is damaged ({type(error).__name__}: {error}); put back a copy of it, or begin a new "
             f"study with the same options: what trials have reached is in {folder / 'trials'}"
@@ -236,10 +236,10 @@ def load_study(folder: Path) -> optuna.Study:
 
 @contextlib.contextmanager
 def sole_driver(folder: Path) -> Iterator[None]:
-    """Keeps a study's folder to this process: two that run its trials would write over each other.
+    """Lock a study's folder for this process: two processes that run its trials would overwrite each other's files.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has the lock.
     """
     with exclusive_lock(folder):
         mend_journal(folder / JOURNAL)

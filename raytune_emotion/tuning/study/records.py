@@ -1,7 +1,7 @@
-"""A study's folder: what it was asked, what came of it, and the tables that people read.
+"""Read the record of a study: its trials, and what became of them.
 
-The record is the Optuna journal (which trials there are, and how they ended) with the trials' own histories (what they
-reported). The tables are made from it and may be made again at any time.
+The record is the Optuna journal (the trials and how they ended) together with each trial's history (what it reported).
+Tables and pages are made from it, and can be made again at any time.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from raytune_emotion.tuning.policy.objective import Objective, pareto_front
 from raytune_emotion.tuning.study.optuna_study import Status, asked
 from raytune_emotion.tuning.study.spec import SPEC
 
-#: Trials whose weights are kept when they have ended.
+#: Number of ended trials whose weights are kept.
 KEPT = 3
 
 
@@ -64,7 +64,7 @@ def opened(study: Location, *patterns: str) -> Iterator[Path]:
 
 
 def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:
-    """The trials of a study with their reports, in the order of their start, but for those that are known already."""
+    """Read the trials of a study with their reports, in the order of their start. Skip those in `known`."""
     return [
         TrialRecord(
             t.trial_id,
@@ -81,7 +81,7 @@ def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ())
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Lets the trial in one folder go on in another, which may hold an attempt at this that was cut short."""
+    """Copy the checkpoint of one trial to another, which then goes on from it. An interrupted copy is replaced."""
     target.mkdir(parents=True, exist_ok=True)
     # The newest state comes last: a folder without it is a trial that has not begun.
     for name in (HISTORY, BEST, LAST):
@@ -97,7 +97,7 @@ def best_first(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
-    """Return the best trial of a study; None where none has reported, or those that have failed."""
+    """Return the best trial of a study; None if no trial has reported, apart from failed ones."""
     reported = [record for record in records if record.best and record.status != "failed"]
     return best_first(reported)[0] if reported else None
 
@@ -110,8 +110,9 @@ def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialReco
 
 
 def losers(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
-    """The ended trials whose weights go, lest a study's disk grow with its trials: but for the best, those of a front
-    that the study is after, and the spared.
+    """List the ended trials whose weights are deleted, so that the disk does not fill up.
+
+    The best trials keep theirs, as do those on a Pareto front that the study searches for, and those in `spared`.
     """
     ended = [record for record in best_first(records) if record.ended]
     front = {record.trial_id for record in frontier(ended, objective)} if objective.front else set()
@@ -119,7 +120,7 @@ def losers(records: list[TrialRecord], objective: Objective, spared: Collection[
 
 
 def drop_checkpoints(folder: Path, trial_ids: Iterable[str]) -> None:
-    """Deletes the weights of trials."""
+    """Delete the weights of trials."""
     for trial_id in trial_ids:
         for file in trial_folder(folder, trial_id).glob("*.safetensors"):
             file.unlink()

@@ -27,15 +27,15 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES
 
 SPEC = "study.yaml"
 
-#: So many studies are named where another was meant.
+#: Number of studies that an error message lists.
 _LISTED = 10
-#: Tells a job, to which the code has come without its repository, the commit that it is of.
+#: Environment variable with the commit of the code, for jobs that have the code without its repository.
 _COMMIT = "RAYTUNE_EMOTION_COMMIT"
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class StudySpec:
-    """The complete resolved configuration of a study, as `study.yaml` holds it. Nonsense is refused."""
+    """Hold the complete resolved configuration of a study, as in `study.yaml`. Values are validated."""
 
     name: str
     seed: int = Field(ge=0)
@@ -64,7 +64,7 @@ class StudySpec:
         return self
 
     def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The complete settings of a trial, of which the space chose some."""
+        """Return the complete settings of a trial, given those that the space chose."""
         own = {
             "data.image_size": chosen.get("data.image_size", min(self.stores)),
             "data.classes": list(self.classes),
@@ -136,10 +136,10 @@ def created_at(text: bytes | None) -> object:
 
 
 def check_stores(spec: StudySpec, advice: str) -> None:
-    """Whether the packed data of a study are where they were, and what they were.
+    """Check that the packed data of a study are still there, and unchanged.
 
     Raises:
-        UserError: they are not; each fault ends with the advice.
+        UserError: they are not; each sentence ends with the advice.
     """
     faults: list[str] = []
     for size, path in spec.stores.items():
@@ -169,7 +169,7 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the code that runs, with -dirty where it is another by now; none where it lies in no repository of its own."""
+    """Return the commit of the code that runs, with `-dirty` if it was edited; None outside a repository of its own."""
     here, git = Path(__file__), shutil.which("git")
     if git is None:
         return None

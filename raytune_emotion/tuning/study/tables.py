@@ -17,10 +17,10 @@ from raytune_emotion.tuning.study.records import TrialRecord, best_first
 
 TRIALS, CURVES = "trials.csv", "curves.parquet"
 
-#: The tables are written again only after so many times what the last writing took.
+#: Wait this many times the duration of the last write before writing the tables again.
 _REST = 20
 
-#: Settings that a study may change when it goes on, so that a trial's own values at its proposal tell nothing of it.
+#: Settings that may change when a study goes on. The values at a trial's proposal would mislead, so they are hidden.
 _HIDDEN = {"train.epochs", "model.weights_dir"}
 
 _FIRST_COLUMNS = (
@@ -67,7 +67,7 @@ class Tables:
             self.write()
 
     def write(self) -> None:
-        """Bring the study's tables, and their remote copy, up to all that has happened."""
+        """Bring the tables of the study, and their remote copy, up to date."""
         began = time.monotonic()
         running = self.read()
         write_tables(self._study.folder, [*self.ended, *running], joined(self._curves, curves_of(running)))
@@ -81,7 +81,7 @@ class Tables:
 
 
 def curves_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
-    """A row a report. It takes a tenth of the memory of the reports themselves."""
+    """Make the table of all reports, one row each. It takes a tenth of the memory of the reports themselves."""
     return pd.DataFrame([{"trial_id": record.trial_id, **report} for record in records for report in record.reports])
 
 
@@ -93,22 +93,22 @@ def trials_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
 
 
 def joined(*frames: pd.DataFrame) -> pd.DataFrame:
-    """Rows of several frames. An empty one, which knows no types, would change those of the others."""
+    """Concatenate frames. Empty frames are left out: they have no types, and would change those of the others."""
     return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
 
 
 def thinned(record: TrialRecord) -> TrialRecord:
-    """A trial with those of its reports alone that its rank and its row in the table need."""
+    """Keep only the two reports of a trial that its rank and its table row need."""
     kept = [report for report in record.reports if report is record.best or report is record.reports[-1]]
     return dataclasses.replace(record, reports=tuple(kept))
 
 
 def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame | None = None) -> None:
-    """Writes `trials.csv`, best trial first, and `curves.parquet`.
+    """Write `trials.csv`, best trial first, and `curves.parquet`.
 
     Args:
         folder: of the study.
-        records: of its trials; they may be thinned where `curves` are given.
+        records: of its trials; they may be thinned if `curves` are given.
         curves: of the same trials.
     """
     write_text(folder / TRIALS, trials_of(records).to_csv(index=False))
@@ -117,7 +117,7 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    # The metrics beside the best JS are those of the same report, the one that the best checkpoint is from.
+    # All metrics are from the report with the best JS, which the best checkpoint is from.
     best: Mapping[str, Any] = record.best or {}
     last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
     return {
