@@ -38,7 +38,7 @@ class Tables:
     def __init__(self, study: OpenStudy) -> None:
         self._study = study
         self._ended: dict[str, TrialRecord] = {}  # thinned
-        self._curves = curves_of(())  # of the ended
+        self._curves = [curves_of(())]  # of the ended; concatenated when they are written, as each copy takes time
         self._stale = False  # whether the tables lack an ending
         self._due = 0.0
 
@@ -70,13 +70,14 @@ class Tables:
         """Bring the tables of the study, and their remote copy, up to date."""
         began = time.monotonic()
         running = self.read()
-        write_tables(self._study.folder, [*self.ended, *running], joined(self._curves, curves_of(running)))
+        self._curves = [joined(*self._curves)]
+        write_tables(self._study.folder, [*self.ended, *running], joined(*self._curves, curves_of(running)))
         self._study.copy.push(JOURNAL, TRIALS, CURVES)
         self._stale = False
         self._due = time.monotonic() + _REST * (time.monotonic() - began)
 
     def _keep(self, records: list[TrialRecord]) -> None:
-        self._curves = joined(self._curves, curves_of(records))
+        self._curves.append(curves_of(records))
         self._ended |= {record.trial_id: thinned(record) for record in records}
 
 
