@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -41,6 +42,10 @@ def guarded(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         warn("interrupted")
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has had enough, such as `head`. What is left of it goes nowhere, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         known = known_error(error)
         if known is None:

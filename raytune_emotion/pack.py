@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda names: tuple(name.strip() for name in names.split(",")),
         default=default.classes,
         metavar="A,B,C",
-        help=f"class names in the order of the annotated values (default: {','.join(default.classes)})",
+        help=f"class names in the order of the annotated values (default: {', '.join(default.classes)})",
     )
     parser.add_argument(
         "--address", metavar="ADDRESS", help="address of a running Ray cluster, or auto: pack on all its nodes"
@@ -68,7 +68,10 @@ def run(args: argparse.Namespace) -> None:
         what = f"{store.image_size} px, {len(store.classes)} classes, {megabytes:,.1f} MB"
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
-    say(f"next: python -m raytune_emotion.search --data {typed(str(dest))}")
+    # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
+    say(
+        f"next: python -m raytune_emotion.search --data {typed(str(args.dest if len(sizes) == 1 else dests[sizes[0]]))}"
+    )
 
 
 @contextlib.contextmanager

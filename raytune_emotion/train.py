@@ -19,7 +19,7 @@ from raytune_emotion.cli import (
     plain_name,
     positive,
 )
-from raytune_emotion.config import DataConfig, RunConfig
+from raytune_emotion.config import SETTINGS, DataConfig, RunConfig
 from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
@@ -32,6 +32,7 @@ from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"settings: {', '.join(SETTINGS)}"
     add = parser.add_argument
     add(
         "--data",
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting, such as optim.lr=1e-3; may be repeated",
+        help="a setting of those below, such as optim.lr=1e-3; may be repeated",
     )
     add("--config", type=local_path, metavar="FILE", help="file of settings: YAML, or the params.json of a trial")
     add("--study", type=location, metavar="DIR", help="study whose best trial (or --trial) gives the settings")

@@ -132,3 +132,22 @@ def test_credentials_in_a_uri_are_refused_by_every_command(argv, tmp_path, monke
     assert "s3://***@bucket/a: has credentials in it, which would be written into studies" in said
     assert "wJalrXUtnFEMI" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    code = "import sys; from raytune_emotion.cli import guarded\n"
+    code += "def action():\n    for _ in range(100000): print('a line')\n    sys.stdout.flush()\n"
+    code += "sys.exit(guarded(action))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_windows_is_told_in_words():
+    code = "import sys; sys.modules['fcntl'] = None; import raytune_emotion.predict"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        done.stderr.splitlines()[-1] == "ImportError: raytune_emotion needs Linux or macOS; on Windows, run it in WSL"
+    )

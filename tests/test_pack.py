@@ -1,16 +1,23 @@
+import dataclasses
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.prepare import find_data
 from raytune_emotion.data.store import open_store
 from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.study.creation import new_spec
+from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.trials import DATA
 from tests.data.test_affectnet import write_folder, write_row
 
@@ -85,7 +92,7 @@ def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{dest}: 6 images to train on and 3 to validate on"
     assert [line.partition(",")[0] for line in lines[1:4]] == ["16 px", "24 px", "32 px"]
-    assert lines[-1] == f"next: python -m raytune_emotion.search --data {dest}"
+    assert lines[-1] == f"next: python -m raytune_emotion.search --data {dest / '16px'}"
     for size in (16, 24, 32):
         alone = pack(folder, tmp_path / f"alone{size}", image_size=size)
         assert open_store(dest / f"{size}px").fingerprint == alone.fingerprint
@@ -98,7 +105,7 @@ def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, 
     uri = (tmp_path / "there").as_uri()
     command = [str(folder), uri, "--image-size", "16", "24"]
     assert command_main("pack", command) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"next: python -m raytune_emotion.search --data {uri}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: python -m raytune_emotion.search --data {uri}/16px"
     assert open_store(tmp_path / "there" / "24px").image_size == 24
     assert command_main("pack", command) == 2
     assert capsys.readouterr().err.startswith(f"error: {uri}/16px: exists already")
@@ -136,3 +143,23 @@ def test_ctrl_c_ends_it_and_another_attempt_goes_on(tmp_path):
     said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
     assert (process.returncode, out, err) == (130, "", said)
     assert list((tmp_path / "out").iterdir()) == [part]
+
+
+@pytest.mark.parametrize("sizes", [["16"], ["16", "32"]])
+def test_what_is_printed_can_be_typed(tmp_path, capsys, monkeypatch, sizes):
+    """Also with classes of one's own, which the store then knows."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for id_ in "12":
+            write_row(tmp_path / "three faces", split, id_, text="0.25,0.25,0.5\n")
+    argv = ["three faces", "my store", "--image-size", *sizes, "--classes", "calm,tense,sad"]
+    assert command_main("pack", argv) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    _, *command = shlex.split(line)
+    assert command[:3] == ["python", "-m", "raytune_emotion.search"]
+    request = SearchRequest(results=Folder(tmp_path / "results"), data=Folder(Path(command[-1])), space=None)
+    (tmp_path / "space.yaml").write_text("optim.lr: {log_uniform: [1e-3, 1e-2]}\nmodel.backbone: test_resnet\n")
+    request = dataclasses.replace(request, space=tmp_path / "space.yaml")
+    spec = new_spec(request, "mine", request.load_space(), find_data(request.data))
+    assert spec.classes == ("calm", "tense", "sad")
+    assert spec.settings({})["data.classes"] == ["calm", "tense", "sad"]

@@ -123,6 +123,7 @@ def check_layout(root: Location) -> None:
         raise UserError(
             f"{root}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
             f" missing {'is' if len(missing) == 1 else 'are'} {', '.join(missing)}"
+            + ("; did you mean the folder above it?" if root.name in SPLITS.values() else "")
         )
 
 

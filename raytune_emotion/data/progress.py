@@ -29,9 +29,9 @@ def progress() -> Progress:
     )
 
 
-def counted(pmap: Map, bars: Progress, what: str) -> Map:
+def counted(pmap: Map, bars: Progress, what: str, total: int) -> Map:
     """Return the same map; its results, which are lists, are counted on a bar."""
-    bar = bars.add_task(what, total=None)
+    bar = bars.add_task(what, total=total)
 
     def counting(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
         for part in pmap(function, tasks):

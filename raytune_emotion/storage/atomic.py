@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -11,6 +10,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError("raytune_emotion needs Linux or macOS; on Windows, run it in WSL") from error
 
 from raytune_emotion.errors import UserError
 

@@ -37,7 +37,8 @@ def read_rows(faces: FaceFolder, classes: tuple[str, ...], pmap: Map, bars: Prog
     Raises:
         UserError: a split has no row whose annotation is good.
     """
-    scan = affectnet.scan(faces, classes, counted(pmap, bars, "reading annotations"))
+    total = sum(len(files.annotations) for files in faces.splits.values())
+    scan = affectnet.scan(faces, classes, counted(pmap, bars, "reading annotations", total))
     _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
     return scan
 
@@ -66,7 +67,7 @@ def validate_rows(
         tasks = [
             (faces.location, files[start : start + _FILES_PER_TASK]) for start in range(0, len(files), _FILES_PER_TASK)
         ]
-        tried = counted(pmap, bars, "trying other images")(_try_images, tasks) if tasks else []
+        tried = counted(pmap, bars, "trying other images", len(files))(_try_images, tasks) if tasks else []
         results = (wrong for part in tried for wrong in part)
         found += [(split, file.name, wrong) for file, wrong in zip(files, results, strict=True)]
     undecodable = [Fault(split, name, Kind.UNDECODABLE, what) for split, name, what in found if isinstance(what, str)]
