@@ -1,4 +1,8 @@
-"""Runs benchmarks by name, or all of them: `python -m benchmarks [NAME …]`."""
+"""Run benchmarks by name, or all of them: `python -m benchmarks [NAME …]`.
+
+Policies of search are compared on curves of one's own by `python -m benchmarks taskset FOLDER` and
+`python -m benchmarks curves FILE… --space SPACE`.
+"""
 
 import argparse
 import ast
@@ -29,10 +33,17 @@ from raytune_emotion.storage.atomic import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-NAMES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_"))
+#: Modules that are no benchmarks, but parts of them.
+_PARTS = {"curves", "former", "judge", "simulation", "taskset"}
+NAMES = sorted({m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")} - _PARTS)
+#: Those that take recorded curves of one's own.
+JUDGES = {"taskset": "benchmarks.taskset", "curves": "benchmarks.curves.recorded"}
 
 
 def main() -> int:
+    if len(sys.argv) > 1 and sys.argv[1] in JUDGES:
+        judge: Callable[[list[str]], int] = importlib.import_module(JUDGES[sys.argv[1]]).main
+        return judge(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
     names = parser.parse_args().names or NAMES

@@ -1,44 +1,80 @@
-"""Whether the chance that a running trial has, by the forecast of its end, comes true as often as it says.
+"""Whether the chance that a trial has, by the forecast of its end, comes true as often as it says.
 
-Studies as in `benchmarks.policies`, stopped where that chance is small. What a stopped trial would have come to, its
-recorded curve says.
+Forecasts of trials at the ends of their stretches, in studies as in `benchmarks.policies`. What a trial would have come
+to that did not run to its end, its recorded curve says.
 """
 
-import math
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import optuna
 from rich.progress import track
+from scipy.special import ndtr
 
 from benchmarks import Table
 from benchmarks.curves.replay import BUDGET, SHARE, Market, pool, read_markets, simulate
-from benchmarks.curves.rules import CHANCE, ENDED, Foretold
-from benchmarks.policies import ALSO, Study, extrapolating
-from raytune_emotion.tuning.policy.decisions import SETTINGS
-from raytune_emotion.tuning.study.optuna_study import trial_id_of
+from benchmarks.policies import ALSO, study
+from raytune_emotion.tuning.policy.candidates import domain_of
+from raytune_emotion.tuning.policy.decisions import SETTINGS, Decision, Limits
+from raytune_emotion.tuning.policy.freeze_thaw import stretch_ends
+from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Outlook
+from raytune_emotion.tuning.study.optuna_study import Searcher
 
 SEEDS = 8
-EDGES = (0.0, 0.01, CHANCE, 0.1, 0.2, 0.4, 0.7, 1.0)
+#: Trials that have begun before forecasts count.
+BEGUN = 5
+EDGES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What a trial's end was thought to be while it ran."""
+
+    number: int
+    best: float  # log of the study's best value then
+    chance: float  # that the trial betters it
+
+
+class Listening(Searcher):
+    """A study that keeps what is forecast of its trials."""
+
+    def __init__(self, market: Market, seed: int, kept: optuna.Study) -> None:
+        made = study(market, seed, kept=kept)
+        super().__init__(kept, market.space, made._policy, sampler=made._sampler)
+        self._kept, self._domain, self._reports = kept, domain_of(market.space), market.most_reports
+        self.foretold: list[Foretold] = []
+
+    def decide(self, trial_id: str, report: Any, limits: Limits) -> Decision:
+        past = self._kept.get_trials(deepcopy=False)
+        if report["report"] in stretch_ends(self._reports) and len(past) > BEGUN:
+            outlook = Outlook(self._domain, past, Aim(reports=self._reports))
+            settings = past[int(trial_id)].user_attrs[SETTINGS]
+            if outlook.forecast is not None:
+                mean_M, std_M = outlook.forecast([settings])
+                chance = ndtr((outlook.forecast.best - mean_M[0]) / (WIDER * std_M[0]))
+                self.foretold.append(Foretold(int(trial_id), outlook.forecast.best, float(chance)))
+        return super().decide(trial_id, report, limits)
 
 
 def foretold(market: Market, seed: int) -> list[tuple[Foretold, float]]:
     """Every forecast of a study, and the log of the value that its trial comes to at full length."""
-    rule = extrapolating(market)
-    study = Study(market.space, rule, seed)
-    simulate(market, study, ALSO, market.budget(ALSO) * SHARE)
-    trials = {trial_id_of(trial.number): trial.user_attrs[SETTINGS] for trial in study.trials}
-    js_MR, _ = market.response([*trials.values()])
-    ends = dict(zip(trials, js_MR.min(axis=1), strict=True))
-    return [(each, math.log(ends[each.trial_id])) for each in rule.foretold]
+    kept = optuna.create_study()
+    listening = Listening(market, seed, kept)
+    simulate(market, listening, ALSO, market.budget(ALSO) * SHARE)
+    js_MR, _ = market.response([trial.user_attrs[SETTINGS] for trial in kept.trials])
+    ends_M = np.log(js_MR.min(axis=1))
+    return [(each, float(ends_M[each.number])) for each in listening.foretold]
 
 
 def run() -> Table:
     rows = []
-    notes = [f"{ALSO} workers, an eighth of {BUDGET} full trials, {SEEDS} seeds, from the {ENDED}th trial's end on."]
+    notes = [f"{ALSO} workers, an eighth of {BUDGET} full trials, {SEEDS} seeds, after {BEGUN} trials have begun."]
     with pool() as processes:
         for market in track(read_markets([]), "calibration"):
             studies = processes.map(foretold, [market] * SEEDS, range(SEEDS))
-            made = [each for study in studies for each in study if math.isfinite(each[0].wider)]
+            made = [each for study in studies for each in study]
             chance_N = np.array([each.chance for each, _ in made])
             true_N = np.array([end < each.best for each, end in made])
             for low, high in pairwise(EDGES):

@@ -1,49 +1,44 @@
 """How good a model this project's policy of search finds for a budget, whole and with its parts replaced.
 
 Replayed on recorded learning curves, and measured by what others had reached in `rivals`. The policy is driven as a
-study drives it: the same `Searcher` asks and tells Optuna, the same scheduler sees every report.
+study drives it: the same `Searcher` asks and tells Optuna, the same policy decides after every report.
 """
 
-import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+from optuna.samplers import BaseSampler
 from rich.progress import track
 
 from benchmarks import Table
 from benchmarks.curves.replay import (
     BUDGET,
     COLUMNS,
-    EPOCHS,
     SHARE,
     WORKERS,
     Make,
     Market,
-    Policy,
     pool,
     read_markets,
     replays,
     row,
     simulate,
 )
-from benchmarks.curves.rules import Extrapolating, OfRay, Promoting, Rule, Stopping
+from benchmarks.former import FormerSampler
 from benchmarks.rivals import kept_goals
-from raytune_emotion.learn.report import OBJECTIVE, Report
-from raytune_emotion.tuning.policy import sampler
-from raytune_emotion.tuning.policy.decisions import Begin
-from raytune_emotion.tuning.policy.forecast import Forecast, encoding_of
-from raytune_emotion.tuning.policy.objective import OBJECTIVES
+from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
+from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
+from raytune_emotion.tuning.policy.encoding import encoding_of
+from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
+from raytune_emotion.tuning.policy.objective import JS_ALONE, OBJECTIVES, Objective
+from raytune_emotion.tuning.policy.policies import BeginAndStop, make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.scheduler import Halving
-from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.optuna_study import Proposal, Searcher, trial_id_of
+from raytune_emotion.tuning.study.optuna_study import Searcher
 
 #: What a policy that has not reached a goal by then is given, to see when it does, of random search's time.
 LONGER = 1 / 2
@@ -51,160 +46,69 @@ LONGER = 1 / 2
 ALSO = 8
 #: Studies that a median is taken over: with the surrogate, of which some go on for longer; with the nearest; of the
 #: parts; and of the one that takes Optuna seconds to propose.
-SEEDS, SEEDS_LONGER, SEEDS_NEAREST, SEEDS_PARTS, SEEDS_SLOW = 200, 48, 16, 16, 4
-OURS = "this project"
-
-PER_HOUR = OBJECTIVES["val_js per hour"]
+SEEDS, SEEDS_LONGER, SEEDS_NEAREST, SEEDS_PARTS, SEEDS_SLOW = 48, 24, 16, 16, 4
+OURS, FORMER = "this project", "this project before trials could be paused"
 
 
-#: Of a space, the past and a seed: Optuna's parameters of a new configuration, or None where there is none.
-Propose = Callable[[Space, list[FrozenTrial], int], dict[str, Any] | None]
+def study(
+    market: Market,
+    seed: int,
+    *,
+    sampler: str = FORECAST,
+    scheduler: str = DEFAULT_SCHEDULER,
+    objective: Objective = JS_ALONE,
+    earlier: Sequence[Forecast] = (),
+    kept: optuna.Study | None = None,
+) -> Searcher:
+    """Make what drives a study, as a study's recorder makes it."""
+    length = market.most_reports
+    policy = make_policy(
+        market.space, sampler=sampler, scheduler=scheduler, epochs=length, reports=length, seed=seed,
+        objective=objective, earlier=earlier,
+    )  # fmt: skip
+    made = make_sampler_of(
+        market.space, sampler, seed=seed, objective=objective, earlier=earlier, reports=length
+    )  # fmt: skip
+    return Searcher(kept or optuna.create_study(), market.space, policy, sampler=made, cost=objective.cost)
 
 
-class Study:
-    """Trials as a study of this project runs them."""
-
-    def __init__(
-        self,
-        space: Space,
-        rule: Rule,
-        seed: int,
-        propose: Propose = sampler.propose,
-        cost: Callable[[Report], float] | None = None,
-    ) -> None:
-        self._rule, self._propose = rule, propose
-        self._study = optuna.create_study()
-        self._searcher = Searcher(self._study, space, seed=seed, propose=self._next, cost=cost)
-        # Optuna takes nothing back, so what may go on again is not told to have ended.
-        self._paused: set[str] = set()
-
-    def ask(self) -> tuple[str, Mapping[str, Any]]:
-        proposal = self._searcher.ask()
-        assert isinstance(proposal, Proposal)  # the space is not finite
-        return proposal.trial_id, proposal.settings
-
-    def _next(self, space: Space, past: list[FrozenTrial], seed: int, *, new: bool) -> Begin | None:
-        params = self._propose(space, [self._seen(trial) for trial in past], seed)
-        return None if params is None else Begin(params)
-
-    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
-        if trial_id_of(trial.number) in self._paused:
-            trial = copy.copy(trial)
-            trial.state = TrialState.PRUNED
-        return trial
-
-    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
-        self._searcher.observe(trial_id, report)
-        if report["finished"]:
-            self._searcher.tell(trial_id, "complete")
-            return False
-        goes_on = self._rule.keeps(trial_id, report, self.trials)
-        if not goes_on and self._rule.pauses:
-            self._paused.add(trial_id)
-        elif not goes_on:
-            self._searcher.tell(trial_id, "pruned")
-        return goes_on
-
-    def promoted(self) -> str | None:
-        trial_id = self._rule.promoted()
-        self._paused -= {trial_id}
-        return trial_id
-
-    @property
-    def trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+def ours(market: Market, seed: int) -> Searcher:
+    return study(market, seed)
 
 
-class ByOptuna:
-    """Trials that a sampler of Optuna proposes, stopped as this project's are; each ending has its name."""
-
-    def __init__(self, space: Space, rule: Rule, sampler: BaseSampler) -> None:
-        self._space, self._rule = space, rule
-        self._study = optuna.create_study(sampler=sampler)
-        self._trials: dict[str, optuna.Trial] = {}
-
-    def ask(self) -> tuple[str, Mapping[str, Any]]:
-        trial = self._study.ask()
-        trial_id = trial_id_of(trial.number)
-        self._trials[trial_id] = trial
-        return trial_id, self._space.suggest(trial)
-
-    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
-        trial = self._trials[trial_id]
-        trial.report(report[OBJECTIVE], report["report"])
-        if report["finished"]:
-            self._study.tell(trial, report[OBJECTIVE])
-            return False
-        goes_on = self._rule.keeps(trial_id, report, ())
-        if not goes_on:
-            self._study.tell(trial, state=TrialState.PRUNED)
-        return goes_on
-
-    def promoted(self) -> str | None:
-        return None
+def former(market: Market, seed: int) -> Searcher:
+    """This project's policy before it could pause trials."""
+    sampler: BaseSampler = FormerSampler(market.space, seed, draw_candidates)
+    policy = BeginAndStop(market.space, Halving([math.ceil(market.most_reports / 3)]))
+    return Searcher(optuna.create_study(), market.space, policy, sampler=lambda number: sampler)
 
 
-def asha(market: Market) -> Rule:
-    """This project's."""
-    return Stopping(Halving(EPOCHS))
-
-
-def brackets(market: Market) -> Rule:
-    """Asynchronous Hyperband: brackets that stop from the first, the third and the ninth part of the length on."""
-    return OfRay(ASHAScheduler("report", OBJECTIVE, "min", max_t=market.most_reports, reduction_factor=3, brackets=3))
-
-
-def median_rule(market: Market) -> Rule:
-    # With slices without end no trial is paused, which a replay of Ray's knows nothing of.
-    grace = math.ceil(market.most_reports / 3)
-    return OfRay(MedianStoppingRule("report", OBJECTIVE, "min", grace_period=grace, min_time_slice=math.inf))
-
-
-def extrapolating(market: Market) -> Extrapolating:
-    return Extrapolating(encoding_of(market.space), market.most_reports)
-
-
-def ours(market: Market, seed: int) -> Study:
-    return Study(market.space, asha(market), seed)
-
-
-def stopped_by(rule: Callable[[Market], Rule]) -> Make:
-    return lambda market, seed: Study(market.space, rule(market), seed)
-
-
-def proposed_by(sampler: Callable[[int], BaseSampler]) -> Make:
-    return lambda market, seed: ByOptuna(market.space, asha(market), sampler(seed))
-
-
+WHOLE: dict[str, Make] = {OURS: ours, FORMER: former}
 #: With one part of this project's policy in another's place.
-PARTS: dict[str, Make] = {
-    "with random proposals": proposed_by(lambda seed: RandomSampler(seed=seed)),
-    "with quasi-random proposals": proposed_by(lambda seed: QMCSampler(seed=seed)),
-    "with Optuna's TPE": proposed_by(
-        lambda seed: TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
-    ),
-    "with Optuna's plain TPE": proposed_by(lambda seed: TPESampler(multivariate=False, seed=seed)),
-    "with CMA-ES": proposed_by(lambda seed: CmaEsSampler(seed=seed)),
-    "with Optuna's Gaussian process": proposed_by(lambda seed: GPSampler(seed=seed)),
-    "nothing stopped": stopped_by(lambda market: OfRay(None)),
-    "with Hyperband's brackets": stopped_by(brackets),
-    "with the median rule": stopped_by(median_rule),
-    "with curves extrapolated": stopped_by(extrapolating),
-    "with pauses and promotion": stopped_by(lambda market: Promoting(market.most_reports)),
-    "for JS per hour": lambda market, seed: Study(
-        market.space, asha(market), seed, functools.partial(sampler.propose, objective=PER_HOUR), PER_HOUR.cost
-    ),
+PARTS: dict[str, Callable[..., Searcher]] = {
+    "with random proposals": functools.partial(study, sampler="random"),
+    "with quasi-random proposals": functools.partial(study, sampler="qmc"),
+    "with Optuna's TPE": functools.partial(study, sampler="tpe"),
+    "with CMA-ES": functools.partial(study, sampler="cmaes"),
+    "with Optuna's Gaussian process": functools.partial(study, sampler="gp"),
+    "nothing stopped": functools.partial(study, scheduler="none"),
+    "with successive halving": functools.partial(study, scheduler="asha"),
+    "with Hyperband's brackets": functools.partial(study, scheduler="hyperband"),
+    "with the median rule": functools.partial(study, scheduler="median"),
+    "random proposals with successive halving": functools.partial(study, sampler="random", scheduler="asha"),
+    "TPE with successive halving": functools.partial(study, sampler="tpe", scheduler="asha"),
+    "for JS per hour": functools.partial(study, objective=OBJECTIVES["val_js per hour"]),
 }
 SLOW = "with Optuna's Gaussian process"
 
 
-def part(name: str, market: Market, seed: int) -> Policy:
+def part(name: str, market: Market, seed: int) -> Searcher:
     """By its name, as other processes cannot be sent it itself."""
     return PARTS[name](market, seed)
 
 
-def warm_started(earlier: Forecast, market: Market, seed: int) -> Study:
-    return Study(market.space, asha(market), seed, functools.partial(sampler.propose, earlier=[earlier]))
+def warm_started(earlier: Forecast, market: Market, seed: int) -> Searcher:
+    return study(market, seed, earlier=[earlier])
 
 
 def run() -> Table:
@@ -219,21 +123,21 @@ def run() -> Table:
         markets = read_markets(notes)
         learned = {market.curves: _learned(market) for market in markets if market.kind == "surrogate"}
         for market, workers in track([*product(markets, WORKERS)], "policies"):
-            rows.append(_whole(processes, market, workers))
+            rows += [_whole(processes, market, workers, name, make) for name, make in WHOLE.items()]
             if workers == ALSO:
                 (earlier,) = (forecast for curves, forecast in learned.items() if curves != market.curves)
                 rows += _parts(processes, market, earlier)
     return Table(COLUMNS, rows, notes)
 
 
-def _whole(processes: ProcessPoolExecutor, market: Market, workers: int) -> tuple[Any, ...]:
+def _whole(processes: ProcessPoolExecutor, market: Market, workers: int, name: str, make: Make) -> tuple[Any, ...]:
     seconds, goals = market.budget(workers) * SHARE, kept_goals(market, workers)
     count = SEEDS if market.kind == "surrogate" else SEEDS_NEAREST
     longer = min(SEEDS_LONGER, count)
     until = goals.of_random, market.budget(workers) * LONGER
-    studies = replays(processes, ours, market, workers, range(longer), seconds, *until)
-    studies += replays(processes, ours, market, workers, range(longer, count), seconds)
-    return row(market, workers, OURS, studies, goals, seconds, longer)
+    studies = replays(processes, make, market, workers, range(longer), seconds, *until)
+    studies += replays(processes, make, market, workers, range(longer, count), seconds)
+    return row(market, workers, name, studies, goals, seconds, longer)
 
 
 def _parts(processes: ProcessPoolExecutor, market: Market, earlier: Forecast) -> list[tuple[Any, ...]]:
@@ -250,6 +154,6 @@ def _parts(processes: ProcessPoolExecutor, market: Market, earlier: Forecast) ->
 
 def _learned(market: Market) -> Forecast:
     """What a study on these curves, in the time of 32 full trials, says to a later one."""
-    study = ours(market, SEEDS)
-    simulate(market, study, 2, market.budget(2) * SHARE)
-    return Forecast(encoding_of(market.space), sampler.curves(study.trials))
+    kept = optuna.create_study()
+    simulate(market, study(market, SEEDS, kept=kept), 2, market.budget(2) * SHARE)
+    return Forecast(encoding_of(market.space), curves_of(domain_of(market.space), kept.trials))

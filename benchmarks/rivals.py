@@ -4,6 +4,7 @@ It is what this project's policy is measured by, in `policies`, and changes with
 """
 
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from itertools import product, repeat
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from benchmarks.curves.replay import (
     replays,
     row,
 )
-from benchmarks.curves.rules import Trial
-from raytune_emotion.tuning.policy.forecast import Floats
+from raytune_emotion.tuning.policy.decisions import Decision, Limits
+from raytune_emotion.tuning.policy.gaussian_process import Floats
+from raytune_emotion.tuning.study.optuna_study import Proposal, Status, trial_id_of
 
 KEPT = Path(__file__).parent / "results" / "rivals.json"
 #: Studies that a median is taken over: of random search and with the surrogate; and of Ray's with the nearest.
@@ -41,6 +43,17 @@ SEEDS, SEEDS_NEAREST = 200, 16
 RANDOM, RAY, FASTEST = "random, nothing stopped", "OptunaSearch + ASHAScheduler", "the fastest configuration"
 #: The columns of what is to be reached.
 OF_RANDOM, OF_BEST = "random's JS at its full budget", tuple(f"JS of the best {share:.0%}" for share in BEST)
+
+
+#: Ray's schedulers ask nothing of it.
+_NO_CONTROLLER: Any = None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """All that Ray's schedulers ask of one of theirs."""
+
+    trial_id: str
 
 
 class RayAsItComes:
@@ -55,26 +68,40 @@ class RayAsItComes:
         self._search = OptunaSearch(define, metric="val_js", mode="min", seed=seed)
         self._scheduler = ASHAScheduler(metric="val_js", mode="min", max_t=market.most_reports)
         self._asked = 0
+        self._newest: dict[str, Any] = {}
 
-    def ask(self) -> tuple[str, dict[str, Any]]:
-        trial_id = f"{self._asked:04d}"
+    def ask(self, limits: Limits) -> Proposal:
+        trial_id = trial_id_of(self._asked)
         self._asked += 1
         self._search.suggest(trial_id)
-        self._scheduler.on_trial_add(None, Trial(trial_id))
-        return trial_id, self._settings
+        trial: Any = _Trial(trial_id)
+        self._scheduler.on_trial_add(_NO_CONTROLLER, trial)
+        return Proposal(trial_id, self._settings, None)
 
-    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
-        result = {"training_iteration": report["report"], "val_js": report["val_js"]}
-        trial: Any = Trial(trial_id)
-        stopped = self._scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
-        if stopped or report["finished"]:
-            self._search.on_trial_complete(trial_id, result)
-        else:
-            self._search.on_trial_result(trial_id, result)
-        return not (stopped or report["finished"])
+    def observe(self, trial_id: str, report: dict[str, Any]) -> bool:
+        self._newest = {"training_iteration": report["report"], "val_js": report["val_js"]}
+        return True
 
-    def promoted(self) -> str | None:
-        return None
+    def decide(self, trial_id: str, report: dict[str, Any], limits: Limits) -> Decision:
+        if self._stops(trial_id):
+            return "stop"
+        self._search.on_trial_result(trial_id, self._newest)
+        return "go on"
+
+    def tell(self, trial_id: str, status: Status, *, reason: str = "", seconds: float | None = None) -> None:
+        if status == "complete":
+            self._stops(trial_id)
+        self._search.on_trial_complete(trial_id, self._newest)
+
+    def _stops(self, trial_id: str) -> bool:
+        trial: Any = _Trial(trial_id)
+        return bool(self._scheduler.on_trial_result(_NO_CONTROLLER, trial, self._newest) == TrialScheduler.STOP)
+
+    def pause(self, trial_id: str, seconds: float) -> None:
+        raise AssertionError("it pauses nothing")
+
+    def resume(self, trial_id: str) -> Proposal:
+        raise AssertionError("it pauses nothing")
 
 
 def run() -> Table:

@@ -27,6 +27,7 @@ from raytune_emotion.errors import UserError, collecting
 from raytune_emotion.interruption import finishing
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_console
+from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
 from raytune_emotion.tuning.space.space import Space
@@ -58,6 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=OBJECTIVES,
         metavar="WHAT",
         help=f"objective: {', '.join(map(repr, OBJECTIVES))} (default: 'val_js')",
+    )
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        metavar="NAME",
+        help=f"what proposes configurations: {', '.join(SAMPLERS)} (default: {FORECAST})",
+    )
+    add(
+        "--scheduler",
+        choices=SCHEDULERS,
+        metavar="NAME",
+        help=f"what decides which trials go on: {', '.join(SCHEDULERS)} (default: {DEFAULT_SCHEDULER})",
     )
     add("--trials", type=positive, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
     add(

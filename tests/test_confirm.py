@@ -16,10 +16,10 @@ from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
 from raytune_emotion.tuning.study.confirmation import best_configurations, standings
 from raytune_emotion.tuning.study.open_study import make_study
-from raytune_emotion.tuning.study.optuna_study import Searcher, load_study, sole_driver
+from raytune_emotion.tuning.study.optuna_study import load_study, sole_driver
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
-from tests.support import joined_session
+from tests.support import joined_session, searcher_of
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.study.test_records import report, spec_of
 
@@ -118,7 +118,7 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster,
     folder = study / "confirmed"
 
     def run_one_epoch(console, study, placement, failure):
-        proposal = Searcher(study.optuna, study.space, seed=study.spec.seed).ask()
+        proposal = searcher_of(study.optuna, study.space, seed=study.spec.seed).ask()
         with contextlib.closing(train_here(job_of(study, placement.resources, proposal))) as reports:
             next(reports)
         raise KeyboardInterrupt

@@ -8,8 +8,9 @@ import pytest
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.open_study import make_study
-from raytune_emotion.tuning.study.optuna_study import Searcher, load_study
+from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.spec import read_spec
+from tests.support import searcher_of
 from tests.test_search import exit_code, refusal, write_study
 from tests.tuning.report.pages import Page
 from tests.tuning.study.test_records import spec_of
@@ -72,7 +73,7 @@ def test_the_page_shows_the_table(study):
 
 def test_a_study_that_runs_can_be_reported(study):
     before = (study / "optuna.journal").read_bytes()
-    search = Searcher(load_study(study), parse_space(read_spec(study).space), seed=0)
+    search = searcher_of(load_study(study), parse_space(read_spec(study).space), seed=0)
     search.ask()
     running = (study / "optuna.journal").read_bytes()
     assert running != before

@@ -33,13 +33,13 @@ from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.study.creation import new_spec, open_existing
-from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, sole_driver
+from raytune_emotion.tuning.study.optuna_study import create_study, sole_driver
 from raytune_emotion.tuning.study.records import KEPT, read_records, trial_folder
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
 from tests.data.test_affectnet import write_folder, write_row
-from tests.support import joined_session
+from tests.support import joined_session, searcher_of
 
 SPACE = """\
 model.backbone: {choice: [test_resnet, test_vit]}
@@ -87,6 +87,8 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
         name=folder.name,
         seed=0,
         objective="val_js",
+        sampler="forecast",
+        scheduler="asha",
         trials=trials,
         epochs=epochs,
         concurrency=None,
@@ -104,7 +106,7 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
     study = create_study(folder, space)
     write_spec(folder, spec)
     (folder / LOCK).touch()
-    searcher = Searcher(study, space, seed=0)
+    searcher = searcher_of(study, space, seed=0)
     for _ in range(trials):
         proposal = searcher.ask()
         place = trial_folder(folder, proposal.trial_id)
@@ -519,7 +521,7 @@ def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, optio
     request = parsed(*argv)
     spec = new_spec(request, "new", request.load_space(), find_data(request.data))
     study = create_study(tmp_path, parse_space(spec.space))
-    proposal = Searcher(study, parse_space(spec.space), seed=spec.seed).ask()
+    proposal = searcher_of(study, parse_space(spec.space), seed=spec.seed).ask()
     assert spec.seed == proposal.settings["train.seed"] == spec.settings(proposal.settings)["train.seed"] == seed
 
 

@@ -15,9 +15,10 @@ from raytune_emotion.tuning.study import confirmation, optuna_study, spec, table
 #: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
 ARGUMENTS = {
     "search": (
-        "--data DIR", "--space SPACE", "--objective WHAT", "--trials N", "--epochs N", "--concurrency N",
-        "--workers-per-trial N", "--gpus-per-worker X", "--results DIR", "--warm-start STUDY", "--name NAME",
-        "--resume", "--seed N", "--time-budget T", "--max-failures N", "--weights-dir DIR", "--skip-bad",
+        "--data DIR", "--space SPACE", "--objective WHAT", "--sampler NAME", "--scheduler NAME", "--trials N",
+        "--epochs N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X", "--results DIR",
+        "--warm-start STUDY", "--name NAME", "--resume", "--seed N", "--time-budget T", "--max-failures N",
+        "--weights-dir DIR", "--skip-bad",
         "--address ADDRESS", "--dry-run",
     ),
     "status": ("STUDY", "--json", "--watch SECONDS"),

@@ -1,7 +1,6 @@
 """Studies in simulated time: what a policy of search asks for is answered from recorded learning curves.
 
-A policy proposes trials and says at each report whether they go on. Only the training is replayed: a report comes when
-a core of its own would have come to it. No policy is given the space's start points.
+No policy is given the space's start points.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import optuna
@@ -24,9 +23,10 @@ import pandas as pd
 import torch
 
 from benchmarks.curves.response import Nearest, Surrogate, fit_responses, read_curves
-from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.tuning.policy import sampler
-from raytune_emotion.tuning.policy.forecast import Floats
+from benchmarks.simulation import Driver, Found, Simulation
+from raytune_emotion.tuning.policy.candidates import draw_candidates, settings_of
+from raytune_emotion.tuning.policy.freeze_thaw import TAKE_UP_S
+from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 
@@ -59,17 +59,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Policy(Protocol):
-    def ask(self) -> tuple[str, Mapping[str, Any]]:
-        """A new trial: its id and its settings."""
-
-    def report(self, trial_id: str, report: dict[str, Any]) -> bool:
-        """Whether the trial shall go on; one that has finished has ended either way."""
-
-    def promoted(self) -> str | None:
-        """A stopped trial that goes on now, in place of a new one."""
-
-
 @dataclass(frozen=True)
 class Market:
     """What policies are compared on."""
@@ -97,32 +86,13 @@ class Market:
         return BUDGET * self.full / workers
 
 
-#: A policy with a seed.
-Make = Callable[[Market, int], Policy]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """One simulated study: when the best JS fell, and to what."""
-
-    seconds: Floats  # of the study's clock
-    best: Floats  # bits
-    begun: Floats  # when its trials began
-
-    def at(self, seconds: float) -> float:
-        """The best JS at a time; 1, which is the worst, before the first report."""
-        number = int(np.searchsorted(self.seconds, seconds, side="right"))
-        return float(self.best[number - 1]) if number else 1.0
-
-    def until(self, js: float) -> float:
-        """The time at which a JS was reached; infinite where it was not."""
-        reached = np.flatnonzero(self.best <= js)
-        return float(self.seconds[reached[0]]) if len(reached) else np.inf
+#: Of a market and a seed: what asks for trials and hears of them.
+Make = Callable[[Market, int], Driver]
 
 
 def replay(
     make: Make, market: Market, workers: int, seed: int, seconds: float, goal: float = np.inf, longer: float = 0.0
-) -> Replay:
+) -> Found:
     """Simulates a study by a policy until its time is over; where the goal is not reached then, for longer."""
     np.random.seed(seed)  # noqa: NPY002  # Ray's schedulers draw from it
     return simulate(market, make(market, seed), workers, seconds, goal, longer)
@@ -130,13 +100,13 @@ def replay(
 
 def replays(
     processes: ProcessPoolExecutor, make: Make, market: Market, workers: int, seeds: Sequence[int], *limits: float
-) -> list[Replay]:
+) -> list[Found]:
     """A study a seed; for the limits see `replay`."""
     each = (*map(repeat, (make, market, workers)), seeds, *map(repeat, limits))
     return list(processes.map(replay, *each, chunksize=max(1, len(seeds) // 16)))
 
 
-def at_random(market: Market, workers: int, seed: int, seconds: float) -> Replay:
+def at_random(market: Market, workers: int, seed: int, seconds: float) -> Found:
     """Random search that stops nothing, whose trials know nothing of each other, so that they can be drawn at once."""
     free = [0.0] * workers
     begins: list[float] = []
@@ -153,15 +123,16 @@ def at_random(market: Market, workers: int, seed: int, seconds: float) -> Replay
     return in_order(np.concatenate(times), np.concatenate(found), np.array(begins))
 
 
-def in_order(seconds_N: Floats, js_N: Floats, begun: Floats) -> Replay:
+def in_order(seconds_N: Floats, js_N: Floats, begun: Floats) -> Found:
     """A study of reports, which may come in any order."""
     order = np.argsort(seconds_N, kind="stable")
-    return Replay(seconds_N[order], np.minimum.accumulate(js_N[order]), begun)
+    return Found(seconds_N[order], np.minimum.accumulate(js_N[order]), begun)
 
 
 def drawn(space: Space, seed: int, block: int) -> pd.DataFrame:
     """Some configurations at random, a row each."""
-    return sampler.settings_of(space, sampler.candidates(space, [], zlib.crc32(f"{seed}/{block}".encode())))
+    rng = np.random.default_rng(zlib.crc32(f"{seed}/{block}".encode()))
+    return settings_of(space, draw_candidates(space.parameters, [], rng))
 
 
 def many(market: Market, seed: int) -> tuple[Floats, Floats]:
@@ -172,54 +143,15 @@ def many(market: Market, seed: int) -> tuple[Floats, Floats]:
 
 
 def simulate(
-    market: Market, policy: Policy, workers: int, seconds: float, goal: float = np.inf, longer: float = 0.0
-) -> Replay:
-    """Runs a policy on replayed reports, each in the order of its time.
+    market: Market, driver: Driver, workers: int, seconds: float, goal: float = np.inf, longer: float = 0.0
+) -> Found:
+    """Run a study on replayed curves until its time is over; where the goal is not reached then, for longer."""
 
-    Until the study's time is over; where the goal is not reached then, until it is or the longer time is over too.
-    """
-    times: list[float] = []
-    bests: list[float] = [np.inf]
-    begins: list[float] = []
-    curves: dict[str, tuple[int, Floats, Floats]] = {}
-    done: dict[str, int] = {}
-    events: list[tuple[float, int, str]] = []
+    def respond(settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
+        (js_R,), (seconds_R,) = market.response([settings])
+        return js_R, seconds_R
 
-    def go_on(now: float, trial_id: str) -> None:
-        order, _, seconds_R = curves[trial_id]
-        heapq.heappush(events, (now + seconds_R[done[trial_id]], order, trial_id))
-
-    def begin(now: float) -> None:
-        trial_id = policy.promoted()
-        if trial_id is None:
-            trial_id, settings = policy.ask()
-            (js_R,), (seconds_R,) = market.response([settings])
-            curves[trial_id], done[trial_id] = (len(curves), js_R, seconds_R), 0
-            begins.append(now)
-        go_on(now, trial_id)
-
-    for _ in range(workers):
-        begin(0.0)
-    while events[0][0] <= (seconds if bests[-1] <= goal else max(seconds, longer)):
-        now, _, trial_id = heapq.heappop(events)
-        _, js_R, seconds_R = curves[trial_id]
-        if js_R[done[trial_id]] < bests[-1]:
-            times.append(now)
-            bests.append(js_R[done[trial_id]])
-        done[trial_id] += 1
-        report = {
-            "report": done[trial_id],
-            "epoch": done[trial_id] * EPOCHS / len(js_R),
-            "val_js": float(js_R[done[trial_id] - 1]),
-            OBJECTIVE: float(js_R[: done[trial_id]].min()),
-            "seconds": float(seconds_R[: done[trial_id]].sum()),
-            "finished": done[trial_id] == len(js_R),
-        }
-        if policy.report(trial_id, report):
-            go_on(now, trial_id)
-        else:
-            begin(now)
-    return Replay(np.array(times), np.array(bests[1:]), np.array(begins))
+    return Simulation(driver, respond, workers, TAKE_UP_S).run(seconds, goal, longer)
 
 
 def pool() -> ProcessPoolExecutor:
@@ -276,7 +208,7 @@ class Goals:
 
 
 def row(
-    market: Market, workers: int, policy: str, studies: Sequence[Replay], goals: Goals, seconds: float, longer: int
+    market: Market, workers: int, policy: str, studies: Sequence[Found], goals: Goals, seconds: float, longer: int
 ) -> tuple[Any, ...]:
     """What a policy has found, and how much less of the budget it needed for what others had; medians over studies.
 

@@ -11,7 +11,8 @@ from scipy.spatial.distance import cdist
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from raytune_emotion.tuning.policy.forecast import Configurations, Encoding, Floats, encoding_of
+from raytune_emotion.tuning.policy.encoding import Configurations, Encoding, encoding_of
+from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.space import Space
 
 _METRIC = "val_js"

@@ -3,18 +3,15 @@ import functools
 import itertools
 
 import numpy as np
-import optuna
 import pytest
 
 from benchmarks.curves import replay
 from benchmarks.curves.replay import Market, at_random, simulate
 from benchmarks.curves.response import Nearest, fit_responses, read_curves
-from benchmarks.curves.rules import ENDED, Extrapolating, Foretold, Promoting
 from benchmarks.policies import ours, part
 from benchmarks.rivals import kept_goals
-from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.tuning.policy.decisions import SETTINGS
-from raytune_emotion.tuning.policy.forecast import encoding_of
+from benchmarks.simulation import Found
+from raytune_emotion.tuning.study.optuna_study import Proposal
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +30,18 @@ class Listed:
         self._left = (settings for block in blocks for settings in block.to_dict("records"))
         self._asked = 0
 
-    def ask(self):
+    def ask(self, limits):
         self._asked += 1
-        return str(self._asked), next(self._left)
+        return Proposal(str(self._asked), next(self._left), None)
 
-    def report(self, trial_id, report):
-        return not report["finished"]
+    def observe(self, trial_id, report):
+        return True
 
-    def promoted(self):
-        return None
+    def decide(self, trial_id, report, limits):
+        return "go on"
+
+    def tell(self, trial_id, status, *, reason="", seconds=None):
+        assert status == "complete"
 
 
 def test_random_search_drawn_at_once_is_that_of_one_trial_after_the_other(market):
@@ -75,7 +75,7 @@ def test_a_goal_that_is_not_reached_is_gone_on_for(market):
 def test_a_row_tells_when_most_had_reached_what_others_found(market):
     def study(*reports):
         seconds, best = np.array(reports).T
-        return replay.Replay(seconds * market.full, best, np.array([0.0, 3 * market.full]))
+        return Found(seconds * market.full, best, np.array([0.0, 3 * market.full]))
 
     # Of four full trials' time for each of eight workers; the first two went on.
     studies = [study((1, 0.2), (8, 0.1)), study((1, 0.3), (16, 0.1)), study((2, 0.2)), study((3, 0.2))]
@@ -103,40 +103,3 @@ def test_rivals_are_kept_for_every_comparison(market):
         goals = kept_goals(dataclasses.replace(market, kind=kind), workers)
         assert goals.best[1] < goals.best[0] < 0.5
         assert goals.of_random < goals.of_ray < 0.5
-
-
-def test_whoever_comes_to_be_among_the_best_third_goes_on():
-    rule = Promoting(9)
-    for trial_id, js in (("a", 0.3), ("b", 0.2), ("c", 0.4)):
-        assert rule.keeps(trial_id, {"report": 2, OBJECTIVE: js}, ())
-        assert rule.promoted() is None
-        assert not rule.keeps(trial_id, {"report": 3, OBJECTIVE: js}, ())
-    assert rule.promoted() == "b"
-    assert rule.keeps("b", {"report": 4, OBJECTIVE: 0.2}, ())
-    for trial_id in "def":
-        assert rule.promoted() is None
-        rule.keeps(trial_id, {"report": 3, OBJECTIVE: 0.5}, ())
-    assert rule.promoted() == "a"
-
-
-def test_a_hopeless_trial_is_stopped_while_forecasts_are_seen_to_hold(market):
-    space, length = market.space, 9
-    configurations = replay.drawn(space, 0, 0).to_dict("records")[: ENDED + 1]
-    study = optuna.create_study()
-    for number, settings in enumerate(configurations):
-        trial = study.ask()
-        trial.set_user_attr(SETTINGS, settings)
-        js = 0.2 + 0.2 * (number == ENDED) + 0.001 * number
-        for report in range(1, (4 if number == ENDED else length) + 1):
-            trial.report(js * 0.9 ** (report - length), report)
-        if number < ENDED:
-            study.tell(trial, js)
-    rule = Extrapolating(encoding_of(space), length)
-    hopeless, report = f"{ENDED:04d}", {"report": 4}
-    assert rule.keeps(hopeless, {"report": 2}, study.trials)
-    assert rule.keeps(hopeless, report, study.trials)
-    assert rule.foretold[-1].chance == 0.5
-    rule.foretold += [Foretold(f"{number:04d}", 0.0, np.log(0.2), 0.1, 1.0) for number in range(ENDED)]
-    assert not rule.keeps(hopeless, report, study.trials)
-    rule.foretold += [Foretold(f"{number:04d}", 0.0, np.log(0.3), 0.001, 1.0) for number in range(ENDED)]
-    assert rule.keeps(hopeless, report, study.trials)

@@ -15,9 +15,8 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.report import Heard
-from raytune_emotion.tuning.policy.decisions import Prune, Scheduler
-from raytune_emotion.tuning.policy.sampler import make_proposer
-from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
+from raytune_emotion.tuning.policy.decisions import Limits, Prune
+from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -34,6 +33,9 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: So many trials that fail one after the other end a study.
 HOPELESS = 10
+
+#: Trials that may be paused at once, and the bytes of their checkpoints.
+PAUSED_TRIALS, PAUSED_BYTES = 32, 16 * 2**30
 
 _STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "failed", Paused: "paused"}
 
@@ -63,7 +65,7 @@ class Recorder:
         """Take up the record where it was left."""
         self._study, self._watch = study, watch
         self._tables = Tables(study)
-        self._searcher, self._scheduler = _policy_of(study)
+        self._searcher = _searcher_of(study)
         self._live: dict[str, Proposal] = {}  # those that `next` returned, until they end
         self._dropped: set[str] = set()  # trials without weights
         self._failures = 0  # in a row, of the trials that ended last
@@ -84,7 +86,7 @@ class Recorder:
         self._study.copy.claim([JOURNAL, *there, SPEC])
         records = self._study.records()
         self._begun = len(records)
-        stopped = self._scheduler.replay(records)
+        stopped = self._searcher.replay(records)
         for record in records:
             if record.status == "running":
                 self._take_up_one(record, stopped=record.trial_id in stopped)
@@ -173,12 +175,22 @@ class Recorder:
 
     def _ask(self) -> Proposal | None:
         while True:
-            answer = self._searcher.ask(new=self._begun < self._study.spec.trials)
+            answer = self._searcher.ask(self._limits())
             if not isinstance(answer, Prune):
                 break
             self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
         self._begun = len(asked(self._study.optuna))
         return answer
+
+    def _limits(self) -> Limits:
+        return Limits(new=self._begun < self._study.spec.trials, paused=self._room())
+
+    def _room(self) -> int:
+        """Return how many trials may be paused: their checkpoints are bounded in number and in bytes."""
+        paused = [trial.trial_id for trial in asked(self._study.optuna) if trial.status == "paused"]
+        files = [self._study.trial_folder(trial_id) / LAST for trial_id in paused]
+        largest = max((file.stat().st_size for file in files if file.exists()), default=0)
+        return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
 
     def _copy_checkpoint(self, proposal: Proposal) -> None:
         """Give a trial that goes on from another what that has reached, unless it has begun."""
@@ -207,7 +219,7 @@ class Recorder:
         if report["finished"]:
             return Complete()
         # A report that is heard twice, as after the death of a process, decides nothing.
-        decision = self._scheduler.decide(trial_id, report) if new else "go on"
+        decision = self._searcher.decide(trial_id, report, self._limits()) if new else "go on"
         return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
 
     def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
@@ -219,9 +231,10 @@ class Recorder:
             raise _StudyEnds(ending.reason)
         status, reason = _STATUS[type(ending)], getattr(ending, "reason", "")
         if isinstance(ending, Paused):
-            self._searcher.pause(trial_id)
+            assert report is not None
+            self._searcher.pause(trial_id, report["seconds"])
         else:
-            self._searcher.tell(trial_id, status, reason=reason)
+            self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
         self._study.copy.push(JOURNAL)
         self._drop_weights()
@@ -261,10 +274,23 @@ def _reason(error: Exception, study: OpenStudy) -> str:
     return str(error) if isinstance(error, Breakdown) else f"{type(error).__name__}: {error}"
 
 
-def _policy_of(study: OpenStudy) -> tuple[Searcher, Scheduler]:
+def _searcher_of(study: OpenStudy) -> Searcher:
     """Make what decides about a study's trials, from what its folder says."""
-    propose = make_proposer(read_earlier(study.folder), study.objective)
-    searcher = Searcher(study.optuna, study.space, seed=study.spec.seed, propose=propose, cost=study.objective.cost)
-    # A confirmation runs each configuration to its end.
-    scheduler = RunToEnd() if study.spec.confirms is not None else Halving(study.spec.epochs, study.objective)
-    return searcher, scheduler
+    spec, confirms = study.spec, study.spec.confirms is not None
+    earlier = read_earlier(study.folder)
+    reports = spec.epochs * int(study.space.fixed.get("train.evals_per_epoch", 1))
+    policy = make_policy(
+        study.space,
+        sampler=spec.sampler,
+        # A confirmation runs each configuration to its end.
+        scheduler="none" if confirms else spec.scheduler,
+        epochs=spec.epochs,
+        reports=reports,
+        seed=spec.seed,
+        objective=study.objective,
+        earlier=earlier,
+    )
+    sampler = make_sampler_of(
+        study.space, spec.sampler, seed=spec.seed, objective=study.objective, earlier=earlier, reports=reports
+    )
+    return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=study.objective.cost)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.tuning.policy.forecast import Curve, Forecast, encoding_of
+from raytune_emotion.tuning.policy.encoding import encoding_of
+from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.space.parser import parse_space
 
 EARLIER = "earlier.json"

@@ -131,19 +131,24 @@ class Space:
 
     def start_points(self) -> list[dict[str, Any]]:
         """The start points as Optuna's parameters, for `study.enqueue_trial`."""
-        points = []
-        for start in self.start:
-            point: dict[str, Any] = {}
-            for key, (name, setting) in self.active(start).items():
-                if isinstance(setting, Simplex):
-                    weights = {loss: start[f"loss.{loss}"] for loss in setting.losses if f"loss.{loss}" in start}
-                    if weights:
-                        names = setting.raw_names(name)
-                        point |= {names[loss]: raw for loss, raw in setting.raw(weights).items()}
-                elif isinstance(setting, BaseDistribution) and key in start:
-                    point[name] = start[key]
-            points.append(point)
-        return points
+        return [self.params_of(start) for start in self.start]
+
+    def params_of(self, settings: FlatConfig) -> dict[str, Any]:
+        """Return Optuna's parameters of a configuration, or of the part of it that is given."""
+        params: dict[str, Any] = {}
+        for key, (name, setting) in self.active(settings).items():
+            if isinstance(setting, Simplex):
+                weights = {loss: settings[f"loss.{loss}"] for loss in setting.losses if f"loss.{loss}" in settings}
+                if weights:
+                    names = setting.raw_names(name)
+                    params |= {names[loss]: raw for loss, raw in setting.raw(weights).items()}
+            elif isinstance(setting, BaseDistribution) and key in settings:
+                params[name] = settings[key]
+            elif key == "loss" and isinstance(setting, CategoricalDistribution):
+                alone = [loss for loss in setting.choices if settings.get(f"loss.{loss}") == 1]
+                if alone:
+                    params[name] = alone[0]
+        return params
 
     def to_dict(self) -> dict[str, Any]:
         """The space as plain dicts and lists, to be kept; `parse_space` reads it back."""

@@ -14,6 +14,7 @@ from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
 from raytune_emotion.storage.locations import Folder, Location, parse_location
+from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
@@ -41,6 +42,8 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
         name=name,
         seed=space.fixed.get("train.seed", 0),
         objective=request.objective or "val_js",
+        sampler=request.sampler or FORECAST,
+        scheduler=request.scheduler or DEFAULT_SCHEDULER,
         trials=request.trials or DEFAULT_TRIALS,
         epochs=space.fixed["train.epochs"],
         concurrency=request.concurrency,
@@ -124,8 +127,8 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
 def _changes(request: SearchRequest, study: OpenStudy) -> list[str]:
     """List what is asked for and would make another study of it. To repeat what the study has is no error."""
     spec = study.spec
-    wanted = {"objective": request.objective, "seed": request.seed}
-    has = {"objective": spec.objective, "seed": spec.seed}
+    kept = ("objective", "sampler", "scheduler", "seed")
+    wanted, has = ({name: getattr(its, name) for name in kept} for its in (request, spec))
     changed = [
         f"{name} that it began with, {has[name]}" for name, value in wanted.items() if value not in (None, has[name])
     ]

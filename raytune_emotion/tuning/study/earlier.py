@@ -6,11 +6,13 @@ from typing import Any
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.policy.candidates import domain_of
 from raytune_emotion.tuning.policy.decisions import SETTINGS
-from raytune_emotion.tuning.policy.sampler import curves
+from raytune_emotion.tuning.policy.forecast import curves_of
+from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
 from raytune_emotion.tuning.study.records import opened
-from raytune_emotion.tuning.study.spec import read_spec
+from raytune_emotion.tuning.study.spec import SPEC, read_spec
 
 #: Trials that must have reported before a study says anything about what is good.
 _LEAST = 4
@@ -32,7 +34,8 @@ def gather_earlier(studies: Sequence[Location]) -> str:
         except UserError as error:
             faults += error.faults
             continue
-        seen = curves([trial for trial in trials if SETTINGS in trial.user_attrs])
+        domain = domain_of(parse_space(space, SPEC))
+        seen = curves_of(domain, [trial for trial in trials if SETTINGS in trial.user_attrs])
         if sum(bool(curve.values) for curve in seen) < _LEAST:
             faults.append(f"--warm-start {place}: fewer than {_LEAST} of its trials have reported; leave it out")
         gathered.append({"space": space, "trials": [[curve.settings, curve.values] for curve in seen]})

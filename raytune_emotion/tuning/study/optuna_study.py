@@ -6,13 +6,12 @@ those of full trials in the sampler's model. Here every ending keeps its name: c
 
 import contextlib
 import dataclasses
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.samplers import RandomSampler
+from optuna.samplers import BaseSampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
@@ -20,8 +19,22 @@ from optuna.trial import FrozenTrial, TrialState
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.atomic import exclusive_lock
-from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SETTINGS, Begin, Proposer, Prune, TakeUp, best_js
-from raytune_emotion.tuning.policy.sampler import make_proposer
+from raytune_emotion.tuning.policy.decisions import (
+    COST,
+    NO_LIMITS,
+    PAUSED,
+    SECONDS,
+    SETTINGS,
+    TAKEN_UP,
+    Begin,
+    Decision,
+    Limits,
+    Policy,
+    Prune,
+    Recorded,
+    TakeUp,
+    best_js,
+)
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored
 from raytune_emotion.tuning.study.trials import trial_id_of
@@ -66,72 +79,86 @@ class Asked:
 class Searcher:
     """Ask an Optuna study for trials, and tell it of their reports and endings.
 
-    The seed of a proposal follows from the study's seed and the trial's number. Proposals depend only on the recorded
-    history, so an interrupted study makes the same proposals as an uninterrupted one.
+    Each trial has a sampler of its own, made from the trial's number. Proposals depend only on the recorded history,
+    so an interrupted study makes the same proposals as an uninterrupted one.
     """
 
     def __init__(
         self,
         study: optuna.Study,
         space: Space,
+        policy: Policy,
         *,
-        seed: int,
-        propose: Proposer | None = None,
+        sampler: Callable[[int], BaseSampler],
         cost: Callable[[Heard], float] | None = None,
     ) -> None:
+        """Take up a study.
+
+        Args:
+            study: in Optuna.
+            space: of the study.
+            policy: decides what runs.
+            sampler: of a trial's number, makes what draws its parameters that the policy and start points leave out.
+            cost: of a trial, by its latest report, where one counts.
+        """
         self._study = study
         self._space = space
-        self._seed = seed
-        self._propose = propose or make_proposer()
+        self._policy = policy
+        self._sampler = sampler
         self._cost = cost
         self._handles: dict[str, optuna.Trial] = {}
 
-    def ask(self, *, new: bool = True) -> Proposal | Prune | None:
+    def ask(self, limits: Limits = NO_LIMITS) -> Proposal | Prune | None:
         """Answer what takes a free place: first the trials that wait, such as the space's `start` list.
-
-        Args:
-            new: whether a new trial may begin.
 
         Returns:
             A trial to run; a paused one to prune; None where there is nothing to run for now.
         """
-        trials = self._study.get_trials(deepcopy=False)
-        past = [trial for trial in trials if SETTINGS in trial.user_attrs]
-        seed = self._seed_of(len(past))
-        if not (new and any(trial.state == TrialState.WAITING for trial in trials)):
-            answer = self._propose(self._space, past, seed, new=new)
+        waits = any(trial.state == TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
+        if not (limits.new and waits):
+            answer = self._policy.next(self._past(), limits)
             if isinstance(answer, TakeUp):
                 return self.resume(trial_id_of(answer.number))
             if not isinstance(answer, Begin):
                 return answer
-            self._study.enqueue_trial(dict(answer.params))
-        return self._settle(self._study.ask(), seed)
+            if answer.params:
+                self._study.enqueue_trial(dict(answer.params))
+        return self._settle(self._study.ask())
+
+    def decide(self, trial_id: str, report: Heard, limits: Limits) -> Decision:
+        """Answer what becomes of a trial after a report that was observed."""
+        return self._policy.decide(trial_id, report, self._past(), limits)
+
+    def replay(self, trials: Sequence[Recorded]) -> set[str]:
+        """Have the policy learn what was reported before; see `decisions.Policy`."""
+        return self._policy.replay(trials)
+
+    def _past(self) -> list[FrozenTrial]:
+        """Return every trial that has begun."""
+        trials = self._study.get_trials(deepcopy=False)
+        return [trial for trial in trials if SETTINGS in trial.user_attrs and trial.state != TrialState.WAITING]
 
     def finish_asking(self) -> None:
         """Complete the trials whose asking was interrupted before they could run."""
-        trials = self._study.get_trials(deepcopy=False)
-        settled = sum(SETTINGS in trial.user_attrs for trial in trials)
-        for torn in [t for t in trials if t.state == TrialState.RUNNING and SETTINGS not in t.user_attrs]:
-            self._settle(reopen(self._study, torn), self._seed_of(settled))
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state == TrialState.RUNNING and SETTINGS not in trial.user_attrs:
+                self._settle(reopen(self._study, trial))
 
-    def _settle(self, trial: optuna.Trial, seed: int) -> Proposal:
-        # In a confirmation the settings are already there.
+    def _settle(self, trial: optuna.Trial) -> Proposal:
+        # In a confirmation they are there already.
         settings = trial.user_attrs.get(SETTINGS)
         if settings is None:
-            # For the parameters that a start point leaves out.
-            self._study.sampler = RandomSampler(seed=seed)
+            self._study.sampler = self._sampler(trial.number)
             settings = self._space.suggest(trial)
             trial.set_user_attr(SETTINGS, settings)
         return self._opened(trial, settings)
-
-    def _seed_of(self, number: int) -> int:
-        return zlib.crc32(f"{self._seed}/{number}".encode())
 
     def resume(self, trial_id: str) -> Proposal:
         """Take up a trial that has begun, and has not ended."""
         frozen = self._frozen(trial_id)
         trial = reopen(self._study, frozen)
         if frozen.user_attrs.get(PAUSED):
+            trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + 1)
             trial.set_user_attr(PAUSED, False)
         return self._opened(trial, frozen.user_attrs[SETTINGS])
 
@@ -146,15 +173,20 @@ class Searcher:
         trial.report(report[OBJECTIVE], step)
         return True
 
-    def pause(self, trial_id: str) -> None:
-        """Tell that a trial has left its process, and can be taken up again."""
-        self._handles.pop(trial_id).set_user_attr(PAUSED, True)
+    def pause(self, trial_id: str, seconds: float) -> None:
+        """Tell that a trial has left its process after some seconds of training, and can be taken up again."""
+        trial = self._handles[trial_id]
+        trial.set_user_attr(SECONDS, seconds)
+        trial.set_user_attr(PAUSED, True)
+        del self._handles[trial_id]
 
-    def tell(self, trial_id: str, status: Status, *, reason: str = "") -> None:
+    def tell(self, trial_id: str, status: Status, *, reason: str = "", seconds: float | None = None) -> None:
         """Tell how a trial ended; its value is the best that was observed."""
         trial = self._handles[trial_id]
         if reason:
             trial.set_user_attr("reason", reason)
+        if seconds is not None:
+            trial.set_user_attr(SECONDS, seconds)
         value = best_js(stored(trial)) if status == "complete" else None
         self._study.tell(trial, value, state=_STATES[status])
         del self._handles[trial_id]

@@ -26,6 +26,8 @@ class SearchRequest:
     data: Location | None = None
     space: Path | None = None
     objective: str | None = None
+    sampler: str | None = None
+    scheduler: str | None = None
     trials: int | None = None
     epochs: int | None = None
     concurrency: int | None = None

@@ -23,6 +23,7 @@ from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.tuning.policy.decisions import SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 
 SPEC = "study.yaml"
@@ -40,6 +41,8 @@ class StudySpec:
     name: str
     seed: int = Field(ge=0)
     objective: str  # of `OBJECTIVES`
+    sampler: str  # of `SAMPLERS`
+    scheduler: str  # of `SCHEDULERS`
     trials: int = Field(ge=0)
     epochs: int = Field(ge=1)
     concurrency: int | None = Field(ge=1)  # trials at once; None: as many as fit
@@ -57,8 +60,13 @@ class StudySpec:
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        for what, value, names in (
+            ("objective", self.objective, OBJECTIVES),
+            ("sampler", self.sampler, SAMPLERS),
+            ("scheduler", self.scheduler, SCHEDULERS),
+        ):
+            if value not in names:
+                raise ValueError(f"{what} is one of {', '.join(names)}, got {value!r}")
         if self.stores.keys() != self.fingerprints.keys():
             raise ValueError("stores and fingerprints are of other image sizes")
         return self

@@ -25,13 +25,13 @@ import ray
 from ray.cluster_utils import Cluster
 
 from raytune_emotion.learn.checkpoint import HISTORY
-from raytune_emotion.tuning.execution import recorder
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.policy.sampler import _STARTUP
-from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
+from raytune_emotion.tuning.policy import policies
+from raytune_emotion.tuning.policy.outlook import STARTUP
+from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, replay, rungs_of
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
@@ -316,8 +316,8 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
         assert all(after[trial_id] == before[trial_id] for trial_id in ended_then)
         assert ended_trials(folder).items() >= ended_then.items()
         # Until there is a model of what trials have shown, what is proposed does not depend on who trains it.
-        at_random = [settings for _, _, settings, *_ in undisturbed][:_STARTUP]
-        assert [r.settings for r in records[:_STARTUP]] == at_random
+        at_random = [settings for _, _, settings, *_ in undisturbed][:STARTUP]
+        assert [r.settings for r in records[:STARTUP]] == at_random
         told = load_study(folder).trials
         assert [t.intermediate_values for t in told] == [
             {report["report"]: report["best_val_js"] for report in record.reports} for record in records
@@ -327,7 +327,7 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
             dataclasses.replace(r, status="running", reports=tuple(x for x in r.reports if not x["finished"]))
             for r in records
         ]
-        stopped = Halving(EPOCHS).replay(unended) - ended_then.keys()
+        stopped = replay(Halving(rungs_of(EPOCHS)), unended) - ended_then.keys()
         assert stopped == {r.trial_id for r in records if r.status == "pruned"} - ended_then.keys()
         assert {r.status for r in records} == {"complete", "pruned"}
 
@@ -391,7 +391,7 @@ def lose_a_machine(folder, count):
         return None, {}
 
     try:
-        stops_nobody = mock.patch.object(recorder, "Halving", return_value=RunToEnd())
+        stops_nobody = mock.patch.dict(policies.STOPPING, {"asha": lambda epochs, objective: RunToEnd()})
         with stops_nobody, ray_session(cluster.address), ThreadPoolExecutor(1) as pool:
             lost = pool.submit(lose)
             try:

@@ -249,22 +249,19 @@ class TestPauses:
         class Policy:
             decisions, answers, pasts = {}, [], []
 
-            def decide(self, trial_id, report):
+            def decide(self, trial_id, report, past, limits):
                 return self.decisions.get((trial_id, report["report"]), "go on")
 
             def replay(self, trials):
                 return set()
 
-            def __call__(self, space, past, seed, *, new):
+            def next(self, past, limits):
                 self.pasts.append([dict(trial.user_attrs) for trial in past])
                 return self.answers.pop(0)
 
         policy = Policy()
 
-        def made(study):
-            return Searcher(study.optuna, study.space, seed=0, propose=policy), policy
-
-        monkeypatch.setattr(recorder_module, "_policy_of", made)
+        monkeypatch.setattr(recorder_module, "make_policy", lambda *_, **__: policy)
         return policy
 
     def test_a_paused_trial_is_taken_up_where_it_was_also_in_another_session(self, folder, policy):

@@ -29,13 +29,14 @@ from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
 from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import PARAMS
 from tests.storage.test_remote import SECRET, s3_server
+from tests.support import searcher_of
 from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
 from tests.tuning.study.test_records import spec_of
 
@@ -68,7 +69,7 @@ def ask(folder, placement, uri):
     """What a search does until its first trial begins."""
     remote.push(folder, uri, [SPEC])
     study = load(folder, Remote(uri))
-    proposal = Searcher(study.optuna, study.space, seed=study.spec.seed).ask()
+    proposal = searcher_of(study.optuna, study.space, seed=study.spec.seed).ask()
     remote.push(folder, uri, [JOURNAL])
     return job_of(study, placement.resources, proposal)
 

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from scipy.optimize import check_grad, minimize
 from scipy.stats import spearmanr
 
-from raytune_emotion.tuning.policy import forecast
-from raytune_emotion.tuning.policy.forecast import Curve, Forecast, encoding_of, expected_improvement
+from raytune_emotion.tuning.policy import forecast, gaussian_process
+from raytune_emotion.tuning.policy.acquisition import expected_improvement
+from raytune_emotion.tuning.policy.encoding import encoding_of
+from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
 from tests.tuning.study.test_optuna_study import SPACE
@@ -131,7 +133,9 @@ def test_settings_are_known_by_the_longest_beginning_of_their_names():
 def test_the_fit_goes_by_the_slope_of_what_it_minimises(space, monkeypatch):
     fitted = []
     monkeypatch.setattr(
-        forecast, "minimize", lambda loss, start, **kwargs: fitted.append(loss) or minimize(loss, start, **kwargs)
+        gaussian_process,
+        "minimize",
+        lambda loss, start, **kwargs: fitted.append(loss) or minimize(loss, start, **kwargs),
     )
     Forecast(encoding_of(space), [curve(each) for each in draw(space, 12, seed=7)])
     dims = encoding_of(space)([{}]).shape[1] + 1

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.tuning.policy.forecast import expected_improvement_of_front
+from raytune_emotion.tuning.policy.acquisition import expected_improvement_of_front
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
-from raytune_emotion.tuning.policy.sampler import make_proposer
-from raytune_emotion.tuning.policy.scheduler import Halving
+from raytune_emotion.tuning.policy.scheduler import Halving, replay, rungs_of
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import Searcher
 from raytune_emotion.tuning.study.records import TrialRecord
+from tests.support import searcher_of
 
 #: Of backbones, as multiples of the smallest.
 SIZES = {"lcnet_050": 1.0, "test_resnet": 2.0, "resnet10t": 4.0, "resnet18": 8.0}
@@ -33,8 +32,7 @@ def searched(name, doubled, trials=28):
     """The settings of a study's trials, one at a time, by the objective of a name."""
     objective = OBJECTIVES[name]
 
-    study, propose = optuna.create_study(), make_proposer(objective=objective)
-    searcher = Searcher(study, parse_space(SPACE, "space"), seed=0, propose=propose, cost=objective.cost)
+    searcher = searcher_of(optuna.create_study(), parse_space(SPACE, "space"), objective=objective)
     asked = []
     for _ in range(trials):
         proposal = searcher.ask()
@@ -99,7 +97,7 @@ def test_the_improvement_of_a_front_is_the_area_that_draws_add_in_the_mean(seen,
 
 def stopped(trials, objective, most_reports=3):
     """Of trials that report side by side, each with a size and a JS that stays: which are stopped, and the record."""
-    scheduler = Halving(most_reports, objective)
+    scheduler = Halving(rungs_of(most_reports), objective)
     live = {f"{i:04d}": (size, js) for i, (size, js) in enumerate(trials)}
     histories = {trial_id: [] for trial_id in live}
     gone = set()
@@ -115,7 +113,7 @@ def stopped(trials, objective, most_reports=3):
             }
             report["time"] = len(histories) * step + int(trial_id)
             histories[trial_id].append(report)
-            if not report["finished"] and scheduler.decide(trial_id, report) == "stop":
+            if not report["finished"] and not scheduler.keeps(trial_id, report):
                 gone.add(trial_id)
     return gone, histories
 
@@ -133,4 +131,4 @@ def test_for_a_front_small_models_are_compared_with_small_ones():
     statuses = {trial_id: "pruned" if trial_id in alike else "complete" for trial_id in histories}
     statuses |= {"0000": "running", "0005": "running"}
     records = [TrialRecord(t, statuses[t], {}, "", tuple(reports)) for t, reports in histories.items()]
-    assert Halving(3, OBJECTIVES[BY_SIZE]).replay(records) == {"0005"}
+    assert replay(Halving(rungs_of(3), OBJECTIVES[BY_SIZE]), records) == {"0005"}

@@ -2,10 +2,11 @@ import random
 
 import pytest
 
-from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd
+from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, replay
 from raytune_emotion.tuning.study.records import TrialRecord
 
 EPOCHS = 9
+RUNGS = [3.0]
 
 
 def report(epoch, js, time, **more):
@@ -15,7 +16,7 @@ def report(epoch, js, time, **more):
 def simulate(seed):
     """Run trials side by side under a scheduler; return it, what they report in the order of time, and the stopped."""
     rng = random.Random(seed)
-    scheduler = Halving(EPOCHS)
+    scheduler = Halving(RUNGS)
     histories, stopped, time = {}, set(), 0.0
     live = []
     for number in range(30):
@@ -28,7 +29,7 @@ def simulate(seed):
             histories[trial_id].append(report(epoch, quality + 1 / epoch, time, finished=epoch == EPOCHS))
             if epoch == EPOCHS:
                 live.remove((trial_id, quality))
-            elif scheduler.decide(trial_id, histories[trial_id][-1]) == "stop":
+            elif not scheduler.keeps(trial_id, histories[trial_id][-1]):
                 live.remove((trial_id, quality))
                 stopped.add(trial_id)
     return scheduler, histories, stopped
@@ -48,16 +49,17 @@ def test_a_replayed_scheduler_has_the_rungs_of_the_uninterrupted_one():
     for seed in range(5):
         scheduler, histories, stopped = simulate(seed)
         assert len(stopped) > 5
-        fresh = Halving(EPOCHS)
-        fresh.replay(records_of(histories, lambda t, stopped=stopped: "pruned" if t in stopped else "complete"))
+        fresh = Halving(RUNGS)
+        replay(fresh, records_of(histories, lambda t, stopped=stopped: "pruned" if t in stopped else "complete"))
         assert fresh._reached == scheduler._reached
 
 
 def test_a_trial_that_was_stopped_and_not_told_is_found():
     _, histories, stopped = simulate(1)
     last = max(stopped)
-    running = Halving(EPOCHS).replay(
-        records_of(histories, lambda t: "running" if t == last else "pruned" if t in stopped else "complete")
+    running = replay(
+        Halving(RUNGS),
+        records_of(histories, lambda t: "running" if t == last else "pruned" if t in stopped else "complete"),
     )
     assert running == {last}
 
@@ -70,27 +72,27 @@ def test_a_trial_that_was_let_go_on_is_not_stopped_afterwards():
         return TrialRecord(f"{number:04d}", "running", {}, "", tuple(reports))
 
     others = [record(number, 0.1, [1, 2, 3]) for number in range(5)]
-    assert Halving(EPOCHS).replay([*others, record(9, 0.5, [1, 2, 3])]) == {"0009"}
-    assert Halving(EPOCHS).replay([*others, record(9, 0.5, [1, 2, 3, 4])]) == set()
+    assert replay(Halving(RUNGS), [*others, record(9, 0.5, [1, 2, 3])]) == {"0009"}
+    assert replay(Halving(RUNGS), [*others, record(9, 0.5, [1, 2, 3, 4])]) == set()
 
 
 def test_a_trial_that_may_go_on_is_not_stopped_by_the_replay():
-    assert Halving(EPOCHS).replay([TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()
+    assert replay(Halving(RUNGS), [TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 6])
 def test_trials_are_compared_at_the_same_epoch_however_often_they_report(evaluations):
     """Where an epoch has fewer steps than evaluations are asked for, a trial reports less often than others (C11)."""
-    scheduler = Halving(6)
+    scheduler = Halving([2.0])
     for number in range(3):
-        assert scheduler.decide(f"{number:04d}", report(2.0, 0.1, 1.0)) == "go on"
+        assert scheduler.keeps(f"{number:04d}", report(2.0, 0.1, 1.0))
     decisions = [
-        scheduler.decide("0009", report(step / evaluations, 0.5, step) | {"report": step})
+        scheduler.keeps("0009", report(step / evaluations, 0.5, step) | {"report": step})
         for step in range(1, 2 * evaluations + 1)
     ]
-    assert decisions == ["go on"] * (2 * evaluations - 1) + ["stop"]
+    assert decisions == [True] * (2 * evaluations - 1) + [False]
 
 
 def test_a_confirmation_stops_nothing():
-    assert RunToEnd().decide("0000", report(1, 0.9, 1.0)) == "go on"
-    assert RunToEnd().replay([TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()
+    assert RunToEnd().keeps("0000", report(1, 0.9, 1.0))
+    assert replay(RunToEnd(), [TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()

@@ -12,8 +12,9 @@ from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.earlier import gather_earlier
 from raytune_emotion.tuning.study.open_study import load, make_study
-from raytune_emotion.tuning.study.optuna_study import Searcher, create_study, load_study
+from raytune_emotion.tuning.study.optuna_study import create_study, load_study
 from raytune_emotion.tuning.study.spec import write_spec
+from tests.support import searcher_of
 from tests.tuning.study.test_optuna_study import report
 from tests.tuning.study.test_records import spec_of
 
@@ -31,7 +32,7 @@ def write_study(folder, store, trials):
     """An earlier study of made-up trials, whose loss has a valley in the learning rate."""
     folder.mkdir()
     space = parse_space(EARLIER_SPACE)
-    searcher = Searcher(create_study(folder, space), space, seed=0)
+    searcher = searcher_of(create_study(folder, space), space)
     for _ in range(trials):
         proposal = searcher.ask()
         js = 0.1 * math.exp(abs(math.log(proposal.settings["optim.lr"] / BEST)))

@@ -9,7 +9,8 @@ from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher, asked, create_study, load_study, sole_driver
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, asked, create_study, load_study, sole_driver
+from tests.support import searcher_of
 
 SPACE_BACKBONES = ["test_resnet", "test_vit"]
 SPACE = {
@@ -44,7 +45,7 @@ def run_trial(searcher, proposal):
 
 def test_each_ending_keeps_its_name(tmp_path, space):
     study = create_study(tmp_path, space)
-    searcher = Searcher(study, space, seed=0)
+    searcher = searcher_of(study, space, seed=0)
     full, stopped, broken, open_ = (searcher.ask() for _ in range(4))
     for trial, values in ((full, (0.5, 0.3, 0.4)), (stopped, (0.6,))):
         for step, js in enumerate(values, start=1):
@@ -74,7 +75,7 @@ def test_a_study_that_was_broken_off_proposes_what_the_whole_one_does(tmp_path, 
         create_study(folder, space)
         proposals[name] = []
         for trials in sessions:
-            searcher = Searcher(load_study(folder), space, seed=5)
+            searcher = searcher_of(load_study(folder), space, seed=5)
             for _ in range(trials):
                 proposals[name].append(searcher.ask())
                 run_trial(searcher, proposals[name][-1])
@@ -87,7 +88,7 @@ def test_a_region_that_fails_is_left(tmp_path):
     space = parse_space(
         {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.batch_size": {"choice": [32, 64, 128, 256]}}, "space"
     )
-    searcher = Searcher(create_study(tmp_path, space), space, seed=0)
+    searcher = searcher_of(create_study(tmp_path, space), space, seed=0)
     sizes = []
     for _ in range(40):
         proposal = searcher.ask()
@@ -104,7 +105,7 @@ def test_a_region_that_fails_is_left(tmp_path):
 
 def test_no_configuration_is_proposed_twice_and_a_small_space_ends(tmp_path):
     space = parse_space({"train.batch_size": {"choice": [16, 32, 64]}, "optim.name": {"choice": ["adam", "sgd"]}})
-    searcher = Searcher(create_study(tmp_path, space), space, seed=0)
+    searcher = searcher_of(create_study(tmp_path, space), space, seed=0)
     proposed = []
     while (proposal := searcher.ask()) is not None:
         proposed.append(tuple(proposal.settings.values()))
@@ -118,18 +119,18 @@ def test_another_seed_proposes_something_else(tmp_path, space):
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        searcher = Searcher(create_study(folder, space), space, seed=seed)
+        searcher = searcher_of(create_study(folder, space), space, seed=seed)
         searcher.ask()  # the start point
         rates.append(searcher.ask().settings["optim.lr"])
     assert rates[0] != rates[1]
 
 
 def test_a_running_trial_is_taken_up_with_the_reports_that_are_missing(tmp_path, space):
-    first = Searcher(create_study(tmp_path, space), space, seed=0)
+    first = searcher_of(create_study(tmp_path, space), space, seed=0)
     proposal = first.ask()
     first.observe(proposal.trial_id, report(1, 0.5))
 
-    second = Searcher(load_study(tmp_path), space, seed=0)
+    second = searcher_of(load_study(tmp_path), space, seed=0)
     assert second.resume(proposal.trial_id) == proposal
     for step, js in ((1, 0.5), (2, 0.4)):
         second.observe(proposal.trial_id, report(step, js))
@@ -138,20 +139,28 @@ def test_a_running_trial_is_taken_up_with_the_reports_that_are_missing(tmp_path,
     assert trial.intermediate_values == {1: 0.5, 2: 0.4}
 
 
+class Torn:
+    """A space whose suggestion is cut short: the process is killed before the settings are recorded."""
+
+    def suggest(self, trial):
+        trial.suggest_categorical("model.backbone", SPACE_BACKBONES)
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("before", [0, 1, 10], ids=["start point", "random", "by the model"])
 def test_a_trial_whose_asking_was_cut_short_is_what_it_was_to_be(tmp_path, space, before):
     proposals = []
     for name in ("whole", "torn"):
         folder = tmp_path / name
         folder.mkdir()
-        searcher = Searcher(create_study(folder, space), space, seed=5)
+        searcher = searcher_of(create_study(folder, space), space, seed=5)
         for _ in range(before):
             run_trial(searcher, searcher.ask())
         if name == "torn":
-            # Killed before its settings were recorded.
-            searcher._settle = lambda trial, seed: trial.suggest_categorical("model.backbone", SPACE_BACKBONES)
-            searcher.ask()
-            searcher = Searcher(load_study(folder), space, seed=5)
+            searcher._space = Torn()
+            with pytest.raises(KeyboardInterrupt):
+                searcher.ask()
+            searcher = searcher_of(load_study(folder), space, seed=5)
             searcher.finish_asking()
             (record,) = [r for r in asked(load_study(folder)) if r.status == "running"]
             proposals.append(searcher.resume(record.trial_id))
@@ -186,7 +195,7 @@ def test_a_study_is_driven_by_one_process(tmp_path, space):
     lock.symlink_to(tmp_path / JOURNAL)  # as a process leaves it that is killed while it writes
     with sole_driver(tmp_path):
         assert not lock.is_symlink()
-        Searcher(study, space, seed=0).ask()
+        searcher_of(study, space, seed=0).ask()
         with pytest.raises(UserError, match="another process is at work in it"), sole_driver(tmp_path):
             pass
     with sole_driver(tmp_path):
@@ -195,13 +204,13 @@ def test_a_study_is_driven_by_one_process(tmp_path, space):
 
 def test_a_line_that_a_full_disk_has_torn_is_cut_off(tmp_path, space):
     with sole_driver(tmp_path):
-        Searcher(create_study(tmp_path, space), space, seed=0).ask()
+        searcher_of(create_study(tmp_path, space), space, seed=0).ask()
     journal = tmp_path / JOURNAL
     written = journal.read_bytes()
     journal.write_bytes(written + b'{"op_code": 6, "trial_id"')
     with sole_driver(tmp_path):
         assert journal.read_bytes() == written
-        Searcher(load_study(tmp_path), space, seed=0).ask()
+        searcher_of(load_study(tmp_path), space, seed=0).ask()
     assert [each.status for each in asked(load_study(tmp_path))] == ["running", "running"]
 
 
@@ -216,7 +225,7 @@ def test_a_line_that_a_full_disk_has_torn_is_cut_off(tmp_path, space):
     ],
 )
 def test_a_damaged_journal_is_a_clear_error(tmp_path, space, damage):
-    Searcher(create_study(tmp_path, space), space, seed=0).ask()
+    searcher_of(create_study(tmp_path, space), space, seed=0).ask()
     journal = tmp_path / JOURNAL
     journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
     with pytest.raises(UserError, match=r"is damaged .*put back a copy of it"):

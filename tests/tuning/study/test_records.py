@@ -33,6 +33,8 @@ def spec_of(store, **changes):
         name="a study",
         seed=3,
         objective="val_js",
+        sampler="forecast",
+        scheduler="asha",
         trials=4,
         epochs=2,
         concurrency=None,

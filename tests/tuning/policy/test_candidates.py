@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial, TrialState, create_trial
 
-from raytune_emotion.tuning.policy.sampler import _CANDIDATES, SETTINGS, candidates, propose, settings_of
+from raytune_emotion.tuning.policy.candidates import CANDIDATES, domain_of, draw_candidates, settings_of
+from raytune_emotion.tuning.policy.decisions import SETTINGS
+from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.space.parser import parse_space
 from tests.tuning.study.test_optuna_study import SPACE
 
@@ -23,12 +25,12 @@ SPACES = {
 @pytest.mark.parametrize("name", SPACES)
 def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
     space = parse_space(SPACES[name])
-    (before,) = rows(candidates(space, [], 1))[:1]
+    (before,) = rows(draw_candidates(space.parameters, [], np.random.default_rng(1)))[:1]
     seed_trial = FixedTrial(before)
     space.suggest(seed_trial)
-    params = candidates(space, [seed_trial], 2)
+    params = draw_candidates(space.parameters, [seed_trial], np.random.default_rng(2))
     settings = settings_of(space, params)
-    assert len(settings) == 2 * _CANDIDATES
+    assert len(settings) == 2 * CANDIDATES
     for row, found in zip(rows(params)[::7], settings.to_dict("records")[::7], strict=True):
         suggested = space.suggest(FixedTrial(row))
         assert found == pytest.approx({key: suggested[key] for key in space.columns()}, abs=1e-8, nan_ok=True)
@@ -36,13 +38,13 @@ def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
 
 def test_the_second_half_lies_near_the_best():
     space = parse_space(SPACES["steps, whole numbers, and a choice of losses"])
-    best = FixedTrial(rows(candidates(space, [], 1))[0])
+    best = FixedTrial(rows(draw_candidates(space.parameters, [], np.random.default_rng(1)))[0])
     space.suggest(best)
-    params = candidates(space, [best], 2)
+    params = draw_candidates(space.parameters, [best], np.random.default_rng(2))
     off = abs(params["model.dropout"] - best.params["model.dropout"])
-    assert np.median(off[_CANDIDATES:]) < 0.6 * np.median(off[:_CANDIDATES])
+    assert np.median(off[CANDIDATES:]) < 0.6 * np.median(off[:CANDIDATES])
     same = np.array(params["loss"]) == best.params["loss"]
-    assert same[_CANDIDATES:].mean() > 0.8 > same[:_CANDIDATES].mean()
+    assert same[CANDIDATES:].mean() > 0.8 > same[:CANDIDATES].mean()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,11 +63,17 @@ def test_the_last_configuration_of_a_space_is_found_and_then_none(seed):
         for size, clip, flip in points
     ]
     past = [create_trial(state=TrialState.FAIL, user_attrs={SETTINGS: found}) for found in settings]
-    assert propose(space, past, seed) is None
-    left = propose(space, past[:-1], seed)
-    assert left is not None
+    for number, trial in enumerate(past):
+        trial.number = number
+    assert offer(space, past, seed) is None
+    left = offer(space, past[:-1], seed).params
     assert left["train.batch_size"] == 128
     assert left["augment.flip"] == pytest.approx(0.9)
+
+
+def offer(space, past, seed):
+    domain = domain_of(space)
+    return Outlook(domain, past).offer(np.random.default_rng(seed))
 
 
 def rows(params):

@@ -1,0 +1,90 @@
+"""Compare policies of search on learning curves that were recorded of a search space of this project.
+
+    python -m benchmarks curves FILE.csv… --space SPACE.yaml [--workers W] [--seeds S] [--json FILE]
+
+A file has a row for every evaluation of a trial, with the columns `trial`, one per setting of the space by its dotted
+path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. Trials that
+ended before the others are left out. A study has the time of a quarter of the recorded trials.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from benchmarks.judge import Recording, add_arguments, policies_of, run
+from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.policy.freeze_thaw import TAKE_UP_S
+from raytune_emotion.tuning.space.library import find_space
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.space.space import Space
+
+_TRIAL, _EPOCH, _SECONDS, _JS = "trial", "epoch", "seconds", "val_js"
+#: The share of the recorded trials whose time a study has: it begins more than it trains to the end.
+_SHARE = 1 / 4
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks curves", description=str(__doc__).splitlines()[0])
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recorded curves, as CSV")
+    parser.add_argument("--space", required=True, metavar="SPACE", help="the space that they were drawn from")
+    add_arguments(parser, seeds=10)
+    args = parser.parse_args(arguments)
+    names = policies_of(parser, args)
+    try:
+        space = load_space(find_space(args.space))
+        recordings = [read_recording(file, space) for file in args.files]
+    except UserError as error:
+        parser.error("; ".join(error.faults))
+    count = ", ".join(f"{len(each.params)} trials of {each.name}" for each in recordings)
+    run(recordings, names, args, f"best JS, bits, on {count}, {args.workers} workers, {args.seeds} seeds")
+    return 0
+
+
+def read_recording(file: Path, space: Space) -> Recording:
+    """Read the curves of trials.
+
+    Raises:
+        UserError: a column is missing, or no two trials can be compared.
+    """
+    try:
+        table = pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as CSV: {error}; name a table of curves") from None
+    missing = [name for name in (_TRIAL, _EPOCH, _SECONDS, _JS, *space.columns()) if name not in table.columns]
+    if missing:
+        raise UserError(f"{file}: has no column {', '.join(missing)}; name the space that its trials were drawn from")
+    groups = [rows.sort_values(_EPOCH) for _, rows in table.groupby(_TRIAL, sort=True)]
+    reports = max(map(len, groups), default=0)
+    whole = [rows for rows in groups if len(rows) == reports and np.isfinite(rows[[_SECONDS, _JS]]).all(axis=None)]
+    if len(whole) < 2:
+        raise UserError(f"{file}: holds fewer than two trials of {reports} evaluations; record more")
+    value_NR = np.minimum.accumulate([rows[_JS].to_numpy(float) for rows in whole], axis=1)
+    seconds_NR = np.diff([rows[_SECONDS].to_numpy(float) for rows in whole], axis=1, prepend=0.0)
+    params = [params_of(space, {str(key): value for key, value in rows.iloc[0].items()}) for rows in whole]
+    budget = float(seconds_NR.sum()) * _SHARE
+    return Recording(file.stem, space, params, value_NR, seconds_NR, budget, TAKE_UP_S, choose=False)
+
+
+def params_of(space: Space, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Optuna's parameters of a configuration; what lies outside of the space is moved to its edge."""
+    point = {key: _word(space, key, value) for key, value in settings.items() if not pd.isna(value)}
+    drawn = space.parameters
+    return {name: _inside(drawn[name], value) for name, value in space.params_of(point).items()}
+
+
+def _word(space: Space, key: str, value: Any) -> Any:
+    """Return a value as the space lists it: a table may hold 1 for 1.0, or True for true."""
+    return next((listed for listed in space.possible(key) if str(listed) == str(value) or listed == value), value)
+
+
+def _inside(distribution: BaseDistribution, value: Any) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return value
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    kind = int if isinstance(distribution, IntDistribution) else float
+    return kind(min(max(value, distribution.low), distribution.high))

@@ -1,0 +1,365 @@
+"""Replay policies of search on recorded learning curves, and compare what they find.
+
+A configuration that a policy asks for is answered by the nearest that was recorded, and that was not used yet. The
+trial has the settings of that one.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from threadpoolctl import threadpool_limits
+
+from benchmarks.former import FormerSampler
+from benchmarks.simulation import LIMITS, Found, Simulation
+from raytune_emotion.data.cores import usable_cores
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates, settings_key
+from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
+from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
+from raytune_emotion.tuning.policy.gaussian_process import Floats
+from raytune_emotion.tuning.policy.policies import BeginAndStop
+from raytune_emotion.tuning.policy.sampler import make_sampler
+from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, Scheduler, rungs_of
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.optuna_study import Searcher
+
+#: Shares of the budget after which the best value is told.
+SPENT = (0.05, 0.1, 0.25, 0.5, 1.0)
+#: Recorded configurations that are compared when one is chosen.
+_DRAWN = 500
+DEFAULT, RANDOM = "default", "random"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """N configurations that were trained to their end, with R reports each."""
+
+    name: str
+    space: Space
+    params: Sequence[Mapping[str, Any]]  # Optuna's, [N]
+    value_NR: Floats  # the lowest until each report
+    seconds_NR: Floats  # since the report before
+    budget: float  # seconds of all workers together
+    take_up_s: float  # what it costs to take a paused trial up
+    choose: bool  # whether this project's policies see which configurations were recorded
+    #: Bounds between which a value is a regret from 0 to 1; None where values are told as they are.
+    bounds: tuple[float, float] | None = None
+
+    @property
+    def reports(self) -> int:
+        return int(self.value_NR.shape[1])
+
+    def measure(self, value_N: Floats) -> Floats:
+        """Return regrets, or the values where there are no bounds."""
+        if self.bounds is None:
+            return value_N
+        low, high = self.bounds
+        return np.clip((value_N - low) / (high - low), 0.0, 1.0)
+
+
+class Answers:
+    """Which recorded configurations are left, and which is nearest to one that is asked for."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording, self._domain = recording, domain_of(recording.space)
+        settings = [recording.space.suggest(FixedTrial(dict(params))) for params in recording.params]
+        self._x_ND = self._domain.encoding(settings)
+        self._number_of = {settings_key(its): number for number, its in enumerate(settings)}
+        self._left_N = np.ones(len(settings), bool)
+
+    def nearest(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of the recorded configuration, of those left, that is nearest in the unit cube."""
+        (x_D,) = self._domain.encoding([self._recording.space.suggest(FixedTrial(dict(params)))])
+        left = np.flatnonzero(self._left_N)
+        return dict(self._recording.params[left[((self._x_ND[left] - x_D) ** 2).sum(axis=1).argmin()]])
+
+    def draw(
+        self, parameters: Mapping[str, BaseDistribution], best: Sequence[FrozenTrial], rng: np.random.Generator
+    ) -> Params:
+        """Return the recorded configurations that are left, in any order, as candidates."""
+        some = rng.permutation(np.flatnonzero(self._left_N))[:_DRAWN]
+        rows = [self._recording.params[number] for number in some]
+        return {name: np.array([row[name] for row in rows]) for name in parameters}
+
+    def respond(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
+        """Return the curve of the recorded configuration with these settings, which is not left from now on."""
+        number = self._number_of[settings_key(settings)]
+        self._left_N[number] = False
+        return self._recording.value_NR[number], self._recording.seconds_NR[number]
+
+    def limits(self) -> Limits:
+        """Return the limits of a study that has these answers: it begins no trial where none is left."""
+        return dataclasses.replace(LIMITS, new=bool(self._left_N.any()))
+
+    def any(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Return the parameters of one of the recorded configurations that are left."""
+        return dict(self._recording.params[int(rng.choice(np.flatnonzero(self._left_N)))])
+
+
+class Answered(BaseSampler):
+    """Any sampler of Optuna's, answered by the nearest recorded configuration."""
+
+    def __init__(self, inner: BaseSampler, space: Space, answers: Answers) -> None:
+        self._inner, self._space, self._answers = inner, space, answers
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(self._space.parameters)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        inner = self._inner
+        drawn = inner.sample_relative(study, trial, inner.infer_relative_search_space(study, trial))
+        asked = {
+            name: drawn[name] if name in drawn else inner.sample_independent(study, trial, name, distribution)
+            for name, distribution in search_space.items()
+        }
+        return self._answers.nearest(asked)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError(f"{param_name}: is not recorded")
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+
+class AnsweredPolicy:
+    """A policy that begins trials itself, answered by the nearest recorded configuration."""
+
+    def __init__(self, inner: Policy, answers: Answers) -> None:
+        self._inner, self._answers = inner, answers
+
+    def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:
+        answer = self._inner.next(past, limits)
+        return Begin(self._answers.nearest(answer.params)) if isinstance(answer, Begin) else answer
+
+    def decide(self, trial_id: str, report: Any, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
+        return self._inner.decide(trial_id, report, past, limits)
+
+    def replay(self, trials: Sequence[Recorded]) -> set[str]:
+        return self._inner.replay(trials)
+
+
+class AtRandom(BaseSampler):
+    """Draw from the recorded configurations, each as likely as the others."""
+
+    def __init__(self, space: Space, answers: Answers, seed: int) -> None:
+        self._space, self._answers, self._seed = space, answers, seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(self._space.parameters)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._answers.any(np.random.default_rng([self._seed, trial.number]))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError(f"{param_name}: is not recorded")
+
+
+#: Of a recording, what is left of it and a seed: what proposes and what decides.
+Make = Callable[[Recording, Answers, int], tuple[Policy, Callable[[int], BaseSampler]]]
+
+
+def _freeze_thaw(recording: Recording, answers: Answers, seed: int) -> tuple[Policy, Callable[[int], BaseSampler]]:
+    policy: Policy = FreezeThaw(
+        recording.space,
+        epochs=recording.reports,
+        reports=recording.reports,
+        seed=seed,
+        take_up_s=recording.take_up_s,
+        draw=answers.draw if recording.choose else draw_candidates,
+    )
+    if not recording.choose:
+        policy = AnsweredPolicy(policy, answers)
+    return policy, lambda number: AtRandom(recording.space, answers, seed)
+
+
+#: Of a recording, what is left of it, a seed and the number of a trial: what draws its parameters.
+MakeSampler = Callable[[Recording, Answers, int, int], BaseSampler]
+
+
+def _stopping(scheduler: Callable[[int], Scheduler], sampler: MakeSampler) -> Make:
+    def make(recording: Recording, answers: Answers, seed: int) -> tuple[Policy, Callable[[int], BaseSampler]]:
+        policy = BeginAndStop(recording.space, scheduler(recording.reports))
+        return policy, lambda number: sampler(recording, answers, seed, number)
+
+    return make
+
+
+def _at_random(recording: Recording, answers: Answers, seed: int, number: int) -> BaseSampler:
+    return AtRandom(recording.space, answers, seed)
+
+
+def _optuna(name: str) -> MakeSampler:
+    def make(recording: Recording, answers: Answers, seed: int, number: int) -> BaseSampler:
+        return Answered(make_sampler(name, seed, number), recording.space, answers)
+
+    return make
+
+
+def _former(recording: Recording, answers: Answers, seed: int, number: int) -> BaseSampler:
+    sampler = FormerSampler(recording.space, seed, answers.draw if recording.choose else draw_candidates)
+    return sampler if recording.choose else Answered(sampler, recording.space, answers)
+
+
+def _asha(reports: int) -> Scheduler:
+    return Halving(rungs_of(reports))
+
+
+POLICIES: dict[str, Make] = {
+    DEFAULT: _freeze_thaw,
+    RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),
+    "random+asha": _stopping(_asha, _at_random),
+    "tpe+asha": _stopping(_asha, _optuna("tpe")),
+    "gp+asha": _stopping(_asha, _optuna("gp")),
+    "former": _stopping(lambda reports: Halving([math.ceil(reports / 3)]), _former),
+}
+
+
+def simulate(recording: Recording, name: str, workers: int, seed: int) -> Found:
+    """Run a study by a policy in simulated time, until its budget is spent."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        answers = Answers(recording)
+        policy, sampler = POLICIES[name](recording, answers, seed)
+        searcher = Searcher(optuna.create_study(), recording.space, policy, sampler=sampler)
+        study = Simulation(searcher, answers.respond, workers, recording.take_up_s, answers.limits)
+        return study.run(recording.budget / workers)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What policies have found on recordings, over seeds: P policies, T recordings, S seeds, shares of the budget."""
+
+    policies: Sequence[str]
+    recordings: Sequence[str]
+    regret_PTSA: npt.NDArray[np.float64]  # or values, where there are no bounds
+    share_PTS: npt.NDArray[np.float64] | None  # of the budget, until random search's end; None without random search
+    bounded: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        word = "regret" if self.bounded else "best_js"
+        rank_PA = _ranks(self.regret_PTSA).mean(axis=(1, 2))
+        told: dict[str, Any] = {"shares_of_budget": [*SPENT], "recordings": [*self.recordings], "policies": {}}
+        for number, name in enumerate(self.policies):
+            runs_NA = self.regret_PTSA[number].reshape(-1, len(SPENT))
+            middle_A = runs_NA.mean(axis=0) if self.bounded else np.median(runs_NA, axis=0)
+            error_A = runs_NA.std(axis=0, ddof=min(1, len(runs_NA) - 1)) / math.sqrt(len(runs_NA))
+            share = None if self.share_PTS is None else self.share_PTS[number]
+            told["policies"][name] = {
+                f"{'mean' if self.bounded else 'median'}_{word}": middle_A.tolist(),
+                "standard_error": error_A.tolist(),
+                "mean_rank": rank_PA[number].tolist(),
+                "share_to_random_end": None if share is None else float(np.median(share)),
+                "runs": len(runs_NA),
+                "by_recording": {
+                    task: self.regret_PTSA[number, at].mean(axis=0).tolist() for at, task in enumerate(self.recordings)
+                },
+            }
+        return told
+
+    def show(self, console: Console, title: str) -> None:
+        """Print a table."""
+        table = Table(
+            "policy", *(f"{share:.0%}" for share in SPENT), *(f"rank {share:.0%}" for share in SPENT), "random's end",
+            title=title, title_justify="left", box=box.SIMPLE,
+        )  # fmt: skip
+        word = ("mean_regret", "median_best_js")[not self.bounded]
+        for name, each in self.to_json()["policies"].items():
+            spread = zip(each[word], each["standard_error"], strict=True)
+            ranks = [f"{rank:.2f}" for rank in each["mean_rank"]]
+            share = each["share_to_random_end"]
+            reached = "-" if share is None else f"{share:.2f}" if share <= 1 else "not reached"
+            table.add_row(name, *(f"{value:.4f} ±{error:.4f}" for value, error in spread), *ranks, reached)
+        console.print(table)
+
+
+def _ranks(value_PTSA: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the rank of each policy among all, 1 for the best; those that are equal share theirs."""
+    before = (value_PTSA[:, None] > value_PTSA[None]).sum(axis=1)
+    equal = (value_PTSA[:, None] == value_PTSA[None]).sum(axis=1)
+    ranks: npt.NDArray[np.float64] = before + 0.5 * equal + 0.5
+    return ranks
+
+
+def judge(
+    recordings: Sequence[Recording], policies: Sequence[str], *, workers: int, seeds: int, processes: int
+) -> Verdict:
+    """Run all policies on all recordings, with each of some seeds."""
+    jobs = [(r, name, workers, seed) for name in policies for r in recordings for seed in range(seeds)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        runs = pool.map(simulate, *zip(*jobs, strict=True))
+        found = list(track(runs, "simulated studies", total=len(jobs)))
+    shape = len(policies), len(recordings), seeds
+    at = np.array([
+        [one.at(share * r.budget / workers, float(r.value_NR.max())) for share in SPENT]
+        for one, (r, *_) in zip(found, jobs, strict=True)
+    ]).reshape(*shape, len(SPENT))  # fmt: skip
+    share_PTS = None
+    if RANDOM in policies:
+        goals = dict(zip(map(id, recordings), np.median(at[policies.index(RANDOM), :, :, -1], axis=1), strict=True))
+        reached = [one.until(goals[id(r)]) * workers / r.budget for one, (r, *_) in zip(found, jobs, strict=True)]
+        share_PTS = np.array(reached).reshape(shape)
+    regret = np.stack([r.measure(at[:, number]) for number, r in enumerate(recordings)], axis=1)
+    bounded = all(r.bounds is not None for r in recordings)
+    return Verdict(policies, [r.name for r in recordings], regret, share_PTS, bounded)
+
+
+def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """Add what both judges take."""
+    parser.add_argument("--workers", type=int, default=1, metavar="W", help="simulated workers (default: 1)")
+    parser.add_argument("--seeds", type=int, default=seeds, metavar="S", help=f"studies a recording (default: {seeds})")
+    parser.add_argument(
+        "--policies", default=",".join(POLICIES), metavar="A,B", help=f"of {', '.join(POLICIES)} (default: all)"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="simulated studies at once (default: a core each)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+
+
+def policies_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return the policies that were asked for; end the program where there is no such one."""
+    names: list[str] = args.policies.split(",")
+    if unknown := sorted({*names} - {*POLICIES}):
+        parser.error(f"--policies: there is no policy {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    return names
+
+
+def run(recordings: Sequence[Recording], names: Sequence[str], args: argparse.Namespace, title: str) -> None:
+    """Judge, print a table, and write the numbers where that is asked for."""
+    processes = args.processes or usable_cores()
+    found = judge(recordings, names, workers=args.workers, seeds=args.seeds, processes=processes)
+    found.show(Console(soft_wrap=True, highlight=False), title)
+    if args.json is not None:
+        told = {"workers": args.workers, "seeds": args.seeds, **found.to_json()}
+        write_text(args.json, json.dumps(told, indent=2) + "\n")

@@ -1,0 +1,67 @@
+"""Weigh what is expected of candidates: how much each betters what a study has."""
+
+import numpy as np
+from scipy.special import log_ndtr, ndtr
+
+from raytune_emotion.tuning.policy.gaussian_process import Floats
+
+_LOG_2PI = float(np.log(2 * np.pi))
+#: Below it, in standard deviations, the expected improvement is taken from its asymptote.
+_TAIL = -25.0
+
+
+def _density(z_M: Floats) -> Floats:
+    density_M: Floats = np.exp(-0.5 * (z_M * z_M + _LOG_2PI))
+    return density_M
+
+
+def expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
+    """By how much a normal variable falls below the best in the mean, [M] (Jones et al., 1998)."""
+    z_M = (best - mean_M) / std_M
+    gain_M: Floats = std_M * (z_M * ndtr(z_M) + _density(z_M))
+    return gain_M
+
+
+def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
+    """Return the logarithm of the expected improvement, [M], which stays finite where the improvement is tiny.
+
+    After Ament et al., 2023, "Unexpected improvements to expected improvement for Bayesian optimization".
+    """
+    z_M = (best - mean_M) / std_M
+    near_M = np.maximum(z_M, _TAIL)
+    # Of z Φ(z) + φ(z) = φ(z) (1 + z Φ(z) / φ(z)); far out, of its asymptote φ(z) / z².
+    log_density_M = -0.5 * (z_M * z_M + _LOG_2PI)
+    ratio_M = near_M * np.exp(log_ndtr(near_M) + 0.5 * (near_M * near_M + _LOG_2PI))
+    inside_M = np.log(np.maximum(1 + ratio_M, 1e-300))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        above_M = np.log(z_M * ndtr(z_M) + _density(z_M))
+        h_M = np.where(z_M > 0, above_M, log_density_M + np.where(z_M < _TAIL, -2 * np.log(-z_M), inside_M))
+    log_gain_M: Floats = np.log(std_M) + h_M
+    return log_gain_M
+
+
+def expected_improvement_of_front(
+    mean_M: Floats, std_M: Floats, cost_M: Floats, seen_N: Floats, cost_N: Floats
+) -> Floats:
+    """By how much the area above a front of value and cost grows in the mean, [M].
+
+    The expected hypervolume improvement (Emmerich et al., 2006) where the cost is known: at every cost from the
+    candidate's own on it can better what was seen of as much cost.
+
+    Args:
+        mean_M: of the candidates' values, normal variables, [M].
+        std_M: their standard deviations, [M].
+        cost_M: of the candidates, [M].
+        seen_N: values until now, [N], N > 0; below the least of their costs, the worst of them counts.
+        cost_N: of those, [N].
+    """
+    order = np.argsort(cost_N, kind="stable")
+    least_N = np.minimum.accumulate(seen_N[order])
+    step = np.flatnonzero(np.diff(least_N, prepend=np.inf))
+    starts = [-np.inf, *cost_N[order][step]]
+    ends = [*starts[1:], max(cost_M.max(), cost_N.max())]
+    gain_M = np.zeros_like(mean_M)
+    for value, start, end in zip([seen_N.max(), *least_N[step]], starts, ends, strict=True):
+        width_M = np.maximum(0.0, end - np.maximum(start, cost_M))
+        gain_M += width_M * expected_improvement(mean_M, std_M, float(value))
+    return gain_M

@@ -1,0 +1,173 @@
+"""Draw configurations that a study could try next."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FixedTrial, FrozenTrial
+
+from raytune_emotion.tuning.policy.decisions import SETTINGS
+from raytune_emotion.tuning.policy.encoding import (
+    Column,
+    Configurations,
+    Encoding,
+    encoding_of,
+    encoding_of_parameters,
+    unit_of,
+    values_at,
+)
+from raytune_emotion.tuning.space.space import Fixed, Simplex, Space
+
+#: Candidates drawn at random, and as many that change one of the best trials.
+CANDIDATES = 1000
+#: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
+_ANEW, _STEP = 0.2, 0.1
+#: Parameters' values that are gone through, where all candidates were tried before.
+_ENUMERABLE = 100_000
+
+#: Values of every parameter of M configurations.
+Params = Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a study chooses from, and how its trials differ."""
+
+    parameters: Mapping[str, BaseDistribution]
+    encoding: Encoding
+    #: Of values of all parameters: the settings, a row each.
+    settings_of: Callable[[Params], Configurations]
+    #: Of a trial: its settings.
+    settings: Callable[[FrozenTrial], Mapping[str, Any]]
+    #: Of a configuration's parameters: what tells it from others.
+    key: Callable[[Mapping[str, Any]], str]
+    _keys: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # by the numbers of trials
+
+    def key_of(self, trial: FrozenTrial) -> str:
+        """Return what tells a trial from others of other settings."""
+        if trial.number not in self._keys:
+            self._keys[trial.number] = settings_key(self.settings(trial))
+        return self._keys[trial.number]
+
+
+def domain_of(space: Space) -> Domain:
+    """Return what a study of this project chooses from; its trials carry their settings as an attribute."""
+
+    def key(params: Mapping[str, Any]) -> str:
+        return settings_key(space.suggest(FixedTrial(dict(params))))
+
+    return Domain(
+        space.parameters,
+        encoding_of(space),
+        lambda params: settings_of(space, params),
+        lambda trial: trial.user_attrs[SETTINGS],
+        key,
+    )
+
+
+def domain_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Domain:
+    """Return what any study of Optuna's chooses from: its parameters are the settings."""
+    return Domain(
+        parameters,
+        encoding_of_parameters(parameters),
+        lambda params: pd.DataFrame(dict(params)),
+        lambda trial: trial.params,
+        settings_key,
+    )
+
+
+def draw_candidates(
+    parameters: Mapping[str, BaseDistribution], best: Sequence[FrozenTrial], rng: np.random.Generator
+) -> dict[str, Column]:
+    """Draw values of every parameter, whether or not a branch has use for it: at random, then near the best trials."""
+    u_MP = rng.random((CANDIDATES, len(parameters)))
+    if best:
+        near_BP = [
+            [unit_of(d, t.params[name]) if name in t.params else np.nan for name, d in parameters.items()] for t in best
+        ]
+        near_MP = np.array(near_BP)[np.arange(CANDIDATES) % len(best)]
+        steps_P = [0.0 if isinstance(d, CategoricalDistribution) else _STEP for d in parameters.values()]
+        moved_MP = np.clip(near_MP + steps_P * rng.standard_normal(near_MP.shape), 0, 1)
+        anew_MP = np.isnan(near_MP) | (rng.random(near_MP.shape) < _ANEW)
+        u_MP = np.concatenate([u_MP, np.where(anew_MP, rng.random(near_MP.shape), moved_MP)])
+    return {name: values_at(d, u_M) for (name, d), u_M in zip(parameters.items(), u_MP.T, strict=True)}
+
+
+def row_of(params: Params, number: int) -> dict[str, Any]:
+    """Return one of M configurations."""
+    return {name: column[number : number + 1].tolist()[0] for name, column in params.items()}
+
+
+def first_untried(domain: Domain, tried: set[str]) -> dict[str, Any] | None:
+    """Return the first configuration, of a space that has few, that was not tried; chance need not have drawn it."""
+    values = {name: _all_values(distribution) for name, distribution in domain.parameters.items()}
+    if math.prod(len(those) for those in values.values()) > _ENUMERABLE or not all(map(len, values.values())):
+        return None
+    for point in itertools.product(*values.values()):
+        params = dict(zip(values, point, strict=True))
+        if domain.key(params) not in tried:
+            return params
+    return None
+
+
+def is_exhausted(domain: Domain, tried: set[str]) -> bool:
+    """Tell whether a space has few configurations, and all of them were tried."""
+    values = [_all_values(distribution) for distribution in domain.parameters.values()]
+    # Branches may make one configuration of several values.
+    few = all(map(len, values)) and math.prod(map(len, values)) <= _ENUMERABLE
+    return few and first_untried(domain, tried) is None
+
+
+def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
+    """Return the values that a parameter can have; none where they cannot be listed."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    if isinstance(distribution, IntDistribution):
+        return range(distribution.low, distribution.high + 1, distribution.step)
+    assert isinstance(distribution, FloatDistribution)
+    if distribution.step is None:
+        return ()
+    steps = round((distribution.high - distribution.low) / distribution.step)
+    return [distribution.low + number * distribution.step for number in range(steps + 1)]
+
+
+def settings_of(space: Space, params: Params) -> pd.DataFrame:
+    """Return what a space makes of parameters, of the settings in which trials can differ; a row each."""
+    deciding = space.deciding()
+    count = len(next(iter(params.values())))
+    columns = {key: np.full(count, np.nan, object) for key in space.columns()}
+    for values in {*zip(*[params[key] for key in deciding], strict=True)} or {()}:
+        decided = dict(zip(deciding, values, strict=True))
+        rows = np.all([np.full(count, True), *(params[key] == value for key, value in decided.items())], axis=0)
+        found: dict[str, Any] = {}
+        for key, (name, setting) in space.active(decided).items():
+            if isinstance(setting, Simplex):
+                raw = setting.raw_names(name)
+                # Without a direction, where all are 1, they stand for the middle.
+                parts = {loss: np.maximum(-np.log(params[raw[loss]][rows]), 1e-9) for loss in raw}
+                found[key] = {loss: part / sum(parts.values()) for loss, part in parts.items()}
+            elif isinstance(setting, Fixed):
+                found[key] = setting.value
+            elif key == "loss" and isinstance(setting, CategoricalDistribution):
+                found[key] = {loss: params[name][rows] == loss for loss in setting.choices}
+            else:
+                found[key] = params[name][rows]
+        for key, value in space.flat(found).items():
+            if key in columns:
+                columns[key][rows] = value
+    return pd.DataFrame(columns)
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    # 0.3 and 3 * 0.1 are the same setting, and so are 5 and 5.0.
+    same = {
+        key: f"{value:.9g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+        for key, value in settings.items()
+    }
+    return json.dumps(same, sort_keys=True, default=str)

@@ -1,0 +1,126 @@
+"""Place settings in the unit cube, and take values of parameters from it."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from raytune_emotion.tuning.policy.gaussian_process import Floats
+from raytune_emotion.tuning.space.space import Space
+
+#: Of M configurations: one after the other, or as a table of one row each.
+Configurations = Sequence[Mapping[str, Any]] | pd.DataFrame
+#: A value of each of M configurations.
+Column = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of numbers as the unit interval."""
+
+    low: float  # the ends; of a logarithmic axis, their logarithms
+    high: float
+    log: bool
+
+    def unit(self, value_M: Floats) -> Floats:
+        """Return where values lie; what is missing lies in the middle."""
+        if self.log:
+            # A branch, or another study, may switch off by 0 what is drawn by orders of magnitude elsewhere.
+            off_M = value_M <= 0
+            value_M = np.where(off_M, self.low, np.log(np.where(off_M, 1.0, value_M)))
+        return np.nan_to_num((value_M - self.low) / (self.high - self.low), nan=0.5)
+
+    def value(self, unit_M: Floats) -> Floats:
+        """Return the values at places of the unit interval."""
+        value_M = self.low + unit_M * (self.high - self.low)
+        return np.exp(value_M) if self.log else value_M
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Settings as points of the unit cube: an axis for every number, and one for every word."""
+
+    ranges: Mapping[str, Axis]
+    choices: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """The setting of every coordinate, [D]."""
+        return [*self.ranges, *(key for key, listed in self.choices.items() for _ in listed)]
+
+    def __call__(self, settings: Configurations) -> Floats:
+        """Return the points, [M, D]; coordinates of what is not set lie in the middle."""
+        table = pd.DataFrame(settings, columns=[*self.ranges, *self.choices])
+        numbers = [axis.unit(table[key].to_numpy(float)) for key, axis in self.ranges.items()]
+        words = [(table[key] == word).to_numpy(float) for key, listed in self.choices.items() for word in listed]
+        return np.stack([*numbers, *words], axis=1) if len(self.names) else np.zeros((len(table), 0))
+
+
+def encoding_of(space: Space) -> Encoding:
+    """Return the encoding of all that a space can suggest."""
+    listed = {key: (0.0, 1.0) if key.startswith("loss.") else space.possible(key) for key in space.columns()}
+    drawn = {key: [d for name, d in space.parameters.items() if name.partition(" ")[0] == key] for key in listed}
+    return _encoding(listed, drawn)
+
+
+def encoding_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Encoding:
+    """Return the encoding of Optuna's parameters, each a setting of its own."""
+    listed = {name: d.choices if isinstance(d, CategoricalDistribution) else () for name, d in parameters.items()}
+    return _encoding(listed, {name: [d] for name, d in parameters.items()})
+
+
+def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[BaseDistribution]]) -> Encoding:
+    """Give each setting its axes, by the values that are listed of it and the distributions that it is drawn from."""
+    ranges: dict[str, Axis] = {}
+    choices: dict[str, tuple[Any, ...]] = {}
+    for key, values in listed.items():
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            choices[key] = tuple(values)
+            continue
+        spans = [d for d in drawn[key] if isinstance(d, FloatDistribution | IntDistribution)]
+        ends = [*values, *(d.low for d in spans), *(d.high for d in spans)]
+        # Listed numbers, as batch sizes, are steps of a ladder.
+        log = any(d.log for d in spans) if spans else min(ends) > 0
+        if log:
+            ends = [math.log(end) for end in ends if end > 0]
+        low, high = min(ends), max(ends)
+        if high > low:
+            ranges[key] = Axis(low, high, log)
+    return Encoding(ranges, choices)
+
+
+def unit_of(distribution: BaseDistribution, value: Any) -> float:
+    """Return where a parameter's value lies in the unit interval from which it is drawn uniformly."""
+    if isinstance(distribution, CategoricalDistribution):
+        return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
+    (unit,) = _axis_of(distribution).unit(np.array([value], float))
+    return float(unit)
+
+
+def values_at(distribution: BaseDistribution, unit_M: Floats) -> Column:
+    """Return the parameter's values at places of the unit interval, [M]: the inverse of `unit_of`."""
+    if isinstance(distribution, CategoricalDistribution):
+        count = len(distribution.choices)
+        listed = np.empty(count, object)
+        listed[:] = distribution.choices
+        chosen_M: Column = listed[np.minimum(unit_M * count, count - 1).astype(int)]
+        return chosen_M
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    value_M = _axis_of(distribution).value(unit_M)
+    if distribution.step:
+        value_M = distribution.low + distribution.step * np.round((value_M - distribution.low) / distribution.step)
+    value_M = np.clip(value_M, distribution.low, distribution.high)
+    return value_M.astype(int) if isinstance(distribution, IntDistribution) else value_M
+
+
+def _axis_of(distribution: BaseDistribution) -> Axis:
+    """Return the axis that is drawn from uniformly; the steps at both ends are as wide as others."""
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    half = (distribution.step or 0) / 2
+    low, high = distribution.low - half, distribution.high + half
+    return Axis(math.log(low), math.log(high), True) if distribution.log else Axis(low, high, False)

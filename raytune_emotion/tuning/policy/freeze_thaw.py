@@ -1,0 +1,205 @@
+"""Pause trials and take them up again: each stretch of training goes to the trial, new or paused, that promises most.
+
+After Swersky et al., 2014, "Freeze-thaw Bayesian optimization". A trial trains in stretches, each as long as all before
+it together. At the end of each, what every trial would reach at full length is forecast anew. The next stretch goes to
+the trial with the most expected improvement for its time.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from optuna.trial import FrozenTrial
+from scipy.special import ndtr
+from threadpoolctl import threadpool_limits
+
+from raytune_emotion.learn.report import Heard
+from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
+from raytune_emotion.tuning.policy.decisions import (
+    PAUSED,
+    SECONDS,
+    TAKEN_UP,
+    Answer,
+    Begin,
+    Decision,
+    Limits,
+    Prune,
+    Recorded,
+    TakeUp,
+)
+from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
+from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook, is_paused, is_running
+from raytune_emotion.tuning.space.space import Space
+
+#: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
+_FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
+#: A stretch that would leave less than this share of the full length goes on to the end.
+_REST_SHARE = 0.3
+#: The power of the time that is left to a trial by which its promise is divided.
+_LEFT_POWER = 0.5
+#: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
+_HOPE = 0.02
+#: What it costs to take a trial up again, in seconds, and the share of the training that all of that may cost.
+TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the past, until something happens."""
+
+    prunes: tuple[int, ...]  # paused trials that are ended for good
+    merits: Mapping[int, float]  # of the paused trials that are worth it, by number: the logarithm of what they promise
+    begin: Begin | None  # a new trial, if one may begin
+    merit: float  # of it
+
+    def best(self, number: int | None = None) -> int | None:
+        """Return the paused trial, or whether the one of a number, that promises more than a new one."""
+        among = [number] if number is not None else [*self.merits]
+        better = [each for each in among if each in self.merits and self.merits[each] > self.merit]
+        return max(better, key=self.merits.__getitem__, default=None)
+
+
+class FreezeThaw:
+    """Decide which trial trains next, and for how long. Nothing is kept that cannot be computed again."""
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        epochs: float,
+        reports: int,
+        seed: int,
+        objective: Objective = JS_ALONE,
+        earlier: Sequence[Forecast] = (),
+        proposes: bool = True,
+        take_up_s: float = TAKE_UP_S,
+        draw: Draw = draw_candidates,
+    ) -> None:
+        """Make a policy.
+
+        Args:
+            space: of the study.
+            epochs: of a trial that is trained to its end.
+            reports: of such a trial.
+            seed: of the study.
+            objective: of the study.
+            earlier: what other studies say of configurations.
+            proposes: whether the most promising new configuration is begun; if not, the study's own sampler draws it.
+            take_up_s: what it costs to take up a trial, in seconds.
+            draw: draws the candidates for a new trial.
+        """
+        self._domain, self._seed, self._earlier = domain_of(space), seed, earlier
+        self._aim = Aim(objective, reports=reports)
+        self._proposes, self._draw, self._take_up_s = proposes, draw, take_up_s
+        self._ends = [end / reports * epochs for end in stretch_ends(reports)]
+        self._reports = reports
+        self._plan: tuple[object, _Plan | None] = (None, None)
+
+    def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:
+        plan = self._plan_of(past, limits)
+        paused = {trial.number for trial in past if is_paused(trial)}
+        for number in plan.prunes:
+            if number in paused:
+                return Prune(number)
+        best = plan.best() if plan.begin is None or self._can_afford(past) else None
+        return plan.begin if best is None else TakeUp(best)
+
+    def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
+        """Answer for a report: at the end of a stretch, a trial pauses unless it would be taken up at once."""
+        if not self._ends_stretch(report):
+            return "go on"
+        number = int(trial_id)
+        past = [_paused(trial, report) if trial.number == number else trial for trial in past]
+        plan = self._plan_of(past, limits)
+        if number in plan.prunes:
+            return "stop"
+        # To go on costs nothing, while others would have to be taken up.
+        among = None if plan.begin is None or self._can_afford(past) else number
+        return "go on" if plan.best(among) == number else "pause"
+
+    def _plan_of(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
+        """Plan anew, unless nothing has happened since that a plan depends on."""
+        known = (limits, *((trial.number, is_running(trial), len(trial.intermediate_values)) for trial in past))
+        plan = self._plan[1]
+        if plan is None or self._plan[0] != known:
+            # Matrices this small are slower on several threads, and other trials are training.
+            with threadpool_limits(1):
+                plan = self._make_plan(past, limits)
+            self._plan = known, plan
+        return plan
+
+    def replay(self, trials: Sequence[Recorded]) -> set[str]:
+        """Learn nothing: all that decides is in the study."""
+        return set()
+
+    def _ends_stretch(self, report: Heard) -> bool:
+        """Tell whether a stretch ends between the report before and this one. The clock is the epoch."""
+        epoch = report["epoch"]
+        before = epoch - epoch / report["report"]
+        return any(before + 1e-9 < end <= epoch + 1e-9 for end in self._ends)
+
+    def _make_plan(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
+        outlook = Outlook(self._domain, past, self._aim, self._earlier)
+        paused = [trial for trial in past if is_paused(trial)]
+        # By the trials begun, so that candidates stay the same until one of them is.
+        rng = np.random.default_rng([self._seed, len(past)])
+        offer = outlook.offer(rng, self._draw, by_time=True) if limits.new else None
+        begin, merit = None, -math.inf
+        if offer is not None:
+            begin = Begin(offer.params if self._proposes else {})
+            merit = offer.merit - _LEFT_POWER * math.log(self._reports)
+        if outlook.forecast is None:
+            # Too little is known to prefer one: new trials first, then the paused in their order.
+            first = {trial.number: -float(trial.number) for trial in paused}
+            return _Plan((), first, begin, merit if begin is None else math.inf)
+        merits = self._merits(outlook, paused)
+        ranked = sorted(merits, key=merits.__getitem__, reverse=True)
+        if offer is None:
+            hopeful = self._hopeful(outlook, paused)
+            merits = {number: value for number, value in merits.items() if number in hopeful}
+        return _Plan(tuple(ranked[limits.paused :]), merits, begin, merit)
+
+    def _merits(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> dict[int, float]:
+        """Return what paused trials promise for the time that is left to them, as a logarithm, by their numbers."""
+        if not paused:
+            return {}
+        settings = [self._domain.settings(trial) for trial in paused]
+        left_M = np.array([max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in paused])
+        merit_M = outlook.log_promise(settings, by_time=True) - _LEFT_POWER * np.log(left_M)
+        return {trial.number: float(merit) for trial, merit in zip(paused, merit_M, strict=True)}
+
+    def _hopeful(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> set[int]:
+        """Return the numbers of the paused trials that may better the best."""
+        if not paused or self._aim.objective.front:
+            # Of a front, every trial may better its part.
+            return {trial.number for trial in paused}
+        assert outlook.forecast is not None
+        mean_M, std_M = outlook.forecast([self._domain.settings(trial) for trial in paused])
+        hope_M = ndtr((outlook.forecast.best - mean_M) / (WIDER * std_M))
+        return {trial.number for trial, hope in zip(paused, hope_M, strict=True) if hope >= _HOPE}
+
+    def _can_afford(self, past: Sequence[FrozenTrial]) -> bool:
+        """Tell whether one more trial can be taken up, with all such costs a small share of the training."""
+        trained_s = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in past)
+        taken_up = sum(int(trial.user_attrs.get(TAKEN_UP, 0)) for trial in past)
+        return (taken_up + 1) * self._take_up_s <= _TAKE_UP_SHARE * trained_s
+
+
+def stretch_ends(reports: int) -> list[int]:
+    """Return the reports at which stretches end before a trial's last one."""
+    end = max(_FIRST_REPORTS, math.ceil(_FIRST_SHARE * reports))
+    ends = []
+    while end <= (1 - _REST_SHARE) * reports:
+        ends.append(end)
+        end *= 2
+    return ends
+
+
+def _paused(trial: FrozenTrial, report: Heard) -> FrozenTrial:
+    """Return a running trial as it would be recorded if it paused after a report."""
+    paused = copy.copy(trial)
+    paused.user_attrs = {**trial.user_attrs, PAUSED: True, SECONDS: report["seconds"]}
+    return paused
