@@ -1,0 +1,115 @@
+"""The sampler in studies of anybody's, driven by Optuna alone."""
+
+import math
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from raytune_emotion.tuning.policy import gaussian_process
+from raytune_emotion.tuning.policy.decisions import FORECAST, SAMPLERS
+from raytune_emotion.tuning.policy.sampler import OPTUNA, ForecastSampler, make_sampler
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def conditional(trial):
+    """A valley in each of two branches, which have parameters of their own; some trials are pruned, and some fail."""
+    x = trial.suggest_float("x", -5, 5)
+    if trial.suggest_categorical("kind", ["narrow", "wide"]) == "narrow":
+        value = (x - 1) ** 2 + math.log10(trial.suggest_float("rate", 1e-3, 10, log=True)) ** 2
+    else:
+        value = (x + 2) ** 2 + abs(trial.suggest_int("layers", 0, 10) - 3) + 0.5
+    for step in range(4):
+        trial.report(value + 3 - step, step)
+        if step == 1 and value > 20:
+            raise optuna.TrialPruned
+    if trial.number % 11 == 3:
+        raise RuntimeError("out of luck")
+    return value
+
+
+def optimised(sampler, trials=50, **options):
+    study = optuna.create_study(sampler=sampler, **options)
+    study.optimize(conditional, n_trials=trials, catch=(RuntimeError,))
+    return study
+
+
+def test_it_searches_branches_beside_pruned_and_failed_trials():
+    ours = [optimised(ForecastSampler(seed=seed)) for seed in range(3)]
+    random = [optimised(optuna.samplers.RandomSampler(seed=seed)) for seed in range(3)]
+    assert np.median([study.best_value for study in ours]) < 0.3 * np.median([study.best_value for study in random])
+    assert {trial.state for trial in ours[0].trials} == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+
+
+def test_what_is_proposed_follows_from_the_seed_and_the_past():
+    first, again, other = (optimised(ForecastSampler(seed=seed), 12) for seed in (1, 1, 2))
+    assert [t.params for t in first.trials] == [t.params for t in again.trials]
+    assert [t.params for t in first.trials] != [t.params for t in other.trials]
+    # A sampler that is made anew, as when a study goes on in another process.
+    resumed = optuna.create_study(sampler=ForecastSampler(seed=1))
+    for trials in (7, 5):
+        resumed.sampler = ForecastSampler(seed=1)
+        resumed.optimize(conditional, n_trials=trials, catch=(RuntimeError,))
+    assert [t.params["kind"] for t in resumed.trials][4:] == [t.params["kind"] for t in first.trials][4:]
+
+
+def test_workers_are_not_sent_to_one_place():
+    def valley(trial):
+        return (trial.suggest_float("x", 0, 1) - 0.3) ** 2 + (trial.suggest_float("y", 0, 1) - 0.6) ** 2
+
+    study = optuna.create_study(sampler=ForecastSampler(seed=0))
+    study.optimize(valley, n_trials=12)
+    running = [study.ask() for _ in range(6)]
+    points = np.array([[trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)] for trial in running])
+    apart = np.sqrt(((points[:, None] - points) ** 2).sum(axis=2)) + np.eye(len(points))
+    assert apart.min() > 0.01
+
+
+def test_high_values_are_found_where_they_are_wanted():
+    study = optuna.create_study(sampler=ForecastSampler(seed=0), direction="maximize")
+    study.optimize(lambda trial: -((trial.suggest_float("x", -5, 5) - 2) ** 2), n_trials=25)
+    assert study.best_params["x"] == pytest.approx(2, abs=0.2)
+
+
+def test_a_study_of_several_objectives_is_refused():
+    study = optuna.create_study(sampler=ForecastSampler(seed=0), directions=["minimize", "minimize"])
+    study.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 1.0), n_trials=1)
+    with pytest.raises(ValueError, match="several objectives"):
+        study.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 1.0), n_trials=1)
+
+
+@pytest.mark.parametrize("broken", ["minimize", "_cholesky"])
+def test_a_fit_that_fails_falls_back_and_says_so(monkeypatch, broken):
+    def fails(*arguments, **options):
+        raise np.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(gaussian_process, broken, fails)
+    with pytest.warns(RuntimeWarning, match=r"forecast: .*not positive definite"):
+        study = optimised(ForecastSampler(seed=0), 10)
+    assert len({trial.params["x"] for trial in study.trials}) == 10
+
+
+def test_values_that_say_nothing_are_borne():
+    for value in (0.0, 1.0, math.inf):
+        study = optuna.create_study(sampler=ForecastSampler(seed=0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            study.optimize(lambda trial, value=value: value + 0 * trial.suggest_float("x", 0, 1), n_trials=8)
+        assert len({trial.params["x"] for trial in study.trials}) == 8
+
+
+def test_every_name_of_a_sampler_makes_one():
+    assert {*SAMPLERS} == {FORECAST, *OPTUNA}
+    for name in OPTUNA:
+        proposed = []
+        for _ in range(2):
+            study = optuna.create_study()
+            for number in range(6):
+                study.sampler = make_sampler(name, 7, number)
+                study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+            proposed.append([trial.params["x"] for trial in study.trials])
+        assert proposed[0] == proposed[1]
+        assert len({*proposed[0]}) == 6
