@@ -17,7 +17,7 @@ search: setup
 	$(BIN)/python -m raytune_emotion.search --space quick --trials 16 --epochs 6
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def pytest_collection_modifyitems(items):
 
 #: Of the S3 server of the tests. Processes that tests start inherit them.
 os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="wJalrXUtnFEMI")
+
+
+_CLUSTER = contextlib.ExitStack()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,10 +49,22 @@ def store(faces):
     return prepare(faces, image_size=32)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
-    """One local Ray cluster for all tests that touch Ray."""
+    """One local Ray cluster, which the modules of this process share."""
+    import ray
+
     from raytune_emotion.tuning.execution.cluster import ray_session
 
-    with ray_session(None, dashboard=False, num_cpus=2):
-        yield
+    if not ray.is_initialized():
+        _CLUSTER.enter_context(ray_session(None, dashboard=False, num_cpus=2))
+
+
+@pytest.fixture(scope="module")
+def no_cluster():
+    """End the shared cluster: Ray kills a process whose connection to a cluster it loses, or whose token is changed."""
+    _CLUSTER.close()
+
+
+def pytest_sessionfinish():
+    _CLUSTER.close()

@@ -17,7 +17,7 @@ TOKEN = "0123456789abcdef"
 
 
 @pytest.fixture(autouse=True)
-def no_token(monkeypatch, tmp_path):
+def no_token(no_cluster, monkeypatch, tmp_path):
     """This user has no token, unless a test gives one."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):

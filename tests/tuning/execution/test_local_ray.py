@@ -14,7 +14,7 @@ from raytune_emotion.tuning.execution.local_ray import base_folder, low_limits, 
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch):
+def environment(no_cluster, monkeypatch):
     """No temporary folder is named, and what a test changes in the environment is undone."""
     for name in ("RAY_TMPDIR", "TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -133,8 +133,6 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
         raise raised
 
     monkeypatch.setattr(cluster.ray, "init", fail)
-    # Other tests of this process may share a cluster, which must stay.
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "_shut_down", lambda: None)
     monkeypatch.setattr(cluster, "low_limits", lambda: "this process may have 300 processes and threads (`ulimit -u`)")
     before = dict(os.environ)
@@ -166,8 +164,6 @@ def test_a_cluster_that_cannot_be_joined_is_a_sentence(monkeypatch, raised, said
         raise raised
 
     monkeypatch.setattr(cluster.ray, "init", fail)
-    # Other tests of this process may share a cluster, which must stay.
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster, "_shut_down", lambda: None)
     with pytest.raises(UserError) as caught, cluster.ray_session("10.0.0.1:6379"):
         pass
