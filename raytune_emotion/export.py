@@ -5,6 +5,7 @@ import sys
 
 from raytune_emotion.cli import command_main, location
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import say
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
@@ -16,22 +17,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("study", type=location, metavar="STUDY", help="folder or URI of a study")
     add("dest", type=location, metavar="DEST", help="folder or URI to write; an earlier export there is replaced")
     add("--trial", metavar="ID", help="id of the trial (default: the best trial)")
+    add(
+        "--format",
+        type=lambda names: [name.strip() for name in names.split(",")],
+        action="extend",
+        metavar="A,B",
+        help=f"formats to write, of {', '.join(FORMATS)}; may be repeated (default: timm)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
+    formats = args.format or ["timm"]
+    check_formats(formats)
     if _is_run(args.study):
         if args.trial is not None:
             raise UserError(f"--trial {args.trial}: {args.study} is a run of train, not a study; leave the option out")
         from raytune_emotion.tuning.study.trial_export import export_run
 
-        export_run(args.study, args.dest)
+        export_run(args.study, args.dest, formats)
         say(f"the best weights of {args.study} are exported to {args.dest}")
         return
     trial_id = as_trial_id(args.trial) if args.trial is not None else _best_of(args.study)
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.study.trial_export import export_trial
 
-    export_trial(args.study, args.dest, trial_id)
+    export_trial(args.study, args.dest, trial_id, formats)
     say(f"trial {trial_id} is exported to {args.dest}")
 
 

@@ -88,12 +88,7 @@ def predict(package: "Package", files: Sequence[Path], device: "torch.device") -
     Raises:
         UserError: one sentence for each image that cannot be read.
     """
-    import torch
-
-    from raytune_emotion.data.augment import normalise
-    from raytune_emotion.learn.device import exact_fp32
-
-    model = package.model.to(device)
+    package.model.to(device)
     faults: list[str] = []
     parts: list[npt.NDArray[np.float64]] = []
 
@@ -107,16 +102,12 @@ def predict(package: "Package", files: Sequence[Path], device: "torch.device") -
     with (
         pictures_decoded_quietly(),
         ThreadPoolExecutor(usable_cores()) as pool,
-        torch.inference_mode(),
-        exact_fp32(),
     ):
         for start in range(0, len(files), _BATCH):
             images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
             # After an error, the remaining images are only checked.
             if not faults:
-                x_BHWC = torch.from_numpy(np.stack(images)).to(device)
-                logits_BK = model(normalise(x_BHWC, package.mean, package.std))
-                parts.append(logits_BK.double().softmax(-1).cpu().numpy())
+                parts.append(package.predict(np.stack(images)))
     if faults:
         raise UserError(sorted(faults))
     return np.concatenate(parts)

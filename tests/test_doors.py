@@ -50,6 +50,7 @@ def test_help_and_a_mistyped_option_answer_at_once(verb, tmp_path):
         (["confirm", "none"], "none: no study.yaml in it, so it is no study"),
         (["report", "none"], "none: no study.yaml in it, so it is no study"),
         (["export", "none", "dest"], "none: no study.yaml in it, so it is no study"),
+        (["export", "none", "dest", "--format", "timm,tflite"], "--format tflite: there is no such format; there are "),
         (["status", "none"], "none: no study.yaml in it, so it is no study"),
         (["predict", "none", "face.jpg"], "none: is no export folder"),
     ],

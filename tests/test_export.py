@@ -62,10 +62,12 @@ def test_destinations_that_are_taken(study, tmp_path, capsys):
 
 def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys):
     dest = tmp_path / "at a uri"
-    assert exit_code(["export", study, dest.as_uri()]) == 0
+    assert exit_code(["export", study, dest.as_uri(), "--format", "timm, pt2"]) == 0
+    assert (dest / "model.pt2").is_file()
     assert capsys.readouterr().out == f"trial {best_of(study)} is exported to {dest.as_uri()}\n"
     assert exit_code(["export", study, dest.as_uri()]) == 0
     assert load_package(dest).image_size == 32
+    assert not (dest / "model.pt2").exists()
     (dest / "thesis.tex").touch()
     (told,) = refusal(capsys, [tmp_path], "export", study, dest.as_uri())
     assert told.startswith(f"{dest.as_uri()}: holds files that are not of an export (thesis.tex)")

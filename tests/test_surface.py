@@ -33,7 +33,7 @@ ARGUMENTS = {
         "--skip-bad", "--address ADDRESS",
     ),
     "report": ("STUDY",),
-    "export": ("STUDY", "DEST", "--trial ID"),
+    "export": ("STUDY", "DEST", "--trial ID", "--format A,B"),
     "predict": ("EXPORT", "IMAGE", "--device NAME"),
 }  # fmt: skip
 
@@ -94,6 +94,7 @@ def test_the_files():
     assert FILES["trial"] == (trials.PARAMS, trials.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
     assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.STANDINGS)
     assert FILES["export"] == (export_files.WEIGHTS, export_files.CONFIG, export_files.METRICS, export_files.CARD)
+    assert export_files.FORMATS == {"timm": "model.safetensors", "onnx": "model.onnx", "pt2": "model.pt2"}
 
 
 def test_the_first_columns_and_the_statuses_of_the_table():

@@ -138,6 +138,15 @@ def open_store(place: Location | str | PathLike[str]) -> Store:
     return dataclasses.replace(_map(path), address=location.address)
 
 
+def open_if_here(address: str) -> Store | None:
+    """Open the store at an address if it lies in a folder of this machine and is whole; None otherwise."""
+    place = location_of(address)
+    try:
+        return open_store(place) if isinstance(place, Folder) and is_store(place) else None
+    except (UserError, OSError):
+        return None
+
+
 def _map(path: Path) -> Store:
     manifest = read_manifest(Folder(path))
     faults: list[str] = []

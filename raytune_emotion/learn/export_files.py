@@ -1,19 +1,47 @@
-"""Name the files of an export folder, and tell such a folder from others."""
+"""Name the formats and files of an export folder, and tell such a folder from others."""
 
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from raytune_emotion.errors import UserError
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
+#: The formats of an export, and the file of each.
+FORMATS = {"timm": WEIGHTS, "onnx": "model.onnx", "pt2": "model.pt2"}
+#: What a format needs beside this project's own packages.
+_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Check that formats are known, and that what they need is installed.
+
+    Raises:
+        UserError: one sentence for each format that cannot be written here.
+    """
+    faults = []
+    for name in formats:
+        missing = [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
+        if name not in FORMATS:
+            faults.append(f"--format {name}: there is no such format; there are {', '.join(FORMATS)}")
+        elif missing:
+            extra = f"pip install 'raytune_emotion[{name}]'"
+            faults.append(f"--format {name}: needs {', '.join(missing)}, not installed here; install them by {extra}")
+    if faults:
+        raise UserError(faults)
 
 
 def check_export(folder: Path) -> None:
     """Check that a folder is an export, by its files.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not, or it has no weights that timm and `predict` load.
     """
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        inner = folder / "best"
-        hint = f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name one that export, search or train wrote"
-        raise UserError(f"{folder}: is no export folder, which has a {CONFIG} and a {WEIGHTS}; {hint}")
+    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+        return
+    held = [name for name, file in FORMATS.items() if (folder / file).is_file()]
+    if held and (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: is an export as {', '.join(held)} alone; export the trial as timm, too")
+    inner = folder / "best"
+    hint = f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name one that export, search or train wrote"
+    raise UserError(f"{folder}: is no export folder, which has a {CONFIG} and a {WEIGHTS}; {hint}")

@@ -4,17 +4,21 @@ model.safetensors    the weights
 config.json          timm's own format, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model
 metrics.json         of the validation set
 README.md            the model card
+model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs.py`
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import timm
 import torch
 from safetensors import SafetensorError
@@ -23,14 +27,25 @@ from torch import nn
 
 from raytune_emotion import __version__
 from raytune_emotion.config import RunConfig
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.store import Store
+from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best
-from raytune_emotion.learn.export_files import CARD, CONFIG, METRICS, WEIGHTS, check_export
+from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
+from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph, write_graph
 from raytune_emotion.learn.model import Colour, build_model, mean_std
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
+
+TIMM = "timm"
+#: By how much a probability of a format may differ from that of the model in training.
+TOLERANCE = 1e-4
+_COMPARED = 64  # validation images that the formats are compared on
+_DRAWN = 8  # faces in their place
 
 _IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
 
@@ -114,38 +129,65 @@ class Package:
     mean: Colour  # of the model's input, of pixels in [0, 1]
     std: Colour
 
+    def predict(self, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        """Predict the distribution over the classes of each image, [N, K], on the device where the model is."""
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(), exact_fp32():
+            x_BHWC = torch.from_numpy(images_NHWC).to(device)
+            logits_NK: torch.Tensor = self.model(normalise(x_BHWC, self.mean, self.std))
+            prob_NK: npt.NDArray[np.float64] = logits_NK.double().softmax(-1).cpu().numpy()
+            return prob_NK
 
-def export_checkpoint(file: Path, dest: Path, notes: Iterable[str] = ()) -> None:
-    """Exports the best weights of a run.
+
+def export_checkpoint(
+    file: Path,
+    dest: Path,
+    notes: Iterable[str] = (),
+    *,
+    formats: Sequence[str] = (TIMM,),
+    store: Store | None = None,
+) -> None:
+    """Export the best weights of a run.
 
     Args:
         file: its `best.safetensors`.
         dest: the folder to write; an earlier export there is replaced.
         notes: where the model comes from, a sentence each, for the model card.
+        formats: see `write_package`.
+        store: see `write_package`.
 
     Raises:
-        UserError: the checkpoint is missing or damaged, or the folder cannot be written or holds something else.
+        UserError: the checkpoint is missing or damaged; see `write_package`.
     """
-    write_package(dest, read_best(file), notes)
+    write_package(dest, read_best(file), notes, formats=formats, store=store)
 
 
-def write_package(dest: Path, best: Best, notes: Iterable[str] = ()) -> None:
-    """Writes an export folder. At every moment there is the whole new one or, if there was one, the whole old one.
+def write_package(
+    dest: Path,
+    best: Best,
+    notes: Iterable[str] = (),
+    *,
+    formats: Sequence[str] = (TIMM,),
+    store: Store | None = None,
+) -> None:
+    """Write an export folder. At every moment there is the whole new one or, if there was one, the whole old one.
 
     Args:
         dest: the folder; an earlier export there is replaced.
         best: the weights of a run, and what they are.
         notes: where the model comes from, a sentence each, for the model card.
+        formats: names in FORMATS. Each file is read again and compared with the model before the folder is there.
+        store: that the run was trained on, if it is on this machine: its validation images are what is compared.
 
     Raises:
-        UserError: the weights are not of the model that the settings name, or the folder cannot be written or holds
-            something else than an export.
+        UserError: the weights are not of the model that the settings name, a format cannot be written or predicts
+            something else, or the folder cannot be written or holds something else than an export.
     """
     dest = dest.absolute()
     # Where the weights of a pretrained start lay is of no use to others.
     settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
     config = RunConfig.from_flat(settings)
-    model = build_model(config, weights=False)
+    model = build_model(config, weights=False).eval()
     try:
         model.load_state_dict(best.weights)
     except RuntimeError as error:
@@ -155,8 +197,80 @@ def write_package(dest: Path, best: Best, notes: Iterable[str] = ()) -> None:
         ) from error
     own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
     described = _timm_config(model, config) | {"raytune_emotion": own}
+    sample = _sample_of(store, best, config)
+    whole = PixelsToProbabilities(model, *mean_std(model)).eval()
+    with torch.inference_mode(), exact_fp32():
+        prob_NK = whole(torch.from_numpy(sample.images_NHWC)).double().numpy()
 
     check_replaceable(Folder(dest))
+    with _replaced(dest) as new:
+        write_text(new / CONFIG, _json(described))
+        write_text(new / METRICS, _json(best.report))
+        checks = []
+        for name in dict.fromkeys(formats):
+            difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
+            checks.append(f"`{FORMATS[name]}` differs from the model in training by {difference:.1g} at most.")
+        checks.append(f"Differences of probabilities, on {sample.name}; up to {TOLERANCE:g} is accepted.")
+        write_text(new / CARD, _card(dest.name, described, config, best, [*notes, " ".join(checks)]))
+
+
+def _write_format(
+    name: str,
+    new: Path,
+    dest: Path,
+    whole: PixelsToProbabilities,
+    config: RunConfig,
+    images_NHWC: npt.NDArray[np.uint8],
+    prob_NK: npt.NDArray[np.float64],
+) -> float:
+    """Write a model in one format, read it again, and return by how much its probabilities differ at most."""
+    file = new / FORMATS[name]
+    try:
+        with atomic_write(file) as temporary:
+            if name == TIMM:
+                weights = {key: value.detach().cpu().contiguous() for key, value in whole.model.state_dict().items()}
+                save_file(weights, temporary, {"format": "pt"})
+            else:
+                write_graph(name, temporary, whole, config.data.image_size, config.data.classes)
+        found_NK = load_package(new).predict(images_NHWC) if name == TIMM else predict_graph(name, file, images_NHWC)
+    except (OSError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever torch's tracing, or a runtime, meets in somebody's model
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{dest}: {config.model.backbone} cannot be exported as {name} ({what}); leave this format out"
+        ) from error
+    difference = float(np.abs(found_NK - prob_NK).max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{dest}: {config.model.backbone} as {name} gives probabilities that differ by {difference:.2g}, more than "
+            f"{TOLERANCE:g}; leave this format out"
+        )
+    return difference
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Images that the formats of an export are compared on."""
+
+    images_NHWC: npt.NDArray[np.uint8]
+    name: str
+
+
+def _sample_of(store: Store | None, best: Best, config: RunConfig) -> _Sample:
+    """Return images of the validation set or, where the data of the run are not here, drawn faces."""
+    size = config.data.image_size
+    if store is None or store.fingerprint != best.fingerprint:
+        rng = np.random.default_rng(0)
+        faces = [draw_face(*draw_point(rng), rng, size) for _ in range(_DRAWN)]
+        return _Sample(np.stack(faces), f"{_DRAWN} drawn faces, since the data of the run are not on this machine")
+    rows_N = np.linspace(0, len(store.val) - 1, min(_COMPARED, len(store.val))).astype(np.int64)
+    return _Sample(store.val.gather(rows_N), count(len(rows_N), "validation image"))
+
+
+@contextlib.contextmanager
+def _replaced(dest: Path) -> Iterator[Path]:
+    """Yield a new folder beside dest, which takes its place when the block ends well, and is deleted otherwise."""
     new, old = (dest.with_name(f".{dest.name}.{name}") for name in ("new", "old"))
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -165,11 +279,7 @@ def write_package(dest: Path, best: Best, notes: Iterable[str] = ()) -> None:
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
         new.mkdir()
-        with atomic_write(new / WEIGHTS) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in best.weights.items()}, temporary, {"format": "pt"})
-        write_text(new / CONFIG, _json(described))
-        write_text(new / METRICS, _json(best.report))
-        write_text(new / CARD, _card(dest.name, described, config, best, notes))
+        yield new
         _put_in_place(new, dest, old)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
@@ -268,7 +378,7 @@ def check_replaceable(dest: Location) -> None:
     if not dest.is_folder():
         raise UserError(f"{dest}: exists already and is not a folder; name another destination")
     others = sorted(
-        {*dest.list_folders(), *(file.name for file in dest.list_files())} - {WEIGHTS, CONFIG, METRICS, CARD}
+        {*dest.list_folders(), *(file.name for file in dest.list_files())} - {*FORMATS.values(), CONFIG, METRICS, CARD}
     )
     if others:
         raise UserError(

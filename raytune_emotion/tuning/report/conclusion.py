@@ -19,7 +19,7 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import trial_folder, winner
 from raytune_emotion.tuning.study.tables import TRIALS
-from raytune_emotion.tuning.study.trial_export import export_trial
+from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 
 
 def conclude(console: Console, study: OpenStudy, results: Location) -> None:
@@ -93,7 +93,8 @@ page        {folder / REPORT}"""
 def _export(folder: Path, winner: Standing, configurations: int) -> None:
     """Exports the run of the winner that is in the middle, lest the luck of a seed be exported."""
     run = winner.median
-    best = read_best(trial_folder(folder, run.trial_id) / BEST)
+    trained = trial_folder(folder, run.trial_id)
+    best = read_best(trained / BEST)
     confirmed = {
         "confirmed_mean_js": winner.mean,
         "confirmed_standard_error": winner.standard_error,
@@ -105,4 +106,4 @@ def _export(folder: Path, winner: Standing, configurations: int) -> None:
         f"These weights are of the run in the middle, trial {run.trial_id} of the confirmation.",
     ]
     report = cast("Report", {**best.report, **confirmed})
-    write_package(folder / "best", dataclasses.replace(best, report=report), notes)
+    write_package(folder / "best", dataclasses.replace(best, report=report), notes, store=store_of(trained))

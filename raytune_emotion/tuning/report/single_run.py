@@ -74,7 +74,7 @@ def _conclude(console: Console, folder: Path, store: Store, ended: BaseException
     if ended is not None and not (folder / BEST).exists():
         console.print("the run ended before its first evaluation; nothing is kept of it")
         return
-    export_checkpoint(folder / BEST, folder / "best")
+    export_checkpoint(folder / BEST, folder / "best", store=store)
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
     resume = f"python -m raytune_emotion.train --resume --results {typed(folder.parent)} --name {folder.name}{more}"

@@ -1,17 +1,23 @@
 """Export the weights of a study's trials."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from raytune_emotion.data.store import Store, open_if_here
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
-from raytune_emotion.learn.export_folder import check_replaceable, export_checkpoint
+from raytune_emotion.learn.export_files import FORMATS
+from raytune_emotion.learn.export_folder import TIMM, check_replaceable, export_checkpoint
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import trial_folder
+from raytune_emotion.tuning.study.trials import DATA
 
 
-def export_trial(study: Location, dest: Location, trial_id: str) -> None:
+def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequence[str] = (TIMM,)) -> None:
     """Export the best weights of a trial; an earlier export at dest is replaced.
 
     Raises:
-        UserError: the study has no weights of that trial, or dest cannot be written.
+        UserError: the study has no weights of that trial, dest cannot be written, or a format cannot be made.
     """
     kept = [name.split("/")[1] for name in study.find(f"trials/*/{BEST}")]
     if trial_id not in kept:
@@ -20,19 +26,35 @@ def export_trial(study: Location, dest: Location, trial_id: str) -> None:
         )
         raise UserError(f"{study}: has no weights of trial {trial_id}, as only those of the best are kept; {those}")
     check_replaceable(dest)
-    with study.copy_here(f"trials/{trial_id}/{BEST}") as folder, dest.publish() as package:
+    wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
+    with study.copy_here(*wanted) as folder, dest.publish() as package:
+        trial = trial_folder(folder, trial_id)
         notes = [f"Trial {trial_id} of the study {study.name}."]
-        export_checkpoint(trial_folder(folder, trial_id) / BEST, package, notes)
+        export_checkpoint(trial / BEST, package, notes, formats=formats, store=store_of(trial))
+    _delete_others(dest, formats)
 
 
-def export_run(run: Location, dest: Location) -> None:
+def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) -> None:
     """Export the best weights that a run of `train` has until now; an earlier export at dest is replaced.
 
     Raises:
-        UserError: the run has not been evaluated yet, or dest cannot be written.
+        UserError: the run has not been evaluated yet, dest cannot be written, or a format cannot be made.
     """
     if run.sizes([BEST]) == [None]:
         raise UserError(f"{run}: the run has no evaluation yet; go on with it by train --resume --name {run.name}")
     check_replaceable(dest)
-    with run.copy_here(BEST) as folder, dest.publish() as package:
-        export_checkpoint(folder / BEST, package, [f"The run {run.name}."])
+    with run.copy_here(BEST, DATA) as folder, dest.publish() as package:
+        notes = [f"The run {run.name}."]
+        export_checkpoint(folder / BEST, package, notes, formats=formats, store=store_of(folder))
+    _delete_others(dest, formats)
+
+
+def store_of(run: Path) -> Store | None:
+    """Return the packed data that a run or a trial was trained on; None where they are not on this machine."""
+    address = run / DATA
+    return open_if_here(address.read_text(encoding="utf-8").strip()) if address.is_file() else None
+
+
+def _delete_others(dest: Location, formats: Sequence[str]) -> None:
+    """Delete what an earlier export has left in other formats: at a URI, files are replaced one by one."""
+    dest.delete(file for name, file in FORMATS.items() if name not in formats)
