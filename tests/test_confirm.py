@@ -19,9 +19,10 @@ from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study, sole_driver
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
-from tests.support import joined_session, searcher_of
-from tests.test_search import exit_code, refusal, write_study
-from tests.tuning.study.test_records import report, spec_of
+from tests.support.cluster import joined_session
+from tests.support.commands import exit_code, refusal
+from tests.support.reports import make_report
+from tests.support.studies import searcher_of, spec_of, write_study
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def refused(study, tmp_path, capsys, monkeypatch):
 
 
 def a_run(trial_id, confirms, js, status="complete"):
-    return TrialRecord(trial_id, status, {}, "", (report(1, js),), confirms=confirms)
+    return TrialRecord(trial_id, status, {}, "", (make_report(1, js),), confirms=confirms)
 
 
 def test_configurations_stand_by_their_means_and_those_that_fail_come_later(store):
@@ -65,7 +66,7 @@ def test_configurations_stand_by_their_means_and_those_that_fail_come_later(stor
 
 def test_a_configuration_is_confirmed_once():
     def searched(trial_id, lr, js, status="complete"):
-        return TrialRecord(trial_id, status, {"optim.lr": lr}, "", (report(1, js),))
+        return TrialRecord(trial_id, status, {"optim.lr": lr}, "", (make_report(1, js),))
 
     records = [
         searched("0000", 1e-3, 0.30), searched("0001", 1e-2, 0.25), searched("0002", 1e-3, 0.20),

@@ -29,8 +29,8 @@ from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.metrics import distances_of, per_sample
 from raytune_emotion.library import studies
-from tests.test_search import write_study
-from tests.test_surface import COLUMNS, FILES
+from tests.support.studies import write_study
+from tests.support.surface import COLUMNS, FILES
 
 ROOT = Path(raytune_emotion.__file__).parents[1]
 README = ROOT / "README.md"

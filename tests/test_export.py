@@ -8,8 +8,8 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.study.open_study import make_study
-from tests.test_search import exit_code, refusal, write_study
-from tests.tuning.study.test_records import spec_of
+from tests.support.commands import exit_code, refusal
+from tests.support.studies import spec_of, write_study
 
 
 @pytest.fixture(scope="module")

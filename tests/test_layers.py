@@ -12,6 +12,7 @@ LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "cli", "commands",
 WINGS = ("space", "policy", "study", "execution", "report")
 VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__version__"}
 MODULES = sorted(ROOT.rglob("*.py"))
+TESTS = Path(__file__).parent
 
 
 def floor_of(parts: tuple[str, ...]) -> tuple[int, int]:
@@ -84,3 +85,13 @@ def test_no_modules_import_each_other_in_a_circle():
     while leaves := {name for name, others in graph.items() if not others}:
         graph = {name: others - leaves for name, others in graph.items() if name not in leaves}
     assert graph == {}
+
+
+def test_no_test_module_imports_another_one():
+    found = {
+        f"{module.relative_to(TESTS)} imports {name}"
+        for module in TESTS.rglob("*.py")
+        for name in imported(ast.parse(module.read_text()))
+        if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
+    }
+    assert found == set(), "what several test modules need lies in tests/support/"

@@ -19,7 +19,8 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.study.creation import new_spec
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.trials import DATA
-from tests.data.test_affectnet import write_folder, write_row
+from tests.support.commands import heed_ctrl_c
+from tests.support.faces import write_folder, write_row
 
 
 @pytest.fixture
@@ -79,11 +80,6 @@ def test_other_classes_can_be_named(tmp_path):
     assert open_store(dest).classes == ("a", "b", "c")
     assert open_store(dest).val.prob_NK.tolist() == [[0.25, 0.75, 0]]
     assert len(EMOTIONS) == 13
-
-
-def heed_ctrl_c():
-    """A shell has what it starts in the background ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):

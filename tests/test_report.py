@@ -10,10 +10,9 @@ from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.spec import read_spec
-from tests.support import searcher_of
-from tests.test_search import exit_code, refusal, write_study
-from tests.tuning.report.pages import Page
-from tests.tuning.study.test_records import spec_of
+from tests.support.commands import exit_code, refusal
+from tests.support.pages import Page
+from tests.support.studies import searcher_of, spec_of, write_study
 
 MADE = (
     "trials.csv", "curves.parquet", "report.html", "results.csv", "progress.csv", "classes.csv", "calibration.csv",

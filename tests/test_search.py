@@ -9,8 +9,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,108 +19,31 @@ import torch
 from safetensors.torch import save_file
 
 from raytune_emotion import search
-from raytune_emotion.__main__ import main
 from raytune_emotion.data.prepare import find_data
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import gpu_sharing
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-from raytune_emotion.tuning.execution.job import Job, Resources, train_here
 from raytune_emotion.tuning.policy.objective import BY_SIZE
-from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, open_existing
 from raytune_emotion.tuning.study.optuna_study import create_study, sole_driver
-from raytune_emotion.tuning.study.records import KEPT, read_records, trial_folder
+from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest
-from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
-from raytune_emotion.tuning.study.tables import write_tables
-from tests.data.test_affectnet import write_folder, write_row
-from tests.support import joined_session, searcher_of
-
-SPACE = """\
-model.backbone: {choice: [test_resnet, test_vit]}
-optim.lr: {log_uniform: [1e-3, 1e-2]}
-loss: {simplex: [kl, js]}
-data.image_size: 32
-"""
-
-
-def exit_code(argv) -> int:
-    """Runs a command in this process, as the console script does."""
-    try:
-        return main([str(arg) for arg in argv])
-    except SystemExit as ended:  # argparse's
-        return ended.code
-
-
-def refusal(capsys, folders, *argv) -> list[str]:
-    """Runs a command that must refuse, and returns its sentences. It may not leave anything in the folders."""
-    before = [tree(folder) for folder in folders]
-    capsys.readouterr()
-    assert exit_code(argv) == 2
-    out, err = capsys.readouterr()
-    assert "Traceback" not in err
-    assert out == "" or out.startswith("run ")
-    assert [tree(folder) for folder in folders] == before
-    return [line.partition("error: ")[2] for line in err.splitlines() if "error: " in line]
-
-
-def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Everything below a folder, with sizes and times; empty folders of the cache are nothing."""
-    return {
-        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() or (path.is_dir() and "raytune_emotion" not in path.parts)
-    }
-
-
-def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> StudySpec:
-    """A study as search writes it, but for Ray: its trials are run here one after the other, all to the end."""
-    folder.mkdir(parents=True)
-    (folder.parent / "space.yaml").write_text(SPACE)
-    space = load_space(folder.parent / "space.yaml", overrides={"train.epochs": epochs})
-    spec = StudySpec(
-        name=folder.name,
-        seed=0,
-        objective="val_js",
-        sampler="forecast",
-        scheduler="asha",
-        trials=trials,
-        epochs=epochs,
-        concurrency=None,
-        workers_per_trial=1,
-        gpus_per_worker=None,
-        max_failures=3,
-        data="faces",
-        stores={32: str(store.path)},
-        fingerprints={32: store.fingerprint},
-        classes=store.classes,
-        weights_dir=None,
-        space=space.to_dict(),
-        baseline={"js": 0.44, "kl": 1.2},
-    )
-    study = create_study(folder, space)
-    write_spec(folder, spec)
-    (folder / LOCK).touch()
-    searcher = searcher_of(study, space, seed=0)
-    for _ in range(trials):
-        proposal = searcher.ask()
-        place = trial_folder(folder, proposal.trial_id)
-        settings = spec.settings(proposal.settings)
-        for report in train_here(Job(proposal.trial_id, str(place), str(store.path), settings, Resources(1, 1, 0))):
-            searcher.observe(proposal.trial_id, report)
-        searcher.tell(proposal.trial_id, "complete")
-    write_tables(folder, read_records(folder, study))
-    return spec
+from raytune_emotion.tuning.study.spec import read_spec, write_spec
+from tests.support.cluster import joined_session
+from tests.support.commands import exit_code, refusal, run_search, start_search
+from tests.support.faces import write_folder, write_row
+from tests.support.folders import tree
+from tests.support.studies import SMALL_SPACE, searcher_of, write_study
 
 
 @pytest.fixture
 def space(tmp_path):
     """Writes a search space."""
 
-    def write(text: str = SPACE, name: str = "space.yaml") -> Path:
+    def write(text: str = SMALL_SPACE, name: str = "space.yaml") -> Path:
         (tmp_path / name).write_text(text)
         return tmp_path / name
 
@@ -210,15 +131,15 @@ class TestBadData:
         assert told == [f"{tmp_path / 'none'}: there is no such folder"]
 
     def test_classes_that_are_not_those_of_the_data(self, refused, space):
-        told = refused(space=space(f"{SPACE}data.classes: [calm, tense]\n"))
+        told = refused(space=space(f"{SMALL_SPACE}data.classes: [calm, tense]\n"))
         assert "(13 values for 2 classes)" in told[0]
         assert "expected are the 2 classes calm, tense" in told[0]
         for classes in ("calm", "[calm]", "[1, 2]"):
-            told = refused(space=space(f"{SPACE}data.classes: {classes}\n"))
+            told = refused(space=space(f"{SMALL_SPACE}data.classes: {classes}\n"))
             assert all("space.yaml:5: data.classes" in line for line in told)
 
     def test_a_store_of_another_size(self, refused, space, store):
-        told = refused(data=store.path, space=space(SPACE.replace("32", "48")))
+        told = refused(data=store.path, space=space(SMALL_SPACE.replace("32", "48")))
         assert len(told) == 1
         assert "holds images of 32 px, and data.image_size is 48; set data.image_size to 32" in told[0]
 
@@ -237,7 +158,7 @@ class TestBadSpaces:
         ],
     )
     def test_a_fault_is_told_with_its_line(self, refused, space, tmp_path, line, said):
-        told = refused(space=space(f"{SPACE}{line}\n"))
+        told = refused(space=space(f"{SMALL_SPACE}{line}\n"))
         assert len(told) == 1
         assert told[0].startswith(f"{tmp_path / 'space.yaml'}:5: ")
         assert said in told[0]
@@ -266,7 +187,7 @@ class TestBadSpaces:
         ]
 
     def test_a_backbone_that_cannot_take_the_size(self, refused, space):
-        told = refused(space=space(SPACE.replace("test_resnet", "efficientformer_l1")))
+        told = refused(space=space(SMALL_SPACE.replace("test_resnet", "efficientformer_l1")))
         assert len(told) == 1
         assert told[0].startswith("model.backbone: efficientformer_l1 cannot take images of 32 px (data.image_size)")
 
@@ -275,8 +196,8 @@ class TestBadSpaces:
         weights.mkdir()
         # Said by the space or by the command line, which wins.
         for told in (
-            refused(space=space(f"{SPACE}model.weights_dir: {weights}\n")),
-            refused(space=space(f"{SPACE}model.weights_dir: /elsewhere\n"), weights_dir=weights),
+            refused(space=space(f"{SMALL_SPACE}model.weights_dir: {weights}\n")),
+            refused(space=space(f"{SMALL_SPACE}model.weights_dir: /elsewhere\n"), weights_dir=weights),
         ):
             assert len(told) == 2
             for name, line in zip(("test_resnet", "test_vit"), told, strict=True):
@@ -291,7 +212,7 @@ class TestBadSpaces:
         if by_option:
             told = refused(weights_dir=weights)
         else:
-            told = refused(space=space(f"{SPACE}model.weights_dir: {weights}\n"))
+            told = refused(space=space(f"{SMALL_SPACE}model.weights_dir: {weights}\n"))
         assert all(f"{weights / 'test_vit.safetensors'} does not fit test_vit" in line for line in told)
         assert told
 
@@ -402,7 +323,7 @@ class TestBadResuming:
 
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")
-        other = space(SPACE.replace("1e-2", "2e-2"))
+        other = space(SMALL_SPACE.replace("1e-2", "2e-2"))
         told = resumed(
             f"--space={other}", "--objective=val_js per hour", "--seed=1", "--epochs=1", f"--data={tmp_path / 'none'}",
             "--address=nonsense", f"--warm-start={tmp_path}",
@@ -423,7 +344,7 @@ class TestBadResuming:
         assert len(told) == 1
         assert told[0].startswith("--address nonsense: ")
         # The space may name what the command line said otherwise.
-        told = resumed(f"--space={space(SPACE + 'train.epochs: 7')}", "--address=nonsense")
+        told = resumed(f"--space={space(SMALL_SPACE + 'train.epochs: 7')}", "--address=nonsense")
         assert len(told) == 1
 
     def test_other_data(self, resumed, tmp_path, own_cache, capsys):
@@ -517,7 +438,7 @@ def test_local_copy_of_another_study_is_kept_when_the_one_at_a_uri_goes_on(tmp_p
 
 @pytest.mark.parametrize(("option", "seed"), [((), 5), (("--seed", "3"), 3)])
 def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, option, seed):
-    argv = ["--data", str(store.path), "--space", str(space(f"{SPACE}train.seed: 5\n")), *option]
+    argv = ["--data", str(store.path), "--space", str(space(f"{SMALL_SPACE}train.seed: 5\n")), *option]
     request = parsed(*argv)
     spec = new_spec(request, "new", request.load_space(), find_data(request.data))
     study = create_study(tmp_path, parse_space(spec.space))
@@ -531,22 +452,8 @@ def parsed(*argv) -> SearchRequest:
     return SearchRequest(**vars(parser.parse_args(argv)))
 
 
-def started(*argv, cwd) -> subprocess.Popen:
-    command = [sys.executable, "-m", "raytune_emotion.search", *map(str, argv)]
-    # As in a terminal: Ctrl-C and the like are for its group alone.
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def ended(*argv, cwd) -> tuple[int, str, str]:
-    with started(*argv, cwd=cwd) as process:
-        out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
-
-
 def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces, capsys):
-    (tmp_path / "space.yaml").write_text(SPACE)
+    (tmp_path / "space.yaml").write_text(SMALL_SPACE)
     before = tree(tmp_path)
     asked = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path / "results"]
     assert exit_code(["search", "--dry-run", "--trials", 8, "--epochs", 3, *asked]) == 0
@@ -562,10 +469,10 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
 @pytest.fixture(scope="class")
 def begun(tmp_path_factory, faces):
     folder = tmp_path_factory.mktemp("a study")
-    (folder / "space.yaml").write_text(SPACE)
+    (folder / "space.yaml").write_text(SMALL_SPACE)
     options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
     options += ["--objective", BY_SIZE]
-    code, out, err = ended(*options, cwd=folder)
+    code, out, err = run_search(*options, cwd=folder)
     assert code == 0, err
     return folder, out, err
 
@@ -648,7 +555,7 @@ class TestAStudy:
 
     def test_goes_on_with_more_trials(self, begun, study):
         before = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
-        code, out, err = ended("--resume", "--trials", 5, cwd=begun[0])  # the newest, without a name
+        code, out, err = run_search("--resume", "--trials", 5, cwd=begun[0])  # the newest, without a name
         assert code == 0, err
         after = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
         assert list(after.index) == ["0000", "0001", "0002", "0003", "0004"]
@@ -656,7 +563,7 @@ class TestAStudy:
         assert [line[:4] for line in out.splitlines() if re.match(r"00\d\d  ", line)] == ["0004"]
 
     def test_ends_in_order_when_it_is_interrupted(self, begun, study):
-        with started("--resume", "--trials", 500, cwd=begun[0]) as process:
+        with start_search("--resume", "--trials", 500, cwd=begun[0]) as process:
             try:
                 seen = []
                 for line in process.stdout:

@@ -13,7 +13,9 @@ from raytune_emotion.tuning.report.summary import describe, sparkline, summarize
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
 from raytune_emotion.tuning.study.spec import read_spec
-from tests.test_search import exit_code, refusal, tree, write_study
+from tests.support.commands import exit_code, refusal
+from tests.support.folders import tree
+from tests.support.studies import write_study
 
 KEYS = [
     "study", "objective", "finished", "trials_planned", "trials", "best", "baseline_js", "started", "elapsed_seconds",

@@ -11,6 +11,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn import checkpoint, export_files, report
 from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.study import confirmation, optuna_study, spec, tables, trials
+from tests.support.surface import COLUMNS, FILES
 
 #: Positional arguments in capitals, as help shows them; options; of these, those that take no value with a bare name.
 ARGUMENTS = {
@@ -36,18 +37,6 @@ ARGUMENTS = {
     "export": ("STUDY", "DEST", "--trial ID", "--format A,B"),
     "predict": ("EXPORT", "IMAGE", "--device NAME"),
 }  # fmt: skip
-
-FILES = {
-    "study": ("study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html"),
-    "trial": ("params.json", "data.txt", "history.jsonl", "last.safetensors", "best.safetensors"),
-    "confirmation": ("confirmed", "confirmed.csv"),
-    "export": ("model.safetensors", "config.json", "metrics.json", "README.md"),
-}
-
-COLUMNS = (
-    "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
-    "params_millions",
-)  # fmt: skip
 
 STATUSES = {"complete", "pruned", "failed", "running"}
 

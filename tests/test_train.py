@@ -16,8 +16,9 @@ from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.tuning.execution.job import OutOfMemory
 from raytune_emotion.tuning.report import single_run
-from tests.support import joined_session
-from tests.test_search import exit_code, refusal, write_study
+from tests.support.cluster import joined_session
+from tests.support.commands import exit_code, refusal
+from tests.support.studies import write_study
 
 
 @pytest.fixture(autouse=True)

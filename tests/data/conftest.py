@@ -4,8 +4,8 @@ from raytune_emotion.cli import guarded
 from raytune_emotion.data.packing import blocks
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.storage.locations import Folder, parse_location
-from tests.data.test_affectnet import write_folder, write_row
-from tests.storage.test_remote import s3_server
+from tests.support.faces import write_folder, write_row
+from tests.support.s3 import s3_server
 
 #: Almost all on one class, in the notation that Python has for tiny numbers.
 SPIKED = ",".join("0.9999999999999" if i == 4 else "1e-14" for i in range(13))

@@ -2,16 +2,12 @@ import math
 import os
 import struct
 import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from raytune_emotion.data.affectnet import (
-    SPLITS,
     Flaw,
     Kind,
     list_faces,
@@ -24,33 +20,11 @@ from raytune_emotion.data.affectnet import (
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
-
-UNIFORM = ",".join(["0.076923"] * 13) + "\n"
+from tests.support.faces import UNIFORM, picture, write_folder, write_row
 
 
 def listed(folder):
     return list_faces(Folder(folder))
-
-
-def picture(seed, size=(20, 20)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
-def write_row(folder: Path, split, id_, text=UNIFORM, suffix="png", size=(20, 20)):
-    """One good row, unless text says otherwise."""
-    images, annotations = folder / SPLITS[split] / "images", folder / SPLITS[split] / "annotations"
-    images.mkdir(parents=True, exist_ok=True)
-    annotations.mkdir(parents=True, exist_ok=True)
-    picture(zlib.crc32(str(id_).encode()), size).save(images / f"{id_}.{suffix}")
-    (annotations / f"{id_}_prob_rank.txt").write_text(text)
-
-
-def write_folder(folder: Path, train=6, val=3):
-    for i in range(train):
-        write_row(folder, "train", i)
-    for i in range(val):
-        write_row(folder, "val", 1000 + i)
-    return folder
 
 
 distributions = (

@@ -20,7 +20,7 @@ from raytune_emotion.data.decode import (
 from raytune_emotion.data.synthetic import draw_face
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Folder
-from tests.data.test_affectnet import picture
+from tests.support.faces import picture
 
 
 def smooth(width, height):

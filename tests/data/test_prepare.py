@@ -15,8 +15,8 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Folder
-from tests.data.test_affectnet import picture
-from tests.storage.test_remote import SECRET
+from tests.support.faces import picture
+from tests.support.s3 import SECRET
 
 
 def written(store):

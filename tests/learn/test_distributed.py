@@ -15,7 +15,8 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import LAST
 from raytune_emotion.learn.loop import evaluate, fit
 from raytune_emotion.learn.model import build_model
-from tests.learn.test_loop import CLOCKS, CPU, EVERYTHING, config, run, same, state
+from tests.support.reports import CLOCKS
+from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, state_of
 
 # Without BatchNorm and dropout, and with plain gradients: numbers that do not depend on the number of workers. Shares
 # of 8 and 7 rows, in micro-batches of 4, 4 and 4, 3.
@@ -43,17 +44,22 @@ def work(rank, store_path, folder):
     torch.set_num_threads(1)
     store, folder, found = open_store(store_path), Path(folder), {}
     if rank == 0:
-        run(config(**SHORT), store, folder / "alone")
+        reports_of_run(run_config(**SHORT), store, folder / "alone")
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = build_model(config())
+    model = build_model(run_config())
     for name, split in (("odd", store.val), ("single", of_one_row(store.val))):
         found[name] = evaluate(model, split, classes=store.classes, device=CPU)
     for backbone in BACKBONES:
         found[backbone] = list(
-            fit(config(**COMPARABLE, model__backbone=backbone), store, device=CPU, folder=folder / f"{backbone}{rank}")
+            fit(
+                run_config(**COMPARABLE, model__backbone=backbone),
+                store,
+                device=CPU,
+                folder=folder / f"{backbone}{rank}",
+            )
         )
-    settings = config(**SHORT)
+    settings = run_config(**SHORT)
     found["whole"] = list(fit(settings, store, device=CPU, folder=folder / "whole"))
     first = fit(settings, store, device=CPU, folder=folder / "parts")
     found["parts"] = [next(first)]
@@ -65,7 +71,7 @@ def work(rank, store_path, folder):
     except UserError as error:
         found["elsewhere"] = str(error)
     try:
-        next(fit(config(train__batch_size=1), store, device=CPU))
+        next(fit(run_config(train__batch_size=1), store, device=CPU))
     except UserError as error:
         found["too small"] = str(error)
     (folder / f"found{rank}.json").write_text(json.dumps(found))
@@ -88,18 +94,18 @@ def found(folder):
 def test_two_processes_measure_what_one_does(found, store, name):
     split = store.val if name == "odd" else of_one_row(store.val)
     assert len(split) % 2 == 1
-    expected = evaluate(build_model(config()), split, classes=store.classes, device=CPU)
+    expected = evaluate(build_model(run_config()), split, classes=store.classes, device=CPU)
     assert found[0][name] == found[1][name] == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_two_workers_train_what_one_does(found, folder, store, tmp_path, backbone):
-    alone = run(config(**COMPARABLE, model__backbone=backbone), store, tmp_path)
+    alone = reports_of_run(run_config(**COMPARABLE, model__backbone=backbone), store, tmp_path)
     for report, expected in zip(found[0][backbone], alone, strict=True):
         assert {key: value for key, value in report.items() if key not in CLOCKS} == pytest.approx(expected, abs=1e-5)
-    together, expected = load_file(folder / f"{backbone}0" / LAST), state(tmp_path)
+    together, expected = load_file(folder / f"{backbone}0" / LAST), state_of(tmp_path)
     assert together.keys() == expected.keys()
-    start = build_model(config(**COMPARABLE, model__backbone=backbone)).state_dict()
+    start = build_model(run_config(**COMPARABLE, model__backbone=backbone)).state_dict()
     apart, moved = (
         sum((ending[f"model.{name}"] - other[name]).square().sum().item() for name in start) ** 0.5
         for ending, other in ((together, {name: expected[f"model.{name}"] for name in start}), (expected, start))
@@ -118,13 +124,13 @@ def test_all_workers_yield_the_same_reports_and_the_first_alone_writes(found, fo
 def test_workers_resume_bit_for_bit_too(found, folder):
     for part, whole in zip(found[0]["parts"], found[0]["whole"], strict=True):
         assert {**part, **dict.fromkeys(CLOCKS)} == {**whole, **dict.fromkeys(CLOCKS)}
-    assert same(state(folder / "parts"), state(folder / "whole"))
+    assert same_tensors(state_of(folder / "parts"), state_of(folder / "whole"))
     assert found[0]["again"] == found[1]["again"] == []
 
 
 def test_the_statistics_of_batchnorm_are_those_of_all_workers(found, folder, store):
     """The checkpoint that the first worker wrote has the metrics that all of them measured together."""
-    model = build_model(config(**SHORT))
+    model = build_model(run_config(**SHORT))
     last = load_file(folder / "whole" / LAST)
     model.load_state_dict({key[6:]: value for key, value in last.items() if key.startswith("model.")})
     metrics = evaluate(model, store.val, classes=store.classes, device=CPU)
@@ -140,6 +146,6 @@ def test_what_workers_cannot_do_together_is_said_by_all(found):
 def test_a_run_is_the_same_in_a_fresh_process_and_after_others(folder, store, tmp_path):
     """Dropout and augmentation on: neither may depend on what the process did before."""
     torch.manual_seed(77)
-    run(RunConfig.from_flat({**config().flat(), "train.seed": 5, "model.backbone": "test_vit"}), store)
-    run(config(**SHORT), store, tmp_path)
-    assert same(state(tmp_path), state(folder / "alone"))
+    reports_of_run(RunConfig.from_flat({**run_config().flat(), "train.seed": 5, "model.backbone": "test_vit"}), store)
+    reports_of_run(run_config(**SHORT), store, tmp_path)
+    assert same_tensors(state_of(tmp_path), state_of(folder / "alone"))

@@ -8,51 +8,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from raytune_emotion.config import RunConfig
 from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop
-from raytune_emotion.learn.checkpoint import BEST, LAST, read_best, read_history
+from raytune_emotion.learn.checkpoint import BEST, read_best, read_history
 from raytune_emotion.learn.loop import Diverged, baseline, evaluate, fit, make_plan
 from raytune_emotion.learn.model import build_model
-
-CPU = torch.device("cpu")
-CLOCKS = {"seconds", "time", "images_per_second"}
-
-
-def config(**changes):
-    """96 rows are 6 steps an epoch."""
-    flat = {
-        "data.image_size": 32,
-        "model.backbone": "test_resnet",
-        "train.batch_size": 16,
-        "train.epochs": 2,
-        "loss.kl": 1.0,
-    }
-    return RunConfig.from_flat(flat | {key.replace("__", "."): value for key, value in changes.items()})
-
-
-def run(settings, store, folder=None, stop=None):
-    """The reports, all or until one is there; without their clocks."""
-    reports = []
-    iterator = fit(settings, store, device=CPU, folder=folder)
-    for report in iterator:
-        reports.append({key: value for key, value in report.items() if key not in CLOCKS})
-        if len(reports) == stop:
-            iterator.close()
-    return reports
-
-
-def state(folder):
-    return load_file(folder / LAST)
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, state_of
 
 
 def shortened(store, rows):
@@ -66,7 +31,7 @@ def shortened(store, rows):
 
 
 def test_reports_say_what_is_promised(store):
-    reports = list(fit(config(train__evals_per_epoch=2), store, device=CPU))
+    reports = list(fit(run_config(train__evals_per_epoch=2), store, device=CPU))
     assert [report["report"] for report in reports] == [1, 2, 3, 4]
     assert [report["epoch"] for report in reports] == [0.5, 1, 1.5, 2]
     assert [report["finished"] for report in reports] == [False, False, False, True]
@@ -84,7 +49,7 @@ def test_reports_say_what_is_promised(store):
 
 def test_training_learns(store):
     quick = {"optim__lr": 3e-3, "optim__schedule": "cosine", "model__dropout": 0.0, "train__batch_size": 8}
-    reports = run(config(**quick, train__epochs=12), store)
+    reports = reports_of_run(run_config(**quick, train__epochs=12), store)
     assert reports[-1]["train_loss"] < 0.8 * reports[0]["train_loss"]
     assert reports[-1]["best_val_js"] < baseline(store)["js"]
 
@@ -94,13 +59,13 @@ def test_training_learns(store):
     [(96, 1, 16, 6, (6,)), (96, 4, 16, 6, (2, 3, 5, 6)), (40, 9, 16, 2, (1, 2)), (7, 2, 7, 1, (1,))],
 )
 def test_a_plan_has_whole_batches_and_ends_epochs_with_a_report(store, rows, evals, batch_rows, steps, stops):
-    plan = make_plan(config(train__evals_per_epoch=evals), shortened(store, rows), CPU)
+    plan = make_plan(run_config(train__evals_per_epoch=evals), shortened(store, rows), CPU)
     assert (plan.batch_rows, plan.steps_per_epoch, plan.stops) == (batch_rows, steps, stops)
     assert [plan.span(i)[:2] for i in (0, len(stops))] == [(0, 0), (1, 0)]
 
 
 def test_a_training_set_smaller_than_a_batch_is_one_step(store):
-    assert len(run(config(), shortened(store, 7))) == 2
+    assert len(reports_of_run(run_config(), shortened(store, 7))) == 2
 
 
 def test_the_baseline_is_that_of_the_training_mean(store):
@@ -117,15 +82,6 @@ def test_the_baseline_is_finite_for_a_class_that_training_lacks(store):
 
 # ---- the same numbers, however they are come by
 
-EVERYTHING = {
-    "train__evals_per_epoch": 2,
-    "train__epochs": 3,
-    "model__dropout": 0.3,
-    "augment__crop_scale": 0.6,
-    "augment__colour": 0.4,
-    "augment__erase": 0.3,
-    "augment__mixup": 0.4,
-}
 RESUMED = {
     "adamw, plateau, accumulated": {
         "optim__plateau_patience": 0.5,
@@ -153,32 +109,32 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(store, tmp_path, name):
-    settings = config(**EVERYTHING | RESUMED[name])
-    whole = run(settings, store, tmp_path / "whole")
-    parts = [run(settings, store, tmp_path / "parts", stop=stop) for stop in (1, 2, None)]
+    settings = run_config(**EVERYTHING | RESUMED[name])
+    whole = reports_of_run(settings, store, tmp_path / "whole")
+    parts = [reports_of_run(settings, store, tmp_path / "parts", stop=stop) for stop in (1, 2, None)]
     assert [len(part) for part in parts] == [1, 2, 3]
     assert [report for part in parts for report in part] == whole
-    assert same(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert same_tensors(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     if "plateau" in name:
         assert len({report["lr"] for report in whole}) > 1
 
 
 def test_rows_that_live_on_the_device_give_the_same_numbers(store, monkeypatch):
-    settings = config(train__epochs=1)
-    from_files = run(settings, store)
+    settings = run_config(train__epochs=1)
+    from_files = reports_of_run(settings, store)
     monkeypatch.setattr(loader, "_room", lambda device: math.inf)
-    assert run(settings, store) == from_files
+    assert reports_of_run(settings, store) == from_files
 
 
 def test_seconds_go_on_where_they_were(store, tmp_path):
-    first = next(fit(config(), store, device=CPU, folder=tmp_path))
-    second = next(fit(config(), store, device=CPU, folder=tmp_path))
+    first = next(fit(run_config(), store, device=CPU, folder=tmp_path))
+    second = next(fit(run_config(), store, device=CPU, folder=tmp_path))
     assert second["seconds"] > first["seconds"]
 
 
 def test_generators_are_left_as_they_were_found(store):
     before = torch.get_rng_state()
-    for _ in fit(config(model__dropout=0.5), store, device=CPU):
+    for _ in fit(run_config(model__dropout=0.5), store, device=CPU):
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -186,31 +142,35 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch(store, tmp_path):
     """16 rows in 3 uneven parts, without BatchNorm and dropout."""
     plain = {"model__backbone": "test_vit", "model__dropout": 0.0, "optim__name": "sgd", "train__epochs": 1}
     for accumulate in (1, 3):
-        run(config(**plain, optim__lr=0.1, train__accumulate=accumulate), store, tmp_path / str(accumulate))
-    first, third = state(tmp_path / "1"), state(tmp_path / "3")
+        reports_of_run(
+            run_config(**plain, optim__lr=0.1, train__accumulate=accumulate), store, tmp_path / str(accumulate)
+        )
+    first, third = state_of(tmp_path / "1"), state_of(tmp_path / "3")
     for name in first:
         torch.testing.assert_close(first[name], third[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_average_of_the_weights_is_validated_and_kept(store, tmp_path):
-    settings = config(train__epochs=1, train__ema_decay=0.5)
-    (report,) = run(settings, store, tmp_path)
-    last, kept = state(tmp_path), read_best(tmp_path / BEST).weights
-    assert same(kept, {name: last[f"average.{name}"] for name in kept})
-    assert not same(kept, {name: last[f"model.{name}"] for name in kept})
+    settings = run_config(train__epochs=1, train__ema_decay=0.5)
+    (report,) = reports_of_run(settings, store, tmp_path)
+    last, kept = state_of(tmp_path), read_best(tmp_path / BEST).weights
+    assert same_tensors(kept, {name: last[f"average.{name}"] for name in kept})
+    assert not same_tensors(kept, {name: last[f"model.{name}"] for name in kept})
     model = build_model(settings)
     model.load_state_dict(kept)
     metrics = evaluate(model, store.val, classes=store.classes, device=CPU)
     assert metrics["js"] == pytest.approx(report["val_js"], rel=1e-5)
     # It changes nothing of how the weights themselves are trained.
-    run(config(train__epochs=1), store, tmp_path / "plain")
-    assert same(state(tmp_path / "plain"), {name: last[name] for name in last if not name.startswith("average.")})
+    reports_of_run(run_config(train__epochs=1), store, tmp_path / "plain")
+    assert same_tensors(
+        state_of(tmp_path / "plain"), {name: last[name] for name in last if not name.startswith("average.")}
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_scaled_gradients_of_fp16_make_the_steps_of_fp32(store, name):
     """As on a GPU: the first scales are too large, and their steps are left out."""
-    settings = config(optim__name=name, optim__schedule="constant", train__accumulate=2, train__grad_clip=1.0)
+    settings = run_config(optim__name=name, optim__schedule="constant", train__accumulate=2, train__grad_clip=1.0)
     plan = make_plan(settings, store, CPU)
     losses = {}
     for precision in ("fp32", "fp16"):
@@ -230,8 +190,8 @@ def test_scaled_gradients_of_fp16_make_the_steps_of_fp32(store, name):
 
 def test_clipped_gradients_take_small_steps(store, tmp_path):
     clipped = {"optim__name": "sgd", "optim__momentum": 0.0, "optim__schedule": "constant", "train__epochs": 1}
-    run(config(**clipped, optim__lr=1.0, train__grad_clip=1e-3), store, tmp_path)
-    start, end = dict(build_model(config()).named_parameters()), state(tmp_path)
+    reports_of_run(run_config(**clipped, optim__lr=1.0, train__grad_clip=1e-3), store, tmp_path)
+    start, end = dict(build_model(run_config()).named_parameters()), state_of(tmp_path)
     moved = math.sqrt(sum((end[f"model.{name}"] - value).square().sum().item() for name, value in start.items()))
     assert 0 < moved <= 6 * 1e-3 * 1.001  # steps, each of at most lr times the norm
 
@@ -271,7 +231,7 @@ def like_cuda(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("changes", [{}, ALL], ids=["plain", "all"])
 def test_no_step_on_a_gpu_waits_for_it(store, like_cuda, monkeypatch, changes):
-    settings = config(optim__name="adamw", loss__kl=0.5, loss__js=0.5, **changes)
+    settings = run_config(optim__name="adamw", loss__kl=0.5, loss__js=0.5, **changes)
     running = loop.start(settings, store, like_cuda, make_plan(settings, store, like_cuda), fresh=True)
     steps = []
 
@@ -287,8 +247,8 @@ def test_no_step_on_a_gpu_waits_for_it(store, like_cuda, monkeypatch, changes):
 
 
 def test_on_a_gpu_smaller_micro_batches_are_smaller_evaluations_too(store, like_cuda):
-    running = loop.start(config(), store, like_cuda, make_plan(config(), store, like_cuda), fresh=True)
-    halved = dataclasses.replace(running, config=config(train__accumulate=2))
+    running = loop.start(run_config(), store, like_cuda, make_plan(run_config(), store, like_cuda), fresh=True)
+    halved = dataclasses.replace(running, config=run_config(train__accumulate=2))
     assert [loop.rows_to_evaluate(run) for run in (running, halved)] == [16, 8]
     assert loop.rows_to_evaluate(dataclasses.replace(halved, device=CPU)) == 128
 
@@ -297,14 +257,14 @@ def test_on_a_gpu_smaller_micro_batches_are_smaller_evaluations_too(store, like_
 
 
 def test_only_the_head_learns_until_the_backbone_is_freed(store, tmp_path):
-    settings = config(model__freeze_epochs=1, train__epochs=2, optim__name="adamw", optim__weight_decay=0.1)
+    settings = run_config(model__freeze_epochs=1, train__epochs=2, optim__name="adamw", optim__weight_decay=0.1)
     start = build_model(settings).state_dict()
     reports = fit(settings, store, device=CPU, folder=tmp_path)
     for freed in (False, True):
         next(reports)
         moved = {
             name.removeprefix("model.")
-            for name, value in state(tmp_path).items()
+            for name, value in state_of(tmp_path).items()
             if name.startswith("model.") and not torch.equal(value, start[name.removeprefix("model.")])
         }
         assert {"fc.weight", "fc.bias"} <= moved
@@ -312,17 +272,17 @@ def test_only_the_head_learns_until_the_backbone_is_freed(store, tmp_path):
 
 
 def test_a_run_that_is_smoothed_balanced_and_decayed_by_layer_goes_on_as_if_it_had_not_been_stopped(store, tmp_path):
-    settings = config(train__smoothing=0.1, train__balance=0.5, optim__layer_decay=0.7, model__freeze_epochs=0.5)
-    whole = run(settings, store)
-    parts = run(settings, store, tmp_path, stop=1) + run(settings, store, tmp_path)
+    settings = run_config(train__smoothing=0.1, train__balance=0.5, optim__layer_decay=0.7, model__freeze_epochs=0.5)
+    whole = reports_of_run(settings, store)
+    parts = reports_of_run(settings, store, tmp_path, stop=1) + reports_of_run(settings, store, tmp_path)
     assert parts == whole
-    assert whole != run(config(), store)
+    assert whole != reports_of_run(run_config(), store)
 
 
 def test_a_backbone_without_blocks_to_skip_is_named(store):
     with pytest.raises(UserError, match=r"model\.drop_path: .* has no blocks to skip"):
-        build_model(config(model__drop_path=0.1, model__backbone="vgg11", data__image_size=64))
-    build_model(config(model__drop_path=0.1, model__backbone="test_vit"))
+        build_model(run_config(model__drop_path=0.1, model__backbone="vgg11", data__image_size=64))
+    build_model(run_config(model__drop_path=0.1, model__backbone="test_vit"))
 
 
 # ---- compiling
@@ -339,10 +299,10 @@ def test_a_backbone_without_blocks_to_skip_is_named(store):
     ],
 )
 def test_long_runs_on_a_gpu_are_compiled(device, when, batch_rows, compiled):
-    settings = config(train__compile=when, data__image_size=224)
+    settings = run_config(train__compile=when, data__image_size=224)
     plan = loop.Plan(batch_rows, steps_per_epoch=1, stops=(1,), epochs=2, rank=0, workers=1)
     assert loop.is_compiled(settings, torch.device(device), plan) == compiled
-    smaller = config(train__compile=when, data__image_size=112)
+    smaller = run_config(train__compile=when, data__image_size=112)
     assert loop.is_compiled(smaller, torch.device(device), plan) == (compiled and when == "always")
 
 
@@ -355,7 +315,7 @@ def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
 
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: torch_compile(model, dynamic=dynamic, backend=backend))
-    reports = [run(config(train__compile=when, train__epochs=1), store) for when in ("never", "always")]
+    reports = [reports_of_run(run_config(train__compile=when, train__epochs=1), store) for when in ("never", "always")]
     assert traced
     assert reports[0] == reports[1]
 
@@ -364,22 +324,22 @@ def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
 
 
 def test_a_finished_run_yields_nothing_and_goes_on_with_more_epochs(store, tmp_path):
-    first = run(config(optim__schedule="constant"), store, tmp_path)
-    assert run(config(optim__schedule="constant"), store, tmp_path) == []
-    more = run(config(optim__schedule="constant", train__epochs=3), store, tmp_path)
+    first = reports_of_run(run_config(optim__schedule="constant"), store, tmp_path)
+    assert reports_of_run(run_config(optim__schedule="constant"), store, tmp_path) == []
+    more = reports_of_run(run_config(optim__schedule="constant", train__epochs=3), store, tmp_path)
     assert [report["report"] for report in first + more] == [1, 2, 3]
     assert len(read_history(tmp_path)) == 3
-    once = run(config(optim__schedule="constant", train__epochs=3), store)
+    once = reports_of_run(run_config(optim__schedule="constant", train__epochs=3), store)
     assert [report["val_js"] for report in first + more] == [report["val_js"] for report in once]
 
 
 def test_patience_is_counted_in_epochs(store, tmp_path):
     """Steps too small to change anything: only the first report is a best one."""
     idle = {"optim__name": "sgd", "optim__lr": 1e-30, "model__backbone": "test_vit", "train__epochs": 9}
-    reports = run(config(**idle, train__evals_per_epoch=2, train__patience=1.5), store, tmp_path)
+    reports = reports_of_run(run_config(**idle, train__evals_per_epoch=2, train__patience=1.5), store, tmp_path)
     assert len(reports) == 1 + 3
     assert reports[-1]["finished"]
-    assert run(config(**idle, train__evals_per_epoch=2, train__patience=1.5), store, tmp_path) == []
+    assert reports_of_run(run_config(**idle, train__evals_per_epoch=2, train__patience=1.5), store, tmp_path) == []
 
 
 class TurnsToNaN(nn.Module):
@@ -404,7 +364,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(store, tmp_path, 
         "build_model",
         lambda *args, **options: TurnsToNaN(build(*args, **options), training=training, after=after),
     )
-    reports = fit(config(), store, device=CPU, folder=tmp_path)
+    reports = fit(run_config(), store, device=CPU, folder=tmp_path)
     next(reports)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(Diverged, match=rf"report 2 \(step 12\): the {what} is nan"):
@@ -424,7 +384,7 @@ def test_nothing_outlives_a_run(store, monkeypatch, ending):
 
     monkeypatch.setattr(loop, "build_model", watched)
     threads = set(threading.enumerate())
-    reports = fit(config(), store, device=CPU)
+    reports = fit(run_config(), store, device=CPU)
     next(reports)
     if ending == "closed":
         reports.close()
@@ -440,7 +400,7 @@ def test_nothing_outlives_a_run(store, monkeypatch, ending):
 
 
 def test_all_that_does_not_fit_is_said_at_once(store):
-    wrong = config(data__image_size=64, data__classes=["a", "b"], train__precision="fp16", train__accumulate=12)
+    wrong = run_config(data__image_size=64, data__classes=["a", "b"], train__precision="fp16", train__accumulate=12)
     with pytest.raises(UserError) as caught:
         next(fit(wrong, shortened(store, 10), device=CPU))
     assert [fault.split(":")[0] for fault in caught.value.faults] == [
@@ -453,15 +413,15 @@ def test_all_that_does_not_fit_is_said_at_once(store):
 
 def test_batchnorm_over_one_row_is_refused(store):
     with pytest.raises(UserError, match="BatchNorm"):
-        next(fit(config(train__accumulate=16), store, device=CPU))
-    next(fit(config(train__accumulate=16, model__backbone="test_vit"), store, device=CPU))
+        next(fit(run_config(train__accumulate=16), store, device=CPU))
+    next(fit(run_config(train__accumulate=16, model__backbone="test_vit"), store, device=CPU))
 
 
 def test_a_folder_is_resumed_with_its_own_settings_and_data_only(store, tmp_path):
-    next(fit(config(), store, device=CPU, folder=tmp_path))
+    next(fit(run_config(), store, device=CPU, folder=tmp_path))
     with pytest.raises(UserError) as caught:
-        next(fit(config(optim__lr=0.5, train__seed=1, train__epochs=5), store, device=CPU, folder=tmp_path))
+        next(fit(run_config(optim__lr=0.5, train__seed=1, train__epochs=5), store, device=CPU, folder=tmp_path))
     assert len(caught.value.faults) == 2
     assert all(str(tmp_path) in fault for fault in caught.value.faults)
     with pytest.raises(UserError, match="other data"):
-        next(fit(config(), dataclasses.replace(store, fingerprint="other"), device=CPU, folder=tmp_path))
+        next(fit(run_config(), dataclasses.replace(store, fingerprint="other"), device=CPU, folder=tmp_path))

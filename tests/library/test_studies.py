@@ -12,8 +12,8 @@ import raytune_emotion
 from raytune_emotion import load_study
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import evaluate
-from tests.support import joined_session
-from tests.test_search import write_study
+from tests.support.cluster import joined_session
+from tests.support.studies import write_study
 
 NAMES = {
     "create_model", "get_loss_function", "MSELoss", "L1Loss", "KLDivLoss", "CrossEntropyLoss", "JSLoss", "CombinedLoss",

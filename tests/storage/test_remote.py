@@ -1,6 +1,5 @@
 """Files at a URI: on a real S3 server on the loopback interface, and in a folder."""
 
-import contextlib
 import errno
 import http.client
 import json
@@ -16,29 +15,10 @@ from pathlib import Path
 
 import moto.backends
 import pytest
-from moto.server import ThreadedMotoServer
-from pyarrow.fs import FileSystem
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
-
-SECRET = "wJalrXUtnFEMI"
-
-
-@contextlib.contextmanager
-def s3_server():
-    """A server, and the URI of a bucket on it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    options = f"endpoint_override=http%3A%2F%2F{host}%3A{port}&region=us-east-1&scheme=http"
-    try:
-        bucket = f"s3://bucket?{options}"
-        filesystem, path = FileSystem.from_uri(f"{bucket}&allow_bucket_creation=true")
-        filesystem.create_dir(path)
-        yield bucket
-    finally:
-        server.stop()
+from tests.support.s3 import s3_server
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,12 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Folder, Remote
-from tests.data.test_affectnet import UNIFORM, picture, write_row
+from tests.support.faces import UNIFORM, picture, write_row
+from tests.support.folders import files_of
 
 
 def spiked(place):
     return ",".join("0.9999999999999" if i == place else "1e-14" for i in range(13))
-
-
-def files_of(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def test_a_store_holds_what_the_folder_holds(folder, tmp_path):

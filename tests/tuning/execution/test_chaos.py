@@ -36,13 +36,14 @@ from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
 from raytune_emotion.tuning.study.spec import read_spec
-from tests.test_pack import heed_ctrl_c
-from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
-from tests.tuning.study.test_records import spec_of
+from tests.support.cluster import RUN_SPACE, held_resources
+from tests.support.commands import heed_ctrl_c
+from tests.support.reports import without_clocks
+from tests.support.studies import spec_of
 
 #: Enough for some to be proposed by the model.
 TRIALS, EPOCHS, SEED = 7, 3, 3
-SPACE = SPACE | {"data.image_size": 32, "train.epochs": EPOCHS, "train.seed": SEED}
+SPACE = RUN_SPACE | {"data.image_size": 32, "train.epochs": EPOCHS, "train.seed": SEED}
 #: For what a study held to be given back.
 _PROMISED_S = 5.0
 #: Commands start clusters with as many cores as that of the tests, whatever the machine has: with the number of threads
@@ -81,7 +82,7 @@ def undisturbed(cluster, store, tmp_path_factory):
 
 def outcome(records):
     """All that is in a study but for times."""
-    return [(r.trial_id, r.status, r.settings, r.reason, numbers(r.reports)) for r in records]
+    return [(r.trial_id, r.status, r.settings, r.reason, without_clocks(r.reports)) for r in records]
 
 
 def reports_of(outcome):
@@ -263,7 +264,7 @@ def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(und
         assert len(kills.result()) >= 3
         assert outcome(records) == undisturbed
         check_continued({}, histories(folder), records)
-        assert left_behind() == (0.0, [])
+        assert held_resources() == (0.0, [])
         deadline = time.monotonic() + _PROMISED_S
         while (busy() - before or shared_memory() - shared) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -309,7 +310,7 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
         finally:
             over.set()
         assert killed.result()
-        assert left_behind() == (0.0, [])
+        assert held_resources() == (0.0, [])
 
         after = histories(folder)
         check_continued(before, after, records)
@@ -357,7 +358,7 @@ def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
         settings = read_spec(folder).settings(moved.settings)
         job = Job("alone", str(tmp_path / "alone"), str(store.path), settings, Resources(1, 1.0, 0.0))
         with contextlib.closing(train_here(job)) as alone:
-            assert numbers(islice(alone, len(moved.reports))) == numbers(moved.reports)
+            assert without_clocks(islice(alone, len(moved.reports))) == without_clocks(moved.reports)
 
 
 def lose_a_machine(folder, count):
@@ -401,7 +402,7 @@ def lose_a_machine(folder, count):
             moved, before = lost.result()
             while sum(node["Alive"] for node in ray.nodes()) > 1:
                 time.sleep(0.1)  # Ray takes its time to give a machine up, with all that it held
-            taken, groups = left_behind()
+            taken, groups = held_resources()
     finally:
         cluster.shutdown()
     texts = {trial_id: history.decode() for trial_id, history in before.items()}

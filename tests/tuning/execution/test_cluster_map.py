@@ -13,9 +13,9 @@ from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution.cluster_map import on_all_nodes
-from tests.data.packing.test_pack import files_of
-from tests.data.test_affectnet import write_folder
-from tests.test_pack import heed_ctrl_c
+from tests.support.commands import heed_ctrl_c
+from tests.support.faces import write_folder
+from tests.support.folders import files_of
 
 
 def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):

@@ -1,5 +1,5 @@
 from raytune_emotion.tuning.execution.gpu_sharing import heaviest
-from tests.tuning.study.test_records import spec_of
+from tests.support.studies import spec_of
 
 SPACE = {
     "model.backbone": {"choice": ["test_resnet", "test_vit"]},

@@ -10,7 +10,7 @@ from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load, make_study
-from tests.tuning.study.test_records import spec_of
+from tests.support.studies import spec_of
 
 SPACE = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.batch_size": 32, "loss": "kl"}
 

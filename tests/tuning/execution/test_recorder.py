@@ -19,8 +19,8 @@ from raytune_emotion.tuning.study.open_study import load, make_study, raise_epoc
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
-from tests.tuning.study.test_records import report as bare_report
-from tests.tuning.study.test_records import spec_of
+from tests.support.reports import make_report
+from tests.support.studies import spec_of
 
 SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
 
@@ -38,7 +38,7 @@ def train(folder, trial_id, js, *, epochs=3, time=0.0):
     history = place / "history.jsonl"
     done = len(history.read_text().splitlines()) if history.exists() else 0
     for epoch in range(done + 1, epochs + 1):
-        report = bare_report(epoch, js, finished=epoch == epochs, time=time + epoch, images_per_second=100.0)
+        report = make_report(epoch, js, finished=epoch == epochs, time=time + epoch, images_per_second=100.0)
         with history.open("a") as file:
             file.write(json.dumps(report) + "\n")
         for name in (BEST, LAST):
@@ -221,7 +221,7 @@ class TestARecordThatCannotBeWritten:
     def test_tables_that_cannot_be_written_end_the_study(self, folder, monkeypatch):
         recorder = Recorder(load(folder))
         (folder / TRIALS).mkdir()
-        recorder.report(recorder.next().trial_id, bare_report(1, 0.3, finished=True, time=1.0))
+        recorder.report(recorder.next().trial_id, make_report(1, 0.3, finished=True, time=1.0))
         recorder.write_in_time()
         assert recorder.is_over
         with pytest.raises(Breakdown, match="Is a directory"):
@@ -234,7 +234,7 @@ def test_nothing_is_recorded_once_it_is_closed(folder):
     trial_id = recorder.next().trial_id
     recorder.close()
     before = (folder / JOURNAL).read_bytes()
-    late = threading.Thread(target=lambda: recorder.report(trial_id, bare_report(1, 0.1, time=1.0)))
+    late = threading.Thread(target=lambda: recorder.report(trial_id, make_report(1, 0.1, time=1.0)))
     late.start()
     late.join()
     assert recorder.next() is None

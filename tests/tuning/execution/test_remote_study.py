@@ -35,10 +35,10 @@ from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import PARAMS
-from tests.storage.test_remote import SECRET, s3_server
-from tests.support import searcher_of
-from tests.tuning.execution.test_runner import SPACE, left_behind, numbers
-from tests.tuning.study.test_records import spec_of
+from tests.support.cluster import RUN_SPACE, held_resources
+from tests.support.reports import without_clocks
+from tests.support.s3 import SECRET, s3_server
+from tests.support.studies import searcher_of, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def begin(tmp_path, store):
 
     def make(*, workers=1, **changes):
         folder = tmp_path / "study"
-        make_study(folder, spec_of(store, name="study", space=SPACE, concurrency=1, **changes))
+        make_study(folder, spec_of(store, name="study", space=RUN_SPACE, concurrency=1, **changes))
         return folder, Placement(Resources(workers, 1.0, 0.0), 1)
 
     return make
@@ -94,7 +94,7 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
         with contextlib.closing(
             train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id), location=None))
         ) as local:
-            assert numbers(record.reports) == numbers(islice(local, len(record.reports)))
+            assert without_clocks(record.reports) == without_clocks(islice(local, len(record.reports)))
 
     lose(folder, uri)
     study = load(folder, Remote(uri))
@@ -127,7 +127,7 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, 
     remote.pull(job.location, tmp_path, [BEST, HISTORY])
     assert read_best(tmp_path / BEST).report == record.best
     assert read_history(tmp_path) == list(record.reports)
-    assert left_behind() == (0.0, [])
+    assert held_resources() == (0.0, [])
 
 
 def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluster, bucket, faces, tmp_path, capsys):
     results = remote.join(bucket, "results")
     uri = remote.join(results, "killed")
-    (tmp_path / "space.yaml").write_text(json.dumps(SPACE | {"data.image_size": 32}))
+    (tmp_path / "space.yaml").write_text(json.dumps(RUN_SPACE | {"data.image_size": 32}))
 
     def search(machine, *options):
         command = [sys.executable, "-m", "raytune_emotion.search", "--results", results, *options]

@@ -7,13 +7,11 @@ import gc
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
-import ray
 from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 
@@ -28,22 +26,16 @@ from raytune_emotion.tuning.study import open_study
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import Proposal, load_study
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
-from tests.tuning.study.test_records import spec_of
-
-SPACE = {
-    "model.backbone": "test_vit",
-    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
-    "loss": {"simplex": ["kl", "js"]},
-    "augment.mixup": 0.2,
-}
-TIMES = ("seconds", "time", "images_per_second")
+from tests.support.cluster import RUN_SPACE, held_resources
+from tests.support.reports import without_clocks
+from tests.support.studies import spec_of
 
 
 @pytest.fixture
 def begin(tmp_path, store, cluster):
     """Makes a study and returns what runs it."""
 
-    def make(name="study", *, space=SPACE, concurrency=1, **changes):
+    def make(name="study", *, space=RUN_SPACE, concurrency=1, **changes):
         folder = tmp_path / name
         make_study(folder, spec_of(store, name=name, space=space, concurrency=concurrency, **changes))
 
@@ -58,21 +50,6 @@ def begin(tmp_path, store, cluster):
     return make
 
 
-def numbers(reports):
-    return [{name: value for name, value in report.items() if name not in TIMES} for report in reports]
-
-
-def left_behind():
-    """What the cluster still holds after five seconds: cores that are taken, and placement groups."""
-    for _ in range(50):
-        groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-        taken = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
-        if not taken and not groups:
-            break
-        time.sleep(0.1)
-    return taken, groups
-
-
 def test_a_study_runs_from_its_space_to_its_tables(begin):
     events = []
     folder, go = begin(trials=7, epochs=3)
@@ -84,8 +61,8 @@ def test_a_study_runs_from_its_space_to_its_tables(begin):
 
     def process():
         """What a study may not leave changed: Ray Tune leaves its handlers of signals (C6)."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-        return [signal.getsignal(number) for number in numbers], dict(os.environ)
+        without_clocks = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        return [signal.getsignal(number) for number in without_clocks], dict(os.environ)
 
     before = process()
     records = go(watch)
@@ -106,11 +83,11 @@ def test_a_study_runs_from_its_space_to_its_tables(begin):
     assert len(list(folder.glob("trials/*/best.safetensors"))) == KEPT
     assert all(any(trial_folder(folder, r.trial_id).glob("events.out.tfevents.*")) for r in records)
     assert len({event.proposal.trial_id for event in events}) == 7
-    assert left_behind() == (0.0, [])
+    assert held_resources() == (0.0, [])
 
 
 def test_a_trial_is_the_same_tenth_in_a_reused_process_as_first_in_a_fresh_one(begin, tmp_path):
-    space = {**SPACE, "loss": "kl"}
+    space = {**RUN_SPACE, "loss": "kl"}
     folder, go = begin(space=space, trials=10, epochs=2)
     tenth = go()[-1]
     assert tenth.trial_id == "0009"
@@ -119,12 +96,12 @@ def test_a_trial_is_the_same_tenth_in_a_reused_process_as_first_in_a_fresh_one(b
         "fresh", space={**space, "optim.lr": {"choice": [tenth.settings["optim.lr"]]}}, trials=1, epochs=2
     )[1]()
     assert fresh.settings == tenth.settings
-    assert numbers(fresh.reports)[: len(tenth.reports)] == numbers(tenth.reports)
+    assert without_clocks(fresh.reports)[: len(tenth.reports)] == without_clocks(tenth.reports)
     # And as it is in none of Ray's.
     resources = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1).resources
     job = job_of(load(folder), resources, Proposal("0009", tenth.settings, None))
     alone = dataclasses.replace(job, folder=str(tmp_path / "alone"), location=None)
-    assert numbers(train_here(alone)) == numbers(fresh.reports)
+    assert without_clocks(train_here(alone)) == without_clocks(fresh.reports)
 
 
 def test_raised_epochs_let_the_best_go_on_from_where_they_ended(begin):
@@ -292,7 +269,7 @@ def test_a_trial_that_always_dies_is_given_up(begin):
     (record,) = go(kill_always)
     assert record.status == "failed"
     assert "2 times" in record.reason
-    assert left_behind() == (0.0, [])
+    assert held_resources() == (0.0, [])
 
 
 def test_trials_share_the_cores(cluster):

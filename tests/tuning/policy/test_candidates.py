@@ -8,10 +8,10 @@ from raytune_emotion.tuning.policy.candidates import CANDIDATES, domain_of, draw
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.space.parser import parse_space
-from tests.tuning.study.test_optuna_study import SPACE
+from tests.support.studies import SEARCH_SPACE
 
 SPACES = {
-    "branches, and a mixture": SPACE,
+    "branches, and a mixture": SEARCH_SPACE,
     "steps, whole numbers, and a choice of losses": {
         "loss": {"choice": ["js", "kl"]},
         "train.batch_size": {"int_log_uniform": [8, 64]},

@@ -13,10 +13,14 @@ from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
-from tests.tuning.study.test_optuna_study import SPACE
+from tests.support.studies import SEARCH_SPACE
 
 LENGTH = 6
-SPACE = SPACE | {"train.batch_size": {"choice": [16, 32, 64]}, "augment.flip": {"uniform": [0.0, 0.5]}, "start": []}
+SPACE = SEARCH_SPACE | {
+    "train.batch_size": {"choice": [16, 32, 64]},
+    "augment.flip": {"uniform": [0.0, 0.5]},
+    "start": [],
+}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVE
 from raytune_emotion.tuning.policy.scheduler import Halving, replay, rungs_of
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.records import TrialRecord
-from tests.support import searcher_of
+from tests.support.studies import searcher_of
 
 #: Of backbones, as multiples of the smallest.
 SIZES = {"lcnet_050": 1.0, "test_resnet": 2.0, "resnet10t": 4.0, "resnet18": 8.0}

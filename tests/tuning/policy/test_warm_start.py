@@ -14,9 +14,8 @@ from raytune_emotion.tuning.study.earlier import gather_earlier
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import create_study, load_study
 from raytune_emotion.tuning.study.spec import write_spec
-from tests.support import searcher_of
-from tests.tuning.study.test_optuna_study import report
-from tests.tuning.study.test_records import spec_of
+from tests.support.reports import short_report
+from tests.support.studies import searcher_of, spec_of
 
 SPACE = {
     "model.backbone": "test_vit",
@@ -36,7 +35,7 @@ def write_study(folder, store, trials):
     for _ in range(trials):
         proposal = searcher.ask()
         js = 0.1 * math.exp(abs(math.log(proposal.settings["optim.lr"] / BEST)))
-        searcher.observe(proposal.trial_id, report(1, js, finished=True))
+        searcher.observe(proposal.trial_id, short_report(1, js, finished=True))
         searcher.tell(proposal.trial_id, "complete")
     write_spec(folder, spec_of(store, space=EARLIER_SPACE))
     return folder

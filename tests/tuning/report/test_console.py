@@ -7,7 +7,8 @@ from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.report.console import _line, _progress
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import Proposal
-from tests.tuning.study.test_records import report, spec_of
+from tests.support.reports import make_report
+from tests.support.studies import spec_of
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def shown(tmp_path, store):
 
 
 def event(trial_id, status, js=None, reason="", **settings):
-    return Event(Proposal(trial_id, settings, None), status, report(1, js) if js else None, reason)
+    return Event(Proposal(trial_id, settings, None), status, make_report(1, js) if js else None, reason)
 
 
 def test_the_bar_shows_no_best_before_a_trial_has_one(shown):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from raytune_emotion.tuning.report.page import report_files, write_report
 from raytune_emotion.tuning.study.records import TrialRecord
-from tests.tuning.report.pages import Page
-from tests.tuning.study.test_records import RECORDS, report, spec_of
+from tests.support.pages import Page
+from tests.support.reports import RECORDS, make_report
+from tests.support.studies import spec_of
 
 
 def test_every_ending_of_a_trial_has_its_row(tmp_path, store):
@@ -32,7 +33,7 @@ def test_failures_stand_with_their_reasons(tmp_path, store):
 def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
     bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/x] {{ 7 * 7 }}"
     records = [
-        TrialRecord(f"000{i}", status, {"model.backbone": name}, bad, (report(1, 0.4),))
+        TrialRecord(f"000{i}", status, {"model.backbone": name}, bad, (make_report(1, 0.4),))
         for i, (name, status) in enumerate([(bad, "complete"), ("test_vit", "failed")])
     ]
     write_report(tmp_path, dataclasses.replace(spec_of(store), name=bad, data=bad), records)
@@ -49,7 +50,7 @@ def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
 def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store):
     sizes = ((0.20, 11.0), (0.25, 1.0), (0.22, 5.0), (0.23, 5.0), (0.3, 2.0))
     records = [
-        TrialRecord(f"{number:04d}", "complete", {}, "", (report(1, js, params_millions=millions),))
+        TrialRecord(f"{number:04d}", "complete", {}, "", (make_report(1, js, params_millions=millions),))
         for number, (js, millions) in enumerate(sizes)
     ]
     write_report(tmp_path, spec_of(store), records)
@@ -65,11 +66,11 @@ def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store):
 )
 def test_settings_of_every_kind_are_plotted(tmp_path, store, values):
     records = [
-        TrialRecord(f"000{i}", "complete", {"some.setting": value}, "", (report(1, 0.4),))
+        TrialRecord(f"000{i}", "complete", {"some.setting": value}, "", (make_report(1, 0.4),))
         for i, value in enumerate(values)
     ]
     # A branch of the space in which the setting is absent.
-    records.append(TrialRecord("0009", "complete", {"optim.lr": 1e-3}, "", (report(1, 0.4),)))
+    records.append(TrialRecord("0009", "complete", {"optim.lr": 1e-3}, "", (make_report(1, 0.4),)))
     write_report(tmp_path, spec_of(store), records)
     axis = next(axis for axis in Page(tmp_path).data["axes"] if axis["name"] == "some.setting")
     drawn = [trial["settings"]["some.setting"] for trial in Page(tmp_path).data["trials"][:2]]
@@ -80,13 +81,13 @@ def test_settings_of_every_kind_are_plotted(tmp_path, store, values):
 
 
 def test_numbers_that_are_none_are_left_out_of_the_plots(tmp_path, store):
-    records = [TrialRecord("0000", "complete", {}, "", (report(1, 0.4, val_kl=float("inf")),))]
+    records = [TrialRecord("0000", "complete", {}, "", (make_report(1, 0.4, val_kl=float("inf")),))]
     write_report(tmp_path, spec_of(store), records)
     assert Page(tmp_path).data["trials"][0]["kl"] is None
 
 
 def test_one_is_singular(tmp_path, store):
-    record = TrialRecord("0000", "complete", {"optim.lr": 1e-3}, "", (report(1, 0.4),))
+    record = TrialRecord("0000", "complete", {"optim.lr": 1e-3}, "", (make_report(1, 0.4),))
     write_report(tmp_path, spec_of(store, trials=1, epochs=1), [record])
     text = Page(tmp_path).text
     assert "1 trial of at most 1 epoch on faces, in search of the lowest validation JS." in text
@@ -119,7 +120,7 @@ def test_what_is_pushed_are_the_page_the_pictures_and_the_tables(tmp_path, store
 def test_the_page_is_one_file_of_less_than_six_megabytes_that_asks_for_nothing(tmp_path, store):
     records = [
         TrialRecord(
-            f"{i:04d}", "pruned", {"optim.lr": 1e-4 * (1 + i / 6)}, "", tuple(report(e, 0.4) for e in range(1, 9))
+            f"{i:04d}", "pruned", {"optim.lr": 1e-4 * (1 + i / 6)}, "", tuple(make_report(e, 0.4) for e in range(1, 9))
         )
         for i in range(500)
     ]

@@ -12,9 +12,9 @@ from raytune_emotion.tuning.space.space import draw
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
 from raytune_emotion.tuning.study.spec import read_spec
-from tests.browser import browser, needs_chromium
-from tests.test_search import write_study
-from tests.tuning.study.test_records import report, spec_of
+from tests.support.browser import browser, needs_chromium
+from tests.support.reports import make_report
+from tests.support.studies import spec_of, write_study
 
 pytestmark = needs_chromium
 
@@ -36,7 +36,7 @@ def made(count):
         best = 0.2 + 0.05 * abs(math.log10(settings["optim.lr"]) + 3) + rng.uniform(0, 0.05)
         times = [1e9 + 60 * i + 10 * epoch for epoch in (1, 2, 3)]
         reports = tuple(
-            report(epoch, best + 0.1 / epoch, time=times[epoch - 1], images_per_second=900.0 + i, val_accuracy=0.5)
+            make_report(epoch, best + 0.1 / epoch, time=times[epoch - 1], images_per_second=900.0 + i, val_accuracy=0.5)
             for epoch in range(1, 4 if status == "complete" else 2)
         )
         records.append(

@@ -5,12 +5,12 @@ import io
 
 from raytune_emotion.tuning.report.results import results_of, write_results
 from raytune_emotion.tuning.study.records import TrialRecord
-from tests.tuning.study.test_records import report
+from tests.support.reports import make_report
 
 
 def trial(number, model, weights, js, status="complete"):
     settings = {"model.backbone": model, **{f"loss.{name}": weight for name, weight in weights.items()}}
-    reports = (report(1, 0.5), report(2, js, val_mse=js / 10, val_tvd=js / 2, seconds=8.0))
+    reports = (make_report(1, 0.5), make_report(2, js, val_mse=js / 10, val_tvd=js / 2, seconds=8.0))
     return TrialRecord(f"{number:04d}", status, settings, "", reports)
 
 

@@ -18,7 +18,7 @@ from raytune_emotion.tuning.report.winner import (
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records, winner
 from raytune_emotion.tuning.study.spec import read_spec
-from tests.test_search import write_study
+from tests.support.studies import write_study
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from raytune_emotion.tuning.study import open_study as module
 from raytune_emotion.tuning.study.open_study import load, make_study, open_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, sole_driver
 from raytune_emotion.tuning.study.spec import SPEC
-from tests.tuning.study.test_records import spec_of
+from tests.support.studies import spec_of
 
 
 def test_a_study_is_made_whole_or_not_at_all(tmp_path, store, monkeypatch):

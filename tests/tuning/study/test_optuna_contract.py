@@ -9,7 +9,7 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.optuna_patches import reopen, stored
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study
-from tests.tuning.study.test_optuna_study import SPACE
+from tests.support.studies import SEARCH_SPACE
 
 
 def test_a_trial_can_be_reopened_by_its_number():
@@ -27,7 +27,7 @@ def test_the_lock_of_a_journal_can_be_released():
 
 def test_a_journal_is_a_line_a_change(tmp_path):
     """A torn last line is cut off; that is safe where each line stands for itself."""
-    create_study(tmp_path, parse_space(SPACE)).ask()
+    create_study(tmp_path, parse_space(SEARCH_SPACE)).ask()
     raw = (tmp_path / JOURNAL).read_bytes()
     assert raw.endswith(b"\n")
     assert all(isinstance(json.loads(line), dict) for line in raw.splitlines())

@@ -10,36 +10,24 @@ from optuna.trial import TrialState
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, asked, create_study, load_study, sole_driver
-from tests.support import searcher_of
-
-SPACE_BACKBONES = ["test_resnet", "test_vit"]
-SPACE = {
-    "model.backbone": {"choice": SPACE_BACKBONES},
-    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
-    "loss": {"simplex": ["kl", "js", "mse"]},
-    "when": [{"if": {"model.backbone": ["test_vit"]}, "optim.lr": {"log_uniform": [1e-5, 1e-3]}}],
-    "start": [{"model.backbone": "test_resnet", "optim.lr": 1e-3, "loss.kl": 1.0}],
-}
-
-
-def report(step, js, *, finished=False):
-    return {"report": step, "best_val_js": js, "finished": finished}
+from tests.support.reports import short_report
+from tests.support.studies import SEARCH_SPACE, SPACE_BACKBONES, searcher_of
 
 
 @pytest.fixture
 def space():
-    return parse_space(SPACE, "space")
+    return parse_space(SEARCH_SPACE, "space")
 
 
 def run_trial(searcher, proposal):
     """A made-up trial: its loss is a function of what was proposed."""
     js = abs(proposal.settings["optim.lr"] - 2e-3) * 100 + proposal.settings["loss.mse"] / 10
     if proposal.settings["model.backbone"] == "test_vit":
-        searcher.observe(proposal.trial_id, report(1, js + 0.2))
+        searcher.observe(proposal.trial_id, short_report(1, js + 0.2))
         searcher.tell(proposal.trial_id, "pruned")
     else:
-        searcher.observe(proposal.trial_id, report(1, js + 0.1))
-        searcher.observe(proposal.trial_id, report(2, js, finished=True))
+        searcher.observe(proposal.trial_id, short_report(1, js + 0.1))
+        searcher.observe(proposal.trial_id, short_report(2, js, finished=True))
         searcher.tell(proposal.trial_id, "complete")
 
 
@@ -49,7 +37,7 @@ def test_each_ending_keeps_its_name(tmp_path, space):
     full, stopped, broken, open_ = (searcher.ask() for _ in range(4))
     for trial, values in ((full, (0.5, 0.3, 0.4)), (stopped, (0.6,))):
         for step, js in enumerate(values, start=1):
-            searcher.observe(trial.trial_id, report(step, js))
+            searcher.observe(trial.trial_id, short_report(step, js))
     searcher.tell(full.trial_id, "complete")
     searcher.tell(stopped.trial_id, "pruned")
     searcher.tell(broken.trial_id, "failed", reason="the loss is not a number")
@@ -96,7 +84,7 @@ def test_a_region_that_fails_is_left(tmp_path):
         if sizes[-1] >= 128:
             searcher.tell(proposal.trial_id, "failed", reason="out of memory")
         else:
-            searcher.observe(proposal.trial_id, report(1, 0.3 + len(sizes) % 7 / 100, finished=True))
+            searcher.observe(proposal.trial_id, short_report(1, 0.3 + len(sizes) % 7 / 100, finished=True))
             searcher.tell(proposal.trial_id, "complete")
     # One half of all by chance.
     assert sum(size >= 128 for size in sizes[:4]) >= 2
@@ -109,7 +97,7 @@ def test_no_configuration_is_proposed_twice_and_a_small_space_ends(tmp_path):
     proposed = []
     while (proposal := searcher.ask()) is not None:
         proposed.append(tuple(proposal.settings.values()))
-        searcher.observe(proposal.trial_id, report(1, 0.3, finished=True))
+        searcher.observe(proposal.trial_id, short_report(1, 0.3, finished=True))
         searcher.tell(proposal.trial_id, "complete")
     assert len({*proposed}) == len(proposed) == 6
 
@@ -128,12 +116,12 @@ def test_another_seed_proposes_something_else(tmp_path, space):
 def test_a_running_trial_is_taken_up_with_the_reports_that_are_missing(tmp_path, space):
     first = searcher_of(create_study(tmp_path, space), space, seed=0)
     proposal = first.ask()
-    first.observe(proposal.trial_id, report(1, 0.5))
+    first.observe(proposal.trial_id, short_report(1, 0.5))
 
     second = searcher_of(load_study(tmp_path), space, seed=0)
     assert second.resume(proposal.trial_id) == proposal
     for step, js in ((1, 0.5), (2, 0.4)):
-        second.observe(proposal.trial_id, report(step, js))
+        second.observe(proposal.trial_id, short_report(step, js))
     second.tell(proposal.trial_id, "complete")
     (trial,) = load_study(tmp_path).get_trials(states=(TrialState.COMPLETE,))
     assert trial.intermediate_values == {1: 0.5, 2: 0.4}

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
 from raytune_emotion.tuning.study import spec as spec_module
@@ -24,47 +23,10 @@ from raytune_emotion.tuning.study.records import (
     trial_folder,
     winner,
 )
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
+from raytune_emotion.tuning.study.spec import SPEC, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS, curves_of, joined, thinned, write_tables
-
-
-def spec_of(store, **changes):
-    spec = StudySpec(
-        name="a study",
-        seed=3,
-        objective="val_js",
-        sampler="forecast",
-        scheduler="asha",
-        trials=4,
-        epochs=2,
-        concurrency=None,
-        workers_per_trial=1,
-        gpus_per_worker=None,
-        max_failures=3,
-        data="faces",
-        stores={store.image_size: str(store.path)},
-        fingerprints={store.image_size: store.fingerprint},
-        classes=EMOTIONS,
-        weights_dir=None,
-        space={"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": {"simplex": ["kl", "js"]}},
-        baseline={"js": 0.4, "kl": 1.2},
-    )
-    return dataclasses.replace(spec, **changes)
-
-
-def report(step, js, **more):
-    return {
-        "report": step, "epoch": float(step), "val_js": js, "best_val_js": js, "val_kl": js * 2, "seconds": 1.5 * step,
-        "params_millions": 0.4, "finished": False, **more,
-    }  # fmt: skip
-
-
-RECORDS = [
-    TrialRecord("0000", "pruned", {"optim.lr": 1e-3}, "", (report(1, 0.5),)),
-    TrialRecord("0001", "complete", {"optim.lr": 1e-2}, "", (report(1, 0.4), report(2, 0.3), report(3, 0.35))),
-    TrialRecord("0002", "failed", {"optim.lr": 9.0}, "the loss is not a number", ()),
-    TrialRecord("0003", "running", {"optim.lr": 1e-4}, "", (report(1, 0.6),)),
-]
+from tests.support.reports import RECORDS, make_report
+from tests.support.studies import spec_of
 
 
 def test_a_commit_is_told_of_the_code_that_runs_alone(tmp_path, monkeypatch):
@@ -177,8 +139,8 @@ def test_the_table_has_a_row_a_trial_best_first(tmp_path):
 
 
 def test_a_failed_trial_is_never_the_best():
-    failed = TrialRecord("0009", "failed", {}, "out of memory", (report(1, 0.1),))
-    paused = TrialRecord("0010", "paused", {}, "", (report(1, 0.2),))
+    failed = TrialRecord("0009", "failed", {}, "out of memory", (make_report(1, 0.1),))
+    paused = TrialRecord("0010", "paused", {}, "", (make_report(1, 0.2),))
     records = [failed, *RECORDS, paused]
     assert [r.trial_id for r in best_first(records)] == ["0010", "0001", "0000", "0003", "0009", "0002"]
     assert winner(records) == paused
@@ -212,8 +174,8 @@ def test_tables_of_a_study_without_trials_can_be_read(tmp_path):
 
 
 def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_path):
-    many = [TrialRecord(f"{i:04d}", "complete", {}, "", (report(1, 0.9 - i / 100),)) for i in range(6)]
-    many.append(TrialRecord("0006", "running", {}, "", (report(1, 0.99),)))
+    many = [TrialRecord(f"{i:04d}", "complete", {}, "", (make_report(1, 0.9 - i / 100),)) for i in range(6)]
+    many.append(TrialRecord("0006", "running", {}, "", (make_report(1, 0.99),)))
     for record in many:
         folder = trial_folder(tmp_path, record.trial_id)
         folder.mkdir(parents=True)
@@ -230,7 +192,7 @@ def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_
 def test_a_front_keeps_its_weights():
     sizes = [0.5, 4.0, 2.0, 8.0, 1.0, 9.0]
     many = [
-        TrialRecord(f"{i:04d}", "complete", {}, "", (report(1, 0.9 - i / 100, params_millions=size),))
+        TrialRecord(f"{i:04d}", "complete", {}, "", (make_report(1, 0.9 - i / 100, params_millions=size),))
         for i, size in enumerate(sizes)
     ]
     objective = OBJECTIVES[BY_SIZE]

@@ -1,0 +1,1 @@
+"""Helpers that tests of several modules share. No test module imports another one."""

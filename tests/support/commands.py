@@ -1,0 +1,49 @@
+"""Run a command, in this process or in one of its own."""
+
+import signal
+import subprocess
+import sys
+
+from raytune_emotion.__main__ import main
+from tests.support.folders import tree
+
+
+def exit_code(argv) -> int:
+    """Run a command in this process, as the console script does."""
+    try:
+        return main([str(arg) for arg in argv])
+    except SystemExit as ended:  # argparse's
+        return ended.code
+
+
+def refusal(capsys, folders, *argv) -> list[str]:
+    """Run a command that must refuse and leave the folders as they are, and return its errors."""
+    before = [tree(folder) for folder in folders]
+    capsys.readouterr()
+    assert exit_code(argv) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert out == "" or out.startswith("run ")
+    assert [tree(folder) for folder in folders] == before
+    return [line.partition("error: ")[2] for line in err.splitlines() if "error: " in line]
+
+
+def heed_ctrl_c():
+    """Listen to Ctrl-C again: a shell makes what it starts in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start_search(*argv, cwd) -> subprocess.Popen:
+    """Start `search` in a process of its own."""
+    command = [sys.executable, "-m", "raytune_emotion.search", *map(str, argv)]
+    # As in a terminal: Ctrl-C and the like are for its group alone.
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def run_search(*argv, cwd) -> tuple[int, str, str]:
+    """Run `search` to its end, and return its exit code, its output and its errors."""
+    with start_search(*argv, cwd=cwd) as process:
+        out, err = process.communicate(timeout=200)
+    return process.returncode, out, err

@@ -1,0 +1,99 @@
+"""Studies, their spaces and their records, made without Ray."""
+
+import dataclasses
+from pathlib import Path
+
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.tuning.execution.job import Job, Resources, train_here
+from raytune_emotion.tuning.policy.decisions import FORECAST
+from raytune_emotion.tuning.policy.objective import JS_ALONE
+from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
+from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.study.optuna_study import Searcher, create_study
+from raytune_emotion.tuning.study.records import read_records, trial_folder
+from raytune_emotion.tuning.study.spec import StudySpec, write_spec
+from raytune_emotion.tuning.study.tables import write_tables
+
+SMALL_SPACE = """\
+model.backbone: {choice: [test_resnet, test_vit]}
+optim.lr: {log_uniform: [1e-3, 1e-2]}
+loss: {simplex: [kl, js]}
+data.image_size: 32
+"""
+
+
+SPACE_BACKBONES = ["test_resnet", "test_vit"]
+
+
+SEARCH_SPACE = {
+    "model.backbone": {"choice": SPACE_BACKBONES},
+    "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+    "loss": {"simplex": ["kl", "js", "mse"]},
+    "when": [{"if": {"model.backbone": ["test_vit"]}, "optim.lr": {"log_uniform": [1e-5, 1e-3]}}],
+    "start": [{"model.backbone": "test_resnet", "optim.lr": 1e-3, "loss.kl": 1.0}],
+}
+
+
+def spec_of(store, **changes):
+    """Make the specification of a study of this store, with these changes."""
+    spec = StudySpec(
+        name="a study",
+        seed=3,
+        objective="val_js",
+        sampler="forecast",
+        scheduler="asha",
+        trials=4,
+        epochs=2,
+        concurrency=None,
+        workers_per_trial=1,
+        gpus_per_worker=None,
+        max_failures=3,
+        data="faces",
+        stores={store.image_size: str(store.path)},
+        fingerprints={store.image_size: store.fingerprint},
+        classes=EMOTIONS,
+        weights_dir=None,
+        space={"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": {"simplex": ["kl", "js"]}},
+        baseline={"js": 0.4, "kl": 1.2},
+    )
+    return dataclasses.replace(spec, **changes)
+
+
+def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> StudySpec:
+    """Write a study as `search` does, without Ray: run its trials here, one after the other, all to their end."""
+    folder.mkdir(parents=True)
+    (folder.parent / "space.yaml").write_text(SMALL_SPACE)
+    space = load_space(folder.parent / "space.yaml", overrides={"train.epochs": epochs})
+    spec = spec_of(
+        store,
+        name=folder.name,
+        seed=0,
+        trials=trials,
+        epochs=epochs,
+        classes=store.classes,
+        space=space.to_dict(),
+        baseline={"js": 0.44, "kl": 1.2},
+    )
+    study = create_study(folder, space)
+    write_spec(folder, spec)
+    (folder / LOCK).touch()
+    searcher = searcher_of(study, space, seed=0)
+    for _ in range(trials):
+        proposal = searcher.ask()
+        trial = trial_folder(folder, proposal.trial_id)
+        settings = spec.settings(proposal.settings)
+        for report in train_here(Job(proposal.trial_id, str(trial), str(store.path), settings, Resources(1, 1, 0))):
+            searcher.observe(proposal.trial_id, report)
+        searcher.tell(proposal.trial_id, "complete")
+    write_tables(folder, read_records(folder, study))
+    return spec
+
+
+def searcher_of(study, space, *, seed=0, scheduler="none", objective=JS_ALONE, epochs=4, earlier=()):
+    """Make what asks an Optuna study for trials, as the recorder of a study makes it."""
+    policy = make_policy(
+        space, scheduler=scheduler, epochs=epochs, reports=epochs, seed=seed, objective=objective, earlier=earlier
+    )
+    sampler = make_sampler_of(space, FORECAST, seed=seed, objective=objective, earlier=earlier, reports=epochs)
+    return Searcher(study, space, policy, sampler=sampler, cost=objective.cost)
