@@ -19,24 +19,10 @@ from raytune_emotion.learn.checkpoint import BEST, Best
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import evaluate, fit
 from raytune_emotion.learn.model import build_model, mean_std
+from tests.support.exports import untrained_best
 
 CPU = torch.device("cpu")
 FILES = ["README.md", "config.json", "metrics.json", "model.safetensors"]
-
-
-def best_of(backbone: str, size: int, classes: tuple[str, ...] = EMOTIONS, seed: int = 0) -> Best:
-    """What a run of a backbone could have left, untrained."""
-    settings = {
-        "model.backbone": backbone,
-        "data.image_size": size,
-        "data.classes": list(classes),
-        "train.seed": seed,
-        "model.weights_dir": "/home/somebody/weights",
-    }
-    config = RunConfig.from_flat(settings)
-    weights = {name: tensor.clone() for name, tensor in build_model(config, weights=False).state_dict().items()}
-    report = {"report": 3, "epoch": 2.5, "val_js": 0.25, "val_accuracy": 0.625, "seconds": 10.0}
-    return Best(weights, config.flat(), "f1a9", report)
 
 
 def logits_of(model: torch.nn.Module, size: int) -> torch.Tensor:
@@ -60,7 +46,7 @@ def logits_of(model: torch.nn.Module, size: int) -> torch.Tensor:
 )
 def test_timm_and_load_package_give_the_model(tmp_path, backbone, size):
     dest = tmp_path / "an export, 1"
-    best = best_of(backbone, size, classes=("calm", "glad", "sad"))
+    best = untrained_best(backbone, size, classes=("calm", "glad", "sad"))
     write_package(dest, best)
     assert sorted(path.name for path in dest.iterdir()) == FILES
     model = build_model(RunConfig.from_flat({**best.settings, "model.weights_dir": None}), weights=False)
@@ -129,7 +115,7 @@ def test_the_card_tells_what_it_is_and_its_code_runs(trained, store, faces, tmp_
 
 
 def test_what_belongs_to_this_machine_alone_is_left_out(tmp_path):
-    write_package(tmp_path / "best", best_of("test_resnet", 32))
+    write_package(tmp_path / "best", untrained_best("test_resnet", 32))
     for file in (tmp_path / "best").iterdir():
         assert b"somebody" not in file.read_bytes()
     own = json.loads((tmp_path / "best" / "config.json").read_text())["raytune_emotion"]
@@ -138,7 +124,7 @@ def test_what_belongs_to_this_machine_alone_is_left_out(tmp_path):
 
 
 class TestReplacing:
-    old, new = best_of("test_resnet", 32, seed=1), best_of("test_resnet", 32, seed=2)
+    old, new = untrained_best("test_resnet", 32, seed=1), untrained_best("test_resnet", 32, seed=2)
 
     def shows(self, dest: Path, best: Best) -> bool:
         return all(
@@ -240,7 +226,7 @@ class TestReplacing:
 class TestFaults:
     @pytest.fixture
     def dest(self, tmp_path):
-        write_package(tmp_path / "best", best_of("test_resnet", 32))
+        write_package(tmp_path / "best", untrained_best("test_resnet", 32))
         return tmp_path / "best"
 
     def test_a_folder_that_is_no_export(self, dest, tmp_path):
@@ -290,8 +276,8 @@ class TestFaults:
         assert not (dest.parent / "run").exists()
 
     def test_weights_of_another_model(self, tmp_path):
-        best = best_of("test_resnet", 32)
-        other = Best(best_of("test_byobnet", 32).weights, best.settings, best.fingerprint, best.report)
+        best = untrained_best("test_resnet", 32)
+        other = Best(untrained_best("test_byobnet", 32).weights, best.settings, best.fingerprint, best.report)
         with pytest.raises(UserError, match="the weights do not fit test_resnet"):
             write_package(tmp_path / "best", other)
         assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.export_files import check_export, check_formats
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph
-from tests.learn.test_export_folder import best_of
+from tests.support.exports import untrained_best
 
 CLASSES = ("calm", "glad", "sad")
 
@@ -23,7 +23,7 @@ CLASSES = ("calm", "glad", "sad")
 def package(tmp_path_factory, store):
     """An export in all formats, compared on validation images."""
     dest = tmp_path_factory.mktemp("graphs") / "best"
-    best = dataclasses.replace(best_of("test_resnet", 32, CLASSES), fingerprint=store.fingerprint)
+    best = dataclasses.replace(untrained_best("test_resnet", 32, CLASSES), fingerprint=store.fingerprint)
     write_package(dest, best, formats=("timm", "onnx", "pt2"), store=store)
     return dest
 
@@ -57,12 +57,12 @@ def test_card_says_how_near_the_formats_are_and_on_what(package, tmp_path):
     for file in ("model.safetensors", "model.onnx", "model.pt2"):
         assert f"`{file}` differs from the model in training by " in card
     assert "on 33 validation images; up to 0.0001 is accepted" in card
-    write_package(tmp_path / "elsewhere", best_of("test_resnet", 32))
+    write_package(tmp_path / "elsewhere", untrained_best("test_resnet", 32))
     assert "on 8 drawn faces, since the data of the run are not" in (tmp_path / "elsewhere/README.md").read_text()
 
 
 def test_format_alone_has_no_weights_for_predict(tmp_path):
-    write_package(tmp_path / "best", best_of("test_resnet", 32), formats=("pt2",))
+    write_package(tmp_path / "best", untrained_best("test_resnet", 32), formats=("pt2",))
     assert not (tmp_path / "best/model.safetensors").exists()
     with pytest.raises(UserError, match="best: is an export as pt2 alone; export the trial as timm, too"):
         check_export(tmp_path / "best")
@@ -81,7 +81,7 @@ def test_model_that_cannot_be_traced_is_a_sentence_and_the_old_export_stays(tmp_
             return self.model(x_BCHW) * (2 if x_BCHW.sum() > 0 else 1)
 
     dest = tmp_path / "best"
-    write_package(dest, best_of("test_resnet", 32))
+    write_package(dest, untrained_best("test_resnet", 32))
     before = (dest / "README.md").read_bytes()
     monkeypatch.setattr(
         export_folder,
@@ -89,7 +89,7 @@ def test_model_that_cannot_be_traced_is_a_sentence_and_the_old_export_stays(tmp_
         lambda model, mean, std: PixelsToProbabilities(Undecided(model), mean, std),
     )
     with pytest.raises(UserError, match=f"best: test_resnet cannot be exported as {name} .*; leave this format out"):
-        write_package(dest, best_of("test_resnet", 32, seed=1), formats=(name,))
+        write_package(dest, untrained_best("test_resnet", 32, seed=1), formats=(name,))
     assert (dest / "README.md").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
@@ -104,7 +104,7 @@ def test_format_that_predicts_something_else_is_refused(tmp_path, monkeypatch, n
     with pytest.raises(
         UserError, match=rf"test_resnet as {name} gives probabilities that differ by .*, more than 0.0001"
     ):
-        write_package(tmp_path / "best", best_of("test_resnet", 32), formats=(name,))
+        write_package(tmp_path / "best", untrained_best("test_resnet", 32), formats=(name,))
     assert not list(tmp_path.iterdir())
 
 
