@@ -79,7 +79,7 @@ class Simulation:
         self._done: dict[str, int] = {}  # reports, by trial
         self._events: list[tuple[float, int, str]] = []
         self._order = 0
-        self._begun: list[float] = []
+        self._begun_count: list[float] = []
 
     def run(self, seconds: float, goal: float = math.inf, longer: float = 0.0) -> Found:
         """Run until a time; where a goal is not reached then, until it is or a longer time is over."""
@@ -94,7 +94,7 @@ class Simulation:
                 times.append(now)
                 bests.append(value)
             self._fill(now)
-        return Found(np.array(times), np.array(bests[1:]), np.array(self._begun))
+        return Found(np.array(times), np.array(bests[1:]), np.array(self._begun_count))
 
     def _fill(self, now: float) -> None:
         """Give every free place to a trial."""
@@ -112,7 +112,7 @@ class Simulation:
                 self._go_on(now + self._take_up_s, trial_id)
             else:
                 self._curves[trial_id], self._done[trial_id] = self._respond(answer.settings), 0
-                self._begun.append(now)
+                self._begun_count.append(now)
                 self._go_on(now, trial_id)
 
     def _go_on(self, now: float, trial_id: str) -> None:

@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> None:
     from raytune_emotion.tuning.report.console import run_shown
     from raytune_emotion.tuning.study.confirmation import (
         CONFIRMED,
+        enqueue_runs,
         fresh_seeds,
         make_confirmation,
         plan_confirmation,
-        with_runs,
     )
     from raytune_emotion.tuning.study.open_study import open_study
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
                 placement = fit_to_cluster(
                     workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
                 )
-                confirmation = with_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
+                confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
                 runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
                 console.print(f"confirmation {short(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")
                 run_shown(console, confirmation, placement, failure=cluster.failure)

@@ -52,9 +52,9 @@ def _best_of(study: Location) -> str:
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.study.open_study import load
     from raytune_emotion.tuning.study.optuna_study import JOURNAL
-    from raytune_emotion.tuning.study.records import opened
+    from raytune_emotion.tuning.study.records import study_files
 
-    with opened(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+    with study_files(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         return load(folder).best_trial().trial_id
 
 

@@ -82,10 +82,10 @@ def _cluster(address: str | None) -> Iterator[Map | None]:
         return
     # Only now: the packing of this machine's own need not wait for Ray.
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
-    from raytune_emotion.tuning.execution.cluster_map import on_all_nodes
+    from raytune_emotion.tuning.execution.cluster_map import cluster_map
 
     check_cluster(address)
-    with ray_session(address), on_all_nodes() as pmap:
+    with ray_session(address), cluster_map() as pmap:
         yield pmap
 
 

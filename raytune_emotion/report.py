@@ -18,17 +18,17 @@ def run(args: argparse.Namespace) -> None:
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
-    from raytune_emotion.tuning.study.confirmation import standings, write_standings
+    from raytune_emotion.tuning.study.confirmation import rank_confirmed, write_confirmed
     from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-    from raytune_emotion.tuning.study.records import opened, read_records
+    from raytune_emotion.tuning.study.records import read_records, study_files
     from raytune_emotion.tuning.study.tables import CURVES, write_tables
 
-    with opened(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+    with study_files(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         records = read_records(folder, load_study(folder))
         write_tables(folder, records)
         write_report(folder, spec, records)
         if spec.confirms is not None:
-            write_standings(folder, standings(spec, records))
+            write_confirmed(folder, rank_confirmed(spec, records))
         args.study.push(folder, [CURVES, *report_files(folder)])
     say(str(args.study / REPORT))
 

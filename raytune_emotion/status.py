@@ -65,9 +65,9 @@ def read_summary(study: Location) -> "Summary":
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.report.summary import summarize
     from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-    from raytune_emotion.tuning.study.records import opened, read_records
+    from raytune_emotion.tuning.study.records import read_records, study_files
 
-    with opened(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+    with study_files(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         spec, trials = read_spec(folder), load_study(folder)
         return summarize(spec, trials, read_records(folder, trials), now=time.time(), name=str(study))
 

@@ -14,9 +14,9 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
-from raytune_emotion.tuning.study.confirmation import best_configurations, standings
+from raytune_emotion.tuning.study.confirmation import best_configurations, rank_confirmed
 from raytune_emotion.tuning.study.open_study import make_study
-from raytune_emotion.tuning.study.optuna_study import load_study, sole_driver
+from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.cluster import joined_session
@@ -53,14 +53,14 @@ def test_configurations_stand_by_their_means_and_those_that_fail_come_later(stor
         a_run("0021", "0007", 0.1, "failed"),
         a_run("0030", "0009", 0.1, "running"),
     ]
-    first, second, third, fourth = standings(spec, records)
+    first, second, third, fourth = rank_confirmed(spec, records)
     assert [s.trial_id for s in (first, second, third, fourth)] == ["0001", "0003", "0007", "0009"]
     assert first.mean == pytest.approx(0.29)
     assert first.standard_error == pytest.approx(statistics.stdev((0.27, 0.31, 0.28, 0.30)) / 2)
     assert first.median.trial_id == "0013"  # of an even number, the worse in the middle
     assert second.median.trial_id == "0000"
-    assert first.in_words == "0.2900 ± 0.0091 bits (mean and standard error over 4 seeds)"
-    assert (third.cells, third.in_words) == (["0007", "0.1000", "", "1", "1", "0.2200"], "0.1000 bits (one seed)")
+    assert first.summary == "0.2900 ± 0.0091 bits (mean and standard error over 4 seeds)"
+    assert (third.cells, third.summary) == (["0007", "0.1000", "", "1", "1", "0.2200"], "0.1000 bits (one seed)")
     assert fourth.cells == ["0009", "", "", "0", "0", "0.2300"]
 
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path):
 def test_one_that_is_at_work(refused, tmp_path):
     folder = tmp_path / "study" / "confirmed"
     folder.mkdir()
-    with sole_driver(folder):
+    with study_lock(folder):
         assert refused() == [f"{folder}: another process is at work in it; wait for its end, or end it"]
 
 

@@ -28,7 +28,7 @@ from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, open_existing
-from raytune_emotion.tuning.study.optuna_study import create_study, sole_driver
+from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
@@ -317,7 +317,7 @@ class TestBadResuming:
         assert resumed(name=None) == [f"{tmp_path}: there is no study in it to resume; name its folder with --results"]
 
     def test_one_that_is_at_work(self, resumed):
-        with sole_driver(resumed.folder):
+        with study_lock(resumed.folder):
             told = resumed()
         assert told == [f"{resumed.folder}: another process is at work in it; wait for its end, or end it"]
 
@@ -392,7 +392,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
             raise how
 
     def conclude(*_):
-        with pytest.raises(UserError, match="another process is at work in it"), sole_driver(folder):
+        with pytest.raises(UserError, match="another process is at work in it"), study_lock(folder):
             pass
         concluded.append(True)
 
@@ -403,7 +403,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
     assert exit_code(argv) == {None: 0, KeyboardInterrupt: 130}.get(how, 1)
     assert concluded == [True]
-    with sole_driver(folder):
+    with study_lock(folder):
         pass
 
 

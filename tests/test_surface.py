@@ -81,7 +81,7 @@ def test_the_arguments_of_a_command(verb):
 def test_the_files():
     assert FILES["study"] == (spec.SPEC, optuna_study.JOURNAL, tables.TRIALS, tables.CURVES, page.REPORT)
     assert FILES["trial"] == (trials.PARAMS, trials.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
-    assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.STANDINGS)
+    assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.CONFIRMED_TABLE)
     assert FILES["export"] == (export_files.WEIGHTS, export_files.CONFIG, export_files.METRICS, export_files.CARD)
     assert export_files.FORMATS == {"timm": "model.safetensors", "onnx": "model.onnx", "pt2": "model.pt2"}
 

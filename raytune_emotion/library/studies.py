@@ -21,7 +21,7 @@ from raytune_emotion.learn.model import build_model
 from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.tuning.study import optuna_study
-from raytune_emotion.tuning.study.records import opened, read_records, trial_folder, winner
+from raytune_emotion.tuning.study.records import read_records, study_files, trial_folder, winner
 from raytune_emotion.tuning.study.spec import StudySpec, read_spec
 from raytune_emotion.tuning.study.tables import curves_of, trials_of
 
@@ -62,7 +62,7 @@ class Study:
             UserError: the study has no weights of that trial.
         """
         chosen = self.best["trial_id"] if trial_id is None else trial_id
-        with opened(self.location, f"trials/{chosen}/{BEST}") as folder:
+        with study_files(self.location, f"trials/{chosen}/{BEST}") as folder:
             best = read_best(trial_folder(folder, chosen) / BEST)
         config = RunConfig.from_flat({k: v for k, v in best.settings.items() if k != "model.weights_dir"})
         backbone = build_model(config, weights=False)
@@ -81,7 +81,7 @@ def load_study(path: Place) -> Study:
         UserError: there is no study, or it is damaged.
     """
     location = location_of(path)
-    with opened(location, optuna_study.JOURNAL, f"trials/*/{HISTORY}") as folder:
+    with study_files(location, optuna_study.JOURNAL, f"trials/*/{HISTORY}") as folder:
         spec = read_spec(folder)
         records = read_records(folder, optuna_study.load_study(folder))
     best = winner(records)

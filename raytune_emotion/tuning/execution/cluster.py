@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError
 from raytune_emotion.errors import UserError
 from raytune_emotion.interruption import unchanged_handlers
 from raytune_emotion.known_errors import first_line, known_error
-from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watched_cluster
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watch_cluster
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
 from raytune_emotion.tuning.execution.placement import local_node
 from raytune_emotion.tuning.execution.ray_patches import (
@@ -86,7 +86,7 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
         except Exception as error:
             _shut_down()
             raise _start_failure(address, error) from error
-        yield stack.enter_context(watched_cluster(own=address is None))
+        yield stack.enter_context(watch_cluster(own=address is None))
 
 
 @contextlib.contextmanager

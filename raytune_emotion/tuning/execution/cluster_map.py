@@ -17,7 +17,7 @@ _END_S = 30.0
 
 
 @contextlib.contextmanager
-def on_all_nodes() -> Iterator[Map]:
+def cluster_map() -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
     A task whose process or node dies is run again elsewhere. If the work is interrupted, tasks that were handed out end

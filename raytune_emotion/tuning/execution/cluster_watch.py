@@ -49,7 +49,7 @@ class ClusterWatch:
         self._node = ray.get_runtime_context().get_node_id()
         self._answered = time.monotonic()
         self._failure = ""
-        self._frozen: dict[int, float] = {}
+        self._stored_trial: dict[int, float] = {}
         self._looked = self._asked = self._worker_seen = time.monotonic()
         self._end = threading.Event()
         # Of its own, since a question to a head that has frozen never comes back.
@@ -62,7 +62,7 @@ class ClusterWatch:
         if now - self._asked > _SUSPENDED_S:
             # Nobody has looked, or this process itself was stopped, as by Ctrl-Z: nothing is known of that time.
             self._answered = self._worker_seen = now
-            self._frozen.clear()
+            self._stored_trial.clear()
         self._asked = now
         for name, process in self._vital.items():
             if process.poll() is not None and not self._failure:
@@ -102,8 +102,8 @@ class ClusterWatch:
         """Give up a cluster whose own processes were stopped, and end processes of trials that were."""
         vital = {process.pid: name for name, process in self._vital.items()}
         stopped = [pid for pid in (*vital, *_children(self._vital["raylet"].pid)) if _is_stopped(pid)]
-        self._frozen = {pid: self._frozen.get(pid, self._looked) for pid in stopped}
-        for pid, since in self._frozen.items():
+        self._stored_trial = {pid: self._stored_trial.get(pid, self._looked) for pid in stopped}
+        for pid, since in self._stored_trial.items():
             if self._looked - since < _FROZEN_S:
                 continue
             if pid in vital:
@@ -118,7 +118,7 @@ class ClusterLost(Breakdown):
     """The cluster has died or frozen. What was written until then is whole, and the work can be resumed."""
 
 
-def watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Iterator[T]:
+def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Iterator[T]:
     """Iterate in a thread of its own, so that this one hears signals, and sees when the cluster has died.
 
     Raises:
@@ -159,7 +159,7 @@ def watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Iterator[
 
 
 @contextlib.contextmanager
-def watched_cluster(*, own: bool) -> Iterator[ClusterWatch]:
+def watch_cluster(*, own: bool) -> Iterator[ClusterWatch]:
     """Watch the cluster that this process has joined until the block ends."""
     watch = ClusterWatch(own=own)
     try:

@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.throughput import COUNTS, best_count, measure
-from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watched
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
 from raytune_emotion.tuning.execution.placement import Nodes, cluster_nodes, cores_per_gpu, fit_here, local_node
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
@@ -73,10 +73,12 @@ def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], Non
     most = math.ceil(spec.concurrency / gpus) if spec.concurrency else max(COUNTS)
     counts = [count for count in COUNTS if count <= most]
     on_one_gpu: Any = ray.remote(num_cpus=cores, num_gpus=1, max_retries=0)
-    tried = on_one_gpu(measure).remote(heaviest(spec), spec.stores, torch.device("cuda"), cores=cores, counts=counts)
+    tried = on_one_gpu(measure).remote(
+        heaviest_configurations(spec), spec.stores, torch.device("cuda"), cores=cores, counts=counts
+    )
     say("trying out how many trials share a GPU, as soon as one is free")
     try:
-        found: dict[str, dict[int, float]] = next(watched((ray.get(each) for each in [tried]), watch))
+        found: dict[str, dict[int, float]] = next(iterate_watched((ray.get(each) for each in [tried]), watch))
     except RayTaskError as error:
         raise Breakdown(f"--gpus-per-worker {AUTO}: {error.cause}; give a number in its place") from error
     count = best_count([*found.values()])
@@ -89,7 +91,7 @@ def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], Non
     return 1 / count
 
 
-def heaviest(spec: StudySpec) -> dict[str, dict[str, Any]]:
+def heaviest_configurations(spec: StudySpec) -> dict[str, dict[str, Any]]:
     """Choose settings for each backbone of a study's space that take about as much memory as any others."""
     found: dict[str, tuple[float, dict[str, Any]]] = {}
     for chosen in draw(parse_space(spec.space, SPEC), _DRAWN, seed=0):

@@ -81,7 +81,7 @@ class TrialFailed(RuntimeError):
     """The trial would fail again if it were run again, for example because it diverged."""
 
 
-class Unfit(TrialFailed):
+class InvalidForRun(TrialFailed):
     """The configuration does not fit the data, the device, the workers or the run in the folder."""
 
     def __init__(self, faults: tuple[str, ...]) -> None:
@@ -89,7 +89,7 @@ class Unfit(TrialFailed):
         super().__init__("\n".join(faults))
 
     # It is sent from worker to driver without its cause.
-    def __reduce__(self) -> tuple[type["Unfit"], tuple[tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[type["InvalidForRun"], tuple[tuple[str, ...]]]:
         return type(self), (self.faults,)
 
 
@@ -145,8 +145,8 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
     malloc.keep_freed()
     reduce_fragmentation()
     limit_memory(device, job.resources.gpus_per_worker)
-    with contextlib.ExitStack() as stack, _told(folder):
-        stack.callback(_forget)
+    with contextlib.ExitStack() as stack, _training_errors(folder):
+        stack.callback(_free_memory)
         # Momenta of parameters that no longer learn decay to denormal numbers, which are slow. Threads of a pool get
         # this flag from the thread that creates the pool.
         torch.set_flush_denormal(True)
@@ -167,7 +167,7 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _training_errors(folder: Path) -> Iterator[None]:
     """Raise errors of the training as what they mean: another attempt would fail too, or it would not."""
     try:
         yield
@@ -181,7 +181,7 @@ def _told(folder: Path) -> Iterator[None]:
         # A disk or a server may be back for the next attempt.
         if isinstance(error.__cause__, OSError):
             _raise_of_system(folder, error.__cause__)
-        raise Unfit(error.faults) from error
+        raise InvalidForRun(error.faults) from error
     except (OSError, SafetensorError) as error:
         _raise_of_system(folder, error)
 
@@ -208,10 +208,10 @@ def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int,
 def newest_report(job: Job) -> Report | None:
     """Return the last report that a trial has written, whether or not the driver heard it; None if there is none."""
     with job.kept_at.work_here(LAST) as folder:
-        return _reported(folder)
+        return _last_report(folder)
 
 
-def _reported(folder: Path) -> Report | None:
+def _last_report(folder: Path) -> Report | None:
     try:
         progress = read_progress(folder)
     except UserError:
@@ -219,7 +219,7 @@ def _reported(folder: Path) -> Report | None:
     return progress.history[-1] if progress is not None and progress.history else None
 
 
-def with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generator[Report, None, None]:
+def train_with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generator[Report, None, None]:
     """Train. If the device has too little memory, try once more with smaller micro-batches.
 
     Raises:
@@ -229,14 +229,14 @@ def with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generato
         yield from attempt(job)
         return
     except OutOfMemory:
-        smaller = halved(job)
+        smaller = with_smaller_micro_batches(job)
         if smaller is None:
             raise
     # Not inside the handler: until it ends, the frames of the failed attempt keep its tensors alive.
     yield from attempt(smaller)
 
 
-def halved(job: Job) -> Job | None:
+def with_smaller_micro_batches(job: Job) -> Job | None:
     """Return the job with micro-batches of half the size, and with its images not on the GPU; None for one row.
 
     It takes about half the memory. The effective batch stays the same, so the optimizer sees the same gradients, except
@@ -248,7 +248,7 @@ def halved(job: Job) -> Job | None:
     return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate}, resident=False)
 
 
-def _forget() -> None:
+def _free_memory() -> None:
     gc.collect()
     malloc.give_back()
     if torch.cuda.is_available():

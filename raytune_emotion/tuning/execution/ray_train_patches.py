@@ -36,7 +36,7 @@ class Controller:
 
 
 @dataclass(frozen=True)
-class Reserved:
+class ReservedPlaces:
     """The workers have their place in the cluster."""
 
     placement_group: str  # its id
@@ -55,7 +55,7 @@ class PlainTrainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
 
 
-class Introduce(ControllerCallback, WorkerGroupCallback):
+class Announcer(ControllerCallback, WorkerGroupCallback):
     """Make known, from within Ray Train's controller, what must be ended when a trial is."""
 
     def __init__(self, messages: Queue) -> None:
@@ -66,10 +66,10 @@ class Introduce(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        self._messages.put(Reserved(group.id.hex()))
+        self._messages.put(ReservedPlaces(group.id.hex()))
 
 
-def free_abandoned() -> None:
+def free_abandoned_groups() -> None:
     """Free the places of workers that were still starting when their driver was killed: nobody else knows of them.
 
     Ray keeps a placement group until the actor that made it and the whole job have ended.

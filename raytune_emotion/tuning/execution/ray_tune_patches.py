@@ -44,7 +44,7 @@ class _ActorClasses:
         return self._found[trainable]
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _own_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Leave out what Tune adds, which only Ray Tune itself can read."""
     return {key: value for key, value in config.items() if not key.startswith("__")}
 
@@ -56,7 +56,7 @@ class _ActorManager(RayActorManager):
     """
 
     def add_actor(self, cls: Any, kwargs: dict[str, Any], resource_request: Any, **hooks: Any) -> Any:
-        return super().add_actor(cls, {"config": _plain(kwargs["config"])}, resource_request, **hooks)
+        return super().add_actor(cls, {"config": _own_settings(kwargs["config"])}, resource_request, **hooks)
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
@@ -81,7 +81,7 @@ class _Controller(TuneController):
 
     def _schedule_trial_task(self, trial: Trial, method_name: str, *args: Any, **options: Any) -> Any:
         if method_name == "reset":
-            options |= {"args": (_plain(options["args"][0]),), "kwargs": {}}
+            options |= {"args": (_own_settings(options["args"][0]),), "kwargs": {}}
         return super()._schedule_trial_task(trial, method_name, *args, **options)
 
     def step(self) -> None:
@@ -109,7 +109,7 @@ class _Controller(TuneController):
 
 
 @contextlib.contextmanager
-def mended_tune() -> Iterator[None]:
+def patch_tune() -> Iterator[None]:
     """Let `tune.run` use these classes within the block."""
     places = [(tune_controller, "RayActorManager", _ActorManager), (ray.tune.tune, "TuneController", _Controller)]
     before = [getattr(module, name) for module, name, _ in places]

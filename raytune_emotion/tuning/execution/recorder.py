@@ -20,19 +20,26 @@ from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, Status, asked, continued
+from raytune_emotion.tuning.study.optuna_study import (
+    JOURNAL,
+    Proposal,
+    Searcher,
+    Status,
+    list_trials,
+    trials_to_continue,
+)
 from raytune_emotion.tuning.study.records import (
     TrialRecord,
     copy_checkpoint,
-    drop_checkpoints,
-    losers,
+    delete_weights,
+    trials_to_strip,
 )
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import Tables
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: So many trials that fail one after the other end a study.
-HOPELESS = 10
+MAX_FAILURES_IN_A_ROW = 10
 
 #: Trials that may be paused at once, and the bytes of their checkpoints.
 PAUSED_TRIALS, PAUSED_BYTES = 32, 16 * 2**30
@@ -66,17 +73,17 @@ class Recorder:
         self._study, self._watch = study, watch
         self._tables = Tables(study)
         self._searcher = _searcher_of(study)
-        self._live: dict[str, Proposal] = {}  # those that `next` returned, until they end
-        self._dropped: set[str] = set()  # trials without weights
+        self._running: dict[str, Proposal] = {}  # those that `next` returned, until they end
+        self._without_weights: set[str] = set()  # trials without weights
         self._failures = 0  # in a row, of the trials that ended last
         self._idle = False  # the policy had nothing to run, and nothing has happened since
-        self._begun = 0  # trials that were ever asked for
-        self._to_take_up: deque[str] = deque()
+        self._begun_count = 0  # trials that were ever asked for
+        self._queue: deque[str] = deque()
         self._closed = False
         self._lock = threading.RLock()
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
-        self._guarded(self._take_up, None)
+        self._run_or_break(self._take_up, None)
 
     def _take_up(self) -> None:
         """Complete what an earlier session has left, and queue its running trials."""
@@ -85,13 +92,13 @@ class Recorder:
         there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
         self._study.copy.claim([JOURNAL, *there, SPEC])
         records = self._study.records()
-        self._begun = len(records)
+        self._begun_count = len(records)
         stopped = self._searcher.replay(records)
         for record in records:
             if record.status == "running":
-                self._take_up_one(record, stopped=record.trial_id in stopped)
+                self._take_up_trial(record, stopped=record.trial_id in stopped)
 
-    def _take_up_one(self, record: TrialRecord, *, stopped: bool) -> None:
+    def _take_up_trial(self, record: TrialRecord, *, stopped: bool) -> None:
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
@@ -102,28 +109,28 @@ class Recorder:
         elif stopped and not finished:
             self._end(proposal, Pruned(), record.reports[-1])
         else:
-            self._to_take_up.append(record.trial_id)
+            self._queue.append(record.trial_id)
 
     @property
     def is_over(self) -> bool:
         """Whether no trial runs, and none is left to run now."""
-        return bool(self.broken) or self._closed or (not self._live and not self._to_take_up and self._idle)
+        return bool(self.broken) or self._closed or (not self._running and not self._queue and self._idle)
 
     def next(self) -> Proposal | None:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
-        return self._guarded(self._next, None)
+        return self._run_or_break(self._next, None)
 
     def report(self, trial_id: str, report: Heard) -> bool:
         """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
-        return self._guarded(lambda: self._report(self._live[trial_id], report), False)
+        return self._run_or_break(lambda: self._report(self._running[trial_id], report), False)
 
     def end(self, trial_id: str, ending: Failed | Broken) -> None:
         """Record that a trial ended without a report."""
-        self._guarded(lambda: self._end(self._live[trial_id], ending, None), None)
+        self._run_or_break(lambda: self._end(self._running[trial_id], ending, None), None)
 
     def write_in_time(self) -> None:
         """Write the tables if they lack an ending, unless they were written just now."""
-        self._guarded(self._tables.write_in_time, None)
+        self._run_or_break(self._tables.write_in_time, None)
 
     def close(self) -> None:
         """Write the tables; from here on nothing is recorded. Where the study is over, paused trials end as pruned.
@@ -133,9 +140,9 @@ class Recorder:
         """
         with self._lock:
             if self.is_over:
-                self._guarded(self._prune_paused, None)
+                self._run_or_break(self._prune_paused, None)
             if not self.broken:
-                self._guarded(self._tables.write, None)
+                self._run_or_break(self._tables.write, None)
             elif isinstance(self.error, _StudyEnds):
                 # The record is whole, but the disk may be full, or the URI away.
                 with contextlib.suppress(OSError, Breakdown):
@@ -146,7 +153,7 @@ class Recorder:
             if self.broken:
                 raise Breakdown(f"{self.broken}; the study can be resumed: {self._study.copy}") from self.error
 
-    def _guarded(self, action: Callable[[], T], otherwise: T) -> T:
+    def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
         with self._lock:
             if self.broken or self._closed:
@@ -159,8 +166,8 @@ class Recorder:
                 return otherwise
 
     def _next(self) -> Proposal | None:
-        if self._to_take_up:
-            proposal = self._searcher.resume(self._to_take_up.popleft())
+        if self._queue:
+            proposal = self._searcher.resume(self._queue.popleft())
         else:
             answer = None if self._idle else self._ask()
             if answer is None:
@@ -169,7 +176,7 @@ class Recorder:
             proposal = answer
         self._study.copy.push(JOURNAL)
         self._copy_checkpoint(proposal)
-        self._live[proposal.trial_id] = proposal
+        self._running[proposal.trial_id] = proposal
         self._watch(Event(proposal, "running", None, ""))
         return proposal
 
@@ -179,15 +186,15 @@ class Recorder:
             if not isinstance(answer, Prune):
                 break
             self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
-        self._begun = len(asked(self._study.optuna))
+        self._begun_count = len(list_trials(self._study.optuna))
         return answer
 
     def _limits(self) -> Limits:
-        return Limits(new=self._begun < self._study.spec.trials, paused=self._room())
+        return Limits(new=self._begun_count < self._study.spec.trials, paused=self._free_pauses())
 
-    def _room(self) -> int:
+    def _free_pauses(self) -> int:
         """Return how many trials may be paused: their checkpoints are bounded in number and in bytes."""
-        paused = [trial.trial_id for trial in asked(self._study.optuna) if trial.status == "paused"]
+        paused = [trial.trial_id for trial in list_trials(self._study.optuna) if trial.status == "paused"]
         files = [self._study.trial_folder(trial_id) / LAST for trial_id in paused]
         largest = max((file.stat().st_size for file in files if file.exists()), default=0)
         return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
@@ -207,14 +214,14 @@ class Recorder:
     def _report(self, proposal: Proposal, report: Heard) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
         self._idle = False
-        ending = self._ending(proposal.trial_id, report, new=new)
+        ending = self._ending_of(proposal.trial_id, report, new=new)
         if ending is not None:
             self._end(proposal, ending, report)
             return False
         self._watch(Event(proposal, "running", report, ""))
         return True
 
-    def _ending(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
+    def _ending_of(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
         """Decide how a trial ends by a report, if it does."""
         if report["finished"]:
             return Complete()
@@ -227,7 +234,7 @@ class Recorder:
         trial_id, self._idle = proposal.trial_id, False
         if isinstance(ending, Broken):
             # Not told to Optuna: the trial goes on when the study does.
-            self._live.pop(trial_id, None)
+            self._running.pop(trial_id, None)
             raise _StudyEnds(ending.reason)
         status, reason = _STATUS[type(ending)], getattr(ending, "reason", "")
         if isinstance(ending, Paused):
@@ -238,23 +245,23 @@ class Recorder:
             self._tables.add(trial_id)
         self._study.copy.push(JOURNAL)
         self._drop_weights()
-        self._live.pop(trial_id, None)
+        self._running.pop(trial_id, None)
         self._watch(Event(proposal, status, report, reason))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
-        if self._failures == HOPELESS:
-            raise _StudyEnds(f"{HOPELESS} trials have failed one after the other, the last one: {reason}")
+        if self._failures == MAX_FAILURES_IN_A_ROW:
+            raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
 
     def _drop_weights(self) -> None:
         # A confirmation chooses in the end; its trials are few.
         ended = [] if self._study.spec.confirms else self._tables.ended
-        lost = losers(ended, self._study.objective, continued(self._study.optuna))
-        gone = [trial_id for trial_id in lost if trial_id not in self._dropped]
-        drop_checkpoints(self._study.folder, gone)
+        lost = trials_to_strip(ended, self._study.objective, trials_to_continue(self._study.optuna))
+        gone = [trial_id for trial_id in lost if trial_id not in self._without_weights]
+        delete_weights(self._study.folder, gone)
         self._study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
-        self._dropped.update(gone)
+        self._without_weights.update(gone)
 
     def _prune_paused(self) -> None:
-        for trial in asked(self._study.optuna):
+        for trial in list_trials(self._study.optuna):
             if trial.status == "paused":
                 self._end(self._searcher.resume(trial.trial_id), Pruned(), None)
 

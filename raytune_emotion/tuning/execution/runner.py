@@ -17,10 +17,10 @@ from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import Resources, job_of
 from raytune_emotion.tuning.execution.placement import Placement
-from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, mended_tune
+from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, patch_tune
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import Between, Gate, Search, SmallerBatches
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.records import TrialRecord
 
@@ -90,7 +90,7 @@ def _run(
 
         def tune_trials() -> None:
             try:
-                _tune(recorder, study, placement, stop, lambda: say(_waiting(placement.resources)), scratch)
+                _tune(recorder, study, placement, stop, lambda: say(_message_of_waiting(placement.resources)), scratch)
             except Exception as error:
                 errors.append(error)
 
@@ -99,7 +99,7 @@ def _run(
         try:
             while thread.is_alive() and time.monotonic() < deadline:
                 if lost := failure():
-                    raise _lost(lost, study)
+                    raise _cluster_lost(lost, study)
                 thread.join(_LOOK_S)
             if time.monotonic() >= deadline:
                 say("the time budget is spent: trials that run are left as they are")
@@ -109,15 +109,15 @@ def _run(
         if errors and not recorder.broken:
             of_ray = isinstance(errors[0], RayError | ConnectionError)
             if lost := failure() or (first_line(errors[0]) if of_ray else ""):
-                raise _lost(lost, study) from errors[0]
+                raise _cluster_lost(lost, study) from errors[0]
             raise errors[0]
 
 
-def _lost(what: str, study: OpenStudy) -> ClusterLost:
+def _cluster_lost(what: str, study: OpenStudy) -> ClusterLost:
     return ClusterLost(f"{what}; the study can be resumed: {study.copy}")
 
 
-def _waiting(resources: Resources) -> str:
+def _message_of_waiting(resources: Resources) -> str:
     need = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.per_worker.items())
     times = f" {resources.workers} times" if resources.workers > 1 else ""
     return f"waiting for room on the cluster: a trial needs {need}{times}"
@@ -132,7 +132,7 @@ def _tune(
     scratch: str,
 ) -> None:
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(placement.concurrency)}
-    with environment(pending), mended_tune():
+    with environment(pending), patch_tune():
         # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
         tune.run(
             _trainable(placement.resources),
@@ -143,7 +143,7 @@ def _tune(
             reuse_actors=True,
             max_failures=study.spec.max_failures,
             stop=Gate(recorder, stop),
-            callbacks=[SmallerBatches(), Between(recorder, say_waiting)],
+            callbacks=[SmallerBatches(), BetweenEvents(recorder, say_waiting)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # What Tune writes of its own is of no use to us: the study's folder is the record.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD, Report
-from raytune_emotion.tuning.execution.job import Job, TrialFailed, newest_report, train_here, with_retry
+from raytune_emotion.tuning.execution.job import Job, TrialFailed, newest_report, train_here, train_with_retry
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class TrialActor:
         written = newest_report(self._job)
         if written is not None and not written["finished"]:
             yield written
-        yield from with_retry(self._job, self._attempt)
+        yield from train_with_retry(self._job, self._attempt)
         # Nothing was left to train: that the trial had ended was not heard.
         if written is not None:
             yield written

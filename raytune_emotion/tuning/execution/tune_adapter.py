@@ -11,7 +11,7 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.learn.report import Heard
-from raytune_emotion.tuning.execution.job import Job, halved
+from raytune_emotion.tuning.execution.job import Job, with_smaller_micro_batches
 from raytune_emotion.tuning.execution.ray_tune_patches import LOW_MEMORY, QuietProgress, make_trial, newest_error
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.trial_actor import ENDING
@@ -96,12 +96,12 @@ class SmallerBatches(tune.Callback):
     """Have a trial whose process was killed for want of memory go on in smaller micro-batches, where it can."""
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        smaller = halved(Job.from_dict(trial.config)) if LOW_MEMORY in newest_error(trial) else None
+        smaller = with_smaller_micro_batches(Job.from_dict(trial.config)) if LOW_MEMORY in newest_error(trial) else None
         if smaller is not None:
             trial.set_config(smaller.to_dict())  # type: ignore[no-untyped-call]
 
 
-class Between(QuietProgress):
+class BetweenEvents(QuietProgress):
     """Have the tables written between Tune's events, and say when no trial finds room."""
 
     def __init__(self, recorder: Recorder, say_waiting: Callable[[], None]) -> None:

@@ -26,11 +26,11 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.execution.job import Job, TrialFailed, train_on
 from raytune_emotion.tuning.execution.ray_train_patches import (
+    Announcer,
     Controller,
-    Introduce,
     PlainTrainer,
-    Reserved,
-    free_abandoned,
+    ReservedPlaces,
+    free_abandoned_groups,
     remove_group,
 )
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
@@ -46,7 +46,7 @@ _GO_ON, _STOP, _DONE = "go on", "stop", "done"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Failed:
+class _Failure:
     """Message: the trial has failed with this error."""
 
     error: TrialFailed | Breakdown
@@ -64,7 +64,7 @@ class Workers:
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
         # Ray Train accepts internal callbacks too; its annotation does not say so.
-        callbacks: list[Any] = [Introduce(self._messages)]
+        callbacks: list[Any] = [Announcer(self._messages)]
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
@@ -76,7 +76,7 @@ class Workers:
             run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
         )
         # `fit` blocks until the workers have ended.
-        self._run = in_background(trainer.fit)
+        self._run = run_in_background(trainer.fit)
 
     def train(self, job: Job) -> Generator[Report, None, None]:
         """Train a job on the workers and yield its reports. Close the generator to stop the trial.
@@ -127,9 +127,9 @@ class Workers:
                     self._run.result()
                     raise RuntimeError("the workers have ended by themselves") from None
                 if not self._placement_group:
-                    free_abandoned()
+                    free_abandoned_groups()
                 continue
-            if isinstance(message, _Failed):
+            if isinstance(message, _Failure):
                 raise message.error
             if not self._note(message):
                 return message
@@ -139,7 +139,7 @@ class Workers:
         """Remember a message about the workers themselves. Return False for a message about a trial."""
         if isinstance(message, Controller):
             self._controller = message
-        elif isinstance(message, Reserved):
+        elif isinstance(message, ReservedPlaces):
             self._placement_group = message.placement_group
         else:
             return False
@@ -151,7 +151,7 @@ class Workers:
             write_text(Path(job.folder) / PLACEMENT_GROUP, self._placement_group)
 
 
-def in_background(action: Callable[[], Any]) -> Future[Any]:
+def run_in_background(action: Callable[[], Any]) -> Future[Any]:
     """Run an action in a thread that does not keep the process alive: Ray Train may never come back from an abort."""
     future: Future[Any] = Future()
 
@@ -215,7 +215,7 @@ def _work(config: dict[str, Any]) -> None:
                     if heard() == _STOP:
                         break
         except (TrialFailed, Breakdown) as error:
-            messages.put(_Failed(error))
+            messages.put(_Failure(error))
             raise
         if first:
             messages.put(_DONE)

@@ -14,7 +14,13 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_table, typed
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
-from raytune_emotion.tuning.study.confirmation import HEADINGS, STANDINGS, Standing, standings, write_standings
+from raytune_emotion.tuning.study.confirmation import (
+    CONFIRMED_TABLE,
+    HEADINGS,
+    ConfirmedConfiguration,
+    rank_confirmed,
+    write_confirmed,
+)
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import trial_folder, winner
@@ -68,12 +74,12 @@ next:
 def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:
     """Say how the configurations stand, and export the winner once all is done."""
     folder, spec, records = study.folder, study.spec, study.records()
-    found = standings(spec, records)
-    write_standings(folder, found)
+    found = rank_confirmed(spec, records)
+    write_confirmed(folder, found)
     write_report(folder, spec, records)
     table = plain_table(*HEADINGS)
-    for standing in found:
-        table.add_row(*standing.cells)
+    for configuration in found:
+        table.add_row(*configuration.cells)
     console.print(table)
     if not whole:
         console.print(f"the same command goes on: python -m raytune_emotion.confirm {folder.parent}")
@@ -83,14 +89,14 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
         raise Breakdown(f"{folder}: no run has come to its end; why is in the last column of {folder / 'trials.csv'}")
     _export(folder, winner, len(found))
     console.print(
-        f"""best mean   {winner.in_words}, trial {winner.trial_id} of the search
+        f"""best mean   {winner.summary}, trial {winner.trial_id} of the search
 exported    {folder / "best"}, the run in the middle ({winner.median.trial_id})
-table       {folder / STANDINGS}
+table       {folder / CONFIRMED_TABLE}
 page        {folder / REPORT}"""
     )
 
 
-def _export(folder: Path, winner: Standing, configurations: int) -> None:
+def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -> None:
     """Exports the run of the winner that is in the middle, lest the luck of a seed be exported."""
     run = winner.median
     trained = trial_folder(folder, run.trial_id)
@@ -102,7 +108,7 @@ def _export(folder: Path, winner: Standing, configurations: int) -> None:
     }
     notes = [
         f"The configuration of trial {winner.trial_id} of the study {folder.parent.name}, the best of {configurations} "
-        f"with fresh seeds: JS {winner.in_words}.",
+        f"with fresh seeds: JS {winner.summary}.",
         f"These weights are of the run in the middle, trial {run.trial_id} of the confirmation.",
     ]
     report = cast("Report", {**best.report, **confirmed})

@@ -32,7 +32,13 @@ from raytune_emotion.tuning.report.winner import (
     predict_winner,
     predictions_table,
 )
-from raytune_emotion.tuning.study.confirmation import CONFIRMED, HEADINGS, STANDINGS, Standing, standings
+from raytune_emotion.tuning.study.confirmation import (
+    CONFIRMED,
+    CONFIRMED_TABLE,
+    HEADINGS,
+    ConfirmedConfiguration,
+    rank_confirmed,
+)
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, frontier, winner
 from raytune_emotion.tuning.study.spec import StudySpec
 
@@ -54,7 +60,7 @@ _AIMS = {
 
 def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> None:
     """Write the page of a study, and its plots and tables as PNG and CSV files."""
-    found = standings(spec, records)
+    found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
     predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
     data = gather(spec, records, None if isinstance(predictions, str) else predictions)
@@ -85,7 +91,7 @@ def _render(
     folder: Path,
     data: StudyData,
     leader: TrialRecord | None,
-    found: Sequence[Standing],
+    found: Sequence[ConfirmedConfiguration],
     predictions: Predictions | str,
 ) -> str:
     environment = jinja2.Environment(
@@ -130,8 +136,8 @@ def _render(
         cheaper=objective.cheaper,
         front_headings=FRONT,
         front=front_rows(list(data.records), objective) if objective.front else [],
-        standings=found,
-        standing_headings=HEADINGS,
+        configurations=found,
+        configuration_headings=HEADINGS,
         contents=_contents(data, predictions),
     )
 
@@ -140,7 +146,7 @@ def _winner_parts(
     folder: Path,
     data: StudyData,
     leader: TrialRecord | None,
-    found: Sequence[Standing],
+    found: Sequence[ConfirmedConfiguration],
     predictions: Predictions | str,
 ) -> dict[str, Any]:
     best: Mapping[str, Any] = leader.best if leader and leader.best else {}
@@ -159,7 +165,7 @@ def _winner_parts(
     return {
         "best": leader if best else None,
         "confirmed": confirmed,
-        "standing_words": f"The run in the middle of the {len(found[0].runs)} of its configuration"
+        "note": f"The run in the middle of the {len(found[0].runs)} of its configuration"
         if found and found[0].runs
         else "",
         "epochs_of_best": _count(best.get("epoch", 0), "epoch"),
@@ -171,12 +177,12 @@ def _winner_parts(
     }
 
 
-def _confirmed(folder: Path, found: Sequence[Standing]) -> dict[str, Any] | None:
+def _confirmed(folder: Path, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
     """Return the mean of the best configuration over seeds: of this confirmation, or of the one in a study's folder."""
     if found and found[0].mean is not None:
         rows = [found[0].row]
-    elif (folder / CONFIRMED / STANDINGS).exists():
-        table = pd.read_csv(folder / CONFIRMED / STANDINGS, dtype={"trial_id": str})
+    elif (folder / CONFIRMED / CONFIRMED_TABLE).exists():
+        table = pd.read_csv(folder / CONFIRMED / CONFIRMED_TABLE, dtype={"trial_id": str})
         rows = [{str(k): v for k, v in row.items()} for row in table[table.mean_js.notna()].to_dict("records")]
     else:
         rows = []

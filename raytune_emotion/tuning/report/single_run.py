@@ -20,8 +20,15 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.terminal import count, plain_console, short, typed
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, watched
-from raytune_emotion.tuning.execution.job import Job, Resources, TrialFailed, Unfit, train_here, with_retry
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
+from raytune_emotion.tuning.execution.job import (
+    InvalidForRun,
+    Job,
+    Resources,
+    TrialFailed,
+    train_here,
+    train_with_retry,
+)
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
 
 
@@ -99,7 +106,7 @@ def _train_on_cluster(
         place = fit_to_cluster(workers=workers.count, gpus_per_worker=workers.gpus_per_worker, concurrency=1)
 
         def together(job: Job) -> Iterator[Report]:
-            return watched(train_together(job), cluster)
+            return iterate_watched(train_together(job), cluster)
 
         _train(console, folder, config, store, place.resources, together, fresh=fresh)
 
@@ -118,12 +125,12 @@ def _train(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with exclusive_lock(folder):
-            for report in with_retry(job, train):
+            for report in train_with_retry(job, train):
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
                 )
-    except Unfit as error:
+    except InvalidForRun as error:
         raise UserError(error.faults) from None
     except TrialFailed as error:
         raise Breakdown(f"{folder}: the training failed: {error}") from None

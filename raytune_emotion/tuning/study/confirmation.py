@@ -19,14 +19,14 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
-from raytune_emotion.tuning.study.optuna_study import CONFIRMS, sole_driver
+from raytune_emotion.tuning.study.optuna_study import CONFIRMS, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
 
 #: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
-STANDINGS = "confirmed.csv"
+CONFIRMED_TABLE = "confirmed.csv"
 
 HEADINGS = ("trial", "mean JS, bits", "standard error", "seeds", "failed", "JS in the search")
 
@@ -34,7 +34,7 @@ _SEED = "train.seed"
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class ConfirmedConfiguration:
     """One confirmed configuration with its runs, one per seed."""
 
     trial_id: str  # in the search
@@ -54,7 +54,7 @@ class Standing:
         return statistics.stdev(self._js) / math.sqrt(n) if n > 1 else None
 
     @property
-    def in_words(self) -> str:
+    def summary(self) -> str:
         if self.standard_error is None:
             return f"{self.mean:.4f} bits (one seed)"
         n = len(self.runs)
@@ -115,13 +115,13 @@ def fresh_seeds(seed: int, count: int) -> list[int]:
     return [(seed + 1 + i) % 2**31 for i in range(count)]
 
 
-def standings(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Standing]:
+def rank_confirmed(spec: StudySpec, records: Sequence[TrialRecord]) -> list[ConfirmedConfiguration]:
     """Rank the configurations of a confirmation by their mean JS.
 
     Configurations with failed runs come after the others, those without a complete run last.
     """
     found = [
-        Standing(
+        ConfirmedConfiguration(
             trial_id,
             searched_js,
             tuple(best_first([r for r in records if r.confirms == trial_id and r.status == "complete"])),
@@ -132,9 +132,11 @@ def standings(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Standing]
     return sorted(found, key=lambda s: (not s.runs, s.failed, s.mean or 0.0))
 
 
-def write_standings(folder: Path, found: Iterable[Standing]) -> None:
+def write_confirmed(folder: Path, found: Iterable[ConfirmedConfiguration]) -> None:
     """Write `confirmed.csv`."""
-    write_text(folder / STANDINGS, pd.DataFrame([standing.row for standing in found]).to_csv(index=False))
+    write_text(
+        folder / CONFIRMED_TABLE, pd.DataFrame([configuration.row for configuration in found]).to_csv(index=False)
+    )
 
 
 def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialRecord], StudySpec]:
@@ -178,14 +180,14 @@ def make_confirmation(folder: Path, spec: StudySpec) -> None:
     if (folder / SPEC).exists():
         return
     if folder.exists():
-        with sole_driver(folder):
+        with study_lock(folder):
             if others := sorted({path.name for path in folder.iterdir()} - {LOCK}):
                 raise UserError(f"{folder}: holds {', '.join(others[:5])} and is no confirmation; move that away")
             shutil.rmtree(folder)
     make_study(folder, spec)
 
 
-def with_runs(study: OpenStudy, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> OpenStudy:
+def enqueue_runs(study: OpenStudy, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> OpenStudy:
     """Enqueue the runs that a confirmation lacks; those that it has stay."""
     enqueue(study.optuna, chosen, seeds)
     return study.with_spec(dataclasses.replace(spec, trials=len(study.optuna.get_trials(deepcopy=False))))

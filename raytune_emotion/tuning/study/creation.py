@@ -20,8 +20,8 @@ from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, sole_driver
-from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
+from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute_path
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, created_at, read_spec
 
 _GENERATED = "generated faces"
@@ -68,7 +68,7 @@ def open_existing(place: Location, held: ExitStack) -> OpenStudy:
     """
     folder = place.working_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(sole_driver(folder))
+    held.enter_context(study_lock(folder))
     if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
         place.set_aside_copy()
     place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
@@ -92,11 +92,11 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
         UserError: there are such faults; what is asked for is of another study; its data or weights are gone.
     """
     spec, space = study.spec, study.space
-    faults = _changes(request, study) + faults
+    faults = _forbidden_changes(request, study) + faults
     if request.epochs is not None and request.epochs < spec.epochs:
         faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
     stores = spec.stores
-    data = request.data or _found_again(spec)
+    data = request.data or _find_data_again(spec)
     if data is not None:
         with collecting(faults):
             moved = _stores(find_data(data), space, skip_bad=request.skip_bad)
@@ -106,7 +106,7 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
     else:
         with collecting(faults):
             check_stores(spec, "name the data with --data")
-    for model in _models(space, absolute(request.weights_dir) or spec.weights_dir):
+    for model in _models(space, absolute_path(request.weights_dir) or spec.weights_dir):
         with collecting(faults):
             check_weights(model)
     if faults:
@@ -118,13 +118,13 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
         "workers_per_trial": request.workers_per_trial,
         "gpus_per_worker": request.gpu_share,
         "max_failures": request.max_failures,
-        "weights_dir": absolute(request.weights_dir),
+        "weights_dir": absolute_path(request.weights_dir),
     }
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(spec, stores=stores, **given)
 
 
-def _changes(request: SearchRequest, study: OpenStudy) -> list[str]:
+def _forbidden_changes(request: SearchRequest, study: OpenStudy) -> list[str]:
     """List what is asked for and would make another study of it. To repeat what the study has is no error."""
     spec = study.spec
     kept = ("objective", "sampler", "scheduler", "seed")
@@ -146,7 +146,7 @@ def _changes(request: SearchRequest, study: OpenStudy) -> list[str]:
     ]
 
 
-def _found_again(spec: StudySpec) -> Location | None:
+def _find_data_again(spec: StudySpec) -> Location | None:
     """Return where the data of a study lie, if its packed stores are not on this machine; None if they are."""
     if all(is_store(path) for path in spec.stores.values()):
         return None

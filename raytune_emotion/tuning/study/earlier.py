@@ -11,7 +11,7 @@ from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.forecast import curves_of
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-from raytune_emotion.tuning.study.records import opened
+from raytune_emotion.tuning.study.records import study_files
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 
 #: Trials that must have reported before a study says anything about what is good.
@@ -28,7 +28,7 @@ def gather_earlier(studies: Sequence[Location]) -> str:
     faults: list[str] = []
     for place in studies:
         try:
-            with opened(place, JOURNAL) as folder:
+            with study_files(place, JOURNAL) as folder:
                 space = read_spec(folder).space
                 trials = load_study(folder).get_trials(deepcopy=False)
         except UserError as error:

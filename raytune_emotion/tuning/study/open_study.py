@@ -15,8 +15,15 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.warm_start import write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.optuna_study import asked, create_study, extend, load_study, sole_driver
-from raytune_emotion.tuning.study.records import TrialRecord, best_first, losers, read_records, trial_folder, winner
+from raytune_emotion.tuning.study.optuna_study import create_study, extend, list_trials, load_study, study_lock
+from raytune_emotion.tuning.study.records import (
+    TrialRecord,
+    best_first,
+    read_records,
+    trial_folder,
+    trials_to_strip,
+    winner,
+)
 from raytune_emotion.tuning.study.remote_copy import RemoteCopy
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
 
@@ -43,12 +50,12 @@ class OpenStudy:
         return read_records(self.folder, self.optuna, known)
 
     def record(self, trial_id: str) -> TrialRecord:
-        (record,) = (r for r in self.records({t.trial_id for t in asked(self.optuna)} - {trial_id}))
+        (record,) = (r for r in self.records({t.trial_id for t in list_trials(self.optuna)} - {trial_id}))
         return record
 
     def is_over(self) -> bool:
         """Whether as many trials as were asked for have ended."""
-        trials = asked(self.optuna)
+        trials = list_trials(self.optuna)
         return len(trials) >= self.spec.trials and not any(t.status in ("running", "paused") for t in trials)
 
     def best_trial(self) -> TrialRecord:
@@ -109,7 +116,7 @@ def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenS
         UserError: there is no study, it is damaged, or another process is at work on it.
     """
     read_spec(folder)  # before a lock is made in a folder that is no study
-    with sole_driver(folder):
+    with study_lock(folder):
         yield load(folder, location)
 
 
@@ -123,7 +130,7 @@ def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
         spec: with more epochs.
     """
     records = study.records()
-    lost = {*losers(records, study.objective)}
+    lost = {*trials_to_strip(records, study.objective)}
     # Those whose weights are kept, and that have run to the end that was, not out of patience.
     can = [
         record.trial_id
@@ -134,5 +141,5 @@ def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
         and study.copy.has(f"trials/{record.trial_id}/{LAST}")
     ]
     extend(study.optuna, can)
-    trials = max(spec.trials, len(asked(study.optuna))) + len(can)
+    trials = max(spec.trials, len(list_trials(study.optuna))) + len(can)
     return study.with_spec(dataclasses.replace(spec, trials=trials))

@@ -16,7 +16,7 @@ def reopen(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
     return optuna.Trial(study, trial._trial_id)
 
 
-def stored(trial: optuna.Trial) -> FrozenTrial:
+def stored_trial(trial: optuna.Trial) -> FrozenTrial:
     """Return a trial as the storage has it; the public way lists all trials, and takes longer with each of them."""
     return trial.storage.get_trial(trial._trial_id)
 

@@ -36,7 +36,7 @@ from raytune_emotion.tuning.policy.decisions import (
     best_js,
 )
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored
+from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored_trial
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 Status = Literal["complete", "pruned", "failed", "running", "paused"]
@@ -65,7 +65,7 @@ class Proposal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class StudyTrial:
     """A trial that Optuna knows of."""
 
     trial_id: str
@@ -123,7 +123,7 @@ class Searcher:
                 return answer
             if answer.params:
                 self._study.enqueue_trial(dict(answer.params))
-        return self._settle(self._study.ask())
+        return self._sample_settings(self._study.ask())
 
     def decide(self, trial_id: str, report: Heard, limits: Limits) -> Decision:
         """Answer what becomes of a trial after a report that was observed."""
@@ -142,31 +142,31 @@ class Searcher:
         """Complete the trials whose asking was interrupted before they could run."""
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING and SETTINGS not in trial.user_attrs:
-                self._settle(reopen(self._study, trial))
+                self._sample_settings(reopen(self._study, trial))
 
-    def _settle(self, trial: optuna.Trial) -> Proposal:
+    def _sample_settings(self, trial: optuna.Trial) -> Proposal:
         # In a confirmation they are there already.
         settings = trial.user_attrs.get(SETTINGS)
         if settings is None:
             self._study.sampler = self._sampler(trial.number)
             settings = self._space.suggest(trial)
             trial.set_user_attr(SETTINGS, settings)
-        return self._opened(trial, settings)
+        return self._proposal_of(trial, settings)
 
     def resume(self, trial_id: str) -> Proposal:
         """Take up a trial that has begun, and has not ended."""
-        frozen = self._frozen(trial_id)
+        frozen = self._stored_trial(trial_id)
         trial = reopen(self._study, frozen)
         if frozen.user_attrs.get(PAUSED):
             trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + 1)
             trial.set_user_attr(PAUSED, False)
-        return self._opened(trial, frozen.user_attrs[SETTINGS])
+        return self._proposal_of(trial, frozen.user_attrs[SETTINGS])
 
     def observe(self, trial_id: str, report: Heard) -> bool:
         """Tell a report of a running trial. Returns whether it was new."""
         trial = self._handles[trial_id]
         step = int(report["report"])
-        if step in stored(trial).intermediate_values:
+        if step in stored_trial(trial).intermediate_values:
             return False
         if self._cost is not None:
             trial.set_user_attr(COST, self._cost(report))
@@ -187,32 +187,32 @@ class Searcher:
             trial.set_user_attr("reason", reason)
         if seconds is not None:
             trial.set_user_attr(SECONDS, seconds)
-        value = best_js(stored(trial)) if status == "complete" else None
+        value = best_js(stored_trial(trial)) if status == "complete" else None
         self._study.tell(trial, value, state=_STATES[status])
         del self._handles[trial_id]
 
-    def _opened(self, trial: optuna.Trial, settings: dict[str, Any]) -> Proposal:
+    def _proposal_of(self, trial: optuna.Trial, settings: dict[str, Any]) -> Proposal:
         proposal = Proposal(trial_id_of(trial.number), settings, trial.user_attrs.get(CONTINUES))
         self._handles[proposal.trial_id] = trial
         return proposal
 
-    def _frozen(self, trial_id: str) -> FrozenTrial:
+    def _stored_trial(self, trial_id: str) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[int(trial_id)]
 
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
     """Enqueue continuations of complete trials, which go on from their last epoch. Skip trials that have one."""
-    waiting = continued(study)
+    waiting = trials_to_continue(study)
     for trial_id in trial_ids:
         if trial_id not in waiting:
             ended = study.get_trials(deepcopy=False)[int(trial_id)]
             study.enqueue_trial(ended.params, user_attrs={CONTINUES: trial_id})
 
 
-def asked(study: optuna.Study) -> list[Asked]:
+def list_trials(study: optuna.Study) -> list[StudyTrial]:
     """Return every trial that was ever asked for, in order."""
     return [
-        Asked(
+        StudyTrial(
             trial_id_of(trial.number),
             "paused" if trial.state == TrialState.RUNNING and trial.user_attrs.get(PAUSED) else _STATUSES[trial.state],
             # A trial without settings is one whose asking was interrupted.
@@ -226,7 +226,7 @@ def asked(study: optuna.Study) -> list[Asked]:
     ]
 
 
-def continued(study: optuna.Study) -> set[str]:
+def trials_to_continue(study: optuna.Study) -> set[str]:
     """Return the trials that a waiting or running trial goes on from."""
     open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
     return {trial.user_attrs[CONTINUES] for trial in open_ones if CONTINUES in trial.user_attrs}
@@ -267,7 +267,7 @@ def load_study(folder: Path) -> optuna.Study:
 
 
 @contextlib.contextmanager
-def sole_driver(folder: Path) -> Iterator[None]:
+def study_lock(folder: Path) -> Iterator[None]:
     """Lock a study's folder for this process: two processes that run its trials would overwrite each other's files.
 
     Raises:

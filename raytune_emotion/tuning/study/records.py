@@ -19,7 +19,7 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import atomic_write
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
-from raytune_emotion.tuning.study.optuna_study import Status, asked
+from raytune_emotion.tuning.study.optuna_study import Status, list_trials
 from raytune_emotion.tuning.study.spec import SPEC
 
 #: Number of ended trials whose weights are kept.
@@ -53,7 +53,7 @@ def trial_folder(study: Path, trial_id: str) -> Path:
 
 
 @contextlib.contextmanager
-def opened(study: Location, *patterns: str) -> Iterator[Path]:
+def study_files(study: Location, *patterns: str) -> Iterator[Path]:
     """Provide the files of a study that match a pattern, and its spec, in a folder of this machine.
 
     Raises:
@@ -75,7 +75,7 @@ def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ())
             t.continues,
             t.confirms,
         )
-        for t in asked(study)
+        for t in list_trials(study)
         if t.trial_id not in known
     ]
 
@@ -109,7 +109,7 @@ def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialReco
     return pareto_front(ranked, lambda record: cost(record.best) if record.best else math.inf)
 
 
-def losers(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
+def trials_to_strip(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
     """List the ended trials whose weights are deleted, so that the disk does not fill up.
 
     The best trials keep theirs, as do those on a Pareto front that the study searches for, and those in `spared`.
@@ -119,7 +119,7 @@ def losers(records: list[TrialRecord], objective: Objective, spared: Collection[
     return [record.trial_id for record in ended[KEPT:] if record.trial_id not in {*front, *spared}]
 
 
-def drop_checkpoints(folder: Path, trial_ids: Iterable[str]) -> None:
+def delete_weights(folder: Path, trial_ids: Iterable[str]) -> None:
     """Delete the weights of trials."""
     for trial_id in trial_ids:
         for file in trial_folder(folder, trial_id).glob("*.safetensors"):

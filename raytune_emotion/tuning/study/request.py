@@ -59,7 +59,11 @@ class SearchRequest:
         Raises:
             UserError: with every error of the file.
         """
-        given = {"train.epochs": self.epochs, "train.seed": self.seed, "model.weights_dir": absolute(self.weights_dir)}
+        given = {
+            "train.epochs": self.epochs,
+            "train.seed": self.seed,
+            "model.weights_dir": absolute_path(self.weights_dir),
+        }
         given = {key: value for key, value in given.items() if value is not None}
         fixed = load_space(self.space_file, overrides=given).fixed
         settled: dict[str, Any] = {"train.epochs": fixed.get("train.epochs", DEFAULT_EPOCHS)}
@@ -67,7 +71,7 @@ class SearchRequest:
             settled["train.seed"] = fixed["train.seed"]
         if fixed.get("model.weights_dir") is not None:
             # Trials run in other folders than this one.
-            settled["model.weights_dir"] = absolute(Path(fixed["model.weights_dir"]))
+            settled["model.weights_dir"] = absolute_path(Path(fixed["model.weights_dir"]))
         return load_space(self.space_file, overrides=settled)
 
     def find_study(self) -> Location:
@@ -107,5 +111,5 @@ class ConfirmRequest:
     address: str | None = None
 
 
-def absolute(path: Path | None) -> str | None:
+def absolute_path(path: Path | None) -> str | None:
     return str(path.expanduser().absolute()) if path is not None else None

@@ -87,7 +87,7 @@ def write_spec(folder: Path, spec: StudySpec) -> None:
     text = io.StringIO()
     before = (folder / SPEC).read_bytes() if (folder / SPEC).exists() else None
     created = created_at(before) or datetime.now(timezone.utc).isoformat(timespec="seconds")
-    YAML().dump({**_plain(dataclasses.asdict(spec)), "created": created, **_surroundings()}, text)
+    YAML().dump({**_plain_values(dataclasses.asdict(spec)), "created": created, **_environment()}, text)
     write_text(folder / SPEC, text.getvalue())
 
 
@@ -113,8 +113,8 @@ def read_spec(folder: Path) -> StudySpec:
         raise UserError(f"{file}: cannot be read: {error.strerror}; name a folder of your own studies") from None
     except ValidationError as error:
         raise UserError(
-            f"{file}: damaged ({'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, got {_short(e['input'])}); restore "
-            f"it from a copy"
+            f"{file}: damaged ({'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}, got {_excerpt(e['input'])}); "
+            f"restore it from a copy"
             for e in error.errors()
         ) from None
     except KeyError as error:
@@ -130,7 +130,7 @@ def studies_in(results: Location) -> list[str]:
     return [name for name, size in found if size is not None][:_LISTED]
 
 
-def _short(value: object) -> str:
+def _excerpt(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:39]}…"
 
@@ -159,13 +159,13 @@ def check_stores(spec: StudySpec, advice: str) -> None:
         raise UserError(faults)
 
 
-def _plain(value: Any) -> Any:
+def _plain_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _plain_values(item) for key, item in value.items()}
+    return [_plain_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _surroundings() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     packages = ("torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
     # The package itself need not be installed: its folder on the path is enough.
     own = {"raytune_emotion": __version__}

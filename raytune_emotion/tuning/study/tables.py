@@ -12,7 +12,7 @@ from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, asked
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, list_trials
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 
 TRIALS, CURVES = "trials.csv", "curves.parquet"
@@ -37,7 +37,7 @@ class Tables:
 
     def __init__(self, study: OpenStudy) -> None:
         self._study = study
-        self._ended: dict[str, TrialRecord] = {}  # thinned
+        self._ended: dict[str, TrialRecord] = {}  # with two reports each
         self._curves = [curves_of(())]  # of the ended; concatenated when they are written, as each copy takes time
         self._stale = False  # whether the tables lack an ending
         self._due = 0.0
@@ -49,7 +49,7 @@ class Tables:
     def read(self) -> list[TrialRecord]:
         """Read all trials, keep those that have ended, and return the others."""
         # What trials of this or other machines have reported.
-        unknown = [t.trial_id for t in asked(self._study.optuna) if t.trial_id not in self._ended]
+        unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in self._ended]
         self._study.copy.pull(f"trials/{trial_id}/{HISTORY}" for trial_id in unknown)
         records = self._study.records(self._ended)
         self._keep([record for record in records if record.ended])
@@ -70,15 +70,15 @@ class Tables:
         """Bring the tables of the study, and their remote copy, up to date."""
         began = time.monotonic()
         running = self.read()
-        self._curves = [joined(*self._curves)]
-        write_tables(self._study.folder, [*self.ended, *running], joined(*self._curves, curves_of(running)))
+        self._curves = [concatenate(*self._curves)]
+        write_tables(self._study.folder, [*self.ended, *running], concatenate(*self._curves, curves_of(running)))
         self._study.copy.push(JOURNAL, TRIALS, CURVES)
         self._stale = False
         self._due = time.monotonic() + _REST * (time.monotonic() - began)
 
     def _keep(self, records: list[TrialRecord]) -> None:
         self._curves.append(curves_of(records))
-        self._ended |= {record.trial_id: thinned(record) for record in records}
+        self._ended |= {record.trial_id: keep_two_reports(record) for record in records}
 
 
 def curves_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
@@ -93,12 +93,12 @@ def trials_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
     return table.reindex(columns=[*_FIRST_COLUMNS, *rest])
 
 
-def joined(*frames: pd.DataFrame) -> pd.DataFrame:
+def concatenate(*frames: pd.DataFrame) -> pd.DataFrame:
     """Concatenate frames. Empty frames are left out: they have no types, and would change those of the others."""
     return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
 
 
-def thinned(record: TrialRecord) -> TrialRecord:
+def keep_two_reports(record: TrialRecord) -> TrialRecord:
     """Keep only the two reports of a trial that its rank and its table row need."""
     kept = [report for report in record.reports if report is record.best or report is record.reports[-1]]
     return dataclasses.replace(record, reports=tuple(kept))
@@ -109,7 +109,7 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
 
     Args:
         folder: of the study.
-        records: of its trials; they may be thinned if `curves` are given.
+        records: of its trials; two reports of each suffice if `curves` are given.
         curves: of the same trials.
     """
     write_text(folder / TRIALS, trials_of(records).to_csv(index=False))

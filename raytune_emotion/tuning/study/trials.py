@@ -32,11 +32,11 @@ def find_trial(text: str, known: Iterable[str], study: object) -> str:
     known = sorted(known)
     wanted = as_trial_id(text)
     if wanted not in known:
-        raise UserError(f"{study}: there is no trial {text}; {named(known)}")
+        raise UserError(f"{study}: there is no trial {text}; {describe_ids(known)}")
     return wanted
 
 
-def named(ids: list[str]) -> str:
+def describe_ids(ids: list[str]) -> str:
     """Say which trials there are, a row of them by its ends."""
     if not ids:
         return "no trial has begun"

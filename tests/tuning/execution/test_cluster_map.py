@@ -12,7 +12,7 @@ import ray
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.execution.cluster_map import on_all_nodes
+from raytune_emotion.tuning.execution.cluster_map import cluster_map
 from tests.support.commands import heed_ctrl_c
 from tests.support.faces import write_folder
 from tests.support.folders import files_of
@@ -30,7 +30,7 @@ def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
     def refuse(number):
         raise UserError([f"{number} is wrong", "and so is this"])
 
-    with on_all_nodes() as pmap:
+    with cluster_map() as pmap:
         found = list(pmap(die_once, iter(range(3))))
         assert [number for number, _ in found] == [0, 1, 2]
         assert os.getpid() not in {process for _, process in found}
@@ -41,7 +41,7 @@ def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
 
 
 def test_a_cluster_packs_the_stores_of_one_machine(cluster, faces, tmp_path):
-    with on_all_nodes() as pmap:
+    with cluster_map() as pmap:
         pack_sizes(Folder(faces), {size: Folder(tmp_path / f"{size}px") for size in (16, 24)}, pmap=pmap)
     for size in (16, 24):
         alone = pack(faces, tmp_path / f"alone{size}", image_size=size)

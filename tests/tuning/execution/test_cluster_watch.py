@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from raytune_emotion.tuning.execution import cluster_watch
-from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, ClusterWatch, watched
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, ClusterWatch, iterate_watched
 
 
 @pytest.fixture
@@ -122,13 +122,13 @@ def test_the_time_for_which_the_watch_itself_was_stopped_does_not_count(watch, p
 def test_reports_are_heard_from_another_thread_and_a_death_is_raised():
     failure = []
     dead = SimpleNamespace(failure=lambda: failure[0] if failure else "")
-    assert list(watched((i for i in range(3)), dead)) == [0, 1, 2]
+    assert list(iterate_watched((i for i in range(3)), dead)) == [0, 1, 2]
 
     def broken():
         yield 1
         raise ValueError("of the training")
 
-    reports = watched(broken(), dead)
+    reports = iterate_watched(broken(), dead)
     assert next(reports) == 1
     with pytest.raises(ValueError, match="of the training"):
         next(reports)
@@ -137,7 +137,7 @@ def test_reports_are_heard_from_another_thread_and_a_death_is_raised():
         yield 1
         time.sleep(30)
 
-    with contextlib.closing(watched(frozen(), dead)) as reports:
+    with contextlib.closing(iterate_watched(frozen(), dead)) as reports:
         assert next(reports) == 1
         failure.append("Ray has died")
         with pytest.raises(ClusterLost, match="Ray has died"):

@@ -1,4 +1,4 @@
-from raytune_emotion.tuning.execution.gpu_sharing import heaviest
+from raytune_emotion.tuning.execution.gpu_sharing import heaviest_configurations
 from tests.support.studies import spec_of
 
 SPACE = {
@@ -13,7 +13,7 @@ SPACE = {
 
 def test_each_backbone_is_tried_where_it_takes_the_most_memory(store):
     spec = spec_of(store, name="study", space=SPACE, trials=1, epochs=2)
-    found = heaviest(spec)
+    found = heaviest_configurations(spec)
     assert {*found} == {"test_resnet", "test_vit"}
     for settings in found.values():
         assert settings["data.image_size"] == 48

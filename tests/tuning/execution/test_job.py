@@ -13,9 +13,9 @@ from raytune_emotion.tuning.execution.job import (
     OutOfMemory,
     Resources,
     TrialFailed,
-    halved,
     train_here,
-    with_retry,
+    train_with_retry,
+    with_smaller_micro_batches,
 )
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
@@ -42,7 +42,7 @@ def test_the_second_attempt_has_the_memory_of_the_first():
             raise OutOfMemory("out of memory")
         yield {"freed": alive[0]() is None}
 
-    assert list(with_retry(JOB, attempt)) == [{"freed": True}]
+    assert list(train_with_retry(JOB, attempt)) == [{"freed": True}]
     assert accumulated == [1, 2]
 
 
@@ -55,7 +55,7 @@ def test_there_is_no_third_attempt():
         yield
 
     with pytest.raises(OutOfMemory):
-        list(with_retry(JOB, attempt))
+        list(train_with_retry(JOB, attempt))
     assert accumulated == [1, 2]
 
 
@@ -95,11 +95,11 @@ def test_only_what_would_end_alike_again_fails_a_trial(tmp_path, monkeypatch, fo
 
 def test_halving_ends_at_one_row():
     job, accumulated = JOB, []
-    while (job := halved(job)) is not None:
+    while (job := with_smaller_micro_batches(job)) is not None:
         accumulated.append(job.settings["train.accumulate"])
     assert accumulated == [2, 4]
 
 
 def test_a_smaller_attempt_leaves_the_images_in_their_files():
     assert JOB.resident
-    assert not halved(JOB).resident
+    assert not with_smaller_micro_batches(JOB).resident

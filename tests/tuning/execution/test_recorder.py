@@ -12,7 +12,7 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, LAST
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import recorder as recorder_module
-from raytune_emotion.tuning.execution.recorder import HOPELESS, Recorder
+from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
 from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, Begin, Prune, TakeUp
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
@@ -139,7 +139,7 @@ def test_ten_failures_in_a_row_end_the_study_with_their_reason(tmp_path, store):
         else:
             recorder.end(proposal.trial_id, Failed(f"diverged at {ended}"))
         ended += 1
-    assert ended == 4 + HOPELESS
+    assert ended == 4 + MAX_FAILURES_IN_A_ROW
     with pytest.raises(Breakdown) as raised:
         recorder.close()
     assert str(raised.value) == (

@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
 from raytune_emotion.tuning.execution.trial_actor import ENDING
-from raytune_emotion.tuning.execution.tune_adapter import Between, Gate, Search
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -75,7 +75,7 @@ def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(monkeypatch):
 def test_a_cluster_without_room_is_said_once(monkeypatch, status):
     now, said = [0.0], []
     monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])
-    between = Between(Recorder(), lambda: said.append(now[0]))
+    between = BetweenEvents(Recorder(), lambda: said.append(now[0]))
     for second in range(0, 100, 5):
         now[0] = float(second)
         between.on_step_end(second, [SimpleNamespace(status=status)])

@@ -3,13 +3,13 @@ import sys
 
 import pytest
 
-from raytune_emotion.tuning.execution.worker_group import in_background
+from raytune_emotion.tuning.execution.worker_group import run_in_background
 
 
 def test_an_action_in_the_background_gives_its_result_or_raises_its_error():
-    assert in_background(lambda: 3).result(timeout=10) == 3
+    assert run_in_background(lambda: 3).result(timeout=10) == 3
     with pytest.raises(ZeroDivisionError):
-        in_background(lambda: 1 / 0).result(timeout=10)
+        run_in_background(lambda: 1 / 0).result(timeout=10)
 
 
 def test_a_process_ends_though_an_action_in_the_background_does_not():

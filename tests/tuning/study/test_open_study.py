@@ -4,7 +4,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.study import open_study as module
 from raytune_emotion.tuning.study.open_study import load, make_study, open_study
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, sole_driver
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
 from raytune_emotion.tuning.study.spec import SPEC
 from tests.support.studies import spec_of
 
@@ -48,7 +48,7 @@ def test_what_is_no_study_is_not_locked(tmp_path):
 
 def test_a_lock_file_of_a_dead_search_is_no_obstacle(tmp_path, store):
     make_study(tmp_path / "study", spec_of(store))
-    with sole_driver(tmp_path / "study"):
+    with study_lock(tmp_path / "study"):
         pass
     with open_study(tmp_path / "study"):
         pass

@@ -7,7 +7,7 @@ import optuna
 from optuna.storages.journal import JournalFileSymlinkLock
 
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_patches import reopen, stored
+from raytune_emotion.tuning.study.optuna_patches import reopen, stored_trial
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study
 from tests.support.studies import SEARCH_SPACE
 
@@ -18,7 +18,7 @@ def test_a_trial_can_be_reopened_by_its_number():
     asked = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
     again = reopen(study, study.trials[0])
     again.report(0.5, 1)
-    assert stored(asked).intermediate_values == {1: 0.5}
+    assert stored_trial(asked).intermediate_values == {1: 0.5}
 
 
 def test_the_lock_of_a_journal_can_be_released():

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, asked, create_study, load_study, sole_driver
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, list_trials, load_study, study_lock
 from tests.support.reports import short_report
 from tests.support.studies import SEARCH_SPACE, SPACE_BACKBONES, searcher_of
 
@@ -47,7 +47,7 @@ def test_each_ending_keeps_its_name(tmp_path, space):
     assert told[0].value == 0.3
     assert told[0].intermediate_values == {1: 0.5, 2: 0.3, 3: 0.4}
     assert told[1].value == 0.6
-    records = asked(load_study(tmp_path))
+    records = list_trials(load_study(tmp_path))
     assert [r.status for r in records] == ["complete", "pruned", "failed", "running"]
     assert records[2].reason == "the loss is not a number"
     assert records[0].settings == full.settings
@@ -150,7 +150,7 @@ def test_a_trial_whose_asking_was_cut_short_is_what_it_was_to_be(tmp_path, space
                 searcher.ask()
             searcher = searcher_of(load_study(folder), space, seed=5)
             searcher.finish_asking()
-            (record,) = [r for r in asked(load_study(folder)) if r.status == "running"]
+            (record,) = [r for r in list_trials(load_study(folder)) if r.status == "running"]
             proposals.append(searcher.resume(record.trial_id))
         else:
             proposals.append(searcher.ask())
@@ -181,25 +181,25 @@ def test_a_study_is_driven_by_one_process(tmp_path, space):
     study = create_study(tmp_path, space)
     lock = tmp_path / f"{JOURNAL}.lock"
     lock.symlink_to(tmp_path / JOURNAL)  # as a process leaves it that is killed while it writes
-    with sole_driver(tmp_path):
+    with study_lock(tmp_path):
         assert not lock.is_symlink()
         searcher_of(study, space, seed=0).ask()
-        with pytest.raises(UserError, match="another process is at work in it"), sole_driver(tmp_path):
+        with pytest.raises(UserError, match="another process is at work in it"), study_lock(tmp_path):
             pass
-    with sole_driver(tmp_path):
-        assert len(asked(study)) == 1
+    with study_lock(tmp_path):
+        assert len(list_trials(study)) == 1
 
 
 def test_a_line_that_a_full_disk_has_torn_is_cut_off(tmp_path, space):
-    with sole_driver(tmp_path):
+    with study_lock(tmp_path):
         searcher_of(create_study(tmp_path, space), space, seed=0).ask()
     journal = tmp_path / JOURNAL
     written = journal.read_bytes()
     journal.write_bytes(written + b'{"op_code": 6, "trial_id"')
-    with sole_driver(tmp_path):
+    with study_lock(tmp_path):
         assert journal.read_bytes() == written
         searcher_of(load_study(tmp_path), space, seed=0).ask()
-    assert [each.status for each in asked(load_study(tmp_path))] == ["running", "running"]
+    assert [each.status for each in list_trials(load_study(tmp_path))] == ["running", "running"]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_study_lies_on_a_drive_without_symbolic_links(tmp_path, space, monkeypat
 
     monkeypatch.setattr(os, "symlink", refuse)
     study = create_study(tmp_path, space)
-    with sole_driver(tmp_path):
+    with study_lock(tmp_path):
         trial = load_study(tmp_path).ask()
         study.tell(trial.number, 0.5)
     assert [trial.value for trial in load_study(tmp_path).trials if trial.value is not None] == [0.5]

@@ -17,14 +17,14 @@ from raytune_emotion.tuning.study.records import (
     KEPT,
     TrialRecord,
     best_first,
-    drop_checkpoints,
+    delete_weights,
     frontier,
-    losers,
     trial_folder,
+    trials_to_strip,
     winner,
 )
 from raytune_emotion.tuning.study.spec import SPEC, read_spec, write_spec
-from raytune_emotion.tuning.study.tables import CURVES, TRIALS, curves_of, joined, thinned, write_tables
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS, concatenate, curves_of, keep_two_reports, write_tables
 from tests.support.reports import RECORDS, make_report
 from tests.support.studies import spec_of
 
@@ -160,8 +160,8 @@ def test_of_ended_trials_the_curves_and_two_reports_are_enough(tmp_path):
     whole.mkdir()
     thin.mkdir()
     write_tables(whole, RECORDS)
-    curves = joined(curves_of([]), curves_of(RECORDS[:2]), curves_of(RECORDS[2:]))
-    thinned_records = [thinned(record) for record in RECORDS]
+    curves = concatenate(curves_of([]), curves_of(RECORDS[:2]), curves_of(RECORDS[2:]))
+    thinned_records = [keep_two_reports(record) for record in RECORDS]
     assert [len(record.reports) for record in thinned_records] == [1, 2, 0, 1]
     write_tables(thin, thinned_records, curves)
     assert (thin / TRIALS).read_bytes() == (whole / TRIALS).read_bytes()
@@ -182,7 +182,7 @@ def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_
         for name in ("last.safetensors", "best.safetensors"):
             (folder / name).write_bytes(b"weights")
         (folder / "history.jsonl").write_text(json.dumps(record.reports[0]) + "\n")
-    drop_checkpoints(tmp_path, losers(many, JS_ALONE))
+    delete_weights(tmp_path, trials_to_strip(many, JS_ALONE))
     kept = {file.parent.name for file in tmp_path.rglob("*.safetensors")}
     assert kept == {"0005", "0004", "0003", "0006"}
     assert len(kept) == KEPT + 1
@@ -198,5 +198,5 @@ def test_a_front_keeps_its_weights():
     objective = OBJECTIVES[BY_SIZE]
     assert [record.trial_id for record in frontier(many, objective)] == ["0005", "0004", "0000"]
     # The three best, and the smallest; with JS alone, the three best.
-    assert {*losers(many, objective)} == {"0001", "0002"}
-    assert {*losers(many, JS_ALONE)} == {"0000", "0001", "0002"}
+    assert {*trials_to_strip(many, objective)} == {"0001", "0002"}
+    assert {*trials_to_strip(many, JS_ALONE)} == {"0000", "0001", "0002"}

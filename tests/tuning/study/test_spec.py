@@ -13,4 +13,4 @@ def test_versions_are_told_where_the_package_is_on_the_path_and_not_installed(mo
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", of_others)
-    assert spec._surroundings()["versions"]["raytune_emotion"] == __version__
+    assert spec._environment()["versions"]["raytune_emotion"] == __version__

@@ -3,7 +3,7 @@
 import pytest
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.study.trials import find_trial, named
+from raytune_emotion.tuning.study.trials import describe_ids, find_trial
 
 
 def test_a_number_is_an_id():
@@ -18,7 +18,7 @@ def test_a_trial_that_is_not_there_is_refused_with_those_that_are(text):
 
 
 def test_trials_are_named_by_the_ends_of_a_row():
-    assert named(["0000", "0001", "0002", "0003"]) == "there are 0000 to 0003"
-    assert named(["0000", "0002", "0003"]) == "there are 0000, 0002, 0003"
-    assert named(["0000"]) == "there are 0000"
-    assert named([]) == "no trial has begun"
+    assert describe_ids(["0000", "0001", "0002", "0003"]) == "there are 0000 to 0003"
+    assert describe_ids(["0000", "0002", "0003"]) == "there are 0000, 0002, 0003"
+    assert describe_ids(["0000"]) == "there are 0000"
+    assert describe_ids([]) == "no trial has begun"
