@@ -24,6 +24,7 @@ from raytune_emotion.tuning.execution.ray_patches import (
     ask_cluster,
     find_cluster,
     forget_token,
+    no_start_by_itself,
     own_process_session,
     own_token,
     quiet_errors,
@@ -79,6 +80,7 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
                 arguments["runtime_env"] = {"py_executable": python}
         forget_token()
         stack.enter_context(quiet_errors())
+        stack.enter_context(no_start_by_itself())
         stack.callback(_shut_down)
         try:
             with unchanged_handlers(), own_process_session():

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import ray
 import ray._private.worker
-from ray._private import services
+from ray._private import auto_init_hook, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
@@ -107,6 +107,19 @@ def quiet_errors() -> Iterator[None]:
         yield
     finally:
         ray._private.worker.print_to_stdstream = before
+
+
+@contextlib.contextmanager
+def no_start_by_itself() -> Iterator[None]:
+    """Keep Ray from starting a cluster that nobody has asked for within the block, and after it where it fails.
+
+    Ray starts one at the first call of its interface. A thread that still waits for a cluster that has died would start
+    the next one, and the process would not end.
+    """
+    before = auto_init_hook.enable_auto_connect
+    auto_init_hook.enable_auto_connect = False
+    yield
+    auto_init_hook.enable_auto_connect = before
 
 
 def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:

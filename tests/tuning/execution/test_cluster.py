@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 import ray
+from ray._private import auto_init_hook
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import RaySystemError
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution import ray_patches
 from raytune_emotion.tuning.execution.cluster import check_cluster
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 
 TOKEN = "0123456789abcdef"
 
@@ -107,3 +110,16 @@ def test_what_answers_and_is_no_cluster_is_refused(monkeypatch):
         assert refusal(f"127.0.0.1:{port}") == "what answers there is no Ray cluster (unimplemented); name another"
     finally:
         server.stop(None)
+
+
+def test_a_thread_that_outlives_its_cluster_starts_no_other(monkeypatch):
+    """Else the process of a search whose cluster has died starts Ray again, and does not end."""
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
+    monkeypatch.setattr(ray, "init", lambda: pytest.fail("a cluster is started"))
+    with contextlib.suppress(ClusterLost), ray_patches.no_start_by_itself():
+        raise ClusterLost("the raylet has ended")
+    with pytest.raises(RaySystemError, match="Ray has not been started"):
+        ray.get(ray.ObjectRef.nil())
+    with ray_patches.no_start_by_itself():
+        pass
+    assert auto_init_hook.enable_auto_connect is False

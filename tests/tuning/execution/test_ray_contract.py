@@ -14,6 +14,7 @@ _PRIVATE = {
     "ray._private.services:canonicalize_bootstrap_address": ("addr", "temp_dir"),
     "ray._private.services:extract_ip_port": ("bootstrap_address",),
     "ray._private.services:ConsolePopen": None,
+    "ray._private.auto_init_hook:enable_auto_connect": None,
     "ray._private.worker:_global_node": None,
     "ray._private.worker:print_to_stdstream": ("data", "ignore_prefix"),
     "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
