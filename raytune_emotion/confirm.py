@@ -7,6 +7,7 @@ from pathlib import Path
 from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive
 from raytune_emotion.interruption import finishing
 from raytune_emotion.terminal import count, plain_console, short
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import read_spec
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
     request = ConfirmRequest(**vars(args))
     study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
     read_spec(study)  # whether it is a study shows at once
+    refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost

@@ -27,6 +27,7 @@ from raytune_emotion.errors import UserError, collecting
 from raytune_emotion.interruption import finishing
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_console
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
@@ -136,6 +137,8 @@ def run(args: argparse.Namespace) -> None:
         _dry_run(request)
         return
     place = request.find_study()
+    if request.resume:
+        refuse_absent_gpu(request.gpus_per_worker, request.address)
     _search(request, place, None if request.resume else _check_new(request, place))
 
 
@@ -154,6 +157,8 @@ def _check_new(request: SearchRequest, place: Location) -> "_Checked":
             )
     with collecting(errors):
         _check_address(request)
+    with collecting(errors):
+        refuse_absent_gpu(request.gpus_per_worker, request.address)
     earlier = None
     with collecting(errors):
         if request.warm_start:

@@ -27,6 +27,7 @@ from raytune_emotion.errors import UserError, collecting
 from raytune_emotion.learn.backbones import check_architecture
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial
 
@@ -167,10 +168,12 @@ def _check_machine(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is not.
     """
-    if args.workers > 1 and args.address is not None:
+    address = args.address if args.workers > 1 else None
+    refuse_absent_gpu(args.gpus_per_worker, address)
+    if address is not None:
         from raytune_emotion.tuning.execution.cluster import check_cluster
 
-        check_cluster(args.address)
+        check_cluster(address)
     elif args.workers > 1 or args.gpus_per_worker:
         from raytune_emotion.tuning.execution.placement import fit_here
 

@@ -1,11 +1,16 @@
 """How soon a command answers: nothing heavy is imported before its arguments are looked at."""
 
+import ctypes
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from raytune_emotion.cli import COMMANDS
+from raytune_emotion.tuning.execution import gpu_presence
+from raytune_emotion.tuning.study.spec import write_spec
+from tests.support.studies import spec_of
 
 #: Each takes a second or more to import.
 _HEAVY = {"torch", "timm", "ray", "pandas", "scipy", "matplotlib", "tensorboard"}
@@ -30,6 +35,42 @@ def test_help_and_a_mistyped_option_answer_at_once(verb, tmp_path):
     assert heavy_after([verb, "--help"], tmp_path) == (0, "imported []")
     code, told = heavy_after([verb, "--mistyped"], tmp_path)
     assert (code, told[:11]) == (2, "imported []")
+
+
+@pytest.fixture
+def study_alone(tmp_path):
+    """A results folder `r` with a study of which there is the spec alone."""
+    study = tmp_path / "r" / "study"
+    study.mkdir(parents=True)
+    write_spec(study, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0")))
+    return tmp_path
+
+
+@pytest.mark.skipif(gpu_presence.may_have_gpu(), reason="there may be a GPU")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["search", "--gpus-per-worker", "1"],
+        ["search", "--gpus-per-worker", "auto"],
+        ["search", "--resume", "--results", "r", "--name", "study", "--gpus-per-worker", "0.5"],
+        ["train", "--gpus-per-worker", "1"],
+        ["confirm", "r/study", "--gpus-per-worker", "1"],
+    ],
+    ids=" ".join,
+)
+def test_a_gpu_is_refused_without_pytorch_where_there_is_none(argv, study_alone):
+    code, told = heavy_after(argv, study_alone)
+    assert (code, told[:11]) == (2, "imported []")
+    assert "this machine has no GPU that PyTorch can use; leave the option out" in told
+
+
+def test_a_gpu_is_left_to_pytorch_where_a_driver_is_installed(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
+    gpu_presence.refuse_absent_gpu(1.0, address=None)
+
+
+def test_a_cluster_decides_about_its_gpus():
+    gpu_presence.refuse_absent_gpu(1.0, address="auto")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.throughput import COUNTS, best_count, measure
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
+from raytune_emotion.tuning.execution.gpu_presence import no_gpu
 from raytune_emotion.tuning.execution.placement import Nodes, cluster_nodes, cores_per_gpu, fit_here, local_node
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
@@ -29,7 +30,7 @@ def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
     """
     faults = []
     if not any(node.get("GPU") for node in nodes):
-        faults.append(f"--gpus-per-worker {AUTO}: {where} has no GPU for trials to share; leave it out")
+        faults.append(no_gpu(where, AUTO))
     if workers > 1:
         faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial share no GPU; leave it out")
     if faults:

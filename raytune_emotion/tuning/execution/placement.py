@@ -11,6 +11,7 @@ import torch
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
 from raytune_emotion.terminal import count
+from raytune_emotion.tuning.execution.gpu_presence import no_gpu
 from raytune_emotion.tuning.execution.job import Resources
 
 #: Of each node: how much it has of "CPU", "GPU" and other resources.
@@ -62,7 +63,7 @@ def fit(nodes: Nodes, where: str, *, workers: int, gpus_per_worker: float | None
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
     if gpu and not gpus:
-        raise UserError(f"--gpus-per-worker {gpu:g}: {where} has no GPU that PyTorch can use; leave the option out")
+        raise UserError(no_gpu(where, gpu))
     if workers > 1 and 0 < gpu < 1:
         raise UserError(
             f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "
