@@ -40,7 +40,9 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
-    backbone: str = Field(default="resnet18", min_length=1, description="a timm model name")
+    backbone: str = Field(
+        default="resnet18", min_length=1, description="a timm model, `hf-hub:OWNER/NAME` or `local-dir:/FOLDER`"
+    )
     pretrained: bool = Field(
         default=False, description="start from pretrained weights of timm or weights_dir; default true with weights_dir"
     )

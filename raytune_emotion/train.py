@@ -24,7 +24,7 @@ from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collecting
-from raytune_emotion.learn.backbones import check_architecture
+from raytune_emotion.learn.backbones import check_architecture, short_name
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
@@ -200,7 +200,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
 def _default_name(settings: dict[str, Any]) -> str:
     config = RunConfig.from_flat(settings)
-    return f"{config.model.backbone}_{config.loss.label}"
+    return f"{short_name(config.model.backbone)}_{config.loss.label}"
 
 
 def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Data:

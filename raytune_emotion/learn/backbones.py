@@ -1,4 +1,8 @@
-"""The names of timm's models, read from its source: to import timm takes seconds."""
+"""Check the names of backbones. timm's are read from its source: to import timm takes seconds.
+
+A backbone is a model of timm (`resnet18`, `resnet18.a1_in1k`), a repository of the Hugging Face hub
+(`hf-hub:OWNER/NAME`, with `@REVISION` if wanted), or a folder of this form (`local-dir:/path`).
+"""
 
 import difflib
 import functools
@@ -8,6 +12,10 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError
 
+#: Sources of backbones other than timm's own models, as timm writes them.
+HUB, FOLDER = "hf-hub", "local-dir"
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _MODEL = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 _OLD_NAMES = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", re.MULTILINE | re.DOTALL)
 _OLD_NAME = re.compile(r"^\s*['\"](\w+)['\"]\s*:", re.MULTILINE)
@@ -27,14 +35,40 @@ def architectures() -> frozenset[str]:
     return frozenset(names)
 
 
+def split_source(backbone: str) -> tuple[str, str]:
+    """Split a name into its source (HUB, FOLDER, or "" for timm's own models) and the rest."""
+    source, colon, rest = backbone.partition(":")
+    return (source, rest) if colon and source in (HUB, FOLDER) else ("", backbone)
+
+
+def short_name(backbone: str) -> str:
+    """Return the last part of a name, without its source: it can be part of a file's name."""
+    return split_source(backbone)[1].rstrip("/").rpartition("/")[2]
+
+
 def check_architecture(backbone: str) -> None:
-    """Check that timm has the architecture of a backbone. Whether it has weights of its tag is not asked.
+    """Check that a name can be a backbone's: timm has the architecture, or the source is well-formed.
+
+    Whether there are weights, or a folder or repository of this name, is not asked.
 
     Raises:
-        UserError: it has not; the sentence names the nearest.
+        UserError: it cannot; the sentence names the nearest.
     """
-    if backbone.partition(".")[0] in architectures():
+    source, rest = split_source(backbone)
+    if source == HUB and not _REPOSITORY.fullmatch(rest):
+        raise UserError(f"model.backbone: {backbone}: expected {HUB}:OWNER/NAME, a repository of the Hugging Face hub")
+    if source == FOLDER and not rest.startswith("/"):
+        raise UserError(
+            f"model.backbone: {backbone}: expected an absolute path, as trials run in folders of their own; "
+            f"name {FOLDER}:{Path(rest).absolute()}"
+        )
+    if source or backbone.partition(".")[0] in architectures():
         return
+    if ":" in backbone:
+        raise UserError(
+            f"model.backbone: {backbone}: there is no such source; name a timm model, {HUB}:OWNER/NAME or "
+            f"{FOLDER}:/PATH"
+        )
     near = difflib.get_close_matches(backbone, sorted(architectures()), n=3)
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     raise UserError(f"model.backbone: {backbone}: there is no such timm model{meant}")

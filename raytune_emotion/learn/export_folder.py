@@ -31,11 +31,13 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph, write_graph
 from raytune_emotion.learn.model import Colour, build_model, mean_std
+from raytune_emotion.learn.origin import Origin, check_arguments, find_origin, licence
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder, Location
@@ -186,7 +188,7 @@ def write_package(
     dest = dest.absolute()
     # Where the weights of a pretrained start lay is of no use to others.
     settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
-    config = RunConfig.from_flat(settings)
+    config = RunConfig.from_flat(best.settings)
     model = build_model(config, weights=False).eval()
     try:
         model.load_state_dict(best.weights)
@@ -196,7 +198,8 @@ def write_package(
             f"the version that they were trained with"
         ) from error
     own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
-    described = _timm_config(model, config) | {"raytune_emotion": own}
+    origin = find_origin(config.model, weights=False)
+    described = _timm_config(model, config, origin) | {"raytune_emotion": own}
     sample = _sample_of(store, best, config)
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
     with torch.inference_mode(), exact_fp32():
@@ -299,9 +302,9 @@ def load_package(folder: Path) -> Package:
         known, classes = config["pretrained_cfg"], tuple(config["label_names"])
         architecture, arguments = config["architecture"], config.get("model_args", {})
         # By others, timm can be made to load a pickle, or to ask a hub; and folders are handed around.
-        if not timm.is_model(architecture) or not arguments.keys() <= {_IMAGE_SIZE}:
-            raise ValueError(f"{architecture} with {', '.join(arguments) or 'nothing'} is no model that is exported")
-        model = timm.create_model(architecture, num_classes=len(classes), **arguments)
+        if not timm.is_model(architecture):
+            raise ValueError(f"timm has no architecture {architecture}")
+        model = timm.create_model(architecture, num_classes=len(classes), **check_arguments(arguments))
         model.load_state_dict(load_file(folder / WEIGHTS))
         return Package(model.eval(), classes, known["input_size"][1], tuple(known["mean"]), tuple(known["std"]))
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -309,18 +312,19 @@ def load_package(folder: Path) -> Package:
         raise UserError(f"{folder}: a damaged export ({what}); export the model again") from error
 
 
-def _timm_config(model: nn.Module, config: RunConfig) -> dict[str, Any]:
+def _timm_config(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:
     """What timm rebuilds the model from, and its way to read pictures, which is that of the store."""
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size, classes = config.data.image_size, list(config.data.classes)
     mean, std = mean_std(model)
-    kept = {key: known[key] for key in ("fixed_input_size", "first_conv", "classifier") if known.get(key)}
+    kept = {key: known[key] for key in ("fixed_input_size", "first_conv", "classifier", "license") if known.get(key)}
+    arguments = {**origin.arguments, **({_IMAGE_SIZE: size} if origin.fixed_input_size else {})}
     return {
-        "architecture": config.model.backbone.partition(".")[0],
+        "architecture": origin.architecture.partition(".")[0],
         "num_classes": len(classes),
         "num_features": model.num_features,
         "label_names": classes,
-        **({"model_args": {_IMAGE_SIZE: size}} if known.get("fixed_input_size") else {}),
+        **({"model_args": arguments} if arguments else {}),
         "pretrained_cfg": {
             **kept,
             "input_size": [3, size, size],
@@ -335,8 +339,11 @@ def _timm_config(model: nn.Module, config: RunConfig) -> dict[str, Any]:
 
 
 def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Best, notes: Iterable[str]) -> str:
+    model, known = config.model, described["pretrained_cfg"]
+    began = f"Training began from the pretrained weights of `{short_name(model.backbone)}`. Their licence: "
     origin = [
         *notes,
+        *([f"{began}{licence(model, known)}."] if model.pretrained else []),
         f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
         f"Data fingerprint: `{best.fingerprint}`.",
     ]

@@ -1,34 +1,37 @@
 """Any timm backbone with a head of K classes, from scratch or from pretrained weights."""
 
 import difflib
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import get_deprecated_models
 from torch import nn
 
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.backbones import check_architecture
+from raytune_emotion.learn.backbones import check_architecture, split_source
+from raytune_emotion.learn.origin import (
+    Origin,
+    WeightsUnavailableError,
+    find_origin,
+    successor,
+    weights_file,
+    weights_folder,
+)
 
 Colour = tuple[float, float, float]
 
 _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 
 
-class WeightsUnavailableError(UserError):
-    """Pretrained weights that could not be fetched from the hub or read from its cache."""
-
-
 def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     """Build the backbone with its head, on the CPU, in training mode. Its weights are a function of the configuration.
 
-    Where `model.pretrained` is true, it starts from the weights in `model.weights_dir`; without that folder from
-    timm's, from the hub or its cache. A classifier of another size is left out and starts anew; all else must fit.
+    Where `model.pretrained` is true, it starts from pretrained weights: those in `model.weights_dir` or in the folder
+    that is the backbone; without such a folder, those of the hub or its cache. A classifier of another size is left
+    out and starts anew; all else must fit.
 
     Args:
         config: of the run.
@@ -38,38 +41,41 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
         UserError: the backbone is unknown or cannot take the image size, or its weights cannot be had or do not fit.
     """
     check_backbone(config.model.backbone)
-    name, size = successor(config.model.backbone), config.data.image_size
-    options: dict[str, Any] = {"num_classes": len(config.data.classes), "drop_rate": config.model.dropout}
-    if config.model.drop_path:
-        options["drop_path_rate"] = config.model.drop_path
-    # timm marks the models whose parameters depend on the image size; these take img_size.
-    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
-        options["img_size"] = size
     weights = weights and config.model.pretrained
     if weights:
         check_weights(config.model)
+    origin = find_origin(config.model, weights=weights)
+    options: dict[str, Any] = {**origin.arguments, "num_classes": len(config.data.classes)}
+    options["drop_rate"] = config.model.dropout
+    if config.model.drop_path:
+        options["drop_path_rate"] = config.model.drop_path
+    # timm marks the models whose parameters depend on the image size; these take img_size.
+    if origin.fixed_input_size:
+        options["img_size"] = config.data.image_size
+    if origin.known is not None:
+        options["pretrained_cfg"] = {**origin.known, "architecture": origin.architecture}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)
         if not weights:
-            return _create(config, options)
-        if config.model.weights_dir is not None:
-            return _create(config, options | _from_file(_weights_file(config.model), name))
+            return _create(config, origin, options)
+        if origin.weights is not None:
+            return _create(config, origin, options | _from_file(config.model, origin))
         try:
-            return _create(config, options | {"pretrained": True})
+            return _create(config, origin, options | {"pretrained": True})
         except Exception as error:
             # The hub's client, its network library and the reader of a damaged file each have errors of their own. What
             # also happens without the weights is no fault of theirs.
-            _create(config, options)
+            _create(config, origin, options)
             raise WeightsUnavailableError(
-                f"model.pretrained: the weights of {name} could not be fetched ({_first_line(error)}); connect this "
-                f"machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or save timm's weights elsewhere as "
-                f"{config.model.backbone}.safetensors and name their folder as model.weights_dir"
+                f"model.pretrained: the weights of {origin.architecture} could not be fetched ({_first_line(error)}); "
+                f"connect this machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or save timm's weights "
+                f"elsewhere as {config.model.backbone}.safetensors and name their folder as model.weights_dir"
             ) from error
 
 
-def _create(config: RunConfig, options: dict[str, Any]) -> nn.Module:
+def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Module:
     """Have timm make the model, and try whether it takes the image size."""
-    name, size, n_classes = successor(config.model.backbone), config.data.image_size, len(config.data.classes)
+    name, size, n_classes = origin.architecture, config.data.image_size, len(config.data.classes)
     try:
         model: nn.Module = timm.create_model(name, **options)
         if options["num_classes"] != n_classes:
@@ -79,20 +85,15 @@ def _create(config: RunConfig, options: dict[str, Any]) -> nn.Module:
     except _UNBUILDABLE as error:
         if "drop_path_rate" in str(error):
             raise UserError(f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another") from error
-        if "loading state_dict" in str(error) and config.model.weights_dir is not None:
+        if "loading state_dict" in str(error) and origin.weights is not None:
             raise UserError(
-                f"model.weights_dir: {_weights_file(config.model)} does not fit {name}: {line.strip()}"
+                f"{_where(config.model)}: {origin.weights} does not fit {name}: {line.strip()}"
                 for line in str(error).splitlines()[1:]
             ) from error
         raise UserError(
             f"model.backbone: {name} cannot take images of {size} px (data.image_size): {_first_line(error)}"
         ) from error
     return model.train()
-
-
-def successor(name: str) -> str:
-    """Return the present name of a model that timm has renamed; any other name as it is."""
-    return str(get_deprecated_models().get(name) or name)
 
 
 def check_backbone(name: str) -> None:
@@ -102,6 +103,8 @@ def check_backbone(name: str) -> None:
         UserError: with the nearest names that it knows.
     """
     check_architecture(name)
+    if split_source(name)[0]:
+        return
     architecture, _, tag = name.partition(".")
     if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
         near = difflib.get_close_matches(name, known, n=3)
@@ -117,18 +120,17 @@ def check_weights(config: ModelConfig) -> None:
     """
     if not config.pretrained:
         return
-    if config.weights_dir is not None:
-        if not (file := _weights_file(config)).is_file():
-            raise UserError(
-                f"model.weights_dir: there is no file {file}; on a machine with a network, save "
-                f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
-                f"leave model.weights_dir out"
-            )
-    elif not getattr(timm.get_pretrained_cfg(successor(config.backbone)), "has_weights", False):
+    if config.weights_dir is not None or weights_folder(config) is not None:
+        weights_file(config)
+    elif not split_source(config.backbone)[0] and not _has_weights(successor(config.backbone)):
         raise UserError(
             f"model.pretrained: timm has no pretrained weights for {config.backbone}; choose another backbone, or "
             f"set model.pretrained to false"
         )
+
+
+def _has_weights(name: str) -> bool:
+    return bool(getattr(timm.get_pretrained_cfg(name), "has_weights", False))
 
 
 def mean_std(model: nn.Module) -> tuple[Colour, Colour]:
@@ -137,22 +139,23 @@ def mean_std(model: nn.Module) -> tuple[Colour, Colour]:
     return tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(known.get("std", IMAGENET_DEFAULT_STD))
 
 
-def _weights_file(config: ModelConfig) -> Path:
-    assert config.weights_dir is not None
-    return Path(config.weights_dir).expanduser() / f"{config.backbone}.safetensors"
+def _where(config: ModelConfig) -> str:
+    """Name the setting that says where weights lie."""
+    return "model.backbone" if config.weights_dir is None else "model.weights_dir"
 
 
-def _from_file(file: Path, name: str) -> dict[str, Any]:
+def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
     """The options that make timm load a file strictly: with a classifier of the size that the file has, 0 for none."""
-    known = timm.get_pretrained_cfg(name)
-    classifier = getattr(known, "classifier", None) or ""
+    classifier = (origin.known or vars(timm.get_pretrained_cfg(origin.architecture))).get("classifier") or ""
     head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    file = origin.weights
+    assert file is not None
     try:
         with safe_open(file, "pt") as tensors:
             n_classes = tensors.get_slice(head).get_shape()[0] if head in tensors.keys() else 0  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"model.weights_dir: {file} cannot be read as safetensors ({error}); save the weights anew"
+            f"{_where(config)}: {file} cannot be read as safetensors ({error}); save the weights anew"
         ) from error
     # The offset and the loader of the original release are not for timm's own names.
     overlay = {"file": str(file), "num_classes": n_classes, "label_offset": 0, "custom_load": False}

@@ -64,7 +64,7 @@ class Study:
         chosen = self.best["trial_id"] if trial_id is None else trial_id
         with study_files(self.location, f"trials/{chosen}/{BEST}") as folder:
             best = read_best(trial_folder(folder, chosen) / BEST)
-        config = RunConfig.from_flat({k: v for k, v in best.settings.items() if k != "model.weights_dir"})
+        config = RunConfig.from_flat(best.settings)
         backbone = build_model(config, weights=False)
         backbone.load_state_dict(best.weights)
         model = EmotionModel(backbone, config.data.classes, config.data.image_size)

@@ -271,7 +271,7 @@ class TestFaults:
         monkeypatch.chdir(dest)
         torch.save({"state_dict": Pickled()}, dest / "evil.pth")
         edit(dest, **changes)
-        with pytest.raises(UserError, match="is no model that is exported"):
+        with pytest.raises(UserError, match="a damaged export"):
             load_package(dest)
         assert not (dest.parent / "run").exists()
 

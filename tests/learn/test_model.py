@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std, successor
+from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std
+from raytune_emotion.learn.origin import successor
 
 CLASSIFIER = {"test_resnet": "fc", "test_efficientnet": "classifier", "test_vit": "head"}
 

@@ -21,6 +21,7 @@ from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
+from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.events import EventWriter
@@ -260,7 +261,7 @@ def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Jo
     settings = study.spec.settings(proposal.settings)
     config = RunConfig.from_flat(settings)
     return Job(
-        name=f"{proposal.trial_id}_{config.model.backbone}_{config.loss.label}",
+        name=f"{proposal.trial_id}_{short_name(config.model.backbone)}_{config.loss.label}",
         folder=str(study.trial_folder(proposal.trial_id).absolute()),
         store=study.spec.stores[config.data.image_size],
         settings=settings,

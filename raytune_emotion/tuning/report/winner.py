@@ -105,7 +105,7 @@ def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions 
 
 
 def _predict(best: Best, split: Split, classes: tuple[str, ...]) -> Predictions:
-    config = RunConfig.from_flat({name: v for name, v in best.settings.items() if name != "model.weights_dir"})
+    config = RunConfig.from_flat(best.settings)
     model = build_model(config, weights=False)
     model.load_state_dict(best.weights)
     model.eval()

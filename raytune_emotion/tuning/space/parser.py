@@ -28,7 +28,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.backbones import check_architecture
+from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
 
 #: What a trial cannot differ in from the others of its study, and why. A space may fix it.
@@ -359,7 +359,7 @@ def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
     if key == "model.backbone":
         try:
             check_architecture(value)
-            if "." in value:
+            if "." in value and not split_source(value)[0]:
                 # Tags can be had from timm alone, which takes seconds to import.
                 from raytune_emotion.learn.model import check_backbone
 

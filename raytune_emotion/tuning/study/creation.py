@@ -12,7 +12,8 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collecting
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
-from raytune_emotion.learn.model import WeightsUnavailableError, build_model, check_weights
+from raytune_emotion.learn.model import build_model, check_weights
+from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
 from raytune_emotion.tuning.policy.warm_start import EARLIER

@@ -1,0 +1,214 @@
+"""Find what a backbone is built from: timm's architecture, arguments of its shape, and the file of its weights.
+
+A folder or a repository of the hub holds timm's `config.json` and weights. Nothing in it is trusted: of the
+configuration only known, plain values are taken, and of the weights only safetensors, which run no code when loaded.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import get_deprecated_models
+
+from raytune_emotion.config import ModelConfig
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.backbones import FOLDER, HUB, architectures, short_name, split_source
+
+#: Arguments of a model's shape that a `config.json` may name. By others, timm could be made to load a file.
+_SHAPE = {
+    "img_size", "patch_size", "class_token", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
+    "qk_norm", "init_values", "pos_embed", "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm",
+    "pool_include_prefix", "dynamic_img_size", "dynamic_img_pad", "depths", "dims", "kernel_sizes", "ls_init_value",
+    "stem_type", "stem_width", "head_norm_first", "head_hidden_size", "conv_mlp", "conv_bias", "use_grn", "norm_eps",
+    "norm_layer", "act_layer", "cardinality", "base_width", "avg_down", "output_stride", "window_size",
+}  # fmt: skip
+#: Arguments that say how a model was trained, or that follow from the configuration here.
+_IGNORED = {
+    "num_classes", "in_chans", "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+    "attn_drop_rate", "weight_init", "fix_init", "head_init_scale", "zero_init_last",
+}  # fmt: skip
+#: What is known of the licence of weights whose own card names none, by a part of their name.
+_LICENCES = {
+    "ms1mv3": "their card names none, and InsightFace, which published their training data MS1MV3, allows models "
+    "trained with its data for non-commercial research alone"
+}
+#: What is taken of timm's description of weights: how they read an image, and the names of their first and last layer.
+_KNOWN = ("input_size", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier", "license")
+
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+
+class WeightsUnavailableError(UserError):
+    """Pretrained weights that could not be fetched from the hub or read from its cache."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a backbone is built from."""
+
+    architecture: str  # in timm's registry; with the tag of its weights, if any
+    arguments: Mapping[str, Any]  # of its shape
+    known: Mapping[str, Any] | None  # timm's description of the weights; None: that of its registry
+    weights: Path | None  # the file of the weights; None: timm fetches them, or none are wanted
+
+    @property
+    def fixed_input_size(self) -> bool:
+        """Return whether the parameters depend on the image size."""
+        return bool((self.known or _registered(self.architecture)).get("fixed_input_size"))
+
+
+def find_origin(config: ModelConfig, *, weights: bool) -> Origin:
+    """Find what a backbone is built from. Files of the hub are fetched once, and then read from its cache.
+
+    Args:
+        config: names the backbone, and a folder of weights if there is one.
+        weights: whether its pretrained weights are wanted, too.
+
+    Raises:
+        UserError: there is no such folder or repository, its configuration is damaged, or it has no safetensors.
+    """
+    source, name = split_source(config.backbone)
+    if not source:
+        from_folder = weights and config.weights_dir is not None
+        return Origin(successor(name), {}, None, weights_file(config) if from_folder else None)
+    folder = weights_folder(config)
+    if folder is None:
+        file, found = _fetch(name, _CONFIG), _fetch(name, _WEIGHTS) if weights else None
+    else:
+        file, found = folder / _CONFIG, weights_file(config) if weights else None
+    architecture, arguments, known = _read_config(config.backbone, file)
+    return Origin(architecture, arguments, known, found)
+
+
+def successor(name: str) -> str:
+    """Return the present name of a model that timm has renamed; any other name as it is."""
+    return str(get_deprecated_models().get(name) or name)
+
+
+def licence(config: ModelConfig, known: Mapping[str, Any]) -> str:
+    """Say under which licence pretrained weights are, as far as that is known.
+
+    Args:
+        config: names the backbone.
+        known: timm's description of the weights.
+    """
+    noted = next((text for part, text in _LICENCES.items() if part in config.backbone), None)
+    return noted or known.get("license") or "not known here; ask those who published them"
+
+
+def weights_folder(config: ModelConfig) -> Path | None:
+    """Return the folder of this machine with a backbone's configuration and weights; None: it has none."""
+    source, name = split_source(config.backbone)
+    if source == FOLDER:
+        return Path(name)
+    if source == HUB and config.weights_dir is not None:
+        return Path(config.weights_dir).expanduser() / short_name(config.backbone)
+    return None
+
+
+def weights_file(config: ModelConfig) -> Path:
+    """Return the file of this machine with a backbone's weights.
+
+    Raises:
+        UserError: there is none, or only files that would be unpickled.
+    """
+    folder = weights_folder(config)
+    if folder is None:
+        assert config.weights_dir is not None
+        file = Path(config.weights_dir).expanduser() / f"{config.backbone}.safetensors"
+        if not file.is_file():
+            raise UserError(
+                f"model.weights_dir: there is no file {file}; on a machine with a network, save "
+                f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
+                f"leave model.weights_dir out"
+            )
+        return file
+    if (folder / _WEIGHTS).is_file():
+        return folder / _WEIGHTS
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"model.backbone: {folder / pickles[0]} would be unpickled, which can run any code; save the weights as "
+            f"{_WEIGHTS} there, with safetensors"
+        )
+    raise UserError(
+        f"model.backbone: there is no file {folder / _WEIGHTS}; it and {_CONFIG} make a backbone, as timm saves them"
+    )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model's shape, of those that a `config.json` names.
+
+    Raises:
+        ValueError: there are others, or values that are not plain.
+    """
+    wrong = sorted(arguments.keys() - _SHAPE - _IGNORED)
+    shape = {key: value for key, value in arguments.items() if key in _SHAPE}
+    wrong += [key for key, value in shape.items() if not _is_plain(value)]
+    if wrong or arguments.get("in_chans") not in (None, 3):
+        raise ValueError(f"{', '.join(wrong) or 'in_chans'}: no arguments of a model that can be built here")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}
+
+
+def _registered(architecture: str) -> dict[str, Any]:
+    """Return timm's own description of an architecture's weights; empty if it has none."""
+    found = timm.get_pretrained_cfg(architecture)
+    return vars(found) if found is not None else {}
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(each is None or isinstance(each, str | int | float) for each in values)
+
+
+def _read_config(backbone: str, file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read timm's `config.json`: the architecture, the arguments of its shape, the description of its weights."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        architecture, given = content["architecture"], content.get("pretrained_cfg", content)
+        if architecture not in architectures():
+            raise ValueError(f"timm has no architecture {architecture}")
+        arguments = check_arguments(content.get("model_args", {}))
+        registered = _registered(architecture)
+        layers = {key: registered.get(key) for key in ("first_conv", "classifier", "fixed_input_size")}
+        known = {key: value for key in _KNOWN if (value := given.get(key) or layers.get(key)) is not None}
+        return architecture, arguments, known
+    except FileNotFoundError:
+        raise UserError(
+            f"model.backbone: {backbone}: there is no file {file}; timm saves it beside {_WEIGHTS}"
+        ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"model.backbone: {backbone}: {file} does not describe a model of timm ({what}); save the model anew with "
+            f"timm, or choose another"
+        ) from error
+
+
+def _fetch(name: str, filename: str) -> Path:
+    """Return a file of a repository of the hub: from its cache, and if it is not there, from the hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    cached = try_to_load_from_cache(repository, filename, revision=revision or None)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        return Path(hf_hub_download(repository, filename, revision=revision or None))
+    except Exception as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise UserError(
+                f"model.backbone: {HUB}:{name} has no {filename}; other files would be unpickled, which can run any "
+                f"code; choose another backbone"
+            ) from error
+        # The hub's client and its network library each have errors of their own.
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise WeightsUnavailableError(
+            f"model.backbone: {filename} of {HUB}:{name} could not be fetched ({what}); connect this machine to the "
+            f"Hugging Face hub (through a proxy: HTTPS_PROXY), or copy the repository's {_CONFIG} and {_WEIGHTS} to a "
+            f"folder {short_name(name)} elsewhere and name the folder around it with --weights-dir"
+        ) from error
