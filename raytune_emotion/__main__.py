@@ -8,7 +8,7 @@ from raytune_emotion.cli import COMMANDS, command_main
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `raytune-emotion VERB …`."""
+    """Run `raytune-emotion VERB …`."""
     parser = argparse.ArgumentParser(prog="raytune-emotion", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -126,7 +126,7 @@ def plain_name(text: str) -> str:
 
 
 def command_main(verb: str, argv: list[str] | None = None) -> int:
-    """Runs one command as `python -m raytune_emotion.<verb>` does."""
+    """Run one command as `python -m raytune_emotion.<verb>` does."""
     parser = argparse.ArgumentParser(prog=f"raytune-emotion {verb}", description=COMMANDS[verb])
     return _run(verb, parser, sys.argv[1:] if argv is None else argv)
 

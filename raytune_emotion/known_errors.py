@@ -44,7 +44,7 @@ def _says(*words: str) -> Callable[[Any], bool]:
 
 
 def _place(error: Any) -> str:
-    """The file that an error of the system is about, with what the system says of it."""
+    """Return the file that an error of the system is about, with what the system says of it."""
     name = error.filename
     said = error.strerror or first_line(error)
     return said if name is None else f"{os.fsdecode(name) if isinstance(name, str | bytes) else name}: {said}"
@@ -55,7 +55,7 @@ def _of_the_hub(error: Any) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk, or the user's share of it, is full."""
+    """Tell whether an error says that a disk, or the user's share of it, is full."""
     # Safetensors wraps the system's error in one of its own, in words.
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)

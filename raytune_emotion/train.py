@@ -223,7 +223,7 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
 
 
 def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Settings with others in their place. Where these name a loss, the losses are theirs alone."""
+    """Return settings with others in their place. Where these name a loss, the losses are theirs alone."""
     if any(key.startswith("loss.") for key in more):
         settings = {key: value for key, value in settings.items() if not key.startswith("loss.")}
     return settings | more

@@ -36,7 +36,7 @@ _LOG_ERASE_ASPECT = math.log(3.3)
 
 
 def normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
-    """Pixels of 0 to 255 as (x / 255 - mean) / std.
+    """Map pixels of 0 to 255 to (x / 255 - mean) / std.
 
     Returns:
         [B, C, H, W], float32, in channels-last memory.
@@ -53,7 +53,7 @@ def decide(
     side: int,
     device: torch.device,
 ) -> Iterator[Decisions]:
-    """Yields what is done to the rows of each batch.
+    """Yield what is done to the rows of each batch.
 
     Args:
         config: what to do, and how strongly.
@@ -79,7 +79,7 @@ def decide(
 
 
 def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels and distributions of a training batch.
+    """Augment the pixels and distributions of a training batch.
 
     In this order: random crop and mirror image, colour jitter and greyscale, normalisation, erasing (to the
     mean colour), mixup or cutmix (each row one of the two, by a fair coin, where both are on).
@@ -128,7 +128,7 @@ def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) ->
 
 
 def splitmix64(x: Words) -> Words:
-    """The output of Steele, Lea and Flood's generator (OOPSLA 2014) at state x: a bijection that mixes well."""
+    """Return the output of Steele, Lea and Flood's generator (OOPSLA 2014) at state x: a bijection that mixes well."""
     z = x + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -136,7 +136,7 @@ def splitmix64(x: Words) -> Words:
 
 
 def uniforms(seed: int, epoch: int, rows_B: npt.NDArray[np.int64], draws: int) -> Floats:
-    """Uniform numbers in [0, 1), [draws, B]: column b is a function of (seed, epoch, rows_B[b]) alone."""
+    """Draw uniform numbers in [0, 1), [draws, B]: column b is a function of (seed, epoch, rows_B[b]) alone."""
     key = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(epoch))
     start_B = splitmix64(key ^ rows_B.astype(np.uint64))
     words = splitmix64(start_B + _GOLDEN * np.arange(draws, dtype=np.uint64)[:, None])
@@ -144,7 +144,7 @@ def uniforms(seed: int, epoch: int, rows_B: npt.NDArray[np.int64], draws: int) -
 
 
 def symmetric_beta(u: Floats, v: Floats, alpha: float) -> Floats:
-    """Beta(alpha, alpha) from two uniform numbers, exactly and without rejection.
+    """Map two uniform numbers to Beta(alpha, alpha), exactly and without rejection.
 
     A Student t with 2 alpha degrees of freedom, by Bailey's polar method, carried over to the symmetric Beta
     (Devroye, "Random variate generation in one line of code", 1996), written so that nothing overflows
@@ -159,7 +159,7 @@ def symmetric_beta(u: Floats, v: Floats, alpha: float) -> Floats:
 def _plan(
     config: AugmentConfig, rows_B: npt.NDArray[np.int64], *, seed: int, epoch: int, side: int
 ) -> dict[str, Floats | npt.NDArray[np.bool_]]:
-    """The decisions on rows as they are drawn, [B] a name."""
+    """Draw the decisions on rows, [B] for each name."""
     plan: dict[str, Floats | npt.NDArray[np.bool_]] = {}
     if config == AugmentConfig(flip=0):
         return plan
@@ -219,7 +219,7 @@ def _scale_and_shift(mean: Triple, std: Triple, width: int, device: torch.device
 
 
 def _normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
-    """In place, on float32. Lines of W*C, since a broadcast over the 3 channels alone is nine times slower on a CPU."""
+    """Normalise float32 in place. As lines of W*C: to broadcast 3 channels alone is nine times slower on a CPU."""
     B, H, W, C = x_BHWC.shape
     scale, shift = _scale_and_shift(mean, std, W, x_BHWC.device)
     lines = x_BHWC.view(B, H, W * C)
@@ -227,12 +227,12 @@ def _normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
-    """Luma of ITU-R BT.601, [..., 3] to [..., 1]."""
+    """Return the luma of ITU-R BT.601, [..., 3] to [..., 1]."""
     return x[..., 0:1] * 0.299 + x[..., 1:2] * 0.587 + x[..., 2:3] * 0.114
 
 
 def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
-    """Bilinear; a crop is only ever enlarged, so nothing needs smoothing first."""
+    """Crop, and resize bilinearly. A crop is only ever enlarged, so nothing needs smoothing first."""
     side = x_BHWC.shape[1]
     # Centres of the pixels to make, from -1 to 1 as grid_sample has it.
     centres = (torch.arange(side, device=x_BHWC.device) * 2 + 1) / side - 1
@@ -247,7 +247,7 @@ def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
 
 
 def _outside(box: str, decisions: Decisions, side: int) -> torch.Tensor:
-    """One outside of each row's box and zero in it, [B, H, W, C]: whole lines, for the same reason as in `_normalise`.
+    """Return one outside of each row's box and zero in it, [B, H, W, C]: whole lines, as in `_normalise`.
 
     As floats, since a CPU broadcasts booleans seven times as slowly.
     """

@@ -62,7 +62,7 @@ class Votes:
 
 
 def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str, int]:
-    """Writes a folder in the layout of AffectNetFused: greyscale PNG, so that no pixel changes.
+    """Write a folder in the layout of AffectNetFused: greyscale PNG, so that no pixel changes.
 
     Args:
         pixels_or_folder: fer2013.csv (emotion, pixels, Usage), whose rows are those of votes_csv; or a folder with
@@ -115,7 +115,7 @@ def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str,
 
 
 def probabilities(votes: Sequence[int]) -> tuple[float, ...]:
-    """The shares of votes (by NAMES) as a distribution over EMOTIONS; not all votes may be zero."""
+    """Return the shares of votes (by NAMES) as a distribution over EMOTIONS; not all votes may be zero."""
     share = {ours: count / sum(votes) for ours, count in zip(NAMES.values(), votes, strict=True)}
     return tuple(share.get(emotion, 0.0) for emotion in EMOTIONS)
 
@@ -139,7 +139,7 @@ def _read_votes(path: Path) -> list[Votes]:
 
 
 def _from_csv(path: Path, votes: Sequence[Votes], votes_csv: Path) -> list[_Picture | None]:
-    """The picture of each row of votes; None for one that does not count."""
+    """Yield the picture of each row of votes; None for one that does not count."""
     faults: list[str] = []
     pictures: list[_Picture | None] = []
     for told, row in zip_longest(_read_csv(path, ("Usage", "pixels")), votes):
@@ -185,7 +185,7 @@ def _from_folder(folder: Path, votes: Sequence[Votes]) -> list[_Picture | None]:
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Line number and the values of some columns, by name, of every row."""
+    """Yield the line number and the values of some columns, by name, of every row."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the conversion from the command line."""
+    """Run the conversion from the command line."""
     from raytune_emotion.cli import guarded, local_path
 
     parser = argparse.ArgumentParser(

@@ -43,7 +43,7 @@ _placed: dict[tuple[str, str, int, torch.device], Resident] = {}
 
 
 def place(store: Store, device: torch.device) -> tuple[Split | Resident, Split | Resident]:
-    """Copies the splits of a store to a device, each where it may take up so much memory; else it stays in its files.
+    """Copy the splits of a store to a device, each if it may take up so much memory there; others stay in their files.
 
     They stay on the device until another store is placed.
 
@@ -68,17 +68,17 @@ def place(store: Store, device: torch.device) -> tuple[Split | Resident, Split |
 
 
 def clear_placed() -> None:
-    """Lets go of the splits that were placed last."""
+    """Free the splits that were placed last."""
     _placed.clear()
 
 
 def lives_on_device(size: float, room: float) -> bool:
-    """Whether images of so many bytes are to live on a device that has so many for this process."""
+    """Tell whether images of so many bytes are to live on a device that has so many for this process."""
     return size <= _SHARE * room
 
 
 def size_of(split: Split) -> int:
-    """Bytes of its images."""
+    """Return the bytes of its images."""
     return len(split) * math.prod(split.shards[0].shape[1:])
 
 
@@ -91,7 +91,7 @@ def _copied(split: Split, device: torch.device) -> Resident:
 
 
 def _room(device: torch.device) -> float:
-    """Bytes of a GPU's memory that this process may still take; 0 for a CPU, which has the files in its memory."""
+    """Return the GPU memory that this process may still take, bytes; 0 for a CPU, which has the files in its memory."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
@@ -101,14 +101,14 @@ def _room(device: torch.device) -> float:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """A permutation of n rows, [n], that is a function of (seed, epoch) alone."""
+    """Return a permutation of n rows, [n], that is a function of (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batches(
     source: Split | Resident, batches_of_rows: Iterable[npt.NDArray[np.int64]], device: torch.device
 ) -> Iterator[Batch]:
-    """Yields a batch for every array of row numbers, in their order.
+    """Yield a batch for every array of row numbers, in their order.
 
     From files, a background thread gathers the next batch while the caller works on this one. It ends with the
     iterator, also when that is closed early, and what it raises is raised here. Every batch has memory of its own, so

@@ -33,7 +33,7 @@ class Data:
 
     @cached_property
     def manifests(self) -> Mapping[int, tuple[Location, Manifest]]:
-        """By image size, px, where there is a store, and what describes it."""
+        """Return what describes each store, by its image size in px."""
         read = [(store, read_manifest(store)) for store in self.stores]
         return {manifest.image_size: (store, manifest) for store, manifest in read}
 

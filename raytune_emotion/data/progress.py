@@ -17,7 +17,7 @@ class _Rate(ProgressColumn):
 
 
 def progress() -> Progress:
-    """Bars with rate and time left, where standard error is a terminal."""
+    """Show bars with rate and time left, where standard error is a terminal."""
     return Progress(
         "{task.description}",
         BarColumn(),

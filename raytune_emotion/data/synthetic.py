@@ -44,7 +44,7 @@ _T = np.linspace(-1, 1, 15)
 
 
 def write_sample(dest: Path, *, train: int, val: int, image_size: int = IMAGE_SIZE, seed: int = 0) -> None:
-    """Writes a folder of the AffectNetFused layout with drawn faces.
+    """Write a folder of the AffectNetFused layout with drawn faces.
 
     A face depends on (seed, split, number, image_size) alone, so a sample is the first part of every larger one.
     The folder appears whole or not at all.
@@ -65,7 +65,7 @@ def write_sample(dest: Path, *, train: int, val: int, image_size: int = IMAGE_SI
 
 
 def sample_folder() -> Path:
-    """The built-in sample, made once in the cache: 2,000 and 500 faces of 64 px."""
+    """Return the built-in sample, which is made once in the cache: 2,000 and 500 faces of 64 px."""
     folder = cache_folder() / f"sample-v1-{TRAIN}-{VAL}-{IMAGE_SIZE}px"
     if not folder.exists():
         try:
@@ -90,7 +90,7 @@ def _write_split(folder: Path, count: int, image_size: int, key: tuple[int, int]
 
 
 def draw_point(rng: np.random.Generator) -> tuple[float, float]:
-    """Valence and arousal in [-1, 1], from a class drawn uniformly and that class's Gaussian."""
+    """Draw valence and arousal in [-1, 1]: from the Gaussian of a class that is drawn uniformly."""
     v_mean, v_std, a_mean, a_std = list(VALENCE_AROUSAL.values())[rng.integers(len(VALENCE_AROUSAL))]
     while True:
         valence, arousal = float(rng.normal(v_mean, v_std)), float(rng.normal(a_mean, a_std))
@@ -142,13 +142,13 @@ class _Person:
 
 
 def _between(palette: tuple[Colour, ...], rng: np.random.Generator) -> Colour:
-    """A colour on the way through a palette."""
+    """Draw a colour on the way through a palette."""
     whole, part = divmod(rng.uniform(0, len(palette) - 1), 1)
     return _mix(palette[int(whole)], palette[int(whole) + 1], part)
 
 
 def _mix(a: Colour, b: Colour, share: float) -> Colour:
-    """The colour that is `share` of b and the rest a."""
+    """Return the colour that is `share` of b and the rest a."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 
@@ -175,7 +175,7 @@ class _Canvas:
 
 
 def draw_face(valence: float, arousal: float, rng: np.random.Generator, image_size: int) -> npt.NDArray[np.uint8]:
-    """One face with the expression of a point of the plane, and all else from the generator.
+    """Draw a face: its expression is that of a point of the plane, all else is from the generator.
 
     Returns:
         [H, W, 3], RGB.
@@ -212,7 +212,7 @@ def draw_face(valence: float, arousal: float, rng: np.random.Generator, image_si
 
 
 def _skin(person: _Person, valence: float, arousal: float) -> Colour:
-    """Flushed where valence is low and arousal high, pale where both are low."""
+    """Return a skin colour: flushed where valence is low and arousal high, pale where both are low."""
     tense = max(-valence, 0) * arousal
     return (
         _mix(person.skin, (214, 60, 44), 0.45 * tense)

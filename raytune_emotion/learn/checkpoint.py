@@ -56,7 +56,7 @@ class Best:
 def save(
     folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, average: nn.Module | None = None
 ) -> None:
-    """Writes the state at the newest report, its weights (their average if any) again if they are the best, and it."""
+    """Write the state at the newest report, the weights (or their average) if they are the best, and the report."""
     tensors = _all_tensors(model, optimizer, average)
     header = {
         "settings": progress.settings,
@@ -73,7 +73,7 @@ def save(
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """How far the run in a folder has come; None where none has reported yet. Reads no tensor.
+    """Read how far the run in a folder has come, without any tensor; None where none has reported yet.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -90,7 +90,7 @@ def read_progress(folder: Path) -> Progress | None:
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> None:
-    """Loads the newest state in a folder into a model, its optimizer, and the average of its weights, if any.
+    """Load the newest state in a folder into a model, its optimizer, and the average of its weights, if any.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -169,7 +169,7 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
 
 
 def settle(folder: Path, progress: Progress | None) -> None:
-    """Makes the folder what `last` says it is, before the run goes on, or starts anew where there is no `last`."""
+    """Make the folder what `last` says it is, before the run goes on; or empty it where there is no `last`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LAST, BEST, HISTORY):
         for abandoned in folder.glob(f".{name}.*.tmp"):
@@ -185,7 +185,7 @@ def settle(folder: Path, progress: Progress | None) -> None:
 
 
 def read_best(file: Path) -> Best:
-    """The best weights of a run, from its `best.safetensors`.
+    """Read the best weights of a run, from its `best.safetensors`.
 
     Raises:
         UserError: there is no such file, or it is damaged.
@@ -203,7 +203,7 @@ def read_best(file: Path) -> Best:
 
 
 def read_history(folder: Path) -> list[Report]:
-    """The reports of the run in a folder, in order; a last line that is being written, or was never ended, is left out.
+    """Read the reports of the run in a folder, in order, without a last line that is not written to its end.
 
     Raises:
         UserError: another line is damaged.

@@ -291,7 +291,7 @@ def _replaced(dest: Path) -> Iterator[Path]:
 
 
 def load_package(folder: Path) -> Package:
-    """Loads an export, from `config.json` and `model.safetensors` alone.
+    """Load an export, from `config.json` and `model.safetensors` alone.
 
     Raises:
         UserError: the folder is no export, or it is damaged.
@@ -313,7 +313,7 @@ def load_package(folder: Path) -> Package:
 
 
 def _timm_config(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:
-    """What timm rebuilds the model from, and its way to read pictures, which is that of the store."""
+    """Return what timm rebuilds the model from, and its way to read pictures, which is that of the store."""
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size, classes = config.data.image_size, list(config.data.classes)
     mean, std = mean_std(model)

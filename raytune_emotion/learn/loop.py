@@ -70,7 +70,7 @@ class Plan:
     workers: int
 
     def span(self, report: int) -> tuple[int, int, int]:
-        """Epoch, first step and end (within the epoch) of the training that the report, counted from 0, is on."""
+        """Return epoch, first step and end (within the epoch) of the training of a report, counted from 0."""
         epoch, part = divmod(report, len(self.stops))
         return epoch, (0, *self.stops)[part], self.stops[part]
 
@@ -95,7 +95,7 @@ class Run:
 def fit(
     config: RunConfig, store: Store, *, device: torch.device, folder: Path | None = None, resident: bool = True
 ) -> Generator[Report, None, None]:
-    """Trains, and yields a report after every evaluation, once the checkpoint of it is written.
+    """Train, and yield a report after every evaluation, once the checkpoint of it is written.
 
     A run that has ended yields nothing; with more `train.epochs` it goes on.
 
@@ -154,7 +154,7 @@ def fit(
 
 
 def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
-    """The steps of a run, and this worker's place in it.
+    """Plan the steps of a run, and this worker's place in it.
 
     An epoch leaves out the rows that fill no batch (others in each, as the order changes), so that all steps are alike;
     a training set smaller than a batch is one step.
@@ -191,7 +191,7 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
 
 
 def is_finished(config: RunConfig, plan: Plan, history: Sequence[Report]) -> bool:
-    """Whether the epochs are over, or the patience is."""
+    """Tell whether the epochs are over, or the patience is."""
     if not history:
         return False
     waited = reports_since_best([report["val_js"] for report in history])
@@ -269,7 +269,7 @@ def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
 
 
 def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
-    """Trains from the newest report to where the next is due.
+    """Train from the newest report to where the next is due.
 
     Nothing in a step waits for the device: the loss is summed there, and read at the end.
 
@@ -325,7 +325,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
 
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
-    """Averages the running statistics of BatchNorm, which each worker takes of its own rows, over the workers."""
+    """Average the running statistics of BatchNorm over the workers: each worker takes them of its own rows."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     if workers > 1 and buffers:
@@ -337,7 +337,7 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
 
 
 def rows_to_evaluate(run: Run) -> int:
-    """At once: on a GPU no more than it trains on, so that smaller micro-batches help where its memory is full."""
+    """Return the rows of a batch: on a GPU no more than in training, so that smaller micro-batches help."""
     micro_rows = run.plan.batch_rows // (run.plan.workers * run.config.train.accumulate)
     return min(_EVAL_ROWS, micro_rows) if run.device.type == "cuda" else _EVAL_ROWS
 
@@ -350,7 +350,7 @@ def evaluate(
     device: torch.device,
     rows: int = _EVAL_ROWS,
 ) -> dict[str, float]:
-    """The means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
+    """Return the means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
 
     Computes in exact fp32, without TF32, whatever the precision of training: so `predict` finds the same numbers on any
     device. Leaves the model in evaluation mode.
@@ -381,7 +381,7 @@ def evaluate(
 
 
 def baseline(store: Store) -> dict[str, float]:
-    """The metrics of a model that has learnt nothing but the mean of the training targets, on the validation split.
+    """Return the metrics, on the validation split, of a model that predicts the mean of the training targets.
 
     A class without mass in training is predicted at 1e-12, so that every metric is finite.
     """
@@ -426,7 +426,7 @@ def _report(
 
 
 def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
-    """A worker's report, with the times that the first worker took: all else is the same already."""
+    """Return a worker's report with the times that the first worker took: all else is the same already."""
     clocks = [report["seconds"], report["time"], report["images_per_second"]]
     taken = torch.tensor(clocks, dtype=torch.float64, device=device)
     dist.broadcast(taken, src=0)
@@ -437,7 +437,7 @@ def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
 def _check_resumable(
     config: RunConfig, store: Store, device: torch.device, folder: Path | None, progress: Progress | None
 ) -> None:
-    """Whether a configuration and a store are those that the run in the folder began with, as every worker sees it."""
+    """Check that a configuration and a store are those that the run in the folder began with; all workers agree."""
     if dist.is_initialized():
         least = torch.tensor(len(progress.history) if progress is not None else 0, device=device)
         most = least.clone()
@@ -472,7 +472,7 @@ def _check_finite(values: dict[str, float], plan: Plan, history: Sequence[Report
 
 @contextlib.contextmanager
 def _randomness(device: torch.device, *key: int) -> Iterator[None]:
-    """Seeds torch's generators with a key, and leaves them as they were found."""
+    """Seed torch's generators with a key, and leave them as they were found."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         yield

@@ -25,12 +25,12 @@ def l1(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
 
 
 def kl(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the prediction from the target, in nats: sum_k p ln(p / q), 0 ln 0 = 0."""
+    """Return the Kullback-Leibler divergence of prediction from target, in nats: sum_k p ln(p / q), 0 ln 0 = 0."""
     return torch.xlogy(prob_BK, prob_BK).sum(-1) + ce(logits_BK, prob_BK)
 
 
 def ce(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
-    """Cross-entropy, in nats: -sum_k p ln q."""
+    """Return the cross-entropy, in nats: -sum_k p ln q."""
     return -(prob_BK * log_softmax(logits_BK, -1)).sum(-1)
 
 
@@ -49,7 +49,7 @@ LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1, "kl": kl, "ce": ce, "js": js}
 
 
 def mixture(weights: Mapping[str, float]) -> Loss:
-    """The weighted sum of losses; one that weighs nothing is not computed.
+    """Return the weighted sum of losses; one that weighs nothing is not computed.
 
     Args:
         weights: by name in LOSSES, not negative; `LossConfig.weights`.

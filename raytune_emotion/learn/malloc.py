@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST, _MOST_BEFORE = -1, -3, 2**31 - 1, 2
 
 
 def keep_freed() -> None:
-    """Has this process keep the memory that it frees. Does nothing where the C library is not glibc."""
+    """Have this process keep the memory that it frees. Do nothing where the C library is not glibc."""
     if (libc := _glibc()) is not None:
         if not libc.mallopt(_M_MMAP_THRESHOLD, _MOST):
             libc.mallopt(_M_MMAP_THRESHOLD, _MOST_BEFORE)
@@ -20,7 +20,7 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Gives the freed memory that was kept back to the system."""
+    """Give the freed memory that was kept back to the system."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

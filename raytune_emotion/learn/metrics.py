@@ -14,7 +14,7 @@ from raytune_emotion.learn.transport import transport_cost
 
 
 def per_sample(logits_BK: Tensor, prob_BK: Tensor, distances_KK: Tensor | None) -> dict[str, Tensor]:
-    """Every metric of every row, computed in float64.
+    """Compute every metric of every row, in float64.
 
     `js` is in bits and in [0, 1], `kl` and `ce` are in nats, `emd` in class steps, `emd_va` in the unit of the
     distances; `clark` and `canberra` count a class that neither side gives mass as zero. `accuracy` is one where the
@@ -67,7 +67,7 @@ class MetricSums:
     count: int = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds rows.
+        """Add rows.
 
         Args:
             values: name -> [B], with the same names each time; B may be 0.
@@ -77,7 +77,7 @@ class MetricSums:
         self.count += len(next(iter(values.values())))
 
     def means(self) -> dict[str, float]:
-        """The means over the rows of all workers: one reduction, one transfer to the host."""
+        """Return the means over the rows of all workers: one reduction, one transfer to the host."""
         total = torch.stack(list(self.sums.values()))
         total = torch.cat([total, total.new_tensor([self.count])])
         if dist.is_initialized():
@@ -87,6 +87,6 @@ class MetricSums:
 
 
 def distances_of(classes: tuple[str, ...]) -> Tensor | None:
-    """The ground distance of `emd_va`, [K, K]; None where a class has no place in the valence-arousal plane."""
+    """Return the ground distance of `emd_va`, [K, K]; None where a class has no place in the valence-arousal plane."""
     distances_KK = class_distances(classes)
     return None if distances_KK is None else torch.from_numpy(distances_KK)

@@ -97,7 +97,7 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
 
 
 def check_backbone(name: str) -> None:
-    """Whether timm knows a model; builds nothing.
+    """Check that timm knows a model, and build nothing.
 
     Raises:
         UserError: with the nearest names that it knows.
@@ -113,7 +113,7 @@ def check_backbone(name: str) -> None:
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Whether the pretrained weights that are asked for exist, as far as this machine can tell without a network.
+    """Check that the pretrained weights asked for exist, as far as this machine can tell without a network.
 
     Raises:
         UserError: there is no such file, or timm has no weights for the model.
@@ -145,7 +145,7 @@ def _where(config: ModelConfig) -> str:
 
 
 def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
-    """The options that make timm load a file strictly: with a classifier of the size that the file has, 0 for none."""
+    """Return the options by which timm loads a file strictly: with a classifier of the file's size, 0 for none."""
     classifier = (origin.known or vars(timm.get_pretrained_cfg(origin.architecture))).get("classifier") or ""
     head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     file = origin.weights

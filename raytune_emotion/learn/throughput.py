@@ -35,7 +35,7 @@ _SEGMENT_S = 0.25
 
 
 def best_count(rates: Sequence[Mapping[int, float]]) -> int:
-    """How many trials at once train as many images of each backbone in the least time, or nearly so.
+    """Return how many trials at once train as many images of each backbone in the least time, or nearly so.
 
     Args:
         rates: of each backbone, images a second in sum by the number of trials; numbers that do not fit are left out.
@@ -49,7 +49,7 @@ def best_count(rates: Sequence[Mapping[int, float]]) -> int:
 
 
 def fitting_counts(counts: Sequence[int], *, peak: float, images: float, total: float) -> list[int]:
-    """Those numbers of trials at once for which a device has the memory.
+    """Return those numbers of trials at once for which a device has the memory.
 
     Args:
         counts: to choose from.
@@ -83,11 +83,11 @@ class Process:
         self._tell({"seconds": seconds, "threads": threads, "share": share, "resident": resident})
 
     def rest(self) -> None:
-        """Answered when it has given back what it took of the device."""
+        """Order it to give back what it took of the device; the answer comes when it has."""
         self._tell({})
 
     def answer(self) -> Any:
-        """Waits for the next answer.
+        """Wait for the next answer.
 
         Raises:
             Breakdown: the process has ended.
@@ -109,7 +109,7 @@ class Process:
 
 @contextlib.contextmanager
 def processes(count: int, device: torch.device) -> Iterator[list[Process]]:
-    """So many processes, which end with the block."""
+    """Start so many processes, which end with the block."""
     with contextlib.ExitStack() as stack:
         started = [Process(device) for _ in range(count)]
         for process in started:
@@ -139,7 +139,7 @@ def measure(
     counts: Sequence[int] = COUNTS,
     seconds: float = 2.0,
 ) -> dict[str, dict[int, float]]:
-    """Images a second, in sum, of several trials at once on a device, by backbone and number of trials.
+    """Measure the images a second, in sum, of several trials at once on a device, by backbone and number of trials.
 
     Numbers for which the device has too little memory are left out.
 
@@ -241,7 +241,7 @@ def _prepare(settings: FlatConfig, place: str, device: torch.device) -> tuple[Ru
 
 
 def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
-    """A run on a few rows, warm, from one report of which to the next it takes a quarter of a second."""
+    """Begin a run on a few rows, and warm it up; from one of its reports to the next it takes a quarter of a second."""
     few = dataclasses.replace(store, train=_first(store.train, _ROWS), val=_first(store.val, _ROWS))
     run = start(config, few, device, make_plan(config, few, device), fresh=False)
     evaluate(run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run))
@@ -267,12 +267,12 @@ def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bo
 
 
 def _images_on_device(run: Run) -> int:
-    """Bytes."""
+    """Return their bytes."""
     return sum(part.x_NHWC.nbytes for part in (run.train, run.val) if isinstance(part, Resident))
 
 
 def _until(run: Run, steps: int) -> Run:
-    """The run, with its first report after so many steps."""
+    """Return the run, with its first report after so many steps."""
     return dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=(steps,)))
 
 

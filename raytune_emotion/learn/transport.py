@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def transport_cost(distances_KK: Tensor, diff_BK: Tensor) -> Tensor:
-    """The least cost of moving the mass of one distribution to where another has it: exact optimal transport.
+    """Return the least cost of moving one distribution's mass to where another has it: exact optimal transport.
 
     As the ground distance is a metric, this is the transshipment problem: the supply p - q of each class flows to where
     it lacks, over arcs that cost their distance. Its dual, max f.(p - q) with f_i - f_j <= d_ij, has the same

@@ -44,7 +44,7 @@ class Loader:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the K classes, in order."""
+        """Return the names of the K classes, in order."""
         return self.store.classes
 
     def __len__(self) -> int:

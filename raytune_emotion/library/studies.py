@@ -43,7 +43,7 @@ class Study:
 
     @property
     def best(self) -> "pd.Series[Any]":
-        """The row of the best trial in `trials`.
+        """Return the row of the best trial in `trials`.
 
         Raises:
             UserError: no trial has reported yet.

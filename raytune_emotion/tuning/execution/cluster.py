@@ -142,7 +142,7 @@ def _shut_down() -> None:
 
 
 def _start_failure(address: str | None, error: Exception) -> Exception:
-    """The error to raise where Ray could not be started or joined, whatever it has raised."""
+    """Return the error to raise where Ray could not be started or joined, whatever it has raised."""
     why = first_line(error)
     if address is None:
         known = known_error(error)

@@ -113,7 +113,7 @@ class Recorder:
 
     @property
     def is_over(self) -> bool:
-        """Whether no trial runs, and none is left to run now."""
+        """Tell whether no trial runs, and none is left to run now."""
         return bool(self.broken) or self._closed or (not self._running and not self._queue and self._idle)
 
     def next(self) -> Proposal | None:

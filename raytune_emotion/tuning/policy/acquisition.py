@@ -16,7 +16,7 @@ def _density(z_M: Floats) -> Floats:
 
 
 def expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
-    """By how much a normal variable falls below the best in the mean, [M] (Jones et al., 1998)."""
+    """Return by how much a normal variable falls below the best in the mean, [M] (Jones et al., 1998)."""
     z_M = (best - mean_M) / std_M
     gain_M: Floats = std_M * (z_M * ndtr(z_M) + _density(z_M))
     return gain_M
@@ -43,7 +43,7 @@ def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floa
 def expected_improvement_of_front(
     mean_M: Floats, std_M: Floats, cost_M: Floats, seen_N: Floats, cost_N: Floats
 ) -> Floats:
-    """By how much the area above a front of value and cost grows in the mean, [M].
+    """Return by how much the area above a front of value and cost grows in the mean, [M].
 
     The expected hypervolume improvement (Emmerich et al., 2006) where the cost is known: at every cost from the
     candidate's own on it can better what was seen of as much cost.

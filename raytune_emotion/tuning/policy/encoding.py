@@ -50,7 +50,7 @@ class Encoding:
 
     @property
     def names(self) -> list[str]:
-        """The setting of every coordinate, [D]."""
+        """Return the setting of every coordinate, [D]."""
         return [*self.ranges, *(key for key, listed in self.choices.items() for _ in listed)]
 
     def __call__(self, settings: Configurations) -> Floats:

@@ -129,7 +129,7 @@ class Forecast:
         return np.column_stack([x_MD, np.full(len(x_MD), self._share) if share_M is None else share_M])
 
     def _prior(self, settings: Configurations) -> Floats:
-        """What earlier studies say of M configurations, [M], in standard deviations of theirs."""
+        """Return what earlier studies say of M configurations, [M], in standard deviations of theirs."""
         if not len(settings) or not self._earlier:
             return np.zeros(len(settings))
         standard_M: Floats = np.mean([f.standard(settings) for f in self._earlier], axis=0)

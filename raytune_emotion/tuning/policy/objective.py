@@ -46,7 +46,7 @@ OBJECTIVES = {
 
 
 def pareto_front(best_first: Iterable[T], cost: Callable[[T], float]) -> list[T]:
-    """Those, of trials in the order of their JS, that none of less cost has bettered, in the same order."""
+    """Return those trials that none of less cost has bettered, of trials in the order of their JS and in that order."""
     found: list[T] = []
     least = math.inf
     for trial in best_first:

@@ -16,12 +16,12 @@ EARLIER = "earlier.json"
 
 
 def write_earlier(folder: Path, gathered: str) -> None:
-    """Keeps what was gathered in a study's folder."""
+    """Write what was gathered from earlier studies to a study's folder."""
     write_text(folder / EARLIER, gathered)
 
 
 def read_earlier(folder: Path) -> list[Forecast]:
-    """What the studies that a study started from say of any configuration; none where it started from none."""
+    """Read what the studies that a study started from say of any configuration; none where it started from none."""
     if not (folder / EARLIER).exists():
         return []
     try:

@@ -97,7 +97,7 @@ page        {folder / REPORT}"""
 
 
 def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -> None:
-    """Exports the run of the winner that is in the middle, lest the luck of a seed be exported."""
+    """Export the run of the winner that is in the middle, lest the luck of a seed be exported."""
     run = winner.median
     trained = trial_folder(folder, run.trial_id)
     best = read_best(trained / BEST)

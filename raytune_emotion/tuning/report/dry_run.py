@@ -79,7 +79,7 @@ def _short(value: Any) -> str:
 
 
 def costs(space: Space, sizes: tuple[int, ...], device: torch.device) -> list[Cost]:
-    """Trains each backbone of a space for some steps on noise, with the threads that this process has."""
+    """Train each backbone of a space for some steps on noise, with the threads that this process has, and time it."""
     backbones = space.possible("model.backbone") or (RunConfig().model.backbone,)
     return [_cost(name, size, device) for name in backbones for size in sizes]
 

@@ -78,7 +78,7 @@ def report_files(folder: Path) -> list[str]:
 
 
 def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[str]]:
-    """The cells of the table that stands below `FRONT`: the trials that no cheaper one has bettered, best first."""
+    """Return the cells of the table below `FRONT`: the trials that no cheaper one has bettered, best first."""
     rows = []
     for record in frontier(records, objective):
         best: Mapping[str, Any] = record.best or {}

@@ -11,7 +11,7 @@ from raytune_emotion.tuning.space.space import LOSSES
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of the format, made from the tree of settings; editors complete and check spaces by it."""
+    """Make the JSON Schema of the format from the tree of settings; editors complete and check spaces by it."""
     tree = TypeAdapter(RunConfig).json_schema()["$defs"]
     definitions: dict[str, Any] = {word: _range_schema(word) for word in RANGES}
     for key in SETTINGS:

@@ -49,7 +49,7 @@ _Path = tuple[str | int, ...]
 
 
 def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
-    """Reads a search space.
+    """Read a search space.
 
     Args:
         path: a YAML file (YAML 1.2, in which 1e-5 is a number).
@@ -82,7 +82,7 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
 
 
 def parse_space(mapping: Mapping[str, Any], name: str = "the search space") -> Space:
-    """Like `load_space`, from plain dicts and lists such as `Space.to_dict` gives; `name` stands for the file.
+    """Parse plain dicts and lists, such as `Space.to_dict` gives, like `load_space`; `name` stands for the file.
 
     Whether pretrained weights are at hand is not asked: a study can be read where it cannot be run.
     """
@@ -110,7 +110,7 @@ class _Source:
 
 
 def _plain(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int, ...] = ()) -> Any:
-    """A node as dicts, lists and scalars, its lines noted in the source."""
+    """Return a node as dicts, lists and scalars, and note its lines in the source."""
     source.lines.setdefault(at, node.start_mark.line + 1)
     if id(node) in within:
         source.fault(at, f"{_shown(at)}: contains itself by an alias")
@@ -137,7 +137,7 @@ def _plain(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int
 
 
 def _shown(at: _Path) -> str:
-    """The setting that a place in the file belongs to."""
+    """Return the setting that a place in the file belongs to."""
     if at[0] in ("when", "start"):
         return str(at[2]) if len(at) > 2 else str(at[0])
     return str(at[0])
@@ -185,7 +185,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
 
 
 def _without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any]:
-    """Entries of `when` or `start` by their place, less what is fixed from outside, and those not empty then."""
+    """Return entries of `when` or `start` by their place, less what is fixed from outside and what is empty then."""
     result: dict[int, Any] = {}
     for i, entry in enumerate(entries):
         if isinstance(entry, Mapping) and not overrides.keys().isdisjoint(entry):
@@ -221,7 +221,7 @@ def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str,
 
 
 def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], words: Sequence[str]) -> str | None:
-    """The word of a distribution, `{word: …}`."""
+    """Return the word of a distribution, `{word: …}`."""
     if len(given) != 1:
         source.fault(at, f"{key}: a distribution has one word, such as {{{words[0]}: …}}, got {len(given)}")
         return None
@@ -233,7 +233,7 @@ def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], wo
 
 
 def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
-    """`loss`: a name, `{choice: names}`, or `{simplex: names}`."""
+    """Parse `loss`: a name, `{choice: names}`, or `{simplex: names}`."""
     if not isinstance(given, Mapping):
         if _is_loss(source, at, given):
             return Fixed(given)
@@ -288,7 +288,7 @@ def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None
 
 
 def _distinct(source: _Source, at: _Path, key: str, given: Any) -> list[tuple[int, Any]]:
-    """The values of a choice or simplex with their places, those that are wrong left out."""
+    """Return the values of a choice or simplex with their places; leave out those that are wrong."""
     if not isinstance(given, list) or not given:
         source.fault(at, f"{key}: {at[-1]} takes a list of values, such as [a, b], got {given!r}")
         return []
@@ -345,7 +345,7 @@ def _on_grid(value: float, low: float, step: float | None) -> bool:
 
 
 def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
-    """A value as the configuration holds it. The rest of the configuration is looked at in `_check_together`."""
+    """Return a value as the configuration holds it. `_check_together` looks at the rest of the configuration."""
     section, _, name = key.partition(".")
     if isinstance(value, list):
         value = tuple(value)
@@ -408,7 +408,7 @@ def _branch(
 
 
 def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[str, Any]:
-    """A start point's values as the configuration holds them, checked against the space."""
+    """Return a start point's values as the configuration holds them, checked against the space."""
     if not isinstance(point, Mapping) or not point:
         source.fault(at, "start: a point is a mapping of settings to values")
         return {}
@@ -457,7 +457,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
 
 
 def _outside(setting: Setting, value: Any) -> str | None:
-    """Why a value does not belong to a setting."""
+    """Say why a value does not belong to a setting."""
     if isinstance(setting, Fixed):
         same = value == (list(setting.value) if isinstance(setting.value, tuple) else setting.value)
         return None if same else f"is fixed to {setting.value!r} in this space"
@@ -493,7 +493,7 @@ def _without_weights(config: FlatConfig) -> tuple[str, ...]:
 
 
 def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig], tuple[str, ...]] = _invalid) -> None:
-    """Finds settings that are valid alone and not together, such as more warm-up than epochs.
+    """Find settings that are valid alone and not together, such as more warm-up than epochs.
 
     For each combination of what `when` asks for, every pair of settings is judged at its ends. What fails so can be
     suggested, hence is a fault of the space. Of rules on three settings, it sees what pairs show.
@@ -523,7 +523,7 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
 
 
 def _ends(setting: Setting) -> tuple[Any, ...]:
-    """The values of a setting between which all others lie."""
+    """Return the values of a setting between which all others lie."""
     if isinstance(setting, Fixed):
         return (setting.value,)
     if isinstance(setting, Simplex):

@@ -43,7 +43,7 @@ class Simplex:
     losses: tuple[str, ...]
 
     def raw_names(self, name: str) -> dict[str, str]:
-        """Each loss with its Optuna parameter: `loss [a=b]` gives `loss.kl~ [a=b]`."""
+        """Map each loss to its Optuna parameter: `loss [a=b]` gives `loss.kl~ [a=b]`."""
         return {loss: name.replace("loss", f"loss.{loss}~", 1) for loss in self.losses}
 
     def weights(self, raw: Mapping[str, float]) -> dict[str, float]:
@@ -53,7 +53,7 @@ class Simplex:
         return {loss: part / total if total > 0 else 1 / len(parts) for loss, part in parts.items()}
 
     def raw(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The inverse of `weights`, with the exponentials' sum at its mean, the number of losses."""
+        """Invert `weights`, with the exponentials' sum at its mean, the number of losses."""
         return {loss: math.exp(-len(self.losses) * weights.get(loss, 0.0)) for loss in self.losses}
 
 
@@ -71,7 +71,7 @@ class Branch:
         return all(key in decided and decided[key] in values for key, values in self.conditions.items())
 
     def parameter(self, key: str) -> str:
-        """The Optuna name that a setting has in this branch."""
+        """Return the Optuna name that a setting has in this branch."""
         conditions = (f"{name}={'|'.join(map(str, values))}" for name, values in self.conditions.items())
         return f"{key} [{', '.join(conditions)}]"
 
@@ -87,14 +87,14 @@ class Space:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The settings that are the same in every trial, by dotted path."""
+        """Return the settings that are the same in every trial, by dotted path."""
         varied = {key for branch in self.when for key in branch.settings}
         same = ((k, s) for k, s in self.settings.items() if isinstance(s, Fixed) and k not in varied)
         return self.flat({key: setting.value for key, setting in same})
 
     @property
     def parameters(self) -> dict[str, BaseDistribution]:
-        """Every parameter that Optuna can see, by its name there."""
+        """Return every parameter that Optuna can see, by its name there."""
         result: dict[str, BaseDistribution] = {}
         for name, _, setting in self._named():
             if isinstance(setting, Simplex):
@@ -104,7 +104,7 @@ class Space:
         return result
 
     def columns(self) -> tuple[str, ...]:
-        """The settings in which trials can differ, by dotted path, in the order of the file."""
+        """Return the settings in which trials can differ, by dotted path, in the order of the file."""
         varied = {key for branch in self.when for key in branch.settings}
         keys = dict.fromkeys(key for _, key, s in self._named() if key in varied or not isinstance(s, Fixed))
         return tuple(
@@ -112,7 +112,7 @@ class Space:
         )
 
     def possible(self, key: str) -> tuple[Any, ...]:
-        """The values that a setting can take where they can be listed; none where it is not in the space."""
+        """Return the values that a setting can take where they can be listed; none where it is not in the space."""
         values: list[Any] = []
         for _, name, setting in self._named():
             if name == key and isinstance(setting, Fixed):
@@ -122,7 +122,7 @@ class Space:
         return tuple(dict.fromkeys(values))
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-        """A configuration by dotted path: every setting of the space, what is searched as the trial suggests.
+        """Return a configuration by dotted path: every setting of the space; what is searched as the trial suggests.
 
         Settings that the space does not name are absent: they have their defaults.
         """
@@ -130,7 +130,7 @@ class Space:
         return self.flat({key: _draw(trial, name, s) for key, (name, s) in self.active(decided).items()})
 
     def start_points(self) -> list[dict[str, Any]]:
-        """The start points as Optuna's parameters, for `study.enqueue_trial`."""
+        """Return the start points as Optuna's parameters, for `study.enqueue_trial`."""
         return [self.params_of(start) for start in self.start]
 
     def params_of(self, settings: FlatConfig) -> dict[str, Any]:
@@ -151,11 +151,11 @@ class Space:
         return params
 
     def to_dict(self) -> dict[str, Any]:
-        """The space as plain dicts and lists, to be kept; `parse_space` reads it back."""
+        """Return the space as plain dicts and lists, to be kept; `parse_space` reads it back."""
         return dict(self.source)
 
     def active(self, decided: FlatConfig) -> dict[str, tuple[str, Setting]]:
-        """What holds where the settings that `when` asks for are as decided: setting, Optuna name, distribution."""
+        """Return what holds where the settings that `when` asks for are as decided: setting, Optuna name, domain."""
         result = {key: (key, setting) for key, setting in self.settings.items()}
         for branch in self.when:
             if branch.applies(decided):
@@ -163,11 +163,11 @@ class Space:
         return result
 
     def deciding(self) -> tuple[str, ...]:
-        """The settings that `when` asks for."""
+        """Return the settings that `when` asks for."""
         return tuple(dict.fromkeys(key for branch in self.when for key in branch.conditions))
 
     def flat(self, values: FlatConfig) -> dict[str, Any]:
-        """Replaces `loss`, a name or weights by name, by `loss.…`; the other losses of the space weigh 0."""
+        """Replace `loss`, a name or weights by name, by `loss.…`; the other losses of the space weigh 0."""
         result: dict[str, Any] = {}
         for key, value in values.items():
             if key == "loss":
@@ -203,7 +203,7 @@ def _draw(trial: optuna.trial.BaseTrial, name: str, setting: Setting) -> Any:
 
 
 def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The space's start points, and then random configurations of it, by dotted path."""
+    """Yield the space's start points, and then random configurations of it, by dotted path."""
     study = optuna.create_study(sampler=RandomSampler(seed=seed))
     for point in space.start_points():
         study.enqueue_trial(point)

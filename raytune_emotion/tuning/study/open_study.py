@@ -54,7 +54,7 @@ class OpenStudy:
         return record
 
     def is_over(self) -> bool:
-        """Whether as many trials as were asked for have ended."""
+        """Tell whether as many trials as were asked for have ended."""
         trials = list_trials(self.optuna)
         return len(trials) >= self.spec.trials and not any(t.status in ("running", "paused") for t in trials)
 

@@ -46,7 +46,7 @@ class SearchRequest:
 
     @property
     def gpu_share(self) -> float | None:
-        """The GPUs of a worker; None if none are named, or if they are to be found out."""
+        """Return the GPUs of a worker; None if none are named, or if they are to be found out."""
         return self.gpus_per_worker if isinstance(self.gpus_per_worker, float) else None
 
     @property
