@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive
 from raytune_emotion.interruption import finishing
-from raytune_emotion.terminal import count, plain_console, short
+from raytune_emotion.terminal import count, plain_console, short, typed, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import read_spec
@@ -82,9 +82,14 @@ def run(args: argparse.Namespace) -> None:
         except (KeyboardInterrupt, ClusterLost) as why:
             ended = why
         with finishing():
-            conclude_confirmation(console, confirmation, whole=ended is None)
+            conclude_confirmation(console, confirmation, resume=_same_command(request, study) if ended else None)
         if ended is not None:
             raise ended
+
+
+def _same_command(request: ConfirmRequest, study: Path) -> str:
+    options = {name: value for name, value in vars(request).items() if name != "study"}
+    return f"python -m raytune_emotion.confirm {typed(study)}{typed_options(**options)}"
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def _search(request: SearchRequest, place: Location, new: _Checked | None) -> No
             ended = why
         assert study is not None
         with finishing():
-            conclude(console, study, request.results)
+            conclude(console, study, request.results, request.address)
         if ended is not None:
             raise ended
 

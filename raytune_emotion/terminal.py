@@ -71,3 +71,9 @@ def short(path: Path) -> str:
 def typed(place: Path | str) -> str:
     """Return a path, or another word, as it is typed in a shell."""
     return shlex.quote(short(place) if isinstance(place, Path) else place)
+
+
+def typed_options(**options: object) -> str:
+    """Return options as they are typed behind a command, each with a space before it; those that are None are not."""
+    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    return "".join(f" --{name} {typed(str(value))}" for name, value in given.items())

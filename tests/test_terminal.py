@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 import raytune_emotion
 from raytune_emotion import terminal
-from raytune_emotion.terminal import count, plain_console, plain_table, printable, short, typed
+from raytune_emotion.terminal import count, plain_console, plain_table, printable, short, typed, typed_options
 
 ROOT = Path(raytune_emotion.__file__).parent
 
@@ -115,3 +115,9 @@ def test_every_output_goes_through_the_terminal_module(module):
 def test_the_console_is_the_only_one():
     assert not plain_console()._markup
     assert terminal.plain_console(stderr=True).stderr
+
+
+def test_options_are_typed_as_a_shell_reads_them():
+    text = typed_options(top=3, gpus_per_worker=0.5, address=None, results="my results")
+    assert text == " --top 3 --gpus-per-worker 0.5 --results 'my results'"
+    assert typed_options(address=None) == ""

@@ -49,7 +49,7 @@ class ClusterWatch:
         self._node = ray.get_runtime_context().get_node_id()
         self._answered = time.monotonic()
         self._failure = ""
-        self._stored_trial: dict[int, float] = {}
+        self._frozen_since: dict[int, float] = {}
         self._looked = self._asked = self._worker_seen = time.monotonic()
         self._end = threading.Event()
         # Of its own, since a question to a head that has frozen never comes back.
@@ -62,7 +62,7 @@ class ClusterWatch:
         if now - self._asked > _SUSPENDED_S:
             # Nobody has looked, or this process itself was stopped, as by Ctrl-Z: nothing is known of that time.
             self._answered = self._worker_seen = now
-            self._stored_trial.clear()
+            self._frozen_since.clear()
         self._asked = now
         for name, process in self._vital.items():
             if process.poll() is not None and not self._failure:
@@ -101,9 +101,10 @@ class ClusterWatch:
     def _look_for_frozen(self) -> None:
         """Give up a cluster whose own processes were stopped, and end processes of trials that were."""
         vital = {process.pid: name for name, process in self._vital.items()}
-        stopped = [pid for pid in (*vital, *_children(self._vital["raylet"].pid)) if _is_stopped(pid)]
-        self._stored_trial = {pid: self._stored_trial.get(pid, self._looked) for pid in stopped}
-        for pid, since in self._stored_trial.items():
+        workers = [pid for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)]
+        stopped = [pid for pid in (*vital, *workers) if _is_stopped(pid)]
+        self._frozen_since = {pid: self._frozen_since.get(pid, self._looked) for pid in stopped}
+        for pid, since in self._frozen_since.items():
             if self._looked - since < _FROZEN_S:
                 continue
             if pid in vital:
@@ -178,9 +179,11 @@ def _children(pid: int) -> list[int]:
 
 
 def _is_worker(pid: int) -> bool:
+    """Tell whether one of a raylet's processes is for work; the others are its agents, such as ray::DashboardAgent."""
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return command.startswith(b"ray::") or b"default_worker.py" in command
+        title = command.partition(b"\0")[0].rstrip()
+        return b"default_worker.py" in command or (title.startswith(b"ray::") and not title.endswith(b"Agent"))
     return False
 
 

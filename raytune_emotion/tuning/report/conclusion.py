@@ -11,7 +11,7 @@ from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import count, plain_table, typed
+from raytune_emotion.terminal import count, plain_table, typed, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.study.confirmation import (
@@ -28,8 +28,14 @@ from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 
 
-def conclude(console: Console, study: OpenStudy, results: Location) -> None:
+def conclude(console: Console, study: OpenStudy, results: Location, address: str | None) -> None:
     """Export the best trial, and say what came out and what to type next.
+
+    Args:
+        console: to say it on.
+        study: that has run.
+        results: folder or URI of the studies.
+        address: of the cluster that it ran on; None for this machine's.
 
     Raises:
         Breakdown: every trial has failed.
@@ -57,6 +63,7 @@ def conclude(console: Console, study: OpenStudy, results: Location) -> None:
     resume = f"--resume --results {typed(str(results))} --name {place.name}"
     if len(records) >= spec.trials and not counts["running"]:
         resume += f" --trials {2 * spec.trials}"
+    resume += typed_options(address=address)
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")})
@@ -71,8 +78,14 @@ next:
     )
 
 
-def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:
-    """Say how the configurations stand, and export the winner once all is done."""
+def conclude_confirmation(console: Console, study: OpenStudy, *, resume: str | None) -> None:
+    """Say how the configurations stand, and export the winner once all is done.
+
+    Args:
+        console: to say it on.
+        study: the confirmation.
+        resume: the command that goes on with it; None where all is done.
+    """
     folder, spec, records = study.folder, study.spec, study.records()
     found = rank_confirmed(spec, records)
     write_confirmed(folder, found)
@@ -81,8 +94,8 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
     for configuration in found:
         table.add_row(*configuration.cells)
     console.print(table)
-    if not whole:
-        console.print(f"the same command goes on: python -m raytune_emotion.confirm {folder.parent}")
+    if resume is not None:
+        console.print(f"the same command goes on: {resume}")
         return
     winner = found[0]
     if not winner.runs:

@@ -18,7 +18,7 @@ from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import exclusive_lock
-from raytune_emotion.terminal import count, plain_console, short, typed
+from raytune_emotion.terminal import count, plain_console, short, typed, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
 from raytune_emotion.tuning.execution.job import (
@@ -71,12 +71,12 @@ def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers
     except (KeyboardInterrupt, ClusterLost) as why:
         ended = why
     with finishing():
-        _conclude(console, folder, store, ended, f" --workers {workers.count}" if workers.count > 1 else "")
+        _conclude(console, folder, store, ended, workers)
     if ended is not None:
         raise ended
 
 
-def _conclude(console: Console, folder: Path, store: Store, ended: BaseException | None, more: str) -> None:
+def _conclude(console: Console, folder: Path, store: Store, ended: BaseException | None, workers: Workers) -> None:
     """Export the best until now, and say what to type next."""
     if ended is not None and not (folder / BEST).exists():
         console.print("the run ended before its first evaluation; nothing is kept of it")
@@ -84,7 +84,13 @@ def _conclude(console: Console, folder: Path, store: Store, ended: BaseException
     export_checkpoint(folder / BEST, folder / "best", store=store)
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
-    resume = f"python -m raytune_emotion.train --resume --results {typed(folder.parent)} --name {folder.name}{more}"
+    resume = "python -m raytune_emotion.train --resume" + typed_options(
+        results=short(folder.parent),
+        name=folder.name,
+        workers=workers.count if workers.count > 1 else None,
+        gpus_per_worker=workers.gpus_per_worker,
+        address=workers.address,
+    )
     console.print(
         f"""
 best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {best["val_accuracy"]:.3f})

@@ -16,9 +16,14 @@ from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, ClusterW
 
 @pytest.fixture
 def parts():
-    """Two processes in the place of Ray's; the second has a child that passes for one that works."""
+    """Two processes in the place of Ray's; the second has an agent, and a child that passes for one that works."""
     worker = "import time; time.sleep(60)"
-    raylet = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, 'default_worker.py'])"
+    raylet = (
+        "import subprocess, sys\n"
+        "agent = subprocess.Popen(['ray::DashboardAgent', '60'], executable='sleep')\n"
+        f"subprocess.run([sys.executable, '-c', {worker!r}, 'default_worker.py'])\n"
+        "agent.kill()\n"
+    )
     found = {
         "gcs_server": subprocess.Popen([sys.executable, "-c", worker]),
         "raylet": subprocess.Popen([sys.executable, "-c", raylet]),
@@ -48,7 +53,7 @@ def watch(parts, monkeypatch):
     monkeypatch.setattr(cluster_watch.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 100.0)
     deadline = time.time() + 20
-    while not cluster_watch._children(parts["raylet"].pid):
+    while len(cluster_watch._children(parts["raylet"].pid)) < 2:
         assert time.time() < deadline
         time.sleep(0.05)
     watch = ClusterWatch(own=True)
@@ -93,11 +98,24 @@ def test_a_part_that_was_stopped_is_given_up_after_20_seconds(watch, parts, name
 
 
 def test_a_trial_that_was_stopped_is_ended(watch, parts, capsys):
-    (worker,) = cluster_watch._children(parts["raylet"].pid)
+    (worker,) = filter(cluster_watch._is_worker, cluster_watch._children(parts["raylet"].pid))
     stop(worker)
     assert watch.after(30) == ""
     assert f"process {worker} of a trial was stopped for 20 s" in capsys.readouterr().err
     assert parts["raylet"].wait(timeout=20) == 0, "its child has ended"
+
+
+def test_an_agent_is_no_process_for_work(watch, parts, capsys):
+    agent, worker = sorted(cluster_watch._children(parts["raylet"].pid), key=cluster_watch._is_worker)
+    stop(agent)
+    assert watch.after(45) == ""
+    assert capsys.readouterr().err == "", "it does not train, so it is not ended when it freezes"
+    os.kill(worker, signal.SIGKILL)
+    os.kill(parts["raylet"].pid, signal.SIGSTOP)  # lest it ends with the worker
+    while cluster_watch._is_worker(worker):
+        time.sleep(0.01)
+    watch.watch._look_for_frozen = lambda: None
+    assert "started no process for work for 50 s" in watch.after(60)
 
 
 def test_a_head_that_does_not_answer_is_given_up(watch):

@@ -1,0 +1,78 @@
+import contextlib
+import dataclasses
+import signal
+import sys
+
+import pytest
+
+from raytune_emotion.data.prepare import prepare
+from raytune_emotion.data.synthetic import write_sample
+from raytune_emotion.tuning.study.spec import write_spec
+from tests.machines.running import ENDLESS, Running
+from tests.support.studies import write_study
+
+SPACE = "model.backbone: test_resnet\ndata.image_size: 32\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with images `tiny` and a space `tiny.yaml`."""
+    write_sample(tmp_path / "tiny", train=64, val=16, image_size=32)
+    (tmp_path / "tiny.yaml").write_text(SPACE)
+    return tmp_path
+
+
+@pytest.fixture
+def start(folder):
+    """Starts commands; what is left of them ends with the test."""
+    started = []
+
+    def begin(verb, *options, python=sys.executable) -> Running:
+        started.append(Running(folder, verb, *options, python=python))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        with contextlib.suppress(ProcessLookupError):
+            running.signal_group(signal.SIGKILL)
+
+
+@pytest.fixture
+def search(folder, start):
+    """Starts a search of two trials without end, and waits until one has reported."""
+
+    def begin(*options, epochs=ENDLESS) -> Running:
+        asked = ["--data", "tiny", "--space", "tiny.yaml", "--results", "r", "--name", "s", "--trials", 2]
+        running = start("search", *asked, "--epochs", epochs, *options)
+        running.wait_for_reports(folder / "r" / "s")
+        return running
+
+    return begin
+
+
+@pytest.fixture
+def train(folder, start):
+    """Starts the training of a model without end, and waits until it has reported."""
+
+    def begin(*options, epochs=ENDLESS) -> Running:
+        asked = ["--data", "tiny", "--set", "model.backbone=test_resnet", "--results", "r", "--name", "t"]
+        running = start("train", *asked, "--epochs", epochs, *options)
+        running.wait_for_reports(folder / "r" / "t")
+        return running
+
+    return begin
+
+
+@pytest.fixture
+def confirm(folder, start):
+    """Starts the confirmation of a study, of runs without end, and waits until one has reported."""
+
+    def begin(*options, epochs=ENDLESS) -> Running:
+        study = folder / "r" / "s"
+        spec = write_study(study, prepare(folder / "tiny", image_size=32), trials=2, epochs=1)
+        write_spec(study, dataclasses.replace(spec, epochs=epochs))
+        running = start("confirm", "r/s", "--top", 1, "--seeds", 2, *options)
+        running.wait_for_reports(study / "confirmed")
+        return running
+
+    return begin
