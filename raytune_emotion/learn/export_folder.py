@@ -8,9 +8,7 @@ model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs
 """
 
 import contextlib
-import ctypes
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,7 +204,7 @@ def write_package(
         prob_NK = whole(torch.from_numpy(sample.images_NHWC)).double().numpy()
 
     check_replaceable(Folder(dest))
-    with _replaced(dest) as new:
+    with _replacement(dest) as new:
         write_text(new / CONFIG, _json(described))
         write_text(new / METRICS, _json(best.report))
         checks = []
@@ -272,7 +270,7 @@ def _sample_of(store: Store | None, best: Best, config: RunConfig) -> _Sample:
 
 
 @contextlib.contextmanager
-def _replaced(dest: Path) -> Iterator[Path]:
+def _replacement(dest: Path) -> Iterator[Path]:
     """Yield a new folder beside dest, which takes its place when the block ends well, and is deleted otherwise."""
     new, old = (dest.with_name(f".{dest.name}.{name}") for name in ("new", "old"))
     try:
@@ -395,26 +393,16 @@ def check_replaceable(dest: Location) -> None:
 
 
 def _put_in_place(new: Path, dest: Path, old: Path) -> None:
-    if not dest.exists():
-        new.rename(dest)
-    elif not _exchanged(new, dest):
+    """Rename the old export away and the new one to its place: a reader finds a whole one, or none for a moment."""
+    if dest.exists():
         dest.rename(old)
-        try:
-            new.rename(dest)
-        except OSError:
-            old.rename(dest)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Lets two folders change names in one step, where system and file system can: Linux, by renameat2."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
-        rename = ctypes.CDLL(None).renameat2
-    except AttributeError:
-        return False
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+        new.rename(dest)
+    except OSError:
+        if old.exists():
+            old.rename(dest)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _json(value: Any) -> str:
