@@ -140,8 +140,19 @@ class TrainConfig:
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of weights, order, dropout and augmentation")
 
 
+#: What a recipe of augmentation sets, where the configuration does not set it itself.
+RECIPES: dict[str, dict[str, float]] = {
+    "none": {"flip": 0.0},
+    "light": {"flip": 0.5, "crop_scale": 0.8, "colour": 0.1, "erase": 0.1},
+    "strong": {"flip": 0.5, "crop_scale": 0.5, "colour": 0.4, "grey": 0.1, "erase": 0.3, "mixup": 0.2},
+}
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class AugmentConfig:
+    recipe: Literal["none", "light", "strong"] | None = Field(
+        default=None, description="defaults of the other augment settings: none, light or strong"
+    )
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
     crop_scale: float = Field(
         default=1.0, gt=0, le=1, description="minimum share of the area that a random crop keeps; 1: no crop"
@@ -153,6 +164,12 @@ class AugmentConfig:
     erase: float = Field(default=0.0, ge=0, le=1, description="probability that a random rectangle is erased")
     mixup: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution of mixup; 0: off")
     cutmix: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution of cutmix; 0: off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_recipe(cls, given: ArgsKwargs) -> ArgsKwargs:
+        settings = given.kwargs or {}
+        return ArgsKwargs(given.args, {**RECIPES.get(str(settings.get("recipe")), {}), **settings})
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

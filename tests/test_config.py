@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raytune_emotion.config import SETTINGS, LossConfig, RunConfig, unknown_setting
+from raytune_emotion.config import RECIPES, SETTINGS, LossConfig, RunConfig, unknown_setting
 from raytune_emotion.errors import UserError
 
 
@@ -85,3 +85,18 @@ def test_the_tree_is_frozen():
 def test_a_loss_has_a_readable_name():
     assert LossConfig(kl=1.0).label == "kl"
     assert LossConfig(mse=0.25, kl=0.75).label == "mse0.25-kl0.75"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_of_augmentation_is_the_settings_that_it_stands_for(name):
+    by_name = RunConfig.from_flat({"augment.recipe": name})
+    by_hand = RunConfig.from_flat({f"augment.{key}": value for key, value in RECIPES[name].items()})
+    assert dataclasses.replace(by_name.augment, recipe=None) == by_hand.augment
+    assert RunConfig.from_flat(by_name.flat()) == by_name
+    assert RunConfig.from_flat({"augment.recipe": name, "augment.grey": 0.7}).augment.grey == 0.7
+
+
+def test_no_recipe_changes_nothing_and_an_unknown_one_is_refused():
+    assert RunConfig().augment.flip == 0.5
+    with pytest.raises(UserError, match=r"augment.recipe: should be 'none', 'light' or 'strong', got 'heavy'"):
+        RunConfig.from_flat({"augment.recipe": "heavy"})

@@ -48,7 +48,8 @@ NAMES_OF_SETTINGS = """
     optim.plateau_patience optim.plateau_factor
     train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.ema_decay
     train.balance train.smoothing train.precision train.compile train.seed
-    augment.flip augment.crop_scale augment.colour augment.grey augment.erase augment.mixup augment.cutmix
+    augment.recipe augment.flip augment.crop_scale augment.colour augment.grey augment.erase
+    augment.mixup augment.cutmix
 """
 
 CLASSES = (

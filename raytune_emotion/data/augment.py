@@ -9,6 +9,7 @@ copy. Each draw has its own place in a row's sequence: switching one operation o
 operation that is off is not run.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -161,7 +162,7 @@ def _plan(
 ) -> dict[str, Floats | npt.NDArray[np.bool_]]:
     """Draw the decisions on rows, [B] for each name."""
     plan: dict[str, Floats | npt.NDArray[np.bool_]] = {}
-    if config == AugmentConfig(flip=0):
+    if dataclasses.replace(config, recipe=None) == AugmentConfig(flip=0):
         return plan
     (flip, area, aspect, left, top, bright, contrast, colourful, grey, erase, *rest) = uniforms(
         seed, epoch, rows_B, _DRAWS

@@ -68,6 +68,12 @@ def test_normalise_is_the_customary_formula() -> None:
     torch.testing.assert_close(got.permute(0, 2, 3, 1).double(), expected, atol=1e-5, rtol=0)
 
 
+def test_the_recipe_none_decides_nothing() -> None:
+    cpu = torch.device("cpu")
+    (decisions,) = decide(AugmentConfig(recipe="none"), [np.arange(4)], seed=0, epoch=0, side=SIDE, device=cpu)
+    assert decisions == {}
+
+
 def test_all_off_is_bit_identical_to_normalise() -> None:
     batch = random_batch(6)
     off = AugmentConfig(flip=0.0)
