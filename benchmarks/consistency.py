@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from benchmarks import Table
 from benchmarks.training import DEVICE, SETUP, STUDY, config, faces, open_repeated
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.loader import batches, clear_placed, place
+from raytune_emotion.data.loader import batches, cache_on_device, clear_cache
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.learn.checkpoint import LAST
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory
@@ -64,7 +64,7 @@ def settings_of(backbone: str, precision: str, **more: object) -> RunConfig:
 
 def _differing_images(store: Store) -> int:
     some = [np.arange(i, 1024, 8)[:32] for i in range(8)]
-    here, _ = place(store, DEVICE)
+    here, _ = cache_on_device(store, DEVICE)
     pairs = zip(batches(here, some, DEVICE), batches(store.train, some, DEVICE), strict=True)
     return sum(int((a.x_BHWC != b.x_BHWC).sum()) + int((a.prob_BK != b.prob_BK).sum()) for a, b in pairs)
 
@@ -143,7 +143,7 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
 def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
     torch.cuda.reset_peak_memory_stats()
     try:
-        for _ in fit(settings, open_repeated(place), device=DEVICE, resident=settings.train.accumulate == 1):
+        for _ in fit(settings, open_repeated(cache_on_device), device=DEVICE, resident=settings.train.accumulate == 1):
             break
         ending = "trained"
     except RuntimeError as error:
@@ -151,7 +151,7 @@ def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
             raise
         ending = type(error).__name__
     gc.collect()
-    clear_placed()
+    clear_cache()
     torch.cuda.empty_cache()
     return ending, f"at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
 

@@ -20,7 +20,7 @@ from benchmarks import Table
 from benchmarks.training import DEVICE, SETUP, STUDY, config, faces
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.augment import augment, decide, normalise
-from raytune_emotion.data.loader import batches, place
+from raytune_emotion.data.loader import batches, cache_on_device
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.device import exact_fp32
@@ -70,7 +70,7 @@ def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:
 def _step(settings: RunConfig, store: Store, device: torch.device, precision: str) -> tuple[Tensor, ...]:
     """Pixels, logits, losses of the rows and gradient, each float64 on the CPU."""
     rows = [np.arange(ROWS)]
-    (batch,) = batches(place(store, device)[0], rows, device)
+    (batch,) = batches(cache_on_device(store, device)[0], rows, device)
     (decisions,) = decide(settings.augment, rows, seed=0, epoch=0, side=store.image_size, device=device)
     model = build_model(settings).to(device, memory_format=torch.channels_last)
     mean, std = mean_std(model)

@@ -28,7 +28,7 @@ from torchvision import transforms
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.loader import Resident, batches, epoch_order, place
+from raytune_emotion.data.loader import Resident, batches, cache_on_device, epoch_order
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.data.synthetic import write_sample
@@ -81,7 +81,7 @@ class Faces(Dataset[torch.Tensor]):
 
 
 def run() -> Table:
-    malloc.keep_freed()  # as in a process that trains
+    malloc.keep_freed_memory()  # as in a process that trains
     rows: list[tuple[object, ...]] = []
     notes = [f"{ROWS} faces, JPEG files of {FILE_PX} px; {torch.get_num_threads()} threads; batches of {BATCH}."]
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
@@ -110,7 +110,7 @@ def _pipelines(store: Store, files: list[Path]) -> dict[str, Pipeline]:
         _compare(split, Faces(files, size))
     order = iter(range(10**9))
     buffer = torch.empty((BATCH, size, size, 3), dtype=torch.uint8, pin_memory=DEVICE.type == "cuda").numpy()
-    placed, _ = place(store, DEVICE)
+    placed, _ = cache_on_device(store, DEVICE)
 
     def rows() -> list[np.ndarray]:
         order_N = epoch_order(len(split), 0, next(order))

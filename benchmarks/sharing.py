@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import Table
 from benchmarks.training import DEVICE, STUDY, config, faces
-from raytune_emotion.learn.throughput import Process, best_count, processes, together
+from raytune_emotion.learn.throughput import Process, best_count, timing_processes, train_side_by_side
 
 TRIALS = {"cpu": (1, 2, 4), "cuda": (1, 2, 4, 8)}[DEVICE.type]
 BACKBONES = {
@@ -28,7 +28,10 @@ TURNS = {"cpu": 5, "cuda": 2}[DEVICE.type]
 def run() -> Table:
     rows: list[tuple[object, ...]] = []
     notes = [f"{TURNS} turns of {SECONDS[DEVICE.type]:g} s."]
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch, processes(max(TRIALS), DEVICE) as trials:
+    with (
+        tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch,
+        timing_processes(max(TRIALS), DEVICE) as trials,
+    ):
         store = faces(Path(scratch))
         for batch in BATCHES:
             found = {}
@@ -50,5 +53,5 @@ def run() -> Table:
 
 
 def _rate(trials: list[Process]) -> float:
-    rate = together(trials, seconds=SECONDS[DEVICE.type], cores=os.cpu_count() or 1)
+    rate = train_side_by_side(trials, seconds=SECONDS[DEVICE.type], cores=os.cpu_count() or 1)
     return rate if rate is not None else float("nan")

@@ -159,7 +159,7 @@ def _measure(store: Store, until: float) -> Iterator[Measured]:
     if DEVICE.type == "cpu":
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
-    malloc.keep_freed()
+    malloc.keep_freed_memory()
     reduce_fragmentation()
     every = list(itertools.product(SETUP.precisions, SETUP.backbones))
     for precision, backbone in every:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from raytune_emotion.cli import guarded
+from raytune_emotion.cli import run_guarded
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Split, open_store
 from raytune_emotion.errors import UserError
@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path, help="folder of a study that has ended")
     args = parser.parse_args()
-    return guarded(lambda: draw(args.study))
+    return run_guarded(lambda: draw(args.study))
 
 
 def draw(study: Path) -> None:

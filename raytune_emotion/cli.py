@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.interruption import orderly
+from raytune_emotion.interruption import handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import warn
@@ -28,7 +28,7 @@ COMMANDS = {
 }
 
 
-def guarded(action: Callable[[], None]) -> int:
+def run_guarded(action: Callable[[], None]) -> int:
     """Run an action and return the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
     try:
         action()
@@ -92,13 +92,13 @@ def add_address_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)
 
 
-def natural(text: str) -> int:
+def natural_number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}, got {text!r}")
     return int(text)
@@ -119,7 +119,7 @@ def gpu_share(text: str) -> float:
     return number
 
 
-def plain_name(text: str) -> str:
+def folder_name(text: str) -> str:
     if not re.fullmatch(r"[\w][\w.=,+-]{0,99}", text):
         raise argparse.ArgumentTypeError(f"expected up to 100 letters, digits and . _ - = , +, got {text!r}")
     return text
@@ -139,5 +139,5 @@ def _run(verb: str, parser: argparse.ArgumentParser, argv: list[str]) -> int:
         module.run(parser.parse_args(argv))
 
     # Around all of it: imports take seconds, and a signal may come while one of the last messages is written.
-    with orderly():
-        return guarded(action)
+    with handle_signals():
+        return run_guarded(action)

@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive
-from raytune_emotion.interruption import finishing
-from raytune_emotion.terminal import count, plain_console, short, typed, typed_options
+from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive_integer
+from raytune_emotion.interruption import finish_block
+from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import read_spec
@@ -16,19 +16,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", type=location, metavar="STUDY", help="folder of a study")
     add(
-        "--top", type=positive, default=3, metavar="K", help="number of best configurations to train again (default: 3)"
+        "--top",
+        type=positive_integer,
+        default=3,
+        metavar="K",
+        help="number of best configurations to train again (default: 3)",
     )
     add(
         "--seeds",
-        type=positive,
+        type=positive_integer,
         default=5,
         metavar="N",
         help="runs per configuration, each with a new seed (default: 5)",
     )
-    add("--concurrency", type=positive, metavar="N", help="runs at the same time (default: as in the search)")
+    add("--concurrency", type=positive_integer, metavar="N", help="runs at the same time (default: as in the search)")
     add(
         "--workers-per-trial",
-        type=positive,
+        type=positive_integer,
         metavar="N",
         help="processes that train one run together (default: as in the search)",
     )
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
     from raytune_emotion.tuning.execution.placement import fit_here, fit_to_cluster
     from raytune_emotion.tuning.report.conclusion import conclude_confirmation
-    from raytune_emotion.tuning.report.console import run_shown
+    from raytune_emotion.tuning.report.console import run_with_progress
     from raytune_emotion.tuning.study.confirmation import (
         CONFIRMED,
         enqueue_runs,
@@ -77,11 +81,13 @@ def run(args: argparse.Namespace) -> None:
                 )
                 confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
                 runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
-                console.print(f"confirmation {short(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")
-                run_shown(console, confirmation, placement, failure=cluster.failure)
+                console.print(
+                    f"confirmation {short_path(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}"
+                )
+                run_with_progress(console, confirmation, placement, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:
             ended = why
-        with finishing():
+        with finish_block():
             conclude_confirmation(console, confirmation, resume=_same_command(request, study) if ended else None)
         if ended is not None:
             raise ended
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _same_command(request: ConfirmRequest, study: Path) -> str:
     options = {name: value for name, value in vars(request).items() if name != "study"}
-    return f"python -m raytune_emotion.confirm {typed(study)}{typed_options(**options)}"
+    return f"python -m raytune_emotion.confirm {shell_word(study)}{typed_options(**options)}"
 
 
 if __name__ == "__main__":

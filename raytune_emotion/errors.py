@@ -28,7 +28,7 @@ class Breakdown(RuntimeError):
 
 
 @contextlib.contextmanager
-def collecting(errors: list[str]) -> Iterator[None]:
+def collect_errors(errors: list[str]) -> Iterator[None]:
     """Note the errors of the block in place of raising them, so that the user is told all at once."""
     try:
         yield

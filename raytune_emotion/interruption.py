@@ -20,7 +20,7 @@ class _State:
 
     interrupted = False
     ctrl_c = 0
-    held = 0  # blocks of `finishing` that run
+    held = 0  # blocks of `finish_block` that run
 
 
 _state = _State()
@@ -34,7 +34,7 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def orderly() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Handle signals so within the block; before and after it they do what they did.
 
     A signal that this process was started to ignore, as by `nohup`, stays ignored. In another thread than the main one
@@ -58,7 +58,7 @@ def orderly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def finishing() -> Iterator[None]:
+def finish_block() -> Iterator[None]:
     """Let no signal break the block off; one that comes meanwhile interrupts at its end."""
     _state.held += 1
     before = _state.interrupted
@@ -71,7 +71,7 @@ def finishing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unchanged_handlers() -> Iterator[None]:
+def keep_handlers() -> Iterator[None]:
     """Undo what the block does to the handlers of signals: libraries install their own."""
     if threading.current_thread() is not threading.main_thread():
         yield

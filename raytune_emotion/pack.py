@@ -11,7 +11,7 @@ from raytune_emotion.config import DataConfig
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.storage.locations import parse_location
-from raytune_emotion.terminal import say, typed, warn
+from raytune_emotion.terminal import say, shell_word, warn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +69,8 @@ def run(args: argparse.Namespace) -> None:
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
     # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
-    say(
-        f"next: python -m raytune_emotion.search --data {typed(str(args.dest if len(sizes) == 1 else dests[sizes[0]]))}"
-    )
+    data = args.dest if len(sizes) == 1 else dests[sizes[0]]
+    say(f"next: python -m raytune_emotion.search --data {shell_word(str(data))}")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from raytune_emotion.cli import command_main, local_path, location
 from raytune_emotion.data.cores import usable_cores
-from raytune_emotion.data.decode import decode_image, pictures_decoded_quietly
-from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.data.decode import decode_image, ignore_decoder_warnings
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.export_files import check_export
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     with args.export.copy_here("*") as folder:
         errors: list[str] = []
-        with collecting(errors):
+        with collect_errors(errors):
             check_export(folder)
-        with collecting(errors):
+        with collect_errors(errors):
             files = list_images(args.images)
         if errors:
             raise UserError(errors)
@@ -100,7 +100,7 @@ def predict(package: "Package", files: Sequence[Path], device: "torch.device") -
             return None
 
     with (
-        pictures_decoded_quietly(),
+        ignore_decoder_warnings(),
         ThreadPoolExecutor(usable_cores()) as pool,
     ):
         for start in range(0, len(files), _BATCH):

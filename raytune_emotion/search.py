@@ -14,23 +14,23 @@ from raytune_emotion.cli import (
     add_address_option,
     add_training_data_options,
     command_main,
+    folder_name,
     gpu_share,
     local_path,
     location,
-    natural,
-    plain_name,
-    positive,
+    natural_number,
+    positive_integer,
 )
 from raytune_emotion.data.prepare import Data, find_data
 from raytune_emotion.data.synthetic import sample_folder
-from raytune_emotion.errors import UserError, collecting
-from raytune_emotion.interruption import finishing
+from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.interruption import finish_block
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_console
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
-from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
+from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, SearchRequest
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--space",
         type=_space_file,
         metavar="SPACE",
-        help=f"search space: {', '.join(known_spaces())}, or a YAML file (default: {DEFAULT})",
+        help=f"search space: {', '.join(packaged_spaces())}, or a YAML file (default: {DEFAULT})",
     )
     add(
         "--objective",
@@ -73,15 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what decides which trials go on: {', '.join(SCHEDULERS)} (default: {DEFAULT_SCHEDULER})",
     )
-    add("--trials", type=positive, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
+    add("--trials", type=positive_integer, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
     add(
         "--epochs",
-        type=positive,
+        type=positive_integer,
         metavar="N",
         help=f"epochs of a trial that is not stopped early (default: {DEFAULT_EPOCHS})",
     )
-    add("--concurrency", type=positive, metavar="N", help="trials at the same time (default: as many as fit)")
-    add("--workers-per-trial", type=positive, metavar="N", help="processes that train one trial together (default: 1)")
+    add("--concurrency", type=positive_integer, metavar="N", help="trials at the same time (default: as many as fit)")
+    add(
+        "--workers-per-trial",
+        type=positive_integer,
+        metavar="N",
+        help="processes that train one trial together (default: 1)",
+    )
     add(
         "--gpus-per-worker",
         type=_gpu_share_or_auto,
@@ -107,9 +112,14 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STUDY",
         help="earlier studies, of the same or other data, that guide the first trials",
     )
-    add("--name", type=plain_name, metavar="NAME", help="name of the study (default: the space and the time)")
+    add("--name", type=folder_name, metavar="NAME", help="name of the study (default: the space and the time)")
     add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")
-    add("--seed", type=natural, metavar="N", help="seed of proposals and trials (default: that of the space, else 0)")
+    add(
+        "--seed",
+        type=natural_number,
+        metavar="N",
+        help="seed of proposals and trials (default: that of the space, else 0)",
+    )
     add(
         "--time-budget",
         type=_duration,
@@ -118,7 +128,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-failures",
-        type=natural,
+        type=natural_number,
         metavar="N",
         help=f"restarts of a trial whose process died (default: {MAX_FAILURES})",
     )
@@ -142,36 +152,36 @@ def run(args: argparse.Namespace) -> None:
     _search(request, place, None if request.resume else _check_new(request, place))
 
 
-def _check_new(request: SearchRequest, place: Location) -> "_Checked":
+def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
     """Look at all that a new study is asked for, as far as that takes no time.
 
     Raises:
         UserError: with every error at once.
     """
     errors: list[str] = []
-    with collecting(errors):
+    with collect_errors(errors):
         request.results.check(write=True)
         if place.exists():
             raise UserError(
                 f"{place}: there is a study of this name already; go on with it by --resume, or choose another"
             )
-    with collecting(errors):
+    with collect_errors(errors):
         _check_address(request)
-    with collecting(errors):
+    with collect_errors(errors):
         refuse_absent_gpu(request.gpus_per_worker, request.address)
     earlier = None
-    with collecting(errors):
+    with collect_errors(errors):
         if request.warm_start:
             # Imported only now, as what is imported below: it takes seconds.
             from raytune_emotion.tuning.study.earlier import gather_earlier
 
             earlier = gather_earlier(request.warm_start)
     space, data = _inputs(request, errors)
-    return _Checked(space, data, earlier)
+    return _NewStudy(space, data, earlier)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checked:
+class _NewStudy:
     """What a new study begins with."""
 
     space: Space
@@ -181,10 +191,10 @@ class _Checked:
 
 def _inputs(request: SearchRequest, errors: list[str]) -> tuple[Space, Data]:
     """Read the space, and find the data of a new study; what is wrong is raised with the errors that are known."""
-    with collecting(errors):
+    with collect_errors(errors):
         space = request.load_space()
     if request.data is not None:
-        with collecting(errors):
+        with collect_errors(errors):
             data = find_data(request.data)
     if errors:
         raise UserError(errors)
@@ -206,14 +216,14 @@ def _dry_run(request: SearchRequest) -> None:
     show_dry_run(plain_console(), request, space, data)
 
 
-def _search(request: SearchRequest, place: Location, new: _Checked | None) -> None:
+def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> None:
     """Run a study: a new one, or one that goes on."""
     from raytune_emotion.tuning.execution.cluster import ray_session
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
     from raytune_emotion.tuning.execution.gpu_sharing import check_room, fastest_share
     from raytune_emotion.tuning.execution.placement import fit_to_cluster
     from raytune_emotion.tuning.report.conclusion import conclude
-    from raytune_emotion.tuning.report.console import run_shown
+    from raytune_emotion.tuning.report.console import run_with_progress
     from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
     from raytune_emotion.tuning.study.open_study import OpenStudy, make_study, open_study, raise_epochs
 
@@ -223,7 +233,7 @@ def _search(request: SearchRequest, place: Location, new: _Checked | None) -> No
         study = None if new else open_existing(place, held)
         if study is not None:
             faults: list[str] = []
-            with collecting(faults):
+            with collect_errors(faults):
                 _check_address(request)
             spec = resumed_spec(request, study, faults)
         else:
@@ -250,13 +260,13 @@ def _search(request: SearchRequest, place: Location, new: _Checked | None) -> No
                 if study.is_over():
                     console.print("every trial has ended, and nothing is left to run; ask for more with --trials")
                 begun = True
-                run_shown(console, study, placement, time_budget=request.time_budget, failure=cluster.failure)
+                run_with_progress(console, study, placement, time_budget=request.time_budget, failure=cluster.failure)
         except (KeyboardInterrupt, ClusterLost) as why:
             if not begun:
                 raise
             ended = why
         assert study is not None
-        with finishing():
+        with finish_block():
             conclude(console, study, request.results, request.address)
         if ended is not None:
             raise ended

@@ -11,9 +11,9 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from raytune_emotion.cli import command_main, location, positive
+from raytune_emotion.cli import command_main, location, positive_integer
 from raytune_emotion.storage.locations import Location
-from raytune_emotion.terminal import plain_console, printable, say
+from raytune_emotion.terminal import escape, plain_console, say
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one line of JSON, for scripts")
     add(
         "--watch",
-        type=positive,
+        type=positive_integer,
         nargs="?",
         const=_SECONDS,
         metavar="SECONDS",
@@ -75,7 +75,7 @@ def read_summary(study: Location) -> "Summary":
 def _lines(summary: "Summary") -> Group:
     from raytune_emotion.tuning.report.summary import describe
 
-    return Group(*(Text(printable(line)) for line in describe(summary)))
+    return Group(*(Text(escape(line)) for line in describe(summary)))
 
 
 if __name__ == "__main__":

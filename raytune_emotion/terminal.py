@@ -15,7 +15,7 @@ _COLOUR_CODE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def printable(text: str) -> str:
+def escape(text: str) -> str:
     """Return a text without colour codes, and with control characters and broken Unicode as escapes.
 
     Names of files and messages of other programs may hold all of these; a terminal would obey them.
@@ -26,7 +26,7 @@ def printable(text: str) -> str:
 
 class _PlainConsole(Console):
     def render_str(self, text: str, *args: Any, **options: Any) -> Text:
-        return super().render_str(printable(text), *args, **options)
+        return super().render_str(escape(text), *args, **options)
 
 
 def plain_console(*, stderr: bool = False) -> Console:
@@ -45,12 +45,12 @@ def plain_table(*headings: str, title: str | None = None) -> Table:
 
 def say(text: str) -> None:
     """Print a line on standard output."""
-    print(printable(text))
+    print(escape(text))
 
 
 def warn(text: str) -> None:
     """Print a line on standard error."""
-    print(printable(text), file=sys.stderr, flush=True)
+    print(escape(text), file=sys.stderr, flush=True)
 
 
 def count(number: float, noun: str, nouns: str | None = None) -> str:
@@ -59,7 +59,7 @@ def count(number: float, noun: str, nouns: str | None = None) -> str:
     return f"{amount} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
-def short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """Return a path as people read it: relative if it is below the working folder, else absolute."""
     path = path.absolute()
     try:
@@ -68,12 +68,12 @@ def short(path: Path) -> str:
         return str(path)
 
 
-def typed(place: Path | str) -> str:
+def shell_word(place: Path | str) -> str:
     """Return a path, or another word, as it is typed in a shell."""
-    return shlex.quote(short(place) if isinstance(place, Path) else place)
+    return shlex.quote(short_path(place) if isinstance(place, Path) else place)
 
 
 def typed_options(**options: object) -> str:
     """Return options as they are typed behind a command, each with a space before it; those that are None are not."""
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    return "".join(f" --{name} {typed(str(value))}" for name, value in given.items())
+    return "".join(f" --{name} {shell_word(str(value))}" for name, value in given.items())

@@ -13,17 +13,17 @@ from ruamel.yaml.error import YAMLError
 from raytune_emotion.cli import (
     add_training_data_options,
     command_main,
+    folder_name,
     gpu_share,
     local_path,
     location,
-    plain_name,
-    positive,
+    positive_integer,
 )
 from raytune_emotion.config import SETTINGS, DataConfig, RunConfig
 from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
-from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.backbones import check_architecture, short_name
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, Location
@@ -53,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trial", metavar="ID", help="id of a trial of --study")
     add("--epochs", type=int, metavar="N", help="the same as --set train.epochs=N")
     add("--seed", type=int, metavar="N", help="the same as --set train.seed=N")
-    add("--workers", type=positive, default=1, metavar="N", help="processes that train the model together (default: 1)")
+    add(
+        "--workers",
+        type=positive_integer,
+        default=1,
+        metavar="N",
+        help="processes that train the model together (default: 1)",
+    )
     add(
         "--gpus-per-worker",
         type=gpu_share,
@@ -67,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of the run's folder (default: ray_results)",
     )
-    add("--name", type=plain_name, metavar="NAME", help="name of the run (default: {backbone}_{loss})")
+    add("--name", type=folder_name, metavar="NAME", help="name of the run (default: {backbone}_{loss})")
     add("--resume", action="store_true", help="continue the run --name")
     add_training_data_options(parser)
     add(
@@ -88,13 +94,13 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.trial is not None and args.study is None:
         faults.append(f"--trial {args.trial}: of which study? name its folder with --study")
     if args.study is not None:
-        with collecting(faults):
+        with collect_errors(faults):
             settings = _settings_in(args.study, args.trial)
     if args.config is not None:
-        with collecting(faults):
-            settings = _over(settings, _read(args.config))
-    with collecting(faults):
-        settings = _over(settings, _assigned(args.set))
+        with collect_errors(faults):
+            settings = _merge_settings(settings, _read(args.config))
+    with collect_errors(faults):
+        settings = _merge_settings(settings, _parse_assignments(args.set))
     if faults:
         raise UserError(faults)
     own = {"train.epochs": args.epochs, "train.seed": args.seed}
@@ -121,25 +127,25 @@ def run(args: argparse.Namespace) -> None:
     if args.resume:
         if not (folder / PARAMS).is_file():
             raise UserError(f"{folder}: there is no run of this name to resume{_other_runs(folder.parent)}")
-        settings = _over(_kept(folder), settings)
+        settings = _merge_settings(_settings_of_run(folder), settings)
     checked = RunConfig.from_flat(settings)
     faults: list[str] = []
-    with collecting(faults):
+    with collect_errors(faults):
         check_architecture(checked.model.backbone)
         if checked.model.pretrained and not args.resume:  # which has its weights from the run itself
             from raytune_emotion.learn.model import check_weights
 
             check_weights(checked.model)
     if not args.resume:
-        with collecting(faults):
+        with collect_errors(faults):
             if _is_taken(folder):
                 raise UserError(
                     f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
                 )
             Folder(folder).check(write=True)
-    with collecting(faults):
+    with collect_errors(faults):
         _check_machine(args)
-    with collecting(faults):
+    with collect_errors(faults):
         data = _data(args, settings, folder)
     if faults:
         raise UserError(faults)
@@ -190,7 +196,7 @@ def _is_taken(folder: Path) -> bool:
     return os.path.lexists(folder) and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK})
 
 
-def _kept(folder: Path) -> dict[str, Any]:
+def _settings_of_run(folder: Path) -> dict[str, Any]:
     """Read the settings of a run that goes on: those of its checkpoint or, before the first, of its parameters."""
     from raytune_emotion.learn.checkpoint import read_progress
 
@@ -222,14 +228,14 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
         return find_data(packed)
 
 
-def _over(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _merge_settings(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """Return settings with others in their place. Where these name a loss, the losses are theirs alone."""
     if any(key.startswith("loss.") for key in more):
         settings = {key: value for key, value in settings.items() if not key.startswith("loss.")}
     return settings | more
 
 
-def _assigned(assignments: list[str]) -> dict[str, Any]:
+def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     faults: list[str] = []
     for assignment in assignments:

@@ -125,7 +125,7 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(console_module, "run_shown", run_one_epoch)
+        interrupted.setattr(console_module, "run_with_progress", run_one_epoch)
         assert exit_code(["confirm", study, "--top", 2, "--seeds", 1, "--concurrency", 1]) == 130
     assert "the same command goes on" in capsys.readouterr().out
     begun = {file.parent.name: file.read_bytes() for file in folder.glob("trials/*/history.jsonl")}

@@ -7,22 +7,22 @@ import time
 
 import pytest
 
-#: Says when it is ready; what it writes after an interruption takes two seconds.
+#: Says when it is ready; what it writes after an interruption takes a second.
 COMMAND = """
 import sys, time
-from raytune_emotion.cli import guarded
-from raytune_emotion.interruption import finishing, orderly
+from raytune_emotion.cli import run_guarded
+from raytune_emotion.interruption import finish_block, handle_signals
 
 def action():
     try:
         print("ready", flush=True)
         {work}
     finally:
-        time.sleep(2)
+        time.sleep(1.2)
         print("written", flush=True)
 
-with orderly():
-    sys.exit(guarded(action))
+with handle_signals():
+    sys.exit(run_guarded(action))
 """
 SLEEP = "time.sleep(60)"
 
@@ -69,7 +69,7 @@ def test_a_third_ctrl_c_insists():
 
 
 def test_what_must_be_finished_is_before_the_command_ends():
-    work = "\n        ".join(["with finishing():", "    time.sleep(1)", "    print('finished', flush=True)"])
+    work = "\n        ".join(["with finish_block():", "    time.sleep(1)", "    print('finished', flush=True)"])
     process = started(work)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -99,11 +99,11 @@ def test_nohup_keeps_a_command_from_ending_with_its_terminal():
 def test_handlers_are_as_before_and_other_threads_change_none():
     code = """
 import signal, threading
-from raytune_emotion.interruption import orderly, unchanged_handlers
+from raytune_emotion.interruption import handle_signals, keep_handlers
 numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 before = [signal.getsignal(number) for number in numbers]
 def enter():
-    with orderly():
+    with handle_signals():
         return [signal.getsignal(number) for number in numbers]
 assert enter() != before
 assert [signal.getsignal(number) for number in numbers] == before
@@ -112,7 +112,7 @@ thread = threading.Thread(target=lambda: found.append(enter()))
 thread.start()
 thread.join()
 assert found == [before]
-with unchanged_handlers():
+with keep_handlers():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 assert [signal.getsignal(number) for number in numbers] == before
 """

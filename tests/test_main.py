@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from raytune_emotion.__main__ import main
-from raytune_emotion.cli import COMMANDS, guarded
+from raytune_emotion.cli import COMMANDS, run_guarded
 from raytune_emotion.errors import UserError
 
 
@@ -21,7 +21,7 @@ def test_wrong_input_is_a_sentence_each_and_exit_code_2(capsys):
     def action():
         raise UserError(["a.txt: empty; delete it", "b.txt: holds text"])
 
-    assert guarded(action) == 2
+    assert run_guarded(action) == 2
     assert capsys.readouterr().err == "error: a.txt: empty; delete it\nerror: b.txt: holds text\n"
 
 
@@ -29,25 +29,25 @@ def test_interruption_is_exit_code_130():
     def action():
         raise KeyboardInterrupt
 
-    assert guarded(action) == 130
+    assert run_guarded(action) == 130
 
 
 def test_a_fault_of_ours_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
-        guarded(lambda: 1 // 0)
+        run_guarded(lambda: 1 // 0)
 
     def refused():
         raise PermissionError(errno.EPERM, "it says not of which file")
 
     with pytest.raises(PermissionError):
-        guarded(refused)
+        run_guarded(refused)
 
 
 def test_a_full_disk_is_said_without_a_traceback(capsys):
     def action():
         raise OSError(errno.ENOSPC, "No space left on device", "trials.csv")
 
-    assert guarded(action) == 1
+    assert run_guarded(action) == 1
     assert capsys.readouterr().err.startswith("error: no space left on the disk: ")
 
 
@@ -56,7 +56,7 @@ def test_a_place_that_the_system_refuses_is_a_sentence(number, capsys):
     def action():
         raise OSError(number, "No, it says", "faces/train_set")
 
-    assert guarded(action) == 2
+    assert run_guarded(action) == 2
     assert capsys.readouterr().err == (
         "error: faces/train_set: No, it says; name another place, or change who may use it\n"
     )
@@ -135,9 +135,9 @@ def test_credentials_in_a_uri_are_refused_by_every_command(argv, tmp_path, monke
 
 
 def test_a_reader_that_has_had_enough_is_no_error():
-    code = "import sys; from raytune_emotion.cli import guarded\n"
+    code = "import sys; from raytune_emotion.cli import run_guarded\n"
     code += "def action():\n    for _ in range(100000): print('a line')\n    sys.stdout.flush()\n"
-    code += "sys.exit(guarded(action))"
+    code += "sys.exit(run_guarded(action))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()

@@ -398,7 +398,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_shown", run_shown)
+    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", run_shown)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", conclude)
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
     assert exit_code(argv) == {None: 0, KeyboardInterrupt: 130}.get(how, 1)

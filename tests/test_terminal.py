@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 import raytune_emotion
 from raytune_emotion import terminal
-from raytune_emotion.terminal import count, plain_console, plain_table, printable, short, typed, typed_options
+from raytune_emotion.terminal import count, escape, plain_console, plain_table, shell_word, short_path, typed_options
 
 ROOT = Path(raytune_emotion.__file__).parent
 
@@ -49,11 +49,11 @@ def test_text_from_outside_is_no_markup(text, monkeypatch):
 
 def test_control_characters_and_broken_names_are_shown_and_not_obeyed(monkeypatch):
     assert (
-        printable("\x1b[33m(raylet)\x1b[0m a\x07b\x1b]0;title\x07\r\n\tc")
+        escape("\x1b[33m(raylet)\x1b[0m a\x07b\x1b]0;title\x07\r\n\tc")
         == "(raylet) a\\x07b\\x1b]0;title\\x07\\x0d\n\tc"
     )
     name = os.fsdecode(b"caf\xe9")
-    assert printable(name) == "caf\\udce9"
+    assert escape(name) == "caf\\udce9"
     assert printed(name, monkeypatch=monkeypatch) == "caf\\udce9\n"
 
 
@@ -66,18 +66,18 @@ def test_a_number_has_its_noun():
 def test_a_path_is_relative_below_the_working_folder_and_absolute_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     below = tmp_path / "ray results" / "mine"
-    assert short(below) == short(Path("ray results/mine")) == "ray results/mine"
-    assert short(tmp_path) == "."
-    assert short(Path("/elsewhere/mine")) == "/elsewhere/mine"
-    assert shlex.split(typed(below)) == ["ray results/mine"]
-    assert typed("s3://bucket/a b") == "'s3://bucket/a b'"
+    assert short_path(below) == short_path(Path("ray results/mine")) == "ray results/mine"
+    assert short_path(tmp_path) == "."
+    assert short_path(Path("/elsewhere/mine")) == "/elsewhere/mine"
+    assert shlex.split(shell_word(below)) == ["ray results/mine"]
+    assert shell_word("s3://bucket/a b") == "'s3://bucket/a b'"
 
 
 def test_a_working_folder_that_is_gone_is_no_error(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     code = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})\n"
-    code += "from pathlib import Path; from raytune_emotion.terminal import short; print(short(Path('/a/b')))"
+    code += "from pathlib import Path; from raytune_emotion.terminal import short_path; print(short_path(Path('/a/b')))"
     env = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout == "/a/b\n"

@@ -42,7 +42,7 @@ from benchmarks.__main__ import write_result
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import open_store
-from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
 
@@ -202,7 +202,7 @@ def _space(asked: Contest) -> Space:
 def _train(asked: Contest, settings: dict[str, Any]) -> Iterator[float]:
     """The validation JS of every epoch, which are written down; one that diverges ends."""
     file = Path(asked.folder) / f"{os.getpid()}.jsonl"
-    with contextlib.suppress(Diverged):
+    with contextlib.suppress(Divergence):
         for report in fit(RunConfig.from_flat(settings), open_store(Path(asked.store)), device=torch.device("cpu")):
             with file.open("a") as lines:
                 print(json.dumps({"time": report["time"], "val_js": report["val_js"]}), file=lines)

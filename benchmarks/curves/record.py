@@ -26,7 +26,7 @@ from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import open_store
 from raytune_emotion.data.synthetic import write_sample
-from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
@@ -75,7 +75,7 @@ def record(settings: dict[str, Any], store: Path, file: Path) -> None:
         for report in fit(RunConfig.from_flat(settings), open_store(store), device=torch.device("cpu")):
             kept = {name: value for name, value in report.items() if name not in _LEFT_OUT}
             reports.append({**kept, "core_seconds": time.process_time() - began})
-    except Diverged:
+    except Divergence:
         pass
     write_text(file, json.dumps(reports))
 

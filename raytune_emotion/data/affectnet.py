@@ -156,7 +156,7 @@ def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map
         rows[split], unlabelled[split] = [], []
 
         def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
-            faults.append(Fault(split, _printable(file), kind, detail))
+            faults.append(Fault(split, _escape_name(file), kind, detail))
 
         for name in found.misnamed:
             fault(name, Kind.NAME)
@@ -176,7 +176,7 @@ def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map
         for id_, name, annotation in zip(ids, names, annotations, strict=True):
             images = found.images[id_]
             if len(images) > 1:
-                fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_last(image.name) for image in images))
+                fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_file_name(image.name) for image in images))
             if isinstance(annotation, Flaw):
                 fault(name, annotation.kind, annotation.detail)
             if isinstance(annotation, Flaw) or len(images) > 1:
@@ -204,9 +204,9 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
         return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
     total = sum(values) if all(map(math.isfinite, values)) else math.nan
     if math.isnan(total):
-        return Flaw(Kind.NOT_FINITE, _named(values, classes, lambda v: not math.isfinite(v)))
+        return Flaw(Kind.NOT_FINITE, _values_by_class(values, classes, lambda v: not math.isfinite(v)))
     if min(values) < 0:
-        return Flaw(Kind.NEGATIVE, _named(values, classes, lambda v: v < 0))
+        return Flaw(Kind.NEGATIVE, _values_by_class(values, classes, lambda v: v < 0))
     if abs(total - 1) > SUM_TOLERANCE:
         return Flaw(Kind.SUM, f"{total:.6g}")
     return values
@@ -286,17 +286,17 @@ def _by_id(files: SplitFiles) -> _Ids:
 
 
 def _annotation_id(file: str) -> str:
-    name = _last(file)
+    name = _file_name(file)
     return "" if name.startswith(".") or not name.endswith(_ANNOTATION) else name.removesuffix(_ANNOTATION)
 
 
 def _image_id(file: str) -> str:
-    name = _last(file)
+    name = _file_name(file)
     stem, _, suffix = name.rpartition(".")
     return "" if name.startswith(".") or suffix.lower() not in _IMAGE_SUFFIXES else stem
 
 
-def _last(file: str) -> str:
+def _file_name(file: str) -> str:
     return file.rpartition("/")[2]
 
 
@@ -308,7 +308,7 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _printable(name: str) -> str:
+def _escape_name(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -337,5 +337,5 @@ def _is_number(field: str) -> bool:
     return True
 
 
-def _named(values: Sequence[float], classes: Sequence[str], picked: Callable[[float], bool]) -> str:
+def _values_by_class(values: Sequence[float], classes: Sequence[str], picked: Callable[[float], bool]) -> str:
     return ", ".join(f"{v:g} for {c}" for v, c in zip(values, classes, strict=True) if picked(v))

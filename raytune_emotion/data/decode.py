@@ -40,7 +40,7 @@ _UPRIGHT = {
 }
 
 
-class Undecodable(Exception):
+class UndecodableImage(Exception):
     """Why a picture cannot be decoded, in words."""
 
 
@@ -49,7 +49,7 @@ def decode_image(file: Path, image_size: int) -> npt.NDArray[np.uint8]:
 
     The whole picture is kept and squeezed, not cropped: faces come as boxes around the face that are nearly
     square, and what a crop would cut off, brow and chin, is where the expression is. Threads that decode do so inside
-    of `pictures_decoded_quietly`, which one of them enters.
+    of `ignore_decoder_warnings`, which one of them enters.
 
     Returns:
         [H, W, 3], uint8, H = W = image_size.
@@ -61,7 +61,7 @@ def decode_image(file: Path, image_size: int) -> npt.NDArray[np.uint8]:
         return decode_at_sizes(file.read_bytes(), (image_size,))[0]
     except OSError as error:
         raise UserError(f"{file}: {_cannot(error)}") from error
-    except Undecodable as error:
+    except UndecodableImage as error:
         raise UserError(f"{file}: {error}") from error
 
 
@@ -69,7 +69,7 @@ def decode_at_sizes(content: bytes | OSError, sides: Sequence[int]) -> list[npt.
     """Decode a file's content at every size, [H, W, 3], each as if it were the only one.
 
     Raises:
-        Undecodable: the file could not be read, or holds no whole picture.
+        UndecodableImage: the file could not be read, or holds no whole picture.
     """
     if isinstance(content, OSError):
         raise _cannot(content)
@@ -83,14 +83,14 @@ def decode_at_sizes(content: bytes | OSError, sides: Sequence[int]) -> list[npt.
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        raise Undecodable("no picture in JPEG, PNG, BMP, GIF or WebP format") from error
+        raise UndecodableImage("no picture in JPEG, PNG, BMP, GIF or WebP format") from error
     except Exception as error:  # PIL raises what its decoders happen to: OSError, SyntaxError, struct.error, ...
         raise _cannot(error) from error
     return [squares[side] for side in sides]
 
 
 @contextlib.contextmanager
-def pictures_decoded_quietly() -> Iterator[None]:
+def ignore_decoder_warnings() -> Iterator[None]:
     """Ignore the warnings of PIL: odd metadata, and more than 90 megapixels, are no reason to refuse a picture.
 
     Filters of warnings belong to the process, so a pool of threads is started inside of the block.
@@ -117,9 +117,9 @@ def picture_bytes(side: int) -> int:
     return side * side * 3
 
 
-def _cannot(error: Exception) -> Undecodable:
+def _cannot(error: Exception) -> UndecodableImage:
     what = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    return Undecodable(f"the picture cannot be decoded ({what})")
+    return UndecodableImage(f"the picture cannot be decoded ({what})")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import atomic_folder
-from raytune_emotion.terminal import say, typed
+from raytune_emotion.terminal import say, shell_word
 
 #: FER+'s name of an emotion, in the order of its columns: ours.
 NAMES = {
@@ -212,12 +212,12 @@ def _refuse(faults: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> None:
     counts = convert(args.pixels, args.votes, args.dest)
     say(f"{args.dest}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    say(f"next: python -m raytune_emotion.pack {typed(args.dest)} DEST --image-size {_SIDE}")
+    say(f"next: python -m raytune_emotion.pack {shell_word(args.dest)} DEST --image-size {_SIDE}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the conversion from the command line."""
-    from raytune_emotion.cli import guarded, local_path
+    from raytune_emotion.cli import local_path, run_guarded
 
     parser = argparse.ArgumentParser(
         prog="python -m raytune_emotion.data.ferplus",
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("votes", type=local_path, help="fer2013new.csv")
     parser.add_argument("dest", type=local_path, help="the new folder")
     args = parser.parse_args(argv)
-    return guarded(lambda: run(args))
+    return run_guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

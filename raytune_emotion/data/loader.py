@@ -42,7 +42,7 @@ class Resident:
 _placed: dict[tuple[str, str, int, torch.device], Resident] = {}
 
 
-def place(store: Store, device: torch.device) -> tuple[Split | Resident, Split | Resident]:
+def cache_on_device(store: Store, device: torch.device) -> tuple[Split | Resident, Split | Resident]:
     """Copy the splits of a store to a device, each if it may take up so much memory there; others stay in their files.
 
     They stay on the device until another store is placed.
@@ -61,13 +61,13 @@ def place(store: Store, device: torch.device) -> tuple[Split | Resident, Split |
         room = _room(device) + sum(resident.x_NHWC.numel() for resident in kept.values())
         here = kept.pop(key, None)
         if lives_on_device(size_of(split), room):
-            _placed[key] = _copied(split, device) if here is None else here
+            _placed[key] = _copy_to_device(split, device) if here is None else here
         del here  # before the next is judged, what does not stay is gone
     train, val = (_placed.get(key, split) for key, split in splits.items())
     return train, val
 
 
-def clear_placed() -> None:
+def clear_cache() -> None:
     """Free the splits that were placed last."""
     _placed.clear()
 
@@ -82,7 +82,7 @@ def size_of(split: Split) -> int:
     return len(split) * math.prod(split.shards[0].shape[1:])
 
 
-def _copied(split: Split, device: torch.device) -> Resident:
+def _copy_to_device(split: Split, device: torch.device) -> Resident:
     x_NHWC = torch.empty((len(split), *split.shards[0].shape[1:]), dtype=torch.uint8, device=device)
     for start in range(0, len(split), _COPIED_AT_ONCE):
         part = x_NHWC[start : start + _COPIED_AT_ONCE]
@@ -116,7 +116,7 @@ def batches(
     """
     if isinstance(source, Resident):
         for rows_B in batches_of_rows:
-            yield _taken(source, rows_B)
+            yield _batch_of(source, rows_B)
         return
     side = _side_stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as thread:
@@ -124,9 +124,9 @@ def batches(
         for rows_B in batches_of_rows:
             ahead.append(thread.submit(_load, source, rows_B, device, side))
             if len(ahead) == 2:
-                yield _arrived(*ahead.popleft().result())
+                yield _after_copy(*ahead.popleft().result())
         while ahead:
-            yield _arrived(*ahead.popleft().result())
+            yield _after_copy(*ahead.popleft().result())
 
 
 @cache
@@ -135,7 +135,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _taken(source: Resident, rows_B: npt.NDArray[np.int64]) -> Batch:
+def _batch_of(source: Resident, rows_B: npt.NDArray[np.int64]) -> Batch:
     if rows_B.size and (rows_B.min() < 0 or rows_B.max() >= len(source)):
         raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of a split of {len(source)}")
     at_B = torch.from_numpy(rows_B)
@@ -160,7 +160,7 @@ def _load(
         return batch, side.record_event()
 
 
-def _arrived(batch: Batch, copied: torch.Event | None) -> Batch:
+def _after_copy(batch: Batch, copied: torch.Event | None) -> Batch:
     """Orders the caller's stream after the copy, and the memory's reuse by the side stream after the caller's."""
     if copied is not None:
         stream = torch.cuda.current_stream(batch.x_BHWC.device)

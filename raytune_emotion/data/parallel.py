@@ -20,7 +20,7 @@ _TASKS_WORTH_A_POOL = 16  # some 50 ms each, and a quarter of a second to start 
 
 
 @contextlib.contextmanager
-def processes(workers: int | None) -> Iterator[Map]:
+def process_map(workers: int | None) -> Iterator[Map]:
     """Yield a `map` that keeps the order, over processes that are started when there is enough to do for them.
 
     Args:
@@ -35,7 +35,7 @@ def processes(workers: int | None) -> Iterator[Map]:
         tasks = list(tasks)
         if workers == 1 or (workers is None and (cores == 1 or len(tasks) < _TASKS_WORTH_A_POOL)):
             return map(function, tasks)
-        with _spawning():
+        with _spawn_lightly():
             return executor.map(function, tasks)
 
     try:
@@ -45,7 +45,7 @@ def processes(workers: int | None) -> Iterator[Map]:
 
 
 @contextlib.contextmanager
-def _spawning() -> Iterator[None]:
+def _spawn_lightly() -> Iterator[None]:
     # A spawned process first imports the main module of its parent. These need nothing of it, and it may be one
     # that imports ray, torch and optuna, or a script that packs without asking whether it is the main one.
     main = sys.modules["__main__"]

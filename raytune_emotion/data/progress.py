@@ -29,7 +29,7 @@ def progress() -> Progress:
     )
 
 
-def counted(pmap: Map, bars: Progress, what: str, total: int) -> Map:
+def count_results(pmap: Map, bars: Progress, what: str, total: int) -> Map:
     """Return the same map; its results, which are lists, are counted on a bar."""
     bar = bars.add_task(what, total=total)
 

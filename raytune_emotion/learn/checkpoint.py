@@ -67,7 +67,7 @@ def save(
     _write(folder / LAST, tensors, header)
     report = progress.history[-1]
     if report["best_report"] == report["report"]:
-        _write_best(folder, _kept(tensors), progress)
+        _write_best(folder, _best_weights(tensors), progress)
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(_line(report))
 
@@ -86,7 +86,7 @@ def read_progress(folder: Path) -> Progress | None:
             settings, fingerprint, history, scaler = _header(file, "settings", "fingerprint", "history", "scaler")
         return Progress(settings, fingerprint, tuple(history), scaler)
     except _DAMAGE as error:
-        raise _damaged(folder / LAST, error) from error
+        raise _damage_error(folder / LAST, error) from error
 
 
 def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> None:
@@ -130,7 +130,7 @@ def _all_tensors(model: nn.Module, optimizer: Optimizer, average: nn.Module | No
     tensors = _state("model", model) | (_state("average", average) if average is not None else {})
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {
-            f"optimizer.{index}.{name}": _plain(torch.as_tensor(value))
+            f"optimizer.{index}.{name}": _cpu_copy(torch.as_tensor(value))
             for name, value in state.items()
             if value is not None
         }
@@ -147,16 +147,16 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
         with safe_open(file, "pt") as opened:
             tensors = _tensors(opened)
         for prefix, module in modules.items():
-            _check_fits(_below(prefix, tensors), module)
-        for key, value in _below("optimizer.", tensors).items() if optimizer is not None else ():
+            _check_fits(_strip_prefix(prefix, tensors), module)
+        for key, value in _strip_prefix("optimizer.", tensors).items() if optimizer is not None else ():
             index, name = key.split(".")
             if not 0 <= int(index) < len(parameters):
                 raise ValueError(f"its optimizer has a parameter {index}, the model has {len(parameters)}")
             moments.append((int(index), name, value))
     except _DAMAGE as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
     for prefix, module in modules.items():
-        module.load_state_dict(_below(prefix, tensors))
+        module.load_state_dict(_strip_prefix(prefix, tensors))
     if optimizer is None:
         return
     state: dict[int, dict[str, Tensor]] = {}
@@ -168,7 +168,7 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def settle(folder: Path, progress: Progress | None) -> None:
+def repair_from_last(folder: Path, progress: Progress | None) -> None:
     """Make the folder what `last` says it is, before the run goes on; or empty it where there is no `last`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LAST, BEST, HISTORY):
@@ -181,7 +181,7 @@ def settle(folder: Path, progress: Progress | None) -> None:
         write_text(folder / HISTORY, lines)
     if progress is not None and history[-1]["best_report"] == history[-1]["report"] and not _has_best(folder, progress):
         with safe_open(folder / LAST, "pt") as file:
-            _write_best(folder, _kept(_tensors(file)), progress)
+            _write_best(folder, _best_weights(_tensors(file)), progress)
 
 
 def read_best(file: Path) -> Best:
@@ -199,7 +199,7 @@ def read_best(file: Path) -> Best:
             weights = {name: tensor.clone() for name, tensor in _tensors(tensors).items()}
             return Best(weights, *_header(tensors, "settings", "fingerprint", "report"))
     except _DAMAGE as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
 
 
 def read_history(folder: Path) -> list[Report]:
@@ -269,18 +269,18 @@ def _tensors(file: Any) -> dict[str, Tensor]:
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{key}": _plain(tensor) for key, tensor in model.state_dict().items()}
+    return {f"{name}.{key}": _cpu_copy(tensor) for key, tensor in model.state_dict().items()}
 
 
-def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _below("average.", tensors) or _below("model.", tensors)
+def _best_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _strip_prefix("average.", tensors) or _strip_prefix("model.", tensors)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -288,7 +288,7 @@ def _line(report: Report) -> str:
     return json.dumps(report) + "\n"
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def _damage_error(file: Path, error: Exception) -> UserError:
     return UserError(
         f"{file}: a damaged checkpoint ({_first_line(error)}); delete {LAST} and {BEST} there, and the run starts anew "
         f"when it is resumed"

@@ -52,7 +52,7 @@ def write_graph(name: str, file: Path, model: nn.Module, image_size: int, classe
     """
     # Of two images: torch takes a batch of one for a constant.
     images_NHWC = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
-    with _quiet(), torch.no_grad():
+    with _silence_tracing(), torch.no_grad():
         batch = {INPUT: {0: torch.export.Dim("batch")}}
         program = torch.export.export(model.eval(), (images_NHWC,), dynamic_shapes=batch)
         if name == "pt2":
@@ -99,7 +99,7 @@ _RUN: dict[str, Callable[[Path, npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_tracing() -> Iterator[None]:
     """Keep the notes of torch and onnxscript on how they trace to themselves."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

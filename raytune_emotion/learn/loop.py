@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.augment import decide, normalise
-from raytune_emotion.data.loader import Resident, batches, clear_placed, epoch_order, place
+from raytune_emotion.data.loader import Resident, batches, cache_on_device, clear_cache, epoch_order
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
@@ -54,7 +54,7 @@ _COMPILED_FROM = 1.5e6
 _MAY_CHANGE = {"train.epochs", "train.patience", "train.accumulate", "train.compile", "model.weights_dir"}
 
 
-class Diverged(ArithmeticError):
+class Divergence(ArithmeticError):
     """The loss or a metric is no finite number any more; the checkpoints are still those of the report before."""
 
 
@@ -115,13 +115,13 @@ def fit(
 
     Raises:
         UserError: the configuration does not fit the store, the device, the workers or the run in the folder.
-        Diverged: the loss or a metric is NaN or infinite.
+        Divergence: the loss or a metric is NaN or infinite.
     """
     plan = make_plan(config, store, device)
     progress = checkpoint.read_progress(folder) if folder is not None else None
     _check_resumable(config, store, device, folder, progress)
     if folder is not None and plan.rank == 0:
-        checkpoint.settle(folder, progress)
+        checkpoint.repair_from_last(folder, progress)
     history = list(progress.history) if progress is not None else []
     if is_finished(config, plan, history):
         return
@@ -247,8 +247,8 @@ def start(
         capture=device.type == "cuda" and torch.cuda.is_available() and plan.workers == 1,
     )
     if not resident:
-        clear_placed()
-    train, val = place(store, device) if resident else (store.train, store.val)
+        clear_cache()
+    train, val = cache_on_device(store, device) if resident else (store.train, store.val)
     return Run(config, store, device, plan, model, average, optimizer, scaler, step, train, val)
 
 
@@ -277,7 +277,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
         The mean loss of the rows of all workers, and the step size of the last step.
 
     Raises:
-        Diverged: the mean is NaN or infinite.
+        Divergence: the mean is NaN or infinite.
     """
     config, plan, device = run.config, run.plan, run.device
     accumulate, val_js = config.train.accumulate, [report["val_js"] for report in history]
@@ -464,7 +464,7 @@ def _check_finite(values: dict[str, float], plan: Plan, history: Sequence[Report
     for name, value in values.items():
         if not math.isfinite(value):
             epoch, _, end = plan.span(len(history))
-            raise Diverged(
+            raise Divergence(
                 f"diverged before report {len(history) + 1} (step {epoch * plan.steps_per_epoch + end}): the {name} is "
                 f"{value}; a smaller optim.lr, optim.warmup_epochs or train.grad_clip may help"
             )

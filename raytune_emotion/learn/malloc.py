@@ -11,7 +11,7 @@ from functools import cache
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST, _MOST_BEFORE = -1, -3, 2**31 - 1, 2**25
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Have this process keep the memory that it frees. Do nothing where the C library is not glibc."""
     if (libc := _glibc()) is not None:
         if not libc.mallopt(_M_MMAP_THRESHOLD, _MOST):
@@ -19,7 +19,7 @@ def keep_freed() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 
-def give_back() -> None:
+def return_freed_memory() -> None:
     """Give the freed memory that was kept back to the system."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from raytune_emotion.config import FlatConfig, RunConfig
-from raytune_emotion.data.loader import Resident, clear_placed, lives_on_device, size_of
+from raytune_emotion.data.loader import Resident, clear_cache, lives_on_device, size_of
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import malloc
@@ -108,7 +108,7 @@ class Process:
 
 
 @contextlib.contextmanager
-def processes(count: int, device: torch.device) -> Iterator[list[Process]]:
+def timing_processes(count: int, device: torch.device) -> Iterator[list[Process]]:
     """Start so many processes, which end with the block."""
     with contextlib.ExitStack() as stack:
         started = [Process(device) for _ in range(count)]
@@ -117,7 +117,7 @@ def processes(count: int, device: torch.device) -> Iterator[list[Process]]:
         yield started
 
 
-def together(some: Sequence[Process], *, seconds: float, cores: float, resident: bool = True) -> float | None:
+def train_side_by_side(some: Sequence[Process], *, seconds: float, cores: float, resident: bool = True) -> float | None:
     """Train in processes at the same time, each with its share of the device and of the cores.
 
     Returns:
@@ -155,7 +155,7 @@ def measure(
         Breakdown: a process has ended.
     """
     found: dict[str, dict[int, float]] = {}
-    with processes(max(counts), device) as every:
+    with timing_processes(max(counts), device) as every:
         for backbone, settings in backbones.items():
             store = stores[RunConfig.from_flat(settings).data.image_size]
             found[backbone] = _measure_one(every, settings, store, cores=cores, counts=counts, seconds=seconds)
@@ -189,7 +189,7 @@ def _measure_one(
     for count in fitting:
         resident = lives_on_device(images, allowance(total, 1 / count))
         if count <= fit:
-            rate = together(every[:count], seconds=seconds, cores=cores, resident=resident)
+            rate = train_side_by_side(every[:count], seconds=seconds, cores=cores, resident=resident)
             found |= {} if rate is None else {count: rate}
     return found
 
@@ -198,7 +198,7 @@ def _measure_one(
 
 
 def _serve(device: torch.device) -> None:
-    malloc.keep_freed()
+    malloc.keep_freed_memory()
     reduce_fragmentation()
     torch.set_num_threads(1)  # until it is told how many are its own
     run: Run | None = None
@@ -221,7 +221,7 @@ def _serve(device: torch.device) -> None:
 
 
 def _release(device: torch.device) -> None:
-    clear_placed()
+    clear_cache()
     gc.collect()
     limit_memory(device, 1)
     if device.type == "cuda":
@@ -242,15 +242,15 @@ def _prepare(settings: FlatConfig, place: str, device: torch.device) -> tuple[Ru
 
 def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
     """Begin a run on a few rows, and warm it up; from one of its reports to the next it takes a quarter of a second."""
-    few = dataclasses.replace(store, train=_first(store.train, _ROWS), val=_first(store.val, _ROWS))
+    few = dataclasses.replace(store, train=_first_rows(store.train, _ROWS), val=_first_rows(store.val, _ROWS))
     run = start(config, few, device, make_plan(config, few, device), fresh=False)
     evaluate(run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run))
-    tried = _until(run, min(4, run.plan.steps_per_epoch))
+    tried = _with_first_report_after(run, min(4, run.plan.steps_per_epoch))
     train_segment(tried, [])  # chooses kernels
     began = time.perf_counter()
     train_segment(tried, [])
     steps = tried.plan.stops[0] * _SEGMENT_S / (time.perf_counter() - began)
-    return _until(run, min(max(1, int(steps)), run.plan.steps_per_epoch))
+    return _with_first_report_after(run, min(max(1, int(steps)), run.plan.steps_per_epoch))
 
 
 def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bool) -> float:
@@ -271,12 +271,12 @@ def _images_on_device(run: Run) -> int:
     return sum(part.x_NHWC.nbytes for part in (run.train, run.val) if isinstance(part, Resident))
 
 
-def _until(run: Run, steps: int) -> Run:
+def _with_first_report_after(run: Run, steps: int) -> Run:
     """Return the run, with its first report after so many steps."""
     return dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=(steps,)))
 
 
-def _first(split: Split, rows: int) -> Split:
+def _first_rows(split: Split, rows: int) -> Split:
     return dataclasses.replace(split, ids=split.ids[:rows], prob_NK=split.prob_NK[:rows])
 
 

@@ -68,7 +68,7 @@ def visualize_predictions(
         bars.set(yticks=places, yticklabels=classes if i == 0 else [], xlabel="probability", xlim=(0, 1))
         bars.invert_yaxis()
     grid[count].legend(frameon=False, fontsize=8)
-    return _saved(figure, save_path)
+    return _save(figure, save_path)
 
 
 def plot_training_curves(
@@ -99,7 +99,7 @@ def plot_training_curves(
         axes.set(xlabel="epoch", title=title)
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
-    return _saved(figure, save_path)
+    return _save(figure, save_path)
 
 
 def _array(given: Any) -> npt.NDArray[Any]:
@@ -113,7 +113,7 @@ def _figure(width: float, height: float, columns: int, rows: int) -> tuple[Figur
         return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
+def _save(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
         file = Path(path)
         known = figure.canvas.get_supported_filetypes()

@@ -396,10 +396,10 @@ class Remote(Location):
         return not remote.is_file(self.uri)
 
     def list_folders(self, folder: str = "") -> list[str]:
-        return [info.base_name for info in remote.listed(self._below(folder)) if not info.is_file]
+        return [info.base_name for info in remote.list_folder(self._below(folder)) if not info.is_file]
 
     def list_files(self, folder: str = "") -> list[File]:
-        start, infos = f"{folder}/" if folder else "", remote.listed(self._below(folder))
+        start, infos = f"{folder}/" if folder else "", remote.list_folder(self._below(folder))
         return [File(f"{start}{info.base_name}", f"{info.size} {info.mtime_ns}") for info in infos if info.is_file]
 
     def find(self, *patterns: str) -> list[str]:

@@ -123,7 +123,7 @@ def is_file(uri: str) -> bool:
     return bool(_with_retries(uri, lambda filesystem, path: filesystem.get_file_info(path)).type == FileType.File)
 
 
-def listed(uri: str) -> list[FileInfo]:
+def list_folder(uri: str) -> list[FileInfo]:
     """List what is in the folder at a URI, not below; nothing where there is none."""
     return _with_retries(
         uri, lambda filesystem, path: list(filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
@@ -194,7 +194,7 @@ def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
             with atomic_write(folder / name) as temporary, temporary.open("wb") as target:
                 shutil.copyfileobj(source, target, _CHUNK)
 
-    _each(uri, names, get)
+    _for_each(uri, names, get)
 
 
 def push(folder: Path, uri: str, names: Iterable[str]) -> None:
@@ -217,7 +217,7 @@ def delete(uri: str, names: Iterable[str]) -> None:
     Raises:
         Breakdown: it fails again and again.
     """
-    _each(uri, names, lambda name, filesystem, path: filesystem.delete_file(f"{path}/{name}"))
+    _for_each(uri, names, lambda name, filesystem, path: filesystem.delete_file(f"{path}/{name}"))
 
 
 def _put(file: Path, filesystem: FileSystem, target: str) -> None:
@@ -249,7 +249,7 @@ def _put(file: Path, filesystem: FileSystem, target: str) -> None:
             raise
 
 
-def _each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem, str], None]) -> None:
+def _for_each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem, str], None]) -> None:
     def one(name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             _with_retries(uri, functools.partial(action, name))

@@ -1,6 +1,6 @@
 import pytest
 
-from raytune_emotion.cli import guarded
+from raytune_emotion.cli import run_guarded
 from raytune_emotion.data.packing import blocks
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.storage.locations import Folder, parse_location
@@ -49,7 +49,7 @@ def exit_code_of(capsys):
     """Runs an action as a command does, and returns its exit code, after a look at what is said."""
 
     def run(action):
-        code = guarded(action)
+        code = run_guarded(action)
         lines = capsys.readouterr().err.splitlines()
         assert all(line.startswith("error: ") for line in lines)
         assert bool(lines) == (code == 2)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from raytune_emotion.data.decode import (
-    Undecodable,
+    UndecodableImage,
     decode_at_sizes,
     decode_image,
     files_key,
-    pictures_decoded_quietly,
+    ignore_decoder_warnings,
     pixels_digest,
 )
 from raytune_emotion.data.synthetic import draw_face
@@ -187,7 +187,7 @@ def test_key_of_files_changes_with_each_of_them(tmp_path):
 def test_threads_that_decode_leave_the_filters_of_warnings_alone(tmp_path):
     file = saved(tmp_path, picture(1).quantize(4), "odd.png", transparency=b"\x00\xff\x80\x00")
     before = list(warnings.filters)
-    with pictures_decoded_quietly(), ThreadPoolExecutor(8) as pool:
+    with ignore_decoder_warnings(), ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(lambda _: decode_image(file, 20), range(200)))) == 200
     assert warnings.filters == before
 
@@ -206,9 +206,9 @@ def test_damaged_picture_is_decoded_or_refused_by_a_sentence(format_, damage, ke
         content[place % len(content)] = value
     sentence, squares = "", []
     try:
-        with pictures_decoded_quietly():
+        with ignore_decoder_warnings():
             squares = decode_at_sizes(bytes(content[: int(kept * len(content))]), (16,))
-    except Undecodable as error:
+    except UndecodableImage as error:
         sentence = str(error)
     assert "\n" not in sentence
     assert bool(sentence) or [(square.shape, square.dtype) for square in squares] == [((16, 16, 3), np.uint8)]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_emotion.data import loader
-from raytune_emotion.data.loader import Resident, batches, epoch_order, place, size_of
+from raytune_emotion.data.loader import Resident, batches, cache_on_device, epoch_order, size_of
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.data.synthetic import write_sample
@@ -49,7 +49,7 @@ def test_yields_the_rows_asked_for_in_their_order(
     split: Split, device: torch.device, placed: bool, asked: list[list[int]]
 ) -> None:
     # All are kept to the end: a batch must not be overwritten by a later one.
-    source = loader._copied(split, device) if placed else split
+    source = loader._copy_to_device(split, device) if placed else split
     got = list(batches(source, (rows(*r) for r in asked), device))
     assert [b.rows_B.tolist() for b in got] == asked
     for batch in got:
@@ -67,7 +67,7 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, total: float) -> None:
         self.total = total
         self._copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-        copied = loader._copied
+        copied = loader._copy_to_device
 
         def watched(split: Split, device: torch.device) -> Resident:
             resident = copied(split, device)
@@ -75,7 +75,7 @@ class Device:
             return resident
 
         monkeypatch.setattr(loader, "_placed", {})
-        monkeypatch.setattr(loader, "_copied", watched)
+        monkeypatch.setattr(loader, "_copy_to_device", watched)
         monkeypatch.setattr(loader, "_room", lambda device: self.total - self.taken())
 
     def taken(self) -> int:
@@ -86,10 +86,10 @@ class Device:
 def test_a_split_is_placed_where_it_may_take_up_so_much(
     store: Store, monkeypatch: pytest.MonkeyPatch, more: int, kind: type
 ) -> None:
-    assert place(store, CPU) == (store.train, store.val)
+    assert cache_on_device(store, CPU) == (store.train, store.val)
     monkeypatch.setattr(loader, "_COPIED_AT_ONCE", 7)
     Device(monkeypatch, size_of(store.train) / loader._SHARE + more)
-    placed, _ = place(store, CPU)
+    placed, _ = cache_on_device(store, CPU)
     assert type(placed) is kind
     if isinstance(placed, Resident):
         np.testing.assert_array_equal(placed.x_NHWC.numpy(), store.train.gather(np.arange(N)))
@@ -99,22 +99,22 @@ def test_a_split_is_placed_where_it_may_take_up_so_much(
 
 def test_what_is_placed_stays_until_another_store_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, size_of(store.train) / loader._SHARE + 1)
-    placed, again = place(store, CPU), place(dataclasses.replace(store), CPU)
+    placed, again = cache_on_device(store, CPU), cache_on_device(dataclasses.replace(store), CPU)
     assert all(one is other and isinstance(one, Resident) for one, other in zip(placed, again, strict=True))
     del placed, again
     assert device.taken() == size_of(store.train) + size_of(store.val)
     # There is room for both parts of another only where these are gone.
     other = dataclasses.replace(store, fingerprint="other")
-    assert all(isinstance(part, Resident) for part in place(other, CPU))
+    assert all(isinstance(part, Resident) for part in cache_on_device(other, CPU))
     # When the process may take less than before, they go back to their files.
     device.total = size_of(store.train)
-    assert place(other, CPU)[0] is store.train
+    assert cache_on_device(other, CPU)[0] is store.train
     assert device.taken() <= size_of(store.val)
 
 
 @pytest.mark.parametrize("placed", [False, True], ids=["files", "resident"])
 def test_the_caller_may_write_into_a_batch(split: Split, placed: bool) -> None:
-    first, second = batches(loader._copied(split, CPU) if placed else split, [rows(3), rows(3)], CPU)
+    first, second = batches(loader._copy_to_device(split, CPU) if placed else split, [rows(3), rows(3)], CPU)
     first.x_BHWC.zero_()
     first.prob_BK.zero_()
     np.testing.assert_array_equal(second.x_BHWC.numpy(), split.gather(rows(3)))

@@ -147,11 +147,11 @@ def upload(folder, bucket, request):
 def test_a_folder_at_a_uri_is_listed_once(folder, upload, cache, monkeypatch):
     uri, listings = upload(), []
 
-    def listed(uri, real=remote.listed):
+    def listed(uri, real=remote.list_folder):
         listings.append(remote.name_of(uri))
         return real(uri)
 
-    monkeypatch.setattr(remote, "listed", listed)
+    monkeypatch.setattr(remote, "list_folder", listed)
     data = find_data(uri)
     assert data.count_rows() == 8
     store = prepare(data, image_size=None)

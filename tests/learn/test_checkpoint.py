@@ -130,7 +130,7 @@ def test_the_best_weights_are_mended_from_the_last_checkpoint(tmp_path, store, f
         (tmp_path / BEST).unlink()
     else:
         (tmp_path / BEST).write_bytes(older[:1000] if found == "damaged" else older)
-    checkpoint.settle(tmp_path, read_progress(tmp_path))
+    checkpoint.repair_from_last(tmp_path, read_progress(tmp_path))
     mended = read_best(tmp_path / BEST)
     assert mended.report == whole.report
     assert all(torch.equal(mended.weights[name], whole.weights[name]) for name in whole.weights)

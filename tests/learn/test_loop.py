@@ -15,7 +15,7 @@ from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop
 from raytune_emotion.learn.checkpoint import BEST, read_best, read_history
-from raytune_emotion.learn.loop import Diverged, baseline, evaluate, fit, make_plan
+from raytune_emotion.learn.loop import Divergence, baseline, evaluate, fit, make_plan
 from raytune_emotion.learn.model import build_model
 from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, state_of
 
@@ -220,7 +220,7 @@ def like_cuda(monkeypatch):
         pixels = torch.empty((len(split), 32, 32, 3), dtype=torch.uint8, device=device)
         return loader.Resident(pixels, torch.empty(split.prob_NK.shape, device=device))
 
-    monkeypatch.setattr(loop, "place", lambda store, device: (on_device(store.train), on_device(store.val)))
+    monkeypatch.setattr(loop, "cache_on_device", lambda store, device: (on_device(store.train), on_device(store.val)))
     monkeypatch.setattr(loop, "_randomness", lambda *key: contextlib.nullcontext())
     monkeypatch.setattr(nn.Module, "to", lambda model, *args, **kwargs: model)  # it is there from the beginning
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
@@ -367,7 +367,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(store, tmp_path, 
     reports = fit(run_config(), store, device=CPU, folder=tmp_path)
     next(reports)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(Diverged, match=rf"report 2 \(step 12\): the {what} is nan"):
+    with pytest.raises(Divergence, match=rf"report 2 \(step 12\): the {what} is nan"):
         next(reports)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -389,7 +389,7 @@ def test_nothing_outlives_a_run(store, monkeypatch, ending):
     if ending == "closed":
         reports.close()
     else:
-        with pytest.raises(Diverged):
+        with pytest.raises(Divergence):
             next(reports)
     gc.collect()
     assert built[0]() is None

@@ -1,7 +1,7 @@
 import psutil
 import torch
 
-from raytune_emotion.learn.malloc import give_back, keep_freed
+from raytune_emotion.learn.malloc import keep_freed_memory, return_freed_memory
 
 
 def resident():
@@ -9,12 +9,12 @@ def resident():
 
 
 def test_memory_is_kept_until_it_is_given_back():
-    keep_freed()
-    give_back()  # what other tests have left
+    keep_freed_memory()
+    return_freed_memory()  # what other tests have left
     before = resident()
     tensor = torch.ones(64, 2**20)  # 256 MiB
     assert resident() - before > 200 * 2**20
     del tensor
     assert resident() - before > 200 * 2**20
-    give_back()
+    return_freed_memory()
     assert resident() - before < 50 * 2**20

@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from raytune_emotion.data.affectnet import Row
 from raytune_emotion.data.decode import (
     DIGEST_BYTES,
-    Undecodable,
+    UndecodableImage,
     decode_at_sizes,
     files_key,
+    ignore_decoder_warnings,
     picture_bytes,
-    pictures_decoded_quietly,
     pixels_digest,
 )
 from raytune_emotion.data.shard_format import ShardEntry, write_shard
@@ -71,7 +71,7 @@ class _Record(BaseModel):
     entries: dict[int, list[ShardEntry]]
 
 
-def cut(digest: Digest, i: int) -> bytes:
+def digest_at_size(digest: Digest, i: int) -> bytes:
     """Return the part of a row's digests that is of the i-th size; empty for a row at fault."""
     return digest[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] if isinstance(digest, bytes) else b""
 
@@ -94,7 +94,7 @@ def split_into_blocks(
 def pack_block(block: Block) -> PackedBlock:
     """Pack a block, unless an earlier attempt has."""
     key, first = block.key(), next(iter(block.dests.values()))
-    if (before := _packed_before(block, first.read(block.record), key)) is not None:
+    if (before := _read_record(block, first.read(block.record), key)) is not None:
         return before
     packed = _pack(block)
     good = [digest for digest in packed.digests if isinstance(digest, bytes)]
@@ -108,14 +108,14 @@ def pack_block(block: Block) -> PackedBlock:
 def _pack(block: Block) -> PackedBlock:
     digests: list[Digest] = []
     shards = {size: _OpenShard(size, block) for size in block.dests}
-    with pictures_decoded_quietly():
+    with ignore_decoder_warnings():
         for start in range(0, len(block.rows), _ROWS_READ):
             rows = block.rows[start : start + _ROWS_READ]
             contents = block.source.read_all([row.image.name for row in rows])
             for row, content in zip(rows, contents, strict=True):
                 try:
                     squares = decode_at_sizes(content, tuple(block.dests))
-                except Undecodable as error:
+                except UndecodableImage as error:
                     digests.append(str(error))
                 else:
                     digests.append(b"".join(pixels_digest(square.data) for square in squares))
@@ -157,7 +157,7 @@ class _OpenShard:
         self.rows.clear()
 
 
-def _packed_before(block: Block, raw: bytes | None, key: str) -> PackedBlock | None:
+def _read_record(block: Block, raw: bytes | None, key: str) -> PackedBlock | None:
     """Return what the record of an earlier attempt says if its shards are those of the block, and are there."""
     with contextlib.suppress(ValueError):  # damaged
         found = _Record.model_validate_json(raw or b"")

@@ -13,7 +13,7 @@ from raytune_emotion.data.affectnet import FaceFolder, list_faces
 from raytune_emotion.data.decode import picture_bytes
 from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_blocks
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
-from raytune_emotion.data.parallel import Map, processes
+from raytune_emotion.data.parallel import Map, process_map
 from raytune_emotion.data.progress import progress
 from raytune_emotion.data.shard_format import REJECTED, Manifest, ShardEntry
 from raytune_emotion.data.store import Store, find_stores, open_store, read_manifest
@@ -85,7 +85,7 @@ def pack_sizes(
     """
     for size in dests:
         RunConfig.from_flat({"data.image_size": size, "data.classes": classes})
-    faces = source if isinstance(source, FaceFolder) else _listed(source)
+    faces = source if isinstance(source, FaceFolder) else _list_source(source)
     for dest in list(dests.values())[:1]:
         dest.check(write=True)
     if there := [dest for dest in dests.values() if find_stores(dest)]:
@@ -93,7 +93,7 @@ def pack_sizes(
     with contextlib.ExitStack() as stack:
         # In the same order by whoever packs: else two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
-        run = _where_all_is_seen([faces.location, *built.values()], pmap or stack.enter_context(processes(workers)))
+        run = _check_on_each_node([faces.location, *built.values()], pmap or stack.enter_context(process_map(workers)))
         try:
             _pack(faces, built, classes, skip_bad=skip_bad, pmap=run)
         except OSError as error:
@@ -112,7 +112,7 @@ def tell_rejected(store: Location, rejected: int) -> None:
         warn(f"{store}: rejected rows: {rejected}, see {store}/{REJECTED}")
 
 
-def _listed(source: Location) -> FaceFolder:
+def _list_source(source: Location) -> FaceFolder:
     source.check(write=False)
     if find_stores(source):
         raise UserError(f"{source}: is a packed store already")
@@ -142,25 +142,25 @@ def _pack(
             content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
         except UserError:
             for dest in dests.values():
-                _tidy(dest)
+                _delete_leftovers(dest)
             raise
     for i, (size, dest) in enumerate(dests.items()):
         write_manifest(dest, content, i, size, entries[size])
-        _tidy(dest, kept={entry.file for own in entries[size].values() for entry in own})
+        _delete_leftovers(dest, kept={entry.file for own in entries[size].values() for entry in own})
 
 
-def _tidy(dest: Location, kept: Collection[str] = ()) -> None:
+def _delete_leftovers(dest: Location, kept: Collection[str] = ()) -> None:
     """Delete what attempts have left, but for files of the store."""
     names = [file.name for file in dest.list_files()]
     dest.delete([name for name in names if _LEFT.fullmatch(name) and name not in kept])
 
 
-def _where_all_is_seen(locations: Sequence[Location], pmap: Map) -> Map:
+def _check_on_each_node(locations: Sequence[Location], pmap: Map) -> Map:
     """Return the same map, whose tasks break off on a machine that does not see one of the locations."""
-    return lambda function, tasks: pmap(_look_and_run, ((locations, function, task) for task in tasks))
+    return lambda function, tasks: pmap(_check_and_run, ((locations, function, task) for task in tasks))
 
 
-def _look_and_run(task: tuple[Sequence[Location], Callable[[Any], Any], Any]) -> Any:
+def _check_and_run(task: tuple[Sequence[Location], Callable[[Any], Any], Any]) -> Any:
     locations, function, own = task
     for location in locations:
         if not location.is_reachable():

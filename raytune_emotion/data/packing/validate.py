@@ -8,10 +8,10 @@ from rich.progress import Progress
 
 from raytune_emotion.data import affectnet, shard_format
 from raytune_emotion.data.affectnet import FaceFolder, Fault, Kind, Row, Scan
-from raytune_emotion.data.decode import Undecodable, decode_at_sizes, pictures_decoded_quietly
-from raytune_emotion.data.packing.blocks import Digest, cut
+from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
+from raytune_emotion.data.packing.blocks import Digest, digest_at_size
 from raytune_emotion.data.parallel import Map
-from raytune_emotion.data.progress import counted
+from raytune_emotion.data.progress import count_results
 from raytune_emotion.data.shard_format import Manifest, ShardEntry, SplitEntry
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
@@ -38,7 +38,7 @@ def read_rows(faces: FaceFolder, classes: tuple[str, ...], pmap: Map, bars: Prog
         UserError: a split has no row whose annotation is good.
     """
     total = sum(len(files.annotations) for files in faces.splits.values())
-    scan = affectnet.scan(faces, classes, counted(pmap, bars, "reading annotations", total))
+    scan = affectnet.scan(faces, classes, count_results(pmap, bars, "reading annotations", total))
     _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
     return scan
 
@@ -67,7 +67,7 @@ def validate_rows(
         tasks = [
             (faces.location, files[start : start + _FILES_PER_TASK]) for start in range(0, len(files), _FILES_PER_TASK)
         ]
-        tried = counted(pmap, bars, "trying other images", len(files))(_try_images, tasks) if tasks else []
+        tried = count_results(pmap, bars, "trying other images", len(files))(_try_images, tasks) if tasks else []
         results = (wrong for part in tried for wrong in part)
         found += [(split, file.name, wrong) for file, wrong in zip(files, results, strict=True)]
     undecodable = [Fault(split, name, Kind.UNDECODABLE, what) for split, name, what in found if isinstance(what, str)]
@@ -97,7 +97,7 @@ def write_manifest(
         (split, row.id, pixels, row.probs)
         for split, rows in content.rows.items()
         for row, digest in zip(rows, content.digests[split], strict=True)
-        if (pixels := cut(digest, i))
+        if (pixels := digest_at_size(digest, i))
     )
     manifest = Manifest(
         format="raytune_emotion.store",
@@ -119,11 +119,11 @@ def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
     """Tell what is wrong with each image; None where nothing is."""
     location, files = task
     found: list[str | None] = []
-    with pictures_decoded_quietly():
+    with ignore_decoder_warnings():
         for content in location.read_all([file.name for file in files]):
             try:
                 decode_at_sizes(content, (_TRIED_PX,))
-            except Undecodable as error:
+            except UndecodableImage as error:
                 found.append(str(error))
             else:
                 found.append(None)

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.interruption import unchanged_handlers
+from raytune_emotion.interruption import keep_handlers
 from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watch_cluster
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
@@ -83,7 +83,7 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
         stack.enter_context(no_start_by_itself())
         stack.callback(_shut_down)
         try:
-            with unchanged_handlers(), own_process_session():
+            with keep_handlers(), own_process_session():
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:
             _shut_down()
@@ -137,7 +137,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _shut_down() -> None:
-    with unchanged_handlers():
+    with keep_handlers():
         ray.shutdown()
 
 

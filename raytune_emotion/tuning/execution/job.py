@@ -25,7 +25,7 @@ from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.events import EventWriter
-from raytune_emotion.learn.loop import Diverged, fit
+from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
@@ -143,7 +143,7 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
     """Go on from the state in a folder of this machine."""
     config = RunConfig.from_flat(job.settings)
     torch.set_num_threads(job.resources.threads)
-    malloc.keep_freed()
+    malloc.keep_freed_memory()
     reduce_fragmentation()
     limit_memory(device, job.resources.gpus_per_worker)
     with contextlib.ExitStack() as stack, _training_errors(folder):
@@ -176,7 +176,7 @@ def _training_errors(folder: Path) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
-    except Diverged as error:
+    except Divergence as error:
         raise TrialFailed(str(error)) from error
     except UserError as error:
         # A disk or a server may be back for the next attempt.
@@ -251,7 +251,7 @@ def with_smaller_micro_batches(job: Job) -> Job | None:
 
 def _free_memory() -> None:
     gc.collect()
-    malloc.give_back()
+    malloc.return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -54,11 +54,11 @@ def searched_axes(space: Space | None, records: Sequence[TrialRecord]) -> list[A
     for name in names:
         if len({repr(record.settings.get(name)) for record in records}) > 1:
             values = [record.settings[name] for record in records if name in record.settings]
-            axes.append(_axis(name, settings_named(space, name) if space else [], values))
+            axes.append(_axis(name, settings_of_name(space, name) if space else [], values))
     return axes
 
 
-def settings_named(space: Space, name: str) -> list[Setting]:
+def settings_of_name(space: Space, name: str) -> list[Setting]:
     """Return what the space says of a setting, in itself and in its branches; of a loss, what it says of `loss`."""
     key = "loss" if name.startswith("loss.") else name
     layers = [space.settings, *(branch.settings for branch in space.when)]
@@ -70,9 +70,9 @@ def _axis(name: str, settings: Sequence[Setting], values: Sequence[Any]) -> Axis
         return Axis(name, "linear", 0.0, 1.0)
     ranges = [setting for setting in settings if isinstance(setting, FloatDistribution | IntDistribution)]
     if not ranges or not all(map(_is_number, values)):
-        given = [value for setting in settings for value in _listed(setting)]
+        given = [value for setting in settings for value in _possible_values(setting)]
         return _choices(name, [*given, *values]) if given else _axis_of_values(name, values)
-    fixed = [value for setting in settings for value in _listed(setting) if _is_number(value)]
+    fixed = [value for setting in settings for value in _possible_values(setting) if _is_number(value)]
     low = min(*(r.low for r in ranges), *values, *fixed)
     high = max(*(r.high for r in ranges), *values, *fixed)
     return Axis(name, "log" if low > 0 and any(r.log for r in ranges) else "linear", float(low), float(high))
@@ -89,7 +89,7 @@ def _choices(name: str, values: Iterable[Any]) -> Axis:
     return Axis(name, "choice", choices=tuple(dict.fromkeys(map(choice_text, values))))
 
 
-def _listed(setting: Setting) -> tuple[Any, ...]:
+def _possible_values(setting: Setting) -> tuple[Any, ...]:
     if isinstance(setting, Fixed):
         return (setting.value,)
     return tuple(setting.choices) if isinstance(setting, CategoricalDistribution) else ()

@@ -11,7 +11,7 @@ from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import count, plain_table, typed, typed_options
+from raytune_emotion.terminal import count, plain_table, shell_word, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.study.confirmation import (
@@ -60,7 +60,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         for row in front_rows(records, objective):
             front.add_row(*row)
         console.print(front)
-    resume = f"--resume --results {typed(str(results))} --name {place.name}"
+    resume = f"--resume --results {shell_word(str(results))} --name {place.name}"
     if len(records) >= spec.trials and not counts["running"]:
         resume += f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)
@@ -72,8 +72,8 @@ exported    {place / "best"}
 page        {place / REPORT}
 
 next:
-  python -m raytune_emotion.predict {typed(str(place / "best"))} FACE.jpg
-  tensorboard --logdir {typed(str(place / "trials"))}
+  python -m raytune_emotion.predict {shell_word(str(place / "best"))} FACE.jpg
+  tensorboard --logdir {shell_word(str(place / "trials"))}
   python -m raytune_emotion.search {resume}"""
     )
 

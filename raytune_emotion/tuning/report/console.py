@@ -15,7 +15,7 @@ from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
 
-def run_shown(
+def run_with_progress(
     console: Console,
     study: OpenStudy,
     placement: Placement,

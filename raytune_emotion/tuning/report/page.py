@@ -150,7 +150,7 @@ def _winner_parts(
     predictions: Predictions | str,
 ) -> dict[str, Any]:
     best: Mapping[str, Any] = leader.best if leader and leader.best else {}
-    confirmed = _confirmed(folder, found)
+    confirmed = _confirmed_mean(folder, found)
     worst: list[Face] = []
     finest: list[Face] = []
     closer = None
@@ -177,7 +177,7 @@ def _winner_parts(
     }
 
 
-def _confirmed(folder: Path, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
+def _confirmed_mean(folder: Path, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
     """Return the mean of the best configuration over seeds: of this confirmation, or of the one in a study's folder."""
     if found and found[0].mean is not None:
         rows = [found[0].row]

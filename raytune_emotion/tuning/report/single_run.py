@@ -12,13 +12,13 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.interruption import finishing
+from raytune_emotion.interruption import finish_block
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import exclusive_lock
-from raytune_emotion.terminal import count, plain_console, short, typed, typed_options
+from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
 from raytune_emotion.tuning.execution.job import (
@@ -58,7 +58,7 @@ def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers
     """
     console = plain_console()
     images = f"{len(store.train)} training and {count(len(store.val), 'validation image')}"
-    console.print(f"run {short(folder)}: {images}")
+    console.print(f"run {short_path(folder)}: {images}")
     ended = None
     try:
         if workers.count == 1:
@@ -70,7 +70,7 @@ def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers
             _train_on_cluster(console, workers, folder, config, store.address, fresh=fresh)
     except (KeyboardInterrupt, ClusterLost) as why:
         ended = why
-    with finishing():
+    with finish_block():
         _conclude(console, folder, store, ended, workers)
     if ended is not None:
         raise ended
@@ -85,7 +85,7 @@ def _conclude(console: Console, folder: Path, store: Store, ended: BaseException
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
     resume = "python -m raytune_emotion.train --resume" + typed_options(
-        results=short(folder.parent),
+        results=short_path(folder.parent),
         name=folder.name,
         workers=workers.count if workers.count > 1 else None,
         gpus_per_worker=workers.gpus_per_worker,
@@ -95,9 +95,9 @@ def _conclude(console: Console, folder: Path, store: Store, ended: BaseException
         f"""
 best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {best["val_accuracy"]:.3f})
 baseline    {mean["js"]:.4f} bits, predicting the training mean
-exported    {short(folder / "best")}
+exported    {short_path(folder / "best")}
 
-next: python -m raytune_emotion.predict {typed(folder / "best")} FACE.jpg"""
+next: python -m raytune_emotion.predict {shell_word(folder / "best")} FACE.jpg"""
         + (f"\nto go on: {resume}" if ended is not None else "")
     )
 

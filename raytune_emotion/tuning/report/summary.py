@@ -62,7 +62,7 @@ def summarize(
     ended = sum(record.ended for record in records)
     finished = ended >= spec.trials and ended == len(records)
     last = max((end for _, end in spans), default=now)
-    active = _covered(spans)
+    active = _length_of_union(spans)
     leader = winner(records)
     heard = [report["time"] for record in records for report in record.reports if "time" in report]
     return Summary(
@@ -102,7 +102,7 @@ def describe(summary: Summary) -> list[str]:
     if summary.best_js_by_time:
         first, lowest = summary.best_js_by_time[0][1], summary.best_js_by_time[-1][1]
         lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
-    lines += [f"  {name} {_shown(value)}" for name, value in best.settings.items()]
+    lines += [f"  {name} {_value_text(value)}" for name, value in best.settings.items()]
     return lines
 
 
@@ -155,7 +155,7 @@ def _spans(study: optuna.Study, records: Iterable[TrialRecord]) -> list[tuple[fl
     return spans
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
+def _length_of_union(spans: Iterable[tuple[float, float]]) -> float:
     """Return the length of the union of spans."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
@@ -170,5 +170,5 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -20,7 +20,7 @@ def find_space(text: str) -> Path:
         UserError: there is neither.
     """
     path = Path(text)
-    known = known_spaces()
+    known = packaged_spaces()
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file():
         if not path.exists() and path.stem in known:
             raise UserError(f"--space {path}: there is no such file; did you mean {path.stem}, of the package?")
@@ -32,7 +32,7 @@ def find_space(text: str) -> Path:
     return known[text]
 
 
-def known_spaces() -> dict[str, Path]:
+def packaged_spaces() -> dict[str, Path]:
     """Return the search spaces that come with the package, by name."""
     package = Path(raytune_emotion.__file__).parent
     # In the repository they lie beside the package, and in an installation in it.

@@ -75,7 +75,7 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
         raise UserError(f"{path}: no valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(node, MappingNode):
         raise UserError(f"{path}:1: a search space is a mapping of settings, such as `optim.lr: 1e-3`")
-    space = _parse(_plain(node, (), source, yaml), source, overrides)
+    space = _parse(_plain_values(node, (), source, yaml), source, overrides)
     _check_together(source, space, _without_weights)
     source.finish()
     return space
@@ -109,11 +109,11 @@ class _Source:
             raise UserError(sorted(self.faults, key=self.faults.__getitem__))
 
 
-def _plain(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int, ...] = ()) -> Any:
+def _plain_values(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int, ...] = ()) -> Any:
     """Return a node as dicts, lists and scalars, and note its lines in the source."""
     source.lines.setdefault(at, node.start_mark.line + 1)
     if id(node) in within:
-        source.fault(at, f"{_shown(at)}: contains itself by an alias")
+        source.fault(at, f"{_setting_at(at)}: contains itself by an alias")
         return None
     within = (*within, id(node))
     if isinstance(node, MappingNode):
@@ -125,18 +125,18 @@ def _plain(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int
                 source.fault(here, f"{key}: is there already, in line {source.lines[here]}", line=line)
             else:
                 source.lines[here] = line
-                result[key] = _plain(value_node, here, source, yaml, within)
+                result[key] = _plain_values(value_node, here, source, yaml, within)
         return result
     if isinstance(node, SequenceNode):
-        return [_plain(item, (*at, i), source, yaml, within) for i, item in enumerate(node.value)]
+        return [_plain_values(item, (*at, i), source, yaml, within) for i, item in enumerate(node.value)]
     try:
         return yaml.constructor.construct_object(node)
     except (YAMLError, ValueError):
-        source.fault(at, f"{_shown(at)}: {node.value!r} with the tag {node.tag} is no plain value")
+        source.fault(at, f"{_setting_at(at)}: {node.value!r} with the tag {node.tag} is no plain value")
         return None
 
 
-def _shown(at: _Path) -> str:
+def _setting_at(at: _Path) -> str:
     """Return the setting that a place in the file belongs to."""
     if at[0] in ("when", "start"):
         return str(at[2]) if len(at) > 2 else str(at[0])
@@ -153,7 +153,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
     if not isinstance(when, list):
         source.fault(("when",), "when: must be a list of entries, each with an `if` and settings")
         when = []
-    entries = _without(overrides, when)
+    entries = _entries_without(overrides, when)
     deciding = {key for entry in entries.values() for key in _conditions_of(entry)}
     branches: list[Branch] = []
     for i, entry in entries.items():
@@ -172,7 +172,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
         source.fault(("start",), "start: must be a list of points, each a mapping of settings to values")
         start = []
     space = Space(settings, tuple(branches))
-    points = _without(overrides, start)
+    points = _entries_without(overrides, start)
     parsed = tuple(_start_point(source, ("start", i), point, space) for i, point in points.items())
     if not space.parameters and not source.faults:
         source.fault((), "nothing is searched; give a setting a distribution, such as {choice: [a, b]}")
@@ -184,7 +184,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
     return Space(settings, space.when, parsed, kept)
 
 
-def _without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any]:
+def _entries_without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any]:
     """Return entries of `when` or `start` by their place, less what is fixed from outside and what is empty then."""
     result: dict[int, Any] = {}
     for i, entry in enumerate(entries):
@@ -241,7 +241,7 @@ def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
     word = _one_word(source, at, "loss", given, ("simplex", "choice"))
     if not word:
         return None
-    items = _distinct(source, (*at, word), "loss", given[word])
+    items = _distinct_values(source, (*at, word), "loss", given[word])
     names = [name for i, name in items if _is_loss(source, (*at, word, i), name)]
     if not names or len(names) < len(given[word]):
         return None
@@ -278,7 +278,7 @@ def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None
     if word is None:
         return None
     if word == "choice":
-        items = _distinct(source, (*at, word), key, given[word])
+        items = _distinct_values(source, (*at, word), key, given[word])
         values = [_value(source, (*at, word, i), key, value) for i, value in items]
         return CategoricalDistribution(values) if values else None
     if key == "data.image_size":
@@ -287,7 +287,7 @@ def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None
     return _range(source, (*at, word), key, word, given[word])
 
 
-def _distinct(source: _Source, at: _Path, key: str, given: Any) -> list[tuple[int, Any]]:
+def _distinct_values(source: _Source, at: _Path, key: str, given: Any) -> list[tuple[int, Any]]:
     """Return the values of a choice or simplex with their places; leave out those that are wrong."""
     if not isinstance(given, list) or not given:
         source.fault(at, f"{key}: {at[-1]} takes a list of values, such as [a, b], got {given!r}")
@@ -442,7 +442,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
         elif isinstance(active[key], Simplex):
             source.fault(here, "loss: is a mixture here, so give weights, such as loss.kl: 1")
         else:
-            wrong = _outside(active[key], value)
+            wrong = _why_outside(active[key], value)
             if wrong:
                 source.fault(here, f"{key}: {wrong}, got {value!r}")
                 continue
@@ -456,7 +456,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
     return result | {f"loss.{loss}": w / total for loss, w in weights.items() if total > 0}
 
 
-def _outside(setting: Setting, value: Any) -> str | None:
+def _why_outside(setting: Setting, value: Any) -> str | None:
     """Say why a value does not belong to a setting."""
     if isinstance(setting, Fixed):
         same = value == (list(setting.value) if isinstance(setting.value, tuple) else setting.value)
@@ -504,7 +504,7 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
         decided = dict(zip(deciding, values, strict=True))
         active = space.active(decided)
         names = {key: name for key, (name, _) in active.items()}
-        ends = {key: _ends(setting) for key, (_, setting) in active.items()}
+        ends = {key: _bounds(setting) for key, (_, setting) in active.items()}
         ends |= {key: (value,) for key, value in decided.items()}
         first = {key: end[0] for key, end in ends.items()}
         several = {key: end for key, end in ends.items() if len(end) > 1}
@@ -522,7 +522,7 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
                 source.fault(place, sentence)
 
 
-def _ends(setting: Setting) -> tuple[Any, ...]:
+def _bounds(setting: Setting) -> tuple[Any, ...]:
     """Return the values of a setting between which all others lie."""
     if isinstance(setting, Fixed):
         return (setting.value,)

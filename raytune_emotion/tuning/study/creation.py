@@ -9,7 +9,7 @@ from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.data.prepare import Data, find_data, prepare_sizes
 from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
-from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.model import build_model, check_weights
@@ -99,16 +99,16 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
     stores = spec.stores
     data = request.data or _find_data_again(spec)
     if data is not None:
-        with collecting(faults):
+        with collect_errors(faults):
             moved = _stores(find_data(data), space, skip_bad=request.skip_bad)
             stores = {size: store.address for size, store in moved.items()}
             if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
                 faults.append(f"{data}: other data than the study began with; its trials could not be compared")
     else:
-        with collecting(faults):
+        with collect_errors(faults):
             check_stores(spec, "name the data with --data")
     for model in _models(space, absolute_path(request.weights_dir) or spec.weights_dir):
-        with collecting(faults):
+        with collect_errors(faults):
             check_weights(model)
     if faults:
         raise UserError(faults)

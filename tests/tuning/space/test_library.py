@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.space.library import DEFAULT, find_space, known_spaces
+from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.parser import load_space
 
 
 def test_a_space_of_the_package_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert list(known_spaces()) == ["comparison", "faces", "gpu", "large", "losses", "quick", "vit"]
+    assert list(packaged_spaces()) == ["comparison", "faces", "gpu", "large", "losses", "quick", "vit"]
     assert load_space(find_space(DEFAULT)).parameters
     assert find_space("gpu").name == "gpu.yaml"
 
