@@ -93,13 +93,13 @@ def add_address_option(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_integer(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {2**31 - 1}, got {text!r}")
     return int(text)
 
 
 def natural_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) >= 2**31:
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}, got {text!r}")
     return int(text)
 

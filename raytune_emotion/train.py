@@ -1,13 +1,11 @@
 """Train one configuration, also the best configuration of a study: the command."""
 
 import argparse
-import io
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.cli import (
@@ -27,6 +25,7 @@ from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.backbones import check_architecture, short_name
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial
@@ -244,7 +243,7 @@ def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
             faults.append(f"--set {assignment}: expected KEY=VALUE, such as optim.lr=1e-3")
             continue
         try:
-            settings[key] = YAML(typ="safe", pure=True).load(io.StringIO(text))
+            settings[key] = load_yaml(text)
         except (YAMLError, ValueError) as error:
             faults.append(f"--set {assignment}: {text!r} is no plain value ({str(error).splitlines()[0]})")
     if faults:
@@ -254,9 +253,9 @@ def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = YAML(typ="safe", pure=True).load(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        values = load_yaml(read_text(file, "the file of settings"))
+    except UserError:
+        raise
     except (YAMLError, ValueError) as error:
         raise UserError(f"{file}: no valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

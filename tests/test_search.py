@@ -225,6 +225,7 @@ class TestBadRequests:
             "--gpus-per-worker=-1", "--gpus-per-worker=nan", "--gpus-per-worker=1.5", "--seed=-1", "--seed=1e3",
             "--seed=99999999999", "--max-failures=-1", "--time-budget=2", "--time-budget=0h", "--time-budget=-2h",
             "--time-budget=999999999999d", "--name=a/b", "--name=..", "--name=", f"--name={'n' * 300}", "--nonsense",
+            "--trials=9999999999", "--trials=" + 5000 * "9", "--results=", "--data=",
         ],
     )  # fmt: skip
     def test_a_value_that_is_none(self, refused, option):

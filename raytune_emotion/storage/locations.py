@@ -536,8 +536,10 @@ def parse_location(text: str) -> Location:
     """Read what the user names: a folder or, where it has a scheme, the URI of one.
 
     Raises:
-        UserError: the URI has credentials in it.
+        UserError: it is empty, or the URI has credentials in it.
     """
+    if not text:
+        raise UserError("expected a folder or a URI, got ''; name one")
     return Remote(text) if "://" in text else Folder(Path(text))
 
 

@@ -170,6 +170,8 @@ def check_cluster(address: str | None) -> None:
     """
     if address is None:
         return
+    if address == "local":
+        raise UserError("--address local: names no cluster; leave --address out to start Ray on this machine")
     if "://" in address:
         raise UserError(
             f"--address {address}: a study cannot be run over Ray's client; run it on a machine of the cluster with "

@@ -86,7 +86,8 @@ def _run(
     """
     stop, errors = threading.Event(), list[Exception]()
     deadline = time.monotonic() + time_budget.total_seconds() if time_budget else float("inf")
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+    # Ray Tune may still write into it when it is left.
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-", ignore_cleanup_errors=True) as scratch:
 
         def tune_trials() -> None:
             try:

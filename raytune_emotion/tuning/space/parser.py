@@ -29,6 +29,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import check_architecture, split_source
+from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
 
 #: What a trial cannot differ in from the others of its study, and why. A space may fix it.
@@ -58,12 +59,7 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
     Raises:
         UserError: with every fault at once, each as "FILE:LINE: setting: what is wrong".
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: the search space cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: the search space is not text in UTF-8") from None
+    text = read_text(path, "the search space")
     source = _Source(str(path))
     yaml = YAML(typ="safe", pure=True)
     try:
@@ -73,6 +69,8 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
         raise UserError(f"{path}:{line}: no valid YAML: {error.problem}") from None
     except YAMLError as error:
         raise UserError(f"{path}: no valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(f"{path}: the search space {NESTED}") from None
     if not isinstance(node, MappingNode):
         raise UserError(f"{path}:1: a search space is a mapping of settings, such as `optim.lr: 1e-3`")
     space = _parse(_plain_values(node, (), source, yaml), source, overrides)
@@ -112,6 +110,8 @@ class _Source:
 def _plain_values(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int, ...] = ()) -> Any:
     """Return a node as dicts, lists and scalars, and note its lines in the source."""
     source.lines.setdefault(at, node.start_mark.line + 1)
+    if len(source.lines) > MOST_VALUES:
+        raise UserError(f"{source.name}: the search space {TOO_MANY}")
     if id(node) in within:
         source.fault(at, f"{_setting_at(at)}: contains itself by an alias")
         return None

@@ -23,6 +23,7 @@ from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.yaml_text import load_yaml
 from raytune_emotion.tuning.policy.decisions import SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 
@@ -99,7 +100,7 @@ def read_spec(folder: Path) -> StudySpec:
     """
     file = folder / SPEC
     try:
-        values = YAML(typ="safe").load(file)
+        values = load_yaml(file.read_bytes(), pure=False)
         if not isinstance(values, dict):
             raise TypeError("no names with values")
         names = [field.name for field in dataclasses.fields(StudySpec)]
@@ -138,7 +139,7 @@ def _excerpt(value: object) -> str:
 def created_at(text: bytes | None) -> object:
     """Return when the study of a `study.yaml` began, which tells it from another one of its name; None if unknown."""
     try:
-        return YAML(typ="safe").load(text or b"")["created"]
+        return load_yaml(text or b"", pure=False)["created"]
     except (YAMLError, KeyError, TypeError, ValueError):
         return None
 

@@ -112,6 +112,10 @@ def test_what_answers_and_is_no_cluster_is_refused(monkeypatch):
         server.stop(None)
 
 
+def test_this_machine_is_no_address_of_a_cluster():
+    assert refusal("local") == "names no cluster; leave --address out to start Ray on this machine"
+
+
 def test_a_thread_that_outlives_its_cluster_starts_no_other(monkeypatch):
     """Else the process of a search whose cluster has died starts Ray again, and does not end."""
     monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)

@@ -18,6 +18,7 @@ from raytune_emotion.learn.model import check_backbone
 from raytune_emotion.tuning.space.json_schema import json_schema
 from raytune_emotion.tuning.space.parser import NEVER_SEARCHED, load_space, parse_space
 from raytune_emotion.tuning.space.space import LOSSES, Simplex, Space
+from tests.support.yaml import BOMB
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -637,3 +638,10 @@ def test_the_schema_refuses(wrong: dict[str, Any]) -> None:
     jsonschema.validate(good, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**good, **wrong}, schema)
+
+
+@pytest.mark.parametrize(("text", "said"), [(BOMB, "holds more than"), ("a: " + "[" * 5000, "is nested too deeply")])
+def test_a_space_that_grows_without_end_is_refused(text, said, tmp_path):
+    (tmp_path / "space.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"space.yaml: the search space {said}"):
+        load_space(tmp_path / "space.yaml")
