@@ -2,7 +2,7 @@ import json
 import math
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import numpy as np
@@ -509,7 +509,8 @@ def values(key: str) -> st.SearchStrategy[Any]:
     if kind is float:
         low = {"optim.lr": 1e-6, "optim.plateau_factor": 0.01, "augment.crop_scale": 0.01}.get(key, 0.0)
         return st.floats(low, 0.9, allow_subnormal=False)
-    return st.sampled_from(kind.__args__)
+    choices = [arg for arg in get_args(kind) if arg is not type(None)]  # None is for a setting that is left out
+    return st.sampled_from(get_args(choices[0]) or choices)
 
 
 @st.composite
