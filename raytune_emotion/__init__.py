@@ -1,4 +1,4 @@
-"""raytune_emotion: finds the model that predicts distributions of emotion best from faces.
+"""Search for the model that best predicts a distribution over emotions from a face.
 
 The library: `from raytune_emotion import create_model, create_loaders, create_trainer, search, load_study, …`. A name
 is imported when it is first asked for, so that `import raytune_emotion` takes no time.

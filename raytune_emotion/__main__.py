@@ -1,4 +1,4 @@
-"""Hyperparameter search for models that predict a distribution over emotions from a face."""
+"""Search hyperparameters of models that predict a distribution over emotions from a face."""
 
 import argparse
 import sys

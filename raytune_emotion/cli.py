@@ -1,4 +1,4 @@
-"""What all commands share: their names, the types of their arguments, and how errors become exit codes."""
+"""Share among all commands their names, the types of their arguments, and how errors become exit codes."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""The configuration of one run: a frozen tree that is validated when it is built.
+"""Hold the configuration of one run: a frozen tree that is validated when it is built.
 
 Files, tables and the command line name a setting by its dotted path (`optim.lr`). Plain dicts of such names cross
 process boundaries.

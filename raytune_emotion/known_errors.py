@@ -1,4 +1,4 @@
-"""Errors that a user, a machine or a network causes: one table of what is said of each, with the exit code."""
+"""Tell errors that a user, a machine or a network causes: one table of what is said of each, with the exit code."""
 
 import errno
 import os

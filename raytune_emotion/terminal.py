@@ -1,4 +1,4 @@
-"""Text for people: on the console, in messages, and as a command that they can type."""
+"""Write text for people: on the console, in messages, and as a command that they can type."""
 
 import re
 import shlex

@@ -248,13 +248,20 @@ def test_source_files_that_are_named_exist(document):
             assert name in modules, f"{name} is missing"
 
 
-def test_modules_of_the_architecture_table_exist():
-    rows = re.findall(r"^\| `([\w/]+)/` \| .*? \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-    assert len(rows) == 9
-    for folder, modules in rows:
-        for module in re.findall(r"`([\w/]+)`", modules):
-            path = ROOT / "raytune_emotion" / folder / module
-            assert path.is_dir() or path.with_suffix(".py").is_file(), f"{folder}: there is no {module}"
+def first_sentence(module: Path) -> str:
+    return re.split(r"(?<=\.)\s|\n\n", ast.get_docstring(ast.parse(module.read_text())))[0].replace("\n", " ")
+
+
+def test_the_architecture_page_lists_every_module_with_its_first_sentence():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition("## Every module")[2]
+    listed = {
+        f"{folder}{line}"
+        for folder, text in re.findall(r"^### `(raytune_emotion/.*?)`$(.*?)(?=^###|\Z)", page, re.MULTILINE | re.DOTALL)
+        for line in re.findall(r"^\* `(.*)$", text, re.MULTILINE)
+    }
+    modules = [file for file in (ROOT / "raytune_emotion").rglob("*.py") if file.name != "__init__.py"]
+    wanted = {f"{file.parent.relative_to(ROOT)}/{file.name}`: {first_sentence(file)}" for file in modules}
+    assert listed == wanted, "write these lines anew in docs/architecture.md"
 
 
 def test_readme_is_short():

@@ -1,1 +1,1 @@
-"""From a folder of annotated faces to batches on a device."""
+"""Turn a folder of annotated faces into batches on a device."""

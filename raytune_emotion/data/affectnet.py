@@ -1,4 +1,4 @@
-"""Reading an AffectNetFused folder as it is in the wild.
+"""Read an AffectNetFused folder as it is in the wild.
 
     <folder>/{train_set,val_set}/images/<id>.jpg                   or jpeg, png, bmp; in any case
     <folder>/{train_set,val_set}/annotations/<id>_prob_rank.txt    K probabilities, one line, commas between

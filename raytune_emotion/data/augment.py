@@ -1,4 +1,4 @@
-"""Batched augmentation on the device.
+"""Augment batches on the device.
 
 A row's random numbers are a function of (seed, epoch, row) alone, so an image is augmented alike whatever
 batch, order or worker it falls in. The one exception is the partner of mixup and cutmix, which is the row

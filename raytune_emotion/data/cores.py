@@ -1,4 +1,4 @@
-"""How many cores this process may use: the machine may have more."""
+"""Count the cores that this process may use: the machine may have more."""
 
 import os
 from pathlib import Path

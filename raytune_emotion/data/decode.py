@@ -1,4 +1,4 @@
-"""Pictures as the models see them: upright, RGB, square.
+"""Decode pictures as the models see them: upright, RGB, square.
 
 A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for less: a draft. Each picture is decoded at the least of these
 that is no smaller than what is wanted of it, and resized from there.

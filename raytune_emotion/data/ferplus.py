@@ -1,4 +1,4 @@
-"""FER+ as a folder in the layout of AffectNetFused: python -m raytune_emotion.data.ferplus PIXELS VOTES DEST.
+"""Convert FER+ to the layout of AffectNetFused: python -m raytune_emotion.data.ferplus PIXELS VOTES DEST.
 
 FER+ gives each face of FER2013 the votes of ten people for eight emotions, `unknown` and `NF` (not a face).
 The votes for emotions become probabilities; the other five classes are zero. Left out are faces for which

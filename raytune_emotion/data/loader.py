@@ -1,4 +1,4 @@
-"""From rows of a split to batches on a device: from files one batch ahead of their use, or from the device itself."""
+"""Gather rows of a split as batches on a device: from files one batch ahead of use, or from the device itself."""
 
 import math
 from collections import deque

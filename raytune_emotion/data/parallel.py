@@ -1,4 +1,4 @@
-"""Work on all cores: processes that start fast, follow their parent into death and leave Ctrl-C to it."""
+"""Work on all cores: processes start fast, end when their parent dies, and leave Ctrl-C to it."""
 
 import contextlib
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Bars of progress on standard error, where it is a terminal."""
+"""Show bars of progress on standard error, where it is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The files of a packed store.
+"""Read and write the files of a packed store.
 
 <store>/manifest.json          written last: what the store holds, and that it is whole
 <store>/<split>-00000.arrow    one record batch: id, image (uint8, H x W x RGB), probs (float32, K)

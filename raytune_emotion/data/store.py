@@ -1,4 +1,4 @@
-"""The packed store: every picture decoded once, in files that all trials of a machine map into memory.
+"""Open a packed store: every picture is decoded once, in files that all trials of a machine map into memory.
 
 A store lies in a folder, or at a URI, from which each machine fetches it once, into its cache. Stores of several sizes
 may lie side by side, as `pack` leaves them: in a place's folders 64px, 96px, ...

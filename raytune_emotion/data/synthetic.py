@@ -1,4 +1,4 @@
-"""A sample of drawn faces: needs no download and no licence, and is learnable.
+"""Draw a sample of faces: it needs no download and no licence, and is learnable.
 
 Each face has a point in the plane of valence and arousal, and its label is `label_distribution` of that
 point. The point bends the mouth and opens it, opens the eyes, tilts and lifts the brows and tints the skin;

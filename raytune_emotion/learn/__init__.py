@@ -1,1 +1,1 @@
-"""One configuration, trained: plain PyTorch, without Ray and without Optuna."""
+"""Train one configuration: plain PyTorch, without Ray and without Optuna."""

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: its newest state, its best weights, and its reports. Nothing is pickled.
+"""Keep what a run leaves in its folder: its newest state, its best weights, its reports. Nothing is pickled.
 
 last.safetensors    weights, buffers, the averages of both, if any, and optimizer; in the header, as JSON, the settings
                     and every report so far

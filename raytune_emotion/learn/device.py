@@ -1,4 +1,4 @@
-"""What a process asks of its device: memory, precision, and whether an error says that memory ran out."""
+"""Set what a process takes of its device: memory and precision; tell whether an error says that memory ran out."""
 
 import contextlib
 import os

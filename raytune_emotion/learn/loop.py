@@ -1,4 +1,4 @@
-"""One run: a configuration trained on a store, from the start or from where it was left, report by report.
+"""Run one configuration on a store, from the start or from where it was left, report by report.
 
 All randomness is a function of the seed and of the place in the run, so a run needs no generator's state to go on: on
 the CPU, one that is stopped after a report and resumed equals the uninterrupted one bit for bit.

@@ -1,4 +1,4 @@
-"""Losses between a target distribution and logits, one value a row: [B, K], [B, K] -> [B].
+"""Compute losses between a target distribution and logits, one value per row: [B, K], [B, K] -> [B].
 
 Each works on log-softmax, in log space where a logarithm is needed: its value and its gradient are finite for
 logits of any finite size and for targets with zeros.

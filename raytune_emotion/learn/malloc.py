@@ -1,4 +1,4 @@
-"""Main memory of a process that trains.
+"""Keep, or give back, the main memory of a process that trains.
 
 For a tensor of more than 32 MiB glibc asks the kernel for pages and gives them back with it, so that each batch touches
 new ones: normalising 64 images of 224 px takes four times as long. Here it keeps them, until they are given back.

@@ -1,4 +1,4 @@
-"""How far predicted distributions are from their targets: one value a row, then means over a set of rows."""
+"""Measure how far predicted distributions are from their targets: a value per row, then means over a set of rows."""
 
 import dataclasses
 from collections.abc import Mapping

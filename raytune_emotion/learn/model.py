@@ -1,4 +1,4 @@
-"""Any timm backbone with a head of K classes, from scratch or from pretrained weights."""
+"""Build any timm backbone with a head of K classes, from scratch or from pretrained weights."""
 
 import difflib
 from typing import Any

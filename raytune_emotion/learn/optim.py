@@ -1,4 +1,4 @@
-"""The optimizer, and the schedule of its learning rate: a function of the step and of the reports so far."""
+"""Make the optimizer, and schedule its learning rate: a function of the step and of the reports so far."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""One step of the optimizer: forward and backward pass of its micro-batches, gradient clipping, update.
+"""Take one step of the optimizer: forward and backward pass of its micro-batches, gradient clipping, update.
 
 On a GPU a step of a small model takes as long as the launches of its kernels. After a few steps all kernels of a step
 are therefore captured as one CUDA graph, which is launched as a whole from then on (Nguyen et al., "Accelerating

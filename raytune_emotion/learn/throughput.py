@@ -1,4 +1,4 @@
-"""How many trials share a device: tried out, by processes that train on it at the same time.
+"""Measure how many trials share a device, by processes that train on it at the same time.
 
 Each process trains as a trial does, but evaluates nothing while it is timed. It does what it is told in lines of JSON
 on its standard input, and answers in lines on its standard output.

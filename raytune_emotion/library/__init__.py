@@ -1,4 +1,4 @@
-"""The project as a library, for scripts and notebooks: `from raytune_emotion import create_model, search, …`.
+"""Offer the project as a library to scripts and notebooks: `from raytune_emotion import create_model, search, …`.
 
 Each function and class is a thin layer over `data`, `learn` and the commands, and computes the same numbers.
 Predictions and targets are probabilities: [N, K], a row a face, in the order of the classes.

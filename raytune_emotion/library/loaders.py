@@ -1,4 +1,4 @@
-"""Batches of faces and their distributions, from a folder or a packed store."""
+"""Load batches of faces and their distributions, from a folder or a packed store."""
 
 import contextlib
 import math

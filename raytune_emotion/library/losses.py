@@ -1,4 +1,4 @@
-"""Losses on probabilities: those of `raytune_emotion.learn.losses`, which are on logits, with the same values.
+"""Offer losses on probabilities, with the values of those of `raytune_emotion.learn.losses`, which are on logits.
 
 Each takes predictions [N, K] and targets [N, K], whose rows are probabilities, and returns the mean over the N rows.
 Value and gradient are finite for all probabilities, zeros and ones among them.

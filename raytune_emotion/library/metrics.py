@@ -1,4 +1,4 @@
-"""Metrics on probabilities: those that the commands report, by the same code."""
+"""Offer metrics on probabilities: those that the commands report, by the same code."""
 
 from collections.abc import Iterable
 from typing import TypeAlias

@@ -1,4 +1,4 @@
-"""Models whose output is a distribution over the emotions."""
+"""Offer models whose output is a distribution over the emotions."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pictures of predictions and of a training, as matplotlib figures."""
+"""Draw predictions and the curves of a training, as matplotlib figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Studies: run one as the command `search` does, and read one, also while it runs."""
+"""Offer studies: run one as the command `search` does, and read one, also while it runs."""
 
 import argparse
 import contextlib

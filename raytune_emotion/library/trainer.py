@@ -1,4 +1,4 @@
-"""A training loop for scripts: any model, loss and optimizer, with checkpoints, events for TensorBoard, a history."""
+"""Train in scripts: any model, loss and optimizer, with checkpoints, events for TensorBoard, and a history."""
 
 import itertools
 import math

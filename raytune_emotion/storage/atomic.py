@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, and locks."""
+"""Write files and folders atomically, and lock folders."""
 
 import contextlib
 import errno

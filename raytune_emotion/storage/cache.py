@@ -1,4 +1,4 @@
-"""Where this project keeps what it can make again."""
+"""Find the folder where this project keeps what it can make again."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""A folder on this machine or at a URI: one type for both, so that nobody else asks which it is.
+"""Hold a folder on this machine or at a URI: one type for both, so that nobody else asks which it is.
 
     results = parse_location("ray_results")               # or s3://bucket/prefix?region=eu-west-1
     study = results / "first"

@@ -1,4 +1,4 @@
-"""Files at a URI: on S3, GCS, Azure or, as `file:`, in a folder.
+"""Read and write files at a URI: on S3, GCS, Azure or, as `file:`, in a folder.
 
 Each file is replaced in one step: a reader finds the old one or the new one. A request that fails for a reason that
 passes is tried again some time later, as servers are gone for a while and come back. What callers use is `Location`.

@@ -1,4 +1,4 @@
-"""Work on all nodes of a Ray cluster."""
+"""Map a function over the nodes of a Ray cluster."""
 
 import contextlib
 from collections import deque

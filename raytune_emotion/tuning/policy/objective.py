@@ -1,4 +1,4 @@
-"""What a study is after: the least validation JS, alone, for its time, or for what a model costs."""
+"""Define what a study is after: the least validation JS, alone, for its time, or for what a model costs."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""What earlier studies have shown, kept in the folder of a study that starts from it.
+"""Keep what earlier studies have shown in the folder of a study that starts from it.
 
 Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
 """

@@ -1,4 +1,4 @@
-"""What a space holds and what its trials cost, before any of them runs."""
+"""Show what a space holds and what its trials cost, before any of them runs."""
 
 import json
 import statistics

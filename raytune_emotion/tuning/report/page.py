@@ -1,4 +1,4 @@
-"""A study for people: `report.html`, one file that needs no network, with its plots and tables beside it."""
+"""Write a study for people: `report.html`, one file that needs no network, with its plots and tables beside it."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""The search space: a YAML file, checked as a whole before anything starts, that proposes configurations.
+"""Read a search space: a YAML file, checked as a whole before anything starts, that proposes configurations.
 
 optim.lr: {log_uniform: [1e-5, 3e-3]}       # a setting's dotted path: a distribution, or a plain value
 train.batch_size: {choice: [32, 64]}        # also uniform, int_uniform ([low, high] or [low, high, step]),

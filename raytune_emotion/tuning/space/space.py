@@ -1,4 +1,4 @@
-"""What a search space is once it is read: settings with distributions, and the configurations that they suggest.
+"""Hold a search space once it is read: settings with distributions, and the configurations that they suggest.
 
 Optuna sees a parameter under its setting's dotted path. In a branch of `when` it has a name of its own,
 `optim.lr [train.batch_size=64]`, so that each parameter has one distribution in a study. A loss of a mixture is the raw
