@@ -1,7 +1,10 @@
 """The sampler in studies of anybody's, driven by Optuna alone."""
 
 import math
+import re
+import tomllib
 import warnings
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -113,3 +116,9 @@ def test_every_name_of_a_sampler_makes_one():
             proposed.append([trial.params["x"] for trial in study.trials])
         assert proposed[0] == proposed[1]
         assert len({*proposed[0]}) == 6
+
+
+def test_what_the_samplers_import_is_installed_with_the_package():
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    installed = {re.split(r"[\[<>=]", each)[0] for each in project["dependencies"]}
+    assert {"cmaes", "scipy", "torch"} <= installed, "Optuna asks for none of them, and its samplers import them"
