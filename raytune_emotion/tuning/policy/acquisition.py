@@ -28,7 +28,7 @@ def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floa
     After Ament et al., 2023, "Unexpected improvements to expected improvement for Bayesian optimization".
     """
     z_M = (best - mean_M) / std_M
-    near_M = np.maximum(z_M, _TAIL)
+    near_M = np.clip(z_M, _TAIL, 0.0)
     # Of z Φ(z) + φ(z) = φ(z) (1 + z Φ(z) / φ(z)); far out, of its asymptote φ(z) / z².
     log_density_M = -0.5 * (z_M * z_M + _LOG_2PI)
     ratio_M = near_M * np.exp(log_ndtr(near_M) + 0.5 * (near_M * near_M + _LOG_2PI))

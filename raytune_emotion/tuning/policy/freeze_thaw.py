@@ -2,7 +2,11 @@
 
 After Swersky et al., 2014, "Freeze-thaw Bayesian optimization". A trial trains in stretches, each as long as all before
 it together. At the end of each, what every trial would reach at full length is forecast anew. The next stretch goes to
-the trial with the most expected improvement for its time.
+the trial with the most expected improvement for the time that is left to it.
+
+Nothing is known of lengths that no trial has had. So the favourite, the paused trial of the best forecast, is trained
+further than any other before, as soon as that is half of what all trials have had together, and once no new trial may
+begin. A study thus has a finished model early, and never ends without one.
 """
 
 import copy
@@ -34,12 +38,13 @@ from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook, is_paused, is_running
 from raytune_emotion.tuning.space.space import Space
 
-#: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
-_FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
+#: The first stretch: a share of the full length, but a number of reports, if that is shorter than a larger share; and
+#: never fewer reports than the least. The first reports of a trial say little.
+_FIRST_SHARE, _FIRST_REPORTS, _LARGER_SHARE, _LEAST_REPORTS = 0.03, 3, 1 / 3, 2
 #: A stretch that would leave less than this share of the full length goes on to the end.
 _REST_SHARE = 0.3
-#: The power of the time that is left to a trial by which its promise is divided.
-_LEFT_POWER = 0.5
+#: The longest trial is continued as soon as all trials together have had so many times the length that it then has.
+_LONGEST_IN = 2
 #: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
 _HOPE = 0.02
 #: What it costs to take a trial up again, in seconds, and the share of the training that all of that may cost.
@@ -52,12 +57,15 @@ class _Plan:
 
     prunes: tuple[int, ...]  # paused trials that are ended for good
     merits: Mapping[int, float]  # of the paused trials that are worth it, by number: the logarithm of what they promise
+    favourite: int | None  # the paused trial that goes before all, to learn of a length that no trial has had
     begin: Begin | None  # a new trial, if one may begin
     merit: float  # of it
 
     def best(self, number: int | None = None) -> int | None:
         """Return the paused trial, or whether the one of a number, that promises more than a new one."""
         among = [number] if number is not None else [*self.merits]
+        if self.favourite in among:
+            return self.favourite
         better = [each for each in among if each in self.merits and self.merits[each] > self.merit]
         return max(better, key=self.merits.__getitem__, default=None)
 
@@ -150,17 +158,31 @@ class FreezeThaw:
         begin, merit = None, -math.inf
         if offer is not None:
             begin = Begin(offer.params if self._proposes else {})
-            merit = offer.merit - _LEFT_POWER * math.log(self._reports)
+            merit = offer.merit - math.log(self._reports)
         if outlook.forecast is None:
             # Too little is known to prefer one: new trials first, then the paused in their order.
             first = {trial.number: -float(trial.number) for trial in paused}
-            return _Plan((), first, begin, merit if begin is None else math.inf)
+            return _Plan((), first, None, begin, merit if begin is None else math.inf)
         merits = self._merits(outlook, paused)
         ranked = sorted(merits, key=merits.__getitem__, reverse=True)
+        favourite = self._favourite(outlook, paused) if self._owes_length(past, new=offer is not None) else None
         if offer is None:
-            hopeful = self._hopeful(outlook, paused)
-            merits = {number: value for number, value in merits.items() if number in hopeful}
-        return _Plan(tuple(ranked[limits.paused :]), merits, begin, merit)
+            worth = {favourite, *self._hopeful(outlook, paused)}
+            merits = {number: value for number, value in merits.items() if number in worth}
+        return _Plan(tuple(ranked[limits.paused :]), merits, favourite, begin, merit)
+
+    def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
+        """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""
+        had = [max(trial.intermediate_values, default=0) for trial in past]
+        longer = [end for end in (*stretch_ends(self._reports), self._reports) if end > max(had, default=0)]
+        return bool(longer) and (not new or sum(had) >= _LONGEST_IN * longer[0])
+
+    def _favourite(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> int | None:
+        """Return the number of the paused trial that is expected to end best."""
+        if not paused or outlook.forecast is None:
+            return None
+        mean_M, _ = outlook.forecast([self._domain.settings(trial) for trial in paused])
+        return paused[int(mean_M.argmin())].number
 
     def _merits(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> dict[int, float]:
         """Return what paused trials promise for the time that is left to them, as a logarithm, by their numbers."""
@@ -168,7 +190,7 @@ class FreezeThaw:
             return {}
         settings = [self._domain.settings(trial) for trial in paused]
         left_M = np.array([max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in paused])
-        merit_M = outlook.log_promise(settings, by_time=True) - _LEFT_POWER * np.log(left_M)
+        merit_M = outlook.log_promise(settings, by_time=True) - np.log(left_M)
         return {trial.number: float(merit) for trial, merit in zip(paused, merit_M, strict=True)}
 
     def _hopeful(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> set[int]:
@@ -190,7 +212,8 @@ class FreezeThaw:
 
 def stretch_ends(reports: int) -> list[int]:
     """Return the reports at which stretches end before a trial's last one."""
-    end = max(_FIRST_REPORTS, math.ceil(_FIRST_SHARE * reports))
+    few = min(_FIRST_REPORTS, math.ceil(_LARGER_SHARE * reports))
+    end = max(_LEAST_REPORTS, few, math.ceil(_FIRST_SHARE * reports))
     ends = []
     while end <= (1 - _REST_SHARE) * reports:
         ends.append(end)

@@ -1,0 +1,151 @@
+"""Which trial trains next, and for how long, in simulated studies: no Ray, no training."""
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from benchmarks.simulation import Simulation
+from raytune_emotion.tuning.policy import freeze_thaw
+from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, TAKEN_UP, Limits
+from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
+from raytune_emotion.tuning.policy.policies import make_sampler_of
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.optuna_study import Searcher
+
+REPORTS = 16
+SPACE = Space({"optim.lr": FloatDistribution(0.0, 1.0), "train.batch_size": FloatDistribution(0.0, 1.0)})
+
+
+def late(settings):
+    """A curve that shows only in its second half what comes of a configuration."""
+    quality = 1 - abs(settings["optim.lr"] - 0.3)
+    done = np.arange(1, REPORTS + 1) / REPORTS
+    return 0.5 - 0.3 * quality * done**3, np.ones(REPORTS)
+
+
+def early(settings):
+    """A curve that falls fast, and with it what was to be found."""
+    quality = 1 - abs(settings["optim.lr"] - 0.3)
+    return 0.5 - 0.3 * quality * (1 - np.exp(-np.arange(1, REPORTS + 1) / 5)), np.ones(REPORTS)
+
+
+class Study:
+    """A study that is simulated."""
+
+    def __init__(
+        self, *, respond=late, take_up_s=0.0, trials=10**9, paused=10**9, seed=0, remade=False,
+        proposes=True,
+    ):  # fmt: skip
+        self.optuna = optuna.create_study()
+        self.most_paused, self._trials, self._paused = 0, trials, paused
+
+        def policy():
+            return FreezeThaw(SPACE, epochs=REPORTS, reports=REPORTS, seed=seed, take_up_s=take_up_s, proposes=proposes)
+
+        self._searcher = Searcher(
+            self.optuna, SPACE, Remade(policy) if remade else policy(),
+            sampler=make_sampler_of(SPACE, "random", seed=seed),
+        )  # fmt: skip
+        self._respond, self._take_up_s = respond, take_up_s
+
+    def run(self, seconds, workers=1):
+        simulation = Simulation(self._searcher, self._respond, workers, self._take_up_s, self._limits)
+        return simulation.run(seconds)
+
+    def _limits(self):
+        self.most_paused = max(self.most_paused, self.count(paused=True))
+        return Limits(new=len(self.optuna.trials) < self._trials, paused=self._paused)
+
+    def count(self, *, paused):
+        return sum(bool(trial.user_attrs.get(PAUSED)) == paused for trial in self.optuna.trials)
+
+    @property
+    def reports(self):
+        return [len(trial.intermediate_values) for trial in self.optuna.trials]
+
+
+class Remade:
+    """A policy that is made anew for every question, as by a study that is interrupted all the time."""
+
+    def __init__(self, make):
+        self._make = make
+
+    def next(self, past, limits):
+        return self._make().next(past, limits)
+
+    def decide(self, *about):
+        return self._make().decide(*about)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def test_a_stretch_is_as_long_as_all_before_it():
+    assert stretch_ends(51) == [3, 6, 12, 24]
+    assert stretch_ends(16) == [3, 6]
+    assert stretch_ends(6) == [2, 4]
+    assert stretch_ends(2) == stretch_ends(1) == []
+
+
+def test_a_trial_is_trained_to_its_end_early_though_curves_show_late_what_comes_of_them(monkeypatch):
+    study = Study()
+    study.run(3 * REPORTS)
+    assert max(study.reports) == REPORTS
+    monkeypatch.setattr(freeze_thaw, "_LONGEST_IN", math.inf)
+    study = Study()
+    study.run(3 * REPORTS)
+    assert max(study.reports) < REPORTS, "the test is of no use"
+
+
+def test_eight_trials_find_no_less_than_without_stopping_in_the_same_time():
+    for seed in range(4):
+        study = Study(respond=early, trials=8, proposes=False, seed=seed)
+        found = study.run(math.inf)
+        took = sum(study.reports)
+        whole = [early(trial.params)[0] for trial in study.optuna.trials]  # the same configurations, in the same order
+        assert took < 8 * REPORTS
+        assert found.best[-1] <= np.concatenate(whole)[:took].min()
+
+
+def test_decisions_follow_from_the_past_alone():
+    whole, broken = Study(), Study(remade=True)
+    whole.run(2 * REPORTS, workers=2)
+    broken.run(2 * REPORTS, workers=2)
+    assert [trial.params for trial in whole.optuna.trials] == [trial.params for trial in broken.optuna.trials]
+    assert whole.reports == broken.reports
+    assert whole.count(paused=True)
+
+
+def test_taking_trials_up_costs_a_small_share_of_the_training():
+    for take_up_s in (0.2, 2.0):
+        study = Study(take_up_s=take_up_s)
+        study.run(2 * REPORTS, workers=2)
+        trained_s = sum(study.reports)
+        taken_up = sum(trial.user_attrs.get(TAKEN_UP, 0) for trial in study.optuna.trials)
+        assert take_up_s * taken_up <= 0.05 * trained_s
+        assert all(SECONDS in trial.user_attrs for trial in study.optuna.trials if trial.user_attrs.get(PAUSED))
+
+
+def test_paused_trials_are_bounded_and_the_least_promising_are_pruned():
+    study = Study(paused=3)
+    study.run(6 * REPORTS)
+    pruned = [trial for trial in study.optuna.trials if trial.state == TrialState.PRUNED]
+    assert pruned
+    assert study.count(paused=True) <= 3
+    assert study.most_paused <= 4, "one more, until a place is free"
+    values = [min(trial.intermediate_values.values()) for trial in study.optuna.trials]
+    assert min(values) < min(min(trial.intermediate_values.values()) for trial in pruned)
+
+
+def test_a_study_of_few_trials_ends_by_itself_with_a_finished_model():
+    study = Study(trials=8)
+    study.run(1000 * REPORTS)
+    assert len(study.optuna.trials) == 8
+    assert REPORTS in study.reports
+    assert sum(study.reports) < 8 * REPORTS
