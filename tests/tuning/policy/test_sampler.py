@@ -2,13 +2,13 @@
 
 import math
 import re
-import tomllib
 import warnings
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+import tomllib
 from optuna.trial import TrialState
 
 from raytune_emotion.tuning.policy import gaussian_process
