@@ -13,6 +13,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.gpu_presence import no_gpu
 from raytune_emotion.tuning.execution.job import Resources
+from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_autoscaler
 
 #: Of each node: how much it has of "CPU", "GPU" and other resources.
 Nodes = list[dict[str, float]]
@@ -23,18 +24,27 @@ class Placement:
     """What a study takes of a cluster."""
 
     resources: Resources
-    concurrency: int
+    concurrency: int  # trials at once, on the nodes that there were
+    limit: int | None = None  # of trials at once, whatever nodes join
+    grows: bool = False  # whether the cluster has an autoscaler
 
     def __str__(self) -> str:
         cpus = self.resources.cpus_per_worker
         share = f", each on {cpus:g} of a core" if cpus < 1 and not self.resources.gpus_per_worker else ""
-        return f"{self.concurrency} at once{share}"
+        need = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.per_worker.items())
+        more = f", more as its autoscaler adds nodes with {need} for each worker" if self.grows else ""
+        return f"{self.concurrency} at once{share}{more}"
 
 
 def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
     """Fit trials to the cluster that this process has joined; see `fit`."""
     return fit(
-        cluster_nodes(), "the cluster", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency
+        cluster_nodes(),
+        "the cluster",
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        concurrency=concurrency,
+        grows=has_autoscaler(),
     )
 
 
@@ -45,7 +55,15 @@ def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | 
     )
 
 
-def fit(nodes: Nodes, where: str, *, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+def fit(
+    nodes: Nodes,
+    where: str,
+    *,
+    workers: int,
+    gpus_per_worker: float | None,
+    concurrency: int | None,
+    grows: bool = False,
+) -> Placement:
     """Fit trials to nodes.
 
     Without GPUs a trial's worker takes one core, or more where fewer trials are to run at once than there are cores.
@@ -56,31 +74,41 @@ def fit(nodes: Nodes, where: str, *, workers: int, gpus_per_worker: float | None
         workers: of a trial.
         gpus_per_worker: up to 1; None for one, if there are GPUs.
         concurrency: trials at once; None for as many as fit.
+        grows: whether an autoscaler adds nodes, so that what does not fit yet may fit later.
 
     Raises:
-        UserError: not even one trial fits.
+        UserError: not even one trial fits, or what a trial takes cannot be known before there are nodes.
     """
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
-    if gpu and not gpus:
+    if grows and not cpus and gpus_per_worker is None:
+        raise UserError(
+            f"{where} has no node to train on yet, so say what its autoscaler is to start: --gpus-per-worker 1, or "
+            f"--gpus-per-worker 0 to train on cores"
+        )
+    if gpu and not gpus and not grows:
         raise UserError(no_gpu(where, gpu))
     if workers > 1 and 0 < gpu < 1:
         raise UserError(
             f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "
             f"for one worker a trial"
         )
-    if not cpus:
+    if not cpus and not grows:
         raise UserError(
-            f"{where} has no core to train on: {count(len(nodes), 'node')} with 0 CPU. A search takes a cluster as it "
-            f"is when the search begins, and makes none grow; start its worker nodes before"
+            f"{where} has no core to train on: {count(len(nodes), 'node')} with 0 CPU, and no autoscaler; start its "
+            f"worker nodes"
         )
-    cpu = cores_per_gpu(nodes) * gpu if gpu else cpus / (concurrency * workers) if concurrency else 1.0
+    if gpu:
+        cpu = (cores_per_gpu(nodes) or 1.0) * gpu
+    else:
+        cpu = cpus / (concurrency * workers) if concurrency and not grows else 1.0
     # Whole cores, but for a fraction of a GPU that has less than a core beside it.
     cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
     resources = Resources(workers, cpu, gpu)
     need = resources.per_worker
-    places = sum(places_on(node, need) for node in nodes)
-    if places < workers:
+    fitting = trials_on(nodes, resources)
+    if not fitting and not grows:
+        places = sum(places_on(node, need) for node in nodes)
         each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
         there = f"{cpus:g} CPU and {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
         advice = "ask for fewer workers a trial" + (", or a smaller --gpus-per-worker" if gpu else "")
@@ -88,13 +116,19 @@ def fit(nodes: Nodes, where: str, *, workers: int, gpus_per_worker: float | None
             f"a trial of {count(workers, 'worker')} with {each} each does not fit: {where} has {there} on "
             f"{count(len(nodes), 'node')}, room for {count(places, 'such worker')}; {advice}"
         )
-    return Placement(resources, min(places // workers, concurrency or sys.maxsize))
+    return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows)
+
+
+def trials_on(nodes: Nodes, resources: Resources) -> int:
+    """Return how many trials fit on nodes; the workers of one may be on several."""
+    return sum(places_on(node, resources.per_worker) for node in nodes) // resources.workers
 
 
 def cluster_nodes() -> Nodes:
-    """Return what each node of the cluster has."""
+    """Return what each node of the cluster has that takes work: one that is being drained takes none."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
+    drained = draining_nodes()
+    return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in drained]
 
 
 def local_node() -> dict[str, float]:

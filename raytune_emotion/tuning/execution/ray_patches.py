@@ -7,6 +7,7 @@ their own, since to import these takes a second.
 import contextlib
 import dataclasses
 import functools
+import json
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import grpc
 import ray
 import ray._private.worker
-from ray._private import auto_init_hook, services
+from ray._private import auto_init_hook, ray_constants, services
+from ray._private.state import state
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.experimental.internal_kv import _internal_kv_get as internal_kv_get
 
 _ANSWER_S = 5.0
 
@@ -37,6 +40,21 @@ def find_cluster(address: str) -> tuple[str, int] | None:
         return None
     host, port = services.extract_ip_port(found)
     return host, int(port)
+
+
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that finish what they run and take nothing new, as after a spot instance's notice."""
+    return {*state.get_draining_nodes()}
+
+
+def has_autoscaler() -> bool:
+    """Tell whether an autoscaler may add nodes to the cluster that this process has joined."""
+    if internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
+        return True
+    status = internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
+    types = json.loads(status)["autoscaler_report"]["node_type_mapping"] if status else {}
+    # Without an autoscaler, each node counts as a type of its own.
+    return any(name != f"node_{node}" for node, name in (types or {}).items())
 
 
 @dataclasses.dataclass(frozen=True)

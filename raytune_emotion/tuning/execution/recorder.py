@@ -116,6 +116,11 @@ class Recorder:
         """Tell whether no trial runs, and none is left to run now."""
         return bool(self.broken) or self._closed or (not self._running and not self._queue and self._idle)
 
+    def trials_to_run(self) -> int:
+        """Return how many trials could run at once, if there were room for all: none of them has ended."""
+        begun = len(self._running) + len(self._queue) + len(_paused_trials(self._study))
+        return begun + max(0, self._study.spec.trials - self._begun_count)
+
     def next(self) -> Proposal | None:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
         return self._run_or_break(self._next, None)
@@ -190,14 +195,7 @@ class Recorder:
         return answer
 
     def _limits(self) -> Limits:
-        return Limits(new=self._begun_count < self._study.spec.trials, paused=self._free_pauses())
-
-    def _free_pauses(self) -> int:
-        """Return how many trials may be paused: their checkpoints are bounded in number and in bytes."""
-        paused = [trial.trial_id for trial in list_trials(self._study.optuna) if trial.status == "paused"]
-        files = [self._study.trial_folder(trial_id) / LAST for trial_id in paused]
-        largest = max((file.stat().st_size for file in files if file.exists()), default=0)
-        return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
+        return Limits(new=self._begun_count < self._study.spec.trials, paused=_most_paused(self._study))
 
     def _copy_checkpoint(self, proposal: Proposal) -> None:
         """Give a trial that goes on from another what that has reached, unless it has begun."""
@@ -261,9 +259,19 @@ class Recorder:
         self._without_weights.update(gone)
 
     def _prune_paused(self) -> None:
-        for trial in list_trials(self._study.optuna):
-            if trial.status == "paused":
-                self._end(self._searcher.resume(trial.trial_id), Pruned(), None)
+        for trial_id in _paused_trials(self._study):
+            self._end(self._searcher.resume(trial_id), Pruned(), None)
+
+
+def _paused_trials(study: OpenStudy) -> list[str]:
+    return [trial.trial_id for trial in list_trials(study.optuna) if trial.status == "paused"]
+
+
+def _most_paused(study: OpenStudy) -> int:
+    """Return how many trials may be paused at once: their checkpoints are bounded in number and in bytes."""
+    files = [study.trial_folder(trial_id) / LAST for trial_id in _paused_trials(study)]
+    largest = max((file.stat().st_size for file in files if file.exists()), default=0)
+    return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
 
 
 class _StudyEnds(Breakdown):

@@ -1,5 +1,7 @@
 """Run the trials of a study on the Ray cluster that this process has joined."""
 
+import contextlib
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +21,7 @@ from raytune_emotion.tuning.execution.job import Resources, job_of
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, patch_tune
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
+from raytune_emotion.tuning.execution.room import Room
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -91,7 +94,7 @@ def _run(
 
         def tune_trials() -> None:
             try:
-                _tune(recorder, study, placement, stop, lambda: say(_message_of_waiting(placement.resources)), scratch)
+                _tune(recorder, study, placement, stop, say, scratch)
             except Exception as error:
                 errors.append(error)
 
@@ -118,33 +121,29 @@ def _cluster_lost(what: str, study: OpenStudy) -> ClusterLost:
     return ClusterLost(f"{what}; the study can be resumed: {study.copy}")
 
 
-def _message_of_waiting(resources: Resources) -> str:
-    need = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.per_worker.items())
-    times = f" {resources.workers} times" if resources.workers > 1 else ""
-    return f"waiting for room on the cluster: a trial needs {need}{times}"
-
-
 def _tune(
     recorder: Recorder,
     study: OpenStudy,
     placement: Placement,
     stop: threading.Event,
-    say_waiting: Callable[[], None],
+    say: Callable[[str], None],
     scratch: str,
 ) -> None:
-    pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(placement.concurrency)}
-    with environment(pending), patch_tune():
+    room = Room(placement, recorder.trials_to_run)
+    # `Search` gives Tune no more trials than there is room for.
+    pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
+    with contextlib.closing(room), environment(pending), patch_tune():
         # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
         tune.run(
             _trainable(placement.resources),
             name=study.folder.name,
-            search_alg=Search(recorder, partial(job_of, study, placement.resources), placement.concurrency),
+            search_alg=Search(recorder, partial(job_of, study, placement.resources), room),
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
             max_failures=study.spec.max_failures,
             stop=Gate(recorder, stop),
-            callbacks=[SmallerBatches(), BetweenEvents(recorder, say_waiting)],
+            callbacks=[SmallerBatches(), BetweenEvents(recorder, lambda: say(room.waiting()))],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # What Tune writes of its own is of no use to us: the study's folder is the record.

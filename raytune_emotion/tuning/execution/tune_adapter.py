@@ -29,8 +29,8 @@ class Search(SearchAlgorithm):
     Ray's trials bear the study's own ids, so that dashboard, logs and folders speak of the same things.
     """
 
-    def __init__(self, recorder: Recorder, job_of: Callable[[Proposal], Job], concurrency: int) -> None:
-        self._recorder, self._job_of, self._concurrency = recorder, job_of, concurrency
+    def __init__(self, recorder: Recorder, job_of: Callable[[Proposal], Job], room: Callable[[], int]) -> None:
+        self._recorder, self._job_of, self._room = recorder, job_of, room
         self._experiment: Experiment | None = None
         self._running: dict[str, Trial] = {}
         self._stretches: dict[str, int] = {}
@@ -43,7 +43,7 @@ class Search(SearchAlgorithm):
 
     def next_trial(self) -> Trial | None:
         # Asked no earlier than a place is free: the policy then knows all that has ended until now.
-        if self.is_finished() or len(self._running) >= self._concurrency:
+        if self.is_finished() or len(self._running) >= self._room():
             return None
         proposal = self._recorder.next()
         if proposal is None:
@@ -111,7 +111,7 @@ class BetweenEvents(QuietProgress):
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._recorder.write_in_time()
-        if any(trial.status == Trial.RUNNING for trial in trials) or not trials:
+        if any(trial.status == Trial.RUNNING for trial in trials):
             self._since = time.monotonic()
         elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
             self._since = None  # it is said once, until a trial runs

@@ -4,12 +4,13 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution import placement
-from raytune_emotion.tuning.execution.placement import cores_per_gpu, fit, fit_here, places_on
+from raytune_emotion.tuning.execution.placement import cluster_nodes, cores_per_gpu, fit, fit_here, places_on
+from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
 
 
-def refusal(nodes, where="the cluster", workers=1, gpus_per_worker=None, concurrency=None) -> str:
+def refusal(nodes, workers=1, gpus_per_worker=None, **options) -> str:
     with pytest.raises(UserError) as caught:
-        fit(nodes, where, workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency)
+        fit(nodes, "the cluster", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=None, **options)
     (told,) = caught.value.faults
     return told
 
@@ -38,10 +39,36 @@ def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
     assert fit_here(workers=1, gpus_per_worker=0.0, concurrency=None).resources.gpus_per_worker == 0
 
 
-def test_a_cluster_whose_workers_are_still_to_come_is_refused_in_words():
-    told = refusal([{"memory": 1e9}, {"CPU": 0.0}])
-    assert told.startswith("the cluster has no core to train on: 2 nodes with 0 CPU.")
-    assert told.endswith("start its worker nodes before")
+def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
+    head = [{"memory": 1e9}, {"CPU": 0.0}]
+    assert refusal(head) == (
+        "the cluster has no core to train on: 2 nodes with 0 CPU, and no autoscaler; start its worker nodes"
+    )
+    assert refusal(head, grows=True) == (
+        "the cluster has no node to train on yet, so say what its autoscaler is to start: --gpus-per-worker 1, or "
+        "--gpus-per-worker 0 to train on cores"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "need", "at_once"),
+    [
+        ([], 0.0, {"CPU": 1.0}, 0),
+        ([{"CPU": 1.0}], None, {"CPU": 1.0}, 0),
+        ([{"CPU": 3.0}], None, {"CPU": 1.0}, 1),
+        ([], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
+        ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}], None, {"CPU": 4.0, "GPU": 1.0}, 2),
+    ],
+)
+def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(nodes, gpus, need, at_once):
+    found = fit(nodes, "the cluster", workers=2, gpus_per_worker=gpus, concurrency=8, grows=True)
+    assert (found.resources.per_worker, found.concurrency, found.limit) == (need, at_once, 8)
+    assert ", more as its autoscaler adds nodes with " in str(found)
+
+
+def test_a_cluster_of_this_machine_does_not_grow(cluster):
+    assert not has_autoscaler()
+    assert [node["CPU"] for node in cluster_nodes()] == [2.0]
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,17 @@ def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(monkeypatch):
     monkeypatch.setattr(tune_adapter, "make_trial", make_trial)
     proposals = [Proposal("0000", {}, None), Proposal("0001", {}, None), Proposal("0000", {}, None)]
     recorder = Recorder(True, proposals=proposals)
-    search = Search(recorder, lambda proposal: SimpleNamespace(to_dict=dict), concurrency=2)
+    search = Search(recorder, lambda proposal: SimpleNamespace(to_dict=dict), room=lambda: places)
     search.add_configurations(["an experiment"])
-    assert search.next_trial()
+    places = 1
     assert search.next_trial()
     assert search.next_trial() is None, "no place is free"
+    places = 2
+    assert search.next_trial()
     search.on_trial_complete("0000", {"report": 1})
+    places = 1
+    assert search.next_trial() is None, "a node has left"
+    places = 2
     assert search.next_trial()
     assert made == ["0000", "0001", "0000.2"]
     Gate(recorder, threading.Event())("0000.2", {"report": 2})
@@ -80,7 +85,7 @@ def test_a_cluster_without_room_is_said_once(monkeypatch, status):
         now[0] = float(second)
         between.on_step_end(second, [SimpleNamespace(status=status)])
     assert said == ([35.0] if status == Trial.PENDING else [])
-    for second, status_now in ((105, Trial.RUNNING), (110, Trial.PENDING), (141, Trial.PENDING)):
+    for second, states in ((105, [Trial.RUNNING]), (110, []), (141, [])):
         now[0] = float(second)
-        between.on_step_end(second, [SimpleNamespace(status=status_now)])
+        between.on_step_end(second, [SimpleNamespace(status=state) for state in states])
     assert said[-1:] == [141.0]
