@@ -17,28 +17,26 @@ import pytest
 
 from raytune_emotion.data.synthetic import write_sample
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(700)
 
 SPACE = "model.backbone: test_resnet\ndata.image_size: 32\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
 RAY = str(Path(sys.executable).with_name("ray"))
-_EMPTY_LISTS = [
-    "initialization_commands",
-    "setup_commands",
-    "head_setup_commands",
-    "worker_setup_commands",
-    "head_start_ray_commands",
-    "worker_start_ray_commands",
-    "cluster_synced_files",
-    "rsync_exclude",
-    "rsync_filter",
+#: What a configuration must have, and needs nothing in.
+_EMPTY = [
+    *(f"{part}setup_commands" for part in ("", "head_", "worker_")),
+    *(f"{part}_start_ray_commands" for part in ("head", "worker")),
+    *("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter"),
 ]
 
 
 def autoscaler_of(port: int) -> dict:
-    """Return the configuration of Ray's own stand-in for a cloud, which starts each node as a process here."""
+    """Return the configuration of an autoscaler whose cloud is out of machines: the test starts the nodes itself.
+
+    The nodes that Ray's own stand-in for a cloud starts run no process for work.
+    """
     return {
         "cluster_name": "growing",
-        "max_workers": 2,
+        "max_workers": 0,
         "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}"},
         "auth": {"ssh_user": "nobody"},
         "upscaling_speed": 1,
@@ -50,10 +48,10 @@ def autoscaler_of(port: int) -> dict:
         "worker_nodes": {},
         "head_node_type": "ray.head.default",
         "available_node_types": {
-            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+            "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 0},
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         },
-        **{name: [] for name in _EMPTY_LISTS},
+        **{name: [] for name in _EMPTY},
     }
 
 
@@ -75,7 +73,14 @@ def start_head(monkeypatch):
                 # The node provider knows the head by this id.
                 monkeypatch.setenv("RAY_OVERRIDE_NODE_ID_FOR_TESTING", "f" * 51 + "00000")
                 monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
-            run_ray("--head", f"--port={port}", f"--num-cpus={cpus}", f"--temp-dir={folder}/ray", *more)
+            start_ray(
+                "--head",
+                "--include-dashboard=false",
+                f"--port={port}",
+                f"--num-cpus={cpus}",
+                f"--temp-dir={folder}/ray",
+                *more,
+            )
             monkeypatch.delenv("RAY_OVERRIDE_NODE_ID_FOR_TESTING", raising=False)
             return f"127.0.0.1:{port}"
 
@@ -87,10 +92,12 @@ def start_head(monkeypatch):
                     process.kill()
 
 
-def run_ray(*options: str) -> None:
-    subprocess.run(
-        [RAY, "start", "--disable-usage-stats", "--include-dashboard=false", *options], check=True, timeout=90
-    )
+def start_ray(*options: str) -> None:
+    subprocess.run([RAY, "start", "--disable-usage-stats", *options], check=True, timeout=90)
+
+
+def status_of(address: str) -> str:
+    return subprocess.run([RAY, "status", f"--address={address}"], check=True, capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager
@@ -127,21 +134,27 @@ def test_a_node_that_joins_is_used_within_a_minute(start_head, tmp_path):
         wait_until(lambda: trials_begun(tmp_path))
         time.sleep(5)
         assert trials_begun(tmp_path) == 1
-        run_ray(f"--address={address}", "--num-cpus=1")
+        start_ray(f"--address={address}", "--num-cpus=1")
         wait_until(lambda: trials_begun(tmp_path) == 2, seconds=60)
         process.terminate()
         assert process.wait(60) == 130, (tmp_path / "out").read_text()
 
 
-def test_an_autoscaler_starts_what_a_study_needs(start_head, tmp_path):
+def test_an_autoscaler_is_asked_for_what_a_study_needs_and_then_for_nothing(start_head, tmp_path):
     address = start_head(cpus=0, grows=True)
-    options = ("--trials", 4, "--epochs", 2, "--concurrency", 2, "--gpus-per-worker", 0)
+    options = ("--trials", 3, "--epochs", 2, "--concurrency", 2, "--gpus-per-worker", 0)
     with search(tmp_path, address, *options) as process:
-        code = process.wait(300)
-        printed = (tmp_path / "out").read_text()
-        assert code == 0, printed
-        assert "0 at once, more as its autoscaler adds nodes with 1 CPU for each worker" in printed
-        assert trials_begun(tmp_path) == 4
+        asked = "its autoscaler was asked for room for 2 trials"
+        wait_until(lambda: asked in (tmp_path / "out").read_text(), seconds=240)
+        assert "{'CPU': 1.0}: 2+ from request_resources()" in status_of(address)
+        assert trials_begun(tmp_path) == 0
+        start_ray(f"--address={address}", "--num-cpus=1")
+        assert process.wait(200) == 0, (tmp_path / "out").read_text()
+        assert (
+            "0 at once, more as its autoscaler adds nodes with 1 CPU for each worker" in (tmp_path / "out").read_text()
+        )
+        assert trials_begun(tmp_path) == 3
+    wait_until(lambda: "from request_resources()" not in status_of(address), seconds=30)
 
 
 def test_a_cluster_without_a_node_to_train_on_is_refused(start_head, tmp_path):
