@@ -230,7 +230,7 @@ def _measure(name: str, trials: int, epochs: int, store: Store, folder: Path) ->
         places = trials if epochs > 1 else 1
         with ray_session(None, dashboard=False, num_cpus=variant.workers * places):
             if name.startswith("engine"):
-                records = run_study(open_study.load(folder), Placement(resources, 1), watch=watch)
+                records = run_study(open_study.load(folder), Placement(resources, 1, limit=1), watch=watch)
                 left["stopped"] = sum(record.status == "pruned" for record in records)
             else:
                 left["stopped"] = _recipe(jobs, variant.workers, epochs, folder / "ray", ended)

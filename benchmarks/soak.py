@@ -47,7 +47,7 @@ def run() -> Table:
         folder = Path(scratch) / "soak"
         make_study(folder, tiny_store(Path(scratch)), trials=TRIALS, epochs=EPOCHS, start=[])
         with ray_session(None, num_cpus=2):
-            run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 2), watch=watch)
+            run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 2, limit=2), watch=watch)
 
     warm = {ended: sample for ended, sample in samples.items() if ended >= WARM}
     slopes = np.polyfit(np.array([*warm]) / 100, np.array([*warm.values()]), 1)[0]

@@ -40,7 +40,7 @@ def test_a_study_outlives_what_the_memory_monitor_kills(study):
 def _run_without_memory(folder):
     settings = {"memory_usage_threshold": 0.01, "memory_monitor_refresh_ms": 100}
     with ray_session(None, dashboard=False, num_cpus=1, _system_config=settings):
-        (record,) = run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 1))
+        (record,) = run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 1, limit=1))
     print(f"{record.status}: {record.reason}")
 
 

@@ -54,7 +54,7 @@ def begin(tmp_path, store):
     def make(*, workers=1, **changes):
         folder = tmp_path / "study"
         make_study(folder, spec_of(store, name="study", space=RUN_SPACE, concurrency=1, **changes))
-        return folder, Placement(Resources(workers, 1.0, 0.0), 1)
+        return folder, Placement(Resources(workers, 1.0, 0.0), 1, limit=1)
 
     return make
 
@@ -110,7 +110,7 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
 def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, cluster, tmp_path):
     uri = remote.join(bucket, "broken off")
     folder, placement = begin(trials=1, epochs=3, workers=2, seed=2)
-    job = ask(folder, Placement(Resources(1, 1.0, 0.0), 1), uri)
+    job = ask(folder, Placement(Resources(1, 1.0, 0.0), 1, limit=1), uri)
     with contextlib.closing(train_here(job)) as reports:
         before = [next(reports), next(reports)]
     assert before[1]["val_js"] < before[0]["val_js"], "only then can the best weights be those of the newest state"
