@@ -3,11 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.cluster import joined_session
-from tests.support.commands import exit_code, refusal, run_search, start_search
+from tests.support.commands import exit_code, refusal
 from tests.support.faces import write_folder, write_row
 from tests.support.folders import tree
 from tests.support.studies import SMALL_SPACE, searcher_of, write_study
@@ -467,8 +466,20 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
 
 
+def run_search(*argv, cwd):
+    """Run `search` on the cluster that this process has joined; return its exit code, its output and its errors."""
+    with pytest.MonkeyPatch.context() as patched, contextlib.ExitStack() as stack:
+        patched.chdir(cwd)
+        # Ray can be started only once in a process, and has been.
+        patched.setattr(cluster_module, "ray_session", joined_session)
+        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        code = exit_code(["search", *argv])
+    return code, out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="class")
-def begun(tmp_path_factory, faces):
+def begun(cluster, tmp_path_factory, faces):
     folder = tmp_path_factory.mktemp("a study")
     (folder / "space.yaml").write_text(SMALL_SPACE)
     options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
@@ -490,7 +501,7 @@ def study(begun):
 
 
 class TestAStudy:
-    """In the order of the tests: begun, gone on with, interrupted."""
+    """In the order of the tests: a study begins, and goes on."""
 
     def test_says_what_came_out_and_what_to_type_next(self, begun, study):
         _, out, err = begun
@@ -562,22 +573,3 @@ class TestAStudy:
         assert list(after.index) == ["0000", "0001", "0002", "0003", "0004"]
         pd.testing.assert_frame_equal(after.loc[before.index, before.columns], before)
         assert [line[:4] for line in out.splitlines() if re.match(r"00\d\d  ", line)] == ["0004"]
-
-    def test_ends_in_order_when_it_is_interrupted(self, begun, study):
-        with start_search("--resume", "--trials", 500, cwd=begun[0]) as process:
-            try:
-                seen = []
-                for line in process.stdout:
-                    seen.append(line)
-                    if line.startswith("0006"):
-                        break
-                os.kill(process.pid, signal.SIGTERM)
-                out, err = process.communicate(timeout=60)
-            finally:
-                process.kill()
-        assert process.returncode == 130, err
-        assert err == "interrupted\n"
-        assert out.splitlines()[-1] == "  python -m raytune_emotion.search --resume --results ray_results --name first"
-        table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
-        assert 6 < len(table) < 500
-        assert (study / "report.html").stat().st_mtime >= (study / "trials.csv").stat().st_mtime

@@ -1,8 +1,6 @@
 """Run a command, in this process or in one of its own."""
 
 import signal
-import subprocess
-import sys
 
 from raytune_emotion.__main__ import main
 from tests.support.folders import tree
@@ -31,19 +29,3 @@ def refusal(capsys, folders, *argv) -> list[str]:
 def heed_ctrl_c():
     """Listen to Ctrl-C again: a shell makes what it starts in the background ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def start_search(*argv, cwd) -> subprocess.Popen:
-    """Start `search` in a process of its own."""
-    command = [sys.executable, "-m", "raytune_emotion.search", *map(str, argv)]
-    # As in a terminal: Ctrl-C and the like are for its group alone.
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def run_search(*argv, cwd) -> tuple[int, str, str]:
-    """Run `search` to its end, and return its exit code, its output and its errors."""
-    with start_search(*argv, cwd=cwd) as process:
-        out, err = process.communicate(timeout=200)
-    return process.returncode, out, err

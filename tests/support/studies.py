@@ -1,11 +1,13 @@
 """Studies, their spaces and their records, made without Ray."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.storage.atomic import LOCK
-from raytune_emotion.tuning.execution.job import Job, Resources, train_here
+from raytune_emotion.tuning.execution.job import Job, Resources, job_of, train_here
+from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.decisions import FORECAST
 from raytune_emotion.tuning.policy.objective import JS_ALONE
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
@@ -14,6 +16,8 @@ from raytune_emotion.tuning.study.optuna_study import Searcher, create_study
 from raytune_emotion.tuning.study.records import read_records, trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
+
+ONE_CORE = Resources(1, 1.0, 0.0)
 
 SMALL_SPACE = """\
 model.backbone: {choice: [test_resnet, test_vit]}
@@ -83,11 +87,25 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
         proposal = searcher.ask()
         trial = trial_folder(folder, proposal.trial_id)
         settings = spec.settings(proposal.settings)
-        for report in train_here(Job(proposal.trial_id, str(trial), str(store.path), settings, Resources(1, 1, 0))):
+        for report in train_here(Job(proposal.trial_id, str(trial), str(store.path), settings, ONE_CORE)):
             searcher.observe(proposal.trial_id, report)
         searcher.tell(proposal.trial_id, "complete")
     write_tables(folder, read_records(folder, study))
     return spec
+
+
+def run_here(study, resources=ONE_CORE):
+    """Run what is left of a study without Ray: in this process, one trial after the other."""
+    recorder = Recorder(study)
+    try:
+        while (proposal := recorder.next()) is not None:
+            with contextlib.closing(train_here(job_of(study, resources, proposal))) as reports:
+                for report in reports:
+                    if not recorder.report(proposal.trial_id, report):
+                        break
+    finally:
+        recorder.close()
+    return study.records()
 
 
 def searcher_of(study, space, *, seed=0, scheduler="none", objective=JS_ALONE, epochs=4, earlier=()):

@@ -331,8 +331,18 @@ def test_to_raise_the_epochs_twice_enqueues_the_best_once(folder):
     proposal = recorder.next()
     assert (proposal.trial_id, proposal.continues) == ("0004", "0003")
     assert (trial_folder(folder, "0004") / LAST).exists()
-    epochs = [report["epoch"] for report in train(folder, "0004", 0.1, epochs=5)]
-    assert epochs == [4.0, 5.0]
+    goes_on = train(folder, "0004", 0.1, epochs=5)
+    assert recorder.report("0004", next(goes_on))
+
+    # Interrupted, it goes on from where it was itself, and not from 0003 once more.
+    recorder = Recorder(load(folder))
+    assert recorder.next().trial_id == "0004"
+    assert not recorder.report("0004", next(goes_on))
+    record = load(folder).record("0004")
+    assert record.settings == load(folder).record("0003").settings
+    assert record.reports[:3] == load(folder).record("0003").reports
+    assert [report["report"] for report in record.reports] == [1, 2, 3, 4, 5]
+    assert [*load(folder).optuna.trials[4].intermediate_values] == [1, 2, 3, 4, 5]
 
 
 def test_a_study_at_another_place_is_there_before_a_trial_begins(folder, tmp_path):

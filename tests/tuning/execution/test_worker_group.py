@@ -14,8 +14,8 @@ def test_an_action_in_the_background_gives_its_result_or_raises_its_error():
 
 def test_a_process_ends_though_an_action_in_the_background_does_not():
     code = (
-        "import time; from raytune_emotion.tuning.execution.worker_group import in_background; "
-        "in_background(lambda: time.sleep(600)); print('end')"
+        "import time; from raytune_emotion.tuning.execution.worker_group import run_in_background; "
+        "run_in_background(lambda: time.sleep(600)); print('end')"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "end\n")
