@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from raytune_emotion.cli import command_main, location
-from raytune_emotion.errors import UserError
+from raytune_emotion.cli import command_main, location, positive
+from raytune_emotion.errors import UserError, collecting
 from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import say
@@ -18,17 +18,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("dest", type=location, metavar="DEST", help="folder or URI to write; an earlier export there is replaced")
     add("--trial", metavar="ID", help="id of the trial (default: the best trial)")
     add(
+        "--ensemble",
+        type=positive,
+        metavar="K",
+        help="one model: the mean prediction of at most K trials whose weights are kept (formats onnx and pt2)",
+    )
+    add(
+        "--soup",
+        action="store_true",
+        help="the mean weights of the trials of the best backbone whose weights are kept",
+    )
+    add(
         "--format",
         type=lambda names: [name.strip() for name in names.split(",")],
         action="extend",
         metavar="A,B",
-        help=f"formats to write, of {', '.join(FORMATS)}; may be repeated (default: timm)",
+        help=f"formats to write, of {', '.join(FORMATS)}; may be repeated (default: timm; of an ensemble: pt2)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    formats = args.format or ["timm"]
-    check_formats(formats)
+    formats = args.format or (["pt2"] if args.ensemble else ["timm"])
+    _check(args, formats)
+    if args.ensemble or args.soup:
+        _export_combination(args, formats)
+        return
     if _is_run(args.study):
         if args.trial is not None:
             raise UserError(f"--trial {args.trial}: {args.study} is a run of train, not a study; leave the option out")
@@ -43,6 +57,38 @@ def run(args: argparse.Namespace) -> None:
 
     export_trial(args.study, args.dest, trial_id, formats)
     say(f"trial {trial_id} is exported to {args.dest}")
+
+
+def _check(args: argparse.Namespace, formats: list[str]) -> None:
+    """Check what is asked for, as far as that takes no time.
+
+    Raises:
+        UserError: one sentence for each error.
+    """
+    errors: list[str] = []
+    with collecting(errors):
+        check_formats(formats)
+    named = [name for name in ("trial", "ensemble", "soup") if getattr(args, name)]
+    if len(named) > 1:
+        errors.append(f"--{named[0]}: stands beside --{named[1]}; name one of them")
+    if args.ensemble and "timm" in formats:
+        errors.append("--format timm: holds one network, and an ensemble is several; name onnx, pt2 or both")
+    if (args.ensemble or args.soup) and args.study.read(SPEC) is None:
+        errors.append(f"{args.study}: no {SPEC} in it, so it is no study; name the folder of a study")
+    if errors:
+        raise UserError(errors)
+
+
+def _export_combination(args: argparse.Namespace, formats: list[str]) -> None:
+    # Imported only now: it takes seconds.
+    from raytune_emotion.tuning.study.combination import export_ensemble, export_soup
+
+    if args.ensemble:
+        chosen, what = export_ensemble(args.study, args.dest, args.ensemble, formats), "ensemble"
+    else:
+        chosen, what = export_soup(args.study, args.dest, formats), "soup"
+    say(f"the {what} of the trials {', '.join(chosen.trial_ids)} is exported to {args.dest}")
+    say(chosen.sentence(what))
 
 
 def _best_of(study: Location) -> str:

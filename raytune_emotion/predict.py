@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("export", type=location, metavar="EXPORT", help="folder or URI that search, train or export wrote")
     add("images", type=local_path, nargs="+", metavar="IMAGE", help="image of a face, or a folder of images")
+    add(
+        "--mirror", action="store_true", help="predict the mean over each image and its mirror image, in twice the time"
+    )
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
 
 
@@ -50,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
         device = _device(args.device)
         package = load_package(folder)
     # Predict everything before anything is printed: an unreadable image must not leave half a table.
-    print(table(files, predict(package, files, device), package.classes), end="")
+    prob_NK = predict(package, files, device, mirror=args.mirror)
+    print(table(files, prob_NK, package.classes), end="")
 
 
 def list_images(paths: Iterable[Path]) -> list[Path]:
@@ -79,8 +83,10 @@ def list_images(paths: Iterable[Path]) -> list[Path]:
     return files
 
 
-def predict(package: "Package", files: Sequence[Path], device: "torch.device") -> npt.NDArray[np.float64]:
-    """Decode images as for training, and predict.
+def predict(
+    package: "Package", files: Sequence[Path], device: "torch.device", *, mirror: bool = False
+) -> npt.NDArray[np.float64]:
+    """Decode images as for training, and predict; with `mirror`, the mean over each image and its mirror image.
 
     Returns:
         [N, K], each row with sum 1.
@@ -107,7 +113,7 @@ def predict(package: "Package", files: Sequence[Path], device: "torch.device") -
             images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
             # After an error, the remaining images are only checked.
             if not faults:
-                parts.append(package.predict(np.stack(images)))
+                parts.append(package.predict(np.stack(images), mirror=mirror))
     if faults:
         raise UserError(sorted(faults))
     return np.concatenate(parts)

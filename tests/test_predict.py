@@ -13,8 +13,9 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.config import RunConfig
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import BEST
-from raytune_emotion.learn.export_folder import export_checkpoint, load_package
+from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import fit
+from tests.support.exports import untrained_best
 
 CPU = torch.device("cpu")
 
@@ -149,3 +150,12 @@ class TestPredict:
         done = subprocess.run([sys.executable, "-c", code, export, face], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(rows_of(done.stdout)) == 2
+
+
+def test_the_mirror_image_is_predicted_too(tmp_path):
+    write_package(tmp_path / "best", untrained_best("test_resnet", 32))
+    package = load_package(tmp_path / "best")
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    both = (package.predict(images_NHWC) + package.predict(images_NHWC[:, :, ::-1].copy())) / 2
+    assert np.allclose(package.predict(images_NHWC, mirror=True), both)
+    assert not np.allclose(package.predict(images_NHWC), both)

@@ -536,7 +536,7 @@ class TestAStudy:
         for trial in trials:
             names = {path.name for path in trial.iterdir() if not path.name.startswith("events.out.tfevents.")}
             always = {"params.json", "data.txt", "history.jsonl"}
-            assert always <= names <= always | {"last.safetensors", "best.safetensors"}
+            assert always <= names <= always | {"last.safetensors", "best.safetensors", "predictions.safetensors"}
             assert len(list(trial.glob("events.out.tfevents.*"))) == 1
         table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
         kept = {*table.trial_id[:KEPT], *(row.trial_id for row in front_of(table))}

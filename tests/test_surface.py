@@ -34,8 +34,8 @@ ARGUMENTS = {
         "--skip-bad", "--address ADDRESS",
     ),
     "report": ("STUDY",),
-    "export": ("STUDY", "DEST", "--trial ID", "--format A,B"),
-    "predict": ("EXPORT", "IMAGE", "--device NAME"),
+    "export": ("STUDY", "DEST", "--trial ID", "--ensemble K", "--soup", "--format A,B"),
+    "predict": ("EXPORT", "IMAGE", "--mirror", "--device NAME"),
 }  # fmt: skip
 
 STATUSES = {"complete", "pruned", "failed", "running"}
@@ -81,7 +81,8 @@ def test_the_arguments_of_a_command(verb):
 
 def test_the_files():
     assert FILES["study"] == (spec.SPEC, optuna_study.JOURNAL, tables.TRIALS, tables.CURVES, page.REPORT)
-    assert FILES["trial"] == (trials.PARAMS, trials.DATA, checkpoint.HISTORY, checkpoint.LAST, checkpoint.BEST)
+    weights = (checkpoint.LAST, checkpoint.BEST, checkpoint.PREDICTIONS)
+    assert FILES["trial"] == (trials.PARAMS, trials.DATA, checkpoint.HISTORY, *weights)
     assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.CONFIRMED_TABLE)
     assert FILES["export"] == (export_files.WEIGHTS, export_files.CONFIG, export_files.METRICS, export_files.CARD)
     assert export_files.FORMATS == {"timm": "model.safetensors", "onnx": "model.onnx", "pt2": "model.pt2"}

@@ -5,9 +5,12 @@ last.safetensors    weights, buffers, the averages of both, if any, and optimize
 best.safetensors    the weights of the report with the least val_js, under timm's names; in the header, as JSON, that
                     report and the settings that rebuild the model
 history.jsonl       a report a line
+predictions.safetensors
+                    what the best weights predict for the validation split, in float16; in the header, the number of
+                    their report, so that one that a killed run has left behind is not taken for another's
 
-They are written in this order. Each of the first two is there whole or not at all, and `last` decides: what the others
-lack after a run was killed in between, or have too much, is mended from it.
+Each of the tensor files is there whole or not at all. `last` is written first, and decides: what the others lack after
+a run was killed in between, or have too much, is mended from it. Predictions are made anew by whoever needs them.
 """
 
 import json
@@ -27,6 +30,7 @@ from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
+PREDICTIONS = "predictions.safetensors"
 
 
 #: What a file that is not whole, or is not one of these, raises.
@@ -54,9 +58,23 @@ class Best:
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, average: nn.Module | None = None
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    average: nn.Module | None = None,
+    prob_NK: Tensor | None = None,
 ) -> None:
-    """Write the state at the newest report, the weights (or their average) if they are the best, and the report."""
+    """Write the state at the newest report, the weights (or their average) if they are the best, and the report.
+
+    Args:
+        folder: of the run.
+        model: that is trained.
+        optimizer: of the model.
+        progress: with the newest report.
+        average: of the model's weights, if there is one.
+        prob_NK: what the weights that are kept predict for the validation split.
+    """
     tensors = _all_tensors(model, optimizer, average)
     header = {
         "settings": progress.settings,
@@ -67,6 +85,8 @@ def save(
     _write(folder / LAST, tensors, header)
     report = progress.history[-1]
     if report["best_report"] == report["report"]:
+        if prob_NK is not None:
+            _write(folder / PREDICTIONS, {"prob_NK": _plain(prob_NK.half())}, {"report": report["report"]})
         _write_best(folder, _best_weights(tensors), progress)
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(_line(report))
@@ -171,7 +191,7 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
 def repair_from_last(folder: Path, progress: Progress | None) -> None:
     """Make the folder what `last` says it is, before the run goes on; or empty it where there is no `last`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (LAST, BEST, HISTORY):
+    for name in (LAST, BEST, HISTORY, PREDICTIONS):
         for abandoned in folder.glob(f".{name}.*.tmp"):
             abandoned.unlink()
     history = progress.history if progress is not None else ()
@@ -200,6 +220,18 @@ def read_best(file: Path) -> Best:
             return Best(weights, *_header(tensors, "settings", "fingerprint", "report"))
     except _DAMAGE as error:
         raise _damage_error(file, error) from error
+
+
+def read_predictions(folder: Path, best: Best) -> Tensor | None:
+    """Read what the best weights of a run predict for the validation split, [N, K]; None where that is not kept."""
+    if not (folder / PREDICTIONS).exists():
+        return None
+    try:
+        with safe_open(folder / PREDICTIONS, "pt") as file:
+            (number,) = _header(file, "report")
+            return file.get_tensor("prob_NK").double() if number == best.report["report"] else None
+    except _DAMAGE:
+        return None
 
 
 def read_history(folder: Path) -> list[Report]:

@@ -10,7 +10,7 @@ model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,21 @@ class Package:
     mean: Colour  # of the model's input, of pixels in [0, 1]
     std: Colour
 
-    def predict(self, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-        """Predict the distribution over the classes of each image, [N, K], on the device where the model is."""
+    def predict(self, images_NHWC: npt.NDArray[np.uint8], *, mirror: bool = False) -> npt.NDArray[np.float64]:
+        """Predict the distribution over the classes of each image, [N, K], on the device where the model is.
+
+        Args:
+            images_NHWC: RGB.
+            mirror: whether to take the mean over each image and its mirror image.
+        """
         device = next(self.model.parameters()).device
         with torch.inference_mode(), exact_fp32():
             x_BHWC = torch.from_numpy(images_NHWC).to(device)
-            logits_NK: torch.Tensor = self.model(normalise(x_BHWC, self.mean, self.std))
-            prob_NK: npt.NDArray[np.float64] = logits_NK.double().softmax(-1).cpu().numpy()
+            views = [x_BHWC, x_BHWC.flip(2)] if mirror else [x_BHWC]
+            logits: list[torch.Tensor] = [self.model(normalise(view, self.mean, self.std)) for view in views]
+            prob_NK: npt.NDArray[np.float64] = (
+                torch.stack([x.double().softmax(-1) for x in logits]).mean(0).cpu().numpy()
+            )
             return prob_NK
 
 
@@ -184,8 +192,6 @@ def write_package(
             something else, or the folder cannot be written or holds something else than an export.
     """
     dest = dest.absolute()
-    # Where the weights of a pretrained start lay is of no use to others.
-    settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
     config = RunConfig.from_flat(best.settings)
     model = build_model(config, weights=False).eval()
     try:
@@ -195,11 +201,54 @@ def write_package(
             f"{dest}: the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install "
             f"the version that they were trained with"
         ) from error
-    own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
     origin = find_origin(config.model, weights=False)
-    described = _timm_config(model, config, origin) | {"raytune_emotion": own}
-    sample = _sample_of(store, best, config)
+    described = _timm_config(model, config, origin) | describe_run(best)
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
+    write_model(
+        dest,
+        whole,
+        best,
+        described,
+        lambda checks: _card(dest.name, described, config, best, [*notes, checks]),
+        formats=formats,
+        store=store,
+    )
+
+
+def describe_run(best: Best) -> dict[str, Any]:
+    """Return what `config.json` says of the run: this project's version, the data and the settings."""
+    # Where the weights of a pretrained start lay is of no use to others.
+    settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
+    own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
+    return {"raytune_emotion": own}
+
+
+def write_model(
+    dest: Path,
+    whole: nn.Module,
+    best: Best,
+    described: Mapping[str, Any],
+    card: Callable[[str], str],
+    *,
+    formats: Sequence[str],
+    store: Store | None,
+) -> None:
+    """Write an export folder of any model from pixels to probabilities; see `write_package`.
+
+    Args:
+        dest: the folder.
+        whole: the model, on the CPU.
+        best: the run that the model, or its first member, is of; its report becomes `metrics.json`.
+        described: the content of `config.json`.
+        card: makes the model card, of a sentence on how the formats were compared.
+        formats: names in FORMATS; `timm` only for `PixelsToProbabilities`.
+        store: whose validation images are compared, if it is on this machine.
+
+    Raises:
+        UserError: a format cannot be written or predicts something else, or the folder cannot be written.
+    """
+    config = RunConfig.from_flat(best.settings)
+    sample = _sample_of(store, best, config)
     with torch.inference_mode(), exact_fp32():
         prob_NK = whole(torch.from_numpy(sample.images_NHWC)).double().numpy()
 
@@ -212,14 +261,14 @@ def write_package(
             difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
             checks.append(f"`{FORMATS[name]}` differs from the model in training by {difference:.1g} at most.")
         checks.append(f"Differences of probabilities, on {sample.name}; up to {TOLERANCE:g} is accepted.")
-        write_text(new / CARD, _card(dest.name, described, config, best, [*notes, " ".join(checks)]))
+        write_text(new / CARD, card(" ".join(checks)))
 
 
 def _write_format(
     name: str,
     new: Path,
     dest: Path,
-    whole: PixelsToProbabilities,
+    whole: nn.Module,
     config: RunConfig,
     images_NHWC: npt.NDArray[np.uint8],
     prob_NK: npt.NDArray[np.float64],
@@ -229,6 +278,7 @@ def _write_format(
     try:
         with atomic_write(file) as temporary:
             if name == TIMM:
+                assert isinstance(whole, PixelsToProbabilities)
                 weights = {key: value.detach().cpu().contiguous() for key, value in whole.model.state_dict().items()}
                 save_file(weights, temporary, {"format": "pt"})
             else:
@@ -352,7 +402,7 @@ def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Be
         folder=folder,
         size=config.data.image_size,
         epochs=count(float(best.report["epoch"]), "epoch"),
-        metrics=_table_of_metrics(best.report),
+        metrics=table_of_metrics(best.report),
         origin="\n".join(f"- {line}" for line in origin),
         settings="\n".join(
             f"| {key} | {value} |"
@@ -362,7 +412,7 @@ def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Be
     )
 
 
-def _table_of_metrics(report: Report) -> str:
+def table_of_metrics(report: Report) -> str:
     rows = [
         f"| {_MEANINGS[name]} | {value:.4f} |"
         for key, value in report.items()

@@ -139,14 +139,15 @@ def fit(
         share_batchnorm(run.model, plan.workers)
         if average is not None:
             share_batchnorm(average, plan.workers)
-        metrics = evaluate(
-            average or run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run)
-        )
+        logits_BK, prob_BK = predict_share(average or run.model, run.val, device=device, rows=rows_to_evaluate(run))
+        metrics = means_of_metrics(logits_BK, prob_BK, store.classes)
         _check_finite(metrics, plan, history)
         history.append(_report(run, history, train_loss, lr, metrics, began, trained))
+        improved = history[-1]["best_report"] == history[-1]["report"]
+        predicted_NK = _gather_predictions(logits_BK, len(run.val), plan) if folder is not None and improved else None
         if folder is not None and plan.rank == 0:
             newest = Progress(config.flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
-            checkpoint.save(folder, run.model, run.optimizer, newest, average)
+            checkpoint.save(folder, run.model, run.optimizer, newest, average, predicted_NK)
         if plan.workers > 1:
             # The others wait here, so that what they have yielded is written.
             history[-1] = _with_clocks_of_the_first(history[-1], device)
@@ -362,22 +363,49 @@ def evaluate(
         device: of the model.
         rows: at once.
     """
+    return means_of_metrics(*predict_share(model, split, device=device, rows=rows), classes)
+
+
+def predict_share(
+    model: nn.Module, split: Split | Resident, *, device: torch.device, rows: int = _EVAL_ROWS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict a worker's share of a split: every n-th row of n workers. See `evaluate`.
+
+    Returns:
+        Logits and targets of these rows, [B, K] each.
+    """
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows_N = np.arange(rank, len(split), workers)
     mean, std = mean_std(model)
     # The empty ones are for a worker without rows.
-    logits, probs = [torch.empty(0, len(classes), device=device)], [torch.empty(0, len(classes), device=device)]
-    sums = MetricSums()
+    n_classes = split.prob_NK.shape[1]
+    logits, probs = [torch.empty(0, n_classes, device=device)], [torch.empty(0, n_classes, device=device)]
     model.eval()
     with torch.inference_mode(), exact_fp32():
         for batch in batches(split, (rows_N[i : i + rows] for i in range(0, len(rows_N), rows)), device):
             logits.append(model(normalise(batch.x_BHWC, mean, std)))
             probs.append(batch.prob_BK)
+        return torch.cat(logits), torch.cat(probs)
+
+
+def means_of_metrics(logits_BK: torch.Tensor, prob_BK: torch.Tensor, classes: tuple[str, ...]) -> dict[str, float]:
+    """Return the means of all metrics over the rows of all workers."""
+    sums = MetricSums()
+    with torch.inference_mode():
         # Many rows at once spare launches, and so many still fit a CPU's cache.
-        chunks = zip(torch.split(torch.cat(logits), 2048), torch.split(torch.cat(probs), 2048), strict=True)
-        for logits_BK, prob_BK in chunks:
-            sums.add(per_sample(logits_BK, prob_BK, distances_of(classes)))
+        for logits, prob in zip(torch.split(logits_BK, 2048), torch.split(prob_BK, 2048), strict=True):
+            sums.add(per_sample(logits, prob, distances_of(classes)))
     return sums.means()
+
+
+def _gather_predictions(logits_BK: torch.Tensor, count: int, plan: Plan) -> torch.Tensor:
+    """Return the predictions of all workers in the order of the rows, [N, K]."""
+    with torch.inference_mode():
+        predicted_NK = logits_BK.new_zeros(count, logits_BK.shape[1])
+        predicted_NK[plan.rank :: plan.workers] = logits_BK.softmax(-1)
+        if plan.workers > 1:
+            dist.all_reduce(predicted_NK)
+        return predicted_NK
 
 
 def baseline(store: Store) -> dict[str, float]:

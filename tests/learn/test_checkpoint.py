@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -8,8 +9,17 @@ import torch
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history, read_progress
-from raytune_emotion.learn.loop import evaluate, fit
+from raytune_emotion.learn.checkpoint import (
+    BEST,
+    HISTORY,
+    LAST,
+    PREDICTIONS,
+    read_best,
+    read_history,
+    read_predictions,
+    read_progress,
+)
+from raytune_emotion.learn.loop import evaluate, fit, predict_share
 from raytune_emotion.learn.model import build_model
 
 CPU = torch.device("cpu")
@@ -47,7 +57,7 @@ def reports(finished):
 
 
 def test_a_folder_holds_what_was_reported_and_nothing_more(run, reports):
-    assert sorted(file.name for file in run.iterdir()) == [BEST, HISTORY, LAST]
+    assert sorted(file.name for file in run.iterdir()) == [BEST, HISTORY, LAST, PREDICTIONS]
     assert read_history(run) == list(read_progress(run).history) == reports
     assert read_best(run / BEST).report == min(reports, key=lambda report: report["val_js"])
 
@@ -73,6 +83,26 @@ def test_the_best_weights_rebuild_the_model_and_its_metrics(run, store):
     model.load_state_dict(best.weights)
     for name, value in evaluate(model, store.val, classes=rebuilt.data.classes, device=CPU).items():
         assert best.report[f"val_{name}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+def test_predictions_of_the_best_weights_are_kept(run, store):
+    best = read_best(run / BEST)
+    model = build_model(RunConfig.from_flat(best.settings), weights=False)
+    model.load_state_dict(best.weights)
+    logits_NK, _ = predict_share(model, store.val, device=CPU)
+    kept_NK = read_predictions(run, best)
+    assert kept_NK.shape == store.val.prob_NK.shape
+    assert torch.allclose(kept_NK, logits_NK.double().softmax(-1), atol=1e-3)
+
+
+def test_predictions_of_another_report_are_not_taken(run):
+    best = read_best(run / BEST)
+    other = dataclasses.replace(best, report={**best.report, "report": best.report["report"] + 1})
+    assert read_predictions(run, other) is None
+    (run / PREDICTIONS).write_bytes(b"torn")
+    assert read_predictions(run, best) is None
+    (run / PREDICTIONS).unlink()
+    assert read_predictions(run, best) is None
 
 
 def test_a_torn_last_line_is_left_out(run, reports):
@@ -140,7 +170,7 @@ def test_what_a_killed_writer_left_is_removed(run, store):
     (run / f".{LAST}.123.tmp").write_bytes(b"half")
     (run / "events").write_bytes(b"not ours")
     list(fit(config(), store, device=CPU, folder=run))
-    assert sorted(file.name for file in run.iterdir()) == [BEST, "events", HISTORY, LAST]
+    assert sorted(file.name for file in run.iterdir()) == [BEST, "events", HISTORY, LAST, PREDICTIONS]
 
 
 @pytest.mark.parametrize("name", [LAST, BEST])

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import LAST
-from raytune_emotion.learn.loop import evaluate, fit
+from raytune_emotion.learn.checkpoint import BEST, LAST, read_best, read_predictions
+from raytune_emotion.learn.loop import evaluate, fit, predict_share
 from raytune_emotion.learn.model import build_model
 from tests.support.reports import CLOCKS
 from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, state_of
@@ -135,6 +135,14 @@ def test_the_statistics_of_batchnorm_are_those_of_all_workers(found, folder, sto
     model.load_state_dict({key[6:]: value for key, value in last.items() if key.startswith("model.")})
     metrics = evaluate(model, store.val, classes=store.classes, device=CPU)
     assert metrics["js"] == pytest.approx(found[1]["whole"][-1]["val_js"], rel=1e-5)
+
+
+def test_predictions_of_all_workers_are_kept_in_the_order_of_the_rows(folder, store):
+    best = read_best(folder / "whole" / BEST)
+    model = build_model(run_config(**SHORT))
+    model.load_state_dict(best.weights)
+    logits_NK, _ = predict_share(model, store.val, device=CPU)
+    assert torch.allclose(read_predictions(folder / "whole", best), logits_NK.double().softmax(-1), atol=1e-3)
 
 
 def test_what_workers_cannot_do_together_is_said_by_all(found):

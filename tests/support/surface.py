@@ -2,7 +2,14 @@
 
 FILES = {
     "study": ("study.yaml", "optuna.journal", "trials.csv", "curves.parquet", "report.html"),
-    "trial": ("params.json", "data.txt", "history.jsonl", "last.safetensors", "best.safetensors"),
+    "trial": (
+        "params.json",
+        "data.txt",
+        "history.jsonl",
+        "last.safetensors",
+        "best.safetensors",
+        "predictions.safetensors",
+    ),
     "confirmation": ("confirmed", "confirmed.csv"),
     "export": ("model.safetensors", "config.json", "metrics.json", "README.md"),
 }

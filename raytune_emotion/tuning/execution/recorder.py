@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.policy.decisions import Limits, Prune
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
@@ -255,7 +255,9 @@ class Recorder:
         lost = trials_to_strip(ended, self._study.objective, trials_to_continue(self._study.optuna))
         gone = [trial_id for trial_id in lost if trial_id not in self._without_weights]
         delete_weights(self._study.folder, gone)
-        self._study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST)])
+        self._study.copy.delete(
+            [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)]
+        )
         self._without_weights.update(gone)
 
     def _prune_paused(self) -> None:

@@ -31,7 +31,7 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
         trial = trial_folder(folder, trial_id)
         notes = [f"Trial {trial_id} of the study {study.name}."]
         export_checkpoint(trial / BEST, package, notes, formats=formats, store=store_of(trial))
-    _delete_others(dest, formats)
+    delete_other_formats(dest, formats)
 
 
 def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) -> None:
@@ -46,7 +46,7 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
     with run.copy_here(BEST, DATA) as folder, dest.publish() as package:
         notes = [f"The run {run.name}."]
         export_checkpoint(folder / BEST, package, notes, formats=formats, store=store_of(folder))
-    _delete_others(dest, formats)
+    delete_other_formats(dest, formats)
 
 
 def store_of(run: Path) -> Store | None:
@@ -55,6 +55,6 @@ def store_of(run: Path) -> Store | None:
     return open_if_here(address.read_text(encoding="utf-8").strip()) if address.is_file() else None
 
 
-def _delete_others(dest: Location, formats: Sequence[str]) -> None:
+def delete_other_formats(dest: Location, formats: Sequence[str]) -> None:
     """Delete what an earlier export has left in other formats: at a URI, files are replaced one by one."""
     dest.delete(file for name, file in FORMATS.items() if name not in formats)

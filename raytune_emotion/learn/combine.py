@@ -1,0 +1,233 @@
+"""Combine trained models: the mean of their predictions (an ensemble), or of their weights (a soup).
+
+Members are chosen greedily: the best model first, then each time the one whose addition lowers the validation JS most
+(Caruana et al., "Ensemble selection from libraries of models", 2004), or whose addition does not raise it (Wortsman et
+al., "Model soups", 2022). The gain of a choice is measured on images that the choice has not seen: chosen on one half
+of the validation set and measured on the other, both ways round.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.store import Split
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn import losses
+from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.loop import predict_share
+from raytune_emotion.learn.model import build_model
+
+_CPU = torch.device("cpu")
+#: A class without probability is predicted at this, so that a logarithm is finite.
+_LEAST = 1e-12
+
+Rows = npt.NDArray[np.bool_]
+#: Of chosen members, by their numbers, what they predict together, [N, K].
+Predict = Callable[[tuple[int, ...]], Tensor]
+#: Choose members by the predictions of these rows.
+Choose = Callable[[Rows], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """JS of the best single model and of a combination, bits, on the half of the images that chose neither.
+
+    Means over both ways round; the single model, too, is chosen on the other half.
+    """
+
+    single: float
+    combined: float
+
+    @property
+    def gain(self) -> float:
+        """Return by how much the combination is better, bits."""
+        return self.single - self.combined
+
+
+def half_of(ids: Sequence[str]) -> Rows:
+    """Return which images are in the first half of a validation set: a function of each id alone."""
+    return np.array([hashlib.sha256(image_id.encode()).digest()[0] % 2 == 0 for image_id in ids], dtype=bool)
+
+
+def js_of(predicted_NK: Tensor, true_NK: Tensor) -> npt.NDArray[np.float64]:
+    """Return the JS of each row, bits."""
+    js_N: npt.NDArray[np.float64] = losses.js(predicted_NK.clamp_min(_LEAST).log(), true_NK.double()).numpy()
+    return js_N
+
+
+def choose_ensemble(predictions: Sequence[Tensor], true_NK: Tensor, rows: Rows, most: int) -> tuple[int, ...]:
+    """Choose the members of an ensemble: fewer than `most` where no other lowers the JS.
+
+    Args:
+        predictions: of each model, [N, K].
+        true_NK: the targets.
+        rows: that may be looked at.
+        most: number of members.
+
+    Returns:
+        The numbers of the members, the best model first.
+    """
+    chosen: tuple[int, ...] = ()
+    best = np.inf
+    while len(chosen) < most:
+        left = [number for number in range(len(predictions)) if number not in chosen]
+        found = [(_mean_js(_mean_of(predictions, (*chosen, number)), true_NK, rows), number) for number in left]
+        if not found or min(found)[0] >= best:
+            break
+        best, number = min(found)
+        chosen = (*chosen, number)
+    return chosen
+
+
+def choose_soup(predict: Predict, count: int, true_NK: Tensor, rows: Rows) -> tuple[int, ...]:
+    """Choose the members of a soup: from the best model on, each is added unless the JS rises.
+
+    Args:
+        predict: with the mean of the members' weights.
+        count: number of models.
+        true_NK: the targets.
+        rows: that may be looked at.
+    """
+    alone = sorted((_mean_js(predict((number,)), true_NK, rows), number) for number in range(count))
+    best, first = alone[0]
+    chosen: tuple[int, ...] = (first,)
+    for _, number in alone[1:]:
+        js = _mean_js(predict((*chosen, number)), true_NK, rows)
+        if js <= best:
+            best, chosen = js, (*chosen, number)
+    return chosen
+
+
+def measure_gain(choose: Choose, predict: Predict, count: int, ids: Sequence[str], true_NK: Tensor) -> Gain | None:
+    """Measure what a combination brings, chosen on one half and measured on the other; None if a half is empty.
+
+    Args:
+        choose: the members, by the rows of a half.
+        predict: with members together, or with one alone.
+        count: number of models.
+        ids: of the images.
+        true_NK: the targets.
+    """
+    first = half_of(ids)
+    if not first.any() or first.all():
+        return None
+    single, combined = [], []
+    for seen, unseen in ((first, ~first), (~first, first)):
+        best = min(range(count), key=lambda number: _mean_js(predict((number,)), true_NK, seen))
+        single.append(_mean_js(predict((best,)), true_NK, unseen))
+        combined.append(_mean_js(predict(choose(seen)), true_NK, unseen))
+    return Gain(sum(single) / 2, sum(combined) / 2)
+
+
+def mean_of(predictions: Sequence[Tensor]) -> Predict:
+    """Return what predicts with the mean of members' predictions."""
+    return lambda members: _mean_of(predictions, members)
+
+
+def load_model(best: Best) -> nn.Module:
+    """Build the model of a checkpoint, on the CPU, in evaluation mode."""
+    model = build_model(RunConfig.from_flat(best.settings), weights=False)
+    model.load_state_dict(best.weights)
+    return model.eval()
+
+
+def predict_split(best: Best, split: Split) -> Tensor:
+    """Predict a split with a checkpoint, [N, K], float64."""
+    logits_NK, _ = predict_share(load_model(best), split, device=_CPU)
+    return logits_NK.double().softmax(-1)
+
+
+class Soup:
+    """Mean weights of models of one backbone, and what they predict for a split. Each mixture is predicted once."""
+
+    def __init__(self, bests: Sequence[Best], split: Split, known: Sequence[Tensor]) -> None:
+        """Take the models.
+
+        Args:
+            bests: their checkpoints, of one backbone, image size and list of classes.
+            split: to predict.
+            known: what each predicts alone.
+        """
+        self._bests, self._split = bests, split
+        self._known: dict[tuple[int, ...], Tensor] = {(number,): prob_NK for number, prob_NK in enumerate(known)}
+
+    def best(self, members: Sequence[int]) -> Best:
+        """Return the mean of the members' weights, as a checkpoint with the settings of the first."""
+        first = self._bests[members[0]]
+        weights = mean_weights([self._bests[number].weights for number in members])
+        return Best(weights, first.settings, first.fingerprint, first.report)
+
+    def predict(self, members: tuple[int, ...]) -> Tensor:
+        """Predict the split with the mean of the members' weights, [N, K]."""
+        key = tuple(sorted(members))
+        if key not in self._known:
+            self._known[key] = predict_split(self.best(members), self._split)
+        return self._known[key]
+
+
+def mean_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Average the tensors of several models. Counters, which are integers, are those of the first."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in states[0].items()
+    }
+
+
+def alike(bests: Sequence[Best]) -> list[int]:
+    """Return the numbers of the models that can be averaged with the first: same backbone, tensors, size and classes.
+
+    Raises:
+        UserError: there is no model.
+    """
+    if not bests:
+        raise UserError("there is no model to combine")
+    kinds = [_kind_of(best) for best in bests]
+    return [number for number, kind in enumerate(kinds) if kind == kinds[0]]
+
+
+def _kind_of(best: Best) -> tuple[Any, ...]:
+    fixed = ("model.backbone", "data.image_size", "data.classes")
+    return {name: tensor.shape for name, tensor in best.weights.items()}, *(best.settings.get(key) for key in fixed)
+
+
+class Ensemble(nn.Module):
+    """The mean of the probabilities of several models, from pixels on."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([member(images) for member in self.members]).mean(0)
+
+
+def images_per_second(model: nn.Module, image_size: int, *, rows: int = 32, seconds: float = 1.0) -> float:
+    """Measure how many images a model from pixels to probabilities predicts in a second on this machine's CPU."""
+    images_NHWC = torch.zeros(rows, image_size, image_size, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        model(images_NHWC)
+        began, taken = time.perf_counter(), [0.0]
+        while len(taken) < 3 or time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            model(images_NHWC)
+            taken.append(time.perf_counter() - start)
+    return rows / float(np.median(taken[1:]))
+
+
+def _mean_of(predictions: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+    return torch.stack([predictions[number] for number in members]).mean(0)
+
+
+def _mean_js(predicted_NK: Tensor, true_NK: Tensor, rows: Rows) -> float:
+    at = torch.from_numpy(rows)
+    return float(js_of(predicted_NK[at], true_NK[at]).mean())

@@ -1,0 +1,295 @@
+"""Combine the kept trials of a study into one model: by the mean of their predictions, or of their weights."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from raytune_emotion.data.store import Store
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, PREDICTIONS, Best, read_best, read_predictions
+from raytune_emotion.learn.combine import (
+    Ensemble,
+    Gain,
+    Soup,
+    alike,
+    choose_ensemble,
+    choose_soup,
+    images_per_second,
+    load_model,
+    mean_of,
+    measure_gain,
+    predict_split,
+)
+from raytune_emotion.learn.export_folder import (
+    check_replaceable,
+    describe_run,
+    table_of_metrics,
+    write_model,
+    write_package,
+)
+from raytune_emotion.learn.graphs import PixelsToProbabilities
+from raytune_emotion.learn.loop import means_of_metrics
+from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.report import Report
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.optuna_study import JOURNAL
+from raytune_emotion.tuning.study.records import TrialRecord, best_first, study_files, trial_folder
+from raytune_emotion.tuning.study.trial_export import delete_other_formats, store_of
+from raytune_emotion.tuning.study.trials import DATA
+
+_CARD = """\
+---
+pipeline_tag: image-classification
+tags: [facial-expression, label-distribution-learning]
+---
+
+# Distributions of emotion from faces: an ensemble of {members}
+
+For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
+{classes}. The model is the mean of the predictions of several networks, in one file: {files}.
+
+The input `images` is [N, {size}, {size}, 3], uint8, RGB: pictures squeezed to {size} x {size} px. The output
+`probabilities` is [N, {n_classes}], in the order above.
+
+## How good it is
+
+{gain} It predicts {rate:.0f} images a second on the CPU where it was exported; its first member alone {rate_one:.0f}.
+
+Means over the validation set, on which the members and their epochs were chosen: on new faces, expect somewhat worse.
+
+{metrics}
+
+## Limits
+
+- It predicts the emotion that is *perceived* in a face by those who annotated its training data, not what its owner
+  feels. Faces are poor evidence of feelings: decide nothing about a person by it.
+- It knows faces such as those of its training data. Other ages, skin tones, poses, lighting or croppings can make it
+  worse; how much was not measured.
+- What it was trained on, and the pretrained weights that it began with, have licences of their own, which may restrict
+  its use.
+
+## Where it comes from
+
+{origin}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Trials whose weights are kept, the best first, with what each predicts for the validation split."""
+
+    trial_ids: tuple[str, ...]
+    bests: tuple[Best, ...]
+    predictions: tuple[Tensor, ...]  # [N, K], float64
+    store: Store
+
+    @property
+    def targets(self) -> Tensor:
+        """Return the targets of the validation split."""
+        return torch.from_numpy(self.store.val.prob_NK.copy()).double()
+
+    def only(self, numbers: Sequence[int]) -> "Candidates":
+        """Return some of them."""
+        return Candidates(
+            tuple(self.trial_ids[number] for number in numbers),
+            tuple(self.bests[number] for number in numbers),
+            tuple(self.predictions[number] for number in numbers),
+            self.store,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """Trials that were chosen to be combined, and what that brings."""
+
+    candidates: Candidates
+    members: tuple[int, ...]  # numbers of candidates, the best first
+    predicted_NK: Tensor
+    gain: Gain | None  # None: there are too few images to measure it
+
+    @property
+    def trial_ids(self) -> list[str]:
+        """Return the trials of the members."""
+        return [self.candidates.trial_ids[number] for number in self.members]
+
+    def sentence(self, what: str) -> str:
+        """Say what the combination brings."""
+        if self.gain is None:
+            return f"What the {what} brings was not measured: there are too few validation images."
+        return (
+            f"JS {self.gain.combined:.4f} bits; the best single model {self.gain.single:.4f}. Both were chosen on one "
+            f"half of the validation set and measured on the other, both ways round."
+        )
+
+    @property
+    def report(self) -> Report:
+        """Return the metrics on the whole validation set, with what the combination brings."""
+        best, store = self.candidates.bests[self.members[0]], self.candidates.store
+        logits_NK = self.predicted_NK.clamp_min(1e-12).log()
+        metrics = means_of_metrics(logits_NK, self.candidates.targets, store.classes)
+        values: dict[str, Any] = {**best.report, **{f"val_{name}": value for name, value in metrics.items()}}
+        values["members"] = len(self.members)
+        if self.gain is not None:
+            values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
+        return cast("Report", values)
+
+
+def read_candidates(folder: Path, records: Sequence[TrialRecord]) -> Candidates:
+    """Read the trials that can be combined: ended, not failed, with weights, and of the best one's image size.
+
+    Args:
+        folder: of the study, with its weights.
+        records: of its trials.
+
+    Raises:
+        UserError: no trial has weights, a checkpoint is damaged, or the data are not on this machine.
+    """
+    ended = [r for r in best_first(records) if r.best and r.ended and r.status != "failed"]
+    kept = [record.trial_id for record in ended if (trial_folder(folder, record.trial_id) / BEST).exists()]
+    if not kept:
+        raise UserError(f"{folder}: no ended trial has weights; wait until one has ended")
+    store = store_of(trial_folder(folder, kept[0]))
+    found: list[tuple[str, Best, Tensor]] = []
+    for trial_id in kept:
+        trial = trial_folder(folder, trial_id)
+        best = read_best(trial / BEST)
+        if store is None or (not found and best.fingerprint != store.fingerprint):
+            raise UserError(
+                f"{folder}: the packed data of its trials are not on this machine, so nothing can be chosen; run this "
+                f"where the study ran"
+            )
+        if best.fingerprint == store.fingerprint:
+            predicted_NK = read_predictions(trial, best)
+            found.append((trial_id, best, predict_split(best, store.val) if predicted_NK is None else predicted_NK))
+    assert store is not None
+    trial_ids, bests, predictions = zip(*found, strict=True)
+    return Candidates(trial_ids, bests, predictions, store)
+
+
+def combine_ensemble(candidates: Candidates, most: int) -> Combination:
+    """Choose an ensemble of at most so many trials."""
+    predictions, true_NK = candidates.predictions, candidates.targets
+    predict = mean_of(predictions)
+    members = choose_ensemble(predictions, true_NK, _all(candidates), most)
+    gain = measure_gain(
+        lambda rows: choose_ensemble(predictions, true_NK, rows, most),
+        predict,
+        len(predictions),
+        candidates.store.val.ids,
+        true_NK,
+    )
+    return Combination(candidates, members, predict(members), gain)
+
+
+def combine_soup(candidates: Candidates) -> tuple[Combination, Best]:
+    """Choose trials of the best one's backbone whose mean weights are better, and return these weights, too."""
+    candidates = candidates.only(alike(candidates.bests))
+    soup = Soup(candidates.bests, candidates.store.val, candidates.predictions)
+    count, true_NK = len(candidates.bests), candidates.targets
+    members = choose_soup(soup.predict, count, true_NK, _all(candidates))
+    gain = measure_gain(
+        lambda rows: choose_soup(soup.predict, count, true_NK, rows),
+        soup.predict,
+        count,
+        candidates.store.val.ids,
+        true_NK,
+    )
+    return Combination(candidates, members, soup.predict(members), gain), soup.best(members)
+
+
+def export_ensemble(study: Location, dest: Location, most: int, formats: Sequence[str]) -> Combination:
+    """Export an ensemble of a study's trials as one model; an earlier export at dest is replaced.
+
+    Raises:
+        UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
+    """
+    check_replaceable(dest)
+    with _weights_of(study) as folder, dest.publish() as package:
+        chosen = combine_ensemble(read_candidates(folder, load(folder).records()), most)
+        write_ensemble(package, chosen, study.name, formats)
+    delete_other_formats(dest, formats)
+    return chosen
+
+
+def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Combination:
+    """Export the mean weights of a study's trials; an earlier export at dest is replaced.
+
+    Raises:
+        UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
+    """
+    check_replaceable(dest)
+    with _weights_of(study) as folder, dest.publish() as package:
+        chosen, best = combine_soup(read_candidates(folder, load(folder).records()))
+        write_soup(package, chosen, best, study.name, formats)
+    delete_other_formats(dest, formats)
+    return chosen
+
+
+def write_ensemble(
+    dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str] = ()
+) -> None:
+    """Write the export folder of an ensemble; `notes` are sentences for its model card."""
+    candidates = chosen.candidates
+    models = [load_model(candidates.bests[number]) for number in chosen.members]
+    wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
+    whole, store = Ensemble(wholes).eval(), candidates.store
+    backbones = [str(candidates.bests[number].settings["model.backbone"]) for number in chosen.members]
+    rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
+    report = cast(
+        "Report", {**chosen.report, "images_per_second_cpu": rates[0], "images_per_second_cpu_single": rates[1]}
+    )
+    first = dataclasses.replace(candidates.bests[chosen.members[0]], report=report)
+    described = {
+        "members": [
+            {"trial": trial_id, "architecture": name}
+            for trial_id, name in zip(chosen.trial_ids, backbones, strict=True)
+        ],
+        "label_names": list(store.classes),
+        "num_classes": len(store.classes),
+        "input_size": [3, store.image_size, store.image_size],
+        **describe_run(first),
+    }
+    origin = [f"Trials {', '.join(chosen.trial_ids)} of the study {study}: {', '.join(backbones)}.", *notes]
+
+    def card(checks: str) -> str:
+        return _CARD.format(
+            members=len(chosen.members),
+            n_classes=len(store.classes),
+            classes=", ".join(store.classes),
+            files=", ".join(f"`model.{name}`" for name in formats),
+            size=store.image_size,
+            gain=chosen.sentence("ensemble"),
+            rate=rates[0],
+            rate_one=rates[1],
+            metrics=table_of_metrics(report),
+            origin="\n".join(f"- {line}" for line in [*origin, checks]),
+        )
+
+    write_model(dest, whole, first, described, card, formats=formats, store=store)
+
+
+def write_soup(
+    dest: Path, chosen: Combination, best: Best, study: str, formats: Sequence[str], notes: Sequence[str] = ()
+) -> None:
+    """Write the export folder of a soup; `notes` are sentences for its model card."""
+    origin = [
+        f"The mean of the weights of the trials {', '.join(chosen.trial_ids)} of the study {study}. "
+        f"{chosen.sentence('soup')}",
+        *notes,
+    ]
+    best = dataclasses.replace(best, report=chosen.report)
+    write_package(dest, best, origin, formats=formats, store=chosen.candidates.store)
+
+
+def _weights_of(study: Location) -> Any:
+    patterns = (f"trials/*/{name}" for name in (HISTORY, BEST, PREDICTIONS, DATA))
+    return study_files(study, JOURNAL, *patterns)
+
+
+def _all(candidates: Candidates) -> Any:
+    return torch.ones(len(candidates.store.val), dtype=torch.bool).numpy()

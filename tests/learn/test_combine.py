@@ -1,0 +1,150 @@
+"""Ensembles and soups: how members are chosen, and how the gain is measured."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.combine import (
+    Ensemble,
+    Soup,
+    alike,
+    choose_ensemble,
+    choose_soup,
+    half_of,
+    images_per_second,
+    js_of,
+    mean_of,
+    mean_weights,
+    measure_gain,
+    predict_split,
+)
+from raytune_emotion.learn.graphs import PixelsToProbabilities
+from tests.support.exports import untrained_best
+
+K = len(EMOTIONS)
+ALL = np.ones(200, bool)
+
+
+def targets(rows=200, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).dirichlet(np.full(K, 0.5), rows))
+
+
+def noisy(true_NK, strength, seed):
+    """Predictions with errors of their own."""
+    noise_NK = torch.from_numpy(np.random.default_rng(seed).normal(0, strength, true_NK.shape))
+    return (true_NK.clamp_min(1e-3).log() + noise_NK).softmax(-1)
+
+
+def test_js_is_that_of_the_definition():
+    p_NK, q_NK = targets(20), targets(20, seed=1)
+    m_NK = (p_NK + q_NK) / 2
+    expected_N = ((p_NK * (p_NK / m_NK).log2()).sum(-1) + (q_NK * (q_NK / m_NK).log2()).sum(-1)) / 2
+    assert js_of(q_NK, p_NK) == pytest.approx(expected_N.numpy())
+    assert np.isfinite(js_of(torch.eye(K)[:1].double(), torch.eye(K)[1:2].double())).all()
+
+
+def test_an_ensemble_begins_with_the_best_and_takes_what_differs():
+    true_NK = targets()
+    best, copy, other = noisy(true_NK, 1.0, 1), noisy(true_NK, 1.02, 1), noisy(true_NK, 1.1, 2)
+    assert choose_ensemble([other, best, copy], true_NK, ALL, 1) == (1,)
+    assert choose_ensemble([other, best, copy], true_NK, ALL, 2) == (1, 0)
+
+
+def test_an_ensemble_leaves_out_what_makes_it_worse():
+    true_NK = targets()
+    good, bad = noisy(true_NK, 0.3, 1), torch.full_like(true_NK, 1 / K)
+    assert choose_ensemble([bad, good, bad], true_NK, ALL, 3) == (1,)
+
+
+def test_a_choice_looks_at_its_rows_alone():
+    true_NK = targets()
+    rows = np.arange(200) < 100
+    first, second = noisy(true_NK, 0.3, 1), noisy(true_NK, 0.8, 2)
+    first[100:], second[100:] = noisy(true_NK, 5.0, 3)[100:], true_NK[100:]
+    assert choose_ensemble([first, second], true_NK, rows, 1) == (0,)
+    assert choose_ensemble([first, second], true_NK, ~rows, 1) == (1,)
+
+
+def test_halves_are_a_function_of_each_id():
+    ids = [str(number) for number in range(1000)]
+    half = half_of(ids)
+    assert 400 < half.sum() < 600
+    assert list(half_of(ids[::-1])) == list(half[::-1])
+    assert half[5] == (hashlib.sha256(b"5").digest()[0] % 2 == 0)
+
+
+def test_the_gain_is_measured_on_what_no_choice_has_seen():
+    """A model that is right on one half and wrong on the other looks best wherever it is chosen, and is not."""
+    ids = [str(number) for number in range(200)]
+    true_NK, half = targets(), torch.from_numpy(half_of(ids))
+    overfit = [torch.where(mask[:, None], true_NK, torch.full_like(true_NK, 1 / K)) for mask in (half, ~half)]
+    gain = measure_gain(lambda rows: choose_ensemble(overfit, true_NK, rows, 1), mean_of(overfit), 2, ids, true_NK)
+    uniform = float(js_of(torch.full_like(true_NK, 1 / K), true_NK).mean())
+    assert gain.single == pytest.approx(uniform, rel=0.05)
+    assert gain.gain == pytest.approx(0)
+
+
+def test_the_gain_of_different_models_is_found():
+    ids, true_NK = [str(number) for number in range(200)], targets()
+    models = [noisy(true_NK, 1.0, seed) for seed in range(3)]
+    gain = measure_gain(lambda rows: choose_ensemble(models, true_NK, rows, 3), mean_of(models), 3, ids, true_NK)
+    assert gain.combined < gain.single
+
+
+def test_no_gain_is_measured_where_a_half_is_empty():
+    true_NK = targets(1)
+    assert measure_gain(lambda rows: (0,), mean_of([true_NK]), 1, ["5"], true_NK) is None
+
+
+def test_a_soup_takes_what_does_not_harm():
+    true_NK = targets()
+    together = {(0,): 1.0, (1,): 0.9, (2,): 1.2, (1, 0): 0.8, (1, 0, 2): 2.0}
+    asked = []
+
+    def predict(members):
+        asked.append(members)
+        return noisy(true_NK, together[members], 7)
+
+    assert choose_soup(predict, 3, true_NK, ALL) == (1, 0)
+    assert asked[-1] == (1, 0, 2)
+
+
+def test_weights_are_averaged_and_counters_are_not():
+    states = [{"w": torch.tensor([value]), "n": torch.tensor(count)} for value, count in ((1.0, 4), (2.0, 9))]
+    mixed = mean_weights(states)
+    assert mixed["w"].tolist() == [1.5]
+    assert mixed["n"].item() == 4
+    assert mixed["w"].dtype == torch.float32
+
+
+def test_only_models_alike_are_averaged():
+    first, second = untrained_best("test_resnet", 32, seed=1), untrained_best("test_resnet", 32, seed=2)
+    others = [untrained_best("test_vit", 32), untrained_best("test_resnet", 48)]
+    assert alike([first, *others, second]) == [0, 3]
+
+
+def test_a_soup_predicts_with_the_mean_of_the_weights(store):
+    bests = [untrained_best("test_resnet", 32, store.classes, seed=seed) for seed in (1, 2)]
+    known = [predict_split(best, store.val) for best in bests]
+    soup = Soup(bests, store.val, known)
+    assert soup.predict((1,)) is known[1]
+    mixed = mean_weights([best.weights for best in bests])
+    expected_NK = predict_split(Best(mixed, bests[0].settings, "", bests[0].report), store.val)
+    assert torch.equal(soup.predict((1, 0)), expected_NK)
+    assert soup.predict((0, 1)) is soup.predict((1, 0))
+
+
+def test_an_ensemble_is_the_mean_of_its_members_from_pixels_on():
+    images_NHWC = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    members = [
+        PixelsToProbabilities(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, K)), (0.5,) * 3, (0.5,) * 3)
+        for _ in range(2)
+    ]
+    with torch.inference_mode():
+        expected = (members[0](images_NHWC) + members[1](images_NHWC)) / 2
+        assert torch.allclose(Ensemble(members)(images_NHWC), expected)
+    assert images_per_second(Ensemble(members), 32, seconds=0) > 0
