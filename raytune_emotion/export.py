@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from raytune_emotion.cli import command_main, location, positive
-from raytune_emotion.errors import UserError, collecting
+from raytune_emotion.cli import command_main, location, positive_integer
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import say
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trial", metavar="ID", help="id of the trial (default: the best trial)")
     add(
         "--ensemble",
-        type=positive,
+        type=positive_integer,
         metavar="K",
         help="one model: the mean prediction of at most K trials whose weights are kept (formats onnx and pt2)",
     )
@@ -66,7 +66,7 @@ def _check(args: argparse.Namespace, formats: list[str]) -> None:
         UserError: one sentence for each error.
     """
     errors: list[str] = []
-    with collecting(errors):
+    with collect_errors(errors):
         check_formats(formats)
     named = [name for name in ("trial", "ensemble", "soup") if getattr(args, name)]
     if len(named) > 1:

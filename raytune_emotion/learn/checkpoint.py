@@ -86,7 +86,7 @@ def save(
     report = progress.history[-1]
     if report["best_report"] == report["report"]:
         if prob_NK is not None:
-            _write(folder / PREDICTIONS, {"prob_NK": _plain(prob_NK.half())}, {"report": report["report"]})
+            _write(folder / PREDICTIONS, {"prob_NK": _cpu_copy(prob_NK.half())}, {"report": report["report"]})
         _write_best(folder, _best_weights(tensors), progress)
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(_line(report))

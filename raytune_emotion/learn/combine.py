@@ -183,7 +183,7 @@ def mean_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def alike(bests: Sequence[Best]) -> list[int]:
+def list_compatible(bests: Sequence[Best]) -> list[int]:
     """Return the numbers of the models that can be averaged with the first: same backbone, tensors, size and classes.
 
     Raises:

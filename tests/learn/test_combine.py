@@ -11,12 +11,12 @@ from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.combine import (
     Ensemble,
     Soup,
-    alike,
     choose_ensemble,
     choose_soup,
     half_of,
     images_per_second,
     js_of,
+    list_compatible,
     mean_of,
     mean_weights,
     measure_gain,
@@ -124,7 +124,7 @@ def test_weights_are_averaged_and_counters_are_not():
 def test_only_models_alike_are_averaged():
     first, second = untrained_best("test_resnet", 32, seed=1), untrained_best("test_resnet", 32, seed=2)
     others = [untrained_best("test_vit", 32), untrained_best("test_resnet", 48)]
-    assert alike([first, *others, second]) == [0, 3]
+    assert list_compatible([first, *others, second]) == [0, 3]
 
 
 def test_a_soup_predicts_with_the_mean_of_the_weights(store):

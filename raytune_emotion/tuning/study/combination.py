@@ -15,10 +15,10 @@ from raytune_emotion.learn.combine import (
     Ensemble,
     Gain,
     Soup,
-    alike,
     choose_ensemble,
     choose_soup,
     images_per_second,
+    list_compatible,
     load_model,
     mean_of,
     measure_gain,
@@ -188,7 +188,7 @@ def combine_ensemble(candidates: Candidates, most: int) -> Combination:
 
 def combine_soup(candidates: Candidates) -> tuple[Combination, Best]:
     """Choose trials of the best one's backbone whose mean weights are better, and return these weights, too."""
-    candidates = candidates.only(alike(candidates.bests))
+    candidates = candidates.only(list_compatible(candidates.bests))
     soup = Soup(candidates.bests, candidates.store.val, candidates.predictions)
     count, true_NK = len(candidates.bests), candidates.targets
     members = choose_soup(soup.predict, count, true_NK, _all(candidates))
