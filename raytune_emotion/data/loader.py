@@ -161,7 +161,7 @@ def _load(
 
 
 def _after_copy(batch: Batch, copied: torch.Event | None) -> Batch:
-    """Orders the caller's stream after the copy, and the memory's reuse by the side stream after the caller's."""
+    """Order the caller's stream after the copy, and the memory's reuse by the side stream after the caller's."""
     if copied is not None:
         stream = torch.cuda.current_stream(batch.x_BHWC.device)
         stream.wait_event(copied)

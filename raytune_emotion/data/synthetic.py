@@ -155,7 +155,7 @@ def _mix(a: Colour, b: Colour, share: float) -> Colour:
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Draws shapes given in the head's own frame: origin between the ears, x right, y down, half height one."""
+    """Draw shapes given in the head's own frame: origin between the ears, x right, y down, half height one."""
 
     draw: ImageDraw.ImageDraw
     to_pixels: Callable[[Points], Points]

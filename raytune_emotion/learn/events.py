@@ -17,7 +17,7 @@ _GROUPS = ("val", "train")
 
 
 class EventWriter:
-    """Appends a run's events to a file of its own in a folder.
+    """Append a run's events to a file of its own in a folder.
 
     Args:
         folder: of the run; its name is the run's name in TensorBoard.

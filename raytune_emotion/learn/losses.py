@@ -35,7 +35,7 @@ def ce(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
 
 
 def js(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
-    """Jensen-Shannon divergence, in bits: 1/2 sum_k p log2(p / m) + 1/2 sum_k q log2(q / m), m = (p + q) / 2."""
+    """Return the Jensen-Shannon divergence, bits: (sum_k p log2(p / m) + sum_k q log2(q / m)) / 2, m = (p + q) / 2."""
     log_q_BK = log_softmax(logits_BK, -1)
     # The mean in log space is finite wherever log q is, so that no term is 0 * inf, forwards or backwards.
     log_m_BK = torch.logaddexp(prob_BK.log(), log_q_BK) - math.log(2)

@@ -18,7 +18,7 @@ class MSELoss(nn.Module):
     """Mean squared error: mean_k (p - q)^2, as a mean over rows."""
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """[N, K], [N, K] -> scalar."""
+        """Return the loss, [N, K], [N, K] -> scalar."""
         _check_shapes(predictions, targets)
         return (targets - predictions).square().mean()
 
@@ -27,7 +27,7 @@ class L1Loss(nn.Module):
     """Mean absolute error: mean_k |p - q|, as a mean over rows."""
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """[N, K], [N, K] -> scalar."""
+        """Return the loss, [N, K], [N, K] -> scalar."""
         _check_shapes(predictions, targets)
         return (targets - predictions).abs().mean()
 
@@ -48,7 +48,7 @@ class _LogLoss(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """[N, K], [N, K] -> scalar. Each row of predictions is divided by its sum."""
+        """Return the loss, [N, K], [N, K] -> scalar. Each row of predictions is divided by its sum."""
         _check_shapes(predictions, targets)
         # The logarithm of 1e-7 is -16 in every type but float16, where 1e-7 is hardly a number.
         q_BK = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
@@ -95,7 +95,7 @@ class CombinedLoss(nn.Module):
         self.weights = tuple(float(weight) for _, weight in pairs)
 
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
-        """[N, K], [N, K] -> scalar."""
+        """Return the loss, [N, K], [N, K] -> scalar."""
         parts = [w * loss(predictions, targets) for loss, w in zip(self.losses, self.weights, strict=True)]
         return torch.stack(parts).sum()
 
