@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> None:
     read_spec(study)  # whether it is a study shows at once
     refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
-    from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
+    from raytune_emotion.tuning.execution.cluster import check_cluster
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
     from raytune_emotion.tuning.execution.placement import fit_here, fit_to_cluster
     from raytune_emotion.tuning.report.conclusion import conclude_confirmation
-    from raytune_emotion.tuning.report.console import run_with_progress
+    from raytune_emotion.tuning.report.console import open_session, run_with_progress
     from raytune_emotion.tuning.study.confirmation import (
         CONFIRMED,
         enqueue_runs,
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     with open_study(folder) as confirmation:
         ended = None
         try:
-            with ray_session(request.address) as cluster:
+            with open_session(request.address) as cluster:
                 placement = fit_to_cluster(
                     workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
                 )

@@ -26,7 +26,7 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import count, plain_console
+from raytune_emotion.terminal import announce, count, plain_console
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
@@ -146,10 +146,12 @@ def run(args: argparse.Namespace) -> None:
     if request.dry_run:
         _dry_run(request)
         return
-    place = request.find_study()
-    if request.resume:
-        refuse_absent_gpu(request.gpus_per_worker, request.address)
-    _search(request, place, None if request.resume else _check_new(request, place))
+    with announce("reading the study" if request.resume else "reading the search space and the data"):
+        place = request.find_study()
+        if request.resume:
+            refuse_absent_gpu(request.gpus_per_worker, request.address)
+        new = None if request.resume else _check_new(request, place)
+    _search(request, place, new)
 
 
 def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
@@ -218,14 +220,14 @@ def _dry_run(request: SearchRequest) -> None:
 
 def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> None:
     """Run a study: a new one, or one that goes on."""
-    from raytune_emotion.tuning.execution.cluster import ray_session
-    from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-    from raytune_emotion.tuning.execution.gpu_sharing import check_room, fastest_share
-    from raytune_emotion.tuning.execution.placement import fit_to_cluster
-    from raytune_emotion.tuning.report.conclusion import conclude
-    from raytune_emotion.tuning.report.console import run_with_progress
-    from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
-    from raytune_emotion.tuning.study.open_study import OpenStudy, make_study, open_study, raise_epochs
+    with announce("loading PyTorch and Ray"):
+        from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+        from raytune_emotion.tuning.execution.gpu_sharing import check_room, fastest_share
+        from raytune_emotion.tuning.execution.placement import fit_to_cluster
+        from raytune_emotion.tuning.report.conclusion import conclude
+        from raytune_emotion.tuning.report.console import open_session, run_with_progress
+        from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
+        from raytune_emotion.tuning.study.open_study import OpenStudy, make_study, open_study, raise_epochs
 
     console, folder = plain_console(), place.working_folder()
     # Until all is written, the study's folder is this process's alone.
@@ -242,7 +244,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             spec = new_spec(request, place.name, new.space, new.data)
         begun, ended = False, None
         try:
-            with ray_session(request.address) as cluster:
+            with open_session(request.address) as cluster:
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)

@@ -1,8 +1,10 @@
 """Write text for people: on the console, in messages, and as a command that they can type."""
 
+import contextlib
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,24 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on standard error."""
     print(escape(text), file=sys.stderr, flush=True)
+
+
+def is_screen(console: Console) -> bool:
+    """Tell whether what is written to a console can be drawn again: not so a file, a job's log or a notebook."""
+    # Rich takes a file for a terminal where FORCE_COLOR is set.
+    return console.is_terminal and not (console.is_jupyter or console.is_dumb_terminal) and console.file.isatty()
+
+
+@contextlib.contextmanager
+def announce(what: str) -> Iterator[None]:
+    """Say on standard error what is done while the block runs: in a terminal only until it ends, else as a line."""
+    console = plain_console(stderr=True)
+    if not is_screen(console):
+        warn(what)
+        yield
+        return
+    with console.status(Text(escape(what)), spinner="dots"):
+        yield
 
 
 def count(number: float, noun: str, nouns: str | None = None) -> str:

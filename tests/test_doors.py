@@ -103,3 +103,21 @@ def test_wrong_input_is_refused_before_anything_heavy_is_imported(argv, said, tm
     assert (code, told[:11]) == (2, "imported []")
     assert said in told
     assert "Traceback" not in told
+
+
+def test_search_says_what_it_does_before_anything_heavy_is_imported(tmp_path):
+    code = (
+        "import sys\n"
+        "class FirstWord:\n"
+        "    said = ''\n"
+        "    def write(self, text):\n"
+        f"        self.said = self.said or text.strip() + str(sorted({_HEAVY!r} & {{*sys.modules}}))\n"
+        "    def flush(self): pass\n"
+        "    def isatty(self): return False\n"
+        "sys.stderr = FirstWord()\n"
+        "from raytune_emotion.__main__ import main\n"
+        "main(['search', '--data', 'none'])\n"
+        "print(sys.stderr.said)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "reading the search space and the data[]\n"

@@ -7,7 +7,7 @@ else writes the record of a running study.
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,6 +55,12 @@ class Event:
     status: Status
     report: Heard | None  # the part of the latest report that is sent to the driver
     reason: str
+
+    @property
+    def worker(self) -> str:
+        """Name the process that has sent the report, `host:pid`; empty where it is not known."""
+        sent: Mapping[str, object] = self.report or {}
+        return f"{sent['host']}:{sent['pid']}" if "host" in sent and "pid" in sent else ""
 
 
 T = TypeVar("T")

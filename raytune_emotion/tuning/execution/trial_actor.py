@@ -4,6 +4,7 @@ This module, and what it imports, is all that such a process needs: neither Ray 
 """
 
 import os
+import platform
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ class TrialActor:
             return {ENDING: Failed(str(error))}
         except Breakdown as error:
             return {ENDING: Broken(str(error))}
-        return {"pid": os.getpid(), **{name: value for name, value in report.items() if name in HEARD}}
+        heard = {name: value for name, value in report.items() if name in HEARD}
+        return {"pid": os.getpid(), "host": platform.node(), **heard}
 
     def reset(self, config: dict[str, Any]) -> bool:
         """Leave the trial, and begin with another."""

@@ -1,18 +1,37 @@
-"""Show a running study on the console."""
+"""Show a running study on the console: a view that is drawn again and again in a terminal, lines elsewhere."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.live import Live
 
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.terminal import count
+from raytune_emotion.terminal import announce, count, is_screen
+from raytune_emotion.tuning.execution import cluster
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
 from raytune_emotion.tuning.execution.placement import Placement
-from raytune_emotion.tuning.execution.recorder import Event
+from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
+from raytune_emotion.tuning.report.live_view import LiveView
+from raytune_emotion.tuning.report.summary import duration
 from raytune_emotion.tuning.study.open_study import OpenStudy
+
+#: Between two lines on how a study stands, where nothing can be drawn again.
+_EVERY_S = 60.0
+_REFRESHES_PER_S = 4
+
+
+@contextmanager
+def open_session(address: str | None) -> Iterator[ClusterWatch]:
+    """Join or start a Ray cluster as `ray_session` does, and say so."""
+    with ExitStack() as stack:
+        with announce(f"joining the Ray cluster at {address}" if address else "starting Ray"):
+            watch = stack.enter_context(cluster.ray_session(address))
+        yield watch
 
 
 def run_with_progress(
@@ -22,47 +41,54 @@ def run_with_progress(
     *,
     time_budget: timedelta | None = None,
     failure: Callable[[], str] = lambda: "",
+    watches: Sequence[Watch] = (),
 ) -> None:
-    """Run a study as `run_study` does, with a line for each trial that ends and, in a terminal, a bar below them."""
-    with _progress(console, study) as watch:
+    """Run a study as `run_study` does, and show how it stands.
+
+    Args:
+        console: to show it on.
+        study: to run.
+        placement: of its trials.
+        time_budget: of the study.
+        failure: says what of the cluster has died.
+        watches: what else hears of all that happens to trials.
+    """
+    with _show_events(console, StudyProgress(study, time_budget=time_budget)) as show:
+
+        def watch(event: Event) -> None:
+            for hear in (show, *watches):
+                hear(event)
+
         run_study(study, placement, time_budget=time_budget, watch=watch, say=console.print, failure=failure)
 
 
 @contextmanager
-def _progress(console: Console, study: OpenStudy) -> Iterator[Callable[[Event], None]]:
-    """Print a line for each trial that ends, and below them, in a terminal, a bar."""
-    progress = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
-    running: dict[str, str] = {}
-    records = study.records()
-    ended = {record.trial_id for record in records if record.ended}
-    reached = {r.trial_id: r.best["val_js"] for r in records if r.best and r.status != "failed"}
+def _show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
+    """Show a study until the block ends, with a line for each trial that has ended."""
 
-    def text() -> str:
-        if not reached:
-            return "no evaluation yet"
-        return f"best {min(reached.values()):.4f}  running {', '.join(running.values())}"
-
-    def watch(event: Event) -> None:
-        trial_id = event.proposal.trial_id
-        if event.report is not None:
-            reached[trial_id] = event.report[OBJECTIVE]
-            running[trial_id] = f"{trial_id} {event.report[OBJECTIVE]:.4f}"
-        if event.status != "running":
-            running.pop(trial_id, None)
-        if event.status == "failed":  # it is never the best
-            reached.pop(trial_id, None)
+    def hear(event: Event) -> None:
+        progress.watch(event)
         if event.status not in ("running", "paused"):
-            ended.add(trial_id)
-            progress.update(bar, completed=len(ended))
-            progress.console.print(_line(event))
-        progress.update(bar, description=text())
+            console.print(line_of(event))
 
-    with progress:
-        bar = progress.add_task(text(), total=study.spec.trials, completed=len(ended))
-        yield watch
+    if is_screen(console):
+        with Live(LiveView(progress), console=console, refresh_per_second=_REFRESHES_PER_S):
+            yield hear
+        return
+    due = time.monotonic() + _EVERY_S
+
+    def hear_and_sum_up(event: Event) -> None:
+        nonlocal due
+        hear(event)
+        if time.monotonic() >= due:
+            console.print(sum_up(progress.snapshot()))
+            due = time.monotonic() + _EVERY_S
+
+    yield hear_and_sum_up
 
 
-def _line(event: Event) -> str:
+def line_of(event: Event) -> str:
+    """Say in a line how a trial has ended."""
     settings = event.proposal.settings
     what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
     what += [
@@ -76,3 +102,19 @@ def _line(event: Event) -> str:
     else:
         outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
+
+
+def sum_up(snapshot: Snapshot) -> str:
+    """Say in a line how a study stands."""
+    summary, paused = snapshot.summary, snapshot.summary.trials["paused"]
+    best = summary.best
+    parts = [
+        f"{snapshot.ended} of {count(summary.trials_planned, 'trial')} ended, {len(snapshot.at_work)} at work"
+        + (f", {paused} paused" if paused else ""),
+        f"best JS {best.val_js:.4f} bits, trial {best.trial_id}" if best else "no evaluation yet",
+    ]
+    if summary.trials_per_hour is not None:
+        parts.append(f"{summary.trials_per_hour:.3g} trials an hour")
+    if snapshot.end_in is not None:
+        parts.append(f"about {duration(snapshot.end_in)} left")
+    return f"after {duration(snapshot.session_seconds)}: {'; '.join(parts)}"

@@ -92,8 +92,8 @@ def describe(summary: Summary) -> list[str]:
     ]
     if summary.started is not None:
         since = summary.seconds_since_evaluation
-        heard = f", last evaluation {_duration(since)} ago" if since is not None and not summary.finished else ""
-        lines.append(f"time        {_duration(summary.elapsed_seconds)} since the start{heard}")
+        heard = f", last evaluation {duration(since)} ago" if since is not None and not summary.finished else ""
+        lines.append(f"time        {duration(summary.elapsed_seconds)} since the start{heard}")
     if summary.best is None:
         return [*lines, "best JS     no evaluation yet"]
     best = summary.best
@@ -102,7 +102,7 @@ def describe(summary: Summary) -> list[str]:
     if summary.best_js_by_time:
         first, lowest = summary.best_js_by_time[0][1], summary.best_js_by_time[-1][1]
         lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
-    lines += [f"  {name} {_value_text(value)}" for name, value in best.settings.items()]
+    lines += [f"  {name} {value_text(value)}" for name, value in best.settings.items()]
     return lines
 
 
@@ -164,11 +164,11 @@ def _length_of_union(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

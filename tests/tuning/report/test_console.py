@@ -1,48 +1,133 @@
+"""What a running study shows: in a terminal, in a file and in a notebook."""
+
 import io
+import os
+import re
+import subprocess
+import sys
+import termios
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from raytune_emotion.tuning.execution.recorder import Event
-from raytune_emotion.tuning.report.console import _line, _progress
+from raytune_emotion.terminal import announce, is_screen
+from raytune_emotion.tuning.report import console as console_module
+from raytune_emotion.tuning.report.console import _show_events, line_of, sum_up
+from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.study.open_study import load, make_study
-from raytune_emotion.tuning.study.optuna_study import Proposal
-from tests.support.reports import make_report
+from tests.support.events import Clock, event
 from tests.support.studies import spec_of
 
 
 @pytest.fixture
-def shown(tmp_path, store):
-    """What the bar shows after some events."""
-    make_study(tmp_path / "study", spec_of(store, baseline={"js": 0.4, "kl": 1.2}))
-
-    def show(*events):
-        console = Console(file=io.StringIO(), force_terminal=True, width=200)
-        with _progress(console, load(tmp_path / "study")) as watch:
-            for event in events:
-                watch(event)
-        return [line for line in console.file.getvalue().splitlines() if "0/4" in line or "1/4" in line][-1]
-
-    return show
+def progress(tmp_path, store):
+    make_study(tmp_path / "study", spec_of(store, trials=8, epochs=4))
+    return StudyProgress(load(tmp_path / "study"), clock=Clock())
 
 
-def event(trial_id, status, js=None, reason="", **settings):
-    return Event(Proposal(trial_id, settings, None), status, make_report(1, js) if js else None, reason)
+def on_terminal(code: str, columns: int) -> str:
+    """What a Python program writes to a terminal of so many columns."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, columns))
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            written += (part := os.read(ours, 65536))
+        except OSError:  # all is read, and the process has ended
+            break
+        if not part:
+            break
+    os.close(ours)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
 
 
-def test_the_bar_shows_no_best_before_a_trial_has_one(shown):
-    """The baseline is no trial's."""
-    assert "no evaluation yet" in shown(event("0000", "running"))
-    assert "best 0.4700" in shown(event("0000", "running", 0.47)), "though the baseline is better"
+def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
+    code = f"""
+        import time
+        from pathlib import Path
+        from types import SimpleNamespace
+        from raytune_emotion.terminal import plain_console
+        from raytune_emotion.tuning.report.console import _show_events
+        from raytune_emotion.tuning.report.live_state import StudyProgress
+        from raytune_emotion.tuning.study.open_study import load, make_study
+        from tests.support.events import event
+        from tests.support.studies import spec_of
+
+        folder = Path({str(tmp_path / "study")!r})
+        make_study(folder, spec_of(SimpleNamespace(image_size=32, path="s", fingerprint="f"), trials=8, epochs=4))
+        with _show_events(plain_console(), StudyProgress(load(folder))) as hear:
+            hear(event("0000", "running", 0.3))
+            time.sleep(0.6)  # it is drawn four times a second
+            hear(event("0000", "failed", reason="[/b] diverged"))
+            hear(event("0001", "running", 0.25))
+        """
+    written = on_terminal(textwrap.dedent(code), 80)
+    assert "\x1b[1A" in written, "nothing was drawn again"
+    # Every drawing begins at the label of its first line.
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.rpartition("trials   ")[2])
+    assert "● 1 failed" in last
+    assert "● 1 running" in last
+    assert "0.2500 bits" in last
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written))
+    assert any(line.startswith("0000  failed    [/b] diverged") for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert "\x1b[?25h" in written, "the cursor is shown again"
 
 
-def test_a_failed_trial_is_not_the_best_in_the_bar(shown):
-    failed = [event("0000", "running", 0.1), event("0000", "failed", reason="diverged")]
-    assert "no evaluation yet" in shown(*failed)
-    assert "best 0.3000" in shown(event("0001", "running", 0.3), *failed)
+def test_a_file_and_a_notebook_get_lines(progress):
+    file = io.StringIO()
+    for forced in (
+        Console(file=file, force_terminal=True),  # as by FORCE_COLOR in a job's log
+        SimpleNamespace(is_terminal=True, is_jupyter=True, is_dumb_terminal=False, file=SimpleNamespace(isatty=int)),
+    ):
+        assert not is_screen(forced)
+    with _show_events(Console(file=file, width=200), progress) as hear:
+        hear(event("0000", "running", 0.3))
+        hear(event("0000", "complete", 0.3, 4.0))
+    assert file.getvalue() == f"{line_of(event('0000', 'complete', 0.3, 4.0))}\n"
+
+
+def test_a_file_gets_a_line_on_the_study_now_and_then(progress, monkeypatch):
+    file, times = io.StringIO(), iter([0.0, 59.0, 61.0, 61.0, 62.0])
+    monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with _show_events(Console(file=file, width=200), progress) as hear:
+        hear(event("0000", "running", 0.3))
+        assert file.getvalue() == ""
+        hear(event("0001", "running"))
+        assert file.getvalue() == "after 0 s: 0 of 8 trials ended, 2 at work; best JS 0.3000 bits, trial 0000\n"
+        hear(event("0001", "running", 0.4))
+    assert file.getvalue().count("after") == 1
+
+
+def test_a_line_on_the_study_says_rate_and_time_left(progress):
+    clock = progress._clock
+    progress.watch(event("0000", "running"))
+    progress.watch(event("0001", "paused", 0.5))
+    clock.now += 60
+    progress.watch(event("0000", "complete", 0.3))
+    assert sum_up(progress.snapshot()) == (
+        "after 1 min 00 s: 1 of 8 trials ended, 0 at work, 1 paused; best JS 0.3000 bits, trial 0000; "
+        "60 trials an hour; about 7 min 00 s left"
+    )
 
 
 def test_a_line_leaves_out_losses_without_weight():
-    line = _line(event("0000", "complete", 0.3, **{"loss.kl": 0.996, "loss.ce": 0.004, "optim.lr": 0.001}))
+    line = line_of(event("0000", "complete", 0.3))
     assert "kl 1.00" in line
     assert "ce" not in line.replace("complete", "")
+
+
+def test_work_is_said_as_a_line_where_nothing_can_be_drawn_again(capsys):
+    with announce("starting [b]Ray"):
+        assert capsys.readouterr() == ("", "starting [b]Ray\n")
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,171 @@
+"""Follow a running study by its events: what its trials do now, and what it has reached."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import get_args
+
+from raytune_emotion.learn.report import OBJECTIVE, Heard
+from raytune_emotion.tuning.execution.recorder import Event
+from raytune_emotion.tuning.report.summary import BestTrial, Summary, summarize
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.optuna_study import Proposal, Status
+
+_ENDED: tuple[Status, ...] = ("complete", "pruned", "failed")
+#: Between two looks at the disk: a study may have thousands of files.
+_DISK_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialAtWork:
+    """A trial that a process trains now."""
+
+    proposal: Proposal
+    since: float  # when it was given to a process, in seconds of the session
+    report: Heard | None  # None before its first evaluation here
+    worker: str  # host and process; empty before the first evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """What a study takes of its disk, and what is free there, in bytes."""
+
+    used: int
+    free: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A running study at one moment."""
+
+    summary: Summary
+    epochs: int  # of a trial that is not stopped
+    session_seconds: float  # since this process began to run trials
+    seconds_left: float | None  # at this rate; None where no trial has ended yet
+    budget_left: float | None  # seconds of the time budget; None without one
+    at_work: tuple[TrialAtWork, ...]  # in the order of their start
+    disk: Disk
+
+    @property
+    def ended(self) -> int:
+        return sum(self.summary.trials[status] for status in _ENDED)
+
+    @property
+    def end_in(self) -> float | None:
+        """Return in how many seconds the study, or its time budget, is expected to end; None where it is not known."""
+        known = [seconds for seconds in (self.seconds_left, self.budget_left) if seconds is not None]
+        return min(known, default=0.0) or None
+
+
+class StudyProgress:
+    """Know how a running study stands. One thread may report events while another asks for snapshots."""
+
+    def __init__(
+        self,
+        study: OpenStudy,
+        *,
+        time_budget: timedelta | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with what earlier sessions have reached."""
+        records = study.records()
+        self._name, self._folder, self._epochs = study.folder.name, study.folder, study.spec.epochs
+        self._earlier = summarize(study.spec, study.optuna, records, now=time.time(), name=self._name)
+        self._clock, self._began = clock, clock()
+        self._budget = time_budget.total_seconds() if time_budget is not None else None
+        # The pause between two sessions is left out of the time.
+        points = self._earlier.best_js_by_time
+        self._before = points[-1][0] if points else 0.0
+        self._points: list[tuple[float, float, str]] = [(seconds, js, "") for seconds, js in points]
+        # What is called running at the start runs only once this session takes it up.
+        self._states: dict[str, Status] = {r.trial_id: r.status for r in records if r.status != "running"}
+        self._reached = {
+            r.trial_id: BestTrial(r.trial_id, r.status, r.best["val_js"], r.best["epoch"], r.settings)
+            for r in records
+            if r.best and r.status != "failed"
+        }
+        self._at_work: dict[str, TrialAtWork] = {}
+        self._ended_here = 0
+        self._disk, self._disk_due = Disk(0, 0), clock()
+        self._lock = threading.Lock()
+
+    def watch(self, event: Event) -> None:
+        """Take in what happened to a trial."""
+        with self._lock:
+            self._take_in(event)
+
+    def _take_in(self, event: Event) -> None:
+        trial_id, now = event.proposal.trial_id, self._clock() - self._began
+        self._states[trial_id] = event.status
+        if event.report is not None:
+            self._reach(event.proposal, event.status, event.report, now)
+        if event.status == "running":
+            before = self._at_work.get(trial_id)
+            since = before.since if before else now
+            self._at_work[trial_id] = TrialAtWork(event.proposal, since, event.report, event.worker)
+            return
+        self._at_work.pop(trial_id, None)
+        self._ended_here += event.status in _ENDED
+        if event.status == "failed":  # it is never the best
+            self._reached.pop(trial_id, None)
+            self._points = [point for point in self._points if point[2] != trial_id]
+
+    def _reach(self, proposal: Proposal, status: Status, report: Heard, now: float) -> None:
+        trial_id, js = proposal.trial_id, report[OBJECTIVE]
+        known = self._reached.get(trial_id)
+        if known is None or js < known.val_js:
+            self._reached[trial_id] = BestTrial(trial_id, status, js, report["epoch"], proposal.settings)
+        if not self._points or js < self._points[-1][1]:
+            self._points.append((self._before + now, js, trial_id))
+
+    def snapshot(self) -> Snapshot:
+        """Return how the study stands now."""
+        with self._lock:
+            return self._snapshot(self._clock())
+
+    def _snapshot(self, now: float) -> Snapshot:
+        if now >= self._disk_due:
+            self._disk, self._disk_due = disk_of(self._folder), now + _DISK_S
+        session, counts = now - self._began, Counter(self._states.values())
+        best = min(self._reached.values(), key=lambda b: (b.val_js, b.trial_id), default=None)
+        points = [(seconds, js) for seconds, js, _ in self._points]
+        if best is not None:
+            points.append((self._before + session, best.val_js))
+        rate = self._ended_here / session if self._ended_here and session > 0 else None
+        summary = dataclasses.replace(
+            self._earlier,
+            trials={status: counts[status] for status in get_args(Status)},
+            best=best,
+            elapsed_seconds=self._before + session,
+            trials_per_hour=rate * 3600 if rate else self._earlier.trials_per_hour,
+            best_js_by_time=points,
+        )
+        left = self._earlier.trials_planned - sum(counts[status] for status in _ENDED)
+        return Snapshot(
+            summary,
+            self._epochs,
+            session,
+            max(0, left) / rate if rate else None,
+            max(0.0, self._budget - session) if self._budget is not None else None,
+            tuple(self._at_work.values()),
+            self._disk,
+        )
+
+
+def disk_of(folder: Path) -> Disk:
+    """Look at what a folder takes of its disk. Files may come and go meanwhile."""
+    used = 0
+    for file in folder.rglob("*"):
+        try:
+            used += file.stat().st_size if file.is_file() else 0
+        except OSError:
+            continue
+    try:
+        return Disk(used, shutil.disk_usage(folder).free)
+    except OSError:
+        return Disk(used, 0)

@@ -1,0 +1,163 @@
+"""How a running study is followed by its events, and drawn."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from raytune_emotion.terminal import plain_console
+from raytune_emotion.tuning.report.live_state import StudyProgress
+from raytune_emotion.tuning.report.live_view import LiveView, size
+from raytune_emotion.tuning.study.open_study import load, make_study
+from tests.support.events import Clock, event
+from tests.support.studies import spec_of, write_study
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def progress(tmp_path, store, clock):
+    make_study(tmp_path / "study", spec_of(store, trials=8, epochs=4, baseline={"js": 0.4, "kl": 1.2}))
+    return StudyProgress(load(tmp_path / "study"), clock=clock)
+
+
+def drawn(progress, width=80, height=40):
+    """The lines of the view, as a terminal of this size shows them."""
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
+    console.print(LiveView(progress))
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def feed(progress, clock, *events):
+    for each in events:
+        clock.now += 10
+        progress.watch(each)
+
+
+def test_trials_are_counted_by_their_state(progress, clock):
+    feed(progress, clock, *(event(f"000{n}", "running") for n in range(5)))
+    feed(progress, clock, event("0000", "complete", 0.3, 4), event("0001", "pruned", 0.4), event("0002", "failed"))
+    feed(progress, clock, event("0003", "paused", 0.35))
+    now = progress.snapshot()
+    assert now.summary.trials == {"complete": 1, "pruned": 1, "failed": 1, "running": 1, "paused": 1}
+    assert [trial.proposal.trial_id for trial in now.at_work] == ["0004"]
+    counts = drawn(progress)[2]
+    assert counts.split("●")[1:] == [f" 1 {state}   " for state in ("complete", "pruned", "failed", "paused")] + [
+        " 1 running"
+    ]
+    feed(progress, clock, event("0003", "running"))  # taken up again
+    assert progress.snapshot().summary.trials["paused"] == 0
+
+
+def test_the_best_trial_is_shown_with_its_settings(progress, clock):
+    """The baseline is no trial's, however good."""
+    assert "no evaluation yet" in "".join(drawn(progress))
+    feed(progress, clock, event("0000", "running", 0.47), event("0001", "running", 0.2, 3.0))
+    lines = drawn(progress)
+    (best,) = (line for line in lines if line.startswith("best JS"))
+    assert best.split()[2:] == [
+        "0.2000",
+        "bits",
+        "trial",
+        "0001,",
+        "epoch",
+        "3",
+        "the",
+        "training",
+        "mean",
+        "has",
+        "0.4000",
+    ]
+    text = "\n".join(lines)
+    assert "model.backbone test_resnet" in text
+    assert "0.006123" in text
+    assert "loss.ce" not in text, "a loss without weight is left out"
+
+
+def test_a_failed_trial_is_never_the_best(progress, clock):
+    feed(progress, clock, event("0001", "running", 0.3), event("0000", "running", 0.1))
+    feed(progress, clock, event("0000", "failed", reason="diverged"))
+    now = progress.snapshot().summary
+    assert (now.best.trial_id, now.best.val_js) == ("0001", 0.3)
+    assert now.best_js_by_time[-1][1] == 0.3
+    assert min(js for _, js in now.best_js_by_time) == 0.3
+
+
+def test_rate_and_time_left_are_those_of_this_session(progress, clock):
+    assert progress.snapshot().end_in is None
+    feed(progress, clock, event("0000", "running"), event("0000", "complete", 0.3), event("0001", "running"))
+    feed(progress, clock, event("0001", "pruned", 0.4))
+    now = progress.snapshot()  # two of eight ended in 40 s
+    assert now.summary.trials_per_hour == pytest.approx(2 / 40 * 3600)
+    assert now.end_in == pytest.approx(6 * 20)
+    assert "180 trials an hour  ·  about 2 min 00 s left" in "".join(drawn(progress))
+
+
+def test_a_study_that_goes_on_counts_what_it_has_and_leaves_the_pause_out(tmp_path, store, clock):
+    write_study(tmp_path / "study", store)
+    study = load(tmp_path / "study")
+    progress = StudyProgress(study, clock=clock)
+    before = progress.snapshot()
+    assert before.summary.trials["complete"] == before.ended == 3
+    assert before.session_seconds == 0.0
+    reached, best = before.summary.best_js_by_time[-1]
+    assert before.summary.best.val_js == best
+    feed(progress, clock, event("0003", "running", best / 2))
+    assert progress.snapshot().summary.best_js_by_time[-1] == (pytest.approx(reached + 10), best / 2)
+
+
+def test_each_worker_is_shown_with_what_it_does(progress, clock):
+    feed(progress, clock, event("0000", "running", 0.3, 2.5), event("0001", "running"))
+    first, second = drawn(progress, width=120)[-2:]
+    assert first.split()[2:] == [
+        "0000", "━" * 10 + "─" * 6, "2.5", "of", "4", "0.3000", "1,234", "img/s", "test_resnet", "process", "4711"
+    ]  # fmt: skip
+    assert second.split()[0] == "0001"
+    assert "no evaluation yet, 0 s" in second
+    feed(progress, clock, event("0001", "running", 0.3, worker=("node-b", 7)))
+    assert [line[line.index("node") :] for line in drawn(progress, width=120)[-2:]] == [
+        "node-a, process 4711",
+        "node-b, process 7",
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("height", [20, 50])
+def test_the_view_fits_any_screen(progress, clock, width, height):
+    many = {f"augment.setting_{n}": "a rather long value" * 3 for n in range(30)}
+    feed(progress, clock, *(event(f"{n:04d}", "running", 0.4 - n / 1000, settings=many) for n in range(64)))
+    lines = drawn(progress, width, height)
+    assert max(map(len, lines)) <= width
+    assert len(lines) < height
+    rows = [line for line in lines if re.match(r"(at work)? +\d{4} [━─]", line)]
+    assert lines[-1].split() == ["and", str(64 - len(rows)), "more"]
+
+
+def test_text_from_outside_is_no_markup_and_no_control_code(progress, clock):
+    bad = {"model.backbone": "[red]a[/b]\x1b[2J", "optim.name": "[/]:smile:"}
+    feed(progress, clock, event("[b]1", "running", 0.3, worker=("[link=x]h\x07", 1), settings=bad))
+    feed(progress, clock, event("0001", "running", 0.4, worker=("other", 1)))
+    text = "\n".join(drawn(progress, width=160))
+    for shown in ("[red]a[/b]", "[/]:smile:", "[b]1", "[link=x]h\\x07"):
+        assert shown in text
+    assert "\x1b[2J" not in text
+    assert "\x07" not in text
+
+
+def test_a_plain_console_draws_the_same(progress, clock, monkeypatch, capsys):
+    """It lets the terminal break lines elsewhere."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "40")
+    feed(progress, clock, event("0000", "running", 0.3))
+    plain_console().print(LiveView(progress))
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == drawn(progress)
+
+
+def test_sizes_are_written_as_people_read_them():
+    assert [size(n) for n in (0, 999, 1000, 24_300_000, 5.63e10, 2e12)] == [
+        "0 B", "999 B", "1 kB", "24.3 MB", "56.3 GB", "2 TB"
+    ]  # fmt: skip
