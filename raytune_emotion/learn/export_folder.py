@@ -29,94 +29,26 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.backbones import short_name
+from raytune_emotion.learn.calibration import calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph, write_graph
 from raytune_emotion.learn.model import Colour, build_model, mean_std
-from raytune_emotion.learn.origin import Origin, check_arguments, find_origin, licence
-from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.model_card import Evidence, render_card
+from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
+from raytune_emotion.learn.validation import predict_split
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
 
 TIMM = "timm"
-#: By how much a probability of a format may differ from that of the model in training.
+#: By how much a probability of a format may differ from that of the model in memory.
 TOLERANCE = 1e-4
 _COMPARED = 64  # validation images that the formats are compared on
 _DRAWN = 8  # faces in their place
 
 _IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
-
-_MEANINGS = {
-    "js": "Jensen-Shannon divergence, bits",
-    "kl": "Kullback-Leibler divergence of the prediction from the target, nats",
-    "ce": "cross-entropy, nats",
-    "tvd": "total variation distance",
-    "mse": "mean squared error",
-    "l1": "mean absolute error",
-    "emd": "earth mover's distance over the order of the classes",
-    "emd_va": "earth mover's distance in the plane of valence and arousal",
-    "chebyshev": "Chebyshev distance",
-    "clark": "Clark distance",
-    "canberra": "Canberra distance",
-    "cosine": "cosine similarity (more is better)",
-    "intersection": "intersection (more is better)",
-    "accuracy": "accuracy of the likeliest class (more is better)",
-}
-
-_CARD = """\
----
-library_name: timm
-pipeline_tag: image-classification
-tags: [timm, facial-expression, label-distribution-learning]
----
-
-# Distributions of emotion from faces: {architecture}
-
-For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
-{classes}.
-
-```python
-import timm, torch
-from PIL import Image
-
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-prob_BK = model(transform(Image.open("face.jpg").convert("RGB"))[None]).softmax(-1)
-```
-
-or, with pictures read exactly as in training: `python -m raytune_emotion.predict {folder} face.jpg`.
-
-The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above, which is
-that of `label_names` in `config.json`.
-
-## How good it is
-
-Means over the validation set, after {epochs}:
-
-{metrics}
-
-The epoch was chosen by the Jensen-Shannon divergence on this same set, and in a search so were the settings: on new
-faces, expect somewhat worse.
-
-## Limits
-
-- It predicts the emotion that is *perceived* in a face by those who annotated its training data, not what its owner
-  feels. Faces are poor evidence of feelings: decide nothing about a person by it.
-- It knows faces such as those of its training data. Other ages, skin tones, poses, lighting or croppings can make it
-  worse; how much was not measured.
-- What it was trained on has licences of its own, which may restrict its use.
-
-## Where it comes from
-
-{origin}
-
-| setting | value |
-|---|---|
-{settings}
-"""
 
 
 @dataclass(frozen=True)
@@ -202,25 +134,27 @@ def write_package(
             f"the version that they were trained with"
         ) from error
     origin = find_origin(config.model, weights=False)
-    described = _timm_config(model, config, origin) | describe_run(best)
+    evidence = _examine(model, store, best)
+    described = _timm_config(model, config, origin) | describe_run(best, evidence.temperature)
+    formats = list(dict.fromkeys(formats))
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
     write_model(
         dest,
         whole,
         best,
         described,
-        lambda checks: _card(dest.name, described, config, best, [*notes, checks]),
+        lambda checks: render_card(dest.name, described, config, best, formats, evidence, [*notes, checks]),
         formats=formats,
         store=store,
     )
 
 
-def describe_run(best: Best) -> dict[str, Any]:
-    """Return what `config.json` says of the run: this project's version, the data and the settings."""
+def describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
+    """Return what `config.json` says of the run: this project's version, the data, the temperature and the settings."""
     # Where the weights of a pretrained start lay is of no use to others.
     settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
-    own = {"version": __version__, "data_fingerprint": best.fingerprint, "settings": settings}
-    return {"raytune_emotion": own}
+    own = {"version": __version__, "data_fingerprint": best.fingerprint, "temperature": temperature}
+    return {"raytune_emotion": {**own, "settings": settings}}
 
 
 def write_model(
@@ -251,17 +185,32 @@ def write_model(
     sample = _sample_of(store, best, config)
     with torch.inference_mode(), exact_fp32():
         prob_NK = whole(torch.from_numpy(sample.images_NHWC)).double().numpy()
+    formats = list(dict.fromkeys(formats))
 
     check_replaceable(Folder(dest))
     with _replacement(dest) as new:
         write_text(new / CONFIG, _json(described))
         write_text(new / METRICS, _json(best.report))
         checks = []
-        for name in dict.fromkeys(formats):
+        for name in formats:
             difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
-            checks.append(f"`{FORMATS[name]}` differs from the model in training by {difference:.1g} at most.")
+            checks.append(f"`{FORMATS[name]}` differs from the model by {difference:.1g} at most.")
         checks.append(f"Differences of probabilities, on {sample.name}; up to {TOLERANCE:g} is accepted.")
         write_text(new / CARD, card(" ".join(checks)))
+
+
+def _examine(model: nn.Module, store: Store | None, best: Best) -> Evidence:
+    """Predict the validation set, and calibrate the model by it where that helps; the model's last layer is changed."""
+    if store is None or store.fingerprint != best.fingerprint:
+        return Evidence(None, 0, None, 1.0)
+    predictions = predict_split(model, store.val, store.classes)
+    calibration, temperature = calibrate(predictions), 1.0
+    if calibration is not None and calibration.helps:
+        images_NHWC = store.val.gather(np.arange(min(_DRAWN, len(store.val))))
+        if divide_logits(model, calibration.temperature, normalise(torch.from_numpy(images_NHWC), *mean_std(model))):
+            temperature = calibration.temperature
+            predictions = predictions.at_temperature(temperature)
+    return Evidence(predictions, len(store.val), calibration, temperature)
 
 
 def _write_format(
@@ -384,42 +333,6 @@ def _timm_config(model: nn.Module, config: RunConfig, origin: Origin) -> dict[st
             "num_classes": len(classes),
         },
     }
-
-
-def _card(folder: str, described: Mapping[str, Any], config: RunConfig, best: Best, notes: Iterable[str]) -> str:
-    model, known = config.model, described["pretrained_cfg"]
-    began = f"Training began from the pretrained weights of `{short_name(model.backbone)}`. Their licence: "
-    origin = [
-        *notes,
-        *([f"{began}{licence(model, known)}."] if model.pretrained else []),
-        f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
-        f"Data fingerprint: `{best.fingerprint}`.",
-    ]
-    return _CARD.format(
-        architecture=described["architecture"],
-        n_classes=len(config.data.classes),
-        classes=", ".join(config.data.classes),
-        folder=folder,
-        size=config.data.image_size,
-        epochs=count(float(best.report["epoch"]), "epoch"),
-        metrics=table_of_metrics(best.report),
-        origin="\n".join(f"- {line}" for line in origin),
-        settings="\n".join(
-            f"| {key} | {value} |"
-            for key, value in config.flat().items()
-            if key not in ("data.classes", "model.weights_dir")
-        ),
-    )
-
-
-def table_of_metrics(report: Report) -> str:
-    rows = [
-        f"| {_MEANINGS[name]} | {value:.4f} |"
-        for key, value in report.items()
-        for prefix, _, name in [key.partition("_")]
-        if prefix == "val" and name in _MEANINGS
-    ]
-    return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 
 def check_replaceable(dest: Location) -> None:

@@ -1,20 +1,15 @@
 import contextlib
 import json
 import os
-import re
 import threading
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.decode import decode_image
-from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.checkpoint import BEST, Best
@@ -85,35 +80,6 @@ def test_an_export_of_a_run_has_its_metrics(trained, store, tmp_path):
     loaded = load_package(tmp_path / "best")
     for name, value in evaluate(loaded.model, store.val, classes=loaded.classes, device=CPU).items():
         assert value == pytest.approx(report[f"val_{name}"], rel=1e-5, abs=1e-6)
-
-
-def test_the_card_tells_what_it_is_and_its_code_runs(trained, store, faces, tmp_path, monkeypatch):
-    folder, reports = trained
-    dest = tmp_path / "best"
-    export_checkpoint(folder / BEST, dest, ["Trial 0007 of the study x."])
-    card = (dest / "README.md").read_text()
-    report = min(reports, key=lambda report: report["val_js"])
-    assert f"| Jensen-Shannon divergence, bits | {report['val_js']:.4f} |" in card
-    assert ", ".join(EMOTIONS) in card
-    assert "- Trial 0007 of the study x.\n" in card
-    assert f"`{store.fingerprint}`" in card
-    assert "| optim.lr | 0.003 |" in card
-    assert "*perceived*" in card
-    assert "weights_dir" not in card
-    for name in report:
-        if name.startswith("val_"):
-            assert name.removeprefix("val_") in export_folder._MEANINGS
-
-    face = next((faces / "val_set" / "images").iterdir())
-    Image.open(face).save(tmp_path / "face.jpg", quality=100)
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
-    loaded = load_package(dest)
-    pixels = torch.from_numpy(decode_image(tmp_path / "face.jpg", loaded.image_size).copy())[None]
-    with torch.inference_mode():
-        wanted = loaded.model(normalise(pixels, loaded.mean, loaded.std)).softmax(-1)
-    assert torch.allclose(names["prob_BK"], wanted, atol=1e-3)
 
 
 def test_what_belongs_to_this_machine_alone_is_left_out(tmp_path):

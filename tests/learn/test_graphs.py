@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.export_files import check_export, check_formats
@@ -16,14 +17,12 @@ from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph
 from tests.support.exports import untrained_best
 
-CLASSES = ("calm", "glad", "sad")
-
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory, store):
     """An export in all formats, compared on validation images."""
     dest = tmp_path_factory.mktemp("graphs") / "best"
-    best = dataclasses.replace(untrained_best("test_resnet", 32, CLASSES), fingerprint=store.fingerprint)
+    best = dataclasses.replace(untrained_best("test_resnet", 32), fingerprint=store.fingerprint)
     write_package(dest, best, formats=("timm", "onnx", "pt2"), store=store)
     return dest
 
@@ -33,7 +32,7 @@ def package(tmp_path_factory, store):
 def test_graph_predicts_what_predict_does_for_any_number_of_images(package, store, name, count):
     images_NHWC = store.val.gather(np.arange(count))
     prob_NK = predict_graph(name, package / f"model.{name}", images_NHWC)
-    assert prob_NK.shape == (count, 3)
+    assert prob_NK.shape == (count, 13)
     assert np.abs(prob_NK - load_package(package).predict(images_NHWC)).max() < 1e-5
 
 
@@ -42,20 +41,20 @@ def test_graphs_name_their_classes_and_their_ends(package):
 
     graph = onnx.load(package / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)
-    assert {prop.key: json.loads(prop.value) for prop in graph.metadata_props} == {"classes": list(CLASSES)}
+    assert {prop.key: json.loads(prop.value) for prop in graph.metadata_props} == {"classes": list(EMOTIONS)}
     (images,), (probabilities,) = graph.graph.input, graph.graph.output
     assert (images.name, probabilities.name) == ("images", "probabilities")
     assert images.type.tensor_type.shape.dim[0].dim_param == "batch"
     kept = {"classes.json": ""}
     with (package / "model.pt2").open("rb") as stream:
         torch.export.load(stream, extra_files=kept)
-    assert json.loads(kept["classes.json"]) == list(CLASSES)
+    assert json.loads(kept["classes.json"]) == list(EMOTIONS)
 
 
 def test_card_says_how_near_the_formats_are_and_on_what(package, tmp_path):
     card = (package / "README.md").read_text()
     for file in ("model.safetensors", "model.onnx", "model.pt2"):
-        assert f"`{file}` differs from the model in training by " in card
+        assert f"`{file}` differs from the model by " in card
     assert "on 33 validation images; up to 0.0001 is accepted" in card
     write_package(tmp_path / "elsewhere", untrained_best("test_resnet", 32))
     assert "on 8 drawn faces, since the data of the run are not" in (tmp_path / "elsewhere/README.md").read_text()

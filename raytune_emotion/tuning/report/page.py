@@ -11,6 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from raytune_emotion.learn.report import OBJECTIVE
+from raytune_emotion.learn.validation import Predictions
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.importance import MIN_TRIALS
@@ -25,13 +26,7 @@ from raytune_emotion.tuning.report.page_data import (
 )
 from raytune_emotion.tuning.report.plots import draw_all
 from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, write_results
-from raytune_emotion.tuning.report.winner import (
-    Face,
-    Predictions,
-    extreme_faces,
-    predict_winner,
-    predictions_table,
-)
+from raytune_emotion.tuning.report.winner import Face, extreme_faces, predict_winner, predictions_table
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     CONFIRMED_TABLE,

@@ -7,18 +7,12 @@ from typing import Any, get_args
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from raytune_emotion.learn.validation import Bin, ClassError, Predictions, class_errors
 from raytune_emotion.tuning.policy.objective import pareto_front
 from raytune_emotion.tuning.report.axes import Axis, choice_text, searched_axes, space_of
 from raytune_emotion.tuning.report.importance import Importance, importances
 from raytune_emotion.tuning.report.results import Result, loss_weights, results_of, seconds_per_epoch
-from raytune_emotion.tuning.report.winner import (
-    Bin,
-    ClassError,
-    Predictions,
-    class_errors,
-    confusion,
-    errors_by_entropy,
-)
+from raytune_emotion.tuning.report.winner import confusion, errors_by_entropy
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, winner

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,72 +9,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 from PIL import Image
-from scipy.special import entr
 
-from raytune_emotion.config import RunConfig
-from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.store import Split, is_store, open_store
+from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, Best, read_best
-from raytune_emotion.learn.device import exact_fp32
-from raytune_emotion.learn.metrics import per_sample
-from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.validation import Bin, Predictions, bins_of, predict_best
 from raytune_emotion.storage.locations import Folder, location_of
 from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec
 
-#: Validation images that are predicted at most, and for so long at most: a report is no evaluation of its own.
-MOST_IMAGES = 2000
-_MOST_SECONDS = 30.0
-_BATCH = 64
 _FACES = 6  # that are shown of the best, and of the worst
 _FACE_PX = 96
-_BINS = 10
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a trial's best weights predict for validation images, which are a random part where there are many."""
-
-    classes: tuple[str, ...]
-    ids: tuple[str, ...]
-    true_NK: npt.NDArray[np.float64]
-    predicted_NK: npt.NDArray[np.float64]
-    js_N: npt.NDArray[np.float64]  # bits
-    rows_N: npt.NDArray[np.int64]  # of the split
-    split: Split
-
-    @property
-    def target_entropy(self) -> npt.NDArray[np.float64]:
-        """Return the entropy of each target, bits."""
-        entropy_N: npt.NDArray[np.float64] = entr(self.true_NK).sum(axis=1) / np.log(2)
-        return entropy_N
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Images whose predictions, or targets, lie near each other."""
-
-    count: int
-    x: float  # mean prediction, or mean entropy of the targets
-    y: float  # mean target, or mean JS
-    error: float  # standard error of y
-
-
-@dataclass(frozen=True)
-class ClassError:
-    """How well one class is predicted."""
-
-    name: str
-    mean_target: float
-    mean_prediction: float
-    mean_absolute_error: float
-    calibration_error: float  # mean distance of prediction and target over bins of the prediction
-    majority_images: int  # whose likeliest class it is
-    majority_found: float | None  # the share of these in which it is predicted to be the likeliest
-    bins: tuple[Bin, ...]
+_GROUPS = 10  # of images, by the entropy of their targets
 
 
 @dataclass(frozen=True)
@@ -99,63 +45,9 @@ def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions 
         store = open_store(place)
         if store.fingerprint != best.fingerprint:
             return f"its data of {size} px have changed since the study began"
-        return _predict(best, store.val, store.classes)
+        return predict_best(best, store.val, store.classes)
     except (UserError, Breakdown, OSError, KeyError, RuntimeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _predict(best: Best, split: Split, classes: tuple[str, ...]) -> Predictions:
-    config = RunConfig.from_flat(best.settings)
-    model = build_model(config, weights=False)
-    model.load_state_dict(best.weights)
-    model.eval()
-    mean, std = mean_std(model)
-    order = np.random.default_rng(0).permutation(len(split))[:MOST_IMAGES].astype(np.int64)
-    began = time.monotonic()
-    parts: list[torch.Tensor] = []
-    with torch.inference_mode(), exact_fp32():
-        for start in range(0, len(order), _BATCH):
-            if parts and time.monotonic() - began > _MOST_SECONDS:
-                break
-            x_BHWC = torch.from_numpy(split.gather(order[start : start + _BATCH]))
-            parts.append(model(normalise(x_BHWC, mean, std)).double())
-    logits_NK = torch.cat(parts)
-    rows_N = order[: len(logits_NK)]
-    true_NK = torch.from_numpy(np.asarray(split.prob_NK)[rows_N].astype(np.float64))
-    js_N = per_sample(logits_NK, true_NK, None)["js"]
-    return Predictions(
-        classes,
-        tuple(split.ids[row] for row in rows_N),
-        true_NK.numpy(),
-        logits_NK.softmax(-1).numpy(),
-        js_N.numpy(),
-        rows_N,
-        split,
-    )
-
-
-def class_errors(predictions: Predictions) -> list[ClassError]:
-    """Return how well each class is predicted, in the order of the classes."""
-    true_NK, predicted_NK = predictions.true_NK, predictions.predicted_NK
-    truth_N, guess_N = true_NK.argmax(axis=1), predicted_NK.argmax(axis=1)
-    found = []
-    for k, name in enumerate(predictions.classes):
-        true_N, predicted_N = true_NK[:, k], predicted_NK[:, k]
-        bins = _bins(predicted_N, true_N, np.clip((predicted_N * _BINS).astype(int), 0, _BINS - 1))
-        majority = int((truth_N == k).sum())
-        found.append(
-            ClassError(
-                name,
-                float(true_N.mean()),
-                float(predicted_N.mean()),
-                float(np.abs(true_N - predicted_N).mean()),
-                sum(b.count * abs(b.x - b.y) for b in bins) / len(true_N),
-                majority,
-                float((guess_N[truth_N == k] == k).mean()) if majority else None,
-                tuple(bins),
-            )
-        )
-    return found
 
 
 def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:
@@ -170,8 +62,8 @@ def errors_by_entropy(predictions: Predictions) -> list[Bin]:
     entropy_N = predictions.target_entropy
     rank_N = np.empty(len(entropy_N), np.int64)
     rank_N[np.argsort(entropy_N, kind="stable")] = np.arange(len(entropy_N))
-    groups = max(1, min(_BINS, len(entropy_N) // 5))
-    return _bins(entropy_N, predictions.js_N, rank_N * groups // len(entropy_N))
+    groups = max(1, min(_GROUPS, len(entropy_N) // 5))
+    return bins_of(entropy_N, predictions.js_N, rank_N * groups // len(entropy_N))
 
 
 def extreme_faces(predictions: Predictions) -> tuple[list[Face], list[Face]]:
@@ -193,15 +85,6 @@ def predictions_table(predictions: Predictions) -> pd.DataFrame:
     for kind, prob_NK in (("true", predictions.true_NK), ("predicted", predictions.predicted_NK)):
         columns |= {f"{kind}_{name}": prob_NK[:, k] for k, name in enumerate(predictions.classes)}
     return pd.DataFrame(columns).sort_values("js", ascending=False)
-
-
-def _bins(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], bin_N: npt.NDArray[np.int64]) -> list[Bin]:
-    found = []
-    for number in np.unique(bin_N):
-        x, y = x_N[bin_N == number], y_N[bin_N == number]
-        error = float(y.std(ddof=1) / np.sqrt(len(y))) if len(y) > 1 else 0.0
-        found.append(Bin(len(y), float(x.mean()), float(y.mean()), error))
-    return found
 
 
 def _faces(predictions: Predictions, chosen: npt.NDArray[np.int64]) -> list[Face]:

@@ -27,13 +27,13 @@ from raytune_emotion.learn.combine import (
 from raytune_emotion.learn.export_folder import (
     check_replaceable,
     describe_run,
-    table_of_metrics,
     write_model,
     write_package,
 )
 from raytune_emotion.learn.graphs import PixelsToProbabilities
 from raytune_emotion.learn.loop import means_of_metrics
 from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.model_card import table_of_metrics
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.open_study import load

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from raytune_emotion.data.store import Split
+from raytune_emotion.learn.validation import Predictions, class_errors
 from raytune_emotion.tuning.report.winner import (
-    Predictions,
-    class_errors,
     confusion,
     errors_by_entropy,
     extreme_faces,

@@ -1,0 +1,86 @@
+"""Calibrate a model with a temperature: its logits are divided by one number, which is fitted on soft labels.
+
+The temperature is fitted on one half of the validation images and judged on the other. It is kept only if it lowers
+both KL and JS there (Guo et al., "On calibration of modern neural networks", ICML 2017, with soft labels in place of
+hard ones). It becomes a part of the last layer, so that every format and every program has it.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import minimize_scalar
+from torch import nn
+
+from raytune_emotion.learn import losses
+from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.validation import Predictions, log_of
+
+_LEAST = 10  # images of a half
+_LARGEST = 10.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, and what it does to images that it was not fitted on."""
+
+    temperature: float
+    fitted_on: int  # images
+    judged_on: int
+    kl: tuple[float, float]  # nats, without and with it
+    js: tuple[float, float]  # bits
+
+    @property
+    def helps(self) -> bool:
+        """Tell whether it is better on the images that it was not fitted on."""
+        return self.kl[1] < self.kl[0] and self.js[1] < self.js[0]
+
+
+def calibrate(predictions: Predictions) -> Calibration | None:
+    """Fit a temperature on the images of one half, by a hash of their ids; None where there are too few."""
+    fit_N = np.array([hashlib.sha256(id_.encode()).digest()[0] % 2 == 0 for id_ in predictions.ids])
+    if min(fit_N.sum(), (~fit_N).sum()) < _LEAST:
+        return None
+    logits_NK, true_NK = log_of(predictions.predicted_NK), torch.from_numpy(predictions.true_NK)
+
+    def mean(loss: losses.Loss, half_N: npt.NDArray[np.bool_], temperature: float) -> float:
+        return float(loss(logits_NK[half_N] / temperature, true_NK[half_N]).mean())
+
+    found = minimize_scalar(
+        lambda log_t: mean(losses.kl, fit_N, math.exp(log_t)),
+        bounds=(-math.log(_LARGEST), math.log(_LARGEST)),
+        method="bounded",
+        options={"xatol": 1e-4},
+    )
+    temperature = math.exp(found.x)
+    kl, js = ((mean(loss, ~fit_N, 1.0), mean(loss, ~fit_N, temperature)) for loss in (losses.kl, losses.js))
+    return Calibration(temperature, int(fit_N.sum()), int((~fit_N).sum()), kl, js)
+
+
+def divide_logits(model: nn.Module, temperature: float, x_BCHW: torch.Tensor) -> bool:
+    """Divide a model's logits by a temperature, in its last layer, and try it on images.
+
+    Returns:
+        Whether the logits are divided; if not, the model is as it was.
+    """
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    named = known.get("classifier") or ()
+    modules = dict(model.named_modules())
+    layers = [modules.get(name) for name in ((named,) if isinstance(named, str) else named)]
+    parameters = [
+        parameter for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d) for parameter in layer.parameters()
+    ]
+    with torch.no_grad(), exact_fp32():
+        before_BK = model(x_BCHW)
+        for parameter in parameters:
+            parameter.div_(temperature)
+        if torch.allclose(model(x_BCHW), before_BK / temperature, rtol=1e-3, atol=1e-4):
+            return True
+        for parameter in parameters:
+            parameter.mul_(temperature)
+    return False

@@ -1,0 +1,270 @@
+"""Write the model card of an export: what the model is, how to use it, how good it is, and its limits.
+
+The code that it shows gives the probabilities of `predict`, which a test holds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+
+from raytune_emotion import __version__
+from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.learn.backbones import short_name
+from raytune_emotion.learn.calibration import Calibration
+from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.origin import licence
+from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.validation import Predictions, bootstrap_intervals, class_errors
+from raytune_emotion.terminal import count
+
+_MEANINGS = {
+    "js": "Jensen-Shannon divergence, bits",
+    "kl": "Kullback-Leibler divergence of the prediction from the target, nats",
+    "ce": "cross-entropy, nats",
+    "tvd": "total variation distance",
+    "mse": "mean squared error",
+    "l1": "mean absolute error",
+    "emd": "earth mover's distance over the order of the classes",
+    "emd_va": "earth mover's distance in the plane of valence and arousal",
+    "chebyshev": "Chebyshev distance",
+    "clark": "Clark distance",
+    "canberra": "Canberra distance",
+    "cosine": "cosine similarity (more is better)",
+    "intersection": "intersection (more is better)",
+    "accuracy": "accuracy of the likeliest class (more is better)",
+}
+
+_CARD = """\
+---
+library_name: timm
+pipeline_tag: image-classification
+tags: [timm, facial-expression, label-distribution-learning]
+---
+
+# Distributions of emotion from faces: {architecture}
+
+For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
+{classes}.
+
+## How to use it
+
+{code}
+The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above, which is
+that of `label_names` in `config.json`. Pictures with transparent pixels, or with 16 bits a pixel, need
+`python -m raytune_emotion.predict`.
+
+## How good it is
+
+{metrics}
+
+The epoch was chosen by the Jensen-Shannon divergence on this same set, and in a search so were the settings. On new
+faces, expect somewhat worse.
+{per_class}
+## Calibration
+
+{calibration}
+
+## Limits and ethics
+
+- It predicts the emotion that annotators *perceived* in a face, not what the person feels. Faces are poor evidence of
+  feelings. People of different cultures show and read them differently.
+- Do not use it to decide anything about a person: not at work, at school, at a border, in insurance or in court. Some
+  laws forbid this. The European Union's AI Act, for one, forbids it at work and in education.
+- Use it on pictures of people who agreed to it.
+- It knows faces such as those of its training data. Other ages, skin tones, poses, light or croppings can make it
+  worse. How much was not measured.
+- Its training data have licences of their own, which may restrict its use.
+
+## Where it comes from
+
+{origin}
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+_READ = """\
+```python
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def read_picture(file, side={size}):
+    \"\"\"Decode a picture as in training: upright, RGB, squeezed to a square.\"\"\"
+    picture = Image.open(file)
+    draft = picture.draft(None, (side, side))  # a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+    square = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, draft and draft[1])
+    return np.array(ImageOps.exif_transpose(square))
+
+
+images = np.stack([read_picture("face.jpg")])  # [N, {size}, {size}, 3]
+```
+"""
+
+_USES = {
+    "timm": """\
+As a timm model:
+
+```python
+import timm
+import torch
+
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
+with torch.inference_mode():
+    x = ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
+    probabilities = model(x).softmax(-1)  # [N, {n_classes}]
+```
+
+The same from the command line, with more formats of pictures: `python -m raytune_emotion.predict {folder} face.jpg`.
+""",
+    "onnx": """\
+With ONNX Runtime:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{folder}/model.onnx")
+(probabilities,) = session.run(["probabilities"], {{"images": images}})  # [N, {n_classes}]
+```
+""",
+    "pt2": """\
+With torch alone:
+
+```python
+import torch
+
+program = torch.export.load("{folder}/model.pt2").module()
+with torch.inference_mode():
+    probabilities = program(torch.from_numpy(images))  # [N, {n_classes}]
+```
+""",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a model by the data that it was trained on; without them, nothing."""
+
+    predictions: Predictions | None  # of validation images, by the exported model
+    images: int  # of the validation set
+    calibration: Calibration | None
+    temperature: float  # that the logits are divided by
+
+
+def render_card(
+    folder: str,
+    described: Mapping[str, Any],
+    config: RunConfig,
+    best: Best,
+    formats: Sequence[str],
+    evidence: Evidence,
+    notes: Iterable[str],
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+        folder: the export's name.
+        described: the content of `config.json`.
+        config: of the run.
+        best: the weights of the run, and what they are.
+        formats: that are exported.
+        evidence: what is known of the model.
+        notes: where the model comes from, a sentence each.
+    """
+    values = {"folder": folder, "size": config.data.image_size, "n_classes": len(config.data.classes)}
+    own = [
+        *notes,
+        _starting_weights(config.model, described["pretrained_cfg"]),
+        f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
+        f"Data fingerprint: `{best.fingerprint}`.",
+    ]
+    shown = {k: v for k, v in config.flat().items() if k not in ("data.classes", "model.weights_dir")}
+    return _CARD.format(
+        **values,
+        architecture=described["architecture"],
+        classes=", ".join(config.data.classes),
+        code="\n".join(part.format(**values) for part in (_READ, *(_USES[name] for name in formats))),
+        metrics=_metrics(best.report, evidence),
+        per_class=_per_class(evidence.predictions),
+        calibration=_calibration(evidence),
+        origin="\n".join(f"- {line}" for line in own),
+        settings="\n".join(f"| {key} | {value} |" for key, value in shown.items()),
+    )
+
+
+def table_of_metrics(report: Report) -> str:
+    """Return the metrics of the whole validation set as a table in Markdown."""
+    rows = [
+        f"| {_MEANINGS[name]} | {value:.4f} |"
+        for key, value in report.items()
+        for prefix, _, name in [key.partition("_")]
+        if prefix == "val" and name in _MEANINGS
+    ]
+    return "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def _metrics(report: Report, evidence: Evidence) -> str:
+    epochs = count(float(report["epoch"]), "epoch")
+    if evidence.predictions is None:
+        return f"Means over the validation set, after {epochs}:\n\n{table_of_metrics(report)}"
+    values = evidence.predictions.metrics()
+    spread = bootstrap_intervals(values)
+    rows = [
+        f"| {_MEANINGS[name]} | {value_N.mean():.4f} | {spread[name][0]:.4f} to {spread[name][1]:.4f} |"
+        for name, value_N in values.items()
+    ]
+    used = len(evidence.predictions.ids)
+    which = f"all {used}" if used == evidence.images else f"{used} of the {evidence.images}"
+    heading = f"Means over {which} validation images after {epochs}, with 95 % intervals (1,000 bootstrap resamples):"
+    return "\n".join([heading, "", "| metric | value | 95 % interval |", "|---|---|---|", *rows])
+
+
+def _per_class(predictions: Predictions | None) -> str:
+    if predictions is None:
+        return ""
+    rows = [
+        f"| {row.name} | {row.mean_target:.4f} | {row.mean_prediction:.4f} | {row.mean_absolute_error:.4f} | "
+        f"{row.calibration_error:.4f} | {row.majority_images} | "
+        f"{'' if row.majority_found is None else f'{row.majority_found:.2f}'} |"
+        for row in class_errors(predictions)
+    ]
+    heading = (
+        "| class | mean target | mean prediction | mean absolute error | calibration error | likeliest in | "
+        "of these found |"
+    )
+    return "\n".join(["", heading, "|---|---|---|---|---|---|---|", *rows, ""])
+
+
+def _calibration(evidence: Evidence) -> str:
+    found = evidence.calibration
+    if evidence.predictions is None:
+        return "The model is not calibrated, since the data of the run are not on the machine that exported it."
+    if found is None:
+        return "The model is not calibrated: the validation set is too small."
+    tried = (
+        f"A temperature of {found.temperature:.4f} was fitted on the soft labels of {found.fitted_on} validation "
+        f"images. On the {found.judged_on} others (the halves are chosen by a hash of the id), it changes KL from "
+        f"{found.kl[0]:.4f} to {found.kl[1]:.4f} nats and JS from {found.js[0]:.4f} to {found.js[1]:.4f} bits."
+    )
+    if evidence.temperature != 1:
+        kept = (
+            "It is kept: the last layer of the weights here is divided by it, in all formats. The tables above are "
+            "with it, `metrics.json` is without it."
+        )
+    elif found.helps:
+        kept = "It is not applied, since this backbone's last layer cannot be scaled."
+    else:
+        kept = "It does not help there, so it is not applied."
+    return f"{tried} {kept}"
+
+
+def _starting_weights(config: ModelConfig, known: Mapping[str, Any]) -> str:
+    if not config.pretrained:
+        return "Training began from random weights, so no licence of other weights applies."
+    began = f"Training began from the pretrained weights of `{short_name(config.backbone)}`."
+    return f"{began} Their licence: {licence(config, known)}."

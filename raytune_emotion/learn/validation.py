@@ -1,0 +1,164 @@
+"""Predict images of a validation set, and tell how well each class is predicted."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.special import entr
+from torch import nn
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.store import Split
+from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.metrics import distances_of, per_sample
+from raytune_emotion.learn.model import build_model, mean_std
+
+#: Validation images that are predicted at most, and for so long at most: a report is no evaluation of its own.
+MOST_IMAGES = 2000
+_MOST_SECONDS = 30.0
+_BATCH = 64
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for validation images, which are a random part where there are many."""
+
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    true_NK: npt.NDArray[np.float64]
+    predicted_NK: npt.NDArray[np.float64]
+    js_N: npt.NDArray[np.float64]  # bits
+    rows_N: npt.NDArray[np.int64]  # of the split
+    split: Split
+
+    @property
+    def target_entropy(self) -> npt.NDArray[np.float64]:
+        """Return the entropy of each target, bits."""
+        entropy_N: npt.NDArray[np.float64] = entr(self.true_NK).sum(axis=1) / np.log(2)
+        return entropy_N
+
+    def metrics(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Return every metric of every image, [N] a name."""
+        values = per_sample(log_of(self.predicted_NK), torch.from_numpy(self.true_NK), distances_of(self.classes))
+        return {name: value_N.numpy() for name, value_N in values.items()}
+
+    def at_temperature(self, temperature: float) -> "Predictions":
+        """Return the predictions with their logits divided by a temperature."""
+        logits_NK = log_of(self.predicted_NK) / temperature
+        js_N = per_sample(logits_NK, torch.from_numpy(self.true_NK), None)["js"]
+        return dataclasses.replace(self, predicted_NK=logits_NK.softmax(-1).numpy(), js_N=js_N.numpy())
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Images whose predictions, or targets, lie near each other."""
+
+    count: int
+    x: float  # mean prediction, or mean entropy of the targets
+    y: float  # mean target, or mean JS
+    error: float  # standard error of y
+
+
+@dataclass(frozen=True)
+class ClassError:
+    """How well one class is predicted."""
+
+    name: str
+    mean_target: float
+    mean_prediction: float
+    mean_absolute_error: float
+    calibration_error: float  # mean distance of prediction and target over bins of the prediction
+    majority_images: int  # whose likeliest class it is
+    majority_found: float | None  # the share of these in which it is predicted to be the likeliest
+    bins: tuple[Bin, ...]
+
+
+def predict_best(best: Best, split: Split, classes: tuple[str, ...]) -> Predictions:
+    """Predict images of a split with the best weights of a run, on the CPU."""
+    config = RunConfig.from_flat(best.settings)
+    model = build_model(config, weights=False)
+    model.load_state_dict(best.weights)
+    return predict_split(model.eval(), split, classes)
+
+
+def predict_split(model: nn.Module, split: Split, classes: tuple[str, ...]) -> Predictions:
+    """Predict images of a split with a model that is in evaluation mode on the CPU."""
+    mean, std = mean_std(model)
+    order = np.random.default_rng(0).permutation(len(split))[:MOST_IMAGES].astype(np.int64)
+    began = time.monotonic()
+    parts: list[torch.Tensor] = []
+    with torch.inference_mode(), exact_fp32():
+        for start in range(0, len(order), _BATCH):
+            if parts and time.monotonic() - began > _MOST_SECONDS:
+                break
+            x_BHWC = torch.from_numpy(split.gather(order[start : start + _BATCH]))
+            parts.append(model(normalise(x_BHWC, mean, std)).double())
+    logits_NK = torch.cat(parts)
+    rows_N = order[: len(logits_NK)]
+    true_NK = torch.from_numpy(np.asarray(split.prob_NK)[rows_N].astype(np.float64))
+    js_N = per_sample(logits_NK, true_NK, None)["js"]
+    return Predictions(
+        classes,
+        tuple(split.ids[row] for row in rows_N),
+        true_NK.numpy(),
+        logits_NK.softmax(-1).numpy(),
+        js_N.numpy(),
+        rows_N,
+        split,
+    )
+
+
+def log_of(prob_NK: npt.NDArray[np.float64]) -> torch.Tensor:
+    """Return the logits of probabilities, which are finite."""
+    return torch.from_numpy(prob_NK).clamp_min(torch.finfo(torch.float64).tiny).log()
+
+
+def class_errors(predictions: Predictions) -> list[ClassError]:
+    """Return how well each class is predicted, in the order of the classes."""
+    true_NK, predicted_NK = predictions.true_NK, predictions.predicted_NK
+    truth_N, guess_N = true_NK.argmax(axis=1), predicted_NK.argmax(axis=1)
+    found = []
+    for k, name in enumerate(predictions.classes):
+        true_N, predicted_N = true_NK[:, k], predicted_NK[:, k]
+        bins = bins_of(predicted_N, true_N, np.clip((predicted_N * _BINS).astype(int), 0, _BINS - 1))
+        majority = int((truth_N == k).sum())
+        found.append(
+            ClassError(
+                name,
+                float(true_N.mean()),
+                float(predicted_N.mean()),
+                float(np.abs(true_N - predicted_N).mean()),
+                sum(b.count * abs(b.x - b.y) for b in bins) / len(true_N),
+                majority,
+                float((guess_N[truth_N == k] == k).mean()) if majority else None,
+                tuple(bins),
+            )
+        )
+    return found
+
+
+def bins_of(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], bin_N: npt.NDArray[np.int64]) -> list[Bin]:
+    """Return the means of x and y of the images of each bin."""
+    found = []
+    for number in np.unique(bin_N):
+        x, y = x_N[bin_N == number], y_N[bin_N == number]
+        error = float(y.std(ddof=1) / np.sqrt(len(y))) if len(y) > 1 else 0.0
+        found.append(Bin(len(y), float(x.mean()), float(y.mean()), error))
+    return found
+
+
+def bootstrap_intervals(
+    values: dict[str, npt.NDArray[np.float64]], *, resamples: int = 1000
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % bootstrap interval of the mean of each metric, by name, from its values of every image, [N]."""
+    names, table_NM = list(values), np.stack(list(values.values()), axis=1)
+    n = len(table_NM)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
+    low_M, high_M = np.quantile(drawn @ table_NM / n, [0.025, 0.975], axis=0)
+    return {name: (float(low), float(high)) for name, low, high in zip(names, low_M, high_M, strict=True)}

@@ -1,0 +1,146 @@
+"""The model card: what it says, and that the code it shows gives what `predict` gives."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from raytune_emotion.cli import command_main
+from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.learn import model_card
+from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.export_folder import load_package, write_package
+from raytune_emotion.learn.loop import fit
+from raytune_emotion.learn.validation import bootstrap_intervals, predict_best
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = RunConfig.from_flat(
+        {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 2, "optim.lr": 3e-3}
+    )
+    list(fit(config, store, device=torch.device("cpu"), folder=folder))
+    return read_best(folder / BEST)
+
+
+@pytest.fixture(scope="module")
+def sharp(trained):
+    """The weights of a model that is far too sure of itself: its last layer is ten times as large."""
+    (name,) = [timm.create_model("test_resnet").pretrained_cfg["classifier"]]
+    grown = {key: value * 10 if key.startswith(f"{name}.") else value for key, value in trained.weights.items()}
+    return dataclasses.replace(trained, weights=grown)
+
+
+@pytest.fixture(scope="module")
+def export(sharp, store, tmp_path_factory):
+    """An export that is calibrated, in all formats."""
+    dest = tmp_path_factory.mktemp("card") / "best"
+    write_package(dest, sharp, ["Trial 0007 of the study x."], formats=("timm", "onnx", "pt2"), store=store)
+    return dest
+
+
+@pytest.fixture(scope="module")
+def card(export):
+    return (export / "README.md").read_text()
+
+
+def turned_picture(file, orientation: int) -> None:
+    """Write a photo of a size that is decoded at a fraction, neither square nor a multiple of 8, turned by EXIF."""
+    noise = np.random.default_rng(0).integers(0, 255, (24, 30, 3), np.uint8)
+    image = Image.fromarray(noise).resize((331, 270), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(file, quality=95, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_code_gives_what_predict_gives_in_every_format(export, card, tmp_path, capsys, monkeypatch, orientation):
+    turned_picture(tmp_path / "face.jpg", orientation)
+    (tmp_path / "best").symlink_to(export)
+    monkeypatch.chdir(tmp_path)
+    assert command_main("predict", ["best", "face.jpg"]) == 0
+    _, row = csv.reader(io.StringIO(capsys.readouterr().out))
+    wanted = np.array(row[1:], float)
+    scope: dict = {}
+    read, *uses = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(read, scope)
+    assert len(uses) == 3
+    for use in uses:
+        exec(use, scope)
+        assert np.abs(np.asarray(scope.pop("probabilities")) - wanted).max() < 2e-6
+
+
+def test_turned_picture_gives_other_probabilities(export, tmp_path):
+    """So that the test above would see a card that forgets EXIF."""
+    from raytune_emotion.data.decode import decode_image
+
+    found = []
+    for orientation in (1, 6):
+        turned_picture(tmp_path / "face.jpg", orientation)
+        found.append(load_package(export).predict(np.stack([decode_image(tmp_path / "face.jpg", 32)])))
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_temperature_that_helps_is_in_weights_and_card(export, card, sharp, store):
+    temperature = json.loads((export / "config.json").read_text())["raytune_emotion"]["temperature"]
+    assert temperature > 2
+    raw = predict_best(sharp, store.val, store.classes)
+    images = store.val.gather(raw.rows_N)
+    cooled = load_package(export).predict(images)
+    assert np.abs(cooled - raw.at_temperature(temperature).predicted_NK).max() < 1e-5
+    assert f"A temperature of {temperature:.4f} was fitted on the soft labels of " in card
+    assert "It is kept: the last layer of the weights here is divided by it, in all formats." in card
+    calibrated = raw.at_temperature(temperature).metrics()
+    assert (
+        f"| Kullback-Leibler divergence of the prediction from the target, nats | {calibrated['kl'].mean():.4f} |"
+        in card
+    )
+
+
+def test_card_says_what_the_model_is_and_how_good(card, trained, store):
+    assert "Means over all 33 validation images after " in card
+    assert re.search(r"^\| Jensen-Shannon divergence, bits \| 0\.\d{4} \| 0\.\d{4} to 0\.\d{4} \|$", card, re.MULTILINE)
+    for name in EMOTIONS:
+        assert len(re.findall(rf"^\| {name} \|( 0\.\d{{4}} \|){{4}} \d+ \|", card, re.MULTILINE)) == 1
+    assert ", ".join(EMOTIONS) in card
+    assert "- Trial 0007 of the study x.\n" in card
+    assert f"`{store.fingerprint}`" in card
+    assert "| optim.lr | 0.003 |" in card
+    assert "*perceived*" in card
+    assert "random weights, so no licence of other weights applies" in card
+    assert "weights_dir" not in card
+    for name in trained.report:
+        if name.startswith("val_"):
+            assert name.removeprefix("val_") in model_card._MEANINGS
+
+
+def test_card_without_the_data_says_so(trained, tmp_path):
+    write_package(tmp_path / "best", trained)
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert f"| Jensen-Shannon divergence, bits | {trained.report['val_js']:.4f} |" in card
+    assert "not calibrated, since the data of the run are not on the machine" in card
+    assert "onnxruntime" not in card
+
+
+def test_licence_of_the_starting_weights_is_named():
+    config = ModelConfig(backbone="resnet18.a1_in1k", pretrained=True)
+    said = "Training began from the pretrained weights of `resnet18.a1_in1k`. Their licence: apache-2.0."
+    assert model_card._starting_weights(config, {"license": "apache-2.0"}) == said
+
+
+def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_images():
+    few, many = (np.random.default_rng(1).normal(2.0, 1.0, n) for n in (50, 5000))
+    (low, high), (lower, higher) = (bootstrap_intervals({"x": values})["x"] for values in (few, many))
+    assert low < few.mean() < high
+    # The interval of a normal mean is 3.92 standard errors wide.
+    assert higher - lower == pytest.approx(3.92 * many.std() / np.sqrt(5000), rel=0.1)
+    assert high - low > 5 * (higher - lower)
