@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.errors import Breakdown, Incomplete, UserError
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
@@ -29,7 +29,10 @@ COMMANDS = {
 
 
 def run_guarded(action: Callable[[], None]) -> int:
-    """Run an action and return the exit code: 0 done, 2 wrong input, 1 a breakdown (both said), 130 interrupted."""
+    """Run an action and return the exit code.
+
+    0: done; 1: a breakdown; 2: wrong input; 3: done but for a part of the input (all said); 130: interrupted.
+    """
     try:
         action()
     except UserError as error:
@@ -39,6 +42,9 @@ def run_guarded(action: Callable[[], None]) -> int:
     except Breakdown as error:
         warn(f"error: {error}")
         return 1
+    except Incomplete as error:
+        warn(str(error))
+        return 3
     except KeyboardInterrupt:
         warn("interrupted")
         return 130

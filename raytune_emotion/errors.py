@@ -27,6 +27,13 @@ class Breakdown(RuntimeError):
     """
 
 
+class Incomplete(RuntimeError):
+    """Report that the work is done but for a part of the input, whose errors were printed before.
+
+    The commands print it as one sentence on standard error and exit with code 3.
+    """
+
+
 @contextlib.contextmanager
 def collect_errors(errors: list[str]) -> Iterator[None]:
     """Note the errors of the block in place of raising them, so that the user is told all at once."""

@@ -1,37 +1,46 @@
-"""Predict the distribution over emotions of images, as CSV on standard output: the command."""
+"""Predict the distribution over emotions of images, and write a table on standard output: the command."""
 
 import argparse
-import csv
-import io
-import os
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from raytune_emotion.cli import command_main, local_path, location
-from raytune_emotion.data.cores import usable_cores
-from raytune_emotion.data.decode import decode_image, ignore_decoder_warnings
-from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.cli import command_main, location
+from raytune_emotion.data.decode import UndecodableImage
+from raytune_emotion.data.pictures import PictureFiles, StoredPictures, in_batches, list_pictures
+from raytune_emotion.data.progress import progress
+from raytune_emotion.errors import Incomplete, UserError, collect_errors
 from raytune_emotion.learn.export_files import check_export
+from raytune_emotion.terminal import count, warn
 
 if TYPE_CHECKING:
     import torch
 
     from raytune_emotion.learn.export_folder import Package
+    from raytune_emotion.learn.prediction_table import Table
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp"}
 _BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("export", type=location, metavar="EXPORT", help="folder or URI that search, train or export wrote")
-    add("images", type=local_path, nargs="+", metavar="IMAGE", help="image of a face, or a folder of images")
+    add(
+        "images",
+        type=location,
+        nargs="+",
+        metavar="IMAGE",
+        help="image of a face, a folder of images, or a packed store; as a path or URI",
+    )
+    add(
+        "--format",
+        choices=("csv", "jsonl", "parquet"),
+        default="csv",
+        metavar="NAME",
+        help="csv, jsonl or parquet (default: csv)",
+    )
     add(
         "--mirror", action="store_true", help="predict the mean over each image and its mirror image, in twice the time"
     )
@@ -44,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
         with collect_errors(errors):
             check_export(folder)
         with collect_errors(errors):
-            files = list_images(args.images)
+            sources = list_pictures(args.images)
+        if args.format == "parquet" and sys.stdout.isatty():
+            errors.append("--format parquet: is not for a terminal; write it to a file, by > predictions.parquet")
         if errors:
             raise UserError(errors)
         # Imported only now: it takes seconds.
@@ -52,82 +63,51 @@ def run(args: argparse.Namespace) -> None:
 
         device = _device(args.device)
         package = load_package(folder)
-    # Predict everything before anything is printed: an unreadable image must not leave half a table.
-    prob_NK = predict(package, files, device, mirror=args.mirror)
-    print(table(files, prob_NK, package.classes), end="")
-
-
-def list_images(paths: Iterable[Path]) -> list[Path]:
-    """List images: each file as given, and the images of each folder, sorted by name.
-
-    Raises:
-        UserError: a path does not exist or cannot be read, or a folder has no image.
-    """
-    files: list[Path] = []
-    faults: list[str] = []
-    for path in paths:
-        try:
-            if path.is_dir():
-                found = sorted(f for f in path.iterdir() if f.suffix.lower() in _SUFFIXES and f.name[0] != ".")
-                files += found
-                if not found:
-                    faults.append(f"{path}: there is no image in this folder; name the images, or their folder")
-            elif path.exists():
-                files.append(path)
-            else:
-                faults.append(f"{path}: there is no such image")
-        except OSError as error:
-            faults.append(f"{path}: cannot be read: {error.strerror}; name readable images")
-    if faults:
-        raise UserError(faults)
-    return files
+    for source in sources:
+        if isinstance(source, StoredPictures):
+            with collect_errors(errors):
+                source.check(package.image_size)
+    if errors:
+        raise UserError(errors)
+    package.model.to(device)
+    table = _open_table(args.format, package.classes)
+    bad = predict(package, sources, table, mirror=args.mirror)
+    if bad:
+        raise Incomplete(f"{count(bad, 'image')} could not be read; all others are predicted")
 
 
 def predict(
-    package: "Package", files: Sequence[Path], device: "torch.device", *, mirror: bool = False
-) -> npt.NDArray[np.float64]:
-    """Decode images as for training, and predict; with `mirror`, the mean over each image and its mirror image.
+    package: "Package", sources: Sequence[PictureFiles | StoredPictures], table: "Table", *, mirror: bool = False
+) -> int:
+    """Decode images as for training, predict a batch at a time, and write it; name those that cannot be decoded.
+
+    With `mirror`, a prediction is the mean over an image and its mirror image.
 
     Returns:
-        [N, K], each row with sum 1.
-
-    Raises:
-        UserError: one sentence for each image that cannot be read.
+        How many could not be decoded.
     """
-    package.model.to(device)
-    faults: list[str] = []
-    parts: list[npt.NDArray[np.float64]] = []
-
-    def decoded(file: Path) -> npt.NDArray[np.uint8] | None:
-        try:
-            return decode_image(file, package.image_size)
-        except UserError as error:
-            faults.extend(error.faults)
-            return None
-
-    with (
-        ignore_decoder_warnings(),
-        ThreadPoolExecutor(usable_cores()) as pool,
-    ):
-        for start in range(0, len(files), _BATCH):
-            images = [image for image in pool.map(decoded, files[start : start + _BATCH]) if image is not None]
-            # After an error, the remaining images are only checked.
-            if not faults:
-                parts.append(package.predict(np.stack(images), mirror=mirror))
-    if faults:
-        raise UserError(sorted(faults))
-    return np.concatenate(parts)
+    bad = 0
+    with progress(shown=not sys.stdout.isatty()) as bars:
+        bar = bars.add_task("predicting images", total=sum(map(len, sources)))
+        for source in sources:
+            for batch in in_batches(source.decode(package.image_size, _BATCH), _BATCH):
+                good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, UndecodableImage)]
+                for name, why in batch:
+                    if isinstance(why, UndecodableImage):
+                        warn(f"error: {name}: {why}")
+                if good:
+                    images_NHWC = np.stack([pixels for _, pixels in good])
+                    table.write([name for name, _ in good], package.predict(images_NHWC, mirror=mirror))
+                bad += len(batch) - len(good)
+                bars.advance(bar, len(batch))
+    table.close()
+    return bad
 
 
-def table(files: Sequence[Path], prob_NK: npt.NDArray[np.float64], classes: Sequence[str]) -> str:
-    """Return CSV: a header, then one line per image with its probabilities, to six decimals."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", *classes])
-    for file, prob_K in zip(files, prob_NK, strict=True):
-        # A name that is not valid text is escaped.
-        writer.writerow([os.fsencode(file).decode(errors="backslashreplace"), *(f"{p:.6f}" for p in prob_K)])
-    return text.getvalue()
+def _open_table(name: str, classes: Sequence[str]) -> "Table":
+    from raytune_emotion.learn.prediction_table import TEXT_TABLES, ParquetTable
+
+    return ParquetTable(sys.stdout.buffer, classes) if name == "parquet" else TEXT_TABLES[name](sys.stdout, classes)
 
 
 def _device(name: str | None) -> "torch.device":

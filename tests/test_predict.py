@@ -1,16 +1,19 @@
 import csv
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.config import RunConfig
+from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
@@ -42,8 +45,6 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def seed_of(folder: Path) -> int:
-    import json
-
     return json.loads((folder / "config.json").read_text())["raytune_emotion"]["settings"]["train.seed"]
 
 
@@ -114,17 +115,101 @@ class TestPredict:
             np.array([rows[0][1:], rows[-1][1:]], float), np.array([r[1:] for r in alone], float), atol=2e-6
         )
 
-    def test_every_unreadable_image_is_named_and_nothing_is_printed(self, export, faces, tmp_path, capsys):
+    def test_every_unreadable_image_is_named_and_all_others_are_predicted(self, export, faces, tmp_path, capsys):
         good = next((faces / "val_set" / "images").iterdir())
         text, torn = tmp_path / "a.jpg", tmp_path / "b.jpg"
         text.write_text("no picture")
         Image.new("RGB", (300, 300), "red").save(torn, quality=95)
         torn.write_bytes(torn.read_bytes()[:900])
         many = [str(good)] * 70
-        assert command_main("predict", [str(export), str(text), *many, str(torn)]) == 2
+        assert command_main("predict", [str(export), str(text), *many, str(torn)]) == 3
         out, err = capsys.readouterr()
-        assert out == ""
-        assert [line.partition(str(tmp_path))[2][:6] for line in err.splitlines()] == ["/a.jpg", "/b.jpg"]
+        assert [row[0] for row in rows_of(out)] == ["image", *many]
+        *named, last = err.splitlines()
+        assert [line.partition(str(tmp_path))[2][:7] for line in named] == ["/a.jpg:", "/b.jpg:"]
+        assert last == "2 images could not be read; all others are predicted"
+
+    def test_rows_are_written_while_later_images_are_read(self, export, faces, monkeypatch):
+        """So that a million images need no more memory than a batch."""
+        from raytune_emotion import predict
+        from raytune_emotion.data.pictures import PictureFiles
+        from raytune_emotion.storage.locations import Folder
+
+        written, read = [], []
+        files = [file.name for file in sorted((faces / "train_set" / "images").iterdir())[:10]]
+
+        class Counted(PictureFiles):
+            def decode(self, image_size, at_once):
+                for picture in super().decode(image_size, at_once):
+                    read.append(picture[0])
+                    yield picture
+
+        class Table:
+            def write(self, names, prob_NK):
+                written.extend(names)
+                assert len(read) <= len(written)
+
+            def close(self):
+                assert len(written) == 10
+
+        monkeypatch.setattr(predict, "_BATCH", 3)
+        source = Counted(Folder(faces / "train_set" / "images"), files)
+        assert predict.predict(load_package(export), [source], Table()) == 0
+        assert [Path(name).name for name in written] == files
+
+    def test_formats_hold_the_same(self, export, faces, tmp_path):
+        folder = faces / "val_set" / "images"
+        found = {}
+        for name in ("csv", "jsonl", "parquet"):
+            with (tmp_path / name).open("wb") as out:
+                command = [sys.executable, "-m", "raytune_emotion.predict", export, folder, "--format", name]
+                assert subprocess.run(command, stdout=out, check=False).returncode == 0
+        _, *rows = rows_of((tmp_path / "csv").read_text())
+        found["csv"] = {row[0]: [float(p) for p in row[1:]] for row in rows}
+        lines = [json.loads(line) for line in (tmp_path / "jsonl").read_text().splitlines()]
+        assert list(lines[0]["probabilities"]) == list(EMOTIONS)
+        found["jsonl"] = {line["image"]: list(line["probabilities"].values()) for line in lines}
+        table = pq.read_table(tmp_path / "parquet")
+        assert table.column_names == ["image", *EMOTIONS]
+        found["parquet"] = {row["image"]: [row[name] for name in EMOTIONS] for row in table.to_pylist()}
+        assert found["csv"] == found["jsonl"]
+        assert list(found["csv"]) == list(found["parquet"])
+        for name, probs in found["csv"].items():
+            assert found["parquet"][name] == pytest.approx(probs, abs=1e-6)
+
+    def test_packed_store_is_predicted_as_its_images_are(self, export, store, faces, capsys, tmp_path):
+        assert command_main("predict", [str(export), str(store.path)]) == 0
+        _, *rows = rows_of(capsys.readouterr().out)
+        assert [row[0] for row in rows] == [f"train/{i}" for i in store.train.ids] + [f"val/{i}" for i in store.val.ids]
+        image = faces / "val_set" / "images" / f"{store.val.ids[0]}.jpg"
+        assert command_main("predict", [str(export), str(image)]) == 0
+        _, alone = rows_of(capsys.readouterr().out)
+        assert np.allclose(np.array(rows[-33][1:], float), np.array(alone[1:], float), atol=2e-6)
+        pack(faces, tmp_path / "store", image_size=16)
+        assert command_main("predict", [str(export), str(tmp_path / "store")]) == 2
+        assert capsys.readouterr().err.startswith(
+            f"error: {tmp_path / 'store'}: holds images of 16 px, and the model takes 32 px; name the folder"
+        )
+
+    def test_files_and_folders_at_uris(self, export, faces, capsys):
+        folder = faces / "val_set" / "images"
+        face = sorted(folder.iterdir())[0]
+        assert command_main("predict", [str(export), face.as_uri(), folder.as_uri()]) == 0
+        _, first, *rows = rows_of(capsys.readouterr().out)
+        assert len(rows) == 33
+        assert first == rows[0]
+        assert first[0] == face.as_uri()
+        assert command_main("predict", [str(export), f"{folder.as_uri()}/none.jpg"]) == 2
+        assert capsys.readouterr().err == f"error: {folder.as_uri()}/none.jpg: there is no such image\n"
+
+    def test_closed_pipe_is_no_traceback(self, export, faces):
+        images = [faces / "train_set" / "images"] * 40
+        command = [sys.executable, "-m", "raytune_emotion.predict", export, *images]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline().startswith("image,neutral")
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait(60) == 1
 
     def test_paths_that_are_not_there_are_named_together(self, export, tmp_path, capsys):
         assert command_main("predict", [str(export), str(tmp_path), str(tmp_path / "x.jpg")]) == 2

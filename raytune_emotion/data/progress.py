@@ -16,8 +16,8 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:,.0f}/s")
 
 
-def progress() -> Progress:
-    """Show bars with rate and time left, where standard error is a terminal."""
+def progress(*, shown: bool = True) -> Progress:
+    """Make bars with rate and time left, shown where standard error is a terminal and nothing speaks against it."""
     return Progress(
         "{task.description}",
         BarColumn(),
@@ -25,7 +25,7 @@ def progress() -> Progress:
         _Rate(),
         TimeRemainingColumn(),
         console=plain_console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        disable=not shown or not sys.stderr.isatty(),
     )
 
 

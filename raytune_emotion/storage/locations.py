@@ -77,6 +77,10 @@ class Location(ABC):
         """Tell whether there is such a folder."""
 
     @abstractmethod
+    def split_file(self) -> "tuple[Location, str] | None":
+        """Return the folder and the name of the file that lies here; None where no file does."""
+
+    @abstractmethod
     def is_folder(self) -> bool:
         """Tell whether what exists here is a folder, and no file or link."""
 
@@ -251,6 +255,9 @@ class Folder(Location):
     def exists(self) -> bool:
         return os.path.lexists(self.path)
 
+    def split_file(self) -> tuple[Location, str] | None:
+        return (Folder(self.path.parent), self.path.name) if self.path.is_file() else None
+
     def is_folder(self) -> bool:
         return self.path.is_dir() and not self.path.is_symlink()
 
@@ -391,6 +398,9 @@ class Remote(Location):
 
     def exists(self) -> bool:
         return remote.exists(self.uri)
+
+    def split_file(self) -> tuple[Location, str] | None:
+        return (Remote(remote.parent_of(self.uri)), self.name) if remote.is_file(self.uri) else None
 
     def is_folder(self) -> bool:
         return not remote.is_file(self.uri)

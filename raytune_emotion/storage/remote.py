@@ -56,6 +56,11 @@ def name_of(uri: str) -> str:
     return unquote(urlsplit(uri).path.rstrip("/").rpartition("/")[2])
 
 
+def parent_of(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
+
+
 def refuse_credentials(uri: str) -> None:
     """Refuse a URI that holds a secret: it is written into studies, and every user of the machine sees it in `ps`.
 

@@ -1,0 +1,127 @@
+"""Pictures that somebody names, in files, folders and packed stores, here or at URIs: listed once, decoded in order."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raytune_emotion.data.cores import usable_cores
+from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
+from raytune_emotion.data.store import find_stores, open_store, read_manifest
+from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.storage.locations import Location
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
+
+#: A picture's name and its pixels, [H, W, 3], or why it cannot be decoded.
+Picture = tuple[str, npt.NDArray[np.uint8] | UndecodableImage]
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Files in a folder or at a URI."""
+
+    location: Location
+    files: Sequence[str]  # relative to the location
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def decode(self, image_size: int, at_once: int) -> Iterator[Picture]:
+        """Decode the pictures in their order, as for training; so many are in memory at once."""
+
+        def decoded(content: bytes | OSError) -> npt.NDArray[np.uint8] | UndecodableImage:
+            try:
+                return decode_at_sizes(content, (image_size,))[0]
+            except UndecodableImage as error:
+                return error
+
+        with ignore_decoder_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
+            for start in range(0, len(self.files), at_once):
+                names = self.files[start : start + at_once]
+                contents = self.location.read_all(names)
+                yield from zip(map(self._label, names), pool.map(decoded, contents), strict=True)
+
+    def _label(self, name: str) -> str:
+        # A name that is not valid text is escaped.
+        return os.fsencode(str(self.location / name)).decode(errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class StoredPictures:
+    """The images of packed stores of several sizes, of which the one that fits is read."""
+
+    location: Location
+    stores: Sequence[Location]
+
+    def __len__(self) -> int:
+        return sum(split.rows for split in read_manifest(self.stores[0]).splits.values())
+
+    def check(self, image_size: int) -> None:
+        """Check that there is a store of images of this size, px.
+
+        Raises:
+            UserError: there is none.
+        """
+        if image_size not in (sizes := self._sizes()):
+            held = " and ".join(map(str, sizes))
+            raise UserError(
+                f"{self.location}: holds images of {held} px, and the model takes {image_size} px; name the folder "
+                f"that it was packed from, or pack that at {image_size} px"
+            )
+
+    def decode(self, image_size: int, at_once: int) -> Iterator[Picture]:
+        """Read the images, those of the training set first, each named by its split and its id."""
+        store = open_store(self._sizes()[image_size])
+        for name, split in (("train", store.train), ("val", store.val)):
+            for start in range(0, len(split), at_once):
+                rows = range(start, min(start + at_once, len(split)))
+                yield from zip((f"{name}/{split.ids[row]}" for row in rows), split.gather(np.array(rows)), strict=True)
+
+    def _sizes(self) -> dict[int, Location]:
+        return {read_manifest(store).image_size: store for store in self.stores}
+
+
+def list_pictures(places: Iterable[Location]) -> list[PictureFiles | StoredPictures]:
+    """List the pictures at places: a file as it is, the picture files of a folder by name, or those of stores.
+
+    Raises:
+        UserError: a place does not exist or cannot be read, or has no picture.
+    """
+    found: list[PictureFiles | StoredPictures] = []
+    faults: list[str] = []
+    for place in places:
+        with collect_errors(faults):
+            try:
+                found.append(_listed(place))
+            except OSError as error:
+                raise UserError(f"{place}: cannot be read: {error.strerror}; name readable images") from error
+    if faults:
+        raise UserError(faults)
+    return found
+
+
+def _listed(place: Location) -> PictureFiles | StoredPictures:
+    if (file := place.split_file()) is not None:
+        folder, name = file
+        return PictureFiles(folder, [name])
+    if not place.exists():
+        raise UserError(f"{place}: there is no such image")
+    if stores := find_stores(place):
+        return StoredPictures(place, stores)
+    names = sorted(file.name for file in place.list_files())
+    images = [name for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+    if not images:
+        raise UserError(f"{place}: there is no image in this folder; name the images, or their folder")
+    return PictureFiles(place, images)
+
+
+def in_batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
+    """Yield pictures in lists of this length; the last may be shorter."""
+    source = iter(pictures)
+    while batch := list(itertools.islice(source, size)):
+        yield batch

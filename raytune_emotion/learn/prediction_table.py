@@ -1,0 +1,90 @@
+"""Write predictions as they come, a batch at a time: CSV, JSON lines, or Parquet."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, Protocol, TextIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_NAME = "image"
+_DECIMALS = 6
+_ROWS_OF_A_GROUP = 4096
+
+
+class Table(Protocol):
+    """A table of predictions that is being written."""
+
+    def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
+        """Write rows: the name of each image, and its probabilities."""
+
+    def close(self) -> None:
+        """Write what is left, and the end of the table."""
+
+
+class CsvTable:
+    """A header, then one line per image with its probabilities, to six decimals."""
+
+    def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
+        self._text, self._lines = text, csv.writer(text, lineterminator="\n")
+        self._lines.writerow([_NAME, *classes])
+
+    def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
+        for name, prob_K in zip(names, prob_NK, strict=True):
+            self._lines.writerow([name, *(f"{p:.{_DECIMALS}f}" for p in prob_K)])
+        self._text.flush()
+
+    def close(self) -> None:
+        self._text.flush()
+
+
+class JsonLines:
+    """One line per image: its name, and its probabilities by class."""
+
+    def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
+        self._text, self._classes = text, classes
+
+    def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
+        for name, prob_K in zip(names, prob_NK.round(_DECIMALS).tolist(), strict=True):
+            row = {_NAME: name, "probabilities": dict(zip(self._classes, prob_K, strict=True))}
+            self._text.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._text.flush()
+
+    def close(self) -> None:
+        self._text.flush()
+
+
+class ParquetTable:
+    """A column of names, and one of float32 for each class."""
+
+    def __init__(self, stream: BinaryIO, classes: Sequence[str]) -> None:
+        self._schema = pa.schema([(_NAME, pa.string()), *((name, pa.float32()) for name in classes)])
+        self._stream = stream
+        self._writer = pq.ParquetWriter(stream, self._schema)
+        self._names: list[str] = []
+        self._parts: list[npt.NDArray[np.float64]] = []
+
+    def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
+        self._names += names
+        self._parts.append(prob_NK)
+        if len(self._names) >= _ROWS_OF_A_GROUP:
+            self._write_group()
+
+    def close(self) -> None:
+        if self._names:
+            self._write_group()
+        self._writer.close()
+        self._stream.flush()
+
+    def _write_group(self) -> None:
+        prob_NK = np.concatenate(self._parts).astype(np.float32)
+        columns = [pa.array(self._names, pa.string()), *(pa.array(column_N) for column_N in prob_NK.T)]
+        self._writer.write_table(pa.table(columns, schema=self._schema))
+        self._names, self._parts = [], []
+
+
+#: The formats of text, by name; `parquet` is written to a stream of bytes.
+TEXT_TABLES: dict[str, Callable[[TextIO, Sequence[str]], Table]] = {"csv": CsvTable, "jsonl": JsonLines}
