@@ -10,6 +10,7 @@ from raytune_emotion.cli import command_main, location
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
+from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import parse_location
 from raytune_emotion.terminal import say, shell_word, warn
 
@@ -17,10 +18,17 @@ from raytune_emotion.terminal import say, shell_word, warn
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = DataConfig()
     parser.add_argument(
-        "source", type=location, metavar="SRC", help="folder in the AffectNetFused layout, as a path or URI"
+        "source",
+        type=location,
+        metavar="SRC",
+        help="AffectNetFused folder or table of faces (.csv, .parquet), as a path or URI",
     )
     parser.add_argument(
-        "dest", type=location, metavar="DEST", help="store to write: a folder that does not exist yet, or a URI"
+        "dest",
+        type=location,
+        nargs="?",
+        metavar="DEST",
+        help="store to write: a folder that does not exist yet, or a URI",
     )
     parser.add_argument(
         "--image-size",
@@ -38,9 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         type=lambda names: tuple(name.strip() for name in names.split(",")),
-        default=default.classes,
         metavar="A,B,C",
-        help=f"class names in the order of the annotated values (default: {', '.join(default.classes)})",
+        help="class names in the order of the annotated values "
+        f"(default: those of the table, or {', '.join(default.classes)})",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="tell what is in SRC, and which images are in both splits; nothing is packed",
     )
     parser.add_argument(
         "--address", metavar="ADDRESS", help="address of a running Ray cluster, or auto: pack on all its nodes"
@@ -48,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.check:
+        from raytune_emotion.data.packing.inspection import inspect, show
+
+        show(inspect(args.source, args.classes))
+        return
+    if args.dest is None:
+        raise UserError("DEST: name the store to write, or look at SRC alone with --check")
     started = time.perf_counter()
     # By addresses: nodes of a cluster work in folders of their own.
     source, dest = parse_location(args.source.address), parse_location(args.dest.address)

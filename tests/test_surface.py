@@ -27,7 +27,7 @@ ARGUMENTS = {
         "STUDY", "--top K", "--seeds N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X",
         "--address ADDRESS",
     ),
-    "pack": ("SRC", "DEST", "--image-size N", "--skip-bad", "--classes A,B,C", "--address ADDRESS"),
+    "pack": ("SRC", "DEST", "--image-size N", "--skip-bad", "--classes A,B,C", "--check", "--address ADDRESS"),
     "train": (
         "--data DIR", "--set KEY=VALUE", "--config FILE", "--study DIR", "--trial ID", "--epochs N", "--seed N",
         "--workers N", "--gpus-per-worker X", "--results DIR", "--name NAME", "--resume", "--weights-dir DIR",

@@ -13,10 +13,12 @@ import io
 import math
 import os
 import statistics
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from PIL import Image
 
@@ -52,6 +54,12 @@ class Kind(Enum):
     NEGATIVE = "negative values"
     SUM = "sum is not one"
     UNDECODABLE = "image cannot be decoded"
+    CELLS = "wrong number of cells"
+    OUTSIDE = "path is empty or leaves the folder of the table"
+    MISSING = "image is missing"
+    TWICE = "image is named twice"
+    SPLIT = "split is neither train nor val nor test"
+    NO_VOTES = "no votes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +83,6 @@ class Fault:
     detail: str = ""
 
     @property
-    def id(self) -> str:
-        return _annotation_id(self.file) or _image_id(self.file)
-
-    @property
     def reason(self) -> str:
         return f"{self.kind.value}: {self.detail}" if self.detail else self.kind.value
 
@@ -92,20 +96,90 @@ class SplitFiles:
 
 
 @dataclass(frozen=True)
-class FaceFolder:
-    """A folder in the layout of AffectNetFused, and the list of its files."""
-
-    location: Location
-    splits: Mapping[str, SplitFiles]  # train, val
-
-
-@dataclass(frozen=True)
 class Scan:
     """A folder whose annotations have been read and whose images have not."""
 
     rows: Mapping[str, Sequence[Row]]  # by split, in the order of the ids
     unlabelled: Mapping[str, Sequence[File]]  # images of rows whose annotation is at fault
     faults: Sequence[Fault]
+
+
+class Faces(ABC):
+    """A source of annotated faces whose files are listed: a folder, or a table."""
+
+    location: Location  # of the folder that its files are in
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Return the name of the source for messages."""
+
+    @property
+    @abstractmethod
+    def annotations(self) -> int:
+        """Count the annotations."""
+
+    @property
+    @abstractmethod
+    def images(self) -> Mapping[str, Sequence[File]]:
+        """Return the images of each split, train and val, sorted by name."""
+
+    @property
+    def own_classes(self) -> tuple[str, ...] | None:
+        """Return the classes that the source itself names, if it does."""
+        return None
+
+    @abstractmethod
+    def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
+        """Read every annotation and find its image; the images are not opened, and no fault of a row is raised."""
+
+    @abstractmethod
+    def quick_fingerprint(self) -> str:
+        """Hash the names, sizes and modification times of images and annotations, without reading an image."""
+
+    @abstractmethod
+    def id_of(self, file: str) -> str:
+        """Return the id of the row that a file is of."""
+
+    @abstractmethod
+    def name_of(self, split: str) -> str:
+        """Return the name of a split for messages."""
+
+    def notes(self) -> list[str]:
+        """Return what is to be said of how the source is read, a sentence each."""
+        return []
+
+
+@dataclass(frozen=True)
+class FaceFolder(Faces):
+    """A folder in the layout of AffectNetFused, and the list of its files."""
+
+    location: Location
+    splits: Mapping[str, SplitFiles]  # train, val
+
+    @property
+    def source(self) -> str:
+        return str(self.location)
+
+    @property
+    def annotations(self) -> int:
+        return sum(len(files.annotations) for files in self.splits.values())
+
+    @property
+    def images(self) -> Mapping[str, Sequence[File]]:
+        return {split: files.images for split, files in self.splits.items()}
+
+    def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
+        return scan(self, classes, pmap)
+
+    def quick_fingerprint(self) -> str:
+        return quick_fingerprint(self)
+
+    def id_of(self, file: str) -> str:
+        return _annotation_id(file) or _image_id(file)
+
+    def name_of(self, split: str) -> str:
+        return str(self.location / SPLITS[split])
 
 
 def check_layout(root: Location) -> None:
@@ -202,6 +276,11 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
         return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
     if len(values) != len(classes):
         return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
+    return parse_probabilities(values, classes)
+
+
+def parse_probabilities(values: tuple[float, ...], classes: tuple[str, ...]) -> tuple[float, ...] | Flaw:
+    """Return the probabilities of the classes as they are, or tell what is wrong with them."""
     total = sum(values) if all(map(math.isfinite, values)) else math.nan
     if math.isnan(total):
         return Flaw(Kind.NOT_FINITE, _values_by_class(values, classes, lambda v: not math.isfinite(v)))
@@ -212,12 +291,12 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     return values
 
 
-def native_size(faces: FaceFolder, most: int) -> int:
+def native_size(faces: Faces, most: int) -> int:
     """Return the side at which images lose nothing: the median of their shorter sides, px, at most `most`.
 
     It is taken from the headers of some training images; those that cannot be read are left to the packing to refuse.
     """
-    names = [file.name for file in faces.splits["train"].images]
+    names = [file.name for file in faces.images["train"]]
     sides = []
     for content in faces.location.read_all(names[:: max(1, len(names) // _SIZES_READ)]):
         with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -237,11 +316,10 @@ def quick_fingerprint(faces: FaceFolder) -> str:
     return digest.hexdigest()
 
 
-def sentences(root: Location, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
+def sentences(root: str, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
     """Write one sentence for each kind of fault, with its count and the first names."""
     advice = {
-        Kind.COUNT: f"expected are the {len(classes)} classes {', '.join(classes)}: if the folder was made with"
-        " another list, name it in data.classes",
+        Kind.COUNT: _how_to_name_classes(faults, classes),
         Kind.NO_IMAGE: "the image's name is the id with .jpg, .jpeg, .png or .bmp",
         Kind.NO_ANNOTATION: f"the annotation's name is the id with {_ANNOTATION}",
         Kind.SEVERAL_IMAGES: "keep one of them",
@@ -261,6 +339,20 @@ def sentences(root: Location, faults: Sequence[Fault], classes: tuple[str, ...] 
         sentence = f"{root}: {kind.value} ({count}): {', '.join(names)}"
         told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
     return told
+
+
+def _how_to_name_classes(faults: Sequence[Fault], classes: tuple[str, ...]) -> str:
+    """Say what to do where annotations hold another number of values than there are classes."""
+    counts = {fault.detail.partition(" ")[0] for fault in faults if fault.kind == Kind.COUNT}
+    expected = f"expected are the {len(classes)} classes {', '.join(classes)}"
+    if len(counts) != 1 or not (number := counts.pop()).isdigit() or int(number) < 2:
+        return f"{expected}: if the folder was made with another list, name it in data.classes"
+    names = f"A,B,… ({number} names)"
+    return (
+        f"{expected}: the public annotations of AffectNetFused hold 15 or 8 values; to use {number} values, name their "
+        f"classes in the order of the values, by `pack --classes {names}`, by `data.classes: [{names}]` in the search "
+        f"space, or by `train --set data.classes=[{names}]`"
+    )
 
 
 @dataclass(frozen=True)
@@ -320,6 +412,13 @@ def _read_annotations(task: tuple[Location, Sequence[str], tuple[str, ...]]) -> 
         else parse_annotation(content, classes)
         for content in root.read_all(names)
     ]
+
+
+def parse_number(cell: Any) -> float | None:
+    """Return the number in a cell of a table, which may be text; None where there is no number."""
+    if isinstance(cell, str):
+        return _number(cell) if _is_number(cell.strip()) else None
+    return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None
 
 
 def _number(field: str) -> float:

@@ -9,10 +9,12 @@ from os import PathLike
 
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data import shard_format
-from raytune_emotion.data.affectnet import FaceFolder, check_layout, list_faces, native_size, quick_fingerprint
+from raytune_emotion.data.affectnet import Faces, check_layout, native_size
 from raytune_emotion.data.packing.pack import pack_sizes, tell_rejected
 from raytune_emotion.data.shard_format import Manifest
+from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.store import Store, find_stores, is_store, open_store, read_manifest
+from raytune_emotion.data.table import is_table
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import sweep
@@ -38,8 +40,8 @@ class Data:
         return {manifest.image_size: (store, manifest) for store, manifest in read}
 
     @cached_property
-    def faces(self) -> FaceFolder:
-        return list_faces(self.location)
+    def faces(self) -> Faces:
+        return list_source(self.location)
 
     def own_size(self) -> int:
         """Return the image size of a store, px; of a folder that of its images, but no more than the default.
@@ -57,7 +59,7 @@ class Data:
         """Return how many images there are to train on, by names and manifests alone."""
         for _, manifest in self.manifests.values():
             return manifest.splits["train"].rows
-        return len(self.faces.splits["train"].images)
+        return len(self.faces.images["train"])
 
 
 def find_data(place: Data | Location | str | PathLike[str]) -> Data:
@@ -69,6 +71,10 @@ def find_data(place: Data | Location | str | PathLike[str]) -> Data:
     if isinstance(place, Data):
         return place
     location = location_of(place)
+    if is_table(location):
+        data = Data(location, ())
+        _ = data.faces  # it is read at once: a table without the right columns is refused here
+        return data
     location.check(write=False)
     data = Data(location, tuple(find_stores(location)))
     if not data.stores:
@@ -124,8 +130,8 @@ def prepare_sizes(
     """
     if data.manifests:
         return _open_packed(data, image_sizes, classes)
-    classes = classes or EMOTIONS
-    files, cache = quick_fingerprint(data.faces), cache_folder() / "stores"
+    classes = classes or data.faces.own_classes or EMOTIONS
+    files, cache = data.faces.quick_fingerprint(), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
         wanted = (shard_format.VERSION, files, size, classes, skip_bad)

@@ -133,8 +133,9 @@ def test_orphans_and_doubles_are_faults(tmp_path):
     picture(0).save(train / "images/3.JPG")
     (train / "annotations/4_prob_rank.txt").write_text("")
 
-    found = scan(listed(tmp_path))
-    assert [(f.split, f.file, f.kind, f.id) for f in found.faults] == [
+    faces = listed(tmp_path)
+    found = scan(faces)
+    assert [(f.split, f.file, f.kind, faces.id_of(f.file)) for f in found.faults] == [
         ("train", "train_set/annotations/1_prob_rank.txt", Kind.NO_IMAGE, "1"),
         ("train", "train_set/annotations/4_prob_rank.txt", Kind.EMPTY, "4"),
         ("train", "train_set/images/2.png", Kind.NO_ANNOTATION, "2"),
@@ -153,7 +154,7 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
     (tmp_path / "train_set/annotations" / strange).write_text(UNIFORM)
     faults = scan(listed(tmp_path)).faults
     assert [(f.file, f.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
-    assert sentences(Folder(tmp_path), faults)[0].encode() == (
+    assert sentences(str(tmp_path), faults)[0].encode() == (
         f"{tmp_path}: name is not UTF-8 (1 file): train_set/annotations/\\xe9_prob_rank.txt".encode()
     )
 
@@ -175,7 +176,7 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
     write_folder(tmp_path)
     for id_, count in ((1, 8), (4, 14)):
         (tmp_path / f"train_set/annotations/{id_}_prob_rank.txt").write_text(",".join([repr(1 / count)] * count))
-    assert sentences(Folder(tmp_path), scan(listed(tmp_path)).faults) == [
+    assert sentences(str(tmp_path), scan(listed(tmp_path)).faults) == [
         f"{tmp_path}: wrong number of values (2 files): train_set/annotations/1_prob_rank.txt (8 values for 13"
         " classes), train_set/annotations/4_prob_rank.txt (14 values for 13 classes); expected are the 13 classes"
         f" {', '.join(EMOTIONS)}: if the folder was made with another list, name it in data.classes"
@@ -184,11 +185,25 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
     assert [row.id for row in scan(listed(tmp_path), eight).rows["train"]] == ["1"]
 
 
+@pytest.mark.parametrize("count", [8, 15])
+def test_sentence_says_how_to_name_the_classes_of_public_annotations(tmp_path, count):
+    write_folder(tmp_path)
+    for file in tmp_path.glob("*/annotations/*"):
+        file.write_text(",".join([repr(1 / count)] * count))
+    (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
+    assert sentence.endswith(
+        "the public annotations of AffectNetFused hold 15 or 8 values; to use "
+        f"{count} values, name their classes in the order of the values, by `pack --classes A,B,… ({count} names)`, by "
+        f"`data.classes: [A,B,… ({count} names)]` in the search space, or by `train --set data.classes=[A,B,… ({count} "
+        "names)]`"
+    )
+
+
 def test_a_sentence_names_ten_files_and_counts_the_rest(tmp_path):
     write_folder(tmp_path, train=13)
     for annotation in (tmp_path / "train_set/annotations").iterdir():
         annotation.write_text("")
-    (sentence,) = sentences(Folder(tmp_path), scan(listed(tmp_path)).faults)
+    (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
     assert "empty annotation (13 files)" in sentence
     assert sentence.count("_prob_rank.txt") == 10
     assert sentence.endswith(", and 3 more")

@@ -9,14 +9,16 @@ from os import PathLike
 from typing import Any
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.affectnet import FaceFolder, list_faces
+from raytune_emotion.data.affectnet import Faces
 from raytune_emotion.data.decode import picture_bytes
 from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_blocks
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
 from raytune_emotion.data.parallel import Map, process_map
 from raytune_emotion.data.progress import progress
 from raytune_emotion.data.shard_format import REJECTED, Manifest, ShardEntry
+from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.store import Store, find_stores, open_store, read_manifest
+from raytune_emotion.data.table import is_table
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage.locations import Location, location_of
@@ -33,7 +35,7 @@ def pack(
     dest: Location | str | PathLike[str],
     *,
     image_size: int,
-    classes: tuple[str, ...] = EMOTIONS,
+    classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Store:
@@ -47,7 +49,7 @@ def pack(
         source: the folder, or its URI.
         dest: the store, which must not exist yet.
         image_size: side of the square images, px.
-        classes: names of the K values of an annotation, in order.
+        classes: names of the K values of an annotation, in order; None: those of the table, or the 13 of this project.
         skip_bad: leave out the rows at fault, listed in rejected.csv, instead of refusing them all.
         workers: processes; by default one a core, or none where there is little to do.
 
@@ -61,10 +63,10 @@ def pack(
 
 
 def pack_sizes(
-    source: Location | FaceFolder,
+    source: Location | Faces,
     dests: Mapping[int, Location],
     *,
-    classes: tuple[str, ...] = EMOTIONS,
+    classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
     pmap: Map | None = None,
@@ -84,8 +86,12 @@ def pack_sizes(
         Breakdown: a URI fails again and again; a machine does not see one of the folders.
     """
     for size in dests:
-        RunConfig.from_flat({"data.image_size": size, "data.classes": classes})
-    faces = source if isinstance(source, FaceFolder) else _list_source(source)
+        RunConfig.from_flat({"data.image_size": size, **({"data.classes": classes} if classes else {})})
+    faces = source if isinstance(source, Faces) else list_unpacked(source)
+    classes = classes or faces.own_classes or EMOTIONS
+    RunConfig.from_flat({"data.classes": classes})
+    for note in faces.notes():
+        warn(note)
     for dest in list(dests.values())[:1]:
         dest.check(write=True)
     if there := [dest for dest in dests.values() if find_stores(dest)]:
@@ -112,16 +118,20 @@ def tell_rejected(store: Location, rejected: int) -> None:
         warn(f"{store}: rejected rows: {rejected}, see {store}/{REJECTED}")
 
 
-def _list_source(source: Location) -> FaceFolder:
-    source.check(write=False)
-    if find_stores(source):
-        raise UserError(f"{source}: is a packed store already")
-    return list_faces(source)
+def list_unpacked(source: Location) -> Faces:
+    """List a source of faces.
+
+    Raises:
+        UserError: there is none, or it is a packed store already.
+    """
+    if not is_table(source):
+        source.check(write=False)
+        if find_stores(source):
+            raise UserError(f"{source}: is a packed store already")
+    return list_source(source)
 
 
-def _pack(
-    faces: FaceFolder, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map
-) -> None:
+def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map) -> None:
     digests: dict[str, list[Digest]] = {}
     entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
     with progress() as bars:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.progress import Progress
 
 from raytune_emotion.data import affectnet, shard_format
-from raytune_emotion.data.affectnet import FaceFolder, Fault, Kind, Row, Scan
+from raytune_emotion.data.affectnet import Faces, Fault, Kind, Row, Scan
 from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
 from raytune_emotion.data.packing.blocks import Digest, digest_at_size
 from raytune_emotion.data.parallel import Map
@@ -24,6 +24,7 @@ _FILES_PER_TASK = 128
 class Content:
     """What the stores of a folder hold, and what was rejected."""
 
+    faces: Faces
     classes: tuple[str, ...]
     rows: Mapping[str, Sequence[Row]]  # by split
     digests: Mapping[str, Sequence[Digest]]  # by split
@@ -31,20 +32,19 @@ class Content:
     skip_bad: bool
 
 
-def read_rows(faces: FaceFolder, classes: tuple[str, ...], pmap: Map, bars: Progress) -> Scan:
+def read_rows(faces: Faces, classes: tuple[str, ...], pmap: Map, bars: Progress) -> Scan:
     """Read the annotations of a folder.
 
     Raises:
         UserError: a split has no row whose annotation is good.
     """
-    total = sum(len(files.annotations) for files in faces.splits.values())
-    scan = affectnet.scan(faces, classes, count_results(pmap, bars, "reading annotations", total))
+    scan = faces.scan(classes, count_results(pmap, bars, "reading annotations", faces.annotations))
     _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
     return scan
 
 
 def validate_rows(
-    faces: FaceFolder,
+    faces: Faces,
     classes: tuple[str, ...],
     scan: Scan,
     digests: Mapping[str, Sequence[Digest]],
@@ -75,14 +75,14 @@ def validate_rows(
     if faults and not skip_bad:
         raise UserError(
             [
-                *affectnet.sentences(faces.location, faults, classes),
-                f"{faces.location}: nothing is packed while files are at fault; mend them, or set them aside with"
+                *affectnet.sentences(faces.source, faults, classes),
+                f"{faces.source}: nothing is packed while files are at fault; mend them, or set them aside with"
                 " --skip-bad",
             ]
         )
     good = {split: sum(isinstance(digest, bytes) for digest in own) for split, own in digests.items()}
     _refuse_empty(faces, good, faults, classes)
-    return Content(classes, scan.rows, digests, faults, skip_bad)
+    return Content(faces, classes, scan.rows, digests, faults, skip_bad)
 
 
 def write_manifest(
@@ -105,7 +105,7 @@ def write_manifest(
         fingerprint=shard_format.fingerprint(image_size, content.classes, held),
         image_size=image_size,
         classes=content.classes,
-        rejected=len({(fault.split, fault.id) for fault in content.faults}),
+        rejected=len({(fault.split, content.faces.id_of(fault.file)) for fault in content.faults}),
         splits={
             split: SplitEntry(rows=sum(entry.rows for entry in own), shards=tuple(own))
             for split, own in entries.items()
@@ -130,9 +130,7 @@ def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
     return found
 
 
-def _refuse_empty(
-    faces: FaceFolder, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]
-) -> None:
-    if empty := [affectnet.SPLITS[split] for split, rows in good.items() if not rows]:
-        told = affectnet.sentences(faces.location, faults, classes)
-        raise UserError([*told, *(f"{faces.location / name}: not one good row" for name in empty)])
+def _refuse_empty(faces: Faces, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
+    if empty := [split for split, rows in good.items() if not rows]:
+        told = affectnet.sentences(faces.source, faults, classes)
+        raise UserError([*told, *(f"{faces.name_of(split)}: not one good row" for split in empty)])

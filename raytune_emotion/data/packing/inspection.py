@@ -1,0 +1,158 @@
+"""Tell what is in a set of annotated faces without packing it: counts, sizes, classes, labels, and duplicates.
+
+Two images have the same content if they are the same at 32 px. An image that is in both splits leaks: a model is judged
+on what it was trained on.
+"""
+
+import hashlib
+import io
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.special import entr
+
+from raytune_emotion.data import affectnet
+from raytune_emotion.data.affectnet import Fault, Kind
+from raytune_emotion.data.decode import FORMATS, Undecodable, decode_at_sizes, pictures_decoded_quietly
+from raytune_emotion.data.packing.pack import list_unpacked
+from raytune_emotion.data.parallel import processes
+from raytune_emotion.data.progress import counted, progress
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import File, Location
+from raytune_emotion.terminal import count, plain_console, plain_table, say
+
+_COMPARED_PX = 32
+_FILES_PER_TASK = 128
+_NAMED = 10  # duplicates that are named
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in one split."""
+
+    images: int
+    sides: Sequence[tuple[int, int]]  # width and height of each image, px
+    mean_K: npt.NDArray[np.float64]  # distribution
+    entropy: float  # bits, mean over the images
+    duplicates: int  # images with the content of another in the same split
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a set of faces."""
+
+    source: str
+    classes: tuple[str, ...]
+    notes: Sequence[str]
+    splits: Mapping[str, Contents]
+    leaks: Sequence[tuple[str, str]]  # files of the same content: of the training, and of the validation set
+    faults: Sequence[str]  # sentences
+
+
+def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspection:
+    """Look at every annotation and every image of a folder or a table of faces.
+
+    Args:
+        place: the folder or the table.
+        classes: names of the values of an annotation, in order; None: those of the table, or of this project.
+
+    Raises:
+        UserError: there is no such folder or table.
+    """
+    faces = list_unpacked(place)
+    classes = classes or faces.own_classes or EMOTIONS
+    looks: dict[str, list[_Look | str]] = {}
+    with processes(None) as pmap, progress() as bars:
+        scan = faces.scan(classes, counted(pmap, bars, "reading annotations", faces.annotations))
+        for split, rows in scan.rows.items():
+            files = [row.image for row in rows]
+            tasks = [(faces.location, files[i : i + _FILES_PER_TASK]) for i in range(0, len(files), _FILES_PER_TASK)]
+            parts = counted(pmap, bars, f"looking at images ({split})", len(files))(_look, tasks)
+            looks[split] = [look for part in parts for look in part]
+    faults = [*scan.faults]
+    splits: dict[str, Contents] = {}
+    by_content: dict[str, dict[bytes, list[str]]] = {}
+    for split, rows in scan.rows.items():
+        found = list(zip(rows, looks[split], strict=True))
+        faults += [Fault(split, row.image.name, Kind.UNDECODABLE, look) for row, look in found if isinstance(look, str)]
+        good = [(row, look) for row, look in found if not isinstance(look, str)]
+        files_of: dict[bytes, list[str]] = defaultdict(list)
+        for row, look in good:
+            files_of[look.content].append(row.image.name)
+        by_content[split] = files_of
+        prob_NK = np.array([row.probs for row, _ in good], np.float64).reshape(-1, len(classes))
+        splits[split] = Contents(
+            len(good),
+            [look.side for _, look in good],
+            prob_NK.mean(axis=0) if good else np.zeros(len(classes)),
+            float(entr(prob_NK).sum(axis=1).mean() / np.log(2)) if good else 0.0,
+            sum(len(files) - 1 for files in files_of.values()),
+        )
+    leaks = [
+        (train, val)
+        for content, files in by_content["val"].items()
+        for val in files
+        for train in by_content["train"].get(content, [])[:1]
+    ]
+    told = affectnet.sentences(faces.source, sorted(faults, key=lambda f: (f.split, f.file)), classes)
+    return Inspection(faces.source, classes, faces.notes(), splits, leaks, told)
+
+
+def show(found: Inspection) -> None:
+    """Print what is in a set of faces.
+
+    Raises:
+        UserError: rows are at fault, which is told after all else.
+    """
+    train, val = found.splits["train"], found.splits["val"]
+    say(f"{found.source}: {count(train.images, 'image')} to train on and {val.images} to validate on")
+    for note in found.notes:
+        say(note)
+    sides = [*train.sides, *val.sides]
+    if sides:
+        middle = " x ".join(str(round(statistics.median(side[axis] for side in sides))) for axis in (0, 1))
+        smallest, largest = (" x ".join(map(str, side)) for side in (min(sides, key=min), max(sides, key=max)))
+        say(f"sizes: median {middle} px, smallest {smallest}, largest {largest}")
+    say(f"entropy of the labels, mean: {train.entropy:.3f} bits in train, {val.entropy:.3f} in val")
+    table = plain_table("class", "mean, train", "mean, val")
+    for k, name in enumerate(found.classes):
+        table.add_row(name, f"{train.mean_K[k]:.4f}", f"{val.mean_K[k]:.4f}")
+    plain_console().print(table)
+    say(f"duplicates: {train.duplicates} in train, {val.duplicates} in val")
+    if found.leaks:
+        pairs = ", ".join(f"{val} is {train}" for train, val in found.leaks[:_NAMED])
+        more = f", and {len(found.leaks) - _NAMED} more" if len(found.leaks) > _NAMED else ""
+        say(f"leaks: {count(len(found.leaks), 'validation image')} in train, too: {pairs}{more}; remove one of each")
+    else:
+        say("leaks: no validation image is in train")
+    if found.faults:
+        raise UserError(found.faults)
+
+
+@dataclass(frozen=True)
+class _Look:
+    side: tuple[int, int]
+    content: bytes  # hash of the pixels
+
+
+def _look(task: tuple[Location, Sequence[File]]) -> list[_Look | str]:
+    """Return the size and the content of each image, or what is wrong with it."""
+    location, files = task
+    found: list[_Look | str] = []
+    with pictures_decoded_quietly():
+        for content in location.read_all([file.name for file in files]):
+            try:
+                (pixels,) = decode_at_sizes(content, (_COMPARED_PX,))
+            except Undecodable as error:
+                found.append(str(error))
+                continue
+            assert isinstance(content, bytes)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                found.append(_Look(image.size, hashlib.sha256(pixels.tobytes()).digest()[:16]))
+    return found

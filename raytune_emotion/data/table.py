@@ -1,0 +1,265 @@
+"""Read a table of faces: a CSV or Parquet file with the paths of images and a number for each class.
+
+    image,split,happy,sad,neutral
+    faces/1.jpg,train,0.7,0.1,0.2
+    faces/2.jpg,val,5,1,4
+
+Paths are relative to the table. The numbers of a row are probabilities or, in a table of whole numbers, votes. Without
+a column `split`, a hash of the path decides. Rows are checked as those of a folder are.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytune_emotion.data.affectnet import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
+from raytune_emotion.data.parallel import Map
+from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import File, Location
+from raytune_emotion.terminal import count
+
+_ENDINGS = (".csv", ".parquet")
+_IMAGE = ("image", "path", "file", "filename")  # names of the column of paths
+_SPLIT = "split"
+#: The words of a column `split`. Rows of `test` are left out.
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+#: The share of rows that are validation where there is no column `split`.
+_VALIDATION = 0.1
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of a table, as it is written."""
+
+    number: int  # of the line in a CSV file, of the row in Parquet; from 1
+    path: str
+    split: str | None  # None: there is no such column
+    cells: Sequence[Any]  # of the classes: text, numbers or None
+    flaw: Flaw | None = None  # of the row as a whole
+
+
+@dataclass(frozen=True)
+class FaceTable(Faces):
+    """A table of faces, and the list of the images beside it."""
+
+    location: Location  # of its folder
+    file: str
+    columns: tuple[str, ...]  # of the classes
+    lines: Sequence[_Line]
+    there: Mapping[str, File]  # the files in the folders that its paths name
+
+    @property
+    def source(self) -> str:
+        return str(self.location / self.file)
+
+    @property
+    def own_classes(self) -> tuple[str, ...]:
+        return self.columns
+
+    @property
+    def annotations(self) -> int:
+        return len(self.lines)
+
+    @cached_property
+    def images(self) -> Mapping[str, Sequence[File]]:
+        found: dict[str, dict[str, File]] = {"train": {}, "val": {}}
+        for line in self.lines:
+            split = self._split_of(line)
+            if split in found and line.path in self.there:
+                found[split][line.path] = self.there[line.path]
+        return {split: [files[path] for path in sorted(files)] for split, files in found.items()}
+
+    @cached_property
+    def votes(self) -> bool:
+        """Whether the numbers are votes: all are whole, and some row has more than one."""
+        totals = []
+        for line in self.lines:
+            values = [value for cell in line.cells if (value := parse_number(cell)) is not None]
+            if any(value % 1 for value in values):
+                return False
+            totals.append(sum(values))
+        return any(total > 1 for total in totals)
+
+    def notes(self) -> list[str]:
+        noted = [f"{self.source}: its numbers are votes; each row is divided by its sum"] if self.votes else []
+        splits = [self._split_of(line) for line in self.lines]
+        if all(line.split is None for line in self.lines):
+            share = f"{_VALIDATION:.0%} of the rows, chosen by a hash of the path, are validation"
+            noted.append(f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)})")
+        if splits.count("test"):
+            noted.append(f"{self.source}: {count(splits.count('test'), 'row')} of the split test are left out")
+        return noted
+
+    def id_of(self, file: str) -> str:
+        return file
+
+    def name_of(self, split: str) -> str:
+        return f"{self.source}, split {split}"
+
+    def quick_fingerprint(self) -> str:
+        digest = hashlib.sha256(repr((self.file, self.columns)).encode())
+        for line in self.lines:
+            stamp = self.location.stamp(self.there[line.path]) if line.path in self.there else ""
+            digest.update(f"{line!r}\0{stamp}\0".encode(errors="backslashreplace"))
+        return digest.hexdigest()
+
+    def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
+        if sorted(classes) != sorted(self.columns):
+            raise UserError(
+                f"{self.source}: its columns name the classes {', '.join(self.columns)}, and {', '.join(classes)} "
+                f"are asked for; leave the classes out to take those of the table"
+            )
+        order = [self.columns.index(name) for name in classes]
+        rows: dict[str, list[Row]] = {"train": [], "val": []}
+        unlabelled: dict[str, list[File]] = {"train": [], "val": []}
+        faults: list[Fault] = []
+        seen: set[str] = set()
+        for line in self.lines:
+            split = self._split_of(line)
+            if split == "test":
+                continue
+            found = self._misplaced(line, seen) or self._parse(line.cells, order, classes)
+            if isinstance(found, Flaw):
+                where = f"line {line.number}"
+                detail = f"{where}: {found.detail}" if found.detail else where
+                faults.append(Fault(split, line.path or "(no path)", found.kind, detail))
+                if split in unlabelled and line.path in self.there and line.path not in seen:
+                    unlabelled[split].append(self.there[line.path])
+            else:
+                rows[split].append(Row(line.path, self.there[line.path], found))
+            seen.add(line.path)
+        ordered = {split: sorted(own, key=lambda row: row.id) for split, own in rows.items()}
+        return Scan(ordered, unlabelled, sorted(faults, key=lambda f: (f.split, f.file)))
+
+    def _split_of(self, line: _Line) -> str:
+        if line.split is not None:
+            return _SPLITS.get(line.split.strip().lower(), "")
+        number = int.from_bytes(hashlib.sha256(line.path.encode(errors="backslashreplace")).digest()[:8], "big")
+        return "val" if number < _VALIDATION * 2**64 else "train"
+
+    def _misplaced(self, line: _Line, seen: Collection[str]) -> Flaw | None:
+        """Return what is wrong with a row but for its numbers."""
+        if line.flaw is not None:
+            return line.flaw
+        if _is_outside(line.path):
+            return Flaw(Kind.OUTSIDE)
+        if line.path in seen:
+            return Flaw(Kind.TWICE)
+        if self._split_of(line) not in ("train", "val"):
+            return Flaw(Kind.SPLIT, repr(line.split))
+        return None if line.path in self.there else Flaw(Kind.MISSING)
+
+    def _parse(self, row: Sequence[Any], order: Sequence[int], classes: tuple[str, ...]) -> tuple[float, ...] | Flaw:
+        cells = [row[k] for k in order]
+        values = [parse_number(cell) for cell in cells]
+        odd = next((cell for cell, value in zip(cells, values, strict=True) if value is None), None)
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return Flaw(Kind.TEXT, repr(odd))
+        total = sum(known)
+        if self.votes and min(known) >= 0:
+            return tuple(value / total for value in known) if total else Flaw(Kind.NO_VOTES)
+        return parse_probabilities(tuple(known), classes)
+
+
+def is_table(place: Location) -> bool:
+    """Tell whether a location is that of a table, by its ending."""
+    return place.name.lower().endswith(_ENDINGS)
+
+
+def list_table(place: Location) -> FaceTable:
+    """Read a table, and list the images that its rows name.
+
+    Raises:
+        UserError: there is no such file, it is damaged, or it has not the columns of a table of faces.
+    """
+    file = place.split_file()
+    if file is None:
+        raise UserError(f"{place}: there is no such file")
+    folder, name = file
+    raw = folder.read(name) or b""
+    try:
+        header, rows = _read_parquet(raw) if name.lower().endswith(".parquet") else _read_csv(raw)
+    except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"{place}: cannot be read as a table ({what}); save it anew") from error
+    image, split, classes = _columns(place, header)
+    lines = [_line(number, cells, header, image, split, classes) for number, cells in rows]
+    if not lines:
+        raise UserError(f"{place}: has no row below its header; name a table of faces")
+    parents = {str(PurePosixPath(line.path).parent) for line in lines if not _is_outside(line.path)}
+    there: dict[str, File] = {}
+    for parent in sorted(parents):
+        try:
+            files = folder.list_files("" if parent == "." else parent)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        there |= {file.name: file for file in files}
+    return FaceTable(folder, name, tuple(header[k] for k in classes), lines, there)
+
+
+def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, list[int]]:
+    """Return where the paths, the splits and the classes stand.
+
+    Raises:
+        UserError: some are missing or named twice.
+    """
+    faults = []
+    twice = sorted({name for name in header if header.count(name) > 1 or not name})
+    if twice:
+        faults.append(
+            f"{place}: has columns without a name of their own: {', '.join(map(repr, twice))}; give each its own"
+        )
+    images = [k for k, name in enumerate(header) if name.lower() in _IMAGE]
+    if len(images) != 1:
+        found = f"has the columns {', '.join(header[:20])}" if header else "has no header"
+        faults.append(f"{place}: {found}, of which one must be named image, for the paths of the images")
+    splits = [k for k, name in enumerate(header) if name.lower() == _SPLIT]
+    classes = [k for k in range(len(header)) if k not in (*images, *splits)]
+    if not faults and len(classes) < 2:
+        faults.append(f"{place}: has fewer than two classes; each column beside image and {_SPLIT} is one")
+    if faults:
+        raise UserError(faults)
+    return images[0], splits[0] if splits else None, classes
+
+
+def _line(
+    number: int, cells: Sequence[Any], header: Sequence[str], image: int, split: int | None, classes: Sequence[int]
+) -> _Line:
+    if len(cells) != len(header):
+        path = str(cells[image]) if image < len(cells) else ""
+        return _Line(
+            number,
+            path,
+            "" if split is not None else None,
+            (),
+            Flaw(Kind.CELLS, f"{len(cells)} cells for {len(header)} columns"),
+        )
+    path = "" if cells[image] is None else str(cells[image]).removeprefix("./")
+    return _Line(number, path, None if split is None else str(cells[split]), tuple(cells[k] for k in classes))
+
+
+def _read_csv(raw: bytes) -> tuple[list[str], list[tuple[int, list[Any]]]]:
+    lines = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+    header = [name.strip() for name in next(lines, [])]
+    return header, [(lines.line_num, [*cells]) for cells in lines if cells]
+
+
+def _read_parquet(raw: bytes) -> tuple[list[str], list[tuple[int, list[Any]]]]:
+    table = pq.read_table(pa.BufferReader(raw))
+    columns = [column.to_pylist() for column in table.columns]
+    return list(table.column_names), [(n, list(cells)) for n, cells in enumerate(zip(*columns, strict=True), 1)]
+
+
+def _is_outside(path: str) -> bool:
+    """Tell whether a path leaves the folder, or is none."""
+    parts = path.split("/")
+    return path.startswith("/") or "\0" in path or not {"", ".", ".."}.isdisjoint(parts)
