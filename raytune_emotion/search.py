@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=location,
         metavar="DIR",
-        help="AffectNetFused folder or packed store, as a path or URI (default: the built-in sample)",
+        help="AffectNetFused folder, table of faces (.csv, .parquet) or packed store, as a path or URI "
+        "(default: the built-in sample)",
     )
     add(
         "--space",
