@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=location,
         metavar="DIR",
-        help="folder, table of faces or packed store, as a path or URI (default: the study's data, or the built-in sample)",
+        help="folder, table of faces or packed store, as a path or URI "
+        "(default: the study's data, or the built-in sample)",
     )
     add(
         "--set",

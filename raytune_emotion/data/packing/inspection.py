@@ -18,10 +18,10 @@ from scipy.special import entr
 
 from raytune_emotion.data import affectnet
 from raytune_emotion.data.affectnet import Fault, Kind
-from raytune_emotion.data.decode import FORMATS, Undecodable, decode_at_sizes, pictures_decoded_quietly
+from raytune_emotion.data.decode import FORMATS, UndecodableImage, decode_at_sizes, ignore_decoder_warnings
 from raytune_emotion.data.packing.pack import list_unpacked
-from raytune_emotion.data.parallel import processes
-from raytune_emotion.data.progress import counted, progress
+from raytune_emotion.data.parallel import process_map
+from raytune_emotion.data.progress import count_results, progress
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
@@ -68,12 +68,12 @@ def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspecti
     faces = list_unpacked(place)
     classes = classes or faces.own_classes or EMOTIONS
     looks: dict[str, list[_Look | str]] = {}
-    with processes(None) as pmap, progress() as bars:
-        scan = faces.scan(classes, counted(pmap, bars, "reading annotations", faces.annotations))
+    with process_map(None) as pmap, progress() as bars:
+        scan = faces.scan(classes, count_results(pmap, bars, "reading annotations", faces.annotations))
         for split, rows in scan.rows.items():
             files = [row.image for row in rows]
             tasks = [(faces.location, files[i : i + _FILES_PER_TASK]) for i in range(0, len(files), _FILES_PER_TASK)]
-            parts = counted(pmap, bars, f"looking at images ({split})", len(files))(_look, tasks)
+            parts = count_results(pmap, bars, f"looking at images ({split})", len(files))(_look, tasks)
             looks[split] = [look for part in parts for look in part]
     faults = [*scan.faults]
     splits: dict[str, Contents] = {}
@@ -145,11 +145,11 @@ def _look(task: tuple[Location, Sequence[File]]) -> list[_Look | str]:
     """Return the size and the content of each image, or what is wrong with it."""
     location, files = task
     found: list[_Look | str] = []
-    with pictures_decoded_quietly():
+    with ignore_decoder_warnings():
         for content in location.read_all([file.name for file in files]):
             try:
                 (pixels,) = decode_at_sizes(content, (_COMPARED_PX,))
-            except Undecodable as error:
+            except UndecodableImage as error:
                 found.append(str(error))
                 continue
             assert isinstance(content, bytes)
