@@ -1,4 +1,4 @@
-"""Pictures that somebody names, in files, folders and packed stores, here or at URIs: listed once, decoded in order."""
+"""List and decode pictures that somebody names, in files, folders and packed stores, here or at URIs, in order."""
 
 import itertools
 import os
