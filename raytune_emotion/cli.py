@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "write the tables, plots and report of a study again",
     "export": "export a trial of a study as a folder that timm loads",
     "predict": "predict the distribution over emotions of images",
+    "demo": "try an export on pictures of your own, in a browser",
 }
 
 
@@ -101,6 +102,12 @@ def add_address_option(parser: argparse.ArgumentParser) -> None:
 def positive_integer(text: str) -> int:
     if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to {2**31 - 1}, got {text!r}")
+    return int(text)
+
+
+def port_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to {2**16 - 1}, got {text!r}")
     return int(text)
 
 

@@ -94,6 +94,8 @@ def test_a_cluster_decides_about_its_gpus():
         (["export", "none", "dest", "--format", "timm,tflite"], "--format tflite: there is no such format; there are "),
         (["status", "none"], "none: no study.yaml in it, so it is no study"),
         (["predict", "none", "face.jpg"], "none: is no export folder"),
+        (["demo", "none"], "none: is no export folder"),
+        (["demo", "none", "--port", "0"], "expected a port from 1 to 65535, got '0'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -36,6 +36,7 @@ ARGUMENTS = {
     "report": ("STUDY",),
     "export": ("STUDY", "DEST", "--trial ID", "--ensemble K", "--soup", "--format A,B"),
     "predict": ("EXPORT", "IMAGE", "--format NAME", "--mirror", "--device NAME"),
+    "demo": ("EXPORT", "--port N"),
 }  # fmt: skip
 
 STATUSES = {"complete", "pruned", "failed", "running"}

@@ -58,6 +58,10 @@ class Tab:
 
     def show(self, file: Path, *, width=1200, height=900, dark=False):
         """Open a file in a window of this size, and wait until it has drawn."""
+        self.open(file.absolute().as_uri(), width=width, height=height, dark=dark)
+
+    def open(self, url: str, *, width=1200, height=900, dark=False):
+        """Open a page in a window of this size, and wait until it is there."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         mobile = width < 600
@@ -65,7 +69,7 @@ class Tab:
         self.call("Emulation.setTouchEmulationEnabled", enabled=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=file.absolute().as_uri())
+        self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
     def eval(self, expression):
