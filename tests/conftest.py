@@ -49,6 +49,12 @@ def store(faces):
     return prepare(faces, image_size=32)
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Draw no PNG files: they take seconds, and are for the tests that look at them."""
+    monkeypatch.setattr("raytune_emotion.tuning.report.page.draw_all", lambda *_: ())
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """One local Ray cluster, which the modules of this process share."""

@@ -113,7 +113,9 @@ def test_a_study_at_a_uri_is_refused(capsys):
     ]
 
 
-def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, cluster, tmp_path, capsys, monkeypatch):
+def test_a_confirmation_is_interrupted_gone_on_with_and_extended(
+    study, cluster, tmp_path, capsys, monkeypatch, no_plots
+):
     # Ray can be started only once in a process, and has been.
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     folder = study / "confirmed"

@@ -49,7 +49,7 @@ def test_everything_that_is_made_is_made_again(study, capsys):
     assert not [path.name for path in study.iterdir() if path.name.startswith(".") and path.name != LOCK]
 
 
-def test_the_page_shows_the_table(study):
+def test_the_page_shows_the_table(study, no_plots):
     assert exit_code(["report", study]) == 0
     table, page = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}), Page(study)
     header, *rows = page.tables["trials"]
@@ -70,7 +70,7 @@ def test_the_page_shows_the_table(study):
     assert page.data["winner"] == table.trial_id[0]
 
 
-def test_a_study_that_runs_can_be_reported(study):
+def test_a_study_that_runs_can_be_reported(study, no_plots):
     before = (study / "optuna.journal").read_bytes()
     search = searcher_of(load_study(study), parse_space(read_spec(study).space), seed=0)
     search.ask()
@@ -92,7 +92,7 @@ def test_a_study_that_has_just_begun_can_be_reported(tmp_path, store):
     assert len(pd.read_csv(folder / "trials.csv")) == 0
 
 
-def test_a_folder_that_was_moved_can_be_reported(study, tmp_path):
+def test_a_folder_that_was_moved_can_be_reported(study, tmp_path, no_plots):
     moved = study.rename(tmp_path / "elsewhere")
     assert exit_code(["report", moved]) == 0
     assert (moved / "report.html").exists()

@@ -565,7 +565,7 @@ class TestAStudy:
         table = pd.read_csv(study / "trials.csv")
         assert json.loads((study / "best" / "metrics.json").read_text())["val_js"] == table.best_val_js[0]
 
-    def test_goes_on_with_more_trials(self, begun, study):
+    def test_goes_on_with_more_trials(self, begun, study, no_plots):
         before = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
         code, out, err = run_search("--resume", "--trials", 5, cwd=begun[0])  # the newest, without a name
         assert code == 0, err

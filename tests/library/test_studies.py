@@ -106,7 +106,7 @@ def test_all_that_the_command_refuses_is_an_error(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch):
+def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch, no_plots):
     # Ray can be started only once in a process, and has been.
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster.ray_session", joined_session)
     space = {"model.backbone": "test_resnet", "optim.lr": {"log_uniform": [1e-3, 1e-2]}, "data.image_size": 32}

@@ -175,7 +175,9 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
         third.close()
 
 
-def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(cluster, bucket, faces, tmp_path, capsys):
+def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
+    cluster, bucket, faces, tmp_path, capsys, no_plots
+):
     results = remote.join(bucket, "results")
     uri = remote.join(results, "killed")
     (tmp_path / "space.yaml").write_text(json.dumps(RUN_SPACE | {"data.image_size": 32}))

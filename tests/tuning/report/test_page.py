@@ -7,16 +7,25 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.report.page import report_files, write_report
+from raytune_emotion.tuning.report.plots import draw_parallel, draw_settings
 from raytune_emotion.tuning.study.records import TrialRecord
 from tests.support.pages import Page
 from tests.support.reports import RECORDS, make_report
 from tests.support.studies import spec_of
 
 
-def test_every_ending_of_a_trial_has_its_row(tmp_path, store):
-    write_report(tmp_path, spec_of(store), RECORDS)
-    _, *rows = Page(tmp_path).tables["trials"]
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, store):
+    """The folder of a study with its report."""
+    folder = tmp_path_factory.mktemp("report")
+    write_report(folder, spec_of(store), RECORDS)
+    return folder
+
+
+def test_every_ending_of_a_trial_has_its_row(written):
+    _, *rows = Page(written).tables["trials"]
     assert [row[:4] for row in rows] == [
         ["0001", "complete", "3", "0.3"],
         ["0000", "pruned", "1", "0.5"],
@@ -25,9 +34,8 @@ def test_every_ending_of_a_trial_has_its_row(tmp_path, store):
     ]
 
 
-def test_failures_stand_with_their_reasons(tmp_path, store):
-    write_report(tmp_path, spec_of(store), RECORDS)
-    assert Page(tmp_path).tables["failures"][1:] == [["0002", "0", "the loss is not a number"]]
+def test_failures_stand_with_their_reasons(written):
+    assert Page(written).tables["failures"][1:] == [["0002", "0", "the loss is not a number"]]
 
 
 def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
@@ -37,17 +45,17 @@ def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
         for i, (name, status) in enumerate([(bad, "complete"), ("test_vit", "failed")])
     ]
     write_report(tmp_path, dataclasses.replace(spec_of(store), name=bad, data=bad), records)
-    page = Page(tmp_path)
-    assert [tag for tag, _ in page.tags].count("script") == 4  # the data, two libraries, and what draws
+    shown = Page(tmp_path)
+    assert [tag for tag, _ in shown.tags].count("script") == 4  # the data, two libraries, and what draws
     assert not [
-        tag for tag, attributes in page.tags if tag == "img" or any(name.startswith("on") for name in attributes)
+        tag for tag, attributes in shown.tags if tag == "img" or any(name.startswith("on") for name in attributes)
     ]
-    assert bad in page.text
-    assert page.tables["failures"][1][2] == bad
-    assert page.data["trials"][0]["settings"]["model.backbone"] == bad
+    assert bad in shown.text
+    assert shown.tables["failures"][1][2] == bad
+    assert shown.data["trials"][0]["settings"]["model.backbone"] == bad
 
 
-def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store):
+def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store, no_plots):
     sizes = ((0.20, 11.0), (0.25, 1.0), (0.22, 5.0), (0.23, 5.0), (0.3, 2.0))
     records = [
         TrialRecord(f"{number:04d}", "complete", {}, "", (make_report(1, js, params_millions=millions),))
@@ -64,7 +72,12 @@ def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store):
     "values",
     [[1e-5, 1e-2], [0.0, 0.5], [32, 64], ["adam", "sgd"], [True, False], [None, "a"], [1, "a"], [0, 1e6], [-1, 50]],
 )
-def test_settings_of_every_kind_are_plotted(tmp_path, store, values):
+def test_settings_of_every_kind_are_plotted(tmp_path, store, values, monkeypatch):
+    def draw_settings_alone(data, _):
+        yield "settings", draw_settings(data)
+        yield "parallel", draw_parallel(data)
+
+    monkeypatch.setattr(page, "draw_all", draw_settings_alone)
     records = [
         TrialRecord(f"000{i}", "complete", {"some.setting": value}, "", (make_report(1, 0.4),))
         for i, value in enumerate(values)
@@ -86,7 +99,7 @@ def test_numbers_that_are_none_are_left_out_of_the_plots(tmp_path, store):
     assert Page(tmp_path).data["trials"][0]["kl"] is None
 
 
-def test_one_is_singular(tmp_path, store):
+def test_one_is_singular(tmp_path, store, no_plots):
     record = TrialRecord("0000", "complete", {"optim.lr": 1e-3}, "", (make_report(1, 0.4),))
     write_report(tmp_path, spec_of(store, trials=1, epochs=1), [record])
     text = Page(tmp_path).text
@@ -95,7 +108,7 @@ def test_one_is_singular(tmp_path, store):
     assert not re.search(r"\b1 (trials|epochs|seeds|settings)\b", text)
 
 
-def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store):
+def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_plots):
     (tmp_path / "confirmed").mkdir()
     table = [("0007", 0.2512, 0.0031, 5, 0, 0.24), ("0001", 0.26, 0.001, 5, 0, 0.25)]
     columns = ["trial_id", "mean_js", "standard_error", "seeds", "failed", "searched_js"]
@@ -105,19 +118,17 @@ def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store):
     assert told in Page(tmp_path).text
 
 
-def test_why_the_winner_is_not_looked_at_more_closely_is_said(tmp_path, store):
-    write_report(tmp_path, spec_of(store), RECORDS)
-    assert "Not shown: " in Page(tmp_path).text
-    assert "there is no such checkpoint" in Page(tmp_path).text
+def test_why_the_winner_is_not_looked_at_more_closely_is_said(written):
+    assert "Not shown: " in Page(written).text
+    assert "there is no such checkpoint" in Page(written).text
 
 
-def test_what_is_pushed_are_the_page_the_pictures_and_the_tables(tmp_path, store):
-    write_report(tmp_path, spec_of(store), RECORDS)
-    assert {"report.html", "curves.png", "cost.png", "results.csv"} <= set(report_files(tmp_path))
-    assert set(report_files(tmp_path)) == {path.name for path in tmp_path.iterdir()}
+def test_what_is_pushed_are_the_page_the_pictures_and_the_tables(written):
+    assert {"report.html", "curves.png", "cost.png", "results.csv"} <= set(report_files(written))
+    assert set(report_files(written)) == {path.name for path in written.iterdir()}
 
 
-def test_the_page_is_one_file_of_less_than_six_megabytes_that_asks_for_nothing(tmp_path, store):
+def test_the_page_is_one_file_of_less_than_six_megabytes_that_asks_for_nothing(tmp_path, store, no_plots):
     records = [
         TrialRecord(
             f"{i:04d}", "pruned", {"optim.lr": 1e-4 * (1 + i / 6)}, "", tuple(make_report(e, 0.4) for e in range(1, 9))
