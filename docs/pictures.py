@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def draw(study: Path) -> None:
-    """Writes `faces.png` and `curves.png` beside this file.
+    """Write `faces.png` and `curves.png` beside this file.
 
     Raises:
         UserError: the study is not on the generated faces; faces of people have no place here.
@@ -60,7 +60,7 @@ def draw(study: Path) -> None:
 
 
 def faces(split: Split, classes: tuple[str, ...]) -> npt.NDArray[np.int64]:
-    """The first row of a split for each of SHOWN, by the target alone: none is picked for its prediction."""
+    """Return the first row of a split for each of SHOWN, by the target alone: none is picked for its prediction."""
     likeliest_N = split.prob_NK.argmax(axis=1)
     return np.array([int(np.flatnonzero(likeliest_N == classes.index(name))[0]) for name in SHOWN])
 
