@@ -46,7 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    request = ConfirmRequest(**vars(args))
+    confirm_study(ConfirmRequest(**vars(args)))
+
+
+def confirm_study(request: ConfirmRequest) -> None:
+    """Run a confirmation, or what is left of it, and export the winner.
+
+    Raises:
+        UserError: there is nothing to confirm, or it cannot be run here.
+    """
     study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
     read_spec(study)  # whether it is a study shows at once
     refuse_absent_gpu(request.gpus_per_worker, request.address)

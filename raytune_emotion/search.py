@@ -26,7 +26,7 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import announce, count, plain_console
+from raytune_emotion.terminal import announce, count, plain_console, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
@@ -136,6 +136,11 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add_training_data_options(parser)
     add_address_option(parser)
     add(
+        "--finish",
+        action="store_true",
+        help="then confirm, train the winner longer, combine models if that helps, and export to finished/",
+    )
+    add(
         "--dry-run",
         action="store_true",
         help="show the space, ten configurations and the training speed; start nothing",
@@ -147,12 +152,30 @@ def run(args: argparse.Namespace) -> None:
     if request.dry_run:
         _dry_run(request)
         return
+    if request.finish:
+        request.results.require_folder("leave --finish out, or name a folder with --results")
     with announce("reading the study" if request.resume else "reading the search space and the data"):
         place = request.find_study()
         if request.resume:
             refuse_absent_gpu(request.gpus_per_worker, request.address)
         new = None if request.resume else _check_new(request, place)
     _search(request, place, new)
+    if request.finish:
+        _finish(request, place)
+
+
+def _finish(request: SearchRequest, place: Location) -> None:
+    """Finish a study that has been searched; where this is interrupted, say what to type."""
+    from raytune_emotion.confirm import confirm_study
+    from raytune_emotion.tuning.report.finish import finish_study
+
+    folder = place.require_folder("leave --finish out, or name a folder with --results").absolute()
+    try:
+        finish_study(folder, request.address, confirm_study)
+    except KeyboardInterrupt:
+        options = typed_options(results=folder.parent, name=folder.name, address=request.address)
+        plain_console().print(f"to go on: python -m raytune_emotion.search --resume --finish{options}")
+        raise
 
 
 def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":

@@ -20,7 +20,7 @@ ARGUMENTS = {
         "--epochs N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X", "--results DIR",
         "--warm-start STUDY", "--name NAME", "--resume", "--seed N", "--time-budget T", "--max-failures N",
         "--weights-dir DIR", "--skip-bad",
-        "--address ADDRESS", "--dry-run",
+        "--address ADDRESS", "--finish", "--dry-run",
     ),
     "status": ("STUDY", "--json", "--watch SECONDS"),
     "confirm": (

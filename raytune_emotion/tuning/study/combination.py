@@ -38,7 +38,7 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
-from raytune_emotion.tuning.study.records import TrialRecord, best_first, study_files, trial_folder
+from raytune_emotion.tuning.study.records import TrialRecord, study_files, trial_folder
 from raytune_emotion.tuning.study.trial_export import delete_other_formats, store_of
 from raytune_emotion.tuning.study.trials import DATA
 
@@ -139,36 +139,46 @@ class Combination:
         return cast("Report", values)
 
 
-def read_candidates(folder: Path, records: Sequence[TrialRecord]) -> Candidates:
-    """Read the trials that can be combined: ended, not failed, with weights, and of the best one's image size.
+def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:
+    """List the trials of a study that can be combined: ended, not failed, with weights. Each with its folder.
 
     Args:
-        folder: of the study, with its weights.
+        folder: of the study.
         records: of its trials.
+        prefix: of the names that the trials get.
+    """
+    ended = [record.trial_id for record in records if record.best and record.ended and record.status != "failed"]
+    folders = [(f"{prefix}{trial_id}", trial_folder(folder, trial_id)) for trial_id in ended]
+    return [(name, trial) for name, trial in folders if (trial / BEST).exists()]
+
+
+def read_candidates(trials: Sequence[tuple[str, Path]]) -> Candidates:
+    """Read trials to be combined, those of the best one's data and image size.
+
+    Args:
+        trials: names, and the folders of the runs.
 
     Raises:
-        UserError: no trial has weights, a checkpoint is damaged, or the data are not on this machine.
+        UserError: there are none, a checkpoint is damaged, or the data are not on this machine.
     """
-    ended = [r for r in best_first(records) if r.best and r.ended and r.status != "failed"]
-    kept = [record.trial_id for record in ended if (trial_folder(folder, record.trial_id) / BEST).exists()]
-    if not kept:
-        raise UserError(f"{folder}: no ended trial has weights; wait until one has ended")
-    store = store_of(trial_folder(folder, kept[0]))
-    found: list[tuple[str, Best, Tensor]] = []
-    for trial_id in kept:
-        trial = trial_folder(folder, trial_id)
-        best = read_best(trial / BEST)
-        if store is None or (not found and best.fingerprint != store.fingerprint):
-            raise UserError(
-                f"{folder}: the packed data of its trials are not on this machine, so nothing can be chosen; run this "
-                f"where the study ran"
-            )
-        if best.fingerprint == store.fingerprint:
-            predicted_NK = read_predictions(trial, best)
-            found.append((trial_id, best, predict_split(best, store.val) if predicted_NK is None else predicted_NK))
-    assert store is not None
-    trial_ids, bests, predictions = zip(*found, strict=True)
-    return Candidates(trial_ids, bests, predictions, store)
+    if not trials:
+        raise UserError("no ended trial has weights, so there is nothing to combine; wait until one has ended")
+    bests = {name: read_best(trial / BEST) for name, trial in trials}
+    ranked = sorted(trials, key=lambda trial: (bests[trial[0]].report["val_js"], trial[0]))
+    name, folder = ranked[0]
+    store = store_of(folder)
+    if store is None or bests[name].fingerprint != store.fingerprint:
+        raise UserError(
+            f"{folder}: the packed data of the run are not on this machine, so nothing can be chosen; run this where "
+            f"it was trained"
+        )
+    fitting = [(name, trial) for name, trial in ranked if bests[name].fingerprint == store.fingerprint]
+    predictions = []
+    for name, trial in fitting:
+        predicted_NK = read_predictions(trial, bests[name])
+        predictions.append(predict_split(bests[name], store.val) if predicted_NK is None else predicted_NK)
+    names = tuple(name for name, _ in fitting)
+    return Candidates(names, tuple(bests[name] for name in names), tuple(predictions), store)
 
 
 def combine_ensemble(candidates: Candidates, most: int) -> Combination:
@@ -210,7 +220,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
     """
     check_replaceable(dest)
     with _weights_of(study) as folder, dest.publish() as package:
-        chosen = combine_ensemble(read_candidates(folder, load(folder).records()), most)
+        chosen = combine_ensemble(read_candidates(list_kept(folder, load(folder).records())), most)
         write_ensemble(package, chosen, study.name, formats)
     delete_other_formats(dest, formats)
     return chosen
@@ -224,7 +234,7 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
     """
     check_replaceable(dest)
     with _weights_of(study) as folder, dest.publish() as package:
-        chosen, best = combine_soup(read_candidates(folder, load(folder).records()))
+        chosen, best = combine_soup(read_candidates(list_kept(folder, load(folder).records())))
         write_soup(package, chosen, best, study.name, formats)
     delete_other_formats(dest, formats)
     return chosen

@@ -42,6 +42,7 @@ class SearchRequest:
     weights_dir: Path | None = None
     skip_bad: bool = False
     address: str | None = None
+    finish: bool = False
     dry_run: bool = False
 
     @property

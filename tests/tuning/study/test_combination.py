@@ -13,7 +13,7 @@ from raytune_emotion.learn.combine import mean_weights, predict_split
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.graphs import predict_graph
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.study.combination import export_ensemble, export_soup, read_candidates
+from raytune_emotion.tuning.study.combination import export_ensemble, export_soup, list_kept, read_candidates
 from raytune_emotion.tuning.study.open_study import load
 from tests.support.studies import write_study
 
@@ -28,13 +28,13 @@ def study(store, tmp_path_factory):
 
 def test_predictions_are_those_of_the_weights_whether_they_are_kept_or_not(study, store):
     records = load(study).records()
-    kept = read_candidates(study, records)
+    kept = read_candidates(list_kept(study, records))
     assert len(kept.trial_ids) == 3
     file = study / "trials" / kept.trial_ids[1] / PREDICTIONS
     content = file.read_bytes()
     file.unlink()
     try:
-        again = read_candidates(study, records)
+        again = read_candidates(list_kept(study, records))
     finally:
         file.write_bytes(content)
     for first, second in zip(kept.predictions, again.predictions, strict=True):
@@ -71,13 +71,13 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path):
 
 def test_where_the_data_are_gone_nothing_can_be_chosen(study, monkeypatch):
     monkeypatch.setattr("raytune_emotion.tuning.study.combination.store_of", lambda trial: None)
-    with pytest.raises(UserError, match="packed data of its trials are not on this machine"):
-        read_candidates(study, load(study).records())
+    with pytest.raises(UserError, match="packed data of the run are not on this machine"):
+        read_candidates(list_kept(study, load(study).records()))
 
 
 def test_where_no_trial_has_weights_it_is_said(study):
     with pytest.raises(UserError, match="no ended trial has weights"):
-        read_candidates(study, [])
+        read_candidates([])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""Finish a study: confirm its best configurations, train the winner longer, combine models where that helps, export.
+
+Every step can be repeated: what an interrupted one has reached is kept, and it goes on from there.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raytune_emotion.config import RunConfig
+from raytune_emotion.data.store import open_store
+from raytune_emotion.learn.combine import choose_ensemble, mean_of, measure_gain
+from raytune_emotion.learn.export_folder import write_package
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.terminal import count, plain_console, plain_table, shell_word
+from raytune_emotion.tuning.report.single_run import Workers, train_single
+from raytune_emotion.tuning.study.combination import (
+    Candidates,
+    combine_ensemble,
+    combine_soup,
+    list_kept,
+    read_candidates,
+    write_ensemble,
+    write_soup,
+)
+from raytune_emotion.tuning.study.confirmation import CONFIRMED, rank_confirmed
+from raytune_emotion.tuning.study.open_study import OpenStudy, load
+from raytune_emotion.tuning.study.request import ConfirmRequest
+from raytune_emotion.tuning.study.trials import PARAMS
+
+#: Folders of the final fit and of the final export in the folder of a study.
+FINAL, FINISHED = "final", "finished"
+#: Configurations and seeds that are confirmed.
+TOP, SEEDS = 3, 3
+#: The final fit trains this many times the epochs of a trial.
+LONGER = 2
+#: Members of an ensemble at most.
+MEMBERS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the models after a step of the way reach."""
+
+    name: str
+    js: float | None  # bits, on images that no choice has seen; None: not measured
+
+    @property
+    def cells(self) -> tuple[str, str]:
+        """Return the row of a table for people."""
+        return self.name, "" if self.js is None else f"{self.js:.4f}"
+
+
+def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRequest], None]) -> None:
+    """Finish a study that has been searched, and export its best model.
+
+    Args:
+        folder: of the study.
+        address: of a cluster; None for this machine.
+        confirm: runs a confirmation.
+
+    Raises:
+        UserError: no trial has reported, or the data are gone.
+        KeyboardInterrupt: it was interrupted, and goes on when it is called again.
+    """
+    console = plain_console()
+    confirm(ConfirmRequest(study=Folder(folder), top=TOP, seeds=SEEDS, address=address))
+    study, confirmation = load(folder), load(folder / CONFIRMED)
+    configuration = _fit_winner(study, confirmation, address)
+
+    searched = list_kept(folder, study.records())
+    confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
+    candidates = read_candidates([*searched, *confirmed, (FINAL, folder / FINAL)])
+    first, second = ({name for name, _ in trials} for trials in (searched, [*searched, *confirmed]))
+    steps = [
+        Step("best trial of the search", _unseen_js(candidates, first)),
+        Step(f"best of it and {count(len(confirmed), 'confirmed run')}", _unseen_js(candidates, second)),
+        Step(f"best of these and the final fit of {configuration}", _unseen_js(candidates, {*candidates.trial_ids})),
+    ]
+    steps += _export(folder / FINISHED, candidates, study, steps)
+    table = plain_table("step", "JS, bits")
+    for step in steps:
+        table.add_row(*step.cells)
+    console.print(table)
+    console.print(
+        f"JS on the half of the validation set that chose nothing, mean over both halves\n"
+        f"exported    {shell_word(folder / FINISHED)}"
+    )
+
+
+def _fit_winner(study: OpenStudy, confirmation: OpenStudy, address: str | None) -> str:
+    """Train the confirmed configuration for longer on all workers, or go on with that. Return its name."""
+    winner = rank_confirmed(confirmation.spec, confirmation.records())[0]
+    (record,) = (record for record in study.records() if record.trial_id == winner.trial_id)
+    epochs = LONGER * study.spec.epochs
+    settings = {**study.spec.settings(record.settings), "train.epochs": epochs}
+    store = open_store(study.spec.stores[RunConfig.from_flat(settings).data.image_size])
+    config = RunConfig.from_flat({**settings, "data.classes": store.classes})
+    gpus = _count_gpus(address)
+    # On CPUs, one process uses every core.
+    workers = min(max(1, gpus), config.train.batch_size // config.train.accumulate)
+    fit = study.folder / FINAL
+    train_single(fit, config, store, Workers(workers, None, address), fresh=not (fit / PARAMS).exists())
+    return f"trial {winner.trial_id} ({count(epochs, 'epoch')})"
+
+
+def _count_gpus(address: str | None) -> int:
+    if address is None:
+        return torch.cuda.device_count()
+    # Imported for a cluster alone: it takes seconds.
+    import ray
+
+    from raytune_emotion.tuning.execution.cluster import ray_session
+
+    with ray_session(address):
+        return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+
+
+def _unseen_js(candidates: Candidates, names: Collection[str]) -> float | None:
+    """Return the JS of the best single one of some models, on images that did not choose it."""
+    some = candidates.only([number for number, name in enumerate(candidates.trial_ids) if name in names])
+    if not some.trial_ids:
+        return None
+    predictions, targets = some.predictions, some.targets
+    gain = measure_gain(
+        lambda rows: choose_ensemble(predictions, targets, rows, 1),
+        mean_of(predictions),
+        len(predictions),
+        some.store.val.ids,
+        targets,
+    )
+    return gain.single if gain is not None else None
+
+
+def _export(dest: Path, candidates: Candidates, study: OpenStudy, steps: Sequence[Step]) -> list[Step]:
+    """Export an ensemble, a soup, or the best model: what is best on unseen images. Return the steps to it."""
+    ensemble = combine_ensemble(candidates, MEMBERS)
+    soup, mixed = combine_soup(candidates)
+    more = [
+        Step(f"the soup of {', '.join(soup.trial_ids)}", soup.gain.combined if soup.gain else None),
+        Step(f"the ensemble of {', '.join(ensemble.trial_ids)}", ensemble.gain.combined if ensemble.gain else None),
+    ]
+    way = "; ".join(f"{step.name}: {step.cells[1] or 'not measured'}" for step in [*steps, *more])
+    notes = [f"The way to this model, by the JS in bits on images that no choice has seen: {way}."]
+    gains = {what: found.gain.gain if found.gain else 0.0 for what, found in (("ensemble", ensemble), ("soup", soup))}
+    best = max(gains, key=lambda what: gains[what])
+    name = study.folder.name
+    if gains[best] <= 0:
+        first = candidates.bests[0]
+        notes += [f"Neither soup nor ensemble helps: this is {candidates.trial_ids[0]} of the study {name}."]
+        write_package(dest, first, notes, store=candidates.store)
+    elif best == "ensemble":
+        write_ensemble(dest, ensemble, name, ["pt2"], notes)
+    else:
+        write_soup(dest, soup, mixed, name, ["timm"], notes)
+    return more

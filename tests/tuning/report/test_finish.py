@@ -1,0 +1,99 @@
+"""A study that finishes the job: confirm, a longer fit, combine, export; here without Ray."""
+
+import dataclasses
+import json
+
+import pytest
+
+from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.learn.combine import Gain
+from raytune_emotion.tuning.execution.job import Resources, job_of, train_here
+from raytune_emotion.tuning.report import finish
+from raytune_emotion.tuning.report.finish import FINAL, FINISHED, finish_study
+from raytune_emotion.tuning.study.combination import combine_ensemble, combine_soup, list_kept, read_candidates
+from raytune_emotion.tuning.study.confirmation import (
+    CONFIRMED,
+    enqueue_runs,
+    fresh_seeds,
+    make_confirmation,
+    plan_confirmation,
+)
+from raytune_emotion.tuning.study.open_study import load, open_study
+from tests.support.studies import searcher_of, write_study
+
+
+def confirm_here(request):
+    """Do what confirm does, without Ray: run what is left of a confirmation."""
+    study = request.study.path
+    chosen, spec = plan_confirmation(request, study)
+    make_confirmation(study / CONFIRMED, spec)
+    with open_study(study / CONFIRMED) as confirmation:
+        confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
+        searcher = searcher_of(confirmation.optuna, confirmation.space, seed=spec.seed)
+        while sum(record.ended for record in confirmation.records()) < confirmation.spec.trials:
+            proposal = searcher.ask()
+            for report in train_here(job_of(confirmation, Resources(1, 1, 0), proposal)):
+                searcher.observe(proposal.trial_id, report)
+            searcher.tell(proposal.trial_id, "complete")
+
+
+@pytest.fixture
+def study(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "TOP", 1)
+    monkeypatch.setattr(finish, "SEEDS", 1)
+    write_study(tmp_path / "study", store, trials=1, epochs=1)
+    return tmp_path / "study"
+
+
+def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
+    finish_study(study, None, confirm_here)
+    assert [report["epoch"] for report in read_history(study / FINAL)] == [1, 2]
+    metrics = json.loads((study / FINISHED / "metrics.json").read_text())
+    assert 0 < metrics["val_js"] < 1
+    card = (study / FINISHED / "README.md").read_text()
+    for step in ("best trial of the search: 0.", "best of it and 1 confirmed run: 0.", "the final fit of trial 0000"):
+        assert step in card
+    for step in ("the soup of ", "the ensemble of "):
+        assert step in card
+    assert "exported" in capsys.readouterr().out
+    assert len(load(study / CONFIRMED).records()) == 1
+
+    # The same again trains nothing anew.
+    before = {file: file.read_bytes() for file in study.rglob("history.jsonl")}
+    finish_study(study, None, confirm_here)
+    assert {file: file.read_bytes() for file in study.rglob("history.jsonl")} == before
+
+
+def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finish, "train_single", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish_study(study, None, confirm_here)
+    assert not (study / FINISHED).exists()
+    finish_study(study, None, confirm_here)
+    assert (study / FINISHED / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "soup", "said"),
+    [
+        (0.20, 0.25, "an ensemble of"),
+        (0.25, 0.20, "The mean of the weights of the trials"),
+        (0.35, 0.31, "Neither soup nor ensemble helps"),
+        (0.30, 0.30, "Neither soup nor ensemble helps"),
+    ],
+)
+def test_what_is_exported_is_what_helps_on_unseen_images(study, tmp_path, monkeypatch, ensemble, soup, said):
+    candidates = read_candidates(list_kept(study, load(study).records()))
+    chosen = dataclasses.replace(combine_ensemble(candidates, 2), gain=Gain(0.30, ensemble))
+    mixed, best = combine_soup(candidates)
+    monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
+    monkeypatch.setattr(
+        finish, "combine_soup", lambda candidates: (dataclasses.replace(mixed, gain=Gain(0.3, soup)), best)
+    )
+    steps = finish._export(tmp_path / "dest", candidates, load(study), [])
+    assert [step.js for step in steps] == [soup, ensemble]
+    assert said in (tmp_path / "dest" / "README.md").read_text()
