@@ -8,6 +8,8 @@ from typing import Any
 
 #: What the system says of a place that the user has named.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+#: What it says of a folder in the place of a file, or of a file in the place of a folder.
+_OF_ANOTHER_KIND = (errno.EISDIR, errno.ENOTDIR)
 #: What it says when a disk, a server or a connection fails.
 _FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENXIO)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -45,7 +47,7 @@ def _says(*words: str) -> Callable[[Any], bool]:
 
 def _place(error: Any) -> str:
     """Return the file that an error of the system is about, with what the system says of it."""
-    name = error.filename
+    name = error.filename2 or error.filename  # the one that was to be replaced, not its temporary file
     said = error.strerror or first_line(error)
     return said if name is None else f"{os.fsdecode(name) if isinstance(name, str | bytes) else name}: {said}"
 
@@ -90,6 +92,12 @@ KNOWN = (
         lambda error: error.errno in _REFUSED and error.filename is not None,
         2,
         lambda error: f"{_place(error)}; name another place, or change who may use it",
+    ),
+    KnownError(
+        "builtins.OSError",
+        lambda error: error.errno in _OF_ANOTHER_KIND and error.filename is not None,
+        2,
+        lambda error: f"{_place(error)}; move away what is there, or name another place",
     ),
     KnownError(
         "builtins.OSError",

@@ -74,6 +74,12 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
         ),
         (OSError(errno.ESTALE, "Stale file handle"), 1, "Stale file handle; the storage or the network failed"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "a connection broke: [Errno"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", ".trials.csv.tmp", None, "r/trials.csv"),
+            2,
+            "r/trials.csv: Is a directory; move away what is there, or name another place",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "trials/a"), 2, "trials/a: Not a directory; move away"),
         (PermissionError(errno.EACCES, "Permission denied", b"/a"), 2, "/a: Permission denied; name another place"),
         (
             httpx2.ProxyError("407 Proxy Authentication Required"),

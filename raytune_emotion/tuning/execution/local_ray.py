@@ -5,9 +5,12 @@ somebody else's; and since 2.59 it would leave a token in the user's home folder
 """
 
 import contextlib
+import fcntl
+import glob
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +45,9 @@ def local_ray() -> Iterator[dict[str, object]]:
         UserError: there is no folder for it.
     """
     raise_limits()
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base_folder()))
+    base = base_folder()
+    sweep_sessions(base)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     token = folder / "auth_token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
@@ -50,7 +55,8 @@ def local_ray() -> Iterator[dict[str, object]]:
     os.environ |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": "token"}
     failed = False
     try:
-        yield {"_temp_dir": str(folder)}
+        with _owned(folder):
+            yield {"_temp_dir": str(folder)}
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException:
@@ -62,6 +68,35 @@ def local_ray() -> Iterator[dict[str, object]]:
             warn(f"Ray's logs are kept in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Mark a session's folder as in use by this process. The mark stays behind only where the process is killed."""
+    hidden, mark = folder / ".owner", folder / _mark()
+    with hidden.open("wb") as lock:
+        with contextlib.suppress(OSError):  # without locks, nothing is swept
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hidden.rename(mark)  # locked before anybody can see it
+        try:
+            yield
+        finally:
+            for file in (mark, hidden):
+                file.unlink(missing_ok=True)
+
+
+def sweep_sessions(base: Path) -> None:
+    """Delete the folders of sessions whose process was killed: their marks are there, and nobody holds the locks."""
+    for mark in base.glob(f"{_PREFIX}*/{glob.escape(_mark())}"):
+        with contextlib.suppress(OSError), mark.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if mark.parent.stat().st_uid == os.getuid():
+                shutil.rmtree(mark.parent, ignore_errors=True)
+
+
+def _mark() -> str:
+    # Of this machine: a lock that another one holds may not be seen here.
+    return f"owner.{socket.gethostname()}"
 
 
 def base_folder() -> Path:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 
 from raytune_emotion.known_errors import first_line
+from raytune_emotion.terminal import short_path
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import Resources, job_of
@@ -118,7 +119,8 @@ def _run(
 
 
 def _cluster_lost(what: str, study: OpenStudy) -> ClusterLost:
-    return ClusterLost(f"{what}; the study can be resumed: {study.copy}")
+    place = short_path(study.folder) if study.copy.location.is_here(study.folder) else study.copy
+    return ClusterLost(f"{what}; the study can be resumed: {place}")
 
 
 def _tune(

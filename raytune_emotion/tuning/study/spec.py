@@ -121,7 +121,8 @@ def read_spec(folder: Path) -> StudySpec:
     except KeyError as error:
         raise UserError(f"{file}: damaged (it names no {error.args[0]}); restore it from a copy") from None
     except (YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: damaged ({error}); restore it from a copy") from None
+        why = " ".join(str(error).split())  # of YAML it has several lines
+        raise UserError(f"{file}: damaged ({why}); restore it from a copy") from None
 
 
 def studies_in(results: Location) -> list[str]:

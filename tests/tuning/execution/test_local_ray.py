@@ -1,6 +1,8 @@
 """Ray on this machine, for one process: its folder, its token, its limits."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -234,3 +236,33 @@ def test_a_user_without_a_home_can_import_ray_tune():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=surroundings, check=False
     )
     assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_the_next_session_deletes_the_folder_of_one_that_was_killed(short):
+    """Not that of one that runs, nor logs that are kept."""
+    session = (
+        "import os, sys, time\n"
+        "from raytune_emotion.tuning.execution.local_ray import local_ray\n"
+        "with local_ray() as arguments:\n"
+        "    print(arguments['_temp_dir'], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    sessions = [subprocess.Popen([sys.executable, "-c", session], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, runs = (Path(process.stdout.readline().strip()) for process in sessions)
+    sessions[0].kill()
+    sessions[0].wait()
+    (short / "rte-logs").mkdir()
+    assert {killed, runs} <= {*short.iterdir()}
+    with local_ray.local_ray() as arguments:
+        assert {*short.iterdir()} == {runs, short / "rte-logs", Path(arguments["_temp_dir"])}
+    sessions[1].terminate()
+    sessions[1].wait()
+    with contextlib.suppress(ZeroDivisionError), local_ray.local_ray() as arguments:
+        (Path(arguments["_temp_dir"]) / "log").touch()
+        raise ZeroDivisionError
+    kept = Path(arguments["_temp_dir"])
+    assert [file.name for file in kept.iterdir()] == ["log"]
+    with local_ray.local_ray() as arguments:
+        assert kept.exists()
+    for folder in short.iterdir():
+        shutil.rmtree(folder)
