@@ -83,7 +83,7 @@ def confirm_study(request: ConfirmRequest) -> None:
     with open_study(folder) as confirmation:
         ended = None
         try:
-            with open_session(request.address) as cluster:
+            with open_session(request.address, f"{study.name} {CONFIRMED}") as cluster:
                 placement = fit_to_cluster(
                     workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
                 )

@@ -268,7 +268,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             spec = new_spec(request, place.name, new.space, new.data)
         begun, ended = False, None
         try:
-            with open_session(request.address) as cluster:
+            with open_session(request.address, place.name) as cluster:
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)

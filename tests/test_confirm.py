@@ -35,7 +35,7 @@ def study(store, tmp_path_factory):
 @pytest.fixture
 def refused(study, tmp_path, capsys, monkeypatch):
     """Runs a confirmation that must be refused before Ray is started, of a copy of the study."""
-    monkeypatch.setattr(cluster_module, "ray_session", lambda address: pytest.fail("nothing is refused"))
+    monkeypatch.setattr(cluster_module, "ray_session", lambda *_, **__: pytest.fail("nothing is refused"))
     shutil.copytree(study, tmp_path / "study")
     return lambda *argv, of="study": refusal(capsys, [tmp_path], "confirm", tmp_path / of, *argv)
 

@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 
 import raytune_emotion
 from raytune_emotion import search
+from raytune_emotion.tuning.execution.ray_metrics import METRICS
 
 ROOT = Path(raytune_emotion.__file__).parents[1]
 JOBS = ROOT / "jobs"
@@ -443,9 +444,18 @@ def test_dashboard_shows_metrics_that_ray_has():
     # Ray's nodes export some; its processes others, which stand in the queries of Ray's own dashboard.
     known = {f"ray_{name}" for name in METRICS_GAUGES}
     known |= set(re.findall(r"\bray_\w+", Path(default_dashboard_panels.__file__).read_text()))
+    own = {f"ray_{name}" for name in METRICS}
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
     asked = {name for query in queries for name in re.findall(r"\bray_\w+", query)}
     assert all(re.search(r"\bray_\w+", query) for query in queries)
-    assert asked - known == set()
+    assert asked - known == own, "the metrics of a study are all shown"
+    labels = {
+        (query["expr"], label)
+        for panel in panels
+        for query in panel["targets"]
+        for label in re.findall(r"{{(\w+)}}", query["legendFormat"])
+    }
+    of_studies = {(f"ray_{name}", tag) for name, (_, tags) in METRICS.items() for tag in tags}
+    assert {(expr, label) for expr, label in labels if expr in own} == of_studies
     sources = {panel["datasource"]["uid"] for panel in panels}
     assert sources == {f"${{{variable['name']}}}" for variable in dashboard["templating"]["list"]}

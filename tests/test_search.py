@@ -52,7 +52,7 @@ def space(tmp_path):
 @pytest.fixture
 def refused(tmp_path, own_cache, store, faces, space, capsys, monkeypatch):
     """Runs a search that must refuse before Ray is started; all of it is right but what is said otherwise."""
-    monkeypatch.setattr(cluster_module, "ray_session", lambda address: pytest.fail("nothing is refused"))
+    monkeypatch.setattr(cluster_module, "ray_session", lambda *_, **__: pytest.fail("nothing is refused"))
 
     def run(*argv, **options) -> list[str]:
         given = {"data": faces, "space": options.get("space") or space(), "results": tmp_path / "results"} | options
@@ -292,7 +292,7 @@ class TestBadResuming:
     @pytest.fixture
     def resumed(self, tmp_path, own_cache, finished, capsys, monkeypatch):
         """Goes on with a copy of a study, which must be refused before Ray is started."""
-        monkeypatch.setattr(cluster_module, "ray_session", lambda address: pytest.fail("nothing is refused"))
+        monkeypatch.setattr(cluster_module, "ray_session", lambda *_, **__: pytest.fail("nothing is refused"))
         folder = tmp_path / "study"
         shutil.copytree(finished, folder)
 

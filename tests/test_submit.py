@@ -42,6 +42,7 @@ class Cluster:
         options += "ray-client-server-port", "metrics-export-port", "runtime-env-agent-port"
         ports = dict(zip(options, free_ports(len(options)), strict=True))
         self.url = f"http://127.0.0.1:{ports['dashboard-port']}"
+        self.address = f"127.0.0.1:{ports['port']}"
         # The project's environment is not the one of the shell that starts the cluster.
         path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != RAY.parent)
         self.environment = {
@@ -133,6 +134,19 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         ray_cluster.get("/api/jobs/", token="another")
     assert refused.value.code in (401, 403)
+
+
+def test_a_search_that_joins_the_cluster_is_named_in_its_dashboard(ray_cluster):
+    code = (
+        "import sys\n"
+        "from raytune_emotion.tuning.execution.cluster import ray_session\n"
+        "with ray_session(sys.argv[1], job='second'): pass"
+    )
+    environment = ray_cluster.environment | {"RAY_AUTH_MODE": "token"}
+    subprocess.run([sys.executable, "-c", code, ray_cluster.address], env=environment, check=True, timeout=120)
+    assert [job["type"] for job in ray_cluster.get("/api/jobs/") if job["metadata"] == {"study": "second"}] == [
+        "DRIVER"
+    ]
 
 
 def test_what_the_search_refuses_fails_the_job(ray_cluster, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import ray
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.interruption import keep_handlers
@@ -48,10 +49,18 @@ _TOKEN_NEEDED = (
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) -> Iterator[ClusterWatch]:
+def ray_session(
+    address: str | None, *, job: str | None = None, dashboard: bool = True, **local: Any
+) -> Iterator[ClusterWatch]:
     """Join the Ray cluster at an address, or start one on this machine, and leave it at the end.
 
     What this changes in the process is as before when the block ends: environment, logging, warnings, signals.
+
+    Args:
+        address: of the cluster; None starts one.
+        job: the name that Ray's dashboard shows for this process.
+        dashboard: whether a cluster of this machine has a dashboard.
+        local: more arguments of `ray.init`, for a cluster of this machine.
 
     Yields:
         What knows whether the cluster lives.
@@ -78,6 +87,9 @@ def ray_session(address: str | None, *, dashboard: bool = True, **local: Any) ->
             if python != sys.executable:
                 # Ray starts workers through a shell, and quotes all but the interpreter (ray 5288, 33047).
                 arguments["runtime_env"] = {"py_executable": python}
+        if job is not None:
+            # As jobs/submit.sh names its jobs.
+            arguments["job_config"] = JobConfig(metadata={"study": job})
         forget_token()
         stack.enter_context(quiet_errors())
         stack.enter_context(no_start_by_itself())

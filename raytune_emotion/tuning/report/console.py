@@ -13,6 +13,7 @@ from raytune_emotion.terminal import announce, count, is_screen
 from raytune_emotion.tuning.execution import cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
 from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.ray_metrics import study_metrics
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
@@ -26,11 +27,11 @@ _REFRESHES_PER_S = 4
 
 
 @contextmanager
-def open_session(address: str | None) -> Iterator[ClusterWatch]:
+def open_session(address: str | None, job: str) -> Iterator[ClusterWatch]:
     """Join or start a Ray cluster as `ray_session` does, and say so."""
     with ExitStack() as stack:
         with announce(f"joining the Ray cluster at {address}" if address else "starting Ray"):
-            watch = stack.enter_context(cluster.ray_session(address))
+            watch = stack.enter_context(cluster.ray_session(address, job=job))
         yield watch
 
 
@@ -53,10 +54,12 @@ def run_with_progress(
         failure: says what of the cluster has died.
         watches: what else hears of all that happens to trials.
     """
-    with _show_events(console, StudyProgress(study, time_budget=time_budget)) as show:
+    with ExitStack() as stack:
+        show = stack.enter_context(_show_events(console, StudyProgress(study, time_budget=time_budget)))
+        measure = stack.enter_context(study_metrics(study))
 
         def watch(event: Event) -> None:
-            for hear in (show, *watches):
+            for hear in (show, measure, *watches):
                 hear(event)
 
         run_study(study, placement, time_budget=time_budget, watch=watch, say=console.print, failure=failure)
