@@ -14,6 +14,8 @@ from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.learn.validation import Predictions
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
+from raytune_emotion.tuning.report.combinations import HEADINGS as COMBINATIONS
+from raytune_emotion.tuning.report.combinations import Brought, measure_combinations
 from raytune_emotion.tuning.report.importance import MIN_TRIALS
 from raytune_emotion.tuning.report.page_data import (
     COSTS,
@@ -59,12 +61,13 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
     leader = found[0].median if found and found[0].runs else winner(records)
     predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
     data = gather(spec, records, None if isinstance(predictions, str) else predictions)
-    for name, table in _tables(data, predictions).items():
+    combinations = measure_combinations(folder, records)
+    for name, table in (_tables(data, predictions) | _table_of_combinations(combinations)).items():
         write_text(folder / f"{name}.csv", table)
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
         with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    write_text(folder / REPORT, _render(folder, data, leader, found, predictions))
+    write_text(folder / REPORT, _render(folder, data, leader, found, predictions, combinations))
 
 
 def report_files(folder: Path) -> list[str]:
@@ -88,6 +91,7 @@ def _render(
     leader: TrialRecord | None,
     found: Sequence[ConfirmedConfiguration],
     predictions: Predictions | str,
+    combinations: Sequence[Brought],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
@@ -133,7 +137,9 @@ def _render(
         front=front_rows(list(data.records), objective) if objective.front else [],
         configurations=found,
         configuration_headings=HEADINGS,
-        contents=_contents(data, predictions),
+        combinations=combinations,
+        combination_headings=COMBINATIONS,
+        contents=_contents(data, predictions, combinations),
     )
 
 
@@ -195,13 +201,16 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
 
 
-def _contents(data: StudyData, predictions: Predictions | str) -> list[tuple[str, str]]:
+def _contents(
+    data: StudyData, predictions: Predictions | str, combinations: Sequence[Brought]
+) -> list[tuple[str, str]]:
     best, axes = data.winner is not None, bool(data.axes)
     parts = [
         ("search", "search", True), ("winner", "winner", best), ("results", "results", bool(data.results)),
         ("time", "time", best), ("curves", "curves", best), ("parallel", "settings", best and axes),
         ("importance", "importance", best and axes), ("slices", "slices", best and axes), ("costs", "cost", best),
         ("errors", "errors", not isinstance(predictions, str)), ("trials", "trials", True),
+        ("combine", "combine", bool(combinations)),
         ("failures", "failures", any(record.status == "failed" for record in data.records)),
     ]  # fmt: skip
     return [(anchor, name) for anchor, name, there in parts if there]
@@ -259,6 +268,11 @@ def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
             "predictions": predictions_table(predictions).to_csv(index=False, float_format="%.6f"),
         }
     return tables
+
+
+def _table_of_combinations(combinations: Sequence[Brought]) -> dict[str, str]:
+    """Return what combinations would bring, as CSV; empty where nothing was measured."""
+    return {"combinations": pd.DataFrame(combinations).to_csv(index=False)} if combinations else {}
 
 
 def _count(number: float, word: str) -> str:

@@ -1,0 +1,103 @@
+"""Measure what an ensemble, a soup, and the mirror image would bring to a study, as far as that takes little time."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import PREDICTIONS
+from raytune_emotion.learn.combine import js_of, load_model
+from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.model import mean_std
+from raytune_emotion.tuning.study.combination import (
+    Candidates,
+    combine_ensemble,
+    combine_soup,
+    list_kept,
+    read_candidates,
+)
+from raytune_emotion.tuning.study.records import TrialRecord
+
+#: Members of an ensemble, and models of a soup, at most.
+MEMBERS, MIXED = 3, 3
+#: For so long models are run at most: a report is no evaluation of its own.
+_MOST_SECONDS = 15.0
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Brought:
+    """What one way to use the kept trials would bring."""
+
+    way: str
+    single: float  # JS of one model as it is, bits
+    combined: float  # JS, bits
+    cost: str
+    command: str
+
+    @property
+    def cells(self) -> list[str]:
+        """Return the row of the table for people."""
+        numbers = (self.single, self.combined, self.single - self.combined)
+        return [self.way, *(f"{number:.4f}" for number in numbers), self.cost, self.command]
+
+
+HEADINGS = ("what", "one model, bits", "combined, bits", "gain, bits", "cost", "option")
+
+
+def measure_combinations(folder: Path, records: Sequence[TrialRecord]) -> list[Brought]:
+    """Measure what each way would bring; those that would take long, or cannot be measured here, are left out."""
+    kept = [(name, trial) for name, trial in list_kept(folder, records) if (trial / PREDICTIONS).exists()]
+    try:
+        candidates = read_candidates(kept)
+        found = [_ensemble(candidates)]
+        began = time.monotonic()
+        mirrored = _mirror(candidates, began + _MOST_SECONDS)
+        # A soup of three models is predicted in four mixtures at most.
+        if mirrored is not None and 4 * (time.monotonic() - began) < _MOST_SECONDS:
+            found.append(_soup(candidates))
+        return [brought for brought in [*found, mirrored] if brought is not None]
+    except (UserError, OSError, RuntimeError):
+        return []
+
+
+def _ensemble(candidates: Candidates) -> Brought | None:
+    chosen = combine_ensemble(candidates, MEMBERS)
+    if chosen.gain is None or len(candidates.trial_ids) == 1:
+        return None
+    what = f"ensemble of {', '.join(chosen.trial_ids)}"
+    cost = f"{len(chosen.members)} times the time"
+    return Brought(what, chosen.gain.single, chosen.gain.combined, cost, f"export --ensemble {MEMBERS}")
+
+
+def _soup(candidates: Candidates) -> Brought | None:
+    few = candidates.only(range(min(MIXED, len(candidates.trial_ids))))
+    chosen, _ = combine_soup(few)
+    if chosen.gain is None or len(chosen.candidates.trial_ids) == 1:
+        return None
+    what = f"mean weights of {', '.join(chosen.trial_ids)}"
+    return Brought(what, chosen.gain.single, chosen.gain.combined, "none", "export --soup")
+
+
+def _mirror(candidates: Candidates, until: float) -> Brought | None:
+    """Predict the mirror images of the validation set with the best model; None where that takes too long."""
+    best, split = candidates.bests[0], candidates.store.val
+    model = load_model(best)
+    parts = []
+    with torch.inference_mode(), exact_fp32():
+        for start in range(0, len(split), _BATCH):
+            if time.monotonic() > until:
+                return None
+            rows_B = np.arange(start, min(start + _BATCH, len(split)))
+            x_BHWC = torch.from_numpy(split.gather(rows_B)).flip(2)
+            parts.append(model(normalise(x_BHWC, *mean_std(model))).double().softmax(-1))
+    plain_NK, targets = candidates.predictions[0], candidates.targets
+    both_NK = (plain_NK + torch.cat(parts)) / 2
+    single, combined = (float(js_of(predicted_NK, targets).mean()) for predicted_NK in (plain_NK, both_NK))
+    what = f"mirror image, trial {candidates.trial_ids[0]}"
+    return Brought(what, single, combined, "2 times the time", "predict --mirror")

@@ -1,0 +1,48 @@
+"""What the report says of ways to use the kept trials."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from raytune_emotion.tuning.report import combinations
+from raytune_emotion.tuning.report.combinations import measure_combinations
+from raytune_emotion.tuning.report.page import write_report
+from raytune_emotion.tuning.study.open_study import load
+from tests.support.studies import write_study
+
+
+@pytest.fixture(scope="module")
+def study(store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results") / "study"
+    write_study(folder, store, trials=3, epochs=1)
+    return folder
+
+
+def test_the_report_shows_what_each_way_would_bring(study):
+    records = load(study).records()
+    write_report(study, load(study).spec, records)
+    table = pd.read_csv(study / "combinations.csv")
+    best = min(record.best["val_js"] for record in records)
+    mirror = table[table.way.str.startswith("mirror image")].iloc[0]
+    assert mirror.single == pytest.approx(best, abs=1e-3)
+    assert mirror.combined != mirror.single
+    ensemble = table[table.way.str.startswith("ensemble of")].iloc[0]
+    assert 0 < ensemble.combined < 1
+    page = (study / "report.html").read_text()
+    section = page[page.index('id="combine"') :]
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", section)]
+    assert f"{ensemble.combined:.4f}" in cells
+    assert "export --ensemble 3" in cells
+
+
+def test_what_takes_long_is_left_out(study, monkeypatch):
+    monkeypatch.setattr(combinations, "_MOST_SECONDS", 0.0)
+    found = measure_combinations(study, load(study).records())
+    assert [brought.way.split()[0] for brought in found] == ["ensemble"]
+
+
+def test_where_nothing_can_be_measured_nothing_is_shown(study, monkeypatch):
+    assert measure_combinations(study, []) == []
+    monkeypatch.setattr("raytune_emotion.tuning.study.combination.store_of", lambda trial: None)
+    assert measure_combinations(study, load(study).records()) == []
