@@ -35,7 +35,7 @@ from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
 from tests.support.faces import write_folder, write_row
 from tests.support.folders import tree
-from tests.support.studies import SMALL_SPACE, searcher_of, write_study
+from tests.support.studies import SMALL_SPACE, run_here, searcher_of, write_study
 
 
 @pytest.fixture
@@ -405,6 +405,28 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
     assert concluded == [True]
     with study_lock(folder):
         pass
+
+
+def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
+    tmp_path, store, space, monkeypatch, capsys, no_plots
+):
+    def run_one_trial(console, study, placement, **_):
+        run_here(study.with_spec(dataclasses.replace(study.spec, trials=1)))
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", run_one_trial)
+    argv = ["search", "--data", store.path, "--space", space(), "--trials", 3, "--epochs", 1, "--name", "first"]
+    assert exit_code(argv) == 130
+    out, err = capsys.readouterr()
+    assert err.endswith("\ninterrupted\n")
+    assert out.splitlines()[-1] == "  python -m raytune_emotion.search --resume --results ray_results --name first"
+    study = tmp_path / "ray_results" / "first"
+    assert len(pd.read_csv(study / "trials.csv")) == 1
+    assert (study / "report.html").stat().st_mtime >= (study / "trials.csv").stat().st_mtime
+    assert (study / "best" / "model.safetensors").exists()
 
 
 def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, finished, capsys):
