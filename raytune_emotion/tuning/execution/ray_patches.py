@@ -52,9 +52,10 @@ def has_autoscaler() -> bool:
     if internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
         return True
     status = internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
-    types = json.loads(status)["autoscaler_report"]["node_type_mapping"] if status else {}
+    # A status without a report is one of the first seconds of a cluster.
+    report = json.loads(status or b"{}").get("autoscaler_report") or {}
     # Without an autoscaler, each node counts as a type of its own.
-    return any(name != f"node_{node}" for node, name in (types or {}).items())
+    return any(name != f"node_{node}" for node, name in (report.get("node_type_mapping") or {}).items())
 
 
 @dataclasses.dataclass(frozen=True)
