@@ -1,15 +1,18 @@
 """Predict the distribution over emotions of images, and write a table on standard output: the command."""
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raytune_emotion.cli import command_main, location
 from raytune_emotion.data.decode import UndecodableImage
-from raytune_emotion.data.pictures import PictureFiles, StoredPictures, in_batches, list_pictures
+from raytune_emotion.data.pictures import PictureFiles, PredictedBatch, StoredPictures, in_batches, list_pictures
 from raytune_emotion.data.progress import progress
 from raytune_emotion.errors import Incomplete, UserError, collect_errors
 from raytune_emotion.learn.export_files import check_export
@@ -44,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mirror", action="store_true", help="predict the mean over each image and its mirror image, in twice the time"
     )
+    add(
+        "--address",
+        metavar="ADDRESS",
+        help="address of a running Ray cluster, or auto: predict on all its nodes (default: this machine)",
+    )
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
 
 
@@ -56,52 +64,98 @@ def run(args: argparse.Namespace) -> None:
             sources = list_pictures(args.images)
         if args.format == "parquet" and sys.stdout.isatty():
             errors.append("--format parquet: is not for a terminal; write it to a file, by > predictions.parquet")
+        if args.address is not None and args.device is not None:
+            errors.append("--device: is of this machine, and --address names a cluster; leave one of them out")
         if errors:
             raise UserError(errors)
         # Imported only now: it takes seconds.
         from raytune_emotion.learn.export_folder import load_package
 
-        device = _device(args.device)
         package = load_package(folder)
-    for source in sources:
-        if isinstance(source, StoredPictures):
-            with collect_errors(errors):
-                source.check(package.image_size)
-    if errors:
-        raise UserError(errors)
-    package.model.to(device)
-    table = _open_table(args.format, package.classes)
-    bad = predict(package, sources, table, mirror=args.mirror)
+        total = sum(map(len, sources))
+        if args.address is None:
+            package.model.to(_device(args.device))
+            _check_sizes(sources, package.image_size)
+            bad = _write(predict(package, sources, mirror=args.mirror), args.format, package.classes, total)
+        else:
+            with _on_cluster(args.address, folder, sources, mirror=args.mirror) as batches:
+                bad = _write(batches, args.format, package.classes, total)
     if bad:
         raise Incomplete(f"{count(bad, 'image')} could not be read; all others are predicted")
 
 
 def predict(
-    package: "Package", sources: Sequence[PictureFiles | StoredPictures], table: "Table", *, mirror: bool = False
-) -> int:
-    """Decode images as for training, predict a batch at a time, and write it; name those that cannot be decoded.
+    package: "Package", sources: Sequence[PictureFiles | StoredPictures], *, mirror: bool = False
+) -> Iterator[PredictedBatch]:
+    """Decode images as for training, and predict a batch at a time.
 
     With `mirror`, a prediction is the mean over an image and its mirror image.
-
-    Returns:
-        How many could not be decoded.
     """
-    bad = 0
+    for source in sources:
+        for batch in in_batches(source.decode(package.image_size, _BATCH), _BATCH):
+            good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, UndecodableImage)]
+            yield PredictedBatch(
+                [name for name, _ in good],
+                package.predict(np.stack([pixels for _, pixels in good]), mirror=mirror)
+                if good
+                else np.empty((0, len(package.classes))),
+                [f"{name}: {why}" for name, why in batch if isinstance(why, UndecodableImage)],
+            )
+
+
+def _write(batches: Iterable[PredictedBatch], name: str, classes: Sequence[str], total: int) -> int:
+    """Write predictions as they come, name images that cannot be decoded, and return how many these are."""
+    bad, table = 0, _open_table(name, classes)
     with progress(shown=not sys.stdout.isatty()) as bars:
-        bar = bars.add_task("predicting images", total=sum(map(len, sources)))
-        for source in sources:
-            for batch in in_batches(source.decode(package.image_size, _BATCH), _BATCH):
-                good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, UndecodableImage)]
-                for name, why in batch:
-                    if isinstance(why, UndecodableImage):
-                        warn(f"error: {name}: {why}")
-                if good:
-                    images_NHWC = np.stack([pixels for _, pixels in good])
-                    table.write([name for name, _ in good], package.predict(images_NHWC, mirror=mirror))
-                bad += len(batch) - len(good)
-                bars.advance(bar, len(batch))
+        bar = bars.add_task("predicting images", total=total)
+        for batch in batches:
+            for fault in batch.faults:
+                warn(f"error: {fault}")
+            if batch.names:
+                table.write(batch.names, batch.prob_NK)
+            bad += len(batch.faults)
+            bars.advance(bar, len(batch.names) + len(batch.faults))
     table.close()
     return bad
+
+
+def _check_sizes(sources: Sequence[PictureFiles | StoredPictures], image_size: int) -> None:
+    errors: list[str] = []
+    for source in sources:
+        if isinstance(source, StoredPictures):
+            with collect_errors(errors):
+                source.check(image_size)
+    if errors:
+        raise UserError(errors)
+
+
+@contextlib.contextmanager
+def _on_cluster(
+    address: str, export: Path, sources: Sequence[PictureFiles | StoredPictures], *, mirror: bool
+) -> Iterator[Iterator[PredictedBatch]]:
+    """Provide the predictions of a Ray cluster.
+
+    Raises:
+        UserError: there is no cluster at the address, or a source is a store.
+    """
+    from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
+
+    errors = [
+        f"{source.location}: is a packed store, which is predicted on this machine; leave --address out"
+        for source in sources
+        if isinstance(source, StoredPictures)
+    ]
+    with collect_errors(errors):
+        check_cluster(address)
+    if errors:
+        raise UserError(errors)
+    # Ray Data makes actors in a way that Ray itself warns of (ray 53727).
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with ray_session(address):
+        from raytune_emotion.tuning.execution.cluster_predict import predict_on_cluster
+
+        files = [source for source in sources if isinstance(source, PictureFiles)]
+        yield predict_on_cluster(export, files, mirror=mirror)
 
 
 def _open_table(name: str, classes: Sequence[str]) -> "Table":

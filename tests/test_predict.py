@@ -144,17 +144,11 @@ class TestPredict:
                     read.append(picture[0])
                     yield picture
 
-        class Table:
-            def write(self, names, prob_NK):
-                written.extend(names)
-                assert len(read) <= len(written)
-
-            def close(self):
-                assert len(written) == 10
-
         monkeypatch.setattr(predict, "_BATCH", 3)
         source = Counted(Folder(faces / "train_set" / "images"), files)
-        assert predict.predict(load_package(export), [source], Table()) == 0
+        for batch in predict.predict(load_package(export), [source]):
+            written += batch.names
+            assert len(read) == len(written)
         assert [Path(name).name for name in written] == files
 
     def test_formats_hold_the_same(self, export, faces, tmp_path):

@@ -35,7 +35,7 @@ ARGUMENTS = {
     ),
     "report": ("STUDY",),
     "export": ("STUDY", "DEST", "--trial ID", "--ensemble K", "--soup", "--format A,B"),
-    "predict": ("EXPORT", "IMAGE", "--format NAME", "--mirror", "--device NAME"),
+    "predict": ("EXPORT", "IMAGE", "--format NAME", "--mirror", "--address ADDRESS", "--device NAME"),
     "demo": ("EXPORT", "--port N"),
 }  # fmt: skip
 

@@ -22,6 +22,15 @@ Picture = tuple[str, npt.NDArray[np.uint8] | UndecodableImage]
 
 
 @dataclass(frozen=True)
+class PredictedBatch:
+    """What is predicted for some pictures, and what is wrong with others."""
+
+    names: Sequence[str]
+    prob_NK: npt.NDArray[np.float64]
+    faults: Sequence[str]  # a sentence for each picture that cannot be decoded
+
+
+@dataclass(frozen=True)
 class PictureFiles:
     """Files in a folder or at a URI."""
 
@@ -44,10 +53,10 @@ class PictureFiles:
             for start in range(0, len(self.files), at_once):
                 names = self.files[start : start + at_once]
                 contents = self.location.read_all(names)
-                yield from zip(map(self._label, names), pool.map(decoded, contents), strict=True)
+                yield from zip(map(self.label, names), pool.map(decoded, contents), strict=True)
 
-    def _label(self, name: str) -> str:
-        # A name that is not valid text is escaped.
+    def label(self, name: str) -> str:
+        """Return the name of a picture as text; what is not valid text is escaped."""
         return os.fsencode(str(self.location / name)).decode(errors="backslashreplace")
 
 

@@ -1,0 +1,88 @@
+"""Predict images on all nodes of a Ray cluster, through Ray Data."""
+
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from raytune_emotion.data.decode import UndecodableImage
+from raytune_emotion.data.pictures import PictureFiles, PredictedBatch
+from raytune_emotion.learn.export_files import CONFIG, WEIGHTS
+from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.storage.locations import parse_location
+
+_BATCH = 64
+
+
+def predict_on_cluster(export: Path, sources: Sequence[PictureFiles], *, mirror: bool) -> Iterator[PredictedBatch]:
+    """Predict images on the cluster that this process has joined, and yield what comes back, in their order.
+
+    Every node reads the images itself, so that all must see their folder or URI. The export is sent to them.
+
+    Args:
+        export: folder of the export, on this machine.
+        sources: images to predict.
+        mirror: whether to take the mean over each image and its mirror image.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    files = {name: (export / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    held = ray.put(files)
+    rows = [
+        {"folder": source.location.address, "file": name, "label": source.label(name)}
+        for source in sources
+        for name in source.files
+    ]
+    room = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = int(room.get("GPU", 0))
+    predicted = ray.data.from_items(rows).map_batches(
+        _Predictor,
+        batch_size=_BATCH,
+        # In a list, so that the actor gets the reference, and fetches the export once.
+        fn_constructor_args=([held], mirror),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, gpus or int(room.get("CPU", 1)))),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # what it says of its plans is of no use here
+    for batch in predicted.iter_batches(batch_size=_BATCH, batch_format="numpy"):
+        good_N = batch["error"] == ""
+        yield PredictedBatch(
+            [str(label) for label in batch["label"][good_N]],
+            np.array([*batch["probabilities"][good_N]], np.float64),
+            [f"{label}: {why}" for label, why in zip(batch["label"][~good_N], batch["error"][~good_N], strict=True)],
+        )
+
+
+class _Predictor:
+    """An actor of the cluster that holds the model."""
+
+    def __init__(self, files: Sequence[Any], mirror: bool) -> None:
+        content: Mapping[str, bytes] = ray.get(files[0])
+        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as folder:
+            for name, raw in content.items():
+                Path(folder, name).write_bytes(raw)
+            self._package = load_package(Path(folder))
+        self._package.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._mirror = mirror
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        package, found = self._package, []
+        for folder, file in zip(batch["folder"], batch["file"], strict=True):
+            source = PictureFiles(parse_location(str(folder)), [str(file)])
+            ((_, pixels),) = source.decode(package.image_size, 1)
+            found.append(pixels)
+        good = [pixels for pixels in found if not isinstance(pixels, UndecodableImage)]
+        prob_NK = np.zeros((len(found), len(package.classes)))
+        if good:
+            good_N = [not isinstance(pixels, UndecodableImage) for pixels in found]
+            prob_NK[good_N] = package.predict(np.stack(good), mirror=self._mirror)
+        errors = [str(pixels) if isinstance(pixels, UndecodableImage) else "" for pixels in found]
+        return {"label": batch["label"], "probabilities": prob_NK, "error": np.array(errors, object)}
