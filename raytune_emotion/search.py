@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 import sys
 import types
@@ -37,6 +38,8 @@ from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_T
 
 if TYPE_CHECKING:
     from raytune_emotion.library.studies import Study
+    from raytune_emotion.tuning.execution.recorder import Watch
+    from raytune_emotion.tuning.study.open_study import OpenStudy
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -128,6 +131,11 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop after this time, such as 90m, 2h or 1d; --resume continues the study",
     )
     add(
+        "--mlflow",
+        metavar="URI",
+        help="log the study to this MLflow server or folder; needs the extra mlflow",
+    )
+    add(
         "--max-failures",
         type=natural_number,
         metavar="N",
@@ -157,6 +165,7 @@ def run(args: argparse.Namespace) -> None:
     with announce("reading the study" if request.resume else "reading the search space and the data"):
         place = request.find_study()
         if request.resume:
+            _check_mlflow(request)
             refuse_absent_gpu(request.gpus_per_worker, request.address)
         new = None if request.resume else _check_new(request, place)
     _search(request, place, new)
@@ -195,6 +204,8 @@ def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
         _check_address(request)
     with collect_errors(errors):
         refuse_absent_gpu(request.gpus_per_worker, request.address)
+    with collect_errors(errors):
+        _check_mlflow(request)
     earlier = None
     with collect_errors(errors):
         if request.warm_start:
@@ -286,7 +297,14 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 if study.is_over():
                     console.print("every trial has ended, and nothing is left to run; ask for more with --trials")
                 begun = True
-                run_with_progress(console, study, placement, time_budget=request.time_budget, failure=cluster.failure)
+                run_with_progress(
+                    console,
+                    study,
+                    placement,
+                    time_budget=request.time_budget,
+                    failure=cluster.failure,
+                    watches=_other_watches(request, study, held),
+                )
         except (KeyboardInterrupt, ClusterLost) as why:
             if not begun:
                 raise
@@ -296,6 +314,23 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             conclude(console, study, request.results, request.address)
         if ended is not None:
             raise ended
+
+
+def _other_watches(request: SearchRequest, study: "OpenStudy", held: ExitStack) -> "list[Watch]":
+    """Begin what else is told of a study, until its export is written."""
+    if request.mlflow is None:
+        return []
+    from raytune_emotion.tuning.report.mlflow_log import mlflow_log
+
+    return [held.enter_context(mlflow_log(request.mlflow, study))]
+
+
+def _check_mlflow(request: SearchRequest) -> None:
+    # Asked without an import, which takes seconds.
+    if request.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        raise UserError(
+            "--mlflow: the package mlflow is missing; install it with pip install 'raytune_emotion[mlflow]'"
+        )
 
 
 def _gpu_share_or_auto(text: str) -> float | str:

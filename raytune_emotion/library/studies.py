@@ -105,6 +105,7 @@ def search(
     time_budget: str | None = None,
     warm_start: Sequence[Place] = (),
     max_failures: int | None = None,
+    mlflow: str | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
     address: str | None = None,
@@ -129,6 +130,7 @@ def search(
         time_budget: such as `90m`, `2h` or `1d`.
         warm_start: earlier studies, whose trials tell what to try first.
         max_failures: restarts of a trial whose process died.
+        mlflow: address of an MLflow server or folder that the study is logged to.
         weights_dir: folder with pretrained weights, for machines without a hub.
         skip_bad: whether faulty rows of a folder are set aside; else they are refused.
         address: of a running Ray cluster, or `auto`; None: start Ray here.
@@ -160,6 +162,7 @@ def search(
             "name": name,
             "time-budget": time_budget,
             "max-failures": max_failures,
+            "mlflow": mlflow,
             "weights-dir": weights_dir,
             "address": address,
         }

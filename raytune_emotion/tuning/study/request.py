@@ -39,6 +39,7 @@ class SearchRequest:
     seed: int | None = None
     time_budget: timedelta | None = None
     max_failures: int | None = None
+    mlflow: str | None = None
     weights_dir: Path | None = None
     skip_bad: bool = False
     address: str | None = None

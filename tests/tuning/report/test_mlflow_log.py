@@ -1,0 +1,124 @@
+"""A study in MLflow: on a real server of this machine, and with a server that is away."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from raytune_emotion.tuning.report import mlflow_log as mlflow_module
+from raytune_emotion.tuning.report.mlflow_log import EXPERIMENT, STUDY_TAG, TRIAL_TAG, mlflow_log
+from raytune_emotion.tuning.study.open_study import load
+from tests.support.commands import exit_code
+from tests.support.events import event
+from tests.support.studies import write_study
+
+
+def free_address():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Start MLflow on sqlite, and return its address."""
+    folder, address = tmp_path_factory.mktemp("mlflow"), free_address()
+    host, _, port = address.partition(":")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'runs.db'}",
+        "--artifacts-destination",
+        str(folder / "art"),
+    ]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 100
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/health", timeout=5):
+                break
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield f"http://{address}"
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(30)
+
+
+@pytest.fixture
+def study(tmp_path, store):
+    write_study(tmp_path / "study", store)
+    return load(tmp_path / "study")
+
+
+def events_of(study):
+    """What the recorder says of a study's trials, as it ran."""
+    for record in study.records():
+        yield event(record.trial_id, "running", settings=record.settings)
+        for report in record.reports:
+            yield event(record.trial_id, "running", report["best_val_js"], report["epoch"], settings=record.settings)
+        last = record.reports[-1]
+        yield event(record.trial_id, record.status, last["best_val_js"], last["epoch"], settings=record.settings)
+
+
+def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
+    from mlflow.tracking import MlflowClient
+
+    (study.folder / "best").mkdir(exist_ok=True)
+    (study.folder / "best" / "config.json").write_text("{}")
+    for _ in range(2):  # a study that goes on goes on with its runs
+        with mlflow_log(server, study) as watch:
+            for each in events_of(study):
+                watch(each)
+    client = MlflowClient(tracking_uri=server)
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    (parent,) = (run for run in runs if STUDY_TAG in run.data.tags)
+    children = {run.data.tags[TRIAL_TAG]: run for run in runs if TRIAL_TAG in run.data.tags}
+    records = {record.trial_id: record for record in study.records()}
+    assert children.keys() == records.keys()
+    assert len(runs) == 1 + len(records)
+    best = min(record.best["val_js"] for record in records.values())
+    assert parent.data.metrics["best_val_js"] == pytest.approx(best)
+    assert parent.info.status == "FINISHED"
+    assert [file.path for file in client.list_artifacts(parent.info.run_id, "best")] == ["best/config.json"]
+    for trial_id, run in children.items():
+        record = records[trial_id]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.params == {name: str(value) for name, value in record.settings.items()}
+        assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "complete")
+        curve = client.get_metric_history(run.info.run_id, "val_js")
+        assert {(m.step, m.value) for m in curve} == {(r["report"], r["val_js"]) for r in record.reports}
+
+
+def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
+    monkeypatch.setattr(mlflow_module, "_AGAIN_S", 0.05)
+    address = f"http://{free_address()}"
+    began = time.monotonic()
+    with mlflow_log(address, study) as watch:
+        for each in events_of(study):
+            watch(each)
+        assert time.monotonic() - began < mlflow_module._END_S, "nothing waits for the server"
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"--mlflow {address}: not all was logged; the study itself is whole"
+    assert all(line.startswith(f"--mlflow {address}: ") for line in said)
+    assert len(said) <= 2, "it is said once"
+
+
+def test_a_missing_package_is_said_at_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert exit_code(["search", "--mlflow", "x", "--results", tmp_path, "--name", "s"]) == 2
+    assert "error: --mlflow: the package mlflow is missing; install it with" in capsys.readouterr().err
+
+
+def test_without_the_option_mlflow_is_not_imported():
+    code = (
+        "import sys, raytune_emotion.tuning.report.mlflow_log, raytune_emotion.search; print('mlflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
