@@ -224,12 +224,18 @@ def read_best(file: Path) -> Best:
 
 def read_predictions(folder: Path, best: Best) -> Tensor | None:
     """Read what the best weights of a run predict for the validation split, [N, K]; None where that is not kept."""
+    number, prob_NK = read_kept_predictions(folder) or (None, None)
+    return prob_NK if number == best.report["report"] else None
+
+
+def read_kept_predictions(folder: Path) -> tuple[int, Tensor] | None:
+    """Read the number of a run's best report, and what it predicted for the validation split, [N, K], if it is kept."""
     if not (folder / PREDICTIONS).exists():
         return None
     try:
         with safe_open(folder / PREDICTIONS, "pt") as file:
             (number,) = _header(file, "report")
-            return file.get_tensor("prob_NK").double() if number == best.report["report"] else None
+            return number, file.get_tensor("prob_NK").double()
     except _DAMAGE:
         return None
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -49,6 +51,11 @@ class EventWriter:
         for name, value in report.items():
             if isinstance(value, float) and name != "time":
                 self._writer.add_scalar(tag_of(name), value, step)
+        self._writer.flush()
+
+    def write_picture(self, tag: str, image_HWC: npt.NDArray[np.uint8], step: int) -> None:
+        """Write a picture at a step."""
+        self._writer.add_image(tag, image_HWC, step, dataformats="HWC")
         self._writer.flush()
 
 

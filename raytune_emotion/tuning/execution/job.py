@@ -27,6 +27,7 @@ from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.samples import write_samples
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
@@ -160,6 +161,9 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
         if events is not None:
             events.write_settings(job.settings)
         store = open_store(job.store)
+        if events is not None:
+            # Once a trial, when it leaves its process: no training waits for it.
+            stack.callback(write_samples, events, folder, store)
         reports = fit(config, store, device=device, folder=folder, resident=job.resident)
         for report in stack.enter_context(contextlib.closing(reports)):
             if events is not None:
