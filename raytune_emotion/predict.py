@@ -176,6 +176,8 @@ def _device(name: str | None) -> "torch.device":
         raise UserError(
             f"--device {name}: is not here ({str(error).splitlines()[0]}); leave it out, or say cpu"
         ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: is not a device for models; say cpu or cuda")
     return device
 
 

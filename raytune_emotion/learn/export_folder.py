@@ -9,6 +9,7 @@ model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -303,10 +304,22 @@ def load_package(folder: Path) -> Package:
             raise ValueError(f"timm has no architecture {architecture}")
         model = timm.create_model(architecture, num_classes=len(classes), **check_arguments(arguments))
         model.load_state_dict(load_file(folder / WEIGHTS))
-        return Package(model.eval(), classes, known["input_size"][1], tuple(known["mean"]), tuple(known["std"]))
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise ValueError("weights that are not finite")
+        mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
+        if min(std) <= 0:
+            raise ValueError("std must be positive")
+        return Package(model.eval(), classes, known["input_size"][1], mean, std)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{folder}: a damaged export ({what}); export the model again") from error
+
+
+def _three_numbers(known: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+    red, green, blue = map(float, known[name])
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError(f"{name} is not finite")
+    return red, green, blue
 
 
 def _timm_config(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:

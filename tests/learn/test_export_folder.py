@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -216,6 +217,13 @@ class TestFaults:
             lambda dest: edit(dest, architecture="no_such_net"),
             lambda dest: edit(dest, label_names=["a", "b"]),
             lambda dest: edit(dest, model_args={"depth": "deep"}),
+            lambda dest: edit_images(dest, mean="x"),
+            lambda dest: edit_images(dest, mean=[0.5, 0.5, math.nan]),
+            lambda dest: edit_images(dest, std=[0, 0, 0]),
+            lambda dest: save_file(
+                {name: weight * math.nan for name, weight in load_file(dest / "model.safetensors").items()},
+                dest / "model.safetensors",
+            ),
         ],
     )
     def test_a_damaged_export(self, dest, damage):
@@ -249,6 +257,12 @@ class TestFaults:
         with pytest.raises(UserError, match="the weights do not fit test_resnet"):
             write_package(tmp_path / "best", other)
         assert not list(tmp_path.iterdir())
+
+
+def edit_images(dest: Path, **changes) -> None:
+    """Change how an export reads images."""
+    config = json.loads((dest / "config.json").read_text())
+    edit(dest, pretrained_cfg=config["pretrained_cfg"] | changes)
 
 
 def edit(dest: Path, **changes) -> None:
