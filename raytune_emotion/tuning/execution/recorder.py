@@ -98,6 +98,7 @@ class Recorder:
         there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
         self._study.copy.claim([JOURNAL, *there, SPEC])
         records = self._study.records()
+        self._tables.keep([record for record in records if record.ended])
         self._begun_count = len(records)
         stopped = self._searcher.replay(records)
         for record in records:

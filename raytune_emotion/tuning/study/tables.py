@@ -52,13 +52,13 @@ class Tables:
         unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in self._ended]
         self._study.copy.pull(f"trials/{trial_id}/{HISTORY}" for trial_id in unknown)
         records = self._study.records(self._ended)
-        self._keep([record for record in records if record.ended])
+        self.keep([record for record in records if record.ended])
         return [record for record in records if not record.ended]
 
     def add(self, trial_id: str) -> None:
         """Read and keep a trial that has just ended."""
         self._study.copy.pull([f"trials/{trial_id}/{HISTORY}"])
-        self._keep([self._study.record(trial_id)])
+        self.keep([self._study.record(trial_id)])
         self._stale = True
 
     def write_in_time(self) -> None:
@@ -76,7 +76,8 @@ class Tables:
         self._stale = False
         self._due = time.monotonic() + _REST * (time.monotonic() - began)
 
-    def _keep(self, records: list[TrialRecord]) -> None:
+    def keep(self, records: list[TrialRecord]) -> None:
+        """Keep trials that have ended."""
         self._curves.append(curves_of(records))
         self._ended |= {record.trial_id: keep_two_reports(record) for record in records}
 

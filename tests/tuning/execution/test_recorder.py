@@ -89,6 +89,16 @@ def test_weights_of_all_but_the_best_are_deleted(folder):
     assert len(kept) == KEPT
 
 
+def test_weights_of_an_earlier_session_are_deleted_when_one_more_trial_betters_them(folder):
+    recorder = Recorder(load(folder))
+    run(recorder, folder, VALUES)
+    recorder.close()
+    study = load(folder)
+    recorder = Recorder(study.with_spec(dataclasses.replace(study.spec, trials=5)))
+    assert run(recorder, folder, VALUES | {"0004": 0.05}) == ["0004"]
+    assert {file.parent.name for file in folder.glob(f"trials/*/{BEST}")} == {"0001", "0003", "0004"}
+
+
 def test_a_trial_that_broke_off_goes_on_and_one_that_was_stopped_is_told_so(folder):
     first = Recorder(load(folder))
     proposals = [first.next() for _ in range(4)]
