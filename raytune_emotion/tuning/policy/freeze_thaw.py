@@ -38,9 +38,8 @@ from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook, is_paused, is_running
 from raytune_emotion.tuning.space.space import Space
 
-#: The first stretch: a share of the full length, but a number of reports, if that is shorter than a larger share; and
-#: never fewer reports than the least. The first reports of a trial say little.
-_FIRST_SHARE, _FIRST_REPORTS, _LARGER_SHARE, _LEAST_REPORTS = 0.03, 3, 1 / 3, 2
+#: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
+_FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
 #: A stretch that would leave less than this share of the full length goes on to the end.
 _REST_SHARE = 0.3
 #: The longest trial is continued as soon as all trials together have had so many times the length that it then has.
@@ -212,8 +211,7 @@ class FreezeThaw:
 
 def stretch_ends(reports: int) -> list[int]:
     """Return the reports at which stretches end before a trial's last one."""
-    few = min(_FIRST_REPORTS, math.ceil(_LARGER_SHARE * reports))
-    end = max(_LEAST_REPORTS, few, math.ceil(_FIRST_SHARE * reports))
+    end = max(_FIRST_REPORTS, math.ceil(_FIRST_SHARE * reports))
     ends = []
     while end <= (1 - _REST_SHARE) * reports:
         ends.append(end)

@@ -87,8 +87,8 @@ def _quiet():
 
 
 def test_a_stretch_is_as_long_as_all_before_it():
-    assert stretch_ends(51) == [3, 6, 12, 24]
-    assert stretch_ends(16) == [3, 6]
+    assert stretch_ends(51) == [2, 4, 8, 16, 32]
+    assert stretch_ends(16) == [2, 4, 8]
     assert stretch_ends(6) == [2, 4]
     assert stretch_ends(2) == stretch_ends(1) == []
 
