@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 
 # The main job on the built-in sample of generated faces.
 search: setup
-	$(BIN)/python -m raytune_emotion.search --space quick --trials 16 --epochs 6
+	$(BIN)/python -m raytune_emotion.search --space demo --trials 16 --epochs 6
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0

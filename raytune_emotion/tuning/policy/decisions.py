@@ -27,7 +27,7 @@ from raytune_emotion.learn.report import Heard, Report
 FORECAST, FREEZE_THAW = "forecast", "freeze-thaw"
 SAMPLERS = (FORECAST, "tpe", "gp", "cmaes", "random", "qmc")
 SCHEDULERS = (FREEZE_THAW, "asha", "hyperband", "median", "none")
-DEFAULT_SCHEDULER = "asha"
+DEFAULT_SCHEDULER = FREEZE_THAW
 
 #: Attributes of an Optuna trial: its configuration by dotted path; its cost, where one counts; whether it is paused,
 #: for which Optuna has no state but `RUNNING`; the seconds it had trained when it last paused or ended; how often it

@@ -1,6 +1,7 @@
 """Say what came out of a search or a confirmation, and what to type next."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
@@ -13,6 +14,7 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
+from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
@@ -23,7 +25,7 @@ from raytune_emotion.tuning.study.confirmation import (
 )
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status
-from raytune_emotion.tuning.study.records import trial_folder, winner
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 
@@ -61,12 +63,13 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
             front.add_row(*row)
         console.print(front)
     resume = f"--resume --results {shell_word(str(results))} --name {place.name}"
-    if len(records) >= spec.trials and not counts["running"]:
+    if len(records) >= spec.trials and not counts["running"] and not counts["paused"]:
         resume += f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")})
+gained      {_gain(records, best.best["val_js"])}
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
 exported    {place / "best"}
 page        {place / REPORT}
@@ -76,6 +79,15 @@ next:
   tensorboard --logdir {shell_word(str(place / "trials"))}
   python -m raytune_emotion.search {resume}"""
     )
+
+
+def _gain(records: Sequence[TrialRecord], js: float) -> str:
+    """Say by how much the search has bettered the trials that it began with, before it had learned anything."""
+    first = [record for record in records if int(record.trial_id) < STARTUP]
+    reached = [record.best["val_js"] for record in first if record.best is not None and record.status != "failed"]
+    if not reached or len(records) <= STARTUP:
+        return f"nothing yet: the first {count(STARTUP, 'trial')} are not chosen by what others have reached"
+    return f"{min(reached) - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({min(reached):.4f})"
 
 
 def conclude_confirmation(console: Console, study: OpenStudy, *, resume: str | None) -> None:

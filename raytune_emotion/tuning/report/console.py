@@ -101,7 +101,7 @@ def line_of(event: Event) -> str:
         f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005
     ]
     if event.report is None:
-        outcome = event.reason
+        outcome = event.reason or "was paused, and is not continued"
     else:
         outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"

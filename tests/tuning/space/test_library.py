@@ -11,7 +11,7 @@ from raytune_emotion.tuning.space.parser import load_space
 
 def test_a_space_of_the_package_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert list(packaged_spaces()) == ["comparison", "faces", "gpu", "large", "losses", "quick", "vit"]
+    assert list(packaged_spaces()) == ["comparison", "demo", "faces", "gpu", "large", "losses", "quick", "vit"]
     assert load_space(find_space(DEFAULT)).parameters
     assert find_space("gpu").name == "gpu.yaml"
 
@@ -27,7 +27,7 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch, text):
     ("text", "said"),
     [
         ("gpus", "--space gpus: there is no such search space; did you mean gpu?"),
-        ("mine", "--space mine: there is no such search space; there are comparison, faces, gpu, large, "),
+        ("mine", "--space mine: there is no such search space; there are comparison, demo, faces, gpu, "),
         ("search_spaces/gpu.yaml", "--space search_spaces/gpu.yaml: there is no such file; did you mean "),
     ],
 )  # fmt: skip

@@ -582,7 +582,7 @@ def mixture_of(space: Space, config: dict[str, Any]) -> dict[str, float]:
 
 class TestShipped:
     def test_there_are_all(self) -> None:
-        names = ["comparison", "faces", "gpu", "large", "losses", "quick", "vit"]
+        names = ["comparison", "demo", "faces", "gpu", "large", "losses", "quick", "vit"]
         assert [path.stem for path in SHIPPED] == names
 
     def test_comparison_searches_two_models_by_two_losses_and_nothing_else(self) -> None:
