@@ -15,6 +15,8 @@ from raytune_emotion.learn.backbones import check_architecture, short_name
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.model import build_model, check_weights, mean_std
+from raytune_emotion.tuning.report.dry_run import costs
+from raytune_emotion.tuning.space.parser import load_space
 
 #: As a face backbone differs from the models of timm's registry.
 ARGUMENTS = {"patch_size": 8, "img_size": 48, "class_token": False, "global_pool": "avg", "num_classes": 512}
@@ -171,3 +173,14 @@ def test_an_export_of_it_needs_nothing_else_and_names_the_licence(tmp_path, monk
         by_timm = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).eval()
         assert torch.allclose(by_timm(x_BCHW), wanted, atol=1e-6)
     assert "non-commercial research alone" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_the_cost_of_a_repository_of_the_hub_is_measured_without_a_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    saved(tmp_path / "weights" / short_name(HUB_NAME))
+    fixed = {"model.backbone": HUB_NAME, "model.weights_dir": str(tmp_path / "weights")}
+    (tmp_path / "a.yaml").write_text("optim.lr: {log_uniform: [1e-3, 1e-2]}\n")
+    space = load_space(tmp_path / "a.yaml", overrides=fixed)
+    (cost,) = costs(space, (48,), torch.device("cpu"))
+    assert cost.backbone == HUB_NAME

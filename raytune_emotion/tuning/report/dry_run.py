@@ -81,11 +81,14 @@ def _short(value: Any) -> str:
 def costs(space: Space, sizes: tuple[int, ...], device: torch.device) -> list[Cost]:
     """Train each backbone of a space for some steps on noise, with the threads that this process has, and time it."""
     backbones = space.possible("model.backbone") or (RunConfig().model.backbone,)
-    return [_cost(name, size, device) for name in backbones for size in sizes]
+    weights_dir = space.fixed.get("model.weights_dir")
+    return [_cost(name, size, weights_dir, device) for name in backbones for size in sizes]
 
 
-def _cost(backbone: str, size: int, device: torch.device) -> Cost:
-    config = RunConfig.from_flat({"model.backbone": backbone, "data.image_size": size})
+def _cost(backbone: str, size: int, weights_dir: str | None, device: torch.device) -> Cost:
+    # What a backbone of the hub is may stand in the folder of weights alone.
+    settings = {"model.backbone": backbone, "data.image_size": size, "model.weights_dir": weights_dir}
+    config = RunConfig.from_flat(settings)
     model = build_model(config, weights=False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, config.optim)
     loss = losses.mixture(config.loss.weights)
