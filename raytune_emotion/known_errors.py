@@ -124,6 +124,12 @@ KNOWN = (
     KnownError("builtins.RuntimeError", _says("can't start new thread"), 2, lambda error: _MORE_PROCESSES),
     KnownError(
         "builtins.RuntimeError",
+        _says("Symlink loop from"),
+        2,
+        lambda error: f"{first_line(error)}: a link that leads to itself; name another place",
+    ),
+    KnownError(
+        "builtins.RuntimeError",
         _says("Could not determine home directory"),
         2,
         lambda error: "this user has no home folder; name one: export HOME=/some/folder",

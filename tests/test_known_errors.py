@@ -92,6 +92,7 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
             "the Hugging Face hub: Cannot find the file; con",
         ),
         (SafetensorError("Error while deserializing header"), 2, "a file of weights is damaged: Error while"),
+        (RuntimeError("Symlink loop from 'a'"), 2, "Symlink loop from 'a': a link that leads to itself; name another"),
         (RuntimeError("Could not determine home directory."), 2, "this user has no home folder; name one"),
         (ray.exceptions.AuthenticationError("no token"), 2, "the Ray cluster asks for a token: no token"),
         (

@@ -301,3 +301,12 @@ def test_run_that_was_killed_before_it_wrote_anything_holds_no_name(tmp_path):
     assert train._is_taken(tmp_path / "run")
     (tmp_path / "file").touch()
     assert train._is_taken(tmp_path / "file")
+
+
+def test_a_run_that_cannot_be_made_is_one_sentence(tmp_path, faces, capsys):
+    """The file system of the kernel looks like one that can be written to."""
+    argv = ["train", "--data", faces, "--results", "/proc", "--name", "run", "--set", "model.backbone=test_resnet"]
+    assert exit_code(argv) in (1, 2)
+    err = capsys.readouterr().err
+    assert "error: /proc" in err
+    assert "Traceback" not in err

@@ -128,8 +128,8 @@ def _train(
     fresh: bool,
 ) -> None:
     job = Job(folder.name, str(folder), store, config.flat(), resources)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder):
             for report in train_with_retry(job, train):
                 console.print(
@@ -144,4 +144,4 @@ def _train(
         raise Breakdown(f"{folder}: the training broke off: {error}") from error
     finally:
         if fresh and not (folder / LAST).exists():
-            shutil.rmtree(folder)  # the name is free for another attempt
+            shutil.rmtree(folder, ignore_errors=True)  # the name is free for another attempt
