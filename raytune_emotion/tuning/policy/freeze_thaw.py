@@ -172,9 +172,17 @@ class FreezeThaw:
 
     def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
         """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""
+        ends = (*stretch_ends(self._reports), self._reports)
         had = [max(trial.intermediate_values, default=0) for trial in past]
-        longer = [end for end in (*stretch_ends(self._reports), self._reports) if end > max(had, default=0)]
-        return bool(longer) and (not new or sum(had) >= _LONGEST_IN * longer[0])
+        longer = next((end for end in ends if end > max(had, default=0)), None)
+        if longer is None:
+            return False
+        # Else every worker would train its first trial to the end.
+        on_its_way = any(
+            is_running(trial) and next((end for end in ends if end > length), longer) == longer
+            for trial, length in zip(past, had, strict=True)
+        )
+        return not on_its_way and (not new or sum(had) >= _LONGEST_IN * longer)
 
     def _favourite(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> int | None:
         """Return the number of the paused trial that is expected to end best."""

@@ -103,6 +103,13 @@ def test_a_trial_is_trained_to_its_end_early_though_curves_show_late_what_comes_
     assert max(study.reports) < REPORTS, "the test is of no use"
 
 
+def test_one_of_many_workers_trains_further_than_all_before_and_the_others_search():
+    study = Study()
+    study.run(REPORTS / 2, workers=8)
+    assert max(study.reports) > 4
+    assert len(study.reports) > 12
+
+
 def test_eight_trials_find_no_less_than_without_stopping_in_the_same_time():
     for seed in range(4):
         study = Study(respond=early, trials=8, proposes=False, seed=seed)
