@@ -18,6 +18,7 @@ from raytune_emotion.terminal import count, plain_console, plain_table, shell_wo
 from raytune_emotion.tuning.report.single_run import Workers, train_single
 from raytune_emotion.tuning.study.combination import (
     Candidates,
+    Combination,
     combine_ensemble,
     combine_soup,
     list_kept,
@@ -134,13 +135,18 @@ def _unseen_js(candidates: Candidates, names: Collection[str]) -> float | None:
     return gain.single if gain is not None else None
 
 
+def _name_members(found: Combination, what: str) -> str:
+    alone = " alone, as no other helps it" if len(found.members) == 1 else ""
+    return f"the {what} of {', '.join(found.trial_ids)}{alone}"
+
+
 def _export(dest: Path, candidates: Candidates, study: OpenStudy, steps: Sequence[Step]) -> list[Step]:
     """Export an ensemble, a soup, or the best model: what is best on unseen images. Return the steps to it."""
     ensemble = combine_ensemble(candidates, MEMBERS)
     soup, mixed = combine_soup(candidates)
     more = [
-        Step(f"the soup of {', '.join(soup.trial_ids)}", soup.gain.combined if soup.gain else None),
-        Step(f"the ensemble of {', '.join(ensemble.trial_ids)}", ensemble.gain.combined if ensemble.gain else None),
+        Step(_name_members(found, what), found.gain.combined if found.gain else None)
+        for what, found in (("soup", soup), ("ensemble", ensemble))
     ]
     way = "; ".join(f"{step.name}: {step.cells[1] or 'not measured'}" for step in [*steps, *more])
     notes = [f"The way to this model, by the JS in bits on images that no choice has seen: {way}."]
