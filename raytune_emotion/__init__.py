@@ -5,7 +5,14 @@ is imported when it is first asked for, so that `import raytune_emotion` takes n
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from raytune_emotion.interruption import end_quietly, is_command
+
+# Before anything else is imported: that takes seconds, in which somebody may type Ctrl-C.
+if is_command(sys.orig_argv):
+    end_quietly()
 
 __version__ = "0.1.0"
 

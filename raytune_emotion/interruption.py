@@ -6,10 +6,12 @@ command still has to write is then written in peace: further signals do nothing,
 """
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import NoReturn
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _INSISTS = 3
@@ -31,6 +33,29 @@ def _hear(number: int, frame: FrameType | None) -> None:
     first, _state.interrupted = not _state.interrupted, True
     if (first and not _state.held) or _state.ctrl_c >= _INSISTS:
         raise KeyboardInterrupt
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Tell by the words that Python was started with whether it runs a command of this package."""
+    if "-m" in words[:-1]:
+        package, _, verb = words[words.index("-m") + 1].partition(".")
+        return package == "raytune_emotion" and "." not in verb
+    return any(os.path.basename(word) == "raytune-emotion" for word in words[:2])  # noqa: PTH119  # pathlib takes time
+
+
+def end_quietly() -> None:
+    """Have a signal end the process without a traceback, before `handle_signals` begins and after it has ended.
+
+    For a command that is still being imported, or has done its work: there is nothing to be written.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 @contextlib.contextmanager

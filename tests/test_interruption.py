@@ -1,11 +1,14 @@
 """How signals end a command: each case in a process of its own."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from raytune_emotion.interruption import is_command
 
 #: Says when it is ready; what it writes after an interruption takes a second.
 COMMAND = """
@@ -117,3 +120,37 @@ with keep_handlers():
 assert [signal.getsignal(number) for number in numbers] == before
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_while_a_command_is_imported_is_no_traceback(name, tmp_path):
+    """The first import after the package itself waits (N6)."""
+    (tmp_path / "argparse.py").write_text("import time; print('imports', flush=True); time.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raytune_emotion.search", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )
+    assert process.stdout.readline() == "imports\n"
+    process.send_signal(getattr(signal, name))
+    assert outcome(process) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("python -m raytune_emotion.search --help", True),
+        ("python -X utf8 -m raytune_emotion predict", True),
+        ("/venv/bin/python /venv/bin/raytune-emotion search", True),
+        ("python -m raytune_emotion.learn.throughput", False),
+        ("python -m pytest -m raytune_emotion", False),
+        ("python script.py raytune-emotion", False),
+        ("python", False),
+        ("python -m", False),
+    ],
+)
+def test_a_program_that_imports_the_package_is_no_command(words, found):
+    assert is_command(words.split()) is found
