@@ -23,7 +23,6 @@ from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.policy.decisions import FREEZE_THAW, TAKEN_UP
 from raytune_emotion.tuning.study import open_study
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import Proposal, load_study
@@ -97,30 +96,6 @@ def test_a_trial_is_the_same_in_a_fresh_process_in_a_reused_one_and_in_none_of_r
         alone = dataclasses.replace(job, folder=str(tmp_path / record.trial_id), location=None)
         with contextlib.closing(train_here(alone)) as reports:
             assert without_clocks(record.reports) == without_clocks(islice(reports, len(record.reports)))
-
-
-def test_a_trial_that_was_paused_is_what_it_would_have_been_without_pauses(begin, tmp_path):
-    paused = []
-
-    def interrupt(event):
-        paused.extend([event.proposal.trial_id] if event.status == "paused" else [])
-        if event.status == "paused" and len(paused) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    folder, go = begin(scheduler=FREEZE_THAW, trials=5, epochs=5)
-    with pytest.raises(KeyboardInterrupt):
-        go(interrupt)
-    assert "paused" in pd.read_csv(folder / "trials.csv")["status"].tolist()
-    records = go()
-    assert {r.status for r in records} <= {"complete", "pruned"}
-    ended = [r for r in records if r.status == "complete"]
-    assert ended
-    again = next(r for r in ended if load_study(folder).trials[int(r.trial_id)].user_attrs.get(TAKEN_UP))
-    resources = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1).resources
-    job = job_of(load(folder), resources, Proposal(again.trial_id, again.settings, None))
-    alone = dataclasses.replace(job, folder=str(tmp_path / again.trial_id), location=None)
-    with contextlib.closing(train_here(alone)) as reports:
-        assert without_clocks(again.reports) == without_clocks(reports)
 
 
 def test_a_full_disk_ends_the_study_which_can_be_resumed(store, cluster, tmp_path):
