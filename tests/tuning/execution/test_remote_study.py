@@ -38,7 +38,7 @@ from raytune_emotion.tuning.study.trials import PARAMS
 from tests.support.cluster import RUN_SPACE, held_resources
 from tests.support.reports import without_clocks
 from tests.support.s3 import SECRET, s3_server
-from tests.support.studies import searcher_of, spec_of
+from tests.support.studies import run_here, searcher_of, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
 
     lose(folder, uri)
     study = load(folder, Remote(uri))
-    after = run_study(raise_epochs(study, dataclasses.replace(study.spec, epochs=3)), placement)
+    after = run_here(raise_epochs(study, dataclasses.replace(study.spec, epochs=3)))
     assert after[:4] == records
     can = [r.trial_id for r in best_first(records)[:KEPT] if r.status == "complete"]
     assert [r.continues for r in after[4:]] == can
