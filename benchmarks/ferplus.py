@@ -55,6 +55,8 @@ def study(plan: Plan, results: Path) -> Table:
     finally:
         ended.set()
         watcher.join()
+    if not (results / "ferplus" / "trials.csv").exists():
+        return Table(("what", "value"), [("exit code", code), ("seconds", took)], ["No trial has begun."])
     trials = _rows(results / "ferplus" / "trials.csv")
     ended_ones = [trial for trial in trials if trial["status"] in ("complete", "pruned")]
     rows: list[tuple[object, ...]] = [("exit code", code), ("seconds", took)]

@@ -55,3 +55,10 @@ def test_a_space_without_both_starts_is_summed_up_too(commands, tmp_path, monkey
     rows = dict(ferplus.study(Plan("faces", None, SPACE, 1, 1, 60, 2), tmp_path).rows)
     assert rows["best JS from the start of the space, bits"] == 0.3
     assert "--weights-dir" not in commands[0]
+
+
+def test_a_search_that_has_not_begun_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(ferplus, "_timed", lambda command: (1, 5.0))
+    table = ferplus.study(Plan("faces", None, SPACE, 1, 1, 60, 2), tmp_path)
+    assert dict(table.rows)["exit code"] == 1
+    assert table.notes == ["No trial has begun."]
