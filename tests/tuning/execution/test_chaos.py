@@ -275,8 +275,8 @@ def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(und
 
 
 def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undisturbed, cluster, store, tmp_path):
-    folder = tmp_path / "study"
-    begin(folder, store)
+    folder, trials = tmp_path / "study", STARTUP + 1
+    begin(folder, store, trials=trials)
     over = threading.Event()
 
     def kill_one(point, polls, which):
@@ -301,11 +301,11 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
         with pytest.raises(KeyboardInterrupt):
             go_on(folder, concurrency=2, watch=interrupt)
         before, ended_then = histories(folder), ended_trials(folder)
-        assert len(ended_then) < TRIALS
+        assert len(ended_then) < trials
 
         # Then one at a time, on two workers.
         so_far = reported(folder)
-        point = draw.randrange(so_far, max(so_far + 1, TRIALS))
+        point = draw.randrange(so_far, max(so_far + 1, trials))
         killed = pool.submit(kill_one, point, draw.randrange(30), draw.randrange(2))
         try:
             records = go_on(folder, workers=2)
