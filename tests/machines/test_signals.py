@@ -77,7 +77,8 @@ def test_a_signal_while_a_command_concludes_leaves_everything_written(folder, ve
             running.signal_group(signal.SIGTERM)
         time.sleep(0.5)
     code, out = running.ended()
-    assert code in (0, 130)
+    # In its very last moments Python has given up its handlers, and all is written.
+    assert code in (0, 130, -signal.SIGTERM)
     assert "Traceback" not in out
     if verb == "confirm":
         assert (study / "confirmed.csv").exists()
