@@ -8,6 +8,7 @@ command still has to write is then written in peace: further signals do nothing,
 import contextlib
 import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -30,6 +31,8 @@ _state = _State()
 
 def _hear(number: int, frame: FrameType | None) -> None:
     _state.ctrl_c += number == signal.SIGINT
+    if number == getattr(signal, "SIGHUP", None):
+        _leave_terminal()
     first, _state.interrupted = not _state.interrupted, True
     if (first and not _state.held) or _state.ctrl_c >= _INSISTS:
         raise KeyboardInterrupt
@@ -54,8 +57,20 @@ def end_quietly() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    os.write(2, b"interrupted\n")
+    with contextlib.suppress(OSError):  # the terminal may have closed
+        os.write(2, b"interrupted\n")
     os._exit(130)
+
+
+def _leave_terminal() -> None:
+    """Let what is still said go nowhere: a terminal that has closed answers each word with an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            # One that has closed is no longer known as a terminal. A file or a pipe stays.
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Show a running study on the console: a view that is drawn again and again in a terminal, lines elsewhere."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,10 +70,15 @@ def run_with_progress(
 def _show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
     """Show a study until the block ends, with a line for each trial that has ended."""
 
+    def say(line: str) -> None:
+        # A terminal may have closed, or a log's disk be full: the study goes on.
+        with contextlib.suppress(OSError):
+            console.print(line)
+
     def hear(event: Event) -> None:
         progress.watch(event)
         if event.status not in ("running", "paused"):
-            console.print(line_of(event))
+            say(line_of(event))
 
     if is_screen(console):
         with Live(LiveView(progress), console=console, refresh_per_second=_REFRESHES_PER_S):
@@ -84,7 +90,7 @@ def _show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
         nonlocal due
         hear(event)
         if time.monotonic() >= due:
-            console.print(sum_up(progress.snapshot()))
+            say(sum_up(progress.snapshot()))
             due = time.monotonic() + _EVERY_S
 
     yield hear_and_sum_up

@@ -1,5 +1,6 @@
 """What a running study shows: in a terminal, in a file and in a notebook."""
 
+import fcntl
 import io
 import os
 import re
@@ -82,6 +83,52 @@ def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
     assert any(line.startswith("0000  failed    [/b] diverged") for line in lines)
     assert max(map(len, lines)) <= 80
     assert "\x1b[?25h" in written, "the cursor is shown again"
+
+
+def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path):
+    """All that it still writes and says is written and said, though nobody hears it."""
+    code = f"""
+        import time
+        from pathlib import Path
+        from types import SimpleNamespace
+        from raytune_emotion.interruption import finish_block, handle_signals
+        from raytune_emotion.terminal import plain_console
+        from raytune_emotion.tuning.report.console import _show_events
+        from raytune_emotion.tuning.report.live_state import StudyProgress
+        from raytune_emotion.tuning.study.open_study import load, make_study
+        from tests.support.events import event
+        from tests.support.studies import spec_of
+
+        folder, console = Path({str(tmp_path / "study")!r}), plain_console()
+        make_study(folder, spec_of(SimpleNamespace(image_size=32, path="s", fingerprint="f")))
+        with handle_signals():
+            try:
+                with _show_events(console, StudyProgress(load(folder))) as hear:
+                    while True:
+                        hear(event("0000", "complete", 0.3))
+                        time.sleep(0.01)
+            except KeyboardInterrupt:
+                with finish_block():
+                    console.print("concluded")
+                    (folder / "concluded").touch()
+        """
+    ours, theirs = os.openpty()
+
+    def lead_session() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdin=theirs, stdout=theirs, stderr=theirs,
+        preexec_fn=lead_session, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    written = b""
+    while b"complete" not in written:
+        written += os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert (tmp_path / "study" / "concluded").exists()
 
 
 def test_a_file_and_a_notebook_get_lines(progress):
