@@ -1,5 +1,6 @@
-"""The record of a running study, driven by hand: no Ray, no training."""
+"""The record of a running study, driven by hand: no Ray, and but for one test no training."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -12,15 +13,16 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, LAST
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import recorder as recorder_module
+from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
-from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, TAKEN_UP, Begin, Prune, TakeUp
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
-from tests.support.reports import make_report
-from tests.support.studies import spec_of
+from tests.support.reports import make_report, without_clocks
+from tests.support.studies import ONE_CORE, run_here, spec_of
 
 SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
 
@@ -295,6 +297,19 @@ class TestPauses:
         assert statuses(folder) == {"0000": "running", "0001": "running"}
         assert [recorder.report("0000", report) for report in train(folder, "0000", 0.3)] == [True, False]
         assert statuses(folder)["0000"] == "complete"
+
+    def test_a_trial_that_was_paused_is_what_it_would_have_been_without_pauses(self, tmp_path, store, policy):
+        space = {**SPACE, "model.backbone": "test_resnet"}
+        make_study(tmp_path / "study", spec_of(store, space=space, trials=2, epochs=3))
+        policy.decisions = {("0000", 2): "pause"}
+        policy.answers = [Begin({}), Begin({}), TakeUp(0), None]
+        record = run_here(load(tmp_path / "study"))[0]
+        assert len(record.reports) == 3
+        assert load(tmp_path / "study").optuna.trials[0].user_attrs[TAKEN_UP] == 1
+        job = job_of(load(tmp_path / "study"), ONE_CORE, Proposal("0000", record.settings, None))
+        alone = dataclasses.replace(job, folder=str(tmp_path / "alone"), location=None)
+        with contextlib.closing(train_here(alone)) as reports:
+            assert without_clocks(record.reports) == without_clocks(reports)
 
     def test_a_trial_that_is_paused_at_the_end_is_pruned(self, folder, policy):
         policy.decisions = {(f"{i:04d}", 1): "pause" for i in range(3)}
