@@ -95,7 +95,6 @@ def test_a_share_of_a_gpu_is_one_at_most(capsys):
         ["search", "--space", "{uri}"],
         ["search", "--weights-dir", "{uri}"],
         ["confirm", "{uri}"],
-        ["predict", "export", "{uri}"],
     ],
 )
 @pytest.mark.parametrize("uri", ["s3://bucket/prefix", "file:///nowhere/at/all"])
@@ -123,6 +122,8 @@ def test_uri_where_a_path_is_needed_is_refused_and_makes_no_folder(argv, uri, tm
         ["export", "{uri}", "dest"],
         ["export", "study", "{uri}"],
         ["predict", "{uri}", "face.jpg"],
+        ["predict", "export", "{uri}"],
+        ["demo", "{uri}"],
     ],
 )
 def test_credentials_in_a_uri_are_refused_by_every_command(argv, tmp_path, monkeypatch, capsys):

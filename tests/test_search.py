@@ -22,7 +22,7 @@ from raytune_emotion.data.prepare import find_data
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.tuning.execution import cluster as cluster_module
-from raytune_emotion.tuning.execution import gpu_sharing
+from raytune_emotion.tuning.execution import gpu_presence, gpu_sharing
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.space.parser import parse_space
@@ -270,6 +270,7 @@ class TestBadRequests:
         # Ray can be started only once in a process, and has been.
         monkeypatch.setattr(cluster_module, "ray_session", joined_session)
         monkeypatch.setattr(gpu_sharing, "check_room", lambda request: None)
+        monkeypatch.setattr(gpu_presence, "may_have_gpu", lambda: True)
         (told,) = refused(workers_per_trial=99)
         assert told.startswith("a trial of 99 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)

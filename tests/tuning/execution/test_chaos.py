@@ -198,7 +198,7 @@ def busy():
 def test_a_search_that_is_killed_and_then_interrupted_ends_as_if_it_had_been_neither(undisturbed, faces, tmp_path):
     (tmp_path / "space.yaml").write_text(json.dumps(SPACE))
     options = ["--data", faces, "--space", "space.yaml", "--name", "study", "--concurrency", 1]
-    options += ["--trials", TRIALS, "--epochs", EPOCHS, "--seed", SEED]
+    options += ["--trials", TRIALS, "--epochs", EPOCHS, "--seed", SEED, "--scheduler", "asha"]
     folder = tmp_path / "ray_results" / "study"
     with chance() as draw:
         with Session("raytune_emotion.search", *options, cwd=tmp_path, **_TWO_CORES) as killed:
