@@ -24,7 +24,7 @@ from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, pa
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.room import Room
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches, Waiting
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.records import TrialRecord
 
@@ -132,6 +132,7 @@ def _tune(
     scratch: str,
 ) -> None:
     room = Room(placement, recorder.trials_to_run)
+    waiting = Waiting(lambda: say(room.waiting()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     with contextlib.closing(room), environment(pending), patch_tune():
@@ -139,13 +140,13 @@ def _tune(
         tune.run(
             _trainable(placement.resources),
             name=study.folder.name,
-            search_alg=Search(recorder, partial(job_of, study, placement.resources), room),
+            search_alg=Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop),
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
             max_failures=study.spec.max_failures,
             stop=Gate(recorder, stop),
-            callbacks=[SmallerBatches(), BetweenEvents(recorder, lambda: say(room.waiting()))],
+            callbacks=[SmallerBatches(), BetweenEvents(recorder, waiting)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # What Tune writes of its own is of no use to us: the study's folder is the record.

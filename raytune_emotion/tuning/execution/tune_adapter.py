@@ -23,14 +23,38 @@ _STRETCH = "."
 _WAIT_S = 30.0
 
 
+class Waiting:
+    """Say once that no trial finds room, until one runs again."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._say = say
+        self._since: float | None = time.monotonic()
+
+    def look(self, *, runs: bool) -> None:
+        """Note whether a trial runs now."""
+        if runs:
+            self._since = time.monotonic()
+        elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
+            self._since = None
+            self._say()
+
+
 class Search(SearchAlgorithm):
     """Give Ray Tune a trial whenever a place is free, and tell the recorder which ones died.
 
     Ray's trials bear the study's own ids, so that dashboard, logs and folders speak of the same things.
     """
 
-    def __init__(self, recorder: Recorder, job_of: Callable[[Proposal], Job], room: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        job_of: Callable[[Proposal], Job],
+        room: Callable[[], int],
+        waiting: Waiting,
+        stop: threading.Event,
+    ) -> None:
         self._recorder, self._job_of, self._room = recorder, job_of, room
+        self._waiting, self._stop = waiting, stop
         self._experiment: Experiment | None = None
         self._running: dict[str, Trial] = {}
         self._stretches: dict[str, int] = {}
@@ -39,11 +63,14 @@ class Search(SearchAlgorithm):
         (self._experiment,) = experiments
 
     def is_finished(self) -> bool:
-        return self._finished or self._recorder.is_over
+        return self._finished or self._recorder.is_over or self._stop.is_set()
 
     def next_trial(self) -> Trial | None:
         # Asked no earlier than a place is free: the policy then knows all that has ended until now.
         if self.is_finished() or len(self._running) >= self._room():
+            if not self._running:
+                # Tune asks again and again, and does nothing else, while there is no trial.
+                self._waiting.look(runs=False)
             return None
         proposal = self._recorder.next()
         if proposal is None:
@@ -104,18 +131,13 @@ class SmallerBatches(tune.Callback):
 class BetweenEvents(QuietProgress):
     """Have the tables written between Tune's events, and say when no trial finds room."""
 
-    def __init__(self, recorder: Recorder, say_waiting: Callable[[], None]) -> None:
+    def __init__(self, recorder: Recorder, waiting: Waiting) -> None:
         super().__init__()
-        self._recorder, self._say_waiting = recorder, say_waiting
-        self._since: float | None = time.monotonic()
+        self._recorder, self._waiting = recorder, waiting
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._recorder.write_in_time()
-        if any(trial.status == Trial.RUNNING for trial in trials):
-            self._since = time.monotonic()
-        elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
-            self._since = None  # it is said once, until a trial runs
-            self._say_waiting()
+        self._waiting.look(runs=any(trial.status == Trial.RUNNING for trial in trials))
 
 
 def _id_of(ray_trial_id: str) -> str:

@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
 from raytune_emotion.tuning.execution.trial_actor import ENDING
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, Waiting
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -59,7 +59,8 @@ def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(monkeypatch):
     monkeypatch.setattr(tune_adapter, "make_trial", make_trial)
     proposals = [Proposal("0000", {}, None), Proposal("0001", {}, None), Proposal("0000", {}, None)]
     recorder = Recorder(True, proposals=proposals)
-    search = Search(recorder, lambda proposal: SimpleNamespace(to_dict=dict), room=lambda: places)
+    waiting, stop = Waiting(lambda: None), threading.Event()
+    search = Search(recorder, lambda proposal: SimpleNamespace(to_dict=dict), lambda: places, waiting, stop)
     search.add_configurations(["an experiment"])
     places = 1
     assert search.next_trial()
@@ -80,7 +81,7 @@ def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(monkeypatch):
 def test_a_cluster_without_room_is_said_once(monkeypatch, status):
     now, said = [0.0], []
     monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])
-    between = BetweenEvents(Recorder(), lambda: said.append(now[0]))
+    between = BetweenEvents(Recorder(), Waiting(lambda: said.append(now[0])))
     for second in range(0, 100, 5):
         now[0] = float(second)
         between.on_step_end(second, [SimpleNamespace(status=status)])
@@ -89,3 +90,16 @@ def test_a_cluster_without_room_is_said_once(monkeypatch, status):
         now[0] = float(second)
         between.on_step_end(second, [SimpleNamespace(status=state) for state in states])
     assert said[-1:] == [141.0]
+
+
+def test_a_cluster_without_any_room_is_said_and_can_be_left(monkeypatch):
+    now, said, stop = [0.0], [], threading.Event()
+    monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])
+    waiting = Waiting(lambda: said.append(now[0]))
+    search = Search(Recorder(proposals=[Proposal("0000", {}, None)]), lambda proposal: None, lambda: 0, waiting, stop)
+    for now[0] in (10.0, 31.0, 100.0):
+        assert search.next_trial() is None
+    assert said == [31.0]
+    assert not search.is_finished()
+    stop.set()
+    assert search.is_finished()
