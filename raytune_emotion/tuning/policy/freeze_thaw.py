@@ -32,10 +32,12 @@ from raytune_emotion.tuning.policy.decisions import (
     Prune,
     Recorded,
     TakeUp,
+    is_paused,
+    is_running,
 )
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
-from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook, is_paused, is_running
+from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook
 from raytune_emotion.tuning.space.space import Space
 
 #: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
@@ -163,12 +165,13 @@ class FreezeThaw:
             first = {trial.number: -float(trial.number) for trial in paused}
             return _Plan((), first, None, begin, merit if begin is None else math.inf)
         merits = self._merits(outlook, paused)
-        ranked = sorted(merits, key=merits.__getitem__, reverse=True)
         favourite = self._favourite(outlook, paused) if self._owes_length(past, new=offer is not None) else None
+        ranked = sorted(merits, key=lambda number: (number == favourite, merits[number]), reverse=True)
+        kept = {*ranked[: limits.paused]}
         if offer is None:
-            worth = {favourite, *self._hopeful(outlook, paused)}
-            merits = {number: value for number, value in merits.items() if number in worth}
-        return _Plan(tuple(ranked[limits.paused :]), merits, favourite, begin, merit)
+            kept &= {favourite, *self._hopeful(outlook, paused)}
+        worth = {number: value for number, value in merits.items() if number in kept}
+        return _Plan(tuple(ranked[limits.paused :]), worth, favourite, begin, merit)
 
     def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
         """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""

@@ -156,3 +156,12 @@ def test_a_study_of_few_trials_ends_by_itself_with_a_finished_model():
     assert len(study.optuna.trials) == 8
     assert REPORTS in study.reports
     assert sum(study.reports) < 8 * REPORTS
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("workers", [2, 8])
+def test_a_trial_that_was_pruned_is_never_taken_up(workers, seed):
+    study = Study(paused=3, seed=seed)
+    study.run(6 * REPORTS, workers=workers)
+    assert any(trial.state == TrialState.PRUNED for trial in study.optuna.trials)
+    assert study.count(paused=True) <= 3 + workers
