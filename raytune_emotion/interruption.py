@@ -5,12 +5,13 @@ process group. A terminal that closes sends SIGHUP. All do the same here: the fi
 command still has to write is then written in peace: further signals do nothing, until a third Ctrl-C insists.
 """
 
+import atexit
 import contextlib
 import os
 import signal
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -54,6 +55,13 @@ def end_quietly() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
+    # In its last moments Python gives up handlers, and a signal would kill it. One that is ignored stays so.
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
@@ -111,15 +119,23 @@ def finish_block() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keep_handlers() -> Iterator[None]:
-    """Undo what the block does to the handlers of signals: libraries install their own."""
+def keep_handlers() -> Iterator[Callable[[], None]]:
+    """Undo what the block does to the handlers of signals: libraries install their own.
+
+    Yields:
+        What undoes it within the block, too.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
     before = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+    try:
+        yield restore
+    finally:
+        restore()

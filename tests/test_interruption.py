@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -154,3 +155,18 @@ def test_a_signal_while_a_command_is_imported_is_no_traceback(name, tmp_path):
 )
 def test_a_program_that_imports_the_package_is_no_command(words, found):
     assert is_command(words.split()) is found
+
+
+def test_a_signal_while_python_ends_does_not_change_how_a_command_ended():
+    code = """
+        import os, signal
+        from raytune_emotion.interruption import end_quietly
+
+        class Last:
+            def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+                kill(pid, number)
+
+        end_quietly()
+        last = Last()  # until Python clears its modules, after it has given up its handlers
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 0

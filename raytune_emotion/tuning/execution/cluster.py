@@ -23,6 +23,7 @@ from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
 from raytune_emotion.tuning.execution.placement import local_node
 from raytune_emotion.tuning.execution.ray_patches import (
     ask_cluster,
+    before_processes_end,
     find_cluster,
     forget_token,
     no_start_by_itself,
@@ -149,7 +150,8 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _shut_down() -> None:
-    with keep_handlers():
+    # Ray's core gives SIGTERM back to the system when it ends. Seconds follow, in which one would end this process.
+    with keep_handlers() as restore, before_processes_end(restore):
         ray.shutdown()
 
 

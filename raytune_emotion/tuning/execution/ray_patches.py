@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import ray
 import ray._private.worker
 from ray._private import auto_init_hook, ray_constants, services
+from ray._private.node import Node
 from ray._private.state import state
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -107,6 +108,23 @@ def own_process_session() -> Iterator[None]:
         yield
     finally:
         setattr(services, "ConsolePopen", before)  # noqa: B010
+
+
+@contextlib.contextmanager
+def before_processes_end(action: Callable[[], None]) -> Iterator[None]:
+    """Have something done, within the block, when Ray's core has ended here and its processes are to end next."""
+    before = Node.kill_all_processes
+
+    @functools.wraps(before)
+    def act(*args: Any, **options: Any) -> None:
+        action()
+        before(*args, **options)
+
+    setattr(Node, "kill_all_processes", act)  # noqa: B010  # to mypy it is a method
+    try:
+        yield
+    finally:
+        setattr(Node, "kill_all_processes", before)  # noqa: B010
 
 
 @contextlib.contextmanager

@@ -187,7 +187,8 @@ def test_sessions_leave_nothing_and_use_the_cores_that_they_may(tmp_path, short)
     long = tmp_path / ("x" * 60)
     long.mkdir()
     code = """
-        import os, ray
+        import os, re, signal, ray
+        from ray._private.node import Node
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         from raytune_emotion.tuning.execution.cluster import ray_session
 
@@ -195,11 +196,21 @@ def test_sessions_leave_nothing_and_use_the_cores_that_they_may(tmp_path, short)
         def where():
             return os.environ["RAY_AUTH_TOKEN_PATH"]
 
+        kill, heard = Node.kill_all_processes, []
+
+        def look(*args, **options):
+            caught = int(re.search("SigCgt:\\s*(\\w+)", open("/proc/self/status").read())[1], 16)
+            heard.append(bool(caught >> signal.SIGTERM - 1 & 1))
+            kill(*args, **options)
+
+        Node.kill_all_processes = look
+        signal.signal(signal.SIGTERM, lambda *_: None)
         before = dict(os.environ)
         for _ in range(2):
             with ray_session(None, dashboard=False):
                 print(ray.cluster_resources()["CPU"], os.path.dirname(os.path.dirname(ray.get(where.remote()))))
         assert dict(os.environ) == before
+        assert heard == [True, True], "while Ray ends its processes, the system's own handler would end this one"
     """
     surroundings = os.environ | {"HOME": str(home), "TMPDIR": str(long)}
     done = subprocess.run(
