@@ -116,14 +116,27 @@ class Answers:
         return dict(self._recording.params[int(rng.choice(np.flatnonzero(self._left_N)))])
 
 
-class Answered(BaseSampler):
-    """Any sampler of Optuna's, answered by the nearest recorded configuration."""
+class _Whole(BaseSampler):
+    """A sampler of whole configurations that are recorded."""
 
-    def __init__(self, inner: BaseSampler, space: Space, answers: Answers) -> None:
-        self._inner, self._space, self._answers = inner, space, answers
+    def __init__(self, space: Space, answers: Answers) -> None:
+        self._space, self._answers = space, answers
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return dict(self._space.parameters)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError(f"{param_name}: is not recorded")
+
+
+class Answered(_Whole):
+    """Any sampler of Optuna's, answered by the nearest recorded configuration."""
+
+    def __init__(self, inner: BaseSampler, space: Space, answers: Answers) -> None:
+        super().__init__(space, answers)
+        self._inner = inner
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -135,11 +148,6 @@ class Answered(BaseSampler):
             for name, distribution in search_space.items()
         }
         return self._answers.nearest(asked)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise AssertionError(f"{param_name}: is not recorded")
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._inner.before_trial(study, trial)
@@ -165,24 +173,17 @@ class AnsweredPolicy:
         return self._inner.replay(trials)
 
 
-class AtRandom(BaseSampler):
+class AtRandom(_Whole):
     """Draw from the recorded configurations, each as likely as the others."""
 
     def __init__(self, space: Space, answers: Answers, seed: int) -> None:
-        self._space, self._answers, self._seed = space, answers, seed
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return dict(self._space.parameters)
+        super().__init__(space, answers)
+        self._seed = seed
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         return self._answers.any(np.random.default_rng([self._seed, trial.number]))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise AssertionError(f"{param_name}: is not recorded")
 
 
 #: Of a recording, what is left of it and a seed: what proposes and what decides.

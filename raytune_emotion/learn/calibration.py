@@ -5,7 +5,6 @@ both KL and JS there (Guo et al., "On calibration of modern neural networks", IC
 hard ones). It becomes a part of the last layer, so that every format and every program has it.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import nn
 
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.device import exact_fp32
-from raytune_emotion.learn.validation import Predictions, log_of
+from raytune_emotion.learn.validation import Predictions, half_of, log_of
 
 _LEAST = 10  # images of a half
 _LARGEST = 10.0
@@ -43,7 +42,7 @@ class Calibration:
 
 def calibrate(predictions: Predictions) -> Calibration | None:
     """Fit a temperature on the images of one half, by a hash of their ids; None where there are too few."""
-    fit_N = np.array([hashlib.sha256(id_.encode()).digest()[0] % 2 == 0 for id_ in predictions.ids])
+    fit_N = half_of(predictions.ids)
     if min(fit_N.sum(), (~fit_N).sum()) < _LEAST:
         return None
     logits_NK, true_NK = log_of(predictions.predicted_NK), torch.from_numpy(predictions.true_NK)

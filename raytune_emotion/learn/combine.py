@@ -6,7 +6,6 @@ al., "Model soups", 2022). The gain of a choice is measured on images that the c
 of the validation set and measured on the other, both ways round.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import Split
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.loop import predict_share
-from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.model import load_model
+from raytune_emotion.learn.validation import half_of
 
 _CPU = torch.device("cpu")
 #: A class without probability is predicted at this, so that a logarithm is finite.
@@ -50,11 +49,6 @@ class Gain:
     def gain(self) -> float:
         """Return by how much the combination is better, bits."""
         return self.single - self.combined
-
-
-def half_of(ids: Sequence[str]) -> Rows:
-    """Return which images are in the first half of a validation set: a function of each id alone."""
-    return np.array([hashlib.sha256(image_id.encode()).digest()[0] % 2 == 0 for image_id in ids], dtype=bool)
 
 
 def js_of(predicted_NK: Tensor, true_NK: Tensor) -> npt.NDArray[np.float64]:
@@ -132,15 +126,8 @@ def mean_of(predictions: Sequence[Tensor]) -> Predict:
     return lambda members: _mean_of(predictions, members)
 
 
-def load_model(best: Best) -> nn.Module:
-    """Build the model of a checkpoint, on the CPU, in evaluation mode."""
-    model = build_model(RunConfig.from_flat(best.settings), weights=False)
-    model.load_state_dict(best.weights)
-    return model.eval()
-
-
-def predict_split(best: Best, split: Split) -> Tensor:
-    """Predict a split with a checkpoint, [N, K], float64."""
+def predict_whole(best: Best, split: Split) -> Tensor:
+    """Predict every image of a split with a checkpoint, [N, K], float64."""
     logits_NK, _ = predict_share(load_model(best), split, device=_CPU)
     return logits_NK.double().softmax(-1)
 
@@ -169,7 +156,7 @@ class Soup:
         """Predict the split with the mean of the members' weights, [N, K]."""
         key = tuple(sorted(members))
         if key not in self._known:
-            self._known[key] = predict_split(self.best(members), self._split)
+            self._known[key] = predict_whole(self.best(members), self._split)
         return self._known[key]
 
 

@@ -111,7 +111,7 @@ def write_package(
     formats: Sequence[str] = (TIMM,),
     store: Store | None = None,
 ) -> None:
-    """Write an export folder. At every moment there is the whole new one or, if there was one, the whole old one.
+    """Write an export folder. There is a whole one, the old or the new, or for a moment between two renames none.
 
     Args:
         dest: the folder; an earlier export there is replaced.

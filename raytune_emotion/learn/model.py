@@ -12,6 +12,7 @@ from torch import nn
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import check_architecture, split_source
+from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.origin import (
     Origin,
     WeightsUnavailableError,
@@ -131,6 +132,13 @@ def check_weights(config: ModelConfig) -> None:
 
 def _has_weights(name: str) -> bool:
     return bool(getattr(timm.get_pretrained_cfg(name), "has_weights", False))
+
+
+def load_model(best: Best) -> nn.Module:
+    """Build the model of a checkpoint, on the CPU, in evaluation mode."""
+    model = build_model(RunConfig.from_flat(best.settings), weights=False)
+    model.load_state_dict(best.weights)
+    return model.eval()
 
 
 def mean_std(model: nn.Module) -> tuple[Colour, Colour]:

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, read_best
-from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.model import load_model
 from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.tuning.study import optuna_study
@@ -65,9 +65,7 @@ class Study:
         with study_files(self.location, f"trials/{chosen}/{BEST}") as folder:
             best = read_best(trial_folder(folder, chosen) / BEST)
         config = RunConfig.from_flat(best.settings)
-        backbone = build_model(config, weights=False)
-        backbone.load_state_dict(best.weights)
-        model = EmotionModel(backbone, config.data.classes, config.data.image_size)
+        model = EmotionModel(load_model(best), config.data.classes, config.data.image_size)
         return model.eval()
 
 

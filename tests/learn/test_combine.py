@@ -13,16 +13,16 @@ from raytune_emotion.learn.combine import (
     Soup,
     choose_ensemble,
     choose_soup,
-    half_of,
     images_per_second,
     js_of,
     list_compatible,
     mean_of,
     mean_weights,
     measure_gain,
-    predict_split,
+    predict_whole,
 )
 from raytune_emotion.learn.graphs import PixelsToProbabilities
+from raytune_emotion.learn.validation import half_of
 from tests.support.exports import untrained_best
 
 K = len(EMOTIONS)
@@ -129,11 +129,11 @@ def test_only_models_alike_are_averaged():
 
 def test_a_soup_predicts_with_the_mean_of_the_weights(store):
     bests = [untrained_best("test_resnet", 32, store.classes, seed=seed) for seed in (1, 2)]
-    known = [predict_split(best, store.val) for best in bests]
+    known = [predict_whole(best, store.val) for best in bests]
     soup = Soup(bests, store.val, known)
     assert soup.predict((1,)) is known[1]
     mixed = mean_weights([best.weights for best in bests])
-    expected_NK = predict_split(Best(mixed, bests[0].settings, "", bests[0].report), store.val)
+    expected_NK = predict_whole(Best(mixed, bests[0].settings, "", bests[0].report), store.val)
     assert torch.equal(soup.predict((1, 0)), expected_NK)
     assert soup.predict((0, 1)) is soup.predict((1, 0))
 

@@ -50,6 +50,11 @@ class Resources:
         return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
 
     @property
+    def need(self) -> str:
+        """Say what each worker takes."""
+        return " and ".join(f"{amount:g} {kind}" for kind, amount in self.per_worker.items())
+
+    @property
     def threads(self) -> int:
         return max(1, int(self.cpus_per_worker))
 

@@ -31,8 +31,7 @@ class Placement:
     def __str__(self) -> str:
         cpus = self.resources.cpus_per_worker
         share = f", each on {cpus:g} of a core" if cpus < 1 and not self.resources.gpus_per_worker else ""
-        need = " and ".join(f"{amount:g} {kind}" for kind, amount in self.resources.per_worker.items())
-        more = f", more as its autoscaler adds nodes with {need} for each worker" if self.grows else ""
+        more = f", more as its autoscaler adds nodes with {self.resources.need} for each worker" if self.grows else ""
         return f"{self.concurrency} at once{share}{more}"
 
 
@@ -105,23 +104,25 @@ def fit(
     # Whole cores, but for a fraction of a GPU that has less than a core beside it.
     cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
     resources = Resources(workers, cpu, gpu)
-    need = resources.per_worker
     fitting = trials_on(nodes, resources)
     if not fitting and not grows:
-        places = sum(places_on(node, need) for node in nodes)
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
         there = f"{cpus:g} CPU and {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
         advice = "ask for fewer workers a trial" + (", or a smaller --gpus-per-worker" if gpu else "")
         raise UserError(
-            f"a trial of {count(workers, 'worker')} with {each} each does not fit: {where} has {there} on "
-            f"{count(len(nodes), 'node')}, room for {count(places, 'such worker')}; {advice}"
+            f"a trial of {count(workers, 'worker')} with {resources.need} each does not fit: {where} has {there} on "
+            f"{count(len(nodes), 'node')}, room for {count(workers_on(nodes, resources), 'such worker')}; {advice}"
         )
     return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows)
 
 
 def trials_on(nodes: Nodes, resources: Resources) -> int:
     """Return how many trials fit on nodes; the workers of one may be on several."""
-    return sum(places_on(node, resources.per_worker) for node in nodes) // resources.workers
+    return workers_on(nodes, resources) // resources.workers
+
+
+def workers_on(nodes: Nodes, resources: Resources) -> int:
+    """Return how many workers fit on nodes."""
+    return sum(places_on(node, resources.per_worker) for node in nodes)
 
 
 def cluster_nodes() -> Nodes:

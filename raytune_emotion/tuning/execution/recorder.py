@@ -26,6 +26,7 @@ from raytune_emotion.tuning.study.optuna_study import (
     Searcher,
     Status,
     list_trials,
+    paused_trials,
     trials_to_continue,
 )
 from raytune_emotion.tuning.study.records import (
@@ -125,7 +126,7 @@ class Recorder:
 
     def trials_to_run(self) -> int:
         """Return how many trials could run at once, if there were room for all: none of them has ended."""
-        begun = len(self._running) + len(self._queue) + len(_paused_trials(self._study))
+        begun = len(self._running) + len(self._queue) + len(paused_trials(self._study.optuna))
         return begun + max(0, self._study.spec.trials - self._begun_count)
 
     def next(self) -> Proposal | None:
@@ -268,17 +269,13 @@ class Recorder:
         self._without_weights.update(gone)
 
     def _prune_paused(self) -> None:
-        for trial_id in _paused_trials(self._study):
+        for trial_id in paused_trials(self._study.optuna):
             self._end(self._searcher.resume(trial_id), Pruned(), None)
-
-
-def _paused_trials(study: OpenStudy) -> list[str]:
-    return [trial.trial_id for trial in list_trials(study.optuna) if trial.status == "paused"]
 
 
 def _most_paused(study: OpenStudy) -> int:
     """Return how many trials may be paused at once: their checkpoints are bounded in number and in bytes."""
-    files = [study.trial_folder(trial_id) / LAST for trial_id in _paused_trials(study)]
+    files = [study.trial_folder(trial_id) / LAST for trial_id in paused_trials(study.optuna)]
     largest = max((file.stat().st_size for file in files if file.exists()), default=0)
     return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
 

@@ -37,7 +37,7 @@ class Room:
         """
         self._placement, self._wanted = placement, wanted
         self._nodes, self._request, self._clock = nodes, request, clock
-        self._room, self._asked = placement.concurrency, 0
+        self._room = self._asked = 0
         self._look_at = self._request_at = clock()
 
     def __call__(self) -> int:
@@ -54,10 +54,9 @@ class Room:
     def waiting(self) -> str:
         """Say what a trial waits for."""
         resources = self._placement.resources
-        need = " and ".join(f"{amount:g} {kind}" for kind, amount in resources.per_worker.items())
         times = f" {resources.workers} times" if resources.workers > 1 else ""
         asked = f"; its autoscaler was asked for room for {count(self._asked, 'trial')}" if self._asked else ""
-        return f"waiting for room on the cluster: a trial needs {need}{times}{asked}"
+        return f"waiting for room on the cluster: a trial needs {resources.need}{times}{asked}"
 
     def close(self) -> None:
         """Let the autoscaler remove the nodes that it added."""

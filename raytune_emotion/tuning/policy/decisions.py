@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.learn.report import Heard, Report
 
@@ -105,6 +105,16 @@ class Policy(Protocol):
         Returns:
             The running trials whose last report was answered by stop, where that was not recorded any more.
         """
+
+
+def is_running(trial: FrozenTrial) -> bool:
+    """Tell whether a trial trains now."""
+    return trial.state == TrialState.RUNNING and not trial.user_attrs.get(PAUSED)
+
+
+def is_paused(trial: FrozenTrial) -> bool:
+    """Tell whether a trial has left its process, and can be taken up again."""
+    return trial.state == TrialState.RUNNING and bool(trial.user_attrs.get(PAUSED))
 
 
 def best_js(trial: FrozenTrial) -> float:

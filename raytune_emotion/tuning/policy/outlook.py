@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.acquisition import expected_improvement_of_front, log_expected_improvement
 from raytune_emotion.tuning.policy.candidates import Domain, Params, draw_candidates, first_untried, row_of
-from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SECONDS
+from raytune_emotion.tuning.policy.decisions import COST, SECONDS, is_running
 from raytune_emotion.tuning.policy.encoding import Configurations
 from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
 from raytune_emotion.tuning.policy.gaussian_process import Floats, Kernel, Posterior
@@ -136,16 +136,6 @@ class Outlook:
         posterior = Posterior(Kernel(variance, length_D, _COST_NOISE * variance), x_ND, log_N - log_N.mean())
         log_M: Floats = log_N.mean() + posterior.mean(self._domain.encoding(settings))
         return log_M
-
-
-def is_running(trial: FrozenTrial) -> bool:
-    """Tell whether a trial trains now."""
-    return trial.state == TrialState.RUNNING and not trial.user_attrs.get(PAUSED)
-
-
-def is_paused(trial: FrozenTrial) -> bool:
-    """Tell whether a trial has left its process, and can be taken up again."""
-    return trial.state == TrialState.RUNNING and bool(trial.user_attrs.get(PAUSED))
 
 
 def _values(trial: FrozenTrial) -> list[float]:

@@ -11,10 +11,11 @@ import torch
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import PREDICTIONS
-from raytune_emotion.learn.combine import js_of, load_model
+from raytune_emotion.learn.combine import js_of
 from raytune_emotion.learn.device import exact_fp32
-from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.tuning.study.combination import (
+    MEMBERS,
     Candidates,
     combine_ensemble,
     combine_soup,
@@ -23,8 +24,8 @@ from raytune_emotion.tuning.study.combination import (
 )
 from raytune_emotion.tuning.study.records import TrialRecord
 
-#: Members of an ensemble, and models of a soup, at most.
-MEMBERS, MIXED = 3, 3
+#: Models of a soup at most.
+_MIXED = 3
 #: For so long models are run at most: a report is no evaluation of its own.
 _MOST_SECONDS = 15.0
 _BATCH = 64
@@ -76,7 +77,7 @@ def _ensemble(candidates: Candidates) -> Brought | None:
 
 
 def _soup(candidates: Candidates) -> Brought | None:
-    few = candidates.only(range(min(MIXED, len(candidates.trial_ids))))
+    few = candidates.only(range(min(_MIXED, len(candidates.trial_ids))))
     chosen, _ = combine_soup(few)
     if chosen.gain is None or len(chosen.candidates.trial_ids) == 1:
         return None

@@ -17,6 +17,7 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import count, plain_console, plain_table, shell_word
 from raytune_emotion.tuning.report.single_run import Workers, train_single
 from raytune_emotion.tuning.study.combination import (
+    MEMBERS,
     Candidates,
     Combination,
     combine_ensemble,
@@ -37,8 +38,6 @@ FINAL, FINISHED = "final", "finished"
 TOP, SEEDS = 3, 3
 #: The final fit trains this many times the epochs of a trial.
 LONGER = 2
-#: Members of an ensemble at most.
-MEMBERS = 3
 
 
 @dataclass(frozen=True)

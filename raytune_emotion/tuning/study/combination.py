@@ -19,10 +19,9 @@ from raytune_emotion.learn.combine import (
     choose_soup,
     images_per_second,
     list_compatible,
-    load_model,
     mean_of,
     measure_gain,
-    predict_split,
+    predict_whole,
 )
 from raytune_emotion.learn.export_folder import (
     check_replaceable,
@@ -32,7 +31,7 @@ from raytune_emotion.learn.export_folder import (
 )
 from raytune_emotion.learn.graphs import PixelsToProbabilities
 from raytune_emotion.learn.loop import means_of_metrics
-from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.model_card import table_of_metrics
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Location
@@ -41,6 +40,9 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import TrialRecord, study_files, trial_folder
 from raytune_emotion.tuning.study.trial_export import delete_other_formats, store_of
 from raytune_emotion.tuning.study.trials import DATA
+
+#: Members of an ensemble at most, where nobody says how many.
+MEMBERS = 3
 
 _CARD = """\
 ---
@@ -176,7 +178,7 @@ def read_candidates(trials: Sequence[tuple[str, Path]]) -> Candidates:
     predictions = []
     for name, trial in fitting:
         predicted_NK = read_predictions(trial, bests[name])
-        predictions.append(predict_split(bests[name], store.val) if predicted_NK is None else predicted_NK)
+        predictions.append(predict_whole(bests[name], store.val) if predicted_NK is None else predicted_NK)
     names = tuple(name for name, _ in fitting)
     return Candidates(names, tuple(bests[name] for name in names), tuple(predictions), store)
 

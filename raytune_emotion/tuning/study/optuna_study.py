@@ -34,6 +34,7 @@ from raytune_emotion.tuning.policy.decisions import (
     Recorded,
     TakeUp,
     best_js,
+    is_paused,
 )
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored_trial
@@ -214,7 +215,7 @@ def list_trials(study: optuna.Study) -> list[StudyTrial]:
     return [
         StudyTrial(
             trial_id_of(trial.number),
-            "paused" if trial.state == TrialState.RUNNING and trial.user_attrs.get(PAUSED) else _STATUSES[trial.state],
+            "paused" if is_paused(trial) else _STATUSES[trial.state],
             # A trial without settings is one whose asking was interrupted.
             trial.user_attrs.get(SETTINGS, {}),
             trial.user_attrs.get("reason", ""),
@@ -224,6 +225,12 @@ def list_trials(study: optuna.Study) -> list[StudyTrial]:
         for trial in study.get_trials(deepcopy=False)
         if trial.state != TrialState.WAITING
     ]
+
+
+def paused_trials(study: optuna.Study) -> list[str]:
+    """Return the trials that are paused, in order."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial_id_of(trial.number) for trial in running if is_paused(trial)]
 
 
 def trials_to_continue(study: optuna.Study) -> set[str]:

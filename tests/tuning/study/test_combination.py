@@ -9,7 +9,7 @@ import torch
 from raytune_emotion.cli import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, PREDICTIONS, read_best
-from raytune_emotion.learn.combine import mean_weights, predict_split
+from raytune_emotion.learn.combine import mean_weights, predict_whole
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.graphs import predict_graph
 from raytune_emotion.storage.locations import Folder
@@ -46,7 +46,7 @@ def test_an_ensemble_is_one_model_that_predicts_the_mean_of_its_members(study, s
     assert chosen.trial_ids
     images_NHWC = store.val.gather(np.arange(5))
     bests = [read_best(study / "trials" / trial_id / BEST) for trial_id in chosen.trial_ids]
-    expected_NK = torch.stack([predict_split(best, store.val)[:5] for best in bests]).mean(0)
+    expected_NK = torch.stack([predict_whole(best, store.val)[:5] for best in bests]).mean(0)
     found_NK = predict_graph("pt2", tmp_path / "best" / "model.pt2", images_NHWC)
     assert np.allclose(found_NK, expected_NK, atol=1e-4)
     config, metrics = (json.loads((tmp_path / "best" / name).read_text()) for name in ("config.json", "metrics.json"))
