@@ -51,6 +51,18 @@ def begin(tmp_path, store, cluster):
     return make
 
 
+def test_a_trial_that_paused_goes_on_where_it_was_and_ends(begin):
+    heard = []
+    _, go = begin(trials=5, epochs=6, scheduler="freeze-thaw")
+    records = go(watch=lambda event: heard.append((event.proposal.trial_id, event.status)))
+    paused = {trial_id for trial_id, status in heard if status == "paused"}
+    assert paused & {record.trial_id for record in records if record.status == "complete"}
+    assert {record.status for record in records} == {"complete", "pruned"}
+    for record in records:
+        assert [report["report"] for report in record.reports] == [*range(1, len(record.reports) + 1)]
+    assert held_resources() == (0.0, [])
+
+
 def test_a_study_runs_from_its_space_to_its_tables(begin):
     events = []
     folder, go = begin(trials=7, epochs=3)
