@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from raytune_emotion.cli import run_guarded
-from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Split, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.export_folder import load_package
@@ -48,9 +47,9 @@ def draw(study: Path) -> None:
     rows = faces(split, package.classes)
     pixels_BHWC = split.gather(rows)
     with torch.inference_mode():
-        logits_BK = package.model(normalise(torch.from_numpy(pixels_BHWC), package.mean, package.std))
+        prob_BK = package.model(torch.from_numpy(pixels_BHWC))
     target_BK = torch.from_numpy(split.prob_NK[rows])
-    figure = sheet(pixels_BHWC, target_BK, logits_BK, package.classes)
+    figure = sheet(pixels_BHWC, target_BK, prob_BK, package.classes)
     figure.savefig(DOCS / "faces.png", dpi=110)
     shutil.copyfile(study / "curves.png", DOCS / "curves.png")
     for name in ("faces.png", "curves.png"):
@@ -66,18 +65,18 @@ def faces(split: Split, classes: tuple[str, ...]) -> npt.NDArray[np.int64]:
 
 
 def sheet(
-    pixels_BHWC: npt.NDArray[np.uint8], target_BK: torch.Tensor, logits_BK: torch.Tensor, classes: tuple[str, ...]
+    pixels_BHWC: npt.NDArray[np.uint8], target_BK: torch.Tensor, prob_BK: torch.Tensor, classes: tuple[str, ...]
 ) -> Figure:
     """Faces above their distributions, true and predicted."""
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8}):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         grid: npt.NDArray[np.object_] = figure.subplots(2, len(SHOWN), height_ratios=(1, 1.7), sharey="row")
-        for column, divergence in enumerate(js(logits_BK, target_BK).tolist()):
+        for column, divergence in enumerate(js(prob_BK.log(), target_BK).tolist()):
             image: Axes = grid[0, column]
             image.imshow(pixels_BHWC[column])
             image.set_axis_off()
             image.set_title(f"JS {divergence:.3f} bits", fontsize=8)
-            _bars(grid[1, column], target_BK[column], logits_BK[column].softmax(-1), classes)
+            _bars(grid[1, column], target_BK[column], prob_BK[column], classes)
         grid[1, -1].legend(frameon=False, fontsize=7, loc="upper right")
     return figure
 

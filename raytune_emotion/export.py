@@ -72,7 +72,7 @@ def _check(args: argparse.Namespace, formats: list[str]) -> None:
     if len(named) > 1:
         errors.append(f"--{named[0]}: stands beside --{named[1]}; name one of them")
     if args.ensemble and "timm" in formats:
-        errors.append("--format timm: holds one network, and an ensemble is several; name onnx, pt2 or both")
+        errors.append("--format timm: timm loads one network, and an ensemble is several; name onnx, pt2 or both")
     if (args.ensemble or args.soup) and args.study.read(SPEC) is None:
         errors.append(f"{args.study}: no {SPEC} in it, so it is no study; name the folder of a study")
     if errors:

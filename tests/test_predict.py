@@ -18,6 +18,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import fit
+from raytune_emotion.learn.model import mean_std
 from tests.support.exports import untrained_best
 
 CPU = torch.device("cpu")
@@ -83,10 +84,10 @@ class TestPredict:
         # The pixels and the numbers of training: those of the packed store, by the loop's own evaluation.
         from raytune_emotion.data.augment import normalise
 
-        loaded = load_package(export)
+        network = load_package(export).model.model
         pixels = torch.from_numpy(store.val.gather(np.arange(len(store.val))))
         with torch.inference_mode():
-            wanted = loaded.model(normalise(pixels, loaded.mean, loaded.std)).softmax(-1)
+            wanted = network(normalise(pixels, *mean_std(network))).softmax(-1)
         order = [sorted(store.val.ids).index(id_) for id_ in store.val.ids]
         assert np.allclose(prob_NK[order], wanted, atol=2e-6)
 

@@ -187,17 +187,6 @@ def _kind_of(best: Best) -> tuple[Any, ...]:
     return {name: tensor.shape for name, tensor in best.weights.items()}, *(best.settings.get(key) for key in fixed)
 
 
-class Ensemble(nn.Module):
-    """The mean of the probabilities of several models, from pixels on."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([member(images) for member in self.members]).mean(0)
-
-
 def images_per_second(model: nn.Module, image_size: int, *, rows: int = 32, seconds: float = 1.0) -> float:
     """Measure how many images a model from pixels to probabilities predicts in a second on this machine's CPU."""
     images_NHWC = torch.zeros(rows, image_size, image_size, 3, dtype=torch.uint8)

@@ -41,7 +41,7 @@ def check_export(folder: Path) -> None:
         return
     held = [name for name, file in FORMATS.items() if (folder / file).is_file()]
     if held and (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: is an export as {', '.join(held)} alone; export a trial as timm, too")
+        raise UserError(f"{folder}: is an export as {', '.join(held)} alone; export it again as timm, too")
     inner = folder / "best"
     hint = f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name one that export, search or train wrote"
     raise UserError(f"{folder}: is no export folder, which has a {CONFIG} and a {WEIGHTS}; {hint}")

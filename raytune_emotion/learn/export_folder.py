@@ -1,7 +1,8 @@
 """The export folder: a trained model with what it is, how good it is, and how to load it.
 
-model.safetensors    the weights
+model.safetensors    the weights; of an ensemble, those of all members
 config.json          timm's own format, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model
+                     (of an ensemble: a list of these, `members`)
 metrics.json         of the validation set
 README.md            the model card
 model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs.py`
@@ -34,8 +35,8 @@ from raytune_emotion.learn.calibration import calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
-from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph, write_graph
-from raytune_emotion.learn.model import Colour, build_model, mean_std
+from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
+from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card
 from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
 from raytune_emotion.learn.validation import predict_split
@@ -56,11 +57,9 @@ _IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters
 class Package:
     """An export, ready to predict: the model is on the CPU, in evaluation mode."""
 
-    model: nn.Module
+    model: Predictor
     classes: tuple[str, ...]
     image_size: int  # px
-    mean: Colour  # of the model's input, of pixels in [0, 1]
-    std: Colour
 
     def predict(self, images_NHWC: npt.NDArray[np.uint8], *, mirror: bool = False) -> npt.NDArray[np.float64]:
         """Predict the distribution over the classes of each image, [N, K], on the device where the model is.
@@ -73,9 +72,8 @@ class Package:
         with torch.inference_mode(), exact_fp32():
             x_BHWC = torch.from_numpy(images_NHWC).to(device)
             views = [x_BHWC, x_BHWC.flip(2)] if mirror else [x_BHWC]
-            logits: list[torch.Tensor] = [self.model(normalise(view, self.mean, self.std)) for view in views]
             prob_NK: npt.NDArray[np.float64] = (
-                torch.stack([x.double().softmax(-1) for x in logits]).mean(0).cpu().numpy()
+                torch.stack([self.model(view).double() for view in views]).mean(0).cpu().numpy()
             )
             return prob_NK
 
@@ -136,7 +134,7 @@ def write_package(
         ) from error
     origin = find_origin(config.model, weights=False)
     evidence = _examine(model, store, best)
-    described = _timm_config(model, config, origin) | describe_run(best, evidence.temperature)
+    described = describe_model(model, config, origin) | describe_run(best, evidence.temperature)
     formats = list(dict.fromkeys(formats))
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
     write_model(
@@ -160,7 +158,7 @@ def describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
 
 def write_model(
     dest: Path,
-    whole: nn.Module,
+    whole: Predictor,
     best: Best,
     described: Mapping[str, Any],
     card: Callable[[str], str],
@@ -176,7 +174,7 @@ def write_model(
         best: the run that the model, or its first member, is of; its report becomes `metrics.json`.
         described: the content of `config.json`.
         card: makes the model card, of a sentence on how the formats were compared.
-        formats: names in FORMATS; `timm` only for `PixelsToProbabilities`.
+        formats: names in FORMATS; of an ensemble, `timm` are the weights of its members.
         store: whose validation images are compared, if it is on this machine.
 
     Raises:
@@ -218,7 +216,7 @@ def _write_format(
     name: str,
     new: Path,
     dest: Path,
-    whole: nn.Module,
+    whole: Predictor,
     config: RunConfig,
     images_NHWC: npt.NDArray[np.uint8],
     prob_NK: npt.NDArray[np.float64],
@@ -228,7 +226,6 @@ def _write_format(
     try:
         with atomic_write(file) as temporary:
             if name == TIMM:
-                assert isinstance(whole, PixelsToProbabilities)
                 weights = {key: value.detach().cpu().contiguous() for key, value in whole.model.state_dict().items()}
                 save_file(weights, temporary, {"format": "pt"})
             else:
@@ -289,7 +286,9 @@ def _replacement(dest: Path) -> Iterator[Path]:
 
 
 def load_package(folder: Path) -> Package:
-    """Load an export, from `config.json` and `model.safetensors` alone.
+    """Load an export of one model or of an ensemble, from `config.json` and `model.safetensors` alone.
+
+    Programs in a `model.pt2` are not run: torch loads pickles and evaluates text that it finds in one.
 
     Raises:
         UserError: the folder is no export, or it is damaged.
@@ -297,22 +296,37 @@ def load_package(folder: Path) -> Package:
     check_export(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        known, classes = config["pretrained_cfg"], tuple(config["label_names"])
-        architecture, arguments = config["architecture"], config.get("model_args", {})
-        # By others, timm can be made to load a pickle, or to ask a hub; and folders are handed around.
-        if not timm.is_model(architecture):
-            raise ValueError(f"timm has no architecture {architecture}")
-        model = timm.create_model(architecture, num_classes=len(classes), **check_arguments(arguments))
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        classes, members = tuple(config["label_names"]), config.get("members")
+        model: Predictor = (
+            _make_model(config, len(classes))
+            if members is None
+            else Ensemble([_make_model(member, len(classes)) for member in members])
+        )
+        model.model.load_state_dict(load_file(folder / WEIGHTS))
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
             raise ValueError("weights that are not finite")
-        mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
-        if min(std) <= 0:
-            raise ValueError("std must be positive")
-        return Package(model.eval(), classes, known["input_size"][1], mean, std)
+        first = config if members is None else members[0]
+        return Package(model.eval(), classes, first["pretrained_cfg"]["input_size"][1])
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{folder}: a damaged export ({what}); export the model again") from error
+
+
+def _make_model(described: Mapping[str, Any], n_classes: int) -> PixelsToProbabilities:
+    """Make the model that `config.json`, or the part of a member in it, describes; its weights come later."""
+    known, architecture, arguments = (
+        described["pretrained_cfg"],
+        described["architecture"],
+        described.get("model_args", {}),
+    )
+    # By others, timm can be made to load a pickle, or to ask a hub; and folders are handed around.
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no architecture {architecture}")
+    mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
+    if min(std) <= 0:
+        raise ValueError("std must be positive")
+    network = timm.create_model(architecture, num_classes=n_classes, **check_arguments(arguments))
+    return PixelsToProbabilities(network, mean, std)
 
 
 def _three_numbers(known: Mapping[str, Any], name: str) -> tuple[float, float, float]:
@@ -322,7 +336,7 @@ def _three_numbers(known: Mapping[str, Any], name: str) -> tuple[float, float, f
     return red, green, blue
 
 
-def _timm_config(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:
+def describe_model(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:
     """Return what timm rebuilds the model from, and its way to read pictures, which is that of the store."""
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size, classes = config.data.image_size, list(config.data.classes)

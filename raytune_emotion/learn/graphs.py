@@ -1,4 +1,4 @@
-"""Write a model as one graph, from pixels to probabilities: as ONNX, or as a program of torch.export (pt2).
+"""Models from pixels to probabilities, and how they are written as one graph: as ONNX, or as a torch.export program.
 
 The input `images` is [N, H, W, 3], uint8, RGB, for any N, upright and resized to the side of the model. The output
 `probabilities` is [N, K], float32. Normalisation and softmax are parts of the graph.
@@ -38,6 +38,26 @@ class PixelsToProbabilities(nn.Module):
         x_BHWC = images.to(torch.float32) * self.scale_C + self.shift_C
         prob_BK: torch.Tensor = self.model(x_BHWC.permute(0, 3, 1, 2)).softmax(-1)
         return prob_BK
+
+
+class Ensemble(nn.Module):
+    """The mean of the probabilities of several models."""
+
+    def __init__(self, members: Sequence[PixelsToProbabilities]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the networks of the members as one module, which names their weights `members.0.…` and so on."""
+        return nn.ModuleDict({"members": nn.ModuleList([member.model for member in self.members])})  # type: ignore[misc]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([member(images) for member in self.members]).mean(0)
+
+
+#: What an export holds. `model` has the networks, whose weights are saved.
+Predictor = PixelsToProbabilities | Ensemble
 
 
 def write_graph(name: str, file: Path, model: nn.Module, image_size: int, classes: Sequence[str]) -> None:

@@ -176,7 +176,7 @@ def render_card(
         evidence: what is known of the model.
         notes: where the model comes from, a sentence each.
     """
-    values = {"folder": folder, "size": config.data.image_size, "n_classes": len(config.data.classes)}
+    size, n_classes = config.data.image_size, len(config.data.classes)
     own = [
         *notes,
         _starting_weights(config.model, described["pretrained_cfg"]),
@@ -185,16 +185,30 @@ def render_card(
     ]
     shown = {k: v for k, v in config.flat().items() if k not in ("data.classes", "model.weights_dir")}
     return _CARD.format(
-        **values,
+        size=size,
+        n_classes=n_classes,
         architecture=described["architecture"],
         classes=", ".join(config.data.classes),
-        code="\n".join(part.format(**values) for part in (_READ, *(_USES[name] for name in formats))),
+        code=show_use(formats, folder=folder, size=size, n_classes=n_classes),
         metrics=_metrics(best.report, evidence),
         per_class=_per_class(evidence.predictions),
         calibration=_calibration(evidence),
         origin="\n".join(f"- {line}" for line in own),
         settings="\n".join(f"| {key} | {value} |" for key, value in shown.items()),
     )
+
+
+def show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) -> str:
+    """Return the code that reads a picture and predicts it by each of these formats.
+
+    Args:
+        formats: names of formats.
+        folder: the export's name.
+        size: side of the model's images, px.
+        n_classes: number of probabilities.
+    """
+    parts = (_READ, *(_USES[name] for name in formats))
+    return "\n".join(part.format(folder=folder, size=size, n_classes=n_classes) for part in parts)
 
 
 def table_of_metrics(report: Report) -> str:

@@ -9,7 +9,6 @@ import torch
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.combine import (
-    Ensemble,
     Soup,
     choose_ensemble,
     choose_soup,
@@ -21,7 +20,7 @@ from raytune_emotion.learn.combine import (
     measure_gain,
     predict_whole,
 )
-from raytune_emotion.learn.graphs import PixelsToProbabilities
+from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
 from raytune_emotion.learn.validation import half_of
 from tests.support.exports import untrained_best
 

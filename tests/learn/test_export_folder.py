@@ -5,6 +5,7 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +16,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.checkpoint import BEST, Best
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
+from raytune_emotion.learn.graphs import PixelsToProbabilities
 from raytune_emotion.learn.loop import evaluate, fit
 from raytune_emotion.learn.model import build_model, mean_std
 from tests.support.exports import untrained_best
@@ -57,11 +59,14 @@ def test_timm_and_load_package_give_the_model(tmp_path, backbone, size):
     assert torch.allclose(logits_of(by_timm, size), wanted, atol=1e-6, rtol=0)
 
     loaded = load_package(dest)
-    assert torch.equal(logits_of(loaded.model, size), wanted)
+    assert torch.equal(logits_of(loaded.model.model, size), wanted)
     assert (loaded.classes, loaded.image_size) == (("calm", "glad", "sad"), size)
-    assert (loaded.mean, loaded.std) == mean_std(model)
     read = timm.data.resolve_model_data_config(by_timm)
-    assert [tuple(read[key]) for key in ("input_size", "mean", "std")] == [(3, size, size), loaded.mean, loaded.std]
+    assert [tuple(read[key]) for key in ("input_size", "mean", "std")] == [(3, size, size), *mean_std(model)]
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    whole = PixelsToProbabilities(model.eval(), *mean_std(model))
+    with torch.inference_mode():
+        assert np.allclose(loaded.predict(images_NHWC), whole(torch.from_numpy(images_NHWC)), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_an_export_of_a_run_has_its_metrics(trained, store, tmp_path):
     report = min(reports, key=lambda report: report["val_js"])
     assert json.loads((tmp_path / "best" / "metrics.json").read_text()) == report
     loaded = load_package(tmp_path / "best")
-    for name, value in evaluate(loaded.model, store.val, classes=loaded.classes, device=CPU).items():
+    for name, value in evaluate(loaded.model.model, store.val, classes=loaded.classes, device=CPU).items():
         assert value == pytest.approx(report[f"val_{name}"], rel=1e-5, abs=1e-6)
 
 

@@ -63,7 +63,7 @@ def test_card_says_how_near_the_formats_are_and_on_what(package, tmp_path):
 def test_format_alone_has_no_weights_for_predict(tmp_path):
     write_package(tmp_path / "best", untrained_best("test_resnet", 32), formats=("pt2",))
     assert not (tmp_path / "best/model.safetensors").exists()
-    with pytest.raises(UserError, match="best: is an export as pt2 alone; export a trial as timm, too"):
+    with pytest.raises(UserError, match="best: is an export as pt2 alone; export it again as timm, too"):
         check_export(tmp_path / "best")
 
 

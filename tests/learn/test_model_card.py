@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.config import ModelConfig, RunConfig
@@ -20,6 +19,7 @@ from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.validation import bootstrap_intervals, predict_best
+from tests.support.exports import predict_with_card, turned_picture
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,6 @@ def card(export):
     return (export / "README.md").read_text()
 
 
-def turned_picture(file, orientation: int) -> None:
-    """Write a photo of a size that is decoded at a fraction, neither square nor a multiple of 8, turned by EXIF."""
-    noise = np.random.default_rng(0).integers(0, 255, (24, 30, 3), np.uint8)
-    image = Image.fromarray(noise).resize((331, 270), Image.Resampling.BICUBIC)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(file, quality=95, exif=exif)
-
-
 @pytest.mark.parametrize("orientation", [1, 6, 7])
 def test_code_gives_what_predict_gives_in_every_format(export, card, tmp_path, capsys, monkeypatch, orientation):
     turned_picture(tmp_path / "face.jpg", orientation)
@@ -70,13 +61,10 @@ def test_code_gives_what_predict_gives_in_every_format(export, card, tmp_path, c
     assert command_main("predict", ["best", "face.jpg"]) == 0
     _, row = csv.reader(io.StringIO(capsys.readouterr().out))
     wanted = np.array(row[1:], float)
-    scope: dict = {}
-    read, *uses = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    exec(read, scope)
-    assert len(uses) == 3
-    for use in uses:
-        exec(use, scope)
-        assert np.abs(np.asarray(scope.pop("probabilities")) - wanted).max() < 2e-6
+    found = predict_with_card(card)
+    assert len(found) == 3
+    for probabilities_NK in found:
+        assert np.abs(probabilities_NK - wanted).max() < 2e-6
 
 
 def test_turned_picture_gives_other_probabilities(export, tmp_path):

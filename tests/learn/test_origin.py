@@ -169,7 +169,7 @@ def test_an_export_of_it_needs_nothing_else_and_names_the_licence(tmp_path, monk
     x_BCHW = torch.randn(2, 3, 48, 48)
     with torch.inference_mode(), caplog.at_level(logging.ERROR):
         wanted = model.eval()(x_BCHW)
-        assert torch.allclose(load_package(tmp_path / "best").model(x_BCHW), wanted, atol=1e-6)
+        assert torch.allclose(load_package(tmp_path / "best").model.model(x_BCHW), wanted, atol=1e-6)
         by_timm = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).eval()
         assert torch.allclose(by_timm(x_BCHW), wanted, atol=1e-6)
     assert "non-commercial research alone" in (tmp_path / "best" / "README.md").read_text()

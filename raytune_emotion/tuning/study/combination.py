@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, PREDICTIONS, Best, read_best, read_predictions
 from raytune_emotion.learn.combine import (
-    Ensemble,
     Gain,
     Soup,
     choose_ensemble,
@@ -24,15 +24,18 @@ from raytune_emotion.learn.combine import (
     predict_whole,
 )
 from raytune_emotion.learn.export_folder import (
+    TIMM,
     check_replaceable,
+    describe_model,
     describe_run,
     write_model,
     write_package,
 )
-from raytune_emotion.learn.graphs import PixelsToProbabilities
+from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
 from raytune_emotion.learn.loop import means_of_metrics
 from raytune_emotion.learn.model import load_model, mean_std
-from raytune_emotion.learn.model_card import table_of_metrics
+from raytune_emotion.learn.model_card import show_use, table_of_metrics
+from raytune_emotion.learn.origin import find_origin
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.open_study import load
@@ -53,10 +56,15 @@ tags: [facial-expression, label-distribution-learning]
 # Distributions of emotion from faces: an ensemble of {members}
 
 For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
-{classes}. The model is the mean of the predictions of several networks, in one file: {files}.
+{classes}. The model is the mean of the predictions of several networks.
 
-The input `images` is [N, {size}, {size}, 3], uint8, RGB: pictures squeezed to {size} x {size} px. The output
-`probabilities` is [N, {n_classes}], in the order above.
+## How to use it
+
+`python -m raytune_emotion.predict {folder} face.jpg` prints the probabilities. `model.safetensors` has the weights of
+all members, and `config.json` says how timm builds each of them. {files}
+
+{code}
+The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above.
 
 ## How good it is
 
@@ -217,6 +225,8 @@ def combine_soup(candidates: Candidates) -> tuple[Combination, Best]:
 def export_ensemble(study: Location, dest: Location, most: int, formats: Sequence[str]) -> Combination:
     """Export an ensemble of a study's trials as one model; an earlier export at dest is replaced.
 
+    The weights of its members, which `predict` loads, are always among the files.
+
     Raises:
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
@@ -224,7 +234,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
     with _weights_of(study) as folder, dest.publish() as package:
         chosen = combine_ensemble(read_candidates(list_kept(folder, load(folder).records())), most)
         write_ensemble(package, chosen, study.name, formats)
-    delete_other_formats(dest, formats)
+    delete_other_formats(dest, [TIMM, *formats])
     return chosen
 
 
@@ -245,12 +255,21 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
 def write_ensemble(
     dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str] = ()
 ) -> None:
-    """Write the export folder of an ensemble; `notes` are sentences for its model card."""
+    """Write the export folder of an ensemble.
+
+    Args:
+        dest: the folder.
+        chosen: the members.
+        study: name of their study.
+        formats: beside the weights of the members, which `predict` loads.
+        notes: sentences for the model card.
+    """
     candidates = chosen.candidates
     models = [load_model(candidates.bests[number]) for number in chosen.members]
     wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
     whole, store = Ensemble(wholes).eval(), candidates.store
-    backbones = [str(candidates.bests[number].settings["model.backbone"]) for number in chosen.members]
+    configs = [RunConfig.from_flat(candidates.bests[number].settings) for number in chosen.members]
+    backbones = [config.model.backbone for config in configs]
     rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
     report = cast(
         "Report", {**chosen.report, "images_per_second_cpu": rates[0], "images_per_second_cpu_single": rates[1]}
@@ -258,8 +277,8 @@ def write_ensemble(
     first = dataclasses.replace(candidates.bests[chosen.members[0]], report=report)
     described = {
         "members": [
-            {"trial": trial_id, "architecture": name}
-            for trial_id, name in zip(chosen.trial_ids, backbones, strict=True)
+            {"trial": trial_id, **describe_model(model, config, find_origin(config.model, weights=False))}
+            for trial_id, model, config in zip(chosen.trial_ids, models, configs, strict=True)
         ],
         "label_names": list(store.classes),
         "num_classes": len(store.classes),
@@ -273,7 +292,9 @@ def write_ensemble(
             members=len(chosen.members),
             n_classes=len(store.classes),
             classes=", ".join(store.classes),
-            files=", ".join(f"`model.{name}`" for name in formats),
+            folder=dest.name,
+            files=" ".join(f"`model.{name}` is the whole as one graph." for name in formats),
+            code=show_use(formats, folder=dest.name, size=store.image_size, n_classes=len(store.classes)),
             size=store.image_size,
             gain=chosen.sentence("ensemble"),
             rate=rates[0],
@@ -282,7 +303,7 @@ def write_ensemble(
             origin="\n".join(f"- {line}" for line in [*origin, checks]),
         )
 
-    write_model(dest, whole, first, described, card, formats=formats, store=store)
+    write_model(dest, whole, first, described, card, formats=[TIMM, *formats], store=store)
 
 
 def write_soup(

@@ -1,20 +1,33 @@
 """Ensembles and soups of a study's trials, as exports."""
 
+import csv
+import dataclasses
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from raytune_emotion.cli import command_main
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, PREDICTIONS, read_best
-from raytune_emotion.learn.combine import mean_weights, predict_whole
+from raytune_emotion.learn.combine import mean_weights
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.learn.graphs import predict_graph
+from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.study.combination import export_ensemble, export_soup, list_kept, read_candidates
+from raytune_emotion.tuning.study.combination import (
+    combine_ensemble,
+    export_soup,
+    list_kept,
+    read_candidates,
+    write_ensemble,
+)
 from raytune_emotion.tuning.study.open_study import load
+from tests.support.exports import predict_with_card, turned_picture
 from tests.support.studies import write_study
 
 
@@ -41,21 +54,63 @@ def test_predictions_are_those_of_the_weights_whether_they_are_kept_or_not(study
         assert torch.allclose(first, second, atol=1e-3)
 
 
-def test_an_ensemble_is_one_model_that_predicts_the_mean_of_its_members(study, store, tmp_path):
-    chosen = export_ensemble(Folder(study), Folder(tmp_path / "best"), 3, ["pt2"])
-    assert chosen.trial_ids
-    images_NHWC = store.val.gather(np.arange(5))
-    bests = [read_best(study / "trials" / trial_id / BEST) for trial_id in chosen.trial_ids]
-    expected_NK = torch.stack([predict_whole(best, store.val)[:5] for best in bests]).mean(0)
-    found_NK = predict_graph("pt2", tmp_path / "best" / "model.pt2", images_NHWC)
-    assert np.allclose(found_NK, expected_NK, atol=1e-4)
-    config, metrics = (json.loads((tmp_path / "best" / name).read_text()) for name in ("config.json", "metrics.json"))
+@pytest.fixture(scope="module")
+def ensemble(study, tmp_path_factory):
+    """An ensemble of two backbones, whether that helps or not, in all formats."""
+    dest = tmp_path_factory.mktemp("ensemble") / "best"
+    found = combine_ensemble(read_candidates(list_kept(study, load(study).records())), 3)
+    backbones = [best.settings["model.backbone"] for best in found.candidates.bests]
+    chosen = dataclasses.replace(found, members=(backbones.index("test_vit"), backbones.index("test_resnet")))
+    write_ensemble(dest, chosen, "three", ["onnx", "pt2"])
+    return dest, chosen
+
+
+def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
+    dest, chosen = ensemble
+    config, metrics = (json.loads((dest / name).read_text()) for name in ("config.json", "metrics.json"))
     assert [member["trial"] for member in config["members"]] == chosen.trial_ids
     assert config["label_names"] == list(store.classes)
     assert metrics["unseen_js"] == chosen.gain.combined
     assert metrics["images_per_second_cpu"] > 0
-    card = (tmp_path / "best" / "README.md").read_text()
+    card = (dest / "README.md").read_text()
     assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_every_way_to_predict_with_an_ensemble_gives_the_mean_of_its_members(
+    study, ensemble, tmp_path, monkeypatch, capsys, orientation
+):
+    """By the command, and by the code of the card for ONNX and pt2; also a picture that EXIF turns."""
+    dest, chosen = ensemble
+    turned_picture(tmp_path / "face.jpg", orientation)
+    pixels_NHWC = np.stack([decode_image(tmp_path / "face.jpg", 32)])
+    expected_NK = []
+    for trial_id in chosen.trial_ids:
+        network = load_model(read_best(study / "trials" / trial_id / BEST))
+        with torch.inference_mode():
+            logits_NK = network(normalise(torch.from_numpy(pixels_NHWC), *mean_std(network)))
+        expected_NK.append(logits_NK.softmax(-1))
+    expected_K = torch.stack(expected_NK).mean(0)[0].numpy()
+
+    (tmp_path / "best").symlink_to(dest)
+    monkeypatch.chdir(tmp_path)
+    assert command_main("predict", ["best", "face.jpg"]) == 0
+    _, row = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert np.abs(np.array(row[1:], float) - expected_K).max() < 2e-6
+    found = predict_with_card((dest / "README.md").read_text())
+    assert len(found) == 2
+    for probabilities_NK in found:
+        assert np.abs(probabilities_NK[0] - expected_K).max() < 2e-6
+
+
+def test_an_ensemble_whose_members_are_not_as_many_as_its_weights_is_damaged(ensemble, tmp_path):
+    shutil.copytree(ensemble[0], tmp_path / "best")
+    file = tmp_path / "best" / "config.json"
+    config = json.loads(file.read_text())
+    for members in ([], config["members"][:1], [*config["members"], config["members"][0]], "all"):
+        file.write_text(json.dumps({**config, "members": members}))
+        with pytest.raises(UserError, match="best: a damaged export"):
+            load_package(tmp_path / "best")
 
 
 def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path):
@@ -64,7 +119,7 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path):
     assert len(backbones) == 1
     weights = [read_best(study / "trials" / trial_id / BEST).weights for trial_id in chosen.trial_ids]
     package = load_package(tmp_path / "best")
-    expected, found = mean_weights(weights), package.model.state_dict()
+    expected, found = mean_weights(weights), package.model.model.state_dict()
     # The temperature of an export is part of the last layer.
     body = [name for name in expected if not name.startswith(("fc.", "head."))]
     assert len(body) > 10
@@ -88,7 +143,7 @@ def test_where_no_trial_has_weights_it_is_said(study):
     [
         (["--ensemble", "3", "--soup"], "--ensemble: stands beside --soup; name one of them"),
         (["--trial", "1", "--soup"], "--trial: stands beside --soup"),
-        (["--ensemble", "2", "--format", "timm"], "--format timm: holds one network, and an ensemble is several"),
+        (["--ensemble", "2", "--format", "timm"], "--format timm: timm loads one network, and an ensemble is several"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(study, tmp_path, capsys, options, said):
@@ -99,5 +154,7 @@ def test_options_that_do_not_go_together_are_refused(study, tmp_path, capsys, op
 
 def test_the_command_exports_an_ensemble(study, tmp_path, capsys):
     assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2"]) == 0
-    assert (tmp_path / "best" / "model.pt2").is_file()
+    assert {file.name for file in (tmp_path / "best").iterdir()} == {
+        "README.md", "config.json", "metrics.json", "model.pt2", "model.safetensors"
+    }  # fmt: skip
     assert "the ensemble of the trials 0" in capsys.readouterr().out
