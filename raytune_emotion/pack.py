@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
     # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
-    data = args.dest if len(sizes) == 1 else dests[sizes[0]]
-    say(f"next: python -m raytune_emotion.search --data {shell_word(str(data))}")
+    say(f"next: python -m raytune_emotion.search --data {shell_word(str(dests[sizes[0]]))}")
 
 
 @contextlib.contextmanager

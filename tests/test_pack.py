@@ -150,7 +150,9 @@ def test_what_is_printed_can_be_typed(tmp_path, capsys, monkeypatch, sizes):
             write_row(tmp_path / "three faces", split, id_, text="0.25,0.25,0.5\n")
     argv = ["three faces", "my store", "--image-size", *sizes, "--classes", "calm,tense,sad"]
     assert command_main("pack", argv) == 0
-    *_, line = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    assert str(tmp_path) not in out
+    *_, line = out.splitlines()
     _, *command = shlex.split(line)
     assert command[:3] == ["python", "-m", "raytune_emotion.search"]
     request = SearchRequest(results=Folder(tmp_path / "results"), data=Folder(Path(command[-1])), space=None)

@@ -13,7 +13,7 @@ from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
 from raytune_emotion.data.store import find_stores, open_store, read_manifest
 from raytune_emotion.errors import UserError, collect_errors
-from raytune_emotion.storage.locations import Location
+from raytune_emotion.storage.locations import Folder, Location
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
@@ -56,8 +56,10 @@ class PictureFiles:
                 yield from zip(map(self.label, names), pool.map(decoded, contents), strict=True)
 
     def label(self, name: str) -> str:
-        """Return the name of a picture as text; what is not valid text is escaped."""
-        return os.fsencode(str(self.location / name)).decode(errors="backslashreplace")
+        """Return the name of a picture as it was typed; what is not valid text is escaped."""
+        place = self.location / name
+        typed = str(place.path) if isinstance(place, Folder) else place.address
+        return os.fsencode(typed).decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)

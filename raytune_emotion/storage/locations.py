@@ -32,7 +32,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, sweep
 from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.terminal import warn
+from raytune_emotion.terminal import short_path, warn
 
 #: After which what an attempt has left in the cache is removed.
 ABANDONED_S = 7 * 24 * 3600.0
@@ -232,7 +232,7 @@ class Folder(Location):
     path: Path
 
     def __str__(self) -> str:
-        return str(self.path)
+        return short_path(self.path)
 
     @property
     def name(self) -> str:
