@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup search test lint bench gpu
+.PHONY: setup search test machines lint bench gpu
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ search: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+# Kills and freezes parts of Ray, and sends signals: too long for `make test`. Some: make machines ONLY=train
+machines: setup
+	$(BIN)/python -m pytest tests/machines $(if $(ONLY),-k '$(ONLY)')
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What becomes of a command when a part of Ray or a trial dies or freezes: it ends within a minute, or goes on.
 
-Each case starts Ray, and takes up to two minutes. Not part of `make test`; CONTRIBUTING.md says how to run it.
+Each case starts Ray, and takes up to two minutes. Not part of `make test`: run them by `make machines`.
 """
 
 import signal

@@ -1,6 +1,6 @@
 """Searches on a real cluster that grows: nodes join by hand, or an autoscaler starts them.
 
-Not part of `make test`; run it by `.venv/bin/python -m pytest tests/machines/test_growth.py`.
+Not part of `make test`: run them by `make machines`.
 """
 
 import contextlib

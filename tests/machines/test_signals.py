@@ -1,7 +1,7 @@
 """How signals end the commands that take long: in order, whenever they come.
 
-Each case starts Ray or imports much, and takes up to a minute. Not part of `make test`; CONTRIBUTING.md says how to
-run it.
+Each case starts Ray or imports much, and takes up to a minute. Not part of `make test`: run them by
+`make machines`.
 """
 
 import signal
