@@ -20,6 +20,11 @@ from raytune_emotion.errors import UserError
 Value = str | int | float | bool | None | tuple[str, ...]
 FlatConfig = Mapping[str, Any]
 
+#: Bounds of numbers that have none by nature. A number beyond them is a slip.
+_MOST_EPOCHS = 1_000_000
+_MOST_ROWS = 10_000_000
+_MOST = 1_000
+
 # Strict: "3" is not a number and 1 is not a boolean. An int is accepted as a float.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -51,7 +56,9 @@ class ModelConfig:
     )
     dropout: float = Field(default=0.3, ge=0, lt=1, description="dropout probability before the classifier")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a residual block")
-    freeze_epochs: float = Field(default=0.0, ge=0, description="epochs at the beginning in which only the head learns")
+    freeze_epochs: float = Field(
+        default=0.0, ge=0, le=_MOST_EPOCHS, description="epochs at the beginning in which only the head learns"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -93,29 +100,37 @@ class LossConfig:
 class OptimConfig:
     name: Literal["adam", "adamw", "sgd"] = Field(default="adamw", description="optimizer")
     lr: float = Field(default=1e-3, gt=0, le=100, description="peak learning rate")
-    weight_decay: float = Field(default=0.0, ge=0, description="weight decay, decoupled in adamw")
+    weight_decay: float = Field(default=0.0, ge=0, le=_MOST, description="weight decay, decoupled in adamw")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd; beta1 of adam and adamw")
     schedule: Literal["constant", "cosine", "plateau"] = Field(default="plateau", description="learning rate schedule")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up")
+    warmup_epochs: float = Field(default=0.0, ge=0, le=_MOST_EPOCHS, description="epochs of linear warm-up")
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="factor on the learning rate from each layer to the one below it"
     )
     plateau_patience: float = Field(
-        default=3.0, ge=0, description="epochs without a better validation JS before the learning rate drops"
+        default=3.0,
+        ge=0,
+        le=_MOST_EPOCHS,
+        description="epochs without a better validation JS before the learning rate drops",
     )
     plateau_factor: float = Field(default=0.5, gt=0, lt=1, description="factor of that drop")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    batch_size: int = Field(default=32, ge=1, description="rows per optimizer step, over all workers")
-    accumulate: int = Field(default=1, ge=1, description="gradient accumulation steps")
-    epochs: int = Field(default=30, ge=1, description="maximum number of passes over the training set")
-    evals_per_epoch: int = Field(default=1, ge=1, description="evaluations, reports and checkpoints per epoch")
-    patience: float = Field(
-        default=0.0, ge=0, description="epochs without a better validation JS before training ends; 0: never"
+    batch_size: int = Field(default=32, ge=1, le=_MOST_ROWS, description="rows per optimizer step, over all workers")
+    accumulate: int = Field(default=1, ge=1, le=_MOST_ROWS, description="gradient accumulation steps")
+    epochs: int = Field(default=30, ge=1, le=_MOST_EPOCHS, description="maximum number of passes over the training set")
+    evals_per_epoch: int = Field(
+        default=1, ge=1, le=_MOST_ROWS, description="evaluations, reports and checkpoints per epoch"
     )
-    grad_clip: float = Field(default=0.0, ge=0, description="maximum L2 norm of the gradient; 0: no clipping")
+    patience: float = Field(
+        default=0.0,
+        ge=0,
+        le=_MOST_EPOCHS,
+        description="epochs without a better validation JS before training ends; 0: never",
+    )
+    grad_clip: float = Field(default=0.0, ge=0, le=1e6, description="maximum L2 norm of the gradient; 0: no clipping")
     ema_decay: float = Field(
         default=0.0,
         ge=0,
@@ -162,8 +177,8 @@ class AugmentConfig:
     )
     grey: float = Field(default=0.0, ge=0, le=1, description="probability of conversion to greyscale")
     erase: float = Field(default=0.0, ge=0, le=1, description="probability that a random rectangle is erased")
-    mixup: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution of mixup; 0: off")
-    cutmix: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution of cutmix; 0: off")
+    mixup: float = Field(default=0.0, ge=0, le=_MOST, description="alpha of the Beta distribution of mixup; 0: off")
+    cutmix: float = Field(default=0.0, ge=0, le=_MOST, description="alpha of the Beta distribution of cutmix; 0: off")
 
     @model_validator(mode="before")
     @classmethod

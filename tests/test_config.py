@@ -58,12 +58,20 @@ def test_no_setting_is_named_for_a_word_that_is_like_none(written):
         ({"model.dropout": float("nan")}, "model.dropout"),
         ({"train.epochs": True}, "train.epochs"),
         ({"train.epochs": 2.0}, "train.epochs"),
+        ({"train.epochs": 10**20}, "train.epochs: should be less than or equal to 1000000, got 100000000000000000000"),
         ({"data.classes": ["calm", "tense", "calm"]}, "only once, but these are named again: calm"),
     ],
 )
 def test_nonsense_is_refused(flat, part):
     with pytest.raises(UserError, match=part.replace("(", r"\(").replace(")", r"\)")):
         RunConfig.from_flat(flat)
+
+
+@pytest.mark.parametrize("key", [key for key, its in SETTINGS.items() if type(its.default.default) in (int, float)])
+def test_a_number_beyond_all_sense_is_refused(key):
+    default = SETTINGS[key].default.default
+    with pytest.raises(UserError, match=f"^{key}: .*, got 1"):
+        RunConfig.from_flat({key: type(default)(10**20)})
 
 
 def test_a_loss_that_is_named_replaces_the_default():

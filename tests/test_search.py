@@ -144,6 +144,13 @@ class TestBadData:
 
 
 class TestBadSpaces:
+    @pytest.mark.parametrize("sizes", ["{choice: [16, 64]}", "{int_log_uniform: [16, 64]}", "64"])
+    def test_more_evaluations_than_steps_of_the_largest_batch(self, refused, space, sizes):
+        """Reports of trials with such a batch would be fewer, and at other epochs than those of the others."""
+        told = refused(space=space(f"{SMALL_SPACE}train.evals_per_epoch: 6\ntrain.batch_size: {sizes}\n"))
+        assert len(told) == 1
+        assert "train.evals_per_epoch: 96 rows in batches of 64 (train.batch_size) make 1 step an epoch" in told[0]
+
     @pytest.mark.parametrize(
         ("line", "said"),
         [

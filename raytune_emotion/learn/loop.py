@@ -38,6 +38,7 @@ from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
+from raytune_emotion.terminal import count
 
 _EVAL_ROWS = 128
 #: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.
@@ -184,11 +185,24 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
             f"train.batch_size: {batch_rows} rows make no {train.accumulate} micro-batches (train.accumulate) for each "
             f"of {workers} workers; choose a larger batch or fewer of the others"
         )
+    faults += evaluation_faults(train.evals_per_epoch, rows=len(store.train), batch_size=train.batch_size)
     if faults:
         raise UserError(faults)
     steps = len(store.train) // batch_rows
     stops = {math.ceil(steps * i / train.evals_per_epoch) for i in range(1, train.evals_per_epoch + 1)}
     return Plan(batch_rows, steps, tuple(sorted(stops)), train.epochs, rank, workers)
+
+
+def evaluation_faults(evals_per_epoch: int, *, rows: int, batch_size: int) -> list[str]:
+    """Say it if an epoch has fewer steps than evaluations: trials are compared report by report."""
+    steps = rows // min(batch_size, rows)
+    if evals_per_epoch <= steps:
+        return []
+    return [
+        f"train.evals_per_epoch: {count(rows, 'row')} in batches of {batch_size} (train.batch_size) make "
+        f"{count(steps, 'step')} an epoch, and {evals_per_epoch} evaluations need a step each; choose at most {steps}, "
+        f"or a smaller batch"
+    ]
 
 
 def is_finished(config: RunConfig, plan: Plan, history: Sequence[Report]) -> bool:

@@ -56,12 +56,20 @@ def test_training_learns(store):
 
 @pytest.mark.parametrize(
     ("rows", "evals", "batch_rows", "steps", "stops"),
-    [(96, 1, 16, 6, (6,)), (96, 4, 16, 6, (2, 3, 5, 6)), (40, 9, 16, 2, (1, 2)), (7, 2, 7, 1, (1,))],
+    [(96, 1, 16, 6, (6,)), (96, 4, 16, 6, (2, 3, 5, 6)), (40, 2, 16, 2, (1, 2)), (7, 1, 7, 1, (1,))],
 )
 def test_a_plan_has_whole_batches_and_ends_epochs_with_a_report(store, rows, evals, batch_rows, steps, stops):
     plan = make_plan(run_config(train__evals_per_epoch=evals), shortened(store, rows), CPU)
     assert (plan.batch_rows, plan.steps_per_epoch, plan.stops) == (batch_rows, steps, stops)
     assert [plan.span(i)[:2] for i in (0, len(stops))] == [(0, 0), (1, 0)]
+
+
+@pytest.mark.parametrize(("rows", "evals", "steps"), [(40, 9, 2), (7, 2, 1), (96, 10_000_000, 6)])
+def test_more_evaluations_than_steps_are_refused(store, rows, evals, steps):
+    with pytest.raises(
+        UserError, match=f"^train.evals_per_epoch: {rows} rows in batches of 16 .*; choose at most {steps}"
+    ):
+        make_plan(run_config(train__evals_per_epoch=evals), shortened(store, rows), CPU)
 
 
 def test_a_training_set_smaller_than_a_batch_is_one_step(store):

@@ -76,6 +76,9 @@ class Branch:
         return f"{key} [{', '.join(conditions)}]"
 
 
+_RANGES = (IntDistribution, FloatDistribution)
+
+
 @dataclass(frozen=True)
 class Space:
     """A valid search space. Whatever it suggests builds a `RunConfig`."""
@@ -120,6 +123,11 @@ class Space:
             elif name == key and isinstance(setting, CategoricalDistribution):
                 values += setting.choices
         return tuple(dict.fromkeys(values))
+
+    def largest(self, key: str) -> float | None:
+        """Return the largest value that a numeric setting can take; None where it is not in the space."""
+        highs = [s.high for _, name, s in self._named() if name == key and isinstance(s, _RANGES)]
+        return max((*self.possible(key), *highs), default=None)
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """Return a configuration by dotted path: every setting of the space; what is searched as the trial suggests.

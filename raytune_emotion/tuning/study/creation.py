@@ -11,7 +11,7 @@ from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.checkpoint import HISTORY
-from raytune_emotion.learn.loop import baseline
+from raytune_emotion.learn.loop import baseline, evaluation_faults
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.storage.locations import Folder, Location, parse_location
@@ -39,6 +39,11 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     check_backbones(space, image_sizes(data, space))
     stores = _stores(data, space, skip_bad=request.skip_bad)
     first = next(iter(stores.values()))
+    default = RunConfig().train
+    evals = space.fixed.get("train.evals_per_epoch", default.evals_per_epoch)
+    largest = space.largest("train.batch_size") or default.batch_size
+    if faults := evaluation_faults(evals, rows=len(first.train), batch_size=int(largest)):
+        raise UserError(faults)
     return StudySpec(
         name=name,
         seed=space.fixed.get("train.seed", 0),
