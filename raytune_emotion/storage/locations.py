@@ -137,6 +137,10 @@ class Location(ABC):
         """Delete those of the files that exist."""
 
     @abstractmethod
+    def delete_parts(self) -> None:
+        """Delete what uploads that broke off have left in this folder. Nobody else may be at work in it."""
+
+    @abstractmethod
     def copy_here(self, *patterns: str) -> contextlib.AbstractContextManager[Path]:
         """Provide the files that match a pattern in a folder of this machine: the folder itself, or a temporary copy.
 
@@ -156,10 +160,14 @@ class Location(ABC):
         """Tell whether a folder of this machine is the location itself, so that its lock is enough."""
 
     @abstractmethod
-    def publish(self) -> contextlib.AbstractContextManager[Path]:
+    def publish(self, last: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
-        They are copied when the block ends well.
+        They are copied when the block ends well. The file `last` is deleted before and copied after the others, so
+        that nobody reads new files and old ones together.
+
+        Args:
+            last: name of the file without which the others are of no use.
         """
 
     @abstractmethod
@@ -326,6 +334,9 @@ class Folder(Location):
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
+    def delete_parts(self) -> None:
+        pass  # a folder here is written by `atomic_write`
+
     @contextlib.contextmanager
     def copy_here(self, *patterns: str) -> Iterator[Path]:
         yield self.path
@@ -338,7 +349,7 @@ class Folder(Location):
         return self.path.resolve() == folder.resolve()
 
     @contextlib.contextmanager
-    def publish(self) -> Iterator[Path]:
+    def publish(self, last: str) -> Iterator[Path]:
         yield self.path
 
     def check_out(self, *patterns: str) -> Path:
@@ -448,6 +459,9 @@ class Remote(Location):
     def delete(self, names: Iterable[str]) -> None:
         remote.delete(self.uri, names)
 
+    def delete_parts(self) -> None:
+        remote.delete_parts(self.uri)
+
     @contextlib.contextmanager
     def copy_here(self, *patterns: str) -> Iterator[Path]:
         self.check(write=False)
@@ -469,12 +483,14 @@ class Remote(Location):
         return False
 
     @contextlib.contextmanager
-    def publish(self) -> Iterator[Path]:
+    def publish(self, last: str) -> Iterator[Path]:
         self.check(write=True)
         with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
             folder = Path(scratch, self.name)
             yield folder
-            self.push(folder, Folder(folder).find("*"))
+            self.delete([last])
+            self.push(folder, sorted(Folder(folder).find("*"), key=lambda name: name == last))
+            self.delete_parts()
 
     def check_out(self, *patterns: str) -> Path:
         folder = self.working_folder()

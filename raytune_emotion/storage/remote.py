@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
 
+from pyarrow import NativeFile
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
@@ -34,6 +35,8 @@ _AT_ONCE = 16
 #: How each kind of file system puts a file in the place of another in one step: an object is copied, a file is moved.
 _COPY, _MOVE = ("s3", "gcs", "abfs"), ("local",)
 _LARGEST_COPY = 5 * 2**30  # bytes, of S3
+#: What is uploaded bears such a name until it is whole. An upload that breaks off may leave it.
+_PART = re.compile(r".*\.[0-9a-f]{8}\.part")
 #: What the system, and a store of objects in words, say of a request that would fail again.
 _PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 _PERMANENT_WORDS = re.compile(
@@ -130,6 +133,15 @@ def is_file(uri: str) -> bool:
 
 def list_folder(uri: str) -> list[FileInfo]:
     """List what is in the folder at a URI, not below; nothing where there is none."""
+    return [info for info in _list_all(uri) if not _PART.fullmatch(info.base_name)]
+
+
+def delete_parts(uri: str) -> None:
+    """Delete what uploads that broke off have left in the folder at a URI. Nobody else may be at work in it."""
+    delete(uri, [info.base_name for info in _list_all(uri) if _PART.fullmatch(info.base_name)])
+
+
+def _list_all(uri: str) -> list[FileInfo]:
     return _with_retries(
         uri, lambda filesystem, path: list(filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
     )
@@ -159,7 +171,8 @@ def names(uri: str, *patterns: str) -> list[str]:
 
     def look(filesystem: FileSystem, path: str) -> list[str]:
         infos = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
-        return [info.path.removeprefix(f"{path}/") for info in infos if info.type == FileType.File]
+        files = [info for info in infos if info.type == FileType.File and not _PART.fullmatch(info.base_name)]
+        return [info.path.removeprefix(f"{path}/") for info in files]
 
     found = _with_retries(uri, look)
     return sorted(name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
@@ -170,7 +183,9 @@ def read(uri: str, name: str) -> bytes | None:
 
     def get(filesystem: FileSystem, path: str) -> bytes:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
-            return bytes(source.read())
+            content = bytes(source.read())
+            _refuse_mixture(filesystem, f"{path}/{name}", source)
+            return content
 
     with contextlib.suppress(FileNotFoundError):
         return _with_retries(uri, get)
@@ -196,8 +211,10 @@ def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
     def get(name: str, filesystem: FileSystem, path: str) -> None:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / name) as temporary, temporary.open("wb") as target:
-                shutil.copyfileobj(source, target, _CHUNK)
+            with atomic_write(folder / name) as temporary:
+                with temporary.open("wb") as target:
+                    shutil.copyfileobj(source, target, _CHUNK)
+                _refuse_mixture(filesystem, f"{path}/{name}", source)
 
     _for_each(uri, names, get)
 
@@ -223,6 +240,18 @@ def delete(uri: str, names: Iterable[str]) -> None:
         Breakdown: it fails again and again.
     """
     _for_each(uri, names, lambda name, filesystem, path: filesystem.delete_file(f"{path}/{name}"))
+
+
+def _refuse_mixture(filesystem: FileSystem, file: str, source: NativeFile) -> None:
+    """Fail where a file was replaced while it was read, so that it is read again.
+
+    A store of objects is asked for the size and then for ranges of bytes, each of the object that is there by then. A
+    file on a disk stays the one that was opened.
+    """
+    if filesystem.type_name in _COPY:
+        with filesystem.open_input_stream(file) as now:
+            if now.metadata() != source.metadata():
+                raise OSError(f"{file}: was replaced while it was read")
 
 
 def _put(file: Path, filesystem: FileSystem, target: str) -> None:

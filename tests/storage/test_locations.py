@@ -256,7 +256,7 @@ def test_folder_of_this_machine_is_its_own_working_folder(tmp_path):
 
 
 def test_what_is_published_lies_at_the_location(location):
-    with location.publish() as folder:
+    with location.publish("a.txt") as folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "a.txt", "a")
     assert location.read("a.txt") == b"a"
@@ -266,7 +266,7 @@ def test_nothing_is_published_of_a_block_that_fails(bucket):
     location = Remote(remote.join(bucket, "published"))
 
     def fail():
-        with location.publish() as folder:
+        with location.publish("a.txt") as folder:
             folder.mkdir()
             write_text(folder / "a.txt", "a")
             raise RuntimeError

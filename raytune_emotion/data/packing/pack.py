@@ -27,7 +27,7 @@ from raytune_emotion.terminal import warn
 #: What to do about a disk that is full.
 MORE_ROOM = "choose a disk with room (cache: XDG_CACHE_HOME; on the way to a URI: TMPDIR) or a smaller image size"
 #: What attempts may have left beside the files of a store.
-_LEFT = re.compile(r"(train|val)-\d+\.arrow|\..*(done|tmp)|.*\.[0-9a-f]{8}\.part")
+_LEFT = re.compile(r"(train|val)-\d+\.arrow|\..*(done|tmp)")
 
 
 def pack(
@@ -163,6 +163,7 @@ def _delete_leftovers(dest: Location, kept: Collection[str] = ()) -> None:
     """Delete what attempts have left, but for files of the store."""
     names = [file.name for file in dest.list_files()]
     dest.delete([name for name in names if _LEFT.fullmatch(name) and name not in kept])
+    dest.delete_parts()
 
 
 def _check_on_each_node(locations: Sequence[Location], pmap: Map) -> Map:

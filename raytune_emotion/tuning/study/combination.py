@@ -23,6 +23,7 @@ from raytune_emotion.learn.combine import (
     measure_gain,
     predict_whole,
 )
+from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import (
     TIMM,
     check_replaceable,
@@ -231,7 +232,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
     check_replaceable(dest)
-    with _weights_of(study) as folder, dest.publish() as package:
+    with _weights_of(study) as folder, dest.publish(CONFIG) as package:
         chosen = combine_ensemble(read_candidates(list_kept(folder, load(folder).records())), most)
         write_ensemble(package, chosen, study.name, formats)
     delete_other_formats(dest, [TIMM, *formats])
@@ -245,7 +246,7 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
     check_replaceable(dest)
-    with _weights_of(study) as folder, dest.publish() as package:
+    with _weights_of(study) as folder, dest.publish(CONFIG) as package:
         chosen, best = combine_soup(read_candidates(list_kept(folder, load(folder).records())))
         write_soup(package, chosen, best, study.name, formats)
     delete_other_formats(dest, formats)

@@ -6,7 +6,7 @@ from pathlib import Path
 from raytune_emotion.data.store import Store, open_if_here
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST
-from raytune_emotion.learn.export_files import FORMATS
+from raytune_emotion.learn.export_files import CONFIG, FORMATS
 from raytune_emotion.learn.export_folder import TIMM, check_replaceable, export_checkpoint
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import trial_folder
@@ -27,7 +27,7 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
         raise UserError(f"{study}: has no weights of trial {trial_id}, as only those of the best are kept; {those}")
     check_replaceable(dest)
     wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
-    with study.copy_here(*wanted) as folder, dest.publish() as package:
+    with study.copy_here(*wanted) as folder, dest.publish(CONFIG) as package:
         trial = trial_folder(folder, trial_id)
         notes = [f"Trial {trial_id} of the study {study.name}."]
         export_checkpoint(trial / BEST, package, notes, formats=formats, store=store_of(trial))
@@ -43,7 +43,7 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
     if run.sizes([BEST]) == [None]:
         raise UserError(f"{run}: the run has no evaluation yet; go on with it by train --resume --name {run.name}")
     check_replaceable(dest)
-    with run.copy_here(BEST, DATA) as folder, dest.publish() as package:
+    with run.copy_here(BEST, DATA) as folder, dest.publish(CONFIG) as package:
         notes = [f"The run {run.name}."]
         export_checkpoint(folder / BEST, package, notes, formats=formats, store=store_of(folder))
     delete_other_formats(dest, formats)

@@ -1,0 +1,125 @@
+"""Studies at a URI whose server fails, or dies: the search goes on, or ends in order, and its record is whole."""
+
+import json
+import shutil
+
+import pytest
+
+from raytune_emotion.data.store import open_store
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Remote
+from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.optuna_study import JOURNAL
+from raytune_emotion.tuning.study.records import trial_folder
+from raytune_emotion.tuning.study.spec import SPEC
+from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from tests.support.reports import make_report
+from tests.support.s3 import faulty_s3_server, open_with_one_attempt
+from tests.support.studies import spec_of
+
+
+@pytest.fixture(scope="module")
+def server():
+    with faulty_s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def faults(server, monkeypatch):
+    monkeypatch.setattr(remote, "_open", open_with_one_attempt)
+    monkeypatch.setattr(remote, "_WAITS", (0.001,) * 3)
+    yield server[1]
+    server[1].reset()
+
+
+def train(study, trial_id, epochs):
+    """Stand in for the training: write and push what a trial's process does, from where it was left."""
+    place, location = trial_folder(study.folder, trial_id), study.copy.location / "trials" / trial_id
+    place.mkdir(parents=True, exist_ok=True)
+    location.pull(place, [LAST])
+    done = int((place / LAST).read_text()) if (place / LAST).exists() else 0
+    for epoch in range(done + 1, epochs + 1):
+        numbers = range(1, epoch + 1)
+        reports = [make_report(n, 0.5 / n, finished=n == epochs, time=n, images_per_second=1.0) for n in numbers]
+        (place / LAST).write_text(str(epoch))
+        (place / BEST).write_text(str(epoch))
+        (place / HISTORY).write_text("".join(f"{json.dumps(report)}\n" for report in reports))
+        location.push(place, [LAST, BEST, HISTORY])
+        yield reports[-1]
+
+
+def run(study):
+    recorder = Recorder(study)
+    try:
+        while (proposal := recorder.next()) is not None:
+            for report in train(study, proposal.trial_id, study.spec.epochs):
+                if not recorder.report(proposal.trial_id, report):
+                    break
+    finally:
+        recorder.close()
+
+
+@pytest.fixture
+def study(store, tmp_path):
+    """Makes a study in a folder of this machine that is to be kept at a URI."""
+    space = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
+
+    def make(name, uri=None):
+        make_study(tmp_path / name, spec_of(store, space=space, trials=3, epochs=2, scheduler="none"))
+        if uri is None:
+            return load(tmp_path / name)
+        remote.push(tmp_path / name, uri, [SPEC, JOURNAL])
+        return load(tmp_path / name, Remote(uri))
+
+    return make
+
+
+def test_a_study_on_a_server_that_fails_every_twentieth_request_is_that_of_a_quiet_one(server, faults, study):
+    quiet = study("quiet")
+    run(quiet)
+    uri = remote.join(server[0], "faulty")
+    faults.plan = lambda number, method, path: ("error", "drop", "deaf")[number // 20 % 3] if number % 20 < 3 else None
+    faulty = study("faulty", uri)
+    run(faulty)
+    assert len(faults.requests) > 100
+    faults.reset()
+    assert faulty.records() == quiet.records()
+    for name in (JOURNAL, TRIALS, CURVES):
+        assert remote.read(uri, name) == (faulty.folder / name).read_bytes()
+    assert (faulty.folder / TRIALS).read_bytes() == (quiet.folder / TRIALS).read_bytes()
+
+
+@pytest.mark.parametrize("dies_at", [5, 30, 60, 90, 120])
+def test_a_study_whose_server_dies_goes_on_elsewhere_with_every_trial(server, faults, study, dies_at):
+    uri = remote.join(server[0], f"dies-{dies_at}")
+    lost = study("here", uri)
+    faults.reset()
+    faults.plan = lambda number, method, path: "drop" if number >= dies_at else None
+    with pytest.raises(Breakdown, match="failed 4 times in a row"):
+        run(lost)
+
+    faults.reset()
+    shutil.rmtree(lost.folder)
+    remote.pull(uri, lost.folder, remote.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
+    resumed = load(lost.folder, Remote(uri))
+    run(resumed)
+    assert [(r.status, len(r.reports)) for r in resumed.records()] == [("complete", 2)] * 3
+
+
+def test_a_store_is_fetched_from_a_server_that_fails_and_one_that_dies(server, faults, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    uri = remote.join(server[0], "store")
+    names = sorted(path.name for path in store.path.iterdir() if not path.name.startswith("."))
+    remote.push(store.path, uri, names)
+    faults.reset()
+    faults.plan = lambda number, method, path: "half" if number >= 6 and method == "GET" else None
+    with pytest.raises(Breakdown, match="failed 4 times in a row"):
+        open_store(uri)
+    faults.reset()
+    faults.plan = lambda number, method, path: "half" if number % 5 < 2 and method == "GET" else None
+    fetched = open_store(uri)
+    assert fetched.fingerprint == store.fingerprint
+    assert fetched.path.is_relative_to(tmp_path)
