@@ -143,11 +143,12 @@ def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> I
     thread.start()
     try:
         while True:
+            # Also while reports come: workers train on below a raylet that is frozen.
+            if (lost := watch.failure()) and thread.is_alive():
+                raise ClusterLost(lost)
             try:
                 item = found.get(timeout=_LOOK_S)
             except queue.Empty:
-                if lost := watch.failure():
-                    raise ClusterLost(lost) from None
                 continue
             if item is None:
                 return

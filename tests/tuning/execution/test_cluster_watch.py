@@ -1,6 +1,7 @@
 """What a watch sees of processes, without Ray."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -160,3 +161,21 @@ def test_reports_are_heard_from_another_thread_and_a_death_is_raised():
         failure.append("Ray has died")
         with pytest.raises(ClusterLost, match="Ray has died"):
             next(reports)
+
+
+def test_a_death_is_raised_though_reports_go_on():
+    """Workers may train on for a minute below a raylet that is frozen."""
+    looks = []
+
+    def failure():
+        looks.append("")
+        return "frozen" if len(looks) > 3 else ""
+
+    def endless():
+        while True:
+            yield 1
+            time.sleep(0.05)
+
+    reports = iterate_watched(endless(), SimpleNamespace(failure=failure))
+    with contextlib.closing(reports), pytest.raises(ClusterLost, match="frozen"):
+        assert sum(itertools.islice(reports, 100)) < 100
