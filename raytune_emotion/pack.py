@@ -10,8 +10,10 @@ from raytune_emotion.cli import command_main, location
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
+from raytune_emotion.data.store import find_stores, open_store, verify_content
+from raytune_emotion.data.table import is_table
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import parse_location
+from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import say, shell_word, warn
 
 
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="tell what is in SRC, and which images are in both splits; nothing is packed",
+        help="tell what is in SRC, and which images are in both splits, or verify a store; nothing is packed",
     )
     parser.add_argument(
         "--address", metavar="ADDRESS", help="address of a running Ray cluster, or auto: pack on all its nodes"
@@ -62,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.check:
-        from raytune_emotion.data.packing.inspection import inspect, show
-
-        show(inspect(args.source, args.classes))
+        _check(args.source, args.classes)
         return
     if args.dest is None:
         raise UserError("DEST: name the store to write, or look at SRC alone with --check")
@@ -90,6 +90,18 @@ def run(args: argparse.Namespace) -> None:
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
     # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
     say(f"next: python -m raytune_emotion.search --data {shell_word(str(dests[sizes[0]]))}")
+
+
+def _check(source: Location, classes: tuple[str, ...] | None) -> None:
+    """Tell what is in a set of faces, or verify packed stores."""
+    if is_table(source) or not (stores := find_stores(source)):
+        from raytune_emotion.data.packing.inspection import inspect, show
+
+        show(inspect(source, classes))
+        return
+    for place in stores:
+        verify_content(open_store(place), place)
+        say(f"{place}: all images and labels are those that were packed")
 
 
 @contextlib.contextmanager

@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.data.packing.pack import pack
-from raytune_emotion.data.prepare import find_data
+from raytune_emotion.data.prepare import find_data, prepare
 from raytune_emotion.data.store import open_store
 from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.study.creation import new_spec
 from raytune_emotion.tuning.study.request import SearchRequest
@@ -94,6 +96,25 @@ def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):
         assert open_store(dest / f"{size}px").fingerprint == alone.fingerprint
         for file in alone.path.iterdir():
             assert (dest / f"{size}px" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_store_can_be_verified(folder, tmp_path, capsys):
+    dest = tmp_path / "stores"
+    assert command_main("pack", [str(folder), str(dest), "--image-size", "16", "24"]) == 0
+    capsys.readouterr()
+    assert command_main("pack", [str(dest), "--check"]) == 0
+    said = "all images and labels are those that were packed"
+    assert capsys.readouterr().out.splitlines() == [f"{dest / size}: {said}" for size in ("16px", "24px")]
+    shard = dest / "24px" / "val-00000.arrow"
+    before, whole = shard.stat(), bytearray(shard.read_bytes())
+    whole[whole.index(open_store(dest / "24px").val.gather(np.array([0])).tobytes())] ^= 1
+    with shard.open("r+b") as file:
+        file.write(whole)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # a disk leaves no trace of it
+    assert command_main("pack", [str(dest), "--check"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {dest / '24px'}: its files are not those of its manifest.json")
+    with pytest.raises(UserError, match="its files are not those of its manifest"):
+        prepare(dest, image_size=24)
 
 
 def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, capsys, monkeypatch):

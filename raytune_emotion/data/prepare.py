@@ -126,7 +126,7 @@ def prepare_sizes(
         skip_bad: as in `pack`.
 
     Raises:
-        UserError: a store is of other sizes or other classes; see `pack`.
+        UserError: a store is of other sizes or other classes, or is damaged; see `pack`.
     """
     if data.manifests:
         return _open_packed(data, image_sizes, classes)
@@ -139,7 +139,7 @@ def prepare_sizes(
         dests[size] = dest = Folder(cache / f"{data.location.name}-{size}px-{key}")
         if is_store(dest):
             try:
-                tell_rejected(dest, open_store(dest).rejected)
+                tell_rejected(dest, open_store(dest, verify=True).rejected)
             except UserError as error:
                 warn(f"{error}\n{dest}: packed again")
                 shutil.rmtree(dest.path, ignore_errors=True)
@@ -152,7 +152,7 @@ def prepare_sizes(
         except UserError:
             if not any(map(is_store, missing.values())):  # else another process was faster
                 raise
-    return {size: open_store(dest) for size, dest in dests.items()}
+    return {size: open_store(dest, verify=True) for size, dest in dests.items()}
 
 
 def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, ...] | None) -> dict[int, Store]:
@@ -176,4 +176,4 @@ def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, .
     ]
     if faults:
         raise UserError(faults)
-    return {size: open_store(store) for size, (store, _) in chosen.items()}
+    return {size: open_store(store, verify=True) for size, (store, _) in chosen.items()}

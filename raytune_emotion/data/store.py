@@ -4,7 +4,9 @@ A store lies in a folder, or at a URI, from which each machine fetches it once, 
 may lie side by side, as `pack` leaves them: in a place's folders 64px, 96px, ...
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from raytune_emotion.data.progress import progress
 from raytune_emotion.data.shard_format import MANIFEST, Manifest, open_shard, parse_manifest
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.storage.locations import Folder, Location, check_space, location_of
 
 #: Names of stores of several sizes that lie side by side.
@@ -124,8 +127,13 @@ def read_manifest(location: Location) -> Manifest:
     return parse_manifest(raw, f"{location}/{MANIFEST}")
 
 
-def open_store(place: Location | str | PathLike[str]) -> Store:
+def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -> Store:
     """Map a store into memory; its pixels are not read before they are gathered. One at a URI is first fetched.
+
+    Args:
+        place: where it is.
+        verify: read all of it, unless this machine has done so since its files changed, and compare it with what was
+            packed. A bit that has flipped on a disk shows in no other way.
 
     Raises:
         UserError: with a sentence for everything that is missing, damaged or of another version.
@@ -134,8 +142,9 @@ def open_store(place: Location | str | PathLike[str]) -> Store:
     location = location_of(place)
     manifest = read_manifest(location)
     key = f"{location.name}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
-    path = location.cache_here(key, check=_map, fetch=lambda folder: _fetch(location, manifest, folder))
-    return dataclasses.replace(_map(path), address=location.address)
+    check = _map_verified if verify else _map
+    path = location.cache_here(key, check=check, fetch=lambda folder: _fetch(location, manifest, folder))
+    return dataclasses.replace(check(path), address=location.address)
 
 
 def open_if_here(address: str) -> Store | None:
@@ -185,11 +194,49 @@ def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
             location.pull(folder, [file])
     location.pull(folder, [shard_format.REJECTED])
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    store = _map(folder)
-    rows = (
-        (name, id_, pixels_digest(image.data), prob_K)
-        for name, split in (("train", store.train), ("val", store.val))
-        for id_, image, prob_K in zip(split.ids, itertools.chain(*split.shards), split.prob_NK, strict=True)
-    )
-    if shard_format.fingerprint(store.image_size, store.classes, rows) != store.fingerprint:
-        raise UserError(f"{location}: its files are not those of its {MANIFEST}; copy the store there again")
+    verify_content(_map(folder), location)
+
+
+def _map_verified(path: Path) -> Store:
+    store = _map(path)
+    if not _verified_mark(store).exists():
+        verify_content(store, Folder(path))
+    return store
+
+
+def verify_content(store: Store, name: Location) -> None:
+    """Read all of a store, compare it with what was packed, and note it if they are the same.
+
+    Raises:
+        UserError: a file was damaged after it was written. The sentence calls the store by `name`.
+    """
+    splits = (("train", store.train), ("val", store.val))
+    with progress() as bars:
+        rows = (
+            (split_name, id_, pixels_digest(image.data), prob_K)
+            for split_name, split in splits
+            for id_, image, prob_K in bars.track(
+                zip(split.ids, itertools.chain(*split.shards), split.prob_NK, strict=True),
+                total=len(split),
+                description=f"verifying the packed images ({split_name})",
+            )
+        )
+        content = shard_format.fingerprint(store.image_size, store.classes, rows)
+    mark = _verified_mark(store)
+    if content != store.fingerprint:
+        mark.unlink(missing_ok=True)
+        raise UserError(
+            f"{name}: its files are not those of its {MANIFEST}, as after a copy that failed or a disk that does; copy "
+            f"the store there again, or pack the folder again"
+        )
+    with contextlib.suppress(OSError):  # a cache that cannot be written: it is verified again
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _verified_mark(store: Store) -> Path:
+    """Return the file that says that the shards, as they are on this disk, were verified."""
+    stats = [file.stat() for file in sorted(store.path.glob("*.arrow"))]
+    files = [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = hashlib.sha256(repr((store.fingerprint, files)).encode()).hexdigest()[:32]
+    return cache_folder() / "verified" / key

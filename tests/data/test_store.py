@@ -1,6 +1,7 @@
 import contextlib
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raytune_emotion.data import store as store_module
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import Split, is_store, open_store
@@ -272,16 +274,46 @@ def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(sto
 
 def test_what_is_not_what_its_manifest_says_is_not_kept(stored, cache):
     store, uri = stored
-    whole = (store.path / "val-00000.arrow").read_bytes()
-    pixels = store.val.gather(np.array([1])).tobytes()
-    place = whole.index(pixels)
-    damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
-    (store.path / "val-00000.arrow").unlink()
-    (store.path / "val-00000.arrow").write_bytes(damaged)
+    flip_bit(store.path / "val-00000.arrow", store.val.gather(np.array([1])).tobytes())
     remote.push(store.path, uri, ["val-00000.arrow"])
-    with pytest.raises(UserError, match=r"its files are not those of its manifest\.json; copy the store there again"):
+    with pytest.raises(UserError, match=r": its files are not those of its manifest\.json, .*; copy the store there"):
         open_store(uri)
     assert list(cache.iterdir()) == []
+
+
+def flip_bit(file, where):
+    """Change one bit of the first byte of some content, in a new file."""
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(where)] ^= 1
+    file.unlink()
+    file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("part", ["a pixel", "a probability", "an id"])
+def test_a_flipped_bit_is_found_before_anything_is_trained(stored, cache, part):
+    path = stored[0].path
+    store = prepare(path, image_size=None)
+    where = {
+        "a pixel": store.train.gather(np.array([2])).tobytes(),
+        "a probability": store.train.prob_NK[2].tobytes(),
+        "an id": "".join(store.train.ids[:3]).encode(),
+    }
+    flip_bit(path / "train-00000.arrow", where[part])
+    assert open_store(path).fingerprint == store.fingerprint  # the Arrow file is sound
+    with pytest.raises(UserError, match=f"^{path}: its files are not those of its manifest.json"):
+        prepare(path, image_size=None)
+
+
+def test_a_store_is_verified_once_as_long_as_its_files_are_the_same(stored, cache, monkeypatch):
+    path = stored[0].path
+    prepare(path, image_size=None)
+    verified = []
+    monkeypatch.setattr(store_module, "verify_content", lambda store, name: verified.append(store.path))
+    prepare(path, image_size=None)
+    assert verified == []
+    os.utime(path / "val-00000.arrow")
+    prepare(path, image_size=None)
+    assert verified == [path]
 
 
 def test_foreign_manifest_leads_to_no_folder_but_the_cache(stored, cache):

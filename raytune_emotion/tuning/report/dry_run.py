@@ -17,7 +17,7 @@ from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.terminal import count, plain_table
 from raytune_emotion.tuning.space.space import Space, draw
-from raytune_emotion.tuning.study.creation import check_backbones, image_sizes
+from raytune_emotion.tuning.study.creation import check_space, image_sizes
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
 
 _DRAWN = 10
@@ -39,7 +39,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     """Show what a study would choose from, and what its trials would cost with as many threads as this process has."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
-    check_backbones(space, sizes)
+    check_space(space, data)
 
     settings = plain_table("setting", "is", title="the space")
     for key, value in space.to_dict().items():

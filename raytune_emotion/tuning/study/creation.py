@@ -36,14 +36,9 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     Raises:
         UserError: a backbone cannot be built, or the data cannot be packed.
     """
-    check_backbones(space, image_sizes(data, space))
+    check_space(space, data)
     stores = _stores(data, space, skip_bad=request.skip_bad)
     first = next(iter(stores.values()))
-    default = RunConfig().train
-    evals = space.fixed.get("train.evals_per_epoch", default.evals_per_epoch)
-    largest = space.largest("train.batch_size") or default.batch_size
-    if faults := evaluation_faults(evals, rows=len(first.train), batch_size=int(largest)):
-        raise UserError(faults)
     return StudySpec(
         name=name,
         seed=space.fixed.get("train.seed", 0),
@@ -175,7 +170,26 @@ def image_sizes(data: Data, space: Space) -> tuple[int, ...]:
     return space.possible("data.image_size") or (data.own_size(),)
 
 
-def check_backbones(space: Space, sizes: Sequence[int]) -> None:
+def check_space(space: Space, data: Data) -> None:
+    """Check, before data are packed, that trials of a space can be trained on them.
+
+    Raises:
+        UserError: with an error for each backbone that cannot be built, and for evaluations without a step.
+    """
+    faults: list[str] = []
+    with collect_errors(faults):
+        _check_backbones(space, image_sizes(data, space))
+    default = RunConfig().train
+    faults += evaluation_faults(
+        space.fixed.get("train.evals_per_epoch", default.evals_per_epoch),
+        rows=data.count_rows(),
+        batch_size=int(space.largest("train.batch_size") or default.batch_size),
+    )
+    if faults:
+        raise UserError(faults)
+
+
+def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
     """Build every backbone at every size once: a trial must not be where it shows that one cannot be had.
 
     Raises:

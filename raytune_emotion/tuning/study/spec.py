@@ -155,7 +155,7 @@ def check_stores(spec: StudySpec, advice: str) -> None:
     for size, path in spec.stores.items():
         if not is_store(path):
             faults.append(f"{path}: the packed data of the study are gone; {advice}")
-        elif open_store(path).fingerprint != spec.fingerprints[size]:
+        elif open_store(path, verify=True).fingerprint != spec.fingerprints[size]:
             faults.append(f"{path}: has changed since the study began; {advice}")
     if faults:
         raise UserError(faults)
