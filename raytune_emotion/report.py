@@ -19,14 +19,15 @@ def run(args: argparse.Namespace) -> None:
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
     from raytune_emotion.tuning.study.confirmation import rank_confirmed, write_confirmed
-    from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
+    from raytune_emotion.tuning.study.optuna_study import JOURNAL, expected_gain, load_study
     from raytune_emotion.tuning.study.records import read_records, study_files
     from raytune_emotion.tuning.study.tables import CURVES, write_tables
 
     with study_files(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
-        records = read_records(folder, load_study(folder))
+        study = load_study(folder)
+        records = read_records(folder, study)
         write_tables(folder, records)
-        write_report(folder, spec, records)
+        write_report(folder, spec, records, gain=expected_gain(study))
         if spec.confirms is not None:
             write_confirmed(folder, rank_confirmed(spec, records))
         args.study.push(folder, [CURVES, *report_files(folder)])

@@ -30,7 +30,7 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import announce, count, plain_console, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
-from raytune_emotion.tuning.policy.objective import OBJECTIVES
+from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--objective",
         choices=OBJECTIVES,
         metavar="WHAT",
-        help=f"objective: {', '.join(map(repr, OBJECTIVES))} (default: 'val_js')",
+        help=f"objective: {', '.join(map(repr, OBJECTIVES))} (default: {DEFAULT_OBJECTIVE!r})",
     )
     add(
         "--sampler",
@@ -129,6 +129,13 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         type=_duration,
         metavar="T",
         help="stop after this time, such as 90m, 2h or 1d; --resume continues the study",
+    )
+    add(
+        "--until-gain",
+        type=_gain,
+        metavar="G",
+        help="stop once further training is expected to lower the JS by less than this, such as 0.001/h (bits an "
+        "hour); --resume continues the study",
     )
     add(
         "--mlflow",
@@ -206,6 +213,8 @@ def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
         refuse_absent_gpu(request.gpus_per_worker, request.address)
     with collect_errors(errors):
         _check_mlflow(request)
+    with collect_errors(errors):
+        request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
     earlier = None
     with collect_errors(errors):
         if request.warm_start:
@@ -302,6 +311,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     study,
                     placement,
                     time_budget=request.time_budget,
+                    until_gain=request.until_gain,
                     failure=cluster.failure,
                     watches=_other_watches(request, study, held),
                 )
@@ -353,6 +363,14 @@ def _duration(text: str) -> timedelta:
     if not length:
         raise argparse.ArgumentTypeError(f"expected a time such as 90m, 2h or 1d, got {text!r}")
     return length
+
+
+def _gain(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:[eE]-?\d+)?)/h", text)
+    gain = float(found[1]) if found else 0.0
+    if not 0 < gain < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected bits per hour such as 0.001/h, got {text!r}")
+    return gain
 
 
 class _CallableModule(types.ModuleType):

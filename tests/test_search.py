@@ -230,13 +230,20 @@ class TestBadRequests:
             "--trials=0", "--trials=1.5", "--trials=many", "--epochs=-1", "--concurrency=0", "--workers-per-trial=0",
             "--gpus-per-worker=-1", "--gpus-per-worker=nan", "--gpus-per-worker=1.5", "--seed=-1", "--seed=1e3",
             "--seed=99999999999", "--max-failures=-1", "--time-budget=2", "--time-budget=0h", "--time-budget=-2h",
-            "--time-budget=999999999999d", "--name=a/b", "--name=..", "--name=", f"--name={'n' * 300}", "--nonsense",
+            "--time-budget=999999999999d", "--until-gain=0.001", "--until-gain=0/h", "--until-gain=-1/h",
+            "--until-gain=1e999/h", "--name=a/b", "--name=..", "--name=", f"--name={'n' * 300}", "--nonsense",
             "--trials=9999999999", "--trials=" + 5000 * "9", "--results=", "--data=",
         ],
     )  # fmt: skip
     def test_a_value_that_is_none(self, refused, option):
         (told,) = refused(option)
         assert option.partition("=")[0] in told
+
+    def test_a_front_that_is_to_end_by_its_gain(self, refused):
+        assert refused("--until-gain=0.001/h", objective="val_js, params_millions") == [
+            "--until-gain: is a gain in JS alone, and 'val_js, params_millions' asks for a front; leave the option "
+            "out, or search for 'val_js'"
+        ]
 
     def test_a_name_that_is_taken(self, refused, tmp_path):
         (tmp_path / "results" / "mine").mkdir(parents=True)
@@ -354,6 +361,11 @@ class TestBadResuming:
         # The space may name what the command line said otherwise.
         told = resumed(f"--space={space(SMALL_SPACE + 'train.epochs: 7')}", "--address=nonsense")
         assert len(told) == 1
+
+    def test_a_front_that_is_to_end_by_its_gain(self, resumed):
+        write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), objective="val_js, params_millions"))
+        (told,) = resumed("--until-gain=0.001/h")
+        assert told.startswith("--until-gain: is a gain in JS alone")
 
     def test_other_data(self, resumed, tmp_path, own_cache, capsys):
         others = write_folder(tmp_path / "others")

@@ -1,4 +1,4 @@
-"""Models from pixels to probabilities, and how they are written as one graph: as ONNX, or as a torch.export program.
+"""Make models from pixels to probabilities, and write them as one graph: ONNX, or a program of torch.export (pt2).
 
 The input `images` is [N, H, W, 3], uint8, RGB, for any N, upright and resized to the side of the model. The output
 `probabilities` is [N, K], float32. Normalisation and softmax are parts of the graph.

@@ -101,6 +101,7 @@ def search(
     name: str | None = None,
     resume: bool = False,
     time_budget: str | None = None,
+    until_gain: str | None = None,
     warm_start: Sequence[Place] = (),
     max_failures: int | None = None,
     mlflow: str | None = None,
@@ -126,6 +127,7 @@ def search(
         name: of the study; None: of the space and the time. Give it to resume a study.
         resume: whether to go on with the study of that name.
         time_budget: such as `90m`, `2h` or `1d`.
+        until_gain: such as `0.001/h`: the search ends once further training is expected to bring less bits an hour.
         warm_start: earlier studies, whose trials tell what to try first.
         max_failures: restarts of a trial whose process died.
         mlflow: address of an MLflow server or folder that the study is logged to.
@@ -159,6 +161,7 @@ def search(
             "results": results,
             "name": name,
             "time-budget": time_budget,
+            "until-gain": until_gain,
             "max-failures": max_failures,
             "mlflow": mlflow,
             "weights-dir": weights_dir,

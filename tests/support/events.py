@@ -7,11 +7,11 @@ from tests.support.reports import make_report
 SETTINGS = {"model.backbone": "test_resnet", "optim.lr": 0.00612345, "loss.kl": 0.996, "loss.ce": 0.004}
 
 
-def event(trial_id, status, js=None, epoch=1.0, reason="", worker=("node-a", 4711), settings=SETTINGS):
+def event(trial_id, status, js=None, epoch=1.0, reason="", worker=("node-a", 4711), settings=SETTINGS, gain=None):
     """Make an event of a trial; with a JS it has a report."""
     sent = {"epoch": epoch, "images_per_second": 1234.0, "host": worker[0], "pid": worker[1]}
     heard = None if js is None else {**make_report(int(epoch), js), **sent}
-    return Event(Proposal(trial_id, settings, None), status, heard, reason)
+    return Event(Proposal(trial_id, settings, None), status, heard, reason, gain)
 
 
 class Clock:

@@ -6,16 +6,19 @@ else writes the record of a running study.
 
 import contextlib
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, PREDICTIONS, read_history
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import Heard, Report
+from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.policy.decisions import Limits, Prune
+from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
@@ -56,6 +59,7 @@ class Event:
     status: Status
     report: Heard | None  # the part of the latest report that is sent to the driver
     reason: str
+    gain: float | None = None  # that is expected of further training, bits per hour; None where it is not known
 
     @property
     def worker(self) -> str:
@@ -75,11 +79,20 @@ class Recorder:
     written behind a torn line of the journal.
     """
 
-    def __init__(self, study: OpenStudy, watch: Watch = lambda event: None) -> None:
-        """Take up the record where it was left."""
+    def __init__(
+        self,
+        study: OpenStudy,
+        watch: Watch = lambda event: None,
+        *,
+        until_gain: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take up the record where it was left. No trial begins once less than `until_gain` is expected."""
         self._study, self._watch = study, watch
+        earlier = read_earlier(study.folder)
         self._tables = Tables(study)
-        self._searcher = _searcher_of(study)
+        self._searcher = _searcher_of(study, earlier)
+        self.gain = GainWatch(study, self._searcher, earlier, until=until_gain, clock=clock)
         self._running: dict[str, Proposal] = {}  # those that `next` returned, until they end
         self._without_weights: set[str] = set()  # trials without weights
         self._failures = 0  # in a row, of the trials that ended last
@@ -105,6 +118,7 @@ class Recorder:
         for record in records:
             if record.status == "running":
                 self._take_up_trial(record, stopped=record.trial_id in stopped)
+        self.gain.update()
 
     def _take_up_trial(self, record: TrialRecord, *, stopped: bool) -> None:
         proposal = self._searcher.resume(record.trial_id)
@@ -179,6 +193,8 @@ class Recorder:
                 return otherwise
 
     def _next(self) -> Proposal | None:
+        if self.gain.shortfall:
+            return None
         if self._queue:
             proposal = self._searcher.resume(self._queue.popleft())
         else:
@@ -188,34 +204,20 @@ class Recorder:
                 return None
             proposal = answer
         self._study.copy.push(JOURNAL)
-        self._copy_checkpoint(proposal)
+        for report in _take_over(self._study, proposal):
+            self._searcher.observe(proposal.trial_id, report)
         self._running[proposal.trial_id] = proposal
         self._watch(Event(proposal, "running", None, ""))
         return proposal
 
     def _ask(self) -> Proposal | None:
         while True:
-            answer = self._searcher.ask(self._limits())
+            answer = self._searcher.ask(_limits_of(self._study, self._begun_count))
             if not isinstance(answer, Prune):
                 break
             self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
         self._begun_count = len(list_trials(self._study.optuna))
         return answer
-
-    def _limits(self) -> Limits:
-        return Limits(new=self._begun_count < self._study.spec.trials, paused=_most_paused(self._study))
-
-    def _copy_checkpoint(self, proposal: Proposal) -> None:
-        """Give a trial that goes on from another what that has reached, unless it has begun."""
-        source, target = proposal.continues, proposal.trial_id
-        if source is None or self._study.copy.has(f"trials/{target}/{LAST}"):
-            return
-        names = (HISTORY, BEST, LAST)
-        self._study.copy.pull(f"trials/{source}/{name}" for name in names)
-        copy_checkpoint(self._study.trial_folder(source), self._study.trial_folder(target))
-        self._study.copy.push(*(f"trials/{target}/{name}" for name in names))
-        for report in read_history(self._study.trial_folder(target)):
-            self._searcher.observe(target, report)
 
     def _report(self, proposal: Proposal, report: Heard) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
@@ -232,7 +234,8 @@ class Recorder:
         if report["finished"]:
             return Complete()
         # A report that is heard twice, as after the death of a process, decides nothing.
-        decision = self._searcher.decide(trial_id, report, self._limits()) if new else "go on"
+        limits = _limits_of(self._study, self._begun_count)
+        decision = self._searcher.decide(trial_id, report, limits) if new else "go on"
         return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
 
     def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
@@ -249,10 +252,11 @@ class Recorder:
         else:
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
+        self.gain.update()
         self._study.copy.push(JOURNAL)
         self._drop_weights()
         self._running.pop(trial_id, None)
-        self._watch(Event(proposal, status, report, reason))
+        self._watch(Event(proposal, status, report, reason, self.gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
@@ -271,6 +275,22 @@ class Recorder:
     def _prune_paused(self) -> None:
         for trial_id in paused_trials(self._study.optuna):
             self._end(self._searcher.resume(trial_id), Pruned(), None)
+
+
+def _take_over(study: OpenStudy, proposal: Proposal) -> list[Report]:
+    """Give a trial that goes on from another what that has reached, unless it has begun; return its reports."""
+    source, target = proposal.continues, proposal.trial_id
+    if source is None or study.copy.has(f"trials/{target}/{LAST}"):
+        return []
+    names = (HISTORY, BEST, LAST)
+    study.copy.pull(f"trials/{source}/{name}" for name in names)
+    copy_checkpoint(study.trial_folder(source), study.trial_folder(target))
+    study.copy.push(*(f"trials/{target}/{name}" for name in names))
+    return read_history(study.trial_folder(target))
+
+
+def _limits_of(study: OpenStudy, begun_count: int) -> Limits:
+    return Limits(new=begun_count < study.spec.trials, paused=_most_paused(study))
 
 
 def _most_paused(study: OpenStudy) -> int:
@@ -295,23 +315,21 @@ def _reason(error: Exception, study: OpenStudy) -> str:
     return str(error) if isinstance(error, Breakdown) else f"{type(error).__name__}: {error}"
 
 
-def _searcher_of(study: OpenStudy) -> Searcher:
+def _searcher_of(study: OpenStudy, earlier: Sequence[Forecast]) -> Searcher:
     """Make what decides about a study's trials, from what its folder says."""
     spec, confirms = study.spec, study.spec.confirms is not None
-    earlier = read_earlier(study.folder)
-    reports = spec.epochs * int(study.space.fixed.get("train.evals_per_epoch", 1))
     policy = make_policy(
         study.space,
         sampler=spec.sampler,
         # A confirmation runs each configuration to its end.
         scheduler="none" if confirms else spec.scheduler,
         epochs=spec.epochs,
-        reports=reports,
+        reports=study.reports,
         seed=spec.seed,
         objective=study.objective,
         earlier=earlier,
     )
     sampler = make_sampler_of(
-        study.space, spec.sampler, seed=spec.seed, objective=study.objective, earlier=earlier, reports=reports
+        study.space, spec.sampler, seed=spec.seed, objective=study.objective, earlier=earlier, reports=study.reports
     )
     return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=study.objective.cost)

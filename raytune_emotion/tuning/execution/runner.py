@@ -40,6 +40,7 @@ def run_study(
     placement: Placement,
     *,
     time_budget: timedelta | None = None,
+    until_gain: float | None = None,
     watch: Watch = lambda event: None,
     say: Callable[[str], None] = lambda text: None,
     failure: Callable[[], str] = lambda: "",
@@ -54,20 +55,21 @@ def run_study(
             alone while a trial runs: the record is there at every beginning and ending of one.
         placement: of its trials.
         time_budget: after which the study is left as it is then.
+        until_gain: bits per hour; the study is left as it is once less than that is expected of further training.
         watch: hears of all that happens to trials.
         say: tells the user why nothing happens.
         failure: says what of the cluster has died; empty while it lives.
 
     Returns:
-        All trials. Some are still `running` where the study is out of time. They are fewer than asked for where it is,
-        or where the space has no more configurations.
+        All trials. Some are still `running` where the study is out of time, or further training brings too little.
+        They are fewer than asked for where it is so, or where the space has no more configurations.
 
     Raises:
         ClusterLost: the cluster has died.
         Breakdown: the record cannot be written, or one trial after the other has failed.
         KeyboardInterrupt: all until then is recorded.
     """
-    recorder = Recorder(study, watch)
+    recorder = Recorder(study, watch, until_gain=until_gain)
     try:
         if not recorder.broken:
             _run(recorder, study, placement, time_budget, say, failure)
@@ -102,12 +104,14 @@ def _run(
         thread = threading.Thread(target=tune_trials, name="tune", daemon=True)
         thread.start()
         try:
-            while thread.is_alive() and time.monotonic() < deadline:
+            while thread.is_alive() and time.monotonic() < deadline and not recorder.gain.shortfall:
                 if lost := failure():
                     raise _cluster_lost(lost, study)
                 thread.join(_LOOK_S)
             if time.monotonic() >= deadline:
                 say("the time budget is spent: trials that run are left as they are")
+            elif recorder.gain.shortfall:
+                say(recorder.gain.shortfall)
         finally:
             stop.set()
             thread.join(_END_OF_DEAD_S if failure() else _END_S)

@@ -22,6 +22,20 @@ def expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
     return gain_M
 
 
+def expected_fall(mean_M: Floats, std_M: Floats, best: float) -> Floats:
+    """Return by how much a value falls below the best in the mean, [M], where its logarithm is a normal variable.
+
+    Args:
+        mean_M: of the logarithms.
+        std_M: of the logarithms.
+        best: the logarithm of the best.
+    """
+    z_M = (best - mean_M) / std_M
+    # The mean of exp(x), where x is normal, below a bound: the price of a put option (Black & Scholes, 1973).
+    fall_M: Floats = np.exp(best) * ndtr(z_M) - np.exp(mean_M + 0.5 * std_M * std_M) * ndtr(z_M - std_M)
+    return np.maximum(fall_M, 0.0)
+
+
 def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
     """Return the logarithm of the expected improvement, [M], which stays finite where the improvement is tiny.
 

@@ -33,6 +33,8 @@ DEFAULT_SCHEDULER = FREEZE_THAW
 #: for which Optuna has no state but `RUNNING`; the seconds it had trained when it last paused or ended; how often it
 #: was taken up.
 SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP = "settings", "cost", "paused", "seconds", "taken_up"
+#: Attribute of an Optuna study: the expected further gain, bits per hour.
+GAIN = "expected_gain_per_hour"
 
 #: What becomes of a running trial after a report.
 Decision = Literal["go on", "pause", "stop"]

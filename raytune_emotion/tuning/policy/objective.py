@@ -35,10 +35,11 @@ def _seconds_per_image(report: Heard) -> float:
 
 
 JS_ALONE = Objective()
+DEFAULT_OBJECTIVE = "val_js"
 BY_SIZE = "val_js, params_millions"
 #: By the name that `--objective` takes.
 OBJECTIVES = {
-    "val_js": JS_ALONE,
+    DEFAULT_OBJECTIVE: JS_ALONE,
     "val_js per hour": Objective(_seconds_per_epoch),
     BY_SIZE: Objective(_params_millions, front=True, cheaper="smaller"),
     "val_js, images_per_second": Objective(_seconds_per_image, front=True, cheaper="faster"),

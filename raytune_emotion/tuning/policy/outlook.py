@@ -10,7 +10,11 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from raytune_emotion.tuning.policy.acquisition import expected_improvement_of_front, log_expected_improvement
+from raytune_emotion.tuning.policy.acquisition import (
+    expected_fall,
+    expected_improvement_of_front,
+    log_expected_improvement,
+)
 from raytune_emotion.tuning.policy.candidates import Domain, Params, draw_candidates, first_untried, row_of
 from raytune_emotion.tuning.policy.decisions import COST, SECONDS, is_running
 from raytune_emotion.tuning.policy.encoding import Configurations
@@ -95,6 +99,19 @@ class Outlook:
             return log_expected_improvement(mean_M, std_M, best) - cost_M
         gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N)
         return np.log(np.maximum(gain_M, 1e-300)) - seconds_M
+
+    def fall_per_hour(self, settings: Configurations, left_M: Floats) -> Floats:
+        """Return by how many bits each of M configurations is expected to lower the best JS, per hour, [M].
+
+        Args:
+            settings: of the configurations.
+            left_M: reports that are left to each until its end.
+        """
+        assert self.forecast is not None
+        mean_M, std_M = self.forecast(settings)
+        fall_M = expected_fall(mean_M, WIDER * std_M, self.forecast.best)
+        per_hour_M: Floats = 3600 * fall_M / (left_M * np.exp(self._log_seconds(settings)))
+        return per_hour_M
 
     def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates, *, by_time: bool = False) -> Offer | None:
         """Return the most promising configuration that was not tried; None where the space has no other."""

@@ -19,7 +19,7 @@ from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
-from raytune_emotion.tuning.report.summary import duration
+from raytune_emotion.tuning.report.summary import duration, gain_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
 #: Between two lines on how a study stands, where nothing can be drawn again.
@@ -42,6 +42,7 @@ def run_with_progress(
     placement: Placement,
     *,
     time_budget: timedelta | None = None,
+    until_gain: float | None = None,
     failure: Callable[[], str] = lambda: "",
     watches: Sequence[Watch] = (),
 ) -> None:
@@ -52,6 +53,7 @@ def run_with_progress(
         study: to run.
         placement: of its trials.
         time_budget: of the study.
+        until_gain: see `run_study`.
         failure: says what of the cluster has died.
         watches: what else hears of all that happens to trials.
     """
@@ -63,7 +65,15 @@ def run_with_progress(
             for hear in (show, measure, *watches):
                 hear(event)
 
-        run_study(study, placement, time_budget=time_budget, watch=watch, say=console.print, failure=failure)
+        run_study(
+            study,
+            placement,
+            time_budget=time_budget,
+            until_gain=until_gain,
+            watch=watch,
+            say=console.print,
+            failure=failure,
+        )
 
 
 @contextmanager
@@ -124,6 +134,8 @@ def sum_up(snapshot: Snapshot) -> str:
     ]
     if summary.trials_per_hour is not None:
         parts.append(f"{summary.trials_per_hour:.3g} trials an hour")
+    if summary.expected_gain_per_hour is not None:
+        parts.append(gain_text(summary.expected_gain_per_hour))
     if snapshot.end_in is not None:
         parts.append(f"about {duration(snapshot.end_in)} left")
     return f"after {duration(snapshot.session_seconds)}: {'; '.join(parts)}"

@@ -91,6 +91,7 @@ class StudyProgress:
         }
         self._at_work: dict[str, TrialAtWork] = {}
         self._ended_here = 0
+        self._gain = self._earlier.expected_gain_per_hour
         self._disk, self._disk_due = Disk(0, 0), clock()
         self._lock = threading.Lock()
 
@@ -101,6 +102,8 @@ class StudyProgress:
 
     def _take_in(self, event: Event) -> None:
         trial_id, now = event.proposal.trial_id, self._clock() - self._began
+        if event.status != "running":
+            self._gain = event.gain
         self._states[trial_id] = event.status
         if event.report is not None:
             self._reach(event.proposal, event.status, event.report, now)
@@ -144,6 +147,7 @@ class StudyProgress:
             elapsed_seconds=self._before + session,
             trials_per_hour=rate * 3600 if rate else self._earlier.trials_per_hour,
             best_js_by_time=points,
+            expected_gain_per_hour=self._gain,
         )
         left = self._earlier.trials_planned - sum(counts[status] for status in _ENDED)
         return Snapshot(

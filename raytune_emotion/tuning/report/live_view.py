@@ -10,7 +10,7 @@ from rich.text import Text
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.terminal import escape
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress, TrialAtWork
-from raytune_emotion.tuning.report.summary import Summary, duration, sparkline, value_text
+from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, sparkline, value_text
 
 _LABEL = 12
 #: Of a trial's row, in columns: the bar of its epochs.
@@ -19,7 +19,7 @@ _BAR = 16
 _WIDE = 80
 _SPARKS = 48
 #: What a screen of this many lines has beside the rows of trials and settings, with a line to spare.
-_OTHER_LINES = 13
+_OTHER_LINES = 14
 _COLOURS = {"complete": "green", "pruned": "yellow", "failed": "red", "paused": "blue", "running": "cyan"}
 
 
@@ -114,6 +114,8 @@ def _add_best(view: Table, summary: Summary, width: int, height: int) -> None:
         ends = f"{points[0][1]:.4f} → {points[-1][1]:.4f}"
         sparks = sparkline(points, min(_SPARKS, width - len(ends) - 3))
         view.add_row("over time", _text((sparks, "green"), "  ", (ends, "bright_black")))
+    if summary.expected_gain_per_hour is not None:
+        view.add_row("gain", _text(gain_text(summary.expected_gain_per_hour)))
     view.add_row("settings", _settings(best.settings, width, max(2, (height - _OTHER_LINES) // 2)))
 
 

@@ -55,8 +55,15 @@ _AIMS = {
 }
 
 
-def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> None:
-    """Write the page of a study, and its plots and tables as PNG and CSV files."""
+def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: float | None = None) -> None:
+    """Write the page of a study, and its plots and tables as PNG and CSV files.
+
+    Args:
+        folder: of the study.
+        spec: of the study.
+        records: of its trials.
+        gain: that is expected of further training, bits per hour; None where it is not known.
+    """
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
     predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
@@ -67,7 +74,7 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord]) -> N
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
         with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    write_text(folder / REPORT, _render(folder, data, leader, found, predictions, combinations))
+    write_text(folder / REPORT, _render(folder, data, leader, found, predictions, combinations, gain))
 
 
 def report_files(folder: Path) -> list[str]:
@@ -92,6 +99,7 @@ def _render(
     found: Sequence[ConfirmedConfiguration],
     predictions: Predictions | str,
     combinations: Sequence[Brought],
+    gain: float | None,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
@@ -116,6 +124,7 @@ def _render(
         spec=data.spec,
         records=data.records,
         aim=_AIMS.get(data.spec.objective, f"the front of {data.spec.objective}"),
+        gain=gain,
         counts=count_statuses(data.records),
         duration=_duration(sum(r.reports[-1]["seconds"] for r in data.records if r.reports)),
         searched=searched_rows(data.space),

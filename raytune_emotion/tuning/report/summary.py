@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import optuna
 
-from raytune_emotion.tuning.study.optuna_study import Status
+from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.spec import StudySpec
 from raytune_emotion.tuning.study.trials import trial_id_of
@@ -42,6 +42,7 @@ class Summary:
     trials_per_hour: float | None  # that ended, by the active time
     seconds_since_evaluation: float | None
     best_js_by_time: list[tuple[float, float]]  # seconds since the start, lowest JS so far in bits
+    expected_gain_per_hour: float | None  # of further training, bits; None where it is not known
 
 
 def summarize(
@@ -79,6 +80,7 @@ def summarize(
         trials_per_hour=ended / active * 3600 if ended and active > 0 else None,
         seconds_since_evaluation=now - max(heard) if heard else None,
         best_js_by_time=_best_by_time(records, started) if started is not None else [],
+        expected_gain_per_hour=expected_gain(study),
     )
 
 
@@ -102,6 +104,8 @@ def describe(summary: Summary) -> list[str]:
     if summary.best_js_by_time:
         first, lowest = summary.best_js_by_time[0][1], summary.best_js_by_time[-1][1]
         lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
+    if summary.expected_gain_per_hour is not None:
+        lines.append(f"gain        {gain_text(summary.expected_gain_per_hour)}")
     lines += [f"  {name} {value_text(value)}" for name, value in best.settings.items()]
     return lines
 
@@ -168,6 +172,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def gain_text(bits_per_hour: float) -> str:
+    return f"{bits_per_hour:.2g} bits an hour expected of further training"
 
 
 def value_text(value: Any) -> str:

@@ -16,6 +16,7 @@ from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
+from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
@@ -42,7 +43,7 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     return StudySpec(
         name=name,
         seed=space.fixed.get("train.seed", 0),
-        objective=request.objective or "val_js",
+        objective=request.objective or DEFAULT_OBJECTIVE,
         sampler=request.sampler or FORECAST,
         scheduler=request.scheduler or DEFAULT_SCHEDULER,
         trials=request.trials or DEFAULT_TRIALS,
@@ -96,6 +97,8 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
     faults = _forbidden_changes(request, study) + faults
     if request.epochs is not None and request.epochs < spec.epochs:
         faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
+    with collect_errors(faults):
+        request.check_until_gain(spec.objective)
     stores = spec.stores
     data = request.data or _find_data_again(spec)
     if data is not None:

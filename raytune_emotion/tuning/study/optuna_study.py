@@ -21,6 +21,7 @@ from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.decisions import (
     COST,
+    GAIN,
     NO_LIMITS,
     PAUSED,
     SECONDS,
@@ -134,6 +135,13 @@ class Searcher:
         """Have the policy learn what was reported before; see `decisions.Policy`."""
         return self._policy.replay(trials)
 
+    def note_gain(self, gain: Callable[[Sequence[FrozenTrial]], float | None]) -> float | None:
+        """Compute the expected further gain from the trials that have begun, and keep it in the study."""
+        found = gain(self._past())
+        if found != expected_gain(self._study):
+            self._study.set_user_attr(GAIN, found)
+        return found
+
     def _past(self) -> list[FrozenTrial]:
         """Return every trial that has begun."""
         trials = self._study.get_trials(deepcopy=False)
@@ -208,6 +216,12 @@ def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
         if trial_id not in waiting:
             ended = study.get_trials(deepcopy=False)[int(trial_id)]
             study.enqueue_trial(ended.params, user_attrs={CONTINUES: trial_id})
+
+
+def expected_gain(study: optuna.Study) -> float | None:
+    """Return the expected further gain that was noted last, bits per hour; None where it is not known."""
+    gain: float | None = study.user_attrs.get(GAIN)
+    return gain
 
 
 def list_trials(study: optuna.Study) -> list[StudyTrial]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
@@ -38,6 +39,7 @@ class SearchRequest:
     resume: bool = False
     seed: int | None = None
     time_budget: timedelta | None = None
+    until_gain: float | None = None  # bits per hour
     max_failures: int | None = None
     mlflow: str | None = None
     weights_dir: Path | None = None
@@ -75,6 +77,18 @@ class SearchRequest:
             # Trials run in other folders than this one.
             settled["model.weights_dir"] = absolute_path(Path(fixed["model.weights_dir"]))
         return load_space(self.space_file, overrides=settled)
+
+    def check_until_gain(self, objective: str) -> None:
+        """Check that a gain can be expected of a study with this objective, if the search ends by one.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.until_gain is not None and OBJECTIVES[objective].front:
+            raise UserError(
+                f"--until-gain: is a gain in JS alone, and {objective!r} asks for a front; leave the option out, or "
+                f"search for {DEFAULT_OBJECTIVE!r}"
+            )
 
     def find_study(self) -> Location:
         """Return where the study lies: a new one's place, or that of one that goes on.

@@ -161,10 +161,10 @@ def test_a_line_on_the_study_says_rate_and_time_left(progress):
     progress.watch(event("0000", "running"))
     progress.watch(event("0001", "paused", 0.5))
     clock.now += 60
-    progress.watch(event("0000", "complete", 0.3))
+    progress.watch(event("0000", "complete", 0.3, gain=0.02))
     assert sum_up(progress.snapshot()) == (
         "after 1 min 00 s: 1 of 8 trials ended, 0 at work, 1 paused; best JS 0.3000 bits, trial 0000; "
-        "60 trials an hour; about 7 min 00 s left"
+        "60 trials an hour; 0.02 bits an hour expected of further training; about 7 min 00 s left"
     )
 
 

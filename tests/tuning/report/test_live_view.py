@@ -78,6 +78,14 @@ def test_the_best_trial_is_shown_with_its_settings(progress, clock):
     assert "loss.ce" not in text, "a loss without weight is left out"
 
 
+def test_the_expected_gain_is_shown_where_it_is_known(progress, clock):
+    feed(progress, clock, event("0000", "running", 0.4), event("0000", "complete", 0.3))
+    assert not any(line.startswith("gain") for line in drawn(progress))
+    feed(progress, clock, event("0001", "pruned", 0.4, gain=0.00123), event("0002", "running", 0.4))
+    assert progress.snapshot().summary.expected_gain_per_hour == 0.00123
+    assert "gain        0.0012 bits an hour expected of further training" in drawn(progress)
+
+
 def test_a_failed_trial_is_never_the_best(progress, clock):
     feed(progress, clock, event("0001", "running", 0.3), event("0000", "running", 0.1))
     feed(progress, clock, event("0000", "failed", reason="diverged"))

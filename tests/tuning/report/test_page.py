@@ -20,7 +20,7 @@ from tests.support.studies import spec_of
 def written(tmp_path_factory, store):
     """The folder of a study with its report."""
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder, spec_of(store), RECORDS)
+    write_report(folder, spec_of(store), RECORDS, gain=0.00123)
     return folder
 
 
@@ -32,6 +32,12 @@ def test_every_ending_of_a_trial_has_its_row(written):
         ["0003", "running", "1", "0.6"],
         ["0002", "failed", "", ""],
     ]
+
+
+def test_expected_gain_has_its_tile_where_it_is_known(written, tmp_path, store, no_plots):
+    assert "0.0012 bits an hour expected of further training" in Page(written).text
+    write_report(tmp_path, spec_of(store), RECORDS)
+    assert "bits an hour" not in Page(tmp_path).text
 
 
 def test_failures_stand_with_their_reasons(written):

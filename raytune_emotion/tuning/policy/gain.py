@@ -1,0 +1,87 @@
+"""Expect what further training brings: by how much it lowers a study's best JS, per hour that it takes."""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from optuna.trial import FixedTrial, FrozenTrial, TrialState
+from threadpoolctl import threadpool_limits
+
+from raytune_emotion.tuning.policy.candidates import domain_of
+from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS
+from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
+from raytune_emotion.tuning.policy.outlook import Aim, Outlook
+from raytune_emotion.tuning.space.space import Space
+
+
+class GainForecast:
+    """Expect the further gain of a study, whatever its sampler and scheduler are."""
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        reports: int,
+        seed: int,
+        objective: Objective = JS_ALONE,
+        earlier: Sequence[Forecast] = (),
+    ) -> None:
+        """Make what expects a gain.
+
+        Args:
+            space: of the study.
+            reports: of a trial that is trained to its end.
+            seed: of the study.
+            objective: of the study; of a front no gain is known.
+            earlier: what other studies say of configurations.
+        """
+        self._space, self._domain = space, domain_of(space)
+        self._reports, self._seed, self._earlier = reports, seed, earlier
+        self._aim, self._front = Aim(objective, reports=reports), objective.front
+
+    def __call__(self, past: Sequence[FrozenTrial]) -> float | None:
+        """Return the gain of the best that can be trained next: a trial that has not ended, or a new configuration.
+
+        The gain of a trial is the expected fall of the study's best JS once the trial is trained to its end, per hour
+        of the training that is left to it. Beside it others may train, so a study with several places gains more.
+
+        Args:
+            past: every trial that has begun, by number.
+
+        Returns:
+            Bits per hour; 0 where nothing can be trained. None where nothing is known: before a forecast is possible,
+            before a trial was trained to its end and its time measured, and where a front is wanted.
+        """
+        ended = any(max(trial.intermediate_values, default=0) >= self._reports for trial in past)
+        timed = any(trial.user_attrs.get(SECONDS) for trial in past)
+        if self._front or not ended or not timed:
+            return None
+        # Matrices this small are slower on several threads, and other trials are training.
+        with threadpool_limits(1):
+            # What runs promises as much as if it was paused: its end is what is asked for.
+            outlook = Outlook(self._domain, [_as_paused(trial) for trial in past], self._aim, self._earlier)
+            return None if outlook.forecast is None else self._best(outlook, past)
+
+    def _best(self, outlook: Outlook, past: Sequence[FrozenTrial]) -> float | None:
+        under_way = [trial for trial in past if trial.state == TrialState.RUNNING]
+        left = [max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in under_way]
+        settings = [self._domain.settings(trial) for trial in under_way]
+        offer = outlook.offer(np.random.default_rng([self._seed, len(past)]), by_time=True)
+        if offer is not None:
+            settings.append(self._space.suggest(FixedTrial(offer.params)))
+            left.append(self._reports)
+        if not settings:
+            return 0.0
+        gain_M = outlook.fall_per_hour(settings, np.array(left, float))
+        best = float(gain_M.max())
+        return best if math.isfinite(best) else None
+
+
+def _as_paused(trial: FrozenTrial) -> FrozenTrial:
+    if trial.state != TrialState.RUNNING or trial.user_attrs.get(PAUSED):
+        return trial
+    paused = copy.copy(trial)
+    paused.user_attrs = {**trial.user_attrs, PAUSED: True}
+    return paused

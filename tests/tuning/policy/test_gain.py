@@ -1,0 +1,107 @@
+"""What further training is expected to bring: on past trials that are made up."""
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import TrialState
+
+from raytune_emotion.tuning.policy.acquisition import expected_fall
+from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, SETTINGS
+from raytune_emotion.tuning.policy.gain import GainForecast
+from raytune_emotion.tuning.policy.objective import BY_SIZE, OBJECTIVES
+from raytune_emotion.tuning.space.space import Space
+
+REPORTS = 4
+LR = FloatDistribution(0.0, 1.0)
+SPACE = Space({"optim.lr": LR})
+NAMES = CategoricalDistribution(["resnet18", "resnet34"])
+
+
+def trial(number, settings, values, state=TrialState.COMPLETE, *, paused=False, seconds=None, dist=LR):
+    """A trial with these values at its reports, that took ten seconds for each."""
+    attrs = {SETTINGS: settings, PAUSED: paused}
+    if state != TrialState.RUNNING or paused:
+        attrs[SECONDS] = 10.0 * len(values) if seconds is None else seconds
+    made = optuna.trial.create_trial(
+        state=state, value=min(values) if state == TrialState.COMPLETE else None, params=settings,
+        distributions=dict.fromkeys(settings, dist), user_attrs=attrs,
+        intermediate_values=dict(enumerate(values, start=1)),
+    )  # fmt: skip
+    made.number = number
+    return made
+
+
+def curve(quality, length=REPORTS):
+    return [0.5 - 0.3 * quality * (1 - 0.5**report) for report in range(1, length + 1)]
+
+
+def past(*lengths):
+    """Trials at several learning rates, of which those that are shorter are paused."""
+    made = []
+    for number, length in enumerate(lengths):
+        lr = number / len(lengths)
+        state = TrialState.COMPLETE if length == REPORTS else TrialState.RUNNING
+        values = curve(1 - abs(lr - 0.4), length)
+        made.append(trial(number, {"optim.lr": lr}, values, state, paused=length < REPORTS))
+    return made
+
+
+def gains(space=SPACE, **options):
+    return GainForecast(space, reports=REPORTS, seed=0, **options)
+
+
+def test_the_expected_fall_is_the_mean_over_what_may_come():
+    x = np.random.default_rng(0).normal(-1.2, 0.3, 10**6)
+    mean = np.maximum(np.exp(-1.3) - np.exp(x), 0).mean()
+    assert expected_fall(np.array([-1.2]), np.array([0.3]), -1.3)[0] == pytest.approx(mean, rel=0.01)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (4, 4, 4), (2, 2, 2, 2, 2), ()])
+def test_nothing_is_known_of_the_gain_before_enough_has_been_seen(lengths):
+    assert gains()(past(*lengths)) is None
+
+
+def test_a_front_has_no_gain_in_bits():
+    assert gains()(past(4, 4, 4, 2, 2)) > 0
+    assert gains(objective=OBJECTIVES[BY_SIZE])(past(4, 4, 4, 2, 2)) is None
+
+
+def test_the_gain_falls_as_the_space_becomes_known():
+    few, many = gains()(past(*[4] * 5)), gains()(past(*[4] * 40))
+    assert many < few / 3
+
+
+def test_a_gain_takes_the_time_that_training_takes():
+    slow = [trial(each.number, each.user_attrs[SETTINGS], [*each.intermediate_values.values()],
+                  seconds=40.0 * len(each.intermediate_values)) for each in past(*[4] * 6)]  # fmt: skip
+    assert gains()(slow) == pytest.approx(gains()(past(*[4] * 6)) / 4, rel=1e-6)
+
+
+def test_a_trial_promises_as_much_while_it_runs_as_when_it_is_paused():
+    """Else a study would end while the best that it has is under way."""
+
+    def quality(lr):
+        return 1 - (lr - 0.45) ** 2
+
+    ended = [trial(number, {"optim.lr": lr}, curve(quality(lr))) for number, lr in enumerate((0, 0.1, 0.2, 0.7, 0.9))]
+    paused, running = (
+        trial(5, {"optim.lr": 0.45}, curve(quality(0.45), 2), TrialState.RUNNING, paused=paused)
+        for paused in (True, False)
+    )
+    found = gains()([*ended, running])
+    assert found == pytest.approx(gains()([*ended, paused]), rel=0.05)
+    # From the best of the others to its own end, in the two reports of ten seconds that are left to it.
+    assert found == pytest.approx((min(curve(quality(0.2))) - min(curve(1))) / 20 * 3600, rel=0.3)
+
+
+def test_nothing_is_gained_where_nothing_is_left_to_train():
+    space = Space({"model.backbone": NAMES, "optim.lr": CategoricalDistribution([0.1, 0.2])})
+    points = [{"model.backbone": name, "optim.lr": lr} for name in NAMES.choices for lr in (0.1, 0.2)]
+    ended = []
+    for number, settings in enumerate(points):
+        each = trial(number, {}, curve(0.5 + number / 8))
+        each.user_attrs[SETTINGS] = settings
+        ended.append(each)
+    assert gains(space)(ended) == 0.0
+    assert gains(space)(ended[:3]) is None, "too few to forecast by"
