@@ -16,6 +16,7 @@ from raytune_emotion.data.loader import Resident, batches, cache_on_device, epoc
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.data.synthetic import write_sample
+from raytune_emotion.learn.device import allowance
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -95,6 +96,23 @@ def test_a_split_is_placed_where_it_may_take_up_so_much(
         np.testing.assert_array_equal(placed.x_NHWC.numpy(), store.train.gather(np.arange(N)))
         with pytest.raises(IndexError):
             next(batches(placed, [rows(-1)], CPU))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_trials_that_start_together_on_a_gpu_leave_room_for_each_other(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Each sees the whole device free, since none of them has taken its memory yet."""
+    total, gpu = 80 * 2**30, torch.device("cuda", 0)
+    fraction = allowance(total, 1 / count) / total
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: fraction)
+    assert count * loader._room(gpu) <= total
+    # Somebody else's process has taken most of the device.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, total))
+    assert loader._room(gpu) == 2**30
 
 
 def test_what_is_placed_stays_until_another_store_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,25 @@ def test_several_trials_are_timed_in_processes_of_their_own(store):
         assert all(10 < rate < 1e6 for rate in rates.values())
 
 
+def test_what_is_tried_out_takes_the_memory_of_a_trial(store, monkeypatch):
+    """It has evaluated before its peak is read, and trains within the share of the device that a trial would have."""
+    did = []
+    for name in ("evaluate", "train_segment"):
+        real = getattr(throughput, name)
+        monkeypatch.setattr(
+            throughput, name, lambda *a, name=name, real=real, **k: (did.append(name), real(*a, **k))[1]
+        )
+    monkeypatch.setattr(throughput, "limit_memory", lambda device, share: did.append(share))
+    settings = {"data.image_size": 32, "train.batch_size": 96, "loss.kl": 1.0, "model.backbone": "test_resnet"}
+    # More evaluations than its few rows have steps: none of them is timed.
+    run, (_, images, total) = throughput._prepare({**settings, "train.evals_per_epoch": 8}, str(store.path), CPU)
+    assert did[0] == "evaluate"
+    assert (images, total) == (129 * 32 * 32 * 3, math.inf)
+    did.clear()
+    throughput._train(run, seconds=0.0, threads=1, share=0.25, resident=True)
+    assert did == [0.25]
+
+
 _FULL = """
 import torch
 from raytune_emotion.learn import throughput

@@ -3,6 +3,7 @@
 Each case starts Ray, and takes up to two minutes. Not part of `make test`: run them by `make machines`.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -83,6 +84,48 @@ def test_train_on_several_workers_ends_when_ray_dies(train, name):
     assert code == 1
     assert "error: Ray's node process (raylet)" in out
     assert "to go on: python -m raytune_emotion.train --resume --results r --name t --workers 2" in out
+
+
+#: Has the second worker fail once, in its third epoch, as after an illegal access to the memory of a GPU.
+_FAILS_ONCE = """
+import importlib.abc, importlib.util, pathlib, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "raytune_emotion.learn.loop":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (execute(module), patch(module))
+        return spec
+
+def patch(loop):
+    real = loop.train_segment
+    def train_segment(run, history):
+        if run.plan.rank == 1 and len(history) == 2:
+            try:
+                pathlib.Path("{flag}").touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(run, history)
+    loop.train_segment = train_segment
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_an_error_of_one_worker_ends_the_others_and_training_goes_on(folder, train, tmp_path, monkeypatch):
+    """The others wait for it in a collective operation meanwhile."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(_FAILS_ONCE.replace("{flag}", str(tmp_path / "failed")))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
+    code, out = train("--workers", 2, epochs=5).ended(limit=180)
+    assert (tmp_path / "failed").exists()
+    assert code == 0, out
+    assert (folder / "r" / "t" / "history.jsonl").read_text().count("\n") == 5
 
 
 @pytest.mark.parametrize("part", ["raylet", "gcs_server"])

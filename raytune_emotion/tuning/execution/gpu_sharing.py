@@ -88,7 +88,10 @@ def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], Non
         for name, of_one in found.items()
     )
     of = ", ".join(map(str, counts))
-    say(f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit: {rates}")
+    say(
+        f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit, without the time of "
+        f"evaluations and checkpoints: {rates}"
+    )
     return 1 / count
 
 
