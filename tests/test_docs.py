@@ -188,6 +188,15 @@ def test_python_examples_run(document, project):
                 exec(compile(source, document, "exec"), scope)
 
 
+def test_training_example_says_that_nothing_is_left_the_second_time(project, capsys):
+    (example,) = (block.text for block in BLOCKS if "learn.loop import fit" in block.text)
+    for _ in range(2):
+        exec(compile(example, "example", "exec"), {"__name__": "example"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("epoch 1: JS ")
+    assert second.startswith("all epochs are trained already")
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
 def test_notebook_runs(notebook, project, finished_study, monkeypatch):
     scope: dict[str, object] = {"__name__": "notebook"}

@@ -104,6 +104,9 @@ def test_all_that_the_command_refuses_is_an_error(tmp_path):
     with pytest.raises(UserError, match="name: expected"):
         search(resume=True)
     assert not [*tmp_path.iterdir()]
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match="there is a study of this name already; go on with it by --resume"):
+        search(results=tmp_path / "results", name="mine")
 
 
 def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch, no_plots):
