@@ -100,8 +100,9 @@ def add_address_option(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_integer(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {2**31 - 1}, got {text!r}")
+    """Read a number of trials, epochs, workers or the like. One above a million is a slip."""
+    if not re.fullmatch("[0-9]{1,7}", text) or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 1000000, got {text!r}")
     return int(text)
 
 

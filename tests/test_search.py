@@ -232,7 +232,7 @@ class TestBadRequests:
             "--seed=99999999999", "--max-failures=-1", "--time-budget=2", "--time-budget=0h", "--time-budget=-2h",
             "--time-budget=999999999999d", "--until-gain=0.001", "--until-gain=0/h", "--until-gain=-1/h",
             "--until-gain=1e999/h", "--name=a/b", "--name=..", "--name=", f"--name={'n' * 300}", "--nonsense",
-            "--trials=9999999999", "--trials=" + 5000 * "9", "--results=", "--data=",
+            "--trials=9999999999", "--epochs=1000001", "--trials=" + 5000 * "9", "--results=", "--data=",
         ],
     )  # fmt: skip
     def test_a_value_that_is_none(self, refused, option):

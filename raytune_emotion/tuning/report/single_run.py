@@ -139,9 +139,9 @@ def _train(
     except InvalidForRun as error:
         raise UserError(error.faults) from None
     except TrialFailed as error:
-        raise Breakdown(f"{folder}: the training failed: {error}") from None
+        raise Breakdown(f"{short_path(folder)}: the training failed: {error}") from None
     except OSError as error:
-        raise Breakdown(f"{folder}: the training broke off: {error}") from error
+        raise Breakdown(f"{short_path(folder)}: the training broke off: {error}") from error
     finally:
         if fresh and not (folder / LAST).exists():
             shutil.rmtree(folder, ignore_errors=True)  # the name is free for another attempt
