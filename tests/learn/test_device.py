@@ -1,7 +1,9 @@
+import os
+
 import pytest
 import torch
 
-from raytune_emotion.learn.device import exact_fp32, is_out_of_memory
+from raytune_emotion.learn.device import exact_fp32, is_out_of_memory, reduce_fragmentation
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,12 @@ def test_exact_fp32_switches_tf32_off_and_back_on():
         assert not cudnn.allow_tf32
         assert cudnn.enabled == before[0]
     assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
+
+
+def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    reduce_fragmentation()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    reduce_fragmentation()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"

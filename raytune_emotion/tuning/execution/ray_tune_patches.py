@@ -21,6 +21,8 @@ from ray.tune.progress_reporter import TrialProgressCallback
 
 #: Of what Ray says of a process that its memory monitor has killed.
 LOW_MEMORY = "running low on memory"
+#: Characters. Ray adds an essay to what has happened.
+_LONGEST_REASON = 240
 
 
 class PlainTrainable(tune.Trainable):
@@ -135,12 +137,16 @@ def make_trial(experiment: Experiment, trial_id: str, config: dict[str, Any], se
 
 
 def newest_error(trial: Trial) -> str:
-    """Return the line that says why a trial's process ended the last time."""
+    """Return the line that says why a trial's process ended the last time, without Ray's advice at its end."""
     # Not by the trial's own method, which reads a copy that may be still to be made.
     file = Path(trial.error_file) if trial.error_file else None
     text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
     lines = text.rpartition("Failure #")[2].strip().splitlines()
-    return next((line for line in lines if LOW_MEMORY in line), lines[-1])
+    line = next((line for line in lines if LOW_MEMORY in line), lines[-1])
+    if len(line) <= _LONGEST_REASON:
+        return line
+    start = line[:_LONGEST_REASON]
+    return start[: start.rfind(". ") + 1] or f"{start} …"
 
 
 class QuietProgress(TrialProgressCallback):

@@ -5,6 +5,7 @@ A new version of Ray breaks this test, with a list; `pyproject.toml` keeps it aw
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,32 @@ def test_tune_calls_of_a_trial_what_the_actor_has():
         assert f'"{method}"' in source
         assert callable(getattr(TrialActor, method))
     assert "ray_actor.get_auto_filled_metrics.remote(" in inspect.getsource(Trial.set_ray_actor)
+
+
+_ESSAY = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file."
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (f"{_ESSAY} Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, "
+         "(2) ray stop --force was called, or (3) the worker crashed unexpectedly.", _ESSAY),
+        ("Traceback\nValueError: short", "ValueError: short"),
+        (f"Task was killed due to the node {'running low on memory'}. {300 * 'x'}\nTop 10 memory users:\nPID",
+         "Task was killed due to the node running low on memory."),
+        (300 * "x", 240 * "x" + " …"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_a_death_is_one_line_without_advice(tmp_path, written, reason):
+    from raytune_emotion.tuning.execution.ray_tune_patches import newest_error
+
+    (tmp_path / "error.txt").write_text(
+        f"Failure # 1 (occurred at noon)\nold\nFailure # 2 (occurred later)\n{written}\n"
+    )
+    assert newest_error(SimpleNamespace(error_file=str(tmp_path / "error.txt"))) == reason
 
 
 def test_what_ray_says_when_memory_is_short_is_known():
