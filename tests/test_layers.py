@@ -13,6 +13,66 @@ WINGS = ("space", "policy", "study", "execution", "report")
 VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__version__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 TESTS = Path(__file__).parent
+#: Modules without a test module of their own: where they are tested, and why there.
+TESTED_ELSEWHERE = {
+    "__main__": ("test_main", "both are the console script; the test module has its plain name"),
+    "cli": ("test_main", "what commands share is tested as they use it"),
+    "errors": ("test_main", "errors are seen as a command says them"),
+    "data/parallel": ("data/packing/test_pack", "packing is its only user"),
+    "data/pictures": ("test_predict", "it lists and reads what `predict` is given"),
+    "data/progress": ("data/packing/test_pack", "it is the bar of packing"),
+    "data/shard_format": ("data/test_store", "a store is the shards that it writes and reads"),
+    "data/sources": ("data/test_table", "a source is a folder or a table; both are compared there"),
+    "data/packing/blocks": ("data/packing/test_pack", "a part of packing"),
+    "data/packing/validate": ("data/packing/test_pack", "a part of packing"),
+    "learn/export_files": ("learn/test_graphs", "it names the formats that are written there"),
+    "learn/prediction_table": ("test_predict", "it is what `predict` writes"),
+    "learn/transport": ("learn/test_metrics", "optimal transport is one of the metrics"),
+    "learn/validation": ("learn/test_model_card", "the card shows all its numbers"),
+    "tuning/space/json_schema": ("tuning/space/test_parser", "schema and parser must agree on the same files"),
+    "tuning/space/space": ("tuning/space/test_parser", "a space is what a file is parsed to"),
+    "tuning/policy/acquisition": ("tuning/policy/test_objective", "each objective has its acquisition function"),
+    "tuning/policy/decisions": ("tuning/policy/test_freeze_thaw", "names only; the policy that takes all decisions"),
+    "tuning/policy/encoding": ("tuning/policy/test_forecast", "a forecast is of points of the encoding"),
+    "tuning/policy/gaussian_process": ("tuning/policy/test_forecast", "the forecast is a Gaussian process"),
+    "tuning/policy/outlook": ("tuning/policy/test_sampler", "the sampler offers what the outlook weighs highest"),
+    "tuning/policy/policies": ("tuning/policy/test_freeze_thaw", "it makes the policies that are tested there"),
+    "tuning/study/confirmation": ("test_confirm", "it is what the command `confirm` begins and ranks"),
+    "tuning/study/creation": ("test_search", "what a new or resumed study may be is refused at the door of `search`"),
+    "tuning/study/earlier": ("tuning/policy/test_warm_start", "what is gathered is what a warm start reads"),
+    "tuning/study/endings": ("tuning/execution/test_recorder", "types only; the recorder decides each ending"),
+    "tuning/study/optuna_patches": ("tuning/study/test_optuna_contract", "private interfaces of Optuna"),
+    "tuning/study/remote_copy": ("tuning/execution/test_remote_study", "a copy is kept while a study runs"),
+    "tuning/study/request": ("test_search", "it is what the options of `search` become"),
+    "tuning/study/tables": ("tuning/study/test_records", "tables are made of records"),
+    "tuning/study/trial_export": ("test_export", "it is what the command `export` does"),
+    "tuning/execution/gpu_presence": ("test_search", "it refuses an option of `search`"),
+    "tuning/execution/ray_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray"),
+    "tuning/execution/ray_train_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray Train"),
+    "tuning/execution/ray_tune_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray Tune"),
+    "tuning/report/dry_run": ("test_search", "it is `search --dry-run`"),
+    "tuning/report/live_state": ("tuning/report/test_live_view", "the view draws the state; events go through both"),
+    "tuning/report/page_data": ("tuning/report/test_page", "the page holds the data"),
+    "tuning/report/plots": ("tuning/report/test_page", "the page and the PNG files show the same"),
+    "tuning/report/single_run": ("test_train", "it is what the command `train` does"),
+    "tuning/report/summary": ("test_status", "it is what the command `status` shows"),
+}
+#: Test modules of what no single module does, with what that is.
+ACROSS_MODULES = {
+    "test_docs": "README, docs and notebooks", "test_doors": "bad input at every command",
+    "test_jobs": "files in jobs/", "test_layers": "the layout", "test_main": "the console script",
+    "test_submit": "jobs/submit.sh", "test_surface": "names that others rely on", "test_wheel": "the installed package",
+    "learn/test_distributed": "training in several processes",
+    "machines/test_death": "clusters of several machines", "machines/test_growth": "clusters of several machines",
+    "machines/test_signals": "clusters of several machines",
+    "storage/test_faulty_s3": "a store that fails", "tuning/execution/test_faulty_storage": "a store that fails",
+    "tuning/execution/test_chaos": "processes and networks that die", "tuning/execution/test_memory": "use of memory",
+    "tuning/execution/test_ray_contract": "private interfaces of Ray",
+    "tuning/execution/test_remote_study": "studies at a URI",
+    "tuning/report/test_page_in_browser": "the page in a real browser",
+    "tuning/study/test_optuna_contract": "private interfaces of Optuna",
+    "tuning/study/test_optuna_dashboard": "optuna-dashboard on a study",
+}  # fmt: skip
 
 
 def floor_of(parts: tuple[str, ...]) -> tuple[int, int]:
@@ -95,3 +155,18 @@ def test_no_test_module_imports_another_one():
         if name.startswith("tests.") and any(part.startswith("test_") for part in name.split("."))
     }
     assert found == set(), "what several test modules need lies in tests/support/"
+
+
+def names_below(folder: Path, pattern: str) -> set[str]:
+    return {
+        str(file.relative_to(folder).with_suffix("")) for file in folder.rglob(pattern) if file.name != "__init__.py"
+    }
+
+
+def test_every_module_has_its_test_module_or_is_listed_with_the_one_that_tests_it():
+    tests = names_below(TESTS, "test_*.py")
+    own = {str(Path(name).with_name(f"test_{Path(name).name}")): name for name in names_below(ROOT, "*.py")}
+    assert {module for test, module in own.items() if test not in tests} == TESTED_ELSEWHERE.keys()
+    assert {test for test, _ in TESTED_ELSEWHERE.values()} <= tests
+    of_the_package = {test for test in tests if not test.startswith("benchmarks/")}
+    assert of_the_package - own.keys() == ACROSS_MODULES.keys()
