@@ -59,7 +59,7 @@ def run() -> Table:
 
 def settings_of(backbone: str, precision: str, **more: object) -> RunConfig:
     short = {"train.epochs": 3, "train.evals_per_epoch": 1, "optim.lr": 1e-4}
-    return RunConfig.from_flat({**config(backbone, precision, **STUDY).flat(), **short, **more})
+    return RunConfig.from_flat({**config(backbone, precision, **STUDY).to_flat(), **short, **more})
 
 
 def _differing_images(store: Store) -> int:
@@ -114,7 +114,7 @@ def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> tupl
 
 
 def _cuda_only(store: Store) -> list[tuple[object, ...]]:
-    everything = RunConfig.from_flat(config("efficientnet_b0", "bf16").flat() | EVERYTHING)
+    everything = RunConfig.from_flat(config("efficientnet_b0", "bf16").to_flat() | EVERYTHING)
     waits = _waits(everything, store, 12) - _waits(everything, store, 4)
     waited = "waits of the host in 8 steps"
     rows: list[tuple[object, ...]] = [(waited, "efficientnet_b0", "bf16", waits, "all augmentations")]
@@ -122,7 +122,7 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
     for name, share, rows_of_batch in (("out of memory by size", 1.0, 4096), ("out of memory by share", 0.05, 256)):
         limit_memory(DEVICE, share)
         large = RunConfig.from_flat(
-            settings_of("resnet50", "fp32").flat()
+            settings_of("resnet50", "fp32").to_flat()
             | {
                 "train.batch_size": rows_of_batch,
                 # A report for each step.
@@ -130,11 +130,11 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
             }
         )
         rows.append((name, "resnet50", "fp32", *_ending(large, store.path)))
-        smaller = RunConfig.from_flat(large.flat() | {"train.accumulate": 64, "train.epochs": 1})
+        smaller = RunConfig.from_flat(large.to_flat() | {"train.accumulate": 64, "train.epochs": 1})
         rows.append((f"{name}, then smaller", "resnet50", "fp32", *_ending(smaller, store.path)))
         print(*rows, sep="\n", file=sys.stderr, flush=True)
     limit_memory(DEVICE, 1.0)
-    too_large = config("resnet50", "fp32", 8192).flat()
+    too_large = config("resnet50", "fp32", 8192).to_flat()
     found = measure({"resnet50": too_large}, {SETUP.size: str(store.path)}, DEVICE, cores=4, counts=(1, 2), seconds=0.1)
     rows.append(("auto with a batch of 8192", "resnet50", "fp32", str(found), "rates by number of trials"))
     return rows

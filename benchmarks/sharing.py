@@ -36,7 +36,7 @@ def run() -> Table:
         for batch in BATCHES:
             found = {}
             for backbone, precision in BACKBONES[DEVICE.type].items():
-                settings = config(backbone, precision, batch, **STUDY).flat()
+                settings = config(backbone, precision, batch, **STUDY).to_flat()
                 for trial in trials:
                     trial.begin(settings, str(store))
                 for trial in trials:

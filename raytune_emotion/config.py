@@ -238,7 +238,7 @@ class RunConfig:
         except ValidationError as error:
             raise UserError([_sentence(e["loc"], e["msg"], e["input"]) for e in error.errors()]) from None
 
-    def flat(self) -> dict[str, Any]:
+    def to_flat(self) -> dict[str, Any]:
         """Return every setting by its dotted path, as values of YAML and JSON: the inverse of `from_flat`."""
         return {
             f"{section}.{name}": list(value) if isinstance(value, tuple) else value

@@ -10,8 +10,8 @@ from raytune_emotion.errors import UserError
 
 def test_the_default_is_valid_and_survives_flattening():
     config = RunConfig()
-    assert RunConfig.from_flat(config.flat()) == config
-    assert set(config.flat()) == set(SETTINGS)
+    assert RunConfig.from_flat(config.to_flat()) == config
+    assert set(config.to_flat()) == set(SETTINGS)
 
 
 def test_every_setting_says_what_it_is():
@@ -100,7 +100,7 @@ def test_a_recipe_of_augmentation_is_the_settings_that_it_stands_for(name):
     by_name = RunConfig.from_flat({"augment.recipe": name})
     by_hand = RunConfig.from_flat({f"augment.{key}": value for key, value in RECIPES[name].items()})
     assert dataclasses.replace(by_name.augment, recipe=None) == by_hand.augment
-    assert RunConfig.from_flat(by_name.flat()) == by_name
+    assert RunConfig.from_flat(by_name.to_flat()) == by_name
     assert RunConfig.from_flat({"augment.recipe": name, "augment.grey": 0.7}).augment.grey == 0.7
 
 

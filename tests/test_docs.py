@@ -302,7 +302,7 @@ def table_rows(document: str) -> list[list[str]]:
 def test_all_settings_are_listed_with_their_defaults():
     rows = [(re.findall(r"`([a-z]+\.\w+)`", cells[0]), cells) for cells in table_rows("docs/search-space.md")]
     assert [name for names, _ in rows for name in names] == [*SETTINGS]
-    defaults = RunConfig.from_flat({}).flat()
+    defaults = RunConfig.from_flat({}).to_flat()
     for names, cells in rows:
         if len(names) == 1 and (number := re.fullmatch(r"`?([\w.]+)`?", cells[1].strip())):
             assert number[1] in (str(defaults[names[0]]).removesuffix(".0"), "none"), cells

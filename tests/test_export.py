@@ -93,7 +93,7 @@ def test_a_run_of_train_is_exported_as_it_is(tmp_path, store, capsys):
     """Also one that was interrupted: its best weights until then."""
     settings = {"model.backbone": "test_resnet", "data.image_size": 32, "train.epochs": 1, "loss.kl": 1.0}
     run = tmp_path / "run"
-    list(train_here(Job("run", str(run), str(store.path), RunConfig.from_flat(settings).flat(), Resources(1, 1, 0))))
+    list(train_here(Job("run", str(run), str(store.path), RunConfig.from_flat(settings).to_flat(), Resources(1, 1, 0))))
     assert exit_code(["export", run, tmp_path / "x"]) == 0
     assert capsys.readouterr().out == f"the best weights of {run} are exported to {tmp_path / 'x'}\n"
     assert (tmp_path / "x" / "model.safetensors").is_file()

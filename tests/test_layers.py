@@ -20,7 +20,7 @@ TESTED_ELSEWHERE = {
     "errors": ("test_main", "errors are seen as a command says them"),
     "data/parallel": ("data/packing/test_pack", "packing is its only user"),
     "data/pictures": ("test_predict", "it lists and reads what `predict` is given"),
-    "data/progress": ("data/packing/test_pack", "it is the bar of packing"),
+    "data/progress": ("test_predict", "it is the bar beside what `predict` and `pack` write"),
     "data/shard_format": ("data/test_store", "a store is the shards that it writes and reads"),
     "data/sources": ("data/test_table", "a source is a folder or a table; both are compared there"),
     "data/packing/blocks": ("data/packing/test_pack", "a part of packing"),

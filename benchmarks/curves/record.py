@@ -83,7 +83,7 @@ def record(settings: dict[str, Any], store: Path, file: Path) -> None:
 def write_curves(work: Path, dest: Path, known: pd.DataFrame, drawn: dict[int, dict[str, Any]], space: Space) -> None:
     """One row a configuration and report: its number, its settings that the space chose, and the report if any."""
     rows = [
-        {"configuration": number, **{k: v for k, v in settings.items() if k not in space.fixed}, **report}
+        {"configuration": number, **{k: v for k, v in settings.items() if k not in space.fixed_settings}, **report}
         for number, settings in drawn.items()
         if _file(work, number).exists() and number not in {*known["configuration"]}
         for report in json.loads(_file(work, number).read_text()) or [{}]

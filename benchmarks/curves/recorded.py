@@ -79,7 +79,7 @@ def params_of(space: Space, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _word(space: Space, key: str, value: Any) -> Any:
     """Return a value as the space lists it: a table may hold 1 for 1.0, or True for true."""
-    return next((listed for listed in space.possible(key) if str(listed) == str(value) or listed == value), value)
+    return next((listed for listed in space.values_of(key) if str(listed) == str(value) or listed == value), value)
 
 
 def _inside(distribution: BaseDistribution, value: Any) -> Any:

@@ -147,7 +147,7 @@ def fit(
         improved = history[-1]["best_report"] == history[-1]["report"]
         predicted_NK = _gather_predictions(logits_BK, len(run.val), plan) if folder is not None and improved else None
         if folder is not None and plan.rank == 0:
-            newest = Progress(config.flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
+            newest = Progress(config.to_flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
             checkpoint.save(folder, run.model, run.optimizer, newest, average, predicted_NK)
         if plan.workers > 1:
             # The others wait here, so that what they have yielded is written.
@@ -489,7 +489,7 @@ def _check_resumable(
             raise UserError(f"{folder}: the workers do not see the same checkpoint; choose a folder that all share")
     if progress is None:
         return
-    asked = config.flat()
+    asked = config.to_flat()
     faults = [
         f"{folder}: the run there began with {key} = {value}, and {asked.get(key)} is asked for; keep to that, or "
         f"choose another folder"

@@ -183,7 +183,7 @@ def render_card(
         f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
         f"Data fingerprint: `{best.fingerprint}`.",
     ]
-    shown = {k: v for k, v in config.flat().items() if k not in ("data.classes", "model.weights_dir")}
+    shown = {k: v for k, v in config.to_flat().items() if k not in ("data.classes", "model.weights_dir")}
     return _CARD.format(
         size=size,
         n_classes=n_classes,

@@ -154,6 +154,8 @@ def test_what_workers_cannot_do_together_is_said_by_all(found):
 def test_a_run_is_the_same_in_a_fresh_process_and_after_others(folder, store, tmp_path):
     """Dropout and augmentation on: neither may depend on what the process did before."""
     torch.manual_seed(77)
-    reports_of_run(RunConfig.from_flat({**run_config().flat(), "train.seed": 5, "model.backbone": "test_vit"}), store)
+    reports_of_run(
+        RunConfig.from_flat({**run_config().to_flat(), "train.seed": 5, "model.backbone": "test_vit"}), store
+    )
     reports_of_run(run_config(**SHORT), store, tmp_path)
     assert same_tensors(state_of(tmp_path), state_of(folder / "alone"))

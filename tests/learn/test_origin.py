@@ -164,7 +164,7 @@ def test_an_export_of_it_needs_nothing_else_and_names_the_licence(tmp_path, monk
     config = configured(HUB_NAME, pretrained=True)
     model = build_model(config)
     report = {"report": 1, "epoch": 1.0, "val_js": 0.3}
-    write_package(tmp_path / "best", Best(model.state_dict(), config.flat(), "f1a9", report))
+    write_package(tmp_path / "best", Best(model.state_dict(), config.to_flat(), "f1a9", report))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     x_BCHW = torch.randn(2, 3, 48, 48)
     with torch.inference_mode(), caplog.at_level(logging.ERROR):

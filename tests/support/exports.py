@@ -26,7 +26,7 @@ def untrained_best(backbone: str, size: int, classes: tuple[str, ...] = EMOTIONS
     config = RunConfig.from_flat(settings)
     weights = {name: tensor.clone() for name, tensor in build_model(config, weights=False).state_dict().items()}
     report = {"report": 3, "epoch": 2.5, "val_js": 0.25, "val_accuracy": 0.625, "seconds": 10.0}
-    return Best(weights, config.flat(), "f1a9", report)
+    return Best(weights, config.to_flat(), "f1a9", report)
 
 
 def turned_picture(file: Path, orientation: int) -> None:

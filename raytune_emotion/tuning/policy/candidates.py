@@ -139,14 +139,14 @@ def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
 
 def settings_of(space: Space, params: Params) -> pd.DataFrame:
     """Return what a space makes of parameters, of the settings in which trials can differ; a row each."""
-    deciding = space.deciding()
+    deciding = space.condition_keys()
     count = len(next(iter(params.values())))
     columns = {key: np.full(count, np.nan, object) for key in space.columns()}
     for values in {*zip(*[params[key] for key in deciding], strict=True)} or {()}:
         decided = dict(zip(deciding, values, strict=True))
         rows = np.all([np.full(count, True), *(params[key] == value for key, value in decided.items())], axis=0)
         found: dict[str, Any] = {}
-        for key, (name, setting) in space.active(decided).items():
+        for key, (name, setting) in space.active_settings(decided).items():
             if isinstance(setting, Simplex):
                 raw = setting.raw_names(name)
                 # Without a direction, where all are 1, they stand for the middle.
@@ -158,7 +158,7 @@ def settings_of(space: Space, params: Params) -> pd.DataFrame:
                 found[key] = {loss: params[name][rows] == loss for loss in setting.choices}
             else:
                 found[key] = params[name][rows]
-        for key, value in space.flat(found).items():
+        for key, value in space.flatten(found).items():
             if key in columns:
                 columns[key][rows] = value
     return pd.DataFrame(columns)

@@ -63,7 +63,7 @@ class Encoding:
 
 def encoding_of(space: Space) -> Encoding:
     """Return the encoding of all that a space can suggest."""
-    listed = {key: (0.0, 1.0) if key.startswith("loss.") else space.possible(key) for key in space.columns()}
+    listed = {key: (0.0, 1.0) if key.startswith("loss.") else space.values_of(key) for key in space.columns()}
     drawn = {key: [d for name, d in space.parameters.items() if name.partition(" ")[0] == key] for key in listed}
     return _encoding(listed, drawn)
 

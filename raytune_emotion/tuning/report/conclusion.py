@@ -69,7 +69,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")})
-gained      {_gain(records, best.best["val_js"])}
+gained      {gain_over_start(records, best.best["val_js"])}
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
 exported    {place / "best"}
 page        {place / REPORT}
@@ -81,7 +81,7 @@ next:
     )
 
 
-def _gain(records: Sequence[TrialRecord], js: float) -> str:
+def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
     """Say by how much the search has bettered the trials that it began with, before it had learned anything."""
     first = [record for record in records if int(record.trial_id) < STARTUP]
     reached = [record.best["val_js"] for record in first if record.best is not None and record.status != "failed"]

@@ -58,7 +58,7 @@ def run_with_progress(
         watches: what else hears of all that happens to trials.
     """
     with ExitStack() as stack:
-        show = stack.enter_context(_show_events(console, StudyProgress(study, time_budget=time_budget)))
+        show = stack.enter_context(show_events(console, StudyProgress(study, time_budget=time_budget)))
         measure = stack.enter_context(study_metrics(study))
 
         def watch(event: Event) -> None:
@@ -77,7 +77,7 @@ def run_with_progress(
 
 
 @contextmanager
-def _show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
+def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
     """Show a study until the block ends, with a line for each trial that has ended."""
 
     def say(line: str) -> None:

@@ -47,11 +47,11 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
             settings.add_row(key, json.dumps(value, ensure_ascii=False))
     console.print(settings)
     console.print("ten of its configurations\n")
-    for configuration in draw(space, _DRAWN, space.fixed.get("train.seed", 0)):
+    for configuration in draw(space, _DRAWN, space.fixed_settings.get("train.seed", 0)):
         named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
         console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
     console.print()
-    epochs, trials = space.fixed["train.epochs"], request.trials or DEFAULT_TRIALS
+    epochs, trials = space.fixed_settings["train.epochs"], request.trials or DEFAULT_TRIALS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")
     cost = plain_table(*headings, title=f"training on this machine ({device})")
@@ -80,8 +80,8 @@ def _short(value: Any) -> str:
 
 def costs(space: Space, sizes: tuple[int, ...], device: torch.device) -> list[Cost]:
     """Train each backbone of a space for some steps on noise, with the threads that this process has, and time it."""
-    backbones = space.possible("model.backbone") or (RunConfig().model.backbone,)
-    weights_dir = space.fixed.get("model.weights_dir")
+    backbones = space.values_of("model.backbone") or (RunConfig().model.backbone,)
+    weights_dir = space.fixed_settings.get("model.weights_dir")
     return [_cost(name, size, weights_dir, device) for name in backbones for size in sizes]
 
 

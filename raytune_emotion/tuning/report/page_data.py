@@ -124,7 +124,7 @@ def searched_rows(space: Space | None) -> list[tuple[str, str, str]]:
 
 def fixed_rows(space: Space | None) -> list[tuple[str, str]]:
     """Describe what is the same in every trial."""
-    return [(key, choice_text(value)) for key, value in space.fixed.items()] if space else []
+    return [(key, choice_text(value)) for key, value in space.fixed_settings.items()] if space else []
 
 
 def describe(setting: Setting) -> str:

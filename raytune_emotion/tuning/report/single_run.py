@@ -127,7 +127,7 @@ def _train(
     *,
     fresh: bool,
 ) -> None:
-    job = Job(folder.name, str(folder), store, config.flat(), resources)
+    job = Job(folder.name, str(folder), store, config.to_flat(), resources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder):

@@ -419,7 +419,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
             key = depending[0]
             source.fault((*at, key), f"{key}: depends on {missing[0]}, which this start point must give too")
             return {}
-    active = {key: setting for key, (_, setting) in space.active(point).items()}
+    active = {key: setting for key, (_, setting) in space.active_settings(point).items()}
     mixture = active.get("loss")
     result: dict[str, Any] = {}
     weights: dict[str, float] = {}
@@ -498,11 +498,11 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
     For each combination of what `when` asks for, every pair of settings is judged at its ends. What fails so can be
     suggested, hence is a fault of the space. Of rules on three settings, it sees what pairs show.
     """
-    deciding = space.deciding()
-    choices = [space.possible(key) for key in deciding]
+    deciding = space.condition_keys()
+    choices = [space.values_of(key) for key in deciding]
     for values in itertools.product(*choices):
         decided = dict(zip(deciding, values, strict=True))
-        active = space.active(decided)
+        active = space.active_settings(decided)
         names = {key: name for key, (name, _) in active.items()}
         ends = {key: _bounds(setting) for key, (_, setting) in active.items()}
         ends |= {key: (value,) for key, value in decided.items()}
@@ -515,7 +515,7 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
         ]
         singles = [{key: a} for key, end in several.items() for a in end]
         for change in (*singles, *pairs, {}):
-            for sentence in judge(space.flat({**first, **change})):
+            for sentence in judge(space.flatten({**first, **change})):
                 key = sentence.partition(":")[0]
                 # The sentence is on a setting, or on the section of several.
                 place = next((source.places[names[k]] for k in names if k == key or k.startswith(f"{key}.")), ())

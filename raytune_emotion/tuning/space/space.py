@@ -89,17 +89,17 @@ class Space:
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def fixed(self) -> dict[str, Any]:
+    def fixed_settings(self) -> dict[str, Any]:
         """Return the settings that are the same in every trial, by dotted path."""
         varied = {key for branch in self.when for key in branch.settings}
         same = ((k, s) for k, s in self.settings.items() if isinstance(s, Fixed) and k not in varied)
-        return self.flat({key: setting.value for key, setting in same})
+        return self.flatten({key: setting.value for key, setting in same})
 
     @property
     def parameters(self) -> dict[str, BaseDistribution]:
         """Return every parameter that Optuna can see, by its name there."""
         result: dict[str, BaseDistribution] = {}
-        for name, _, setting in self._named():
+        for name, _, setting in self._all_settings():
             if isinstance(setting, Simplex):
                 result |= dict.fromkeys(setting.raw_names(name).values(), _RAW_WEIGHT)
             elif isinstance(setting, BaseDistribution):
@@ -109,33 +109,33 @@ class Space:
     def columns(self) -> tuple[str, ...]:
         """Return the settings in which trials can differ, by dotted path, in the order of the file."""
         varied = {key for branch in self.when for key in branch.settings}
-        keys = dict.fromkeys(key for _, key, s in self._named() if key in varied or not isinstance(s, Fixed))
+        keys = dict.fromkeys(key for _, key, s in self._all_settings() if key in varied or not isinstance(s, Fixed))
         return tuple(
             name for key in keys for name in ([f"loss.{x}" for x in self._losses()] if key == "loss" else [key])
         )
 
-    def possible(self, key: str) -> tuple[Any, ...]:
+    def values_of(self, key: str) -> tuple[Any, ...]:
         """Return the values that a setting can take where they can be listed; none where it is not in the space."""
         values: list[Any] = []
-        for _, name, setting in self._named():
+        for _, name, setting in self._all_settings():
             if name == key and isinstance(setting, Fixed):
                 values.append(setting.value)
             elif name == key and isinstance(setting, CategoricalDistribution):
                 values += setting.choices
         return tuple(dict.fromkeys(values))
 
-    def largest(self, key: str) -> float | None:
+    def largest_value(self, key: str) -> float | None:
         """Return the largest value that a numeric setting can take; None where it is not in the space."""
-        highs = [s.high for _, name, s in self._named() if name == key and isinstance(s, _RANGES)]
-        return max((*self.possible(key), *highs), default=None)
+        highs = [s.high for _, name, s in self._all_settings() if name == key and isinstance(s, _RANGES)]
+        return max((*self.values_of(key), *highs), default=None)
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
         """Return a configuration by dotted path: every setting of the space; what is searched as the trial suggests.
 
         Settings that the space does not name are absent: they have their defaults.
         """
-        decided = {key: _draw(trial, key, self.settings[key]) for key in self.deciding()}
-        return self.flat({key: _draw(trial, name, s) for key, (name, s) in self.active(decided).items()})
+        decided = {key: _draw(trial, key, self.settings[key]) for key in self.condition_keys()}
+        return self.flatten({key: _draw(trial, name, s) for key, (name, s) in self.active_settings(decided).items()})
 
     def start_points(self) -> list[dict[str, Any]]:
         """Return the start points as Optuna's parameters, for `study.enqueue_trial`."""
@@ -144,7 +144,7 @@ class Space:
     def params_of(self, settings: FlatConfig) -> dict[str, Any]:
         """Return Optuna's parameters of a configuration, or of the part of it that is given."""
         params: dict[str, Any] = {}
-        for key, (name, setting) in self.active(settings).items():
+        for key, (name, setting) in self.active_settings(settings).items():
             if isinstance(setting, Simplex):
                 weights = {loss: settings[f"loss.{loss}"] for loss in setting.losses if f"loss.{loss}" in settings}
                 if weights:
@@ -162,7 +162,7 @@ class Space:
         """Return the space as plain dicts and lists, to be kept; `parse_space` reads it back."""
         return dict(self.source)
 
-    def active(self, decided: FlatConfig) -> dict[str, tuple[str, Setting]]:
+    def active_settings(self, decided: FlatConfig) -> dict[str, tuple[str, Setting]]:
         """Return what holds where the settings that `when` asks for are as decided: setting, Optuna name, domain."""
         result = {key: (key, setting) for key, setting in self.settings.items()}
         for branch in self.when:
@@ -170,11 +170,11 @@ class Space:
                 result |= {key: (branch.parameter(key), setting) for key, setting in branch.settings.items()}
         return result
 
-    def deciding(self) -> tuple[str, ...]:
+    def condition_keys(self) -> tuple[str, ...]:
         """Return the settings that `when` asks for."""
         return tuple(dict.fromkeys(key for branch in self.when for key in branch.conditions))
 
-    def flat(self, values: FlatConfig) -> dict[str, Any]:
+    def flatten(self, values: FlatConfig) -> dict[str, Any]:
         """Replace `loss`, a name or weights by name, by `loss.…`; the other losses of the space weigh 0."""
         result: dict[str, Any] = {}
         for key, value in values.items():
@@ -185,14 +185,14 @@ class Space:
                 result[key] = list(value) if isinstance(value, tuple) else value
         return result
 
-    def _named(self) -> Iterator[tuple[str, str, Setting]]:
+    def _all_settings(self) -> Iterator[tuple[str, str, Setting]]:
         yield from ((key, key, setting) for key, setting in self.settings.items())
         for branch in self.when:
             yield from ((branch.parameter(key), key, setting) for key, setting in branch.settings.items())
 
     def _losses(self) -> list[str]:
-        simplexes = [s.losses for _, _, s in self._named() if isinstance(s, Simplex)]
-        taking_part = {*self.possible("loss"), *itertools.chain(*simplexes)}
+        simplexes = [s.losses for _, _, s in self._all_settings() if isinstance(s, Simplex)]
+        taking_part = {*self.values_of("loss"), *itertools.chain(*simplexes)}
         return [loss for loss in LOSSES if loss in taking_part]
 
 

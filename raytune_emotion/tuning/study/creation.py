@@ -42,12 +42,12 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     first = next(iter(stores.values()))
     return StudySpec(
         name=name,
-        seed=space.fixed.get("train.seed", 0),
+        seed=space.fixed_settings.get("train.seed", 0),
         objective=request.objective or DEFAULT_OBJECTIVE,
         sampler=request.sampler or FORECAST,
         scheduler=request.scheduler or DEFAULT_SCHEDULER,
         trials=request.trials or DEFAULT_TRIALS,
-        epochs=space.fixed["train.epochs"],
+        epochs=space.fixed_settings["train.epochs"],
         concurrency=request.concurrency,
         workers_per_trial=request.workers_per_trial or 1,
         gpus_per_worker=request.gpu_share,
@@ -56,7 +56,7 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
         stores={size: store.address for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
         classes=first.classes,
-        weights_dir=space.fixed.get("model.weights_dir"),
+        weights_dir=space.fixed_settings.get("model.weights_dir"),
         space=space.to_dict(),
         baseline=baseline(first),
     )
@@ -138,7 +138,7 @@ def _forbidden_changes(request: SearchRequest, study: OpenStudy) -> list[str]:
     ]
     if request.space is not None:
         # What the study has of these is from the command line, or may change.
-        own = {key: value for key, value in study.space.fixed.items() if key in _OUTSIDE_THE_SPACE}
+        own = {key: value for key, value in study.space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
         if load_space(request.space, overrides=own).to_dict() != study.space.to_dict():
             changed.append("space that it began with")
     if request.warm_start and not (study.folder / EARLIER).exists():
@@ -163,14 +163,14 @@ def _find_data_again(spec: StudySpec) -> Location | None:
 
 def _stores(data: Data, space: Space, *, skip_bad: bool) -> dict[int, Store]:
     """Open or make the packed store for each image size of a space."""
-    classes = space.possible("data.classes")
+    classes = space.values_of("data.classes")
     named = tuple(classes[0]) if classes else None
     return prepare_sizes(data, image_sizes(data, space), classes=named, skip_bad=skip_bad)
 
 
 def image_sizes(data: Data, space: Space) -> tuple[int, ...]:
     """Return the image sizes of a space; that of the data if it names none."""
-    return space.possible("data.image_size") or (data.own_size(),)
+    return space.values_of("data.image_size") or (data.own_size(),)
 
 
 def check_space(space: Space, data: Data) -> None:
@@ -184,9 +184,9 @@ def check_space(space: Space, data: Data) -> None:
         _check_backbones(space, image_sizes(data, space))
     default = RunConfig().train
     faults += evaluation_faults(
-        space.fixed.get("train.evals_per_epoch", default.evals_per_epoch),
+        space.fixed_settings.get("train.evals_per_epoch", default.evals_per_epoch),
         rows=data.count_rows(),
-        batch_size=int(space.largest("train.batch_size") or default.batch_size),
+        batch_size=int(space.largest_value("train.batch_size") or default.batch_size),
     )
     if faults:
         raise UserError(faults)
@@ -199,7 +199,7 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
         UserError: with an error for each that cannot.
     """
     faults: list[str] = []
-    for model in _models(space, space.fixed.get("model.weights_dir")):
+    for model in _models(space, space.fixed_settings.get("model.weights_dir")):
         for size in sizes:
             data = dataclasses.replace(RunConfig().data, image_size=size)
             try:
@@ -215,6 +215,6 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
 
 def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
     """List each backbone of a space, with pretrained weights if a trial may have them."""
-    backbones = space.possible("model.backbone") or (ModelConfig().backbone,)
-    pretrained = any(space.possible("model.pretrained") or (weights_dir is not None,))
+    backbones = space.values_of("model.backbone") or (ModelConfig().backbone,)
+    pretrained = any(space.values_of("model.pretrained") or (weights_dir is not None,))
     return [ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir) for name in backbones]

@@ -45,7 +45,7 @@ class OpenStudy:
     @property
     def reports(self) -> int:
         """Return how many reports a trial makes that is trained to its end."""
-        return self.spec.epochs * int(self.space.fixed.get("train.evals_per_epoch", 1))
+        return self.spec.epochs * int(self.space.fixed_settings.get("train.evals_per_epoch", 1))
 
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)

@@ -69,7 +69,7 @@ class SearchRequest:
             "model.weights_dir": absolute_path(self.weights_dir),
         }
         given = {key: value for key, value in given.items() if value is not None}
-        fixed = load_space(self.space_file, overrides=given).fixed
+        fixed = load_space(self.space_file, overrides=given).fixed_settings
         settled: dict[str, Any] = {"train.epochs": fixed.get("train.epochs", DEFAULT_EPOCHS)}
         if "train.seed" in fixed:
             settled["train.seed"] = fixed["train.seed"]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from raytune_emotion.terminal import announce, is_screen
 from raytune_emotion.tuning.report import console as console_module
-from raytune_emotion.tuning.report.console import _show_events, line_of, sum_up
+from raytune_emotion.tuning.report.console import line_of, show_events, sum_up
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.events import Clock, event
@@ -58,7 +58,7 @@ def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
         from pathlib import Path
         from types import SimpleNamespace
         from raytune_emotion.terminal import plain_console
-        from raytune_emotion.tuning.report.console import _show_events
+        from raytune_emotion.tuning.report.console import show_events
         from raytune_emotion.tuning.report.live_state import StudyProgress
         from raytune_emotion.tuning.study.open_study import load, make_study
         from tests.support.events import event
@@ -66,7 +66,7 @@ def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
 
         folder = Path({str(tmp_path / "study")!r})
         make_study(folder, spec_of(SimpleNamespace(image_size=32, path="s", fingerprint="f"), trials=8, epochs=4))
-        with _show_events(plain_console(), StudyProgress(load(folder))) as hear:
+        with show_events(plain_console(), StudyProgress(load(folder))) as hear:
             hear(event("0000", "running", 0.3))
             time.sleep(0.6)  # it is drawn four times a second
             hear(event("0000", "failed", reason="[/b] diverged"))
@@ -93,7 +93,7 @@ def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path):
         from types import SimpleNamespace
         from raytune_emotion.interruption import finish_block, handle_signals
         from raytune_emotion.terminal import plain_console
-        from raytune_emotion.tuning.report.console import _show_events
+        from raytune_emotion.tuning.report.console import show_events
         from raytune_emotion.tuning.report.live_state import StudyProgress
         from raytune_emotion.tuning.study.open_study import load, make_study
         from tests.support.events import event
@@ -103,7 +103,7 @@ def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path):
         make_study(folder, spec_of(SimpleNamespace(image_size=32, path="s", fingerprint="f")))
         with handle_signals():
             try:
-                with _show_events(console, StudyProgress(load(folder))) as hear:
+                with show_events(console, StudyProgress(load(folder))) as hear:
                     while True:
                         hear(event("0000", "complete", 0.3))
                         time.sleep(0.01)
@@ -138,7 +138,7 @@ def test_a_file_and_a_notebook_get_lines(progress):
         SimpleNamespace(is_terminal=True, is_jupyter=True, is_dumb_terminal=False, file=SimpleNamespace(isatty=int)),
     ):
         assert not is_screen(forced)
-    with _show_events(Console(file=file, width=200), progress) as hear:
+    with show_events(Console(file=file, width=200), progress) as hear:
         hear(event("0000", "running", 0.3))
         hear(event("0000", "complete", 0.3, 4.0))
     assert file.getvalue() == f"{line_of(event('0000', 'complete', 0.3, 4.0))}\n"
@@ -147,7 +147,7 @@ def test_a_file_and_a_notebook_get_lines(progress):
 def test_a_file_gets_a_line_on_the_study_now_and_then(progress, monkeypatch):
     file, times = io.StringIO(), iter([0.0, 59.0, 61.0, 61.0, 62.0])
     monkeypatch.setattr(console_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
-    with _show_events(Console(file=file, width=200), progress) as hear:
+    with show_events(Console(file=file, width=200), progress) as hear:
         hear(event("0000", "running", 0.3))
         assert file.getvalue() == ""
         hear(event("0001", "running"))

@@ -79,7 +79,7 @@ class TestReading:
         path.write_text("optim.lr: {log_uniform: [1e-5, 1e-2]}\noptim.weight_decay: 1e-4\n")
         space = load_space(path)
         assert space.parameters == {"optim.lr": optuna.distributions.FloatDistribution(1e-5, 1e-2, log=True)}
-        assert space.fixed == {"optim.weight_decay": 1e-4}
+        assert space.fixed_settings == {"optim.weight_decay": 1e-4}
 
     def test_a_space_is_kept_as_plain_data_and_read_back(self, tmp_path: Path) -> None:
         path = tmp_path / "a.yaml"
@@ -88,7 +88,7 @@ class TestReading:
         kept = json.loads(json.dumps(space.to_dict()))
         again = parse_space(kept)
         assert again == space
-        assert again.fixed["train.epochs"] == 7
+        assert again.fixed_settings["train.epochs"] == 7
 
     def test_what_is_fixed_from_outside_replaces_what_the_file_says_of_it(self, tmp_path: Path) -> None:
         path = tmp_path / "a.yaml"
@@ -101,7 +101,7 @@ class TestReading:
             "start:\n- {augment.flip: 0.2, optim.lr: 1e-3}\n- {augment.flip: 0.3}\n"
         )
         space = load_space(path, overrides={"augment.flip": 0.0, "train.epochs": 9, "data.classes": ("a", "b")})
-        assert space.fixed == {"augment.flip": 0.0, "train.epochs": 9, "data.classes": ["a", "b"]}
+        assert space.fixed_settings == {"augment.flip": 0.0, "train.epochs": 9, "data.classes": ["a", "b"]}
         assert space.when == ()
         assert space.start_points() == [{"optim.lr": 1e-3}]
         assert parse_space(space.to_dict()) == space
@@ -334,7 +334,7 @@ class TestTogether:
             train.epochs: 90
             optim.warmup_epochs: {uniform: [0, 60]}
         """)
-        assert space.fixed == {"train.epochs": 90}
+        assert space.fixed_settings == {"train.epochs": 90}
 
     def test_what_can_be_suggested_and_fails_is_a_fault(self, tmp_path: Path) -> None:
         text = """\
@@ -417,15 +417,15 @@ class TestSuggesting:
             when: [{if: {optim.name: sgd}, model.pretrained: true, loss: {simplex: [js, mse]}}]
         """)
         assert space.columns() == ("optim.name", "model.pretrained", "loss.mse", "loss.kl", "loss.js")
-        assert space.fixed == {"train.grad_clip": 1.0}
+        assert space.fixed_settings == {"train.grad_clip": 1.0}
         for config in samples(space, 20):
-            assert set(config) == {*space.columns(), *space.fixed}
+            assert set(config) == {*space.columns(), *space.fixed_settings}
             assert (config["loss.kl"] == 1) == (config["optim.name"] == "adam")
 
     def test_a_loss_by_name_by_choice_and_by_weights(self) -> None:
         rest = "\noptim.lr: {uniform: [1, 2]}"
-        assert space_of("loss: js" + rest).fixed == {"loss.js": 1.0}
-        assert space_of("loss.js: 0.25\nloss.l1: 0.75" + rest).fixed == {"loss.js": 0.25, "loss.l1": 0.75}
+        assert space_of("loss: js" + rest).fixed_settings == {"loss.js": 1.0}
+        assert space_of("loss.js: 0.25\nloss.l1: 0.75" + rest).fixed_settings == {"loss.js": 0.25, "loss.l1": 0.75}
         space = space_of("loss: {choice: [kl, js]}\nstart: [{loss: js}]")
         assert space.columns() == ("loss.kl", "loss.js")
         assert space.start_points() == [{"loss": "js"}]
@@ -442,9 +442,9 @@ class TestSuggesting:
             augment.grey: {uniform: [0, 1]}
             when: [{if: {data.image_size: 64}, augment.flip: 0}]
         """)
-        assert space.possible("data.image_size") == (48, 64)
-        assert space.possible("augment.flip") == (0.5, 0.0)
-        assert space.possible("augment.grey") == space.possible("model.backbone") == ()
+        assert space.values_of("data.image_size") == (48, 64)
+        assert space.values_of("augment.flip") == (0.5, 0.0)
+        assert space.values_of("augment.grey") == space.values_of("model.backbone") == ()
 
     def test_what_was_suggested_follows_from_what_optuna_has_stored(self) -> None:
         space = space_of(WHOLE)
@@ -560,11 +560,11 @@ def test_whatever_a_valid_space_suggests_is_a_valid_configuration(mapping: dict[
     jsonschema.validate(mapping, json_schema())
     assert parse_space(json.loads(json.dumps(space.to_dict()))) == space
     for config in samples(space, 3, seed):
-        flat = RunConfig.from_flat(config).flat()
+        flat = RunConfig.from_flat(config).to_flat()
         assert config.items() <= flat.items()
-        assert set(space.fixed) | set(space.columns()) >= set(config)
+        assert set(space.fixed_settings) | set(space.columns()) >= set(config)
         # Any suggestion, taken as a start point, comes back.
-        start = {key: value for key, value in config.items() if key in space.active(config)}
+        start = {key: value for key, value in config.items() if key in space.active_settings(config)}
         start |= mixture_of(space, config)
         again = parse_space({**space.to_dict(), "start": [start]})
         study = optuna.create_study()
@@ -576,7 +576,7 @@ def test_whatever_a_valid_space_suggests_is_a_valid_configuration(mapping: dict[
 
 
 def mixture_of(space: Space, config: dict[str, Any]) -> dict[str, float]:
-    loss = space.active(config)["loss"][1]
+    loss = space.active_settings(config)["loss"][1]
     return {f"loss.{name}": config[f"loss.{name}"] for name in loss.losses} if isinstance(loss, Simplex) else {}
 
 
@@ -588,8 +588,8 @@ class TestShipped:
     def test_comparison_searches_two_models_by_two_losses_and_nothing_else(self) -> None:
         space = load_space(SPACES / "comparison.yaml")
         assert space.columns() == ("model.backbone", "loss.mse", "loss.kl")
-        assert space.possible("model.backbone") == ("resnet18", "efficientnet_b0")
-        assert space.possible("loss") == ("mse", "kl")
+        assert space.values_of("model.backbone") == ("resnet18", "efficientnet_b0")
+        assert space.values_of("loss") == ("mse", "kl")
         found = {(c["model.backbone"], c["loss.mse"], c["loss.kl"]) for c in samples(space, 40)}
         assert found == {(name, *one) for name in ("resnet18", "efficientnet_b0") for one in ((1.0, 0.0), (0.0, 1.0))}
 
