@@ -1,8 +1,12 @@
 """How soon a command answers: nothing heavy is imported before its arguments are looked at."""
 
 import ctypes
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,52 +20,54 @@ from tests.support.studies import spec_of
 _HEAVY = {"torch", "timm", "ray", "pandas", "scipy", "matplotlib", "tensorboard"}
 
 
-def heavy_after(argv: list[str], cwd) -> tuple[int, str]:
-    """The exit code of a command, and what it has imported of the heavy libraries."""
+@dataclass(frozen=True)
+class Answer:
+    """What came of a command."""
+
+    code: int
+    said: str  # on standard error
+    imported: tuple[str, ...]  # of the heavy libraries, by this command or one before it
+
+
+def answers(commands: Sequence[Sequence[str]], cwd: Path) -> list[Answer]:
+    """Run commands one after the other in a process that has imported nothing."""
     code = (
-        "import sys\n"
+        "import contextlib, io, json, sys\n"
         "from raytune_emotion.__main__ import main\n"
-        "try: code = main(sys.argv[1:])\n"
-        "except SystemExit as ended: code = ended.code\n"
-        f"print('imported', sorted({_HEAVY!r} & {{*sys.modules}}))\n"
-        "sys.exit(code)"
+        "for argv in json.loads(sys.argv[1]):\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        try: code = main(argv)\n"
+        "        except SystemExit as ended: code = ended.code\n"
+        f"    print(json.dumps([code, said.getvalue(), sorted({_HEAVY!r} & {{*sys.modules}})]))"
     )
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout.splitlines()[-1] + done.stderr
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [Answer(code, said, tuple(names)) for code, said, names in map(json.loads, done.stdout.splitlines())]
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_help_and_a_mistyped_option_answer_at_once(verb, tmp_path):
-    assert heavy_after([verb, "--help"], tmp_path) == (0, "imported []")
-    code, told = heavy_after([verb, "--mistyped"], tmp_path)
-    assert (code, told[:11]) == (2, "imported []")
-
-
-@pytest.fixture
-def study_alone(tmp_path):
-    """A results folder `r` with a study of which there is the spec alone."""
-    study = tmp_path / "r" / "study"
-    study.mkdir(parents=True)
-    write_spec(study, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0")))
-    return tmp_path
+def test_help_and_a_mistyped_option_answer_at_once(tmp_path):
+    commands = [[verb, option] for verb in COMMANDS for option in ("--help", "--mistyped")]
+    found = [(answer.code, answer.imported) for answer in answers(commands, tmp_path)]
+    assert found == [(0, ()), (2, ())] * len(COMMANDS)
 
 
 @pytest.mark.skipif(gpu_presence.may_have_gpu(), reason="there may be a GPU")
-@pytest.mark.parametrize(
-    "argv",
-    [
+def test_a_gpu_is_refused_without_pytorch_where_there_is_none(tmp_path):
+    study = tmp_path / "r" / "study"  # of which there is the spec alone
+    study.mkdir(parents=True)
+    write_spec(study, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0")))
+    commands = [
         ["search", "--gpus-per-worker", "1"],
         ["search", "--gpus-per-worker", "auto"],
         ["search", "--resume", "--results", "r", "--name", "study", "--gpus-per-worker", "0.5"],
         ["train", "--gpus-per-worker", "1"],
         ["confirm", "r/study", "--gpus-per-worker", "1"],
-    ],
-    ids=" ".join,
-)
-def test_a_gpu_is_refused_without_pytorch_where_there_is_none(argv, study_alone):
-    code, told = heavy_after(argv, study_alone)
-    assert (code, told[:11]) == (2, "imported []")
-    assert "this machine has no GPU that PyTorch can use; leave the option out" in told
+    ]
+    for command, answer in zip(commands, answers(commands, tmp_path), strict=True):
+        assert (answer.code, answer.imported) == (2, ()), command
+        assert "this machine has no GPU that PyTorch can use; leave the option out" in answer.said, command
 
 
 def test_a_gpu_is_left_to_pytorch_where_a_driver_is_installed(monkeypatch):
@@ -73,38 +79,37 @@ def test_a_cluster_decides_about_its_gpus():
     gpu_presence.refuse_absent_gpu(1.0, address="auto")
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["search", "--space", "none.yaml"], "none.yaml: the search space cannot be read"),
-        (["search", "--space", "nobody"], "nobody: there is no such search space; there are "),
-        (["search", "--space", "bad.yaml"], "bad.yaml:1: model.backbone: resnet81: there is no such timm model"),
-        (["search", "--data", "none"], "none: there is no such folder"),
-        (["search", "--gpus-per-worker", "2"], "a worker trains on one GPU; ask for more --workers-per-trial"),
-        (["search", "--resume"], "ray_results: there is no study in it to resume"),
-        (["search", "--resume", "--dry-run"], "--resume: --dry-run shows what a new study would do"),
-        (["train", "--data", "none"], "none: there is no such folder"),
-        (["train", "--set", "lr=1"], "lr: there is no such setting; did you mean optim.lr?"),
-        (["train", "--set", "optim.wd=1"], "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
-        (["train", "--set", "model.backbone=resnet81"], "resnet81: there is no such timm model"),
-        (["pack", "none", "store"], "none: there is no such folder"),
-        (["confirm", "none"], "none: no study.yaml in it, so it is no study"),
-        (["report", "none"], "none: no study.yaml in it, so it is no study"),
-        (["export", "none", "dest"], "none: no study.yaml in it, so it is no study"),
-        (["export", "none", "dest", "--format", "timm,tflite"], "--format tflite: there is no such format; there are "),
-        (["status", "none"], "none: no study.yaml in it, so it is no study"),
-        (["predict", "none", "face.jpg"], "none: is no export folder"),
-        (["demo", "none"], "none: is no export folder"),
-        (["demo", "none", "--port", "0"], "expected a port from 1 to 65535, got '0'"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_wrong_input_is_refused_before_anything_heavy_is_imported(argv, said, tmp_path):
+WRONG = [
+    (["search", "--space", "none.yaml"], "none.yaml: the search space cannot be read"),
+    (["search", "--space", "nobody"], "nobody: there is no such search space; there are "),
+    (["search", "--space", "bad.yaml"], "bad.yaml:1: model.backbone: resnet81: there is no such timm model"),
+    (["search", "--data", "none"], "none: there is no such folder"),
+    (["search", "--gpus-per-worker", "2"], "a worker trains on one GPU; ask for more --workers-per-trial"),
+    (["search", "--resume"], "ray_results: there is no study in it to resume"),
+    (["search", "--resume", "--dry-run"], "--resume: --dry-run shows what a new study would do"),
+    (["train", "--data", "none"], "none: there is no such folder"),
+    (["train", "--set", "lr=1"], "lr: there is no such setting; did you mean optim.lr?"),
+    (["train", "--set", "optim.wd=1"], "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
+    (["train", "--set", "model.backbone=resnet81"], "resnet81: there is no such timm model"),
+    (["pack", "none", "store"], "none: there is no such folder"),
+    (["confirm", "none"], "none: no study.yaml in it, so it is no study"),
+    (["report", "none"], "none: no study.yaml in it, so it is no study"),
+    (["export", "none", "dest"], "none: no study.yaml in it, so it is no study"),
+    (["export", "none", "dest", "--format", "timm,tflite"], "--format tflite: there is no such format; there are "),
+    (["status", "none"], "none: no study.yaml in it, so it is no study"),
+    (["predict", "none", "face.jpg"], "none: is no export folder"),
+    (["demo", "none"], "none: is no export folder"),
+    (["demo", "none", "--port", "0"], "expected a port from 1 to 65535, got '0'"),
+]
+
+
+def test_wrong_input_is_refused_before_anything_heavy_is_imported(tmp_path):
     (tmp_path / "bad.yaml").write_text("model.backbone: {choice: [resnet81]}\n")
-    code, told = heavy_after(argv, tmp_path)
-    assert (code, told[:11]) == (2, "imported []")
-    assert said in told
-    assert "Traceback" not in told
+    found = answers([argv for argv, _ in WRONG], tmp_path)
+    for (argv, said), answer in zip(WRONG, found, strict=True):
+        assert (answer.code, answer.imported) == (2, ()), argv
+        assert said in answer.said, argv
+        assert "Traceback" not in answer.said, argv
 
 
 def test_search_says_what_it_does_before_anything_heavy_is_imported(tmp_path):

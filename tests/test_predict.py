@@ -152,13 +152,12 @@ class TestPredict:
             assert len(read) == len(written)
         assert [Path(name).name for name in written] == files
 
-    def test_formats_hold_the_same(self, export, faces, tmp_path):
+    def test_formats_hold_the_same(self, export, faces, tmp_path, capsysbinary):
         folder = faces / "val_set" / "images"
         found = {}
         for name in ("csv", "jsonl", "parquet"):
-            with (tmp_path / name).open("wb") as out:
-                command = [sys.executable, "-m", "raytune_emotion.predict", export, folder, "--format", name]
-                assert subprocess.run(command, stdout=out, check=False).returncode == 0
+            assert command_main("predict", [str(export), str(folder), "--format", name]) == 0
+            (tmp_path / name).write_bytes(capsysbinary.readouterr().out)
         _, *rows = rows_of((tmp_path / "csv").read_text())
         found["csv"] = {row[0]: [float(p) for p in row[1:]] for row in rows}
         lines = [json.loads(line) for line in (tmp_path / "jsonl").read_text().splitlines()]
