@@ -6,6 +6,8 @@ import pytest
 
 from raytune_emotion.__main__ import main
 from raytune_emotion.cli import COMMANDS, run_guarded
+from raytune_emotion.config import SETTINGS
+from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 
 
@@ -68,6 +70,15 @@ def test_every_verb_explains_itself(verb, capsys):
         main([verb, "--help"])
     assert ended.value.code == 0
     assert f"raytune-emotion {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("verb", "words"), [("train", SETTINGS), ("pack", EMOTIONS)])
+def test_help_names_settings_and_classes_without_breaking_a_word(verb, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert [word for word in words if word not in text] == []
 
 
 def test_a_module_is_a_command_too():
