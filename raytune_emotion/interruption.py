@@ -105,6 +105,24 @@ def handle_signals() -> Iterator[None]:
         _state = outer
 
 
+def run_in_thread(name: str, action: Callable[[], None]) -> threading.Event:
+    """Start a daemon thread, and return what is set when it has ended.
+
+    `Thread.join` will not do: once a signal has interrupted it, Python 3.11 and 3.12 take the thread for ended
+    (python/cpython#90882), and wait no more.
+    """
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            action()
+        finally:
+            ended.set()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return ended
+
+
 @contextlib.contextmanager
 def finish_block() -> Iterator[None]:
     """Let no signal break the block off; one that comes meanwhile interrupts at its end."""

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
-from raytune_emotion.interruption import is_command
+from raytune_emotion.interruption import handle_signals, is_command, run_in_thread
 
 #: Says when it is ready; what it writes after an interruption takes a second.
 COMMAND = """
@@ -170,3 +171,16 @@ def test_a_signal_while_python_ends_does_not_change_how_a_command_ended():
         last = Last()  # until Python clears its modules, after it has given up its handlers
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 0
+
+
+def test_a_thread_can_be_waited_for_after_a_signal():
+    """Python 3.11 takes a thread for ended when a signal interrupts its `join`."""
+    end = threading.Event()
+    ended = run_in_thread("work", lambda: end.wait(60))
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with handle_signals():
+        with pytest.raises(KeyboardInterrupt):
+            ended.wait(30)
+        assert not ended.wait(0.1)
+        end.set()
+        assert ended.wait(30)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import ray
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.ray_patches import own_processes
 
@@ -53,8 +54,7 @@ class ClusterWatch:
         self._looked = self._asked = self._worker_seen = time.monotonic()
         self._end = threading.Event()
         # Of its own, since a question to a head that has frozen never comes back.
-        self._thread = threading.Thread(target=self._ask, name="cluster-watch", daemon=True)
-        self._thread.start()
+        self._ended = run_in_thread("cluster-watch", self._ask)
 
     def failure(self) -> str:
         """Say what has died or frozen; empty while the cluster lives. It is to be asked all the time."""
@@ -78,10 +78,13 @@ class ClusterWatch:
     def close(self) -> None:
         """End the watch, and what is left of a cluster that has died: only a live one can be left in order."""
         self._end.set()
+        # The thread must not be inside Ray when this process leaves Ray, which would crash.
+        while not self._ended.wait(_LOOK_S) and not self.failure():
+            pass
         if self.failure():
             for process in self._processes.values():
                 process.kill()
-        self._thread.join(timeout=_EVERY_S)
+            self._ended.wait(_EVERY_S)
 
     def _ask(self) -> None:
         while not self._end.wait(_EVERY_S):
@@ -139,12 +142,11 @@ def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> I
         except BaseException as error:
             found.put(error)
 
-    thread = threading.Thread(target=iterate, name="reports", daemon=True)
-    thread.start()
+    ended = run_in_thread("reports", iterate)
     try:
         while True:
             # Also while reports come: workers train on below a raylet that is frozen.
-            if (lost := watch.failure()) and thread.is_alive():
+            if (lost := watch.failure()) and not ended.is_set():
                 raise ClusterLost(lost)
             try:
                 item = found.get(timeout=_LOOK_S)
@@ -157,7 +159,7 @@ def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> I
             yield item
     finally:
         stop.set()
-        thread.join(0.0 if watch.failure() else _END_S)
+        ended.wait(0.0 if watch.failure() else _END_S)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import get_args
 
 from ray.util.metrics import Gauge
 
+from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -87,10 +88,9 @@ def study_metrics(study: OpenStudy) -> Iterator[Watch]:
             if stop.wait(_EVERY_S):
                 return
 
-    thread = threading.Thread(target=keep_set, name="metrics", daemon=True)
-    thread.start()
+    ended = run_in_thread("metrics", keep_set)
     try:
         yield metrics.watch
     finally:
         stop.set()
-        thread.join(_EVERY_S)
+        ended.wait(_EVERY_S)

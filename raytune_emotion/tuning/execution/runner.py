@@ -14,6 +14,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 
+from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.terminal import short_path
 from raytune_emotion.tuning.execution.cluster import environment
@@ -101,20 +102,20 @@ def _run(
             except Exception as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=tune_trials, name="tune", daemon=True)
-        thread.start()
+        ended = run_in_thread("tune", tune_trials)
         try:
-            while thread.is_alive() and time.monotonic() < deadline and not recorder.gain.shortfall:
+            while not ended.is_set() and time.monotonic() < deadline and not recorder.gain.shortfall:
                 if lost := failure():
                     raise _cluster_lost(lost, study)
-                thread.join(_LOOK_S)
+                ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
                 say("the time budget is spent: trials that run are left as they are")
             elif recorder.gain.shortfall:
                 say(recorder.gain.shortfall)
         finally:
             stop.set()
-            thread.join(_END_OF_DEAD_S if failure() else _END_S)
+            # It must not be inside Ray when this process leaves Ray, which would crash.
+            ended.wait(_END_OF_DEAD_S if failure() else _END_S)
         if errors and not recorder.broken:
             of_ray = isinstance(errors[0], RayError | ConnectionError)
             if lost := failure() or (first_line(errors[0]) if of_ray else ""):

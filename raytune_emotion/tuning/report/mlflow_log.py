@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.learn.report import HEARD, OBJECTIVE
 from raytune_emotion.terminal import warn
@@ -51,8 +52,7 @@ class _Thread:
         self._uri = uri
         self._left: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._closes = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
+        self._ended = run_in_thread("mlflow", self._work)
 
     def do(self, action: Callable[[], None]) -> None:
         self._left.put(action)
@@ -61,8 +61,7 @@ class _Thread:
         """Give what is left some time."""
         self._left.put(None)
         self._closes.set()
-        self._thread.join(_END_S)
-        if self._thread.is_alive() or not self._left.empty():
+        if not self._ended.wait(_END_S) or not self._left.empty():
             warn(f"--mlflow {self._uri}: not all was logged; the study itself is whole")
 
     def _work(self) -> None:

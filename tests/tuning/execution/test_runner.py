@@ -7,8 +7,11 @@ import gc
 import os
 import signal
 import subprocess
+import threading
+import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -17,6 +20,7 @@ from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.interruption import handle_signals
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.tuning.execution import runner
 from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
@@ -235,3 +239,20 @@ def kill(title):
                 os.kill(process.pid, signal.SIGKILL)
                 return process.pid
     raise AssertionError(f"no process {title}")
+
+
+def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_path):
+    """A thread that is inside Ray when this process leaves Ray crashes it."""
+    ended = []
+
+    def tune_trials(recorder, study, placement, stop, say, scratch):
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        assert stop.wait(60)
+        time.sleep(0.5)
+        ended.append("in order")
+
+    monkeypatch.setattr(runner, "_tune", tune_trials)
+    recorder = SimpleNamespace(gain=SimpleNamespace(shortfall=""), broken="")
+    with handle_signals(), pytest.raises(KeyboardInterrupt):
+        runner._run(recorder, None, None, None, print, lambda: "")
+    assert ended == ["in order"]
