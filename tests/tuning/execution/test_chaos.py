@@ -50,6 +50,12 @@ _PROMISED_S = 5.0
 #: a trial's numbers change in their last bits.
 _TWO_CORES = {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 2})}
 _RESOURCES = Resources(1, 2.0, 0.0)
+#: Ray counts a node as dead after a second and a half without an answer, not after fifteen.
+_SOON_DEAD = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 @contextlib.contextmanager
@@ -340,7 +346,7 @@ def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
     # Long enough not to be over by what is still reported while the machine dies.
     begin(folder, store, space=SPACE | {"train.epochs": 16}, trials=3, epochs=16)
     repository = Path(__file__).parents[3]
-    with chance() as draw, Session(__name__, folder, draw.randrange(1, 5), cwd=repository) as script:
+    with chance() as draw, Session(__name__, folder, draw.randrange(1, 5), cwd=repository, **_SOON_DEAD) as script:
         assert await_reports(folder, 1, script.runs), script.output()
         family = script.family()
         out, err = script.output()

@@ -24,6 +24,7 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
+from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.job import Resources, job_of, newest_report, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
@@ -35,7 +36,7 @@ from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import PARAMS
-from tests.support.cluster import RUN_SPACE, held_resources
+from tests.support.cluster import RUN_SPACE, held_resources, joined_session
 from tests.support.reports import without_clocks
 from tests.support.s3 import SECRET, s3_server
 from tests.support.studies import run_here, searcher_of, spec_of
@@ -176,20 +177,22 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
 
 
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
-    cluster, bucket, faces, tmp_path, capsys, no_plots
+    cluster, bucket, faces, tmp_path, capsys, monkeypatch, no_plots
 ):
     results = remote.join(bucket, "results")
     uri = remote.join(results, "killed")
     (tmp_path / "space.yaml").write_text(json.dumps(RUN_SPACE | {"data.image_size": 32}))
 
-    def search(machine, *options):
-        command = [sys.executable, "-m", "raytune_emotion.search", "--results", results, *options]
-        command += ["--address", ray.get_runtime_context().gcs_address]
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / machine)}
-        return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
     begun = ["--name", "killed", "--data", str(faces), "--space", str(tmp_path / "space.yaml")]
-    driver = search("one machine", *begun, "--trials", "2", "--epochs", "8", "--concurrency", "1")
+    begun += ["--trials", "2", "--epochs", "8", "--concurrency", "1"]
+    address = ["--address", ray.get_runtime_context().gcs_address]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "raytune_emotion.search", "--results", results, *begun, *address],
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "one machine")},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     while (remote.read(uri, f"trials/0000/{HISTORY}") or b"").count(b"\n") < 2:
         assert driver.poll() is None, driver.stdout.read()
         time.sleep(0.1)
@@ -198,9 +201,12 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
     shutil.rmtree(tmp_path / "one machine")
     before = remote.read(uri, f"trials/0000/{HISTORY}")
 
-    driver = search("another machine", "--resume")
-    output = driver.communicate()[0]
-    assert driver.returncode == 0, output
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    # Ray can be started only once in a process, and has been.
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    code = command_main("search", ["--results", results, "--resume", *address])
+    output = "".join(capsys.readouterr())
+    assert code == 0, output
     assert SECRET not in output
     assert f"exported    {remote.join(uri, 'best')}\n" in output
     assert remote.read(uri, f"trials/0000/{HISTORY}").startswith(before)
