@@ -76,7 +76,7 @@ class Simulation:
         self._driver, self._respond = driver, respond
         self._workers, self._take_up_s, self._limits = workers, take_up_s, limits
         self._curves: dict[str, tuple[Floats, Floats]] = {}
-        self._done: dict[str, int] = {}  # reports, by trial
+        self.reports: dict[str, int] = {}  # of each trial, by its id
         self._events: list[tuple[float, int, str]] = []
         self._order = 0
         self._begun_count: list[float] = []
@@ -111,20 +111,20 @@ class Simulation:
             if trial_id in self._curves:
                 self._go_on(now + self._take_up_s, trial_id)
             else:
-                self._curves[trial_id], self._done[trial_id] = self._respond(answer.settings), 0
+                self._curves[trial_id], self.reports[trial_id] = self._respond(answer.settings), 0
                 self._begun_count.append(now)
                 self._go_on(now, trial_id)
 
     def _go_on(self, now: float, trial_id: str) -> None:
         self._order += 1
-        seconds = float(self._curves[trial_id][1][self._done[trial_id]])
+        seconds = float(self._curves[trial_id][1][self.reports[trial_id]])
         heapq.heappush(self._events, (now + seconds, self._order, trial_id))
 
     def _report(self, now: float, trial_id: str) -> float:
         """Have a trial report, and return its best value."""
         value_R, seconds_R = self._curves[trial_id]
-        self._done[trial_id] += 1
-        report = self._done[trial_id]
+        self.reports[trial_id] += 1
+        report = self.reports[trial_id]
         best, seconds = float(value_R[:report].min()), float(seconds_R[:report].sum())
         heard = {
             "report": report,

@@ -2,7 +2,10 @@
 
 After Swersky et al., 2014, "Freeze-thaw Bayesian optimization". A trial trains in stretches, each as long as all before
 it together. At the end of each, what every trial would reach at full length is forecast anew. The next stretch goes to
-the trial with the most expected improvement for the time that is left to it.
+the trial with the most expected improvement for the reports that are left to it.
+
+The most promising of all new configurations promises more than it will hold, since it is chosen among thousands for
+that. So new trials have a share of the training at most, and the rest goes to those that were begun.
 
 Nothing is known of lengths that no trial has had. So the favourite, the paused trial of the best forecast, is trained
 further than any other before, as soon as that is half of what all trials have had together, and once no new trial may
@@ -44,6 +47,8 @@ from raytune_emotion.tuning.space.space import Space
 _FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
 #: A stretch that would leave less than this share of the full length goes on to the end.
 _REST_SHARE = 0.3
+#: The share of all training that the first stretches may take, while other trials could be taken up.
+_NEW_SHARE = 0.4
 #: The longest trial is continued as soon as all trials together have had so many times the length that it then has.
 _LONGEST_IN = 2
 #: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
@@ -103,7 +108,9 @@ class FreezeThaw:
         self._domain, self._seed, self._earlier = domain_of(space), seed, earlier
         self._aim = Aim(objective, reports=reports)
         self._proposes, self._draw, self._take_up_s = proposes, draw, take_up_s
-        self._ends = [end / reports * epochs for end in stretch_ends(reports)]
+        ends = stretch_ends(reports)
+        self._ends = [end / reports * epochs for end in ends]
+        self._first = ends[0] if ends else reports
         self._reports = reports
         self._plan: tuple[object, _Plan | None] = (None, None)
 
@@ -155,7 +162,7 @@ class FreezeThaw:
         paused = [trial for trial in past if is_paused(trial)]
         # By the trials begun, so that candidates stay the same until one of them is.
         rng = np.random.default_rng([self._seed, len(past)])
-        offer = outlook.offer(rng, self._draw, by_time=True) if limits.new else None
+        offer = outlook.offer(rng, self._draw) if limits.new else None
         begin, merit = None, -math.inf
         if offer is not None:
             begin = Begin(offer.params if self._proposes else {})
@@ -164,6 +171,8 @@ class FreezeThaw:
             # Too little is known to prefer one: new trials first, then the paused in their order.
             first = {trial.number: -float(trial.number) for trial in paused}
             return _Plan((), first, None, begin, merit if begin is None else math.inf)
+        if self._has_begun_enough(past):
+            merit = -math.inf
         merits = self._merits(outlook, paused)
         favourite = self._favourite(outlook, paused) if self._owes_length(past, new=offer is not None) else None
         ranked = sorted(merits, key=lambda number: (number == favourite, merits[number]), reverse=True)
@@ -172,6 +181,11 @@ class FreezeThaw:
             kept &= {favourite, *self._hopeful(outlook, paused)}
         worth = {number: value for number, value in merits.items() if number in kept}
         return _Plan(tuple(ranked[limits.paused :]), worth, favourite, begin, merit)
+
+    def _has_begun_enough(self, past: Sequence[FrozenTrial]) -> bool:
+        """Tell whether first stretches have had their share of the training."""
+        had = [max(trial.intermediate_values, default=0) for trial in past]
+        return sum(min(reports, self._first) for reports in had) > _NEW_SHARE * sum(had)
 
     def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
         """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""
@@ -195,12 +209,12 @@ class FreezeThaw:
         return paused[int(mean_M.argmin())].number
 
     def _merits(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> dict[int, float]:
-        """Return what paused trials promise for the time that is left to them, as a logarithm, by their numbers."""
+        """Return what paused trials promise for each report that is left to them, as a logarithm, by their numbers."""
         if not paused:
             return {}
         settings = [self._domain.settings(trial) for trial in paused]
         left_M = np.array([max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in paused])
-        merit_M = outlook.log_promise(settings, by_time=True) - np.log(left_M)
+        merit_M = outlook.log_promise(settings) - np.log(left_M)
         return {trial.number: float(merit) for trial, merit in zip(paused, merit_M, strict=True)}
 
     def _hopeful(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> set[int]:

@@ -68,7 +68,7 @@ class GainForecast:
         under_way = [trial for trial in past if trial.state == TrialState.RUNNING]
         left = [max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in under_way]
         settings = [self._domain.settings(trial) for trial in under_way]
-        offer = outlook.offer(np.random.default_rng([self._seed, len(past)]), by_time=True)
+        offer = outlook.offer(np.random.default_rng([self._seed, len(past)]))
         if offer is not None:
             settings.append(self._space.suggest(FixedTrial(offer.params)))
             left.append(self._reports)

@@ -76,21 +76,19 @@ class Outlook:
         except np.linalg.LinAlgError as error:
             warnings.warn(f"forecast: failed ({error}); proposals are drawn at random", RuntimeWarning, stacklevel=2)
 
-    def log_promise(self, settings: Configurations, *, by_time: bool = False) -> Floats:
+    def log_promise(self, settings: Configurations) -> Floats:
         """Return by how much each of M configurations is expected to better what there is, as a logarithm, [M].
 
-        Args:
-            settings: of the configurations.
-            by_time: whether it is divided by the seconds that a report takes.
+        It is divided by the seconds of a report only where the objective is: what is cheap is seldom best, and a study
+        that buys many small improvements never comes to the large ones (`benchmarks/README.md`).
         """
         assert self.forecast is not None
         objective = self._aim.objective
         mean_M, std_M = self.forecast(settings)
         std_M = WIDER * std_M
         best = self.forecast.best if math.isfinite(self.forecast.best) else float(mean_M.min())
-        seconds_M = self._log_seconds(settings) if by_time else np.zeros(len(mean_M))
         if objective.cost is None or not self.reported:
-            return log_expected_improvement(mean_M, std_M, best) - seconds_M
+            return log_expected_improvement(mean_M, std_M, best)
         known = [self._domain.settings(trial) for trial in self.reported]
         logs_N = np.log([float(trial.user_attrs[COST]) for trial in self.reported])
         cost_M = self._regress(known, logs_N, settings)
@@ -98,7 +96,7 @@ class Outlook:
             # The cost is time already.
             return log_expected_improvement(mean_M, std_M, best) - cost_M
         gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N)
-        return np.log(np.maximum(gain_M, 1e-300)) - seconds_M
+        return np.log(np.maximum(gain_M, 1e-300))
 
     def fall_per_hour(self, settings: Configurations, left_M: Floats) -> Floats:
         """Return by how many bits each of M configurations is expected to lower the best JS, per hour, [M].
@@ -113,12 +111,12 @@ class Outlook:
         per_hour_M: Floats = 3600 * fall_M / (left_M * np.exp(self._log_seconds(settings)))
         return per_hour_M
 
-    def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates, *, by_time: bool = False) -> Offer | None:
+    def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates) -> Offer | None:
         """Return the most promising configuration that was not tried; None where the space has no other."""
         params = draw(self._domain.parameters, self._leading(), rng)
         merit_M = np.zeros(len(next(iter(params.values()))))
         if self.forecast is not None:
-            merit_M = self.log_promise(self._domain.settings_of(params), by_time=by_time)
+            merit_M = self.log_promise(self._domain.settings_of(params))
         tried = {self._domain.key_of(trial) for trial in self._past}
         for number in np.argsort(-merit_M, kind="stable"):
             chosen = row_of(params, number)
