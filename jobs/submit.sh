@@ -55,7 +55,7 @@ fi
 # first. Ray replaces ${PATH} by the PATH of the node.
 "$ray" job submit \
   --submission-id "$name-$(date +%Y%m%d-%H%M%S)" \
-  --metadata-json "{\"study\": \"$name\"}" \
+  --metadata-json "{\"job_name\": \"$name\"}" \
   --runtime-env-json \
   "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\", \"RAYTUNE_EMOTION_COMMIT\": \"$commit\"}}" \
   --working-dir "$package" \

@@ -125,7 +125,7 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     (job,) = ray_cluster.get("/api/jobs/")
     assert job["submission_id"].startswith(f"{name}-20")
     assert job["status"] == "SUCCEEDED"
-    assert job["metadata"] == {"study": name}
+    assert job["metadata"] == {"job_name": name}
     assert job["entrypoint"].startswith("python -m raytune_emotion.search --address auto --data ")
 
     actors = ray_cluster.get("/api/v0/actors?detail=1")["data"]["result"]["result"]
@@ -144,7 +144,7 @@ def test_a_search_that_joins_the_cluster_is_named_in_its_dashboard(ray_cluster):
     )
     environment = ray_cluster.environment | {"RAY_AUTH_MODE": "token"}
     subprocess.run([sys.executable, "-c", code, ray_cluster.address], env=environment, check=True, timeout=120)
-    assert [job["type"] for job in ray_cluster.get("/api/jobs/") if job["metadata"] == {"study": "second"}] == [
+    assert [job["type"] for job in ray_cluster.get("/api/jobs/") if job["metadata"] == {"job_name": "second"}] == [
         "DRIVER"
     ]
 

@@ -89,8 +89,8 @@ def ray_session(
                 # Ray starts workers through a shell, and quotes all but the interpreter (ray 5288, 33047).
                 arguments["runtime_env"] = {"py_executable": python}
         if job is not None:
-            # As jobs/submit.sh names its jobs.
-            arguments["job_config"] = JobConfig(metadata={"study": job})
+            # The dashboard shows this key as the name of a job; jobs/submit.sh sets it, too.
+            arguments["job_config"] = JobConfig(metadata={"job_name": job})
         forget_token()
         stack.enter_context(quiet_errors())
         stack.enter_context(no_start_by_itself())
