@@ -95,9 +95,9 @@ class Forecast:
         self._slope = max(0.0, float(slope))
         rest_N = y_N - self._slope * prior_N
         self._mean = float(rest_N.mean()) if len(y_N) else 0.0
-        x_ND = self._encoded(points.settings, points.share_N)
+        x_ND = self._encode(points.settings, points.share_N)
         z_N = (rest_N - self._mean) / self._scale
-        kernel, failure = fit_kernel(x_ND, z_N, _believed(encoding, lengths))
+        kernel, failure = fit_kernel(x_ND, z_N, _kernel_prior(encoding, lengths))
         if failure:
             warnings.warn(
                 f"forecast: the kernel could not be fitted ({failure}); what is believed beforehand is used",
@@ -108,12 +108,12 @@ class Forecast:
 
     def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
         """Mean and standard deviation of M configurations, [M] each, without the luck of a single training."""
-        mean_M, std_M = self._posterior(self._encoded(settings))
+        mean_M, std_M = self._posterior(self._encode(settings))
         return self._mean + self._slope * self._prior(settings) + self._scale * mean_M, self._scale * std_M
 
     def believe(self, settings: Configurations) -> None:
         """Take what is predicted of configurations for true, as of those that run: others then promise more."""
-        self._posterior.believe(self._encoded(settings))
+        self._posterior.believe(self._encode(settings))
 
     def value(self, mean: float) -> float:
         """Return the objective's value that a mean stands for."""
@@ -124,7 +124,7 @@ class Forecast:
         standard_M: Floats = (self(settings)[0] - self._mean) / self._scale
         return standard_M
 
-    def _encoded(self, settings: Configurations, share_M: Floats | None = None) -> Floats:
+    def _encode(self, settings: Configurations, share_M: Floats | None = None) -> Floats:
         x_MD = self._encoding(settings)
         return np.column_stack([x_MD, np.full(len(x_MD), self._share) if share_M is None else share_M])
 
@@ -187,8 +187,8 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
     log = bool(np.nanmin(value_NR) >= 0)
     if log:
         value_NR = np.log(np.maximum(value_NR, _PERFECT))
-    rest_R = _rest(value_NR)
-    row_N, at_N = _shown(value_NR, last_N)
+    rest_R = _remaining_change(value_NR)
+    row_N, at_N = _choose_reports(value_NR, last_N)
     value_N = value_NR[row_N, at_N - 1] + rest_R[at_N - 1]
     length = math.log(max(reports, most, 2))
     longest = math.log(most) / length
@@ -203,7 +203,7 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
     )
 
 
-def _shown(value_NR: Floats, last_N: Ints) -> tuple[Ints, Ints]:
+def _choose_reports(value_NR: Floats, last_N: Ints) -> tuple[Ints, Ints]:
     """Return which reports of which trials are learned from: the last ones, and others as far as there is room."""
     lasts = [(number, int(last)) for number, last in enumerate(last_N)]
     if len(lasts) > _POINTS:
@@ -225,7 +225,7 @@ def _shown(value_NR: Floats, last_N: Ints) -> tuple[Ints, Ints]:
     return row_N, at_N
 
 
-def _rest(value_NR: Floats) -> Floats:
+def _remaining_change(value_NR: Floats) -> Floats:
     """Return what is left to come after each report, [R], in the mean over the trials that have shown each step."""
     step_NR = np.diff(value_NR, axis=1)
     known_NR = ~np.isnan(step_NR)
@@ -234,13 +234,14 @@ def _rest(value_NR: Floats) -> Floats:
     return rest_R
 
 
-def _believed(encoding: Encoding, lengths: Mapping[str, float]) -> Prior:
+def _kernel_prior(encoding: Encoding, lengths: Mapping[str, float]) -> Prior:
     """Return what is believed of the kernel; the share trained is the last coordinate."""
     unknown = _UNKNOWN[0] * math.sqrt(len(encoding.names) + 1), _UNKNOWN[1]
-    believed = [*(_known(name, lengths) or unknown for name in encoding.names), _TRAINED]
+    believed = [*(length_prior(name, lengths) or unknown for name in encoding.names), _TRAINED]
     return Prior(_VARIANCE, tuple((math.log(length), spread) for length, spread in believed), _NOISE)
 
 
-def _known(name: str, lengths: Mapping[str, float]) -> tuple[float, float] | None:
+def length_prior(name: str, lengths: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return what is believed of the length of a setting, and with what spread; None where nothing is."""
     found = max((key for key in lengths if f"{name}.".startswith(f"{key}.")), key=len, default=None)
     return (lengths[found], _SPREAD) if found else None
