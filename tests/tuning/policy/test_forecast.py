@@ -126,9 +126,8 @@ def test_what_is_known_of_settings_helps_while_trials_are_few(space):
 
 def test_settings_are_known_by_the_longest_beginning_of_their_names():
     lengths = {"optim": 5.0, "optim.lr": 0.7, "loss": 3.5}
-    found = {
-        key: forecast.length_prior(key, lengths) for key in ("optim.lr", "optim.weight_decay", "loss.kl", "losses", "data")
-    }
+    names = ("optim.lr", "optim.weight_decay", "loss.kl", "losses", "data")
+    found = {key: forecast.length_prior(key, lengths) for key in names}
     assert {key: known and known[0] for key, known in found.items()} == {
         "optim.lr": 0.7, "optim.weight_decay": 5.0, "loss.kl": 3.5, "losses": None, "data": None,
     }  # fmt: skip
