@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup search test machines lint bench gpu
+.PHONY: setup search test machines fuzz lint bench gpu
 
 setup: $(READY)
 
@@ -22,6 +22,10 @@ test: setup
 # Kills and freezes parts of Ray, and sends signals: too long for `make test`. Some: make machines ONLY=train
 machines: setup
 	$(BIN)/python -m pytest tests/machines $(if $(ONLY),-k '$(ONLY)')
+
+# Damaged files of every kind: each ends in a result or a sentence. Fewer: make fuzz COUNT=1000
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(or $(COUNT),10000)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -214,7 +214,7 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
     if args.data is not None:
         return find_data(args.data)
     if args.resume:
-        before = (folder / DATA).read_text(encoding="utf-8").strip()
+        before = (folder / DATA).read_text(encoding="utf-8", errors="replace").strip()
         if not is_store(before):
             raise UserError(f"{before}: the packed data of the run are gone; name the data with --data")
         return find_data(before)

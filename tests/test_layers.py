@@ -60,10 +60,12 @@ TESTED_ELSEWHERE = {
 #: Test modules of what no single module does, with what that is.
 ACROSS_MODULES = {
     "test_docs": "README, docs and notebooks", "test_doors": "bad input at every command",
+    "test_fuzz": "damaged files of every kind",
     "test_jobs": "files in jobs/", "test_layers": "the layout", "test_main": "the console script",
     "test_submit": "jobs/submit.sh", "test_surface": "names that others rely on", "test_wheel": "the installed package",
     "learn/test_distributed": "training in several processes",
     "machines/test_death": "clusters of several machines", "machines/test_growth": "clusters of several machines",
+    "machines/test_nodes": "clusters of several machines", "machines/test_security": "what others see of a search",
     "machines/test_signals": "clusters of several machines",
     "storage/test_faulty_s3": "a store that fails", "tuning/execution/test_faulty_storage": "a store that fails",
     "tuning/execution/test_chaos": "processes and networks that die", "tuning/execution/test_memory": "use of memory",

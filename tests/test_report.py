@@ -49,6 +49,20 @@ def test_everything_that_is_made_is_made_again(study, capsys):
     assert not [path.name for path in study.iterdir() if path.name.startswith(".") and path.name != LOCK]
 
 
+def test_links_in_the_study_of_a_stranger_lead_nowhere(study, tmp_path, no_plots):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    for name in MADE:
+        (study / name).unlink(missing_ok=True)
+        (study / name).symlink_to(victim)
+    assert exit_code(["report", study]) == 0
+    assert exit_code(["export", study, study / "exported"]) == 0
+    assert victim.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == before
+    assert not (study / "report.html").is_symlink()
+
+
 def test_the_page_shows_the_table(study, no_plots):
     assert exit_code(["report", study]) == 0
     table, page = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}), Page(study)

@@ -149,8 +149,8 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
 
 def open_if_here(address: str) -> Store | None:
     """Open the store at an address if it lies in a folder of this machine and is whole; None otherwise."""
-    place = location_of(address)
     try:
+        place = location_of(address)
         return open_store(place) if isinstance(place, Folder) and is_store(place) else None
     except (UserError, OSError):
         return None

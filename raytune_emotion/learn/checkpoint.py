@@ -28,11 +28,14 @@ from torch.optim import Optimizer
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
+from raytune_emotion.storage.json_text import load_json
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 PREDICTIONS = "predictions.safetensors"
 
 
+#: Larger integers are not exact as floats.
+_LARGEST = 2**53
 #: What a file that is not whole, or is not one of these, raises.
 _DAMAGE = (SafetensorError, ValueError)
 
@@ -250,7 +253,7 @@ def read_history(folder: Path) -> list[Report]:
         lines = (folder / HISTORY).read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
-        return [_report(json.loads(line)) for line in lines]
+        return [_report(load_json(line)) for line in lines]
     except FileNotFoundError:
         return []
     except ValueError as error:
@@ -260,15 +263,23 @@ def read_history(folder: Path) -> list[Report]:
 
 
 def _report(line: Any) -> Report:
-    """Take a line of a history for a report if it has the numbers that a study looks at.
+    """Take a line of a history for a report if it holds numbers alone, and those that a study looks at.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
-    numbers = {key: line.get(key) for key in (*HEARD, "val_js")} if isinstance(line, dict) else {"report": None}
-    if wrong := [key for key, value in numbers.items() if not isinstance(value, int | float)]:
-        raise ValueError(f"no number as {wrong[0]}")
+    numbers: dict[str, Any] = dict.fromkeys((*HEARD, "val_js", "time"))
+    numbers |= line if isinstance(line, dict) else {}
+    if wrong := [key for key, value in numbers.items() if not (key.isidentifier() and _is_number(value))]:
+        raise ValueError(f"no number as {wrong[0]!r}")
+    if not isinstance(numbers["report"], int) or numbers["report"] < 1:
+        raise ValueError("no positive integer as 'report'")
     return cast("Report", line)
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number that any table can hold."""
+    return isinstance(value, int | float) and abs(value) < _LARGEST
 
 
 def _has_best(folder: Path, progress: Progress) -> bool:
@@ -293,7 +304,7 @@ def _header(file: Any, *keys: str) -> list[Any]:
     metadata = file.metadata() or {}
     if not metadata.keys() >= {*keys}:
         raise ValueError("its header is not that of a run")
-    return [json.loads(metadata[key]) for key in keys]
+    return [load_json(metadata[key]) for key in keys]
 
 
 def _check_fits(tensors: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -41,6 +41,7 @@ from raytune_emotion.learn.model_card import Evidence, render_card
 from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
 from raytune_emotion.learn.validation import predict_split
 from raytune_emotion.storage.atomic import atomic_write, write_text
+from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
 
@@ -295,7 +296,7 @@ def load_package(folder: Path) -> Package:
     """
     check_export(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = load_json((folder / CONFIG).read_bytes())
         classes, members = tuple(config["label_names"]), config.get("members")
         model: Predictor = (
             _make_model(config, len(classes))

@@ -4,7 +4,6 @@ A folder or a repository of the hub holds timm's `config.json` and weights. Noth
 configuration only known, plain values are taken, and of the weights only safetensors, which run no code when loaded.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from timm.models import get_deprecated_models
 from raytune_emotion.config import ModelConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import FOLDER, HUB, architectures, short_name, split_source
+from raytune_emotion.storage.json_text import load_json
 
 #: Arguments of a model's shape that a `config.json` may name. By others, timm could be made to load a file.
 _SHAPE = {
@@ -167,7 +167,7 @@ def _is_plain(value: Any) -> bool:
 def _read_config(backbone: str, file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Read timm's `config.json`: the architecture, the arguments of its shape, the description of its weights."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file.read_bytes())
         architecture, given = content["architecture"], content.get("pretrained_cfg", content)
         if architecture not in architectures():
             raise ValueError(f"timm has no architecture {architecture}")

@@ -562,10 +562,14 @@ def parse_location(text: str) -> Location:
     """Read what the user names: a folder or, where it has a scheme, the URI of one.
 
     Raises:
-        UserError: it is empty, or the URI has credentials in it.
+        UserError: it can be no name of a folder, or the URI has credentials in it.
     """
-    if not text:
-        raise UserError("expected a folder or a URI, got ''; name one")
+    try:
+        bad = not text or b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:
+        bad = True
+    if bad:
+        raise UserError(f"expected a folder or a URI, got {text!r}; name one")
     return Remote(text) if "://" in text else Folder(Path(text))
 
 

@@ -183,6 +183,12 @@ def test_uri_with_credentials_is_refused_without_telling_them(uri):
     assert SECRET not in str(raised.value)
 
 
+@pytest.mark.parametrize("text", ["", "a\0b", "s3://bucket/a\0b", "\ud800"])
+def test_text_that_can_be_no_path_is_refused(text):
+    with pytest.raises(UserError, match="expected a folder or a URI, got"):
+        parse_location(text)
+
+
 @pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa"])
 def test_uri_that_ends_in_no_name_is_refused(uri):
     with pytest.raises(UserError, match="is no name of a folder"):

@@ -3,11 +3,11 @@
 Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
 """
 
-import json
 from pathlib import Path
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.space.parser import parse_space
@@ -30,7 +30,7 @@ def read_earlier(folder: Path) -> list[Forecast]:
                 encoding_of(parse_space(study["space"], EARLIER)),
                 [Curve(kept, {int(n): float(js) for n, js in values.items()}) for kept, values in study["trials"]],
             )
-            for study in json.loads((folder / EARLIER).read_text(encoding="utf-8"))
+            for study in load_json((folder / EARLIER).read_bytes())
         ]
     except UserError as error:
         raise UserError(f"{folder}/{fault}" for fault in error.faults) from None

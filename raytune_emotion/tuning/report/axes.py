@@ -66,7 +66,7 @@ def settings_of_name(space: Space, name: str) -> list[Setting]:
 
 
 def _axis(name: str, settings: Sequence[Setting], values: Sequence[Any]) -> Axis:
-    if any(isinstance(setting, Simplex) for setting in settings):
+    if any(isinstance(setting, Simplex) for setting in settings) and all(map(_is_number, values)):
         return Axis(name, "linear", 0.0, 1.0)
     ranges = [setting for setting in settings if isinstance(setting, FloatDistribution | IntDistribution)]
     if not ranges or not all(map(_is_number, values)):

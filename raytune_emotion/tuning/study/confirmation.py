@@ -18,8 +18,9 @@ import pandas as pd
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.tuning.policy.decisions import SETTINGS
+from raytune_emotion.tuning.study.journal_check import CONFIRMS
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
-from raytune_emotion.tuning.study.optuna_study import CONFIRMS, study_lock
+from raytune_emotion.tuning.study.optuna_study import study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec

@@ -19,6 +19,7 @@ from raytune_emotion.tuning.study.optuna_study import create_study, extend, list
 from raytune_emotion.tuning.study.records import (
     TrialRecord,
     best_first,
+    read_record,
     read_records,
     trial_folder,
     trials_to_strip,
@@ -55,8 +56,7 @@ class OpenStudy:
         return read_records(self.folder, self.optuna, known)
 
     def record(self, trial_id: str) -> TrialRecord:
-        (record,) = (r for r in self.records({t.trial_id for t in list_trials(self.optuna)} - {trial_id}))
-        return record
+        return read_record(self.folder, self.optuna, trial_id)
 
     def is_over(self) -> bool:
         """Tell whether as many trials as were asked for have ended."""

@@ -38,6 +38,7 @@ from raytune_emotion.tuning.policy.decisions import (
     is_paused,
 )
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.journal_check import CONFIRMS, CONTINUES, REASON, check_trials
 from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored_trial
 from raytune_emotion.tuning.study.trials import trial_id_of
 
@@ -52,9 +53,6 @@ _STATES: dict[Status, TrialState] = {
 _STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATES.items()}
 
 JOURNAL = "optuna.journal"
-#: Attributes of an Optuna trial: the trial that it goes on from; of a confirmation, the trial of the other study that
-#: had its configuration first.
-CONTINUES, CONFIRMS = "continues", "confirms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +191,7 @@ class Searcher:
         """Tell how a trial ended; its value is the best that was observed."""
         trial = self._handles[trial_id]
         if reason:
-            trial.set_user_attr("reason", reason)
+            trial.set_user_attr(REASON, reason)
         if seconds is not None:
             trial.set_user_attr(SECONDS, seconds)
         value = best_js(stored_trial(trial)) if status == "complete" else None
@@ -226,19 +224,25 @@ def expected_gain(study: optuna.Study) -> float | None:
 
 def list_trials(study: optuna.Study) -> list[StudyTrial]:
     """Return every trial that was ever asked for, in order."""
-    return [
-        StudyTrial(
-            trial_id_of(trial.number),
-            "paused" if is_paused(trial) else _STATUSES[trial.state],
-            # A trial without settings is one whose asking was interrupted.
-            trial.user_attrs.get(SETTINGS, {}),
-            trial.user_attrs.get("reason", ""),
-            trial.user_attrs.get(CONTINUES),
-            trial.user_attrs.get(CONFIRMS),
-        )
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state != TrialState.WAITING
-    ]
+    trials = study.get_trials(deepcopy=False)
+    return [_study_trial(trial) for trial in trials if trial.state != TrialState.WAITING]
+
+
+def read_trial(study: optuna.Study, trial_id: str) -> StudyTrial:
+    """Return one trial that was asked for."""
+    return _study_trial(study.get_trials(deepcopy=False)[int(trial_id)])
+
+
+def _study_trial(trial: FrozenTrial) -> StudyTrial:
+    return StudyTrial(
+        trial_id_of(trial.number),
+        "paused" if is_paused(trial) else _STATUSES[trial.state],
+        # A trial without settings is one whose asking was interrupted.
+        trial.user_attrs.get(SETTINGS, {}),
+        trial.user_attrs.get(REASON, ""),
+        trial.user_attrs.get(CONTINUES),
+        trial.user_attrs.get(CONFIRMS),
+    )
 
 
 def paused_trials(study: optuna.Study) -> list[str]:
@@ -277,7 +281,9 @@ def load_study(folder: Path) -> optuna.Study:
         storage = _storage(folder)
         # Not by the name of the folder: people rename folders.
         (name,) = optuna.get_all_study_names(storage)
-        return optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage)
+        check_trials(study.get_trials(deepcopy=False))
+        return study
     except OSError:
         raise
     except Exception as error:  # Optuna raises errors of all kinds for a damaged line

@@ -19,7 +19,7 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import atomic_write
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
-from raytune_emotion.tuning.study.optuna_study import Status, list_trials
+from raytune_emotion.tuning.study.optuna_study import Status, StudyTrial, list_trials, read_trial
 from raytune_emotion.tuning.study.spec import SPEC
 
 #: Number of ended trials whose weights are kept.
@@ -65,19 +65,19 @@ def study_files(study: Location, *patterns: str) -> Iterator[Path]:
 
 def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:
     """Read the trials of a study with their reports, in the order of their start. Skip those in `known`."""
-    return [
-        TrialRecord(
-            t.trial_id,
-            t.status,
-            t.settings,
-            t.reason,
-            tuple(read_history(trial_folder(folder, t.trial_id))),
-            t.continues,
-            t.confirms,
-        )
-        for t in list_trials(study)
-        if t.trial_id not in known
-    ]
+    return [_read_record(folder, trial) for trial in list_trials(study) if trial.trial_id not in known]
+
+
+def read_record(folder: Path, study: optuna.Study, trial_id: str) -> TrialRecord:
+    """Read one trial of a study with its reports."""
+    return _read_record(folder, read_trial(study, trial_id))
+
+
+def _read_record(folder: Path, trial: StudyTrial) -> TrialRecord:
+    reports = tuple(read_history(trial_folder(folder, trial.trial_id)))
+    return TrialRecord(
+        trial.trial_id, trial.status, trial.settings, trial.reason, reports, trial.continues, trial.confirms
+    )
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

@@ -52,7 +52,8 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
 def store_of(run: Path) -> Store | None:
     """Return the packed data that a run or a trial was trained on; None where they are not on this machine."""
     address = run / DATA
-    return open_if_here(address.read_text(encoding="utf-8").strip()) if address.is_file() else None
+    # Text that is not UTF-8 names no store.
+    return open_if_here(address.read_text(encoding="utf-8", errors="replace").strip()) if address.is_file() else None
 
 
 def delete_other_formats(dest: Location, formats: Sequence[str]) -> None:

@@ -1,0 +1,67 @@
+"""Check what a journal says of its trials: Optuna takes any JSON, and the journal may be a stranger's."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SECONDS, SETTINGS, TAKEN_UP
+
+#: Attributes of an Optuna trial: the trial that it goes on from; of a confirmation, the trial of the other study that
+#: had its configuration first; why it failed.
+CONTINUES, CONFIRMS, REASON = "continues", "confirms", "reason"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**31
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value is one of a setting: text, a number, or a list of them."""
+    if isinstance(value, list):
+        return all(_is_plain(item) and not isinstance(item, list) for item in value)
+    return value is None or isinstance(value, str | bool) or _is_number(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+
+
+_ATTRIBUTES: Mapping[str, Callable[[Any], bool]] = {
+    SETTINGS: _is_mapping,
+    COST: _is_number,
+    SECONDS: _is_number,
+    PAUSED: lambda value: isinstance(value, bool),
+    TAKEN_UP: _is_count,
+    REASON: lambda value: isinstance(value, str),
+    CONFIRMS: lambda value: isinstance(value, str),
+    "fixed_params": _is_mapping,
+}
+
+
+def check_trials(trials: Sequence[FrozenTrial]) -> None:
+    """Check the trials of a journal.
+
+    Raises:
+        ValueError: one of them holds something else than this project writes.
+    """
+    for number, trial in enumerate(trials):
+        attributes = {**trial.system_attrs, **trial.user_attrs}
+        wrong = [name for name, fits in _ATTRIBUTES.items() if name in attributes and not fits(attributes[name])]
+        continued = attributes.get(CONTINUES)
+        if continued is not None and continued not in {f"{number:04d}" for number in range(len(trials))}:
+            wrong.append(CONTINUES)
+        reported = trial.intermediate_values
+        if not all(_is_count(step) and _is_number(value) for step, value in reported.items()):
+            wrong.append("its reports")
+        if not all(map(_is_plain, trial.params.values())):
+            wrong.append("its parameters")
+        if not all(map(_is_number, trial.values or ())):
+            wrong.append("its value")
+        if wrong:
+            raise ValueError(f"trial {number}: {wrong[0]}: not as a search writes it")
