@@ -28,7 +28,6 @@ from raytune_emotion.tuning.study.optuna_study import (
     Proposal,
     Searcher,
     Status,
-    list_trials,
     paused_trials,
     trials_to_continue,
 )
@@ -94,10 +93,11 @@ class Recorder:
         self._searcher = _searcher_of(study, earlier)
         self.gain = GainWatch(study, self._searcher, earlier, until=until_gain, clock=clock)
         self._running: dict[str, Proposal] = {}  # those that `next` returned, until they end
-        self._without_weights: set[str] = set()  # trials without weights
+        self._weights = _Weights(study)
         self._failures = 0  # in a row, of the trials that ended last
         self._idle = False  # the policy had nothing to run, and nothing has happened since
-        self._begun_count = 0  # trials that were ever asked for
+        self._begun: set[str] = set()  # trials that were ever asked for
+        self._paused = _PausedTrials(study)
         self._queue: deque[str] = deque()
         self._closed = False
         self._lock = threading.RLock()
@@ -113,7 +113,7 @@ class Recorder:
         self._study.copy.claim([JOURNAL, *there, SPEC])
         records = self._study.records()
         self._tables.keep([record for record in records if record.ended])
-        self._begun_count = len(records)
+        self._begun = {record.trial_id for record in records}
         stopped = self._searcher.replay(records)
         for record in records:
             if record.status == "running":
@@ -140,8 +140,8 @@ class Recorder:
 
     def trials_to_run(self) -> int:
         """Return how many trials could run at once, if there were room for all: none of them has ended."""
-        begun = len(self._running) + len(self._queue) + len(paused_trials(self._study.optuna))
-        return begun + max(0, self._study.spec.trials - self._begun_count)
+        begun = len(self._running) + len(self._queue) + len(self._paused)
+        return begun + max(0, self._study.spec.trials - len(self._begun))
 
     def next(self) -> Proposal | None:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
@@ -154,6 +154,10 @@ class Recorder:
     def end(self, trial_id: str, ending: Failed | Broken) -> None:
         """Record that a trial ended without a report."""
         self._run_or_break(lambda: self._end(self._running[trial_id], ending, None), None)
+
+    def give_back(self, trial_id: str) -> None:
+        """Have a running trial go on in another process: it is the next one that `next` returns."""
+        self._run_or_break(lambda: self._queue.appendleft(self._running.pop(trial_id).trial_id), None)
 
     def write_in_time(self) -> None:
         """Write the tables if they lack an ending, unless they were written just now."""
@@ -207,17 +211,22 @@ class Recorder:
         for report in _take_over(self._study, proposal):
             self._searcher.observe(proposal.trial_id, report)
         self._running[proposal.trial_id] = proposal
+        self._paused.discard(proposal.trial_id)
         self._watch(Event(proposal, "running", None, ""))
         return proposal
 
     def _ask(self) -> Proposal | None:
         while True:
-            answer = self._searcher.ask(_limits_of(self._study, self._begun_count))
+            answer = self._searcher.ask(self._limits())
             if not isinstance(answer, Prune):
                 break
             self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
-        self._begun_count = len(list_trials(self._study.optuna))
+        if answer is not None:
+            self._begun.add(answer.trial_id)
         return answer
+
+    def _limits(self) -> Limits:
+        return Limits(new=len(self._begun) < self._study.spec.trials, paused=self._paused.most())
 
     def _report(self, proposal: Proposal, report: Heard) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
@@ -234,8 +243,7 @@ class Recorder:
         if report["finished"]:
             return Complete()
         # A report that is heard twice, as after the death of a process, decides nothing.
-        limits = _limits_of(self._study, self._begun_count)
-        decision = self._searcher.decide(trial_id, report, limits) if new else "go on"
+        decision = self._searcher.decide(trial_id, report, self._limits()) if new else "go on"
         return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
 
     def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
@@ -249,31 +257,22 @@ class Recorder:
         if isinstance(ending, Paused):
             assert report is not None
             self._searcher.pause(trial_id, report["seconds"])
+            self._paused.add(trial_id)
         else:
+            self._paused.discard(trial_id)
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
         self.gain.update()
         self._study.copy.push(JOURNAL)
-        self._drop_weights()
+        self._weights.delete_needless(self._tables.ended)
         self._running.pop(trial_id, None)
         self._watch(Event(proposal, status, report, reason, self.gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
 
-    def _drop_weights(self) -> None:
-        # A confirmation chooses in the end; its trials are few.
-        ended = [] if self._study.spec.confirms else self._tables.ended
-        lost = trials_to_strip(ended, self._study.objective, trials_to_continue(self._study.optuna))
-        gone = [trial_id for trial_id in lost if trial_id not in self._without_weights]
-        delete_weights(self._study.folder, gone)
-        self._study.copy.delete(
-            [f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)]
-        )
-        self._without_weights.update(gone)
-
     def _prune_paused(self) -> None:
-        for trial_id in paused_trials(self._study.optuna):
+        for trial_id in self._paused.ids():
             self._end(self._searcher.resume(trial_id), Pruned(), None)
 
 
@@ -289,15 +288,50 @@ def _take_over(study: OpenStudy, proposal: Proposal) -> list[Report]:
     return read_history(study.trial_folder(target))
 
 
-def _limits_of(study: OpenStudy, begun_count: int) -> Limits:
-    return Limits(new=begun_count < study.spec.trials, paused=_most_paused(study))
+class _Weights:
+    """Delete the weights that nobody needs any more."""
+
+    def __init__(self, study: OpenStudy) -> None:
+        self._study = study
+        self._deleted: set[str] = set()  # trials without weights
+
+    def delete_needless(self, ended: list[TrialRecord]) -> None:
+        study = self._study
+        if study.spec.confirms:
+            return  # a confirmation chooses in the end; its trials are few
+        lost = trials_to_strip(ended, study.objective, trials_to_continue(study.optuna))
+        gone = [trial_id for trial_id in lost if trial_id not in self._deleted]
+        delete_weights(study.folder, gone)
+        study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)])
+        self._deleted.update(gone)
 
 
-def _most_paused(study: OpenStudy) -> int:
-    """Return how many trials may be paused at once: their checkpoints are bounded in number and in bytes."""
-    files = [study.trial_folder(trial_id) / LAST for trial_id in paused_trials(study.optuna)]
-    largest = max((file.stat().st_size for file in files if file.exists()), default=0)
-    return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
+class _PausedTrials:
+    """Know the trials that are paused: their checkpoints are bounded in number and in bytes."""
+
+    def __init__(self, study: OpenStudy) -> None:
+        self._study = study
+        self._bytes: dict[str, int] = {}  # of their checkpoints, 0 for one that is not on this machine
+        for trial_id in paused_trials(study.optuna):
+            self.add(trial_id)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def ids(self) -> list[str]:
+        return [*self._bytes]
+
+    def add(self, trial_id: str) -> None:
+        file = self._study.trial_folder(trial_id) / LAST
+        self._bytes[trial_id] = file.stat().st_size if file.exists() else 0
+
+    def discard(self, trial_id: str) -> None:
+        self._bytes.pop(trial_id, None)
+
+    def most(self) -> int:
+        """Return how many trials may be paused at once."""
+        largest = max(self._bytes.values(), default=0)
+        return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
 
 
 class _StudyEnds(Breakdown):

@@ -376,3 +376,17 @@ def test_a_study_at_another_place_is_there_before_a_trial_begins(folder, tmp_pat
     proposal = recorder.next()
     assert there.read(JOURNAL) == (folder / JOURNAL).read_bytes()
     assert statuses(tmp_path / "there") == {proposal.trial_id: "running"}
+
+
+def test_a_trial_that_is_given_back_goes_on_before_others_begin(folder):
+    recorder = Recorder(load(folder))
+    first, _ = recorder.next(), recorder.next()
+    reports = train(folder, first.trial_id, 0.3)
+    assert recorder.report(first.trial_id, next(reports))
+    recorder.give_back(first.trial_id)
+    assert recorder.trials_to_run() == 4
+    assert not recorder.is_over
+    assert recorder.next() == first
+    assert [recorder.report(first.trial_id, report) for report in reports] == [True, False]
+    recorder.close()
+    assert [(r.status, len(r.reports)) for r in load(folder).records()] == [("complete", 3), ("running", 0)]

@@ -1,0 +1,202 @@
+"""What the driver of a large study takes: processor time, memory, disk, and time until it begins and goes on.
+
+Nothing is trained, and Ray is not there: 64 or 512 simulated workers write histories as trials do, and report to the
+recorder, which writes the real journal and tables and asks the real policy. So Ray's own share of a report is missing.
+"""
+
+import heapq
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import Table
+from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST
+from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.policy.decisions import Policy
+from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
+from raytune_emotion.tuning.study.spec import StudySpec
+
+EPOCHS = 10
+#: Sampler and scheduler, trials at once, trials of the studies.
+RECORD, DEFAULT = ("random", "none"), ("forecast", "freeze-thaw")
+CASES = [
+    *((RECORD, 64, trials) for trials in (100, 500, 1000, 2000)),
+    (RECORD, 512, 2000),
+    *((DEFAULT, 64, trials) for trials in (100, 500, 2000)),
+]
+#: After so long a study is left as it is, and what it has until then is told.
+LIMIT_S = 150.0
+SPACE = {
+    "model.backbone": {"choice": ["resnet18", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224"]},
+    "model.dropout": {"uniform": [0.0, 0.4]},
+    "optim.lr": {"log_uniform": [1e-5, 1e-2]},
+    "optim.weight_decay": {"log_uniform": [1e-4, 0.3]},
+    "augment.mixup": {"uniform": [0.0, 0.5]},
+    "loss": {"simplex": ["mse", "kl", "js"]},
+}
+_METRICS = (
+    "kl", "ce", "tvd", "mse", "l1", "emd", "chebyshev", "clark", "canberra", "cosine", "intersection", "accuracy",
+    "emd_va",
+)  # fmt: skip
+
+
+class Clock:
+    """Sum up the processor time of calls."""
+
+    def __init__(self) -> None:
+        self.seconds, self.calls = 0.0, 0
+
+    def __call__(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **named: Any) -> Any:
+            began = time.process_time()
+            try:
+                return call(*args, **named)
+            finally:
+                self.seconds += time.process_time() - began
+                self.calls += 1
+
+        return timed
+
+
+class Workers:
+    """Train trials in simulated time: each writes its history, and reports after every epoch."""
+
+    def __init__(self, folder: Path, at_once: int) -> None:
+        self._folder, self._at_once = folder, at_once
+        self._queue: list[tuple[float, int, Proposal, Iterator[dict[str, Any]]]] = []
+        self.now, self._order, self.reports, self.begun = 0.0, 0, 0, 0
+
+    def run(self, recorder: Recorder, clock: Clock, until: Callable[[], bool]) -> None:
+        """Run until a condition holds, or the study is over. The clock has what the recorder took."""
+        next_trial, report = clock(recorder.next), clock(recorder.report)
+        write = clock(recorder.write_in_time)
+        while not until():
+            while len(self._queue) < self._at_once and (proposal := next_trial()) is not None:
+                self._push(proposal, self._train(proposal))
+            if not self._queue:
+                return
+            self.now, _, proposal, reports = heapq.heappop(self._queue)
+            if report(proposal.trial_id, next(reports)):
+                self._push(proposal, reports)
+            self.reports += 1
+            write()
+
+    def _push(self, proposal: Proposal, reports: Iterator[dict[str, Any]]) -> None:
+        self._order += 1
+        seconds = 3.0 + self._order % 5
+        heapq.heappush(self._queue, (self.now + seconds, self._order, proposal, reports))
+
+    def _train(self, proposal: Proposal) -> Iterator[dict[str, Any]]:
+        folder = self._folder / "trials" / proposal.trial_id
+        self.begun += not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (LAST, BEST):
+            (folder / name).write_bytes(b"weights")
+        there = (folder / HISTORY).read_text().splitlines() if (folder / HISTORY).exists() else []
+        draw = np.random.default_rng([int(proposal.trial_id), 7])
+        level = 0.1 + 0.02 * (np.log10(proposal.settings["optim.lr"]) + 3) ** 2 + 0.03 * draw.random()
+        js_R = level + 0.3 * np.exp(-0.5 * np.arange(1, EPOCHS + 1)) + 0.003 * draw.random(EPOCHS)
+        for number in range(len(there) + 1, EPOCHS + 1):
+            report = {
+                "report": number, "epoch": float(number), "seconds": 5.0 * number, "finished": number == EPOCHS,
+                "best_val_js": float(js_R[:number].min()), "val_js": float(js_R[number - 1]), "params_millions": 11.7,
+                "images_per_second": 1234.5, "time": self.now, "train_loss": 0.5, "lr": 1e-3, "accumulate": 1,
+                "best_report": int(js_R[:number].argmin()) + 1, **dict.fromkeys((f"val_{m}" for m in _METRICS), 0.123),
+            }  # fmt: skip
+            with (folder / HISTORY).open("a") as file:
+                file.write(json.dumps(report) + "\n")
+            yield report
+
+
+def measure(case: tuple[tuple[str, str], int, int]) -> tuple[Any, ...]:
+    """Run a study until all of its trials have begun; leave it there, as if it was killed, and go on with it."""
+    (sampler, scheduler), at_once, trials = case
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
+        folder, began = Path(scratch) / "study", time.monotonic()
+        make_study(folder, _spec(sampler, scheduler, trials))
+        recorder, clock, policy = Recorder(load(folder)), Clock(), Clock()
+        _time_policy(recorder, policy)
+        workers = Workers(folder, at_once)
+        workers.run(recorder, clock, lambda: workers.reports > 0)
+        first_s = time.monotonic() - began
+        workers.run(recorder, clock, lambda: workers.begun >= trials or time.monotonic() - began > LIMIT_S)
+        if recorder.error is not None:
+            raise recorder.error
+
+        again = time.monotonic()
+        recorder = Recorder(load(folder))
+        recorder.next()
+        resume_s = time.monotonic() - again
+        tables = time.monotonic()
+        recorder.close()
+        tables_s = time.monotonic() - tables
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return (
+            f"{sampler}, {scheduler}", at_once, workers.begun, workers.reports, 1000 * clock.seconds / workers.reports,
+            1000 * policy.seconds / workers.reports, first_s, resume_s, tables_s,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            size / 1e6, (folder / JOURNAL).stat().st_size / 1e6,
+        )  # fmt: skip
+
+
+def run() -> Table:
+    rows = []
+    for case in CASES:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(measure, case).result())
+            print(rows[-1], file=sys.stderr, flush=True)
+    return Table(
+        (
+            "policy", "at once", "trials", "reports", "ms a report", "of it policy", "first trial s", "resume s",
+            "tables s", "driver MiB", "folder MB", "journal MB",
+        ),
+        rows,
+        [
+            f"A trial reports up to {EPOCHS} times. Milliseconds are the driver's processor time, over all reports.",
+            f"A study that has taken {LIMIT_S:.0f} s is left with the trials that it has begun by then.",
+        ],
+    )  # fmt: skip
+
+
+def _time_policy(recorder: Recorder, clock: Clock) -> None:
+    policy: Policy = recorder._searcher._policy
+    policy.next, policy.decide = clock(policy.next), clock(policy.decide)  # type: ignore[method-assign]
+
+
+def _spec(sampler: str, scheduler: str, trials: int) -> StudySpec:
+    return StudySpec(
+        name="study",
+        seed=0,
+        objective="val_js",
+        sampler=sampler,
+        scheduler=scheduler,
+        trials=trials,
+        epochs=EPOCHS,
+        concurrency=None,
+        workers_per_trial=1,
+        gpus_per_worker=1.0,
+        max_failures=3,
+        data="faces",
+        stores={96: "store"},
+        fingerprints={96: "0"},
+        classes=EMOTIONS,
+        weights_dir=None,
+        space=SPACE,
+        baseline={"js": 0.4},
+    )
+
+
+if __name__ == "__main__":
+    kind, at_once, trials = sys.argv[1:]
+    print(measure(((RECORD if kind == "record" else DEFAULT), int(at_once), int(trials))))
