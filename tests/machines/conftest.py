@@ -1,13 +1,19 @@
 import contextlib
 import dataclasses
+import json
 import signal
+import socket
 import sys
+import tempfile
+from pathlib import Path
 
+import psutil
 import pytest
 
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.tuning.study.spec import write_spec
+from tests.machines.nodes import autoscaler_of, start_ray
 from tests.machines.running import ENDLESS, Running
 from tests.support.studies import write_study
 
@@ -76,3 +82,40 @@ def confirm(folder, start):
         return running
 
     return begin
+
+
+@pytest.fixture
+def start_head(monkeypatch):
+    """Start the head of a cluster, and return its address."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
+    with tempfile.TemporaryDirectory(prefix="rte-g", dir="/tmp", ignore_cleanup_errors=True) as folder:
+
+        def start(*, cpus: int, grows: bool = False) -> str:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+            more = []
+            if grows:
+                config = Path(folder) / "autoscaler.json"
+                config.write_text(json.dumps(autoscaler_of(port)))
+                more = [f"--autoscaling-config={config}"]
+                # The node provider knows the head by this id.
+                monkeypatch.setenv("RAY_OVERRIDE_NODE_ID_FOR_TESTING", "f" * 51 + "00000")
+                monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+            start_ray(
+                "--head",
+                "--include-dashboard=false",
+                f"--port={port}",
+                f"--num-cpus={cpus}",
+                f"--temp-dir={folder}/ray",
+                *more,
+            )
+            monkeypatch.delenv("RAY_OVERRIDE_NODE_ID_FOR_TESTING", raising=False)
+            return f"127.0.0.1:{port}"
+
+        yield start
+        # Not `ray stop`, which ends every cluster of this machine.
+        for process in psutil.process_iter(["cmdline"]):
+            with contextlib.suppress(psutil.Error):
+                if folder in " ".join(process.info["cmdline"] or ()):
+                    process.kill()

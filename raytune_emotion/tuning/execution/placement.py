@@ -20,6 +20,15 @@ Nodes = list[dict[str, float]]
 
 
 @dataclass(frozen=True)
+class ClusterNode:
+    """A node that lives."""
+
+    name: str  # for people
+    resources: dict[str, float]
+    draining: bool = False  # whether it ends soon, as after a spot instance's notice, and takes nothing new
+
+
+@dataclass(frozen=True)
 class Placement:
     """What a study takes of a cluster."""
 
@@ -127,9 +136,20 @@ def workers_on(nodes: Nodes, resources: Resources) -> int:
 
 def cluster_nodes() -> Nodes:
     """Return what each node of the cluster has that takes work: one that is being drained takes none."""
+    return [node.resources for node in list_nodes().values() if not node.draining]
+
+
+def list_nodes() -> dict[str, ClusterNode]:
+    """Return the nodes of the cluster that live, by their ids."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    drained = draining_nodes()
-    return [node["Resources"] for node in nodes if node["Alive"] and node["NodeID"] not in drained]
+    draining = draining_nodes()
+    return {
+        node["NodeID"]: ClusterNode(
+            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})", node["Resources"], node["NodeID"] in draining
+        )
+        for node in nodes
+        if node["Alive"]
+    }
 
 
 def local_node() -> dict[str, float]:

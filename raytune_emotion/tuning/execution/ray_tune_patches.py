@@ -19,6 +19,8 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.progress_reporter import TrialProgressCallback
 
+#: The mark of a trial of Ray Tune's whose process is not to run another one.
+_FORGET = "raytune_emotion_forget"
 #: Of what Ray says of a process that its memory monitor has killed.
 LOW_MEMORY = "running low on memory"
 #: Characters. Ray adds an essay to what has happened.
@@ -72,6 +74,8 @@ class _Controller(TuneController):
 
     Tune hears of such a death twice, and takes the second message for the death of a trial that cannot be restarted.
 
+    Also end the process of a trial whose node ends soon: Tune would give it the next trial.
+
     Also forget trials that have ended: Tune would keep 45 KiB of each, and walk through all of them at every event.
     """
 
@@ -96,6 +100,9 @@ class _Controller(TuneController):
             for trial in ended:
                 self._trial_metadata.pop(trial.trial_id, None)
 
+    def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
+        return not hasattr(trial, _FORGET) and super()._maybe_cache_trial_actor(trial)
+
     def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
         if exception is self._newest_failure:
             return
@@ -108,6 +115,11 @@ class _Controller(TuneController):
                 # Its process lives, and failed to leave the trial before. Else it would wait for that process for ever.
                 self._unstage_trial_with_resources(trial)
         super()._trial_task_failure(trial, exception)
+
+
+def forget_actor(trial: Trial) -> None:
+    """Have the process of a trial end with it."""
+    setattr(trial, _FORGET, True)
 
 
 @contextlib.contextmanager

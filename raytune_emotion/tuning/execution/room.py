@@ -8,7 +8,7 @@ from typing import Any
 from ray.autoscaler.sdk import request_resources
 
 from raytune_emotion.terminal import count
-from raytune_emotion.tuning.execution.placement import Nodes, Placement, cluster_nodes, trials_on
+from raytune_emotion.tuning.execution.placement import ClusterNode, Placement, list_nodes, trials_on
 
 #: Between two looks at the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
@@ -21,8 +21,9 @@ class Room:
         self,
         placement: Placement,
         wanted: Callable[[], int],
+        say: Callable[[str], None] = lambda text: None,
         *,
-        nodes: Callable[[], Nodes] = cluster_nodes,
+        nodes: Callable[[], dict[str, ClusterNode]] = list_nodes,
         request: Callable[..., Any] = request_resources,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -31,12 +32,14 @@ class Room:
         Args:
             placement: of the trials.
             wanted: returns how many trials the study could run at once.
-            nodes: returns what each node has that takes work.
+            say: tells the user of nodes that come and go.
+            nodes: returns the nodes that live, by their ids.
             request: asks the autoscaler for room for `bundles`, beside no earlier request.
             clock: in seconds.
         """
-        self._placement, self._wanted = placement, wanted
+        self._placement, self._wanted, self._say = placement, wanted, say
         self._nodes, self._request, self._clock = nodes, request, clock
+        self._known: dict[str, ClusterNode] | None = None  # those of the last look
         self._room = self._asked = 0
         self._look_at = self._request_at = clock()
 
@@ -44,12 +47,33 @@ class Room:
         now = self._clock()
         if now >= self._look_at:
             self._look_at = now + _LOOK_S
-            limit = self._placement.limit or sys.maxsize
-            self._room = min(trials_on(self._nodes(), self._placement.resources), limit)
+            self._look(self._nodes())
         if self._placement.grows and now >= self._request_at:
             self._request_at = now + _REQUEST_S
             self._ask(self._wanted())
         return self._room
+
+    def is_leaving(self, node: str) -> bool:
+        """Tell whether a node ends soon, so that its trials are to go on elsewhere."""
+        known = (self._known or {}).get(node)
+        return known is not None and known.draining
+
+    def _look(self, nodes: dict[str, ClusterNode]) -> None:
+        taking = [node.resources for node in nodes.values() if not node.draining]
+        limit = self._placement.limit or sys.maxsize
+        self._room = min(trials_on(taking, self._placement.resources), limit)
+        before, self._known = self._known, nodes
+        if before is None:
+            return
+        elsewhere = "its trials go on elsewhere from their checkpoints"
+        for number, node in before.items():
+            if number not in nodes:
+                self._say(f"node {node.name} has left the cluster; {'' if node.draining else elsewhere}".rstrip("; "))
+        for number, node in nodes.items():
+            if number not in before:
+                self._say(f"node {node.name} has joined the cluster")
+            elif node.draining and not before[number].draining:
+                self._say(f"node {node.name} is drained; {elsewhere}")
 
     def waiting(self) -> str:
         """Say what a trial waits for."""

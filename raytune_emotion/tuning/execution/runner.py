@@ -136,21 +136,22 @@ def _tune(
     say: Callable[[str], None],
     scratch: str,
 ) -> None:
-    room = Room(placement, recorder.trials_to_run)
+    room = Room(placement, recorder.trials_to_run, say)
     waiting = Waiting(lambda: say(room.waiting()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
+    search = Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop)
     with contextlib.closing(room), environment(pending), patch_tune():
         # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
         tune.run(
             _trainable(placement.resources),
             name=study.folder.name,
-            search_alg=Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop),
+            search_alg=search,
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
             max_failures=study.spec.max_failures,
-            stop=Gate(recorder, stop),
+            stop=Gate(recorder, search, stop),
             callbacks=[SmallerBatches(), BetweenEvents(recorder, waiting)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,

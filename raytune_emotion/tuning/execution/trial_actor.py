@@ -9,6 +9,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.tuning.execution.job import Job, TrialFailed, newest_report, train_here, train_with_retry
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 #: The key of a result that has no report, but says how the trial ended.
 ENDING = "ending"
+#: The key of the id of the node that the process runs on.
+NODE = "node"
 
 
 class TrialActor:
@@ -29,6 +33,7 @@ class TrialActor:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._workers: Workers | None = None
+        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -49,7 +54,7 @@ class TrialActor:
         except Breakdown as error:
             return {ENDING: Broken(str(error))}
         heard = {name: value for name, value in report.items() if name in HEARD}
-        return {"pid": os.getpid(), "host": platform.node(), **heard}
+        return {"pid": os.getpid(), "host": platform.node(), NODE: self._node, **heard}
 
     def reset(self, config: dict[str, Any]) -> bool:
         """Leave the trial, and begin with another."""

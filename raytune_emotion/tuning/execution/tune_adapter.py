@@ -12,9 +12,16 @@ from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.execution.job import Job, with_smaller_micro_batches
-from raytune_emotion.tuning.execution.ray_tune_patches import LOW_MEMORY, QuietProgress, make_trial, newest_error
+from raytune_emotion.tuning.execution.ray_tune_patches import (
+    LOW_MEMORY,
+    QuietProgress,
+    forget_actor,
+    make_trial,
+    newest_error,
+)
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.trial_actor import ENDING
+from raytune_emotion.tuning.execution.room import Room
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -49,7 +56,7 @@ class Search(SearchAlgorithm):
         self,
         recorder: Recorder,
         job_of: Callable[[Proposal], Job],
-        room: Callable[[], int],
+        room: Room,
         waiting: Waiting,
         stop: threading.Event,
     ) -> None:
@@ -84,6 +91,14 @@ class Search(SearchAlgorithm):
         self._running[trial_id] = trial
         return trial
 
+    def give_back(self, trial_id: str, node: str) -> bool:
+        """Have a running trial go on elsewhere if its node ends soon. Returns whether it leaves its process."""
+        if not self._room.is_leaving(node):
+            return False
+        self._recorder.give_back(_id_of(trial_id))
+        forget_actor(self._running[trial_id])
+        return True
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass  # `Gate` has heard it
 
@@ -102,14 +117,15 @@ class Search(SearchAlgorithm):
 class Gate(tune.Stopper):
     """Hear every result before the rest of Ray Tune does, and stop the trials that the recorder does not let go on."""
 
-    def __init__(self, recorder: Recorder, stop: threading.Event) -> None:
-        self._recorder, self._stop = recorder, stop
+    def __init__(self, recorder: Recorder, search: Search, stop: threading.Event) -> None:
+        self._recorder, self._search, self._stop = recorder, search, stop
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if ENDING in result:
             self._recorder.end(_id_of(trial_id), result[ENDING])
             return True
-        return not self._recorder.report(_id_of(trial_id), cast("Heard", result))
+        goes_on = self._recorder.report(_id_of(trial_id), cast("Heard", result))
+        return not goes_on or self._search.give_back(trial_id, result.get(NODE, ""))
 
     def stop_all(self) -> bool:
         return bool(self._recorder.broken) or self._stop.is_set()

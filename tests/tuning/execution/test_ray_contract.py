@@ -17,6 +17,7 @@ _PRIVATE = {
     "ray._private.services:ConsolePopen": None,
     "ray._private.auto_init_hook:enable_auto_connect": None,
     "ray._private.ray_constants:DEBUG_AUTOSCALING_STATUS": None,
+    "ray._private.ray_constants:ENABLE_RAY_CLUSTER": None,
     "ray._private.state:GlobalState.get_draining_nodes": ("self",),
     "ray._private.worker:_global_node": None,
     "ray._private.worker:print_to_stdstream": ("data", "ignore_prefix"),
@@ -38,6 +39,7 @@ _PRIVATE = {
     "ray.tune.execution.tune_controller:RayActorManager": None,
     "ray.tune.execution.tune_controller:_ActorClassCache.get": ("self", "trainable_cls"),
     "ray.tune.execution.tune_controller:TuneController.step": ("self",),
+    "ray.tune.execution.tune_controller:TuneController._maybe_cache_trial_actor": ("self", "trial"),
     "ray.tune.execution.tune_controller:TuneController._trial_task_failure": ("self", "trial", "exception"),
     "ray.tune.execution.tune_controller:TuneController._set_trial_status": ("self", "trial", "status"),
     "ray.tune.execution.tune_controller:TuneController._unstage_trial_with_resources": ("self", "trial"),
@@ -131,6 +133,11 @@ def test_the_reason_of_a_death_is_one_line_without_advice(tmp_path, written, rea
         f"Failure # 1 (occurred at noon)\nold\nFailure # 2 (occurred later)\n{written}\n"
     )
     assert newest_error(SimpleNamespace(error_file=str(tmp_path / "error.txt"))) == reason
+
+
+def test_a_node_without_a_cluster_has_the_address_of_loopback():
+    source = inspect.getsource(importlib.import_module("ray._private.services").get_node_ip_address)
+    assert "if not ray_constants.ENABLE_RAY_CLUSTER:" in source
 
 
 def test_what_ray_says_when_memory_is_short_is_known():

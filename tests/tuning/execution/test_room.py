@@ -3,7 +3,7 @@
 import pytest
 
 from raytune_emotion.tuning.execution.job import Resources
-from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.placement import ClusterNode, Placement
 from raytune_emotion.tuning.execution.room import Room
 
 
@@ -11,13 +11,14 @@ class Cluster:
     """A cluster with a clock, which writes down what its autoscaler is asked for."""
 
     def __init__(self, *nodes):
-        self.nodes, self.now, self.asked = [*nodes], 0.0, []
+        self.nodes, self.now, self.asked, self.said = [*nodes], 0.0, [], []
 
     def room(self, *, limit=None, grows=False, workers=1, wanted=lambda: 100):
         return Room(
             Placement(Resources(workers, 2.0, 0.0), 0, limit, grows),
             wanted,
-            nodes=lambda: self.nodes,
+            self.said.append,
+            nodes=lambda: {node.name: node for node in self.nodes},
             request=lambda bundles: self.asked.append(bundles),
             clock=lambda: self.now,
         )
@@ -29,12 +30,12 @@ class Cluster:
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, [2, 4, 1]), (3, [2, 3, 1])])
 def test_the_number_of_trials_follows_the_nodes(limit, expected):
-    cluster = Cluster({"CPU": 4.0})
+    cluster = Cluster(ClusterNode("a", {"CPU": 4.0}))
     room = cluster.room(limit=limit)
     seen = [room()]
-    cluster.nodes.append({"CPU": 5.0})
+    cluster.nodes.append(ClusterNode("b", {"CPU": 5.0}))
     seen.append(cluster.after(60, room))
-    cluster.nodes[:] = [{"CPU": 2.0}]
+    cluster.nodes[:] = [ClusterNode("a", {"CPU": 2.0})]
     seen.append(cluster.after(60, room))
     assert seen == expected
     room.close()
@@ -42,7 +43,28 @@ def test_the_number_of_trials_follows_the_nodes(limit, expected):
 
 
 def test_workers_of_a_trial_may_be_on_several_nodes():
-    assert Cluster({"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 3.0}).room(workers=2)() == 1
+    assert Cluster(*(ClusterNode(name, {"CPU": 3.0}) for name in "abc")).room(workers=2)() == 1
+
+
+def test_a_drained_node_takes_nothing_and_what_comes_and_goes_is_said_once():
+    a, b, c = (ClusterNode(name, {"CPU": 2.0}) for name in "abc")
+    cluster = Cluster(a, b)
+    room = cluster.room()
+    assert (room(), cluster.said) == (2, [])
+    cluster.nodes[:] = [a, ClusterNode("b", {"CPU": 2.0}, draining=True), c]
+    assert cluster.after(60, room) == 2
+    assert [room.is_leaving(name) for name in ("a", "b", "c", "unknown")] == [False, True, False, False]
+    cluster.after(60, room)
+    cluster.nodes[:] = [a, c]
+    cluster.after(60, room)
+    cluster.nodes[:] = [c]
+    assert cluster.after(60, room) == 1
+    assert cluster.said == [
+        "node b is drained; its trials go on elsewhere from their checkpoints",
+        "node c has joined the cluster",
+        "node b has left the cluster",
+        "node a has left the cluster; its trials go on elsewhere from their checkpoints",
+    ]
 
 
 def test_an_autoscaler_is_asked_for_what_the_study_can_use_until_it_ends():

@@ -40,7 +40,7 @@ def test_what_is_needless_is_not_imported(module):
 def test_a_result_is_what_the_driver_hears(job):
     actor = TrialActor(job.to_dict())
     results = [actor.train(), actor.train()]
-    assert [set(result) for result in results] == [{"pid", "host", *HEARD}] * 2
+    assert [set(result) for result in results] == [{"pid", "host", "node", *HEARD}] * 2
     assert [result["finished"] for result in results] == [False, True]
     actor.stop()
 

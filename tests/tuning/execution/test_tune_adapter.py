@@ -7,7 +7,7 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
-from raytune_emotion.tuning.execution.trial_actor import ENDING
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, Waiting
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
@@ -24,6 +24,9 @@ class Recorder:
         self.heard.append((trial_id, report))
         return self.answers.pop(0)
 
+    def give_back(self, trial_id):
+        self.heard.append(trial_id)
+
     def end(self, trial_id, ending):
         self.heard.append((trial_id, ending))
 
@@ -34,9 +37,42 @@ class Recorder:
         pass
 
 
+class Room:
+    """Has so many places, on nodes of which some end soon."""
+
+    def __init__(self, places=0, leaving=()):
+        self.places, self.leaving = places, leaving
+
+    def __call__(self):
+        return self.places
+
+    def is_leaving(self, node):
+        return node in self.leaving
+
+
+def search_of(recorder, room, waiting=None, stop=None):
+    waiting, stop = waiting or Waiting(lambda: None), stop or threading.Event()
+    search = Search(recorder, lambda proposal: SimpleNamespace(to_dict=dict), room, waiting, stop)
+    search.add_configurations(["an experiment"])
+    return search
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The ids of the trials that Ray Tune gets."""
+    made = []
+
+    def make_trial(experiment, trial_id, config, settings):
+        made.append(trial_id)
+        return SimpleNamespace(config=config)
+
+    monkeypatch.setattr(tune_adapter, "make_trial", make_trial)
+    return made
+
+
 def test_a_trial_stops_when_the_recorder_does_not_let_it_go_on():
     recorder, stop = Recorder(True, False), threading.Event()
-    gate = Gate(recorder, stop)
+    gate = Gate(recorder, search_of(recorder, Room()), stop)
     assert [gate("0000", {"report": 1}), gate("0000", {"report": 2}), gate("0001", {ENDING: Failed("why")})] == [
         False, True, True,
     ]  # fmt: skip
@@ -49,32 +85,38 @@ def test_a_trial_stops_when_the_recorder_does_not_let_it_go_on():
     assert gate.stop_all()
 
 
-def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(monkeypatch):
-    made = []
-
-    def make_trial(experiment, trial_id, config, settings):
-        made.append(trial_id)
-        return SimpleNamespace(config=config)
-
-    monkeypatch.setattr(tune_adapter, "make_trial", make_trial)
+def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(made):
     proposals = [Proposal("0000", {}, None), Proposal("0001", {}, None), Proposal("0000", {}, None)]
-    recorder = Recorder(True, proposals=proposals)
-    waiting, stop = Waiting(lambda: None), threading.Event()
-    search = Search(recorder, lambda proposal: SimpleNamespace(to_dict=dict), lambda: places, waiting, stop)
-    search.add_configurations(["an experiment"])
-    places = 1
+    recorder, room = Recorder(True, proposals=proposals), Room(places=1)
+    search = search_of(recorder, room)
     assert search.next_trial()
     assert search.next_trial() is None, "no place is free"
-    places = 2
+    room.places = 2
     assert search.next_trial()
     search.on_trial_complete("0000", {"report": 1})
-    places = 1
+    room.places = 1
     assert search.next_trial() is None, "a node has left"
-    places = 2
+    room.places = 2
     assert search.next_trial()
     assert made == ["0000", "0001", "0000.2"]
-    Gate(recorder, threading.Event())("0000.2", {"report": 2})
+    Gate(recorder, search, threading.Event())("0000.2", {"report": 2})
     assert recorder.heard == [("0000", {"report": 2})]
+
+
+def test_a_trial_on_a_node_that_ends_soon_leaves_it_after_its_report(made):
+    recorder, room = Recorder(True, True, False, proposals=[Proposal("0000", {}, None)] * 2), Room(1, {"b"})
+    search = search_of(recorder, room)
+    gate = Gate(recorder, search, threading.Event())
+    trial = search.next_trial()
+    assert not gate("0000", {"report": 1, NODE: "a"})
+    assert gate("0000", {"report": 2, NODE: "b"})
+    assert recorder.heard == [("0000", {"report": 1, NODE: "a"}), ("0000", {"report": 2, NODE: "b"}), "0000"]
+    assert vars(trial) == {"config": {}, "raytune_emotion_forget": True}, "its process gets no other trial"
+    search.on_trial_complete("0000", {"report": 2})
+    search.next_trial()
+    assert made == ["0000", "0000.2"]
+    assert gate("0000.2", {"report": 3, NODE: "b"})
+    assert recorder.heard[3:] == [("0000", {"report": 3, NODE: "b"})], "it has ended, so that nothing is given back"
 
 
 @pytest.mark.parametrize("status", [Trial.PENDING, Trial.RUNNING])
@@ -96,7 +138,7 @@ def test_a_cluster_without_any_room_is_said_and_can_be_left(monkeypatch):
     now, said, stop = [0.0], [], threading.Event()
     monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])
     waiting = Waiting(lambda: said.append(now[0]))
-    search = Search(Recorder(proposals=[Proposal("0000", {}, None)]), lambda proposal: None, lambda: 0, waiting, stop)
+    search = search_of(Recorder(proposals=[Proposal("0000", {}, None)]), Room(), waiting, stop)
     for now[0] in (10.0, 31.0, 100.0):
         assert search.next_trial() is None
     assert said == [31.0]
