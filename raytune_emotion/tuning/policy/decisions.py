@@ -14,6 +14,7 @@ it is on disk before a decision takes effect: a study that was interrupted, or k
 that ran when it broke off are taken up before anything is asked.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ def is_running(trial: FrozenTrial) -> bool:
 def is_paused(trial: FrozenTrial) -> bool:
     """Tell whether a trial has left its process, and can be taken up again."""
     return trial.state == TrialState.RUNNING and bool(trial.user_attrs.get(PAUSED))
+
+
+def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
+    """Return a trial as it would be recorded if it paused now, after seconds of training where they are known."""
+    paused = copy.copy(trial)
+    paused.user_attrs = {**trial.user_attrs, PAUSED: True, **({} if seconds is None else {SECONDS: seconds})}
+    return paused
 
 
 def best_js(trial: FrozenTrial) -> float:

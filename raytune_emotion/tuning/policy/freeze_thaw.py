@@ -12,7 +12,6 @@ further than any other before, as soon as that is half of what all trials have h
 begin. A study thus has a finished model early, and never ends without one.
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from threadpoolctl import threadpool_limits
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
 from raytune_emotion.tuning.policy.decisions import (
-    PAUSED,
     SECONDS,
     TAKEN_UP,
     Answer,
@@ -35,6 +33,7 @@ from raytune_emotion.tuning.policy.decisions import (
     Prune,
     Recorded,
     TakeUp,
+    as_paused,
     is_paused,
     is_running,
 )
@@ -128,7 +127,7 @@ class FreezeThaw:
         if not self._ends_stretch(report):
             return "go on"
         number = int(trial_id)
-        past = [_paused(trial, report) if trial.number == number else trial for trial in past]
+        past = [as_paused(trial, report["seconds"]) if trial.number == number else trial for trial in past]
         plan = self._plan_of(past, limits)
         if number in plan.prunes:
             return "stop"
@@ -178,7 +177,7 @@ class FreezeThaw:
         ranked = sorted(merits, key=lambda number: (number == favourite, merits[number]), reverse=True)
         kept = {*ranked[: limits.paused]}
         if offer is None:
-            kept &= {favourite, *self._hopeful(outlook, paused)}
+            kept &= {favourite, *self._list_contenders(outlook, paused)}
         worth = {number: value for number, value in merits.items() if number in kept}
         return _Plan(tuple(ranked[limits.paused :]), worth, favourite, begin, merit)
 
@@ -217,7 +216,7 @@ class FreezeThaw:
         merit_M = outlook.log_promise(settings) - np.log(left_M)
         return {trial.number: float(merit) for trial, merit in zip(paused, merit_M, strict=True)}
 
-    def _hopeful(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> set[int]:
+    def _list_contenders(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> set[int]:
         """Return the numbers of the paused trials that may better the best."""
         if not paused or self._aim.objective.front:
             # Of a front, every trial may better its part.
@@ -242,10 +241,3 @@ def stretch_ends(reports: int) -> list[int]:
         ends.append(end)
         end *= 2
     return ends
-
-
-def _paused(trial: FrozenTrial, report: Heard) -> FrozenTrial:
-    """Return a running trial as it would be recorded if it paused after a report."""
-    paused = copy.copy(trial)
-    paused.user_attrs = {**trial.user_attrs, PAUSED: True, SECONDS: report["seconds"]}
-    return paused

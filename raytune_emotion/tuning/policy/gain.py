@@ -1,6 +1,5 @@
 """Expect what further training brings: by how much it lowers a study's best JS, per hour that it takes."""
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -9,7 +8,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from threadpoolctl import threadpool_limits
 
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS
+from raytune_emotion.tuning.policy.decisions import SECONDS, as_paused, is_running
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
@@ -61,7 +60,8 @@ class GainForecast:
         # Matrices this small are slower on several threads, and other trials are training.
         with threadpool_limits(1):
             # What runs promises as much as if it was paused: its end is what is asked for.
-            outlook = Outlook(self._domain, [_as_paused(trial) for trial in past], self._aim, self._earlier)
+            still = [as_paused(trial) if is_running(trial) else trial for trial in past]
+            outlook = Outlook(self._domain, still, self._aim, self._earlier)
             return None if outlook.forecast is None else self._best(outlook, past)
 
     def _best(self, outlook: Outlook, past: Sequence[FrozenTrial]) -> float | None:
@@ -77,11 +77,3 @@ class GainForecast:
         gain_M = outlook.fall_per_hour(settings, np.array(left, float))
         best = float(gain_M.max())
         return best if math.isfinite(best) else None
-
-
-def _as_paused(trial: FrozenTrial) -> FrozenTrial:
-    if trial.state != TrialState.RUNNING or trial.user_attrs.get(PAUSED):
-        return trial
-    paused = copy.copy(trial)
-    paused.user_attrs = {**trial.user_attrs, PAUSED: True}
-    return paused

@@ -113,7 +113,7 @@ class Outlook:
 
     def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates) -> Offer | None:
         """Return the most promising configuration that was not tried; None where the space has no other."""
-        params = draw(self._domain.parameters, self._leading(), rng)
+        params = draw(self._domain.parameters, self._leaders(), rng)
         merit_M = np.zeros(len(next(iter(params.values()))))
         if self.forecast is not None:
             merit_M = self.log_promise(self._domain.settings_of(params))
@@ -125,7 +125,7 @@ class Outlook:
         left = first_untried(self._domain, tried)
         return None if left is None else Offer(left, float(merit_M.min()))
 
-    def _leading(self) -> list[FrozenTrial]:
+    def _leaders(self) -> list[FrozenTrial]:
         """Return the trials worth changing: the best, or those of a front that no cheaper one has bettered."""
         sign = -1.0 if self._aim.maximize else 1.0
         ranked = sorted(self.reported, key=lambda trial: min(sign * value for value in _values(trial)))
