@@ -75,7 +75,7 @@ class Room:
             elif node.draining and not before[number].draining:
                 self._say(f"node {node.name} is drained; {elsewhere}")
 
-    def waiting(self) -> str:
+    def shortage(self) -> str:
         """Say what a trial waits for."""
         resources = self._placement.resources
         times = f" {resources.workers} times" if resources.workers > 1 else ""

@@ -137,7 +137,7 @@ def _tune(
     scratch: str,
 ) -> None:
     room = Room(placement, recorder.trials_to_run, say)
-    waiting = Waiting(lambda: say(room.waiting()))
+    waiting = Waiting(lambda: say(room.shortage()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     search = Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop)

@@ -184,11 +184,11 @@ def _commit() -> str | None:
     if git is None:
         return None
 
-    def told(*arguments: str) -> str:
+    def ask_git(*arguments: str) -> str:
         command = [git, "-C", str(here.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     # The repository around it may be somebody else's, with the package in its environment.
     return (
-        told("ls-files", here.name) and told("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        ask_git("ls-files", here.name) and ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     ) or None

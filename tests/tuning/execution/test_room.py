@@ -71,7 +71,7 @@ def test_an_autoscaler_is_asked_for_what_the_study_can_use_until_it_ends():
     cluster, left = Cluster(), [5]
     room = cluster.room(limit=4, grows=True, workers=2, wanted=lambda: left[0])
     assert room() == 0
-    assert room.waiting() == (
+    assert room.shortage() == (
         "waiting for room on the cluster: a trial needs 2 CPU 2 times; its autoscaler was asked for room for 4 trials"
     )
     for left[0] in (4, 3, 3, 1):
