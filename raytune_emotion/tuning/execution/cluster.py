@@ -26,6 +26,7 @@ from raytune_emotion.tuning.execution.ray_patches import (
     before_processes_end,
     find_cluster,
     forget_token,
+    loopback_alone,
     no_start_by_itself,
     own_process_session,
     own_token,
@@ -79,6 +80,7 @@ def ray_session(
             arguments: dict[str, Any] = {"address": address}
         else:
             own = stack.enter_context(local_ray())
+            stack.enter_context(loopback_alone())
             node = local_node()
             # Said to be local, lest it join a cluster that somebody has left on this machine. Ray itself would count
             # cores that this process may not use, and GPUs that PyTorch cannot.

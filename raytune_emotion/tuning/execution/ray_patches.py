@@ -111,6 +111,21 @@ def own_process_session() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def loopback_alone() -> Iterator[None]:
+    """Have a cluster that is started within the block listen on the loopback interface alone.
+
+    Ray does so by itself on macOS and Windows. On Linux it turns any address of loopback into that of the machine, and
+    then listens on all of its interfaces.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
 def before_processes_end(action: Callable[[], None]) -> Iterator[None]:
     """Have something done, within the block, when Ray's core has ended here and its processes are to end next."""
     before = Node.kill_all_processes
