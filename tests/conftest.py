@@ -60,10 +60,13 @@ def cluster():
     """One local Ray cluster, which the modules of this process share."""
     import ray
 
-    from raytune_emotion.tuning.execution.cluster import ray_session
+    from raytune_emotion.tuning.execution import cluster
 
     if not ray.is_initialized():
-        _CLUSTER.enter_context(ray_session(None, dashboard=False, num_cpus=2))
+        # Processes that tests start join it, which Ray does on Linux by the address of the machine.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster, "loopback_alone", contextlib.nullcontext)
+            _CLUSTER.enter_context(cluster.ray_session(None, dashboard=False, num_cpus=2))
 
 
 @pytest.fixture(scope="module")

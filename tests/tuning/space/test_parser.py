@@ -497,6 +497,9 @@ class TestMixture:
         assert set(config.values()) == {0.2}
 
 
+_ABOVE_ZERO = ("optim.layer_decay", "optim.plateau_factor", "augment.crop_scale")
+
+
 def values(key: str) -> st.SearchStrategy[Any]:
     """Valid values of a setting, epochs and batch size apart."""
     kind = SETTINGS[key].type
@@ -507,7 +510,7 @@ def values(key: str) -> st.SearchStrategy[Any]:
     if kind is int:
         return st.integers(*{"data.image_size": (16, 256), "train.batch_size": (64, 512)}.get(key, (1, 50)))
     if kind is float:
-        low = {"optim.lr": 1e-6, "optim.plateau_factor": 0.01, "augment.crop_scale": 0.01}.get(key, 0.0)
+        low = 1e-6 if key == "optim.lr" else 0.01 if key in _ABOVE_ZERO else 0.0
         return st.floats(low, 0.9, allow_subnormal=False)
     choices = [arg for arg in get_args(kind) if arg is not type(None)]  # None is for a setting that is left out
     return st.sampled_from(get_args(choices[0]) or choices)
