@@ -3,8 +3,9 @@
     python -m benchmarks curves FILE.csv… --space SPACE.yaml [--workers W] [--seeds S] [--json FILE]
 
 A file has a row for every evaluation of a trial, with the columns `trial`, one per setting of the space by its dotted
-path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. Trials that
-ended before the others are left out. A study has the time of a quarter of the recorded trials.
+path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. What
+`benchmarks.curves.record` has written is taken, too. Trials that ended before the others are left out. A study has the
+time of a quarter of the recorded trials.
 """
 
 import argparse
@@ -24,13 +25,15 @@ from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 
 _TRIAL, _EPOCH, _SECONDS, _JS = "trial", "epoch", "seconds", "val_js"
+#: What `benchmarks.curves.record` calls the same.
+_OWN = {"configuration": _TRIAL, "core_seconds": _SECONDS}
 #: The share of the recorded trials whose time a study has: it begins more than it trains to the end.
 _SHARE = 1 / 4
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks curves", description=str(__doc__).splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recorded curves, as CSV")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recorded curves, as CSV or *.parquet")
     parser.add_argument("--space", required=True, metavar="SPACE", help="the space that they were drawn from")
     add_arguments(parser, seeds=10)
     args = parser.parse_args(arguments)
@@ -52,9 +55,9 @@ def read_recording(file: Path, space: Space) -> Recording:
         UserError: a column is missing, or no two trials can be compared.
     """
     try:
-        table = pd.read_csv(file)
+        table = pd.read_parquet(file).rename(columns=_OWN) if file.suffix == ".parquet" else pd.read_csv(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as CSV: {error}; name a table of curves") from None
+        raise UserError(f"{file}: cannot be read: {error}; name a table of curves") from None
     missing = [name for name in (_TRIAL, _EPOCH, _SECONDS, _JS, *space.columns()) if name not in table.columns]
     if missing:
         raise UserError(f"{file}: has no column {', '.join(missing)}; name the space that its trials were drawn from")

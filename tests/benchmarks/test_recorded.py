@@ -14,13 +14,19 @@ from raytune_emotion.tuning.study.optuna_study import Searcher
 
 
 @pytest.fixture(scope="module")
-def recording(tmp_path_factory):
-    """What was recorded on real faces, as a table of anybody's."""
+def recording():
+    """What was recorded on real faces."""
+    return read_recording(CURVES / "ferplus_small.parquet", read_space())
+
+
+def test_a_table_of_anybody_says_the_same(recording, tmp_path):
     table = pd.read_parquet(CURVES / "ferplus_small.parquet")
     table = table.rename(columns={"configuration": "trial", "core_seconds": "seconds"})
-    file = tmp_path_factory.mktemp("curves") / "faces.csv"
-    table.to_csv(file, index=False)
-    return read_recording(file, read_space())
+    table.to_csv(tmp_path / "faces.csv", index=False)
+    again = read_recording(tmp_path / "faces.csv", read_space())
+    assert again.params == recording.params
+    assert np.allclose(again.value_NR, recording.value_NR)
+    assert np.allclose(again.seconds_NR, recording.seconds_NR)
 
 
 def test_trials_that_were_begun_go_on_though_new_ones_promise_more_than_they_hold(recording, monkeypatch):
