@@ -27,6 +27,7 @@ from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
+from raytune_emotion.tuning.policy import freeze_thaw
 from raytune_emotion.tuning.study import open_study
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import Proposal, load_study
@@ -55,7 +56,9 @@ def begin(tmp_path, store, cluster):
     return make
 
 
-def test_a_trial_that_paused_goes_on_where_it_was_and_ends(begin):
+def test_a_trial_that_paused_goes_on_where_it_was_and_ends(begin, monkeypatch):
+    # Else it would depend on the seconds that an epoch takes here whether a trial is taken up at all.
+    monkeypatch.setattr(freeze_thaw, "_TAKE_UP_SHARE", 1e9)
     heard = []
     _, go = begin(trials=5, epochs=6, scheduler="freeze-thaw")
     records = go(watch=lambda event: heard.append((event.proposal.trial_id, event.status)))
