@@ -75,5 +75,32 @@ def no_cluster():
     _CLUSTER.close()
 
 
+@pytest.fixture(scope="module")
+def s3():
+    """An S3 server: the URI of a bucket on it, and what becomes of its requests."""
+    from tests.support.s3 import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(s3):
+    """The URI of a bucket on an S3 server."""
+    return s3[0]
+
+
+@pytest.fixture
+def faults(s3, monkeypatch):
+    """What becomes of requests to the S3 server, by a client that tries each twice, one millisecond apart."""
+    from raytune_emotion.storage import remote
+    from tests.support.s3 import open_with_one_attempt
+
+    monkeypatch.setattr(remote, "_open", open_with_one_attempt)
+    monkeypatch.setattr(remote, "_WAITS", (0.001,))
+    yield s3[1]
+    s3[1].reset()
+
+
 def pytest_sessionfinish():
     _CLUSTER.close()

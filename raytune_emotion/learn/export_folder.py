@@ -315,18 +315,14 @@ def load_package(folder: Path) -> Package:
 
 def _make_model(described: Mapping[str, Any], n_classes: int) -> PixelsToProbabilities:
     """Make the model that `config.json`, or the part of a member in it, describes; its weights come later."""
-    known, architecture, arguments = (
-        described["pretrained_cfg"],
-        described["architecture"],
-        described.get("model_args", {}),
-    )
+    known, architecture = described["pretrained_cfg"], described["architecture"]
     # By others, timm can be made to load a pickle, or to ask a hub; and folders are handed around.
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no architecture {architecture}")
     mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
     if min(std) <= 0:
         raise ValueError("std must be positive")
-    network = timm.create_model(architecture, num_classes=n_classes, **check_arguments(arguments))
+    network = timm.create_model(architecture, num_classes=n_classes, **check_arguments(described.get("model_args", {})))
     return PixelsToProbabilities(network, mean, std)
 
 

@@ -5,7 +5,6 @@ from raytune_emotion.data.packing import blocks
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.storage.locations import Folder, parse_location
 from tests.support.faces import write_folder, write_row
-from tests.support.s3 import s3_server
 
 #: Almost all on one class, in the notation that Python has for tiny numbers.
 SPIKED = ",".join("0.9999999999999" if i == 4 else "1e-14" for i in range(13))
@@ -31,9 +30,8 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    with s3_server() as uri:
-        yield parse_location(uri)
+def bucket(bucket):
+    return parse_location(bucket)
 
 
 @pytest.fixture

@@ -12,30 +12,15 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from tests.support.folders import files_of
-from tests.support.s3 import faulty_s3_server, open_with_one_attempt
 
 OLD, NEW = b"old" * 100, b"new line" * 200
 #: More than what one request of an upload takes.
 LARGE = bytes(range(256)) * 44_000
 
 
-@pytest.fixture(scope="module")
-def server():
-    with faulty_s3_server() as server:
-        yield server
-
-
 @pytest.fixture
-def faults(server, monkeypatch):
-    monkeypatch.setattr(remote, "_open", open_with_one_attempt)
-    monkeypatch.setattr(remote, "_WAITS", (0.001,))
-    yield server[1]
-    server[1].reset()
-
-
-@pytest.fixture
-def uri(server, faults, request):
-    return remote.join(server[0], re.sub(r"\W", "-", request.node.name))
+def uri(bucket, faults, request):
+    return remote.join(bucket, re.sub(r"\W", "-", request.node.name))
 
 
 def backend():

@@ -10,13 +10,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import exclusive_lock, write_text
 from raytune_emotion.storage.locations import File, Folder, Remote, location_of, parse_location
-from tests.support.s3 import SECRET, s3_server
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with s3_server() as uri:
-        yield uri
+from tests.support.s3 import SECRET
 
 
 @pytest.fixture(params=["folder", "file", "s3"])

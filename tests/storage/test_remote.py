@@ -18,13 +18,6 @@ import pytest
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
-from tests.support.s3 import s3_server
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with s3_server() as uri:
-        yield uri
 
 
 @pytest.fixture(params=["s3", "file"])

@@ -71,7 +71,7 @@ def _half(content: bytes, connection: socket.socket) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def faulty_s3_server() -> Iterator[tuple[str, Faults]]:
+def s3_server() -> Iterator[tuple[str, Faults]]:
     """Start a server, and yield the URI of a bucket on it, and what will become of its requests."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from pyarrow.fs import FileSystem
@@ -95,13 +95,6 @@ def faulty_s3_server() -> Iterator[tuple[str, Faults]]:
     finally:
         server.shutdown()
         thread.join()
-
-
-@contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """Start a server, and yield the URI of a bucket on it."""
-    with faulty_s3_server() as (bucket, _):
-        yield bucket
 
 
 @functools.cache

@@ -65,15 +65,15 @@ class Room:
         before, self._known = self._known, nodes
         if before is None:
             return
-        elsewhere = "its trials go on elsewhere from their checkpoints"
+        elsewhere = "; its trials go on elsewhere from their checkpoints"
         for number, node in before.items():
             if number not in nodes:
-                self._say(f"node {node.name} has left the cluster; {'' if node.draining else elsewhere}".rstrip("; "))
+                self._say(f"node {node.name} has left the cluster{'' if node.draining else elsewhere}")
         for number, node in nodes.items():
             if number not in before:
                 self._say(f"node {node.name} has joined the cluster")
             elif node.draining and not before[number].draining:
-                self._say(f"node {node.name} is drained; {elsewhere}")
+                self._say(f"node {node.name} is drained{elsewhere}")
 
     def shortage(self) -> str:
         """Say what a trial waits for."""

@@ -120,6 +120,16 @@ def is_paused(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.RUNNING and bool(trial.user_attrs.get(PAUSED))
 
 
+def count_reports(trial: FrozenTrial) -> int:
+    """Return the number of a trial's last report; 0 before the first."""
+    return max(trial.intermediate_values, default=0)
+
+
+def reports_left(trial: FrozenTrial, reports: int) -> int:
+    """Return how many of the reports of a whole trial are left to one that has not ended: at least one."""
+    return max(1, reports - count_reports(trial))
+
+
 def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
     """Return a trial as it would be recorded if it paused now, after seconds of training where they are known."""
     paused = copy.copy(trial)

@@ -34,8 +34,10 @@ from raytune_emotion.tuning.policy.decisions import (
     Recorded,
     TakeUp,
     as_paused,
+    count_reports,
     is_paused,
     is_running,
+    reports_left,
 )
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
@@ -183,13 +185,13 @@ class FreezeThaw:
 
     def _has_begun_enough(self, past: Sequence[FrozenTrial]) -> bool:
         """Tell whether first stretches have had their share of the training."""
-        had = [max(trial.intermediate_values, default=0) for trial in past]
+        had = [count_reports(trial) for trial in past]
         return sum(min(reports, self._first) for reports in had) > _NEW_SHARE * sum(had)
 
     def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
         """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""
         ends = (*stretch_ends(self._reports), self._reports)
-        had = [max(trial.intermediate_values, default=0) for trial in past]
+        had = [count_reports(trial) for trial in past]
         longer = next((end for end in ends if end > max(had, default=0)), None)
         if longer is None:
             return False
@@ -212,7 +214,7 @@ class FreezeThaw:
         if not paused:
             return {}
         settings = [self._domain.settings(trial) for trial in paused]
-        left_M = np.array([max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in paused])
+        left_M = np.array([reports_left(trial, self._reports) for trial in paused])
         merit_M = outlook.log_promise(settings) - np.log(left_M)
         return {trial.number: float(merit) for trial, merit in zip(paused, merit_M, strict=True)}
 

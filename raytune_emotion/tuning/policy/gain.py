@@ -8,7 +8,7 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 from threadpoolctl import threadpool_limits
 
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SECONDS, as_paused, is_running
+from raytune_emotion.tuning.policy.decisions import SECONDS, as_paused, count_reports, is_running, reports_left
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
@@ -53,7 +53,7 @@ class GainForecast:
             Bits per hour; 0 where nothing can be trained. None where nothing is known: before a forecast is possible,
             before a trial was trained to its end and its time measured, and where a front is wanted.
         """
-        ended = any(max(trial.intermediate_values, default=0) >= self._reports for trial in past)
+        ended = any(count_reports(trial) >= self._reports for trial in past)
         timed = any(trial.user_attrs.get(SECONDS) for trial in past)
         if self._front or not ended or not timed:
             return None
@@ -66,7 +66,7 @@ class GainForecast:
 
     def _best(self, outlook: Outlook, past: Sequence[FrozenTrial]) -> float | None:
         under_way = [trial for trial in past if trial.state == TrialState.RUNNING]
-        left = [max(1, self._reports - max(trial.intermediate_values, default=0)) for trial in under_way]
+        left = [reports_left(trial, self._reports) for trial in under_way]
         settings = [self._domain.settings(trial) for trial in under_way]
         offer = outlook.offer(np.random.default_rng([self._seed, len(past)]))
         if offer is not None:

@@ -16,7 +16,7 @@ from raytune_emotion.tuning.policy.acquisition import (
     log_expected_improvement,
 )
 from raytune_emotion.tuning.policy.candidates import Domain, Params, draw_candidates, first_untried, row_of
-from raytune_emotion.tuning.policy.decisions import COST, SECONDS, is_running
+from raytune_emotion.tuning.policy.decisions import COST, SECONDS, count_reports, is_running
 from raytune_emotion.tuning.policy.encoding import Configurations
 from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
 from raytune_emotion.tuning.policy.gaussian_process import Floats, Kernel, Posterior
@@ -138,7 +138,7 @@ class Outlook:
         timed = [trial for trial in self.reported if trial.user_attrs.get(SECONDS)]
         if not timed:
             return np.zeros(len(settings))
-        logs_N = np.log([trial.user_attrs[SECONDS] / max(trial.intermediate_values) for trial in timed])
+        logs_N = np.log([trial.user_attrs[SECONDS] / count_reports(trial) for trial in timed])
         return self._regress([self._domain.settings(trial) for trial in timed], logs_N, settings)
 
     def _regress(self, known: Configurations, log_N: Floats, settings: Configurations) -> Floats:

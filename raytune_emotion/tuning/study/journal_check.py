@@ -7,6 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SECONDS, SETTINGS, TAKEN_UP
+from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: Attributes of an Optuna trial: the trial that it goes on from; of a confirmation, the trial of the other study that
 #: had its configuration first; why it failed.
@@ -50,11 +51,12 @@ def check_trials(trials: Sequence[FrozenTrial]) -> None:
     Raises:
         ValueError: one of them holds something else than this project writes.
     """
+    ids = {trial_id_of(number) for number in range(len(trials))}
     for number, trial in enumerate(trials):
         attributes = {**trial.system_attrs, **trial.user_attrs}
         wrong = [name for name, fits in _ATTRIBUTES.items() if name in attributes and not fits(attributes[name])]
         continued = attributes.get(CONTINUES)
-        if continued is not None and continued not in {f"{number:04d}" for number in range(len(trials))}:
+        if continued is not None and continued not in ids:
             wrong.append(CONTINUES)
         reported = trial.intermediate_values
         if not all(_is_count(step) and _is_number(value) for step, value in reported.items()):

@@ -17,22 +17,13 @@ from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from tests.support.reports import make_report
-from tests.support.s3 import faulty_s3_server, open_with_one_attempt
 from tests.support.studies import spec_of
 
 
-@pytest.fixture(scope="module")
-def server():
-    with faulty_s3_server() as server:
-        yield server
-
-
 @pytest.fixture
-def faults(server, monkeypatch):
-    monkeypatch.setattr(remote, "_open", open_with_one_attempt)
+def faults(faults, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.001,) * 3)
-    yield server[1]
-    server[1].reset()
+    return faults
 
 
 def train(study, trial_id, epochs):
@@ -77,10 +68,10 @@ def study(store, tmp_path):
     return make
 
 
-def test_a_study_on_a_server_that_fails_every_twentieth_request_is_that_of_a_quiet_one(server, faults, study):
+def test_a_study_on_a_server_that_fails_every_twentieth_request_is_that_of_a_quiet_one(bucket, faults, study):
     quiet = study("quiet")
     run(quiet)
-    uri = remote.join(server[0], "faulty")
+    uri = remote.join(bucket, "faulty")
     faults.plan = lambda number, method, path: ("error", "drop", "deaf")[number // 20 % 3] if number % 20 < 3 else None
     faulty = study("faulty", uri)
     run(faulty)
@@ -93,8 +84,8 @@ def test_a_study_on_a_server_that_fails_every_twentieth_request_is_that_of_a_qui
 
 
 @pytest.mark.parametrize("dies_at", [5, 30, 60, 90, 120])
-def test_a_study_whose_server_dies_goes_on_elsewhere_with_every_trial(server, faults, study, dies_at):
-    uri = remote.join(server[0], f"dies-{dies_at}")
+def test_a_study_whose_server_dies_goes_on_elsewhere_with_every_trial(bucket, faults, study, dies_at):
+    uri = remote.join(bucket, f"dies-{dies_at}")
     lost = study("here", uri)
     faults.reset()
     faults.plan = lambda number, method, path: "drop" if number >= dies_at else None
@@ -109,9 +100,9 @@ def test_a_study_whose_server_dies_goes_on_elsewhere_with_every_trial(server, fa
     assert [(r.status, len(r.reports)) for r in resumed.records()] == [("complete", 2)] * 3
 
 
-def test_a_store_is_fetched_from_a_server_that_fails_and_one_that_dies(server, faults, store, tmp_path, monkeypatch):
+def test_a_store_is_fetched_from_a_server_that_fails_and_one_that_dies(bucket, faults, store, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    uri = remote.join(server[0], "store")
+    uri = remote.join(bucket, "store")
     names = sorted(path.name for path in store.path.iterdir() if not path.name.startswith("."))
     remote.push(store.path, uri, names)
     faults.reset()

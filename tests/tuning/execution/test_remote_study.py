@@ -38,14 +38,8 @@ from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import PARAMS
 from tests.support.cluster import RUN_SPACE, held_resources, joined_session
 from tests.support.reports import without_clocks
-from tests.support.s3 import SECRET, s3_server
+from tests.support.s3 import SECRET
 from tests.support.studies import run_here, searcher_of, spec_of
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with s3_server() as uri:
-        yield uri
 
 
 @pytest.fixture
