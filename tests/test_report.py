@@ -1,5 +1,6 @@
 """The command report, and the page that it draws."""
 
+import json
 import shutil
 
 import pandas as pd
@@ -124,9 +125,11 @@ class TestBadStudies:
         (told,) = refusal(capsys, [study], "report", study)
         assert told == f"{study}: no optuna.journal in it, so it is no study; name a folder that a search has made"
 
-    @pytest.mark.parametrize("line", ["{", "{}", "[]", "3", '{"report": "one"}'])
+    @pytest.mark.parametrize("line", ["{", "{}", "[]", "3", '{"report": "one"}', {"epoch": True}, {"finished": 1}])
     def test_a_damaged_history(self, study, capsys, line):
         file = study / "trials" / "0001" / "history.jsonl"
+        if isinstance(line, dict):
+            line = json.dumps({**json.loads(file.read_text().splitlines()[0]), **line})
         file.write_text(f"{line}\n{file.read_text()}")
         (told,) = refusal(capsys, [study], "report", study)
         assert told.startswith(f"{file}: a damaged line")

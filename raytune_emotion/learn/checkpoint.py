@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
-from raytune_emotion.storage.json_text import load_json
+from raytune_emotion.storage.json_text import is_number, load_json
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 PREDICTIONS = "predictions.safetensors"
@@ -263,13 +263,15 @@ def read_history(folder: Path) -> list[Report]:
 
 
 def _report(line: Any) -> Report:
-    """Take a line of a history for a report if it holds numbers alone, and those that a study looks at.
+    """Take a line of a history for a report if it holds what a study looks at, and numbers alone but for `finished`.
 
     Raises:
         ValueError: it does not.
     """
     numbers: dict[str, Any] = dict.fromkeys((*HEARD, "val_js", "time"))
     numbers |= line if isinstance(line, dict) else {}
+    if not isinstance(numbers.pop("finished"), bool):
+        raise ValueError("no truth value as 'finished'")
     if wrong := [key for key, value in numbers.items() if not (key.isidentifier() and _is_number(value))]:
         raise ValueError(f"no number as {wrong[0]!r}")
     if not isinstance(numbers["report"], int) or numbers["report"] < 1:
@@ -278,8 +280,8 @@ def _report(line: Any) -> Report:
 
 
 def _is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number that any table can hold."""
-    return isinstance(value, int | float) and abs(value) < _LARGEST
+    """Tell whether a value is a number that any table can hold."""
+    return is_number(value) and abs(value) < _LARGEST
 
 
 def _has_best(folder: Path, progress: Progress) -> bool:

@@ -12,6 +12,7 @@ import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial, FrozenTrial
 
+from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.encoding import (
     Column,
@@ -166,8 +167,5 @@ def settings_of(space: Space, params: Params) -> pd.DataFrame:
 
 def settings_key(settings: Mapping[str, Any]) -> str:
     # 0.3 and 3 * 0.1 are the same setting, and so are 5 and 5.0.
-    same = {
-        key: f"{value:.9g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
-        for key, value in settings.items()
-    }
+    same = {key: f"{value:.9g}" if is_number(value) else value for key, value in settings.items()}
     return json.dumps(same, sort_keys=True, default=str)

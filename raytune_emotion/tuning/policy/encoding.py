@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.space import Space
 
@@ -79,7 +80,7 @@ def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[
     ranges: dict[str, Axis] = {}
     choices: dict[str, tuple[Any, ...]] = {}
     for key, values in listed.items():
-        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        if not all(map(is_number, values)):
             choices[key] = tuple(values)
             continue
         spans = [d for d in drawn[key] if isinstance(d, FloatDistribution | IntDistribution)]

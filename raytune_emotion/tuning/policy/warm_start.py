@@ -3,11 +3,13 @@
 Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.storage.json_text import load_json
+from raytune_emotion.storage.json_text import are_settings, is_number, load_json
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.space.parser import parse_space
@@ -28,7 +30,7 @@ def read_earlier(folder: Path) -> list[Forecast]:
         return [
             Forecast(
                 encoding_of(parse_space(study["space"], EARLIER)),
-                [Curve(kept, {int(n): float(js) for n, js in values.items()}) for kept, values in study["trials"]],
+                [_curve(kept, values) for kept, values in study["trials"]],
             )
             for study in load_json((folder / EARLIER).read_bytes())
         ]
@@ -38,3 +40,9 @@ def read_earlier(folder: Path) -> list[Forecast]:
         raise UserError(
             f"{folder / EARLIER}: damaged ({type(error).__name__}: {error}); restore it from a copy"
         ) from error
+
+
+def _curve(kept: Any, values: Mapping[str, Any]) -> Curve:
+    if not (are_settings(kept) and all(map(is_number, values.values()))):
+        raise ValueError("a trial is not as a search writes it")
+    return Curve(kept, {int(n): float(js) for n, js in values.items()})

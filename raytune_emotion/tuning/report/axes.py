@@ -7,6 +7,7 @@ from typing import Any, Literal
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.study.records import TrialRecord
@@ -66,20 +67,20 @@ def settings_of_name(space: Space, name: str) -> list[Setting]:
 
 
 def _axis(name: str, settings: Sequence[Setting], values: Sequence[Any]) -> Axis:
-    if any(isinstance(setting, Simplex) for setting in settings) and all(map(_is_number, values)):
+    if any(isinstance(setting, Simplex) for setting in settings) and all(map(is_number, values)):
         return Axis(name, "linear", 0.0, 1.0)
     ranges = [setting for setting in settings if isinstance(setting, FloatDistribution | IntDistribution)]
-    if not ranges or not all(map(_is_number, values)):
+    if not ranges or not all(map(is_number, values)):
         given = [value for setting in settings for value in _possible_values(setting)]
         return _choices(name, [*given, *values]) if given else _axis_of_values(name, values)
-    fixed = [value for setting in settings for value in _possible_values(setting) if _is_number(value)]
+    fixed = [value for setting in settings for value in _possible_values(setting) if is_number(value)]
     low = min(*(r.low for r in ranges), *values, *fixed)
     high = max(*(r.high for r in ranges), *values, *fixed)
     return Axis(name, "log" if low > 0 and any(r.log for r in ranges) else "linear", float(low), float(high))
 
 
 def _axis_of_values(name: str, values: Sequence[Any]) -> Axis:
-    if not all(map(_is_number, values)) or len(set(values)) < 2:
+    if not all(map(is_number, values)) or len(set(values)) < 2:
         return _choices(name, values)
     low, high = float(min(values)), float(max(values))
     return Axis(name, "log" if low > 0 and high > _LOG_RATIO * low else "linear", low, high)
@@ -93,7 +94,3 @@ def _possible_values(setting: Setting) -> tuple[Any, ...]:
     if isinstance(setting, Fixed):
         return (setting.value,)
     return tuple(setting.choices) if isinstance(setting, CategoricalDistribution) else ()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

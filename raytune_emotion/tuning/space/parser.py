@@ -29,6 +29,7 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import check_architecture, split_source
+from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
 
@@ -529,7 +530,7 @@ def _bounds(setting: Setting) -> tuple[Any, ...]:
     if isinstance(setting, Simplex):
         return (setting.losses[0],)
     if isinstance(setting, CategoricalDistribution):
-        numbers = [x for x in setting.choices if isinstance(x, int | float) and not isinstance(x, bool)]
+        numbers = [x for x in setting.choices if is_number(x)]
         return (min(numbers), max(numbers)) if len(numbers) == len(setting.choices) else tuple(setting.choices)
     assert isinstance(setting, FloatDistribution | IntDistribution)
     return (setting.low, setting.high)

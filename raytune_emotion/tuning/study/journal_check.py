@@ -1,11 +1,11 @@
 """Check what a journal says of its trials: Optuna takes any JSON, and the journal may be a stranger's."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from raytune_emotion.storage.json_text import are_settings, is_number, is_setting
 from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SECONDS, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.trials import trial_id_of
 
@@ -14,34 +14,19 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 CONTINUES, CONFIRMS, REASON = "continues", "confirms", "reason"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**31
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell whether a value is one of a setting: text, a number, or a list of them."""
-    if isinstance(value, list):
-        return all(_is_plain(item) and not isinstance(item, list) for item in value)
-    return value is None or isinstance(value, str | bool) or _is_number(value)
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return isinstance(value, int) and is_number(value) and 0 <= value < 2**31
 
 
 _ATTRIBUTES: Mapping[str, Callable[[Any], bool]] = {
-    SETTINGS: _is_mapping,
-    COST: _is_number,
-    SECONDS: _is_number,
+    SETTINGS: are_settings,
+    COST: is_number,
+    SECONDS: is_number,
     PAUSED: lambda value: isinstance(value, bool),
     TAKEN_UP: _is_count,
     REASON: lambda value: isinstance(value, str),
     CONFIRMS: lambda value: isinstance(value, str),
-    "fixed_params": _is_mapping,
+    "fixed_params": are_settings,
 }
 
 
@@ -59,11 +44,11 @@ def check_trials(trials: Sequence[FrozenTrial]) -> None:
         if continued is not None and continued not in ids:
             wrong.append(CONTINUES)
         reported = trial.intermediate_values
-        if not all(_is_count(step) and _is_number(value) for step, value in reported.items()):
+        if not all(_is_count(step) and is_number(value) for step, value in reported.items()):
             wrong.append("its reports")
-        if not all(map(_is_plain, trial.params.values())):
+        if not all(map(is_setting, trial.params.values())):
             wrong.append("its parameters")
-        if not all(map(_is_number, trial.values or ())):
+        if not all(map(is_number, trial.values or ())):
             wrong.append("its value")
         if wrong:
             raise ValueError(f"trial {number}: {wrong[0]}: not as a search writes it")

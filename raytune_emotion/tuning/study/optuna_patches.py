@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 from pathlib import Path
 
 import optuna
@@ -19,6 +20,18 @@ def reopen(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
 def stored_trial(trial: optuna.Trial) -> FrozenTrial:
     """Return a trial as the storage has it; the public way lists all trials, and takes longer with each of them."""
     return trial.storage.get_trial(trial._trial_id)
+
+
+def check_end(journal: Path) -> None:
+    """Check the last line of a journal: Optuna reads on without a damaged one, and fails at the next that is written.
+
+    Raises:
+        ValueError: the line is whole, and no JSON.
+    """
+    content = journal.read_bytes()
+    end = content.rfind(b"\n")
+    if end > 0:
+        json.loads(content[content.rfind(b"\n", 0, end) + 1 : end])
 
 
 def mend_journal(journal: Path) -> None:

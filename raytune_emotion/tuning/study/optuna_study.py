@@ -39,7 +39,7 @@ from raytune_emotion.tuning.policy.decisions import (
 )
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.journal_check import CONFIRMS, CONTINUES, REASON, check_trials
-from raytune_emotion.tuning.study.optuna_patches import mend_journal, reopen, stored_trial
+from raytune_emotion.tuning.study.optuna_patches import check_end, mend_journal, reopen, stored_trial
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 Status = Literal["complete", "pruned", "failed", "running", "paused"]
@@ -278,6 +278,7 @@ def load_study(folder: Path) -> optuna.Study:
     if not (folder / JOURNAL).is_file():
         raise UserError(f"{folder}: no {JOURNAL} in it, so it is no study; name a folder that a search has made")
     try:
+        check_end(folder / JOURNAL)
         storage = _storage(folder)
         # Not by the name of the folder: people rename folders.
         (name,) = optuna.get_all_study_names(storage)

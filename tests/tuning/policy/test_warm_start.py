@@ -67,7 +67,13 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "3", "[3]", "[{}]", '[{"space": {"optim.lr": {"uniform": [1, 2]}}, "trials": [[{}, {"one": 1}]]}]'],
+    [
+        *("", "{", "3", "[3]", "[{}]"),
+        *(
+            f'[{{"space": {{"optim.lr": {{"uniform": [1, 2]}}}}, "trials": [[{trial}]]}}]'
+            for trial in ('{}, {"one": 1}', '{}, {"1": true}', f'{{"optim.lr": {10**400}}}, {{"1": 1}}')
+        ),
+    ],
 )
 def test_damaged_memory_of_earlier_studies_is_a_sentence(tmp_path, text):
     (tmp_path / EARLIER).write_text(text)
