@@ -1,7 +1,8 @@
 """Run benchmarks by name, or all of them: `python -m benchmarks [NAME …]`.
 
-Policies of search are compared on curves of one's own by `python -m benchmarks taskset FOLDER` and
-`python -m benchmarks curves FILE… --space SPACE`.
+Some need data of one's own, and are run alone: `python -m benchmarks taskset FOLDER` and
+`python -m benchmarks curves FILE… --space SPACE` compare policies of search on recorded curves;
+`python -m benchmarks ferplus DATA` and `python -m benchmarks finishing DATA` run studies on faces.
 """
 
 import argparse
@@ -34,16 +35,22 @@ from raytune_emotion.storage.atomic import write_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 #: Modules that are no benchmarks, but parts of them.
-_PARTS = {"curves", "former", "judge", "simulation", "taskset"}
-NAMES = sorted({m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")} - _PARTS)
-#: Those that take recorded curves of one's own.
-JUDGES = {"taskset": "benchmarks.taskset", "curves": "benchmarks.curves.recorded"}
+_PARTS = {"former", "judge", "simulation"}
+#: Those that need data of one's own, with the module whose `main` takes their arguments.
+WITH_DATA = {
+    "taskset": "benchmarks.taskset",
+    "curves": "benchmarks.curves.recorded",
+    "ferplus": "benchmarks.ferplus",
+    "finishing": "benchmarks.finishing",
+}
+_MODULES = {module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")}
+NAMES = sorted(_MODULES - _PARTS - WITH_DATA.keys())
 
 
 def main() -> int:
-    if len(sys.argv) > 1 and sys.argv[1] in JUDGES:
-        judge: Callable[[list[str]], int] = importlib.import_module(JUDGES[sys.argv[1]]).main
-        return judge(sys.argv[2:])
+    if len(sys.argv) > 1 and sys.argv[1] in WITH_DATA:
+        run: Callable[[list[str]], int] = importlib.import_module(WITH_DATA[sys.argv[1]]).main
+        return run(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
     names = parser.parse_args().names or NAMES

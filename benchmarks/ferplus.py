@@ -1,6 +1,6 @@
 """A study on the full FER+ at 96 px: tf_efficientnet_lite0 from ImageNet weights and from scratch.
 
-`python -m benchmarks.ferplus DATA --weights-dir FOLDER` runs 64 trials of at most 8 epochs, as far as they get in ten
+`python -m benchmarks ferplus DATA --weights-dir FOLDER` runs 64 trials of at most 8 epochs, as far as they get in ten
 minutes, and then the best configuration with three fresh seeds. It reports JS, KL and accuracy on
 PublicTest: the validation set of DATA, as `raytune_emotion.data.ferplus` writes it. Settings and epochs are chosen on
 PublicTest, too. PrivateTest is not touched.
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +124,10 @@ def _watch(used: list[tuple[float, float]], ended: threading.Event) -> None:
         used.append((float(percent), float(memory)))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks ferplus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("data", help="folder of FER+ in AffectNetFused's layout")
     add("--weights-dir", help="folder with tf_efficientnet_lite0.safetensors (default: the hub)")
@@ -133,13 +136,13 @@ def main() -> int:
     add("--epochs", type=int, default=8)
     add("--seconds", type=float, default=600, help="of the search; the confirmation comes on top")
     add("--seeds", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     plan = Plan(args.data, args.weights_dir, args.space, args.trials, args.epochs, args.seconds, args.seeds)
-    command = shlex.join(["python", "-m", "benchmarks.ferplus", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks", "ferplus", *arguments])
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as results:
         measure("ferplus", lambda: study(plan, Path(results)), command)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

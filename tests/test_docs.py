@@ -112,7 +112,7 @@ def check_module(module: str, argv: list[str]) -> None:
         parse(verb, argv)
         return
     assert importlib.util.find_spec(module), f"there is no module {module}"
-    if module == "benchmarks" and not (argv and argv[0] in benchmarks.__main__.JUDGES):
+    if module == "benchmarks" and not (argv and argv[0] in benchmarks.__main__.WITH_DATA):
         assert {*argv} <= {*benchmarks.__main__.NAMES}, f"there is no benchmark of {argv}"
 
 
