@@ -198,20 +198,11 @@ def test_training_example_says_that_nothing_is_left_the_second_time(project, cap
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
-def test_notebook_runs(notebook, project, finished_study, monkeypatch):
+def test_notebook_runs(notebook, project):
     scope: dict[str, object] = {"__name__": "notebook"}
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
-            for part in re.split(r"^(!.*)$", "".join(cell["source"]), flags=re.MULTILINE):
-                if part.startswith("!"):
-                    command = part[1:].format_map(scope).replace(str(scope["python"]), "python")
-                    check_command(command)
-                    words = shlex.split(command)
-                    shutil.copytree(
-                        finished_study, Path(words[words.index("--results") + 1], words[words.index("--name") + 1])
-                    )
-                else:
-                    exec(compile(part, str(notebook), "exec"), scope)
+            exec(compile("".join(cell["source"]), str(notebook), "exec"), scope)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
