@@ -2,7 +2,7 @@
 
 Some need data of one's own, and are run alone: `python -m benchmarks taskset FOLDER` and
 `python -m benchmarks curves FILE… --space SPACE` compare policies of search on recorded curves;
-`python -m benchmarks ferplus DATA` and `python -m benchmarks finishing DATA` run studies on faces.
+`ablation`, `ferplus` and `finishing DATA` train on faces.
 """
 
 import argparse
@@ -40,6 +40,7 @@ _PARTS = {"former", "judge", "simulation"}
 WITH_DATA = {
     "taskset": "benchmarks.taskset",
     "curves": "benchmarks.curves.recorded",
+    "ablation": "benchmarks.ablation",
     "ferplus": "benchmarks.ferplus",
     "finishing": "benchmarks.finishing",
 }

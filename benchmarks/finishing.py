@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks import Table
 from benchmarks.__main__ import measure
@@ -28,6 +29,7 @@ from raytune_emotion import MetricsCalculator
 from raytune_emotion.data.affectnet import parse_annotation
 
 _ANNOTATION = "_prob_rank.txt"
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,16 @@ def _link(source: str | Path, dest: str | Path) -> None:
         shutil.copyfile(source, dest)
 
 
-def measure_js(export: Path, test: Path) -> float:
-    """Return the mean JS, in bits, of an export's predictions of the test."""
-    command = [sys.executable, "-m", "raytune_emotion.predict", str(export), str(test / "images")]
-    lines = csv.DictReader(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines())
-    return score({Path(line.pop("image")).stem: line for line in lines}, test / "annotations")
+def predict(export: Path, test: Path, *options: str) -> dict[str, Floats]:
+    """Return what an export predicts of the test: the probabilities of each face, [K], by its id."""
+    command = [sys.executable, "-m", "raytune_emotion.predict", str(export), str(test / "images"), *options]
+    table = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    _, *rows = csv.reader(table.splitlines())
+    return {Path(image).stem: np.array(values, float) for image, *values in rows}
 
 
-def score(predicted: Mapping[str, Mapping[str, str]], annotations: Path) -> float:
-    """Return the mean JS, in bits, of predictions by id, each with a probability per class.
+def score(predicted: Mapping[str, Floats], annotations: Path) -> float:
+    """Return the mean JS, in bits, of the probabilities that are predicted of each face, [K], by its id.
 
     Raises:
         ValueError: there is no prediction of an annotated face, or the reverse.
@@ -85,7 +88,7 @@ def score(predicted: Mapping[str, Mapping[str, str]], annotations: Path) -> floa
     if targets.keys() != predicted.keys():
         raise ValueError(f"{annotations}: not the faces that were predicted")
     ids = sorted(targets)
-    prob_NK = np.array([[float(p) for p in predicted[face_id].values()] for face_id in ids])
+    prob_NK = np.array([predicted[face_id] for face_id in ids])
     target_NK = np.array([parse_annotation(targets[face_id]) for face_id in ids])
     return MetricsCalculator(["js"]).compute_all(prob_NK, target_NK)["js"]
 
@@ -107,13 +110,17 @@ def study(plan: Plan, work: Path) -> Table:
             better = work / f"ensemble{seed}"
             combine = ["raytune_emotion.export", str(folder), str(better), "--ensemble", str(plan.ensemble)]
             seconds = _run(command) + _run([*combine, "--format", "pt2"])
-        rows.append((seed, measure_js(folder / "best", test), measure_js(better, test), seconds / 60))
+        rows.append((seed, _measure_js(folder / "best", test), _measure_js(better, test), seconds / 60))
         print(rows[-1], flush=True)
     made = "finished" if plan.ensemble is None else f"ensemble of {plan.ensemble}"
     columns = ("seed", "best trial of the search, JS", f"{made}, JS", "minutes in all")
     means = [statistics.fmean(float(str(row[column])) for row in rows) for column in range(1, 4)]
     faces = sum(1 for _ in (test / "images").iterdir())
     return Table(columns, [*rows, ("mean", *means)], [f"JS in bits on {faces} faces of the test."])
+
+
+def _measure_js(export: Path, test: Path) -> float:
+    return score(predict(export, test), test / "annotations")
 
 
 def _run(module: Sequence[str]) -> float:

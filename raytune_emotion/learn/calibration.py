@@ -5,6 +5,7 @@ both KL and JS there (Guo et al., "On calibration of modern neural networks", IC
 hard ones). It becomes a part of the last layer, so that every format and every program has it.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.metrics import per_sample
 from raytune_emotion.learn.validation import Predictions, half_of, log_of
 
 _LEAST = 10  # images of a half
@@ -59,6 +61,13 @@ def calibrate(predictions: Predictions) -> Calibration | None:
     temperature = math.exp(found.x)
     kl, js = ((mean(loss, ~fit_N, 1.0), mean(loss, ~fit_N, temperature)) for loss in (losses.kl, losses.js))
     return Calibration(temperature, int(fit_N.sum()), int((~fit_N).sum()), kl, js)
+
+
+def at_temperature(predictions: Predictions, temperature: float) -> Predictions:
+    """Return the predictions with their logits divided by a temperature."""
+    logits_NK = log_of(predictions.predicted_NK) / temperature
+    js_N = per_sample(logits_NK, torch.from_numpy(predictions.true_NK), None)["js"]
+    return dataclasses.replace(predictions, predicted_NK=logits_NK.softmax(-1).numpy(), js_N=js_N.numpy())
 
 
 def divide_logits(model: nn.Module, temperature: float, x_BCHW: torch.Tensor) -> bool:

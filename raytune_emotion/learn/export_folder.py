@@ -31,7 +31,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.calibration import calibrate, divide_logits
+from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
@@ -209,7 +209,7 @@ def _examine(model: nn.Module, store: Store | None, best: Best) -> Evidence:
         images_NHWC = store.val.gather(np.arange(min(_DRAWN, len(store.val))))
         if divide_logits(model, calibration.temperature, normalise(torch.from_numpy(images_NHWC), *mean_std(model))):
             temperature = calibration.temperature
-            predictions = predictions.at_temperature(temperature)
+            predictions = at_temperature(predictions, temperature)
     return Evidence(predictions, len(store.val), calibration, temperature)
 
 

@@ -20,6 +20,7 @@ from raytune_emotion.learn.origin import (
     successor,
     weights_file,
     weights_folder,
+    weights_setting,
 )
 
 Colour = tuple[float, float, float]
@@ -88,7 +89,7 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
             raise UserError(f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another") from error
         if "loading state_dict" in str(error) and origin.weights is not None:
             raise UserError(
-                f"{_where(config.model)}: {origin.weights} does not fit {name}: {line.strip()}"
+                f"{weights_setting(config.model)}: {origin.weights} does not fit {name}: {line.strip()}"
                 for line in str(error).splitlines()[1:]
             ) from error
         raise UserError(
@@ -147,11 +148,6 @@ def mean_std(model: nn.Module) -> tuple[Colour, Colour]:
     return tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(known.get("std", IMAGENET_DEFAULT_STD))
 
 
-def _where(config: ModelConfig) -> str:
-    """Name the setting that says where weights lie."""
-    return "model.backbone" if config.weights_dir is None else "model.weights_dir"
-
-
 def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
     """Return the options by which timm loads a file strictly: with a classifier of the file's size, 0 for none."""
     classifier = (origin.known or vars(timm.get_pretrained_cfg(origin.architecture))).get("classifier") or ""
@@ -163,7 +159,7 @@ def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
             n_classes = tensors.get_slice(head).get_shape()[0] if head in tensors.keys() else 0  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{_where(config)}: {file} cannot be read as safetensors ({error}); save the weights anew"
+            f"{weights_setting(config)}: {file} cannot be read as safetensors ({error}); save the weights anew"
         ) from error
     # The offset and the loader of the original release are not for timm's own names.
     overlay = {"file": str(file), "num_classes": n_classes, "label_offset": 0, "custom_load": False}

@@ -139,6 +139,11 @@ def weights_file(config: ModelConfig) -> Path:
     )
 
 
+def weights_setting(config: ModelConfig) -> str:
+    """Name the setting that says where weights lie."""
+    return "model.backbone" if config.weights_dir is None else "model.weights_dir"
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's shape, of those that a `config.json` names.
 

@@ -1,6 +1,5 @@
 """Predict images of a validation set, and tell how well each class is predicted."""
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
@@ -48,12 +47,6 @@ class Predictions:
         """Return every metric of every image, [N] a name."""
         values = per_sample(log_of(self.predicted_NK), torch.from_numpy(self.true_NK), distances_of(self.classes))
         return {name: value_N.numpy() for name, value_N in values.items()}
-
-    def at_temperature(self, temperature: float) -> "Predictions":
-        """Return the predictions with their logits divided by a temperature."""
-        logits_NK = log_of(self.predicted_NK) / temperature
-        js_N = per_sample(logits_NK, torch.from_numpy(self.true_NK), None)["js"]
-        return dataclasses.replace(self, predicted_NK=logits_NK.softmax(-1).numpy(), js_N=js_N.numpy())
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import finishing
-from benchmarks.finishing import Plan, is_test, measure_js, score, split_validation, study
+from benchmarks.finishing import Plan, is_test, predict, score, split_validation, study
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.validation import half_of
 
@@ -54,18 +54,17 @@ def test_the_halves_of_the_selection_are_others_than_the_test():
 def test_the_score_is_the_mean_js_of_the_test_faces(faces, tmp_path):
     _, test = split_validation(faces, tmp_path / "work")
     ids = [name.removesuffix(".jpg") for name in names(test / "images")]
-    sad = dict(zip(EMOTIONS, map(str, SAD), strict=True))
     wrong = sum(int(face_id) % 2 == 0 for face_id in ids)  # a disjoint distribution has a JS of one bit
-    assert score(dict.fromkeys(ids, sad), test / "annotations") == pytest.approx(wrong / len(ids), abs=1e-5)
+    assert score(dict.fromkeys(ids, np.array(SAD)), test / "annotations") == pytest.approx(wrong / len(ids), abs=1e-5)
     with pytest.raises(ValueError, match="not the faces that were predicted"):
-        score(dict.fromkeys(ids[1:], sad), test / "annotations")
+        score(dict.fromkeys(ids[1:], np.array(SAD)), test / "annotations")
 
 
 def test_a_study_is_measured_before_and_after_it_is_finished(faces, tmp_path, monkeypatch):
     run: list[str] = []
     monkeypatch.setattr(finishing, "_run", lambda module: run.append(" ".join(map(str, module))) or 60.0)
     monkeypatch.setattr(
-        finishing, "measure_js", lambda export, test: {"best": 0.2, "finished": 0.18}.get(export.name, 0.19)
+        finishing, "_measure_js", lambda export, test: {"best": 0.2, "finished": 0.18}.get(export.name, 0.19)
     )
     table = study(Plan(faces, None, "quick", 8, 2, 60, [3, 4], None), tmp_path / "a")
     assert table.rows == [(3, 0.2, 0.18, 1.0), (4, 0.2, 0.18, 1.0), ("mean", 0.2, 0.18, 1.0)]
@@ -82,9 +81,11 @@ def test_a_study_is_measured_before_and_after_it_is_finished(faces, tmp_path, mo
 def test_predictions_are_read_as_the_command_writes_them(faces, tmp_path, monkeypatch):
     _, test = split_validation(faces, tmp_path / "work")
 
-    def predict(command, **_):
+    def run(command, **_):
         lines = [f"{test}/images/{name},{','.join(map(str, SAD))}" for name in names(test / "images")]
         return subprocess.CompletedProcess(command, 0, "\n".join(["image," + ",".join(EMOTIONS), *lines]))
 
-    monkeypatch.setattr(subprocess, "run", predict)
-    assert 0 < measure_js(tmp_path / "best", test) < 1
+    monkeypatch.setattr(subprocess, "run", run)
+    predicted = predict(tmp_path / "best", test)
+    assert {*map(tuple, predicted.values())} == {tuple(SAD)}
+    assert 0 < score(predicted, test / "annotations") < 1

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from raytune_emotion.data.store import Split
-from raytune_emotion.learn.calibration import calibrate, divide_logits
+from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
 from raytune_emotion.learn.validation import Predictions
 
 
@@ -19,7 +19,7 @@ def predictions_of(factor: float, count: int = 400) -> Predictions:
     true_NK = logits_NK.softmax(-1).numpy()
     split = Split(tuple(str(n) for n in range(count)), true_NK.astype(np.float32), ())
     plain = Predictions(("a", "b", "c", "d"), split.ids, true_NK, true_NK, np.zeros(count), np.arange(count), split)
-    return plain.at_temperature(1 / factor)
+    return at_temperature(plain, 1 / factor)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])

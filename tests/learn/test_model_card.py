@@ -15,6 +15,7 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn import model_card
+from raytune_emotion.learn.calibration import at_temperature
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
@@ -84,10 +85,10 @@ def test_temperature_that_helps_is_in_weights_and_card(export, card, sharp, stor
     raw = predict_best(sharp, store.val, store.classes)
     images = store.val.gather(raw.rows_N)
     cooled = load_package(export).predict(images)
-    assert np.abs(cooled - raw.at_temperature(temperature).predicted_NK).max() < 1e-5
+    assert np.abs(cooled - at_temperature(raw, temperature).predicted_NK).max() < 1e-5
     assert f"A temperature of {temperature:.4f} was fitted on the soft labels of " in card
     assert "It is kept: the last layer of the weights here is divided by it, in all formats." in card
-    calibrated = raw.at_temperature(temperature).metrics()
+    calibrated = at_temperature(raw, temperature).metrics()
     assert (
         f"| Kullback-Leibler divergence of the prediction from the target, nats | {calibrated['kl'].mean():.4f} |"
         in card

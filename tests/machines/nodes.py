@@ -58,7 +58,8 @@ def status_of(address: str) -> str:
 @contextlib.contextmanager
 def search(folder: Path, address: str, *options: object):
     """Search on a cluster, with all that is printed in a file."""
-    write_sample(folder / "x", train=64, val=16, image_size=32)
+    if not (folder / "x").exists():
+        write_sample(folder / "x", train=64, val=16, image_size=32)
     (folder / "space.yaml").write_text(SPACE)
     command = f"-m raytune_emotion.search --data x --space space.yaml --results r --name s --address {address}".split()
     with (folder / "out").open("w") as out:
@@ -94,10 +95,23 @@ def nodes_of(address: str) -> dict[str, psutil.Process]:
     script = f"import json, ray; ray.init({address!r}, logging_level='ERROR'); print(json.dumps(ray.nodes()))"
     found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     ports = {node["NodeManagerPort"]: node["NodeID"] for node in json.loads(found) if node["Alive"]}
-    raylets = {}
-    for process in psutil.process_iter(["name", "create_time"]):
-        if process.info["name"] == "raylet":
-            for connection in process.net_connections("tcp"):
-                if connection.status == psutil.CONN_LISTEN and connection.laddr.port in ports:
-                    raylets[ports[connection.laddr.port]] = process
-    return dict(sorted(raylets.items(), key=lambda item: item[1].info["create_time"]))
+    raylets = {ports[port]: process for port, process in listeners("raylet").items() if port in ports}
+    return dict(sorted(raylets.items(), key=lambda item: item[1].create_time()))
+
+
+def listeners(name: str) -> dict[int, psutil.Process]:
+    """Return the processes of this name by each port that they listen on."""
+    processes = [process for process in psutil.process_iter(["name"]) if process.info["name"] == name]
+    return {
+        connection.laddr.port: process
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+def lose_head(address: str) -> None:
+    """Kill the head's node and what manages the cluster, as if the machine was gone."""
+    head, *_ = nodes_of(address).values()
+    for process in (listeners("gcs_server")[int(address.rpartition(":")[2])], head):
+        process.kill()

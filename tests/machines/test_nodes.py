@@ -8,7 +8,7 @@ import subprocess
 import pandas as pd
 import pytest
 
-from tests.machines.nodes import RAY, nodes_of, reports_of, search, start_ray, wait_until
+from tests.machines.nodes import RAY, lose_head, nodes_of, reports_of, search, start_ray, wait_until
 
 pytestmark = pytest.mark.timeout(700)
 
@@ -44,6 +44,22 @@ def test_trials_of_a_node_that_is_lost_go_on_elsewhere_and_are_counted_once(addr
     assert [*table.status] == ["complete"] * 5
     assert len(said(tmp_path, "has left the cluster; its trials go on elsewhere from their checkpoints")) == 1
     assert len(said(tmp_path, "has joined the cluster")) == 1
+
+
+def test_a_search_whose_head_is_lost_ends_and_goes_on_with_another_head(address, start_head, tmp_path):
+    options = ("--trials", 4, "--epochs", 120, "--scheduler", "none")
+    with search(tmp_path, address, *options) as process:
+        wait_until(lambda: all_have_reported(tmp_path, 3))
+        lose_head(address)
+        assert process.wait(60) == 1, (tmp_path / "out").read_text()
+    assert len(said(tmp_path, "error: ")) == 1
+    assert said(tmp_path, "the study can be resumed: ")
+    before = reports_of(tmp_path)
+    assert max(before.values()) < 120
+    with search(tmp_path, start_head(cpus=2), *options, "--resume") as process:
+        assert process.wait(400) == 0, (tmp_path / "out").read_text()
+    assert reports_of(tmp_path) == {f"{number:04d}": 120 for number in range(4)}
+    assert [*pd.read_csv(tmp_path / "r/s/trials.csv").status] == ["complete"] * 4
 
 
 def test_a_drained_node_gives_its_trials_back_before_it_dies(address, tmp_path):

@@ -76,7 +76,7 @@ def encoding_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Encodi
 
 
 def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[BaseDistribution]]) -> Encoding:
-    """Give each setting its axes, by the values that are listed of it and the distributions that it is drawn from."""
+    """Give each setting its coordinates, by the values that are listed of it and the distributions it is drawn from."""
     ranges: dict[str, Axis] = {}
     choices: dict[str, tuple[Any, ...]] = {}
     for key, values in listed.items():
