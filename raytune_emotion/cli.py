@@ -23,7 +23,7 @@ COMMANDS = {
     "pack": "pack a folder of annotated faces into a store for fast loading",
     "train": "train one configuration, without a search",
     "report": "write the tables, plots and report of a study again",
-    "export": "export a trial of a study as a folder that timm loads",
+    "export": "export a trial of a study, or a run of train, for timm, as ONNX or for torch.export",
     "predict": "predict the distribution over emotions of images",
     "demo": "try an export on pictures of your own, in a browser",
 }

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-worker",
         type=gpu_share,
         metavar="X",
-        help="GPUs per worker, 1 or a fraction (default: as in the search)",
+        help="GPUs per worker: 0, a fraction or 1 (default: as in the search)",
     )
     add_address_option(parser)
 

@@ -14,7 +14,7 @@ from raytune_emotion.tuning.study.trials import PARAMS, as_trial_id
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=location, metavar="STUDY", help="folder or URI of a study")
+    add("study", type=location, metavar="STUDY", help="folder or URI of a study, or of a run of train")
     add("dest", type=location, metavar="DEST", help="folder or URI to write; an earlier export there is replaced")
     add("--trial", metavar="ID", help="id of the trial (default: the best trial)")
     add(

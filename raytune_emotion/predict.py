@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--address",
         metavar="ADDRESS",
-        help="address of a running Ray cluster, or auto: predict on all its nodes (default: this machine)",
+        help="address of a running Ray cluster, or auto: predict images, but no store, on all its nodes (default: this "
+        "machine)",
     )
     add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
 

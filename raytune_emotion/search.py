@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         type=positive_integer,
         metavar="N",
-        help=f"epochs of a trial that is not stopped early (default: {DEFAULT_EPOCHS})",
+        help=f"epochs of a trial that is not stopped early (default: that of the space, else {DEFAULT_EPOCHS})",
     )
     add("--concurrency", type=positive_integer, metavar="N", help="trials at the same time (default: as many as fit)")
     add(
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-worker",
         type=_gpu_share_or_auto,
         metavar="X",
-        help=f"GPUs per worker: a fraction, 1, or {AUTO} for the fastest share (default: 1 if there are GPUs)",
+        help=f"GPUs per worker: 0, a fraction, 1, or {AUTO} for the fastest share (default: 1 if there are GPUs)",
     )
     _add_study_arguments(parser)
 
@@ -140,7 +140,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mlflow",
         metavar="URI",
-        help="log the study to this MLflow server or folder; needs the extra mlflow",
+        help="log the study to this MLflow server or folder; needs pip install 'raytune_emotion[mlflow]'",
     )
     add(
         "--max-failures",

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=location,
         metavar="DIR",
         help="folder, table of faces or packed store, as a path or URI "
-        "(default: the study's data, or the built-in sample)",
+        "(default: the data of --study or of the run that goes on, or the built-in sample)",
     )
     add(
         "--set",
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus-per-worker",
         type=gpu_share,
         metavar="X",
-        help="GPUs per worker, 1 or a fraction (default: 1 if there are GPUs)",
+        help="GPUs per worker: 0, a fraction or 1 (default: 1 if there are GPUs)",
     )
     add(
         "--results",
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the run's folder (default: ray_results)",
     )
     add("--name", type=folder_name, metavar="NAME", help="name of the run (default: {backbone}_{loss})")
-    add("--resume", action="store_true", help="continue the run --name")
+    add("--resume", action="store_true", help="continue the run of this name, also with more --epochs")
     add_training_data_options(parser)
     add(
         "--address",

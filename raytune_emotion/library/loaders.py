@@ -80,7 +80,7 @@ def create_loaders(
     """Open the data for training and validation. A folder is packed on first use, into the cache.
 
     Args:
-        data: a folder in the layout of AffectNetFused, or a packed store; on a disk or at a URI.
+        data: a folder in the layout of AffectNetFused, a table of faces, or a packed store; on a disk or at a URI.
         batch_size: rows of a batch.
         image_size: side of the square images, px; None: the store's own, or that of the folder's images, but no more
             than 224.

@@ -112,8 +112,8 @@ def search(
     """Run a study, exactly as the command `python -m raytune_emotion.search` does, and load it.
 
     Args:
-        data: a folder in the layout of AffectNetFused, or a packed store; on a disk or at a URI; None: the generated
-            sample, or the data of the study that is resumed.
+        data: a folder in the layout of AffectNetFused, a table of faces, or a packed store; on a disk or at a URI.
+            None: the built-in sample, or the data of the study that is resumed.
         space: name of a search space that comes with the project, a YAML file, or the same as a mapping, such as
             `{"model.backbone": "resnet18", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}`. Ignored when resuming.
         trials: in all; None: 32.
