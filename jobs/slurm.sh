@@ -66,7 +66,7 @@ if ((others)); then
   srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${names[0]}" \
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 ray start --address="$address" "${node[@]}" &
 fi
-# A search counts the nodes once, when it begins.
+# What each trial takes is computed when the search begins, from the nodes that are there. So wait for all of them.
 python - "$address" "$SLURM_JOB_NUM_NODES" << 'END'
 import sys
 import time
