@@ -102,6 +102,15 @@ def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
     assert later.elapsed_seconds == now.elapsed_seconds + 3600
 
 
+def test_a_clock_that_is_behind_makes_no_negative_times(finished):
+    spec, trials = read_spec(finished), load_study(finished)
+    records = read_records(finished, trials)
+    first = min(report["time"] for record in records for report in record.reports)
+    told = summarize(spec, trials, records[:2], now=first - 3600)
+    assert (told.elapsed_seconds, told.seconds_since_evaluation) == (0.0, 0.0)
+    assert "time        0 s since the start, last evaluation 0 s ago" in describe(told)
+
+
 def test_the_sparkline_falls_with_the_best_js():
     assert sparkline([(1.0, 0.8), (2.0, 0.1), (4.0, 0.1)], width=4) == "█▁▁▁"
     assert sparkline([(2.0, 0.5), (4.0, 0.5)], width=4) == " ▁▁▁"

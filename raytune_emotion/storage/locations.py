@@ -282,12 +282,15 @@ class Folder(Location):
             return [File(f"{start}{entry.name}", "") for entry in entries if entry.is_file()]
 
     def find(self, *patterns: str) -> list[str]:
-        names = (str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
+        names = (str(file.relative_to(self.path)) for file in files_below(self.path))
         return sorted(name for name in names if _matches(name, patterns))
 
     def newest(self, file: str) -> str | None:
-        found = [*self.path.glob(f"*/{glob.escape(file)}")]
-        return max(found, key=lambda path: path.stat().st_mtime_ns).parent.name if found else None
+        times: dict[str, int] = {}
+        for path in self.path.glob(f"*/{glob.escape(file)}"):
+            with contextlib.suppress(FileNotFoundError):  # it may be deleted meanwhile
+                times[path.parent.name] = path.stat().st_mtime_ns
+        return max(times, key=times.__getitem__, default=None)
 
     def stamp(self, file: File) -> str:
         with contextlib.suppress(OSError):
@@ -587,6 +590,12 @@ def check_space(folder: Path, needed: int, advice: str) -> None:
     free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
     if needed > free:
         raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; {advice}")
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Iterate over the files in a folder and below it. Files and folders may come and go meanwhile."""
+    for parent, _, names in os.walk(folder):  # `Path.rglob` fails where a folder goes
+        yield from (file for name in names if (file := Path(parent, name)).is_file())
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,7 +1,9 @@
 """A folder and a URI behave alike, to the byte and to the sentence."""
 
 import errno
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,21 @@ def test_copy_here_holds_what_was_asked_for_and_errors_name_the_location(locatio
     with pytest.raises(UserError) as raised:
         refuse()
     assert str(raised.value) == f"{location}/study.yaml: damaged"
+
+
+def test_files_are_listed_while_a_folder_goes(tmp_path, monkeypatch):
+    (tmp_path / "stays.txt").touch()
+    (tmp_path / "goes" / "below").mkdir(parents=True)
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path).endswith("goes"):
+            shutil.rmtree(path, ignore_errors=True)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert Folder(tmp_path).find("*") == ["stays.txt"]
+    assert not (tmp_path / "goes").exists()
 
 
 def test_newest_folder_with_a_file_is_found(location):

@@ -1,5 +1,6 @@
 """Follow a running study by its events: what its trials do now, and what it has reached."""
 
+import contextlib
 import dataclasses
 import shutil
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 from raytune_emotion.learn.report import OBJECTIVE, Heard
+from raytune_emotion.storage.locations import files_below
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.report.summary import BestTrial, Summary, summarize
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -164,11 +166,9 @@ class StudyProgress:
 def disk_of(folder: Path) -> Disk:
     """Look at what a folder takes of its disk. Files may come and go meanwhile."""
     used = 0
-    for file in folder.rglob("*"):
-        try:
-            used += file.stat().st_size if file.is_file() else 0
-        except OSError:
-            continue
+    for file in files_below(folder):
+        with contextlib.suppress(OSError):
+            used += file.stat().st_size
     try:
         return Disk(used, shutil.disk_usage(folder).free)
     except OSError:

@@ -75,10 +75,11 @@ def summarize(
         best=_best_of(leader) if leader is not None else None,
         baseline_js=spec.baseline.get("js"),
         started=started,
-        elapsed_seconds=(last if finished else now) - started if started is not None else 0.0,
+        elapsed_seconds=max(0.0, (last if finished else now) - started) if started is not None else 0.0,
         active_seconds=active,
         trials_per_hour=ended / active * 3600 if ended and active > 0 else None,
-        seconds_since_evaluation=now - max(heard) if heard else None,
+        # The clock of the machine of a trial may be ahead, and a clock may be set back.
+        seconds_since_evaluation=max(0.0, now - max(heard)) if heard else None,
         best_js_by_time=_best_by_time(records, started) if started is not None else [],
         expected_gain_per_hour=expected_gain(study),
     )
