@@ -1,7 +1,6 @@
 """Train one configuration, also the best configuration of a study: the command."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.backbones import check_architecture, short_name
-from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.atomic import is_taken
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
-from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial
+from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial, refuse_taken
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,10 +137,7 @@ def run(args: argparse.Namespace) -> None:
             check_weights(checked.model)
     if not args.resume:
         with collect_errors(faults):
-            if _is_taken(folder):
-                raise UserError(
-                    f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
-                )
+            refuse_taken(folder)
             Folder(folder).check(write=True)
     with collect_errors(faults):
         _check_machine(args)
@@ -165,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.resume:
         build_model(config)  # that it can be had shows here, and not where Ray and a folder wait for it
     workers = Workers(args.workers, args.gpus_per_worker, args.address)
-    train_single(folder, config, store, workers, fresh=not _is_taken(folder))
+    train_single(folder, config, store, workers, fresh=not is_taken(folder))
 
 
 def _check_machine(args: argparse.Namespace) -> None:
@@ -189,11 +185,6 @@ def _check_machine(args: argparse.Namespace) -> None:
 def _other_runs(results: Path) -> str:
     runs = sorted(file.parent.name for file in results.glob(f"*/{PARAMS}"))
     return f"; there are {', '.join(runs)}" if runs else "; name its folder with --results"
-
-
-def _is_taken(folder: Path) -> bool:
-    """Tell whether a run has the name; one that was killed before it wrote anything has not."""
-    return os.path.lexists(folder) and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK})
 
 
 def _settings_of_run(folder: Path) -> dict[str, Any]:

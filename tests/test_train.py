@@ -1,5 +1,6 @@
 """The command train: one configuration, from the command line to its export."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -10,15 +11,17 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from raytune_emotion import train
 from raytune_emotion.config import RunConfig
+from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.storage.atomic import LOCK, exclusive_lock
+from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
 from raytune_emotion.tuning.execution.job import OutOfMemory
 from raytune_emotion.tuning.report import single_run
+from raytune_emotion.tuning.report.single_run import Workers, train_single
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
 from tests.support.studies import write_study
+from tests.support.training import run_config
 
 
 @pytest.fixture(autouse=True)
@@ -272,6 +275,19 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
     assert trained(*TINY, 1, "--name", "mine") == 0
 
 
+@pytest.mark.parametrize("at_work", [True, False])
+def test_a_run_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path, store, at_work):
+    """Its name was free when the other command looked, which may be ten seconds before Ray has started."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "params.json").write_text("{}")
+    with exclusive_lock(folder) if at_work else contextlib.nullcontext(), pytest.raises(UserError) as raised:
+        train_single(folder, run_config(), store, Workers(1, 0.0, None), fresh=True)
+    said = "another process is at work in it" if at_work else "there is a run of this name already"
+    assert str(raised.value).startswith(f"{folder}: {said}")
+    assert (folder / "params.json").exists()
+
+
 def test_a_training_out_of_memory_goes_on_in_smaller_micro_batches(trained, tmp_path, monkeypatch, capsys):
     whole = single_run.train_here
 
@@ -293,14 +309,14 @@ def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_p
 
 
 def test_run_that_was_killed_before_it_wrote_anything_holds_no_name(tmp_path):
-    assert not train._is_taken(tmp_path / "run")
+    assert not is_taken(tmp_path / "run")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).touch()
-    assert not train._is_taken(tmp_path / "run")
+    assert not is_taken(tmp_path / "run")
     (tmp_path / "run" / "params.json").touch()
-    assert train._is_taken(tmp_path / "run")
+    assert is_taken(tmp_path / "run")
     (tmp_path / "file").touch()
-    assert train._is_taken(tmp_path / "file")
+    assert is_taken(tmp_path / "file")
 
 
 def test_a_run_that_cannot_be_made_is_one_sentence(tmp_path, faces, capsys):

@@ -121,6 +121,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_taken(folder: Path) -> bool:
+    """Tell whether something has the name; a folder with its lock alone, as a killed process leaves it, has not."""
+    return os.path.lexists(folder) and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK})
+
+
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
     """Delete the folders that killed processes have left and that nobody has touched for so many seconds."""
     for folder in parent.glob(pattern):

@@ -13,6 +13,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import choose_ensemble, mean_of, measure_gain
 from raytune_emotion.learn.export_folder import write_package
+from raytune_emotion.storage.atomic import is_taken
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import count, plain_console, plain_table, shell_word
 from raytune_emotion.tuning.report.single_run import Workers, train_single
@@ -30,9 +31,8 @@ from raytune_emotion.tuning.study.combination import (
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, rank_confirmed
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.trials import PARAMS
 
-#: Folders of the final fit and of the final export in the folder of a study.
+#: Folders of the final fits, each named by its trial, and of the final export in the folder of a study.
 FINAL, FINISHED = "final", "finished"
 #: Configurations and seeds that are confirmed.
 TOP, SEEDS = 3, 3
@@ -68,16 +68,21 @@ def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRe
     console = plain_console()
     confirm(ConfirmRequest(study=Folder(folder), top=TOP, seeds=SEEDS, address=address))
     study, confirmation = load(folder), load(folder / CONFIRMED)
-    configuration = _fit_winner(study, confirmation, address)
+    winner = rank_confirmed(confirmation.spec, confirmation.records())[0].trial_id
+    epochs = _fit_longer(study, winner, address)
+    fit = f"{FINAL}/{winner}"
 
     searched = list_kept(folder, study.records())
     confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
-    candidates = read_candidates([*searched, *confirmed, (FINAL, folder / FINAL)])
+    candidates = read_candidates([*searched, *confirmed, (fit, folder / fit)])
     first, second = ({name for name, _ in trials} for trials in (searched, [*searched, *confirmed]))
     steps = [
         Step("best trial of the search", _unseen_js(candidates, first)),
         Step(f"best of it and {count(len(confirmed), 'confirmed run')}", _unseen_js(candidates, second)),
-        Step(f"best of these and the final fit of {configuration}", _unseen_js(candidates, {*candidates.trial_ids})),
+        Step(
+            f"best of these and the final fit of trial {winner} ({count(epochs, 'epoch')})",
+            _unseen_js(candidates, {*candidates.trial_ids}),
+        ),
     ]
     steps += _export(folder / FINISHED, candidates, study, steps)
     table = plain_table("step", "JS, bits")
@@ -90,10 +95,9 @@ def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRe
     )
 
 
-def _fit_winner(study: OpenStudy, confirmation: OpenStudy, address: str | None) -> str:
-    """Train the confirmed configuration for longer on all workers, or go on with that. Return its name."""
-    winner = rank_confirmed(confirmation.spec, confirmation.records())[0]
-    (record,) = (record for record in study.records() if record.trial_id == winner.trial_id)
+def _fit_longer(study: OpenStudy, trial_id: str, address: str | None) -> int:
+    """Train the configuration of a trial for longer on all workers, or go on with that. Return the epochs."""
+    record = study.record(trial_id)
     epochs = LONGER * study.spec.epochs
     settings = {**study.spec.settings(record.settings), "train.epochs": epochs}
     store = open_store(study.spec.stores[RunConfig.from_flat(settings).data.image_size])
@@ -101,9 +105,10 @@ def _fit_winner(study: OpenStudy, confirmation: OpenStudy, address: str | None) 
     gpus = _count_gpus(address)
     # On CPUs, one process uses every core.
     workers = min(max(1, gpus), config.train.batch_size // config.train.accumulate)
-    fit = study.folder / FINAL
-    train_single(fit, config, store, Workers(workers, None, address), fresh=not (fit / PARAMS).exists())
-    return f"trial {winner.trial_id} ({count(epochs, 'epoch')})"
+    # One folder for each: a study that goes on may have another winner.
+    fit = study.folder / FINAL / trial_id
+    train_single(fit, config, store, Workers(workers, None, address), fresh=not is_taken(fit))
+    return epochs
 
 
 def _count_gpus(address: str | None) -> int:

@@ -1,5 +1,6 @@
 """Train one configuration, and say what came of it."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from raytune_emotion.tuning.execution.job import (
     train_with_retry,
 )
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
+from raytune_emotion.tuning.study.trials import refuse_taken
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers
         config: of the run.
         store: to train on.
         workers: who trains.
-        fresh: whether the folder is this run's own, and goes if nothing comes of it.
+        fresh: whether the run is new: nothing lies in its folder, which goes if nothing comes of it.
 
     Raises:
-        UserError: the configuration and the data do not fit together.
+        UserError: the configuration and the data do not fit together, or another run has taken the folder.
         Breakdown: the training failed.
         KeyboardInterrupt: it was interrupted; what was reached is exported.
     """
@@ -130,7 +132,7 @@ def _train(
     job = Job(folder.name, str(folder), store, config.to_flat(), resources)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder):
+        with exclusive_lock(folder), _new_folder(folder) if fresh else contextlib.nullcontext():
             for report in train_with_retry(job, train):
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
@@ -142,6 +144,18 @@ def _train(
         raise Breakdown(f"{short_path(folder)}: the training failed: {error}") from None
     except OSError as error:
         raise Breakdown(f"{short_path(folder)}: the training broke off: {error}") from error
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder of a new run, which is locked, and delete it if nothing comes of it: the name is then free.
+
+    Raises:
+        UserError: another run has taken it since its name was looked at.
+    """
+    refuse_taken(folder)
+    try:
+        yield
     finally:
-        if fresh and not (folder / LAST).exists():
-            shutil.rmtree(folder, ignore_errors=True)  # the name is free for another attempt
+        if not (folder / LAST).exists():
+            shutil.rmtree(folder, ignore_errors=True)

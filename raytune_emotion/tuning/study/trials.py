@@ -1,12 +1,24 @@
 """Name trials and the files of one, and find the trial that somebody means."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.atomic import is_taken
 
 PARAMS = "params.json"
 #: The packed data that a trial trains on; with its settings, all that its numbers depend on.
 DATA = "data.txt"
+
+
+def refuse_taken(run: Path) -> None:
+    """Refuse a new run of `train` where there is one of its name.
+
+    Raises:
+        UserError: there is.
+    """
+    if is_taken(run):
+        raise UserError(f"{run}: there is a run of this name already; go on with it by --resume, or choose --name")
 
 
 def trial_id_of(number: int) -> str:

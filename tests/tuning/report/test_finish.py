@@ -47,7 +47,7 @@ def study(store, tmp_path, monkeypatch):
 
 def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
     finish_study(study, None, confirm_here)
-    assert [report["epoch"] for report in read_history(study / FINAL)] == [1, 2]
+    assert [report["epoch"] for report in read_history(study / FINAL / "0000")] == [1, 2]
     metrics = json.loads((study / FINISHED / "metrics.json").read_text())
     assert 0 < metrics["val_js"] < 1
     card = (study / FINISHED / "README.md").read_text()
@@ -62,6 +62,22 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
     before = {file: file.read_bytes() for file in study.rglob("history.jsonl")}
     finish_study(study, None, confirm_here)
     assert {file: file.read_bytes() for file in study.rglob("history.jsonl")} == before
+
+
+def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finish, "TOP", 2)
+    monkeypatch.setattr(finish, "SEEDS", 1)
+    study = tmp_path / "study"
+    write_study(study, store, trials=2, epochs=1)
+    finish_study(study, None, confirm_here)
+    (before,) = (study / FINAL).iterdir()
+    rank = finish.rank_confirmed
+    monkeypatch.setattr(finish, "rank_confirmed", lambda *args: rank(*args)[::-1])
+    capsys.readouterr()
+    finish_study(study, None, confirm_here)
+    (other,) = {*(study / FINAL).iterdir()} - {before}
+    assert f"the final fit of trial {other.name}" in capsys.readouterr().out
+    assert len(read_history(other)) == 2
 
 
 def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
