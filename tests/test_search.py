@@ -197,6 +197,24 @@ class TestBadSpaces:
         assert len(told) == 1
         assert told[0].startswith("model.backbone: efficientformer_l1 cannot take images of 32 px (data.image_size)")
 
+    def test_a_backbone_without_blocks_to_skip(self, refused, space):
+        skipped = SMALL_SPACE.replace("[test_resnet,", "[vgg11, test_resnet,").replace(
+            "image_size: 32", "image_size: 64"
+        )
+        told = refused(space=space(f"{skipped}model.drop_path: {{uniform: [0, 0.2]}}\n"))
+        assert told == ["model.drop_path: vgg11 has no blocks to skip; set it to 0, or choose another"]
+
+    def test_batches_too_small_for_the_workers(self, refused, space):
+        """Also where only one branch of the space has them."""
+        branch = "when:\n  - if: {model.backbone: test_vit}\n    train.accumulate: {choice: [1, 16]}\n"
+        told = refused(
+            space=space(f"{SMALL_SPACE}train.batch_size: {{choice: [16, 32]}}\n{branch}"), workers_per_trial=2
+        )
+        assert len(told) == 1
+        assert told[0].startswith(
+            "train.batch_size: 16 rows make no 16 micro-batches (train.accumulate) for each of 2 w"
+        )
+
     def test_pretrained_weights_that_are_not_at_hand(self, refused, space, tmp_path):
         weights = tmp_path / "weights"
         weights.mkdir()
@@ -285,8 +303,8 @@ class TestBadRequests:
         monkeypatch.setattr(cluster_module, "ray_session", joined_session)
         monkeypatch.setattr(gpu_sharing, "check_room", lambda request: None)
         monkeypatch.setattr(gpu_presence, "may_have_gpu", lambda: True)
-        (told,) = refused(workers_per_trial=99)
-        assert told.startswith("a trial of 99 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
+        (told,) = refused(workers_per_trial=30)
+        assert told.startswith("a trial of 30 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
         assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)

@@ -180,17 +180,23 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
         )
     if train.precision == "fp16" and device.type != "cuda":
         faults.append("train.precision: fp16 needs a GPU; choose bf16 or fp32")
-    if batch_rows < workers * train.accumulate:
-        faults.append(
-            f"train.batch_size: {batch_rows} rows make no {train.accumulate} micro-batches (train.accumulate) for each "
-            f"of {workers} workers; choose a larger batch or fewer of the others"
-        )
+    faults += batch_faults(batch_rows, train.accumulate, workers)
     faults += evaluation_faults(train.evals_per_epoch, rows=len(store.train), batch_size=train.batch_size)
     if faults:
         raise UserError(faults)
     steps = len(store.train) // batch_rows
     stops = {math.ceil(steps * i / train.evals_per_epoch) for i in range(1, train.evals_per_epoch + 1)}
     return Plan(batch_rows, steps, tuple(sorted(stops)), train.epochs, rank, workers)
+
+
+def batch_faults(batch_rows: int, accumulate: int, workers: int) -> list[str]:
+    """Say it if a batch has fewer rows than the workers have micro-batches."""
+    if batch_rows >= workers * accumulate:
+        return []
+    return [
+        f"train.batch_size: {batch_rows} rows make no {accumulate} micro-batches (train.accumulate) for each of "
+        f"{workers} workers; choose a larger batch or fewer of the others"
+    ]
 
 
 def evaluation_faults(evals_per_epoch: int, *, rows: int, batch_size: int) -> list[str]:

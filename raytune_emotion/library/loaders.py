@@ -14,7 +14,6 @@ from raytune_emotion.data.augment import Decisions, augment, decide
 from raytune_emotion.data.loader import batches, epoch_order
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import Split, Store
-from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 
 _BLACK, _WHITE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -74,7 +73,7 @@ def create_loaders(
     image_size: int | None = None,
     augmentation: AugmentConfig | None = None,
     seed: int = 0,
-    classes: tuple[str, ...] = EMOTIONS,
+    classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
 ) -> tuple[Loader, Loader]:
     """Open the data for training and validation. A folder is packed on first use, into the cache.
@@ -86,7 +85,8 @@ def create_loaders(
             than 224.
         augmentation: of the training images; None: half of them are mirrored, as the commands do by default.
         seed: of order and augmentation.
-        classes: names of the K values of an annotation, in order.
+        classes: names of the K values of an annotation, in order; None: those of the table or the store, or the
+            13 emotions of a folder.
         skip_bad: whether faulty rows of a folder are set aside; else they are refused.
 
     Returns:

@@ -93,6 +93,8 @@ def search(
     trials: int | None = None,
     epochs: int | None = None,
     objective: str | None = None,
+    sampler: str | None = None,
+    scheduler: str | None = None,
     seed: int | None = None,
     concurrency: int | None = None,
     workers_per_trial: int | None = None,
@@ -108,6 +110,7 @@ def search(
     weights_dir: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
     address: str | None = None,
+    finish: bool = False,
 ) -> Study:
     """Run a study, exactly as the command `python -m raytune_emotion.search` does, and load it.
 
@@ -119,6 +122,8 @@ def search(
         trials: in all; None: 32.
         epochs: of a full trial; None: that of the space, or 20.
         objective: `val_js`, or one of the other objectives of the command.
+        sampler: what proposes configurations, by the command's names.
+        scheduler: what decides which trials go on, by the command's names.
         seed: of proposals and trials.
         concurrency: trials at once; None: as many as fit.
         workers_per_trial: processes that train a trial.
@@ -134,6 +139,7 @@ def search(
         weights_dir: folder with pretrained weights, for machines without a hub.
         skip_bad: whether faulty rows of a folder are set aside; else they are refused.
         address: of a running Ray cluster, or `auto`; None: start Ray here.
+        finish: whether the study is then confirmed, its winner trained longer, and the best model exported.
 
     Returns:
         The study, as `load_study` loads it.
@@ -154,6 +160,8 @@ def search(
             "trials": trials,
             "epochs": epochs,
             "objective": objective,
+            "sampler": sampler,
+            "scheduler": scheduler,
             "seed": seed,
             "concurrency": concurrency,
             "workers-per-trial": workers_per_trial,
@@ -170,6 +178,7 @@ def search(
         argv = [f"--{option}={_text(value)}" for option, value in given.items() if value is not None]
         argv += ["--resume"] if resume else []
         argv += ["--skip-bad"] if skip_bad else []
+        argv += ["--finish"] if finish else []
         argv += ["--warm-start", *map(_text, warm_start)] if warm_start else []
         parser = _Parser(prog="search", add_help=False)
         command.add_arguments(parser)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from raytune_emotion import create_loaders
 from raytune_emotion.errors import UserError
@@ -51,6 +52,18 @@ def test_a_loader_that_is_left_early_can_be_used_again(store):
     train, _ = create_loaders(store.path)
     next(iter(train))
     assert len(list(train)) == 3
+
+
+def test_a_table_has_its_own_classes(tmp_path):
+    rows = []
+    for number, split in enumerate(["train"] * 4 + ["val"] * 2):
+        Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,{split},0.5,0.25,0.25\n")
+    (tmp_path / "faces.csv").write_text("image,split,happy,sad,calm\n" + "".join(rows))
+    train, _ = create_loaders(tmp_path / "faces.csv", batch_size=2, image_size=16)
+    assert train.classes == ("happy", "sad", "calm")
+    again, _ = create_loaders(train.store.path, batch_size=2)
+    assert again.classes == train.classes
 
 
 def test_what_is_no_data_is_refused(tmp_path):

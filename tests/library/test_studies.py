@@ -1,5 +1,8 @@
 """The library's studies, with the names that it gives."""
 
+import argparse
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ import raytune_emotion
 from raytune_emotion import load_study
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import evaluate
+from raytune_emotion.library import studies
 from tests.support.cluster import joined_session
 from tests.support.studies import write_study
 
@@ -93,6 +97,13 @@ def test_what_is_no_study_is_refused(tmp_path, folder):
         load_study(folder).model("0099")
 
 
+def test_a_search_takes_the_options_of_the_command():
+    parser = argparse.ArgumentParser()
+    importlib.import_module("raytune_emotion.search").add_arguments(parser)
+    options = {action.dest for action in parser._actions} - {"help", "dry_run"}
+    assert {*inspect.signature(studies.search).parameters} == options
+
+
 def test_all_that_the_command_refuses_is_an_error(tmp_path):
     search = raytune_emotion.search
     with pytest.raises(UserError, match="there is no such"):
@@ -118,6 +129,6 @@ def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkey
     assert study.location.path == tmp_path / "small"
     assert len(study.trials) == 2
     assert study.trials["optim.lr"].between(1e-3, 1e-2).all()
-    again = raytune_emotion.search(trials=3, resume=True, **options)
+    again = raytune_emotion.search(trials=3, resume=True, scheduler="freeze-thaw", **options)
     assert len(again.trials) == 3
     assert again.model()(torch.rand(1, 3, 32, 32)).shape == (1, 13)

@@ -39,7 +39,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     """Show what a study would choose from, and what its trials would cost with as many threads as this process has."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
-    check_space(space, data)
+    check_space(space, data, workers=request.workers_per_trial or 1)
 
     settings = plain_table("setting", "is", title="the space")
     for key, value in space.to_dict().items():

@@ -29,7 +29,6 @@ from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import check_architecture, split_source
-from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
 
@@ -499,14 +498,9 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
     For each combination of what `when` asks for, every pair of settings is judged at its ends. What fails so can be
     suggested, hence is a fault of the space. Of rules on three settings, it sees what pairs show.
     """
-    deciding = space.condition_keys()
-    choices = [space.values_of(key) for key in deciding]
-    for values in itertools.product(*choices):
-        decided = dict(zip(deciding, values, strict=True))
-        active = space.active_settings(decided)
-        names = {key: name for key, (name, _) in active.items()}
-        ends = {key: _bounds(setting) for key, (_, setting) in active.items()}
-        ends |= {key: (value,) for key, value in decided.items()}
+    for decided in space.decisions():
+        names = {key: name for key, (name, _) in space.active_settings(decided).items()}
+        ends = space.ends(decided)
         first = {key: end[0] for key, end in ends.items()}
         several = {key: end for key, end in ends.items() if len(end) > 1}
         pairs = [
@@ -521,16 +515,3 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
                 # The sentence is on a setting, or on the section of several.
                 place = next((source.places[names[k]] for k in names if k == key or k.startswith(f"{key}.")), ())
                 source.fault(place, sentence)
-
-
-def _bounds(setting: Setting) -> tuple[Any, ...]:
-    """Return the values of a setting between which all others lie."""
-    if isinstance(setting, Fixed):
-        return (setting.value,)
-    if isinstance(setting, Simplex):
-        return (setting.losses[0],)
-    if isinstance(setting, CategoricalDistribution):
-        numbers = [x for x in setting.choices if is_number(x)]
-        return (min(numbers), max(numbers)) if len(numbers) == len(setting.choices) else tuple(setting.choices)
-    assert isinstance(setting, FloatDistribution | IntDistribution)
-    return (setting.low, setting.high)

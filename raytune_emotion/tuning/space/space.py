@@ -16,6 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import RandomSampler
 
 from raytune_emotion.config import SETTINGS, FlatConfig
+from raytune_emotion.storage.json_text import is_number
 
 #: The losses that a mixture can have.
 LOSSES: tuple[str, ...] = tuple(key.removeprefix("loss.") for key in SETTINGS if key.startswith("loss."))
@@ -170,6 +171,17 @@ class Space:
                 result |= {key: (branch.parameter(key), setting) for key, setting in branch.settings.items()}
         return result
 
+    def decisions(self) -> Iterator[dict[str, Any]]:
+        """Return each combination of the values that `when` asks for, by dotted path."""
+        keys = self.condition_keys()
+        for values in itertools.product(*map(self.values_of, keys)):
+            yield dict(zip(keys, values, strict=True))
+
+    def ends(self, decided: FlatConfig) -> dict[str, tuple[Any, ...]]:
+        """Return the values between which those of each setting lie where what `when` asks for is as decided."""
+        active = {key: _ends(setting) for key, (_, setting) in self.active_settings(decided).items()}
+        return active | {key: (value,) for key, value in decided.items()}
+
     def condition_keys(self) -> tuple[str, ...]:
         """Return the settings that `when` asks for."""
         return tuple(dict.fromkeys(key for branch in self.when for key in branch.conditions))
@@ -194,6 +206,19 @@ class Space:
         simplexes = [s.losses for _, _, s in self._all_settings() if isinstance(s, Simplex)]
         taking_part = {*self.values_of("loss"), *itertools.chain(*simplexes)}
         return [loss for loss in LOSSES if loss in taking_part]
+
+
+def _ends(setting: Setting) -> tuple[Any, ...]:
+    """Return the values of a setting between which all others lie, in order; of words, all."""
+    if isinstance(setting, Fixed):
+        return (setting.value,)
+    if isinstance(setting, Simplex):
+        return (setting.losses[0],)
+    if isinstance(setting, CategoricalDistribution):
+        numbers = [x for x in setting.choices if is_number(x)]
+        return (min(numbers), max(numbers)) if len(numbers) == len(setting.choices) else tuple(setting.choices)
+    assert isinstance(setting, FloatDistribution | IntDistribution)
+    return (setting.low, setting.high)
 
 
 def _draw(trial: optuna.trial.BaseTrial, name: str, setting: Setting) -> Any:

@@ -11,7 +11,7 @@ from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.checkpoint import HISTORY
-from raytune_emotion.learn.loop import baseline, evaluation_faults
+from raytune_emotion.learn.loop import baseline, batch_faults, evaluation_faults
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.storage.locations import Folder, Location, parse_location
@@ -37,7 +37,7 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     Raises:
         UserError: a backbone cannot be built, or the data cannot be packed.
     """
-    check_space(space, data)
+    check_space(space, data, workers=request.workers_per_trial or 1)
     stores = _stores(data, space, skip_bad=request.skip_bad)
     first = next(iter(stores.values()))
     return StudySpec(
@@ -173,23 +173,28 @@ def image_sizes(data: Data, space: Space) -> tuple[int, ...]:
     return space.values_of("data.image_size") or (data.own_size(),)
 
 
-def check_space(space: Space, data: Data) -> None:
-    """Check, before data are packed, that trials of a space can be trained on them.
+def check_space(space: Space, data: Data, *, workers: int) -> None:
+    """Check, before data are packed, that trials of a space can be trained on them, by so many workers each.
 
     Raises:
-        UserError: with an error for each backbone that cannot be built, and for evaluations without a step.
+        UserError: with an error for each backbone that cannot be built, for batches that are too small for the workers,
+            and for evaluations without a step.
     """
     faults: list[str] = []
     with collect_errors(faults):
         _check_backbones(space, image_sizes(data, space))
-    default = RunConfig().train
+    default, rows = RunConfig().train, data.count_rows()
+    for ends in map(space.ends, space.decisions()):
+        batch_size, *_ = ends.get("train.batch_size", (default.batch_size,))
+        *_, accumulate = ends.get("train.accumulate", (default.accumulate,))
+        faults += batch_faults(min(batch_size, rows), accumulate, workers)
     faults += evaluation_faults(
         space.fixed_settings.get("train.evals_per_epoch", default.evals_per_epoch),
-        rows=data.count_rows(),
+        rows=rows,
         batch_size=int(space.largest_value("train.batch_size") or default.batch_size),
     )
     if faults:
-        raise UserError(faults)
+        raise UserError(dict.fromkeys(faults))
 
 
 def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
@@ -214,7 +219,14 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
 
 
 def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
-    """List each backbone of a space, with pretrained weights if a trial may have them."""
-    backbones = space.values_of("model.backbone") or (ModelConfig().backbone,)
+    """List each backbone of a space, with pretrained weights and skipped blocks if a trial may have them."""
+    drop_paths: dict[str, float] = {}
+    for ends in map(space.ends, space.decisions()):
+        *_, drop_path = ends.get("model.drop_path", (0.0,))
+        for name in ends.get("model.backbone", (ModelConfig().backbone,)):
+            drop_paths[name] = max(drop_paths.get(name, 0.0), drop_path)
     pretrained = any(space.values_of("model.pretrained") or (weights_dir is not None,))
-    return [ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir) for name in backbones]
+    return [
+        ModelConfig(backbone=name, pretrained=pretrained, weights_dir=weights_dir, drop_path=drop_path)
+        for name, drop_path in drop_paths.items()
+    ]
