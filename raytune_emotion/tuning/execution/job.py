@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import platform
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from raytune_emotion.config import RunConfig, TrainConfig
-from raytune_emotion.data.store import open_store
+from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
@@ -125,7 +126,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     Raises:
         TrialFailed: another attempt would fail too; OutOfMemory is one of these.
         DiskFull: a checkpoint could not be written.
-        Breakdown: the location cannot be read or written.
+        Breakdown: the location cannot be read or written, or the data are not on this machine.
     """
     location, pushed = job.kept_at, dict[str, tuple[int, int]]()
     # Everything else follows from the last state. Each worker reads its own copy: machines need not share a disk.
@@ -165,7 +166,7 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
         events = stack.enter_context(EventWriter(folder)) if first else None
         if events is not None:
             events.write_settings(job.settings)
-        store = open_store(job.store)
+        store = _open_data(job.store)
         if events is not None:
             # Once a trial, when it leaves its process: no training waits for it.
             stack.callback(write_samples, events, folder, store)
@@ -174,6 +175,21 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
             if events is not None:
                 events.write_report(report, report["report"])
             yield report
+
+
+def _open_data(address: str) -> Store:
+    """Open the packed data of a study, which were there when it began.
+
+    Raises:
+        Breakdown: they are not to be seen from this machine. No trial could be trained here.
+    """
+    try:
+        return open_store(address)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # a disk or a server may be back for the next attempt
+        faults = "; ".join(error.faults)
+        raise Breakdown(f"{faults}; put the data where {platform.node()} sees them, such as a shared folder") from error
 
 
 @contextlib.contextmanager

@@ -60,6 +60,14 @@ def test_a_process_goes_from_trial_to_trial_and_says_again_what_was_not_heard(jo
     assert actor.train() == second, "its ending was not heard"
 
 
+def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, tmp_path):
+    """Such a machine would fail one trial after the other."""
+    away = dataclasses.replace(job, store=str(tmp_path / "elsewhere"))
+    ending = TrialActor(away.to_dict()).train()[ENDING]
+    assert isinstance(ending, Broken)
+    assert ending.reason.startswith(f"{tmp_path / 'elsewhere'}: no packed store, for it has no manifest.json; put the")
+
+
 @pytest.mark.parametrize(
     ("error", "ending"),
     [
