@@ -271,7 +271,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
         from raytune_emotion.tuning.report.conclusion import conclude
         from raytune_emotion.tuning.report.console import open_session, run_with_progress
         from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
-        from raytune_emotion.tuning.study.open_study import OpenStudy, make_study, open_study, raise_epochs
+        from raytune_emotion.tuning.study.open_study import go_on, make_study, open_study
 
     console, folder = plain_console(), place.working_folder()
     # Until all is written, the study's folder is this process's alone.
@@ -300,7 +300,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     make_study(folder, spec, new.earlier if new else None)
                     study = held.enter_context(open_study(folder, place))
                 else:
-                    study = (raise_epochs if spec.epochs > study.spec.epochs else OpenStudy.with_spec)(study, spec)
+                    study = go_on(study, spec)
                 trials = f"{count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}"
                 console.print(f"study {place}: {trials}, {placement}")
                 if study.is_over():

@@ -15,7 +15,14 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.warm_start import write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.optuna_study import create_study, extend, list_trials, load_study, study_lock
+from raytune_emotion.tuning.study.optuna_study import (
+    count_due,
+    create_study,
+    extend,
+    list_trials,
+    load_study,
+    study_lock,
+)
 from raytune_emotion.tuning.study.records import (
     TrialRecord,
     best_first,
@@ -123,6 +130,17 @@ def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenS
     read_spec(folder)  # before a lock is made in a folder that is no study
     with study_lock(folder):
         yield load(folder, location)
+
+
+def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:
+    """Give a study the spec that it goes on with.
+
+    Trials that wait to go on to a later end are run, however many trials are asked for: the command that has raised the
+    epochs may be typed again, with the number of trials that it named.
+    """
+    if spec.epochs > study.spec.epochs:
+        return raise_epochs(study, spec)
+    return study.with_spec(dataclasses.replace(spec, trials=max(spec.trials, count_due(study.optuna))))
 
 
 def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:

@@ -251,6 +251,12 @@ def paused_trials(study: optuna.Study) -> list[str]:
     return [trial_id_of(trial.number) for trial in running if is_paused(trial)]
 
 
+def count_due(study: optuna.Study) -> int:
+    """Return how many trials have begun, or wait to go on from another."""
+    trials = study.get_trials(deepcopy=False)
+    return sum(trial.state != TrialState.WAITING or CONTINUES in trial.user_attrs for trial in trials)
+
+
 def trials_to_continue(study: optuna.Study) -> set[str]:
     """Return the trials that a waiting or running trial goes on from."""
     open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))

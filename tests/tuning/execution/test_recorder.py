@@ -17,7 +17,7 @@ from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
 from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, TAKEN_UP, Begin, Prune, TakeUp
 from raytune_emotion.tuning.study.endings import Broken, Failed
-from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
+from raytune_emotion.tuning.study.open_study import go_on, load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
@@ -368,6 +368,19 @@ def test_to_raise_the_epochs_twice_enqueues_the_best_once(folder):
     assert record.reports[:3] == load(folder).record("0003").reports
     assert [report["report"] for report in record.reports] == [1, 2, 3, 4, 5]
     assert [*load(folder).optuna.trials[4].intermediate_values] == [1, 2, 3, 4, 5]
+
+
+def test_the_command_that_has_raised_the_epochs_may_be_typed_again(folder):
+    """It was interrupted before the trials that go on have begun, and names the number of trials of before."""
+    run(Recorder(load(folder)), folder, VALUES)
+    study = load(folder)
+    longer = dataclasses.replace(study.spec, epochs=5, trials=4)
+    go_on(study, longer)
+    study = load(folder)
+    again = go_on(study, dataclasses.replace(study.spec, epochs=5, trials=4))
+    recorder = Recorder(again)
+    assert run(recorder, folder, dict.fromkeys(("0004", "0005", "0006"), 0.1), epochs=5) == ["0004", "0005", "0006"]
+    assert go_on(again, dataclasses.replace(again.spec, trials=9)).spec.trials == 9
 
 
 def test_a_study_at_another_place_is_there_before_a_trial_begins(folder, tmp_path):
