@@ -13,7 +13,7 @@ from raytune_emotion.errors import Breakdown, Incomplete, UserError
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
-from raytune_emotion.terminal import warn
+from raytune_emotion.terminal import any_encoding, warn
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
@@ -150,7 +150,10 @@ def _run(verb: str, parser: argparse.ArgumentParser, argv: list[str]) -> int:
         # Imported only now: `predict` need not wait for Ray.
         module = importlib.import_module(f"raytune_emotion.{verb}")
         module.add_arguments(parser)
-        module.run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        # Also writes what is left to be written, and fails where the output is full.
+        with any_encoding():
+            module.run(args)
 
     # Around all of it: imports take seconds, and a signal may come while one of the last messages is written.
     with handle_signals():

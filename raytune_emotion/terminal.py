@@ -1,6 +1,7 @@
 """Write text for people: on the console, in messages, and as a command that they can type."""
 
 import contextlib
+import io
 import re
 import shlex
 import sys
@@ -53,6 +54,20 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on standard error."""
     print(escape(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def any_encoding() -> Iterator[None]:
+    """Write characters that the encoding of the output lacks as escapes within the block, in place of failing."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
 
 
 def is_screen(console: Console) -> bool:

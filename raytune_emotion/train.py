@@ -27,7 +27,7 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
-from raytune_emotion.tuning.study.trials import DATA, PARAMS, find_trial, refuse_taken
+from raytune_emotion.tuning.study.trials import PARAMS, data_of, find_trial, refuse_taken
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,9 +205,9 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
     if args.data is not None:
         return find_data(args.data)
     if args.resume:
-        before = (folder / DATA).read_text(encoding="utf-8", errors="replace").strip()
-        if not is_store(before):
-            raise UserError(f"{before}: the packed data of the run are gone; name the data with --data")
+        before = data_of(folder)
+        if before is None or not is_store(before):
+            raise UserError(f"{before or folder}: the packed data of the run are gone; name the data with --data")
         return find_data(before)
     if args.study is None:
         return find_data(sample_folder())

@@ -1,5 +1,6 @@
 """The command status: on folders and at URIs, in lines and as JSON, once and again and again."""
 
+import io
 import json
 import shutil
 import signal
@@ -100,6 +101,14 @@ def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
     later = summarize(spec, trials, records[:2], now=2e9 + 3600)
     assert later.trials_per_hour == now.trials_per_hour
     assert later.elapsed_seconds == now.elapsed_seconds + 3600
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(finished, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert exit_code(["status", finished]) == 0
+    assert "\\u2581" in written.getvalue().decode()
+    assert sys.stdout.errors == "strict", "it is another program's, too"
 
 
 def test_a_clock_that_is_behind_makes_no_negative_times(finished):

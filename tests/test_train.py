@@ -49,7 +49,8 @@ def refused(tmp_path, own_cache, store, faces, capsys):
     """Runs a training that must refuse; all of it is right but what is said otherwise."""
 
     def run(*argv, data=faces):
-        given = ["--data", data, "--results", tmp_path / "results", "--set", "model.backbone=test_resnet"]
+        given = ["--results", tmp_path / "results", "--set", "model.backbone=test_resnet"]
+        given += ["--data", data] if data else []
         return refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], "train", *given, *argv)
 
     return run
@@ -110,6 +111,14 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     # A run that has ended ends again.
     assert trained("--resume", "--name", "mine") == 0
     assert read_history(folder) == history
+
+
+def test_a_run_that_was_killed_before_it_noted_its_data_asks_for_them(trained, refused, tmp_path):
+    (tmp_path / "results" / "mine").mkdir(parents=True)
+    (tmp_path / "results" / "mine" / "params.json").write_text('{"model.backbone": "test_resnet", "train.epochs": 1}')
+    (sentence,) = refused("--name", "mine", "--resume", data=None)
+    assert sentence.endswith("mine: the packed data of the run are gone; name the data with --data")
+    assert trained("--name", "mine", "--resume") == 0
 
 
 def test_losses_that_are_named_replace_those_of_the_file(trained, tmp_path):

@@ -10,7 +10,7 @@ from raytune_emotion.learn.export_files import CONFIG, FORMATS
 from raytune_emotion.learn.export_folder import TIMM, check_replaceable, export_checkpoint
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import trial_folder
-from raytune_emotion.tuning.study.trials import DATA
+from raytune_emotion.tuning.study.trials import DATA, data_of
 
 
 def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequence[str] = (TIMM,)) -> None:
@@ -51,9 +51,8 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
 
 def store_of(run: Path) -> Store | None:
     """Return the packed data that a run or a trial was trained on; None where they are not on this machine."""
-    address = run / DATA
-    # Text that is not UTF-8 names no store.
-    return open_if_here(address.read_text(encoding="utf-8", errors="replace").strip()) if address.is_file() else None
+    address = data_of(run)
+    return open_if_here(address) if address is not None else None
 
 
 def delete_other_formats(dest: Location, formats: Sequence[str]) -> None:

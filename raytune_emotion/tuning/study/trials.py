@@ -11,6 +11,15 @@ PARAMS = "params.json"
 DATA = "data.txt"
 
 
+def data_of(run: Path) -> str | None:
+    """Return the address of the packed data of a run, or of a trial; None where it has not been written."""
+    try:
+        # Text that is not UTF-8 names no store.
+        return (run / DATA).read_text(encoding="utf-8", errors="replace").strip() or None
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
 def refuse_taken(run: Path) -> None:
     """Refuse a new run of `train` where there is one of its name.
 
