@@ -17,10 +17,11 @@ from raytune_emotion.learn.report import HEARD, OBJECTIVE
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.spec import SPEC, created_at
 
 EXPERIMENT = "raytune_emotion"
-#: Tags by which a study that goes on finds its runs.
-STUDY_TAG, TRIAL_TAG = "raytune_emotion.study", "raytune_emotion.trial"
+#: Tags by which a study that goes on finds its runs. Another study may have had the same name before.
+STUDY_TAG, CREATED_TAG, TRIAL_TAG = "raytune_emotion.study", "raytune_emotion.created", "raytune_emotion.trial"
 #: Between two attempts at a server that is away; and what is left at the end gets so long.
 _AGAIN_S, _END_S = 5.0, 30.0
 #: MLflow takes so many metrics at once.
@@ -102,7 +103,8 @@ class _Log:
         self._client = MlflowClient(tracking_uri=self._uri)
         found = self._client.get_experiment_by_name(EXPERIMENT)
         self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
-        self._parent = self._run({STUDY_TAG: self._name}, self._name)
+        created = created_at((self._study.folder / SPEC).read_bytes())
+        self._parent = self._run({STUDY_TAG: self._name, CREATED_TAG: str(created)}, self._name)
         spec = self._study.spec
         said = ("objective", "sampler", "scheduler", "trials", "epochs", "seed", "data")
         self._tag(self._parent, {name: getattr(spec, name) for name in said})

@@ -13,6 +13,7 @@ import pytest
 from raytune_emotion.tuning.report import mlflow_log as mlflow_module
 from raytune_emotion.tuning.report.mlflow_log import EXPERIMENT, STUDY_TAG, TRIAL_TAG, mlflow_log
 from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.spec import SPEC
 from tests.support.commands import exit_code
 from tests.support.events import event
 from tests.support.studies import write_study
@@ -94,6 +95,20 @@ def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
         assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "complete")
         curve = client.get_metric_history(run.info.run_id, "val_js")
         assert {(m.step, m.value) for m in curve} == {(r["report"], r["val_js"]) for r in record.reports}
+
+
+def test_another_study_of_the_same_name_has_runs_of_its_own(study, server):
+    """MLflow lets no parameter change: of the second study nothing at all would be logged."""
+    from mlflow.tracking import MlflowClient
+
+    for lr in (0.1, 0.2):
+        (study.folder / SPEC).write_text(f"created: {lr}\n")
+        with mlflow_log(server, study) as watch:
+            watch(event("0000", "running", settings={"optim.lr": lr}))
+    client = MlflowClient(tracking_uri=server)
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    rates = [run.data.params.get("optim.lr") for run in runs if run.data.tags.get(TRIAL_TAG) == "0000"]
+    assert {"0.1", "0.2"} <= {*rates}
 
 
 def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
