@@ -1,6 +1,7 @@
 """Write a study for people: `report.html`, one file that needs no network, with its plots and tables beside it."""
 
 import base64
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.learn.validation import Predictions
 from raytune_emotion.storage.atomic import atomic_write, write_text
@@ -31,13 +33,13 @@ from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, w
 from raytune_emotion.tuning.report.winner import Face, extreme_faces, predict_winner, predictions_table
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
-    CONFIRMED_TABLE,
     HEADINGS,
     ConfirmedConfiguration,
     rank_confirmed,
 )
+from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, frontier, winner
-from raytune_emotion.tuning.study.spec import StudySpec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
 REPORT = "report.html"
 FRONT = ("trial", "backbone", "parameters, millions", "trained, images/s", "JS, bits")
@@ -189,18 +191,15 @@ def _winner_parts(
 
 def _confirmed_mean(folder: Path, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
     """Return the mean of the best configuration over seeds: of this confirmation, or of the one in a study's folder."""
-    if found and found[0].mean is not None:
-        rows = [found[0].row]
-    elif (folder / CONFIRMED / CONFIRMED_TABLE).exists():
-        table = pd.read_csv(folder / CONFIRMED / CONFIRMED_TABLE, dtype={"trial_id": str})
-        rows = [{str(k): v for k, v in row.items()} for row in table[table.mean_js.notna()].to_dict("records")]
-    else:
-        rows = []
-    if not rows:
+    if not found and (folder / CONFIRMED / SPEC).exists():
+        # Read from the record, not from its table, which people may edit. A damaged one is no fault of this study.
+        with contextlib.suppress(UserError):
+            confirmation = load(folder / CONFIRMED)
+            found = rank_confirmed(confirmation.spec, confirmation.records())
+    best = next((configuration for configuration in found if configuration.mean is not None), None)
+    if best is None:
         return None
-    row = rows[0]
-    error = None if pd.isna(row["standard_error"]) else float(row["standard_error"])
-    return {"trial_id": row["trial_id"], "mean": float(row["mean_js"]), "error": error, "seeds": int(row["seeds"])}
+    return {"trial_id": best.trial_id, "mean": best.mean, "error": best.standard_error, "seeds": len(best.runs)}
 
 
 def _policy(scripts: Sequence[str]) -> str:

@@ -1,19 +1,22 @@
 """The page of a study, as a file."""
 
 import dataclasses
+import json
 import re
 
-import pandas as pd
 import pytest
 from PIL import Image
 
+from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.report.page import report_files, write_report
 from raytune_emotion.tuning.report.plots import draw_parallel, draw_settings
-from raytune_emotion.tuning.study.records import TrialRecord
+from raytune_emotion.tuning.study.confirmation import CONFIRMED, CONFIRMED_TABLE, enqueue
+from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
 from tests.support.pages import Page
 from tests.support.reports import RECORDS, make_report
-from tests.support.studies import spec_of
+from tests.support.studies import searcher_of, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +118,22 @@ def test_one_is_singular(tmp_path, store, no_plots):
 
 
 def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_plots):
-    (tmp_path / "confirmed").mkdir()
-    table = [("0007", 0.2512, 0.0031, 5, 0, 0.24), ("0001", 0.26, 0.001, 5, 0, 0.25)]
-    columns = ["trial_id", "mean_js", "standard_error", "seeds", "failed", "searched_js"]
-    pd.DataFrame(table, columns=columns).to_csv(tmp_path / "confirmed" / "confirmed.csv", index=False)
+    """They are read from the record: people open the table in programs that write it in another way."""
+    folder = tmp_path / CONFIRMED
+    make_study(folder, spec_of(store, trials=4, confirms={"0000": 0.5, "0001": 0.3}))
+    confirmation = load(folder)
+    enqueue(confirmation.optuna, RECORDS[:2], seeds=[4, 5])
+    searcher = searcher_of(confirmation.optuna, confirmation.space)
+    for js in (0.5, 0.25, 0.6, 0.26):  # seed by seed
+        proposal = searcher.ask()
+        trial_folder(folder, proposal.trial_id).mkdir(parents=True)
+        report = make_report(1, js, time=0.0, images_per_second=9.0)
+        (trial_folder(folder, proposal.trial_id) / HISTORY).write_text(json.dumps(report) + "\n")
+        searcher.observe(proposal.trial_id, report)
+        searcher.tell(proposal.trial_id, "complete")
+    (folder / CONFIRMED_TABLE).write_text("trial_id;mean_js\n1;0,2\n")
     write_report(tmp_path, spec_of(store), RECORDS)
-    told = "0.2512 ± 0.0031 JS, bits: mean and standard error over 5 seeds, trial 0007 of the search"
+    told = "0.2550 ± 0.0050 JS, bits: mean and standard error over 2 seeds, trial 0001 of the search"
     assert told in Page(tmp_path).text
 
 
