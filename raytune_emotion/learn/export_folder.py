@@ -40,7 +40,7 @@ from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card
 from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
 from raytune_emotion.learn.validation import predict_split
-from raytune_emotion.storage.atomic import atomic_write, write_text
+from raytune_emotion.storage.atomic import atomic_write, folder_beside, write_text
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
@@ -270,20 +270,16 @@ def _sample_of(store: Store | None, best: Best, config: RunConfig) -> _Sample:
 @contextlib.contextmanager
 def _replacement(dest: Path) -> Iterator[Path]:
     """Yield a new folder beside dest, which takes its place when the block ends well, and is deleted otherwise."""
-    new, old = (dest.with_name(f".{dest.name}.{name}") for name in ("new", "old"))
+    old = dest.with_name(f".{dest.name}.old")
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not dest.exists():
-            old.rename(dest)  # of a process that was killed in between
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-        new.mkdir()
-        yield new
-        _put_in_place(new, dest, old)
+        with folder_beside(dest) as new:
+            if old.exists() and not dest.exists():
+                old.rename(dest)  # of a process that was killed in between
+            shutil.rmtree(old, ignore_errors=True)
+            yield new
+            _put_in_place(new, dest, old)
     except OSError as error:
         raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def load_package(folder: Path) -> Package:

@@ -57,17 +57,28 @@ def atomic_folder(dest: Path) -> Iterator[Path]:
     Raises:
         UserError: dest exists, before or after the block; or nothing can be written beside it.
     """
+    with contextlib.ExitStack() as stack:
+        with _destination_errors(dest):
+            folder = stack.enter_context(folder_beside(dest))
+        yield folder
+        _rename_to(dest, folder)
+
+
+@contextlib.contextmanager
+def folder_beside(dest: Path) -> Iterator[Path]:
+    """Yield a new folder beside dest, this process's alone; at the end it is deleted, unless it has another name then.
+
+    What killed processes have left there is deleted, too.
+    """
     ours = f".{dest.name}.{socket.gethostname()}."
     folder = dest.parent / f"{ours}{uuid.uuid4().hex[:12]}.part"
-    with _destination_errors(dest):
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        sweep(dest.parent, _STALE_SECONDS, glob.escape(ours) + "*.part")
-        folder.mkdir()
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    sweep(dest.parent, _STALE_SECONDS, glob.escape(ours) + "*.part")
+    folder.mkdir()
     try:
         # Held while this process lives, so that what a killed one left can be told from what is in use.
         with _locked(folder):
             yield folder
-        _rename_to(dest, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

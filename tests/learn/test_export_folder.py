@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -161,7 +162,7 @@ class TestReplacing:
         rename = Path.rename
 
         def failing(path, target):
-            if path.name == ".best.new":
+            if path.name.endswith(".part") and target == dest:
                 raise OSError(5, "Input/output error", str(path))
             return rename(path, target)
 
@@ -174,11 +175,26 @@ class TestReplacing:
         dest = tmp_path / "best"
         write_package(dest, self.old)
         dest.rename(tmp_path / ".best.old")
-        (tmp_path / ".best.new").mkdir()
-        (tmp_path / ".best.new" / "torn").touch()
+        left = tmp_path / f".best.{socket.gethostname()}.0123456789ab.part"
+        left.mkdir()
+        (left / "torn").touch()
+        os.utime(left, (0, 0))
         write_package(dest, self.new)
         assert self.shows(dest, self.new)
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+    def test_two_exports_at_once_are_not_mixed(self, tmp_path, monkeypatch):
+        dest, write_format = tmp_path / "best", export_folder._write_format
+
+        def with_another(*args):
+            monkeypatch.setattr(export_folder, "_write_format", write_format)
+            write_package(dest, self.old)  # as another process, after the first file of this one
+            return write_format(*args)
+
+        monkeypatch.setattr(export_folder, "_write_format", with_another)
+        write_package(dest, self.new)
+        assert self.shows(dest, self.new)
+        assert sorted(path.name for path in dest.iterdir()) == FILES
 
     def test_nothing_else_is_deleted(self, tmp_path):
         dest = tmp_path / "best"
