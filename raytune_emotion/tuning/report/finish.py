@@ -24,7 +24,7 @@ from raytune_emotion.tuning.study.combination import (
     combine_ensemble,
     combine_soup,
     list_kept,
-    read_candidates,
+    read_groups,
     write_ensemble,
     write_soup,
 )
@@ -72,19 +72,20 @@ def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRe
     epochs = _fit_longer(study, winner, address)
     fit = f"{FINAL}/{winner}"
 
-    searched = list_kept(folder, study.records())
+    # Where the time was over, the best trial may be one that is paused.
+    searched = list_kept(folder, study.records(), at_rest=True)
     confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
-    candidates = read_candidates([*searched, *confirmed, (fit, folder / fit)])
-    first, second = ({name for name, _ in trials} for trials in (searched, [*searched, *confirmed]))
+    trials = [*searched, *confirmed, (fit, folder / fit)]
+    groups, names = read_groups(trials), [name for name, _ in trials]
     steps = [
-        Step("best trial of the search", _unseen_js(candidates, first)),
-        Step(f"best of it and {count(len(confirmed), 'confirmed run')}", _unseen_js(candidates, second)),
+        Step("best trial of the search", _unseen_js(groups, names[: len(searched)])),
+        Step(f"best of it and {count(len(confirmed), 'confirmed run')}", _unseen_js(groups, names[:-1])),
         Step(
             f"best of these and the final fit of trial {winner} ({count(epochs, 'epoch')})",
-            _unseen_js(candidates, {*candidates.trial_ids}),
+            _unseen_js(groups, names),
         ),
     ]
-    steps += _export(folder / FINISHED, candidates, study, steps)
+    steps += _export(folder / FINISHED, groups[0], study, steps)
     table = plain_table("step", "JS, bits")
     for step in steps:
         table.add_row(*step.cells)
@@ -123,17 +124,27 @@ def _count_gpus(address: str | None) -> int:
         return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
 
 
-def _unseen_js(candidates: Candidates, names: Collection[str]) -> float | None:
-    """Return the JS of the best single one of some models, on images that did not choose it."""
-    some = candidates.only([number for number, name in enumerate(candidates.trial_ids) if name in names])
-    if not some.trial_ids:
+def _unseen_js(groups: Sequence[Candidates], names: Collection[str]) -> float | None:
+    """Return the JS of the best single one of some models, on images that did not choose it.
+
+    Args:
+        groups: all models, those of one image size together: only such can be combined, but all can be compared.
+        names: of the models.
+    """
+    predictions = [
+        predicted_NK
+        for group in groups
+        for name, predicted_NK in zip(group.trial_ids, group.predictions, strict=True)
+        if name in names
+    ]
+    if not predictions or any(group.store.val.ids != groups[0].store.val.ids for group in groups):
         return None
-    predictions, targets = some.predictions, some.targets
+    targets = groups[0].targets
     gain = measure_gain(
         lambda rows: choose_ensemble(predictions, targets, rows, 1),
         mean_of(predictions),
         len(predictions),
-        some.store.val.ids,
+        groups[0].store.val.ids,
         targets,
     )
     return gain.single if gain is not None else None

@@ -1,7 +1,7 @@
 """Combine the kept trials of a study into one model: by the mean of their predictions, or of their weights."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -150,16 +150,19 @@ class Combination:
         return cast("Report", values)
 
 
-def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:
+def list_kept(
+    folder: Path, records: Sequence[TrialRecord], prefix: str = "", *, at_rest: bool = False
+) -> list[tuple[str, Path]]:
     """List the trials of a study that can be combined: ended, not failed, with weights. Each with its folder.
 
     Args:
         folder: of the study.
         records: of its trials.
         prefix: of the names that the trials get.
+        at_rest: whether nobody works on the study; trials that were left before their end then count, too.
     """
-    ended = [record.trial_id for record in records if record.best and record.ended and record.status != "failed"]
-    folders = [(f"{prefix}{trial_id}", trial_folder(folder, trial_id)) for trial_id in ended]
+    there = [record for record in records if record.best and record.status != "failed" and (record.ended or at_rest)]
+    folders = [(f"{prefix}{record.trial_id}", trial_folder(folder, record.trial_id)) for record in there]
     return [(name, trial) for name, trial in folders if (trial / BEST).exists()]
 
 
@@ -172,23 +175,39 @@ def read_candidates(trials: Sequence[tuple[str, Path]]) -> Candidates:
     Raises:
         UserError: there are none, a checkpoint is damaged, or the data are not on this machine.
     """
+    bests = _read_bests(trials)
+    return _candidates_of(next(iter(bests.values())).fingerprint, bests, dict(trials))
+
+
+def read_groups(trials: Sequence[tuple[str, Path]]) -> list[Candidates]:
+    """Read trials of any image size, those of one size together, the best one's first; see `read_candidates`."""
+    bests = _read_bests(trials)
+    fingerprints = dict.fromkeys(best.fingerprint for best in bests.values())
+    return [_candidates_of(fingerprint, bests, dict(trials)) for fingerprint in fingerprints]
+
+
+def _read_bests(trials: Sequence[tuple[str, Path]]) -> dict[str, Best]:
+    """Read the best weights of trials, the best trial first."""
     if not trials:
         raise UserError("no ended trial has weights, so there is nothing to combine; wait until one has ended")
     bests = {name: read_best(trial / BEST) for name, trial in trials}
-    ranked = sorted(trials, key=lambda trial: (bests[trial[0]].report["val_js"], trial[0]))
-    name, folder = ranked[0]
+    return dict(sorted(bests.items(), key=lambda item: (item[1].report["val_js"], item[0])))
+
+
+def _candidates_of(fingerprint: str, bests: Mapping[str, Best], folders: Mapping[str, Path]) -> Candidates:
+    """Read what the trials of one store predict."""
+    names = tuple(name for name, best in bests.items() if best.fingerprint == fingerprint)
+    folder = folders[names[0]]
     store = store_of(folder)
-    if store is None or bests[name].fingerprint != store.fingerprint:
+    if store is None or store.fingerprint != fingerprint:
         raise UserError(
             f"{folder}: the packed data of the run are not on this machine, so nothing can be chosen; run this where "
             f"it was trained"
         )
-    fitting = [(name, trial) for name, trial in ranked if bests[name].fingerprint == store.fingerprint]
     predictions = []
-    for name, trial in fitting:
-        predicted_NK = read_predictions(trial, bests[name])
+    for name in names:
+        predicted_NK = read_predictions(folders[name], bests[name])
         predictions.append(predict_whole(bests[name], store.val) if predicted_NK is None else predicted_NK)
-    names = tuple(name for name, _ in fitting)
     return Candidates(names, tuple(bests[name] for name in names), tuple(predictions), store)
 
 

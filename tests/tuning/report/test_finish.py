@@ -5,12 +5,19 @@ import json
 
 import pytest
 
+from raytune_emotion.data.prepare import prepare
 from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.learn.combine import Gain
-from raytune_emotion.tuning.execution.job import Resources, job_of, train_here
+from raytune_emotion.tuning.execution.job import Job, Resources, job_of, train_here
 from raytune_emotion.tuning.report import finish
 from raytune_emotion.tuning.report.finish import FINAL, FINISHED, finish_study
-from raytune_emotion.tuning.study.combination import combine_ensemble, combine_soup, list_kept, read_candidates
+from raytune_emotion.tuning.study.combination import (
+    combine_ensemble,
+    combine_soup,
+    list_kept,
+    read_candidates,
+    read_groups,
+)
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     enqueue_runs,
@@ -78,6 +85,29 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
     (other,) = {*(study / FINAL).iterdir()} - {before}
     assert f"the final fit of trial {other.name}" in capsys.readouterr().out
     assert len(read_history(other)) == 2
+
+
+def test_models_of_all_image_sizes_are_compared(study, faces):
+    larger = prepare(faces, image_size=48)
+    settings = {"data.image_size": 48, "model.backbone": "test_resnet", "train.epochs": 1}
+    run = study / "larger"
+    list(train_here(Job("larger", str(run), str(larger.path), settings, Resources(1, 1, 0))))
+    trials = [*list_kept(study, load(study).records()), ("larger", run)]
+    groups = read_groups(trials)
+    assert sorted(group.store.image_size for group in groups) == [32, 48]
+    best = groups[0].bests[0].report["val_js"]
+    assert groups[1].bests[0].report["val_js"] >= best
+    other = groups[1].trial_ids[0]
+    assert finish._unseen_js(groups, {other}) == pytest.approx(groups[1].bests[0].report["val_js"], abs=0.02)
+
+
+def test_a_trial_that_was_left_before_its_end_counts(study):
+    """As by a time budget: the record then says that it runs."""
+    journal = study / "optuna.journal"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    assert [record.status for record in load(study).records()] == ["running"]
+    finish_study(study, None, confirm_here)
+    assert "best trial of the search: 0." in (study / FINISHED / "README.md").read_text()
 
 
 def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
