@@ -6,6 +6,7 @@ trial has the settings of that one.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import warnings
@@ -35,11 +36,14 @@ from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates, settings_key
 from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
+from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.policy.policies import BeginAndStop
+from raytune_emotion.tuning.policy.portfolio import Portfolio, portfolio_of
 from raytune_emotion.tuning.policy.sampler import make_sampler
 from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, Scheduler, rungs_of
+from raytune_emotion.tuning.policy.warm_start import forecasts_of
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
@@ -190,18 +194,47 @@ class AtRandom(_Whole):
 Make = Callable[[Recording, Answers, int], tuple[Policy, Callable[[int], BaseSampler]]]
 
 
-def _freeze_thaw(recording: Recording, answers: Answers, seed: int) -> tuple[Policy, Callable[[int], BaseSampler]]:
+def _freeze_thaw(
+    earlier: Callable[[Recording], list[Forecast]],
+    recording: Recording,
+    answers: Answers,
+    seed: int,
+) -> tuple[Policy, Callable[[int], BaseSampler]]:
     policy: Policy = FreezeThaw(
         recording.space,
         epochs=recording.reports,
         reports=recording.reports,
         seed=seed,
+        earlier=earlier(recording),
         take_up_s=recording.take_up_s,
         draw=answers.draw if recording.choose else draw_candidates,
     )
     if not recording.choose:
         policy = AnsweredPolicy(policy, answers)
     return policy, lambda number: AtRandom(recording.space, answers, seed)
+
+
+def portfolio_of_others(recording: Recording) -> Portfolio | None:
+    """Return the portfolio that a study on a recording begins with, without what was recorded on the same data."""
+    return portfolio_of(recording.space, but=[recording.name])
+
+
+def _portfolio(recording: Recording) -> list[Forecast]:
+    portfolio = portfolio_of_others(recording)
+    return [] if portfolio is None else forecasts_of(portfolio.text)
+
+
+def _misfit(recording: Recording) -> list[Forecast]:
+    """Return forecasts by a portfolio whose best configuration has the result of its worst, and so on."""
+    portfolio = portfolio_of_others(recording)
+    if portfolio is None:
+        return []
+    parts = json.loads(portfolio.text)
+    for part in parts:
+        # They are in the order of their results.
+        settings, values = zip(*part["trials"], strict=True)
+        part["trials"] = [*zip(settings, reversed(values), strict=True)]
+    return forecasts_of(json.dumps(parts))
 
 
 #: Of a recording, what is left of it, a seed and the number of a trial: what draws its parameters.
@@ -237,7 +270,9 @@ def _asha(reports: int) -> Scheduler:
 
 
 POLICIES: dict[str, Make] = {
-    DEFAULT: _freeze_thaw,
+    DEFAULT: functools.partial(_freeze_thaw, _portfolio),
+    "no-portfolio": functools.partial(_freeze_thaw, lambda recording: []),
+    "misfit": functools.partial(_freeze_thaw, _misfit),
     RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),
     "random+asha": _stopping(_asha, _at_random),
     "tpe+asha": _stopping(_asha, _optuna("tpe")),

@@ -34,11 +34,12 @@ from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVE
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
-from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, SearchRequest
+from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, NONE, SearchRequest
 
 if TYPE_CHECKING:
     from raytune_emotion.library.studies import Study
     from raytune_emotion.tuning.execution.recorder import Watch
+    from raytune_emotion.tuning.study.earlier import WarmStart
     from raytune_emotion.tuning.study.open_study import OpenStudy
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -111,10 +112,11 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--warm-start",
-        type=location,
+        type=_earlier_study,
         nargs="+",
         metavar="STUDY",
-        help="earlier studies, of the same or other data, that guide the first trials",
+        help="earlier studies, of the same or other data, that guide the first trials (default: the portfolio of the "
+        f"package where it fits the space; {NONE}: nothing)",
     )
     add("--name", type=folder_name, metavar="NAME", help="name of the study (default: the space and the time)")
     add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")
@@ -215,15 +217,7 @@ def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
         _check_mlflow(request)
     with collect_errors(errors):
         request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
-    earlier = None
-    with collect_errors(errors):
-        if request.warm_start:
-            # Imported only now, as what is imported below: it takes seconds.
-            from raytune_emotion.tuning.study.earlier import gather_earlier
-
-            earlier = gather_earlier(request.warm_start)
-    space, data = _inputs(request, errors)
-    return _NewStudy(space, data, earlier)
+    return _inputs(request, errors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,19 +226,26 @@ class _NewStudy:
 
     space: Space
     data: Data
-    earlier: str | None
+    warm_start: "WarmStart"
 
 
-def _inputs(request: SearchRequest, errors: list[str]) -> tuple[Space, Data]:
-    """Read the space, and find the data of a new study; what is wrong is raised with the errors that are known."""
+def _inputs(request: SearchRequest, errors: list[str]) -> _NewStudy:
+    """Read what a new study begins with; what is wrong is raised with the errors that are known."""
+    # Imported only now, as what is imported below: it takes seconds.
+    from raytune_emotion.tuning.study.earlier import gather_warm_start
+
+    # Faults of earlier studies are told beside those of the space.
+    space = Space({})
     with collect_errors(errors):
         space = request.load_space()
+    with collect_errors(errors):
+        warm_start = gather_warm_start(request, space)
     if request.data is not None:
         with collect_errors(errors):
             data = find_data(request.data)
     if errors:
         raise UserError(errors)
-    return space, data if request.data is not None else find_data(sample_folder())
+    return _NewStudy(space, data if request.data is not None else find_data(sample_folder()), warm_start)
 
 
 def _check_address(request: SearchRequest) -> None:
@@ -256,10 +257,10 @@ def _check_address(request: SearchRequest) -> None:
 
 def _dry_run(request: SearchRequest) -> None:
     errors = ["--resume: --dry-run shows what a new study would do; leave one of them out"] if request.resume else []
-    space, data = _inputs(request, errors)
+    new = _inputs(request, errors)
     from raytune_emotion.tuning.report.dry_run import show_dry_run
 
-    show_dry_run(plain_console(), request, space, data)
+    show_dry_run(plain_console(), request, new.space, new.data, new.warm_start)
 
 
 def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> None:
@@ -297,12 +298,15 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 )
                 if study is None:
                     place.free_working_folder()
-                    make_study(folder, spec, new.earlier if new else None)
+                    assert new is not None
+                    make_study(folder, spec, new.warm_start.gathered)
                     study = held.enter_context(open_study(folder, place))
                 else:
                     study = go_on(study, spec)
                 trials = f"{count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}"
                 console.print(f"study {place}: {trials}, {placement}")
+                if new is not None:
+                    console.print(f"the first trials are guided by {new.warm_start.told}")
                 if study.is_over():
                     console.print("every trial has ended, and nothing is left to run; ask for more with --trials")
                 begun = True
@@ -345,6 +349,10 @@ def _check_mlflow(request: SearchRequest) -> None:
 
 def _gpu_share_or_auto(text: str) -> float | str:
     return AUTO if text == AUTO else gpu_share(text)
+
+
+def _earlier_study(text: str) -> Location | str:
+    return NONE if text == NONE else location(text)
 
 
 def _space_file(text: str) -> Path:

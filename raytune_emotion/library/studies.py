@@ -104,7 +104,7 @@ def search(
     resume: bool = False,
     time_budget: str | None = None,
     until_gain: str | None = None,
-    warm_start: Sequence[Place] = (),
+    warm_start: Sequence[Place] | None = None,
     max_failures: int | None = None,
     mlflow: str | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
@@ -133,7 +133,8 @@ def search(
         resume: whether to go on with the study of that name.
         time_budget: such as `90m`, `2h` or `1d`.
         until_gain: such as `0.001/h`: the search ends once further training is expected to bring less bits an hour.
-        warm_start: earlier studies, whose trials tell what to try first.
+        warm_start: earlier studies, whose trials tell what to try first; None: the portfolio of the package, where it
+            fits the space; empty: nothing.
         max_failures: restarts of a trial whose process died.
         mlflow: address of an MLflow server or folder that the study is logged to.
         weights_dir: folder with pretrained weights, for machines without a hub.
@@ -179,7 +180,8 @@ def search(
         argv += ["--resume"] if resume else []
         argv += ["--skip-bad"] if skip_bad else []
         argv += ["--finish"] if finish else []
-        argv += ["--warm-start", *map(_text, warm_start)] if warm_start else []
+        if warm_start is not None:
+            argv += ["--warm-start", *(map(_text, warm_start) if warm_start else ["none"])]
         parser = _Parser(prog="search", add_help=False)
         command.add_arguments(parser)
         command.run(parser.parse_args(argv))

@@ -65,11 +65,13 @@ class Outlook:
         #: What is expected of configurations; None while too little is known, or where the numbers do not allow it.
         self.forecast: Forecast | None = None
         running = [domain.settings(trial) for trial in past if is_running(trial)]
-        if not earlier and not (self.reported and len(past) - len(running) >= STARTUP):
+        tells_enough = bool(self.reported) and len(past) - len(running) >= STARTUP
+        heeded = [each for each in earlier if each.lasting or not tells_enough]
+        if not heeded and not tells_enough:
             return
         try:
             curves = curves_of(domain, past, maximize=aim.maximize)
-            forecast = Forecast(domain.encoding, curves, earlier, reports=aim.reports)
+            forecast = Forecast(domain.encoding, curves, heeded, reports=aim.reports)
             if running:
                 forecast.believe(running)
             self.forecast = forecast

@@ -12,9 +12,11 @@ from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.json_text import are_settings, is_number, load_json
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
+from raytune_emotion.tuning.policy.portfolio import RECORDED
 from raytune_emotion.tuning.space.parser import parse_space
 
 EARLIER = "earlier.json"
+NOTHING, STUDIES, OWN = "none", "earlier studies", "the portfolio"
 
 
 def write_earlier(folder: Path, gathered: str) -> None:
@@ -22,24 +24,38 @@ def write_earlier(folder: Path, gathered: str) -> None:
     write_text(folder / EARLIER, gathered)
 
 
+def name_earlier(folder: Path) -> str:
+    """Name what a study started from: `NOTHING`, `STUDIES` or `OWN`."""
+    if not (folder / EARLIER).exists():
+        return NOTHING
+    parts = load_json((folder / EARLIER).read_bytes())
+    return OWN if any(RECORDED in part for part in parts) else STUDIES
+
+
 def read_earlier(folder: Path) -> list[Forecast]:
     """Read what the studies that a study started from say of any configuration; none where it started from none."""
     if not (folder / EARLIER).exists():
         return []
     try:
-        return [
-            Forecast(
-                encoding_of(parse_space(study["space"], EARLIER)),
-                [_curve(kept, values) for kept, values in study["trials"]],
-            )
-            for study in load_json((folder / EARLIER).read_bytes())
-        ]
+        return forecasts_of((folder / EARLIER).read_bytes())
     except UserError as error:
         raise UserError(f"{folder}/{fault}" for fault in error.faults) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / EARLIER}: damaged ({type(error).__name__}: {error}); restore it from a copy"
         ) from error
+
+
+def forecasts_of(gathered: str | bytes) -> list[Forecast]:
+    """Return what each of the studies says that were gathered."""
+    return [
+        Forecast(
+            encoding_of(parse_space(study["space"], EARLIER)),
+            [_curve(kept, values) for kept, values in study["trials"]],
+            lasting=RECORDED not in study,
+        )
+        for study in load_json(gathered)
+    ]
 
 
 def _curve(kept: Any, values: Mapping[str, Any]) -> Curve:

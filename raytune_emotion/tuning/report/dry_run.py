@@ -18,6 +18,7 @@ from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.terminal import count, plain_table
 from raytune_emotion.tuning.space.space import Space, draw
 from raytune_emotion.tuning.study.creation import check_space, image_sizes
+from raytune_emotion.tuning.study.earlier import WarmStart
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
 
 _DRAWN = 10
@@ -35,7 +36,7 @@ class Cost:
     images_per_second: float  # in training, without augmentation and evaluation
 
 
-def show_dry_run(console: Console, request: SearchRequest, space: Space, data: Data) -> None:
+def show_dry_run(console: Console, request: SearchRequest, space: Space, data: Data, warm_start: WarmStart) -> None:
     """Show what a study would choose from, and what its trials would cost with as many threads as this process has."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
@@ -66,6 +67,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
         f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}: {whole} of this device if "
         f"none is stopped and all backbones are drawn alike"
     )
+    console.print(f"the first trials are guided by {warm_start.told}")
 
 
 def _duration(seconds: float) -> str:

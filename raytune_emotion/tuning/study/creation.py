@@ -17,7 +17,7 @@ from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
-from raytune_emotion.tuning.policy.warm_start import EARLIER
+from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, STUDIES, name_earlier
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
@@ -141,8 +141,10 @@ def _forbidden_changes(request: SearchRequest, study: OpenStudy) -> list[str]:
         own = {key: value for key, value in study.space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
         if load_space(request.space, overrides=own).to_dict() != study.space.to_dict():
             changed.append("space that it began with")
-    if request.warm_start and not (study.folder / EARLIER).exists():
-        changed.append("warm-start that it began with, none")
+    if request.warm_start:
+        began = name_earlier(study.folder)
+        if began != (STUDIES if request.earlier_studies else NOTHING):
+            changed.append(f"warm-start that it began with, {began}")
     return [
         f"--{what.partition(' ')[0]}: a study keeps the {what}; leave the option out, or begin a new study under "
         f"another name"

@@ -2,20 +2,57 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SETTINGS
+from raytune_emotion.tuning.policy.decisions import FORECAST, SETTINGS
 from raytune_emotion.tuning.policy.forecast import curves_of
+from raytune_emotion.tuning.policy.portfolio import portfolio_of
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
 from raytune_emotion.tuning.study.records import study_files
+from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 
 #: Trials that must have reported before a study says anything about what is good.
 _LEAST = 4
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What guides the first trials of a new study."""
+
+    gathered: str | None  # as `write_earlier` writes it; None: nothing
+    told: str  # what it is, for people
+
+
+def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
+    """Gather what guides the first trials of a study: earlier studies that are named, or else the portfolio.
+
+    The portfolio guides a study whose space it fits, and whose sampler asks it.
+
+    Raises:
+        UserError: an earlier study that is named says nothing; all faults at once.
+    """
+    studies = request.earlier_studies
+    if studies:
+        return WarmStart(gather_earlier(studies), f"{', '.join(map(str, studies))} (--warm-start)")
+    if request.warm_start:
+        return WarmStart(None, "nothing (--warm-start none)")
+    if (request.sampler or FORECAST) != FORECAST:
+        return WarmStart(None, f"nothing (--sampler {request.sampler})")
+    portfolio = portfolio_of(space)
+    if portfolio is None:
+        return WarmStart(None, "nothing, as the portfolio does not fit this space")
+    return WarmStart(
+        portfolio.text,
+        f"the portfolio, {portfolio.trials} configurations recorded on {' and '.join(portfolio.recorded)} "
+        f"(--warm-start none leaves it out)",
+    )
 
 
 def gather_earlier(studies: Sequence[Location]) -> str:

@@ -15,6 +15,8 @@ from raytune_emotion.tuning.study.spec import SPEC, studies_in
 
 #: Said in place of a number of GPUs: what is fastest is tried out.
 AUTO = "auto"
+#: Said in place of earlier studies: not even the portfolio guides the first trials.
+NONE = "none"
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
 
@@ -34,7 +36,7 @@ class SearchRequest:
     concurrency: int | None = None
     workers_per_trial: int | None = None
     gpus_per_worker: float | str | None = None  # a number, or `AUTO`
-    warm_start: list[Location] | None = None
+    warm_start: list[Location | str] | None = None  # earlier studies, or `NONE`
     name: str | None = None
     resume: bool = False
     seed: int | None = None
@@ -77,6 +79,18 @@ class SearchRequest:
             # Trials run in other folders than this one.
             settled["model.weights_dir"] = absolute_path(Path(fixed["model.weights_dir"]))
         return load_space(self.space_file, overrides=settled)
+
+    @property
+    def earlier_studies(self) -> list[Location]:
+        """Return the studies that are to guide the first trials.
+
+        Raises:
+            UserError: none are to, and yet there are some.
+        """
+        studies = [each for each in self.warm_start or [] if isinstance(each, Location)]
+        if studies and len(studies) < len(self.warm_start or []):
+            raise UserError(f"--warm-start: {NONE!r} stands alone; leave it out, or the studies (a folder: ./{NONE})")
+        return studies
 
     def check_until_gain(self, objective: str) -> None:
         """Check that a gain can be expected of a study with this objective, if the search ends by one.
