@@ -52,6 +52,8 @@ SPENT = (0.05, 0.1, 0.25, 0.5, 1.0)
 #: Recorded configurations that are compared when one is chosen.
 _DRAWN = 500
 DEFAULT, RANDOM = "default", "random"
+#: Policies that show what the portfolio brings: the default without one, and with one that misleads.
+WITHOUT, MISLED = "no-portfolio", "misled"
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,11 @@ def _portfolio(recording: Recording) -> list[Forecast]:
     return [] if portfolio is None else forecasts_of(portfolio.text)
 
 
-def _misfit(recording: Recording) -> list[Forecast]:
+def _nothing(recording: Recording) -> list[Forecast]:
+    return []
+
+
+def _mislead(recording: Recording) -> list[Forecast]:
     """Return forecasts by a portfolio whose best configuration has the result of its worst, and so on."""
     portfolio = portfolio_of_others(recording)
     if portfolio is None:
@@ -271,8 +277,8 @@ def _asha(reports: int) -> Scheduler:
 
 POLICIES: dict[str, Make] = {
     DEFAULT: functools.partial(_freeze_thaw, _portfolio),
-    "no-portfolio": functools.partial(_freeze_thaw, lambda recording: []),
-    "misfit": functools.partial(_freeze_thaw, _misfit),
+    WITHOUT: functools.partial(_freeze_thaw, _nothing),
+    MISLED: functools.partial(_freeze_thaw, _mislead),
     RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),
     "random+asha": _stopping(_asha, _at_random),
     "tpe+asha": _stopping(_asha, _optuna("tpe")),
@@ -322,8 +328,21 @@ class Verdict:
                 "by_recording": {
                     task: self.regret_PTSA[number, at].mean(axis=0).tolist() for at, task in enumerate(self.recordings)
                 },
+                "minus_default": self._minus_default(number),
             }
         return told
+
+    def _minus_default(self, number: int) -> dict[str, Any] | None:
+        """Return by how much more a policy has than the default, seed by seed; None without the default."""
+        if DEFAULT not in self.policies:
+            return None
+        more_TSA = self.regret_PTSA[number] - self.regret_PTSA[self.policies.index(DEFAULT)]
+        seeds = more_TSA.shape[1]
+        error_TA = more_TSA.std(axis=1, ddof=min(1, seeds - 1)) / math.sqrt(seeds)
+        return {
+            task: {"mean": mean_A.tolist(), "standard_error": error_A.tolist()}
+            for task, mean_A, error_A in zip(self.recordings, more_TSA.mean(axis=1), error_TA, strict=True)
+        }
 
     def show(self, console: Console, title: str) -> None:
         """Print a table."""
@@ -377,7 +396,10 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="simulated workers (default: 1)")
     parser.add_argument("--seeds", type=int, default=seeds, metavar="S", help=f"studies a recording (default: {seeds})")
     parser.add_argument(
-        "--policies", default=",".join(POLICIES), metavar="A,B", help=f"of {', '.join(POLICIES)} (default: all)"
+        "--policies",
+        default=",".join(name for name in POLICIES if name not in (WITHOUT, MISLED)),
+        metavar="A,B",
+        help=f"of {', '.join(POLICIES)} (default: all but {WITHOUT} and {MISLED})",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="simulated studies at once (default: a core each)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
@@ -395,7 +417,16 @@ def run(recordings: Sequence[Recording], names: Sequence[str], args: argparse.Na
     """Judge, print a table, and write the numbers where that is asked for."""
     processes = args.processes or usable_cores()
     found = judge(recordings, names, workers=args.workers, seeds=args.seeds, processes=processes)
-    found.show(Console(soft_wrap=True, highlight=False), title)
+    console = Console(soft_wrap=True, highlight=False)
+    found.show(console, title)
+    portfolios = {each.name: portfolio_of_others(each) for each in recordings}
+    for name, portfolio in portfolios.items():
+        console.print(f"{name}: {DEFAULT} begins with {'no portfolio' if portfolio is None else portfolio}")
     if args.json is not None:
-        told = {"workers": args.workers, "seeds": args.seeds, **found.to_json()}
+        told = {
+            "workers": args.workers,
+            "seeds": args.seeds,
+            "portfolio": {name: [] if its is None else [*its.recorded] for name, its in portfolios.items()},
+            **found.to_json(),
+        }
         write_text(args.json, json.dumps(told, indent=2) + "\n")

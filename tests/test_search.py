@@ -21,10 +21,13 @@ from raytune_emotion import search
 from raytune_emotion.data.prepare import find_data
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import gpu_presence, gpu_sharing
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.policy.objective import BY_SIZE
+from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
+from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, open_existing
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
@@ -291,6 +294,10 @@ class TestBadRequests:
             assert time.monotonic() - began < 15
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
 
+    def test_nothing_to_start_from_beside_studies(self, refused, tmp_path):
+        told = refused("--warm-start", "none", str(tmp_path))
+        assert told == ["--warm-start: 'none' stands alone; leave it out, or the studies (a folder: ./none)"]
+
     def test_everything_that_can_be_known_is_told_before_the_data_are_packed(self, refused, space, tmp_path):
         (tmp_path / "results").touch()
         told = refused(data=tmp_path / "none", space=space("optim.lr: {uniform: [2, 1]}\n"), address="nonsense")
@@ -521,9 +528,43 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     assert len([line for line in lines if re.match(r"backbone test_\w+  lr 0\.\d+  kl ", line)]) == 10
     for backbone in ("test_resnet", "test_vit"):
         assert any(re.match(rf"\s*{backbone}\s+32\s+\d+\.\d\d\s+\d+\s+\d+\.\d", line) for line in lines), backbone
+    assert "the first trials are guided by nothing, as the portfolio does not fit this space" in lines
     assert re.match(r"8 trials of 3 epochs on 96 images: \d+\.\d (s|min) of this device if none is stopped", lines[-1])
     assert tree(tmp_path) == before
     assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "the portfolio, 64 configurations recorded on drawn and ferplus_small (--warm-start none leaves it out)"),
+        (("--warm-start", "none"), "nothing (--warm-start none)"),
+        (("--sampler", "tpe"), "nothing (--sampler tpe)"),
+    ],
+)
+def test_what_guides_the_first_trials_is_told(own_cache, faces, tmp_path, options, told):
+    request = request_of("--data", faces, "--space", "quick", *options)
+    assert search._check_new(request, Folder(tmp_path / "new")).warm_start.told == told
+
+
+def request_of(*argv):
+    """Return what a command line asks for."""
+    parser = argparse.ArgumentParser()
+    search.add_arguments(parser)
+    return SearchRequest(**vars(parser.parse_args([*map(str, argv)])))
+
+
+def test_a_study_of_the_quick_space_keeps_the_portfolio_that_it_starts_from(faces, tmp_path, cluster):
+    options = ["--data", faces, "--trials", 1, "--epochs", 1, "--name", "first"]
+    code, out, err = run_search(*options, cwd=tmp_path)
+    assert code == 0, err
+    assert "the first trials are guided by the portfolio, 64 configurations" in out
+    study = tmp_path / "ray_results" / "first"
+    assert json.loads((study / EARLIER).read_text()) == json.loads(PORTFOLIO.read_text())
+    for other in ("none", study):
+        code, _, err = run_search("--resume", "--name", "first", "--warm-start", other, cwd=tmp_path)
+        assert code == 2
+        assert "--warm-start: a study keeps the warm-start that it began with, the portfolio; " in err
 
 
 def run_search(*argv, cwd):

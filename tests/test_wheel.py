@@ -60,5 +60,5 @@ def test_an_installed_package_has_its_files(installed):
         file.name for file in (package / "search_spaces").iterdir()
     }
     parts = ("page.html.j2", "page.css", "page.js", "vendor/d3.min.js", "vendor/plot.min.js", "vendor/LICENSE.txt")
-    for kept in ("py.typed", "demo.html", *(f"tuning/report/{part}" for part in parts)):
+    for kept in ("py.typed", "demo.html", "tuning/policy/portfolio.json", *(f"tuning/report/{part}" for part in parts)):
         assert (package / kept).is_file()

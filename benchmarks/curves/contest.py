@@ -119,6 +119,8 @@ def _ours(asked: Contest) -> None:
         sys.executable, "-m", "raytune_emotion.search", "--data", asked.store, "--space", asked.space, "--objective",
         "val_js per hour", "--trials", str(MANY), "--epochs", str(EPOCHS), "--seed", str(asked.seed), "--time-budget",
         f"{asked.seconds:g}s", "--results", asked.folder,
+        # The portfolio was recorded on the faces of the contest.
+        "--warm-start", "none",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 

@@ -2,10 +2,9 @@
 
     python -m benchmarks.curves.portfolio
 
-Of each set of curves 32 configurations are kept, from the best to the worst in even steps of their rank, each with its
-best JS after the time that a random one takes to its end: a search should first have a good model soon, and begin the
-slow ones when it knows more. A forecast that has seen them ranks the others; printed are the rank correlations, for
-other numbers of configurations and for the best ones alone, too. The best alone say nothing of what to avoid.
+Of each set of curves 32 configurations are kept, from the best to the worst in even steps of their rank, with their
+best JS. A forecast that has seen them ranks the others: printed are Spearman's rank correlations, for other numbers of
+configurations and for the best ones alone, too. The best alone say nothing of what to avoid.
 """
 
 import json
@@ -47,22 +46,20 @@ def main() -> int:
 
 def spread(recorded: Recorded, count: int) -> list[int]:
     """Return the numbers of some configurations, in even steps of their rank."""
-    order = np.argsort(js_in_time(recorded))
+    order = np.argsort(best_js(recorded))
     chosen: list[int] = order[np.linspace(0, len(order) - 1, count).astype(int)].tolist()
     return chosen
 
 
-def js_in_time(recorded: Recorded) -> Floats:
-    """Return the best JS of N configurations after the time that a random one takes to its end, or its first one."""
-    best_NR = np.minimum.accumulate(recorded.js_NR, axis=1)
-    in_time_N = (np.cumsum(recorded.seconds_NR, axis=1) <= recorded.mean_seconds).sum(axis=1)
-    js_N: Floats = best_NR[np.arange(len(best_NR)), np.maximum(in_time_N, 1) - 1]
-    return js_N
+def best_js(recorded: Recorded) -> Floats:
+    """Return the best JS of every configuration, [N]."""
+    best_N: Floats = recorded.js_NR.min(axis=1)
+    return best_N
 
 
 def _part(name: str, recorded: Recorded, searched: Mapping[str, Any]) -> dict[str, Any]:
     """Return a part of the portfolio: what was recorded, and of each configuration the settings and the JS."""
-    js_N = js_in_time(recorded)
+    js_N = best_js(recorded)
     rows = [
         [{key: _rounded(value) for key, value in recorded.settings[number].items()}, {"1": _rounded(js_N[number])}]
         for number in spread(recorded, KEPT)
@@ -79,11 +76,11 @@ def _show(curves: Mapping[str, Recorded]) -> None:
     """Print how well forecasts rank configurations that they have not seen."""
     table = Table("portfolio of", "configurations", *(f"ranks {name}" for name in curves), box=box.SIMPLE)
     for name, recorded in curves.items():
-        order = np.argsort(js_in_time(recorded)).tolist()
+        order = np.argsort(best_js(recorded)).tolist()
         chosen = {f"{count} of all ranks": spread(recorded, count) for count in (8, 16, 24, KEPT, 48, 100)}
         chosen |= {f"the best {count}": order[:count] for count in (KEPT, 100)}
         for label, numbers in chosen.items():
-            js_N = js_in_time(recorded)
+            js_N = best_js(recorded)
             seen = [Curve(recorded.settings[number], {1: float(js_N[number])}) for number in numbers]
             forecast = Forecast(recorded.encoding, seen)
             ranks = (_correlation(forecast, each, numbers if each is recorded else []) for each in curves.values())
@@ -95,7 +92,7 @@ def _correlation(forecast: Forecast, recorded: Recorded, seen: Sequence[int]) ->
     """Return Spearman's rank correlation of what is forecast of the configurations that were not seen."""
     left = sorted({*range(len(recorded.settings))} - {*seen})
     mean_M, _ = forecast([recorded.settings[number] for number in left])
-    return float(pd.Series(mean_M).corr(pd.Series(js_in_time(recorded)[left]), method="spearman"))
+    return float(pd.Series(mean_M).corr(pd.Series(best_js(recorded)[left]), method="spearman"))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Forecast:
         earlier: Sequence["Forecast"] = (),
         lengths: Mapping[str, float] = LENGTHS,
         reports: int = 1,
-        lasting: bool = True,
+        at_once: bool = True,
     ) -> None:
         """Learn from the trials of a study.
 
@@ -81,9 +81,10 @@ class Forecast:
             lengths: the parts of their ranges over which settings are believed to make a difference, by how their names
                 begin; of other settings nothing is believed.
             reports: of a trial that is trained to its end, where that is known.
-            lasting: whether a study that starts from this one heeds it once its own trials tell enough.
+            at_once: whether a study that starts from this one heeds it from its first trial on. If not, its first
+                trials begin as without it, and show what this one is worth.
         """
-        self._encoding, self._earlier, self.lasting = encoding, earlier, lasting
+        self._encoding, self._earlier, self.at_once = encoding, earlier, at_once
         points = _points(curves, reports)
         self._log, self._share = points.log, points.longest
         self.best = points.best

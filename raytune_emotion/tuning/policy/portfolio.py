@@ -1,4 +1,4 @@
-"""Know how configurations did that were recorded with this project: a study begins with them where its space fits.
+"""Know how configurations did that were recorded here, for a study that tries the same settings.
 
 `portfolio.json` holds them, a part per data set that they were trained on. `python -m benchmarks.curves.portfolio`
 chooses them from the recorded curves.
@@ -30,6 +30,9 @@ class Portfolio:
     recorded: tuple[str, ...]  # the data of each part
     trials: int
     text: str  # as `write_earlier` writes it
+
+    def __str__(self) -> str:
+        return f"the portfolio, {self.trials} configurations recorded on {' and '.join(self.recorded)}"
 
 
 def portfolio_of(space: Space, but: Collection[str] = ()) -> Portfolio | None:

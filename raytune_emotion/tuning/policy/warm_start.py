@@ -52,7 +52,7 @@ def forecasts_of(gathered: str | bytes) -> list[Forecast]:
         Forecast(
             encoding_of(parse_space(study["space"], EARLIER)),
             [_curve(kept, values) for kept, values in study["trials"]],
-            lasting=RECORDED not in study,
+            at_once=RECORDED not in study,
         )
         for study in load_json(gathered)
     ]

@@ -48,11 +48,7 @@ def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
     portfolio = portfolio_of(space)
     if portfolio is None:
         return WarmStart(None, "nothing, as the portfolio does not fit this space")
-    return WarmStart(
-        portfolio.text,
-        f"the portfolio, {portfolio.trials} configurations recorded on {' and '.join(portfolio.recorded)} "
-        f"(--warm-start none leaves it out)",
-    )
+    return WarmStart(portfolio.text, f"{portfolio} (--warm-start none leaves it out)")
 
 
 def gather_earlier(studies: Sequence[Location]) -> str:
