@@ -70,6 +70,8 @@ class Recording:
     choose: bool  # whether this project's policies see which configurations were recorded
     #: Bounds between which a value is a regret from 0 to 1; None where values are told as they are.
     bounds: tuple[float, float] | None = None
+    #: What every study begins with, as far as recorded: the nearest to each of these parameters.
+    start: Sequence[Mapping[str, Any]] = ()
 
     @property
     def reports(self) -> int:
@@ -221,7 +223,8 @@ def portfolio_of_others(recording: Recording) -> Portfolio | None:
     return portfolio_of(recording.space, but=[recording.name])
 
 
-def _portfolio(recording: Recording) -> list[Forecast]:
+def guide(recording: Recording) -> list[Forecast]:
+    """Return forecasts by the portfolio, as a real study has them."""
     portfolio = portfolio_of_others(recording)
     return [] if portfolio is None else forecasts_of(portfolio.text)
 
@@ -230,14 +233,14 @@ def _nothing(recording: Recording) -> list[Forecast]:
     return []
 
 
-def _mislead(recording: Recording) -> list[Forecast]:
-    """Return forecasts by a portfolio whose best configuration has the result of its worst, and so on."""
+def mislead(recording: Recording) -> list[Forecast]:
+    """Return forecasts by a portfolio whose best configuration has the JS of its worst, and so on."""
     portfolio = portfolio_of_others(recording)
     if portfolio is None:
         return []
     parts = json.loads(portfolio.text)
     for part in parts:
-        # They are in the order of their results.
+        # They are in the order of their JS.
         settings, values = zip(*part["trials"], strict=True)
         part["trials"] = [*zip(settings, reversed(values), strict=True)]
     return forecasts_of(json.dumps(parts))
@@ -276,9 +279,9 @@ def _asha(reports: int) -> Scheduler:
 
 
 POLICIES: dict[str, Make] = {
-    DEFAULT: functools.partial(_freeze_thaw, _portfolio),
+    DEFAULT: functools.partial(_freeze_thaw, guide),
     WITHOUT: functools.partial(_freeze_thaw, _nothing),
-    MISLED: functools.partial(_freeze_thaw, _mislead),
+    MISLED: functools.partial(_freeze_thaw, mislead),
     RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),
     "random+asha": _stopping(_asha, _at_random),
     "tpe+asha": _stopping(_asha, _optuna("tpe")),
@@ -294,7 +297,10 @@ def simulate(recording: Recording, name: str, workers: int, seed: int) -> Found:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         answers = Answers(recording)
         policy, sampler = POLICIES[name](recording, answers, seed)
-        searcher = Searcher(optuna.create_study(), recording.space, policy, sampler=sampler)
+        kept = optuna.create_study()
+        for params in recording.start:
+            kept.enqueue_trial(answers.nearest(params), skip_if_exists=True)
+        searcher = Searcher(kept, recording.space, policy, sampler=sampler)
         study = Simulation(searcher, answers.respond, workers, recording.take_up_s, answers.limits)
         return study.run(recording.budget / workers)
 

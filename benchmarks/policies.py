@@ -1,7 +1,8 @@
 """How good a model this project's policy of search finds for a budget, whole and with its parts replaced.
 
 Replayed on recorded learning curves, and measured by what others had reached in `rivals`. The policy is driven as a
-study drives it: the same `Searcher` asks and tells Optuna, the same policy decides after every report.
+study drives it: the same `Searcher` asks and tells Optuna, the same policy decides after every report. No study begins
+with the portfolio, which holds configurations of these curves.
 """
 
 import functools

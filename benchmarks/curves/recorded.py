@@ -1,14 +1,19 @@
 """Compare policies of search on learning curves that were recorded of a search space of this project.
 
-    python -m benchmarks curves FILE.csv… --space SPACE.yaml [--workers W] [--seeds S] [--json FILE]
+    python -m benchmarks curves FILE.csv… --space SPACE.yaml [--start-points] [--workers W] [--seeds S] [--json FILE]
 
 A file has a row for every evaluation of a trial, with the columns `trial`, one per setting of the space by its dotted
 path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. What
 `benchmarks.curves.record` has written is taken, too. Trials that ended before the others are left out. A study has the
 time of a quarter of the recorded trials.
+
+`default` begins with the portfolio, as a study of this space does, but without the part that was recorded on the data
+whose name the file has. `no-portfolio` is the default without one. `misled` has one in which the best configuration has
+the JS of the worst, and so on.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +40,20 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks curves", description=str(__doc__).splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recorded curves, as CSV or *.parquet")
     parser.add_argument("--space", required=True, metavar="SPACE", help="the space that they were drawn from")
+    parser.add_argument("--start-points", action="store_true", help="begin every study with those of the space")
     add_arguments(parser, seeds=10)
     args = parser.parse_args(arguments)
     names = policies_of(parser, args)
     try:
         space = load_space(find_space(args.space))
         recordings = [read_recording(file, space) for file in args.files]
+        if args.start_points:
+            recordings = [dataclasses.replace(each, start=space.start_points()) for each in recordings]
     except UserError as error:
         parser.error("; ".join(error.faults))
     count = ", ".join(f"{len(each.params)} trials of {each.name}" for each in recordings)
-    run(recordings, names, args, f"best JS, bits, on {count}, {args.workers} workers, {args.seeds} seeds")
+    begun = ", begun with the start points" if args.start_points else ""
+    run(recordings, names, args, f"best JS, bits, on {count}, {args.workers} workers, {args.seeds} seeds{begun}")
     return 0
 
 

@@ -7,9 +7,21 @@ import pytest
 
 from benchmarks.curves.recorded import read_recording
 from benchmarks.curves.replay import CURVES, read_space
-from benchmarks.judge import DEFAULT, POLICIES, RANDOM, Answers, simulate
+from benchmarks.judge import (
+    DEFAULT,
+    POLICIES,
+    RANDOM,
+    WITHOUT,
+    Answers,
+    Verdict,
+    guide,
+    mislead,
+    portfolio_of_others,
+    simulate,
+)
 from benchmarks.simulation import Simulation
 from raytune_emotion.tuning.policy import freeze_thaw
+from raytune_emotion.tuning.space.space import draw
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 
@@ -27,6 +39,28 @@ def test_a_table_of_anybody_says_the_same(recording, tmp_path):
     assert again.params == recording.params
     assert np.allclose(again.value_NR, recording.value_NR)
     assert np.allclose(again.seconds_NR, recording.seconds_NR)
+
+
+def test_a_study_on_recorded_curves_begins_with_the_portfolio_of_other_data(recording):
+    assert portfolio_of_others(recording).recorded == ("drawn",)
+    of_others = dataclasses.replace(recording, name="faces")
+    assert portfolio_of_others(of_others).recorded == ("drawn", "ferplus_small")
+
+
+def test_what_misleads_says_the_contrary_of_the_portfolio(recording):
+    settings = [*draw(recording.space, 50, seed=0)]
+    (right,), (wrong,) = guide(recording), mislead(recording)
+    assert np.corrcoef(right.standard(settings), wrong.standard(settings))[0, 1] < -0.5
+
+
+def test_policies_are_compared_with_the_default_seed_by_seed():
+    js_PTSA = np.zeros((2, 1, 4, 5))
+    js_PTSA[:, 0, :, 0] = [[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6]]
+    told = Verdict([DEFAULT, WITHOUT], ["faces"], js_PTSA, None, bounded=False).to_json()["policies"]
+    more = told[WITHOUT]["minus_default"]["faces"]
+    assert np.allclose(more["mean"], [0.2, 0, 0, 0, 0])
+    assert np.allclose(more["standard_error"], 0)
+    assert told[WITHOUT]["standard_error"][0] > 0.05
 
 
 def test_trials_that_were_begun_go_on_though_new_ones_promise_more_than_they_hold(recording, monkeypatch):

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from raytune_emotion import load_study
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import evaluate
 from raytune_emotion.library import studies
+from raytune_emotion.storage.locations import Folder
 from tests.support.cluster import joined_session
 from tests.support.studies import write_study
 
@@ -118,6 +120,15 @@ def test_all_that_the_command_refuses_is_an_error(tmp_path):
     (tmp_path / "results" / "mine").mkdir(parents=True)
     with pytest.raises(UserError, match="there is a study of this name already; go on with it by --resume"):
         search(results=tmp_path / "results", name="mine")
+
+
+@pytest.mark.parametrize(("given", "asked"), [(None, None), ((), ["none"]), (["first"], [Folder(Path("first"))])])
+def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, monkeypatch, given, asked):
+    requests = []
+    monkeypatch.setattr(importlib.import_module("raytune_emotion.search"), "run", requests.append)
+    with pytest.raises(UserError):  # no study is made
+        raytune_emotion.search(results=tmp_path, warm_start=given)
+    assert requests[0].warm_start == asked
 
 
 def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch, no_plots):
