@@ -83,7 +83,7 @@ def test_trials_that_were_begun_go_on_though_new_ones_promise_more_than_they_hol
 def test_the_default_finds_more_than_random_search_on_real_faces(recording):
     short = dataclasses.replace(recording, budget=recording.budget / 10)
     found = {
-        name: np.mean([simulate(short, name, 2, seed).at(short.budget / 2) for seed in range(3)])
+        name: np.mean([simulate(short, name, 2, seed).at(short.budget / 2) for seed in range(6)])
         for name in (DEFAULT, RANDOM)
     }
     assert found[DEFAULT] < found[RANDOM]
