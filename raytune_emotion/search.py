@@ -305,7 +305,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     study = go_on(study, spec)
                 trials = f"{count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}"
                 console.print(f"study {place}: {trials}, {placement}")
-                if new is not None:
+                if new is not None and new.warm_start.gathered is not None:
                     console.print(f"the first trials are guided by {new.warm_start.told}")
                 if study.is_over():
                     console.print("every trial has ended, and nothing is left to run; ask for more with --trials")

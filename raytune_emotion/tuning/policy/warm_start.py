@@ -3,7 +3,8 @@
 Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,24 @@ def name_earlier(folder: Path) -> str:
     """Name what a study started from: `NOTHING`, `STUDIES` or `OWN`."""
     if not (folder / EARLIER).exists():
         return NOTHING
-    parts = load_json((folder / EARLIER).read_bytes())
-    return OWN if any(RECORDED in part for part in parts) else STUDIES
+    with _damage_in_words(folder):
+        parts = load_json((folder / EARLIER).read_bytes())
+        return OWN if any(RECORDED in part for part in parts) else STUDIES
 
 
 def read_earlier(folder: Path) -> list[Forecast]:
     """Read what the studies that a study started from say of any configuration; none where it started from none."""
     if not (folder / EARLIER).exists():
         return []
-    try:
+    with _damage_in_words(folder):
         return forecasts_of((folder / EARLIER).read_bytes())
+
+
+@contextlib.contextmanager
+def _damage_in_words(folder: Path) -> Iterator[None]:
+    """Say in a sentence what is wrong with the file of a study."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{folder}/{fault}" for fault in error.faults) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -8,7 +8,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
+from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.earlier import gather_earlier
 from raytune_emotion.tuning.study.open_study import load, make_study
@@ -63,6 +63,14 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
     assert len(refused.value.faults) == 2
     assert refused.value.faults[0] == f"--warm-start {short}: fewer than 4 of its trials have reported; leave it out"
     assert "it is no study" in refused.value.faults[1]
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[3]"])
+def test_what_a_study_started_from_has_no_name_in_a_damaged_file(tmp_path, text):
+    assert name_earlier(tmp_path) == NOTHING
+    (tmp_path / EARLIER).write_text(text)
+    with pytest.raises(UserError, match=r"earlier\.json: damaged \(.*; restore it from a copy"):
+        name_earlier(tmp_path)
 
 
 @pytest.mark.parametrize(
