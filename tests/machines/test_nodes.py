@@ -51,7 +51,7 @@ def test_a_search_whose_head_is_lost_ends_and_goes_on_with_another_head(address,
     with search(tmp_path, address, *options) as process:
         wait_until(lambda: all_have_reported(tmp_path, 3))
         lose_head(address)
-        assert process.wait(60) == 1, (tmp_path / "out").read_text()
+        assert process.wait(120) == 1, (tmp_path / "out").read_text()
     assert len(said(tmp_path, "error: ")) == 1
     assert said(tmp_path, "the study can be resumed: ")
     before = reports_of(tmp_path)

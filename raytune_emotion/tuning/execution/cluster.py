@@ -37,6 +37,8 @@ from raytune_emotion.tuning.execution.ray_patches import (
 _RAY_SETTINGS = {
     # A node that does not answer counts as dead after 40 s, not 70.
     "RAY_health_check_timeout_ms": "5000",
+    # Ray would kill this process after 60 s without its head, before a study is concluded.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
