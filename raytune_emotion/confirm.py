@@ -6,6 +6,7 @@ from pathlib import Path
 
 from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive_integer
 from raytune_emotion.interruption import finish_block
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
@@ -59,6 +60,7 @@ def confirm_study(request: ConfirmRequest) -> None:
     read_spec(study)  # whether it is a study shows at once
     refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
+    from raytune_emotion.learn.export_folder import check_replaceable
     from raytune_emotion.tuning.execution.cluster import check_cluster
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
     from raytune_emotion.tuning.execution.placement import fit_here, fit_to_cluster
@@ -78,6 +80,7 @@ def confirm_study(request: ConfirmRequest) -> None:
     if request.address is None:
         fit_here(workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency)
     folder, console = study / CONFIRMED, plain_console()
+    check_replaceable(Folder(folder / "best"))
     make_confirmation(folder, spec)
     # Until all is written, the confirmation's folder is this process's alone.
     with open_study(folder) as confirmation:

@@ -279,10 +279,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
     with ExitStack() as held:
         study = None if new else open_existing(place, held)
         if study is not None:
-            faults: list[str] = []
-            with collect_errors(faults):
-                _check_address(request)
-            spec = resumed_spec(request, study, faults)
+            spec = resumed_spec(request, study, _faults_beside(request, folder))
         else:
             assert new is not None
             check_room(request)
@@ -328,6 +325,20 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             conclude(console, study, request.results, request.address)
         if ended is not None:
             raise ended
+
+
+def _faults_beside(request: SearchRequest, folder: Path) -> list[str]:
+    """Return what keeps a study from going on, or from being exported at its end, whatever it is asked for."""
+    from raytune_emotion.learn.export_folder import check_replaceable
+    from raytune_emotion.tuning.report.finish import FINISHED
+
+    faults: list[str] = []
+    with collect_errors(faults):
+        _check_address(request)
+    for name in ("best", FINISHED) if request.finish else ("best",):
+        with collect_errors(faults):
+            check_replaceable(Folder(folder / name))
+    return faults
 
 
 def _other_watches(request: SearchRequest, study: "OpenStudy", held: ExitStack) -> "list[Watch]":

@@ -99,6 +99,14 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path):
     assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
 
 
+def test_an_export_that_could_not_be_written_at_the_end(refused, tmp_path):
+    folder = tmp_path / "study" / "confirmed" / "best"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").touch()
+    (told,) = refused()
+    assert told.startswith(f"{folder}: holds files that are not of an export (thesis.tex)")
+
+
 def test_one_that_is_at_work(refused, tmp_path):
     folder = tmp_path / "study" / "confirmed"
     folder.mkdir()

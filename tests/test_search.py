@@ -361,6 +361,15 @@ class TestBadResuming:
             told = resumed()
         assert told == [f"{resumed.folder}: another process is at work in it; wait for its end, or end it"]
 
+    def test_an_export_that_could_not_be_written_at_the_end(self, resumed):
+        for name in ("best", "finished"):
+            (resumed.folder / name).mkdir(exist_ok=True)
+            (resumed.folder / name / "thesis.tex").touch()
+        told = resumed("--finish")
+        assert [line.partition(" (thesis.tex)")[0] for line in told] == [
+            f"{resumed.folder / name}: holds files that are not of an export" for name in ("best", "finished")
+        ]
+
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")
         other = space(SMALL_SPACE.replace("1e-2", "2e-2"))

@@ -51,6 +51,9 @@ TOLERANCE = 1e-4
 _COMPARED = 64  # validation images that the formats are compared on
 _DRAWN = 8  # faces in their place
 
+#: What macOS and Windows leave in a folder that somebody has looked at.
+_OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
+
 _IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
 
 
@@ -365,9 +368,8 @@ def check_replaceable(dest: Location) -> None:
         return
     if not dest.is_folder():
         raise UserError(f"{dest}: exists already and is not a folder; name another destination")
-    others = sorted(
-        {*dest.list_folders(), *(file.name for file in dest.list_files())} - {*FORMATS.values(), CONFIG, METRICS, CARD}
-    )
+    there = {*dest.list_folders(), *(file.name for file in dest.list_files())}
+    others = sorted(there - {*FORMATS.values(), CONFIG, METRICS, CARD} - _OF_SYSTEMS)
     if others:
         raise UserError(
             f"{dest}: holds files that are not of an export ({', '.join(others[:5])}), which would be deleted or mixed "

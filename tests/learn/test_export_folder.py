@@ -109,6 +109,7 @@ class TestReplacing:
     def test_the_new_takes_the_place_of_the_old(self, tmp_path):
         dest = tmp_path / "best"
         write_package(dest, self.old)
+        (dest / ".DS_Store").touch()  # of somebody who has looked at it on a Mac
         write_package(dest, self.new)
         assert self.shows(dest, self.new)
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
