@@ -231,18 +231,18 @@ class _NewStudy:
 
 def _inputs(request: SearchRequest, errors: list[str]) -> _NewStudy:
     """Read what a new study begins with; what is wrong is raised with the errors that are known."""
-    # Imported only now, as what is imported below: it takes seconds.
-    from raytune_emotion.tuning.study.earlier import gather_warm_start
-
-    # Faults of earlier studies are told beside those of the space.
     space = Space({})
     with collect_errors(errors):
         space = request.load_space()
-    with collect_errors(errors):
-        warm_start = gather_warm_start(request, space)
     if request.data is not None:
         with collect_errors(errors):
             data = find_data(request.data)
+    if request.earlier_studies or not errors:
+        # Imported only now, as what is imported below: it takes seconds.
+        from raytune_emotion.tuning.study.earlier import gather_warm_start
+
+        with collect_errors(errors):
+            warm_start = gather_warm_start(request, space)
     if errors:
         raise UserError(errors)
     return _NewStudy(space, data if request.data is not None else find_data(sample_folder()), warm_start)
