@@ -171,7 +171,20 @@ KNOWN = (
         "optuna.exceptions.StorageInternalError",
         _always,
         1,
-        lambda error: f"the study's journal: {first_line(error)}; go on by --resume",
+        # Of a database, Optuna itself says less than what it is caused by.
+        lambda error: f"the record of the study: {first_line(error.__cause__ or error)}; go on by --resume",
+    ),
+    KnownError(
+        "sqlalchemy.exc.SQLAlchemyError",
+        _always,
+        1,
+        lambda error: f"the database of the study: {first_line(error)}; go on by --resume",
+    ),
+    KnownError(
+        "psycopg.Error",
+        _always,
+        1,
+        lambda error: f"the database of the study: {first_line(error)}; go on by --resume",
     ),
 )
 

@@ -33,6 +33,7 @@ from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST,
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.database import check_url
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, NONE, SearchRequest
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from raytune_emotion.tuning.execution.recorder import Watch
     from raytune_emotion.tuning.study.earlier import WarmStart
     from raytune_emotion.tuning.study.open_study import OpenStudy
+    from raytune_emotion.tuning.study.spec import StudySpec
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -121,6 +123,13 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", type=folder_name, metavar="NAME", help="name of the study (default: the space and the time)")
     add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")
     add(
+        "--storage",
+        type=_database_url,
+        metavar="URL",
+        help="PostgreSQL database, as postgresql://HOST/DATABASE: each machine that runs this same command works on "
+        "the study; needs the extra postgres",
+    )
+    add(
         "--seed",
         type=natural_number,
         metavar="N",
@@ -173,7 +182,10 @@ def run(args: argparse.Namespace) -> None:
         request.results.require_folder("leave --finish out, or name a folder with --results")
     with announce("reading the study" if request.resume else "reading the search space and the data"):
         place = request.find_study()
+        if request.joins(place):
+            request = dataclasses.replace(request, resume=True)
         if request.resume:
+            request.check_storage()
             _check_mlflow(request)
             refuse_absent_gpu(request.gpus_per_worker, request.address)
         new = None if request.resume else _check_new(request, place)
@@ -215,6 +227,8 @@ def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
         refuse_absent_gpu(request.gpus_per_worker, request.address)
     with collect_errors(errors):
         _check_mlflow(request)
+    with collect_errors(errors):
+        request.check_storage()
     with collect_errors(errors):
         request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
     return _inputs(request, errors)
@@ -272,14 +286,14 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
         from raytune_emotion.tuning.report.conclusion import conclude
         from raytune_emotion.tuning.report.console import open_session, run_with_progress
         from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
-        from raytune_emotion.tuning.study.open_study import go_on, make_study, open_study
+        from raytune_emotion.tuning.study.open_study import go_on
 
-    console, folder = plain_console(), place.working_folder()
-    # Until all is written, the study's folder is this process's alone.
+    console = plain_console()
+    # Until all is written, the study's folder is this process's alone, or this process one of its drivers.
     with ExitStack() as held:
         study = None if new else open_existing(place, held)
         if study is not None:
-            spec = resumed_spec(request, study, _faults_beside(request, folder))
+            spec = resumed_spec(request, study, _faults_beside(request, study.folder))
         else:
             assert new is not None
             check_room(request)
@@ -294,10 +308,8 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
                 )
                 if study is None:
-                    place.free_working_folder()
                     assert new is not None
-                    make_study(folder, spec, new.warm_start.gathered)
-                    study = held.enter_context(open_study(folder, place))
+                    study = _make_or_join(request, place, spec, new, held)
                 else:
                     study = go_on(study, spec)
                 trials = f"{count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}"
@@ -321,7 +333,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 raise
             ended = why
         assert study is not None
-        with finish_block():
+        with finish_block(), study.drivers.turn("files"):
             conclude(console, study, request.results, request.address)
         if ended is not None:
             raise ended
@@ -339,6 +351,25 @@ def _faults_beside(request: SearchRequest, folder: Path) -> list[str]:
         with collect_errors(faults):
             check_replaceable(Folder(folder / name))
     return faults
+
+
+def _make_or_join(
+    request: SearchRequest, place: Location, spec: "StudySpec", new: _NewStudy, held: ExitStack
+) -> "OpenStudy":
+    """Make a study, and open it until `held` ends; join it where another driver has made it meanwhile."""
+    from raytune_emotion.tuning.study.creation import open_existing, resumed_spec
+    from raytune_emotion.tuning.study.open_study import go_on, make_study, open_study
+
+    folder = place.working_folder()
+    place.free_working_folder()
+    try:
+        make_study(folder, spec, new.warm_start.gathered)
+    except UserError:
+        if not request.joins(place):
+            raise
+        study = open_existing(place, held)
+        return go_on(study, resumed_spec(request, study, []))
+    return held.enter_context(open_study(folder, place))
 
 
 def _other_watches(request: SearchRequest, study: "OpenStudy", held: ExitStack) -> "list[Watch]":
@@ -364,6 +395,13 @@ def _gpu_share_or_auto(text: str) -> float | str:
 
 def _earlier_study(text: str) -> Location | str:
     return NONE if text == NONE else location(text)
+
+
+def _database_url(text: str) -> str:
+    try:
+        return check_url(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _space_file(text: str) -> Path:

@@ -90,6 +90,15 @@ def bucket(s3):
     return s3[0]
 
 
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server."""
+    from tests.support.postgres import postgres_server
+
+    with postgres_server() as server:
+        yield server
+
+
 @pytest.fixture
 def faults(s3, monkeypatch):
     """What becomes of requests to the S3 server, by a client that tries each twice, one millisecond apart."""

@@ -92,8 +92,9 @@ def check_command(line: str) -> None:
         assert (ROOT / program).is_file()
         parse("search", rest)
     elif program == "sbatch":
-        assert (ROOT / rest[0]).is_file(), f"{rest[0]} is missing"
-        parse("search", rest[1:])
+        script = next(number for number, word in enumerate(rest) if not word.startswith("-"))
+        assert (ROOT / rest[script]).is_file(), f"{rest[script]} is missing"
+        parse("search", rest[script + 1 :])
     elif program == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= {*targets}, f"make has no target {rest}"

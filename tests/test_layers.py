@@ -64,6 +64,7 @@ ACROSS_MODULES = {
     "test_jobs": "files in jobs/", "test_layers": "the layout", "test_main": "the console script",
     "test_submit": "jobs/submit.sh", "test_surface": "names that others rely on", "test_wheel": "the installed package",
     "learn/test_distributed": "training in several processes",
+    "machines/test_drivers": "several searches on one study",
     "machines/test_death": "clusters of several machines", "machines/test_growth": "clusters of several machines",
     "machines/test_nodes": "clusters of several machines", "machines/test_security": "what others see of a search",
     "machines/test_signals": "clusters of several machines",

@@ -21,7 +21,8 @@ from raytune_emotion import search
 from raytune_emotion.data.prepare import find_data
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Folder, parse_location
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import gpu_presence, gpu_sharing
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
@@ -30,6 +31,7 @@ from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, open_existing
+from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest
@@ -38,7 +40,7 @@ from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
 from tests.support.faces import write_folder, write_row
 from tests.support.folders import tree
-from tests.support.studies import SMALL_SPACE, run_here, searcher_of, write_study
+from tests.support.studies import SMALL_SPACE, run_here, searcher_of, spec_of, write_study
 
 
 @pytest.fixture
@@ -144,6 +146,40 @@ class TestBadData:
         told = refused(data=store.path, space=space(SMALL_SPACE.replace("32", "48")))
         assert len(told) == 1
         assert "holds images of 32 px, and data.image_size is 48; set data.image_size to 32" in told[0]
+
+
+class TestBadStorage:
+    @pytest.fixture
+    def url(self, postgres):
+        return postgres.new_database()
+
+    def test_every_error_of_a_shared_study_is_said_at_once(self, refused, tmp_path):
+        away = "postgresql://127.0.0.1:1/studies"
+        told = refused("--finish", storage=away, data=tmp_path / "none")
+        assert len(told) == 4
+        assert told[0].startswith("--storage: drivers find their study by its name")
+        assert told[1].startswith("--finish: is the work of one process")
+        assert told[2].startswith(f"{away}: cannot be opened (")
+        assert told[3] == f"{tmp_path / 'none'}: there is no such folder"
+
+    def test_results_at_a_uri_are_refused(self, url):
+        request = SearchRequest(results=parse_location("s3://bucket/results"), name="s", storage=url)
+        with pytest.raises(UserError, match="with --storage, name a folder that every driver sees"):
+            request.check_storage()
+
+    def test_password_in_the_url_is_refused(self, capsys):
+        assert exit_code(["search", "--storage=postgresql://me:hunter2@db/studies"]) == 2
+        err = capsys.readouterr().err
+        assert "--storage: postgresql://***@db/studies: has a password in it" in err
+        assert "hunter2" not in err
+
+    def test_study_keeps_its_storage(self, refused, tmp_path, store, url, postgres):
+        results = tmp_path / "results"
+        for name, storage, said in (("shared", f"{url}#shared", url), ("own", None, "its own journal")):
+            make_study(results / name, spec_of(store, storage=storage))
+            (results / name / LOCK).touch()
+            (told,) = refused(storage=postgres.new_database(), name=name, space=None, data=None)
+            assert told.startswith(f"--storage: a study keeps the storage that it began with, {said}; leave the option")
 
 
 class TestBadSpaces:

@@ -18,8 +18,8 @@ ARGUMENTS = {
     "search": (
         "--data DIR", "--space SPACE", "--objective WHAT", "--sampler NAME", "--scheduler NAME", "--trials N",
         "--epochs N", "--concurrency N", "--workers-per-trial N", "--gpus-per-worker X", "--results DIR",
-        "--warm-start STUDY", "--name NAME", "--resume", "--seed N", "--time-budget T", "--until-gain G",
-        "--mlflow URI", "--max-failures N",
+        "--warm-start STUDY", "--name NAME", "--resume", "--storage URL", "--seed N", "--time-budget T",
+        "--until-gain G", "--mlflow URI", "--max-failures N",
         "--weights-dir DIR", "--skip-bad",
         "--address ADDRESS", "--finish", "--dry-run",
     ),

@@ -102,6 +102,7 @@ def search(
     results: Place = "ray_results",
     name: str | None = None,
     resume: bool = False,
+    storage: str | None = None,
     time_budget: str | None = None,
     until_gain: str | None = None,
     warm_start: Sequence[Place] | None = None,
@@ -130,6 +131,7 @@ def search(
         gpus_per_worker: a number or `auto`; None: one where there are GPUs.
         results: folder or URI that the study's folder is made in.
         name: of the study; None: of the space and the time. Give it to resume a study.
+        storage: URL of a PostgreSQL database; every process that calls this with the same arguments works on the study.
         resume: whether to go on with the study of that name.
         time_budget: such as `90m`, `2h` or `1d`.
         until_gain: such as `0.001/h`: the search ends once further training is expected to bring less bits an hour.
@@ -169,6 +171,7 @@ def search(
             "gpus-per-worker": gpus_per_worker,
             "results": results,
             "name": name,
+            "storage": storage,
             "time-budget": time_budget,
             "until-gain": until_gain,
             "max-failures": max_failures,

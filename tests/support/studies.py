@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.execution.job import Job, Resources, job_of, train_here
 from raytune_emotion.tuning.execution.recorder import Recorder
@@ -16,6 +18,7 @@ from raytune_emotion.tuning.study.optuna_study import Searcher, create_study
 from raytune_emotion.tuning.study.records import read_records, trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
+from tests.support.reports import make_report
 
 ONE_CORE = Resources(1, 1.0, 0.0)
 
@@ -106,6 +109,21 @@ def run_here(study, resources=ONE_CORE):
     finally:
         recorder.close()
     return study.records()
+
+
+def train(folder, trial_id, js, *, epochs=3, time=0.0):
+    """Write what a trial's process writes, an epoch at a time; yield what the driver hears."""
+    place = trial_folder(folder, trial_id)
+    place.mkdir(parents=True, exist_ok=True)
+    history = place / HISTORY
+    done = len(history.read_text().splitlines()) if history.exists() else 0
+    for epoch in range(done + 1, epochs + 1):
+        report = make_report(epoch, js, finished=epoch == epochs, time=time + epoch, images_per_second=100.0)
+        with history.open("a") as file:
+            file.write(json.dumps(report) + "\n")
+        for name in (BEST, LAST):
+            (place / name).write_bytes(b"weights")
+        yield report
 
 
 def searcher_of(study, space, *, seed=0, scheduler="none", objective=JS_ALONE, epochs=4, earlier=()):

@@ -7,8 +7,7 @@ else writes the record of a running study.
 import contextlib
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,8 +15,9 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.learn.report import Heard, Report
+from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
-from raytune_emotion.tuning.policy.decisions import Limits, Prune
+from raytune_emotion.tuning.policy.decisions import Prune
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
@@ -28,7 +28,7 @@ from raytune_emotion.tuning.study.optuna_study import (
     Proposal,
     Searcher,
     Status,
-    paused_trials,
+    StudyTrial,
     trials_to_continue,
 )
 from raytune_emotion.tuning.study.records import (
@@ -44,9 +44,6 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 #: So many trials that fail one after the other end a study.
 MAX_FAILURES_IN_A_ROW = 10
 
-#: Trials that may be paused at once, and the bytes of their checkpoints.
-PAUSED_TRIALS, PAUSED_BYTES = 32, 16 * 2**30
-
 _STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "failed", Paused: "paused"}
 
 
@@ -59,6 +56,7 @@ class Event:
     report: Heard | None  # the part of the latest report that is sent to the driver
     reason: str
     gain: float | None = None  # that is expected of further training, bits per hour; None where it is not known
+    elsewhere: bool = False  # whether another driver has run the trial
 
     @property
     def worker(self) -> str:
@@ -89,16 +87,11 @@ class Recorder:
         """Take up the record where it was left. No trial begins once less than `until_gain` is expected."""
         self._study, self._watch = study, watch
         earlier = read_earlier(study.folder)
-        self._tables = Tables(study)
+        self._tables, self._weights = Tables(study), _Weights(study)
         self._searcher = _searcher_of(study, earlier)
         self.gain = GainWatch(study, self._searcher, earlier, until=until_gain, clock=clock)
-        self._running: dict[str, Proposal] = {}  # those that `next` returned, until they end
-        self._weights = _Weights(study)
         self._failures = 0  # in a row, of the trials that ended last
-        self._idle = False  # the policy had nothing to run, and nothing has happened since
-        self._begun: set[str] = set()  # trials that were ever asked for
-        self._paused = _PausedTrials(study)
-        self._queue: deque[str] = deque()
+        self.backlog = Backlog(study, clock)
         self._closed = False
         self._lock = threading.RLock()
         self.broken = ""  # why the study cannot go on
@@ -106,42 +99,47 @@ class Recorder:
         self._run_or_break(self._take_up, None)
 
     def _take_up(self) -> None:
-        """Complete what an earlier session has left, and queue its running trials."""
-        self._searcher.finish_asking()
-        # The spec comes last: where it is, there is a study.
-        there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
-        self._study.copy.claim([JOURNAL, *there, SPEC])
-        records = self._study.records()
-        self._tables.keep([record for record in records if record.ended])
-        self._begun = {record.trial_id for record in records}
-        stopped = self._searcher.replay(records)
-        for record in records:
-            if record.status == "running":
-                self._take_up_trial(record, stopped=record.trial_id in stopped)
+        """Take up what an earlier session has left."""
+        with self._study.drivers.turn("trials"):
+            self._searcher.finish_asking()
+            # The spec comes last: where it is, there is a study.
+            there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
+            self._study.copy.claim([JOURNAL, *there, SPEC])
+            records = self._study.records()
+            self._tables.keep([record for record in records if record.ended])
+            self._look_around(self._searcher.replay(records))
         self.gain.update()
+
+    def _look_around(self, stopped: Collection[str] | None = None) -> None:
+        """Take in what other drivers have ended. Queue what nobody runs: at the start all of it, later one trial."""
+        self._searcher.finish_asking()
+        ended_elsewhere, abandoned = self.backlog.look({record.trial_id for record in self._tables.ended})
+        for trial in ended_elsewhere:
+            record = self._tables.add(trial.trial_id)
+            self._searcher.replay([record])
+            self._watch(_event_elsewhere(trial, record, self.gain.value))
+        if ended_elsewhere:
+            self._weights.delete_needless(self._tables.ended)
+        for trial in abandoned:
+            if stopped is not None or not self.backlog.queue:
+                record = self._study.record(trial.trial_id)
+                stops = self._searcher.replay([record]) if stopped is None else stopped
+                self._take_up_trial(record, stopped=trial.trial_id in stops)
 
     def _take_up_trial(self, record: TrialRecord, *, stopped: bool) -> None:
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
-        finished = bool(record.reports) and record.reports[-1]["finished"]
-        # What has finished may be the trial that it goes on from.
-        if finished and record.continues is None:
-            self._end(proposal, Complete(), record.reports[-1])
-        elif stopped and not finished:
-            self._end(proposal, Pruned(), record.reports[-1])
+        ending = _unrecorded_ending(record, stopped=stopped)
+        if ending is not None:
+            self._end(proposal, ending, record.reports[-1])
         else:
-            self._queue.append(record.trial_id)
+            self.backlog.queue.append(record.trial_id)
 
     @property
     def is_over(self) -> bool:
         """Tell whether no trial runs, and none is left to run now."""
-        return bool(self.broken) or self._closed or (not self._running and not self._queue and self._idle)
-
-    def trials_to_run(self) -> int:
-        """Return how many trials could run at once, if there were room for all: none of them has ended."""
-        begun = len(self._running) + len(self._queue) + len(self._paused)
-        return begun + max(0, self._study.spec.trials - len(self._begun))
+        return bool(self.broken) or self._closed or self.backlog.is_over
 
     def next(self) -> Proposal | None:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
@@ -149,19 +147,25 @@ class Recorder:
 
     def report(self, trial_id: str, report: Heard) -> bool:
         """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
-        return self._run_or_break(lambda: self._report(self._running[trial_id], report), False)
+        return self._run_or_break(lambda: self._report(self.backlog.running[trial_id], report), False)
 
     def end(self, trial_id: str, ending: Failed | Broken) -> None:
         """Record that a trial ended without a report."""
-        self._run_or_break(lambda: self._end(self._running[trial_id], ending, None), None)
+        self._run_or_break(lambda: self._end(self.backlog.running[trial_id], ending, None), None)
 
     def give_back(self, trial_id: str) -> None:
         """Have a running trial go on in another process: it is the next one that `next` returns."""
-        self._run_or_break(lambda: self._queue.appendleft(self._running.pop(trial_id).trial_id), None)
+        self._run_or_break(lambda: self.backlog.give_back(trial_id), None)
 
     def write_in_time(self) -> None:
         """Write the tables if they lack an ending, unless they were written just now."""
         self._run_or_break(self._tables.write_in_time, None)
+
+    def check(self) -> None:
+        """End the study here if its other drivers take this one for dead: its trials may be theirs by now."""
+        if fault := self._study.drivers.failure():
+            with self._lock:
+                self.broken = self.broken or fault
 
     def close(self) -> None:
         """Write the tables; from here on nothing is recorded. Where the study is over, paused trials end as pruned.
@@ -199,38 +203,30 @@ class Recorder:
     def _next(self) -> Proposal | None:
         if self.gain.shortfall:
             return None
-        if self._queue:
-            proposal = self._searcher.resume(self._queue.popleft())
-        else:
-            answer = None if self._idle else self._ask()
-            if answer is None:
-                self._idle = True
-                return None
-            proposal = answer
+        proposal = self._ask() if self.backlog.may_ask else None
+        if proposal is None:
+            return None
         self._study.copy.push(JOURNAL)
         for report in _take_over(self._study, proposal):
             self._searcher.observe(proposal.trial_id, report)
-        self._running[proposal.trial_id] = proposal
-        self._paused.discard(proposal.trial_id)
+        self.backlog.running[proposal.trial_id] = proposal
         self._watch(Event(proposal, "running", None, ""))
         return proposal
 
     def _ask(self) -> Proposal | None:
-        while True:
-            answer = self._searcher.ask(self._limits())
-            if not isinstance(answer, Prune):
-                break
-            self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
-        if answer is not None:
-            self._begun.add(answer.trial_id)
+        """Find what takes a free place; no other driver of the study does so at the same time."""
+        with self._study.drivers.turn("trials"):
+            self._look_around()
+            if self.backlog.queue:
+                return self._searcher.resume(self.backlog.queue.popleft())
+            while isinstance(answer := self._searcher.ask(self.backlog.limits), Prune):
+                self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
+        self.backlog.take_in(answer)
         return answer
-
-    def _limits(self) -> Limits:
-        return Limits(new=len(self._begun) < self._study.spec.trials, paused=self._paused.most())
 
     def _report(self, proposal: Proposal, report: Heard) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
-        self._idle = False
+        self.backlog.wake()
         ending = self._ending_of(proposal.trial_id, report, new=new)
         if ending is not None:
             self._end(proposal, ending, report)
@@ -243,37 +239,56 @@ class Recorder:
         if report["finished"]:
             return Complete()
         # A report that is heard twice, as after the death of a process, decides nothing.
-        decision = self._searcher.decide(trial_id, report, self._limits()) if new else "go on"
+        decision = self._searcher.decide(trial_id, report, self.backlog.limits) if new else "go on"
         return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
 
     def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
         """Record an ending: the one place that does."""
-        trial_id, self._idle = proposal.trial_id, False
+        trial_id = proposal.trial_id
+        self.backlog.wake()
         if isinstance(ending, Broken):
             # Not told to Optuna: the trial goes on when the study does.
-            self._running.pop(trial_id, None)
+            self.backlog.running.pop(trial_id, None)
             raise _StudyEnds(ending.reason)
         status, reason = _STATUS[type(ending)], getattr(ending, "reason", "")
         if isinstance(ending, Paused):
             assert report is not None
             self._searcher.pause(trial_id, report["seconds"])
-            self._paused.add(trial_id)
+            self.backlog.pause(trial_id)
         else:
-            self._paused.discard(trial_id)
+            self.backlog.end(trial_id)
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
         self.gain.update()
         self._study.copy.push(JOURNAL)
         self._weights.delete_needless(self._tables.ended)
-        self._running.pop(trial_id, None)
+        self.backlog.running.pop(trial_id, None)
         self._watch(Event(proposal, status, report, reason, self.gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
 
     def _prune_paused(self) -> None:
-        for trial_id in self._paused.ids():
-            self._end(self._searcher.resume(trial_id), Pruned(), None)
+        with self._study.drivers.turn("trials"):
+            self._look_around()  # another driver may have come meanwhile
+            for trial_id in self.backlog.paused():
+                self._end(self._searcher.resume(trial_id), Pruned(), None)
+
+
+def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: float | None) -> Event:
+    """Say how a trial ended that another driver ran."""
+    proposal = Proposal(trial.trial_id, trial.settings, trial.continues)
+    last = record.reports[-1] if record.reports else None
+    return Event(proposal, trial.status, last, trial.reason, gain, elsewhere=True)
+
+
+def _unrecorded_ending(record: TrialRecord, *, stopped: bool) -> Complete | Pruned | None:
+    """Return how a trial ended whose driver ended before it could record that; None if the trial goes on."""
+    finished = bool(record.reports) and record.reports[-1]["finished"]
+    # What has finished may be the trial that it goes on from.
+    if finished and record.continues is None:
+        return Complete()
+    return Pruned() if stopped and not finished else None
 
 
 def _take_over(study: OpenStudy, proposal: Proposal) -> list[Report]:
@@ -304,34 +319,6 @@ class _Weights:
         delete_weights(study.folder, gone)
         study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)])
         self._deleted.update(gone)
-
-
-class _PausedTrials:
-    """Know the trials that are paused: their checkpoints are bounded in number and in bytes."""
-
-    def __init__(self, study: OpenStudy) -> None:
-        self._study = study
-        self._bytes: dict[str, int] = {}  # of their checkpoints, 0 for one that is not on this machine
-        for trial_id in paused_trials(study.optuna):
-            self.add(trial_id)
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def ids(self) -> list[str]:
-        return [*self._bytes]
-
-    def add(self, trial_id: str) -> None:
-        file = self._study.trial_folder(trial_id) / LAST
-        self._bytes[trial_id] = file.stat().st_size if file.exists() else 0
-
-    def discard(self, trial_id: str) -> None:
-        self._bytes.pop(trial_id, None)
-
-    def most(self) -> int:
-        """Return how many trials may be paused at once."""
-        largest = max(self._bytes.values(), default=0)
-        return min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
 
 
 class _StudyEnds(Breakdown):
@@ -366,4 +353,5 @@ def _searcher_of(study: OpenStudy, earlier: Sequence[Forecast]) -> Searcher:
     sampler = make_sampler_of(
         study.space, spec.sampler, seed=spec.seed, objective=study.objective, earlier=earlier, reports=study.reports
     )
-    return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=study.objective.cost)
+    cost, driver = study.objective.cost, study.drivers.own
+    return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=cost, driver=driver)

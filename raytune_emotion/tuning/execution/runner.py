@@ -34,6 +34,7 @@ _LOOK_S = 0.2
 #: Ray Tune gets so long to end trials in order; what it has not ended then ends with the session.
 _END_S = 30.0
 _END_OF_DEAD_S = 1.0
+_WAITS_FOR_OTHERS = "waiting for the trials that other drivers run; what they leave is taken up here"
 
 
 def run_study(
@@ -52,8 +53,8 @@ def run_study(
     until the study has as many as its spec says.
 
     Args:
-        study: whose folder is this process's alone. With a remote copy, nothing that the study needs is in the folder
-            alone while a trial runs: the record is there at every beginning and ending of one.
+        study: whose driver this process is. With a remote copy, nothing that the study needs is in the folder alone
+            while a trial runs: the record is there at every beginning and ending of one.
         placement: of its trials.
         time_budget: after which the study is left as it is then.
         until_gain: bits per hour; the study is left as it is once less than that is expected of further training.
@@ -107,6 +108,7 @@ def _run(
             while not ended.is_set() and time.monotonic() < deadline and not recorder.gain.shortfall:
                 if lost := failure():
                     raise _cluster_lost(lost, study)
+                recorder.check()
                 ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
                 say("the time budget is spent: trials that run are left as they are")
@@ -136,8 +138,8 @@ def _tune(
     say: Callable[[str], None],
     scratch: str,
 ) -> None:
-    room = Room(placement, recorder.trials_to_run, say)
-    waiting = Waiting(lambda: say(room.shortage()))
+    room = Room(placement, recorder.backlog.count, say)
+    waiting = Waiting(lambda: say(_WAITS_FOR_OTHERS if recorder.backlog.waits else room.shortage()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     search = Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop)

@@ -81,6 +81,8 @@ class Search(SearchAlgorithm):
             return None
         proposal = self._recorder.next()
         if proposal is None:
+            if self._recorder.backlog.waits:
+                self._waiting.look(runs=False)
             return None
         trial_id = proposal.trial_id
         self._stretches[trial_id] = self._stretches.get(trial_id, 0) + 1

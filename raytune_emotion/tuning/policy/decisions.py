@@ -32,8 +32,8 @@ DEFAULT_SCHEDULER = FREEZE_THAW
 
 #: Attributes of an Optuna trial: its configuration by dotted path; its cost, where one counts; whether it is paused,
 #: for which Optuna has no state but `RUNNING`; the seconds it had trained when it last paused or ended; how often it
-#: was taken up.
-SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP = "settings", "cost", "paused", "seconds", "taken_up"
+#: was taken up; the driver that runs it, where a study has several.
+SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP, DRIVER = "settings", "cost", "paused", "seconds", "taken_up", "driver"
 #: Attribute of an Optuna study: the expected further gain, bits per hour.
 GAIN = "expected_gain_per_hour"
 

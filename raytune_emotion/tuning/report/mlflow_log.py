@@ -113,6 +113,8 @@ class _Log:
 
     def take(self, event: Event) -> None:
         """Log what happened to a trial."""
+        if event.elsewhere:
+            return
         trial_id = event.proposal.trial_id
         if trial_id not in self._runs:
             tags = {TRIAL_TAG: trial_id, "mlflow.parentRunId": self._parent}

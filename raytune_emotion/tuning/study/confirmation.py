@@ -168,6 +168,7 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
         name=f"{searched.name}, confirmed",
         space={key: value for key, value in searched.space.items() if key != "start"},
         confirms={**(before.confirms or {} if before else {}), **confirms},
+        storage=None,
         **{name: value for name, value in given.items() if value is not None},
     )
 

@@ -1,6 +1,7 @@
 """Make the spec of a study: of a new one, or of one that goes on. All is checked that can be before Ray is started."""
 
 import dataclasses
+import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -20,6 +21,7 @@ from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, STUDIES, name_earlier
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.database import join_address, split_address
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
@@ -59,18 +61,20 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
         weights_dir=space.fixed_settings.get("model.weights_dir"),
         space=space.to_dict(),
         baseline=baseline(first),
+        # Of its own, since a folder may be deleted and made again.
+        storage=request.storage and join_address(request.storage, f"{name}-{uuid.uuid4().hex[:8]}"),
     )
 
 
 def open_existing(place: Location, held: ExitStack) -> OpenStudy:
-    """Load the study that goes on; its folder is this process's alone until `held` ends.
+    """Load the study that goes on, as its driver until `held` ends; see `study_lock`.
 
     The folder is brought up to date first: another machine may have gone on with the study. What it holds of another
     study of the same name is kept elsewhere.
     """
     folder = place.working_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    held.enter_context(study_lock(folder))
+    drivers = held.enter_context(study_lock(folder))
     if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
         place.set_aside_copy()
     place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
@@ -79,7 +83,7 @@ def open_existing(place: Location, held: ExitStack) -> OpenStudy:
         raise UserError(
             f"{place}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
         )
-    return load(folder, place)
+    return load(folder, place, drivers)
 
 
 def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) -> StudySpec:
@@ -141,6 +145,9 @@ def _forbidden_changes(request: SearchRequest, study: OpenStudy) -> list[str]:
         own = {key: value for key, value in study.space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
         if load_space(request.space, overrides=own).to_dict() != study.space.to_dict():
             changed.append("space that it began with")
+    url = split_address(spec.storage)[0] if spec.storage else None
+    if request.storage not in (None, url):
+        changed.append(f"storage that it began with, {url or 'its own journal'}")
     if request.warm_start:
         began = name_earlier(study.folder)
         if began != (STUDIES if request.earlier_studies else NOTHING):

@@ -6,7 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from raytune_emotion.storage.json_text import are_settings, is_number, is_setting
-from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SECONDS, SETTINGS, TAKEN_UP
+from raytune_emotion.tuning.policy.decisions import COST, DRIVER, PAUSED, SECONDS, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: Attributes of an Optuna trial: the trial that it goes on from; of a confirmation, the trial of the other study that
@@ -24,6 +24,7 @@ _ATTRIBUTES: Mapping[str, Callable[[Any], bool]] = {
     SECONDS: is_number,
     PAUSED: lambda value: isinstance(value, bool),
     TAKEN_UP: _is_count,
+    DRIVER: lambda value: isinstance(value, int),
     REASON: lambda value: isinstance(value, str),
     CONFIRMS: lambda value: isinstance(value, str),
     "fixed_params": are_settings,

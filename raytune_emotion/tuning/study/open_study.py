@@ -15,9 +15,11 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.warm_start import write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.drivers import Alone, Drivers
 from raytune_emotion.tuning.study.optuna_study import (
     count_due,
     create_study,
+    delete_study,
     extend,
     list_trials,
     load_study,
@@ -45,6 +47,7 @@ class OpenStudy:
     space: Space
     optuna: optuna.Study
     copy: RemoteCopy
+    drivers: Drivers = dataclasses.field(default_factory=Alone)
 
     @property
     def objective(self) -> Objective:
@@ -83,7 +86,8 @@ class OpenStudy:
 
     def with_spec(self, spec: StudySpec) -> "OpenStudy":
         """Write another spec, and return the study with it."""
-        write_spec(self.folder, spec)
+        with self.drivers.turn("files"):
+            write_spec(self.folder, spec)
         return dataclasses.replace(self, spec=spec)
 
 
@@ -98,27 +102,32 @@ def make_study(folder: Path, spec: StudySpec, earlier: str | None = None) -> Non
     Raises:
         UserError: the folder exists, or cannot be made.
     """
-    with atomic_folder(folder) as part:
-        create_study(part, parse_space(spec.space, SPEC), folder.name)
-        if earlier is not None:
-            write_earlier(part, earlier)
-        write_spec(part, spec)
+    try:
+        with atomic_folder(folder) as part:
+            create_study(part, parse_space(spec.space, SPEC), folder.name, spec.storage)
+            if earlier is not None:
+                write_earlier(part, earlier)
+            write_spec(part, spec)
+    except BaseException:
+        delete_study(spec.storage)
+        raise
 
 
-def load(folder: Path, location: Location | None = None) -> OpenStudy:
-    """Load a study to read it.
+def load(folder: Path, location: Location | None = None, drivers: Drivers | None = None) -> OpenStudy:
+    """Load a study: to read it, or as one of its drivers.
 
     Raises:
         UserError: there is none in the folder, or it is damaged.
     """
     spec = read_spec(folder)
     space = parse_space(spec.space, str(folder / SPEC))
-    return OpenStudy(folder, spec, space, load_study(folder), RemoteCopy(folder, location or Folder(folder)))
+    copy = RemoteCopy(folder, location or Folder(folder))
+    return OpenStudy(folder, spec, space, load_study(folder), copy, drivers or Alone())
 
 
 @contextlib.contextmanager
 def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenStudy]:
-    """Load a study to work on it. Its folder is this process's alone until the block ends.
+    """Load a study to work on it. Unless it is in a database, its folder is this process's alone until the block ends.
 
     Args:
         folder: to work in, with the study's record.
@@ -128,8 +137,8 @@ def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenS
         UserError: there is no study, it is damaged, or another process is at work on it.
     """
     read_spec(folder)  # before a lock is made in a folder that is no study
-    with study_lock(folder):
-        yield load(folder, location)
+    with study_lock(folder) as drivers:
+        yield load(folder, location, drivers)
 
 
 def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:
@@ -137,10 +146,23 @@ def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:
 
     Trials that wait to go on to a later end are run, however many trials are asked for: the command that has raised the
     epochs may be typed again, with the number of trials that it named.
+
+    Raises:
+        UserError: other drivers are at work with other epochs.
     """
-    if spec.epochs > study.spec.epochs:
-        return raise_epochs(study, spec)
-    return study.with_spec(dataclasses.replace(spec, trials=max(spec.trials, count_due(study.optuna))))
+    with study.drivers.turn("trials"):
+        # Another driver may have raised them since the study was loaded.
+        epochs = read_spec(study.folder).epochs
+        running = {trial.driver for trial in list_trials(study.optuna) if trial.status == "running"}
+        others = running & study.drivers.others()
+        if epochs not in (study.spec.epochs, spec.epochs) or (spec.epochs > epochs and others):
+            raise UserError(
+                f"{study.folder}: another driver is at work on {epochs} epochs; ask for as many with --epochs, or wait "
+                f"for its end"
+            )
+        if spec.epochs > epochs:
+            return raise_epochs(study, spec)
+        return study.with_spec(dataclasses.replace(spec, trials=max(spec.trials, count_due(study.optuna))))
 
 
 def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:

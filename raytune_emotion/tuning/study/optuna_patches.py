@@ -5,9 +5,11 @@
 
 import contextlib
 import json
+import weakref
 from pathlib import Path
 
 import optuna
+from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial
 
@@ -20,6 +22,12 @@ def reopen(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
 def stored_trial(trial: optuna.Trial) -> FrozenTrial:
     """Return a trial as the storage has it; the public way lists all trials, and takes longer with each of them."""
     return trial.storage.get_trial(trial._trial_id)
+
+
+def close_when_unused(storage: RDBStorage) -> RDBStorage:
+    """Have a storage close its connections once nobody uses it; Optuna leaves them to the garbage collector."""
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
 
 
 def check_end(journal: Path) -> None:

@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.decisions import (
     COST,
+    DRIVER,
     GAIN,
     NO_LIMITS,
     PAUSED,
@@ -38,8 +40,11 @@ from raytune_emotion.tuning.policy.decisions import (
     is_paused,
 )
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.database import connect, connection_options, split_address
+from raytune_emotion.tuning.study.drivers import Alone, Drivers, join_study, one_at_a_time
 from raytune_emotion.tuning.study.journal_check import CONFIRMS, CONTINUES, REASON, check_trials
-from raytune_emotion.tuning.study.optuna_patches import check_end, mend_journal, reopen, stored_trial
+from raytune_emotion.tuning.study.optuna_patches import check_end, close_when_unused, mend_journal, reopen, stored_trial
+from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 Status = Literal["complete", "pruned", "failed", "running", "paused"]
@@ -74,6 +79,7 @@ class StudyTrial:
     reason: str  # why it failed, or ""
     continues: str | None
     confirms: str | None  # the trial of another study whose configuration it repeats
+    driver: int | None  # that runs it, or ran it last, where a study has several
 
 
 class Searcher:
@@ -91,6 +97,7 @@ class Searcher:
         *,
         sampler: Callable[[int], BaseSampler],
         cost: Callable[[Heard], float] | None = None,
+        driver: int | None = None,
     ) -> None:
         """Take up a study.
 
@@ -100,12 +107,14 @@ class Searcher:
             policy: decides what runs.
             sampler: of a trial's number, makes what draws its parameters that the policy and start points leave out.
             cost: of a trial, by its latest report, where one counts.
+            driver: that trials are marked with, where the study has several; it then asks and resumes in its turn.
         """
         self._study = study
         self._space = space
         self._policy = policy
         self._sampler = sampler
         self._cost = cost
+        self._driver = driver
         self._handles: dict[str, optuna.Trial] = {}
 
     def ask(self, limits: Limits = NO_LIMITS) -> Proposal | Prune | None:
@@ -164,10 +173,12 @@ class Searcher:
         """Take up a trial that has begun, and has not ended."""
         frozen = self._stored_trial(trial_id)
         trial = reopen(self._study, frozen)
+        # Marked before it runs: a driver that is killed in between leaves it paused, or as its own.
+        proposal = self._proposal_of(trial, frozen.user_attrs[SETTINGS])
         if frozen.user_attrs.get(PAUSED):
             trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + 1)
             trial.set_user_attr(PAUSED, False)
-        return self._proposal_of(trial, frozen.user_attrs[SETTINGS])
+        return proposal
 
     def observe(self, trial_id: str, report: Heard) -> bool:
         """Tell a report of a running trial. Returns whether it was new."""
@@ -199,6 +210,8 @@ class Searcher:
         del self._handles[trial_id]
 
     def _proposal_of(self, trial: optuna.Trial, settings: dict[str, Any]) -> Proposal:
+        if self._driver is not None:
+            trial.set_user_attr(DRIVER, self._driver)
         proposal = Proposal(trial_id_of(trial.number), settings, trial.user_attrs.get(CONTINUES))
         self._handles[proposal.trial_id] = trial
         return proposal
@@ -242,13 +255,8 @@ def _study_trial(trial: FrozenTrial) -> StudyTrial:
         trial.user_attrs.get(REASON, ""),
         trial.user_attrs.get(CONTINUES),
         trial.user_attrs.get(CONFIRMS),
+        trial.user_attrs.get(DRIVER),
     )
-
-
-def paused_trials(study: optuna.Study) -> list[str]:
-    """Return the trials that are paused, in order."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial_id_of(trial.number) for trial in running if is_paused(trial)]
 
 
 def count_due(study: optuna.Study) -> int:
@@ -263,56 +271,107 @@ def trials_to_continue(study: optuna.Study) -> set[str]:
     return {trial.user_attrs[CONTINUES] for trial in open_ones if CONTINUES in trial.user_attrs}
 
 
-def create_study(folder: Path, space: Space, name: str | None = None) -> optuna.Study:
-    """Make an Optuna study in a study's folder, with the space's `start` list enqueued."""
-    storage = _storage(folder)
+def create_study(folder: Path, space: Space, name: str | None = None, address: str | None = None) -> optuna.Study:
+    """Make an Optuna study, with the space's `start` list enqueued.
+
+    Args:
+        folder: of the study.
+        space: of the study.
+        name: of the study; that of the folder where none is given.
+        address: of the study in a database, where its trials are not kept in a journal in the folder.
+    """
+    storage = _journal_in(folder) if address is None else _make_tables(address)
+    name = split_address(address)[1] if address is not None else name or folder.name
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would say that there is a study
-    study = optuna.create_study(storage=storage, study_name=name or folder.name, direction="minimize")
+    study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
     optuna.logging.set_verbosity(verbosity)
     for point in space.start_points():
         study.enqueue_trial(point)
     return study
 
 
+def delete_study(address: str | None) -> None:
+    """Delete a study from its database. A journal is deleted with its folder."""
+    if address is not None:
+        with contextlib.suppress(Exception):  # of whatever class: a study without a folder harms nobody
+            optuna.delete_study(study_name=split_address(address)[1], storage=_database(address))
+
+
 def load_study(folder: Path) -> optuna.Study:
     """Load the Optuna study of a study's folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or its database cannot be opened.
     """
-    if not (folder / JOURNAL).is_file():
+    address = _address_of(folder)
+    if address is None and not (folder / JOURNAL).is_file():
         raise UserError(f"{folder}: no {JOURNAL} in it, so it is no study; name a folder that a search has made")
+    if address is not None:
+        connect(split_address(address)[0]).close()  # what is wrong with it is said in a sentence
     try:
-        check_end(folder / JOURNAL)
-        storage = _storage(folder)
-        # Not by the name of the folder: people rename folders.
-        (name,) = optuna.get_all_study_names(storage)
+        if address is None:
+            check_end(folder / JOURNAL)
+            storage = _journal_in(folder)
+            # Not by the name of the folder: people rename folders.
+            (name,) = optuna.get_all_study_names(storage)
+        else:
+            storage, name = _database(address), split_address(address)[1]
         study = optuna.load_study(study_name=name, storage=storage)
         check_trials(study.get_trials(deepcopy=False))
         return study
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # Optuna raises errors of all kinds for a damaged line
         raise UserError(
-            f"{folder / JOURNAL}: is damaged ({type(error).__name__}: {error}); put back a copy of it, or begin a new "
-            f"study with the same options: what trials have reached is in {folder / 'trials'}"
+            f"{folder / JOURNAL if address is None else address}: is damaged ({type(error).__name__}: {error}); put "
+            f"back a copy of it, or begin a new study with the same options: what trials have reached is in "
+            f"{folder / 'trials'}"
         ) from error
 
 
 @contextlib.contextmanager
-def study_lock(folder: Path) -> Iterator[None]:
+def study_lock(folder: Path) -> Iterator[Drivers]:
     """Lock a study's folder for this process: two processes that run its trials would overwrite each other's files.
 
+    A study in a database is not locked: this process becomes one of its drivers.
+
     Raises:
-        UserError: another process has the lock.
+        UserError: another process has the lock, or the database cannot be opened.
     """
+    address = _address_of(folder)
+    if address is not None:
+        with join_study(address) as drivers:
+            yield drivers
+        return
     with exclusive_lock(folder):
         mend_journal(folder / JOURNAL)
-        yield
+        yield Alone()
 
 
-def _storage(folder: Path) -> JournalStorage:
+def _address_of(folder: Path) -> str | None:
+    """Return where a database keeps the trials of a study; None where a journal in its folder does."""
+    if (folder / JOURNAL).is_file() or not (folder / SPEC).exists():
+        return None
+    return read_spec(folder).storage
+
+
+def _journal_in(folder: Path) -> BaseStorage:
     # Optuna's own lock is a symbolic link, which not every file system has. Both kinds respect each other.
     file = str(folder.absolute() / JOURNAL)
     return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
+
+
+def _database(address: str, *, tables: bool = False) -> BaseStorage:
+    url = split_address(address)[0].replace("postgresql:", "postgresql+psycopg:", 1)
+    options = {"connect_args": connection_options()}
+    try:
+        return close_when_unused(RDBStorage(url, engine_kwargs=options, skip_table_creation=not tables))
+    except RuntimeError as error:  # of another version
+        raise UserError(f"{address}: {first_line(error)}") from error
+
+
+def _make_tables(address: str) -> BaseStorage:
+    """Make Optuna's tables in a database, where it has none."""
+    with one_at_a_time(split_address(address)[0], "tables"):
+        return _database(address, tables=True)

@@ -123,4 +123,4 @@ def delete_weights(folder: Path, trial_ids: Iterable[str]) -> None:
     """Delete the weights of trials."""
     for trial_id in trial_ids:
         for file in trial_folder(folder, trial_id).glob("*.safetensors"):
-            file.unlink()
+            file.unlink(missing_ok=True)  # another driver of the study may be faster

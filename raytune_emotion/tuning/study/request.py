@@ -5,12 +5,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import Location
+from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.database import check_database
 from raytune_emotion.tuning.study.spec import SPEC, studies_in
 
 #: Said in place of a number of GPUs: what is fastest is tried out.
@@ -39,6 +40,7 @@ class SearchRequest:
     warm_start: list[Location | str] | None = None  # earlier studies, or `NONE`
     name: str | None = None
     resume: bool = False
+    storage: str | None = None  # URL of the database that drivers of the study share
     seed: int | None = None
     time_budget: timedelta | None = None
     until_gain: float | None = None  # bits per hour
@@ -103,6 +105,30 @@ class SearchRequest:
                 f"--until-gain: is a gain in JS alone, and {objective!r} asks for a front; leave the option out, or "
                 f"search for {DEFAULT_OBJECTIVE!r}"
             )
+
+    def joins(self, place: Location) -> bool:
+        """Tell whether another driver has made the study, which this one is to work on with it."""
+        return self.storage is not None and isinstance(place, Folder) and place.read(SPEC) is not None
+
+    def check_storage(self) -> None:
+        """Check that drivers on several machines find the study, and reach the database that they share, if any.
+
+        Raises:
+            UserError: with every error.
+        """
+        if self.storage is None:
+            return
+        faults: list[str] = []
+        with collect_errors(faults):
+            self.results.require_folder("with --storage, name a folder that every driver sees")
+        if self.name is None:
+            faults.append("--storage: drivers find their study by its name; give one with --name")
+        if self.finish:
+            faults.append("--finish: is the work of one process; leave it out, and type --resume --finish in the end")
+        with collect_errors(faults):
+            check_database(self.storage)
+        if faults:
+            raise UserError(faults)
 
     def find_study(self) -> Location:
         """Return where the study lies: a new one's place, or that of one that goes on.

@@ -26,6 +26,7 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.yaml_text import load_yaml
 from raytune_emotion.tuning.policy.decisions import SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
+from raytune_emotion.tuning.study.database import split_address
 
 SPEC = "study.yaml"
 
@@ -58,6 +59,7 @@ class StudySpec:
     space: dict[str, Any]  # the YAML space, whole
     baseline: dict[str, float]  # metrics of predicting the training mean
     confirms: dict[str, float] | None = None  # of a confirmation: trials of the study above it, and their best JS, bits
+    storage: str | None = None  # address of the study in a database; None: its trials are in the journal
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -68,6 +70,8 @@ class StudySpec:
         ):
             if value not in names:
                 raise ValueError(f"{what} is one of {', '.join(names)}, got {value!r}")
+        if self.storage is not None:
+            split_address(self.storage)
         if self.stores.keys() != self.fingerprints.keys():
             raise ValueError("stores and fingerprints are of other image sizes")
         return self
@@ -103,7 +107,8 @@ def read_spec(folder: Path) -> StudySpec:
         values = load_yaml(file.read_bytes(), pure=False)
         if not isinstance(values, dict):
             raise TypeError("no names with values")
-        names = [field.name for field in dataclasses.fields(StudySpec)]
+        fields = dataclasses.fields(StudySpec)
+        names = [field.name for field in fields if field.name in values or field.default is not None]
         known: dict[str, Any] = {name: tuple(v) if isinstance(v := values[name], list) else v for name in names}
         return StudySpec(**known)
     except FileNotFoundError:

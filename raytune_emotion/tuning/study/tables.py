@@ -55,11 +55,13 @@ class Tables:
         self.keep([record for record in records if record.ended])
         return [record for record in records if not record.ended]
 
-    def add(self, trial_id: str) -> None:
-        """Read and keep a trial that has just ended."""
+    def add(self, trial_id: str) -> TrialRecord:
+        """Read, keep and return a trial that has just ended."""
         self._study.copy.pull([f"trials/{trial_id}/{HISTORY}"])
-        self.keep([self._study.record(trial_id)])
+        record = self._study.record(trial_id)
+        self.keep([record])
         self._stale = True
+        return record
 
     def write_in_time(self) -> None:
         """Write the tables if they lack an ending, unless they were written just now."""
@@ -69,9 +71,11 @@ class Tables:
     def write(self) -> None:
         """Bring the tables of the study, and their remote copy, up to date."""
         began = time.monotonic()
-        running = self.read()
-        self._curves = [concatenate(*self._curves)]
-        write_tables(self._study.folder, [*self.ended, *running], concatenate(*self._curves, curves_of(running)))
+        # Read in the same turn: nobody overwrites what is newer.
+        with self._study.drivers.turn("files"):
+            running = self.read()
+            self._curves = [concatenate(*self._curves)]
+            write_tables(self._study.folder, [*self.ended, *running], concatenate(*self._curves, curves_of(running)))
         self._study.copy.push(JOURNAL, TRIALS, CURVES)
         self._stale = False
         self._due = time.monotonic() + _REST * (time.monotonic() - began)

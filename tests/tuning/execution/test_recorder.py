@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import json
 import threading
 
 import pytest
@@ -22,7 +21,7 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searche
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from tests.support.reports import make_report, without_clocks
-from tests.support.studies import ONE_CORE, run_here, spec_of
+from tests.support.studies import ONE_CORE, run_here, spec_of, train
 
 SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
 
@@ -31,21 +30,6 @@ SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
 def folder(tmp_path, store):
     make_study(tmp_path / "study", spec_of(store, space=SPACE, trials=4, epochs=3))
     return tmp_path / "study"
-
-
-def train(folder, trial_id, js, *, epochs=3, time=0.0):
-    """Write what a trial's process writes, an epoch at a time; yield what the driver hears."""
-    place = trial_folder(folder, trial_id)
-    place.mkdir(parents=True, exist_ok=True)
-    history = place / "history.jsonl"
-    done = len(history.read_text().splitlines()) if history.exists() else 0
-    for epoch in range(done + 1, epochs + 1):
-        report = make_report(epoch, js, finished=epoch == epochs, time=time + epoch, images_per_second=100.0)
-        with history.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-        for name in (BEST, LAST):
-            (place / name).write_bytes(b"weights")
-        yield report
 
 
 def run(recorder, folder, values, **options):
@@ -397,7 +381,7 @@ def test_a_trial_that_is_given_back_goes_on_before_others_begin(folder):
     reports = train(folder, first.trial_id, 0.3)
     assert recorder.report(first.trial_id, next(reports))
     recorder.give_back(first.trial_id)
-    assert recorder.trials_to_run() == 4
+    assert recorder.backlog.count() == 4
     assert not recorder.is_over
     assert recorder.next() == first
     assert [recorder.report(first.trial_id, report) for report in reports] == [True, False]

@@ -255,7 +255,7 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
         ended.append("in order")
 
     monkeypatch.setattr(runner, "_tune", tune_trials)
-    recorder = SimpleNamespace(gain=SimpleNamespace(shortfall=""), broken="")
+    recorder = SimpleNamespace(gain=SimpleNamespace(shortfall=""), broken="", check=lambda: None)
     with handle_signals(), pytest.raises(KeyboardInterrupt):
         runner._run(recorder, None, None, None, print, lambda: "")
     assert ended == ["in order"]

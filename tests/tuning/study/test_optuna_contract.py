@@ -4,10 +4,12 @@ import inspect
 import json
 
 import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileSymlinkLock
 
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_patches import reopen, stored_trial
+from raytune_emotion.tuning.study.optuna_patches import close_when_unused, reopen, stored_trial
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study
 from tests.support.studies import SEARCH_SPACE
 
@@ -19,6 +21,15 @@ def test_a_trial_can_be_reopened_by_its_number():
     again = reopen(study, study.trials[0])
     again.report(0.5, 1)
     assert stored_trial(asked).intermediate_values == {1: 0.5}
+
+
+def test_connections_of_a_storage_are_closed_with_it(tmp_path):
+    closed = []
+    storage = close_when_unused(RDBStorage(f"sqlite:///{tmp_path}/studies.db"))
+    optuna.create_study(storage=storage).ask()
+    sqlalchemy.event.listen(storage.engine, "close", lambda *_: closed.append("connection"))
+    del storage
+    assert {*closed} == {"connection"}
 
 
 def test_the_lock_of_a_journal_can_be_released():

@@ -9,9 +9,11 @@ from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, list_trials, load_study, study_lock
+from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.reports import short_report
-from tests.support.studies import SEARCH_SPACE, SPACE_BACKBONES, searcher_of
+from tests.support.studies import SEARCH_SPACE, SPACE_BACKBONES, searcher_of, spec_of
 
 
 @pytest.fixture
@@ -167,6 +169,22 @@ def test_a_renamed_folder_is_still_its_study(tmp_path, space):
 def test_a_folder_without_a_study_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="it is no study"):
         load_study(tmp_path)
+
+
+def test_study_whose_database_is_away_is_a_clear_error(tmp_path, store):
+    write_spec(tmp_path, spec_of(store, storage="postgresql://127.0.0.1:1/studies#first"))
+    with pytest.raises(UserError, match=r"^postgresql://127\.0\.0\.1:1/studies: cannot be opened \("):
+        load_study(tmp_path)
+
+
+def test_study_that_its_database_does_not_have_is_a_clear_error(tmp_path, store, postgres, space):
+    address = join_address(postgres.new_database(), "first")
+    create_study(tmp_path, space, address=address)
+    write_spec(tmp_path, spec_of(store, storage=address.replace("first", "second")))
+    with pytest.raises(UserError, match=r"#second: is damaged \(KeyError"):
+        load_study(tmp_path)
+    write_spec(tmp_path, spec_of(store, storage=address))
+    assert load_study(tmp_path).study_name == "first"
 
 
 def test_optuna_itself_reads_the_journal(tmp_path, space):

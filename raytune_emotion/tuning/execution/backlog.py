@@ -1,0 +1,114 @@
+"""Know what is left to run of a study: the trials that wait for a process, and how many may begin."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+
+from raytune_emotion.learn.checkpoint import LAST
+from raytune_emotion.tuning.policy.decisions import Limits
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.optuna_study import Proposal, StudyTrial, list_trials
+
+#: Trials that may be paused at once, and the bytes of their checkpoints.
+PAUSED_TRIALS, PAUSED_BYTES = 32, 16 * 2**30
+
+#: While other drivers run trials, a driver that has nothing to do asks so often for what they leave.
+_ASK_AGAIN_S = 2.0
+
+
+class Backlog:
+    """What is left to run of a study."""
+
+    def __init__(self, study: OpenStudy, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin without knowing of any trial."""
+        self._study, self._clock = study, clock
+        self.running: dict[str, Proposal] = {}  # by this driver
+        self.queue: deque[str] = deque()  # trials that ran, and go on in this driver
+        self._begun = 0  # trials that were ever asked for
+        self._elsewhere = 0  # trials that other drivers run
+        self._paused: dict[str, int] = {}  # bytes of their checkpoints, 0 for one that is not on this machine
+        self._idle = False  # the policy had nothing to run, and nothing has happened here since
+        self._ask_again = clock()
+
+    def look(self, ended: Collection[str]) -> tuple[list[StudyTrial], list[StudyTrial]]:
+        """Look at all trials anew. No other driver may begin or take up one meanwhile.
+
+        Args:
+            ended: trials that are known to have ended.
+
+        Returns:
+            Other trials that have ended, and those that nobody runs any more.
+        """
+        trials = list_trials(self._study.optuna)
+        known = {*self.running, *self.queue, *ended}
+        others = [trial for trial in trials if trial.trial_id not in known and trial.status != "paused"]
+        running = [trial for trial in others if trial.status == "running"]
+        gone = self._study.drivers.abandoned({trial.driver for trial in running})
+        abandoned = [trial for trial in running if trial.driver in gone]
+        self._begun, self._elsewhere = len(trials), len(running) - len(abandoned)
+        paused = [trial.trial_id for trial in trials if trial.status == "paused"]
+        self._paused = {trial_id: self._paused.get(trial_id) or self._size(trial_id) for trial_id in paused}
+        return [trial for trial in others if trial.status != "running"], abandoned
+
+    def _size(self, trial_id: str) -> int:
+        file = self._study.trial_folder(trial_id) / LAST
+        return file.stat().st_size if file.exists() else 0
+
+    @property
+    def is_over(self) -> bool:
+        """Tell whether nothing runs or is left to run, and no other driver runs what could be left to this one."""
+        return self._rests and not self._elsewhere
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether nothing runs here, and nothing is to be done until other drivers leave something."""
+        return self._rests and self._elsewhere > 0
+
+    @property
+    def _rests(self) -> bool:
+        return not self.running and not self.queue and self._idle
+
+    @property
+    def may_ask(self) -> bool:
+        """Tell whether there may be something to run."""
+        return bool(self.queue) or not self._idle or (self._elsewhere > 0 and self._clock() >= self._ask_again)
+
+    def wake(self) -> None:
+        """Note that something has happened here."""
+        self._idle = False
+
+    @property
+    def limits(self) -> Limits:
+        """Return what the study allows now."""
+        largest = max(self._paused.values(), default=0)
+        most = min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
+        return Limits(new=self._begun < self._study.spec.trials, paused=most)
+
+    def count(self) -> int:
+        """Return how many trials could run here at once, if there were room for all: none of them has ended."""
+        begun = len(self.running) + len(self.queue) + len(self._paused)
+        return begun + max(0, self._study.spec.trials - self._begun)
+
+    def give_back(self, trial_id: str) -> None:
+        """Have a running trial go on in another process of this driver, before any other."""
+        self.queue.appendleft(self.running.pop(trial_id).trial_id)
+
+    def take_in(self, answer: Proposal | None) -> None:
+        """Note what there is to run; None: nothing for now."""
+        if answer is None:
+            self._idle, self._ask_again = True, self._clock() + _ASK_AGAIN_S
+            return
+        self._begun = max(self._begun, int(answer.trial_id) + 1)
+        self._paused.pop(answer.trial_id, None)
+
+    def pause(self, trial_id: str) -> None:
+        """Note that a trial was paused."""
+        self._paused[trial_id] = self._size(trial_id)
+
+    def end(self, trial_id: str) -> None:
+        """Note that a trial has ended."""
+        self._paused.pop(trial_id, None)
+
+    def paused(self) -> list[str]:
+        """Return the trials that are paused, if no other driver could take them up."""
+        return [] if self._elsewhere else [*self._paused]

@@ -1,0 +1,118 @@
+import threading
+import time
+
+import pytest
+
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.tuning.study.database import connect, join_address
+from raytune_emotion.tuning.study.drivers import Alone, SharedStudy, join_study
+
+
+@pytest.fixture
+def address(postgres):
+    return join_address(postgres.new_database(), "first")
+
+
+def wait_until_alone(driver):
+    """The server takes a moment to see that a connection is closed."""
+    deadline = time.monotonic() + 10
+    while driver.others():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_drivers_see_each_other_as_long_as_they_live(address):
+    with join_study(address) as one:
+        assert one.others() == set()
+        with join_study(address) as two:
+            assert (one.others(), two.others()) == ({two.own}, {one.own})
+        wait_until_alone(one)
+
+
+def test_trials_of_a_dead_driver_are_abandoned_after_a_while_and_those_of_a_living_one_are_not(address, clock):
+    connection = connect(address.partition("#")[0])
+    one = SharedStudy(connection, address, clock)
+    with join_study(address) as two:
+        drivers = {one.own, two.own, 7, None}
+        assert one.abandoned(drivers) == {one.own}, "its processes may still run"
+        clock.now = 9.0
+        assert one.abandoned(drivers) == {one.own}
+        clock.now = 11.0
+        assert one.abandoned(drivers) == {one.own, 7, None}
+    wait_until_alone(one)
+    assert one.abandoned(drivers) == {one.own, 7, None}, "the other one has just ended"
+    clock.now = 22.0
+    assert one.abandoned(drivers) == drivers
+    connection.close()
+
+
+def test_drivers_take_turns(address):
+    inside, order = threading.Event(), []
+    with join_study(address) as one, join_study(address) as two:
+
+        def wait_for_turn():
+            inside.set()
+            with two.turn("trials"):
+                order.append("two")
+
+        with one.turn("files"), two.turn("trials"):
+            pass  # they are not in each other's way
+        with one.turn("trials"):
+            thread = threading.Thread(target=wait_for_turn)
+            thread.start()
+            inside.wait(10)
+            thread.join(0.2)
+            order.append("one")
+        thread.join(10)
+    assert order == ["one", "two"]
+
+
+def test_turn_of_a_driver_that_dies_is_over(address):
+    connection = connect(address.partition("#")[0])
+    dead = SharedStudy(connection, address)
+    with join_study(address) as other:
+        with dead.turn("trials"):
+            connection.close()
+        with other.turn("trials"):
+            wait_until_alone(other)
+
+
+def test_lost_connection_is_a_sentence(postgres, address, clock):
+    with join_study(address) as driver:
+        driver._clock = clock
+        clock.now = driver._due + 1
+        assert driver.failure() == ""
+        postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'rayt%'")
+        assert driver.failure() == "", "it does not ask all the time"
+        clock.now += 10
+        assert "the connection was lost (" in driver.failure()
+        with pytest.raises(Breakdown, match="other drivers may take up the trials of this one"), driver.turn("trials"):
+            pass
+
+
+def test_lock_that_is_gone_while_the_connection_lasts_is_noticed(address, clock):
+    """A pooler gives each question another session."""
+    with join_study(address) as driver:
+        driver._clock = clock
+        clock.now = driver._due + 1
+        driver._connection.execute("SELECT pg_advisory_unlock_all()")
+        assert driver.failure().endswith("the lock of this driver is gone; connect to the server itself")
+
+
+def test_only_driver_finds_all_abandoned_and_waits_for_nobody():
+    assert Alone().abandoned({None, 3}) == {None, 3}
+    assert Alone().others() == set()
+    with Alone().turn("trials"):
+        assert Alone().failure() == ""
