@@ -344,7 +344,7 @@ def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undistu
 def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
     folder = tmp_path / "study"
     # Long enough not to be over by what is still reported while the machine dies.
-    begin(folder, store, space=SPACE | {"train.epochs": 16}, trials=3, epochs=16)
+    begin(folder, store, space=SPACE | {"train.epochs": 40}, trials=3, epochs=40)
     repository = Path(__file__).parents[3]
     with chance() as draw, Session(__name__, folder, draw.randrange(1, 5), cwd=repository, **_SOON_DEAD) as script:
         assert await_reports(folder, 1, script.runs), script.output()
@@ -356,7 +356,7 @@ def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
         assert (told["taken"], told["groups"]) == (0.0, [])
 
         records = read_records(folder, load_study(folder))
-        assert [(r.status, len(r.reports)) for r in records] == [("complete", 16)] * 3
+        assert [(r.status, len(r.reports)) for r in records] == [("complete", 40)] * 3
         before = {trial_id: history.encode() for trial_id, history in told["before"].items()}
         check_continued(before, histories(folder), records)
         # The one that was there lost nothing, not even the last bits of its numbers.
