@@ -102,6 +102,8 @@ def study(plan: Plan, work: Path) -> Table:
         command = ["raytune_emotion.search", "--data", str(searched), "--space", plan.space, "--seed", str(seed)]
         command += ["--trials", str(plan.trials), "--epochs", str(plan.epochs)]
         command += ["--time-budget", f"{plan.seconds:.0f}s", "--results", str(work), "--name", name]
+        # The portfolio may have been recorded on the same faces.
+        command += ["--warm-start", "none"]
         command += ["--weights-dir", str(plan.weights)] if plan.weights is not None else []
         folder = work / name
         if plan.ensemble is None:
