@@ -153,8 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     command = shlex.join(["python", "-m", "benchmarks", "finishing", *arguments])
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as work:
-        name = "finishing" if plan.ensemble is None else "finishing-ensemble"
-        measure(name, lambda: study(plan, Path(work)), command)
+        measure("finishing", lambda: study(plan, Path(work)), command)
     return 0
 
 
