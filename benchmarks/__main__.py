@@ -16,8 +16,11 @@ import os
 import pkgutil
 import platform
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -70,6 +73,29 @@ def measure(name: str, run: Callable[[], Table], command: str) -> None:
     took = (datetime.now(timezone.utc) - began).total_seconds()
     _show(Console(soft_wrap=True, highlight=False), f"{name}: {_title(name)}", table)
     write_result(name, table, began, took, command)
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark that needs data of one's own."""
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def measure_in_folder(name: str, arguments: Sequence[str], run: Callable[[Path], Table]) -> None:
+    """Run a benchmark that works in a folder, which goes at its end; see `measure`."""
+    command = shlex.join(["python", "-m", "benchmarks", name, *arguments])
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as work:
+        measure(name, lambda: run(Path(work)), command)
+
+
+def run_timed(command: Sequence[str]) -> tuple[int, float]:
+    """Show and run a command; return its exit code and the seconds it took."""
+    print(shlex.join(command), flush=True)
+    began = time.monotonic()
+    return subprocess.run(command).returncode, time.monotonic() - began
 
 
 def _title(name: str) -> str:

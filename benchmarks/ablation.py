@@ -5,12 +5,10 @@ weights of a run are those of its best epoch on one half of the validation set; 
 and the difference to the unchanged model with the same seeds.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import Table
-from benchmarks.__main__ import measure
+from benchmarks.__main__ import measure_in_folder, parser_of
 from benchmarks.finishing import Floats, predict, score, split_validation
 
 #: The model that is changed.
@@ -112,9 +110,7 @@ def _train(plan: Plan, data: Path, work: Path, name: str, seed: int) -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("ablation", __doc__)
     add = parser.add_argument
     add("data", type=Path, help="folder of faces in AffectNetFused's layout")
     add("--weights-dir", type=Path, help="folder with tf_efficientnet_lite0.safetensors (default: the hub)")
@@ -124,9 +120,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: one a core)")
     args = parser.parse_args(arguments)
     plan = Plan(args.data, args.weights_dir, args.epochs, args.image_size, args.seeds, args.at_once)
-    command = shlex.join(["python", "-m", "benchmarks", "ablation", *arguments])
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as work:
-        measure("ablation", lambda: study(plan, Path(work)), command)
+    measure_in_folder("ablation", arguments, lambda work: study(plan, work))
     return 0
 
 

@@ -6,15 +6,11 @@ PublicTest: the validation set of DATA, as `raytune_emotion.data.ferplus` writes
 PublicTest, too. PrivateTest is not touched.
 """
 
-import argparse
 import csv
-import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import Table
-from benchmarks.__main__ import measure
+from benchmarks.__main__ import measure_in_folder, parser_of, run_timed
 
 SPACE = Path(__file__).with_name("ferplus.yaml")
 
@@ -52,7 +48,7 @@ def study(plan: Plan, results: Path) -> Table:
     watcher = threading.Thread(target=_watch, args=(used, ended))
     watcher.start()
     try:
-        code, took = _timed(command)
+        code, took = run_timed(command)
     finally:
         ended.set()
         watcher.join()
@@ -79,7 +75,7 @@ def study(plan: Plan, results: Path) -> Table:
 def confirmed(plan: Plan, folder: Path) -> list[tuple[object, ...]]:
     """Run the best configuration of the study with fresh seeds; return JS, KL and accuracy, mean and standard error."""
     command = [sys.executable, "-m", "raytune_emotion.confirm", str(folder), "--top", "1", "--seeds", str(plan.seeds)]
-    code, took = _timed(command)
+    code, took = run_timed(command)
     rows: list[tuple[object, ...]] = [("exit code of the confirmation", code), ("its seconds", took)]
     if code:
         return rows
@@ -89,12 +85,6 @@ def confirmed(plan: Plan, folder: Path) -> list[tuple[object, ...]]:
         error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
         rows.append((f"{name} on PublicTest, {len(values)} fresh seeds", f"{statistics.fmean(values):.4f}{error}"))
     return rows
-
-
-def _timed(command: list[str]) -> tuple[int, float]:
-    print(shlex.join(command), flush=True)
-    began = time.monotonic()
-    return subprocess.run(command).returncode, time.monotonic() - began
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -125,9 +115,7 @@ def _watch(used: list[tuple[float, float]], ended: threading.Event) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks ferplus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("ferplus", __doc__)
     add = parser.add_argument
     add("data", help="folder of FER+ in AffectNetFused's layout")
     add("--weights-dir", help="folder with tf_efficientnet_lite0.safetensors (default: the hub)")
@@ -138,9 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--seeds", type=int, default=3)
     args = parser.parse_args(arguments)
     plan = Plan(args.data, args.weights_dir, args.space, args.trials, args.epochs, args.seconds, args.seeds)
-    command = shlex.join(["python", "-m", "benchmarks", "ferplus", *arguments])
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as results:
-        measure("ferplus", lambda: study(plan, Path(results)), command)
+    measure_in_folder("ferplus", arguments, lambda results: study(plan, results))
     return 0
 
 

@@ -5,17 +5,13 @@ half takes the place of the validation set, and the models of each study predict
 With `--ensemble K` the study is not finished; its best trial stands beside an ensemble of K trials.
 """
 
-import argparse
 import csv
 import hashlib
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import Table
-from benchmarks.__main__ import measure
+from benchmarks.__main__ import measure_in_folder, parser_of, run_timed
 from raytune_emotion import MetricsCalculator
 from raytune_emotion.data.affectnet import parse_annotation
 
@@ -126,18 +122,19 @@ def _measure_js(export: Path, test: Path) -> float:
 
 
 def _run(module: Sequence[str]) -> float:
-    """Run a command; return the seconds it took."""
-    command = [sys.executable, "-m", *module]
-    print(shlex.join(command), flush=True)
-    began = time.monotonic()
-    subprocess.run(command, check=True)
-    return time.monotonic() - began
+    """Run a command; return the seconds it took.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    code, seconds = run_timed([sys.executable, "-m", *module])
+    if code:
+        raise SystemExit(code)
+    return seconds
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks finishing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("finishing", __doc__)
     add = parser.add_argument
     add("data", type=Path, help="folder of faces in AffectNetFused's layout")
     add("--weights-dir", type=Path, help="folder of starting weights (default: the hub)")
@@ -151,9 +148,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = Plan(
         args.data, args.weights_dir, args.space, args.trials, args.epochs, args.seconds, args.seeds, args.ensemble
     )
-    command = shlex.join(["python", "-m", "benchmarks", "finishing", *arguments])
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as work:
-        measure("finishing", lambda: study(plan, Path(work)), command)
+    measure_in_folder("finishing", arguments, lambda work: study(plan, work))
     return 0
 
 

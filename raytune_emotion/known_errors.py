@@ -56,6 +56,10 @@ def _of_the_hub(error: Any) -> str:
     return f"the Hugging Face hub: {first_line(error)}; {_HUB}"
 
 
+def _of_the_database(error: Any) -> str:
+    return f"the database of the study: {first_line(error)}; go on by --resume"
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether an error says that a disk, or the user's share of it, is full."""
     # Safetensors wraps the system's error in one of its own, in words.
@@ -174,18 +178,8 @@ KNOWN = (
         # Of a database, Optuna itself says less than what it is caused by.
         lambda error: f"the record of the study: {first_line(error.__cause__ or error)}; go on by --resume",
     ),
-    KnownError(
-        "sqlalchemy.exc.SQLAlchemyError",
-        _always,
-        1,
-        lambda error: f"the database of the study: {first_line(error)}; go on by --resume",
-    ),
-    KnownError(
-        "psycopg.Error",
-        _always,
-        1,
-        lambda error: f"the database of the study: {first_line(error)}; go on by --resume",
-    ),
+    KnownError("sqlalchemy.exc.SQLAlchemyError", _always, 1, _of_the_database),
+    KnownError("psycopg.Error", _always, 1, _of_the_database),
 )
 
 

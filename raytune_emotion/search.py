@@ -127,7 +127,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         type=_database_url,
         metavar="URL",
         help="PostgreSQL database, as postgresql://HOST/DATABASE: each machine that runs this same command works on "
-        "the study; needs the extra postgres",
+        "the study; needs pip install 'raytune_emotion[postgres]'",
     )
     add(
         "--seed",
@@ -251,11 +251,12 @@ def _inputs(request: SearchRequest, errors: list[str]) -> _NewStudy:
     if request.data is not None:
         with collect_errors(errors):
             data = find_data(request.data)
-    if request.earlier_studies or not errors:
-        # Imported only now, as what is imported below: it takes seconds.
-        from raytune_emotion.tuning.study.earlier import gather_warm_start
+    with collect_errors(errors):
+        request.check_warm_start()
+        if request.earlier_studies or not errors:
+            # Imported only now, as what is imported below: it takes seconds.
+            from raytune_emotion.tuning.study.earlier import gather_warm_start
 
-        with collect_errors(errors):
             warm_start = gather_warm_start(request, space)
     if errors:
         raise UserError(errors)
@@ -293,7 +294,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
     with ExitStack() as held:
         study = None if new else open_existing(place, held)
         if study is not None:
-            spec = resumed_spec(request, study, _faults_beside(request, study.folder))
+            spec = resumed_spec(request, study, _obstacles(request, study.folder))
         else:
             assert new is not None
             check_room(request)
@@ -339,18 +340,18 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             raise ended
 
 
-def _faults_beside(request: SearchRequest, folder: Path) -> list[str]:
-    """Return what keeps a study from going on, or from being exported at its end, whatever it is asked for."""
+def _obstacles(request: SearchRequest, folder: Path) -> list[str]:
+    """List what keeps a study from its cluster, or its export from being written at the end."""
     from raytune_emotion.learn.export_folder import check_replaceable
     from raytune_emotion.tuning.report.finish import FINISHED
 
-    faults: list[str] = []
-    with collect_errors(faults):
+    found: list[str] = []
+    with collect_errors(found):
         _check_address(request)
     for name in ("best", FINISHED) if request.finish else ("best",):
-        with collect_errors(faults):
+        with collect_errors(found):
             check_replaceable(Folder(folder / name))
-    return faults
+    return found
 
 
 def _make_or_join(

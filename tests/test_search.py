@@ -330,9 +330,12 @@ class TestBadRequests:
             assert time.monotonic() - began < 15
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
 
-    def test_nothing_to_start_from_beside_studies(self, refused, tmp_path):
+    def test_nothing_to_start_from_beside_studies(self, refused, space, tmp_path):
         told = refused("--warm-start", "none", str(tmp_path))
         assert told == ["--warm-start: 'none' stands alone; leave it out, or the studies (a folder: ./none)"]
+        both = refused("--warm-start", "none", str(tmp_path), space=space("optim.lr: {uniform: [2, 1]}\n"))
+        assert len(both) == 2
+        assert both[1:] == told
 
     def test_everything_that_can_be_known_is_told_before_the_data_are_packed(self, refused, space, tmp_path):
         (tmp_path / "results").touch()

@@ -31,7 +31,7 @@ def commands(tmp_path, monkeypatch):
         (folder / "trials.csv").write_text(CONFIRMED if folder.name == "confirmed" else SEARCHED)
         return 0, 60.0
 
-    monkeypatch.setattr(ferplus, "_timed", timed)
+    monkeypatch.setattr(ferplus, "run_timed", timed)
     return run
 
 
@@ -58,7 +58,7 @@ def test_a_space_without_both_starts_is_summed_up_too(commands, tmp_path, monkey
 
 
 def test_a_search_that_has_not_begun_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(ferplus, "_timed", lambda command: (1, 5.0))
+    monkeypatch.setattr(ferplus, "run_timed", lambda command: (1, 5.0))
     table = ferplus.study(Plan("faces", None, SPACE, 1, 1, 60, 2), tmp_path)
     assert dict(table.rows)["exit code"] == 1
     assert table.notes == ["No trial has begun."]

@@ -216,7 +216,8 @@ class Recorder:
     def _ask(self) -> Proposal | None:
         """Find what takes a free place; no other driver of the study does so at the same time."""
         with self._study.drivers.turn("trials"):
-            self._look_around()
+            if self._study.drivers.own is not None:
+                self._look_around()
             if self.backlog.queue:
                 return self._searcher.resume(self.backlog.queue.popleft())
             while isinstance(answer := self._searcher.ask(self.backlog.limits), Prune):

@@ -10,11 +10,12 @@ from typing import Any
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.storage.json_text import are_settings, is_number, load_json
+from raytune_emotion.storage.json_text import is_number, load_json
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.policy.portfolio import RECORDED
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.space.space import are_settings
 
 EARLIER = "earlier.json"
 NOTHING, STUDIES, OWN = "none", "earlier studies", "the portfolio"

@@ -242,3 +242,18 @@ def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
         study.enqueue_trial(point)
     for _ in range(count):
         yield space.suggest(study.ask())
+
+
+def is_setting(value: Any) -> bool:
+    """Tell whether a value is what a setting can be: text, a number, a truth value, nothing, or a list of these."""
+    if isinstance(value, list):
+        return all(is_setting(item) and not isinstance(item, list) for item in value)
+    return value is None or isinstance(value, str | bool) or is_number(value)
+
+
+def are_settings(value: Any) -> bool:
+    """Tell whether a value is a mapping of names to settings, with a number as the weight of each loss."""
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and (is_number(item) if key.startswith("loss.") else is_setting(item))
+        for key, item in value.items()
+    )

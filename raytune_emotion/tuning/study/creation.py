@@ -99,6 +99,8 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
     """
     spec, space = study.spec, study.space
     faults = _forbidden_changes(request, study) + faults
+    with collect_errors(faults):
+        request.check_warm_start()
     if request.epochs is not None and request.epochs < spec.epochs:
         faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
     with collect_errors(faults):

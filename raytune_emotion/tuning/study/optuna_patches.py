@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import weakref
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileOpenLock
 from optuna.trial import FrozenTrial
+
+from raytune_emotion.storage.json_text import load_json
 
 
 def reopen(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
@@ -39,7 +40,7 @@ def check_end(journal: Path) -> None:
     content = journal.read_bytes()
     end = content.rfind(b"\n")
     if end > 0:
-        json.loads(content[content.rfind(b"\n", 0, end) + 1 : end])
+        load_json(content[content.rfind(b"\n", 0, end) + 1 : end])
 
 
 def mend_journal(journal: Path) -> None:

@@ -84,15 +84,17 @@ class SearchRequest:
 
     @property
     def earlier_studies(self) -> list[Location]:
-        """Return the studies that are to guide the first trials.
+        """Return the studies that are to guide the first trials."""
+        return [each for each in self.warm_start or [] if isinstance(each, Location)]
+
+    def check_warm_start(self) -> None:
+        """Check that studies are to guide the first trials, or nothing is.
 
         Raises:
-            UserError: none are to, and yet there are some.
+            UserError: both are asked for.
         """
-        studies = [each for each in self.warm_start or [] if isinstance(each, Location)]
-        if studies and len(studies) < len(self.warm_start or []):
+        if 0 < len(self.earlier_studies) < len(self.warm_start or []):
             raise UserError(f"--warm-start: {NONE!r} stands alone; leave it out, or the studies (a folder: ./{NONE})")
-        return studies
 
     def check_until_gain(self, objective: str) -> None:
         """Check that a gain can be expected of a study with this objective, if the search ends by one.

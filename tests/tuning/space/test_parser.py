@@ -17,7 +17,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.model import check_backbone
 from raytune_emotion.tuning.space.json_schema import json_schema
 from raytune_emotion.tuning.space.parser import NEVER_SEARCHED, load_space, parse_space
-from raytune_emotion.tuning.space.space import LOSSES, Simplex, Space
+from raytune_emotion.tuning.space.space import LOSSES, Simplex, Space, are_settings
 from tests.support.yaml import BOMB
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -649,3 +649,9 @@ def test_a_space_that_grows_without_end_is_refused(text, said, tmp_path):
     (tmp_path / "space.yaml").write_text(text)
     with pytest.raises(UserError, match=f"space.yaml: the search space {said}"):
         load_space(tmp_path / "space.yaml")
+
+
+def test_settings_are_plain_values_and_weights_of_losses_are_numbers():
+    assert are_settings({"optim.lr": 1e-3, "model.pretrained": True, "data.classes": ["sad"], "loss.kl": 1, "x": None})
+    for wrong in ({"loss.kl": "1"}, {"loss.kl": None}, {"optim.lr": 10**400}, {"x": [[1]]}, {"x": {}}, {1: 1}, []):
+        assert not are_settings(wrong)
