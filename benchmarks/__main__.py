@@ -113,6 +113,8 @@ def _show(console: Console, title: str, table: Table) -> None:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
