@@ -28,7 +28,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from threadpoolctl import threadpool_limits
 
 from benchmarks.former import FormerSampler
 from benchmarks.simulation import LIMITS, Found, Simulation
@@ -38,7 +37,7 @@ from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_can
 from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
-from raytune_emotion.tuning.policy.gaussian_process import Floats
+from raytune_emotion.tuning.policy.gaussian_process import Floats, on_one_thread
 from raytune_emotion.tuning.policy.policies import BeginAndStop
 from raytune_emotion.tuning.policy.portfolio import Portfolio, portfolio_of
 from raytune_emotion.tuning.policy.sampler import make_sampler
@@ -293,7 +292,7 @@ POLICIES: dict[str, Make] = {
 def simulate(recording: Recording, name: str, workers: int, seed: int) -> Found:
     """Run a study by a policy in simulated time, until its budget is spent."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings(), on_one_thread():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         answers = Answers(recording)
         policy, sampler = POLICIES[name](recording, answers, seed)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 from optuna.trial import FrozenTrial
 from scipy.special import ndtr
-from threadpoolctl import threadpool_limits
 
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
@@ -40,6 +39,7 @@ from raytune_emotion.tuning.policy.decisions import (
     reports_left,
 )
 from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook
 from raytune_emotion.tuning.space.space import Space
@@ -142,8 +142,7 @@ class FreezeThaw:
         known = (limits, *((trial.number, is_running(trial), len(trial.intermediate_values)) for trial in past))
         plan = self._plan[1]
         if plan is None or self._plan[0] != known:
-            # Matrices this small are slower on several threads, and other trials are training.
-            with threadpool_limits(1):
+            with on_one_thread():
                 plan = self._make_plan(past, limits)
             self._plan = known, plan
         return plan

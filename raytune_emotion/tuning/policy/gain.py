@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
-from threadpoolctl import threadpool_limits
 
 from raytune_emotion.tuning.policy.candidates import domain_of
 from raytune_emotion.tuning.policy.decisions import SECONDS, as_paused, count_reports, is_running, reports_left
 from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
 from raytune_emotion.tuning.space.space import Space
@@ -57,8 +57,7 @@ class GainForecast:
         timed = any(trial.user_attrs.get(SECONDS) for trial in past)
         if self._front or not ended or not timed:
             return None
-        # Matrices this small are slower on several threads, and other trials are training.
-        with threadpool_limits(1):
+        with on_one_thread():
             # What runs promises as much as if it was paused: its end is what is asked for.
             still = [as_paused(trial) if is_running(trial) else trial for trial in past]
             outlook = Outlook(self._domain, still, self._aim, self._earlier)

@@ -4,7 +4,9 @@ Formulas are those of Rasmussen & Williams, 2006, "Gaussian Processes for Machin
 asked for, each has D coordinates. The kernel is Matérn's of ν = 5/2, with a length for every coordinate.
 """
 
+import functools
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,7 @@ import numpy.typing as npt
 from scipy.linalg import cho_solve, solve_triangular
 from scipy.linalg.lapack import dpotrf, dpotri, dpotrs
 from scipy.optimize import minimize
-from scipy.spatial.distance import cdist
+from threadpoolctl import ThreadpoolController
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,11 +57,18 @@ class Kernel:
 
     def __call__(self, x_MD: Floats, y_ND: Floats) -> Floats:
         """Return the covariance without noise, [M, N]."""
-        return self.variance * _matern(math.sqrt(5) * cdist(x_MD / self.length_D, y_ND / self.length_D))
-
-
-def _matern(r: Floats) -> Floats:
-    return (1 + r + r * r / 3) * np.exp(-r)
+        x_MD, y_ND = (math.sqrt(5) / self.length_D * each for each in (x_MD, y_ND))
+        # Rounding errors of squares do no harm: the kernel is flat where they are near 0.
+        k_MN: Floats = (x_MD * x_MD).sum(axis=1)[:, None] + (y_ND * y_ND).sum(axis=1) - 2 * x_MD @ y_ND.T
+        np.maximum(k_MN, 0, out=k_MN)
+        r_MN = np.sqrt(k_MN)
+        # In place, as memory takes most of the time: variance (1 + r + r² / 3) exp(-r).
+        k_MN /= 3
+        k_MN += r_MN
+        k_MN += 1
+        k_MN *= np.exp(np.negative(r_MN, out=r_MN), out=r_MN)
+        k_MN *= self.variance
+        return k_MN
 
 
 def _kernel_of(theta: Floats) -> Kernel:
@@ -125,14 +134,16 @@ class Posterior:
     """What values at points say of values at others."""
 
     def __init__(self, kernel: Kernel, x_ND: Floats, z_N: Floats) -> None:
-        self.kernel, self._x_ND, self._z_N = kernel, x_ND, z_N
-        self._condition()
+        self.kernel, self._x_ND = kernel, x_ND
+        self._root_NN = _cholesky(_with_noise(kernel, x_ND), kernel.variance)
+        weights_N: Floats = cho_solve((self._root_NN, True), z_N, check_finite=False)
+        self._weights_N = weights_N
 
     def __call__(self, x_MD: Floats) -> tuple[Floats, Floats]:
         """Return mean and standard deviation of the values without their noise, [M] each."""
         similar_MN = self.kernel(x_MD, self._x_ND)
-        explained_NM = solve_triangular(self._root_NN, similar_MN.T, lower=True, check_finite=False)
-        std_M = np.sqrt(np.maximum(self.kernel.variance - (explained_NM**2).sum(axis=0), 1e-12))
+        explained_NM = self._explain(similar_MN)
+        std_M = np.sqrt(np.maximum(self.kernel.variance - np.einsum("nm,nm->m", explained_NM, explained_NM), 1e-12))
         return similar_MN @ self._weights_N, std_M
 
     def mean(self, x_MD: Floats) -> Floats:
@@ -141,16 +152,31 @@ class Posterior:
         return mean_M
 
     def believe(self, x_MD: Floats) -> None:
-        """Take what is predicted at points for true (the constant liar of Ginsbourger et al., 2010, at the mean)."""
-        z_M = self.mean(x_MD)
-        self._x_ND, self._z_N = np.concatenate([self._x_ND, x_MD]), np.concatenate([self._z_N, z_M])
-        self._condition()
+        """Take what is predicted at points for true (the constant liar of Ginsbourger et al., 2010, at the mean).
 
-    def _condition(self) -> None:
-        k_NN = self.kernel(self._x_ND, self._x_ND) + self.kernel.noise * np.eye(len(self._x_ND))
-        self._root_NN = _cholesky(k_NN, self.kernel.variance)
-        weights_N: Floats = cho_solve((self._root_NN, True), self._z_N, check_finite=False)
-        self._weights_N = weights_N
+        No mean changes by it, so the weights of these points are 0; the standard deviations around them shrink.
+        """
+        count, more = len(self._x_ND), len(x_MD)
+        across_NM = self._explain(self.kernel(x_MD, self._x_ND))
+        root = np.zeros((count + more, count + more))
+        root[:count, :count], root[count:, :count] = self._root_NN, across_NM.T
+        rest_MM = _with_noise(self.kernel, x_MD) - across_NM.T @ across_NM
+        root[count:, count:] = _cholesky(rest_MM, self.kernel.variance)
+        self._root_NN = root
+        self._x_ND = np.concatenate([self._x_ND, x_MD])
+        self._weights_N = np.concatenate([self._weights_N, np.zeros(more)])
+
+    def _explain(self, similar_MN: Floats) -> Floats:
+        """Solve for covariances with the points by the root of their own covariance, [N, M]."""
+        explained_NM: Floats = solve_triangular(self._root_NN, similar_MN.T, lower=True, check_finite=False)
+        return explained_NM
+
+
+def _with_noise(kernel: Kernel, x_ND: Floats) -> Floats:
+    """Return the covariance of the values seen at points, [N, N]."""
+    k_NN = kernel(x_ND, x_ND)
+    k_NN.flat[:: len(k_NN) + 1] += kernel.noise
+    return k_NN
 
 
 def _cholesky(k_NN: Floats, variance: float) -> Floats:
@@ -161,3 +187,15 @@ def _cholesky(k_NN: Floats, variance: float) -> Floats:
         except np.linalg.LinAlgError:
             continue
     raise np.linalg.LinAlgError("the covariance of the trials is not positive definite")
+
+
+def on_one_thread() -> AbstractContextManager[object]:
+    """Compute on one thread: matrices this small are slower on several, and other trials are training."""
+    limited: AbstractContextManager[object] = _thread_pools().limit(limits=1, user_api="blas")
+    return limited
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    # To look for them takes milliseconds. Those of NumPy and SciPy are there: this module has imported them.
+    return ThreadpoolController()

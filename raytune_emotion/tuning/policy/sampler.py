@@ -10,11 +10,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from threadpoolctl import threadpool_limits
 
 from raytune_emotion.tuning.policy.candidates import domain_of, domain_of_parameters, draw_candidates
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import Aim, Draw, Outlook
 from raytune_emotion.tuning.space.space import Space
@@ -89,8 +89,7 @@ class ForecastSampler(BaseSampler):
             and (self._space is None or SETTINGS in each.user_attrs)
         ]
         rng = np.random.default_rng([self._seed, trial.number])
-        # Matrices this small are slower on several threads, and other trials are training.
-        with threadpool_limits(1):
+        with on_one_thread():
             offer = Outlook(domain, past, aim, self._earlier).offer(rng, self._draw)
         return {} if offer is None else offer.params
 
