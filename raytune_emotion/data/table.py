@@ -11,6 +11,7 @@ a column `split`, a hash of the path decides. Rows are checked as those of a fol
 import csv
 import hashlib
 import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,7 +84,8 @@ class FaceTable(Faces):
         totals = []
         for line in self.lines:
             values = [value for cell in line.cells if (value := parse_number(cell)) is not None]
-            if any(value % 1 for value in values):
+            # A value that is not finite is a fault of its row alone.
+            if any(value % 1 for value in values if math.isfinite(value)):
                 return False
             totals.append(sum(values))
         return any(total > 1 for total in totals)
@@ -165,7 +167,9 @@ class FaceTable(Faces):
         if len(known) < len(values):
             return Flaw(Kind.TEXT, repr(odd))
         total = sum(known)
-        if self.votes and min(known) >= 0:
+        if self.votes and min(known) >= 0 and all(map(math.isfinite, known)):
+            if math.isinf(total):
+                return Flaw(Kind.NOT_FINITE, "their sum")
             return tuple(value / total for value in known) if total else Flaw(Kind.NO_VOTES)
         return parse_probabilities(tuple(known), classes)
 

@@ -71,6 +71,22 @@ def test_probabilities_that_do_not_sum_to_one_are_no_votes(folder):
     assert told[0].startswith(f"{folder}/faces.csv: sum is not one (1 file): faces/3.png (line 5: 2)")
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("nan,1,2", "values that are not finite (1 file): faces/3.png (line 5: nan for happy)"),
+        ("1,inf,2", "values that are not finite (1 file): faces/3.png (line 5: inf for sad)"),
+        ("1e308,1e308,1", "values that are not finite (1 file): faces/3.png (line 5: their sum)"),
+        ("2,1,-1", "negative values (1 file): faces/3.png (line 5: -1 for calm)"),
+        ("0,0,0", "no votes (1 file): faces/3.png (line 5)"),
+    ],
+)
+def test_wrong_votes_are_faults_of_their_row_alone(folder, values, said):
+    told = faults_of(write(folder, [*rows("8,2,0")[:3], f"faces/3.png,val,{values}"]))
+    assert told[0] == f"{folder}/faces.csv: {said}"
+    assert len(told) == 2
+
+
 def test_split_by_hash_of_the_path_is_stated_and_depends_on_the_path_alone(folder, capsys):
     for number in range(4, 60):
         picture(number).save(folder / "faces" / f"{number}.png")
