@@ -13,7 +13,7 @@ from raytune_emotion.errors import Breakdown, Incomplete, UserError
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
-from raytune_emotion.terminal import any_encoding, warn
+from raytune_emotion.terminal import any_encoding, open_missing_streams, warn
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
@@ -155,6 +155,7 @@ def _run(verb: str, parser: argparse.ArgumentParser, argv: list[str]) -> int:
         with any_encoding():
             module.run(args)
 
+    open_missing_streams()
     # Around all of it: imports take seconds, and a signal may come while one of the last messages is written.
     with handle_signals():
         return run_guarded(action)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import sys
@@ -54,6 +55,19 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line on standard error."""
     print(escape(text), file=sys.stderr, flush=True)
+
+
+def open_missing_streams() -> None:
+    """Open the standard streams that this process was started without, as by `>&-`; what is said there goes nowhere.
+
+    Otherwise the next files that are opened take their numbers, and what a library prints is written into them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)  # processes that are started have them, too
+    os.close(descriptor)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  # as long as the process
 
 
 @contextlib.contextmanager

@@ -157,6 +157,21 @@ def test_a_reader_that_has_had_enough_is_no_error():
         assert process.wait() == 1
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_missing_standard_streams_are_no_error_and_no_file_takes_their_numbers(closed, tmp_path):
+    program = "import sys; from raytune_emotion.cli import command_main\n"
+    program += "ended = command_main('status', ['nowhere'])\n"
+    program += "file = open('seen', 'w')\n"
+    program += "streams = [stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]\n"
+    program += "file.write(f'{ended} {file.fileno() > 2} {streams}')"
+    shell = f'exec "$0" -c "$1" {closed}'
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, program], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (tmp_path / "seen").read_text() == "2 True [0, 1, 2]"
+    assert "Traceback" not in done.stderr
+
+
 def test_windows_is_told_in_words():
     code = "import sys; sys.modules['fcntl'] = None; import raytune_emotion.predict"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
