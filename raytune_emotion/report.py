@@ -22,8 +22,9 @@ def run(args: argparse.Namespace) -> None:
     from raytune_emotion.tuning.study.optuna_study import JOURNAL, expected_gain, load_study
     from raytune_emotion.tuning.study.records import read_records, study_files
     from raytune_emotion.tuning.study.tables import CURVES, write_tables
+    from raytune_emotion.tuning.study.trials import PARAMS
 
-    with study_files(args.study, JOURNAL, f"trials/*/{HISTORY}") as folder:
+    with study_files(args.study, JOURNAL, f"trials/*/{HISTORY}", f"trials/*/{PARAMS}") as folder:
         study = load_study(folder)
         records = read_records(folder, study)
         write_tables(folder, records)

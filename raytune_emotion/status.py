@@ -69,7 +69,7 @@ def read_summary(study: Location) -> "Summary":
 
     with study_files(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
         spec, trials = read_spec(folder), load_study(folder)
-        return summarize(spec, trials, read_records(folder, trials), now=time.time(), name=str(study))
+        return summarize(spec, trials, read_records(folder, trials), study, now=time.time(), name=str(study))
 
 
 def _lines(summary: "Summary") -> Group:

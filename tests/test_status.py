@@ -10,7 +10,10 @@ import sys
 import pytest
 
 from raytune_emotion.storage.atomic import exclusive_lock
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.report.summary import describe, sparkline, summarize
+from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
 from raytune_emotion.tuning.study.spec import read_spec
@@ -79,6 +82,19 @@ def test_a_running_study_is_read_without_its_lock_and_left_as_it_is(running, cap
     assert any(line.startswith("best JS     0.") for line in lines)
 
 
+def test_the_best_trial_has_the_settings_that_it_was_trained_with(finished, tmp_path, capsys):
+    """A trial that continues another has more epochs than it was proposed with."""
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    best = json_of(capsys, folder)["best"]
+    assert best["settings"]["train.epochs"] == 2
+    params = folder / "trials" / best["trial_id"] / "params.json"
+    params.write_text(json.dumps({**json.loads(params.read_text()), "train.epochs": 3}))
+    for place in (folder, f"file://{folder}"):
+        assert json_of(capsys, place)["best"]["settings"] == {**best["settings"], "train.epochs": 3}
+    assert StudyProgress(load(folder)).snapshot().summary.best.settings["train.epochs"] == 3
+
+
 def test_a_study_at_a_uri_is_read_as_a_folder_is(finished, capsys):
     here, there = json_of(capsys, finished), json_of(capsys, f"file://{finished}")
     changing = ("study", "seconds_since_evaluation")
@@ -88,7 +104,7 @@ def test_a_study_at_a_uri_is_read_as_a_folder_is(finished, capsys):
 def test_a_study_without_an_evaluation_says_so(finished):
     spec = read_spec(finished)
     trials = load_study(finished)
-    summary = summarize(spec, trials, [], now=0.0)
+    summary = summarize(spec, trials, [], Folder(finished), now=0.0)
     assert describe(summary)[-1] == "best JS     no evaluation yet"
     assert summary.trials_per_hour is None
     assert not summary.finished
@@ -97,8 +113,8 @@ def test_a_study_without_an_evaluation_says_so(finished):
 def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
     spec, trials = read_spec(finished), load_study(finished)
     records = read_records(finished, trials)
-    now = summarize(spec, trials, records[:2], now=2e9)
-    later = summarize(spec, trials, records[:2], now=2e9 + 3600)
+    now = summarize(spec, trials, records[:2], Folder(finished), now=2e9)
+    later = summarize(spec, trials, records[:2], Folder(finished), now=2e9 + 3600)
     assert later.trials_per_hour == now.trials_per_hour
     assert later.elapsed_seconds == now.elapsed_seconds + 3600
 
@@ -115,7 +131,7 @@ def test_a_clock_that_is_behind_makes_no_negative_times(finished):
     spec, trials = read_spec(finished), load_study(finished)
     records = read_records(finished, trials)
     first = min(report["time"] for record in records for report in record.reports)
-    told = summarize(spec, trials, records[:2], now=first - 3600)
+    told = summarize(spec, trials, records[:2], Folder(finished), now=first - 3600)
     assert (told.elapsed_seconds, told.seconds_since_evaluation) == (0.0, 0.0)
     assert "time        0 s since the start, last evaluation 0 s ago" in describe(told)
 

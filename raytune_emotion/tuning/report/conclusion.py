@@ -28,6 +28,7 @@ from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
+from raytune_emotion.tuning.study.trials import PARAMS
 
 
 def conclude(console: Console, study: OpenStudy, results: Location, address: str | None) -> None:
@@ -45,6 +46,8 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
+    if best is not None:
+        study.copy.pull([f"trials/{best.trial_id}/{PARAMS}"])
     write_report(folder, spec, records, gain=expected_gain(study.optuna))
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)

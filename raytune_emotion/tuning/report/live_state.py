@@ -76,8 +76,10 @@ class StudyProgress:
     ) -> None:
         """Begin with what earlier sessions have reached."""
         records = study.records()
-        self._name, self._folder, self._epochs = study.folder.name, study.folder, study.spec.epochs
-        self._earlier = summarize(study.spec, study.optuna, records, now=time.time(), name=self._name)
+        self._name, self._folder, self._spec = study.folder.name, study.folder, study.spec
+        self._earlier = summarize(
+            study.spec, study.optuna, records, study.copy.location, now=time.time(), name=self._name
+        )
         self._clock, self._began = clock, clock()
         self._budget = time_budget.total_seconds() if time_budget is not None else None
         # The pause between two sessions is left out of the time.
@@ -87,10 +89,14 @@ class StudyProgress:
         # What is called running at the start runs only once this session takes it up.
         self._states: dict[str, Status] = {r.trial_id: r.status for r in records if r.status != "running"}
         self._reached = {
-            r.trial_id: BestTrial(r.trial_id, r.status, r.best["val_js"], r.best["epoch"], r.settings)
+            r.trial_id: BestTrial(
+                r.trial_id, r.status, r.best["val_js"], r.best["epoch"], self._spec.settings_now(r.settings)
+            )
             for r in records
             if r.best and r.status != "failed"
         }
+        if self._earlier.best is not None:  # it may have ended before the study went on with more epochs
+            self._reached[self._earlier.best.trial_id] = self._earlier.best
         self._at_work: dict[str, TrialAtWork] = {}
         self._ended_here = 0
         self._gain = self._earlier.expected_gain_per_hour
@@ -124,7 +130,8 @@ class StudyProgress:
         trial_id, js = proposal.trial_id, report[OBJECTIVE]
         known = self._reached.get(trial_id)
         if known is None or js < known.val_js:
-            self._reached[trial_id] = BestTrial(trial_id, status, js, report["epoch"], proposal.settings)
+            settings = self._spec.settings_now(proposal.settings)
+            self._reached[trial_id] = BestTrial(trial_id, status, js, report["epoch"], settings)
         if not self._points or js < self._points[-1][1]:
             self._points.append((self._before + now, js, trial_id))
 
@@ -154,7 +161,7 @@ class StudyProgress:
         left = self._earlier.trials_planned - sum(counts[status] for status in _ENDED)
         return Snapshot(
             summary,
-            self._epochs,
+            self._spec.epochs,
             session,
             max(0, left) / rate if rate else None,
             max(0.0, self._budget - session) if self._budget is not None else None,

@@ -119,7 +119,7 @@ class _Log:
         if trial_id not in self._runs:
             tags = {TRIAL_TAG: trial_id, "mlflow.parentRunId": self._parent}
             self._runs[trial_id] = self._run({**tags, "study": self._name}, f"{self._name} {trial_id}")
-            self._params(self._runs[trial_id], event.proposal.settings)
+            self._params(self._runs[trial_id], self._study.spec.settings_now(event.proposal.settings))
         run_id = self._runs[trial_id]
         if event.report is not None:
             report: Mapping[str, Any] = event.report

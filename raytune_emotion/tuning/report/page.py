@@ -15,6 +15,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.learn.validation import Predictions
 from raytune_emotion.storage.atomic import atomic_write, write_text
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.combinations import HEADINGS as COMBINATIONS
 from raytune_emotion.tuning.report.combinations import Brought, measure_combinations
@@ -38,7 +39,7 @@ from raytune_emotion.tuning.study.confirmation import (
     rank_confirmed,
 )
 from raytune_emotion.tuning.study.open_study import load
-from raytune_emotion.tuning.study.records import TrialRecord, best_first, frontier, winner
+from raytune_emotion.tuning.study.records import TrialRecord, best_first, frontier, trained_settings, winner
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
 REPORT = "report.html"
@@ -180,6 +181,7 @@ def _winner_parts(
         "note": f"The run in the middle of the {len(found[0].runs)} of its configuration"
         if found and found[0].runs
         else "",
+        "settings": trained_settings(Folder(folder), leader) if leader else {},
         "epochs_of_best": _count(best.get("epoch", 0), "epoch"),
         "metrics": [(name, _cell(best[key])) for key, name in _METRICS if best.get(key) is not None],
         "closer": closer,

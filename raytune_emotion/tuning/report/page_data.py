@@ -16,7 +16,7 @@ from raytune_emotion.tuning.report.winner import confusion, errors_by_entropy
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, winner
-from raytune_emotion.tuning.study.spec import StudySpec
+from raytune_emotion.tuning.study.spec import CHANGEABLE, StudySpec
 
 #: Costs that JS is drawn against: key of a trial's record, its name, and whether more of it is better.
 COSTS = (
@@ -123,8 +123,9 @@ def searched_rows(space: Space | None) -> list[tuple[str, str, str]]:
 
 
 def fixed_rows(space: Space | None) -> list[tuple[str, str]]:
-    """Describe what is the same in every trial."""
-    return [(key, choice_text(value)) for key, value in space.fixed_settings.items()] if space else []
+    """Describe what is the same in every trial, whenever the study went on."""
+    fixed = space.fixed_settings if space else {}
+    return [(key, choice_text(value)) for key, value in fixed.items() if key not in CHANGEABLE]
 
 
 def describe(setting: Setting) -> str:

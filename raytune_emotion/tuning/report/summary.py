@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import optuna
 
+from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
-from raytune_emotion.tuning.study.records import TrialRecord, winner
+from raytune_emotion.tuning.study.records import TrialRecord, trained_settings, winner
 from raytune_emotion.tuning.study.spec import StudySpec
 from raytune_emotion.tuning.study.trials import trial_id_of
 
@@ -22,7 +23,7 @@ class BestTrial:
     status: Status
     val_js: float  # bits
     epoch: float  # of the evaluation that it was reached at
-    settings: dict[str, Any]  # those that the space chose
+    settings: dict[str, Any]  # those that the space chose, as the trial was trained
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class Summary:
 
 
 def summarize(
-    spec: StudySpec, study: optuna.Study, records: Sequence[TrialRecord], *, now: float, name: str = ""
+    spec: StudySpec,
+    study: optuna.Study,
+    records: Sequence[TrialRecord],
+    place: Location,
+    *,
+    now: float,
+    name: str = "",
 ) -> Summary:
     """Sum up a study.
 
@@ -54,6 +61,7 @@ def summarize(
         spec: of the study.
         study: its trials in Optuna, which know when they started and ended.
         records: of the same trials.
+        place: of the study.
         now: seconds since 1970.
         name: of the study; its own where it is empty.
     """
@@ -72,7 +80,7 @@ def summarize(
         finished=finished,
         trials_planned=spec.trials,
         trials={status: counts[status] for status in get_args(Status)},
-        best=_best_of(leader) if leader is not None else None,
+        best=_best_of(leader, place) if leader is not None else None,
         baseline_js=spec.baseline.get("js"),
         started=started,
         elapsed_seconds=max(0.0, (last if finished else now) - started) if started is not None else 0.0,
@@ -126,9 +134,10 @@ def sparkline(points: Sequence[tuple[float, float]], width: int = _WIDTH) -> str
     return "".join(bars)
 
 
-def _best_of(record: TrialRecord) -> BestTrial:
+def _best_of(record: TrialRecord, place: Location) -> BestTrial:
     assert record.best is not None
-    return BestTrial(record.trial_id, record.status, record.best["val_js"], record.best["epoch"], record.settings)
+    settings = trained_settings(place, record)
+    return BestTrial(record.trial_id, record.status, record.best["val_js"], record.best["epoch"], settings)
 
 
 def _best_by_time(records: Iterable[TrialRecord], started: float) -> list[tuple[float, float]]:

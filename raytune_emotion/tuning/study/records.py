@@ -17,10 +17,12 @@ import optuna
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import atomic_write
+from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
 from raytune_emotion.tuning.study.optuna_study import Status, StudyTrial, list_trials, read_trial
 from raytune_emotion.tuning.study.spec import SPEC
+from raytune_emotion.tuning.study.trials import PARAMS
 
 #: Number of ended trials whose weights are kept.
 KEPT = 3
@@ -32,7 +34,7 @@ class TrialRecord:
 
     trial_id: str
     status: Status
-    settings: dict[str, Any]  # those that the space chose
+    settings: dict[str, Any]  # those that the space chose; see `trained_settings`
     reason: str
     reports: tuple[Report, ...]
     continues: str | None = None  # the trial that it went on from, whose reports are its own first
@@ -78,6 +80,19 @@ def _read_record(folder: Path, trial: StudyTrial) -> TrialRecord:
     return TrialRecord(
         trial.trial_id, trial.status, trial.settings, trial.reason, reports, trial.continues, trial.confirms
     )
+
+
+def trained_settings(study: Location, record: TrialRecord) -> dict[str, Any]:
+    """Return the settings that the space chose for a trial, with the values that it was last trained with.
+
+    Some may have changed since the trial was proposed: a study goes on with more epochs, memory runs out.
+    """
+    text = study.read(f"trials/{record.trial_id}/{PARAMS}")
+    try:
+        trained = load_json(text) if text is not None else {}
+        return {name: trained.get(name, value) for name, value in record.settings.items()}
+    except (ValueError, AttributeError):
+        return record.settings
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

@@ -30,6 +30,9 @@ from raytune_emotion.tuning.study.database import split_address
 
 SPEC = "study.yaml"
 
+#: Settings that may change when a study goes on: a trial's proposal does not tell what it was trained with.
+CHANGEABLE = ("train.epochs", "model.weights_dir")
+
 #: Number of studies that an error message lists.
 _LISTED = 10
 #: Environment variable with the commit of the code, for jobs that have the code without its repository.
@@ -85,6 +88,11 @@ class StudySpec:
             "train.seed": self.seed if self.confirms is None else chosen["train.seed"],
         }
         return {**chosen, **own, **({"model.weights_dir": self.weights_dir} if self.weights_dir else {})}
+
+    def settings_now(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the space chose for a trial, with the values that it is trained with now."""
+        complete = self.settings(chosen)
+        return {name: complete[name] for name in chosen}
 
 
 def write_spec(folder: Path, spec: StudySpec) -> None:

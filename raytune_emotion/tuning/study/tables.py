@@ -14,14 +14,12 @@ from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, list_trials
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
+from raytune_emotion.tuning.study.spec import CHANGEABLE
 
 TRIALS, CURVES = "trials.csv", "curves.parquet"
 
 #: Wait this many times the duration of the last write before writing the tables again.
 _REST = 20
-
-#: Settings that may change when a study goes on. The values at a trial's proposal would mislead, so they are hidden.
-_HIDDEN = {"train.epochs", "model.weights_dir"}
 
 _FIRST_COLUMNS = (
     "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
@@ -136,7 +134,7 @@ def _row(record: TrialRecord) -> dict[str, Any]:
         "params_millions": last.get("params_millions"),
         "best_epoch": best.get("epoch"),
         "accumulate": last.get("accumulate"),
-        **{name: value for name, value in record.settings.items() if name not in _HIDDEN},
+        **{name: value for name, value in record.settings.items() if name not in CHANGEABLE},
         "continues": record.continues,
         **({"confirms": record.confirms} if record.confirms else {}),
         "reason": record.reason,

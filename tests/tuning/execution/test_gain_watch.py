@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import gain_watch, runner
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.execution.recorder import Recorder
@@ -79,7 +80,7 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
     study = load(folder)
     gain = expected_gain(study.optuna)
     assert [event.gain for event in heard if event.status != "running"][-1] == gain
-    summary = summarize(study.spec, study.optuna, study.records(), now=time.time())
+    summary = summarize(study.spec, study.optuna, study.records(), Folder(folder), now=time.time())
     assert dataclasses.asdict(summary)["expected_gain_per_hour"] == gain
     reached = dataclasses.replace(summary, best=BestTrial("0003", "complete", 0.3, 3.0, {}))
     assert describe(reached)[-1] == f"gain        {gain:.2g} bits an hour expected of further training"

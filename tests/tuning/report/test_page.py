@@ -14,6 +14,7 @@ from raytune_emotion.tuning.report.plots import draw_parallel, draw_settings
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, CONFIRMED_TABLE, enqueue
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.tuning.study.trials import PARAMS
 from tests.support.pages import Page
 from tests.support.reports import RECORDS, make_report
 from tests.support.studies import searcher_of, spec_of
@@ -62,6 +63,20 @@ def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
     assert bad in shown.text
     assert shown.tables["failures"][1][2] == bad
     assert shown.data["trials"][0]["settings"]["model.backbone"] == bad
+
+
+def test_the_winner_has_the_settings_that_it_was_trained_with(tmp_path, store, no_plots):
+    """A trial that continues another has more epochs than it was proposed with, and the study more than its space."""
+    settings = {"optim.lr": 1e-2, "train.epochs": 2}
+    records = [TrialRecord("0000", "complete", settings, "", (make_report(3, 0.3),), continues="0001")]
+    trial_folder(tmp_path, "0000").mkdir(parents=True)
+    (trial_folder(tmp_path, "0000") / PARAMS).write_text('{"optim.lr": 0.01, "train.epochs": 3, "train.seed": 3}')
+    space = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.epochs": 2, "augment.flip": 0.5}
+    write_report(tmp_path, spec_of(store, space=space, epochs=3), records)
+    text = Page(tmp_path).text
+    assert "optim.lr: 0.01 train.epochs: 3 copy" in text
+    assert "train.epochs: 2" not in text
+    assert "1 setting the same in every trial augment. flip 0.5" in text
 
 
 def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store, no_plots):

@@ -125,6 +125,8 @@ def test_what_the_study_decides_wins_over_the_space(store):
     assert settings["data.image_size"] == store.image_size
     assert settings["model.weights_dir"] == "/w"
     assert settings["optim.lr"] == 0.1
+    proposed = {"optim.lr": 0.1, "train.epochs": 1}  # before the study went on with more
+    assert spec_of(store).settings_now(proposed) == {"optim.lr": 0.1, "train.epochs": 2}
 
 
 def test_the_table_has_a_row_a_trial_best_first(tmp_path):
