@@ -20,7 +20,7 @@ from torch import nn
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import per_sample
-from raytune_emotion.learn.validation import Predictions, half_of, log_of
+from raytune_emotion.learn.predictions import Predictions, half_of, log_of
 
 _LEAST = 10  # images of a half
 _LARGEST = 10.0

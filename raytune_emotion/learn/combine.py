@@ -20,9 +20,9 @@ from raytune_emotion.data.store import Split
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.checkpoint import Best
-from raytune_emotion.learn.loop import predict_share
+from raytune_emotion.learn.evaluation import predict_share
 from raytune_emotion.learn.model import load_model
-from raytune_emotion.learn.validation import half_of
+from raytune_emotion.learn.predictions import half_of
 
 _CPU = torch.device("cpu")
 #: A class without probability is predicted at this, so that a logarithm is finite.

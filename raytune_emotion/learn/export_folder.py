@@ -39,7 +39,7 @@ from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predic
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card
 from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
-from raytune_emotion.learn.validation import predict_split
+from raytune_emotion.learn.predictions import predict_split
 from raytune_emotion.storage.atomic import atomic_write, folder_beside, write_text
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Folder, Location

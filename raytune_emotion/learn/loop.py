@@ -26,21 +26,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.augment import decide, normalise
+from raytune_emotion.data.augment import decide
 from raytune_emotion.data.loader import Resident, batches, cache_on_device, clear_cache, epoch_order
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
 from raytune_emotion.learn.checkpoint import Progress
-from raytune_emotion.learn.device import compile_model, exact_fp32
-from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
+from raytune_emotion.learn.device import compile_model
+from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
 
-_EVAL_ROWS = 128
 #: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.
 _AVERAGED_EVERY = 4
 
@@ -360,62 +359,7 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
 def rows_to_evaluate(run: Run) -> int:
     """Return the rows of a batch: on a GPU no more than in training, so that smaller micro-batches help."""
     micro_rows = run.plan.batch_rows // (run.plan.workers * run.config.train.accumulate)
-    return min(_EVAL_ROWS, micro_rows) if run.device.type == "cuda" else _EVAL_ROWS
-
-
-def evaluate(
-    model: nn.Module,
-    split: Split | Resident,
-    *,
-    classes: tuple[str, ...],
-    device: torch.device,
-    rows: int = _EVAL_ROWS,
-) -> dict[str, float]:
-    """Return the means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
-
-    Computes in exact fp32, without TF32, whatever the precision of training: so `predict` finds the same numbers on any
-    device. Leaves the model in evaluation mode.
-
-    Args:
-        model: bare, not wrapped, so that workers with fewer batches than others keep none waiting.
-        split: of N rows.
-        classes: K names, which tell the ground distance of `emd_va`.
-        device: of the model.
-        rows: at once.
-    """
-    return means_of_metrics(*predict_share(model, split, device=device, rows=rows), classes)
-
-
-def predict_share(
-    model: nn.Module, split: Split | Resident, *, device: torch.device, rows: int = _EVAL_ROWS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict a worker's share of a split: every n-th row of n workers. See `evaluate`.
-
-    Returns:
-        Logits and targets of these rows, [B, K] each.
-    """
-    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows_N = np.arange(rank, len(split), workers)
-    mean, std = mean_std(model)
-    # The empty ones are for a worker without rows.
-    n_classes = split.prob_NK.shape[1]
-    logits, probs = [torch.empty(0, n_classes, device=device)], [torch.empty(0, n_classes, device=device)]
-    model.eval()
-    with torch.inference_mode(), exact_fp32():
-        for batch in batches(split, (rows_N[i : i + rows] for i in range(0, len(rows_N), rows)), device):
-            logits.append(model(normalise(batch.x_BHWC, mean, std)))
-            probs.append(batch.prob_BK)
-        return torch.cat(logits), torch.cat(probs)
-
-
-def means_of_metrics(logits_BK: torch.Tensor, prob_BK: torch.Tensor, classes: tuple[str, ...]) -> dict[str, float]:
-    """Return the means of all metrics over the rows of all workers."""
-    sums = MetricSums()
-    with torch.inference_mode():
-        # Many rows at once spare launches, and so many still fit a CPU's cache.
-        for logits, prob in zip(torch.split(logits_BK, 2048), torch.split(prob_BK, 2048), strict=True):
-            sums.add(per_sample(logits, prob, distances_of(classes)))
-    return sums.means()
+    return min(ROWS, micro_rows) if run.device.type == "cuda" else ROWS
 
 
 def _gather_predictions(logits_BK: torch.Tensor, count: int, plan: Plan) -> torch.Tensor:
@@ -426,17 +370,6 @@ def _gather_predictions(logits_BK: torch.Tensor, count: int, plan: Plan) -> torc
         if plan.workers > 1:
             dist.all_reduce(predicted_NK)
         return predicted_NK
-
-
-def baseline(store: Store) -> dict[str, float]:
-    """Return the metrics, on the validation split, of a model that predicts the mean of the training targets.
-
-    A class without mass in training is predicted at 1e-12, so that every metric is finite.
-    """
-    mean_K = torch.from_numpy(store.train.prob_NK.mean(axis=0, dtype=np.float64))
-    prob_NK = torch.from_numpy(np.array(store.val.prob_NK))
-    values = per_sample(mean_K.clamp_min(1e-12).log().expand(prob_NK.shape), prob_NK, distances_of(store.classes))
-    return {name: value_N.mean().item() for name, value_N in values.items()}
 
 
 def _report(

@@ -16,8 +16,8 @@ from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.calibration import Calibration
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.origin import licence
+from raytune_emotion.learn.predictions import Predictions, bootstrap_intervals, class_errors
 from raytune_emotion.learn.report import Report
-from raytune_emotion.learn.validation import Predictions, bootstrap_intervals, class_errors
 from raytune_emotion.terminal import count
 
 _MEANINGS = {

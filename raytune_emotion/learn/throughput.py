@@ -1,4 +1,4 @@
-"""Measure how many trials share a device, by processes that train on it at the same time.
+"""Measure the images a second of trials that share a device, in processes that train on it at the same time.
 
 Each process trains as a trial does, but evaluates nothing while it is timed. It does what it is told in lines of JSON
 on its standard input, and answers in lines on its standard output.
@@ -23,7 +23,8 @@ from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.device import allowance, is_out_of_memory, limit_memory, reduce_fragmentation
-from raytune_emotion.learn.loop import Run, evaluate, make_plan, rows_to_evaluate, start, train_segment
+from raytune_emotion.learn.evaluation import evaluate
+from raytune_emotion.learn.loop import Run, make_plan, rows_to_evaluate, start, train_segment
 
 #: Numbers of trials at once that are tried out.
 COUNTS = (1, 2, 4, 8)

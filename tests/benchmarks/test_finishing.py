@@ -8,7 +8,7 @@ import pytest
 from benchmarks import finishing
 from benchmarks.finishing import Plan, is_test, predict, score, split_validation, study
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.validation import half_of
+from raytune_emotion.learn.predictions import half_of
 
 HAPPY, SAD = ([float(name == only) for name in EMOTIONS] for only in ("happy", "sad"))
 

@@ -10,7 +10,7 @@ import torch
 
 from raytune_emotion.data.store import Split
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
-from raytune_emotion.learn.validation import Predictions
+from raytune_emotion.learn.predictions import Predictions
 
 
 def predictions_of(factor: float, count: int = 400) -> Predictions:

@@ -19,7 +19,8 @@ from raytune_emotion.learn.checkpoint import (
     read_predictions,
     read_progress,
 )
-from raytune_emotion.learn.loop import evaluate, fit, predict_share
+from raytune_emotion.learn.evaluation import evaluate, predict_share
+from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from raytune_emotion.learn.combine import (
     predict_whole,
 )
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
-from raytune_emotion.learn.validation import half_of
+from raytune_emotion.learn.predictions import half_of
 from tests.support.exports import untrained_best
 
 K = len(EMOTIONS)

@@ -16,9 +16,10 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.checkpoint import BEST, Best
+from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.graphs import PixelsToProbabilities
-from raytune_emotion.learn.loop import evaluate, fit
+from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model, mean_std
 from tests.support.exports import untrained_best
 

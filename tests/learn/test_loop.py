@@ -5,7 +5,6 @@ import math
 import threading
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,17 +14,10 @@ from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop
 from raytune_emotion.learn.checkpoint import BEST, read_best, read_history
-from raytune_emotion.learn.loop import Divergence, baseline, evaluate, fit, make_plan
+from raytune_emotion.learn.evaluation import baseline, evaluate
+from raytune_emotion.learn.loop import Divergence, fit, make_plan
 from raytune_emotion.learn.model import build_model
-from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, state_of
-
-
-def shortened(store, rows):
-    """The store with its first training rows only, in memory."""
-    pixels, prob_NK = store.train.gather(np.arange(rows)), store.train.prob_NK[:rows].copy()
-    train = dataclasses.replace(store.train, ids=store.train.ids[:rows], prob_NK=prob_NK, shards=(pixels,))
-    return dataclasses.replace(store, train=train)
-
+from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, shortened, state_of
 
 # ---- reports
 
@@ -74,18 +66,6 @@ def test_more_evaluations_than_steps_are_refused(store, rows, evals, steps):
 
 def test_a_training_set_smaller_than_a_batch_is_one_step(store):
     assert len(reports_of_run(run_config(), shortened(store, 7))) == 2
-
-
-def test_the_baseline_is_that_of_the_training_mean(store):
-    mean = store.train.prob_NK.astype(np.float64).mean(0)
-    assert baseline(store)["mse"] == pytest.approx(((store.val.prob_NK - mean) ** 2).mean())
-    assert all(math.isfinite(value) for value in baseline(store).values())
-
-
-def test_the_baseline_is_finite_for_a_class_that_training_lacks(store):
-    unseen = shortened(store, 10)
-    unseen.train.prob_NK[:, 3] = 0
-    assert math.isfinite(baseline(unseen)["kl"])
 
 
 # ---- the same numbers, however they are come by

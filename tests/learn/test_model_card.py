@@ -19,7 +19,7 @@ from raytune_emotion.learn.calibration import at_temperature
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
-from raytune_emotion.learn.validation import bootstrap_intervals, predict_best
+from raytune_emotion.learn.predictions import bootstrap_intervals, predict_best
 from tests.support.exports import predict_with_card, turned_picture
 
 

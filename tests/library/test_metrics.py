@@ -64,7 +64,7 @@ def test_the_columns_must_be_those_of_the_classes():
 
 def test_a_whole_split_gives_the_numbers_of_an_evaluation(store):
     from raytune_emotion import create_loaders, create_model
-    from raytune_emotion.learn.loop import evaluate
+    from raytune_emotion.learn.evaluation import evaluate
 
     model = create_model("test_resnet", pretrained=False, image_size=32).eval()
     _, val = create_loaders(store.path, batch_size=10)

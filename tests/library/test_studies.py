@@ -15,7 +15,7 @@ import torch
 import raytune_emotion
 from raytune_emotion import load_study
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.loop import evaluate
+from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.library import studies
 from raytune_emotion.storage.locations import Folder
 from tests.support.cluster import joined_session

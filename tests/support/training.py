@@ -1,5 +1,8 @@
 """One short training run, and what of it is compared."""
 
+import dataclasses
+
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -51,3 +54,10 @@ def state_of(folder):
 
 def same_tensors(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def shortened(store, rows):
+    """Return the store with its first training rows only, in memory."""
+    pixels, prob_NK = store.train.gather(np.arange(rows)), store.train.prob_NK[:rows].copy()
+    train = dataclasses.replace(store.train, ids=store.train.ids[:rows], prob_NK=prob_NK, shards=(pixels,))
+    return dataclasses.replace(store, train=train)

@@ -12,8 +12,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.learn.validation import Predictions
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective

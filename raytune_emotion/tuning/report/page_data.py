@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from raytune_emotion.learn.validation import Bin, ClassError, Predictions, class_errors
+from raytune_emotion.learn.predictions import Bin, ClassError, Predictions, class_errors
 from raytune_emotion.tuning.policy.objective import pareto_front
 from raytune_emotion.tuning.report.axes import Axis, choice_text, searched_axes, space_of
 from raytune_emotion.tuning.report.importance import Importance, importances

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from raytune_emotion.learn.validation import Predictions
+from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.tuning.report.axes import Axis
 from raytune_emotion.tuning.report.page_data import COSTS, StudyData, began_at, costs_of, elapsed
 from raytune_emotion.tuning.report.results import loss_weights

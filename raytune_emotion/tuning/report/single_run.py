@@ -15,8 +15,8 @@ from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.learn.checkpoint import BEST, LAST, read_history
+from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_folder import export_checkpoint
-from raytune_emotion.learn.loop import baseline
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_options

@@ -14,7 +14,7 @@ from PIL import Image
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
-from raytune_emotion.learn.validation import Bin, Predictions, bins_of, predict_best
+from raytune_emotion.learn.predictions import Bin, Predictions, bins_of, predict_best
 from raytune_emotion.storage.locations import Folder, location_of
 from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec

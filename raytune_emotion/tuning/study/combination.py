@@ -23,6 +23,7 @@ from raytune_emotion.learn.combine import (
     measure_gain,
     predict_whole,
 )
+from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import (
     TIMM,
@@ -33,7 +34,6 @@ from raytune_emotion.learn.export_folder import (
     write_package,
 )
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
-from raytune_emotion.learn.loop import means_of_metrics
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.model_card import show_use, table_of_metrics
 from raytune_emotion.learn.origin import find_origin

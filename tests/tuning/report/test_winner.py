@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raytune_emotion.data.store import Split
-from raytune_emotion.learn.validation import Predictions, class_errors
+from raytune_emotion.learn.predictions import Predictions, class_errors
 from raytune_emotion.tuning.report.winner import (
     confusion,
     errors_by_entropy,

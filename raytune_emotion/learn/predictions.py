@@ -1,4 +1,4 @@
-"""Predict images of a validation set, and tell how well each class is predicted."""
+"""Look closely at what a model predicts for validation images: by class, in bins, with confidence intervals."""
 
 import hashlib
 import time
