@@ -24,7 +24,7 @@ from tests.support.studies import write_study
 KEYS = [
     "study", "objective", "finished", "trials_planned", "trials", "best", "baseline_js", "started", "elapsed_seconds",
     "active_seconds", "trials_per_hour", "seconds_since_evaluation", "best_js_by_time",
-    "expected_gain_per_hour",
+    "expected_gain", "expected_gain_per_hour",
 ]  # fmt: skip
 
 

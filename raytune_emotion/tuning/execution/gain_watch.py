@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -40,7 +41,7 @@ class GainWatch:
         # A confirmation chooses nothing.
         self._forecast = forecast if spec.confirms is None else None
         self._searcher, self._until, self._clock, self._due = searcher, until, clock, -math.inf
-        self.value: float | None = None  # bits per hour; None where it is not known
+        self.value: Gain | None = None  # None where it is not known
 
     def update(self) -> None:
         """Compute the gain anew, unless that would take too much of the driver's time."""
@@ -54,9 +55,9 @@ class GainWatch:
     @property
     def shortfall(self) -> str:
         """Say that the gain is too little; empty while it is enough, or not known."""
-        if self._until is None or self.value is None or self.value >= self._until:
+        if self._until is None or self.value is None or self.value.per_hour >= self._until:
             return ""
         return (
-            f"further training is expected to bring {self.value:.2g} bits an hour, less than {self._until:g}: trials "
-            f"that run are left as they are"
+            f"further training is expected to bring {self.value.per_hour:.2g} bits an hour ({self.value.bits:.2g} with "
+            f"the next trial), less than {self._until:g}: trials that run are left as they are"
         )

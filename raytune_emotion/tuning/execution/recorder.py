@@ -17,7 +17,7 @@ from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, PREDICTIONS, r
 from raytune_emotion.learn.report import Heard, Report
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
-from raytune_emotion.tuning.policy.decisions import Prune
+from raytune_emotion.tuning.policy.decisions import Gain, Prune
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
@@ -55,7 +55,7 @@ class Event:
     status: Status
     report: Heard | None  # the part of the latest report that is sent to the driver
     reason: str
-    gain: float | None = None  # that is expected of further training, bits per hour; None where it is not known
+    gain: Gain | None = None  # that is expected of further training; None where it is not known
     elsewhere: bool = False  # whether another driver has run the trial
 
     @property
@@ -276,7 +276,7 @@ class Recorder:
                 self._end(self._searcher.resume(trial_id), Pruned(), None)
 
 
-def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: float | None) -> Event:
+def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:
     """Say how a trial ended that another driver ran."""
     proposal = Proposal(trial.trial_id, trial.settings, trial.continues)
     last = record.reports[-1] if record.reports else None

@@ -34,11 +34,24 @@ DEFAULT_SCHEDULER = FREEZE_THAW
 #: for which Optuna has no state but `RUNNING`; the seconds it had trained when it last paused or ended; how often it
 #: was taken up; the driver that runs it, where a study has several.
 SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP, DRIVER = "settings", "cost", "paused", "seconds", "taken_up", "driver"
-#: Attribute of an Optuna study: the expected further gain, bits per hour.
-GAIN = "expected_gain_per_hour"
+#: Attribute of an Optuna study: the expected further gain, as bits and seconds.
+GAIN = "expected_gain"
 
 #: What becomes of a running trial after a report.
 Decision = Literal["go on", "pause", "stop"]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What the most promising training that is left is expected to bring."""
+
+    bits: float  # by which it lowers the best JS of the study
+    seconds: float  # that it takes; 0 where nothing is left
+
+    @property
+    def per_hour(self) -> float:
+        """Return the bits per hour of training."""
+        return 3600 * self.bits / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

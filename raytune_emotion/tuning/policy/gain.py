@@ -1,4 +1,4 @@
-"""Expect what further training brings: by how much it lowers a study's best JS, per hour that it takes."""
+"""Expect what further training brings: by how much it lowers a study's best JS, and how long it takes."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SECONDS, as_paused, count_reports, is_running, reports_left
+from raytune_emotion.tuning.policy.decisions import SECONDS, Gain, as_paused, count_reports, is_running, reports_left
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
@@ -40,18 +40,19 @@ class GainForecast:
         self._reports, self._seed, self._earlier = reports, seed, earlier
         self._aim, self._front = Aim(objective, reports=reports), objective.front
 
-    def __call__(self, past: Sequence[FrozenTrial]) -> float | None:
+    def __call__(self, past: Sequence[FrozenTrial]) -> Gain | None:
         """Return the gain of the best that can be trained next: a trial that has not ended, or a new configuration.
 
-        The gain of a trial is the expected fall of the study's best JS once the trial is trained to its end, per hour
-        of the training that is left to it. Beside it others may train, so a study with several places gains more.
+        The gain of a trial is the expected fall of the study's best JS once the trial is trained to its end. The best
+        trial has the largest fall per hour of the training that is left to it. Beside it others may train, so a study
+        with several places gains more.
 
         Args:
             past: every trial that has begun, by number.
 
         Returns:
-            Bits per hour; 0 where nothing can be trained. None where nothing is known: before a forecast is possible,
-            before a trial was trained to its end and its time measured, and where a front is wanted.
+            Bits and seconds; 0 where nothing can be trained. None where nothing is known: before a forecast is
+            possible, before a trial was trained to its end and its time measured, and where a front is wanted.
         """
         ended = any(count_reports(trial) >= self._reports for trial in past)
         timed = any(trial.user_attrs.get(SECONDS) for trial in past)
@@ -63,7 +64,7 @@ class GainForecast:
             outlook = Outlook(self._domain, still, self._aim, self._earlier)
             return None if outlook.forecast is None else self._best(outlook, past)
 
-    def _best(self, outlook: Outlook, past: Sequence[FrozenTrial]) -> float | None:
+    def _best(self, outlook: Outlook, past: Sequence[FrozenTrial]) -> Gain | None:
         under_way = [trial for trial in past if trial.state == TrialState.RUNNING]
         left = [reports_left(trial, self._reports) for trial in under_way]
         settings = [self._domain.settings(trial) for trial in under_way]
@@ -72,7 +73,8 @@ class GainForecast:
             settings.append(self._space.suggest(FixedTrial(offer.params)))
             left.append(self._reports)
         if not settings:
-            return 0.0
-        gain_M = outlook.fall_per_hour(settings, np.array(left, float))
-        best = float(gain_M.max())
-        return best if math.isfinite(best) else None
+            return Gain(0.0, 0.0)
+        fall_M, seconds_M = outlook.expect_fall(settings, np.array(left, float))
+        first = int((fall_M / seconds_M).argmax())
+        gain = Gain(float(fall_M[first]), float(seconds_M[first]))
+        return gain if math.isfinite(gain.per_hour) else None

@@ -99,8 +99,8 @@ class Outlook:
         gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N)
         return np.log(np.maximum(gain_M, 1e-300))
 
-    def fall_per_hour(self, settings: Configurations, left_M: Floats) -> Floats:
-        """Return by how many bits each of M configurations is expected to lower the best JS, per hour, [M].
+    def expect_fall(self, settings: Configurations, left_M: Floats) -> tuple[Floats, Floats]:
+        """Return by how many bits each of M configurations is expected to lower the best JS, and in how many seconds.
 
         Args:
             settings: of the configurations.
@@ -109,8 +109,8 @@ class Outlook:
         assert self.forecast is not None
         mean_M, std_M = self.forecast(settings)
         fall_M = expected_fall(mean_M, WIDER * std_M, self.forecast.best)
-        per_hour_M: Floats = 3600 * fall_M / (left_M * np.exp(self._log_seconds(settings)))
-        return per_hour_M
+        seconds_M: Floats = left_M * np.exp(self._log_seconds(settings))
+        return fall_M, seconds_M
 
     def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates) -> Offer | None:
         """Return the most promising configuration that was not tried; None where the space has no other."""

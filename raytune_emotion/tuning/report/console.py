@@ -134,8 +134,8 @@ def sum_up(snapshot: Snapshot) -> str:
     ]
     if summary.trials_per_hour is not None:
         parts.append(f"{summary.trials_per_hour:.3g} trials an hour")
-    if summary.expected_gain_per_hour is not None:
-        parts.append(gain_text(summary.expected_gain_per_hour))
+    if summary.expected_gain is not None:
+        parts.append(gain_text(summary.expected_gain))
     if snapshot.end_in is not None:
         parts.append(f"about {duration(snapshot.end_in)} left")
     return f"after {duration(snapshot.session_seconds)}: {'; '.join(parts)}"

@@ -99,7 +99,7 @@ class StudyProgress:
             self._reached[self._earlier.best.trial_id] = self._earlier.best
         self._at_work: dict[str, TrialAtWork] = {}
         self._ended_here = 0
-        self._gain = self._earlier.expected_gain_per_hour
+        self._gain = self._earlier.expected_gain
         self._disk, self._disk_due = Disk(0, 0), clock()
         self._lock = threading.Lock()
 
@@ -156,7 +156,8 @@ class StudyProgress:
             elapsed_seconds=self._before + session,
             trials_per_hour=rate * 3600 if rate else self._earlier.trials_per_hour,
             best_js_by_time=points,
-            expected_gain_per_hour=self._gain,
+            expected_gain=self._gain,
+            expected_gain_per_hour=self._gain.per_hour if self._gain is not None else None,
         )
         left = self._earlier.trials_planned - sum(counts[status] for status in _ENDED)
         return Snapshot(

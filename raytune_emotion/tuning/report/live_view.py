@@ -114,8 +114,8 @@ def _add_best(view: Table, summary: Summary, width: int, height: int) -> None:
         ends = f"{points[0][1]:.4f} → {points[-1][1]:.4f}"
         sparks = sparkline(points, min(_SPARKS, width - len(ends) - 3))
         view.add_row("over time", _text((sparks, "green"), "  ", (ends, "bright_black")))
-    if summary.expected_gain_per_hour is not None:
-        view.add_row("gain", _text(gain_text(summary.expected_gain_per_hour)))
+    if summary.expected_gain is not None:
+        view.add_row("gain", _text(gain_text(summary.expected_gain)))
     view.add_row("settings", _settings(best.settings, width, max(2, (height - _OTHER_LINES) // 2)))
 
 

@@ -16,6 +16,7 @@ from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.combinations import HEADINGS as COMBINATIONS
 from raytune_emotion.tuning.report.combinations import Brought, measure_combinations
@@ -31,6 +32,7 @@ from raytune_emotion.tuning.report.page_data import (
 )
 from raytune_emotion.tuning.report.plots import draw_all
 from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, write_results
+from raytune_emotion.tuning.report.summary import duration, gain_source
 from raytune_emotion.tuning.report.winner import Face, extreme_faces, predict_winner, predictions_table
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
@@ -58,14 +60,14 @@ _AIMS = {
 }
 
 
-def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: float | None = None) -> None:
+def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: Gain | None = None) -> None:
     """Write the page of a study, and its plots and tables as PNG and CSV files.
 
     Args:
         folder: of the study.
         spec: of the study.
         records: of its trials.
-        gain: that is expected of further training, bits per hour; None where it is not known.
+        gain: that is expected of further training; None where it is not known.
     """
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
@@ -102,7 +104,7 @@ def _render(
     found: Sequence[ConfirmedConfiguration],
     predictions: Predictions | str,
     combinations: Sequence[Brought],
-    gain: float | None,
+    gain: Gain | None,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
@@ -128,8 +130,9 @@ def _render(
         records=data.records,
         aim=_AIMS.get(data.spec.objective, f"the front of {data.spec.objective}"),
         gain=gain,
+        gain_source=gain_source(gain) if gain is not None and gain.bits else "",
         counts=count_statuses(data.records),
-        duration=_duration(sum(r.reports[-1]["seconds"] for r in data.records if r.reports)),
+        duration=duration(sum(r.reports[-1]["seconds"] for r in data.records if r.reports)),
         searched=searched_rows(data.space),
         fixed=fixed_rows(data.space),
         axes=data.axes,
@@ -287,12 +290,6 @@ def _table_of_combinations(combinations: Sequence[Brought]) -> dict[str, str]:
 
 def _count(number: float, word: str) -> str:
     return f"{number:g} {word}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _cell(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import optuna
 
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord, trained_settings, winner
 from raytune_emotion.tuning.study.spec import StudySpec
@@ -43,7 +44,8 @@ class Summary:
     trials_per_hour: float | None  # that ended, by the active time
     seconds_since_evaluation: float | None
     best_js_by_time: list[tuple[float, float]]  # seconds since the start, lowest JS so far in bits
-    expected_gain_per_hour: float | None  # of further training, bits; None where it is not known
+    expected_gain: Gain | None  # of further training; None where it is not known
+    expected_gain_per_hour: float | None  # the same as a rate, bits
 
 
 def summarize(
@@ -73,6 +75,7 @@ def summarize(
     last = max((end for _, end in spans), default=now)
     active = _length_of_union(spans)
     leader = winner(records)
+    gain = expected_gain(study)
     heard = [report["time"] for record in records for report in record.reports if "time" in report]
     return Summary(
         study=name or spec.name,
@@ -89,7 +92,8 @@ def summarize(
         # The clock of the machine of a trial may be ahead, and a clock may be set back.
         seconds_since_evaluation=max(0.0, now - max(heard)) if heard else None,
         best_js_by_time=_best_by_time(records, started) if started is not None else [],
-        expected_gain_per_hour=expected_gain(study),
+        expected_gain=gain,
+        expected_gain_per_hour=gain.per_hour if gain is not None else None,
     )
 
 
@@ -113,8 +117,8 @@ def describe(summary: Summary) -> list[str]:
     if summary.best_js_by_time:
         first, lowest = summary.best_js_by_time[0][1], summary.best_js_by_time[-1][1]
         lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
-    if summary.expected_gain_per_hour is not None:
-        lines.append(f"gain        {gain_text(summary.expected_gain_per_hour)}")
+    if summary.expected_gain is not None:
+        lines.append(f"gain        {gain_text(summary.expected_gain)}")
     lines += [f"  {name} {value_text(value)}" for name, value in best.settings.items()]
     return lines
 
@@ -179,13 +183,23 @@ def _length_of_union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def duration(seconds: float) -> str:
+    if 0 < seconds < 0.95:
+        return f"{seconds:.1g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def gain_text(bits_per_hour: float) -> str:
-    return f"{bits_per_hour:.2g} bits an hour expected of further training"
+def gain_text(gain: Gain) -> str:
+    """Say a gain as the fall of the best JS and the time of that training: a rate alone may be above the JS itself."""
+    if gain.bits == 0:
+        return "nothing more is expected of further training"
+    return f"{gain.bits:.2g} bits {gain_source(gain)}"
+
+
+def gain_source(gain: Gain) -> str:
+    """Say of what training a gain is expected."""
+    return f"expected of {duration(gain.seconds)} more training ({gain.per_hour:.2g} an hour)"
 
 
 def value_text(value: Any) -> str:

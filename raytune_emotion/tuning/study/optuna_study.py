@@ -31,6 +31,7 @@ from raytune_emotion.tuning.policy.decisions import (
     TAKEN_UP,
     Begin,
     Decision,
+    Gain,
     Limits,
     Policy,
     Prune,
@@ -142,11 +143,11 @@ class Searcher:
         """Have the policy learn what was reported before; see `decisions.Policy`."""
         return self._policy.replay(trials)
 
-    def note_gain(self, gain: Callable[[Sequence[FrozenTrial]], float | None]) -> float | None:
+    def note_gain(self, gain: Callable[[Sequence[FrozenTrial]], Gain | None]) -> Gain | None:
         """Compute the expected further gain from the trials that have begun, and keep it in the study."""
         found = gain(self._past())
         if found != expected_gain(self._study):
-            self._study.set_user_attr(GAIN, found)
+            self._study.set_user_attr(GAIN, None if found is None else [found.bits, found.seconds])
         return found
 
     def _past(self) -> list[FrozenTrial]:
@@ -229,10 +230,10 @@ def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
             study.enqueue_trial(ended.params, user_attrs={CONTINUES: trial_id})
 
 
-def expected_gain(study: optuna.Study) -> float | None:
-    """Return the expected further gain that was noted last, bits per hour; None where it is not known."""
-    gain: float | None = study.user_attrs.get(GAIN)
-    return gain
+def expected_gain(study: optuna.Study) -> Gain | None:
+    """Return the expected further gain that was noted last; None where it is not known."""
+    noted: list[float] | None = study.user_attrs.get(GAIN)
+    return None if noted is None else Gain(*noted)
 
 
 def list_trials(study: optuna.Study) -> list[StudyTrial]:

@@ -13,7 +13,8 @@ from raytune_emotion.tuning.execution import gain_watch, runner
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.report.summary import BestTrial, describe, summarize
+from raytune_emotion.tuning.policy.decisions import Gain
+from raytune_emotion.tuning.report.summary import BestTrial, describe, gain_text, summarize
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import expected_gain
 from tests.support.events import Clock
@@ -57,10 +58,10 @@ def test_a_study_ends_once_little_is_expected_and_goes_on_when_it_is_asked_to(ma
     recorder.close()
     assert 4 <= len({*begun}) < 12
     gain = expected_gain(load(folder).optuna)
-    assert 0 < gain < MUCH
+    assert 0 < gain.per_hour < MUCH
     assert recorder.gain.shortfall == (
-        f"further training is expected to bring {gain:.2g} bits an hour, less than 1e+09: trials that run are left as "
-        f"they are"
+        f"further training is expected to bring {gain.per_hour:.2g} bits an hour ({gain.bits:.2g} with the next "
+        f"trial), less than 1e+09: trials that run are left as they are"
     )
     assert run(Recorder(load(folder), until_gain=MUCH, clock=clock)) == []
     goes_on = Recorder(load(folder), until_gain=1e-9, clock=clock)
@@ -81,9 +82,11 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
     gain = expected_gain(study.optuna)
     assert [event.gain for event in heard if event.status != "running"][-1] == gain
     summary = summarize(study.spec, study.optuna, study.records(), Folder(folder), now=time.time())
-    assert dataclasses.asdict(summary)["expected_gain_per_hour"] == gain
+    told = dataclasses.asdict(summary)
+    assert told["expected_gain"] == {"bits": gain.bits, "seconds": gain.seconds}
+    assert told["expected_gain_per_hour"] == 3600 * gain.bits / gain.seconds
     reached = dataclasses.replace(summary, best=BestTrial("0003", "complete", 0.3, 3.0, {}))
-    assert describe(reached)[-1] == f"gain        {gain:.2g} bits an hour expected of further training"
+    assert f"gain        {gain_text(gain)}" in describe(reached)
 
 
 def test_a_confirmation_has_no_gain(make):
@@ -100,7 +103,7 @@ def test_the_gain_is_computed_in_a_small_share_of_the_time(make):
     def note_gain(forecast):
         asked.append(clock.now)
         clock.now += 0.1  # that it takes
-        return 0.5
+        return Gain(0.5, 3600.0)
 
     watch = GainWatch(load(make()), SimpleNamespace(note_gain=note_gain), (), until=None, clock=clock)
     for _ in range(2000):
@@ -108,7 +111,7 @@ def test_the_gain_is_computed_in_a_small_share_of_the_time(make):
         clock.now += 0.01
     # 20 s and what it took: each takes 0.1 s, after which there are 5 s of rest.
     assert len(asked) == 4
-    assert watch.value == 0.5
+    assert watch.value == Gain(0.5, 3600.0)
     assert watch.shortfall == ""
 
 

@@ -7,7 +7,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from raytune_emotion.tuning.policy.acquisition import expected_fall
-from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, SETTINGS
+from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, SETTINGS, Gain
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.policy.objective import BY_SIZE, OBJECTIVES
 from raytune_emotion.tuning.space.space import Space
@@ -63,19 +63,22 @@ def test_nothing_is_known_of_the_gain_before_enough_has_been_seen(lengths):
 
 
 def test_a_front_has_no_gain_in_bits():
-    assert gains()(past(4, 4, 4, 2, 2)) > 0
+    assert gains()(past(4, 4, 4, 2, 2)).bits > 0
     assert gains(objective=OBJECTIVES[BY_SIZE])(past(4, 4, 4, 2, 2)) is None
 
 
 def test_the_gain_falls_as_the_space_becomes_known():
     few, many = gains()(past(*[4] * 5)), gains()(past(*[4] * 40))
-    assert many < few / 3
+    assert many.per_hour < few.per_hour / 3
 
 
 def test_a_gain_takes_the_time_that_training_takes():
     slow = [trial(each.number, each.user_attrs[SETTINGS], [*each.intermediate_values.values()],
                   seconds=40.0 * len(each.intermediate_values)) for each in past(*[4] * 6)]  # fmt: skip
-    assert gains()(slow) == pytest.approx(gains()(past(*[4] * 6)) / 4, rel=1e-6)
+    late, soon = gains()(slow), gains()(past(*[4] * 6))
+    assert (late.bits, late.seconds) == pytest.approx((soon.bits, 4 * soon.seconds), rel=1e-6)
+    assert soon.seconds == pytest.approx(10 * REPORTS)
+    assert soon.per_hour == pytest.approx(soon.bits * 3600 / (10 * REPORTS))
 
 
 def test_a_trial_promises_as_much_while_it_runs_as_when_it_is_paused():
@@ -90,9 +93,10 @@ def test_a_trial_promises_as_much_while_it_runs_as_when_it_is_paused():
         for paused in (True, False)
     )
     found = gains()([*ended, running])
-    assert found == pytest.approx(gains()([*ended, paused]), rel=0.05)
+    assert found.bits == pytest.approx(gains()([*ended, paused]).bits, rel=0.05)
     # From the best of the others to its own end, in the two reports of ten seconds that are left to it.
-    assert found == pytest.approx((min(curve(quality(0.2))) - min(curve(1))) / 20 * 3600, rel=0.3)
+    assert found.seconds == pytest.approx(20)
+    assert found.bits == pytest.approx(min(curve(quality(0.2))) - min(curve(1)), rel=0.3)
 
 
 def test_nothing_is_gained_where_nothing_is_left_to_train():
@@ -103,5 +107,6 @@ def test_nothing_is_gained_where_nothing_is_left_to_train():
         each = trial(number, {}, curve(0.5 + number / 8))
         each.user_attrs[SETTINGS] = settings
         ended.append(each)
-    assert gains(space)(ended) == 0.0
+    assert gains(space)(ended) == Gain(0.0, 0.0)
+    assert Gain(0.0, 0.0).per_hour == 0
     assert gains(space)(ended[:3]) is None, "too few to forecast by"

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from raytune_emotion.terminal import announce, is_screen
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report import console as console_module
 from raytune_emotion.tuning.report.console import line_of, show_events, sum_up
 from raytune_emotion.tuning.report.live_state import StudyProgress
@@ -161,10 +162,10 @@ def test_a_line_on_the_study_says_rate_and_time_left(progress):
     progress.watch(event("0000", "running"))
     progress.watch(event("0001", "paused", 0.5))
     clock.now += 60
-    progress.watch(event("0000", "complete", 0.3, gain=0.02))
+    progress.watch(event("0000", "complete", 0.3, gain=Gain(0.002, 360.0)))
     assert sum_up(progress.snapshot()) == (
         "after 1 min 00 s: 1 of 8 trials ended, 0 at work, 1 paused; best JS 0.3000 bits, trial 0000; "
-        "60 trials an hour; 0.02 bits an hour expected of further training; about 7 min 00 s left"
+        "60 trials an hour; 0.002 bits expected of 6 min 00 s more training (0.02 an hour); about 7 min 00 s left"
     )
 
 

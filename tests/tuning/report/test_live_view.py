@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from raytune_emotion.terminal import plain_console
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView, size
 from raytune_emotion.tuning.study.open_study import load, make_study
@@ -81,9 +82,9 @@ def test_the_best_trial_is_shown_with_its_settings(progress, clock):
 def test_the_expected_gain_is_shown_where_it_is_known(progress, clock):
     feed(progress, clock, event("0000", "running", 0.4), event("0000", "complete", 0.3))
     assert not any(line.startswith("gain") for line in drawn(progress))
-    feed(progress, clock, event("0001", "pruned", 0.4, gain=0.00123), event("0002", "running", 0.4))
-    assert progress.snapshot().summary.expected_gain_per_hour == 0.00123
-    assert "gain        0.0012 bits an hour expected of further training" in drawn(progress)
+    feed(progress, clock, event("0001", "pruned", 0.4, gain=Gain(0.00123, 0.5)), event("0002", "running", 0.4))
+    assert progress.snapshot().summary.expected_gain_per_hour == pytest.approx(3600 * 0.00123 / 0.5)
+    assert "gain        0.0012 bits expected of 0.5 s more training (8.9 an hour)" in drawn(progress)
 
 
 def test_a_failed_trial_is_never_the_best(progress, clock):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.report.page import report_files, write_report
 from raytune_emotion.tuning.report.plots import draw_parallel, draw_settings
@@ -24,7 +25,7 @@ from tests.support.studies import searcher_of, spec_of
 def written(tmp_path_factory, store):
     """The folder of a study with its report."""
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder, spec_of(store), RECORDS, gain=0.00123)
+    write_report(folder, spec_of(store), RECORDS, gain=Gain(0.00123, 492.0))
     return folder
 
 
@@ -39,9 +40,11 @@ def test_every_ending_of_a_trial_has_its_row(written):
 
 
 def test_expected_gain_has_its_tile_where_it_is_known(written, tmp_path, store, no_plots):
-    assert "0.0012 bits an hour expected of further training" in Page(written).text
+    assert "0.0012 bits expected of 8 min 12 s more training (0.009 an hour)" in Page(written).text
     write_report(tmp_path, spec_of(store), RECORDS)
     assert "bits an hour" not in Page(tmp_path).text
+    write_report(tmp_path, spec_of(store), RECORDS, gain=Gain(0.0, 0.0))
+    assert "0 bits more expected of further training" in Page(tmp_path).text
 
 
 def test_failures_stand_with_their_reasons(written):
