@@ -33,6 +33,7 @@ from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST,
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.continuation import check_continuation
 from raytune_emotion.tuning.study.database import check_url
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, NONE, SearchRequest
@@ -185,9 +186,7 @@ def run(args: argparse.Namespace) -> None:
         if request.joins(place):
             request = dataclasses.replace(request, resume=True)
         if request.resume:
-            request.check_storage()
-            _check_mlflow(request)
-            refuse_absent_gpu(request.gpus_per_worker, request.address)
+            _check_resumed(request, place)
         new = None if request.resume else _check_new(request, place)
     _search(request, place, new)
     if request.finish:
@@ -206,6 +205,31 @@ def _finish(request: SearchRequest, place: Location) -> None:
         options = typed_options(results=folder.parent, name=folder.name, address=request.address)
         plain_console().print(f"to go on: python -m raytune_emotion.search --resume --finish{options}")
         raise
+
+
+def _check_resumed(request: SearchRequest, place: Location) -> None:
+    """Look at all that a study is asked for that goes on, as far as that takes no time.
+
+    Raises:
+        UserError: with every error at once.
+    """
+    errors: list[str] = []
+    with collect_errors(errors):
+        check_continuation(request, place)
+    with collect_errors(errors):
+        request.check_storage()
+    with collect_errors(errors):
+        _check_mlflow(request)
+    with collect_errors(errors):
+        refuse_absent_gpu(request.gpus_per_worker, request.address)
+    if errors:
+        # These are looked at again when the study is open: here only so that all errors are told at once.
+        with collect_errors(errors):
+            _check_address(request)
+        if request.data is not None:
+            with collect_errors(errors):
+                find_data(request.data)
+        raise UserError(errors)
 
 
 def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":

@@ -112,6 +112,26 @@ def test_wrong_input_is_refused_before_anything_heavy_is_imported(tmp_path):
         assert "Traceback" not in answer.said, argv
 
 
+def test_changes_of_a_study_are_refused_before_anything_heavy_is_imported(tmp_path):
+    for name, changes in (("study", {}), ("confirmation", {"confirms": {"0000": 0.1}}), ("damaged", {})):
+        folder = tmp_path / "r" / name  # of which there is the spec alone
+        folder.mkdir(parents=True)
+        write_spec(folder, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0"), **changes))
+    file = tmp_path / "r" / "damaged" / "study.yaml"
+    file.write_text(file.read_text().replace("epochs: 2", "epochs: many"))
+    wrong = [
+        (("study", "--seed", "4"), "--seed: a study keeps the seed that it began with, 3; leave the option out"),
+        (("study", "--space", "demo"), "--space: a study keeps the space that it began with; leave the option out"),
+        (("study", "--epochs", "1"), "--epochs: may be raised when a study goes on, not lowered (it has 2)"),
+        (("confirmation",), "is a confirmation; go on with it by `python -m raytune_emotion.confirm "),
+        (("damaged",), "damaged (epochs: Input should be a valid integer, got 'many'); restore it from a copy"),
+    ]
+    commands = [["search", "--resume", "--results", "r", "--name", *argv] for argv, _ in wrong]
+    for (argv, said), answer in zip(wrong, answers(commands, tmp_path), strict=True):
+        assert (answer.code, answer.imported) == (2, ()), argv
+        assert said in answer.said, argv
+
+
 def test_search_says_what_it_does_before_anything_heavy_is_imported(tmp_path):
     code = (
         "import sys\n"

@@ -37,6 +37,7 @@ TESTED_ELSEWHERE = {
     "tuning/policy/outlook": ("tuning/policy/test_sampler", "the sampler offers what the outlook weighs highest"),
     "tuning/policy/policies": ("tuning/policy/test_freeze_thaw", "it makes the policies that are tested there"),
     "tuning/study/confirmation": ("test_confirm", "it is what the command `confirm` begins and ranks"),
+    "tuning/study/continuation": ("test_search", "what a study may not change is refused at the door of `search`"),
     "tuning/study/creation": ("test_search", "what a new or resumed study may be is refused at the door of `search`"),
     "tuning/study/earlier": ("tuning/policy/test_warm_start", "what is gathered is what a warm start reads"),
     "tuning/study/endings": ("tuning/execution/test_recorder", "types only; the recorder decides each ending"),

@@ -19,10 +19,10 @@ from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
-from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, STUDIES, name_earlier
-from raytune_emotion.tuning.space.parser import load_space
+from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.database import join_address, split_address
+from raytune_emotion.tuning.study.continuation import refuse_confirmation, refused_changes
+from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
@@ -30,8 +30,6 @@ from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, 
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, created_at, read_spec
 
 _GENERATED = "generated faces"
-#: Settings of a study that come from the command line where it names them, so that a space may have others.
-_OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", "model.weights_dir")
 
 
 def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> StudySpec:
@@ -80,10 +78,7 @@ def open_existing(place: Location, held: ExitStack) -> OpenStudy:
         place.set_aside_copy()
     place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
     spec = read_spec(folder)
-    if spec.confirms is not None:
-        raise UserError(
-            f"{place}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
-        )
+    refuse_confirmation(spec, folder, place)
     return load(folder, place, drivers)
 
 
@@ -99,13 +94,7 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
         UserError: there are such faults; what is asked for is of another study; its data or weights are gone.
     """
     spec, space = study.spec, study.space
-    faults = _forbidden_changes(request, study) + faults
-    with collect_errors(faults):
-        request.check_warm_start()
-    if request.epochs is not None and request.epochs < spec.epochs:
-        faults.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
-    with collect_errors(faults):
-        request.check_until_gain(spec.objective)
+    faults = refused_changes(request, spec, study.folder) + faults
     stores = spec.stores
     data = request.data or _find_data_again(spec)
     if data is not None:
@@ -133,33 +122,6 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
     }
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(spec, stores=stores, **given)
-
-
-def _forbidden_changes(request: SearchRequest, study: OpenStudy) -> list[str]:
-    """List what is asked for and would make another study of it. To repeat what the study has is no error."""
-    spec = study.spec
-    kept = ("objective", "sampler", "scheduler", "seed")
-    wanted, has = ({name: getattr(its, name) for name in kept} for its in (request, spec))
-    changed = [
-        f"{name} that it began with, {has[name]}" for name, value in wanted.items() if value not in (None, has[name])
-    ]
-    if request.space is not None:
-        # What the study has of these is from the command line, or may change.
-        own = {key: value for key, value in study.space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
-        if load_space(request.space, overrides=own).to_dict() != study.space.to_dict():
-            changed.append("space that it began with")
-    url = split_address(spec.storage)[0] if spec.storage else None
-    if request.storage not in (None, url):
-        changed.append(f"storage that it began with, {url or 'its own journal'}")
-    if request.warm_start:
-        began = name_earlier(study.folder)
-        if began != (STUDIES if request.earlier_studies else NOTHING):
-            changed.append(f"warm-start that it began with, {began}")
-    return [
-        f"--{what.partition(' ')[0]}: a study keeps the {what}; leave the option out, or begin a new study under "
-        f"another name"
-        for what in changed
-    ]
 
 
 def _find_data_again(spec: StudySpec) -> Location | None:

@@ -1,0 +1,89 @@
+"""Say what keeps a study from going on as it is asked to, from its spec alone: nothing heavy is imported."""
+
+from pathlib import Path
+
+from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.study.database import split_address
+from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec
+
+#: Settings of a study that come from the command line where it names them, so that a space may have others.
+_OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", "model.weights_dir")
+
+
+def check_continuation(request: SearchRequest, place: Location) -> None:
+    """Check, before anything of a study is loaded, that it can go on as it is asked to.
+
+    Raises:
+        UserError: with every error that its spec shows.
+    """
+    names = [SPEC]
+    if request.warm_start:
+        from raytune_emotion.tuning.policy.warm_start import EARLIER  # imported only now: it takes a second
+
+        names.append(EARLIER)
+    with place.work_here(*names) as folder:
+        try:
+            spec = read_spec(folder)
+            refuse_confirmation(spec, folder, place)
+            errors = refused_changes(request, spec, folder)
+        except UserError as error:
+            raise UserError(fault.replace(str(folder), str(place)) for fault in error.faults) from None
+    if errors:
+        raise UserError(errors)
+
+
+def refuse_confirmation(spec: StudySpec, folder: Path, place: Location) -> None:
+    """Refuse to go on with a confirmation as with a search.
+
+    Raises:
+        UserError: it is one.
+    """
+    if spec.confirms is not None:
+        raise UserError(
+            f"{place}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
+        )
+
+
+def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> list[str]:
+    """List what is asked for and a study does not allow when it goes on. To repeat what it has is no error.
+
+    Args:
+        request: what is asked for.
+        spec: of the study.
+        folder: of the study, with what it started from.
+    """
+    kept = ("objective", "sampler", "scheduler", "seed")
+    wanted, has = ({name: getattr(its, name) for name in kept} for its in (request, spec))
+    changed = [
+        f"{name} that it began with, {has[name]}" for name, value in wanted.items() if value not in (None, has[name])
+    ]
+    if request.space is not None:
+        space = parse_space(spec.space, SPEC)
+        # What the study has of these is from the command line, or may change.
+        own = {key: value for key, value in space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
+        if load_space(request.space, overrides=own).to_dict() != space.to_dict():
+            changed.append("space that it began with")
+    url = split_address(spec.storage)[0] if spec.storage else None
+    if request.storage not in (None, url):
+        changed.append(f"storage that it began with, {url or 'its own journal'}")
+    if request.warm_start:
+        from raytune_emotion.tuning.policy.warm_start import NOTHING, STUDIES, name_earlier
+
+        began = name_earlier(folder)
+        if began != (STUDIES if request.earlier_studies else NOTHING):
+            changed.append(f"warm-start that it began with, {began}")
+    errors = [
+        f"--{what.partition(' ')[0]}: a study keeps the {what}; leave the option out, or begin a new study under "
+        f"another name"
+        for what in changed
+    ]
+    with collect_errors(errors):
+        request.check_warm_start()
+    if request.epochs is not None and request.epochs < spec.epochs:
+        errors.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
+    with collect_errors(errors):
+        request.check_until_gain(spec.objective)
+    return errors
