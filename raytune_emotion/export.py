@@ -9,7 +9,7 @@ from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import say
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
-from raytune_emotion.tuning.study.trials import PARAMS, as_trial_id
+from raytune_emotion.tuning.study.trials import PARAMS, find_trial
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         export_run(args.study, args.dest, formats)
         say(f"the best weights of {args.study} are exported to {args.dest}")
         return
-    trial_id = as_trial_id(args.trial) if args.trial is not None else _best_of(args.study)
+    trial_id = _find_trial(args.study, args.trial) if args.trial is not None else _best_of(args.study)
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.study.trial_export import export_trial
 
@@ -89,6 +89,17 @@ def _export_combination(args: argparse.Namespace, formats: list[str]) -> None:
         chosen, what = export_soup(args.study, args.dest, formats), "soup"
     say(f"the {what} of the trials {', '.join(chosen.trial_ids)} is exported to {args.dest}")
     say(chosen.sentence(what))
+
+
+def _find_trial(study: Location, text: str) -> str:
+    """Return the id of a trial that has begun.
+
+    Raises:
+        UserError: it is no study, or has no such trial.
+    """
+    with study.copy_here(SPEC) as folder:
+        read_spec(folder)
+    return find_trial(text, [name.split("/")[1] for name in study.find(f"trials/*/{PARAMS}")], study)
 
 
 def _best_of(study: Location) -> str:

@@ -109,15 +109,21 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
     """Read the settings of a study's trial, by default the best."""
+    with study.copy_here(SPEC, f"trials/*/{PARAMS}") as folder:
+        read_spec(folder)
+        begun = [file.parent.name for file in folder.glob(f"trials/*/{PARAMS}")]
+        trial_id = _best_trial(study) if trial is None else find_trial(trial, begun, study)
+        return _read(folder / "trials" / trial_id / PARAMS)
+
+
+def _best_trial(study: Location) -> str:
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.study.open_study import load
     from raytune_emotion.tuning.study.optuna_study import JOURNAL
 
-    with study.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}", f"trials/*/{PARAMS}") as folder:
-        best = load(folder).best_trial().trial_id if trial is None else ""
-        begun = [file.parent.name for file in folder.glob(f"trials/*/{PARAMS}")]
-        return _read(folder / "trials" / find_trial(trial or best, begun, study) / PARAMS)
+    with study.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}") as folder:
+        return load(folder).best_trial().trial_id
 
 
 def run(args: argparse.Namespace) -> None:

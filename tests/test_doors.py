@@ -112,7 +112,7 @@ def test_wrong_input_is_refused_before_anything_heavy_is_imported(tmp_path):
         assert "Traceback" not in answer.said, argv
 
 
-def test_changes_of_a_study_are_refused_before_anything_heavy_is_imported(tmp_path):
+def test_what_a_study_does_not_have_or_allow_is_refused_before_anything_heavy_is_imported(tmp_path):
     for name, changes in (("study", {}), ("confirmation", {"confirms": {"0000": 0.1}}), ("damaged", {})):
         folder = tmp_path / "r" / name  # of which there is the spec alone
         folder.mkdir(parents=True)
@@ -126,8 +126,12 @@ def test_changes_of_a_study_are_refused_before_anything_heavy_is_imported(tmp_pa
         (("confirmation",), "is a confirmation; go on with it by `python -m raytune_emotion.confirm "),
         (("damaged",), "damaged (epochs: Input should be a valid integer, got 'many'); restore it from a copy"),
     ]
-    commands = [["search", "--resume", "--results", "r", "--name", *argv] for argv, _ in wrong]
-    for (argv, said), answer in zip(wrong, answers(commands, tmp_path), strict=True):
+    wrong = [(("search", "--resume", "--results", "r", "--name", *argv), said) for argv, said in wrong]
+    wrong += [
+        (("train", "--study", "r/study", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
+        (("export", "r/study", "dest", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
+    ]
+    for (argv, said), answer in zip(wrong, answers([argv for argv, _ in wrong], tmp_path), strict=True):
         assert (answer.code, answer.imported) == (2, ()), argv
         assert said in answer.said, argv
 

@@ -100,3 +100,17 @@ def test_an_interruption_in_the_first_seconds_is_no_traceback(folder, start, ver
     code, out = running.ended()
     assert code in (130, 2 if verb == "confirm" else 130), out
     assert "Traceback" not in out
+
+
+def test_a_signal_while_ray_starts_ends_a_search_in_order(folder, start):
+    """Ray handles SIGTERM by itself then, if it may: it would end the search with a code of its own."""
+    running = start("search", "--data", "tiny", "--space", "tiny.yaml", "--results", "r", "--name", "s")
+    for line in running.process.stdout:
+        if line == "starting Ray\n":
+            break
+    time.sleep(1)
+    running.signal_group(signal.SIGTERM)
+    code, out = running.ended()
+    assert code == 130, out
+    assert out.rstrip().endswith("interrupted")
+    assert "Traceback" not in out

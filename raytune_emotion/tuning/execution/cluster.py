@@ -27,6 +27,7 @@ from raytune_emotion.tuning.execution.ray_patches import (
     find_cluster,
     forget_token,
     loopback_alone,
+    no_signal_handlers,
     no_start_by_itself,
     own_process_session,
     own_token,
@@ -100,7 +101,7 @@ def ray_session(
         stack.enter_context(no_start_by_itself())
         stack.callback(_shut_down)
         try:
-            with keep_handlers(), own_process_session():
+            with keep_handlers(), no_signal_handlers(), own_process_session():
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:
             _shut_down()

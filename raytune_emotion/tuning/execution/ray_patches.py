@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import ray
 import ray._private.worker
-from ray._private import auto_init_hook, ray_constants, services
+from ray._private import auto_init_hook, ray_constants, services, utils
 from ray._private.node import Node
 from ray._private.state import state
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
@@ -108,6 +108,20 @@ def own_process_session() -> Iterator[None]:
         yield
     finally:
         setattr(services, "ConsolePopen", before)  # noqa: B010
+
+
+@contextlib.contextmanager
+def no_signal_handlers() -> Iterator[None]:
+    """Keep Ray from handling SIGTERM within the block.
+
+    While it starts, for seconds, it would end this process by an exit code of its own, and without a word.
+    """
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 @contextlib.contextmanager

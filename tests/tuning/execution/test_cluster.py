@@ -1,6 +1,8 @@
-"""What answers at the address of a cluster."""
+"""What answers at the address of a cluster, and how this process joins or starts one."""
 
 import contextlib
+import os
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,12 +10,14 @@ import grpc
 import pytest
 import ray
 from ray._private import auto_init_hook
+from ray._private.node import Node
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import RaySystemError
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.interruption import handle_signals
 from raytune_emotion.tuning.execution import ray_patches
-from raytune_emotion.tuning.execution.cluster import check_cluster
+from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 
 TOKEN = "0123456789abcdef"
@@ -114,6 +118,13 @@ def test_what_answers_and_is_no_cluster_is_refused(monkeypatch):
 
 def test_this_machine_is_no_address_of_a_cluster():
     assert refusal("local") == "names no cluster; leave --address out to start Ray on this machine"
+
+
+def test_sigterm_while_ray_starts_interrupts_as_at_any_other_time(monkeypatch):
+    """Ray handles it by itself then, if it may: it ends the process by a code of its own, without a word."""
+    monkeypatch.setattr(Node, "start_head_processes", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with handle_signals(), pytest.raises(KeyboardInterrupt), ray_session(None):
+        pass
 
 
 def test_a_thread_that_outlives_its_cluster_starts_no_other(monkeypatch):

@@ -19,6 +19,7 @@ _PRIVATE = {
     "ray._private.ray_constants:DEBUG_AUTOSCALING_STATUS": None,
     "ray._private.ray_constants:ENABLE_RAY_CLUSTER": None,
     "ray._private.state:GlobalState.get_draining_nodes": ("self",),
+    "ray._private.utils:set_sigterm_handler": ("sigterm_handler",),
     "ray._private.worker:_global_node": None,
     "ray._private.worker:print_to_stdstream": ("data", "ignore_prefix"),
     "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
