@@ -40,6 +40,10 @@ _LARGEST = 2**53
 _DAMAGE = (SafetensorError, ValueError)
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint is not whole, or not that of its run."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come: all of its state that is no tensor."""
@@ -339,8 +343,8 @@ def _line(report: Report) -> str:
     return json.dumps(report) + "\n"
 
 
-def _damage_error(file: Path, error: Exception) -> UserError:
-    return UserError(
+def _damage_error(file: Path, error: Exception) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{file}: a damaged checkpoint ({_first_line(error)}); delete {LAST} and {BEST} there, and the run starts anew "
         f"when it is resumed"
     )

@@ -97,9 +97,9 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
     return spec
 
 
-def run_here(study, resources=ONE_CORE):
+def run_here(study, resources=ONE_CORE, watch=lambda event: None):
     """Run what is left of a study without Ray: in this process, one trial after the other."""
-    recorder = Recorder(study)
+    recorder = Recorder(study, watch)
     try:
         while (proposal := recorder.next()) is not None:
             with contextlib.closing(train_here(job_of(study, resources, proposal))) as reports:

@@ -23,7 +23,7 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.backbones import short_name
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_progress
+from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, DamagedCheckpointError, read_progress
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
@@ -71,6 +71,7 @@ class Job:
     resources: Resources
     location: str | None = None  # address of the trial's files, if they are not kept in `folder`
     resident: bool = True  # whether its images may lie on the GPU
+    may_start_anew: bool = False  # where its checkpoint is damaged; otherwise that is an error
 
     @property
     def kept_at(self) -> Location:
@@ -170,11 +171,30 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
         if events is not None:
             # Once a trial, when it leaves its process: no training waits for it.
             stack.callback(write_samples, events, folder, store)
-        reports = fit(config, store, device=device, folder=folder, resident=job.resident)
-        for report in stack.enter_context(contextlib.closing(reports)):
+        for report in stack.enter_context(contextlib.closing(_fit(job, config, store, device, folder))):
             if events is not None:
                 events.write_report(report, report["report"])
             yield report
+
+
+def _fit(
+    job: Job, config: RunConfig, store: Store, device: torch.device, folder: Path
+) -> Generator[Report, None, None]:
+    """Train as `fit` does. Where the checkpoint is damaged and the job may start anew, it repeats its reports."""
+
+    def reports() -> Generator[Report, None, None]:
+        return fit(config, store, device=device, folder=folder, resident=job.resident)
+
+    try:
+        yield from reports()
+        return
+    except DamagedCheckpointError:
+        if not job.may_start_anew:
+            raise
+        # Each worker deletes what it could not read, whichever of them is the first.
+        for name in (LAST, BEST):
+            (folder / name).unlink(missing_ok=True)
+    yield from reports()
 
 
 def _open_data(address: str) -> Store:
@@ -292,4 +312,5 @@ def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Jo
         settings=settings,
         resources=resources,
         location=study.copy.of_trial(proposal.trial_id),
+        may_start_anew=True,
     )

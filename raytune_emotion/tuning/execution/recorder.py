@@ -44,6 +44,8 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 #: So many trials that fail one after the other end a study.
 MAX_FAILURES_IN_A_ROW = 10
 
+_STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
+
 _STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "failed", Paused: "paused"}
 
 
@@ -207,10 +209,11 @@ class Recorder:
         if proposal is None:
             return None
         self._study.copy.push(JOURNAL)
-        for report in _take_over(self._study, proposal):
+        reports, why = _take_over(self._study, proposal)
+        for report in reports:
             self._searcher.observe(proposal.trial_id, report)
         self.backlog.running[proposal.trial_id] = proposal
-        self._watch(Event(proposal, "running", None, ""))
+        self._watch(Event(proposal, "running", None, why))
         return proposal
 
     def _ask(self) -> Proposal | None:
@@ -232,7 +235,8 @@ class Recorder:
         if ending is not None:
             self._end(proposal, ending, report)
             return False
-        self._watch(Event(proposal, "running", report, ""))
+        anew = report["report"] == 1 < self._searcher.last_report(proposal.trial_id)
+        self._watch(Event(proposal, "running", report, _STARTS_ANEW if anew else ""))
         return True
 
     def _ending_of(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
@@ -292,16 +296,22 @@ def _unrecorded_ending(record: TrialRecord, *, stopped: bool) -> Complete | Prun
     return Pruned() if stopped and not finished else None
 
 
-def _take_over(study: OpenStudy, proposal: Proposal) -> list[Report]:
-    """Give a trial that goes on from another what that has reached, unless it has begun; return its reports."""
+def _take_over(study: OpenStudy, proposal: Proposal) -> tuple[list[Report], str]:
+    """Give a trial that goes on from another what that has reached, unless it has begun.
+
+    Returns:
+        The reports that it takes over; and why it starts anew instead, if it does.
+    """
     source, target = proposal.continues, proposal.trial_id
     if source is None or study.copy.has(f"trials/{target}/{LAST}"):
-        return []
+        return [], ""
     names = (HISTORY, BEST, LAST)
+    if not all(study.copy.has(f"trials/{source}/{name}") for name in names):
+        return [], f"starts anew, as the checkpoint of trial {source}, which it was to go on from, is gone"
     study.copy.pull(f"trials/{source}/{name}" for name in names)
     copy_checkpoint(study.trial_folder(source), study.trial_folder(target))
     study.copy.push(*(f"trials/{target}/{name}" for name in names))
-    return read_history(study.trial_folder(target))
+    return read_history(study.trial_folder(target)), ""
 
 
 class _Weights:

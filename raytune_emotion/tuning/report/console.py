@@ -87,7 +87,7 @@ def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
 
     def hear(event: Event) -> None:
         progress.watch(event)
-        if event.status not in ("running", "paused"):
+        if event.status not in ("running", "paused") or event.reason:
             say(line_of(event))
 
     if is_screen(console):
@@ -107,7 +107,7 @@ def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
 
 
 def line_of(event: Event) -> str:
-    """Say in a line how a trial has ended."""
+    """Say in a line how a trial has ended, or why it starts anew."""
     settings = event.proposal.settings
     what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
     what += [
@@ -116,7 +116,7 @@ def line_of(event: Event) -> str:
     what += [
         f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005
     ]
-    if event.report is None:
+    if event.report is None or event.status == "running":
         outcome = event.reason or "was paused, and is not continued"
     else:
         outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"

@@ -192,6 +192,10 @@ class Searcher:
         trial.report(report[OBJECTIVE], step)
         return True
 
+    def last_report(self, trial_id: str) -> int:
+        """Return the number of the last report of a running trial; 0 before the first."""
+        return max(stored_trial(self._handles[trial_id]).intermediate_values, default=0)
+
     def pause(self, trial_id: str, seconds: float) -> None:
         """Tell that a trial has left its process after some seconds of training, and can be taken up again."""
         trial = self._handles[trial_id]

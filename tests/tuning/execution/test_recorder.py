@@ -354,6 +354,56 @@ def test_to_raise_the_epochs_twice_enqueues_the_best_once(folder):
     assert [*load(folder).optuna.trials[4].intermediate_values] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut", "garbage"])
+def test_trial_whose_checkpoint_is_gone_or_damaged_starts_anew_and_says_so(tmp_path, store, damage):
+    space = {**SPACE, "model.backbone": "test_resnet"}
+    folder, events = tmp_path / "study", []
+    make_study(folder, spec_of(store, space=space, trials=1, epochs=3))
+    study = load(folder)
+    recorder = Recorder(study)
+    proposal = recorder.next()
+    with contextlib.closing(train_here(job_of(study, ONE_CORE, proposal))) as reports:
+        before = [next(reports), next(reports)]
+    assert all(recorder.report(proposal.trial_id, report) for report in before)
+    last = trial_folder(folder, proposal.trial_id) / LAST
+    whole = last.read_bytes()
+    if damage == "gone":
+        last.unlink()
+    else:
+        last.write_bytes(whole[:-7] if damage == "cut" else whole[:20] + b"\xff" + whole[21:])
+
+    (record,) = run_here(load(folder), watch=events.append)
+    assert record.status == "complete"
+    assert without_clocks(record.reports[:2]) == without_clocks(before)
+    assert len(record.reports) == 3
+    assert [event.reason for event in events] == [
+        "",
+        "starts anew, as its checkpoint is gone or damaged",
+        "",
+        "",
+    ]
+
+
+def test_trial_that_was_to_go_on_from_weights_that_are_gone_starts_anew_and_says_so(folder):
+    recorder = Recorder(load(folder))
+    run(recorder, folder, VALUES)
+    recorder.close()
+    study = load(folder)
+    raise_epochs(study, dataclasses.replace(study.spec, epochs=5))
+    (trial_folder(folder, "0003") / BEST).unlink()
+    events = []
+    recorder = Recorder(load(folder), events.append)
+    proposal = recorder.next()
+    assert (proposal.trial_id, proposal.continues) == ("0004", "0003")
+    assert [event.reason for event in events] == [
+        "starts anew, as the checkpoint of trial 0003, which it was to go on from, is gone"
+    ]
+    reports = train(folder, "0004", 0.05, epochs=5)
+    assert [recorder.report("0004", report) for report in reports] == [True] * 4 + [False]
+    assert statuses(folder)["0004"] == "complete"
+    assert run(recorder, folder, {"0005": 0.2, "0006": 0.3}, epochs=5) == ["0005", "0006"]
+
+
 def test_the_command_that_has_raised_the_epochs_may_be_typed_again(folder):
     """It was interrupted before the trials that go on have begun, and names the number of trials of before."""
     run(Recorder(load(folder)), folder, VALUES)

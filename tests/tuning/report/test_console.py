@@ -142,7 +142,10 @@ def test_a_file_and_a_notebook_get_lines(progress):
     with show_events(Console(file=file, width=200), progress) as hear:
         hear(event("0000", "running", 0.3))
         hear(event("0000", "complete", 0.3, 4.0))
-    assert file.getvalue() == f"{line_of(event('0000', 'complete', 0.3, 4.0))}\n"
+        hear(event("0001", "running", 0.3, reason="starts anew, as its checkpoint is gone"))
+    told, anew = file.getvalue().splitlines(keepends=True)
+    assert anew.startswith("0001  running   starts anew, as its checkpoint is gone  ")
+    assert told == f"{line_of(event('0000', 'complete', 0.3, 4.0))}\n"
 
 
 def test_a_file_gets_a_line_on_the_study_now_and_then(progress, monkeypatch):
