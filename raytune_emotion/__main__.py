@@ -1,15 +1,15 @@
 """Search hyperparameters of models that predict a distribution over emotions from a face."""
 
-import argparse
 import sys
 
 from raytune_emotion import __version__
-from raytune_emotion.cli import COMMANDS, command_main
+from raytune_emotion.cli import COMMANDS, CommandParser, command_main
+from raytune_emotion.terminal import SCRIPT
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `raytune-emotion VERB …`."""
-    parser = argparse.ArgumentParser(prog="raytune-emotion", description=__doc__)
+    parser = CommandParser(prog=SCRIPT, description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, purpose in COMMANDS.items():

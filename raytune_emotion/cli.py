@@ -6,14 +6,15 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from raytune_emotion.errors import Breakdown, Incomplete, UserError
+from raytune_emotion.errors import Breakdown, Incomplete, UserError, suggest
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
-from raytune_emotion.terminal import any_encoding, open_missing_streams, warn
+from raytune_emotion.terminal import any_encoding, open_missing_streams, typed_command, warn
 
 #: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
 COMMANDS = {
@@ -27,6 +28,38 @@ COMMANDS = {
     "predict": "predict the distribution over emotions of images",
     "demo": "try an export on pictures of your own, in a browser",
 }
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Read a command line. What is wrong in it is said in a sentence each, with the nearest name that there is."""
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Read all words of a command line; end the process with exit code 2 where one is wrong."""
+        args, unknown = self.parse_known_args(argv)
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        known = [option for action in self._actions for option in action.option_strings]
+        faults = [f"{option}: there is no such option{suggest(option, known)}" for option in options]
+        if unknown and not options:  # otherwise, the others are what such an option was given
+            faults = [f"{word}: is one word too many; leave it out" for word in unknown]
+        if faults:
+            self.refuse(faults)
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, as argparse has found it."""
+        self.refuse([message.removeprefix("argument ")])
+
+    def refuse(self, faults: Iterable[str]) -> NoReturn:
+        """Say what is wrong and where help is, and end the process with exit code 2."""
+        for fault in faults:
+            warn(f"error: {fault}")
+        self.exit(2, f"see {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(each) for each in action.choices]
+            near = suggest(str(value), known) or f"; there are {', '.join(known)}"
+            raise argparse.ArgumentError(action, f"there is no {value!r}{near}")
 
 
 def run_guarded(action: Callable[[], None]) -> int:
@@ -141,16 +174,13 @@ def folder_name(text: str) -> str:
 
 def command_main(verb: str, argv: list[str] | None = None) -> int:
     """Run one command as `python -m raytune_emotion.<verb>` does."""
-    parser = argparse.ArgumentParser(prog=f"raytune-emotion {verb}", description=COMMANDS[verb])
-    return _run(verb, parser, sys.argv[1:] if argv is None else argv)
+    parser = CommandParser(prog=typed_command(verb), description=COMMANDS[verb])
 
-
-def _run(verb: str, parser: argparse.ArgumentParser, argv: list[str]) -> int:
     def action() -> None:
         # Imported only now: `predict` need not wait for Ray.
         module = importlib.import_module(f"raytune_emotion.{verb}")
         module.add_arguments(parser)
-        args = parser.parse_args(argv)
+        args = parser.parse_all(sys.argv[1:] if argv is None else argv)
         # Also writes what is left to be written, and fails where the output is full.
         with any_encoding():
             module.run(args)

@@ -15,7 +15,7 @@ from pydantic_core import ArgsKwargs
 from typing_extensions import Self
 
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, did_you_mean
 
 Value = str | int | float | bool | None | tuple[str, ...]
 FlatConfig = Mapping[str, Any]
@@ -260,10 +260,10 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
 
 def unknown_setting(key: str) -> str:
     """Return the error for a name that is not a setting, with the setting that was probably meant."""
-    return f"{key}: there is no such setting{did_you_mean(key, SETTINGS)}"
+    return f"{key}: there is no such setting{suggest_setting(key, SETTINGS)}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def suggest_setting(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the known name that is closest to a word; "" if none is close.
 
     A dotted name is also known by its last part (`lr` means `optim.lr`), by the initials of that (`optim.wd` means
@@ -279,7 +279,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if not near:
         by_last = {name.rpartition(".")[2]: name for name in known}
         near = [by_last[found] for found in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return did_you_mean(near)
 
 
 def _short_names(name: str) -> tuple[str, ...]:

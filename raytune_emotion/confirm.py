@@ -7,7 +7,7 @@ from pathlib import Path
 from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive_integer
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_options
+from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import read_spec
@@ -106,7 +106,7 @@ def confirm_study(request: ConfirmRequest) -> None:
 
 def _same_command(request: ConfirmRequest, study: Path) -> str:
     options = {name: value for name, value in vars(request).items() if name != "study"}
-    return f"python -m raytune_emotion.confirm {shell_word(study)}{typed_options(**options)}"
+    return f"{typed_command('confirm')} {shell_word(study)}{typed_options(**options)}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Define the errors that the commands report without a traceback."""
 
 import contextlib
+import difflib
 from collections.abc import Iterable, Iterator
 
 
@@ -41,3 +42,14 @@ def collect_errors(errors: list[str]) -> Iterator[None]:
         yield
     except UserError as error:
         errors += error.faults
+
+
+def suggest(word: str, known: Iterable[str], most: int = 1) -> str:
+    """Return "; did you mean ...?" with the known names that are closest to a word; "" if none is close."""
+    return did_you_mean(difflib.get_close_matches(word, list(known), n=most))
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with names; "" if there are none."""
+    asked = " or ".join(names)
+    return f"; did you mean {asked}?" if asked else ""

@@ -14,7 +14,7 @@ from raytune_emotion.data.store import find_stores, open_store, verify_content
 from raytune_emotion.data.table import is_table
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location, parse_location
-from raytune_emotion.terminal import say, shell_word, warn
+from raytune_emotion.terminal import say, shell_word, typed_command, warn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
     # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
-    say(f"next: python -m raytune_emotion.search --data {shell_word(str(dests[sizes[0]]))}")
+    say(f"next: {typed_command('search')} --data {shell_word(str(dests[sizes[0]]))}")
 
 
 def _check(source: Location, classes: tuple[str, ...] | None) -> None:

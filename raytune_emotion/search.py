@@ -27,7 +27,7 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import announce, count, plain_console, typed_options
+from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
@@ -203,7 +203,7 @@ def _finish(request: SearchRequest, place: Location) -> None:
         finish_study(folder, request.address, confirm_study)
     except KeyboardInterrupt:
         options = typed_options(results=folder.parent, name=folder.name, address=request.address)
-        plain_console().print(f"to go on: python -m raytune_emotion.search --resume --finish{options}")
+        plain_console().print(f"to go on: {typed_command('search')} --resume --finish{options}")
         raise
 
 

@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+#: The console script of the package.
+SCRIPT = "raytune-emotion"
+
 _COLOUR_CODE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -120,6 +123,15 @@ def short_path(path: Path) -> str:
 def shell_word(place: Path | str) -> str:
     """Return a path, or another word, as it is typed in a shell."""
     return shlex.quote(short_path(place) if isinstance(place, Path) else place)
+
+
+def typed_command(verb: str) -> str:
+    """Return a command of this package as it is typed: as the command that runs was.
+
+    The modules cannot always be found where the script can, as in the folder that holds a clone of the repository.
+    """
+    started = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119  # as in `is_command`
+    return f"{SCRIPT} {verb}" if started == SCRIPT else f"python -m raytune_emotion.{verb}"
 
 
 def typed_options(**options: object) -> str:

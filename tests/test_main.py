@@ -9,14 +9,8 @@ from raytune_emotion.cli import COMMANDS, run_guarded
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-
-
-def exit_code(argv):
-    """Run a command in this process; argparse ends it by SystemExit."""
-    try:
-        return main(argv)
-    except SystemExit as ended:
-        return ended.code
+from raytune_emotion.tuning.policy.decisions import SCHEDULERS
+from tests.support.commands import exit_code, started_as
 
 
 def test_wrong_input_is_a_sentence_each_and_exit_code_2(capsys):
@@ -65,11 +59,48 @@ def test_a_place_that_the_system_refuses_is_a_sentence(number, capsys):
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
-def test_every_verb_explains_itself(verb, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([verb, "--help"])
-    assert ended.value.code == 0
-    assert f"raytune-emotion {verb}" in capsys.readouterr().out
+def test_every_verb_explains_itself_in_the_words_that_it_was_started_by(verb, capsys):
+    for program, words in (
+        ("bin/raytune-emotion", "raytune-emotion "),
+        ("search.py", "python -m raytune_emotion."),
+    ):
+        with started_as(program):
+            assert exit_code([verb, "--help"]) == 0
+        assert f"usage: {words}{verb} " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentences"),
+    [
+        (["serach"], ["VERB: there is no 'serach'; did you mean search?"]),
+        (
+            ["search", "--spaec", "demo", "--trils=3"],
+            [
+                "--spaec: there is no such option; did you mean --space?",
+                "--trils: there is no such option; did you mean --trials?",
+            ],
+        ),
+        (["search", "--sampler", "tpee"], ["--sampler: there is no 'tpee'; did you mean tpe?"]),
+        (["search", "--scheduler", "x"], ["--scheduler: there is no 'x'; there are {SCHEDULERS}"]),
+        (["search", "--trials", "0"], ["--trials: expected an integer from 1 to 1000000, got '0'"]),
+        (["search", "--space", "dmeo"], ["--space: dmeo: there is no such search space; did you mean demo?"]),
+        (["predict", "x", "y", "--format", "json"], ["--format: there is no 'json'; did you mean jsonl?"]),
+        (["predict"], ["the following arguments are required: EXPORT, IMAGE"]),
+        (["status", "a", "b"], ["b: is one word too many; leave it out"]),
+    ],
+)
+def test_a_mistyped_command_is_a_sentence_each_and_where_help_is(argv, sentences, capsys):
+    with started_as("raytune-emotion"):
+        assert exit_code(argv) == 2
+    *errors, help_line = capsys.readouterr().err.splitlines()
+    assert errors == [f"error: {said.format(SCHEDULERS=', '.join(SCHEDULERS))}" for said in sentences]
+    verb = argv[0] if argv[0] in COMMANDS else ""
+    assert help_line == f"see {' '.join(['raytune-emotion', verb]).strip()} --help"
+
+
+def test_a_mistyped_format_of_an_export_has_a_suggestion(capsys, tmp_path):
+    assert exit_code(["export", tmp_path, tmp_path / "x", "--format", "onx", "--trial", "1"]) == 2
+    assert "error: --format onx: there is no such format; did you mean onnx?\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("verb", "words"), [("train", SETTINGS), ("pack", EMOTIONS)])
@@ -86,7 +117,7 @@ def test_a_module_is_a_command_too():
         [sys.executable, "-m", "raytune_emotion.predict"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert "raytune-emotion predict" in result.stderr
+    assert result.stderr.endswith("\nsee python -m raytune_emotion.predict --help\n")
     assert "Traceback" not in result.stderr
 
 
@@ -112,7 +143,7 @@ def test_a_share_of_a_gpu_is_one_at_most(capsys):
 def test_uri_where_a_path_is_needed_is_refused_and_makes_no_folder(argv, uri, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert exit_code([part.format(uri=uri) for part in argv]) == 2
-    *_, said = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err
     assert f"{uri}: is a URI, and a path of this machine is needed; " in said
     assert list(tmp_path.iterdir()) == []
 
@@ -140,7 +171,7 @@ def test_uri_where_a_path_is_needed_is_refused_and_makes_no_folder(argv, uri, tm
 def test_credentials_in_a_uri_are_refused_by_every_command(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert exit_code([part.format(uri="s3://key:wJalrXUtnFEMI@bucket/a") for part in argv]) == 2
-    *_, said = capsys.readouterr().err.splitlines()
+    said = capsys.readouterr().err
     assert "s3://***@bucket/a: has credentials in it, which would be written into studies" in said
     assert "wJalrXUtnFEMI" not in said
     assert list(tmp_path.iterdir()) == []

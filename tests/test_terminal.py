@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -12,7 +13,18 @@ from rich.progress import Progress
 
 import raytune_emotion
 from raytune_emotion import terminal
-from raytune_emotion.terminal import count, escape, plain_console, plain_table, shell_word, short_path, typed_options
+from raytune_emotion.cli import COMMANDS
+from raytune_emotion.terminal import (
+    count,
+    escape,
+    plain_console,
+    plain_table,
+    shell_word,
+    short_path,
+    typed_command,
+    typed_options,
+)
+from tests.support.commands import started_as
 
 ROOT = Path(raytune_emotion.__file__).parent
 
@@ -115,6 +127,31 @@ def test_every_output_goes_through_the_terminal_module(module):
 def test_the_console_is_the_only_one():
     assert not plain_console()._markup
     assert terminal.plain_console(stderr=True).stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/venv/bin/raytune-emotion", "raytune-emotion predict"),
+        ("/clone/raytune_emotion/search.py", "python -m raytune_emotion.predict"),
+        ("/clone/raytune_emotion/__main__.py", "python -m raytune_emotion.predict"),
+        ("ipykernel_launcher.py", "python -m raytune_emotion.predict"),
+    ],
+)
+def test_a_command_is_typed_as_the_one_that_runs_was(program, command):
+    with started_as(program):
+        assert typed_command("predict") == command
+
+
+def test_no_module_has_the_words_of_a_command_of_its_own():
+    """So that what is printed is what can be typed here; the exports' texts name the script, which is everywhere."""
+    found = [
+        f"{module.relative_to(ROOT)}: {line.strip()}"
+        for module in ROOT.rglob("*.py")
+        for line in module.read_text(encoding="utf-8").splitlines()
+        if re.search(rf"python -m raytune_emotion.({'|'.join(COMMANDS)})\b", line) and '"""' not in line
+    ]
+    assert found == []
 
 
 def test_options_are_typed_as_a_shell_reads_them():

@@ -26,7 +26,7 @@ from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import atomic_folder
-from raytune_emotion.terminal import say, shell_word
+from raytune_emotion.terminal import say, shell_word, typed_command
 
 #: FER+'s name of an emotion, in the order of its columns: ours.
 NAMES = {
@@ -212,7 +212,7 @@ def _refuse(faults: Sequence[str]) -> None:
 def run(args: argparse.Namespace) -> None:
     counts = convert(args.pixels, args.votes, args.dest)
     say(f"{args.dest}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    say(f"next: python -m raytune_emotion.pack {shell_word(args.dest)} DEST --image-size {_SIDE}")
+    say(f"next: {typed_command('pack')} {shell_word(args.dest)} DEST --image-size {_SIDE}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,13 +4,12 @@ A backbone is a model of timm (`resnet18`, `resnet18.a1_in1k`), a repository of 
 (`hf-hub:OWNER/NAME`, with `@REVISION` if wanted), or a folder of this form (`local-dir:/path`).
 """
 
-import difflib
 import functools
 import importlib.util
 import re
 from pathlib import Path
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, suggest
 
 #: Sources of backbones other than timm's own models, as timm writes them.
 HUB, FOLDER = "hf-hub", "local-dir"
@@ -69,6 +68,5 @@ def check_architecture(backbone: str) -> None:
             f"model.backbone: {backbone}: there is no such source; name a timm model, {HUB}:OWNER/NAME or "
             f"{FOLDER}:/PATH"
         )
-    near = difflib.get_close_matches(backbone, sorted(architectures()), n=3)
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise UserError(f"model.backbone: {backbone}: there is no such timm model{meant}")
+    near = suggest(backbone, sorted(architectures()), 3)
+    raise UserError(f"model.backbone: {backbone}: there is no such timm model{near}")

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, suggest
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 #: The formats of an export, and the file of each.
@@ -23,7 +23,8 @@ def check_formats(formats: Sequence[str]) -> None:
     for name in formats:
         missing = [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
         if name not in FORMATS:
-            faults.append(f"--format {name}: there is no such format; there are {', '.join(FORMATS)}")
+            near = suggest(name, FORMATS) or f"; there are {', '.join(FORMATS)}"
+            faults.append(f"--format {name}: there is no such format{near}")
         elif missing:
             extra = f"pip install 'raytune_emotion[{name}]'"
             faults.append(f"--format {name}: needs {', '.join(missing)}, not installed here; install them by {extra}")

@@ -1,6 +1,5 @@
 """Build any timm backbone with a head of K classes, from scratch or from pretrained weights."""
 
-import difflib
 from typing import Any
 
 import timm
@@ -10,7 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from raytune_emotion.config import ModelConfig, RunConfig
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, suggest
 from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.origin import (
@@ -109,9 +108,9 @@ def check_backbone(name: str) -> None:
         return
     architecture, _, tag = name.partition(".")
     if tag and name not in (known := timm.list_pretrained(f"{architecture}.*")):
-        near = difflib.get_close_matches(name, known, n=3)
-        meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"model.backbone: {name}: timm has no weights of that name for {architecture}{meant}")
+        raise UserError(
+            f"model.backbone: {name}: timm has no weights of that name for {architecture}{suggest(name, known, 3)}"
+        )
 
 
 def check_weights(config: ModelConfig) -> None:

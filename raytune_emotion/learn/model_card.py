@@ -54,7 +54,7 @@ For the picture of a face, the probabilities of {n_classes} emotions that people
 {code}
 The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above, which is
 that of `label_names` in `config.json`. Pictures with transparent pixels, or with 16 bits a pixel, need
-`python -m raytune_emotion.predict`.
+`raytune-emotion predict`.
 
 ## How good it is
 
@@ -120,7 +120,7 @@ with torch.inference_mode():
     probabilities = model(x).softmax(-1)  # [N, {n_classes}]
 ```
 
-The same from the command line, with more formats of pictures: `python -m raytune_emotion.predict {folder} face.jpg`.
+The same from the command line, with more formats of pictures: `raytune-emotion predict {folder} face.jpg`.
 """,
     "onnx": """\
 With ONNX Runtime:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from raytune_emotion.config import did_you_mean
+from raytune_emotion.config import suggest_setting
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import losses
 
@@ -121,7 +121,7 @@ def get_loss_function(name: str, epsilon: float = 1e-7) -> nn.Module:
     """
     kind = _LOSSES.get(name)
     if kind is None:
-        raise UserError(f"loss: expected one of {', '.join(_LOSSES)}, got {name!r}{did_you_mean(name, _LOSSES)}")
+        raise UserError(f"loss: expected one of {', '.join(_LOSSES)}, got {name!r}{suggest_setting(name, _LOSSES)}")
     return kind(epsilon) if issubclass(kind, _LogLoss) else kind()
 
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from raytune_emotion.config import did_you_mean
+from raytune_emotion.config import suggest_setting
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.metrics import distances_of, per_sample
@@ -42,7 +42,7 @@ class MetricsCalculator:
         self.metrics = tuple(possible if metrics is None else metrics)
         if wrong := [name for name in self.metrics if name not in possible]:
             raise UserError(
-                f"metrics: expected names of {', '.join(possible)}, got {name!r}{did_you_mean(name, possible)}"
+                f"metrics: expected names of {', '.join(possible)}, got {name!r}{suggest_setting(name, possible)}"
                 for name in wrong
             )
 

@@ -1,9 +1,21 @@
 """Run a command, in this process or in one of its own."""
 
+import contextlib
 import signal
+import sys
 
 from raytune_emotion.__main__ import main
 from tests.support.folders import tree
+
+
+@contextlib.contextmanager
+def started_as(program: str):
+    """Have the block run as if this program had been started."""
+    before, sys.argv = sys.argv, [program]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def exit_code(argv) -> int:

@@ -12,7 +12,7 @@ from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
-from raytune_emotion.terminal import count, plain_table, shell_word, typed_options
+from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
@@ -78,9 +78,9 @@ exported    {place / "best"}
 page        {place / REPORT}
 
 next:
-  python -m raytune_emotion.predict {shell_word(str(place / "best"))} FACE.jpg
+  {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg
   tensorboard --logdir {shell_word(str(place / "trials"))}
-  python -m raytune_emotion.search {resume}"""
+  {typed_command("search")} {resume}"""
     )
 
 

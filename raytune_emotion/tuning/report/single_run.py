@@ -19,7 +19,7 @@ from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import exclusive_lock
-from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_options
+from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
 from raytune_emotion.tuning.execution.job import (
@@ -86,7 +86,7 @@ def _conclude(console: Console, folder: Path, store: Store, ended: BaseException
     export_checkpoint(folder / BEST, folder / "best", store=store)
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
-    resume = "python -m raytune_emotion.train --resume" + typed_options(
+    resume = f"{typed_command('train')} --resume" + typed_options(
         results=short_path(folder.parent),
         name=folder.name,
         workers=workers.count if workers.count > 1 else None,
@@ -99,7 +99,7 @@ best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {b
 baseline    {mean["js"]:.4f} bits, predicting the training mean
 exported    {short_path(folder / "best")}
 
-next: python -m raytune_emotion.predict {shell_word(folder / "best")} FACE.jpg"""
+next: {typed_command("predict")} {shell_word(folder / "best")} FACE.jpg"""
         + (f"\nto go on: {resume}" if ended is not None else "")
     )
 

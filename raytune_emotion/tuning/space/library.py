@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import raytune_emotion
-from raytune_emotion.config import did_you_mean
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, suggest
 
 #: The space of a search that names none.
 DEFAULT = "quick"
@@ -26,7 +25,7 @@ def find_space(text: str) -> Path:
             raise UserError(f"--space {path}: there is no such file; did you mean {path.stem}, of the package?")
         return path
     if text not in known:
-        near = did_you_mean(text, known)
+        near = suggest(text, known)
         others = f"there are {', '.join(known)}; a file of your own ends with .yaml"
         raise UserError(f"--space {text}: there is no such search space{near or f'; {others}'}")
     return known[text]

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, did_you_mean
+from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, suggest_setting
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
@@ -211,7 +211,7 @@ def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str,
             setting = _setting(source, (*at, key), key, value)
         else:
             known = [*SETTINGS, "loss", *(() if at else ("when", "start"))]
-            source.fault((*at, key), f"{key}: there is no such setting{did_you_mean(key, known)}")
+            source.fault((*at, key), f"{key}: there is no such setting{suggest_setting(key, known)}")
             continue
         if setting is None:
             source.broken.add(key)
@@ -227,7 +227,9 @@ def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], wo
         return None
     (word,) = given
     if word not in words:
-        source.fault(at, f"{key}: `{word}` is no distribution for it ({', '.join(words)}){did_you_mean(word, words)}")
+        source.fault(
+            at, f"{key}: `{word}` is no distribution for it ({', '.join(words)}){suggest_setting(word, words)}"
+        )
         return None
     return word
 
@@ -254,7 +256,7 @@ def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
 def _is_loss(source: _Source, at: _Path, name: Any) -> bool:
     if name in LOSSES:
         return True
-    near = did_you_mean(name, LOSSES) if isinstance(name, str) else ""
+    near = suggest_setting(name, LOSSES) if isinstance(name, str) else ""
     source.fault(at, f"loss: {name!r} is none of the losses {', '.join(LOSSES)}{near}")
     return False
 
@@ -386,14 +388,14 @@ def _branch(
         if key in source.broken:
             continue
         if not isinstance(setting, CategoricalDistribution):
-            hint = did_you_mean(key, [k for k, s in settings.items() if isinstance(s, CategoricalDistribution)])
+            hint = suggest_setting(key, [k for k, s in settings.items() if isinstance(s, CategoricalDistribution)])
             source.fault(here, f"{key}: an `if` asks for a setting that is searched by choice; this is not{hint}")
             continue
         values = wanted if isinstance(wanted, list) else [wanted]
         unknown = [value for value in values if value not in setting.choices]
         for value in unknown:
             choices = [str(choice) for choice in setting.choices]
-            near = did_you_mean(str(value), choices)
+            near = suggest_setting(str(value), choices)
             source.fault(here, f"{key}: {value!r} is none of its choices ({', '.join(choices)}){near}")
         if not values:
             source.fault(here, f"{key}: an `if` needs one of its choices")
@@ -437,7 +439,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
                 weights[loss] = float(value)
         elif key not in active:
             absent = "is not in this space, so that it cannot be set here"
-            unknown = f"there is no such setting{did_you_mean(key, active)}"
+            unknown = f"there is no such setting{suggest_setting(key, active)}"
             source.fault(here, f"{key}: {absent if key in SETTINGS else unknown}")
         elif isinstance(active[key], Simplex):
             source.fault(here, "loss: is a mixture here, so give weights, such as loss.kl: 1")

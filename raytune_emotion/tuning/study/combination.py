@@ -61,7 +61,7 @@ For the picture of a face, the probabilities of {n_classes} emotions that people
 
 ## How to use it
 
-`python -m raytune_emotion.predict {folder} face.jpg` prints the probabilities. `model.safetensors` has the weights of
+`raytune-emotion predict {folder} face.jpg` prints the probabilities. `model.safetensors` has the weights of
 all members, and `config.json` says how timm builds each of them. {files}
 
 {code}

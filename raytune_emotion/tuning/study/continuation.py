@@ -4,6 +4,7 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.terminal import typed_command
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.study.database import split_address
 from raytune_emotion.tuning.study.request import SearchRequest
@@ -42,9 +43,7 @@ def refuse_confirmation(spec: StudySpec, folder: Path, place: Location) -> None:
         UserError: it is one.
     """
     if spec.confirms is not None:
-        raise UserError(
-            f"{place}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {folder.parent}`"
-        )
+        raise UserError(f"{place}: is a confirmation; go on with it by `{typed_command('confirm')} {folder.parent}`")
 
 
 def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> list[str]:
