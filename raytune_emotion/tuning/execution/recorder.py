@@ -14,7 +14,7 @@ from typing import TypeVar
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, PREDICTIONS, read_history
-from raytune_emotion.learn.report import Heard, Report
+from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.policy.decisions import Gain, Prune
@@ -209,11 +209,9 @@ class Recorder:
         if proposal is None:
             return None
         self._study.copy.push(JOURNAL)
-        reports, why = _take_over(self._study, proposal)
-        for report in reports:
-            self._searcher.observe(proposal.trial_id, report)
+        why_anew = _take_over(self._study, self._searcher, proposal)
         self.backlog.running[proposal.trial_id] = proposal
-        self._watch(Event(proposal, "running", None, why))
+        self._watch(Event(proposal, "running", None, why_anew))
         return proposal
 
     def _ask(self) -> Proposal | None:
@@ -234,10 +232,10 @@ class Recorder:
         ending = self._ending_of(proposal.trial_id, report, new=new)
         if ending is not None:
             self._end(proposal, ending, report)
-            return False
-        anew = report["report"] == 1 < self._searcher.last_report(proposal.trial_id)
-        self._watch(Event(proposal, "running", report, _STARTS_ANEW if anew else ""))
-        return True
+        else:
+            anew = report["report"] == 1 < self._searcher.last_report(proposal.trial_id)
+            self._watch(Event(proposal, "running", report, _STARTS_ANEW if anew else ""))
+        return ending is None
 
     def _ending_of(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
         """Decide how a trial ends by a report, if it does."""
@@ -296,22 +294,24 @@ def _unrecorded_ending(record: TrialRecord, *, stopped: bool) -> Complete | Prun
     return Pruned() if stopped and not finished else None
 
 
-def _take_over(study: OpenStudy, proposal: Proposal) -> tuple[list[Report], str]:
+def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
     """Give a trial that goes on from another what that has reached, unless it has begun.
 
     Returns:
-        The reports that it takes over; and why it starts anew instead, if it does.
+        Why it starts anew instead; empty where it does not.
     """
     source, target = proposal.continues, proposal.trial_id
     if source is None or study.copy.has(f"trials/{target}/{LAST}"):
-        return [], ""
+        return ""
     names = (HISTORY, BEST, LAST)
     if not all(study.copy.has(f"trials/{source}/{name}") for name in names):
-        return [], f"starts anew, as the checkpoint of trial {source}, which it was to go on from, is gone"
+        return f"starts anew, as the checkpoint of trial {source}, which it was to go on from, is gone"
     study.copy.pull(f"trials/{source}/{name}" for name in names)
     copy_checkpoint(study.trial_folder(source), study.trial_folder(target))
     study.copy.push(*(f"trials/{target}/{name}" for name in names))
-    return read_history(study.trial_folder(target)), ""
+    for report in read_history(study.trial_folder(target)):
+        searcher.observe(target, report)
+    return ""
 
 
 class _Weights:
