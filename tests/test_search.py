@@ -26,6 +26,7 @@ from raytune_emotion.storage.locations import Folder, parse_location
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import gpu_presence, gpu_sharing
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
@@ -529,6 +530,28 @@ def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
     assert len(pd.read_csv(study / "trials.csv")) == 1
     assert (study / "report.html").stat().st_mtime >= (study / "trials.csv").stat().st_mtime
     assert (study / "best" / "model.safetensors").exists()
+
+
+def test_a_search_that_is_interrupted_before_any_report_says_how_it_goes_on(
+    tmp_path, store, space, monkeypatch, capsys, no_plots
+):
+    def interrupt(console, study, placement, **_):
+        Recorder(study).next()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", interrupt)
+    argv = ["search", "--data", store.path, "--space", space(), "--trials", 1, "--epochs", 1, "--name", "first"]
+    assert exit_code([*argv, "--results", tmp_path]) == 130
+    assert capsys.readouterr().out.endswith(
+        f"""
+no trial has reported yet, or those that have failed
+
+next:
+  python -m raytune_emotion.search --resume --results {tmp_path} --name first
+"""
+    )
 
 
 def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, finished, capsys):

@@ -54,10 +54,14 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     exported = [str(file.relative_to(folder)) for file in folder.glob("best/*")]
     place.push(folder, [*report_files(folder), *exported])
     console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
+    resume = f"{typed_command('search')} --resume --results {shell_word(str(results))} --name {place.name}"
+    if len(records) >= spec.trials and not counts["running"] and not counts["paused"]:
+        resume += f" --trials {2 * spec.trials}"
+    resume += typed_options(address=address)
     if best is None or best.best is None:
         if records and counts["failed"] == len(records):
             raise Breakdown(f"{place}: every trial has failed; why is in the last column of {place / TRIALS}")
-        console.print("no trial has reported yet, or those that have failed")
+        console.print(f"no trial has reported yet, or those that have failed\n\nnext:\n  {resume}")
         return
     objective = OBJECTIVES[spec.objective]
     if objective.front:
@@ -65,10 +69,6 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         for row in front_rows(records, objective):
             front.add_row(*row)
         console.print(front)
-    resume = f"--resume --results {shell_word(str(results))} --name {place.name}"
-    if len(records) >= spec.trials and not counts["running"] and not counts["paused"]:
-        resume += f" --trials {2 * spec.trials}"
-    resume += typed_options(address=address)
     console.print(
         f"""
 best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")})
@@ -80,7 +80,7 @@ page        {place / REPORT}
 next:
   {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg
   tensorboard --logdir {shell_word(str(place / "trials"))}
-  {typed_command("search")} {resume}"""
+  {resume}"""
     )
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -42,6 +43,26 @@ def test_a_temporary_folder_with_a_long_path_is_passed_over(monkeypatch, tmp_pat
     assert base_folder() == Path("/tmp")
     monkeypatch.setenv("TMPDIR", str(short))
     assert base_folder() == short
+
+
+@pytest.mark.parametrize(("length", "passed_over"), [(75, False), (76, True)])
+def test_processes_of_ray_find_a_temporary_folder_whose_sockets_have_a_name(
+    monkeypatch, request, short, length, passed_over
+):
+    """Else the dashboard does not start, and Ray with it."""
+    folder = Path(f"/tmp/{os.getpid()}".ljust(length, "x"))
+    folder.mkdir()
+    request.addfinalizer(folder.rmdir)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    make_socket = (
+        "import multiprocessing.connection as c, os; l = c.Listener(family='AF_UNIX'); "
+        "print(os.path.dirname(os.path.dirname(l.address))); l.close()"
+    )
+    with local_ray.local_ray():
+        done = subprocess.run([sys.executable, "-c", make_socket], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(short if passed_over else folder)
+    assert tempfile.gettempdir() == str(folder)
 
 
 def test_no_folder_that_can_be_used_is_one_sentence(monkeypatch):
