@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.figures import make_figure
 from raytune_emotion.library.metrics import MetricsCalculator, Probabilities
 from raytune_emotion.storage.atomic import atomic_write
 
@@ -57,7 +56,7 @@ def visualize_predictions(
     if pixels.shape[1] == 3:
         pixels = pixels.transpose(0, 2, 3, 1)
     count = min(num_samples, len(pixels))
-    figure, grid = _figure(2.6 * count + 1, 5.2, count, 2)
+    figure, grid = make_figure(2.6 * count + 1, 5.2, count, 2)
     places = np.arange(len(classes))
     for i, (face, bars) in enumerate(zip(grid[:count], grid[count:], strict=True)):
         face.imshow(pixels[i] if pixels.dtype == np.uint8 else pixels[i].clip(0, 1))
@@ -87,7 +86,7 @@ def plot_training_curves(
     if table.empty:
         raise UserError("history: expected at least one epoch, got none")
     epochs = table["epoch"] if "epoch" in table else pd.Series(range(1, len(table) + 1))
-    figure, (losses, metrics, rate) = _figure(11, 3.2, 3, 1)
+    figure, (losses, metrics, rate) = make_figure(11, 3.2, 3, 1)
     for axes, names, title in (
         (losses, ("train_loss", "val_loss"), "loss"),
         (metrics, ("val_js", "val_kl"), "validation: JS in bits, KL in nats"),
@@ -104,13 +103,6 @@ def plot_training_curves(
 
 def _array(given: Any) -> npt.NDArray[Any]:
     return given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
-
-
-def _figure(width: float, height: float, columns: int, rows: int) -> tuple[Figure, list[Axes]]:
-    # Not of pyplot, which would keep it open.
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _save(figure: Figure, path: str | Path | None) -> Figure:

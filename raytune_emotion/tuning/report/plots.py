@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from raytune_emotion.learn.figures import make_figure
 from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.tuning.report.axes import Axis
 from raytune_emotion.tuning.report.page_data import COSTS, StudyData, began_at, costs_of, elapsed
@@ -44,7 +45,7 @@ def draw_all(data: StudyData, predictions: Predictions | None) -> Iterator[tuple
 
 
 def draw_curves(data: StudyData) -> Figure:
-    figure, (axes,) = _figure(8, 4)
+    figure, (axes,) = make_figure(8, 4)
     for record in reversed(best_first(data.records)):
         if record.reports:
             leading = record is data.winner
@@ -67,7 +68,7 @@ def draw_curves(data: StudyData) -> Figure:
 
 
 def draw_progress(data: StudyData) -> Figure:
-    figure, (axes,) = _figure(8, 3.2)
+    figure, (axes,) = make_figure(8, 3.2)
     begin = began_at(data.records)
     shown = [(t / 60, r) for r in data.records if r.best and (t := elapsed(r.best, begin)) is not None]
     axes.scatter([t for t, _ in shown], [_js(r) for _, r in shown], c=[_colour(data, r) for _, r in shown], s=18)
@@ -82,7 +83,7 @@ def draw_progress(data: StudyData) -> Figure:
 def draw_settings(data: StudyData) -> Figure:
     columns = min(4, len(data.axes))
     rows = math.ceil(len(data.axes) / columns)
-    figure, grid = _figure(2.8 * columns, 2.3 * rows, columns, rows)
+    figure, grid = make_figure(2.8 * columns, 2.3 * rows, columns, rows)
     for axes, axis in zip(grid, data.axes, strict=False):
         points = [(axis.position(r.settings.get(axis.name)), r) for r in data.records if r.best]
         there = [(place, record) for place, record in points if place is not None]
@@ -98,7 +99,7 @@ def draw_settings(data: StudyData) -> Figure:
 
 
 def draw_parallel(data: StudyData) -> Figure:
-    figure, (axes,) = _figure(max(6.0, 1.15 * len(data.axes) + 2), 4)
+    figure, (axes,) = make_figure(max(6.0, 1.15 * len(data.axes) + 2), 4)
     scored = list(reversed(best_first(record for record in data.records if record.best)))
     for rank, record in enumerate(scored):
         points = [(i, _share(axis, record)) for i, axis in enumerate(data.axes)]
@@ -120,7 +121,7 @@ def draw_parallel(data: StudyData) -> Figure:
 
 
 def draw_importance(data: StudyData) -> Figure:
-    figure, (axes,) = _figure(6, 0.8 + 0.3 * len(data.importances))
+    figure, (axes,) = make_figure(6, 0.8 + 0.3 * len(data.importances))
     found = list(reversed(data.importances))
     means = [importance.mean for importance in found]
     spans = [[max(0.0, i.mean - i.low) for i in found], [max(0.0, i.high - i.mean) for i in found]]
@@ -130,7 +131,7 @@ def draw_importance(data: StudyData) -> Figure:
 
 
 def draw_simplex(data: StudyData) -> Figure:
-    figure, (axes,) = _figure(5, 5)
+    figure, (axes,) = make_figure(5, 5)
     angles = [2 * math.pi * i / len(data.losses) + math.pi / 2 for i in range(len(data.losses))]
     corners = {name: (math.cos(a), math.sin(a)) for name, a in zip(data.losses, angles, strict=True)}
     outline = [*corners.values(), next(iter(corners.values()))]
@@ -148,7 +149,7 @@ def draw_simplex(data: StudyData) -> Figure:
 
 
 def draw_cost(data: StudyData) -> Figure:
-    figure, grid = _figure(10, 3.2, len(COSTS))
+    figure, grid = make_figure(10, 3.2, len(COSTS))
     for axes, (key, name, _) in zip(grid, COSTS, strict=True):
         shown = [(cost, r) for r in data.records if r.best and (cost := costs_of(r)[key]) is not None]
         axes.scatter(
@@ -164,7 +165,7 @@ def draw_cost(data: StudyData) -> Figure:
 def draw_calibration(data: StudyData) -> Figure:
     assert data.analysis is not None
     columns = 5
-    figure, grid = _figure(10, 2 * math.ceil(len(data.analysis.classes) / columns), columns, math.ceil(
+    figure, grid = make_figure(10, 2 * math.ceil(len(data.analysis.classes) / columns), columns, math.ceil(
         len(data.analysis.classes) / columns))  # fmt: skip
     for axes, found in zip(grid, data.analysis.classes, strict=False):
         axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
@@ -182,7 +183,7 @@ def draw_calibration(data: StudyData) -> Figure:
 
 def draw_confusion(data: StudyData) -> Figure:
     assert data.analysis is not None
-    figure, (axes,) = _figure(6, 6)
+    figure, (axes,) = make_figure(6, 6)
     counts_KK = np.array(data.analysis.confusion_KK)
     names = [found.name for found in data.analysis.classes]
     axes.imshow(counts_KK / np.maximum(1, counts_KK.sum(axis=1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
@@ -197,7 +198,7 @@ def draw_confusion(data: StudyData) -> Figure:
 
 def draw_entropy(data: StudyData) -> Figure:
     assert data.analysis is not None
-    figure, (axes,) = _figure(6, 3.2)
+    figure, (axes,) = make_figure(6, 3.2)
     x, y, error = ([getattr(b, name) for b in data.analysis.entropy] for name in ("x", "y", "error"))
     axes.errorbar(x, y, error, color=COLOURS["complete"], marker="o", capsize=2)
     axes.set(xlabel="entropy of the target, bits", ylabel="mean JS, bits", ylim=(0, None))
@@ -206,7 +207,7 @@ def draw_entropy(data: StudyData) -> Figure:
 
 def draw_faces(predictions: Predictions) -> Figure:
     best, worst = extreme_rows(predictions)
-    figure, grid = _figure(1.9 * max(1, len(best)), 7.2, max(1, len(best)), 4)
+    figure, grid = make_figure(1.9 * max(1, len(best)), 7.2, max(1, len(best)), 4)
     for row, chosen in enumerate((worst, best)):
         for column, i in enumerate(chosen):
             picture, bars = grid[2 * row * len(best) + column], grid[(2 * row + 1) * len(best) + column]
@@ -221,13 +222,6 @@ def draw_faces(predictions: Predictions) -> Figure:
             bars.tick_params(axis="x", labelsize=6)
     figure.suptitle("Predicted worst, and below predicted best: target (black) and prediction", fontsize=9)
     return figure
-
-
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    # Of its own, not of pyplot: nothing global, no window system.
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _set_scale(axes: Axes, axis: Axis) -> None:
