@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 from typing_extensions import Self
 
-from raytune_emotion.emotions import EMOTIONS
+from raytune_emotion.emotions import EMOTIONS, check_class_names
 from raytune_emotion.errors import UserError, did_you_mean
 
 Value = str | int | float | bool | None | tuple[str, ...]
@@ -37,9 +37,8 @@ class DataConfig:
     )
 
     @model_validator(mode="after")
-    def _each_class_once(self) -> Self:
-        if twice := sorted({name for name in self.classes if self.classes.count(name) > 1}):
-            raise ValueError(f"each class may be named only once, but these are named again: {', '.join(twice)}")
+    def _each_class_has_a_name_of_its_own(self) -> Self:
+        check_class_names(self.classes)
         return self
 
 

@@ -1,5 +1,7 @@
 """Define the 13 emotions of AffectNetFused and their place in the valence-arousal plane."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -46,6 +48,18 @@ def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np
     p = np.exp(log_p - log_p.max(axis=1, keepdims=True))
     result: npt.NDArray[np.float64] = p / p.sum(axis=1, keepdims=True)
     return result
+
+
+def check_class_names(classes: Sequence[str]) -> None:
+    """Check that each class has a name of its own that can be shown.
+
+    Raises:
+        ValueError: a name stands twice, is empty, or holds control characters.
+    """
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        raise ValueError(f"each class may be named only once, but these are named again: {', '.join(twice)}")
+    if odd := [ascii(name) for name in classes if not name.isprintable() or not name.strip()]:
+        raise ValueError(f"each class needs a name of letters that can be printed, got {', '.join(odd)}")
 
 
 def class_distances(classes: tuple[str, ...]) -> npt.NDArray[np.float64] | None:

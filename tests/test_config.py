@@ -60,6 +60,9 @@ def test_no_setting_is_named_for_a_word_that_is_like_none(written):
         ({"train.epochs": 2.0}, "train.epochs"),
         ({"train.epochs": 10**20}, "train.epochs: should be less than or equal to 1000000, got 100000000000000000000"),
         ({"data.classes": ["calm", "tense", "calm"]}, "only once, but these are named again: calm"),
+        ({"data.classes": ["calm", "a\nb"]}, "a name of letters that can be printed, got 'a.+nb'"),
+        ({"data.classes": ["calm", " "]}, "a name of letters that can be printed, got ' '"),
+        ({"data.classes": ["calm", "\u202eb"]}, "a name of letters that can be printed, got '.+202eb'"),
     ],
 )
 def test_nonsense_is_refused(flat, part):

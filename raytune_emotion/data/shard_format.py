@@ -11,13 +11,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from raytune_emotion.emotions import check_class_names
 from raytune_emotion.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -48,13 +49,18 @@ class SplitEntry(BaseModel):
         return self
 
 
+def _check_names(classes: tuple[str, ...]) -> tuple[str, ...]:
+    check_class_names(classes)
+    return classes
+
+
 class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["raytune_emotion.store"]
     version: Literal[1]
     fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$")  # a part of paths in the cache
     image_size: int = Field(gt=0)
-    classes: tuple[str, ...] = Field(min_length=2)
+    classes: Annotated[tuple[str, ...], AfterValidator(_check_names)] = Field(min_length=2)
     rejected: int = Field(ge=0)
     splits: dict[Literal["train", "val"], SplitEntry] = Field(min_length=2)
 

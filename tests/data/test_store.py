@@ -114,6 +114,12 @@ def damage_version(path):
     return ["no description of a store that this version reads (version: Input should be 1); pack the folder again"]
 
 
+def damage_classes(path):
+    classes = json.loads((path / "manifest.json").read_text())["classes"]
+    edit_manifest(path, classes=["a\nb", *classes[1:]])
+    return ["(classes: Value error, each class needs a name of letters that can be printed, got 'a\\nb'); pack"]
+
+
 def damage_manifest(path):
     (path / "manifest.json").write_text("{")
     return ["no description of a store that this version reads (the file: Invalid JSON"]
@@ -142,6 +148,7 @@ def damage_gone(path):
         damage_labels,
         damage_size,
         damage_version,
+        damage_classes,
         damage_manifest,
         damage_path,
         damage_gone,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy.special import entr
 
+from raytune_emotion.config import RunConfig
 from raytune_emotion.data import affectnet
 from raytune_emotion.data.affectnet import Fault, Kind
 from raytune_emotion.data.decode import FORMATS, UndecodableImage, decode_at_sizes, ignore_decoder_warnings
@@ -63,10 +64,11 @@ def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspecti
         classes: names of the values of an annotation, in order; None: those of the table, or of this project.
 
     Raises:
-        UserError: there is no such folder or table.
+        UserError: there is no such folder or table, or its classes have no names of their own.
     """
     faces = list_unpacked(place)
     classes = classes or faces.own_classes or EMOTIONS
+    RunConfig.from_flat({"data.classes": classes})
     looks: dict[str, list[_Look | str]] = {}
     with process_map(None) as pmap, progress() as bars:
         scan = faces.scan(classes, count_results(pmap, bars, "reading annotations", faces.annotations))

@@ -9,7 +9,7 @@ from PIL import Image
 from raytune_emotion.cli import command_main
 from raytune_emotion.data.packing.inspection import inspect
 from raytune_emotion.storage.locations import Folder
-from tests.support.faces import write_folder, write_row
+from tests.support.faces import picture, write_folder, write_row
 
 
 @pytest.fixture
@@ -46,6 +46,14 @@ def test_command_prints_it_and_packs_nothing(faces, tmp_path, capsys):
         "leaks: 1 validation image in train, too: val_set/images/leak.bmp is train_set/images/2.png; remove one of each"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["faces"]
+
+
+def test_classes_that_cannot_be_packed_are_refused_here_too(tmp_path, capsys):
+    picture(1).save(tmp_path / "1.png")
+    (tmp_path / "faces.csv").write_text("image,split,calm,\x1b[31mred\n1.png,train,0.5,0.5\n1.png,val,0.5,0.5\n")
+    assert command_main("pack", [str(tmp_path / "faces.csv"), "--check"]) == 2
+    said = "error: data: each class needs a name of letters that can be printed, got '\\x1b[31mred'\n"
+    assert capsys.readouterr() == ("", said)
 
 
 def test_rows_at_fault_are_told_after_all_else(faces, capsys):
