@@ -197,7 +197,7 @@ def write_model(
         checks = []
         for name in formats:
             difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
-            checks.append(f"`{FORMATS[name]}` differs from the model by {difference:.1g} at most.")
+            checks.append(f"{FORMATS[name]} differs from the model by {difference:.1g} at most.")
         checks.append(f"Differences of probabilities, on {sample.name}; up to {TOLERANCE:g} is accepted.")
         write_text(new / CARD, card(" ".join(checks)))
 

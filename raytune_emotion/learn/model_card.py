@@ -3,6 +3,8 @@
 The code that it shows gives the probabilities of `predict`, which a test holds.
 """
 
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.origin import licence
 from raytune_emotion.learn.predictions import Predictions, bootstrap_intervals, class_errors
 from raytune_emotion.learn.report import Report
-from raytune_emotion.terminal import count
+from raytune_emotion.terminal import count, shell_word
 
 _MEANINGS = {
     "js": "Jensen-Shannon divergence, bits",
@@ -113,14 +115,14 @@ As a timm model:
 import timm
 import torch
 
-model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+model = timm.create_model({as_timm}, pretrained=True).eval()
 mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
 with torch.inference_mode():
     x = ((torch.from_numpy(images) / 255 - mean) / std).permute(0, 3, 1, 2)
     probabilities = model(x).softmax(-1)  # [N, {n_classes}]
 ```
 
-The same from the command line, with more formats of pictures: `raytune-emotion predict {folder} face.jpg`.
+The same from the command line, with more formats of pictures: `raytune-emotion predict {typed} face.jpg`.
 """,
     "onnx": """\
 With ONNX Runtime:
@@ -128,7 +130,7 @@ With ONNX Runtime:
 ```python
 import onnxruntime
 
-session = onnxruntime.InferenceSession("{folder}/model.onnx")
+session = onnxruntime.InferenceSession({onnx})
 (probabilities,) = session.run(["probabilities"], {{"images": images}})  # [N, {n_classes}]
 ```
 """,
@@ -138,7 +140,7 @@ With torch alone:
 ```python
 import torch
 
-program = torch.export.load("{folder}/model.pt2").module()
+program = torch.export.load({pt2}).module()
 with torch.inference_mode():
     probabilities = program(torch.from_numpy(images))  # [N, {n_classes}]
 ```
@@ -178,7 +180,7 @@ def render_card(
     """
     size, n_classes = config.data.image_size, len(config.data.classes)
     own = [
-        *notes,
+        *map(escape_markdown, notes),
         _starting_weights(config.model, described["pretrained_cfg"]),
         f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
         f"Data fingerprint: `{best.fingerprint}`.",
@@ -188,13 +190,13 @@ def render_card(
         size=size,
         n_classes=n_classes,
         architecture=described["architecture"],
-        classes=", ".join(config.data.classes),
+        classes=", ".join(map(escape_markdown, config.data.classes)),
         code=show_use(formats, folder=folder, size=size, n_classes=n_classes),
         metrics=_metrics(best.report, evidence),
         per_class=_per_class(evidence.predictions),
         calibration=_calibration(evidence),
         origin="\n".join(f"- {line}" for line in own),
-        settings="\n".join(f"| {key} | {value} |" for key, value in shown.items()),
+        settings="\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in shown.items()),
     )
 
 
@@ -208,7 +210,15 @@ def show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) 
         n_classes: number of probabilities.
     """
     parts = (_READ, *(_USES[name] for name in formats))
-    return "\n".join(part.format(folder=folder, size=size, n_classes=n_classes) for part in parts)
+    files = {"as_timm": f"local-dir:{folder}", "onnx": f"{folder}/model.onnx", "pt2": f"{folder}/model.pt2"}
+    # In JSON, a text is what it is in Python.
+    texts = {name: json.dumps(file, ensure_ascii=False) for name, file in files.items()}
+    return "\n".join(part.format(typed=shell_word(folder), size=size, n_classes=n_classes, **texts) for part in parts)
+
+
+def escape_markdown(text: str) -> str:
+    """Return a text of one line as it is written in Markdown, so that nothing in it is markup."""
+    return re.sub(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def table_of_metrics(report: Report) -> str:
@@ -242,8 +252,8 @@ def _per_class(predictions: Predictions | None) -> str:
     if predictions is None:
         return ""
     rows = [
-        f"| {row.name} | {row.mean_target:.4f} | {row.mean_prediction:.4f} | {row.mean_absolute_error:.4f} | "
-        f"{row.calibration_error:.4f} | {row.majority_images} | "
+        f"| {escape_markdown(row.name)} | {row.mean_target:.4f} | {row.mean_prediction:.4f} | "
+        f"{row.mean_absolute_error:.4f} | {row.calibration_error:.4f} | {row.majority_images} | "
         f"{'' if row.majority_found is None else f'{row.majority_found:.2f}'} |"
         for row in class_errors(predictions)
     ]

@@ -54,7 +54,7 @@ def test_graphs_name_their_classes_and_their_ends(package):
 def test_card_says_how_near_the_formats_are_and_on_what(package, tmp_path):
     card = (package / "README.md").read_text()
     for file in ("model.safetensors", "model.onnx", "model.pt2"):
-        assert f"`{file}` differs from the model by " in card
+        assert f"{file} differs from the model by " in card
     assert "on 33 validation images; up to 0.0001 is accepted" in card
     write_package(tmp_path / "elsewhere", untrained_best("test_resnet", 32))
     assert "on 8 drawn faces, since the data of the run are not" in (tmp_path / "elsewhere/README.md").read_text()

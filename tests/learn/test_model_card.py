@@ -19,6 +19,7 @@ from raytune_emotion.learn.calibration import at_temperature
 from raytune_emotion.learn.checkpoint import BEST, read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
+from raytune_emotion.learn.model_card import escape_markdown
 from raytune_emotion.learn.predictions import bootstrap_intervals, predict_best
 from tests.support.exports import predict_with_card, turned_picture
 
@@ -110,6 +111,34 @@ def test_card_says_what_the_model_is_and_how_good(card, trained, store):
     for name in trained.report:
         if name.startswith("val_"):
             assert name.removeprefix("val_") in model_card._MEANINGS
+
+
+@pytest.mark.parametrize(
+    ("text", "markdown"),
+    [
+        ("__proto__", r"\_\_proto\_\_"),
+        ("<b>a</b>", r"\<b\>a\</b\>"),
+        ("a|b", r"a\|b"),
+        ("[a](http://b)", r"\[a\](http://b)"),
+        ("`e` & *f* ~~g~~ $h$ \\i", r"\`e\` \& \*f\* \~\~g\~\~ \$h\$ \\i"),
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+    ],
+)
+def test_text_from_outside_is_no_markdown(text, markdown):
+    assert escape_markdown(text) == markdown
+
+
+def test_card_holds_no_markup_from_names(trained, tmp_path):
+    odd = ("<b>x</b>", "a|b", *EMOTIONS[2:])
+    best = dataclasses.replace(trained, settings={**trained.settings, "data.classes": odd})
+    write_package(tmp_path / 'a "b"', best, ["The run *x*."], formats=("timm", "onnx", "pt2"))
+    card = (tmp_path / 'a "b"' / "README.md").read_text()
+    assert r"\<b\>x\</b\>, a\|b, sad" in card
+    assert r"- The run \*x\*." in card
+    assert r'timm.create_model("local-dir:a \"b\"", pretrained=True)' in card
+    assert r'InferenceSession("a \"b\"/model.onnx")' in card
+    assert r'torch.export.load("a \"b\"/model.pt2")' in card
+    assert """predict 'a "b"' face.jpg""" in card
 
 
 def test_card_without_the_data_says_so(trained, tmp_path):

@@ -35,10 +35,11 @@ from raytune_emotion.learn.export_folder import (
 )
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
 from raytune_emotion.learn.model import load_model, mean_std
-from raytune_emotion.learn.model_card import show_use, table_of_metrics
+from raytune_emotion.learn.model_card import escape_markdown, show_use, table_of_metrics
 from raytune_emotion.learn.origin import find_origin
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import TrialRecord, study_files, trial_folder
@@ -311,8 +312,8 @@ def write_ensemble(
         return _CARD.format(
             members=len(chosen.members),
             n_classes=len(store.classes),
-            classes=", ".join(store.classes),
-            folder=dest.name,
+            classes=", ".join(map(escape_markdown, store.classes)),
+            folder=shell_word(dest.name),
             files=" ".join(f"`model.{name}` is the whole as one graph." for name in formats),
             code=show_use(formats, folder=dest.name, size=store.image_size, n_classes=len(store.classes)),
             size=store.image_size,
@@ -320,7 +321,7 @@ def write_ensemble(
             rate=rates[0],
             rate_one=rates[1],
             metrics=table_of_metrics(report),
-            origin="\n".join(f"- {line}" for line in [*origin, checks]),
+            origin="\n".join(f"- {escape_markdown(line)}" for line in [*origin, checks]),
         )
 
     write_model(dest, whole, first, described, card, formats=[TIMM, *formats], store=store)
