@@ -10,7 +10,7 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import read_spec
+from raytune_emotion.tuning.study.spec import spec_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def confirm_study(request: ConfirmRequest) -> None:
         UserError: there is nothing to confirm, or it cannot be run here.
     """
     study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
-    read_spec(study)  # whether it is a study shows at once
+    spec_of(request.study)  # whether it is a study shows at once
     refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.export_folder import check_replaceable

@@ -8,7 +8,7 @@ from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import say
-from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, spec_of
 from raytune_emotion.tuning.study.trials import PARAMS, find_trial
 
 
@@ -73,8 +73,9 @@ def _check(args: argparse.Namespace, formats: list[str]) -> None:
         errors.append(f"--{named[0]}: stands beside --{named[1]}; name one of them")
     if args.ensemble and "timm" in formats:
         errors.append("--format timm: timm loads one network, and an ensemble is several; name onnx, pt2 or both")
-    if (args.ensemble or args.soup) and args.study.read(SPEC) is None:
-        errors.append(f"{args.study}: no {SPEC} in it, so it is no study; name the folder of a study")
+    if args.ensemble or args.soup:
+        with collect_errors(errors):
+            spec_of(args.study)
     if errors:
         raise UserError(errors)
 
@@ -97,15 +98,13 @@ def _find_trial(study: Location, text: str) -> str:
     Raises:
         UserError: it is no study, or has no such trial.
     """
-    with study.copy_here(SPEC) as folder:
-        read_spec(folder)
+    spec_of(study)
     return find_trial(text, [name.split("/")[1] for name in study.find(f"trials/*/{PARAMS}")], study)
 
 
 def _best_of(study: Location) -> str:
-    with study.copy_here(SPEC) as folder:
-        if read_spec(folder).confirms is not None:
-            raise UserError(f"{study}: its winner is in {study / 'best'}; name another of its runs with --trial")
+    if spec_of(study).confirms is not None:
+        raise UserError(f"{study}: its winner is in {study / 'best'}; name another of its runs with --trial")
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.study.open_study import load
     from raytune_emotion.tuning.study.optuna_study import JOURNAL

@@ -40,9 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--format",
         choices=("csv", "jsonl", "parquet"),
-        default="csv",
         metavar="NAME",
-        help="csv, jsonl or parquet (default: csv)",
+        help="csv, jsonl or parquet (default: csv; of one image in a terminal: a list, the likeliest first)",
     )
     add(
         "--mirror", action="store_true", help="predict the mean over each image and its mirror image, in twice the time"
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         with collect_errors(errors):
             check_export(folder)
         with collect_errors(errors):
-            sources = list_pictures(args.images)
+            sources, missing = list_pictures(args.images)
         if args.format == "parquet" and sys.stdout.isatty():
             errors.append("--format parquet: is not for a terminal; write it to a file, by > predictions.parquet")
         if args.address is not None and args.device is not None:
@@ -74,15 +73,20 @@ def run(args: argparse.Namespace) -> None:
 
         package = load_package(folder)
         total = sum(map(len, sources))
+        # Whoever asks in a terminal about one face looks for what is likeliest.
+        name = args.format or ("list" if total == 1 and sys.stdout.isatty() else "csv")
+        for fault in missing:
+            warn(f"error: {fault}")
         if args.address is None:
             package.model.to(_device(args.device))
             _check_sizes(sources, package.image_size)
-            bad = _write(predict(package, sources, mirror=args.mirror), args.format, package.classes, total)
+            bad = _write(predict(package, sources, mirror=args.mirror), name, package.classes, total)
         else:
             with _on_cluster(args.address, folder, sources, mirror=args.mirror) as batches:
-                bad = _write(batches, args.format, package.classes, total)
-    if bad:
-        raise Incomplete(f"{count(bad, 'image')} could not be read; all others are predicted")
+                bad = _write(batches, name, package.classes, total)
+    if missing or bad:
+        others = "all others are predicted" if bad < total else "nothing is predicted"
+        raise Incomplete(f"{count(len(missing) + bad, 'image')} could not be read; {others}")
 
 
 def predict(

@@ -5,7 +5,7 @@ import sys
 
 from raytune_emotion.cli import command_main, location
 from raytune_emotion.terminal import say
-from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.spec import spec_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,8 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with args.study.copy_here(SPEC) as folder:
-        spec = read_spec(folder)
+    spec = spec_of(args.study)
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.report.page import REPORT, report_files, write_report

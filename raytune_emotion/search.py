@@ -27,6 +27,7 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
@@ -109,7 +110,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--results",
         type=location,
-        default=Folder(Path("ray_results")),
+        default=Folder(RESULTS),
         metavar="DIR",
         help="folder of the studies, or a URI such as s3://bucket/prefix (default: ray_results)",
     )

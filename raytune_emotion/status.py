@@ -14,7 +14,7 @@ from rich.text import Text
 from raytune_emotion.cli import command_main, location, positive_integer
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import escape, plain_console, say
-from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.spec import read_spec, spec_of
 
 if TYPE_CHECKING:
     from raytune_emotion.tuning.report.summary import Summary
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with args.study.copy_here(SPEC) as folder:
-        read_spec(folder)
+    spec_of(args.study)  # whether it is a study shows at once
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.report.summary import describe
 

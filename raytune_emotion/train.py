@@ -24,9 +24,10 @@ from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.backbones import check_architecture, short_name
 from raytune_emotion.storage.atomic import is_taken
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
-from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, spec_of
 from raytune_emotion.tuning.study.trials import PARAMS, data_of, find_trial, refuse_taken
 
 
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--results",
         type=local_path,
-        default=Path("ray_results"),
+        default=RESULTS,
         metavar="DIR",
         help="folder of the run's folder (default: ray_results)",
     )
@@ -109,8 +110,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
     """Read the settings of a study's trial, by default the best."""
+    spec_of(study)
     with study.copy_here(SPEC, f"trials/*/{PARAMS}") as folder:
-        read_spec(folder)
         begun = [file.parent.name for file in folder.glob(f"trials/*/{PARAMS}")]
         trial_id = _best_trial(study) if trial is None else find_trial(trial, begun, study)
         return _read(folder / "trials" / trial_id / PARAMS)
@@ -218,11 +219,10 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
     if args.study is None:
         return find_data(sample_folder())
     size = settings.get("data.image_size", DataConfig().image_size)
-    with args.study.copy_here(SPEC) as study:
-        packed = read_spec(study).stores.get(size)
-        if packed is None or not is_store(packed):
-            raise UserError(f"{study}: its packed images of {size} px are not to be found; name the data with --data")
-        return find_data(packed)
+    packed = spec_of(args.study).stores.get(size)
+    if packed is None or not is_store(packed):
+        raise UserError(f"{args.study}: its packed images of {size} px are not to be found; name the data with --data")
+    return find_data(packed)
 
 
 def _merge_settings(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

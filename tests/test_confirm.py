@@ -78,10 +78,8 @@ def test_a_configuration_is_confirmed_once():
 
 
 def test_what_cannot_be_confirmed(refused, study, store, tmp_path):
-    assert refused(of="none") == [
-        f"{tmp_path / 'none'}: no study.yaml in it, so it is no study; name a folder that a search has made"
-    ]
-    assert refused("--top=0")[0].startswith("argument --top")
+    assert refused(of="none") == [f"{tmp_path / 'none'}: there is no such folder; there are {tmp_path / 'study'}"]
+    assert refused("--top=0")[0].startswith("--top: expected an integer")
     assert refused("--address=nonsense")[0].startswith("--address nonsense: no Ray cluster answers there")
     spec = read_spec(study)
     write_spec(tmp_path / "study", dataclasses.replace(spec, stores={32: "/gone"}))

@@ -79,6 +79,8 @@ def test_a_cluster_decides_about_its_gpus():
     gpu_presence.refuse_absent_gpu(1.0, address="auto")
 
 
+_NO_STUDY = "none: there is no such folder; name a folder that a search has made"
+_NO_EXPORT = "none: there is no such folder; name a folder that export, search or train wrote"
 WRONG = [
     (["search", "--space", "none.yaml"], "none.yaml: the search space cannot be read"),
     (["search", "--space", "nobody"], "nobody: there is no such search space; there are "),
@@ -92,13 +94,13 @@ WRONG = [
     (["train", "--set", "optim.wd=1"], "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
     (["train", "--set", "model.backbone=resnet81"], "resnet81: there is no such timm model"),
     (["pack", "none", "store"], "none: there is no such folder"),
-    (["confirm", "none"], "none: no study.yaml in it, so it is no study"),
-    (["report", "none"], "none: no study.yaml in it, so it is no study"),
-    (["export", "none", "dest"], "none: no study.yaml in it, so it is no study"),
+    (["confirm", "none"], _NO_STUDY),
+    (["report", "none"], _NO_STUDY),
+    (["export", "none", "dest"], _NO_STUDY),
     (["export", "none", "dest", "--format", "timm,tflite"], "--format tflite: there is no such format; there are "),
-    (["status", "none"], "none: no study.yaml in it, so it is no study"),
-    (["predict", "none", "face.jpg"], "none: is no export folder"),
-    (["demo", "none"], "none: is no export folder"),
+    (["status", "none"], _NO_STUDY),
+    (["predict", "none", "face.jpg"], _NO_EXPORT),
+    (["demo", "none"], _NO_EXPORT),
     (["demo", "none", "--port", "0"], "expected a port from 1 to 65535, got '0'"),
 ]
 

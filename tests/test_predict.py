@@ -19,7 +19,9 @@ from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
+from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.exports import untrained_best
+from tests.support.studies import spec_of
 
 CPU = torch.device("cpu")
 
@@ -30,8 +32,10 @@ def study(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "a study"
     for number in (3, 5):
         settings = {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 1, "train.seed": number}
-        list(fit(RunConfig.from_flat(settings), store, device=CPU, folder=folder / "trials" / f"{number:04d}"))
-    (folder / "trials.csv").write_text("trial_id,status,best_val_js\n0005,complete,0.3\n0003,pruned,0.4\n")
+        trial = folder / "trials" / f"{number:04d}"
+        list(fit(RunConfig.from_flat(settings), store, device=CPU, folder=trial))
+        (trial / "params.json").write_text(json.dumps(settings))
+    write_spec(folder, spec_of(store))
     return folder
 
 
@@ -61,13 +65,13 @@ class TestExport:
     @pytest.mark.parametrize("trial", ["0004", "../trials/0003", ""])
     def test_a_trial_that_is_not_there(self, study, tmp_path, capsys, trial):
         assert command_main("export", [str(study), str(tmp_path / "x"), f"--trial={trial or 'x'}"]) == 2
-        assert "there are those of 0003, 0005" in capsys.readouterr().err
+        assert f"there is no trial {trial or 'x'}; there are 0003, 0005" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
     def test_a_folder_that_is_no_study(self, tmp_path, capsys):
         assert command_main("export", [str(tmp_path), str(tmp_path / "x")]) == 2
         assert command_main("export", [str(tmp_path), str(tmp_path / "x"), "--trial", "0001"]) == 2
-        assert "name the folder of a study whose trials have reported" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("no study.yaml in it, so it is no study; ") == 2
 
 
 class TestPredict:
@@ -129,6 +133,37 @@ class TestPredict:
         *named, last = err.splitlines()
         assert [line.partition(str(tmp_path))[2][:7] for line in named] == ["/a.jpg:", "/b.jpg:"]
         assert last == "2 images could not be read; all others are predicted"
+        assert command_main("predict", [str(export), str(text)]) == 3
+        assert capsys.readouterr().err.endswith("\n1 image could not be read; nothing is predicted\n")
+
+    def test_a_missing_image_among_others_is_named_and_these_are_predicted(self, export, faces, tmp_path, capsys):
+        good = next((faces / "val_set" / "images").iterdir())
+        (tmp_path / "empty").mkdir()
+        missing = [tmp_path / "empty", tmp_path / "none.jpg"]
+        assert command_main("predict", [str(export), str(missing[0]), str(good), str(missing[1])]) == 3
+        out, err = capsys.readouterr()
+        assert [row[0] for row in rows_of(out)] == ["image", str(good)]
+        assert err.splitlines() == [
+            f"error: {missing[0]}: there is no image in this folder; name the images, or their folder",
+            f"error: {missing[1]}: there is no such image",
+            "2 images could not be read; all others are predicted",
+        ]
+
+    def test_one_image_in_a_terminal_is_a_list_with_the_likeliest_first(self, export, faces, capsys, monkeypatch):
+        folder = faces / "val_set" / "images"
+        face = str(next(folder.iterdir()))
+        assert command_main("predict", [str(export), face]) == 0
+        header, row = rows_of(capsys.readouterr().out)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        assert command_main("predict", [str(export), face]) == 0
+        name, *lines = capsys.readouterr().out.splitlines()
+        wanted = sorted(zip(map(float, row[1:]), header[1:], strict=True), key=lambda pair: -pair[0])
+        assert name == face
+        assert [line.split()[-1] for line in lines] == [emotion for _, emotion in wanted]
+        assert lines[0] == f"{100 * wanted[0][0]:6.1f} %  {wanted[0][1]}"
+        for more in ([face, face], [face, "--format", "csv"]):
+            assert command_main("predict", [str(export), *more]) == 0
+            assert capsys.readouterr().out.startswith("image,neutral,")
 
     def test_rows_are_written_while_later_images_are_read(self, export, faces, monkeypatch):
         """So that a million images need no more memory than a batch."""

@@ -116,9 +116,9 @@ def test_a_folder_that_was_moved_can_be_reported(study, tmp_path, no_plots):
 class TestBadStudies:
     def test_what_is_no_study(self, tmp_path, capsys):
         (tmp_path / "empty").mkdir()
-        for name in ("empty", "none"):
+        for name, what in (("empty", "no study.yaml in it, so it is no study"), ("none", "there is no such folder")):
             (told,) = refusal(capsys, [tmp_path], "report", tmp_path / name)
-            assert told.startswith(f"{tmp_path / name}: no study.yaml in it, so it is no study; name a folder that")
+            assert told == f"{tmp_path / name}: {what}; name a folder that a search has made"
 
     def test_a_study_without_its_journal(self, study, capsys):
         (study / "optuna.journal").unlink()

@@ -97,11 +97,14 @@ class StoredPictures:
         return {read_manifest(store).image_size: store for store in self.stores}
 
 
-def list_pictures(places: Iterable[Location]) -> list[PictureFiles | StoredPictures]:
+def list_pictures(places: Iterable[Location]) -> tuple[list[PictureFiles | StoredPictures], list[str]]:
     """List the pictures at places: a file as it is, the picture files of a folder by name, or those of stores.
 
+    Returns:
+        The pictures, and a sentence for each place that does not exist, cannot be read, or has none.
+
     Raises:
-        UserError: a place does not exist or cannot be read, or has no picture.
+        UserError: there is no picture at any of the places.
     """
     found: list[PictureFiles | StoredPictures] = []
     faults: list[str] = []
@@ -111,9 +114,9 @@ def list_pictures(places: Iterable[Location]) -> list[PictureFiles | StoredPictu
                 found.append(_listed(place))
             except OSError as error:
                 raise UserError(f"{place}: cannot be read: {error.strerror}; name readable images") from error
-    if faults:
+    if not found:
         raise UserError(faults)
-    return found
+    return found, faults
 
 
 def _listed(place: Location) -> PictureFiles | StoredPictures:

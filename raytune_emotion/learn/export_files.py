@@ -4,7 +4,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from raytune_emotion.errors import UserError, suggest
+from raytune_emotion.errors import UserError, did_you_mean, suggest
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.nearest import BEST_EXPORT, suggest_folder
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 #: The formats of an export, and the file of each.
@@ -36,13 +38,17 @@ def check_export(folder: Path) -> None:
     """Check that a folder is an export, by its files.
 
     Raises:
-        UserError: it is not, or it has no weights that timm and `predict` load.
+        UserError: it is not, and the sentence names the nearest; or it has no weights that timm and `predict` load.
     """
-    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+    missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
+    if not missing:
         return
     held = [name for name, file in FORMATS.items() if (folder / file).is_file()]
-    if held and (folder / CONFIG).is_file():
+    if held and CONFIG not in missing:
         raise UserError(f"{folder}: is an export as {', '.join(held)} alone; export it again as timm, too")
-    inner = folder / "best"
-    hint = f"did you mean {inner}?" if (inner / CONFIG).is_file() else "name one that export, search or train wrote"
-    raise UserError(f"{folder}: is no export folder, which has a {CONFIG} and a {WEIGHTS}; {hint}")
+    lacks = f"is no export, as it has no {' and no '.join(missing)}"
+    what = lacks if folder.exists() else "there is no such folder"
+    inner = folder / BEST_EXPORT
+    near = did_you_mean([str(inner)]) if (inner / CONFIG).is_file() else ""
+    near = near or suggest_folder(Folder(folder), CONFIG, (BEST_EXPORT, ""))
+    raise UserError(f"{folder}: {what}{near or '; name a folder that export, search or train wrote'}")

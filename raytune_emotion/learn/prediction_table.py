@@ -1,4 +1,4 @@
-"""Write predictions as they come, a batch at a time: CSV, JSON lines, or Parquet."""
+"""Write predictions as they come, a batch at a time: CSV, JSON lines, Parquet, or a list for people."""
 
 import csv
 import json
@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from raytune_emotion.terminal import escape
 
 _NAME = "image"
 _DECIMALS = 6
@@ -57,6 +59,23 @@ class JsonLines:
         self._text.flush()
 
 
+class SortedList:
+    """The name of each image, then a line per class with its probability, the likeliest first: for people."""
+
+    def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
+        self._text, self._classes = text, classes
+
+    def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
+        for name, prob_K in zip(names, prob_NK, strict=True):
+            self._text.write(escape(name) + "\n")
+            for k in np.argsort(-prob_K, kind="stable"):
+                self._text.write(f"{100 * prob_K[k]:6.1f} %  {self._classes[k]}\n")
+        self._text.flush()
+
+    def close(self) -> None:
+        self._text.flush()
+
+
 class ParquetTable:
     """A column of names, and one of float32 for each class."""
 
@@ -87,4 +106,8 @@ class ParquetTable:
 
 
 #: The formats of text, by name; `parquet` is written to a stream of bytes.
-TEXT_TABLES: dict[str, Callable[[TextIO, Sequence[str]], Table]] = {"csv": CsvTable, "jsonl": JsonLines}
+TEXT_TABLES: dict[str, Callable[[TextIO, Sequence[str]], Table]] = {
+    "csv": CsvTable,
+    "jsonl": JsonLines,
+    "list": SortedList,
+}

@@ -22,7 +22,7 @@ from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.tuning.study import optuna_study
 from raytune_emotion.tuning.study.records import read_records, study_files, trial_folder, winner
-from raytune_emotion.tuning.study.spec import StudySpec, read_spec
+from raytune_emotion.tuning.study.spec import StudySpec, spec_of
 from raytune_emotion.tuning.study.tables import curves_of, trials_of
 
 Place = str | os.PathLike[str] | Location
@@ -79,8 +79,8 @@ def load_study(path: Place) -> Study:
         UserError: there is no study, or it is damaged.
     """
     location = location_of(path)
+    spec = spec_of(location)
     with study_files(location, optuna_study.JOURNAL, f"trials/*/{HISTORY}") as folder:
-        spec = read_spec(folder)
         records = read_records(folder, optuna_study.load_study(folder))
     best = winner(records)
     return Study(location, spec, trials_of(records), curves_of(records), best.trial_id if best else None)

@@ -224,7 +224,7 @@ class TestFaults:
     def test_a_folder_that_is_no_export(self, dest, tmp_path):
         with pytest.raises(UserError, match=f"did you mean {dest}"):
             load_package(tmp_path)
-        with pytest.raises(UserError, match="none: is no export folder"):
+        with pytest.raises(UserError, match="none: there is no such folder"):
             load_package(tmp_path / "none")
 
     @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
 from raytune_emotion.tuning.study.records import study_files
 from raytune_emotion.tuning.study.request import SearchRequest
-from raytune_emotion.tuning.study.spec import SPEC, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
 #: Trials that must have reported before a study says anything about what is good.
 _LEAST = 4
@@ -61,8 +61,8 @@ def gather_earlier(studies: Sequence[Location]) -> str:
     faults: list[str] = []
     for place in studies:
         try:
+            space = spec_of(place).space
             with study_files(place, JOURNAL) as folder:
-                space = read_spec(folder).space
                 trials = load_study(folder).get_trials(deepcopy=False)
         except UserError as error:
             faults += error.faults

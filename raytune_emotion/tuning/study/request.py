@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.errors import UserError, collect_errors, suggest
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space
@@ -149,10 +149,8 @@ class SearchRequest:
             if study.exists():
                 raise UserError(f"{study}: no {SPEC} in it, so it is no study; name its folder with --results")
             others = studies_in(self.results)
-            raise UserError(
-                f"{study}: there is no study of this name to resume; "
-                + (f"there are {', '.join(others)}" if others else "name its folder with --results")
-            )
+            advice = f"; there are {', '.join(others)}" if others else "; name its folder with --results"
+            raise UserError(f"{study}: there is no study of this name to resume{suggest(name, others) or advice}")
         return study
 
 

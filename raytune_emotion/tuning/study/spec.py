@@ -22,7 +22,8 @@ from raytune_emotion import __version__
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.storage.nearest import suggest_folder
 from raytune_emotion.storage.yaml_text import load_yaml
 from raytune_emotion.tuning.policy.decisions import SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
@@ -104,8 +105,24 @@ def write_spec(folder: Path, spec: StudySpec) -> None:
     write_text(folder / SPEC, text.getvalue())
 
 
+def spec_of(study: Location) -> StudySpec:
+    """Read the spec of a study that somebody names.
+
+    Raises:
+        UserError: there is no study, and the sentence names the nearest; or its spec is damaged.
+    """
+    if study.read(SPEC) is None:
+        what = f"no {SPEC} in it, so it is no study" if study.exists() else "there is no such folder"
+        if inside := studies_in(study):
+            raise UserError(f"{study}: {what}; there are studies in it: {', '.join(inside)}")
+        near = suggest_folder(study, SPEC) or "; name a folder that a search has made"
+        raise UserError(f"{study}: {what}{near}")
+    with study.copy_here(SPEC) as folder:
+        return read_spec(folder)
+
+
 def read_spec(folder: Path) -> StudySpec:
-    """Read `study.yaml`.
+    """Read `study.yaml` in the folder of a study.
 
     Raises:
         UserError: it is missing, or damaged: with a sentence for every value that is wrong.
@@ -120,9 +137,7 @@ def read_spec(folder: Path) -> StudySpec:
         known: dict[str, Any] = {name: tuple(v) if isinstance(v := values[name], list) else v for name in names}
         return StudySpec(**known)
     except FileNotFoundError:
-        inside = studies_in(Folder(folder))
-        advice = f"there are studies in it: {', '.join(inside)}" if inside else "name a folder that a search has made"
-        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; {advice}") from None
+        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; name a folder of your own studies") from None
     except ValidationError as error:
