@@ -311,6 +311,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
         from raytune_emotion.tuning.execution.placement import fit_to_cluster
         from raytune_emotion.tuning.report.conclusion import conclude
         from raytune_emotion.tuning.report.console import open_session, run_with_progress
+        from raytune_emotion.tuning.report.summary import ALL_TRIED
         from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
         from raytune_emotion.tuning.study.open_study import go_on
 
@@ -343,7 +344,8 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 if new is not None and new.warm_start.gathered is not None:
                     console.print(f"the first trials are guided by {new.warm_start.told}")
                 if study.is_over():
-                    console.print("every trial has ended, and nothing is left to run; ask for more with --trials")
+                    why = ALL_TRIED if study.has_tried_all() else "ask for more with --trials"
+                    console.print(f"every trial has ended, and nothing is left to run; {why}")
                 begun = True
                 run_with_progress(
                     console,

@@ -11,15 +11,17 @@ import pytest
 
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.storage.locations import Folder
+from raytune_emotion.terminal import plain_console
+from raytune_emotion.tuning.report.conclusion import conclude
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.report.summary import describe, sparkline, summarize
-from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
 from raytune_emotion.tuning.study.spec import read_spec
 from tests.support.commands import exit_code, refusal
 from tests.support.folders import tree
-from tests.support.studies import write_study
+from tests.support.studies import run_here, spec_of, write_study
 
 KEYS = [
     "study", "objective", "finished", "trials_planned", "trials", "best", "baseline_js", "started", "elapsed_seconds",
@@ -117,6 +119,25 @@ def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
     later = summarize(spec, trials, records[:2], Folder(finished), now=2e9 + 3600)
     assert later.trials_per_hour == now.trials_per_hour
     assert later.elapsed_seconds == now.elapsed_seconds + 3600
+
+
+def test_a_study_whose_space_has_no_more_configurations_is_finished(tmp_path, store, capsys, no_plots):
+    space = {"model.backbone": "test_resnet", "train.batch_size": {"choice": [32, 64]}}
+    make_study(tmp_path / "study", spec_of(store, space=space, trials=5, epochs=1))
+    assert not json_of(capsys, tmp_path / "study")["finished"]
+    run_here(load(tmp_path / "study"))
+    study = load(tmp_path / "study")
+    assert study.is_over()
+    assert json_of(capsys, tmp_path / "study")["finished"]
+    assert exit_code(["status", tmp_path / "study"]) == 0
+    told = capsys.readouterr().out
+    assert "2 complete, of 5" in told
+    assert "; every configuration of the space has been tried\n" in told
+    console = plain_console()
+    conclude(console, study, Folder(tmp_path), None)
+    told = capsys.readouterr().out
+    assert told.startswith("2 complete; every configuration of the space has been tried\n")
+    assert told.endswith(" --name study --epochs 2\n")
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(finished, monkeypatch):

@@ -16,6 +16,7 @@ from raytune_emotion.terminal import count, plain_table, shell_word, typed_comma
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
+from raytune_emotion.tuning.report.summary import ALL_TRIED
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
@@ -53,10 +54,13 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         export_trial(place, Folder(folder / "best"), best.trial_id)
     exported = [str(file.relative_to(folder)) for file in folder.glob("best/*")]
     place.push(folder, [*report_files(folder), *exported])
-    console.print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
+    all_tried = study.is_over() and study.has_tried_all()
+    told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
     resume = f"{typed_command('search')} --resume --results {shell_word(str(results))} --name {place.name}"
-    if len(records) >= spec.trials and not counts["running"] and not counts["paused"]:
-        resume += f" --trials {2 * spec.trials}"
+    if study.is_over():
+        # The best can be trained longer where nothing else is left to be tried.
+        resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)
     if best is None or best.best is None:
         if records and counts["failed"] == len(records):

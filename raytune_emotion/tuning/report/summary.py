@@ -9,10 +9,14 @@ import optuna
 
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.decisions import Gain
-from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
+from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.optuna_study import Status, expected_gain, has_tried_all
 from raytune_emotion.tuning.study.records import TrialRecord, trained_settings, winner
-from raytune_emotion.tuning.study.spec import StudySpec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 from raytune_emotion.tuning.study.trials import trial_id_of
+
+#: Said of a study whose space has no more configurations.
+ALL_TRIED = "every configuration of the space has been tried"
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
@@ -33,7 +37,7 @@ class Summary:
 
     study: str
     objective: str
-    finished: bool  # whether all trials that were asked for have ended
+    finished: bool  # whether all trials that were asked for have ended, or all that the space has
     trials_planned: int
     trials: dict[str, int]  # by status
     best: BestTrial | None
@@ -71,7 +75,7 @@ def summarize(
     started = min((start for start, _ in spans), default=None)
     counts = Counter(record.status for record in records)
     ended = sum(record.ended for record in records)
-    finished = ended >= spec.trials and ended == len(records)
+    finished = ended == len(records) and (ended >= spec.trials or _has_tried_all(spec, study))
     last = max((end for _, end in spans), default=now)
     active = _length_of_union(spans)
     leader = winner(records)
@@ -97,13 +101,18 @@ def summarize(
     )
 
 
+def _has_tried_all(spec: StudySpec, study: optuna.Study) -> bool:
+    return spec.confirms is None and has_tried_all(study, parse_space(spec.space, SPEC))
+
+
 def describe(summary: Summary) -> list[str]:
     """Say a summary in lines for people."""
     counts = ", ".join(f"{n} {status}" for status, n in summary.trials.items() if n) or "none yet"
+    all_tried = summary.finished and sum(summary.trials.values()) < summary.trials_planned
     rate = f", {summary.trials_per_hour:.3g} an hour" if summary.trials_per_hour is not None else ""
     lines = [
         f"study       {summary.study}" + (", finished" if summary.finished else ""),
-        f"trials      {counts}, of {summary.trials_planned}{rate}",
+        f"trials      {counts}, of {summary.trials_planned}{rate}" + (f"; {ALL_TRIED}" if all_tried else ""),
     ]
     if summary.started is not None:
         since = summary.seconds_since_evaluation

@@ -21,6 +21,7 @@ from raytune_emotion.tuning.study.optuna_study import (
     create_study,
     delete_study,
     extend,
+    has_tried_all,
     list_trials,
     load_study,
     study_lock,
@@ -69,9 +70,15 @@ class OpenStudy:
         return read_record(self.folder, self.optuna, trial_id)
 
     def is_over(self) -> bool:
-        """Tell whether as many trials as were asked for have ended."""
+        """Tell whether as many trials have ended as were asked for, or as the space has configurations."""
         trials = list_trials(self.optuna)
-        return len(trials) >= self.spec.trials and not any(t.status in ("running", "paused") for t in trials)
+        if any(trial.status in ("running", "paused") for trial in trials):
+            return False
+        return len(trials) >= self.spec.trials or self.has_tried_all()
+
+    def has_tried_all(self) -> bool:
+        """Tell whether every configuration of the space has been tried."""
+        return self.spec.confirms is None and has_tried_all(self.optuna, self.space)
 
     def best_trial(self) -> TrialRecord:
         """Return the best trial.

@@ -20,6 +20,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.atomic import exclusive_lock
+from raytune_emotion.tuning.policy.candidates import domain_of, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
     COST,
     DRIVER,
@@ -262,6 +263,13 @@ def _study_trial(trial: FrozenTrial) -> StudyTrial:
         trial.user_attrs.get(CONFIRMS),
         trial.user_attrs.get(DRIVER),
     )
+
+
+def has_tried_all(study: optuna.Study, space: Space) -> bool:
+    """Tell whether a space has few configurations, and a trial of each has begun."""
+    domain, trials = domain_of(space), study.get_trials(deepcopy=False)
+    tried = {domain.key_of(trial) for trial in trials if SETTINGS in trial.user_attrs}
+    return all(trial.state != TrialState.WAITING for trial in trials) and is_exhausted(domain, tried)
 
 
 def count_due(study: optuna.Study) -> int:
