@@ -18,7 +18,9 @@ from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import are_settings
 
 EARLIER = "earlier.json"
-NOTHING, STUDIES, OWN = "none", "earlier studies", "the portfolio"
+NOTHING, OWN = "none", "the portfolio"
+#: The key of where an earlier study lay.
+STUDY = "study"
 
 
 def write_earlier(folder: Path, gathered: str) -> None:
@@ -27,12 +29,12 @@ def write_earlier(folder: Path, gathered: str) -> None:
 
 
 def name_earlier(folder: Path) -> str:
-    """Name what a study started from: `NOTHING`, `STUDIES` or `OWN`."""
+    """Name what a study started from: `NOTHING`, `OWN`, or where the earlier studies lay."""
     if not (folder / EARLIER).exists():
         return NOTHING
     with _damage_in_words(folder):
         parts = load_json((folder / EARLIER).read_bytes())
-        return OWN if any(RECORDED in part for part in parts) else STUDIES
+        return OWN if any(RECORDED in part for part in parts) else ", ".join(str(part[STUDY]) for part in parts)
 
 
 def read_earlier(folder: Path) -> list[Forecast]:

@@ -69,10 +69,10 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
     if request.storage not in (None, url):
         changed.append(f"storage that it began with, {url or 'its own journal'}")
     if request.warm_start:
-        from raytune_emotion.tuning.policy.warm_start import NOTHING, STUDIES, name_earlier
+        from raytune_emotion.tuning.policy.warm_start import NOTHING, name_earlier
 
         began = name_earlier(folder)
-        if began != (STUDIES if request.earlier_studies else NOTHING):
+        if began != (", ".join(study.address for study in request.earlier_studies) or NOTHING):
             changed.append(f"warm-start that it began with, {began}")
     errors = [
         f"--{what.partition(' ')[0]}: a study keeps the {what}; leave the option out, or begin a new study under "

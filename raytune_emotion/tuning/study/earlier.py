@@ -11,6 +11,7 @@ from raytune_emotion.tuning.policy.candidates import domain_of
 from raytune_emotion.tuning.policy.decisions import FORECAST, SETTINGS
 from raytune_emotion.tuning.policy.forecast import curves_of
 from raytune_emotion.tuning.policy.portfolio import portfolio_of
+from raytune_emotion.tuning.policy.warm_start import STUDY
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
@@ -71,7 +72,9 @@ def gather_earlier(studies: Sequence[Location]) -> str:
         seen = curves_of(domain, [trial for trial in trials if SETTINGS in trial.user_attrs])
         if sum(bool(curve.values) for curve in seen) < _LEAST:
             faults.append(f"--warm-start {place}: fewer than {_LEAST} of its trials have reported; leave it out")
-        gathered.append({"space": space, "trials": [[curve.settings, curve.values] for curve in seen]})
+        gathered.append(
+            {STUDY: place.address, "space": space, "trials": [[curve.settings, curve.values] for curve in seen]}
+        )
     if faults:
         raise UserError(faults)
     return json.dumps(gathered)

@@ -8,11 +8,13 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier
+from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier, write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.continuation import refused_changes
 from raytune_emotion.tuning.study.earlier import gather_earlier
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import create_study, load_study
+from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.reports import short_report
 from tests.support.studies import searcher_of, spec_of
@@ -63,6 +65,22 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
     assert len(refused.value.faults) == 2
     assert refused.value.faults[0] == f"--warm-start {short}: fewer than 4 of its trials have reported; leave it out"
     assert "there is no such folder" in refused.value.faults[1]
+
+
+def test_a_study_that_goes_on_keeps_the_earlier_studies_that_it_began_with(tmp_path, store):
+    earlier, other = (Folder(write_study(tmp_path / name, store, 4)) for name in ("earlier", "other"))
+    write_earlier(tmp_path, gather_earlier([earlier]))
+    spec = spec_of(store)
+
+    def refused(*studies):
+        return refused_changes(SearchRequest(Folder(tmp_path), warm_start=[*studies]), spec, tmp_path)
+
+    assert refused(earlier) == []
+    for asked in ((other,), (earlier, other), ("none",)):
+        assert refused(*asked) == [
+            f"--warm-start: a study keeps the warm-start that it began with, {earlier}; leave the option out, or begin "
+            f"a new study under another name"
+        ]
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[3]"])
