@@ -687,7 +687,8 @@ class TestAStudy:
         assert f"best JS     {best.best_val_js:.4f} bits, trial {best.trial_id} (4 trials)" in lines
         assert any(re.fullmatch(r"baseline    0\.4\d{3} bits, predicting the training mean", line) for line in lines)
         assert "exported    ray_results/first/best" in lines
-        assert lines[-4:] == [
+        # Another trial may be as good as the best: `test_conclusion.py`.
+        assert [line for line in lines if "  # trial" not in line][-4:] == [
             "next:",
             "  python -m raytune_emotion.predict ray_results/first/best FACE.jpg",
             "  tensorboard --logdir ray_results/first/trials",

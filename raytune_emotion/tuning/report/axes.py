@@ -27,6 +27,11 @@ class Axis:
     high: float = 0.0
     choices: tuple[str, ...] = ()  # as text, in the order of the space
 
+    @property
+    def holds_text(self) -> bool:
+        """Tell whether the values are names, not numbers."""
+        return any(not choice.replace(".", "", 1).isdigit() for choice in self.choices)
+
     def position(self, value: Any) -> float | str | None:
         """Return a value as it is drawn: a number, or the text of a choice; None where there is none."""
         if value is None and "None" not in self.choices:

@@ -14,9 +14,11 @@ from raytune_emotion.learn.checkpoint import PREDICTIONS
 from raytune_emotion.learn.combine import js_of
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.model import load_model, mean_std
+from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (
     MEMBERS,
     Candidates,
+    Combination,
     combine_ensemble,
     combine_soup,
     list_kept,
@@ -36,7 +38,8 @@ class Brought:
     """What one way to use the kept trials would bring."""
 
     way: str
-    single: float  # JS of one model as it is, bits
+    measured_on: str
+    single: float  # JS of the best single model, bits
     combined: float  # JS, bits
     cost: str
     command: str
@@ -45,10 +48,15 @@ class Brought:
     def cells(self) -> list[str]:
         """Return the row of the table for people."""
         numbers = (self.single, self.combined, self.single - self.combined)
-        return [self.way, *(f"{number:.4f}" for number in numbers), self.cost, self.command]
+        return [self.way, self.measured_on, *(f"{number:.4f}" for number in numbers), self.cost, self.command]
 
 
-HEADINGS = ("what", "one model, bits", "combined, bits", "gain, bits", "cost", "option")
+HEADINGS = (
+    "combination", "measured on", "best single model, bits", "combination, bits", "gain, bits", "cost", "command",
+)  # fmt: skip
+#: Those of them whose cells are words.
+TEXTS = ("combination", "measured on", "cost", "command")
+_UNSEEN, _ALL = "the half that did not choose, for each half", "the whole validation set"
 
 
 def measure_combinations(folder: Path, records: Sequence[TrialRecord]) -> list[Brought]:
@@ -56,36 +64,45 @@ def measure_combinations(folder: Path, records: Sequence[TrialRecord]) -> list[B
     kept = [(name, trial) for name, trial in list_kept(folder, records) if (trial / PREDICTIONS).exists()]
     try:
         candidates = read_candidates(kept)
-        found = [_ensemble(candidates)]
+        found = [_ensemble(candidates, folder)]
         began = time.monotonic()
-        mirrored = _mirror(candidates, began + _MOST_SECONDS)
+        mirrored = _mirror(candidates, folder, began + _MOST_SECONDS)
         # A soup of three models is predicted in four mixtures at most.
         if mirrored is not None and 4 * (time.monotonic() - began) < _MOST_SECONDS:
-            found.append(_soup(candidates))
+            found.append(_soup(candidates, folder))
         return [brought for brought in [*found, mirrored] if brought is not None]
     except (UserError, OSError, RuntimeError):
         return []
 
 
-def _ensemble(candidates: Candidates) -> Brought | None:
+def _ensemble(candidates: Candidates, study: Path) -> Brought | None:
     chosen = combine_ensemble(candidates, MEMBERS)
-    if chosen.gain is None or len(candidates.trial_ids) == 1:
+    if len(candidates.trial_ids) == 1:
         return None
-    what = f"ensemble of {', '.join(chosen.trial_ids)}"
-    cost = f"{len(chosen.members)} times the time"
-    return Brought(what, chosen.gain.single, chosen.gain.combined, cost, f"export --ensemble {MEMBERS}")
+    members = len(chosen.members)
+    command = f"raytune-emotion export {shell_word(study)} ensemble --ensemble {members}"
+    return _brought("ensemble", chosen, f"{members} times the time", command)
 
 
-def _soup(candidates: Candidates) -> Brought | None:
+def _soup(candidates: Candidates, study: Path) -> Brought | None:
     few = candidates.only(range(min(_MIXED, len(candidates.trial_ids))))
     chosen, _ = combine_soup(few)
-    if chosen.gain is None or len(chosen.candidates.trial_ids) == 1:
+    if len(chosen.candidates.trial_ids) == 1:
         return None
-    what = f"mean weights of {', '.join(chosen.trial_ids)}"
-    return Brought(what, chosen.gain.single, chosen.gain.combined, "none", "export --soup")
+    return _brought("mean weights", chosen, "none", f"raytune-emotion export {shell_word(study)} soup --soup")
 
 
-def _mirror(candidates: Candidates, until: float) -> Brought | None:
+def _brought(what: str, chosen: Combination, cost: str, command: str) -> Brought | None:
+    if chosen.gain is None:
+        return None
+    if len(chosen.members) == 1:
+        what, cost, command = f"{what}: no other trial helps {chosen.trial_ids[0]}", "", ""
+    else:
+        what = f"{what} of {', '.join(chosen.trial_ids)}"
+    return Brought(what, _UNSEEN, chosen.gain.single, chosen.gain.combined, cost, command)
+
+
+def _mirror(candidates: Candidates, study: Path, until: float) -> Brought | None:
     """Predict the mirror images of the validation set with the best model; None where that takes too long."""
     best, split = candidates.bests[0], candidates.store.val
     model = load_model(best)
@@ -101,4 +118,5 @@ def _mirror(candidates: Candidates, until: float) -> Brought | None:
     both_NK = (plain_NK + torch.cat(parts)) / 2
     single, combined = (float(js_of(predicted_NK, targets).mean()) for predicted_NK in (plain_NK, both_NK))
     what = f"mirror image, trial {candidates.trial_ids[0]}"
-    return Brought(what, single, combined, "2 times the time", "predict --mirror")
+    command = f"raytune-emotion predict --mirror {shell_word(study / 'best')} FACE.jpg"
+    return Brought(what, _ALL, single, combined, "2 times the time", command)

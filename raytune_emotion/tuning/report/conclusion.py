@@ -49,7 +49,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     best = winner(records)
     if best is not None:
         study.copy.pull([f"trials/{best.trial_id}/{PARAMS}"])
-    write_report(folder, spec, records, gain=expected_gain(study.optuna))
+    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna))
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
     exported = [str(file.relative_to(folder)) for file in folder.glob("best/*")]
@@ -82,10 +82,19 @@ exported    {place / "best"}
 page        {place / REPORT}
 
 next:
-  {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg
+  {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg{advise_confirmation(place, rivals)}
   tensorboard --logdir {shell_word(str(place / "trials"))}
   {resume}"""
     )
+
+
+def advise_confirmation(study: Location, rivals: Sequence[str]) -> str:
+    """Return the command that tells the best trial from others that may be as good; empty where there are none."""
+    if not rivals:
+        return ""
+    some = f"trial {rivals[0]}" if len(rivals) == 1 else f"trials {', '.join(rivals)}"
+    command = f"{typed_command('confirm')} {shell_word(str(study))}"
+    return f"\n  {command}  # {some} may be as good: train the best with new seeds"
 
 
 def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:

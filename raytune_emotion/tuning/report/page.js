@@ -23,7 +23,10 @@ function shortNumber(value) {
 const seconds = (s) =>
   s === null ? "–" : s < 120 ? `${Number(s.toPrecision(2))} s` : s < 7200 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`;
 
-// A number in [-0.5, 0.5] that is the same for the same text: spreads trials of one choice.
+// How much of the room of a choice its trials are spread over, so that they can be told apart.
+const WIDE = 0.3;
+
+// A number in [-0.5, 0.5] that is the same for the same text.
 function spread(text) {
   let hash = 2166136261;
   for (const character of text) hash = Math.imul(hash ^ character.charCodeAt(0), 16777619);
@@ -79,7 +82,7 @@ function jsDomain() {
   const top = Math.max(data.baseline, d3.quantile(sortedJs, 0.95) ?? 0) * 1.04;
   return [Math.max(0, (sortedJs[0] ?? 0) * 0.9 - 0.005), top];
 }
-const jsScale = () => ({ domain: jsDomain(), label: null, grid: true, ticks: 5, clamp: true, tickFormat: shortNumber });
+const jsScale = () => ({ domain: jsDomain(), label: "JS, bits", grid: true, ticks: 5, clamp: true, tickFormat: shortNumber });
 
 // A constant array channel keeps Plot from taking colours for categories.
 const literal = (of) => ({ value: of, scale: null });
@@ -87,7 +90,7 @@ const named = (trial) => `trial ${trial.id}`;
 
 function plot(width, options) {
   return Plot.plot({
-    width, marginTop: 14, marginRight: 14, marginBottom: 34, marginLeft: 46,
+    width, marginTop: 26, marginRight: 14, marginBottom: 34, marginLeft: 46,
     style: { fontSize: "12px", fontFamily: "inherit", background: "none", overflow: "visible" },
     ...options,
   });
@@ -156,7 +159,7 @@ const charts = {
     const upright = width > 760; // else the axes lie one below the other, so that their names can be read
     const at = (axis, trial) => {
       const js = axis.name === "JS, bits";
-      const value = js ? Math.min(trial.js, axis.high) : place(axis, trial, 0.5);
+      const value = js ? Math.min(trial.js, axis.high) : place(axis, trial, WIDE);
       return value === null ? null : share(axis, value);
     };
     const rows = last(d3.sort(scored, (trial) => -trial.js)).flatMap((trial) =>
@@ -166,16 +169,16 @@ const charts = {
     })));
     const names = axes.map((axis, i) => ({ i, name: shortName(axis.name) }));
     const stroke = literal((d) => (d.id === data.winner ? "var(--accent)" : shade(d.trial.js)));
-    const wide = (d) => (d.id === data.winner ? 3 : 1.2), halo = { stroke: "var(--card)", strokeWidth: 4, fill: "currentColor" };
+    const wide = (d) => (d.id === data.winner ? 3 : 1.2), halo = { stroke: "var(--card)", strokeWidth: 5, fill: "currentColor" };
     const lines = { z: "id", stroke, strokeWidth: wide, ariaLabel: named, strokeOpacity: scored.length > 100 ? 0.35 : 0.8 };
     const svg = upright
       ? plot(width, {
-          height: 400, marginTop: 40, marginBottom: 14, marginLeft: 46, marginRight: 46, axis: null,
+          height: 400, marginTop: 40, marginBottom: 14, marginLeft: 36, marginRight: 64, axis: null,
           x: { domain: [0, axes.length - 1] }, y: { domain: [0, 1] },
           marks: [
             Plot.ruleX(names, { x: "i", stroke: "currentColor", strokeOpacity: 0.35 }),
             Plot.line(rows, { x: "i", y: "at", ...lines }),
-            Plot.text(marks, { x: "i", y: "at", text: "text", ...halo, fontSize: 10.5 }),
+            Plot.text(marks, { x: "i", y: "at", text: "text", dx: 5, textAnchor: "start", ...halo, fontSize: 11 }),
             Plot.text(names, { x: "i", y: 1, dy: -12, text: "name", lineAnchor: "bottom", fontWeight: 600, fontSize: 11, lineWidth: width / axes.length / 12 }),
           ],
         })
@@ -250,10 +253,10 @@ const charts = {
   slice(width, element) {
     const axis = data.axes[Number(element.dataset.axis)];
     const list = scored.filter((trial) => place(axis, trial, 0) !== null);
-    const x = (d) => place(axis, d, 0.5), y = (d) => d.js;
+    const x = (d) => place(axis, d, WIDE), y = (d) => d.js;
     const low = crowded(axis, width - 46) ? 16 + 3.6 * Math.min(16, d3.max(axis.choices, (c) => c.length)) : 26;
     const svg = plot(width, {
-      height: 160 + low, marginLeft: 34, marginRight: 12, marginBottom: low, marginTop: 8,
+      height: 176 + low, marginLeft: 34, marginRight: 12, marginBottom: low, marginTop: 24,
       x: { label: null, ...scaleOf(axis, width - 46) }, y: { ...jsScale(), ticks: 4 },
       marks: [...baseline(), dots(list, x, y, { r: literal((d) => (d.id === data.winner ? 5.5 : 3.5)) })],
     });
@@ -295,8 +298,9 @@ const charts = {
   entropy(width) {
     const bins = data.analysis.entropy;
     const svg = plot(width, {
-      height: height(width), x: { label: "entropy of the target, bits →", inset: 10 },
-      y: { label: null, grid: true, zero: true, ticks: 5 },
+      // Beside the confusion, as high as that.
+      height: innerWidth > 900 ? Math.min(width, 640) : height(width), x: { label: "entropy of the target, bits →", inset: 10 },
+      y: { label: "mean JS, bits", grid: true, zero: true, ticks: 5 },
       marks: [
         Plot.areaY(bins, { x: "x", y1: (b) => b.y - b.error, y2: (b) => b.y + b.error, fill: "var(--complete)", fillOpacity: 0.18 }),
         Plot.line(bins, { x: "x", y: "y", stroke: "var(--complete)", strokeWidth: 2 }),
@@ -524,6 +528,8 @@ document.getElementById("cost")?.addEventListener("change", () => {
 });
 document.getElementById("copy")?.addEventListener("click", async ({ target }) => {
   const settings = document.getElementById("settings");
+  // With all digits, and as YAML has it.
+  for (const line of settings.children) line.textContent = `${line.textContent.split(":")[0]}: ${line.dataset.full}\n`;
   getSelection().selectAllChildren(settings); // to be copied by hand where the browser refuses
   target.textContent = await navigator.clipboard.writeText(settings.textContent).then(() => "copied", () => "selected");
 });

@@ -16,9 +16,11 @@ from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder
+from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.combinations import HEADINGS as COMBINATIONS
+from raytune_emotion.tuning.report.combinations import TEXTS as COMBINATION_TEXTS
 from raytune_emotion.tuning.report.combinations import Brought, measure_combinations
 from raytune_emotion.tuning.report.importance import MIN_TRIALS
 from raytune_emotion.tuning.report.page_data import (
@@ -33,7 +35,14 @@ from raytune_emotion.tuning.report.page_data import (
 from raytune_emotion.tuning.report.plots import draw_all
 from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, write_results
 from raytune_emotion.tuning.report.summary import duration, gain_source
-from raytune_emotion.tuning.report.winner import Face, extreme_faces, predict_winner, predictions_table
+from raytune_emotion.tuning.report.winner import (
+    Face,
+    extreme_faces,
+    js_interval,
+    predict_winner,
+    predictions_table,
+    rivals_of,
+)
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     HEADINGS,
@@ -47,20 +56,28 @@ from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 REPORT = "report.html"
 FRONT = ("trial", "backbone", "parameters, millions", "trained, images/s", "JS, bits")
 _RESULTS = ("model", "loss", "trials", "trial", "MSE", "KL", "TVD", "JS", "s/epoch")
-_CLASSES = ("class", "mean target", "mean prediction", "mean absolute error", "calibration error", "majority in",
+_CLASSES = ("class", "mean target", "mean prediction", "mean absolute error", "calibration error", "likeliest in",
             "of these found")  # fmt: skip
 _METRICS = (
-    ("val_js", "JS, bits"), ("val_kl", "KL, nats"), ("val_tvd", "TVD"), ("val_mse", "MSE"), ("val_emd", "EMD"),
+    ("val_js", "JS, bits"), ("val_kl", "KL, nats"), ("val_tvd", "total variation distance (TVD)"),
+    ("val_mse", "mean squared error (MSE)"), ("val_emd", "earth mover's distance (EMD)"),
     ("val_accuracy", "accuracy of the likeliest class"), ("params_millions", "parameters, millions"),
     ("images_per_second", "training speed, images/s"),
 )  # fmt: skip
+#: Of the parts of the page, by their anchors; its list of contents has the same.
+_HEADINGS = {
+    "search": "What was searched", "winner": "The winner", "results": "Results", "time": "Best JS against time",
+    "curves": "Learning curves", "parallel": "Settings, trial by trial", "importance": "Which settings matter",
+    "slices": "JS by each setting", "costs": "JS against cost", "errors": "Where the winner is right and wrong",
+    "faces": "Faces", "trials": "Trials", "combine": "Combinations of trials", "failures": "Failures",
+}  # fmt: skip
 _AIMS = {
     "val_js": "the lowest validation JS",
     "val_js per hour": "the lowest validation JS for the time",
 }
 
 
-def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: Gain | None = None) -> None:
+def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: Gain | None = None) -> list[str]:
     """Write the page of a study, and its plots and tables as PNG and CSV files.
 
     Args:
@@ -68,18 +85,25 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, g
         spec: of the study.
         records: of its trials.
         gain: that is expected of further training; None where it is not known.
+
+    Returns:
+        The trials of other configurations that are as good as the best one, as far as the validation images tell.
     """
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
     predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
     data = gather(spec, records, None if isinstance(predictions, str) else predictions)
+    rivals: list[str] = []
+    if leader is not None and not isinstance(predictions, str) and spec.confirms is None:
+        rivals = rivals_of(leader, records, predictions)
     combinations = measure_combinations(folder, records)
     for name, table in (_tables(data, predictions) | _table_of_combinations(combinations)).items():
         write_text(folder / f"{name}.csv", table)
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
         with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    write_text(folder / REPORT, _render(folder, data, leader, found, predictions, combinations, gain))
+    write_text(folder / REPORT, _render(folder, data, leader, found, predictions, combinations, gain, rivals))
+    return rivals
 
 
 def report_files(folder: Path) -> list[str]:
@@ -105,6 +129,7 @@ def _render(
     predictions: Predictions | str,
     combinations: Sequence[Brought],
     gain: Gain | None,
+    rivals: Sequence[str],
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
@@ -145,6 +170,7 @@ def _render(
         class_headings=_CLASSES,
         columns=columns,
         short_columns=_short_names(columns),
+        text_columns={"trial", "status", "continues", "loss", *(axis.name for axis in data.axes if axis.holds_text)},
         rows=[_row(record, data, columns) for record in best_first(data.records)],
         failures=[record for record in data.records if record.status == "failed"],
         cheaper=objective.cheaper,
@@ -154,7 +180,12 @@ def _render(
         configuration_headings=HEADINGS,
         combinations=combinations,
         combination_headings=COMBINATIONS,
+        combination_texts=COMBINATION_TEXTS,
+        headings=_HEADINGS,
         contents=_contents(data, predictions, combinations),
+        rivals=rivals,
+        slice_columns=_columns_of_plots(len(data.axes)),
+        confirm=f"raytune-emotion confirm {shell_word(folder)}",
     )
 
 
@@ -186,6 +217,7 @@ def _winner_parts(
         else "",
         "settings": trained_settings(Folder(folder), leader) if leader else {},
         "epochs_of_best": _count(best.get("epoch", 0), "epoch"),
+        "interval": None if isinstance(predictions, str) else js_interval(predictions),
         "metrics": [(name, _cell(best[key])) for key, name in _METRICS if best.get(key) is not None],
         "closer": closer,
         "worst": worst,
@@ -217,22 +249,26 @@ def _policy(scripts: Sequence[str]) -> str:
 def _contents(
     data: StudyData, predictions: Predictions | str, combinations: Sequence[Brought]
 ) -> list[tuple[str, str]]:
-    best, axes = data.winner is not None, bool(data.axes)
-    parts = [
-        ("search", "search", True), ("winner", "winner", best), ("results", "results", bool(data.results)),
-        ("time", "time", best), ("curves", "curves", best), ("parallel", "settings", best and axes),
-        ("importance", "importance", best and axes), ("slices", "slices", best and axes), ("costs", "cost", best),
-        ("errors", "errors", not isinstance(predictions, str)), ("trials", "trials", True),
-        ("combine", "combine", bool(combinations)),
-        ("failures", "failures", any(record.status == "failed" for record in data.records)),
-    ]  # fmt: skip
-    return [(anchor, name) for anchor, name, there in parts if there]
+    best, axes, closer = data.winner is not None, bool(data.axes), not isinstance(predictions, str)
+    there = {
+        "search": True, "winner": best, "results": bool(data.results), "time": best, "curves": best,
+        "parallel": best and axes, "importance": best and axes, "slices": best and axes, "costs": best,
+        "errors": closer, "faces": closer, "trials": True, "combine": bool(combinations),
+        "failures": any(record.status == "failed" for record in data.records),
+    }  # fmt: skip
+    return [(anchor, _HEADINGS[anchor]) for anchor, shown in there.items() if shown]
+
+
+def _columns_of_plots(count: int) -> int:
+    """Return in how many columns small plots of a setting each leave the least room empty."""
+    return min((4, 5, 3), key=lambda columns: -count % columns / columns)
 
 
 def _columns(data: StudyData) -> list[str]:
     names = [axis.name for axis in data.axes if not axis.name.startswith("loss.")]
     loss = ["loss"] if any(axis.name.startswith("loss.") for axis in data.axes) else []
-    return ["trial", "status", "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *loss, *names]
+    continues = ["continues"] if any(record.continues for record in data.records) else []
+    return ["trial", "status", *continues, "epochs", "JS, bits", "KL, nats", "accuracy", "seconds", *loss, *names]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -246,12 +282,16 @@ def _short_names(names: Sequence[str]) -> list[str]:
 def _row(record: TrialRecord, data: StudyData, columns: Sequence[str]) -> dict[str, Any]:
     best: Mapping[str, Any] = record.best or {}
     last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
-    values = [record.trial_id, record.status, last.get("epoch"), best.get("val_js"), best.get("val_kl")]
-    values += [best.get("val_accuracy"), last.get("seconds")]
-    cells = [(_cell(value), "" if value is None else value) for value in values]
-    for name in columns[len(values) :]:
-        value = mixture_of(record) if name == "loss" else record.settings.get(name)
-        cells.append((f"{value:.3g}" if isinstance(value, float) else _cell(value), "" if value is None else value))
+    known = {
+        "trial": record.trial_id, "status": record.status, "continues": record.continues, "epochs": last.get("epoch"),
+        "JS, bits": best.get("val_js"), "KL, nats": best.get("val_kl"), "accuracy": best.get("val_accuracy"),
+        "seconds": last.get("seconds"), "loss": mixture_of(record),
+    }  # fmt: skip
+    cells = []
+    for name in columns:
+        value = known[name] if name in known else record.settings.get(name)
+        short = isinstance(value, float) and name not in known
+        cells.append((f"{value:.3g}" if short else _cell(value), "" if value is None else value))
     won = data.winner is not None and record.trial_id == data.winner.trial_id
     return {"trial_id": record.trial_id, "status": record.status, "cells": cells, "won": won}
 

@@ -22,6 +22,8 @@ COLOURS = {
 }  # fmt: skip
 _WINNER = "#d6336c"
 _JS = "validation JS, bits"
+#: So that a text can be read where it stands on lines.
+_BEHIND_TEXT = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
 def draw_all(data: StudyData, predictions: Predictions | None) -> Iterator[tuple[str, Figure]]:
@@ -112,7 +114,7 @@ def draw_parallel(data: StudyData) -> Figure:
         ends = axis.choices if axis.kind == "choice" else (f"{axis.low:g}", f"{axis.high:g}")
         for j, text in enumerate(ends):
             y = (j + 0.5) / len(ends) if axis.kind == "choice" else j
-            axes.text(i, y, f" {text}", fontsize=6, va="center", in_layout=False)
+            axes.text(i, y, f" {text}", fontsize=6, va="center", in_layout=False, bbox=_BEHIND_TEXT)
     axes.set_xticks(range(len(data.axes)), [axis.name for axis in data.axes], rotation=30, ha="right", fontsize=7)
     axes.set_xlim(-0.3, len(data.axes) - 0.3)
     axes.set_yticks([])
@@ -193,6 +195,7 @@ def draw_confusion(data: StudyData) -> Figure:
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="likeliest class of the prediction", ylabel="likeliest class of the target")
+    axes.set_title("Counts of images; the darker, the larger the share of its row", fontsize=9)
     return figure
 
 

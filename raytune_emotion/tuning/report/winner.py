@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from PIL import Image
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import BEST, read_best
-from raytune_emotion.learn.predictions import Bin, Predictions, bins_of, predict_best
+from raytune_emotion.learn.predictions import Bin, Predictions, bins_of, bootstrap_intervals, predict_best
 from raytune_emotion.storage.locations import Folder, location_of
-from raytune_emotion.tuning.study.records import trial_folder
+from raytune_emotion.tuning.study.confirmation import best_configurations
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec
 
 _FACES = 6  # that are shown of the best, and of the worst
 _FACE_PX = 96
+_RIVALS = 3  # of the best trial, that are named
 _GROUPS = 10  # of images, by the entropy of their targets
 
 
@@ -48,6 +50,22 @@ def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions 
         return predict_best(best, store.val, store.classes)
     except (UserError, Breakdown, OSError, KeyError, RuntimeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def js_interval(predictions: Predictions) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean JS over images, in bits, as the model card has it."""
+    return bootstrap_intervals({"js": predictions.js_N})["js"]
+
+
+def rivals_of(leader: TrialRecord, records: Iterable[TrialRecord], predictions: Predictions) -> list[str]:
+    """List the best trials of other configurations whose JS the interval of the best trial holds, at most a few.
+
+    Between them and the best, other images or seeds may decide otherwise.
+    """
+    assert leader.best is not None
+    margin = js_interval(predictions)[1] - float(predictions.js_N.mean())
+    others = [r for r in best_configurations(records, _RIVALS + 1) if r.trial_id != leader.trial_id and r.best]
+    return [r.trial_id for r in others if r.best and r.best["val_js"] <= leader.best["val_js"] + margin]
 
 
 def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:

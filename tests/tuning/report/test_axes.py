@@ -63,5 +63,11 @@ def test_truths_are_written_as_in_the_space():
     assert axis.position(True) == "true"
 
 
+def test_names_are_told_from_numbers():
+    kinds = {("32", "64"): False, ("0.1", "1"): False, ("adam", "sgd"): True, ("32", "auto"): True, (): False}
+    for choices, holds_text in kinds.items():
+        assert Axis("a", "choice", choices=choices).holds_text == holds_text
+
+
 def test_settings_that_do_not_differ_have_none():
     assert axes({"optim.lr": {"log_uniform": [1e-3, 1e-2]}}, {"optim.lr": 2e-3}, {"optim.lr": 2e-3}) == []

@@ -1,6 +1,9 @@
 """What a search says at its end."""
 
-from raytune_emotion.tuning.report.conclusion import gain_over_start
+from pathlib import Path
+
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.report.conclusion import advise_confirmation, gain_over_start
 from raytune_emotion.tuning.study.records import TrialRecord
 from tests.support.reports import make_report
 
@@ -15,6 +18,16 @@ def test_it_tells_what_was_gained_over_the_first_trials():
         == "0.0500 bits over the best of the first 4 trials (0.3500)"
     )
     assert gain_over_start(trials(0.4, 0.35, 0.5, 0.6, 0.4), 0.35).startswith("0.0000 bits over")
+
+
+def test_it_names_the_confirmation_where_others_may_be_as_good():
+    study = Folder(Path("ray_results/first"))
+    assert advise_confirmation(study, []) == ""
+    command = "python -m raytune_emotion.confirm ray_results/first"
+    assert advise_confirmation(study, ["0005"]) == (
+        f"\n  {command}  # trial 0005 may be as good: train the best with new seeds"
+    )
+    assert "  # trials 0005, 0015 may be as good" in advise_confirmation(study, ["0005", "0015"])
 
 
 def test_it_does_not_boast_of_trials_that_nothing_was_learned_for():

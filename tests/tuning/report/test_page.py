@@ -47,6 +47,19 @@ def test_expected_gain_has_its_tile_where_it_is_known(written, tmp_path, store, 
     assert "0 bits more expected of further training" in Page(tmp_path).text
 
 
+def test_the_contents_have_the_words_of_the_headings(written):
+    text = (written / "report.html").read_text()
+    contents = re.findall(r'<a href="#(\w+)">(.*?)</a>', text)
+    assert len(contents) > 8
+    for anchor, name in contents:
+        assert re.search(rf'<section id="{anchor}">\s*<h2>{name}(<|:)', text), anchor
+
+
+def test_small_plots_leave_little_room_empty():
+    columns = {13: 5, 12: 4, 9: 3, 10: 5, 7: 4, 1: 3}
+    assert {count: page._columns_of_plots(count) for count in columns} == columns
+
+
 def test_failures_stand_with_their_reasons(written):
     assert Page(written).tables["failures"][1:] == [["0002", "0", "the loss is not a number"]]
 
@@ -77,9 +90,11 @@ def test_the_winner_has_the_settings_that_it_was_trained_with(tmp_path, store, n
     space = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "train.epochs": 2, "augment.flip": 0.5}
     write_report(tmp_path, spec_of(store, space=space, epochs=3), records)
     text = Page(tmp_path).text
-    assert "optim.lr: 0.01 train.epochs: 3 copy" in text
+    assert "optim.lr: 0.01 train.epochs: 3 Results" in text
     assert "train.epochs: 2" not in text
     assert "1 setting the same in every trial augment. flip 0.5" in text
+    head, row = Page(tmp_path).tables["trials"]
+    assert dict(zip(head, row, strict=True))["continues"] == "0001"
 
 
 def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store, no_plots):

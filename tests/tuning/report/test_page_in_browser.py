@@ -168,6 +168,18 @@ def test_a_mark_stays_when_a_plot_is_drawn_anew(tab, page):
     assert tab.eval("document.querySelector('[data-chart=cost] .marked').dataset.t === data.winner")
 
 
+def test_settings_are_short_and_copied_with_all_digits(tab, page):
+    tab.show(page)
+    text = "document.getElementById('settings').textContent"
+    rate = tab.eval("byId.get(data.winner).settings['optim.lr']")
+    assert f"optim.lr: {rate:.4g}\n" in tab.eval(text)
+    tab.eval("document.getElementById('copy').click()")
+    tab.wait("['copied', 'selected'].includes(document.getElementById('copy').textContent)")
+    copied = dict(line.split(": ") for line in tab.eval(text).splitlines())
+    (record,) = (record for record in made(500) if record.trial_id == tab.eval("data.winner"))
+    assert copied == {name: str(value) for name, value in record.settings.items()}
+
+
 def test_a_row_marks_its_trial(tab, page):
     tab.show(page)
     tab.draw_all()

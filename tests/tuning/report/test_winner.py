@@ -11,12 +11,15 @@ from raytune_emotion.tuning.report.winner import (
     confusion,
     errors_by_entropy,
     extreme_faces,
+    js_interval,
     predict_winner,
     predictions_table,
+    rivals_of,
 )
 from raytune_emotion.tuning.study.optuna_study import load_study
-from raytune_emotion.tuning.study.records import read_records, winner
+from raytune_emotion.tuning.study.records import TrialRecord, read_records, winner
 from raytune_emotion.tuning.study.spec import read_spec
+from tests.support.reports import make_report
 from tests.support.studies import write_study
 
 
@@ -46,6 +49,26 @@ def test_it_finds_the_numbers_that_training_has_reported(study):
     majority = np.trace(confusion(found)) / len(found.ids)
     assert majority == pytest.approx(best.best["val_accuracy"], abs=1e-6)
     assert list(predictions_table(found)["image"]) == [found.ids[i] for i in np.argsort(-found.js_N, kind="stable")]
+
+
+def test_rivals_are_other_settings_within_the_interval_of_the_best_trial(predictions):
+    low, high = js_interval(predictions)
+    mean = predictions.js_N.mean()
+    assert low < mean < high
+
+    def trial(trial_id, js, lr, status="complete"):
+        return TrialRecord(trial_id, status, {"optim.lr": lr}, "", (make_report(1, js),))
+
+    best = trial("0000", 0.2, 0.1)
+    margin = high - mean
+    near = [trial("0002", 0.2 + 0.9 * margin, 0.2), trial("0003", 0.2 + 0.5 * margin, 0.3)]
+    others = [
+        trial("0001", 0.2 + 0.1 * margin, 0.1),  # the same settings, which the best trial continues
+        trial("0004", 0.2 + 1.1 * margin, 0.4),
+        trial("0005", 0.2, 0.5, "failed"),
+    ]
+    assert rivals_of(best, [best, *near, *others], predictions) == ["0003", "0002"]
+    assert rivals_of(best, [best, *others], predictions) == []
 
 
 def test_why_it_cannot_be_done_is_said(study, tmp_path):
