@@ -6,11 +6,13 @@ those of full trials in the sampler's model. Here every ending keeps its name: c
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -60,6 +62,8 @@ _STATES: dict[Status, TrialState] = {
 _STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATES.items()}
 
 JOURNAL = "optuna.journal"
+#: What Optuna's dashboard calls the value of a trial.
+_METRIC = "best validation JS, bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +172,10 @@ class Searcher:
         if settings is None:
             self._study.sampler = self._sampler(trial.number)
             settings = self._space.suggest(trial)
+            for name in settings:
+                # The parameters of a mixture are no weights. Optuna's dashboard shows these beside them.
+                if any(parameter.startswith(f"{name}~") for parameter in trial.params):
+                    trial.set_user_attr(name, settings[name])
             trial.set_user_attr(SETTINGS, settings)
         return self._proposal_of(trial, settings)
 
@@ -299,6 +307,9 @@ def create_study(folder: Path, space: Space, name: str | None = None, address: s
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would say that there is a study
     study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
     optuna.logging.set_verbosity(verbosity)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # since 2023
+        study.set_metric_names([_METRIC])
     for point in space.start_points():
         study.enqueue_trial(point)
     return study

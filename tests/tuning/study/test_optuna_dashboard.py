@@ -60,4 +60,7 @@ def test_the_dashboard_opens_the_journal_of_a_running_study(ask):
     assert states == ["Complete"] * 3 + ["Running", "Running", "Fail"]
     assert [param["name"] for param in shown["trials"][3]["params"]] == ["optim.warmup_epochs"]
     assert [attr["key"] for attr in shown["trials"][4]["user_attrs"]] == [PAUSED]
+    assert shown["objective_names"] == ["best validation JS, bits"]
+    weights = {attr["key"] for attr in shown["trials"][0]["user_attrs"]} & {"loss.kl", "loss.js"}
+    assert weights == {"loss.kl", "loss.js"}  # the parameters of a mixture are others
     assert {item["name"] for item in shown["union_search_space"]} >= {"optim.warmup_epochs"}

@@ -195,6 +195,17 @@ def test_optuna_itself_reads_the_journal(tmp_path, space):
     assert [s.study_name for s in optuna.get_all_study_summaries(storage)] == [tmp_path.name]
 
 
+def test_a_trial_shows_the_weights_of_its_losses_and_the_study_the_name_of_its_values(tmp_path, space):
+    """The parameters of a mixture, `loss.kl~` and so on, tell nobody what the weights are."""
+    study = create_study(tmp_path, space)
+    proposal = searcher_of(study, space).ask()
+    study = load_study(tmp_path)
+    weights = {name: value for name, value in study.trials[0].user_attrs.items() if name.startswith("loss.")}
+    assert weights == {name: value for name, value in proposal.settings.items() if name.startswith("loss.")}
+    assert weights.keys() == {"loss.kl", "loss.js", "loss.mse"}
+    assert study.metric_names == ["best validation JS, bits"]
+
+
 def test_a_study_is_driven_by_one_process(tmp_path, space):
     study = create_study(tmp_path, space)
     lock = tmp_path / f"{JOURNAL}.lock"
