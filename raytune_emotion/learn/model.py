@@ -12,6 +12,7 @@ from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError, suggest
 from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.hub import hub_client
 from raytune_emotion.learn.origin import (
     Origin,
     WeightsUnavailableError,
@@ -62,7 +63,8 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
         if origin.weights is not None:
             return _create(config, origin, options | _from_file(config.model, origin))
         try:
-            return _create(config, origin, options | {"pretrained": True})
+            with hub_client(vars(timm.get_pretrained_cfg(origin.architecture)).get("hf_hub_id") or ""):
+                return _create(config, origin, options | {"pretrained": True})
         except Exception as error:
             # The hub's client, its network library and the reader of a damaged file each have errors of their own. What
             # also happens without the weights is no fault of theirs.

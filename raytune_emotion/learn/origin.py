@@ -198,12 +198,15 @@ def _fetch(name: str, filename: str) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    from raytune_emotion.learn.hub import hub_client
+
     repository, _, revision = name.partition("@")
     cached = try_to_load_from_cache(repository, filename, revision=revision or None)
     if isinstance(cached, str):
         return Path(cached)
     try:
-        return Path(hf_hub_download(repository, filename, revision=revision or None))
+        with hub_client(repository, revision or None):
+            return Path(hf_hub_download(repository, filename, revision=revision or None))
     except Exception as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise UserError(

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn import hub
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std
 from raytune_emotion.learn.origin import successor
 
@@ -157,6 +158,7 @@ def test_whatever_keeps_the_weights_away_is_one_clear_sentence(monkeypatch, erro
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", away)
+    monkeypatch.setattr(hub, "_why_silent", lambda: "")
     with pytest.raises(
         UserError, match=rf"weights of test_resnet could not be fetched .*{error}.*HTTPS_PROXY"
     ) as caught:

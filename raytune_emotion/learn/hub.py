@@ -1,0 +1,45 @@
+"""Fetch from the Hugging Face hub without its client's log, and without retries where it does not answer at all."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from huggingface_hub import constants, get_session, snapshot_download
+
+_LOG = logging.getLogger("huggingface_hub")
+_ANSWERS_IN_S = 5.0
+
+
+@contextlib.contextmanager
+def hub_client(repository: str, revision: str | None = None) -> Iterator[None]:
+    """Fetch files of a repository within the block: what goes wrong is raised, and nothing of it is logged.
+
+    Raises:
+        ConnectionError: the hub does not answer, and nothing of the repository is in its cache.
+    """
+    why = _why_silent()
+    if why and not _is_cached(repository, revision):
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer: {why}")
+    level = _LOG.level
+    _LOG.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOG.setLevel(level)
+
+
+def _why_silent() -> str:
+    """Ask the hub once, through a proxy where there is one. Any answer will do; return "" for one."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_ANSWERS_IN_S)
+    except Exception as error:  # the hub's client and its network library each have errors of their own
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def _is_cached(repository: str, revision: str | None) -> bool:
+    try:
+        snapshot_download(repository, revision=revision, local_files_only=True)
+    except Exception:  # likewise
+        return False
+    return True
