@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
     # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
-    say(f"next: {typed_command('search')} --data {shell_word(str(dests[sizes[0]]))}")
+    command = f"{typed_command('search')} --data {shell_word(str(dests[sizes[0]]))}"
+    say(f"next: {command}  # --dry-run says how long it may take")
 
 
 def _check(source: Location, classes: tuple[str, ...] | None) -> None:

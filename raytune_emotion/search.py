@@ -314,6 +314,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
         from raytune_emotion.tuning.report.summary import ALL_TRIED
         from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
         from raytune_emotion.tuning.study.open_study import go_on
+        from raytune_emotion.tuning.study.optuna_study import trials_to_continue
 
     console = plain_console()
     # Until all is written, the study's folder is this process's alone, or this process one of its drivers.
@@ -343,8 +344,11 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 console.print(f"study {place}: {trials}, {placement}")
                 if new is not None and new.warm_start.gathered is not None:
                     console.print(f"the first trials are guided by {new.warm_start.told}")
+                if longer := sorted(trials_to_continue(study.optuna)):
+                    console.print(f"{', '.join(longer)}: trained on to epoch {spec.epochs}, each as a new trial")
                 if study.is_over():
-                    why = ALL_TRIED if study.has_tried_all() else "ask for more with --trials"
+                    total = count(study.spec.trials, "trial")
+                    why = ALL_TRIED if study.has_tried_all() else f"ask for more than {total} with --trials"
                     console.print(f"every trial has ended, and nothing is left to run; {why}")
                 begun = True
                 run_with_progress(

@@ -24,6 +24,9 @@ from raytune_emotion.tuning.study.trials import DATA
 from tests.support.commands import heed_ctrl_c
 from tests.support.faces import write_folder, write_row
 
+#: What is said behind a command that takes long.
+ASKED_FIRST = "  # --dry-run says how long it may take"
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -38,7 +41,7 @@ def test_what_was_packed_is_told(folder, tmp_path, capsys):
     assert lines[0] == f"{dest}: 6 images to train on and 3 to validate on"
     assert re.fullmatch(r"32 px, 13 classes, 0\.0 MB, rejected rows: 0", lines[1])
     assert re.fullmatch(r"\d+\.\d s, [\d,]+ images/s", lines[2])
-    assert lines[3] == f"next: python -m raytune_emotion.search --data {dest}"
+    assert lines[3] == f"next: python -m raytune_emotion.search --data {dest}{ASKED_FIRST}"
     assert captured.err == ""
     assert open_store(dest).image_size == 32
 
@@ -90,7 +93,7 @@ def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{dest}: 6 images to train on and 3 to validate on"
     assert [line.partition(",")[0] for line in lines[1:4]] == ["16 px", "24 px", "32 px"]
-    assert lines[-1] == f"next: python -m raytune_emotion.search --data {dest / '16px'}"
+    assert lines[-1] == f"next: python -m raytune_emotion.search --data {dest / '16px'}{ASKED_FIRST}"
     for size in (16, 24, 32):
         alone = pack(folder, tmp_path / f"alone{size}", image_size=size)
         assert open_store(dest / f"{size}px").fingerprint == alone.fingerprint
@@ -122,7 +125,8 @@ def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, 
     uri = (tmp_path / "there").as_uri()
     command = [str(folder), uri, "--image-size", "16", "24"]
     assert command_main("pack", command) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"next: python -m raytune_emotion.search --data {uri}/16px"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"next: python -m raytune_emotion.search --data {uri}/16px{ASKED_FIRST}"
     assert open_store(tmp_path / "there" / "24px").image_size == 24
     assert command_main("pack", command) == 2
     assert capsys.readouterr().err.startswith(f"error: {uri}/16px: exists already")
@@ -174,7 +178,7 @@ def test_what_is_printed_can_be_typed(tmp_path, capsys, monkeypatch, sizes):
     out = capsys.readouterr().out
     assert str(tmp_path) not in out
     *_, line = out.splitlines()
-    _, *command = shlex.split(line)
+    _, *command = shlex.split(line, comments=True)
     assert command[:3] == ["python", "-m", "raytune_emotion.search"]
     request = SearchRequest(results=Folder(tmp_path / "results"), data=Folder(Path(command[-1])), space=None)
     (tmp_path / "space.yaml").write_text("optim.lr: {log_uniform: [1e-3, 1e-2]}\nmodel.backbone: test_resnet\n")

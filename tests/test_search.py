@@ -114,7 +114,7 @@ class TestBadData:
         told = refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], *argv)
         assert len(told) == 2
         assert told[0].startswith(sentence)
-        assert told[1].startswith(f"{data}: nothing is packed while files are at fault")
+        assert told[1].startswith(f"{data}: nothing is packed while there are such faults")
 
     @pytest.mark.parametrize("verb", ["pack", "search", "train"])
     def test_all_faulty_rows_are_named_at_once(self, tmp_path, own_cache, space, capsys, verb):
@@ -610,6 +610,9 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
         assert any(re.match(rf"\s*{backbone}\s+32\s+\d+\.\d\d\s+\d+\s+\d+\.\d", line) for line in lines), backbone
     assert "the first trials are guided by nothing, as the portfolio does not fit this space" in lines
     assert re.match(r"8 trials of 3 epochs on 96 images: \d+\.\d (s|min) of this device if none is stopped", lines[-1])
+    assert lines[-1].endswith("; measured in a few steps, beside what else runs here now")
+    (rate,) = (line.split(None, 1)[1].strip() for line in lines if line.startswith("  optim.lr"))
+    assert rate == "real number from 0.001 to 0.01, uniform in its logarithm"
     assert tree(tmp_path) == before
     assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
 

@@ -112,6 +112,17 @@ def test_a_study_without_an_evaluation_says_so(finished):
     assert not summary.finished
 
 
+def test_the_settings_of_the_best_trial_take_few_lines_and_none_is_broken(finished):
+    told = describe(summarize(read_spec(finished), load_study(finished), read_records(finished, load_study(finished)),
+                              Folder(finished), now=0.0))  # fmt: skip
+    start = next(n for n, line in enumerate(told) if line.startswith("settings    "))
+    settings = " ".join(line.removeprefix("settings").strip() for line in told[start:]).split(", ")
+    assert [each.split(" ")[0] for each in settings] == list(read_records(finished, load_study(finished))[0].settings)
+    assert all(len(each.split(" ")) == 2 for each in settings)
+    assert len(told) - start <= 3
+    assert max(map(len, told)) <= 100
+
+
 def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
     spec, trials = read_spec(finished), load_study(finished)
     records = read_records(finished, trials)

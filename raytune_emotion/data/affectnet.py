@@ -28,6 +28,7 @@ from raytune_emotion.data.shard_format import SUM_TOLERANCE
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
+from raytune_emotion.terminal import count
 
 SPLITS: dict[str, str] = {"train": "train_set", "val": "val_set"}
 
@@ -335,8 +336,9 @@ def sentences(root: str, faults: Sequence[Fault], classes: tuple[str, ...] = EMO
         names = [f"{f.file} ({f.detail})" if f.detail else f.file for f in group[:_NAMED]]
         if len(group) > _NAMED:
             names.append(f"and {len(group) - _NAMED} more")
-        count = "1 file" if len(group) == 1 else f"{len(group)} files"
-        sentence = f"{root}: {kind.value} ({count}): {', '.join(names)}"
+        # Of a table, a line is at fault, or the image that it names.
+        noun = "row" if all(fault.detail.startswith("line ") for fault in group) else "file"
+        sentence = f"{root}: {kind.value} ({count(len(group), noun)}): {', '.join(names)}"
         told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
     return told
 

@@ -68,17 +68,17 @@ def test_votes_are_divided_by_their_sum_and_that_is_said(folder, capsys):
 
 def test_probabilities_that_do_not_sum_to_one_are_no_votes(folder):
     told = faults_of(write(folder, [*rows()[:3], "faces/3.png,val,0.5,0.5,1"]))
-    assert told[0].startswith(f"{folder}/faces.csv: sum is not one (1 file): faces/3.png (line 5: 2)")
+    assert told[0].startswith(f"{folder}/faces.csv: sum is not one (1 row): faces/3.png (line 5: 2)")
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ("nan,1,2", "values that are not finite (1 file): faces/3.png (line 5: nan for happy)"),
-        ("1,inf,2", "values that are not finite (1 file): faces/3.png (line 5: inf for sad)"),
-        ("1e308,1e308,1", "values that are not finite (1 file): faces/3.png (line 5: their sum)"),
-        ("2,1,-1", "negative values (1 file): faces/3.png (line 5: -1 for calm)"),
-        ("0,0,0", "no votes (1 file): faces/3.png (line 5)"),
+        ("nan,1,2", "values that are not finite (1 row): faces/3.png (line 5: nan for happy)"),
+        ("1,inf,2", "values that are not finite (1 row): faces/3.png (line 5: inf for sad)"),
+        ("1e308,1e308,1", "values that are not finite (1 row): faces/3.png (line 5: their sum)"),
+        ("2,1,-1", "negative values (1 row): faces/3.png (line 5: -1 for calm)"),
+        ("0,0,0", "no votes (1 row): faces/3.png (line 5)"),
     ],
 )
 def test_wrong_votes_are_faults_of_their_row_alone(folder, values, said):
@@ -115,7 +115,7 @@ def test_rows_of_a_test_split_are_left_out(folder, capsys):
 def test_paths_that_leave_the_folder_are_refused(folder, path):
     picture(9).save(folder.parent / "face.png")
     told = faults_of(write(folder, [*rows(), f"{path},train,0.5,0.25,0.25"]))
-    assert told[0].startswith(f"{folder}/faces.csv: path is empty or leaves the folder of the table (1 file): ")
+    assert told[0].startswith(f"{folder}/faces.csv: path is empty or leaves the folder of the table (1 row): ")
 
 
 def test_all_faults_of_rows_are_named_at_once(folder):
@@ -133,13 +133,13 @@ def test_all_faults_of_rows_are_named_at_once(folder):
         picture(7).save(folder / "faces" / f"{name}.png")
     told = [fault.removeprefix(f"{folder}/faces.csv: ") for fault in faults_of(write(folder, lines))]
     assert told == [
-        "text in place of numbers (1 file): faces/a.png (line 10: 'lots')",
+        "text in place of numbers (1 row): faces/a.png (line 10: 'lots')",
         "image cannot be decoded (1 file): faces/torn.png (no picture in JPEG, PNG, BMP, GIF or WebP format)",
-        "wrong number of cells (1 file): faces/2.png (line 9: 3 cells for 5 columns)",
-        "image is missing (1 file): faces/none.png (line 6)",
-        "image is named twice (1 file): faces/1.png (line 7)",
-        "split is neither train nor val nor test (1 file): faces/b.png (line 11: 'holdout')",
-        "nothing is packed while files are at fault; mend them, or set them aside with --skip-bad",
+        "wrong number of cells (1 row): faces/2.png (line 9: 3 cells for 5 columns)",
+        "image is missing (1 row): faces/none.png (line 6)",
+        "image is named twice (1 row): faces/1.png (line 7)",
+        "split is neither train nor val nor test (1 row): faces/b.png (line 11: 'holdout')",
+        "nothing is packed while there are such faults; mend them, or leave these rows out with --skip-bad",
     ]
     store = pack(folder / "faces.csv", folder / "store", image_size=16, skip_bad=True)
     assert (len(store.train), len(store.val)) == (3, 1)

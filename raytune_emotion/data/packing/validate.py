@@ -76,8 +76,8 @@ def validate_rows(
         raise UserError(
             [
                 *affectnet.sentences(faces.source, faults, classes),
-                f"{faces.source}: nothing is packed while files are at fault; mend them, or set them aside with"
-                " --skip-bad",
+                f"{faces.source}: nothing is packed while there are such faults; mend them, or leave these rows out"
+                " with --skip-bad",
             ]
         )
     good = {split: sum(isinstance(digest, bytes) for digest in own) for split, own in digests.items()}

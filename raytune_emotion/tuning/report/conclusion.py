@@ -24,12 +24,15 @@ from raytune_emotion.tuning.study.confirmation import (
     rank_confirmed,
     write_confirmed,
 )
+from raytune_emotion.tuning.study.creation import GENERATED
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 from raytune_emotion.tuning.study.trials import PARAMS
+
+_DRAWN = "\nnote        the faces of the sample are drawn: what this model says of a photo means nothing"
 
 
 def conclude(console: Console, study: OpenStudy, results: Location, address: str | None) -> None:
@@ -79,7 +82,7 @@ best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(re
 gained      {gain_over_start(records, best.best["val_js"])}
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
 exported    {place / "best"}
-page        {place / REPORT}
+page        {place / REPORT}{_DRAWN if spec.data == GENERATED else ""}
 
 next:
   {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg{advise_confirmation(place, rivals)}
@@ -102,7 +105,9 @@ def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
     first = [record for record in records if int(record.trial_id) < STARTUP]
     reached = [record.best["val_js"] for record in first if record.best is not None and record.status != "failed"]
     if not reached or len(records) <= STARTUP:
-        return f"nothing yet: the first {count(STARTUP, 'trial')} are not chosen by what others have reached"
+        return (
+            f"not known yet: it counts from the best of the first {count(STARTUP, 'trial')}, which only begin a search"
+        )
     return f"{min(reached) - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({min(reached):.4f})"
 
 

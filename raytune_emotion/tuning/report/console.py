@@ -120,6 +120,8 @@ def line_of(event: Event) -> str:
         outcome = event.reason or "was paused, and is not continued"
     else:
         outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"
+    if event.proposal.continues is not None:
+        outcome += f", continues {event.proposal.continues}"
     return f"{event.proposal.trial_id}  {event.status:<8}  {outcome}  {'  '.join(what)}"
 
 

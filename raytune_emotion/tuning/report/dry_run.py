@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,11 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
 
     settings = plain_table("setting", "is", title="the space")
     for key, value in space.to_dict().items():
-        if key != "start":
-            settings.add_row(key, json.dumps(value, ensure_ascii=False))
+        if key == "when":
+            for branch in value:
+                settings.add_row(key, _branch(branch))
+        elif key != "start":
+            settings.add_row(key, in_words(value))
     console.print(settings)
     console.print("ten of its configurations\n")
     for configuration in draw(space, _DRAWN, space.fixed_settings.get("train.seed", 0)):
@@ -65,8 +69,30 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     whole = _duration(trials * sum(seconds) / len(seconds))
     console.print(
         f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}: {whole} of this device if "
-        f"none is stopped and all backbones are drawn alike"
+        f"none is stopped and all backbones are drawn alike; measured in a few steps, beside what else runs here now"
     )
+
+
+def in_words(value: Any) -> str:
+    """Say a value of a space, or how it is drawn, in the words of docs/search-space.md."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    ((kind, given),) = value.items()
+    if kind in ("choice", "simplex"):
+        names = ", ".join(map(in_words, given))
+        return f"one of {names}" if kind == "choice" else f"weights with sum 1 of {names}"
+    number = "integer" if kind.startswith("int_") else "real number"
+    scale = ", uniform in its logarithm" if kind.endswith("log_uniform") else ""
+    step = f", step {given[2]:g}" if len(given) > 2 else ""
+    return f"{number} from {given[0]:g} to {given[1]:g}{scale}{step}"
+
+
+def _branch(branch: Mapping[str, Any]) -> str:
+    """Say what holds for some choices only."""
+    given = {name: value if isinstance(value, list | tuple) else [value] for name, value in branch["if"].items()}
+    conditions = [f"{name} is {' or '.join(map(str, values))}" for name, values in given.items()]
+    settings = [f"{name}: {in_words(value)}" for name, value in branch.items() if name != "if"]
+    return f"{' and '.join(conditions)}: {'; '.join(settings)}"
 
 
 def _duration(seconds: float) -> str:

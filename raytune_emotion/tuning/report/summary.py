@@ -1,5 +1,6 @@
 """Sum up what a study has reached, finished or not: in numbers for programs, and in lines for people."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ ALL_TRIED = "every configuration of the space has been tried"
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
+_LINES = textwrap.TextWrapper(100, subsequent_indent=12 * " ", break_long_words=False, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,10 @@ def describe(summary: Summary) -> list[str]:
         lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
     if summary.expected_gain is not None:
         lines.append(f"gain        {gain_text(summary.expected_gain)}")
-    lines += [f"  {name} {value_text(value)}" for name, value in best.settings.items()]
-    return lines
+    # A space would be a place to break a line.
+    settings = ", ".join(f"{name}\N{NO-BREAK SPACE}{value_text(value)}" for name, value in best.settings.items())
+    lines += _LINES.wrap(f"settings    {settings}") if settings else []
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def sparkline(points: Sequence[tuple[float, float]], width: int = _WIDTH) -> str:

@@ -29,7 +29,8 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute_path
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, created_at, read_spec
 
-_GENERATED = "generated faces"
+#: The data of a study of the built-in sample.
+GENERATED = "generated faces"
 
 
 def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> StudySpec:
@@ -53,7 +54,7 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
         workers_per_trial=request.workers_per_trial or 1,
         gpus_per_worker=request.gpu_share,
         max_failures=MAX_FAILURES if request.max_failures is None else request.max_failures,
-        data=request.data.address if request.data else _GENERATED,
+        data=request.data.address if request.data else GENERATED,
         stores={size: store.address for size, store in stores.items()},
         fingerprints={size: store.fingerprint for size, store in stores.items()},
         classes=first.classes,
@@ -128,7 +129,7 @@ def _find_data_again(spec: StudySpec) -> Location | None:
     """Return where the data of a study lie, if its packed stores are not on this machine; None if they are."""
     if all(is_store(path) for path in spec.stores.values()):
         return None
-    data = Folder(sample_folder()) if spec.data == _GENERATED else parse_location(spec.data)
+    data = Folder(sample_folder()) if spec.data == GENERATED else parse_location(spec.data)
     with suppress(UserError):
         find_data(data)
         return data

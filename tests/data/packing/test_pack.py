@@ -187,7 +187,8 @@ def test_all_faults_are_told_at_once_and_nothing_is_left(folder, tmp_path):
     for sentence, (kind, files) in zip(told, expected.items(), strict=True):
         assert sentence.startswith(f"{folder}: {kind.value} ({len(files)} file")
         assert all(f"train_set/{file}" in sentence for file in files)
-    assert last == f"{folder}: nothing is packed while files are at fault; mend them, or set them aside with --skip-bad"
+    advice = "mend them, or leave these rows out with --skip-bad"
+    assert last == f"{folder}: nothing is packed while there are such faults; {advice}"
     assert list((tmp_path / "there").iterdir()) == []
 
 

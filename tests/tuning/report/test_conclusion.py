@@ -31,7 +31,7 @@ def test_it_names_the_confirmation_where_others_may_be_as_good():
 
 
 def test_it_does_not_boast_of_trials_that_nothing_was_learned_for():
-    assert gain_over_start(trials(0.4, 0.35), 0.35).startswith("nothing yet")
+    assert gain_over_start(trials(0.4, 0.35), 0.35).startswith("not known yet: ")
     assert gain_over_start(
         trials(0.4, 0.3, 0.3, 0.3, status="failed") + trials(0.4, 0.3, 0.2, 0.1, 0.1)[4:], 0.1
-    ).startswith("nothing yet")
+    ).startswith("not known yet: ")

@@ -1,5 +1,6 @@
 """What a running study shows: in a terminal, in a file and in a notebook."""
 
+import dataclasses
 import fcntl
 import io
 import os
@@ -51,6 +52,13 @@ def on_terminal(code: str, columns: int) -> str:
     os.close(ours)
     assert process.wait() == 0, written.decode()
     return written.decode()
+
+
+def test_a_trial_that_continues_another_says_so():
+    ended = event("0032", "complete", 0.07, 8.0)
+    assert " continues " not in line_of(ended)
+    longer = dataclasses.replace(ended, proposal=dataclasses.replace(ended.proposal, continues="0031"))
+    assert line_of(longer).startswith("0032  complete  JS 0.0700 bits after 8 epochs, continues 0031  ")
 
 
 def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
