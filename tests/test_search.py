@@ -485,6 +485,21 @@ class TestBadResuming:
         assert told.startswith(str(file))
 
 
+def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "study")
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", lambda *_, **__: None)
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+    argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
+    assert exit_code([*argv, "--trials", 2]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "every trial has ended, and nothing is left to run; ask for more than 3 trials with --trials"
+    assert exit_code([*argv, "--epochs", 9]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"(\d{4}, )*\d{4}: trained on to epoch 9, each as a new trial", told)
+
+
 @pytest.mark.parametrize("how", [None, KeyboardInterrupt, ClusterLost("Ray has died")])
 def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, space, monkeypatch, capsys, how):
     """Its best trial, its page and its tables too, however it ended (C8)."""
