@@ -111,6 +111,15 @@ def count(number: float, noun: str, nouns: str | None = None) -> str:
     return f"{amount} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
+def byte_size(number: float) -> str:
+    """Write a number of bytes as people read it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
 def short_path(path: Path) -> str:
     """Return a path as people read it: relative if it is below the working folder, else absolute."""
     path = path.absolute()

@@ -15,6 +15,7 @@ import raytune_emotion
 from raytune_emotion import terminal
 from raytune_emotion.cli import COMMANDS
 from raytune_emotion.terminal import (
+    byte_size,
     count,
     escape,
     plain_console,
@@ -73,6 +74,12 @@ def test_a_number_has_its_noun():
     assert [count(n, "trial") for n in (0, 1, 2)] == ["0 trials", "1 trial", "2 trials"]
     assert [count(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]
     assert [count(n, "epoch") for n in (0.5, 1.0, 2.0)] == ["0.5 epochs", "1 epoch", "2 epochs"]
+
+
+def test_sizes_are_written_as_people_read_them():
+    assert [byte_size(n) for n in (0, 999, 1000, 24_300_000, 5.63e10, 2e12)] == [
+        "0 B", "999 B", "1 kB", "24.3 MB", "56.3 GB", "2 TB"
+    ]  # fmt: skip
 
 
 def test_a_path_is_relative_below_the_working_folder_and_absolute_elsewhere(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.device import exact_fp32
@@ -40,7 +41,7 @@ from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card
 from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
 from raytune_emotion.learn.predictions import predict_split
-from raytune_emotion.storage.atomic import atomic_write, folder_beside, write_text
+from raytune_emotion.storage.atomic import atomic_write, destination_error, folder_beside, write_text
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
@@ -238,6 +239,8 @@ def _write_format(
     except (OSError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever torch's tracing, or a runtime, meets in somebody's model
+        if is_disk_full(error):
+            raise destination_error(dest, error) from error
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
             f"{dest}: {config.model.backbone} cannot be exported as {name} ({what}); leave this format out"
@@ -282,7 +285,7 @@ def _replacement(dest: Path) -> Iterator[Path]:
             yield new
             _put_in_place(new, dest, old)
     except OSError as error:
-        raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
+        raise destination_error(dest, error) from error
 
 
 def load_package(folder: Path) -> Package:

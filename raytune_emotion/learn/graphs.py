@@ -5,6 +5,7 @@ The input `images` is [N, H, W, 3], uint8, RGB, for any N, upright and resized t
 """
 
 import contextlib
+import io
 import json
 import logging
 import warnings
@@ -76,9 +77,10 @@ def write_graph(name: str, file: Path, model: nn.Module, image_size: int, classe
         batch = {INPUT: {0: torch.export.Dim("batch")}}
         program = torch.export.export(model.eval(), (images_NHWC,), dynamic_shapes=batch)
         if name == "pt2":
-            # A name without an ending of its own is refused, so the program goes through an open file.
-            with file.open("wb") as stream:
-                torch.export.save(program, stream, extra_files={_CLASSES: json.dumps(list(classes))})
+            # In memory first: torch ends the process where it cannot write, as on a full disk.
+            stream = io.BytesIO()
+            torch.export.save(program, stream, extra_files={_CLASSES: json.dumps(list(classes))})
+            file.write_bytes(stream.getbuffer())
             return
         onnx = torch.onnx.export(
             program,

@@ -16,7 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("raytune_emotion needs Linux or macOS; on Windows, run it in WSL") from error
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.known_errors import first_line, is_disk_full
 
 #: The file of a folder's lock. It is never deleted.
 LOCK = ".lock"
@@ -152,7 +153,16 @@ def _destination_errors(dest: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{dest}: cannot be written ({error.strerror}: {error.filename})") from error
+        raise destination_error(dest, error) from error
+
+
+def destination_error(dest: Path, error: Exception) -> UserError | Breakdown:
+    """Return what to raise where a destination cannot be written."""
+    if is_disk_full(error):
+        return Breakdown(f"{dest}: no space left on the disk; make room, or name another destination")
+    where = getattr(error, "filename", None)
+    said = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"{dest}: cannot be written ({said}{f': {where}' if where else ''}); name another destination")
 
 
 def _rename_to(dest: Path, folder: Path) -> None:

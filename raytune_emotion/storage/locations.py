@@ -32,7 +32,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, sweep
 from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.terminal import short_path, warn
+from raytune_emotion.terminal import byte_size, short_path, warn
 
 #: After which what an attempt has left in the cache is removed.
 ABANDONED_S = 7 * 24 * 3600.0
@@ -589,7 +589,7 @@ def check_space(folder: Path, needed: int, advice: str) -> None:
     """
     free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
     if needed > free:
-        raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; {advice}")
+        raise UserError(f"{folder.parent}: {byte_size(needed)} are needed and {byte_size(free)} are free; {advice}")
 
 
 def files_below(folder: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.checkpoint import BEST, Best
 from raytune_emotion.learn.evaluation import evaluate
@@ -153,7 +153,7 @@ class TestReplacing:
         target = "atomic_write" if name == "model.safetensors" else "write_text"
         original = getattr(export_folder, target)
         monkeypatch.setattr(export_folder, target, full)
-        with pytest.raises(UserError, match="No space left on device"):
+        with pytest.raises(Breakdown, match="best: no space left on the disk; make room"):
             write_package(dest, self.new)
         assert self.shows(dest, self.old)
         assert [path.name for path in tmp_path.iterdir()] == ["best"]

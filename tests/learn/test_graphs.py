@@ -1,20 +1,25 @@
 """Exports as ONNX and as a program of torch.export: what they predict, and what happens where they cannot be made."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from raytune_emotion.config import RunConfig
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.export_files import check_export, check_formats
 from raytune_emotion.learn.export_folder import load_package, write_package
-from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph
+from raytune_emotion.learn.graphs import PixelsToProbabilities, predict_graph, write_graph
+from raytune_emotion.learn.model import build_model, mean_std
 from tests.support.exports import untrained_best
 
 
@@ -91,6 +96,29 @@ def test_model_that_cannot_be_traced_is_a_sentence_and_the_old_export_stays(tmp_
         write_package(dest, untrained_best("test_resnet", 32, seed=1), formats=(name,))
     assert (dest / "README.md").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_full_disk_is_an_error_and_does_not_end_the_process():
+    model = build_model(RunConfig.from_flat({"data.image_size": 32, "model.backbone": "test_resnet"}))
+    with pytest.raises(OSError, match="No space left on device"):
+        write_graph("pt2", Path("/dev/full"), PixelsToProbabilities(model, *mean_std(model)), 32, EMOTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "writes", "error"),
+    [
+        ("timm", "save_file", SafetensorError("Error while serializing: No space left on device (os error 28)")),
+        ("pt2", "write_graph", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_full_disk_is_no_fault_of_a_format(tmp_path, monkeypatch, name, writes, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(export_folder, writes, full)
+    with pytest.raises(Breakdown, match="best: no space left on the disk; make room, or name another destination"):
+        write_package(tmp_path / "best", untrained_best("test_resnet", 32), formats=(name,))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["timm", "onnx"])

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.terminal import escape
+from raytune_emotion.terminal import byte_size, escape
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress, TrialAtWork
 from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, sparkline, value_text
 
@@ -51,7 +51,7 @@ def draw(snapshot: Snapshot, width: int, height: int = 40) -> Table:
     view.add_row("trials", _trials(snapshot, body))
     view.add_row("", _counts(snapshot.summary))
     view.add_row("time", _time(snapshot))
-    view.add_row("disk", _text(f"{size(snapshot.disk.used)} used, {size(snapshot.disk.free)} free"))
+    view.add_row("disk", _text(f"{byte_size(snapshot.disk.used)} used, {byte_size(snapshot.disk.free)} free"))
     _add_best(view, snapshot.summary, body, height)
     _add_work(view, snapshot, body, height)
     return view
@@ -183,12 +183,3 @@ def _row(trial: TrialAtWork, snapshot: Snapshot, width: int, *, one_host: bool) 
 def _bar(share: float) -> tuple[str, str]:
     full = min(_BAR, round(_BAR * share))
     return "━" * full + "─" * (_BAR - full), "cyan"
-
-
-def size(number: float) -> str:
-    """Write a number of bytes as people read it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

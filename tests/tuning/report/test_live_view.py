@@ -9,7 +9,7 @@ from rich.console import Console
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.live_state import StudyProgress
-from raytune_emotion.tuning.report.live_view import LiveView, size
+from raytune_emotion.tuning.report.live_view import LiveView
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.events import Clock, event
 from tests.support.studies import spec_of, write_study
@@ -164,9 +164,3 @@ def test_a_plain_console_draws_the_same(progress, clock, monkeypatch, capsys):
     feed(progress, clock, event("0000", "running", 0.3))
     plain_console().print(LiveView(progress))
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == drawn(progress)
-
-
-def test_sizes_are_written_as_people_read_them():
-    assert [size(n) for n in (0, 999, 1000, 24_300_000, 5.63e10, 2e12)] == [
-        "0 B", "999 B", "1 kB", "24.3 MB", "56.3 GB", "2 TB"
-    ]  # fmt: skip
