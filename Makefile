@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@echo 'installing into $(VENV): about 2 to 3 minutes with a fast network, about 7 GB; nothing is said meanwhile'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,dashboard]'
 	touch $@

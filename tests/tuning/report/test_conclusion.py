@@ -1,11 +1,18 @@
 """What a search says at its end."""
 
+import dataclasses
 from pathlib import Path
 
+import pytest
+
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.report.conclusion import advise_confirmation, gain_over_start
+from raytune_emotion.terminal import plain_console
+from raytune_emotion.tuning.report.conclusion import advise_confirmation, conclude, gain_over_start
+from raytune_emotion.tuning.study.creation import GENERATED
+from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.records import TrialRecord
 from tests.support.reports import make_report
+from tests.support.studies import write_study
 
 
 def trials(*reached, status="complete"):
@@ -28,6 +35,15 @@ def test_it_names_the_confirmation_where_others_may_be_as_good():
         f"\n  {command}  # trial 0005 may be as good: train the best with new seeds"
     )
     assert "  # trials 0005, 0015 may be as good" in advise_confirmation(study, ["0005", "0015"])
+
+
+@pytest.mark.parametrize(("data", "said"), [(GENERATED, 1), ("/data/faces", 0)])
+def test_it_says_that_a_model_of_drawn_faces_tells_nothing_of_photos(tmp_path, store, no_plots, capsys, data, said):
+    write_study(tmp_path / "study", store, trials=1, epochs=1)
+    study = load(tmp_path / "study")
+    study = study.with_spec(dataclasses.replace(study.spec, data=data))
+    conclude(plain_console(), study, Folder(tmp_path), None)
+    assert capsys.readouterr().out.count("note        the faces of the sample are drawn: ") == said
 
 
 def test_it_does_not_boast_of_trials_that_nothing_was_learned_for():
