@@ -21,6 +21,7 @@ from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.exports import untrained_best
+from tests.support.faces import picture
 from tests.support.studies import spec_of
 
 CPU = torch.device("cpu")
@@ -136,6 +137,15 @@ class TestPredict:
         assert command_main("predict", [str(export), str(text)]) == 3
         assert capsys.readouterr().err.endswith("\n1 image could not be read; nothing is predicted\n")
 
+    def test_a_link_in_a_folder_that_leads_nowhere_is_named(self, export, tmp_path, capsys):
+        picture(1).save(tmp_path / "a.png")
+        (tmp_path / "b.png").symlink_to("nowhere")
+        (tmp_path / "c.png").symlink_to("a.png")
+        assert command_main("predict", [str(export), str(tmp_path)]) == 3
+        out, err = capsys.readouterr()
+        assert [row[0] for row in rows_of(out)] == ["image", f"{tmp_path}/a.png", f"{tmp_path}/c.png"]
+        assert err.startswith(f"error: {tmp_path}/b.png: the picture cannot be decoded (No such file or directory)\n")
+
     def test_a_missing_image_among_others_is_named_and_these_are_predicted(self, export, faces, tmp_path, capsys):
         good = next((faces / "val_set" / "images").iterdir())
         (tmp_path / "empty").mkdir()
@@ -176,9 +186,9 @@ class TestPredict:
 
         class Counted(PictureFiles):
             def decode(self, image_size, at_once):
-                for picture in super().decode(image_size, at_once):
-                    read.append(picture[0])
-                    yield picture
+                for each in super().decode(image_size, at_once):
+                    read.append(each[0])
+                    yield each
 
         monkeypatch.setattr(predict, "_BATCH", 3)
         source = Counted(Folder(faces / "train_set" / "images"), files)

@@ -90,7 +90,7 @@ class Location(ABC):
 
     @abstractmethod
     def list_files(self, folder: str = "") -> list[File]:
-        """List the files in a folder, in no order."""
+        """List the files in a folder, in no order; a link that leads nowhere is a file that cannot be read."""
 
     @abstractmethod
     def find(self, *patterns: str) -> list[str]:
@@ -279,7 +279,7 @@ class Folder(Location):
     def list_files(self, folder: str = "") -> list[File]:
         start = f"{folder}/" if folder else ""
         with os.scandir(self.path / folder) as entries:
-            return [File(f"{start}{entry.name}", "") for entry in entries if entry.is_file()]
+            return [File(f"{start}{entry.name}", "") for entry in entries if entry.is_file() or _leads_nowhere(entry)]
 
     def find(self, *patterns: str) -> list[str]:
         names = (str(file.relative_to(self.path)) for file in files_below(self.path))
@@ -590,6 +590,10 @@ def check_space(folder: Path, needed: int, advice: str) -> None:
     free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
     if needed > free:
         raise UserError(f"{folder.parent}: {byte_size(needed)} are needed and {byte_size(free)} are free; {advice}")
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  # it is no path yet
 
 
 def files_below(folder: Path) -> Iterator[Path]:
