@@ -82,7 +82,7 @@ def _check(args: argparse.Namespace, formats: list[str]) -> None:
 
 def _export_combination(args: argparse.Namespace, formats: list[str]) -> None:
     # Imported only now: it takes seconds.
-    from raytune_emotion.tuning.study.combination import export_ensemble, export_soup
+    from raytune_emotion.tuning.study.combined_export import export_ensemble, export_soup
 
     if args.ensemble:
         chosen, what = export_ensemble(args.study, args.dest, args.ensemble, formats), "ensemble"

@@ -1,4 +1,4 @@
-"""Check the names of backbones. timm's are read from its source: to import timm takes seconds.
+"""Know backbones by their names, without timm, whose import takes seconds: its names are read from its source.
 
 A backbone is a model of timm (`resnet18`, `resnet18.a1_in1k`), a repository of the Hugging Face hub
 (`hf-hub:OWNER/NAME`, with `@REVISION` if wanted), or a folder of this form (`local-dir:/path`).

@@ -1,4 +1,4 @@
-"""Keep what earlier studies have shown in the folder of a study that starts from it.
+"""Keep what earlier studies have shown in a file of the study that starts from it, and make forecasts of it.
 
 Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
 """

@@ -25,9 +25,8 @@ from raytune_emotion.tuning.study.combination import (
     combine_soup,
     list_kept,
     read_groups,
-    write_ensemble,
-    write_soup,
 )
+from raytune_emotion.tuning.study.combined_export import write_ensemble, write_soup
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, rank_confirmed
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.request import ConfirmRequest

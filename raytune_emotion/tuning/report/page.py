@@ -19,9 +19,9 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
-from raytune_emotion.tuning.report.combinations import HEADINGS as COMBINATIONS
-from raytune_emotion.tuning.report.combinations import TEXTS as COMBINATION_TEXTS
-from raytune_emotion.tuning.report.combinations import Brought, measure_combinations
+from raytune_emotion.tuning.report.combination_gain import HEADINGS as COMBINATIONS
+from raytune_emotion.tuning.report.combination_gain import TEXTS as COMBINATION_TEXTS
+from raytune_emotion.tuning.report.combination_gain import Brought, measure_combinations
 from raytune_emotion.tuning.report.importance import MIN_TRIALS
 from raytune_emotion.tuning.report.page_data import (
     COSTS,

@@ -1,4 +1,4 @@
-"""Combine the kept trials of a study into one model: by the mean of their predictions, or of their weights."""
+"""Choose which kept trials of a study together are better than its best: an ensemble, or a soup."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,87 +8,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, PREDICTIONS, Best, read_best, read_predictions
+from raytune_emotion.learn.checkpoint import BEST, Best, read_best, read_predictions
 from raytune_emotion.learn.combine import (
     Gain,
     Soup,
     choose_ensemble,
     choose_soup,
-    images_per_second,
     list_compatible,
     mean_of,
     measure_gain,
     predict_whole,
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
-from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import (
-    TIMM,
-    check_replaceable,
-    describe_model,
-    describe_run,
-    write_model,
-    write_package,
-)
-from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
-from raytune_emotion.learn.model import load_model, mean_std
-from raytune_emotion.learn.model_card import escape_markdown, show_use, table_of_metrics
-from raytune_emotion.learn.origin import find_origin
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage.locations import Location
-from raytune_emotion.terminal import shell_word
-from raytune_emotion.tuning.study.open_study import load
-from raytune_emotion.tuning.study.optuna_study import JOURNAL
-from raytune_emotion.tuning.study.records import TrialRecord, study_files, trial_folder
-from raytune_emotion.tuning.study.trial_export import delete_other_formats, store_of
-from raytune_emotion.tuning.study.trials import DATA
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.tuning.study.trial_export import store_of
 
 #: Members of an ensemble at most, where nobody says how many.
 MEMBERS = 3
-
-_CARD = """\
----
-pipeline_tag: image-classification
-tags: [facial-expression, label-distribution-learning]
----
-
-# Distributions of emotion from faces: an ensemble of {members}
-
-For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
-{classes}. The model is the mean of the predictions of several networks.
-
-## How to use it
-
-`raytune-emotion predict {folder} face.jpg` prints the probabilities. `model.safetensors` has the weights of
-all members, and `config.json` says how timm builds each of them. {files}
-
-{code}
-The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above.
-
-## How good it is
-
-{gain} It predicts {rate:.0f} images a second on the CPU where it was exported; its first member alone {rate_one:.0f}.
-
-Means over the validation set, on which the members and their epochs were chosen: on new faces, expect somewhat worse.
-
-{metrics}
-
-## Limits
-
-- It predicts the emotion that is *perceived* in a face by those who annotated its training data, not what its owner
-  feels. Faces are poor evidence of feelings: decide nothing about a person by it.
-- It knows faces such as those of its training data. Other ages, skin tones, poses, lighting or croppings can make it
-  worse; how much was not measured.
-- What it was trained on, and the pretrained weights that it began with, have licences of their own, which may restrict
-  its use.
-
-## Where it comes from
-
-{origin}
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,108 +180,6 @@ def combine_soup(candidates: Candidates) -> tuple[Combination, Best]:
         true_NK,
     )
     return Combination(candidates, members, soup.predict(members), gain), soup.best(members)
-
-
-def export_ensemble(study: Location, dest: Location, most: int, formats: Sequence[str]) -> Combination:
-    """Export an ensemble of a study's trials as one model; an earlier export at dest is replaced.
-
-    The weights of its members, which `predict` loads, are always among the files.
-
-    Raises:
-        UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
-    """
-    check_replaceable(dest)
-    with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen = combine_ensemble(read_candidates(list_kept(folder, load(folder).records())), most)
-        write_ensemble(package, chosen, study.name, formats)
-    delete_other_formats(dest, [TIMM, *formats])
-    return chosen
-
-
-def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Combination:
-    """Export the mean weights of a study's trials; an earlier export at dest is replaced.
-
-    Raises:
-        UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
-    """
-    check_replaceable(dest)
-    with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen, best = combine_soup(read_candidates(list_kept(folder, load(folder).records())))
-        write_soup(package, chosen, best, study.name, formats)
-    delete_other_formats(dest, formats)
-    return chosen
-
-
-def write_ensemble(
-    dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str] = ()
-) -> None:
-    """Write the export folder of an ensemble.
-
-    Args:
-        dest: the folder.
-        chosen: the members.
-        study: name of their study.
-        formats: beside the weights of the members, which `predict` loads.
-        notes: sentences for the model card.
-    """
-    candidates = chosen.candidates
-    models = [load_model(candidates.bests[number]) for number in chosen.members]
-    wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
-    whole, store = Ensemble(wholes).eval(), candidates.store
-    configs = [RunConfig.from_flat(candidates.bests[number].settings) for number in chosen.members]
-    backbones = [config.model.backbone for config in configs]
-    rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
-    report = cast(
-        "Report", {**chosen.report, "images_per_second_cpu": rates[0], "images_per_second_cpu_single": rates[1]}
-    )
-    first = dataclasses.replace(candidates.bests[chosen.members[0]], report=report)
-    described = {
-        "members": [
-            {"trial": trial_id, **describe_model(model, config, find_origin(config.model, weights=False))}
-            for trial_id, model, config in zip(chosen.trial_ids, models, configs, strict=True)
-        ],
-        "label_names": list(store.classes),
-        "num_classes": len(store.classes),
-        "input_size": [3, store.image_size, store.image_size],
-        **describe_run(first),
-    }
-    origin = [f"Trials {', '.join(chosen.trial_ids)} of the study {study}: {', '.join(backbones)}.", *notes]
-
-    def card(checks: str) -> str:
-        return _CARD.format(
-            members=len(chosen.members),
-            n_classes=len(store.classes),
-            classes=", ".join(map(escape_markdown, store.classes)),
-            folder=shell_word(dest.name),
-            files=" ".join(f"`model.{name}` is the whole as one graph." for name in formats),
-            code=show_use(formats, folder=dest.name, size=store.image_size, n_classes=len(store.classes)),
-            size=store.image_size,
-            gain=chosen.sentence("ensemble"),
-            rate=rates[0],
-            rate_one=rates[1],
-            metrics=table_of_metrics(report),
-            origin="\n".join(f"- {escape_markdown(line)}" for line in [*origin, checks]),
-        )
-
-    write_model(dest, whole, first, described, card, formats=[TIMM, *formats], store=store)
-
-
-def write_soup(
-    dest: Path, chosen: Combination, best: Best, study: str, formats: Sequence[str], notes: Sequence[str] = ()
-) -> None:
-    """Write the export folder of a soup; `notes` are sentences for its model card."""
-    origin = [
-        f"The mean of the weights of the trials {', '.join(chosen.trial_ids)} of the study {study}. "
-        f"{chosen.sentence('soup')}",
-        *notes,
-    ]
-    best = dataclasses.replace(best, report=chosen.report)
-    write_package(dest, best, origin, formats=formats, store=chosen.candidates.store)
-
-
-def _weights_of(study: Location) -> Any:
-    patterns = (f"trials/*/{name}" for name in (HISTORY, BEST, PREDICTIONS, DATA))
-    return study_files(study, JOURNAL, *patterns)
 
 
 def _all(candidates: Candidates) -> Any:

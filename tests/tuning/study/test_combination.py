@@ -19,13 +19,8 @@ from raytune_emotion.learn.combine import mean_weights
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.study.combination import (
-    combine_ensemble,
-    export_soup,
-    list_kept,
-    read_candidates,
-    write_ensemble,
-)
+from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
+from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble
 from raytune_emotion.tuning.study.open_study import load
 from tests.support.exports import predict_with_card, turned_picture
 from tests.support.studies import write_study

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.learn.combine import Gain
-from raytune_emotion.tuning.report import combinations
-from raytune_emotion.tuning.report.combinations import measure_combinations
+from raytune_emotion.tuning.report import combination_gain
+from raytune_emotion.tuning.report.combination_gain import measure_combinations
 from raytune_emotion.tuning.report.page import write_report
 from raytune_emotion.tuning.study.open_study import load
 from tests.support.studies import write_study
@@ -42,7 +42,7 @@ def test_the_report_shows_what_each_way_would_bring(study):
 
 
 def test_what_takes_long_is_left_out(study, monkeypatch):
-    monkeypatch.setattr(combinations, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(combination_gain, "_MOST_SECONDS", 0.0)
     found = measure_combinations(study, load(study).records())
     assert [brought.measured_on for brought in found] == ["the half that did not choose, for each half"]
 
@@ -50,8 +50,8 @@ def test_what_takes_long_is_left_out(study, monkeypatch):
 @pytest.mark.parametrize(("members", "command"), [((0, 1), "--ensemble 2"), ((0,), "")])
 def test_an_ensemble_has_its_command_where_it_is_one(study, monkeypatch, members, command):
     chosen = SimpleNamespace(members=members, trial_ids=["0002", "0001"][: len(members)], gain=Gain(0.3, 0.2))
-    monkeypatch.setattr(combinations, "combine_ensemble", lambda candidates, most: chosen)
-    monkeypatch.setattr(combinations, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(combination_gain, "combine_ensemble", lambda candidates, most: chosen)
+    monkeypatch.setattr(combination_gain, "_MOST_SECONDS", 0.0)
     (found,) = measure_combinations(study, load(study).records())
     assert found.way == ("ensemble of 0002, 0001" if command else "ensemble: no other trial helps 0002")
     assert found.command == (command and f"raytune-emotion export {study} ensemble {command}")
