@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,8 @@ _IMAGE = ("image", "path", "file", "filename")  # names of the column of paths
 _SPLIT = "split"
 #: The words of a column `split`. Rows of `test` are left out.
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+#: What pandas calls the columns of an index without a name.
+_INDEX = r"__index_level_\d+__"
 #: The share of rows that are validation where there is no column `split`.
 _VALIDATION = 0.1
 
@@ -227,6 +230,8 @@ def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, l
         found = f"has the columns {', '.join(header[:20])}" if header else "has no header"
         faults.append(f"{place}: {found}, of which one must be named image, for the paths of the images")
     splits = [k for k, name in enumerate(header) if name.lower() == _SPLIT]
+    if len(splits) > 1:
+        faults.append(f"{place}: has several columns named {_SPLIT}, in whatever case; leave one")
     classes = [k for k in range(len(header)) if k not in (*images, *splits)]
     if not faults and len(classes) < 2:
         faults.append(f"{place}: has fewer than two classes; each column beside image and {_SPLIT} is one")
@@ -259,6 +264,8 @@ def _read_csv(raw: bytes) -> tuple[list[str], list[tuple[int, list[Any]]]]:
 
 def _read_parquet(raw: bytes) -> tuple[list[str], list[tuple[int, list[Any]]]]:
     table = pq.read_table(pa.BufferReader(raw))
+    # The index of a shuffled data frame, which pandas writes as columns.
+    table = table.select([k for k, name in enumerate(table.column_names) if not re.fullmatch(_INDEX, name)])
     columns = [column.to_pylist() for column in table.columns]
     return list(table.column_names), [(n, list(cells)) for n, cells in enumerate(zip(*columns, strict=True), 1)]
 

@@ -58,6 +58,14 @@ def test_parquet_and_csv_give_the_same_store(folder):
     assert first.fingerprint == second.fingerprint
 
 
+def test_index_of_a_data_frame_is_no_class(folder):
+    place = write(folder, rows("5,1,4"))
+    pd.read_csv(place.path).iloc[[2, 0, 3, 1]].to_parquet(folder / "faces.parquet")
+    store = pack(folder / "faces.parquet", folder / "store", image_size=16)
+    assert store.classes == ("happy", "sad", "calm")
+    assert np.allclose(store.train.prob_NK, [0.5, 0.1, 0.4])
+
+
 def test_votes_are_divided_by_their_sum_and_that_is_said(folder, capsys):
     lines = [*rows("8,2,0")[:3], "faces/3.png,val,1,0,0"]
     store = pack(write(folder, lines), folder / "store", image_size=16)
@@ -153,6 +161,7 @@ def test_all_faults_of_rows_are_named_at_once(folder):
         ("image,path,happy,sad", "of which one must be named image"),
         ("image,happy,happy", "has columns without a name of their own: 'happy'; give each its own"),
         ("image,happy", "has fewer than two classes; each column beside image and split is one"),
+        ("image,split,Split,happy,sad", "has several columns named split, in whatever case; leave one"),
         ("image,split,happy,sad", "has no row below its header"),
     ],
 )
