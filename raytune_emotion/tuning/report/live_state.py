@@ -14,7 +14,7 @@ from typing import get_args
 from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.locations import files_below
 from raytune_emotion.tuning.execution.recorder import Event
-from raytune_emotion.tuning.report.summary import BestTrial, Summary, summarize
+from raytune_emotion.tuning.report.summary import BestTrial, Summary, per_hour, summarize, time_left
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Proposal, Status
 
@@ -48,7 +48,7 @@ class Snapshot:
     summary: Summary
     epochs: int  # of a trial that is not stopped
     session_seconds: float  # since this process began to run trials
-    seconds_left: float | None  # at this rate; None where no trial has ended yet
+    seconds_left: float | None  # see `time_left`
     budget_left: float | None  # seconds of the time budget; None without one
     at_work: tuple[TrialAtWork, ...]  # in the order of their start
     disk: Disk
@@ -98,7 +98,8 @@ class StudyProgress:
         if self._earlier.best is not None:  # it may have ended before the study went on with more epochs
             self._reached[self._earlier.best.trial_id] = self._earlier.best
         self._at_work: dict[str, TrialAtWork] = {}
-        self._ended_here = 0
+        self._epochs = {r.trial_id: r.reports[-1]["epoch"] for r in records if r.reports}  # trained of each trial
+        self._first: float | None = None  # when the first trial of this session began, in its seconds
         self._gain = self._earlier.expected_gain
         self._disk, self._disk_due = Disk(0, 0), clock()
         self._lock = threading.Lock()
@@ -110,10 +111,12 @@ class StudyProgress:
 
     def _take_in(self, event: Event) -> None:
         trial_id, now = event.proposal.trial_id, self._clock() - self._began
+        self._first = now if self._first is None else self._first
         if event.status != "running":
             self._gain = event.gain
         self._states[trial_id] = event.status
         if event.report is not None:
+            self._epochs[trial_id] = event.report["epoch"]
             self._reach(event.proposal, event.status, event.report, now)
         if event.status == "running":
             before = self._at_work.get(trial_id)
@@ -121,7 +124,6 @@ class StudyProgress:
             self._at_work[trial_id] = TrialAtWork(event.proposal, since, event.report, event.worker)
             return
         self._at_work.pop(trial_id, None)
-        self._ended_here += event.status in _ENDED
         if event.status == "failed":  # it is never the best
             self._reached.pop(trial_id, None)
             self._points = [point for point in self._points if point[2] != trial_id]
@@ -148,23 +150,29 @@ class StudyProgress:
         points = [(seconds, js) for seconds, js, _ in self._points]
         if best is not None:
             points.append((self._before + session, best.val_js))
-        rate = self._ended_here / session if self._ended_here and session > 0 else None
+        active = self._earlier.active_seconds + (session - self._first if self._first is not None else 0.0)
+        ended = sum(counts[status] for status in _ENDED)
+        under_way = (
+            min(1.0, self._epochs.get(trial_id, 0.0) / self._spec.epochs)
+            for trial_id, status in self._states.items()
+            if status not in _ENDED
+        )
         summary = dataclasses.replace(
             self._earlier,
             trials={status: counts[status] for status in get_args(Status)},
             best=best,
             elapsed_seconds=self._before + session,
-            trials_per_hour=rate * 3600 if rate else self._earlier.trials_per_hour,
+            active_seconds=active,
+            trials_per_hour=per_hour(ended, active),
             best_js_by_time=points,
             expected_gain=self._gain,
             expected_gain_per_hour=self._gain.per_hour if self._gain is not None else None,
         )
-        left = self._earlier.trials_planned - sum(counts[status] for status in _ENDED)
         return Snapshot(
             summary,
             self._spec.epochs,
             session,
-            max(0, left) / rate if rate else None,
+            time_left(self._earlier.trials_planned, ended, under_way, active),
             max(0.0, self._budget - session) if self._budget is not None else None,
             tuple(self._at_work.values()),
             self._disk,

@@ -47,7 +47,7 @@ class Summary:
     started: float | None  # of the first trial, seconds since 1970
     elapsed_seconds: float  # since then; of a finished study until its last trial ended
     active_seconds: float  # of these, with a trial in work
-    trials_per_hour: float | None  # that ended, by the active time
+    trials_per_hour: float | None  # see `per_hour`
     seconds_since_evaluation: float | None
     best_js_by_time: list[tuple[float, float]]  # seconds since the start, lowest JS so far in bits
     expected_gain: Gain | None  # of further training; None where it is not known
@@ -94,7 +94,7 @@ def summarize(
         started=started,
         elapsed_seconds=max(0.0, (last if finished else now) - started) if started is not None else 0.0,
         active_seconds=active,
-        trials_per_hour=ended / active * 3600 if ended and active > 0 else None,
+        trials_per_hour=per_hour(ended, active),
         # The clock of the machine of a trial may be ahead, and a clock may be set back.
         seconds_since_evaluation=max(0.0, now - max(heard)) if heard else None,
         best_js_by_time=_best_by_time(records, started) if started is not None else [],
@@ -105,6 +105,24 @@ def summarize(
 
 def _has_tried_all(spec: StudySpec, study: optuna.Study) -> bool:
     return spec.confirms is None and has_tried_all(study, parse_space(spec.space, SPEC))
+
+
+def per_hour(ended: int, active_seconds: float) -> float | None:
+    """Return how many trials end in an hour in which trials are at work; None before the first."""
+    return ended / active_seconds * 3600 if ended and active_seconds > 0 else None
+
+
+def time_left(planned: int, ended: int, under_way: Iterable[float], active_seconds: float) -> float | None:
+    """Expect how long the trials that are left take, if they take as long as those before; None before one has ended.
+
+    Args:
+        planned: trials of the study.
+        ended: those that have ended.
+        under_way: of each of the others that has begun, the part that it has done of a whole trial.
+        active_seconds: in which trials were at work.
+    """
+    done = ended + sum(under_way)
+    return max(0.0, planned - done) * active_seconds / done if ended and active_seconds > 0 else None
 
 
 def describe(summary: Summary) -> list[str]:

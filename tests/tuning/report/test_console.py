@@ -176,7 +176,7 @@ def test_a_line_on_the_study_says_rate_and_time_left(progress):
     progress.watch(event("0000", "complete", 0.3, gain=Gain(0.002, 360.0)))
     assert sum_up(progress.snapshot()) == (
         "after 1 min 00 s: 1 of 8 trials ended, 0 at work, 1 paused; best JS 0.3000 bits, trial 0000; "
-        "60 trials an hour; 0.002 bits expected of 6 min 00 s more training (0.02 an hour); about 7 min 00 s left"
+        "60 trials an hour; 0.002 bits expected of 6 min 00 s more training (0.02 an hour); about 5 min 24 s left"
     )
 
 

@@ -6,10 +6,12 @@ import re
 import pytest
 from rich.console import Console
 
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
+from raytune_emotion.tuning.report.summary import summarize
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.events import Clock, event
 from tests.support.studies import spec_of, write_study
@@ -96,14 +98,28 @@ def test_a_failed_trial_is_never_the_best(progress, clock):
     assert min(js for _, js in now.best_js_by_time) == 0.3
 
 
-def test_rate_and_time_left_are_those_of_this_session(progress, clock):
+def test_rate_and_time_left_follow_from_the_time_in_which_trials_were_at_work(progress, clock):
     assert progress.snapshot().end_in is None
     feed(progress, clock, event("0000", "running"), event("0000", "complete", 0.3), event("0001", "running"))
     feed(progress, clock, event("0001", "pruned", 0.4))
-    now = progress.snapshot()  # two of eight ended in 40 s
-    assert now.summary.trials_per_hour == pytest.approx(2 / 40 * 3600)
-    assert now.end_in == pytest.approx(6 * 20)
-    assert "180 trials an hour  ·  about 2 min 00 s left" in "".join(drawn(progress))
+    now = progress.snapshot()  # two of eight ended in 30 s: the session's first 10 s were without a trial
+    assert now.summary.trials_per_hour == pytest.approx(2 / 30 * 3600)
+    assert now.end_in == pytest.approx(6 * 15)
+    assert "240 trials an hour  ·  about 1 min 30 s left" in "".join(drawn(progress))
+    feed(progress, clock, event("0002", "paused", 0.3, 2.0), event("0003", "running", 0.3, 1.0))
+    now = progress.snapshot()  # and half of one and a quarter of another, of four epochs, in 50 s
+    assert now.summary.trials_per_hour == pytest.approx(2 / 50 * 3600)
+    assert now.end_in == pytest.approx((8 - 2.75) * 50 / 2.75)
+
+
+def test_the_rate_of_a_study_that_went_on_is_that_of_status(tmp_path, store, clock):
+    write_study(tmp_path / "study", store)
+    study = load(tmp_path / "study")
+    progress = StudyProgress(study, clock=clock)
+    feed(progress, clock, event("0003", "running"), event("0003", "complete", 0.3, 2.0))
+    now = progress.snapshot().summary
+    before = summarize(study.spec, study.optuna, study.records(), Folder(study.folder), now=0.0)
+    assert now.trials_per_hour == pytest.approx(4 / (before.active_seconds + 10) * 3600)
 
 
 def test_a_study_that_goes_on_counts_what_it_has_and_leaves_the_pause_out(tmp_path, store, clock):
