@@ -1,6 +1,7 @@
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,13 +113,18 @@ def test_help_names_settings_and_classes_without_breaking_a_word(verb, words, ca
     assert [word for word in words if word not in text] == []
 
 
-def test_a_module_is_a_command_too():
-    result = subprocess.run(
-        [sys.executable, "-m", "raytune_emotion.predict"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        ([sys.executable, "-m", "raytune_emotion.predict"], "python -m raytune_emotion.predict"),
+        ([sys.executable, "-m", "raytune_emotion", "predict"], "python -m raytune_emotion.predict"),
+        ([Path(sys.executable).with_name("raytune-emotion"), "predict"], "raytune-emotion predict"),
+    ],
+)
+def test_a_command_is_a_module_and_a_verb_of_the_script(started, words):
+    result = subprocess.run(started, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.endswith("\nsee python -m raytune_emotion.predict --help\n")
-    assert "Traceback" not in result.stderr
+    assert result.stderr == f"error: the following arguments are required: EXPORT, IMAGE\nsee {words} --help\n"
 
 
 def test_a_share_of_a_gpu_is_one_at_most(capsys):

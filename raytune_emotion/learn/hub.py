@@ -17,8 +17,7 @@ def hub_client(repository: str, revision: str | None = None) -> Iterator[None]:
     Raises:
         ConnectionError: the hub does not answer, and nothing of the repository is in its cache.
     """
-    why = _why_silent()
-    if why and not _is_cached(repository, revision):
+    if not _is_cached(repository, revision) and (why := _why_silent()):
         raise ConnectionError(f"{constants.ENDPOINT} does not answer: {why}")
     level = _LOG.level
     _LOG.setLevel(logging.ERROR)
