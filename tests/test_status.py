@@ -14,7 +14,7 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.report.conclusion import conclude
 from raytune_emotion.tuning.report.live_state import StudyProgress
-from raytune_emotion.tuning.report.summary import describe, sparkline, summarize
+from raytune_emotion.tuning.report.summary import describe, rate_text, sparkline, summarize
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
@@ -166,6 +166,10 @@ def test_a_clock_that_is_behind_makes_no_negative_times(finished):
     told = summarize(spec, trials, records[:2], Folder(finished), now=first - 3600)
     assert (told.elapsed_seconds, told.seconds_since_evaluation) == (0.0, 0.0)
     assert "time        0 s since the start, last evaluation 0 s ago" in describe(told)
+
+
+def test_a_rate_is_written_as_people_read_it():
+    assert [rate_text(rate) for rate in (0.123, 4.56, 99.4, 100, 1468.2)] == ["0.123", "4.56", "99.4", "100", "1,468"]
 
 
 def test_the_sparkline_falls_with_the_best_js():

@@ -19,7 +19,7 @@ from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
-from raytune_emotion.tuning.report.summary import duration, gain_text
+from raytune_emotion.tuning.report.summary import duration, gain_text, rate_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
 #: Between two lines on how a study stands, where nothing can be drawn again.
@@ -135,7 +135,7 @@ def sum_up(snapshot: Snapshot) -> str:
         f"best JS {best.val_js:.4f} bits, trial {best.trial_id}" if best else "no evaluation yet",
     ]
     if summary.trials_per_hour is not None:
-        parts.append(f"{summary.trials_per_hour:.3g} trials an hour")
+        parts.append(f"{rate_text(summary.trials_per_hour)} trials an hour")
     if summary.expected_gain is not None:
         parts.append(gain_text(summary.expected_gain))
     if snapshot.end_in is not None:

@@ -10,7 +10,7 @@ from rich.text import Text
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.terminal import byte_size, escape
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress, TrialAtWork
-from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, sparkline, value_text
+from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, rate_text, sparkline, value_text
 
 _LABEL = 12
 #: Of a trial's row, in columns: the bar of its epochs.
@@ -93,7 +93,7 @@ def _time(snapshot: Snapshot) -> Text:
     parts = [duration(snapshot.session_seconds)]
     rate = snapshot.summary.trials_per_hour
     if rate is not None:
-        parts.append(f"{rate:.3g} trials an hour")
+        parts.append(f"{rate_text(rate)} trials an hour")
     if snapshot.end_in is not None:
         parts.append(f"about {duration(snapshot.end_in)} left")
     return _text("  ·  ".join(parts))

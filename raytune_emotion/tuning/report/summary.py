@@ -129,7 +129,7 @@ def describe(summary: Summary) -> list[str]:
     """Say a summary in lines for people."""
     counts = ", ".join(f"{n} {status}" for status, n in summary.trials.items() if n) or "none yet"
     all_tried = summary.finished and sum(summary.trials.values()) < summary.trials_planned
-    rate = f", {summary.trials_per_hour:.3g} an hour" if summary.trials_per_hour is not None else ""
+    rate = f", {rate_text(summary.trials_per_hour)} an hour" if summary.trials_per_hour is not None else ""
     lines = [
         f"study       {summary.study}" + (", finished" if summary.finished else ""),
         f"trials      {counts}, of {summary.trials_planned}{rate}" + (f"; {ALL_TRIED}" if all_tried else ""),
@@ -219,6 +219,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def rate_text(per_hour: float) -> str:
+    return f"{per_hour:,.0f}" if per_hour >= 100 else f"{per_hour:.3g}"
 
 
 def gain_text(gain: Gain) -> str:
