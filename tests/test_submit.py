@@ -152,7 +152,7 @@ def test_a_search_that_joins_the_cluster_is_named_in_its_dashboard(ray_cluster):
 def test_what_the_search_refuses_fails_the_job(ray_cluster, tmp_path):
     done = ray_cluster.submit("--trials=0", "--name=mistaken", f"--results={tmp_path / 'results'}")
     assert done.returncode != 0
-    assert "error: argument --trials: expected an integer from 1 to 1000000, got '0'" in done.stdout
+    assert "error: --trials: expected an integer from 1 to 1000000, got '0'" in done.stdout
     assert not (tmp_path / "results").exists()
     # Drivers that were not submitted are jobs too, without such an id.
     named = [job for job in ray_cluster.get("/api/jobs/") if (job["submission_id"] or "").startswith("mistaken")]
