@@ -101,7 +101,7 @@ def ray_session(
         stack.enter_context(no_start_by_itself())
         stack.callback(_shut_down)
         try:
-            with keep_handlers(), no_signal_handlers(), own_process_session():
+            with keep_handlers(), no_signal_handlers(), own_process_session(arguments.get("_temp_dir")):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except Exception as error:
             _shut_down()

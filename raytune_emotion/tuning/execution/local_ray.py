@@ -25,8 +25,6 @@ except ImportError:  # not on Windows, where the limits below do not exist eithe
 
 #: The system takes 107 bytes for the path of a socket; of these Ray's own names below its folder take up to 66.
 _LONGEST = 40
-#: Ray's dashboard has sockets below TMPDIR, too, to which Python adds `/pymp-12345678/listener-12345678`.
-_LONGEST_TMPDIR = 107 - 32
 _PREFIX = "rte-"
 _RANDOM = 8  # letters that `mkdtemp` appends
 #: Limits of a process below which Ray may fail, with the shell's word for each.
@@ -49,8 +47,6 @@ def local_ray() -> Iterator[dict[str, object]]:
     raise_limits()
     base = base_folder()
     sweep_sessions(base)
-    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
-        os.environ["TMPDIR"] = str(base)  # of what is started from here on
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     token = folder / "auth_token"
     token.touch(mode=0o600)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -90,20 +90,25 @@ def own_token() -> str | None:
     return token or None
 
 
-class _OwnSession(services.ConsolePopen):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, start_new_session=True, **options)
-
-
 @contextlib.contextmanager
-def own_process_session() -> Iterator[None]:
+def own_process_session(temporary: str | None) -> Iterator[None]:
     """Start Ray's processes in process sessions of their own within the block.
 
     A signal to the process group of a search, as `timeout`, Slurm and systemd send it, would end them before the search
     could end in order. They still end with the process that started them.
+
+    Args:
+        temporary: folder for the sockets of Ray's dashboard. Below TMPDIR, it would leave them behind, and they would
+            have no name where the path of TMPDIR is long. None: Ray is not started by this process.
     """
     before = services.ConsolePopen
-    setattr(services, "ConsolePopen", _OwnSession)  # noqa: B010  # to mypy it is a type
+
+    def start(command: Sequence[str], *, env: Mapping[str, str], **options: Any) -> Any:
+        if temporary is not None and any(word.endswith("dashboard/dashboard.py") for word in command):
+            env = {**env, "TMPDIR": temporary}
+        return before(command, env=env, start_new_session=True, **options)
+
+    setattr(services, "ConsolePopen", start)  # noqa: B010  # to mypy it is a type
     try:
         yield
     finally:
