@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from raytune_emotion.errors import Breakdown, Incomplete, UserError, suggest
+from raytune_emotion.errors import Breakdown, Incomplete, UserError, suggest, suggest_or_list
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
@@ -57,8 +57,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            known = [str(each) for each in action.choices]
-            near = suggest(str(value), known) or f"; there are {', '.join(known)}"
+            near = suggest_or_list(str(value), map(str, action.choices))
             raise argparse.ArgumentError(action, f"there is no {value!r}{near}")
 
 

@@ -49,6 +49,12 @@ def suggest(word: str, known: Iterable[str], most: int = 1) -> str:
     return did_you_mean(difflib.get_close_matches(word, list(known), n=most))
 
 
+def suggest_or_list(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name that is closest to a word; if none is close, all of them."""
+    names = list(known)
+    return suggest(word, names) or f"; there are {', '.join(names)}"
+
+
 def did_you_mean(names: Iterable[str]) -> str:
     """Return "; did you mean ...?" with names; "" if there are none."""
     asked = " or ".join(names)

@@ -56,6 +56,10 @@ def _of_the_hub(error: Any) -> str:
     return f"the Hugging Face hub: {first_line(error)}; {_HUB}"
 
 
+def _of_a_full_disk(error: Any) -> str:
+    return f"no space left on the disk: {first_line(error)}; make room, then go on by --resume"
+
+
 def _of_the_database(error: Any) -> str:
     return f"the database of the study: {first_line(error)}; go on by --resume"
 
@@ -78,7 +82,7 @@ KNOWN = (
         "builtins.OSError",
         is_disk_full,
         1,
-        lambda error: f"no space left on the disk: {first_line(error)}; make room, then go on by --resume",
+        _of_a_full_disk,
     ),
     KnownError("builtins.OSError", _number_in(*_TOO_MANY_FILES), 2, lambda error: f"{_place(error)}; {_MORE_FILES}"),
     KnownError("builtins.OSError", _number_in(errno.EAGAIN), 2, lambda error: f"{_place(error)}; {_MORE_PROCESSES}"),
@@ -142,7 +146,7 @@ KNOWN = (
         "safetensors._safetensors_rust.SafetensorError",
         is_disk_full,
         1,
-        lambda error: f"no space left on the disk: {first_line(error)}; make room, then go on by --resume",
+        _of_a_full_disk,
     ),
     KnownError(
         "safetensors._safetensors_rust.SafetensorError",

@@ -50,6 +50,12 @@ def store(faces):
 
 
 @pytest.fixture
+def no_other_studies(monkeypatch, tmp_path):
+    """Suggest no study of the working folder, where `make search` may have made one."""
+    monkeypatch.setattr("raytune_emotion.storage.nearest.RESULTS", tmp_path / "nothing")
+
+
+@pytest.fixture
 def no_plots(monkeypatch):
     """Draw no PNG files: they take seconds, and are for the tests that look at them."""
     monkeypatch.setattr("raytune_emotion.tuning.report.page.draw_all", lambda *_: ())

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.storage import nearest
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
@@ -78,8 +77,7 @@ def test_a_configuration_is_confirmed_once():
     assert [r.trial_id for r in best_configurations(records, 9)] == ["0002", "0001", "0005"]
 
 
-def test_what_cannot_be_confirmed(refused, study, store, tmp_path, monkeypatch):
-    monkeypatch.setattr(nearest, "RESULTS", tmp_path / "nothing")  # `make search` may have made a study
+def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_studies):
     assert refused(of="none") == [f"{tmp_path / 'none'}: there is no such folder; there are {tmp_path / 'study'}"]
     assert refused("--top=0")[0].startswith("--top: expected an integer")
     assert refused("--address=nonsense")[0].startswith("--address nonsense: no Ray cluster answers there")

@@ -6,7 +6,6 @@ import shutil
 import pandas as pd
 import pytest
 
-from raytune_emotion.storage import nearest
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.open_study import make_study
@@ -115,8 +114,7 @@ def test_a_folder_that_was_moved_can_be_reported(study, tmp_path, no_plots):
 
 
 class TestBadStudies:
-    def test_what_is_no_study(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(nearest, "RESULTS", tmp_path / "nothing")  # `make search` may have made a study
+    def test_what_is_no_study(self, tmp_path, capsys, no_other_studies):
         (tmp_path / "empty").mkdir()
         for name, what in (("empty", "no study.yaml in it, so it is no study"), ("none", "there is no such folder")):
             (told,) = refusal(capsys, [tmp_path], "report", tmp_path / name)

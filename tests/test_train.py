@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_history
-from raytune_emotion.storage import nearest
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
 from raytune_emotion.tuning.execution.job import OutOfMemory
 from raytune_emotion.tuning.report import single_run
@@ -157,8 +156,7 @@ class TestFromAStudy:
         assert settings["loss.kl"] == wanted["loss.kl"]
         assert settings["optim.lr"] == 0.004 != wanted["optim.lr"]
 
-    def test_what_it_does_not_have(self, refused, study, tmp_path, monkeypatch):
-        monkeypatch.setattr(nearest, "RESULTS", tmp_path / "nothing")  # `make search` may have made a study
+    def test_what_it_does_not_have(self, refused, study, tmp_path, no_other_studies):
         (told,) = refused("--study", study, "--trial", "0009")
         assert told == f"{study}: there is no trial 0009; there are 0000 to 0002"
         (told,) = refused("--trial", "0009")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.report import HEARD, Report
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.json_text import is_number, load_json
@@ -147,7 +148,7 @@ def load_with_header(file: Path, model: nn.Module, optimizer: Optimizer | None, 
             values = _header(tensors, *keys)
     except _DAMAGE as error:
         raise UserError(
-            f"{file}: is no checkpoint in safetensors ({_first_line(error)}); name one that a training has written"
+            f"{file}: is no checkpoint in safetensors ({first_line(error)}); name one that a training has written"
         ) from error
     _load(file, model, optimizer)
     return values
@@ -345,10 +346,6 @@ def _line(report: Report) -> str:
 
 def _damage_error(file: Path, error: Exception) -> DamagedCheckpointError:
     return DamagedCheckpointError(
-        f"{file}: a damaged checkpoint ({_first_line(error)}); delete {LAST} and {BEST} there, and the run starts anew "
+        f"{file}: a damaged checkpoint ({first_line(error)}); delete {LAST} and {BEST} there, and the run starts anew "
         f"when it is resumed"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

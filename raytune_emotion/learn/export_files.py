@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from raytune_emotion.errors import UserError, did_you_mean, suggest
+from raytune_emotion.errors import UserError, did_you_mean, suggest_or_list
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.storage.nearest import BEST_EXPORT, suggest_folder
 
@@ -25,8 +25,7 @@ def check_formats(formats: Sequence[str]) -> None:
     for name in formats:
         missing = [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
         if name not in FORMATS:
-            near = suggest(name, FORMATS) or f"; there are {', '.join(FORMATS)}"
-            faults.append(f"--format {name}: there is no such format{near}")
+            faults.append(f"--format {name}: there is no such format{suggest_or_list(name, FORMATS)}")
         elif missing:
             extra = f"pip install 'raytune_emotion[{name}]'"
             faults.append(f"--format {name}: needs {', '.join(missing)}, not installed here; install them by {extra}")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from huggingface_hub import constants, get_session, snapshot_download
 
+from raytune_emotion.known_errors import first_line
+
 _LOG = logging.getLogger("huggingface_hub")
 _ANSWERS_IN_S = 5.0
 
@@ -32,7 +34,7 @@ def _why_silent() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=_ANSWERS_IN_S)
     except Exception as error:  # the hub's client and its network library each have errors of their own
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return ""
 
 

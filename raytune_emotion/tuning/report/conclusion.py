@@ -57,11 +57,12 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         export_trial(place, Folder(folder / "best"), best.trial_id)
     exported = [str(file.relative_to(folder)) for file in folder.glob("best/*")]
     place.push(folder, [*report_files(folder), *exported])
-    all_tried = study.is_over() and study.has_tried_all()
+    over = study.is_over()
+    all_tried = over and study.has_tried_all()
     told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
     resume = f"{typed_command('search')} --resume --results {shell_word(str(results))} --name {place.name}"
-    if study.is_over():
+    if over:
         # The best can be trained longer where nothing else is left to be tried.
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)

@@ -41,6 +41,7 @@ from raytune_emotion.tuning.policy.decisions import (
     Recorded,
     TakeUp,
     best_js,
+    count_reports,
     is_paused,
 )
 from raytune_emotion.tuning.space.space import Space
@@ -203,7 +204,7 @@ class Searcher:
 
     def last_report(self, trial_id: str) -> int:
         """Return the number of the last report of a running trial; 0 before the first."""
-        return max(stored_trial(self._handles[trial_id]).intermediate_values, default=0)
+        return count_reports(stored_trial(self._handles[trial_id]))
 
     def pause(self, trial_id: str, seconds: float) -> None:
         """Tell that a trial has left its process after some seconds of training, and can be taken up again."""
