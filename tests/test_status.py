@@ -183,9 +183,10 @@ def test_what_is_no_study_is_refused(tmp_path, capsys):
     assert "no study" in sentence
 
 
-def test_watching_goes_on_until_ctrl_c(finished):
+def test_watching_goes_on_until_ctrl_c(finished, request):
     command = [sys.executable, "-m", "raytune_emotion.status", finished, "--watch", "1", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    request.addfinalizer(process.kill)  # else it goes on for ever where it does not end by itself
     told = [json.loads(process.stdout.readline()) for _ in range(2)]
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()

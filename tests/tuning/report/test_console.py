@@ -94,7 +94,7 @@ def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
     assert "\x1b[?25h" in written, "the cursor is shown again"
 
 
-def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path):
+def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path, request):
     """All that it still writes and says is written and said, though nobody hears it."""
     code = f"""
         import time
@@ -131,6 +131,7 @@ def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], stdin=theirs, stdout=theirs, stderr=theirs,
         preexec_fn=lead_session, env={**os.environ, "TERM": "xterm"},
     )  # fmt: skip
+    request.addfinalizer(process.kill)  # else it goes on for ever where it does not end by itself
     os.close(theirs)
     written = b""
     while b"complete" not in written:
