@@ -119,7 +119,8 @@ class Tab:
 @contextmanager
 def browser():
     """Start Chromium, and give one tab of it."""
-    with tempfile.TemporaryDirectory() as folder:
+    # Its helper processes may still write into the folder for a moment after it has ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         command = [CHROMIUM, *_FLAGS, f"--user-data-dir={folder}", "about:blank"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         loop = asyncio.new_event_loop()
