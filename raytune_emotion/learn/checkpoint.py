@@ -10,10 +10,12 @@ predictions.safetensors
                     their report, so that one that a killed run has left behind is not taken for another's
 
 Each of the tensor files is there whole or not at all. `last` is written first, and decides: what the others lack after
-a run was killed in between, or have too much, is mended from it. Predictions are made anew by whoever needs them.
+a run was killed in between, or have too much, is mended from it. Predictions are made anew by whoever needs them. The
+headers hold checksums: a bit that a disk has changed is found out by whoever reads it.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,8 @@ from raytune_emotion.storage.json_text import is_number, load_json
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 PREDICTIONS = "predictions.safetensors"
-
+#: Checksums in a header: of its other texts, and of the tensors.
+_OF_TEXTS, _OF_TENSORS = "crc32", "tensors_crc32"
 
 #: Larger integers are not exact as floats.
 _LARGEST = 2**53
@@ -197,7 +200,11 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
 
 
 def repair_from_last(folder: Path, progress: Progress | None) -> None:
-    """Make the folder what `last` says it is, before the run goes on; or empty it where there is no `last`."""
+    """Make the folder what `last` says it is, before the run goes on; or empty it where there is no `last`.
+
+    Raises:
+        UserError: `last` is damaged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LAST, BEST, HISTORY, PREDICTIONS):
         for abandoned in folder.glob(f".{name}.*.tmp"):
@@ -208,8 +215,11 @@ def repair_from_last(folder: Path, progress: Progress | None) -> None:
     if found != lines.encode():
         write_text(folder / HISTORY, lines)
     if progress is not None and history[-1]["best_report"] == history[-1]["report"] and not _has_best(folder, progress):
-        with safe_open(folder / LAST, "pt") as file:
-            _write_best(folder, _best_weights(_tensors(file)), progress)
+        try:
+            with safe_open(folder / LAST, "pt") as file:
+                _write_best(folder, _best_weights(_tensors(file)), progress)
+        except _DAMAGE as error:
+            raise _damage_error(folder / LAST, error) from error
 
 
 def read_best(file: Path) -> Best:
@@ -243,7 +253,7 @@ def read_kept_predictions(folder: Path) -> tuple[int, Tensor] | None:
     try:
         with safe_open(folder / PREDICTIONS, "pt") as file:
             (number,) = _header(file, "report")
-            return number, file.get_tensor("prob_NK").double()
+            return number, _tensors(file)["prob_NK"].double()
     except _DAMAGE:
         return None
 
@@ -302,26 +312,43 @@ def _write_best(folder: Path, weights: Mapping[str, Tensor], progress: Progress)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    texts = {key: json.dumps(value) for key, value in header.items()}
+    texts = {"format": "pt", _OF_TENSORS: _tensors_checksum(tensors)}
+    texts |= {key: json.dumps(value) for key, value in header.items()}
     with atomic_write(path) as temporary:
-        save_file(dict(tensors), temporary, {"format": "pt", **texts})
+        save_file(dict(tensors), temporary, {_OF_TEXTS: _texts_checksum(texts), **texts})
 
 
 def _header(file: Any, *keys: str) -> list[Any]:
-    metadata = file.metadata() or {}
-    if not metadata.keys() >= {*keys}:
+    texts = file.metadata() or {}
+    if not texts.keys() >= {*keys, _OF_TEXTS}:
         raise ValueError("its header is not that of a run")
-    return [load_json(metadata[key]) for key in keys]
+    if texts.pop(_OF_TEXTS) != _texts_checksum(texts):
+        raise ValueError("its header has changed since it was written")
+    return [load_json(texts[key]) for key in keys]
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if (file.metadata() or {}).get(_OF_TENSORS) != _tensors_checksum(tensors):
+        raise ValueError("its tensors have changed since they were written")
+    return tensors
+
+
+def _texts_checksum(texts: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(repr(sorted(texts.items())).encode()):08x}"
+
+
+def _tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    checksum = 0
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"
 
 
 def _check_fits(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in module.state_dict().items()}:
         raise ValueError("its tensors are not those of the model")
-
-
-def _tensors(file: Any) -> dict[str, Tensor]:
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Tensor]:

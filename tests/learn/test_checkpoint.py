@@ -175,11 +175,19 @@ def test_what_a_killed_writer_left_is_removed(run, store):
 
 
 @pytest.mark.parametrize("name", [LAST, BEST])
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "foreign"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "foreign", "a bit of a weight", "a digit of a setting"])
 def test_a_damaged_checkpoint_is_named(run, store, name, damage):
     whole = (run / name).read_bytes()
-    foreign = (10).to_bytes(8, "little") + b"{}        "
-    (run / name).write_bytes({"empty": b"", "cut": whole[:-7], "garbage": b"\xff" * 64, "foreign": foreign}[damage])
+    damaged = {
+        "empty": b"",
+        "cut": whole[:-7],
+        "garbage": b"\xff" * 64,
+        "foreign": (10).to_bytes(8, "little") + b"{}        ",
+        "a bit of a weight": whole[:-7] + bytes([whole[-7] ^ 4]) + whole[-6:],
+        "a digit of a setting": whole.replace(b'\\"train.seed\\": 0', b'\\"train.seed\\": 8', 1),
+    }[damage]
+    assert damaged != whole
+    (run / name).write_bytes(damaged)
     with pytest.raises(UserError, match=f"{name}: a damaged checkpoint .* delete"):
         read_best(run / BEST) if name == BEST else next(fit(config(train__epochs=3), store, device=CPU, folder=run))
 
