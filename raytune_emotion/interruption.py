@@ -136,6 +136,12 @@ def finish_block() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def check_interrupted() -> None:
+    """Raise KeyboardInterrupt if a signal has come, and its own was lost: Python ignores what a destructor raises."""
+    if _state.interrupted and not _state.held:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def keep_handlers() -> Iterator[Callable[[], None]]:
     """Undo what the block does to the handlers of signals: libraries install their own.

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from raytune_emotion.interruption import handle_signals, is_command, run_in_thread
+from raytune_emotion.interruption import check_interrupted, handle_signals, is_command, run_in_thread
 
 #: Says when it is ready; what it writes after an interruption takes a second.
 COMMAND = """
@@ -71,6 +71,22 @@ def test_a_third_ctrl_c_insists():
         time.sleep(0.3)
     code, out, _ = outcome(process)
     assert (code, out) == (130, "")
+
+
+def test_an_interruption_that_a_destructor_has_lost_is_raised_where_it_is_asked_for(monkeypatch):
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with handle_signals():
+        check_interrupted()
+        Interrupted()
+        assert [one.exc_type for one in lost] == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            check_interrupted()
 
 
 def test_what_must_be_finished_is_before_the_command_ends():

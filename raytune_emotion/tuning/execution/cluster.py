@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.interruption import keep_handlers
+from raytune_emotion.interruption import check_interrupted, keep_handlers
 from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watch_cluster
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
@@ -103,6 +103,7 @@ def ray_session(
         try:
             with keep_handlers(), no_signal_handlers(), own_process_session(arguments.get("_temp_dir")):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+            check_interrupted()
         except Exception as error:
             _shut_down()
             raise _start_failure(address, error) from error

@@ -14,7 +14,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 
-from raytune_emotion.interruption import run_in_thread
+from raytune_emotion.interruption import check_interrupted, run_in_thread
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.terminal import short_path
 from raytune_emotion.tuning.execution.cluster import environment
@@ -108,6 +108,7 @@ def _run(
             while not ended.is_set() and time.monotonic() < deadline and not recorder.gain.shortfall:
                 if lost := failure():
                     raise _cluster_lost(lost, study)
+                check_interrupted()
                 recorder.check()
                 ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
