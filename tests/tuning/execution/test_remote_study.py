@@ -1,30 +1,18 @@
 """Studies whose record lies in a bucket of a real S3 server, and whose machines die."""
 
-import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from itertools import islice
 from pathlib import Path
 
-import pandas as pd
 import pytest
-import ray
 
-from raytune_emotion.cli import command_main
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
-from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
-from raytune_emotion.train import add_arguments, settings_of
-from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.job import Resources, job_of, newest_report, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
@@ -36,9 +24,8 @@ from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import PARAMS
-from tests.support.cluster import RUN_SPACE, held_resources, joined_session
+from tests.support.cluster import RUN_SPACE, held_resources
 from tests.support.reports import without_clocks
-from tests.support.s3 import SECRET
 from tests.support.studies import run_here, searcher_of, spec_of
 
 
@@ -168,66 +155,3 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     assert third.next() is None
     with pytest.raises(Breakdown, match="no longer there"):
         third.close()
-
-
-def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
-    cluster, bucket, faces, tmp_path, capsys, monkeypatch, no_plots
-):
-    results = remote.join(bucket, "results")
-    uri = remote.join(results, "killed")
-    (tmp_path / "space.yaml").write_text(json.dumps(RUN_SPACE | {"data.image_size": 32}))
-
-    begun = ["--name", "killed", "--data", str(faces), "--space", str(tmp_path / "space.yaml")]
-    begun += ["--trials", "2", "--epochs", "8", "--concurrency", "1"]
-    address = ["--address", ray.get_runtime_context().gcs_address]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "raytune_emotion.search", "--results", results, *begun, *address],
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "one machine")},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    while (remote.read(uri, f"trials/0000/{HISTORY}") or b"").count(b"\n") < 2:
-        assert driver.poll() is None, driver.stdout.read()
-        time.sleep(0.1)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
-    shutil.rmtree(tmp_path / "one machine")
-    before = remote.read(uri, f"trials/0000/{HISTORY}")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
-    # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    code = command_main("search", ["--results", results, "--resume", *address])
-    output = "".join(capsys.readouterr())
-    assert code == 0, output
-    assert SECRET not in output
-    assert f"exported    {remote.join(uri, 'best')}\n" in output
-    assert remote.read(uri, f"trials/0000/{HISTORY}").startswith(before)
-    remote.pull(uri, tmp_path / "there", remote.names(uri, TRIALS, "best/*", "*.html"))
-    table = pd.read_csv(tmp_path / "there" / TRIALS, dtype={"trial_id": str})
-    assert set(table["status"]) <= {"complete", "pruned"}
-    assert len(table) == 2
-    assert load_package(tmp_path / "there" / "best").image_size == 32
-
-    assert command_main("export", [uri, str(tmp_path / "second"), "--trial", table["trial_id"][1]]) == 0
-    assert json.loads((tmp_path / "second" / "metrics.json").read_text())["val_js"] == table["val_js"][1]
-    assert command_main("export", [uri, str(tmp_path / "none"), "--trial", "0009"]) == 2
-    assert f"error: {uri}: there is no trial 0009; there are 0000, 0001" in capsys.readouterr().err
-    assert command_main("export", [uri, remote.join(results, "exported")]) == 0
-    assert remote.names(remote.join(results, "exported"), "*") == [
-        "README.md", "config.json", "metrics.json", "model.safetensors"
-    ]  # fmt: skip
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    assert settings_of(parser.parse_args(["--study", uri]))["optim.lr"] == table["optim.lr"][0]
-
-    remote.delete(uri, ["report.html", TRIALS])
-    assert command_main("report", [uri]) == 0
-    assert capsys.readouterr().out.endswith(f"{remote.join(uri, 'report.html')}\n")
-    assert remote.read(uri, TRIALS) == (tmp_path / "there" / TRIALS).read_bytes()
-    assert remote.exists(remote.join(uri, "report.html"))
-    assert command_main("report", [remote.join(results, "never")]) == 2
-    assert command_main("search", ["--results", results, "--name", "killed"]) == 2
-    assert command_main("search", ["--results", results, "--name", "never", "--resume"]) == 2

@@ -1,6 +1,7 @@
 """Studies in which drivers, trial processes, workers and machines die at points that nobody has chosen.
 
-The points are drawn with a seed, 0 or that in CHAOS_SEED; a failure tells it.
+The points are drawn with a seed, 0 or that in CHAOS_SEED; a failure tells it. Not part of `make test`: run them by
+`make machines ONLY=chaos`.
 """
 
 import contextlib
@@ -345,7 +346,7 @@ def test_trials_of_a_machine_that_dies_go_on_elsewhere(store, tmp_path):
     folder = tmp_path / "study"
     # Long enough not to be over by what is still reported while the machine dies.
     begin(folder, store, space=SPACE | {"train.epochs": 40}, trials=3, epochs=40)
-    repository = Path(__file__).parents[3]
+    repository = Path(__file__).parents[2]
     with chance() as draw, Session(__name__, folder, draw.randrange(1, 5), cwd=repository, **_SOON_DEAD) as script:
         assert await_reports(folder, 1, script.runs), script.output()
         family = script.family()

@@ -1,4 +1,7 @@
-"""Trials that need more memory than their machine has, as Ray's memory monitor ends them."""
+"""Trials that need more memory than their machine has, as Ray's memory monitor ends them.
+
+Not part of `make test`: run them by `make machines ONLY=memory`.
+"""
 
 import subprocess
 import sys
@@ -25,7 +28,7 @@ def study(tmp_path, store):
 def test_a_study_outlives_what_the_memory_monitor_kills(study):
     # In a cluster of its own, whose memory is said to be full.
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tuning.execution.test_memory", str(study)],
+        [sys.executable, "-m", "tests.machines.test_memory", str(study)],
         capture_output=True,
         text=True,
         check=True,
