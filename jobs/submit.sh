@@ -52,11 +52,13 @@ if git ls-files --error-unmatch jobs/submit.sh &> /dev/null; then
 fi
 
 # A job runs the first python in the PATH of `ray start`. Where the nodes see .venv of this folder, its python comes
-# first. Ray replaces ${PATH} by the PATH of the node.
+# first. Ray replaces ${PATH} by the PATH of the node. `ray job stop` would kill the search after three seconds: it gets
+# five minutes to end in order.
 "$ray" job submit \
   --submission-id "$name-$(date +%Y%m%d-%H%M%S)" \
   --metadata-json "{\"job_name\": \"$name\"}" \
   --runtime-env-json \
-  "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\", \"RAYTUNE_EMOTION_COMMIT\": \"$commit\"}}" \
+  "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\", \"RAYTUNE_EMOTION_COMMIT\": \"$commit\", \
+\"RAY_JOB_STOP_WAIT_TIME_S\": \"300\"}}" \
   --working-dir "$package" \
   -- python -m raytune_emotion.search --address auto "$@"

@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -82,9 +83,12 @@ class Cluster:
             return json.load(answer)
 
     def submit(self, *arguments) -> subprocess.CompletedProcess:
+        return self.run("bash", ROOT / "jobs" / "submit.sh", *arguments)
+
+    def run(self, *command) -> subprocess.CompletedProcess:
         return subprocess.run(
-            ["bash", ROOT / "jobs" / "submit.sh", *map(str, arguments)], cwd="/", capture_output=True, text=True,
-            env=self.environment | {"RAY_API_SERVER_ADDRESS": self.url}, check=False, timeout=200,
+            [*map(str, command)], cwd="/", capture_output=True, text=True, check=False, timeout=200,
+            env=self.environment | {"RAY_API_SERVER_ADDRESS": self.url, "RAY_AUTH_MODE": "token"},
         )  # fmt: skip
 
     def close(self) -> None:
@@ -134,6 +138,26 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         ray_cluster.get("/api/jobs/", token="another")
     assert refused.value.code in (401, 403)
+
+
+def test_a_search_that_is_stopped_ends_in_order(ray_cluster, faces, tmp_path):
+    space = "model.backbone: test_vit\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
+    (tmp_path / "space.yaml").write_text(space)
+    options = ["--data", faces, "--space", tmp_path / "space.yaml", "--epochs", 100_000, "--results", tmp_path]
+    study = tmp_path / "endless"
+    with ThreadPoolExecutor(1) as pool:
+        followed = pool.submit(ray_cluster.submit, *options, "--name", study.name)
+        while not any(study.glob("trials/*/history.jsonl")):
+            assert not followed.done(), followed.result()
+            time.sleep(0.1)
+        (job,) = (job for job in ray_cluster.get("/api/jobs/") if job["metadata"] == {"job_name": study.name})
+        stopped = ray_cluster.run(RAY, "job", "stop", job["submission_id"])
+        assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+        out = followed.result().stdout
+    assert "interrupted" in out
+    assert "Traceback" not in out
+    assert (study / "best" / "model.safetensors").exists()
+    assert (study / "report.html").exists()
 
 
 def test_a_search_that_joins_the_cluster_is_named_in_its_dashboard(ray_cluster):
