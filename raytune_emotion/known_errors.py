@@ -57,7 +57,8 @@ def _of_the_hub(error: Any) -> str:
 
 
 def _of_a_full_disk(error: Any) -> str:
-    return f"no space left on the disk: {first_line(error)}; make room, and try again; a search or a training goes on by --resume"
+    advice = "make room, and try again; a search or a training goes on by --resume"
+    return f"no space left on the disk: {first_line(error)}; {advice}"
 
 
 def _of_the_database(error: Any) -> str:
