@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> None:
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.checkpoint import HISTORY
     from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
+    from raytune_emotion.tuning.study.combination import pull_models
     from raytune_emotion.tuning.study.confirmation import rank_confirmed, write_confirmed
     from raytune_emotion.tuning.study.optuna_study import JOURNAL, expected_gain, load_study
     from raytune_emotion.tuning.study.records import read_records, study_files
@@ -27,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
         study = load_study(folder)
         records = read_records(folder, study)
         write_tables(folder, records)
+        pull_models(args.study, folder, records)
         write_report(folder, spec, records, gain=expected_gain(study))
         if spec.confirms is not None:
             write_confirmed(folder, rank_confirmed(spec, records))

@@ -50,6 +50,19 @@ def test_everything_that_is_made_is_made_again(study, capsys):
     assert not [path.name for path in study.iterdir() if path.name.startswith(".") and path.name != LOCK]
 
 
+def test_the_page_of_a_study_at_a_uri_has_what_that_of_a_folder_has(study, tmp_path, no_plots):
+    assert exit_code(["report", study]) == 0
+    here = Page(study)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(study, elsewhere)
+    (elsewhere / "report.html").unlink()
+    assert exit_code(["report", elsewhere.as_uri()]) == 0
+    there = Page(elsewhere)
+    assert there.data["analysis"] == here.data["analysis"] is not None
+    assert there.tables.keys() == here.tables.keys()
+    assert (elsewhere / "predictions.csv").read_text() == (study / "predictions.csv").read_text()
+
+
 def test_links_in_the_study_of_a_stranger_lead_nowhere(study, tmp_path, no_plots):
     victim = tmp_path / "victim"
     victim.write_text("mine")

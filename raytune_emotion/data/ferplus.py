@@ -58,7 +58,7 @@ class Votes:
 
     @property
     def counts(self) -> bool:
-        return bool(self.image) and self.no_emotion <= sum(self.emotions)
+        return bool(self.image) and 0 < sum(self.emotions) >= self.no_emotion
 
 
 def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str, int]:

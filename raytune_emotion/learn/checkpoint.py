@@ -341,7 +341,7 @@ def _texts_checksum(texts: Mapping[str, str]) -> str:
 def _tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     checksum = 0
     for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), checksum))
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(name.encode(), checksum))
     return f"{checksum:08x}"
 
 

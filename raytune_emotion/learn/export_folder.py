@@ -78,7 +78,8 @@ class Package:
             x_BHWC = torch.from_numpy(images_NHWC).to(device)
             views = [x_BHWC, x_BHWC.flip(2)] if mirror else [x_BHWC]
             prob_NK: npt.NDArray[np.float64] = (
-                torch.stack([self.model(view).double() for view in views]).mean(0).cpu().numpy()
+                # On the CPU: MPS has no float64.
+                torch.stack([self.model(view).cpu().double() for view in views]).mean(0).numpy()
             )
             return prob_NK
 

@@ -243,7 +243,7 @@ def start(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
             # Buffers are shared before evaluations instead, once a report and not once a step.
-            net = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
     dtype = _dtype(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model, config.optim)

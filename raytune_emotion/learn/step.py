@@ -29,18 +29,19 @@ _LAUNCHED_FIRST = 3
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What a training set's distributions and rows become before the loss."""
+    """What a training set's distributions become before the loss, and what its rows weigh in it."""
 
     mean_K: torch.Tensor | None = None  # of the training targets, mixed into each; None: left as they are
     smoothing: float = 0.0  # its share
     weight_K: torch.Tensor | None = None  # of a row, by its majority class; None: one
 
-    def __call__(self, prob_BK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the targets, and the weights of the rows if they differ."""
-        weight_B = None if self.weight_K is None else self.weight_K[prob_BK.argmax(1)]
-        if self.mean_K is not None:
-            prob_BK = torch.lerp(prob_BK, self.mean_K.expand_as(prob_BK), self.smoothing)
-        return prob_BK, weight_B
+    def smooth(self, prob_BK: torch.Tensor) -> torch.Tensor:
+        """Return the targets of a batch, whose images may be mixtures."""
+        return prob_BK if self.mean_K is None else torch.lerp(prob_BK, self.mean_K.expand_as(prob_BK), self.smoothing)
+
+    def weigh(self, prob_BK: torch.Tensor) -> torch.Tensor | None:
+        """Return the weights of rows by their own distributions; None where all weigh the same."""
+        return None if self.weight_K is None else self.weight_K[prob_BK.argmax(1)]
 
 
 def make_targets(
@@ -157,7 +158,7 @@ class Step:
     def _launch(self, inputs: Sequence[Input]) -> None:
         for index, (batch, decisions) in enumerate(inputs):
             x_BCHW, prob_BK = augment(batch, decisions, mean=self._mean, std=self._std)
-            prob_BK, weight_B = self._targets(prob_BK)
+            prob_BK, weight_B = self._targets.smooth(prob_BK), self._targets.weigh(batch.prob_BK)
             # Workers add up their gradients once a step, with its last micro-batch.
             with contextlib.nullcontext() if index == len(inputs) - 1 else _no_sync(self._net):
                 with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):

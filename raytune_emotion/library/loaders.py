@@ -16,7 +16,9 @@ from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 
-_BLACK, _WHITE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+#: What a box of an image is erased to; timm's own default.
+_MEAN_COLOUR = (0.485, 0.456, 0.406)
+_NO_OFFSET, _NO_SCALE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 _CPU = torch.device("cpu")
 
 
@@ -63,7 +65,12 @@ class Loader:
         self._passes += 1
         with contextlib.closing(batches(self.split, rows, _CPU)) as stream:  # type: ignore[type-var]
             for batch, decision in zip(stream, decisions, strict=True):
-                yield augment(batch, decision, mean=_BLACK, std=_WHITE)
+                if "erase_top" not in decision:
+                    yield augment(batch, decision, mean=_NO_OFFSET, std=_NO_SCALE)
+                    continue
+                # `augment` erases to zero, which is to be the mean colour.
+                x_BCHW, prob_BK = augment(batch, decision, mean=_MEAN_COLOUR, std=_NO_SCALE)
+                yield x_BCHW.add_(torch.tensor(_MEAN_COLOUR)[:, None, None]).clamp_(0, 1), prob_BK
 
 
 def create_loaders(

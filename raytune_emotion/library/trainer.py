@@ -35,6 +35,10 @@ class Checkpoint(NamedTuple):
     best_loss: float  # lowest validation loss so far, in the unit of the loss
 
 
+#: Where a new model stands.
+UNTRAINED = Checkpoint(0, math.inf)
+
+
 class Trainer:
     """See `create_trainer`."""
 
@@ -50,12 +54,14 @@ class Trainer:
         *,
         gradient_accumulation_steps: int,
         grad_clip: float,
+        start: Checkpoint,
     ) -> None:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self._train_loader, self._val_loader = train_loader, val_loader
         self._checkpoint_dir, self._log_dir = checkpoint_dir, log_dir
         self._accumulate, self._grad_clip = gradient_accumulation_steps, grad_clip
         self._metrics = MetricsCalculator(classes=getattr(val_loader, "classes", EMOTIONS))
+        self._start = start
         self.history: History = {}
 
     def train(
@@ -76,8 +82,8 @@ class Trainer:
             early_stopping_patience: epochs without a lower validation loss before training stops; None: never.
 
         Returns:
-            The history of all epochs so far: `epoch`, `train_loss` (mean over the rows, in the unit of the loss),
-            `val_loss` (the same), `val_js` (bits), `val_kl` (nats) and the other metrics, `lr` (of the epoch),
+            The history of all epochs of this trainer: `epoch`, `train_loss` (mean over the rows, in the unit of the
+            loss), `val_loss` (the same), `val_js` (bits), `val_kl` (nats) and the other metrics, `lr` (of the epoch),
             `seconds` (since the start of the call).
 
         Raises:
@@ -106,12 +112,12 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """Count the epochs trained."""
-        return len(self.history.get("val_loss", ()))
+        """Count the epochs trained, with those before the start."""
+        return self._start.epoch + len(self.history.get("val_loss", ()))
 
     def _epochs_since_best(self) -> int:
-        losses = self.history.get("val_loss", [])
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        losses = [self._start.best_loss, *self.history.get("val_loss", ())]
+        return len(losses) - 1 - losses.index(min(losses))
 
     def _train_epoch(self, bars: Progress, bar: TaskID) -> float:
         device, total, rows = _device(self.model), 0.0, 0
@@ -172,6 +178,7 @@ def create_trainer(
     *,
     gradient_accumulation_steps: int = 1,
     grad_clip: float = 0.0,
+    start: Checkpoint = UNTRAINED,
 ) -> Trainer:
     """Prepare a training; `Trainer.train` runs it, on the device that the model is on.
 
@@ -186,6 +193,8 @@ def create_trainer(
         log_dir: folder for TensorBoard's events; made if missing.
         gradient_accumulation_steps: batches of a step of the optimizer; the effective batch is their sum.
         grad_clip: largest L2 norm of the gradient; 0: any.
+        start: where the model and the optimizer stand, as `load_checkpoint` returned it. Epochs are counted on from
+            there, and `best.safetensors` is replaced by a lower loss only.
 
     Raises:
         UserError: a number is out of range.
@@ -209,6 +218,7 @@ def create_trainer(
         Path(log_dir),
         gradient_accumulation_steps=gradient_accumulation_steps,
         grad_clip=grad_clip,
+        start=start,
     )
 
 

@@ -97,6 +97,13 @@ def test_a_release_becomes_a_folder(pixels, votes, tmp_path):
     np.testing.assert_array_equal(packed.train.gather(np.arange(3)), expected)
 
 
+def test_a_face_without_a_vote_is_left_out(tmp_path):
+    rows = [*ROWS[:-1], row("Training", 20)]
+    votes = write_votes(tmp_path / "votes.csv", rows)
+    counts = convert(write_pixels(tmp_path / "pixels.csv", rows), votes, tmp_path / "faces")
+    assert counts["no emotion"] == 3
+
+
 @pytest.mark.parametrize("subfolders", [False, True])
 def test_the_pictures_may_lie_in_folders(pixels, votes, tmp_path, subfolders):
     for usage, name, image, _ in ROWS:

@@ -294,6 +294,23 @@ def test_long_runs_on_a_gpu_are_compiled(device, when, batch_rows, compiled):
     assert loop.is_compiled(smaller, torch.device(device), plan) == (compiled and when == "always")
 
 
+def test_several_workers_train_the_compiled_model(store, monkeypatch):
+    wrapped = []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, net, **options):
+            super().__init__()
+            wrapped.append(net)
+
+    compiled = torch.nn.Identity()
+    monkeypatch.setattr(loop, "compile_model", lambda model: compiled)
+    monkeypatch.setattr(loop, "DistributedDataParallel", Wrapper)
+    settings = run_config(train__compile="always", train__batch_size=32)
+    plan = dataclasses.replace(make_plan(settings, store, CPU), workers=2)
+    loop.start(settings, store, CPU, plan, fresh=True)
+    assert wrapped == [compiled]
+
+
 def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
     traced = []
 

@@ -4,8 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import nn
 
-from raytune_emotion.learn.step import make_targets
+from raytune_emotion.data.loader import Batch
+from raytune_emotion.learn import losses
+from raytune_emotion.learn.step import Step, make_targets
 
 CPU = torch.device("cpu")
 
@@ -16,8 +19,9 @@ distributions = arrays(np.float32, (20, 5), elements=st.floats(0.015625, 1, widt
 
 @given(prob_NK=distributions, smoothing=st.floats(0, 0.99))
 def test_smoothed_targets_are_distributions_with_the_same_mean(prob_NK, smoothing):
-    targets, weight_N = make_targets(prob_NK, smoothing=smoothing, balance=0, device=CPU)(torch.from_numpy(prob_NK))
-    assert weight_N is None
+    made = make_targets(prob_NK, smoothing=smoothing, balance=0, device=CPU)
+    targets = made.smooth(torch.from_numpy(prob_NK))
+    assert made.weigh(torch.from_numpy(prob_NK)) is None
     torch.testing.assert_close(targets.sum(1), torch.ones(20))
     torch.testing.assert_close(targets.mean(0), torch.from_numpy(prob_NK).mean(0), rtol=1e-4, atol=1e-5)
     spread = (torch.from_numpy(prob_NK) - targets.mean(0)) * (1 - smoothing)
@@ -27,8 +31,9 @@ def test_smoothed_targets_are_distributions_with_the_same_mean(prob_NK, smoothin
 @given(prob_NK=distributions, balance=st.floats(0.1, 1))
 def test_rows_weigh_one_in_the_mean_and_more_the_rarer_their_class(prob_NK, balance):
     prob_N = torch.from_numpy(prob_NK)
-    same, weight_N = make_targets(prob_NK, smoothing=0, balance=balance, device=CPU)(prob_N)
-    assert torch.equal(same, prob_N)
+    made = make_targets(prob_NK, smoothing=0, balance=balance, device=CPU)
+    weight_N = made.weigh(prob_N)
+    assert torch.equal(made.smooth(prob_N), prob_N)
     assert weight_N.mean().item() == pytest.approx(1, rel=1e-4)
     counts = np.bincount(prob_NK.argmax(1), minlength=5)
     by_row = counts[prob_NK.argmax(1)]
@@ -38,5 +43,20 @@ def test_rows_weigh_one_in_the_mean_and_more_the_rarer_their_class(prob_NK, bala
 
 def test_in_full_balance_all_classes_that_occur_weigh_the_same():
     prob_NK = np.eye(3, dtype=np.float32)[[0] * 8 + [1] * 2]
-    _, weight_N = make_targets(prob_NK, smoothing=0, balance=1, device=CPU)(torch.from_numpy(prob_NK))
+    weight_N = make_targets(prob_NK, smoothing=0, balance=1, device=CPU).weigh(torch.from_numpy(prob_NK))
     assert weight_N[:8].sum().item() == pytest.approx(weight_N[8:].sum().item())
+
+
+def test_a_mixture_weighs_what_its_own_row_does():
+    """The likeliest class of a mixture may be one that no row has as its likeliest."""
+    prob_BK = np.array([[0.6, 0, 0.4], [0, 0.6, 0.4]], np.float32)
+    batch = Batch(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.from_numpy(prob_BK), np.arange(2))
+    half = torch.full((2, 1, 1, 1), 0.5)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
+    step = Step(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False),
+        losses.mixture({"kl": 1.0}), mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32, device=CPU, batch_rows=2,
+        workers=1, targets=make_targets(prob_BK, smoothing=0, balance=1, device=CPU), grad_clip=0, capture=False,
+    )  # fmt: skip
+    step([(batch, {"share": half, "mixup": half})], 0.1)
+    assert step.loss_sum.item() > 0

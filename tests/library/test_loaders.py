@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from raytune_emotion import create_loaders
+from raytune_emotion.config import AugmentConfig
 from raytune_emotion.errors import UserError
 
 
@@ -71,3 +72,17 @@ def test_what_is_no_data_is_refused(tmp_path):
         create_loaders(tmp_path / "nothing")
     with pytest.raises(UserError, match="batch_size: expected a positive integer, got 0"):
         create_loaders(tmp_path, batch_size=0)
+
+
+def test_a_box_is_erased_to_the_mean_colour_as_in_a_search(store):
+    config = AugmentConfig(erase=1.0, flip=0.0)
+    train, _ = create_loaders(store.path, batch_size=16, augmentation=config)
+    plain, _ = create_loaders(store.path, batch_size=16, augmentation=AugmentConfig(flip=0.0))
+    for (images, _), (before, _) in zip(train, plain, strict=True):
+        erased = (images - before).abs().amax(1, keepdim=True) > 1e-5
+        assert erased.flatten(1).any(1).all()
+        mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None].expand_as(images)
+        where = erased.expand_as(images)
+        torch.testing.assert_close(images[where], mean[where])
+        assert images.min() >= 0
+        assert images.max() <= 1

@@ -17,6 +17,7 @@ from raytune_emotion import (
     load_checkpoint,
 )
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.library.trainer import Checkpoint
 
 
 class Linear(nn.Module):
@@ -144,6 +145,22 @@ def test_a_training_goes_on_from_a_checkpoint_as_if_it_had_not_been_left(make, t
     assert load_checkpoint(tmp_path / "checkpoints", other, optimizer).epoch == 2
     trainer.train(2)
     torch.testing.assert_close(other.layer.weight, through.layer.weight, rtol=0, atol=1e-6)
+
+
+def test_a_training_that_goes_on_counts_on_and_keeps_a_better_checkpoint(make, tmp_path):
+    make().train(4, early_stopping_patience=None)
+    kept = (tmp_path / "checkpoints" / "best.safetensors").read_bytes()
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    start = load_checkpoint(tmp_path / "checkpoints", model)
+    worse = Linear(3.0)
+    trainer = make(model=worse, optimizer=torch.optim.SGD(worse.parameters(), lr=0.0), start=start)
+    history = trainer.train(3, early_stopping_patience=2)
+    assert history["epoch"] == [start.epoch + 1, start.epoch + 2]
+    assert (tmp_path / "checkpoints" / "best.safetensors").read_bytes() == kept
+    same = make(model=model, optimizer=optimizer, start=Checkpoint(start.epoch, 9.0))
+    same.train(1)
+    assert load_checkpoint(tmp_path / "checkpoints", Linear()) == pytest.approx((start.epoch + 1, start.best_loss))
 
 
 def test_the_optimizer_gets_the_learning_rate_of_the_checkpoint(make, tmp_path):

@@ -17,6 +17,7 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.report.summary import ALL_TRIED
+from raytune_emotion.tuning.study.combination import pull_models
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
@@ -52,6 +53,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     best = winner(records)
     if best is not None:
         study.copy.pull([f"trials/{best.trial_id}/{PARAMS}"])
+    pull_models(place, folder, records)
     rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna))
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)

@@ -164,10 +164,11 @@ def _export(dest: Path, candidates: Candidates, study: OpenStudy, steps: Sequenc
     ]
     way = "; ".join(f"{step.name}: {step.cells[1] or 'not measured'}" for step in [*steps, *more])
     notes = [f"The way to this model, by the JS in bits on images that no choice has seen: {way}."]
-    gains = {what: found.gain.gain if found.gain else 0.0 for what, found in (("ensemble", ensemble), ("soup", soup))}
-    best = max(gains, key=lambda what: gains[what])
+    # By the JS, not by the gain: a soup's gain is over the best model of one backbone.
+    unseen = {what: found.gain.combined for what, found in (("ensemble", ensemble), ("soup", soup)) if found.gain}
+    best = min(unseen, key=lambda what: unseen[what], default=None)
     name = study.folder.name
-    if gains[best] <= 0:
+    if best is None or ensemble.gain is None or unseen[best] >= ensemble.gain.single:
         first = candidates.bests[0]
         notes += [f"Neither soup nor ensemble helps: this is {candidates.trial_ids[0]} of the study {name}."]
         write_package(dest, first, notes, store=candidates.store)

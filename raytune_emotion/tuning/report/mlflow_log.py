@@ -124,9 +124,8 @@ class _Log:
         if event.report is not None:
             report: Mapping[str, Any] = event.report
             self._metrics(run_id, [report])
-            if event.status != "failed" and report[OBJECTIVE] < self._best:
-                self._best = report[OBJECTIVE]
-                self._client.log_metric(self._parent, OBJECTIVE, self._best)
+            if event.status != "failed":
+                self._log_best(report[OBJECTIVE])
         if event.status == "running":
             self._client.update_run(run_id, status="RUNNING")
             return
@@ -145,6 +144,15 @@ class _Log:
         if best.is_dir():
             self._client.log_artifacts(self._parent, str(best), "best")
         self._client.set_terminated(self._parent, "FINISHED" if self._study.is_over() else "KILLED")
+
+    def _log_best(self, js: float) -> None:
+        """Log a JS if it is the study's best: an earlier search, or another driver, may have had a better one."""
+        if js >= self._best:
+            return
+        logged = self._client.get_run(self._parent).data.metrics.get(OBJECTIVE, float("inf"))
+        if js < logged:
+            self._client.log_metric(self._parent, OBJECTIVE, js)
+        self._best = min(js, logged)
 
     def _run(self, tags: dict[str, str], name: str) -> str:
         """Return the run with these tags; make it where there is none."""

@@ -92,7 +92,7 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, g
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
     predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
-    data = gather(spec, records, None if isinstance(predictions, str) else predictions)
+    data = gather(spec, records, leader, None if isinstance(predictions, str) else predictions)
     rivals: list[str] = []
     if leader is not None and not isinstance(predictions, str) and spec.confirms is None:
         rivals = rivals_of(leader, records, predictions)

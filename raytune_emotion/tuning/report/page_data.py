@@ -15,7 +15,7 @@ from raytune_emotion.tuning.report.results import Result, loss_weights, results_
 from raytune_emotion.tuning.report.winner import confusion, errors_by_entropy
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.study.optuna_study import Status
-from raytune_emotion.tuning.study.records import TrialRecord, best_first, winner
+from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.spec import CHANGEABLE, StudySpec
 
 #: Costs that JS is drawn against: key of a trial's record, its name, and whether more of it is better.
@@ -52,8 +52,17 @@ class StudyData:
     analysis: Analysis | None
 
 
-def gather(spec: StudySpec, records: Sequence[TrialRecord], predictions: Predictions | None) -> StudyData:
-    """Compute what the plots show."""
+def gather(
+    spec: StudySpec, records: Sequence[TrialRecord], leader: TrialRecord | None, predictions: Predictions | None
+) -> StudyData:
+    """Compute what the plots show.
+
+    Args:
+        spec: of the study.
+        records: of its trials.
+        leader: the trial that the page calls the winner; None where there is none.
+        predictions: of its best weights; None where they are not here.
+    """
     space = space_of(spec)
     axes = searched_axes(space, records)
     return StudyData(
@@ -61,7 +70,7 @@ def gather(spec: StudySpec, records: Sequence[TrialRecord], predictions: Predict
         tuple(records),
         space,
         tuple(axes),
-        winner(records),
+        leader,
         tuple(importances(records, axes)),
         tuple(results_of(records)),
         _losses(records),

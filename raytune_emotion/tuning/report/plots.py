@@ -245,8 +245,9 @@ def _set_scale(axes: Axes, axis: Axis) -> None:
         return
     decades = math.log10(axis.high / axis.low)
     ticks = [step * 10.0**power for power in range(-12, 13) for step in ((1,) if decades > 2 else (1, 2, 5))]
-    inside = [tick for tick in ticks if axis.low * 0.999 <= tick <= axis.high * 1.001]
-    axes.set_xticks(inside[:: math.ceil(len(inside) / 4)], [f"{t:g}" for t in inside[:: math.ceil(len(inside) / 4)]])
+    inside = [tick for tick in ticks if axis.low * 0.999 <= tick <= axis.high * 1.001] or [axis.low, axis.high]
+    shown = inside[:: math.ceil(len(inside) / 4)]
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
     axes.minorticks_off()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, Best, read_best, read_predictions
+from raytune_emotion.learn.checkpoint import BEST, PREDICTIONS, Best, read_best, read_predictions
 from raytune_emotion.learn.combine import (
     Gain,
     Soup,
@@ -23,8 +23,10 @@ from raytune_emotion.learn.combine import (
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.report import Report
-from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
 from raytune_emotion.tuning.study.trial_export import store_of
+from raytune_emotion.tuning.study.trials import DATA
 
 #: Members of an ensemble at most, where nobody says how many.
 MEMBERS = 3
@@ -88,6 +90,29 @@ class Combination:
         if self.gain is not None:
             values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
         return cast("Report", values)
+
+
+def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
+    """Copy the models that a report looks at into the folder of a study, if its weights lie elsewhere.
+
+    They are that of the winner, and those of trials that have ended and not failed.
+
+    Args:
+        place: where the study lies.
+        folder: in which this process works on it.
+        records: of its trials.
+
+    Raises:
+        UserError, Breakdown: the place cannot be read.
+    """
+    if place.is_here(folder):
+        return
+    best = winner(records)
+    looked_at = {record.trial_id for record in records if record.ended and record.status != "failed"}
+    looked_at |= {best.trial_id} if best is not None else set()
+    weights = place.find(f"trials/*/{BEST}")
+    trials = [name.removesuffix(BEST) for name in weights if Path(name).parent.name in looked_at]
+    place.pull(folder, [f"{trial}{name}" for trial in trials for name in (BEST, PREDICTIONS, DATA)])
 
 
 def list_kept(

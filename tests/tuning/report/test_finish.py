@@ -124,21 +124,24 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ensemble", "soup", "said"),
+    ("ensemble", "soup", "of_soup", "said"),
     [
-        (0.20, 0.25, "an ensemble of"),
-        (0.25, 0.20, "The mean of the weights of the trials"),
-        (0.35, 0.31, "Neither soup nor ensemble helps"),
-        (0.30, 0.30, "Neither soup nor ensemble helps"),
+        (0.20, 0.25, 0.30, "an ensemble of"),
+        (0.25, 0.20, 0.30, "The mean of the weights of the trials"),
+        (0.35, 0.31, 0.30, "Neither soup nor ensemble helps"),
+        (0.30, 0.30, 0.30, "Neither soup nor ensemble helps"),
+        # The soup is of a worse backbone: it gains more, and is worse.
+        (0.29, 0.35, 0.40, "an ensemble of"),
+        (0.35, 0.35, 0.40, "Neither soup nor ensemble helps"),
     ],
 )
-def test_what_is_exported_is_what_helps_on_unseen_images(study, tmp_path, monkeypatch, ensemble, soup, said):
+def test_what_is_exported_is_what_helps_on_unseen_images(study, tmp_path, monkeypatch, ensemble, soup, of_soup, said):
     candidates = read_candidates(list_kept(study, load(study).records()))
     chosen = dataclasses.replace(combine_ensemble(candidates, 2), gain=Gain(0.30, ensemble))
     mixed, best = combine_soup(candidates)
     monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
     monkeypatch.setattr(
-        finish, "combine_soup", lambda candidates: (dataclasses.replace(mixed, gain=Gain(0.3, soup)), best)
+        finish, "combine_soup", lambda candidates: (dataclasses.replace(mixed, gain=Gain(of_soup, soup)), best)
     )
     steps = finish._export(tmp_path / "dest", candidates, load(study), [])
     assert [step.js for step in steps] == [soup, ensemble]

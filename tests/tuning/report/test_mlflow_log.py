@@ -97,6 +97,20 @@ def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
         assert {(m.step, m.value) for m in curve} == {(r["report"], r["val_js"]) for r in record.reports}
 
 
+def test_a_search_that_goes_on_does_not_undo_the_best(study, server):
+    from mlflow.tracking import MlflowClient
+
+    for js in (0.2, 0.3, 0.1):  # of a search each
+        with mlflow_log(server, study) as watch:
+            watch(event(f"{js}", "running", js, 1.0))
+    client = MlflowClient(tracking_uri=server)
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    (parent,) = (run for run in runs if {"0.2", "0.3", "0.1"} == {
+        child.data.tags[TRIAL_TAG] for child in runs if child.data.tags.get("mlflow.parentRunId") == run.info.run_id
+    })  # fmt: skip
+    assert [m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js")] == [0.2, 0.1]
+
+
 def test_another_study_of_the_same_name_has_runs_of_its_own(study, server):
     """MLflow lets no parameter change: of the second study nothing at all would be logged."""
     from mlflow.tracking import MlflowClient

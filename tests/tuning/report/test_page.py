@@ -135,6 +135,31 @@ def test_settings_of_every_kind_are_plotted(tmp_path, store, values, monkeypatch
         assert min(picture.size) > 200
 
 
+def test_a_range_without_round_numbers_is_plotted(tmp_path, store):
+    space = {"optim.lr": {"log_uniform": [6e-4, 9e-4]}, "loss": "kl"}
+    records = [
+        TrialRecord(f"000{i}", "complete", {"optim.lr": value}, "", (make_report(1, 0.4),))
+        for i, value in enumerate((6.5e-4, 8.5e-4))
+    ]
+    write_report(tmp_path, spec_of(store, space=space), records)
+    assert (tmp_path / "settings.png").exists()
+
+
+def test_a_confirmation_has_one_winner_everywhere(tmp_path, store, no_plots):
+    """The run in the middle of the best configuration, and not the one that was luckiest."""
+    runs = [("0000", "7", 0.20), ("0001", "7", 0.30), ("0002", "7", 0.31), ("0003", "5", 0.10), ("0004", "5", 0.90)]
+    records = [
+        TrialRecord(trial_id, "complete", {"optim.lr": 1e-3}, "", (make_report(1, js),), confirms=confirms)
+        for trial_id, confirms, js in runs
+    ]
+    write_report(tmp_path, spec_of(store, confirms={"7": 0.2, "5": 0.1}), records)
+    page = Page(tmp_path)
+    assert page.data["winner"] == "0001"
+    assert "The winner: trial 0001" in page.text
+    assert "0.3000 validation JS of the run in the middle, bits (trial 0001)" in " ".join(page.text.split())
+    assert "best validation JS" not in page.text
+
+
 def test_numbers_that_are_none_are_left_out_of_the_plots(tmp_path, store):
     records = [TrialRecord("0000", "complete", {}, "", (make_report(1, 0.4, val_kl=float("inf")),))]
     write_report(tmp_path, spec_of(store), records)
