@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
         records = read_records(folder, study)
         write_tables(folder, records)
         pull_models(args.study, folder, records)
-        write_report(folder, spec, records, gain=expected_gain(study))
+        write_report(folder, spec, records, gain=expected_gain(study), here=args.study.is_here(folder))
         if spec.confirms is not None:
             write_confirmed(folder, rank_confirmed(spec, records))
         args.study.push(folder, [CURVES, *report_files(folder)])

@@ -38,13 +38,13 @@ from raytune_emotion.tuning.study.continuation import check_continuation
 from raytune_emotion.tuning.study.database import check_url
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, NONE, SearchRequest
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
 if TYPE_CHECKING:
     from raytune_emotion.library.studies import Study
     from raytune_emotion.tuning.execution.recorder import Watch
     from raytune_emotion.tuning.study.earlier import WarmStart
     from raytune_emotion.tuning.study.open_study import OpenStudy
-    from raytune_emotion.tuning.study.spec import StudySpec
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -243,9 +243,9 @@ def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
     with collect_errors(errors):
         request.results.check(write=True)
         if place.exists():
-            raise UserError(
-                f"{place}: there is a study of this name already; go on with it by --resume, or choose another"
-            )
+            found = "a study of this name already; go on with it by --resume, or choose another"
+            other = "something of this name that is no study; choose another name"
+            raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")
     with collect_errors(errors):
         _check_address(request)
     with collect_errors(errors):

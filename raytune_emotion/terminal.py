@@ -32,6 +32,12 @@ def escape(text: str) -> str:
 
 
 class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Have what is still said go nowhere: whoever read it has had enough. Rich would end the thread that speaks."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
     def render_str(self, text: str, *args: Any, **options: Any) -> Text:
         return super().render_str(escape(text), *args, **options)
 

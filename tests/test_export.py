@@ -101,7 +101,8 @@ def test_a_run_of_train_is_exported_as_it_is(tmp_path, store, capsys):
     assert told.startswith(f"--trial 2: {run} is a run of train, not a study")
     (run / "best.safetensors").unlink()
     (told,) = refusal(capsys, [tmp_path], "export", run, tmp_path / "y")
-    assert told == f"{run}: the run has no evaluation yet; go on with it by train --resume --name run"
+    command = "python -m raytune_emotion.train --resume --name run"
+    assert told == f"{run}: the run has no evaluation yet; go on with it by {command}, and its --results"
 
 
 def test_the_studies_in_a_folder_are_named_where_one_was_meant(tmp_path, capsys):

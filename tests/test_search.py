@@ -304,10 +304,15 @@ class TestBadRequests:
         ]
 
     def test_a_name_that_is_taken(self, refused, tmp_path):
-        (tmp_path / "results" / "mine").mkdir(parents=True)
+        taken = tmp_path / "results" / "mine"
+        taken.mkdir(parents=True)
+        (taken / "params.json").touch()  # of a run of train
         assert refused(name="mine") == [
-            f"{tmp_path / 'results' / 'mine'}: there is a study of this name already; go on with it by --resume, or "
-            f"choose another"
+            f"{taken}: there is something of this name that is no study; choose another name"
+        ]
+        (taken / "study.yaml").touch()
+        assert refused(name="mine") == [
+            f"{taken}: there is a study of this name already; go on with it by --resume, or choose another"
         ]
 
     @pytest.mark.parametrize("below", ["", "deeper/still"])

@@ -60,6 +60,15 @@ def test_text_from_outside_is_no_markup(text, monkeypatch):
     assert text[:60] in out.getvalue()
 
 
+def test_a_reader_that_has_had_enough_ends_nothing(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    console = plain_console()
+    with os.fdopen(write, "w") as console.file:
+        for _ in range(3):
+            console.print("a line")
+
+
 def test_control_characters_and_broken_names_are_shown_and_not_obeyed(monkeypatch):
     assert (
         escape("\x1b[33m(raylet)\x1b[0m a\x07b\x1b]0;title\x07\r\n\tc")

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +18,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import BEST, HISTORY, read_best
 from raytune_emotion.learn.model import load_model
 from raytune_emotion.library.models import EmotionModel
+from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.tuning.study import optuna_study
 from raytune_emotion.tuning.study.records import read_records, study_files, trial_folder, winner
@@ -213,7 +213,7 @@ def _space_file(space: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[P
     if not isinstance(space, Mapping):
         yield Path(space)
         return
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        file = Path(scratch, "space.yaml")
+    with scratch_folder() as scratch:
+        file = scratch / "space.yaml"
         YAML(typ="safe").dump(dict(space), file)
         yield file

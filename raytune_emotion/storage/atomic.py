@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -82,6 +83,17 @@ def folder_beside(dest: Path) -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a new folder among the system's temporary files, for this user alone; at the end it is deleted.
+
+    What killed processes have left there is deleted, too.
+    """
+    with folder_beside(Path(tempfile.gettempdir()) / "raytune_emotion") as folder:
+        folder.chmod(0o700)
+        yield folder
 
 
 @contextlib.contextmanager

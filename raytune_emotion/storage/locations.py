@@ -20,7 +20,6 @@ import hashlib
 import io
 import os
 import shutil
-import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from typing import NamedTuple
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, sweep
+from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, scratch_folder, sweep
 from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import byte_size, short_path, warn
 
@@ -447,11 +446,11 @@ class Remote(Location):
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-            path = Path(scratch, name)
+        with scratch_folder() as scratch:
+            path = scratch / name
             path.parent.mkdir(parents=True, exist_ok=True)
             yield path
-            remote.push(Path(scratch), self.uri, [name])
+            remote.push(scratch, self.uri, [name])
 
     def push(self, folder: Path, names: Iterable[str]) -> None:
         remote.push(folder, self.uri, names)
@@ -476,9 +475,9 @@ class Remote(Location):
 
     @contextlib.contextmanager
     def work_here(self, *names: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-            folder = Path(scratch, self.name)
-            folder.mkdir(exist_ok=True)
+        with scratch_folder() as scratch:
+            folder = scratch / self.name
+            folder.mkdir()
             self.pull(folder, names)
             yield folder
 
@@ -488,8 +487,8 @@ class Remote(Location):
     @contextlib.contextmanager
     def publish(self, last: str) -> Iterator[Path]:
         self.check(write=True)
-        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-            folder = Path(scratch, self.name)
+        with scratch_folder() as scratch:
+            folder = scratch / self.name
             yield folder
             self.delete([last])
             self.push(folder, sorted(Folder(folder).find("*"), key=lambda name: name == last))

@@ -149,6 +149,7 @@ def _list_all(uri: str) -> list[FileInfo]:
 
 def sizes(uri: str, names: Iterable[str]) -> list[int | None]:
     """Return the bytes of each file at a URI; None where it is missing."""
+    names = list(names)  # for every attempt
     return _with_retries(
         uri, lambda filesystem, path: [i.size for i in filesystem.get_file_info([f"{path}/{name}" for name in names])]
     )

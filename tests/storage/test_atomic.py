@@ -135,6 +135,24 @@ def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["dest", "theirs"]
 
 
+def test_a_scratch_folder_is_of_its_user_alone_and_outlives_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
+    script = (
+        "import os\n"
+        "from raytune_emotion.storage.atomic import scratch_folder\n"
+        "with scratch_folder() as folder:\n"
+        "    (folder / 'half').touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with atomic.scratch_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert [*tmp_path.iterdir()] == [folder] != [left]
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
     script = (

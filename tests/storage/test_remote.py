@@ -318,3 +318,15 @@ def test_a_server_that_stays_away_is_a_breakdown(folder, tmp_path, monkeypatch):
     (tmp_path / "disk").touch()
     with pytest.raises(Breakdown, match=r"disk: failed 3 times in a row, the last time by: .*exists"):
         remote.push(folder, (tmp_path / "disk").as_uri(), ["a.txt"])
+
+
+def test_names_are_asked_for_again_after_a_failure(uri, folder, monkeypatch):
+    remote.push(folder, uri, ["a.txt"])
+    attempt = remote._with_retries
+
+    def twice(uri, action):
+        attempt(uri, action)
+        return attempt(uri, action)
+
+    monkeypatch.setattr(remote, "_with_retries", twice)
+    assert remote.sizes(uri, (name for name in ("a.txt", "missing"))) == [1, None]

@@ -1,7 +1,6 @@
 """Predict images on all nodes of a Ray cluster, through Ray Data."""
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from raytune_emotion.data.decode import UndecodableImage
 from raytune_emotion.data.pictures import PictureFiles, PredictedBatch
 from raytune_emotion.learn.export_files import CONFIG, WEIGHTS
 from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import parse_location
 
 _BATCH = 64
@@ -66,10 +66,10 @@ class _Predictor:
 
     def __init__(self, files: Sequence[Any], mirror: bool) -> None:
         content: Mapping[str, bytes] = ray.get(files[0])
-        with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as folder:
+        with scratch_folder() as folder:
             for name, raw in content.items():
-                Path(folder, name).write_bytes(raw)
-            self._package = load_package(Path(folder))
+                (folder / name).write_bytes(raw)
+            self._package = load_package(folder)
         self._package.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self._mirror = mirror
 

@@ -142,6 +142,12 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             if first:
                 _push_changed(folder, location, pushed)
             raise
+        except GeneratorExit:
+            # It is stopped: what it has written on leaving is for TensorBoard alone.
+            if first:
+                with contextlib.suppress(Breakdown):
+                    _push_changed(folder, location, pushed)
+            raise
         if first:
             # Files that were repaired, of a run that ended before it had pushed all of them.
             _push_changed(folder, location, pushed)
@@ -162,8 +168,9 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
         stack.callback(torch.set_flush_denormal, False)
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
-            write_text(folder / DATA, job.store + "\n")
+        described = first and not (folder / LAST).exists()
+        if described:
+            _describe(folder, job)
         events = stack.enter_context(EventWriter(folder)) if first else None
         if events is not None:
             events.write_settings(job.settings)
@@ -173,8 +180,17 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
             stack.callback(write_samples, events, folder, store)
         for report in stack.enter_context(contextlib.closing(_fit(job, config, store, device, folder))):
             if events is not None:
+                if not described:
+                    # No earlier: with these settings and data the run may be refused to go on.
+                    _describe(folder, job)
+                    described = True
                 events.write_report(report, report["report"])
             yield report
+
+
+def _describe(folder: Path, job: Job) -> None:
+    write_text(folder / PARAMS, json.dumps(job.settings, indent=2) + "\n")
+    write_text(folder / DATA, job.store + "\n")
 
 
 def _fit(

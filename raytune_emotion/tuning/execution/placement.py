@@ -109,7 +109,7 @@ def fit(
     if gpu:
         cpu = (cores_per_gpu(nodes) or 1.0) * gpu
     else:
-        cpu = cpus / (concurrency * workers) if concurrency and not grows else 1.0
+        cpu = _cores_for(nodes, concurrency * workers) if concurrency and not grows else 1.0
     # Whole cores, but for a fraction of a GPU that has less than a core beside it.
     cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
     resources = Resources(workers, cpu, gpu)
@@ -122,6 +122,15 @@ def fit(
             f"{count(len(nodes), 'node')}, room for {count(workers_on(nodes, resources), 'such worker')}; {advice}"
         )
     return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows)
+
+
+def _cores_for(nodes: Nodes, workers: int) -> float:
+    """Return the most cores that each of so many workers can have, each on one node; at most one if they do not fit."""
+    share = sum(node.get("CPU", 0.0) for node in nodes) / workers
+    for cores in range(math.floor(share), 1, -1):
+        if sum(places_on(node, {"CPU": cores}) for node in nodes) >= workers:
+            return float(cores)
+    return min(share, 1.0)
 
 
 def trials_on(nodes: Nodes, resources: Resources) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from raytune_emotion.interruption import check_interrupted, run_in_thread
 from raytune_emotion.known_errors import first_line
+from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.terminal import short_path
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
@@ -92,15 +92,15 @@ def _run(
 
     So this thread hears signals, and sees when the cluster has died: Ray Tune then waits for ever.
     """
-    stop, errors = threading.Event(), list[Exception]()
+    stop, errors = threading.Event(), list[BaseException]()
     deadline = time.monotonic() + time_budget.total_seconds() if time_budget else float("inf")
     # Ray Tune may still write into it when it is left.
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-", ignore_cleanup_errors=True) as scratch:
+    with scratch_folder() as scratch:
 
         def tune_trials() -> None:
             try:
-                _tune(recorder, study, placement, stop, say, scratch)
-            except Exception as error:
+                _tune(recorder, study, placement, stop, say, str(scratch))
+            except BaseException as error:  # else the study would seem to be over
                 errors.append(error)
 
         ended = run_in_thread("tune", tune_trials)

@@ -73,8 +73,10 @@ class Search(SearchAlgorithm):
         return self._finished or self._recorder.is_over or self._stop.is_set()
 
     def next_trial(self) -> Trial | None:
-        # Asked no earlier than a place is free: the policy then knows all that has ended until now.
-        if self.is_finished() or len(self._running) >= self._room():
+        # Asked no earlier than a place is free: the policy then knows all that has ended until now. Where nothing is
+        # left, it is asked without a place, too, and says so: a cluster may have shrunk to none.
+        full = len(self._running) >= self._room()
+        if self.is_finished() or (full and (self._running or self._recorder.backlog.count())):
             if not self._running:
                 # Tune asks again and again, and does nothing else, while there is no trial.
                 self._waiting.look(runs=False)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.locations import Folder, Location
@@ -54,11 +55,15 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     if best is not None:
         study.copy.pull([f"trials/{best.trial_id}/{PARAMS}"])
     pull_models(place, folder, records)
-    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna))
+    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), here=place.is_here(folder))
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
-    exported = [str(file.relative_to(folder)) for file in folder.glob("best/*")]
-    place.push(folder, [*report_files(folder), *exported])
+    place.push(folder, report_files(folder))
+    if best is not None and not place.is_here(folder):
+        # The config is what makes an export: while other files are replaced, there is none.
+        exported = [f"best/{file.name}" for file in folder.glob("best/*")]
+        place.delete([f"best/{CONFIG}"])
+        place.push(folder, sorted(exported, key=lambda name: name == f"best/{CONFIG}"))
     over = study.is_over()
     all_tried = over and study.has_tried_all()
     told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
@@ -73,6 +78,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
             raise Breakdown(f"{place}: every trial has failed; why is in the last column of {place / TRIALS}")
         console.print(f"no trial has reported yet, or those that have failed\n\nnext:\n  {resume}")
         return
+    confirmation = advise_confirmation(place, rivals) if place.is_here(folder) else ""
     objective = OBJECTIVES[spec.objective]
     if objective.front:
         front = plain_table(*FRONT, title=f"no {objective.cheaper} model has bettered")
@@ -88,7 +94,7 @@ exported    {place / "best"}
 page        {place / REPORT}{_DRAWN if spec.data == GENERATED else ""}
 
 next:
-  {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg{advise_confirmation(place, rivals)}
+  {typed_command("predict")} {shell_word(str(place / "best"))} FACE.jpg{confirmation}
   tensorboard --logdir {shell_word(str(place / "trials"))}
   {resume}"""
     )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 
 from rich.console import Console
 from rich.live import Live
@@ -71,7 +72,7 @@ def run_with_progress(
             time_budget=time_budget,
             until_gain=until_gain,
             watch=watch,
-            say=console.print,
+            say=partial(_say, console),
             failure=failure,
         )
 
@@ -79,11 +80,7 @@ def run_with_progress(
 @contextmanager
 def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
     """Show a study until the block ends, with a line for each trial that has ended."""
-
-    def say(line: str) -> None:
-        # A terminal may have closed, or a log's disk be full: the study goes on.
-        with contextlib.suppress(OSError):
-            console.print(line)
+    say = partial(_say, console)
 
     def hear(event: Event) -> None:
         progress.watch(event)
@@ -104,6 +101,12 @@ def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
             due = time.monotonic() + _EVERY_S
 
     yield hear_and_sum_up
+
+
+def _say(console: Console, line: str) -> None:
+    # A terminal may have closed, or a log's disk be full: the study goes on.
+    with contextlib.suppress(OSError):
+        console.print(line)
 
 
 def line_of(event: Event) -> str:

@@ -77,7 +77,9 @@ _AIMS = {
 }
 
 
-def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: Gain | None = None) -> list[str]:
+def write_report(
+    folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: Gain | None = None, here: bool = True
+) -> list[str]:
     """Write the page of a study, and its plots and tables as PNG and CSV files.
 
     Args:
@@ -85,6 +87,7 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, g
         spec: of the study.
         records: of its trials.
         gain: that is expected of further training; None where it is not known.
+        here: whether the study lies in the folder, where it can be confirmed.
 
     Returns:
         The trials of other configurations that are as good as the best one, as far as the validation images tell.
@@ -102,7 +105,9 @@ def write_report(folder: Path, spec: StudySpec, records: list[TrialRecord], *, g
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
         with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    write_text(folder / REPORT, _render(folder, data, leader, found, predictions, combinations, gain, rivals))
+    write_text(
+        folder / REPORT, _render(folder, data, leader, found, predictions, combinations, gain, rivals, here=here)
+    )
     return rivals
 
 
@@ -130,6 +135,8 @@ def _render(
     combinations: Sequence[Brought],
     gain: Gain | None,
     rivals: Sequence[str],
+    *,
+    here: bool,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
@@ -185,7 +192,7 @@ def _render(
         contents=_contents(data, predictions, combinations),
         rivals=rivals,
         slice_columns=_columns_of_plots(len(data.axes)),
-        confirm=f"raytune-emotion confirm {shell_word(folder)}",
+        confirm=f"raytune-emotion confirm {shell_word(folder)}" if here else "",
     )
 
 

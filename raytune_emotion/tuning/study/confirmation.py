@@ -17,7 +17,7 @@ import pandas as pd
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import LOCK, write_text
-from raytune_emotion.terminal import typed_command
+from raytune_emotion.terminal import typed_command, typed_options
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.study.journal_check import CONFIRMS
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
@@ -150,7 +150,7 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
-    resume = f"{typed_command('search')} --resume --results {study.parent} --name {study.name} --data DIR"
+    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)} --data DIR"
     check_stores(searched, f"tell where they are by `{resume}`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:

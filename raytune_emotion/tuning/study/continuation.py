@@ -4,7 +4,7 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.locations import Location
-from raytune_emotion.terminal import typed_command
+from raytune_emotion.terminal import shell_word, typed_command
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.study.database import split_address
 from raytune_emotion.tuning.study.request import SearchRequest
@@ -43,7 +43,9 @@ def refuse_confirmation(spec: StudySpec, folder: Path, place: Location) -> None:
         UserError: it is one.
     """
     if spec.confirms is not None:
-        raise UserError(f"{place}: is a confirmation; go on with it by `{typed_command('confirm')} {folder.parent}`")
+        raise UserError(
+            f"{place}: is a confirmation; go on with it by `{typed_command('confirm')} {shell_word(folder.parent)}`"
+        )
 
 
 def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> list[str]:

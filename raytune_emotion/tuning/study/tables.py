@@ -45,13 +45,11 @@ class Tables:
         return [*self._ended.values()]
 
     def read(self) -> list[TrialRecord]:
-        """Read all trials, keep those that have ended, and return the others."""
+        """Read the trials that are not kept yet. Some of other drivers may have ended, and are yet to be heard of."""
         # What trials of this or other machines have reported.
         unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in self._ended]
         self._study.copy.pull(f"trials/{trial_id}/{HISTORY}" for trial_id in unknown)
-        records = self._study.records(self._ended)
-        self.keep([record for record in records if record.ended])
-        return [record for record in records if not record.ended]
+        return self._study.records(self._ended)
 
     def add(self, trial_id: str) -> TrialRecord:
         """Read, keep and return a trial that has just ended."""
@@ -71,9 +69,9 @@ class Tables:
         began = time.monotonic()
         # Read in the same turn: nobody overwrites what is newer.
         with self._study.drivers.turn("files"):
-            running = self.read()
+            others = self.read()
             self._curves = [concatenate(*self._curves)]
-            write_tables(self._study.folder, [*self.ended, *running], concatenate(*self._curves, curves_of(running)))
+            write_tables(self._study.folder, [*self.ended, *others], concatenate(*self._curves, curves_of(others)))
         self._study.copy.push(JOURNAL, TRIALS, CURVES)
         self._stale = False
         self._due = time.monotonic() + _REST * (time.monotonic() - began)

@@ -9,6 +9,7 @@ from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_files import CONFIG, FORMATS
 from raytune_emotion.learn.export_folder import TIMM, check_replaceable, export_checkpoint
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.terminal import shell_word, typed_command
 from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.trials import DATA, data_of
 
@@ -41,7 +42,8 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
         UserError: the run has not been evaluated yet, dest cannot be written, or a format cannot be made.
     """
     if run.sizes([BEST]) == [None]:
-        raise UserError(f"{run}: the run has no evaluation yet; go on with it by train --resume --name {run.name}")
+        command = f"{typed_command('train')} --resume --name {shell_word(run.name)}"
+        raise UserError(f"{run}: the run has no evaluation yet; go on with it by {command}, and its --results")
     check_replaceable(dest)
     with run.copy_here(BEST, DATA) as folder, dest.publish(CONFIG) as package:
         notes = [f"The run {run.name}."]

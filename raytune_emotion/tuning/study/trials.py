@@ -27,7 +27,9 @@ def refuse_taken(run: Path) -> None:
         UserError: there is.
     """
     if is_taken(run):
-        raise UserError(f"{run}: there is a run of this name already; go on with it by --resume, or choose --name")
+        found = "a run of this name already; go on with it by --resume, or choose --name"
+        other = "something of this name that is no run of train; choose --name"
+        raise UserError(f"{run}: there is {found if (run / PARAMS).exists() else other}")
 
 
 def trial_id_of(number: int) -> str:

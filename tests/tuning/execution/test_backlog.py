@@ -70,6 +70,7 @@ class Driver:
             self._reports = train(self.folder, proposal.trial_id, js, time=time.monotonic())
         if not self.recorder.report(self.ran[-1], next(self._reports)):
             self._reports = None
+        self.recorder.write_in_time()  # as after every event of Ray Tune
         return True
 
     def end(self):

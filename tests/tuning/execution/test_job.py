@@ -1,10 +1,14 @@
+import contextlib
 import dataclasses
 import errno
+import json
 import weakref
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.tuning.execution import job
 from raytune_emotion.tuning.execution.job import (
@@ -17,6 +21,7 @@ from raytune_emotion.tuning.execution.job import (
     train_with_retry,
     with_smaller_micro_batches,
 )
+from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
 
@@ -105,3 +110,31 @@ def test_halving_ends_at_one_row():
 def test_a_smaller_attempt_leaves_the_images_in_their_files():
     assert JOB.resident
     assert not with_smaller_micro_batches(JOB).resident
+
+
+def job_at(folder, store, **settings):
+    config = RunConfig.from_flat({"data.image_size": 32, "model.backbone": "test_resnet", **settings})
+    return Job("a", str(folder), str(store.path), config.to_flat(), Resources(1, 1.0, 0.0))
+
+
+def test_a_run_that_is_refused_to_go_on_keeps_its_settings_and_data(store, tmp_path):
+    with contextlib.closing(train_here(job_at(tmp_path, store))) as reports:
+        next(reports)
+    before = {name: (tmp_path / name).read_bytes() for name in (PARAMS, DATA)}
+    with pytest.raises(TrialFailed, match="the run there began with"):
+        next(train_here(job_at(tmp_path, store, **{"train.seed": 5})))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    longer = job_at(tmp_path, store, **{"train.epochs": 30})
+    with contextlib.closing(train_here(longer)) as reports:
+        next(reports)
+    assert json.loads((tmp_path / PARAMS).read_text())["train.epochs"] == 30
+
+
+def test_what_a_trial_writes_on_leaving_reaches_its_place(store, tmp_path):
+    place = tmp_path / "place"
+    job = dataclasses.replace(job_at(tmp_path / "a", store), location=place.as_uri())
+    with contextlib.closing(train_here(job)) as reports:
+        next(reports)
+    events = EventAccumulator(str(place))
+    events.Reload()
+    assert events.Tags()["images"]

@@ -31,6 +31,24 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic():
     assert "NCCL joins no two workers" in refusal(gpus, workers=2, gpus_per_worker=0.5)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "concurrency", "cpu", "at_once"),
+    [
+        ([2, 2, 2], 1, 1, 2, 1),
+        ([4, 4, 4], 2, 1, 4, 1),
+        ([4, 2], 1, 2, 2, 2),
+        ([8], 1, 2, 4, 2),
+        ([5], 1, 2, 2, 2),
+        ([1], 1, 2, 0.5, 2),
+        ([3, 3], 1, 4, 1, 4),
+    ],
+)
+def test_a_worker_has_the_cores_that_one_node_can_give(nodes, workers, concurrency, cpu, at_once):
+    cluster = [{"CPU": float(cores)} for cores in nodes]
+    place = fit(cluster, "the cluster", workers=workers, gpus_per_worker=None, concurrency=concurrency)
+    assert (place.resources.cpus_per_worker, place.concurrency) == (cpu, at_once)
+
+
 def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     with pytest.raises(UserError) as caught:

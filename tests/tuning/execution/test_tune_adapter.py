@@ -19,6 +19,7 @@ class Recorder:
     def __init__(self, *answers, proposals=()):
         self.answers, self.proposals, self.heard = list(answers), list(proposals), []
         self.broken, self.is_over = "", False
+        self.backlog = SimpleNamespace(waits=False, count=lambda: len(self.proposals))
 
     def report(self, trial_id, report):
         self.heard.append((trial_id, report))
@@ -31,7 +32,10 @@ class Recorder:
         self.heard.append((trial_id, ending))
 
     def next(self):
-        return self.proposals.pop(0) if self.proposals else None
+        if not self.proposals:
+            self.is_over = True
+            return None
+        return self.proposals.pop(0)
 
     def write_in_time(self):
         pass
@@ -101,6 +105,15 @@ def test_a_trial_that_is_taken_up_again_is_a_new_one_to_ray_tune(made):
     assert made == ["0000", "0001", "0000.2"]
     Gate(recorder, search, threading.Event())("0000.2", {"report": 2})
     assert recorder.heard == [("0000", {"report": 2})]
+
+
+def test_a_study_that_is_over_ends_on_a_cluster_without_a_place(made):
+    search = search_of(Recorder(), Room(places=0))
+    assert search.next_trial() is None
+    assert search.is_finished()
+    waits = search_of(Recorder(proposals=[Proposal("0000", {}, None)]), Room(places=0))
+    assert waits.next_trial() is None
+    assert not waits.is_finished()
 
 
 def test_a_trial_on_a_node_that_ends_soon_leaves_it_after_its_report(made):

@@ -1,11 +1,14 @@
 """What a search says at its end."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.report.conclusion import advise_confirmation, conclude, gain_over_start
 from raytune_emotion.tuning.study.creation import GENERATED
@@ -44,6 +47,31 @@ def test_it_says_that_a_model_of_drawn_faces_tells_nothing_of_photos(tmp_path, s
     study = study.with_spec(dataclasses.replace(study.spec, data=data))
     conclude(plain_console(), study, Folder(tmp_path), None)
     assert capsys.readouterr().out.count("note        the faces of the sample are drawn: ") == said
+
+
+def test_an_export_at_a_uri_is_whole_or_none(tmp_path, store, no_plots, capsys, monkeypatch):
+    write_study(tmp_path / "study", store, trials=2, epochs=1)
+    shutil.copytree(tmp_path / "study", tmp_path / "place" / "study")
+    place = Remote((tmp_path / "place" / "study").as_uri())
+    study = load(tmp_path / "study", place)
+    results = Remote((tmp_path / "place").as_uri())
+    conclude(plain_console(), study, results, None)
+    assert "confirm" not in capsys.readouterr().out, "it needs a folder"
+    assert load_package(tmp_path / "place" / "study" / "best").image_size == 32
+
+    push = Remote.push
+
+    def broken(self, folder, names):
+        names = list(names)
+        push(self, folder, names[: len(names) // 2] if "best/config.json" in names else names)
+        if "best/config.json" in names:
+            raise Breakdown("the place is away")
+
+    monkeypatch.setattr(Remote, "push", broken)
+    with pytest.raises(Breakdown):
+        conclude(plain_console(), study, results, None)
+    with pytest.raises(UserError):
+        load_package(tmp_path / "place" / "study" / "best")
 
 
 def test_it_does_not_boast_of_trials_that_nothing_was_learned_for():
