@@ -39,7 +39,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glo
 
 #: What a shell does by itself, and programs that come with no parser of ours.
 SHELL_WORDS = {"export", ".", "pip", "tensorboard", "optuna-dashboard", "pytest", "tail"}
-SHELL_WORDS |= {"kubectl", "podman", "scancel", "sky"}
+SHELL_WORDS |= {"kubectl", "podman", "prometheus", "scancel", "sky"}
 
 
 @dataclass(frozen=True)

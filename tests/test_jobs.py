@@ -405,7 +405,7 @@ def test_image_copies_what_exists_and_what_pip_needs():
 def test_image_uses_options_that_exist():
     words = [word for word, _ in instructions()]
     assert words[0] == "FROM"
-    assert {*words} <= {"FROM", "RUN", "WORKDIR", "COPY", "USER", "CMD"}
+    assert {*words} <= {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "CMD"}
     commands = [part.split() for word, rest in instructions() if word == "RUN" for part in " ".join(rest).split(" && ")]
     known = {"apt-get": {"--yes", "--no-install-recommends"}, "useradd": {"--create-home", "--uid"}, "rm": {"-rf"}}
     for program, *rest in commands:

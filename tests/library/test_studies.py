@@ -118,6 +118,7 @@ def test_all_that_the_command_refuses_is_an_error(tmp_path):
         search(resume=True)
     assert not [*tmp_path.iterdir()]
     (tmp_path / "results" / "mine").mkdir(parents=True)
+    (tmp_path / "results" / "mine" / "study.yaml").touch()
     with pytest.raises(UserError, match="there is a study of this name already; go on with it by --resume"):
         search(results=tmp_path / "results", name="mine")
 
