@@ -10,7 +10,7 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
 #: They take long, mostly for what they start: first come first, so that two processes are done at the same time.
-LONG = ("test_runner.py", "test_search.py", "test_remote_study.py", "test_submit.py", "test_pack.py")
+LONG = ("test_runner.py", "test_search.py", "test_remote_study.py", "test_pack.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -69,7 +69,7 @@ ACROSS_MODULES = {
     "machines/test_commands_at_uri": "studies at a URI", "machines/test_drivers": "several searches on one study",
     "machines/test_death": "clusters of several machines", "machines/test_growth": "clusters of several machines",
     "machines/test_nodes": "clusters of several machines", "machines/test_security": "what others see of a search",
-    "machines/test_signals": "clusters of several machines",
+    "machines/test_signals": "clusters of several machines", "machines/test_submitted": "jobs/submit.sh",
     "storage/test_faulty_s3": "a store that fails", "tuning/execution/test_faulty_storage": "a store that fails",
     "tuning/execution/test_ray_contract": "private interfaces of Ray",
     "tuning/execution/test_remote_study": "studies at a URI",
