@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import benchmarks
-from benchmarks import Table
+from benchmarks import Table, table_console
 from raytune_emotion.storage.atomic import write_text
 
 HERE = Path(__file__).parent
@@ -71,7 +71,7 @@ def measure(name: str, run: Callable[[], Table], command: str) -> None:
     began = datetime.now(timezone.utc)
     table = run()
     took = (datetime.now(timezone.utc) - began).total_seconds()
-    _show(Console(soft_wrap=True, highlight=False), f"{name}: {_title(name)}", table)
+    _show(table_console(), f"{name}: {_title(name)}", table)
     write_result(name, table, began, took, command)
 
 

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import table_console
 from benchmarks.former import FormerSampler
 from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
@@ -422,7 +423,7 @@ def run(recordings: Sequence[Recording], names: Sequence[str], args: argparse.Na
     """Judge, print a table, and write the numbers where that is asked for."""
     processes = args.processes or usable_cores()
     found = judge(recordings, names, workers=args.workers, seeds=args.seeds, processes=processes)
-    console = Console(soft_wrap=True, highlight=False)
+    console = table_console()
     found.show(console, title)
     portfolios = {each.name: portfolio_of_others(each) for each in recordings}
     for name, portfolio in portfolios.items():

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import table_console
 from benchmarks.curves.replay import CURVES, SPACE
 from benchmarks.curves.response import Recorded, read_curves
 from raytune_emotion.storage.atomic import write_text
@@ -85,7 +85,7 @@ def _show(curves: Mapping[str, Recorded]) -> None:
             forecast = Forecast(recorded.encoding, seen)
             ranks = (_correlation(forecast, each, numbers if each is recorded else []) for each in curves.values())
             table.add_row(name, label, *(f"{rank:.2f}" for rank in ranks))
-    Console().print(table)
+    table_console().print(table)
 
 
 def _correlation(forecast: Forecast, recorded: Recorded, seen: Sequence[int]) -> float:
