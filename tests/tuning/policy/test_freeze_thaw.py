@@ -98,7 +98,7 @@ def test_a_trial_is_trained_to_its_end_early_though_curves_show_late_what_comes_
     study.run(2.75 * REPORTS)
     assert max(study.reports) == REPORTS
     monkeypatch.setattr(freeze_thaw, "_LONGEST_IN", math.inf)
-    monkeypatch.setattr(freeze_thaw, "_NEW_SHARE", 1.0)
+    monkeypatch.setattr(freeze_thaw, "_LEAST_NEW_SHARE", 1.0)
     study = Study()
     study.run(2.75 * REPORTS)
     assert max(study.reports) < REPORTS, "the test is of no use"
@@ -162,7 +162,7 @@ def test_a_study_of_few_trials_ends_by_itself_with_a_finished_model():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("workers", [2, 8])
 def test_a_trial_that_was_pruned_is_never_taken_up(workers, seed, monkeypatch):
-    monkeypatch.setattr(freeze_thaw, "_NEW_SHARE", 1.0)  # so that more are paused than may be
+    monkeypatch.setattr(freeze_thaw, "_LEAST_NEW_SHARE", 1.0)  # so that more are paused than may be
     study = Study(paused=3, seed=seed)
     study.run(12 * REPORTS / workers, workers=workers)
     assert any(trial.state == TrialState.PRUNED for trial in study.optuna.trials)
