@@ -48,9 +48,9 @@ from raytune_emotion.tuning.space.space import Space
 _FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
 #: A stretch that would leave less than this share of the full length goes on to the end.
 _REST_SHARE = 0.3
-#: The share of all training that the first stretches may take, while other trials could be taken up: this, less what a
-#: first stretch is of a whole trial, but at least that. The cheaper a look at a new trial is, the more looks it has.
-_NEW_SHARE, _LEAST_NEW_SHARE = 0.65, 0.4
+#: The share of all training that the first stretches may take, while other trials could be taken up: so much for each
+#: stretch of a whole trial, but at least that. The more stretches there are, the cheaper is a first look.
+_NEW_SHARE, _LEAST_NEW_SHARE = 0.1, 0.4
 #: The longest trial is continued as soon as all trials together have had so many times the length that it then has.
 _LONGEST_IN = 2
 #: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
@@ -113,6 +113,7 @@ class FreezeThaw:
         ends = stretch_ends(reports)
         self._ends = [end / reports * epochs for end in ends]
         self._first = ends[0] if ends else reports
+        self._new_share = max(_NEW_SHARE * (len(ends) + 1), _LEAST_NEW_SHARE)
         self._reports = reports
         self._plan: tuple[object, _Plan | None] = (None, None)
 
@@ -186,8 +187,7 @@ class FreezeThaw:
     def _has_begun_enough(self, past: Sequence[FrozenTrial]) -> bool:
         """Tell whether first stretches have had their share of the training."""
         had = [count_reports(trial) for trial in past]
-        share = max(_NEW_SHARE - self._first / self._reports, _LEAST_NEW_SHARE)
-        return sum(min(reports, self._first) for reports in had) > share * sum(had)
+        return sum(min(reports, self._first) for reports in had) > self._new_share * sum(had)
 
     def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
         """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""
