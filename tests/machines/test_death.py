@@ -13,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 
+import raytune_emotion
 from tests.machines.running import assert_whole
 
 pytestmark = pytest.mark.timeout(500)
@@ -158,7 +159,9 @@ def test_an_environment_in_a_folder_with_a_space(folder, start, tmp_path_factory
     place = tmp_path_factory.mktemp("my project") / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
     here = next(Path(path) for path in sys.path if path.endswith("site-packages"))
-    (next(place.glob("lib/python*/site-packages")) / "shared.pth").write_text(f"{here}\n")
+    # The package itself may be installed as a link, which is not followed from there.
+    package = Path(raytune_emotion.__file__).parents[1]
+    (next(place.glob("lib/python*/site-packages")) / "shared.pth").write_text(f"{here}\n{package}\n")
     asked = ["--data", "tiny", "--space", "tiny.yaml", "--results", "r", "--name", "s", "--trials", 2, "--epochs", 1]
     code, out = start("search", *asked, python=str(place / "bin" / "python")).ended(limit=180)
     assert code == 0, out
