@@ -158,12 +158,21 @@ class Location(ABC):
     def is_here(self, folder: Path) -> bool:
         """Tell whether a folder of this machine is the location itself, so that its lock is enough."""
 
+    def replace(self, folder: Path, names: Iterable[str], last: str) -> None:
+        """Push files that belong together, if they are of another folder.
+
+        The file `last`, without which the others are of no use, is deleted before and pushed after them, so that nobody
+        reads new files and old ones together.
+        """
+        if not self.is_here(folder):
+            self.delete([last])
+            self.push(folder, sorted(names, key=lambda name: name == last))
+
     @abstractmethod
     def publish(self, last: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
-        They are copied when the block ends well. The file `last` is deleted before and copied after the others, so
-        that nobody reads new files and old ones together.
+        They are copied when the block ends well, as by `replace`.
 
         Args:
             last: name of the file without which the others are of no use.
@@ -490,8 +499,7 @@ class Remote(Location):
         with scratch_folder() as scratch:
             folder = scratch / self.name
             yield folder
-            self.delete([last])
-            self.push(folder, sorted(Folder(folder).find("*"), key=lambda name: name == last))
+            self.replace(folder, Folder(folder).find("*"), last)
             self.delete_parts()
 
     def check_out(self, *patterns: str) -> Path:

@@ -135,16 +135,22 @@ def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["dest", "theirs"]
 
 
-def test_a_scratch_folder_is_of_its_user_alone_and_outlives_no_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
+def kill_within(block, folder):
+    """Kill a process within a block that makes a folder, here or among temporary files, after it has begun a file."""
     script = (
-        "import os\n"
-        "from raytune_emotion.storage.atomic import scratch_folder\n"
-        "with scratch_folder() as folder:\n"
-        "    (folder / 'half').touch()\n"
+        "import os, pathlib\n"
+        "from raytune_emotion.storage.atomic import atomic_folder, scratch_folder\n"
+        f"with {block} as made:\n"
+        "    (made / 'half').touch()\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    subprocess.run([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False)
+    environment = os.environ | {"TMPDIR": str(folder)}
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=False)
+
+
+def test_a_scratch_folder_is_of_its_user_alone_and_outlives_no_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
+    kill_within("scratch_folder()", tmp_path)
     (left,) = tmp_path.iterdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with atomic.scratch_folder() as folder:
@@ -155,14 +161,7 @@ def test_a_scratch_folder_is_of_its_user_alone_and_outlives_no_process(tmp_path,
 
 def test_what_a_killed_process_left_is_swept_and_what_is_in_use_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic, "_STALE_SECONDS", -1)
-    script = (
-        "import os, pathlib, sys\n"
-        "from raytune_emotion.storage.atomic import atomic_folder\n"
-        "with atomic_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'half').touch()\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path / "dest")], check=False)
+    kill_within("atomic_folder(pathlib.Path('dest'))", tmp_path)
     (left,) = tmp_path.iterdir()
     assert left.name.endswith(".part")
     with atomic_folder(tmp_path / "dest") as first:

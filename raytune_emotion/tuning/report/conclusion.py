@@ -59,11 +59,8 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
     place.push(folder, report_files(folder))
-    if best is not None and not place.is_here(folder):
-        # The config is what makes an export: while other files are replaced, there is none.
-        exported = [f"best/{file.name}" for file in folder.glob("best/*")]
-        place.delete([f"best/{CONFIG}"])
-        place.push(folder, sorted(exported, key=lambda name: name == f"best/{CONFIG}"))
+    if best is not None:
+        (place / "best").replace(folder / "best", [file.name for file in folder.glob("best/*")], CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
     told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
