@@ -24,10 +24,10 @@ from benchmarks.training import DEVICE, SETUP, STUDY, config, faces, open_repeat
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.loader import batches, cache_on_device, clear_cache
 from raytune_emotion.data.store import Store, open_store
-from raytune_emotion.learn.checkpoint import LAST
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.learn.loop import Run, fit, make_plan, start, train_segment
+from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.learn.throughput import measure
 
 BACKBONES = {"cpu": {"test_resnet": "fp32"}, "cuda": {"resnet18": "fp32", "efficientnet_b0": "bf16"}}[DEVICE.type]

@@ -43,9 +43,10 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.job import Job, Resources, train_on
+from raytune_emotion.tuning.execution.job import Job, train_on
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Event
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study import open_study
 from raytune_emotion.tuning.study.spec import StudySpec

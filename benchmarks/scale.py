@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import Table
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.decisions import Policy
 from raytune_emotion.tuning.study.open_study import load, make_study

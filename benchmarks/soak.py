@@ -10,9 +10,9 @@ import psutil
 from benchmarks import Table
 from benchmarks.engine import make_study, tiny_store
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Event
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load
 

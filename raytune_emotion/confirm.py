@@ -61,11 +61,12 @@ def confirm_study(request: ConfirmRequest) -> None:
     refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.export_folder import check_replaceable
-    from raytune_emotion.tuning.execution.cluster import check_cluster
+    from raytune_emotion.tuning.execution.cluster import check_cluster, open_session
+    from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-    from raytune_emotion.tuning.execution.placement import fit_here, fit_to_cluster
+    from raytune_emotion.tuning.execution.placement import fit_here
     from raytune_emotion.tuning.report.conclusion import conclude_confirmation
-    from raytune_emotion.tuning.report.console import open_session, run_with_progress
+    from raytune_emotion.tuning.report.console import run_with_progress
     from raytune_emotion.tuning.study.confirmation import (
         CONFIRMED,
         enqueue_runs,

@@ -105,7 +105,7 @@ def _find_trial(study: Location, text: str) -> str:
 def _best_of(study: Location) -> str:
     if spec_of(study).confirms is not None:
         raise UserError(f"{study}: its winner is in {study / 'best'}; name another of its runs with --trial")
-    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.learn.run_folder import HISTORY
     from raytune_emotion.tuning.study.open_study import load
     from raytune_emotion.tuning.study.optuna_study import JOURNAL
     from raytune_emotion.tuning.study.records import study_files

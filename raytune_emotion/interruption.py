@@ -7,6 +7,7 @@ command still has to write is then written in peace: further signals do nothing,
 
 import atexit
 import contextlib
+import importlib
 import os
 import signal
 import stat
@@ -121,6 +122,26 @@ def run_in_thread(name: str, action: Callable[[], None]) -> threading.Event:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return ended
+
+
+@contextlib.contextmanager
+def import_meanwhile(*modules: str) -> Iterator[None]:
+    """Import modules, one after the other, in a thread while the block runs, and wait for it.
+
+    For what takes seconds while the block waits for other processes. What fails is raised where the module is imported
+    again. The wait is for Python, which may crash if it ends within an import.
+    """
+
+    def import_all() -> None:
+        with contextlib.suppress(Exception):
+            for module in modules:
+                importlib.import_module(module)
+
+    ended = run_in_thread("imports", import_all)
+    try:
+        yield
+    finally:
+        ended.wait()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     spec = spec_of(args.study)
     # Imported only now: it takes seconds.
-    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.learn.run_folder import HISTORY
     from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
     from raytune_emotion.tuning.study.combination import pull_models
     from raytune_emotion.tuning.study.confirmation import rank_confirmed, write_confirmed

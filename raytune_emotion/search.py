@@ -25,7 +25,7 @@ from raytune_emotion.cli import (
 from raytune_emotion.data.prepare import Data, find_data
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
-from raytune_emotion.interruption import finish_block
+from raytune_emotion.interruption import finish_block, import_meanwhile
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
@@ -247,9 +247,7 @@ def _check_new(request: SearchRequest, place: Location) -> "_NewStudy":
             other = "something of this name that is no study; choose another name"
             raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")
     with collect_errors(errors):
-        _check_address(request)
-    with collect_errors(errors):
-        refuse_absent_gpu(request.gpus_per_worker, request.address)
+        _check_room(request)
     with collect_errors(errors):
         _check_mlflow(request)
     with collect_errors(errors):
@@ -295,6 +293,16 @@ def _check_address(request: SearchRequest) -> None:
         check_cluster(request.address)
 
 
+def _check_room(request: SearchRequest) -> None:
+    """Check that the cluster answers; or, where Ray is to be started here, that this machine has room for a trial."""
+    if request.address is not None:
+        _check_address(request)
+        return
+    from raytune_emotion.tuning.execution.placement import check_room
+
+    check_room(request)
+
+
 def _dry_run(request: SearchRequest) -> None:
     errors = ["--resume: --dry-run shows what a new study would do; leave one of them out"] if request.resume else []
     new = _inputs(request, errors)
@@ -303,32 +311,38 @@ def _dry_run(request: SearchRequest) -> None:
     show_dry_run(plain_console(), request, new.space, new.data, new.warm_start)
 
 
+#: What takes seconds to be imported, in the order in which a search needs it.
+_SLOW = ("raytune_emotion.tuning.study.creation", "raytune_emotion.tuning.report.conclusion")
+
+
 def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> None:
-    """Run a study: a new one, or one that goes on."""
-    with announce("loading PyTorch and Ray"):
-        from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-        from raytune_emotion.tuning.execution.gpu_sharing import check_room, fastest_share
-        from raytune_emotion.tuning.execution.placement import fit_to_cluster
-        from raytune_emotion.tuning.report.conclusion import conclude
-        from raytune_emotion.tuning.report.console import open_session, run_with_progress
-        from raytune_emotion.tuning.report.summary import ALL_TRIED
-        from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
-        from raytune_emotion.tuning.study.open_study import go_on
-        from raytune_emotion.tuning.study.optuna_study import trials_to_continue
+    """Run a study: a new one, or one that goes on.
+
+    Ray starts first, and PyTorch is loaded meanwhile: each takes seconds.
+    """
+    from raytune_emotion.tuning.execution.cluster import open_session
+    from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 
     console = plain_console()
     # Until all is written, the study's folder is this process's alone, or this process one of its drivers.
     with ExitStack() as held:
-        study = None if new else open_existing(place, held)
-        if study is not None:
-            spec = resumed_spec(request, study, _obstacles(request, study.folder))
-        else:
-            assert new is not None
-            check_room(request)
-            spec = new_spec(request, place.name, new.space, new.data)
+        held.enter_context(import_meanwhile(*_SLOW))
+        study = None
+        if new is None:
+            study, spec = _open_existing(request, place, held)
         begun, ended = False, None
         try:
             with open_session(request.address, place.name) as cluster:
+                with announce("loading PyTorch"):
+                    from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+                    from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
+                    from raytune_emotion.tuning.report.console import run_with_progress
+                    from raytune_emotion.tuning.report.summary import ALL_TRIED
+                    from raytune_emotion.tuning.study.creation import new_spec
+                    from raytune_emotion.tuning.study.open_study import go_on
+                    from raytune_emotion.tuning.study.optuna_study import trials_to_continue
+                if new is not None:
+                    spec = new_spec(request, place.name, new.space, new.data)
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
@@ -364,11 +378,22 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             if not begun:
                 raise
             ended = why
+        from raytune_emotion.tuning.report.conclusion import conclude
+
         assert study is not None
         with finish_block(), study.drivers.turn("files"):
             conclude(console, study, request.results, request.address)
         if ended is not None:
             raise ended
+
+
+def _open_existing(request: SearchRequest, place: Location, held: ExitStack) -> "tuple[OpenStudy, StudySpec]":
+    """Open the study that goes on until `held` ends; with what its spec becomes."""
+    with announce("loading PyTorch"):
+        from raytune_emotion.tuning.study.creation import open_existing, resumed_spec
+
+    study = open_existing(place, held)
+    return study, resumed_spec(request, study, _obstacles(request, study.folder))
 
 
 def _obstacles(request: SearchRequest, folder: Path) -> list[str]:

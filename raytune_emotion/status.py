@@ -61,7 +61,7 @@ def read_summary(study: Location) -> "Summary":
     Raises:
         UserError: there is no study, or it is damaged.
     """
-    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.learn.run_folder import HISTORY
     from raytune_emotion.tuning.report.summary import summarize
     from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
     from raytune_emotion.tuning.study.records import read_records, study_files

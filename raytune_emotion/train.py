@@ -119,7 +119,7 @@ def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
 
 def _best_trial(study: Location) -> str:
     # Imported only now: it takes seconds.
-    from raytune_emotion.learn.checkpoint import HISTORY
+    from raytune_emotion.learn.run_folder import HISTORY
     from raytune_emotion.tuning.study.open_study import load
     from raytune_emotion.tuning.study.optuna_study import JOURNAL
 

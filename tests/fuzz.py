@@ -257,8 +257,9 @@ def make_targets(corpora: Path) -> dict[str, Target]:
     from raytune_emotion.cli import command_main
     from raytune_emotion.data.packing.pack import pack
     from raytune_emotion.data.store import open_store
-    from raytune_emotion.learn.checkpoint import BEST, read_best, read_history, read_progress
+    from raytune_emotion.learn.checkpoint import read_best, read_progress
     from raytune_emotion.learn.export_folder import load_package
+    from raytune_emotion.learn.run_folder import BEST, read_history
     from raytune_emotion.storage.locations import Folder
     from raytune_emotion.tuning.execution.recorder import Recorder
     from raytune_emotion.tuning.space.parser import load_space

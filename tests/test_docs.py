@@ -25,9 +25,9 @@ from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS, RunConfig
 from raytune_emotion.data import synthetic
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.metrics import distances_of, per_sample
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.library import studies
 from tests.support.studies import write_study
 from tests.support.surface import COLUMNS, FILES

@@ -6,7 +6,8 @@ import pytest
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.tuning.execution.job import Job, Resources, train_here
+from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.open_study import make_study
 from tests.support.commands import exit_code, refusal
 from tests.support.studies import spec_of, write_study

@@ -1,5 +1,6 @@
 """How signals end a command: each case in a process of its own."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +11,13 @@ import time
 
 import pytest
 
-from raytune_emotion.interruption import check_interrupted, handle_signals, is_command, run_in_thread
+from raytune_emotion.interruption import (
+    check_interrupted,
+    handle_signals,
+    import_meanwhile,
+    is_command,
+    run_in_thread,
+)
 
 #: Says when it is ready; what it writes after an interruption takes a second.
 COMMAND = """
@@ -200,3 +207,14 @@ def test_a_thread_can_be_waited_for_after_a_signal():
         assert not ended.wait(0.1)
         end.set()
         assert ended.wait(30)
+
+
+def test_modules_are_imported_while_a_block_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fails_at_once.py").write_text("raise OSError")
+    (tmp_path / "takes_time.py").write_text("import time\ntime.sleep(0.3)\nloaded = True\n")
+    with import_meanwhile("takes_time", "fails_at_once"):
+        assert "loaded" not in vars(sys.modules.get("takes_time", object))
+    assert sys.modules["takes_time"].loaded
+    with pytest.raises(OSError):  # noqa: PT011  # it has no text
+        importlib.import_module("fails_at_once")

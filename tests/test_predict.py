@@ -15,10 +15,10 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.exports import untrained_best
 from tests.support.faces import picture

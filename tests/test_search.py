@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from raytune_emotion import search
 from raytune_emotion.data.prepare import find_data
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, parse_location
 from raytune_emotion.tuning.execution import cluster as cluster_module
-from raytune_emotion.tuning.execution import gpu_presence, gpu_sharing
+from raytune_emotion.tuning.execution import cluster_nodes, placement
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.objective import BY_SIZE
@@ -56,9 +57,22 @@ def space(tmp_path):
 
 
 @pytest.fixture
-def refused(tmp_path, own_cache, store, faces, space, capsys, monkeypatch):
-    """Runs a search that must refuse before Ray is started; all of it is right but what is said otherwise."""
-    monkeypatch.setattr(cluster_module, "ray_session", lambda *_, **__: pytest.fail("nothing is refused"))
+def sessions(monkeypatch):
+    """The Ray sessions that a search has begun: none is real, and no study may be made in one."""
+    begun = []
+
+    def begin(address, **options):
+        begun.append(address)
+        return joined_session(address)
+
+    monkeypatch.setattr(cluster_module, "ray_session", begin)
+    monkeypatch.setattr(cluster_nodes, "fit_to_cluster", lambda **_: pytest.fail("nothing is refused"))
+    return begun
+
+
+@pytest.fixture
+def refused(tmp_path, own_cache, store, faces, space, capsys, sessions):
+    """Runs a search that must refuse before it makes a study; all of it is right but what is said otherwise."""
 
     def run(*argv, **options) -> list[str]:
         given = {"data": faces, "space": options.get("space") or space(), "results": tmp_path / "results"} | options
@@ -104,6 +118,7 @@ def command_on(verb: str, data: Path, results: Path, space: Path) -> list[str]:
     return [verb, "--data", str(data), "--results", str(results), *rest]
 
 
+@pytest.mark.usefixtures("sessions")
 class TestBadData:
     @pytest.mark.parametrize("fault", BAD_ROWS)
     @pytest.mark.parametrize("verb", ["pack", "search", "train"])
@@ -343,18 +358,18 @@ class TestBadRequests:
         assert len(both) == 2
         assert both[1:] == told
 
-    def test_everything_that_can_be_known_is_told_before_the_data_are_packed(self, refused, space, tmp_path):
+    def test_everything_that_takes_no_time_is_told_before_ray_starts(self, refused, space, tmp_path, sessions):
         (tmp_path / "results").touch()
         told = refused(data=tmp_path / "none", space=space("optim.lr: {uniform: [2, 1]}\n"), address="nonsense")
         assert [line.partition(": ")[0].removeprefix(f"{tmp_path}/") for line in told] == [
             "results", "--address nonsense", "space.yaml:1", "none",
         ]  # fmt: skip
+        assert sessions == []
 
     def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
         # Ray can be started only once in a process, and has been.
-        monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-        monkeypatch.setattr(gpu_sharing, "check_room", lambda request: None)
-        monkeypatch.setattr(gpu_presence, "may_have_gpu", lambda: True)
+        monkeypatch.setattr(cluster_nodes, "fit_to_cluster", fit_to_cluster)
+        monkeypatch.setattr(placement, "check_room", lambda request: None)
         (told,) = refused(workers_per_trial=30)
         assert told.startswith("a trial of 30 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
@@ -493,7 +508,7 @@ class TestBadResuming:
 def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "study")
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", lambda *_, **__: None)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
     argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
@@ -520,7 +535,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
         concluded.append(True)
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", run_shown)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", conclude)
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
@@ -539,7 +554,7 @@ def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", run_one_trial)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 3, "--epochs", 1, "--name", "first"]
     assert exit_code(argv) == 130
@@ -560,7 +575,7 @@ def test_a_search_that_is_interrupted_before_any_report_says_how_it_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.placement.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", interrupt)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 1, "--epochs", 1, "--name", "first"]
     assert exit_code([*argv, "--results", tmp_path]) == 130

@@ -8,7 +8,7 @@ import pytest
 from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn import checkpoint, export_files, report
+from raytune_emotion.learn import export_files, report, run_folder
 from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.study import confirmation, optuna_study, spec, tables, trials
 from tests.support.surface import COLUMNS, FILES
@@ -83,8 +83,8 @@ def test_the_arguments_of_a_command(verb):
 
 def test_the_files():
     assert FILES["study"] == (spec.SPEC, optuna_study.JOURNAL, tables.TRIALS, tables.CURVES, page.REPORT)
-    weights = (checkpoint.LAST, checkpoint.BEST, checkpoint.PREDICTIONS)
-    assert FILES["trial"] == (trials.PARAMS, trials.DATA, checkpoint.HISTORY, *weights)
+    weights = (run_folder.LAST, run_folder.BEST, run_folder.PREDICTIONS)
+    assert FILES["trial"] == (trials.PARAMS, trials.DATA, run_folder.HISTORY, *weights)
     assert FILES["confirmation"] == (confirmation.CONFIRMED, confirmation.CONFIRMED_TABLE)
     assert FILES["export"] == (export_files.WEIGHTS, export_files.CONFIG, export_files.METRICS, export_files.CARD)
     assert export_files.FORMATS == {"timm": "model.safetensors", "onnx": "model.onnx", "pt2": "model.pt2"}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
 from raytune_emotion.tuning.execution.job import OutOfMemory
 from raytune_emotion.tuning.report import single_run

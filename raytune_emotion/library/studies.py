@@ -15,8 +15,9 @@ from ruamel.yaml import YAML
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, read_best
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.model import load_model
+from raytune_emotion.learn.run_folder import BEST, HISTORY
 from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import Location, location_of

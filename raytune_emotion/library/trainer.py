@@ -16,9 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from raytune_emotion.data.progress import progress
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, load_with_header, save_with_header
+from raytune_emotion.learn.checkpoint import load_with_header, save_with_header
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.events import EventWriter
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.library.metrics import MetricsCalculator
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]

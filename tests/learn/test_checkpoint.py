@@ -9,19 +9,11 @@ import torch
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint
-from raytune_emotion.learn.checkpoint import (
-    BEST,
-    HISTORY,
-    LAST,
-    PREDICTIONS,
-    read_best,
-    read_history,
-    read_predictions,
-    read_progress,
-)
+from raytune_emotion.learn.checkpoint import read_best, read_predictions, read_progress
 from raytune_emotion.learn.evaluation import evaluate, predict_share
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 
 CPU = torch.device("cpu")
 
@@ -104,23 +96,6 @@ def test_predictions_of_another_report_are_not_taken(run):
     assert read_predictions(run, best) is None
     (run / PREDICTIONS).unlink()
     assert read_predictions(run, best) is None
-
-
-def test_a_torn_last_line_is_left_out(run, reports):
-    (run / HISTORY).write_bytes((run / HISTORY).read_bytes()[:-10])
-    assert read_history(run) == reports[:-1]
-
-
-@pytest.mark.parametrize("history", [b'{"report": 1, \n{"report": 2}\n', b'{"report": \xff1}\n'])
-def test_a_line_torn_elsewhere_is_a_fault(run, history):
-    (run / HISTORY).write_bytes(history)
-    with pytest.raises(UserError, match=HISTORY):
-        read_history(run)
-
-
-def test_there_is_no_history_before_the_first_report(tmp_path):
-    assert read_history(tmp_path) == []
-    assert read_progress(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, LAST, read_best, read_predictions
+from raytune_emotion.learn.checkpoint import read_best, read_predictions
 from raytune_emotion.learn.evaluation import evaluate, predict_share
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.run_folder import BEST, LAST
 from tests.support.reports import CLOCKS
 from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, state_of
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn import export_folder
-from raytune_emotion.learn.checkpoint import BEST, Best
+from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.graphs import PixelsToProbabilities
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.run_folder import BEST
 from tests.support.exports import untrained_best
 
 CPU = torch.device("cpu")

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop
-from raytune_emotion.learn.checkpoint import BEST, read_best, read_history
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline, evaluate
 from raytune_emotion.learn.loop import Divergence, fit, make_plan
 from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.run_folder import BEST, read_history
 from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, shortened, state_of
 
 # ---- reports

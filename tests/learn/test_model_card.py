@@ -16,11 +16,12 @@ from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn import model_card
 from raytune_emotion.learn.calibration import at_temperature
-from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model_card import escape_markdown
 from raytune_emotion.learn.predictions import bootstrap_intervals, predict_best
+from raytune_emotion.learn.run_folder import BEST
 from tests.support.exports import predict_with_card, turned_picture
 
 

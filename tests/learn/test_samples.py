@@ -9,10 +9,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raytune_emotion.learn import samples
-from raytune_emotion.learn.checkpoint import PREDICTIONS, read_history
 from raytune_emotion.learn.events import EventWriter
+from raytune_emotion.learn.run_folder import PREDICTIONS, read_history
 from raytune_emotion.learn.samples import TAG, draw_samples, write_samples
-from raytune_emotion.tuning.execution.job import Job, Resources, train_here
+from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.resources import Resources
 
 
 @pytest.fixture

@@ -25,10 +25,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.job import Job, Resources, train_here
-from raytune_emotion.tuning.execution.placement import fit_to_cluster
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.policy import policies
 from raytune_emotion.tuning.policy.outlook import STARTUP

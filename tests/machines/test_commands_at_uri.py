@@ -16,8 +16,8 @@ import pandas as pd
 import ray
 
 from raytune_emotion.cli import command_main
-from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage import remote
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.execution import cluster as cluster_module

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.studies import spec_of

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.storage.atomic import LOCK
-from raytune_emotion.tuning.execution.job import Job, Resources, job_of, train_here
+from raytune_emotion.tuning.execution.job import Job, job_of, train_here
 from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.policy.decisions import FORECAST
 from raytune_emotion.tuning.policy.objective import JS_ALONE
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.learn.checkpoint import LAST
 from raytune_emotion.learn.loop import fit
+from raytune_emotion.learn.run_folder import LAST
 from tests.support.reports import without_clocks
 
 CPU = torch.device("cpu")

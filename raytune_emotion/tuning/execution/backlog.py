@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 
-from raytune_emotion.learn.checkpoint import LAST
+from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.tuning.policy.decisions import Limits
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Proposal, StudyTrial, list_trials

@@ -1,4 +1,4 @@
-"""Join or start a Ray cluster, and fit trials to what it has."""
+"""Join or start a Ray cluster."""
 
 import contextlib
 import logging
@@ -18,6 +18,7 @@ from ray.job_config import JobConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.interruption import check_interrupted, keep_handlers
 from raytune_emotion.known_errors import first_line, known_error
+from raytune_emotion.terminal import announce
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watch_cluster
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
 from raytune_emotion.tuning.execution.placement import local_node
@@ -108,6 +109,15 @@ def ray_session(
             _shut_down()
             raise _start_failure(address, error) from error
         yield stack.enter_context(watch_cluster(own=address is None))
+
+
+@contextlib.contextmanager
+def open_session(address: str | None, job: str) -> Iterator[ClusterWatch]:
+    """Join or start a Ray cluster as `ray_session` does, and say so."""
+    with contextlib.ExitStack() as stack:
+        with announce(f"joining the Ray cluster at {address}" if address else "starting Ray"):
+            watch = stack.enter_context(ray_session(address, job=job))
+        yield watch
 
 
 @contextlib.contextmanager

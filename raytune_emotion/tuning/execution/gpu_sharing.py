@@ -9,47 +9,17 @@ import torch
 from ray.exceptions import RayTaskError
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.throughput import COUNTS, best_count, measure
+from raytune_emotion.tuning.execution.cluster_nodes import cluster_nodes
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
-from raytune_emotion.tuning.execution.gpu_presence import no_gpu
-from raytune_emotion.tuning.execution.placement import Nodes, cluster_nodes, cores_per_gpu, fit_here, local_node
+from raytune_emotion.tuning.execution.placement import check_sharing, cores_per_gpu
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
-from raytune_emotion.tuning.study.request import AUTO, SearchRequest
+from raytune_emotion.tuning.study.request import AUTO
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
 _DRAWN = 256
-
-
-def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
-    """Check that trials can share a GPU.
-
-    Raises:
-        UserError: there is no GPU, or the workers of a trial need one each.
-    """
-    faults = []
-    if not any(node.get("GPU") for node in nodes):
-        faults.append(no_gpu(where, AUTO))
-    if workers > 1:
-        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial share no GPU; leave it out")
-    if faults:
-        raise UserError(faults)
-
-
-def check_room(request: SearchRequest) -> None:
-    """Check, before Ray is started, that this machine can run what a search without a cluster asks for.
-
-    Raises:
-        UserError: not even one trial fits, or there is no GPU.
-    """
-    workers = request.workers_per_trial or 1
-    if request.address is not None:
-        return
-    if request.gpus_per_worker == AUTO:
-        check_sharing([local_node()], "this machine", workers)
-    else:
-        fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency)
 
 
 def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], None]) -> float:

@@ -23,41 +23,21 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.backbones import short_name
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, DamagedCheckpointError, read_progress
+from raytune_emotion.learn.checkpoint import DamagedCheckpointError, read_progress
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.learn.samples import write_samples
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 if TYPE_CHECKING:  # a trial's process needs none of what these import
     from raytune_emotion.tuning.study.open_study import OpenStudy
     from raytune_emotion.tuning.study.optuna_study import Proposal
-
-
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """Resources of one trial."""
-
-    workers: int
-    cpus_per_worker: float
-    gpus_per_worker: float
-
-    @property
-    def per_worker(self) -> dict[str, float]:
-        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
-
-    @property
-    def need(self) -> str:
-        """Say what each worker takes."""
-        return " and ".join(f"{amount:g} {kind}" for kind, amount in self.per_worker.items())
-
-    @property
-    def threads(self) -> int:
-        return max(1, int(self.cpus_per_worker))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,31 +1,18 @@
-"""Fit trials to the cores and GPUs of a machine or a cluster."""
+"""Fit trials to the cores and GPUs of machines, without Ray: what does not fit is refused before Ray is imported."""
 
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
-
-import ray
-import torch
 
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
 from raytune_emotion.terminal import count
-from raytune_emotion.tuning.execution.gpu_presence import no_gpu
-from raytune_emotion.tuning.execution.job import Resources
-from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_autoscaler
+from raytune_emotion.tuning.execution.gpu_presence import may_have_gpu, no_gpu
+from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.study.request import AUTO, SearchRequest
 
 #: Of each node: how much it has of "CPU", "GPU" and other resources.
 Nodes = list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class ClusterNode:
-    """A node that lives."""
-
-    name: str  # for people
-    resources: dict[str, float]
-    draining: bool = False  # whether it ends soon, as after a spot instance's notice, and takes nothing new
 
 
 @dataclass(frozen=True)
@@ -44,23 +31,41 @@ class Placement:
         return f"{self.concurrency} at once{share}{more}"
 
 
-def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
-    """Fit trials to the cluster that this process has joined; see `fit`."""
-    return fit(
-        cluster_nodes(),
-        "the cluster",
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        concurrency=concurrency,
-        grows=has_autoscaler(),
-    )
-
-
 def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
     """Fit trials to this machine, whether or not Ray runs; see `fit`."""
     return fit(
         [local_node()], "this machine", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency
     )
+
+
+def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
+    """Check that trials can share a GPU.
+
+    Raises:
+        UserError: there is no GPU, or the workers of a trial need one each.
+    """
+    faults = []
+    if not any(node.get("GPU") for node in nodes):
+        faults.append(no_gpu(where, AUTO))
+    if workers > 1:
+        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial share no GPU; leave it out")
+    if faults:
+        raise UserError(faults)
+
+
+def check_room(request: SearchRequest) -> None:
+    """Check, before Ray is started, that this machine can run what a search without a cluster asks for.
+
+    Raises:
+        UserError: not even one trial fits, or there is no GPU.
+    """
+    workers = request.workers_per_trial or 1
+    if request.address is not None:
+        return
+    if request.gpus_per_worker == AUTO:
+        check_sharing([local_node()], "this machine", workers)
+    else:
+        fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency)
 
 
 def fit(
@@ -143,27 +148,14 @@ def workers_on(nodes: Nodes, resources: Resources) -> int:
     return sum(places_on(node, resources.per_worker) for node in nodes)
 
 
-def cluster_nodes() -> Nodes:
-    """Return what each node of the cluster has that takes work: one that is being drained takes none."""
-    return [node.resources for node in list_nodes().values() if not node.draining]
-
-
-def list_nodes() -> dict[str, ClusterNode]:
-    """Return the nodes of the cluster that live, by their ids."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    draining = draining_nodes()
-    return {
-        node["NodeID"]: ClusterNode(
-            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})", node["Resources"], node["NodeID"] in draining
-        )
-        for node in nodes
-        if node["Alive"]
-    }
-
-
 def local_node() -> dict[str, float]:
     """Return what this process may use of this machine."""
-    return {"CPU": float(usable_cores()), "GPU": float(torch.cuda.device_count())}
+    gpus = 0
+    if may_have_gpu():
+        import torch  # it takes seconds
+
+        gpus = torch.cuda.device_count()
+    return {"CPU": float(usable_cores()), "GPU": float(gpus)}
 
 
 def cores_per_gpu(nodes: Nodes) -> float:

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.policy.decisions import Gain, Prune

@@ -8,7 +8,8 @@ from typing import Any
 from ray.autoscaler.sdk import request_resources
 
 from raytune_emotion.terminal import count
-from raytune_emotion.tuning.execution.placement import ClusterNode, Placement, list_nodes, trials_on
+from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, list_nodes
+from raytune_emotion.tuning.execution.placement import Placement, trials_on
 
 #: Between two looks at the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0

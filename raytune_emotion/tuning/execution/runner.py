@@ -19,10 +19,11 @@ from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.terminal import short_path
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-from raytune_emotion.tuning.execution.job import Resources, job_of
+from raytune_emotion.tuning.execution.job import job_of
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, patch_tune
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.room import Room
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches, Waiting

@@ -10,10 +10,10 @@ import torch
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import PREDICTIONS
 from raytune_emotion.learn.combine import js_of
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.model import load_model, mean_std
+from raytune_emotion.learn.run_folder import PREDICTIONS
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (
     MEMBERS,

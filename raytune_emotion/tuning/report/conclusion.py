@@ -8,10 +8,11 @@ from typing import cast, get_args
 from rich.console import Console
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES

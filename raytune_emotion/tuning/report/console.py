@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from raytune_emotion.learn.report import OBJECTIVE
-from raytune_emotion.terminal import announce, count, is_screen
-from raytune_emotion.tuning.execution import cluster
-from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
+from raytune_emotion.terminal import count, is_screen
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_metrics import study_metrics
 from raytune_emotion.tuning.execution.recorder import Event, Watch
@@ -26,15 +24,6 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 #: Between two lines on how a study stands, where nothing can be drawn again.
 _EVERY_S = 60.0
 _REFRESHES_PER_S = 4
-
-
-@contextmanager
-def open_session(address: str | None, job: str) -> Iterator[ClusterWatch]:
-    """Join or start a Ray cluster as `ray_session` does, and say so."""
-    with ExitStack() as stack:
-        with announce(f"joining the Ray cluster at {address}" if address else "starting Ray"):
-            watch = stack.enter_context(cluster.ray_session(address, job=job))
-        yield watch
 
 
 def run_with_progress(

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raytune_emotion.interruption import run_in_thread
-from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.learn.report import HEARD, OBJECTIVE
+from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.study.open_study import OpenStudy

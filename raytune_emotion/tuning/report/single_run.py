@@ -14,23 +14,17 @@ from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import finish_block
-from raytune_emotion.learn.checkpoint import BEST, LAST, read_history
 from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_folder import export_checkpoint
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import BEST, LAST, read_history
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
-from raytune_emotion.tuning.execution.job import (
-    InvalidForRun,
-    Job,
-    Resources,
-    TrialFailed,
-    train_here,
-    train_with_retry,
-)
-from raytune_emotion.tuning.execution.placement import fit_to_cluster
+from raytune_emotion.tuning.execution.job import InvalidForRun, Job, TrialFailed, train_here, train_with_retry
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.trials import refuse_taken
 
 

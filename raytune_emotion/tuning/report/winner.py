@@ -13,8 +13,9 @@ from PIL import Image
 
 from raytune_emotion.data.store import is_store, open_store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, read_best
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.predictions import Bin, Predictions, bins_of, bootstrap_intervals, predict_best
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, location_of
 from raytune_emotion.tuning.study.confirmation import best_configurations
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, PREDICTIONS, Best, read_best, read_predictions
+from raytune_emotion.learn.checkpoint import Best, read_best, read_predictions
 from raytune_emotion.learn.combine import (
     Gain,
     Soup,
@@ -23,6 +23,7 @@ from raytune_emotion.learn.combine import (
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
 from raytune_emotion.tuning.study.trial_export import store_of

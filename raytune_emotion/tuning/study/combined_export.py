@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, PREDICTIONS, Best
+from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.combine import (
     images_per_second,
 )
@@ -24,6 +24,7 @@ from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.model_card import escape_markdown, show_use, table_of_metrics
 from raytune_emotion.learn.origin import find_origin
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import BEST, HISTORY, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (

@@ -11,11 +11,11 @@ from raytune_emotion.data.prepare import Data, find_data, prepare_sizes
 from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
-from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.loop import batch_faults, evaluation_faults
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.learn.origin import WeightsUnavailableError
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE

@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import LAST
+from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective

@@ -14,8 +14,8 @@ from typing import Any
 
 import optuna
 
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, read_history
 from raytune_emotion.storage.atomic import atomic_write
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from raytune_emotion.learn.checkpoint import HISTORY
 from raytune_emotion.learn.report import OBJECTIVE
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, list_trials

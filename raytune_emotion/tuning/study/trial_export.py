@@ -5,9 +5,9 @@ from pathlib import Path
 
 from raytune_emotion.data.store import Store, open_if_here
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST
 from raytune_emotion.learn.export_files import CONFIG, FORMATS
 from raytune_emotion.learn.export_folder import TIMM, check_replaceable, export_checkpoint
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word, typed_command
 from raytune_emotion.tuning.study.records import trial_folder

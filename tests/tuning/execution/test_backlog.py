@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import backlog as backlog_module
 from raytune_emotion.tuning.execution import recorder as recorder_module

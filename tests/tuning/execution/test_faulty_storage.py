@@ -7,7 +7,7 @@ import pytest
 
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.execution.recorder import Recorder

@@ -15,12 +15,12 @@ from raytune_emotion.tuning.execution.job import (
     DiskFull,
     Job,
     OutOfMemory,
-    Resources,
     TrialFailed,
     train_here,
     train_with_retry,
     with_smaller_micro_batches,
 )
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))

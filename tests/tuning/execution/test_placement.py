@@ -1,13 +1,10 @@
 """Trials on nodes."""
 
-import json
-
 import pytest
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.execution import placement, ray_patches
-from raytune_emotion.tuning.execution.placement import cluster_nodes, cores_per_gpu, fit, fit_here, places_on
-from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
+from raytune_emotion.tuning.execution import placement
+from raytune_emotion.tuning.execution.placement import cores_per_gpu, fit, fit_here, places_on
 
 
 def refusal(nodes, workers=1, gpus_per_worker=None, **options) -> str:
@@ -86,11 +83,6 @@ def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(node
     assert ", more as its autoscaler adds nodes with " in str(found)
 
 
-def test_a_cluster_of_this_machine_does_not_grow(cluster):
-    assert not has_autoscaler()
-    assert [node["CPU"] for node in cluster_nodes()] == [2.0]
-
-
 @pytest.mark.parametrize(
     ("concurrency", "cpus", "said"),
     [
@@ -118,19 +110,3 @@ def test_cores_are_those_of_the_nodes_with_gpus():
 def test_parts_of_a_gpu_come_from_one(gpus, share, places):
     assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
     assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 10.0, "GPU": share}) == min(1, places)
-
-
-@pytest.mark.parametrize(
-    ("status", "grows"),
-    [
-        (None, False),
-        ({"load_metrics_report": {}, "time": 1.0}, False),  # in the first seconds of a cluster
-        ({"autoscaler_report": None}, False),
-        ({"autoscaler_report": {"node_type_mapping": {"10.0.0.1": "node_10.0.0.1"}}}, False),
-        ({"autoscaler_report": {"node_type_mapping": {"10.0.0.1": "node_10.0.0.1", "10.0.0.2": "gpu"}}}, True),
-    ],
-)
-def test_autoscaler_is_known_by_its_node_types(monkeypatch, status, grows):
-    said = None if status is None else json.dumps(status).encode()
-    monkeypatch.setattr(ray_patches, "internal_kv_get", lambda key, namespace=None: None if namespace else said)
-    assert has_autoscaler() == grows

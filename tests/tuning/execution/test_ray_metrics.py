@@ -18,9 +18,9 @@ from ruamel.yaml import YAML
 
 import raytune_emotion
 from raytune_emotion.tuning.execution import ray_metrics
-from raytune_emotion.tuning.execution.job import Resources
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_metrics import METRICS, StudyMetrics, study_metrics
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.cluster import RUN_SPACE

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import BEST, LAST
+from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import BEST, HISTORY, LAST, read_best, read_history
+from raytune_emotion.learn.checkpoint import read_best
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, read_history
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
-from raytune_emotion.tuning.execution.job import Resources, job_of, newest_report, train_here
+from raytune_emotion.tuning.execution.job import job_of, newest_report, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal

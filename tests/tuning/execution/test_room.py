@@ -2,8 +2,9 @@
 
 import pytest
 
-from raytune_emotion.tuning.execution.job import Resources
-from raytune_emotion.tuning.execution.placement import ClusterNode, Placement
+from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode
+from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.room import Room
 
 

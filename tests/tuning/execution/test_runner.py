@@ -21,10 +21,10 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import handle_signals
-from raytune_emotion.learn.checkpoint import read_history
+from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.tuning.execution import runner
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.job import OutOfMemory, job_of, train_here
-from raytune_emotion.tuning.execution.placement import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.policy import freeze_thaw

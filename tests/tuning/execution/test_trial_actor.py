@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.learn.report import HEARD
-from raytune_emotion.tuning.execution.job import Job, OutOfMemory, Resources, TrialFailed
+from raytune_emotion.learn.run_folder import read_history
+from raytune_emotion.tuning.execution.job import Job, OutOfMemory, TrialFailed
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import ENDING, TrialActor
 from raytune_emotion.tuning.study.endings import Broken, Failed
 

@@ -6,7 +6,7 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.execution.placement import fit_to_cluster
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier, write_earlier
 from raytune_emotion.tuning.space.parser import parse_space

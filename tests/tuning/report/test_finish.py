@@ -6,9 +6,10 @@ import json
 import pytest
 
 from raytune_emotion.data.prepare import prepare
-from raytune_emotion.learn.checkpoint import read_history
 from raytune_emotion.learn.combine import Gain
-from raytune_emotion.tuning.execution.job import Job, Resources, job_of, train_here
+from raytune_emotion.learn.run_folder import read_history
+from raytune_emotion.tuning.execution.job import Job, job_of, train_here
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.report import finish
 from raytune_emotion.tuning.report.finish import FINAL, FINISHED, finish_study
 from raytune_emotion.tuning.study.combination import (

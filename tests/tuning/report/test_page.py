@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from raytune_emotion.learn.checkpoint import HISTORY
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.report.page import report_files, write_report

@@ -14,10 +14,11 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.checkpoint import BEST, PREDICTIONS, read_best
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.combine import mean_weights
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
+from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
 from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble

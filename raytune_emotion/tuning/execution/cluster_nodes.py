@@ -1,0 +1,48 @@
+"""Tell what the nodes of the cluster that this process has joined have, and fit trials to them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from raytune_emotion.tuning.execution.placement import Nodes, Placement, fit
+from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_autoscaler
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """A node that lives."""
+
+    name: str  # for people
+    resources: dict[str, float]
+    draining: bool = False  # whether it ends soon, as after a spot instance's notice, and takes nothing new
+
+
+def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+    """Fit trials to the cluster that this process has joined; see `fit`."""
+    return fit(
+        cluster_nodes(),
+        "the cluster",
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        concurrency=concurrency,
+        grows=has_autoscaler(),
+    )
+
+
+def cluster_nodes() -> Nodes:
+    """Return what each node of the cluster has that takes work: one that is being drained takes none."""
+    return [node.resources for node in list_nodes().values() if not node.draining]
+
+
+def list_nodes() -> dict[str, ClusterNode]:
+    """Return the nodes of the cluster that live, by their ids."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    draining = draining_nodes()
+    return {
+        node["NodeID"]: ClusterNode(
+            f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})", node["Resources"], node["NodeID"] in draining
+        )
+        for node in nodes
+        if node["Alive"]
+    }

@@ -1,0 +1,25 @@
+"""Say what a trial takes of a machine or a cluster."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources of one trial."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        return {"CPU": self.cpus_per_worker} | ({"GPU": self.gpus_per_worker} if self.gpus_per_worker else {})
+
+    @property
+    def need(self) -> str:
+        """Say what each worker takes."""
+        return " and ".join(f"{amount:g} {kind}" for kind, amount in self.per_worker.items())
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus_per_worker))
