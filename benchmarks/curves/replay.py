@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-import pandas as pd
 import torch
 
 from benchmarks.curves.response import Nearest, Surrogate, fit_responses, read_curves
 from benchmarks.simulation import Driver, Found, Simulation
 from raytune_emotion.tuning.policy.candidates import draw_candidates, settings_of
+from raytune_emotion.tuning.policy.encoding import Columns
 from raytune_emotion.tuning.policy.freeze_thaw import TAKE_UP_S
 from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.parser import load_space
@@ -129,8 +129,8 @@ def in_order(seconds_N: Floats, js_N: Floats, begun: Floats) -> Found:
     return Found(seconds_N[order], np.minimum.accumulate(js_N[order]), begun)
 
 
-def drawn(space: Space, seed: int, block: int) -> pd.DataFrame:
-    """Some configurations at random, a row each."""
+def drawn(space: Space, seed: int, block: int) -> Columns:
+    """Some configurations at random."""
     rng = np.random.default_rng(zlib.crc32(f"{seed}/{block}".encode()))
     return settings_of(space, draw_candidates(space.parameters, [], rng))
 

@@ -26,8 +26,12 @@ class Listed:
     """Trials of configurations that were drawn before, of which none is stopped."""
 
     def __init__(self, space, seed):
-        blocks = (replay.drawn(space, seed, block) for block in range(100))
-        self._left = (settings for block in blocks for settings in block.to_dict("records"))
+        blocks = (replay.drawn(space, seed, block).of for block in range(100))
+        self._left = (
+            dict(zip(of, row, strict=True))
+            for of in blocks
+            for row in zip(*[c.tolist() for c in of.values()], strict=True)
+        )
         self._asked = 0
 
     def ask(self, limits):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FixedTrial, FrozenTrial
 
@@ -16,6 +15,7 @@ from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.encoding import (
     Column,
+    Columns,
     Configurations,
     Encoding,
     encoding_of,
@@ -77,7 +77,7 @@ def domain_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Domain:
     return Domain(
         parameters,
         encoding_of_parameters(parameters),
-        lambda params: pd.DataFrame(dict(params)),
+        Columns,
         lambda trial: trial.params,
         settings_key,
     )
@@ -138,7 +138,7 @@ def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
     return [distribution.low + number * distribution.step for number in range(steps + 1)]
 
 
-def settings_of(space: Space, params: Params) -> pd.DataFrame:
+def settings_of(space: Space, params: Params) -> Columns:
     """Return what a space makes of parameters, of the settings in which trials can differ; a row each."""
     deciding = space.condition_keys()
     count = len(next(iter(params.values())))
@@ -162,7 +162,7 @@ def settings_of(space: Space, params: Params) -> pd.DataFrame:
         for key, value in space.flatten(found).items():
             if key in columns:
                 columns[key][rows] = value
-    return pd.DataFrame(columns)
+    return Columns(columns)
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

@@ -7,17 +7,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.space import Space
 
-#: Of M configurations: one after the other, or as a table of one row each.
-Configurations = Sequence[Mapping[str, Any]] | pd.DataFrame
 #: A value of each of M configurations.
 Column = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Settings of M configurations: by each setting's name its values, NaN where one lacks it."""
+
+    of: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.of.values()), ()))
+
+
+#: Of M configurations: one after the other, or by columns.
+Configurations = Sequence[Mapping[str, Any]] | Columns
 
 
 @dataclass(frozen=True)
@@ -56,10 +67,27 @@ class Encoding:
 
     def __call__(self, settings: Configurations) -> Floats:
         """Return the points, [M, D]; coordinates of what is not set lie in the middle."""
-        table = pd.DataFrame(settings, columns=[*self.ranges, *self.choices])
-        numbers = [axis.unit(table[key].to_numpy(float)) for key, axis in self.ranges.items()]
-        words = [(table[key] == word).to_numpy(float) for key, listed in self.choices.items() for word in listed]
-        return np.stack([*numbers, *words], axis=1) if len(self.names) else np.zeros((len(table), 0))
+        x_MD = np.zeros((len(settings), len(self.names)))
+        place = 0
+        for key, axis in self.ranges.items():
+            x_MD[:, place] = axis.unit(_column(settings, key).astype(float))
+            place += 1
+        for key, listed in self.choices.items():
+            column_M = _column(settings, key)
+            for word in listed:
+                x_MD[:, place] = column_M == word
+                place += 1
+        return x_MD
+
+
+def _column(settings: Configurations, key: str) -> Column:
+    """Return the values of a setting, [M], NaN where it is missing."""
+    if isinstance(settings, Columns):
+        return settings.of.get(key, np.full(len(settings), np.nan))
+    column_M = np.empty(len(settings), object)
+    found = [each.get(key) for each in settings]
+    column_M[:] = [np.nan if value is None else value for value in found]
+    return column_M
 
 
 def encoding_of(space: Space) -> Encoding:

@@ -12,8 +12,9 @@ further than any other before, as soon as that is half of what all trials have h
 begin. A study thus has a finished model early, and never ends without one.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
 from raytune_emotion.learn.report import Heard
-from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
+from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
     SECONDS,
     TAKEN_UP,
@@ -41,7 +42,7 @@ from raytune_emotion.tuning.policy.decisions import (
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
-from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Outlook
+from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Offer, Outlook
 from raytune_emotion.tuning.space.space import Space
 
 #: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
@@ -66,8 +67,8 @@ class _Plan:
     prunes: tuple[int, ...]  # paused trials that are ended for good
     merits: Mapping[int, float]  # of the paused trials that are worth it, by number: the logarithm of what they promise
     favourite: int | None  # the paused trial that goes before all, to learn of a length that no trial has had
-    begin: Begin | None  # a new trial, if one may begin
-    merit: float  # of it
+    offer: Callable[[], Offer | None] | None  # works out what to begin; None: no new trial may begin
+    merit: float  # of what is begun
 
     def best(self, number: int | None = None) -> int | None:
         """Return the paused trial, or whether the one of a number, that promises more than a new one."""
@@ -123,8 +124,12 @@ class FreezeThaw:
         for number in plan.prunes:
             if number in paused:
                 return Prune(number)
-        best = plan.best() if plan.begin is None or self._can_afford(past) else None
-        return plan.begin if best is None else TakeUp(best)
+        best = plan.best() if plan.offer is None or self._can_afford(past) else None
+        if best is not None:
+            return TakeUp(best)
+        with on_one_thread():
+            offer = plan.offer() if plan.offer is not None else None
+        return None if offer is None else Begin(offer.params if self._proposes else {})
 
     def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         """Answer for a report: at the end of a stretch, a trial pauses unless it would be taken up at once."""
@@ -136,7 +141,7 @@ class FreezeThaw:
         if number in plan.prunes:
             return "stop"
         # To go on costs nothing, while others would have to be taken up.
-        among = None if plan.begin is None or self._can_afford(past) else number
+        among = None if plan.offer is None or self._can_afford(past) else number
         return "go on" if plan.best(among) == number else "pause"
 
     def _plan_of(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
@@ -164,17 +169,18 @@ class FreezeThaw:
         paused = [trial for trial in past if is_paused(trial)]
         # By the trials begun, so that candidates stay the same until one of them is.
         rng = np.random.default_rng([self._seed, len(past)])
-        offer = outlook.offer(rng, self._draw) if limits.new else None
-        begin, merit = None, -math.inf
-        if offer is not None:
-            begin = Begin(offer.params if self._proposes else {})
-            merit = offer.merit - math.log(self._reports)
+        tried = {self._domain.key_of(trial) for trial in past}
+        offer = None
+        if limits.new and not is_exhausted(self._domain, tried):
+            # Worked out once, and only where it is needed: that takes half of the time.
+            offer = functools.cache(lambda: outlook.offer(rng, self._draw))
         if outlook.forecast is None:
             # Too little is known to prefer one: new trials first, then the paused in their order.
             first = {trial.number: -float(trial.number) for trial in paused}
-            return _Plan((), first, None, begin, merit if begin is None else math.inf)
-        if self._has_begun_enough(past):
-            merit = -math.inf
+            return _Plan((), first, None, offer, -math.inf if offer is None else math.inf)
+        merit = -math.inf
+        if offer is not None and not self._has_begun_enough(past) and (offered := offer()) is not None:
+            merit = offered.merit - math.log(self._reports)
         merits = self._merits(outlook, paused)
         favourite = self._favourite(outlook, paused) if self._owes_length(past, new=offer is not None) else None
         ranked = sorted(merits, key=lambda number: (number == favourite, merits[number]), reverse=True)
@@ -182,7 +188,7 @@ class FreezeThaw:
         if offer is None:
             kept &= {favourite, *self._list_contenders(outlook, paused)}
         worth = {number: value for number, value in merits.items() if number in kept}
-        return _Plan(tuple(ranked[limits.paused :]), worth, favourite, begin, merit)
+        return _Plan(tuple(ranked[limits.paused :]), worth, favourite, offer, merit)
 
     def _has_begun_enough(self, past: Sequence[FrozenTrial]) -> bool:
         """Tell whether first stretches have had their share of the training."""

@@ -31,7 +31,7 @@ def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
     params = draw_candidates(space.parameters, [seed_trial], np.random.default_rng(2))
     settings = settings_of(space, params)
     assert len(settings) == 2 * CANDIDATES
-    for row, found in zip(rows(params)[::7], settings.to_dict("records")[::7], strict=True):
+    for row, found in zip(rows(params)[::7], rows(settings.of)[::7], strict=True):
         suggested = space.suggest(FixedTrial(row))
         assert found == pytest.approx({key: suggested[key] for key in space.columns()}, abs=1e-8, nan_ok=True)
 

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from raytune_emotion.tuning.policy import forecast, gaussian_process
 from raytune_emotion.tuning.policy.acquisition import expected_improvement
-from raytune_emotion.tuning.policy.encoding import encoding_of
+from raytune_emotion.tuning.policy.encoding import Columns, encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
@@ -62,6 +62,16 @@ def test_what_a_branch_switches_off_lies_at_the_low_end_of_its_orders_of_magnitu
     encoding = encoding_of(space)
     seen = [{"optim.name": "sgd", "optim.weight_decay": 0}, {"optim.name": "adam", "optim.weight_decay": 1e-3}]
     assert encoding(seen) == pytest.approx(np.array([[0, 0, 1], [0.5, 1, 0]]))
+
+
+def test_configurations_by_columns_lie_where_they_lie_one_by_one(space):
+    encoding = encoding_of(space)
+    listed = [*draw(space, 20, seed=0), {}, {"optim.lr": None, "model.backbone": "of another study"}]
+    keys = ["optim.lr", *encoding.choices]  # not all: the others are missing
+    known = [{key: each[key] for key in keys if each.get(key) is not None} for each in listed]
+    columns = {key: np.array([each.get(key, np.nan) for each in known], object) for key in keys}
+    assert (encoding(Columns(columns)) == encoding(known)).all()
+    assert (encoding(known[-1:]) == encoding(listed[-1:])).all()
 
 
 def rank_correlation(forecast, space):

@@ -12,6 +12,7 @@ from benchmarks.simulation import Simulation
 from raytune_emotion.tuning.policy import freeze_thaw
 from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, TAKEN_UP, Limits
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
+from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
@@ -128,6 +129,17 @@ def test_decisions_follow_from_the_past_alone():
     assert [trial.params for trial in whole.optuna.trials] == [trial.params for trial in broken.optuna.trials]
     assert whole.reports == broken.reports
     assert whole.count(paused=True)
+
+
+def test_new_configurations_are_worked_out_only_where_one_may_begin(monkeypatch):
+    """That takes about half of the time of a decision."""
+    asked, planned = [], []
+    offer, make_plan = Outlook.offer, FreezeThaw._make_plan
+    monkeypatch.setattr(Outlook, "offer", lambda *args: asked.append(1) or offer(*args))
+    monkeypatch.setattr(FreezeThaw, "_make_plan", lambda *args: planned.append(1) or make_plan(*args))
+    study = Study()
+    study.run(4 * REPORTS)
+    assert len(study.reports) <= len(asked) < 0.8 * len(planned)
 
 
 def test_taking_trials_up_costs_a_small_share_of_the_training():
