@@ -223,10 +223,10 @@ def _check_resumed(request: SearchRequest, place: Location) -> None:
         _check_mlflow(request)
     with collect_errors(errors):
         refuse_absent_gpu(request.gpus_per_worker, request.address)
+    with collect_errors(errors):
+        _check_address(request)
     if errors:
-        # These are looked at again when the study is open: here only so that all errors are told at once.
-        with collect_errors(errors):
-            _check_address(request)
+        # Looked at again when the study is open: here only so that all errors are told at once.
         if request.data is not None:
             with collect_errors(errors):
                 find_data(request.data)
@@ -327,10 +327,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
     # Until all is written, the study's folder is this process's alone, or this process one of its drivers.
     with ExitStack() as held:
         held.enter_context(import_meanwhile(*_SLOW))
-        study = None
-        if new is None:
-            study, spec = _open_existing(request, place, held)
-        begun, ended = False, None
+        study, begun, ended = None, False, None
         try:
             with open_session(request.address, place.name) as cluster:
                 with announce("loading PyTorch"):
@@ -338,11 +335,14 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
                     from raytune_emotion.tuning.report.console import run_with_progress
                     from raytune_emotion.tuning.report.summary import ALL_TRIED
-                    from raytune_emotion.tuning.study.creation import new_spec
+                    from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
                     from raytune_emotion.tuning.study.open_study import go_on
                     from raytune_emotion.tuning.study.optuna_study import trials_to_continue
                 if new is not None:
                     spec = new_spec(request, place.name, new.space, new.data)
+                else:
+                    study = open_existing(place, held)
+                    spec = resumed_spec(request, study, _obstacles(request, study.folder))
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
@@ -387,23 +387,12 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             raise ended
 
 
-def _open_existing(request: SearchRequest, place: Location, held: ExitStack) -> "tuple[OpenStudy, StudySpec]":
-    """Open the study that goes on until `held` ends; with what its spec becomes."""
-    with announce("loading PyTorch"):
-        from raytune_emotion.tuning.study.creation import open_existing, resumed_spec
-
-    study = open_existing(place, held)
-    return study, resumed_spec(request, study, _obstacles(request, study.folder))
-
-
 def _obstacles(request: SearchRequest, folder: Path) -> list[str]:
-    """List what keeps a study from its cluster, or its export from being written at the end."""
+    """List what keeps the export of a study from being written at the end."""
     from raytune_emotion.learn.export_folder import check_replaceable
     from raytune_emotion.tuning.report.finish import FINISHED
 
     found: list[str] = []
-    with collect_errors(found):
-        _check_address(request)
     for name in ("best", FINISHED) if request.finish else ("best",):
         with collect_errors(found):
             check_replaceable(Folder(folder / name))

@@ -390,9 +390,8 @@ def finished(tmp_path_factory, store):
 
 class TestBadResuming:
     @pytest.fixture
-    def resumed(self, tmp_path, own_cache, finished, capsys, monkeypatch):
-        """Goes on with a copy of a study, which must be refused before Ray is started."""
-        monkeypatch.setattr(cluster_module, "ray_session", lambda *_, **__: pytest.fail("nothing is refused"))
+    def resumed(self, tmp_path, own_cache, finished, capsys, sessions):
+        """Goes on with a copy of a study, which must be refused before anything runs."""
         folder = tmp_path / "study"
         shutil.copytree(finished, folder)
 
@@ -455,12 +454,13 @@ class TestBadResuming:
             f"--warm-start: a study keeps the warm-start that it began with, {began}"
         ]
 
-    def test_what_the_study_has_may_be_said_again(self, resumed, tmp_path, space):
+    def test_what_the_study_has_may_be_said_again(self, resumed, tmp_path, space, sessions):
         """So the command that began the study goes on with it when --resume is added."""
         same = (f"--space={space()}", "--objective=val_js", "--seed=0", "--epochs=2", "--trials=3")
         told = resumed(*same, "--address=nonsense")
         assert len(told) == 1
         assert told[0].startswith("--address nonsense: ")
+        assert sessions == [], "Ray itself would look for the cluster for a quarter of an hour"
         # The space may name what the command line said otherwise.
         told = resumed(f"--space={space(SMALL_SPACE + 'train.epochs: 7')}", "--address=nonsense")
         assert len(told) == 1

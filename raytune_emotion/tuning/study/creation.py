@@ -1,4 +1,4 @@
-"""Make the spec of a study: of a new one, or of one that goes on. All is checked that can be before Ray is started."""
+"""Make the spec of a study: of a new one, or of one that goes on. All that can be is checked first."""
 
 import dataclasses
 import uuid
