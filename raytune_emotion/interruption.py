@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from raytune_emotion.errors import Breakdown
+
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _INSISTS = 3
 
@@ -128,19 +130,29 @@ def run_in_thread(name: str, action: Callable[[], None]) -> threading.Event:
 def import_meanwhile(*modules: str) -> Iterator[None]:
     """Import modules, one after the other, in a thread while the block runs, and wait for it.
 
-    For what takes seconds while the block waits for other processes. What fails is raised where the module is imported
-    again. The wait is for Python, which may crash if it ends within an import.
+    For what takes seconds while the block waits for other processes. The block imports what it needs of them itself. If
+    it fails where an import has failed before, that one's error is raised: PyTorch does not say the same a second time.
+    The wait is for Python, which may crash if it ends within an import.
     """
+    left, failures = threading.Event(), list[Exception]()
 
     def import_all() -> None:
-        with contextlib.suppress(Exception):
+        try:
             for module in modules:
-                importlib.import_module(module)
+                if not left.is_set():
+                    importlib.import_module(module)
+        except Exception as error:
+            failures.append(error)
 
     ended = run_in_thread("imports", import_all)
     try:
         yield
+    except (ImportError, RuntimeError) as error:
+        if failures and not isinstance(error, Breakdown):
+            raise failures[0] from error
+        raise
     finally:
+        left.set()
         ended.wait()
 
 

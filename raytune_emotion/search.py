@@ -24,8 +24,10 @@ from raytune_emotion.cli import (
 )
 from raytune_emotion.data.prepare import Data, find_data
 from raytune_emotion.data.synthetic import sample_folder
-from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.errors import Breakdown, UserError, collect_errors
 from raytune_emotion.interruption import finish_block, import_meanwhile
+from raytune_emotion.known_errors import first_line
+from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
@@ -225,6 +227,11 @@ def _check_resumed(request: SearchRequest, place: Location) -> None:
         refuse_absent_gpu(request.gpus_per_worker, request.address)
     with collect_errors(errors):
         _check_address(request)
+    folder = place.working_folder()
+    if not errors and folder.is_dir():
+        # Locked for good when it is opened: here only so that no Ray starts beside that of the process at work.
+        with collect_errors(errors), exclusive_lock(folder):
+            pass
     if errors:
         # Looked at again when the study is open: here only so that all errors are told at once.
         if request.data is not None:
@@ -318,7 +325,7 @@ _SLOW = ("raytune_emotion.tuning.study.creation", "raytune_emotion.tuning.report
 def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> None:
     """Run a study: a new one, or one that goes on.
 
-    Ray starts first, and PyTorch is loaded meanwhile: each takes seconds.
+    Ray of this machine starts first, and PyTorch is loaded meanwhile: each takes seconds.
     """
     from raytune_emotion.tuning.execution.cluster import open_session
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
@@ -327,6 +334,8 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
     # Until all is written, the study's folder is this process's alone, or this process one of its drivers.
     with ExitStack() as held:
         held.enter_context(import_meanwhile(*_SLOW))
+        # A cluster is joined last: to pack may take hours, and nobody watches meanwhile whether it lives.
+        prepared = _prepare(request, place, new, held) if request.address is not None else None
         study, begun, ended = None, False, None
         try:
             with open_session(request.address, place.name) as cluster:
@@ -335,14 +344,9 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
                     from raytune_emotion.tuning.report.console import run_with_progress
                     from raytune_emotion.tuning.report.summary import ALL_TRIED
-                    from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
                     from raytune_emotion.tuning.study.open_study import go_on
                     from raytune_emotion.tuning.study.optuna_study import trials_to_continue
-                if new is not None:
-                    spec = new_spec(request, place.name, new.space, new.data)
-                else:
-                    study = open_existing(place, held)
-                    spec = resumed_spec(request, study, _obstacles(request, study.folder))
+                study, spec = prepared or _prepare(request, place, new, held)
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
@@ -378,22 +382,49 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
             if not begun:
                 raise
             ended = why
-        from raytune_emotion.tuning.report.conclusion import conclude
-
         assert study is not None
         with finish_block(), study.drivers.turn("files"):
-            conclude(console, study, request.results, request.address)
+            _conclude(request, study)
         if ended is not None:
             raise ended
 
 
-def _obstacles(request: SearchRequest, folder: Path) -> list[str]:
+def _prepare(
+    request: SearchRequest, place: Location, new: _NewStudy | None, held: ExitStack
+) -> "tuple[OpenStudy | None, StudySpec]":
+    """Pack the data of a new study; or open one that goes on, until `held` ends. With the spec of either."""
+    with announce("loading PyTorch"):
+        from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
+
+    if new is not None:
+        return None, new_spec(request, place.name, new.space, new.data)
+    study = open_existing(place, held)
+    return study, resumed_spec(request, study, _obstacles(study.folder, finish=request.finish))
+
+
+def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
+    """Write what came out, and say it.
+
+    Raises:
+        Breakdown: a package that this needs cannot be imported. The study is whole.
+    """
+    try:
+        from raytune_emotion.tuning.report.conclusion import conclude
+    except Exception as error:
+        raise Breakdown(
+            f"{study.copy}: is recorded, but its export and its page cannot be made ({first_line(error)}); once they "
+            f"can, `{typed_command('search')} --resume` makes them"
+        ) from error
+    conclude(plain_console(), study, request.results, request.address)
+
+
+def _obstacles(folder: Path, *, finish: bool) -> list[str]:
     """List what keeps the export of a study from being written at the end."""
     from raytune_emotion.learn.export_folder import check_replaceable
     from raytune_emotion.tuning.report.finish import FINISHED
 
     found: list[str] = []
-    for name in ("best", FINISHED) if request.finish else ("best",):
+    for name in ("best", FINISHED) if finish else ("best",):
         with collect_errors(found):
             check_replaceable(Folder(folder / name))
     return found

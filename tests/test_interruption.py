@@ -218,3 +218,20 @@ def test_modules_are_imported_while_a_block_runs(tmp_path, monkeypatch):
     assert sys.modules["takes_time"].loaded
     with pytest.raises(OSError):  # noqa: PT011  # it has no text
         importlib.import_module("fails_at_once")
+
+
+def test_what_an_import_failed_by_at_first_is_told(tmp_path, monkeypatch):
+    """PyTorch says of a second attempt that a function has a docstring already."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fails_by_memory.py").write_text("raise OSError(12, 'Cannot allocate memory')")
+
+    def fail(error):
+        with import_meanwhile("fails_by_memory", "not_reached"):
+            time.sleep(0.2)
+            raise error
+
+    with pytest.raises(OSError, match="Cannot allocate memory") as caught:
+        fail(RuntimeError("function already has a docstring"))
+    assert "docstring" in str(caught.value.__cause__)
+    with pytest.raises(ValueError, match="of its own"):
+        fail(ValueError("of its own"))

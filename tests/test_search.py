@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -545,6 +546,36 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
         pass
 
 
+def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_so(
+    tmp_path, store, space, monkeypatch, capsys
+):
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "raytune_emotion.tuning.report.conclusion", None)
+    folder = tmp_path / "results" / "s"
+    argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
+    assert exit_code(argv) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{folder}: is recorded, but its export and its page cannot be made (" in told
+    assert told.endswith("search --resume` makes them")
+    with study_lock(folder):
+        read_spec(folder)
+
+
+def test_data_are_packed_before_a_cluster_is_joined(tmp_path, own_cache, space, capsys, sessions, monkeypatch):
+    """To pack may take hours, in which nobody would see that the cluster has died."""
+    monkeypatch.setattr(cluster_module, "check_cluster", lambda address: None)
+    data = write_folder(tmp_path / "faces")
+    sentence = spoil(data, "negative", "77")
+    told = refusal(
+        capsys, [tmp_path, own_cache / "raytune_emotion"], *command_on("search", data, tmp_path / "r", space()),
+        "--address=10.0.0.1:6379",
+    )  # fmt: skip
+    assert told[0].startswith(sentence)
+    assert sessions == []
+
+
 def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
     tmp_path, store, space, monkeypatch, capsys, no_plots
 ):
@@ -589,7 +620,7 @@ next:
     )
 
 
-def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, finished, capsys):
+def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, finished, capsys, sessions):
     shutil.copytree(finished, tmp_path / "results" / "study")
     argv = ["--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume"]
     with contextlib.ExitStack() as at_work:
@@ -600,6 +631,7 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
         assert exit_code(["search", *argv]) == 2
         assert f"error: {local}: another process is at work in it" in capsys.readouterr().err
         assert tree(local) == before
+        assert sessions == []
 
 
 def test_local_copy_of_another_study_is_kept_when_the_one_at_a_uri_goes_on(tmp_path, finished, capsys):

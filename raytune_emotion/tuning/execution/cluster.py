@@ -193,7 +193,7 @@ _CONNECT_S = 10.0
 def check_cluster(address: str | None) -> None:
     """Find out whether a Ray cluster of this version answers at an address, and lets this process in.
 
-    Asked first: Ray itself would try for a quarter of an hour, and only once the data are packed.
+    Asked first: Ray itself would try for a quarter of an hour.
 
     Raises:
         UserError: it does not, or it is the address of Ray's client.

@@ -7,8 +7,8 @@ from raytune_emotion.errors import UserError
 
 #: CUDA's driver library. PyTorch loads it by this name; where that fails, PyTorch has no NVIDIA GPU.
 _CUDA = "libcuda.so.1"
-#: Without one of these, PyTorch for ROCm has no AMD GPU: the driver's device, and that of Windows' Linux.
-_ROCM = (Path("/dev/kfd"), Path("/dev/dxg"))
+#: What a driver makes: of AMD, of Windows' Linux, and of NVIDIA, whose library may lie where PyTorch alone looks.
+_DEVICES = (Path("/dev/kfd"), Path("/dev/dxg"), Path("/dev/nvidiactl"), Path("/proc/driver/nvidia"))
 
 
 def refuse_absent_gpu(wanted: float | str | None, address: str | None) -> None:
@@ -35,7 +35,7 @@ def no_gpu(where: str, wanted: float | str) -> str:
 
 def may_have_gpu() -> bool:
     """Tell whether PyTorch may find a GPU here: False is certain."""
-    if any(path.exists() for path in _ROCM):
+    if any(path.exists() for path in _DEVICES):
         return True
     try:
         ctypes.CDLL(_CUDA)

@@ -1,4 +1,4 @@
-"""Fit trials to the cores and GPUs of machines, without Ray: what does not fit is refused before Ray is imported."""
+"""Fit trials to the cores and GPUs of machines, without Ray, so that what does not fit is refused at once."""
 
 import math
 import sys

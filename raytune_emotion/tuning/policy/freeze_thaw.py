@@ -12,6 +12,7 @@ further than any other before, as soon as that is half of what all trials have h
 begin. A study thus has a finished model early, and never ends without one.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
 from raytune_emotion.learn.report import Heard
-from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates, is_exhausted
+from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
 from raytune_emotion.tuning.policy.decisions import (
     SECONDS,
     TAKEN_UP,
@@ -67,7 +68,8 @@ class _Plan:
     prunes: tuple[int, ...]  # paused trials that are ended for good
     merits: Mapping[int, float]  # of the paused trials that are worth it, by number: the logarithm of what they promise
     favourite: int | None  # the paused trial that goes before all, to learn of a length that no trial has had
-    offer: Callable[[], Offer | None] | None  # works out what to begin; None: no new trial may begin
+    #: Works out what to begin, None where the space has no other; None itself: no new trial may begin.
+    offer: Callable[[], Offer | None] | None
     merit: float  # of what is begun
 
     def best(self, number: int | None = None) -> int | None:
@@ -127,9 +129,13 @@ class FreezeThaw:
         best = plan.best() if plan.offer is None or self._can_afford(past) else None
         if best is not None:
             return TakeUp(best)
+        if plan.offer is None:
+            return None
         with on_one_thread():
-            offer = plan.offer() if plan.offer is not None else None
-        return None if offer is None else Begin(offer.params if self._proposes else {})
+            offer = plan.offer()
+        if offer is None:  # the space has no other
+            return self.next(past, dataclasses.replace(limits, new=False))
+        return Begin(offer.params if self._proposes else {})
 
     def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         """Answer for a report: at the end of a stretch, a trial pauses unless it would be taken up at once."""
@@ -169,17 +175,16 @@ class FreezeThaw:
         paused = [trial for trial in past if is_paused(trial)]
         # By the trials begun, so that candidates stay the same until one of them is.
         rng = np.random.default_rng([self._seed, len(past)])
-        tried = {self._domain.key_of(trial) for trial in past}
-        offer = None
-        if limits.new and not is_exhausted(self._domain, tried):
-            # Worked out once, and only where it is needed: that takes half of the time.
-            offer = functools.cache(lambda: outlook.offer(rng, self._draw))
+        # Worked out once, and only where it is needed: that takes half of the time.
+        offer = functools.cache(lambda: outlook.offer(rng, self._draw)) if limits.new else None
         if outlook.forecast is None:
             # Too little is known to prefer one: new trials first, then the paused in their order.
             first = {trial.number: -float(trial.number) for trial in paused}
             return _Plan((), first, None, offer, -math.inf if offer is None else math.inf)
         merit = -math.inf
-        if offer is not None and not self._has_begun_enough(past) and (offered := offer()) is not None:
+        if offer is not None and not self._has_begun_enough(past):
+            if (offered := offer()) is None:
+                return self._make_plan(past, dataclasses.replace(limits, new=False))
             merit = offered.merit - math.log(self._reports)
         merits = self._merits(outlook, paused)
         favourite = self._favourite(outlook, paused) if self._owes_length(past, new=offer is not None) else None

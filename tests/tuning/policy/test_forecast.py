@@ -74,6 +74,12 @@ def test_configurations_by_columns_lie_where_they_lie_one_by_one(space):
     assert (encoding(known[-1:]) == encoding(listed[-1:])).all()
 
 
+def test_a_choice_of_nothing_is_the_same_by_columns_and_one_by_one():
+    encoding = encoding_of(parse_space({"augment.recipe": {"choice": [None, "light"]}}))
+    columns = Columns({"augment.recipe": np.array([None, "light"], object)})
+    assert (encoding(columns) == encoding([{"augment.recipe": None}, {"augment.recipe": "light"}])).all()
+
+
 def rank_correlation(forecast, space):
     unseen = [*draw(space, 60, seed=9)]
     return spearmanr(forecast(unseen)[0], [final(each) for each in unseen]).statistic
