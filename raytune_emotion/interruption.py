@@ -20,6 +20,10 @@ from raytune_emotion.errors import Breakdown
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _INSISTS = 3
+#: The code that holds the locks of imports; and when a signal that meets it comes again.
+_IMPORTER, _AGAIN_S = "<frozen importlib._bootstrap>", 0.05
+#: Longest wait for imports in a thread.
+_IMPORT_S = 30.0
 
 
 class _State:
@@ -34,6 +38,12 @@ _state = _State()
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
+    if frame is not None and frame.f_code.co_filename == _IMPORTER:
+        # An exception here may leave the lock of all imports taken, for which a thread that imports waits for ever.
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
     _state.ctrl_c += number == signal.SIGINT
     if number == getattr(signal, "SIGHUP", None):
         _leave_terminal()
@@ -153,7 +163,7 @@ def import_meanwhile(*modules: str) -> Iterator[None]:
         raise
     finally:
         left.set()
-        ended.wait()
+        ended.wait(_IMPORT_S)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from raytune_emotion import interruption
 from raytune_emotion.interruption import (
     check_interrupted,
     handle_signals,
@@ -235,3 +237,14 @@ def test_what_an_import_failed_by_at_first_is_told(tmp_path, monkeypatch):
     assert "docstring" in str(caught.value.__cause__)
     with pytest.raises(ValueError, match="of its own"):
         fail(ValueError("of its own"))
+
+
+def test_a_signal_that_meets_the_locks_of_imports_comes_again():
+    """Raised there, it would leave the lock of all imports taken."""
+    importer = SimpleNamespace(
+        f_code=SimpleNamespace(co_filename=importlib._bootstrap._get_module_lock.__code__.co_filename)
+    )
+    with handle_signals():
+        interruption._hear(signal.SIGTERM, importer)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
