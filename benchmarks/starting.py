@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import Table
+from raytune_emotion.tuning.study.trials import PARAMS
 
 TURNS = 5
 #: The limit of a single start.
@@ -77,7 +78,7 @@ def _begin(folder: Path, *options: str) -> float:
     command = [sys.executable, "-m", "raytune_emotion.search", "--results", str(folder), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=_LIMIT_S)
     # Written when a trial begins, with its settings.
-    return min((trial / "params.json").stat().st_mtime for trial in {*trials.glob("*")} - before) - began
+    return min((trial / PARAMS).stat().st_mtime for trial in {*trials.glob("*")} - before) - began
 
 
 def _status(folder: Path) -> float:

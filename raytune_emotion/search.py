@@ -40,7 +40,7 @@ from raytune_emotion.tuning.study.continuation import check_continuation
 from raytune_emotion.tuning.study.database import check_url
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.request import AUTO, DEFAULT_EPOCHS, DEFAULT_TRIALS, NONE, SearchRequest
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, spec_of
 
 if TYPE_CHECKING:
     from raytune_emotion.library.studies import Study
@@ -228,8 +228,9 @@ def _check_resumed(request: SearchRequest, place: Location) -> None:
     with collect_errors(errors):
         _check_address(request)
     folder = place.working_folder()
-    if not errors and folder.is_dir():
-        # Locked for good when it is opened: here only so that no Ray starts beside that of the process at work.
+    if not errors and folder.is_dir() and spec_of(place).storage is None:
+        # Locked for good when it is opened: here only so that no Ray starts beside that of the process at work. A
+        # study in a database has no such lock, and drivers that look at the same moment would refuse each other.
         with collect_errors(errors), exclusive_lock(folder):
             pass
     if errors:
@@ -339,14 +340,14 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
         study, begun, ended = None, False, None
         try:
             with open_session(request.address, place.name) as cluster:
-                with announce("loading PyTorch"):
-                    from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
-                    from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
-                    from raytune_emotion.tuning.report.console import run_with_progress
-                    from raytune_emotion.tuning.report.summary import ALL_TRIED
-                    from raytune_emotion.tuning.study.open_study import go_on
-                    from raytune_emotion.tuning.study.optuna_study import trials_to_continue
                 study, spec = prepared or _prepare(request, place, new, held)
+                from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+                from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
+                from raytune_emotion.tuning.report.console import run_with_progress
+                from raytune_emotion.tuning.report.summary import ALL_TRIED
+                from raytune_emotion.tuning.study.open_study import go_on
+                from raytune_emotion.tuning.study.optuna_study import trials_to_continue
+
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
@@ -411,9 +412,10 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
     try:
         from raytune_emotion.tuning.report.conclusion import conclude
     except Exception as error:
+        options = typed_options(results=request.results, name=study.spec.name, address=request.address)
         raise Breakdown(
             f"{study.copy}: is recorded, but its export and its page cannot be made ({first_line(error)}); once they "
-            f"can, `{typed_command('search')} --resume` makes them"
+            f"can, `{typed_command('search')} --resume{options}` makes them"
         ) from error
     conclude(plain_console(), study, request.results, request.address)
 

@@ -558,7 +558,7 @@ def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_
     assert exit_code(argv) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert f"{folder}: is recorded, but its export and its page cannot be made (" in told
-    assert told.endswith("search --resume` makes them")
+    assert told.endswith(f"search --resume --results {folder.parent} --name s` makes them")
     with study_lock(folder):
         read_spec(folder)
 

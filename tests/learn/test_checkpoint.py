@@ -88,6 +88,10 @@ def test_predictions_of_the_best_weights_are_kept(run, store):
     assert torch.allclose(kept_NK, logits_NK.double().softmax(-1), atol=1e-3)
 
 
+def test_there_is_no_progress_before_the_first_report(tmp_path):
+    assert read_progress(tmp_path) is None
+
+
 def test_predictions_of_another_report_are_not_taken(run):
     best = read_best(run / BEST)
     other = dataclasses.replace(best, report={**best.report, "report": best.report["report"] + 1})

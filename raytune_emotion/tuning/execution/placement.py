@@ -54,14 +54,12 @@ def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
 
 
 def check_room(request: SearchRequest) -> None:
-    """Check, before Ray is started, that this machine can run what a search without a cluster asks for.
+    """Check that this machine can run what a search without a cluster asks for.
 
     Raises:
         UserError: not even one trial fits, or there is no GPU.
     """
     workers = request.workers_per_trial or 1
-    if request.address is not None:
-        return
     if request.gpus_per_worker == AUTO:
         check_sharing([local_node()], "this machine", workers)
     else:

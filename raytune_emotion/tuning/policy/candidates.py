@@ -42,7 +42,7 @@ class Domain:
 
     parameters: Mapping[str, BaseDistribution]
     encoding: Encoding
-    #: Of values of all parameters: the settings, a row each.
+    #: Of values of all parameters: the settings.
     settings_of: Callable[[Params], Configurations]
     #: Of a trial: its settings.
     settings: Callable[[FrozenTrial], Mapping[str, Any]]
@@ -139,7 +139,7 @@ def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def settings_of(space: Space, params: Params) -> Columns:
-    """Return what a space makes of parameters, of the settings in which trials can differ; a row each."""
+    """Return what a space makes of parameters, of the settings in which trials can differ."""
     deciding = space.condition_keys()
     count = len(next(iter(params.values())))
     columns = {key: np.full(count, np.nan, object) for key in space.columns()}

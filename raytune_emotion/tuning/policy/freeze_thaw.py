@@ -175,7 +175,7 @@ class FreezeThaw:
         paused = [trial for trial in past if is_paused(trial)]
         # By the trials begun, so that candidates stay the same until one of them is.
         rng = np.random.default_rng([self._seed, len(past)])
-        # Worked out once, and only where it is needed: that takes half of the time.
+        # Worked out at most once, and only where it is needed: it takes half of the time of a decision.
         offer = functools.cache(lambda: outlook.offer(rng, self._draw)) if limits.new else None
         if outlook.forecast is None:
             # Too little is known to prefer one: new trials first, then the paused in their order.

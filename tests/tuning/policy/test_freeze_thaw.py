@@ -144,14 +144,12 @@ def test_new_configurations_are_worked_out_only_where_one_may_begin(monkeypatch)
 
 def test_a_space_that_has_no_other_configuration_goes_on_with_its_paused_trials(monkeypatch):
     """Also one whose parameters have too many values to be counted, of which only few are told apart."""
+    offer = Outlook.offer
     monkeypatch.setattr(Outlook, "offer", lambda self, *_: None if len(self._past) == 6 else offer(self, *_))
     study = Study(take_up_s=2.0)
     study.run(math.inf)
     assert len(study.reports) == 6
     assert max(study.reports) == REPORTS
-
-
-offer = Outlook.offer
 
 
 def test_taking_trials_up_costs_a_small_share_of_the_training():
