@@ -4,7 +4,7 @@
 
 All choose among the same configurations, those of the quick space without its start points, lest one know more than
 another, and train them by the same code on the same packed store, on two cores. Each study is a process of its own,
-whose time begins with its start.
+whose time begins with its start. Beside them this project runs with the start points, as its users do.
 """
 
 import argparse
@@ -125,6 +125,10 @@ def _ours(asked: Contest) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def _ours_with_start_points(asked: Contest) -> None:
+    _ours(dataclasses.replace(asked, space=str(SPACE)))
+
+
 def _random(asked: Contest) -> None:
     """Random configurations, each to its end, one a core."""
     processes = [get_context("spawn").Process(target=_train_every, args=(asked, core)) for core in range(CORES)]
@@ -193,6 +197,7 @@ STUDIES: dict[str, Callable[[Contest], None]] = {
     "Optuna with Hyperband": _optuna,
     "OptunaSearch + ASHAScheduler": _ray,
     "raytune_emotion": _ours,
+    "raytune_emotion with start points": _ours_with_start_points,
 }
 
 
@@ -231,7 +236,8 @@ def _draw(found: dict[str, list[list[tuple[float, float]]]], seconds: float) -> 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     times = np.linspace(0, seconds, 300)
-    for (name, studies), colour in zip(found.items(), ("#c9b79c", "#7fb069", "#1f6f8b", "#d1495b"), strict=True):
+    colours = ("#c9b79c", "#7fb069", "#1f6f8b", "#d1495b", "#8d5a97")
+    for (name, studies), colour in zip(found.items(), colours, strict=True):
         bests = np.array([[_best(points, at) for at in times] for points in studies])
         axes.plot(times, bests.mean(axis=0), color=colour, label=name, linewidth=2)
         axes.fill_between(times, bests.min(axis=0), bests.max(axis=0), color=colour, alpha=0.15, linewidth=0)
