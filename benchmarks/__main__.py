@@ -1,4 +1,4 @@
-"""Run benchmarks by name, or all of them: `python -m benchmarks [NAME …]`.
+"""Run benchmarks by name, or all that this machine can run: `python -m benchmarks [NAME …]`.
 
 Some need data of one's own, and are run alone: `python -m benchmarks taskset FOLDER` and
 `python -m benchmarks curves FILE… --space SPACE` compare policies of search on recorded curves;
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,6 +50,10 @@ WITH_DATA = {
 }
 _MODULES = {module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")}
 NAMES = sorted(_MODULES - _PARTS - WITH_DATA.keys())
+#: `gpu` runs others once more.
+_WITH_GPU = {"compiling", "gpu"}
+#: `policies` needs what `rivals` has written.
+_FIRST = "rivals"
 
 
 def main() -> int:
@@ -57,13 +62,20 @@ def main() -> int:
         return run(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
-    names = parser.parse_args().names or NAMES
+    names = parser.parse_args().names or sorted({*NAMES} - _WITH_GPU, key=lambda name: (name != _FIRST, name))
     if unknown := sorted({*names} - {*NAMES}):
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    failed = []
     for name in names:
         command = shlex.join(["python", "-m", "benchmarks", name])
-        measure(name, importlib.import_module(f"benchmarks.{name}").run, command)
-    return 0
+        try:
+            measure(name, importlib.import_module(f"benchmarks.{name}").run, command)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def measure(name: str, run: Callable[[], Table], command: str) -> None:

@@ -17,7 +17,7 @@ from benchmarks import Table
 from benchmarks.curves.replay import BUDGET, SHARE, Market, pool, read_markets, simulate
 from benchmarks.policies import ALSO, study
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SETTINGS, Decision, Limits
+from raytune_emotion.tuning.policy.decisions import SETTINGS, Decision, Limits, as_paused
 from raytune_emotion.tuning.policy.freeze_thaw import stretch_ends
 from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Outlook
 from raytune_emotion.tuning.study.optuna_study import Searcher
@@ -49,6 +49,8 @@ class Listening(Searcher):
     def decide(self, trial_id: str, report: Any, limits: Limits) -> Decision:
         past = self._kept.get_trials(deepcopy=False)
         if report["report"] in stretch_ends(self._reports) and len(past) > BEGUN:
+            # As the policy: the forecast of a trial that runs would be believed before it is weighed.
+            past = [as_paused(trial) if trial.number == int(trial_id) else trial for trial in past]
             outlook = Outlook(self._domain, past, Aim(reports=self._reports))
             settings = past[int(trial_id)].user_attrs[SETTINGS]
             if outlook.forecast is not None:

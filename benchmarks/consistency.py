@@ -144,7 +144,7 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
 def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
     torch.cuda.reset_peak_memory_stats()
     try:
-        for _ in fit(settings, open_repeated(cache_on_device), device=DEVICE, resident=settings.train.accumulate == 1):
+        for _ in fit(settings, open_repeated(place), device=DEVICE, resident=settings.train.accumulate == 1):
             break
         ending = "trained"
     except RuntimeError as error:

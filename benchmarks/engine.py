@@ -49,6 +49,7 @@ from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study import open_study
+from raytune_emotion.tuning.study.optuna_study import ENDED
 from raytune_emotion.tuning.study.spec import StudySpec
 
 
@@ -130,6 +131,8 @@ def make_study(folder: Path, store: Store, *, trials: int, epochs: int, start: l
         name=folder.name,
         seed=0,
         objective="val_js",
+        sampler="forecast",
+        scheduler="asha",
         trials=trials,
         epochs=epochs,
         concurrency=1,
@@ -216,7 +219,7 @@ def _measure(name: str, trials: int, epochs: int, store: Store, folder: Path) ->
         ends.append((_core_seconds(), time.monotonic()))
 
     def watch(event: Event) -> None:
-        if event.status != "running":
+        if event.status in ENDED:
             ended()
 
     left: dict[str, float] = {}

@@ -59,7 +59,7 @@ def study(plan: Plan, results: Path) -> Table:
     rows: list[tuple[object, ...]] = [("exit code", code), ("seconds", took)]
     rows += [
         (f"trials {status}", sum(trial["status"] == status for trial in trials))
-        for status in ("complete", "pruned", "failed", "running")
+        for status in ("complete", "pruned", "failed", "paused", "running")
     ]
     rows.append(("trials per hour", 3600 * len(ended_ones) / took))
     for start, reported in _by_start(trials):

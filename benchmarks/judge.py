@@ -351,19 +351,31 @@ class Verdict:
         }
 
     def show(self, console: Console, title: str) -> None:
-        """Print a table."""
+        """Print regrets of all recordings together, or the values on each alone with what they differ by."""
         table = Table(
             "policy", *(f"{share:.0%}" for share in SPENT), *(f"rank {share:.0%}" for share in SPENT), "random's end",
             title=title, title_justify="left", box=box.SIMPLE,
         )  # fmt: skip
-        word = ("mean_regret", "median_best_js")[not self.bounded]
-        for name, each in self.to_json()["policies"].items():
-            spread = zip(each[word], each["standard_error"], strict=True)
+        policies = self.to_json()["policies"]
+        for name, each in policies.items():
+            cells = _with_errors(each["mean_regret"], each["standard_error"]) if self.bounded else [""] * len(SPENT)
             ranks = [f"{rank:.2f}" for rank in each["mean_rank"]]
             share = each["share_to_random_end"]
             reached = "-" if share is None else f"{share:.2f}" if share <= 1 else "not reached"
-            table.add_row(name, *(f"{value:.4f} ±{error:.4f}" for value, error in spread), *ranks, reached)
+            table.add_row(name, *cells, *ranks, reached)
+        for recording in () if self.bounded else self.recordings:
+            for name, each in policies.items():
+                means = (f"{value:.4f}" for value in each["by_recording"][recording])
+                table.add_row(f"{name}, {recording}", *means)
+                if name != DEFAULT and (more := each["minus_default"]) is not None:
+                    less = more[recording]
+                    cells = _with_errors(less["mean"], less["standard_error"], sign="+")
+                    table.add_row(f"{name} - {DEFAULT}, {recording}", *cells)
         console.print(table)
+
+
+def _with_errors(values: Sequence[float], errors: Sequence[float], sign: str = "") -> list[str]:
+    return [f"{value:{sign}.4f} ±{error:.4f}" for value, error in zip(values, errors, strict=True)]
 
 
 def _ranks(value_PTSA: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -15,6 +15,7 @@ from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.optuna_study import ENDED
 
 TRIALS, EPOCHS = 300, 3
 EVERY = 10
@@ -35,7 +36,7 @@ def run() -> Table:
 
     def watch(event: Event) -> None:
         nonlocal ended, before
-        if event.status == "running":
+        if event.status not in ENDED:
             return
         ended += 1
         if ended % EVERY == 0:

@@ -1,11 +1,11 @@
 """Compare policies of search on learning curves that were recorded of a search space of this project.
 
-    python -m benchmarks curves FILE.csv… --space SPACE.yaml [--start-points] [--workers W] [--seeds S] [--json FILE]
+    python -m benchmarks curves FILE.csv… --space SPACE.yaml [--start-points] [--trials N] [--workers W] [--json FILE]
 
 A file has a row for every evaluation of a trial, with the columns `trial`, one per setting of the space by its dotted
 path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. What
 `benchmarks.curves.record` has written is taken, too. Trials that ended before the others are left out. A study has the
-time of a quarter of the recorded trials.
+time of `--trials` mean trials, or of a quarter of the recorded ones: it begins more than it trains to the end.
 
 `default` begins with the portfolio, as a study of this space does, but without the part that was recorded on the data
 whose name the file has. `no-portfolio` is the default without one. `misled` has one in which the best configuration has
@@ -32,7 +32,7 @@ from raytune_emotion.tuning.space.space import Space
 _TRIAL, _EPOCH, _SECONDS, _JS = "trial", "epoch", "seconds", "val_js"
 #: What `benchmarks.curves.record` calls the same.
 _OWN = {"configuration": _TRIAL, "core_seconds": _SECONDS}
-#: The share of the recorded trials whose time a study has: it begins more than it trains to the end.
+#: The share of the recorded trials whose time a study has.
 _SHARE = 1 / 4
 
 
@@ -41,24 +41,31 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recorded curves, as CSV or *.parquet")
     parser.add_argument("--space", required=True, metavar="SPACE", help="the space that they were drawn from")
     parser.add_argument("--start-points", action="store_true", help="begin every study with those of the space")
+    parser.add_argument("--trials", type=int, metavar="N", help="whose time a study has (default: a quarter of all)")
     add_arguments(parser, seeds=10)
     args = parser.parse_args(arguments)
+    if args.trials is not None and args.trials < 1:
+        parser.error("--trials: must be at least 1")
     names = policies_of(parser, args)
     try:
         space = load_space(find_space(args.space))
-        recordings = [read_recording(file, space) for file in args.files]
+        recordings = [read_recording(file, space, args.trials) for file in args.files]
         if args.start_points:
             recordings = [dataclasses.replace(each, start=space.start_points()) for each in recordings]
     except UserError as error:
         parser.error("; ".join(error.faults))
     count = ", ".join(f"{len(each.params)} trials of {each.name}" for each in recordings)
-    begun = ", begun with the start points" if args.start_points else ""
-    run(recordings, names, args, f"best JS, bits, on {count}, {args.workers} workers, {args.seeds} seeds{begun}")
+    rest = f", the time of {args.trials} trials" if args.trials else ""
+    rest += ", begun with the start points" if args.start_points else ""
+    run(recordings, names, args, f"best JS, bits, on {count}, {args.workers} workers, {args.seeds} seeds{rest}")
     return 0
 
 
-def read_recording(file: Path, space: Space) -> Recording:
+def read_recording(file: Path, space: Space, trials: int | None = None) -> Recording:
     """Read the curves of trials.
+
+    Args:
+        trials: whose mean time a study has; a quarter of those recorded by default.
 
     Raises:
         UserError: a column is missing, or no two trials can be compared.
@@ -78,7 +85,7 @@ def read_recording(file: Path, space: Space) -> Recording:
     value_NR = np.minimum.accumulate([rows[_JS].to_numpy(float) for rows in whole], axis=1)
     seconds_NR = np.diff([rows[_SECONDS].to_numpy(float) for rows in whole], axis=1, prepend=0.0)
     params = [params_of(space, {str(key): value for key, value in rows.iloc[0].items()}) for rows in whole]
-    budget = float(seconds_NR.sum()) * _SHARE
+    budget = float(seconds_NR.sum()) * (_SHARE if trials is None else trials / len(whole))
     return Recording(file.stem, space, params, value_NR, seconds_NR, budget, TAKE_UP_S, choose=False)
 
 

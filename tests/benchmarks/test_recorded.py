@@ -41,6 +41,12 @@ def test_a_table_of_anybody_says_the_same(recording, tmp_path):
     assert np.allclose(again.seconds_NR, recording.seconds_NR)
 
 
+def test_a_study_has_the_time_of_as_many_trials_as_are_named(recording):
+    few = read_recording(CURVES / "ferplus_small.parquet", read_space(), trials=8)
+    assert few.budget == pytest.approx(8 * recording.seconds_NR.sum(axis=1).mean())
+    assert recording.budget == pytest.approx(len(recording.params) / 4 * recording.seconds_NR.sum(axis=1).mean())
+
+
 def test_a_study_on_recorded_curves_begins_with_the_portfolio_of_other_data(recording):
     assert portfolio_of_others(recording).recorded == ("drawn",)
     of_others = dataclasses.replace(recording, name="faces")

@@ -16,9 +16,8 @@ from raytune_emotion.storage.locations import files_below
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.report.summary import BestTrial, Summary, per_hour, summarize, time_left
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import Proposal, Status
+from raytune_emotion.tuning.study.optuna_study import ENDED, Proposal, Status
 
-_ENDED: tuple[Status, ...] = ("complete", "pruned", "failed")
 #: Between two looks at the disk: a study may have thousands of files.
 _DISK_S = 10.0
 
@@ -55,7 +54,7 @@ class Snapshot:
 
     @property
     def ended(self) -> int:
-        return sum(self.summary.trials[status] for status in _ENDED)
+        return sum(self.summary.trials[status] for status in ENDED)
 
     @property
     def end_in(self) -> float | None:
@@ -151,11 +150,11 @@ class StudyProgress:
         if best is not None:
             points.append((self._before + session, best.val_js))
         active = self._earlier.active_seconds + (session - self._first if self._first is not None else 0.0)
-        ended = sum(counts[status] for status in _ENDED)
+        ended = sum(counts[status] for status in ENDED)
         under_way = (
             min(1.0, self._epochs.get(trial_id, 0.0) / self._spec.epochs)
             for trial_id, status in self._states.items()
-            if status not in _ENDED
+            if status not in ENDED
         )
         summary = dataclasses.replace(
             self._earlier,

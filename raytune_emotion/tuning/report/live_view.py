@@ -11,6 +11,7 @@ from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.terminal import byte_size, escape
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress, TrialAtWork
 from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, rate_text, sparkline, value_text
+from raytune_emotion.tuning.study.optuna_study import ENDED
 
 _LABEL = 12
 #: Of a trial's row, in columns: the bar of its epochs.
@@ -75,7 +76,7 @@ def _trials(snapshot: Snapshot, width: int) -> Text:
     for status, colour in _COLOURS.items():
         so_far += snapshot.summary.trials[status]
         until = round(cells * so_far / planned)
-        text.append(("━" if status in ("complete", "pruned", "failed") else "╍") * (until - drawn), colour)
+        text.append(("━" if status in ENDED else "╍") * (until - drawn), colour)
         drawn = until
     text.append("─" * (cells - drawn), "bright_black")
     return text.append(label)

@@ -53,6 +53,8 @@ from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 Status = Literal["complete", "pruned", "failed", "running", "paused"]
+#: Of trials that run no more.
+ENDED: tuple[Status, ...] = ("complete", "pruned", "failed")
 
 _STATES: dict[Status, TrialState] = {
     "complete": TrialState.COMPLETE,

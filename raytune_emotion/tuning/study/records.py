@@ -20,7 +20,7 @@ from raytune_emotion.storage.atomic import atomic_write
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
-from raytune_emotion.tuning.study.optuna_study import Status, StudyTrial, list_trials, read_trial
+from raytune_emotion.tuning.study.optuna_study import ENDED, Status, StudyTrial, list_trials, read_trial
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.trials import PARAMS
 
@@ -42,7 +42,7 @@ class TrialRecord:
 
     @property
     def ended(self) -> bool:
-        return self.status in ("complete", "pruned", "failed")
+        return self.status in ENDED
 
     @property
     def best(self) -> Report | None:
