@@ -29,7 +29,7 @@ from raytune_emotion.tuning.space.space import Fixed, Simplex, Space
 CANDIDATES = 1000
 #: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
 _ANEW, _STEP = 0.2, 0.1
-#: Parameters' values that are gone through, where all candidates were tried before.
+#: Configurations that are gone through, where all candidates were tried before.
 _ENUMERABLE = 100_000
 
 #: Values of every parameter of M configurations.
@@ -48,6 +48,8 @@ class Domain:
     settings: Callable[[FrozenTrial], Mapping[str, Any]]
     #: Of a configuration's parameters: what tells it from others.
     key: Callable[[Mapping[str, Any]], str]
+    #: Parameters that are drawn together: by what was decided before, if anything, those that follow.
+    branches: Sequence[tuple[Mapping[str, Any], Mapping[str, BaseDistribution]]]
     _keys: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # by the numbers of trials
 
     def key_of(self, trial: FrozenTrial) -> str:
@@ -69,6 +71,7 @@ def domain_of(space: Space) -> Domain:
         lambda params: settings_of(space, params),
         lambda trial: trial.user_attrs[SETTINGS],
         key,
+        [*space.branches()],
     )
 
 
@@ -80,6 +83,7 @@ def domain_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Domain:
         Columns,
         lambda trial: trial.params,
         settings_key,
+        [({}, parameters)],
     )
 
 
@@ -107,22 +111,23 @@ def row_of(params: Params, number: int) -> dict[str, Any]:
 
 def first_untried(domain: Domain, tried: set[str]) -> dict[str, Any] | None:
     """Return the first configuration, of a space that has few, that was not tried; chance need not have drawn it."""
-    values = {name: _all_values(distribution) for name, distribution in domain.parameters.items()}
-    if math.prod(len(those) for those in values.values()) > _ENUMERABLE or not all(map(len, values.values())):
-        return None
-    for point in itertools.product(*values.values()):
-        params = dict(zip(values, point, strict=True))
-        if domain.key(params) not in tried:
-            return params
+    for decided, drawn in domain.branches if _has_few(domain) else ():
+        for point in itertools.product(*map(_all_values, drawn.values())):
+            params = {**decided, **dict(zip(drawn, point, strict=True))}
+            if domain.key(params) not in tried:
+                return params
     return None
 
 
 def is_exhausted(domain: Domain, tried: set[str]) -> bool:
     """Tell whether a space has few configurations, and all of them were tried."""
-    values = [_all_values(distribution) for distribution in domain.parameters.values()]
-    # Branches may make one configuration of several values.
-    few = all(map(len, values)) and math.prod(map(len, values)) <= _ENUMERABLE
-    return few and first_untried(domain, tried) is None
+    return _has_few(domain) and first_untried(domain, tried) is None
+
+
+def _has_few(domain: Domain) -> bool:
+    """Tell whether all configurations of a space can be gone through."""
+    counts = [[len(_all_values(distribution)) for distribution in drawn.values()] for _, drawn in domain.branches]
+    return all(all(its) for its in counts) and sum(map(math.prod, counts)) <= _ENUMERABLE
 
 
 def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
@@ -139,7 +144,7 @@ def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def settings_of(space: Space, params: Params) -> Columns:
-    """Return what a space makes of parameters, of the settings in which trials can differ."""
+    """Return what a space makes of parameters: every setting that can be encoded, as a trial has it."""
     deciding = space.condition_keys()
     count = len(next(iter(params.values())))
     columns = {key: np.full(count, np.nan, object) for key in space.columns()}
@@ -162,7 +167,11 @@ def settings_of(space: Space, params: Params) -> Columns:
         for key, value in space.flatten(found).items():
             if key in columns:
                 columns[key][rows] = value
-    return Columns(columns)
+    # An earlier study may have searched what is fixed here. A list is searched by none.
+    same = {key: value for key, value in space.fixed_settings.items() if not isinstance(value, list)}
+    return Columns(
+        {key: np.full(count, np.nan if value is None else value, object) for key, value in same.items()} | columns
+    )
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:

@@ -82,13 +82,17 @@ class Encoding:
 
 
 def _column(settings: Configurations, key: str) -> Column:
-    """Return the values of a setting, [M], NaN where it is missing."""
+    """Return the values of a setting, [M], NaN where it is missing; a loss that is not in a mixture weighs 0."""
     if isinstance(settings, Columns):
-        return settings.of.get(key, np.full(len(settings), np.nan))
+        return settings.of[key] if key in settings.of else np.full(len(settings), _missing(settings.of, key))
     column_M = np.empty(len(settings), object)
-    found = [each.get(key) for each in settings]
+    found = [each[key] if key in each else _missing(each, key) for each in settings]
     column_M[:] = [np.nan if value is None else value for value in found]
     return column_M
+
+
+def _missing(settings: Iterable[str], key: str) -> float:
+    return 0.0 if key.startswith("loss.") and any(name.startswith("loss.") for name in settings) else math.nan
 
 
 def encoding_of(space: Space) -> Encoding:

@@ -7,7 +7,7 @@ Optuna sees a parameter under its setting's dotted path. In a branch of `when` i
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,13 +99,7 @@ class Space:
     @property
     def parameters(self) -> dict[str, BaseDistribution]:
         """Return every parameter that Optuna can see, by its name there."""
-        result: dict[str, BaseDistribution] = {}
-        for name, _, setting in self._all_settings():
-            if isinstance(setting, Simplex):
-                result |= dict.fromkeys(setting.raw_names(name).values(), _RAW_WEIGHT)
-            elif isinstance(setting, BaseDistribution):
-                result[name] = setting
-        return result
+        return _parameters((name, setting) for name, _, setting in self._all_settings())
 
     def columns(self) -> tuple[str, ...]:
         """Return the settings in which trials can differ, by dotted path, in the order of the file."""
@@ -177,6 +171,11 @@ class Space:
         for values in itertools.product(*map(self.values_of, keys)):
             yield dict(zip(keys, values, strict=True))
 
+    def branches(self) -> Iterator[tuple[dict[str, Any], dict[str, BaseDistribution]]]:
+        """Return each combination of what `when` asks for, with the parameters that are drawn beside it."""
+        for decided in self.decisions():
+            yield decided, _parameters(its for key, its in self.active_settings(decided).items() if key not in decided)
+
     def ends(self, decided: FlatConfig) -> dict[str, tuple[Any, ...]]:
         """Return the values between which those of each setting lie where what `when` asks for is as decided."""
         active = {key: _ends(setting) for key, (_, setting) in self.active_settings(decided).items()}
@@ -206,6 +205,17 @@ class Space:
         simplexes = [s.losses for _, _, s in self._all_settings() if isinstance(s, Simplex)]
         taking_part = {*self.values_of("loss"), *itertools.chain(*simplexes)}
         return [loss for loss in LOSSES if loss in taking_part]
+
+
+def _parameters(settings: Iterable[tuple[str, Setting]]) -> dict[str, BaseDistribution]:
+    """Return the parameters of settings, which are given by their names in Optuna."""
+    result: dict[str, BaseDistribution] = {}
+    for name, setting in settings:
+        if isinstance(setting, Simplex):
+            result |= dict.fromkeys(setting.raw_names(name).values(), _RAW_WEIGHT)
+        elif isinstance(setting, BaseDistribution):
+            result[name] = setting
+    return result
 
 
 def _ends(setting: Setting) -> tuple[Any, ...]:

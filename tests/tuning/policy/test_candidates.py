@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from optuna.trial import FixedTrial, TrialState, create_trial
 
-from raytune_emotion.tuning.policy.candidates import CANDIDATES, domain_of, draw_candidates, settings_of
+from raytune_emotion.tuning.policy.candidates import (
+    CANDIDATES,
+    domain_of,
+    draw_candidates,
+    first_untried,
+    is_exhausted,
+    settings_of,
+)
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.space.parser import parse_space
@@ -18,6 +25,7 @@ SPACES = {
         "data.image_size": {"choice": [32, 64]},
         "augment.flip": {"uniform": [0.0, 0.5, 0.25]},
         "model.dropout": {"uniform": [0.1, 0.3]},
+        "model.backbone": "resnet18",  # fixed; an earlier study may have searched it
     },
 }
 
@@ -32,8 +40,7 @@ def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
     settings = settings_of(space, params)
     assert len(settings) == 2 * CANDIDATES
     for row, found in zip(rows(params)[::7], rows(settings.of)[::7], strict=True):
-        suggested = space.suggest(FixedTrial(row))
-        assert found == pytest.approx({key: suggested[key] for key in space.columns()}, abs=1e-8, nan_ok=True)
+        assert found == pytest.approx(space.suggest(FixedTrial(row)), abs=1e-8, nan_ok=True)
 
 
 def test_the_second_half_lies_near_the_best():
@@ -69,6 +76,21 @@ def test_the_last_configuration_of_a_space_is_found_and_then_none(seed):
     left = offer(space, past[:-1], seed).params
     assert left["train.batch_size"] == 128
     assert left["augment.flip"] == pytest.approx(0.9)
+
+
+def test_configurations_of_a_branch_are_counted_without_the_parameters_of_others():
+    names = ["resnet18", "resnet34", "resnet50"]
+    when = [
+        {"if": {"model.backbone": [name]}, "optim.lr": {"choice": [(50 * number + i) / 1000 for i in range(1, 51)]}}
+        for number, name in enumerate(names)
+    ]
+    space = parse_space({"model.backbone": {"choice": names}, "when": when})
+    domain = domain_of(space)
+    tried = set()
+    while (params := first_untried(domain, tried)) is not None:
+        tried.add(domain.key(params))
+    assert len(tried) == 150
+    assert is_exhausted(domain, tried)
 
 
 def offer(space, past, seed):
