@@ -12,7 +12,9 @@ start:                                      # tried first; what is left out is s
 The whole format is in `json_schema`, by which editors complete and check a space.
 """
 
+import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -74,7 +76,7 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
     if not isinstance(node, MappingNode):
         raise UserError(f"{path}:1: a search space is a mapping of settings, such as `optim.lr: 1e-3`")
     space = _parse(_plain_values(node, (), source, yaml), source, overrides)
-    _check_together(source, space, _without_weights)
+    _check_together(source, space, _without_weights())
     source.finish()
     return space
 
@@ -474,16 +476,28 @@ def _why_outside(setting: Setting, value: Any) -> str | None:
 
 
 def _invalid(config: FlatConfig) -> tuple[str, ...]:
+    return _faults_of(json.dumps(config))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _faults_of(config: str) -> tuple[str, ...]:
+    """Return what is wrong with a configuration, in JSON: a space has a thousand, and is read several times."""
     try:
-        RunConfig.from_flat(config)
+        RunConfig.from_flat(json.loads(config))
     except UserError as error:
         return error.faults
     return ()
 
 
-def _without_weights(config: FlatConfig) -> tuple[str, ...]:
+def _without_weights() -> Callable[[FlatConfig], tuple[str, ...]]:
+    """Return what says why a configuration has no weights to start from; it looks once for those of each model."""
+    found = functools.cache(_faults_of_weights)
+    return lambda config: found(json.dumps({k: v for k, v in config.items() if k.startswith("model.")}))
+
+
+def _faults_of_weights(settings: str) -> tuple[str, ...]:
     try:
-        model = RunConfig.from_flat(config).model
+        model = RunConfig.from_flat(json.loads(settings)).model
         if model.pretrained or model.weights_dir is not None:
             # Only now: it imports timm, which takes seconds.
             from raytune_emotion.learn.model import check_weights

@@ -361,6 +361,22 @@ class TestTogether:
             "6: train.accumulate: at most train.batch_size (16), got 128"
         ]
 
+    def test_a_space_that_is_read_again_is_not_checked_anew(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A search reads its space several times, and checks a thousand configurations of it."""
+        judged: list[Any] = []
+        judge = RunConfig.from_flat
+        monkeypatch.setattr(RunConfig, "from_flat", lambda config: judged.append(config) or judge(config))
+        text = {"optim.lr": {"log_uniform": [1e-5, 1e-2]}, "model.dropout": {"uniform": [0.0, 0.123]}}
+        parse_space(text)
+        first = len(judged)
+        parse_space(text)
+        assert 0 < first == len(judged)
+
+    def test_one_and_true_are_told_apart_where_a_space_is_read_again(self) -> None:
+        parse_space({"model.pretrained": True, "optim.lr": {"uniform": [0.1, 0.2]}})
+        with pytest.raises(UserError, match=r"model\.pretrained: "):
+            parse_space({"model.pretrained": 1, "optim.lr": {"uniform": [0.1, 0.2]}})
+
     def test_weights_that_are_not_at_hand_are_a_fault_of_a_file_alone(self, tmp_path: Path) -> None:
         text = f"model.weights_dir: {tmp_path}\nmodel.backbone: {{choice: [resnet18, test_resnet]}}\n"
         for fault, name in zip(faults_of(tmp_path, text), ("resnet18", "test_resnet"), strict=True):
