@@ -104,7 +104,7 @@ class Simulation:
                 return
             if isinstance(answer, Prune):
                 trial_id = trial_id_of(answer.number)
-                self._driver.resume(trial_id)
+                self._driver.resume(trial_id, to_train=False)
                 self._driver.tell(trial_id, "pruned")
                 continue
             trial_id = answer.trial_id

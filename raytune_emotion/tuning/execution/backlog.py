@@ -81,7 +81,7 @@ class Backlog:
     def limits(self) -> Limits:
         """Return what the study allows now."""
         largest = max(self._paused.values(), default=0)
-        most = min(PAUSED_TRIALS, PAUSED_BYTES // largest) if largest else PAUSED_TRIALS
+        most = min(PAUSED_TRIALS, max(1, PAUSED_BYTES // largest)) if largest else PAUSED_TRIALS
         return Limits(new=self._begun < self._study.spec.trials, paused=most)
 
     def count(self) -> int:

@@ -222,7 +222,7 @@ class Recorder:
             if self.backlog.queue:
                 return self._searcher.resume(self.backlog.queue.popleft())
             while isinstance(answer := self._searcher.ask(self.backlog.limits), Prune):
-                self._end(self._searcher.resume(trial_id_of(answer.number)), Pruned(), None)
+                self._end(self._searcher.resume(trial_id_of(answer.number), to_train=False), Pruned(), None)
         self.backlog.take_in(answer)
         return answer
 
@@ -275,7 +275,7 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._look_around()  # another driver may have come meanwhile
             for trial_id in self.backlog.paused():
-                self._end(self._searcher.resume(trial_id), Pruned(), None)
+                self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
 
 
 def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:

@@ -193,5 +193,5 @@ def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
         and study.copy.has(f"trials/{record.trial_id}/{LAST}")
     ]
     extend(study.optuna, can)
-    trials = max(spec.trials, len(list_trials(study.optuna))) + len(can)
+    trials = max(max(spec.trials, len(list_trials(study.optuna))) + len(can), count_due(study.optuna))
     return study.with_spec(dataclasses.replace(spec, trials=trials))

@@ -182,14 +182,14 @@ class Searcher:
             trial.set_user_attr(SETTINGS, settings)
         return self._proposal_of(trial, settings)
 
-    def resume(self, trial_id: str) -> Proposal:
-        """Take up a trial that has begun, and has not ended."""
+    def resume(self, trial_id: str, *, to_train: bool = True) -> Proposal:
+        """Take up a trial that has begun, and has not ended: to train it, or only to tell its ending."""
         frozen = self._stored_trial(trial_id)
         trial = reopen(self._study, frozen)
         # Marked before it runs: a driver that is killed in between leaves it paused, or as its own.
         proposal = self._proposal_of(trial, frozen.user_attrs[SETTINGS])
         if frozen.user_attrs.get(PAUSED):
-            trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + 1)
+            trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + to_train)
             trial.set_user_attr(PAUSED, False)
         return proposal
 
@@ -284,9 +284,13 @@ def has_tried_all(study: optuna.Study, space: Space) -> bool:
 
 
 def count_due(study: optuna.Study) -> int:
-    """Return how many trials have begun, or wait to go on from another."""
+    """Return how many trials there are once all have begun that go on from another.
+
+    Optuna asks for the trials that wait in the order of their numbers: start points before continuations.
+    """
     trials = study.get_trials(deepcopy=False)
-    return sum(trial.state != TrialState.WAITING or CONTINUES in trial.user_attrs for trial in trials)
+    due = [trial for trial in trials if trial.state != TrialState.WAITING or CONTINUES in trial.user_attrs]
+    return max((trial.number + 1 for trial in due), default=0)
 
 
 def trials_to_continue(study: optuna.Study) -> set[str]:

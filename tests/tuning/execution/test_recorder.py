@@ -417,6 +417,19 @@ def test_the_command_that_has_raised_the_epochs_may_be_typed_again(folder):
     assert go_on(again, dataclasses.replace(again.spec, trials=9)).spec.trials == 9
 
 
+def test_start_points_that_still_wait_take_no_place_from_trials_that_go_on(tmp_path, store):
+    space = {**SPACE, "start": [{"optim.lr": lr} for lr in (1e-3, 2e-3, 3e-3)]}
+    folder = tmp_path / "study"
+    make_study(folder, spec_of(store, space=space, trials=2, epochs=3))
+    run(Recorder(load(folder)), folder, VALUES)
+    study = load(folder)
+    longer = raise_epochs(study, dataclasses.replace(study.spec, epochs=5))
+    assert longer.spec.trials == 5, "two that have ended, one start point, and two that go on"
+    assert go_on(longer, dataclasses.replace(longer.spec, trials=2)).spec.trials == 5
+    run(Recorder(longer), folder, VALUES, epochs=5)
+    assert [record.continues for record in longer.records()[3:]] == ["0001", "0000"]
+
+
 def test_a_study_at_another_place_is_there_before_a_trial_begins(folder, tmp_path):
     there = Folder(tmp_path / "there")
     recorder = Recorder(load(folder, there))

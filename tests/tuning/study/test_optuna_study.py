@@ -8,6 +8,7 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.tuning.policy.decisions import TAKEN_UP
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, list_trials, load_study, study_lock
@@ -157,6 +158,18 @@ def test_a_trial_whose_asking_was_cut_short_is_what_it_was_to_be(tmp_path, space
         else:
             proposals.append(searcher.ask())
     assert proposals[0] == proposals[1]
+
+
+def test_a_paused_trial_that_is_only_to_be_ended_is_not_taken_up(tmp_path, space):
+    study = create_study(tmp_path, space)
+    searcher = searcher_of(study, space, seed=0)
+    for to_train, taken_up in ((True, 1), (False, 0)):
+        trial_id = searcher.ask().trial_id
+        searcher.observe(trial_id, short_report(1, 0.3))
+        searcher.pause(trial_id, 1.0)
+        searcher.resume(trial_id, to_train=to_train)
+        searcher.tell(trial_id, "pruned")
+        assert study.trials[int(trial_id)].user_attrs[TAKEN_UP] == taken_up
 
 
 def test_a_renamed_folder_is_still_its_study(tmp_path, space):
