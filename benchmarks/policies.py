@@ -33,7 +33,7 @@ from benchmarks.curves.replay import (
 from benchmarks.former import FormerSampler
 from benchmarks.rivals import kept_goals
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
-from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
+from raytune_emotion.tuning.policy.decisions import FORECAST, FREEZE_THAW
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
 from raytune_emotion.tuning.policy.objective import JS_ALONE, OBJECTIVES, Objective
@@ -56,7 +56,7 @@ def study(
     seed: int,
     *,
     sampler: str = FORECAST,
-    scheduler: str = DEFAULT_SCHEDULER,
+    scheduler: str = FREEZE_THAW,
     objective: Objective = JS_ALONE,
     earlier: Sequence[Forecast] = (),
     kept: optuna.Study | None = None,

@@ -32,7 +32,7 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
-from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST, SAMPLERS, SCHEDULERS
+from raytune_emotion.tuning.policy.decisions import ASHA, FORECAST, FREEZE_THAW, LEARN_FROM_ENDED, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.space.space import Space
@@ -82,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheduler",
         choices=SCHEDULERS,
         metavar="NAME",
-        help=f"what decides which trials go on: {', '.join(SCHEDULERS)} (default: {DEFAULT_SCHEDULER})",
+        help=f"what decides which trials go on: {', '.join(SCHEDULERS)} (default: {FREEZE_THAW}; with the samplers "
+        f"{', '.join(LEARN_FROM_ENDED)}, which learn from ended trials alone: {ASHA})",
     )
     add("--trials", type=positive_integer, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
     add(

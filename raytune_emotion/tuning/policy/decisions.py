@@ -27,12 +27,14 @@ from raytune_emotion.learn.report import Heard, Report
 #: Names of what proposes configurations, this project's first; and of what decides which trials go on.
 FORECAST, FREEZE_THAW = "forecast", "freeze-thaw"
 SAMPLERS = (FORECAST, "tpe", "gp", "cmaes", "random", "qmc")
-SCHEDULERS = (FREEZE_THAW, "asha", "hyperband", "median", "none")
-DEFAULT_SCHEDULER = FREEZE_THAW
+ASHA = "asha"
+SCHEDULERS = (FREEZE_THAW, ASHA, "hyperband", "median", "none")
+#: Samplers that learn from trials that have ended alone: of those that are paused, few have for long.
+LEARN_FROM_ENDED = ("tpe", "gp", "cmaes")
 
 #: Attributes of an Optuna trial: its configuration by dotted path; its cost, where one counts; whether it is paused,
-#: for which Optuna has no state but `RUNNING`; the seconds it had trained when it last paused or ended; how often it
-#: was taken up; the driver that runs it, where a study has several.
+#: for which Optuna has no state but `RUNNING`; the seconds it had trained at the report by which it last paused or
+#: ended; how often it was taken up to train; the driver that runs it, where a study has several.
 SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP, DRIVER = "settings", "cost", "paused", "seconds", "taken_up", "driver"
 #: Attribute of an Optuna study: the expected further gain, as bits and seconds.
 GAIN = "expected_gain"
@@ -123,6 +125,11 @@ class Policy(Protocol):
         """
 
 
+def default_scheduler(sampler: str) -> str:
+    """Return the scheduler of a study with this sampler where none is named."""
+    return ASHA if sampler in LEARN_FROM_ENDED else FREEZE_THAW
+
+
 def is_running(trial: FrozenTrial) -> bool:
     """Tell whether a trial trains now."""
     return trial.state == TrialState.RUNNING and not trial.user_attrs.get(PAUSED)
@@ -144,9 +151,13 @@ def reports_left(trial: FrozenTrial, reports: int) -> int:
 
 
 def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
-    """Return a trial as it would be recorded if it paused now, after seconds of training where they are known."""
+    """Return a trial as it would be recorded if it paused now, after seconds of training where they are known.
+
+    What is recorded of a trial that runs are the seconds until it last paused, and it has reported since.
+    """
     paused = copy.copy(trial)
-    paused.user_attrs = {**trial.user_attrs, PAUSED: True, **({} if seconds is None else {SECONDS: seconds})}
+    known = {name: value for name, value in trial.user_attrs.items() if name != SECONDS}
+    paused.user_attrs = {**known, PAUSED: True, **({} if seconds is None else {SECONDS: seconds})}
     return paused
 
 

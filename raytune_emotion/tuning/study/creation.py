@@ -17,7 +17,7 @@ from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage.locations import Folder, Location, parse_location
-from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULER, FORECAST
+from raytune_emotion.tuning.policy.decisions import FORECAST, default_scheduler
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.space import Space
@@ -42,12 +42,13 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     check_space(space, data, workers=request.workers_per_trial or 1)
     stores = _stores(data, space, skip_bad=request.skip_bad)
     first = next(iter(stores.values()))
+    sampler = request.sampler or FORECAST
     return StudySpec(
         name=name,
         seed=space.fixed_settings.get("train.seed", 0),
         objective=request.objective or DEFAULT_OBJECTIVE,
-        sampler=request.sampler or FORECAST,
-        scheduler=request.scheduler or DEFAULT_SCHEDULER,
+        sampler=sampler,
+        scheduler=request.scheduler or default_scheduler(sampler),
         trials=request.trials or DEFAULT_TRIALS,
         epochs=space.fixed_settings["train.epochs"],
         concurrency=request.concurrency,
