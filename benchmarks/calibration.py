@@ -19,7 +19,7 @@ from benchmarks.policies import ALSO, study
 from raytune_emotion.tuning.policy.candidates import domain_of
 from raytune_emotion.tuning.policy.decisions import SETTINGS, Decision, Limits, as_paused
 from raytune_emotion.tuning.policy.freeze_thaw import stretch_ends
-from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Outlook
+from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Outlook
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 SEEDS = 8
@@ -55,7 +55,7 @@ class Listening(Searcher):
             settings = past[int(trial_id)].user_attrs[SETTINGS]
             if outlook.forecast is not None:
                 mean_M, std_M = outlook.forecast([settings])
-                chance = ndtr((outlook.forecast.best - mean_M[0]) / (WIDER * std_M[0]))
+                chance = ndtr((outlook.forecast.best - mean_M[0]) / (STD_FACTOR * std_M[0]))
                 self.foretold.append(Foretold(int(trial_id), outlook.forecast.best, float(chance)))
         return super().decide(trial_id, report, limits)
 

@@ -56,7 +56,7 @@ def test_a_study_on_recorded_curves_begins_with_the_portfolio_of_other_data(reco
 def test_what_misleads_says_the_contrary_of_the_portfolio(recording):
     settings = [*draw(recording.space, 50, seed=0)]
     (right,), (wrong,) = guide(recording), mislead(recording)
-    assert np.corrcoef(right.standard(settings), wrong.standard(settings))[0, 1] < -0.5
+    assert np.corrcoef(right.standard_scores(settings), wrong.standard_scores(settings))[0, 1] < -0.5
 
 
 def test_policies_are_compared_with_the_default_seed_by_seed():

@@ -55,7 +55,7 @@ def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floa
 
 
 def expected_improvement_of_front(
-    mean_M: Floats, std_M: Floats, cost_M: Floats, seen_N: Floats, cost_N: Floats
+    mean_M: Floats, std_M: Floats, cost_M: Floats, seen_N: Floats, cost_N: Floats, most: float
 ) -> Floats:
     """Return by how much the area above a front of value and cost grows in the mean, [M].
 
@@ -68,12 +68,13 @@ def expected_improvement_of_front(
         cost_M: of the candidates, [M].
         seen_N: values until now, [N], N > 0; below the least of their costs, the worst of them counts.
         cost_N: of those, [N].
+        most: the cost up to which the area counts, at least that of all of those.
     """
     order = np.argsort(cost_N, kind="stable")
     least_N = np.minimum.accumulate(seen_N[order])
     step = np.flatnonzero(np.diff(least_N, prepend=np.inf))
     starts = [-np.inf, *cost_N[order][step]]
-    ends = [*starts[1:], max(cost_M.max(), cost_N.max())]
+    ends = [*starts[1:], most]
     gain_M = np.zeros_like(mean_M)
     for value, start, end in zip([seen_N.max(), *least_N[step]], starts, ends, strict=True):
         width_M = np.maximum(0.0, end - np.maximum(start, cost_M))

@@ -44,8 +44,9 @@ _PERFECT = 1e-9
 _SAME = 1e-3
 #: Own trials that weigh as much as the belief that an earlier study's ranking holds.
 _TRUST = 4.0
-#: Points that are predicted from, in a time that grows with their cube.
-_POINTS = 400
+#: Points that are predicted from, in a time that grows with their cube; and how many of them may be failed trials, the
+#: newest.
+_POINTS, _FAILED = 400, 100
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Curve:
     """What is known of a trial."""
 
     settings: Mapping[str, Any]
-    values: Mapping[int, float]  # the best until a report, by the report's number; none of a trial that failed
+    values: Mapping[int, float]  # as reported, by the report's number; none of a trial that failed
 
 
 class Forecast:
@@ -86,8 +87,7 @@ class Forecast:
         """
         self._encoding, self._earlier, self.at_once = encoding, earlier, at_once
         points = _points(curves, reports)
-        self._log, self._share = points.log, points.longest
-        self.best = points.best
+        self._share, self.best = points.longest, points.best
         prior_N = self._prior(points.settings)
         y_N = points.value_N
         self._scale: float = (
@@ -118,11 +118,7 @@ class Forecast:
         """Take what is predicted of configurations for true, as of those that run: others then promise more."""
         self._posterior.believe(self._encode(settings))
 
-    def value(self, mean: float) -> float:
-        """Return the objective's value that a mean stands for."""
-        return math.exp(mean) if self._log else mean
-
-    def standard(self, settings: Configurations) -> Floats:
+    def standard_scores(self, settings: Configurations) -> Floats:
         """Return the means of M configurations in standard deviations of this study's values, [M]."""
         standard_M: Floats = (self(settings)[0] - self._mean) / self._scale
         return standard_M
@@ -135,7 +131,7 @@ class Forecast:
         """Return what earlier studies say of M configurations, [M], in standard deviations of theirs."""
         if not len(settings) or not self._earlier:
             return np.zeros(len(settings))
-        standard_M: Floats = np.mean([f.standard(settings) for f in self._earlier], axis=0)
+        standard_M: Floats = np.mean([f.standard_scores(settings) for f in self._earlier], axis=0)
         return standard_M
 
 
@@ -170,7 +166,6 @@ class _Points:
     value_N: Floats  # as at the length of the longest trial
     longest: float  # the share of the longest trial
     best: float  # the lowest value that was reported
-    log: bool  # whether values are logarithms
 
 
 def _points(curves: Sequence[Curve], reports: int) -> _Points:
@@ -181,39 +176,37 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
     """
     seen = [curve for curve in curves if curve.values]
     if not seen:
-        return _Points([], np.zeros(0), np.zeros(0), 1.0, math.inf, log=True)
+        return _Points([], np.zeros(0), np.zeros(0), 1.0, math.inf)
     last_N = np.array([max(curve.values) for curve in seen])
     most = int(last_N.max())
     value_NR = np.full((len(seen), most), np.nan)
     for row_R, curve in zip(value_NR, seen, strict=True):
         row_R[np.array([*curve.values]) - 1] = [*curve.values.values()]
-    log = bool(np.nanmin(value_NR) >= 0)
-    if log:
+    if np.nanmin(value_NR) >= 0:
         value_NR = np.log(np.maximum(value_NR, _PERFECT))
     rest_R = _remaining_change(value_NR)
-    row_N, at_N = _choose_reports(value_NR, last_N)
+    failed = [curve.settings for curve in curves if not curve.values][-_FAILED:]
+    row_N, at_N = _choose_reports(value_NR, last_N, _POINTS - len(failed))
     value_N = value_NR[row_N, at_N - 1] + rest_R[at_N - 1]
     length = math.log(max(reports, most, 2))
     longest = math.log(most) / length
-    failed = [curve.settings for curve in curves if not curve.values]
     return _Points(
         [*(seen[row].settings for row in row_N), *failed],
         np.concatenate([np.log(at_N) / length, np.full(len(failed), longest)]),
         np.concatenate([value_N, np.full(len(failed), value_N.max())]),
         longest,
         float(np.nanmin(value_NR)),
-        log,
     )
 
 
-def _choose_reports(value_NR: Floats, last_N: Ints) -> tuple[Ints, Ints]:
+def _choose_reports(value_NR: Floats, last_N: Ints, most: int) -> tuple[Ints, Ints]:
     """Return which reports of which trials are learned from: the last ones, and others as far as there is room."""
     lasts = [(number, int(last)) for number, last in enumerate(last_N)]
-    if len(lasts) > _POINTS:
+    if len(lasts) > most:
         # The best, between which the next decisions are, and as many of the others.
         ranked = np.argsort(np.nanmin(value_NR, axis=1), kind="stable")
-        others = ranked[_POINTS // 2 :]
-        kept = {*ranked[: _POINTS // 2], *others[np.linspace(0, len(others) - 1, _POINTS // 2).astype(int)]}
+        best, others = ranked[: most // 2], ranked[most // 2 :]
+        kept = {*best, *others[np.linspace(0, len(others) - 1, most // 2).astype(int)]}
         lasts = [(number, last) for number, last in lasts if number in kept]
     doublings = [2**power for power in range(1, int(last_N.max()).bit_length())]
     earlier = [
@@ -222,7 +215,7 @@ def _choose_reports(value_NR: Floats, last_N: Ints) -> tuple[Ints, Ints]:
         for report in doublings
         if report < last and not np.isnan(value_NR[number, report - 1])
     ]
-    room = min(_POINTS - len(lasts), len(earlier))
+    room = min(most - len(lasts), len(earlier))
     some: list[int] = np.linspace(0, len(earlier) - 1, room).astype(int).tolist() if room else []
     row_N, at_N = np.array(sorted([*lasts, *(earlier[each] for each in some)])).T
     return row_N, at_N

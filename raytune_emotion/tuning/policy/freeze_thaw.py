@@ -43,7 +43,7 @@ from raytune_emotion.tuning.policy.decisions import (
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
-from raytune_emotion.tuning.policy.outlook import WIDER, Aim, Draw, Offer, Outlook
+from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
 from raytune_emotion.tuning.space.space import Space
 
 #: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
@@ -73,7 +73,10 @@ class _Plan:
     merit: float  # of what is begun
 
     def best(self, number: int | None = None) -> int | None:
-        """Return the paused trial, or whether the one of a number, that promises more than a new one."""
+        """Return the number of the trial that goes on: of all paused ones, or of this one alone.
+
+        None where a new trial promises more.
+        """
         among = [number] if number is not None else [*self.merits]
         if self.favourite in among:
             return self.favourite
@@ -134,7 +137,8 @@ class FreezeThaw:
         with on_one_thread():
             offer = plan.offer()
         if offer is None:  # the space has no other
-            return self.next(past, dataclasses.replace(limits, new=False))
+            self._remember(past, limits, dataclasses.replace(limits, new=False))
+            return self.next(past, limits)
         return Begin(offer.params if self._proposes else {})
 
     def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
@@ -152,12 +156,14 @@ class FreezeThaw:
 
     def _plan_of(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
         """Plan anew, unless nothing has happened since that a plan depends on."""
-        known = (limits, *((trial.number, is_running(trial), len(trial.intermediate_values)) for trial in past))
         plan = self._plan[1]
-        if plan is None or self._plan[0] != known:
-            with on_one_thread():
-                plan = self._make_plan(past, limits)
-            self._plan = known, plan
+        return plan if plan is not None and self._plan[0] == _state(past, limits) else self._remember(past, limits)
+
+    def _remember(self, past: Sequence[FrozenTrial], limits: Limits, tighter: Limits | None = None) -> _Plan:
+        """Plan for these limits, by tighter ones where they are known to hold, until something happens."""
+        with on_one_thread():
+            plan = self._make_plan(past, tighter or limits)
+        self._plan = _state(past, limits), plan
         return plan
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:
@@ -237,7 +243,7 @@ class FreezeThaw:
             return {trial.number for trial in paused}
         assert outlook.forecast is not None
         mean_M, std_M = outlook.forecast([self._domain.settings(trial) for trial in paused])
-        hope_M = ndtr((outlook.forecast.best - mean_M) / (WIDER * std_M))
+        hope_M = ndtr((outlook.forecast.best - mean_M) / (STD_FACTOR * std_M))
         return {trial.number for trial, hope in zip(paused, hope_M, strict=True) if hope >= _HOPE}
 
     def _can_afford(self, past: Sequence[FrozenTrial]) -> bool:
@@ -245,6 +251,12 @@ class FreezeThaw:
         trained_s = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in past)
         taken_up = sum(int(trial.user_attrs.get(TAKEN_UP, 0)) for trial in past)
         return (taken_up + 1) * self._take_up_s <= _TAKE_UP_SHARE * trained_s
+
+
+def _state(past: Sequence[FrozenTrial], limits: Limits) -> object:
+    """Return all of the past that a plan depends on."""
+    # A trial that has failed is neither paused nor running, as one that is asked about as if it was paused is not.
+    return limits, [(trial.number, trial.state, is_running(trial), len(trial.intermediate_values)) for trial in past]
 
 
 def stretch_ends(reports: int) -> list[int]:

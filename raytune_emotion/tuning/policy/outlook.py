@@ -26,11 +26,14 @@ from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective, pareto_
 STARTUP = 4
 #: Trials whose neighbourhood is looked at.
 _BEST = 5
-#: By how much less sure a forecast is taken to be than it says: it turns out too sure (`benchmarks.calibration`).
-WIDER = 1.4
+#: What the standard deviation of a forecast is multiplied by: it turns out too sure (`benchmarks.calibration`).
+STD_FACTOR = 1.4
 #: Of what a trial costs: the length of the kernel, in parts of a range, times the root of the dimensions; and its
 #: noise, as a share of its variance. Costs are all but free of noise, and simple.
 _COST_LENGTH, _COST_NOISE = 0.5, 0.01
+
+#: How far a front is looked at beyond the largest cost that was seen, as a logarithm: up to twice that.
+_FRONT_MARGIN = math.log(2)
 
 #: Of the parameters, the best trials and a generator: configurations to choose from.
 Draw = Callable[[Mapping[str, BaseDistribution], Sequence[FrozenTrial], np.random.Generator], Params]
@@ -86,7 +89,7 @@ class Outlook:
         assert self.forecast is not None
         objective = self._aim.objective
         mean_M, std_M = self.forecast(settings)
-        std_M = WIDER * std_M
+        std_M = STD_FACTOR * std_M
         best = self.forecast.best if math.isfinite(self.forecast.best) else float(mean_M.min())
         if objective.cost is None or not self.reported:
             return log_expected_improvement(mean_M, std_M, best)
@@ -96,7 +99,9 @@ class Outlook:
         if not objective.front:
             # The cost is time already.
             return log_expected_improvement(mean_M, std_M, best) - cost_M
-        gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N)
+        # The same for new and for paused trials, which are compared.
+        most = float(logs_N.max()) + _FRONT_MARGIN
+        gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N, most)
         return np.log(np.maximum(gain_M, 1e-300))
 
     def expect_fall(self, settings: Configurations, left_M: Floats) -> tuple[Floats, Floats]:
@@ -108,7 +113,7 @@ class Outlook:
         """
         assert self.forecast is not None
         mean_M, std_M = self.forecast(settings)
-        fall_M = expected_fall(mean_M, WIDER * std_M, self.forecast.best)
+        fall_M = expected_fall(mean_M, STD_FACTOR * std_M, self.forecast.best)
         seconds_M: Floats = left_M * np.exp(self._log_seconds(settings))
         return fall_M, seconds_M
 

@@ -119,6 +119,22 @@ def test_what_is_believed_is_not_looked_for_again(space, earlier):
     assert std_after[1] > 0.4 * std_before[1]
 
 
+def test_a_loss_that_is_not_in_a_mixture_weighs_nothing(space):
+    encoding = encoding_of(space)
+    mixture = {"loss.kl": 0.5, "loss.js": 0.5}
+    whole = encoding([{**mixture, "loss.mse": 0.0}])
+    assert (encoding([mixture]) == whole).all()
+    assert (encoding(Columns({key: np.array([value], object) for key, value in mixture.items()})) == whole).all()
+
+
+def test_many_failed_trials_do_not_crowd_out_the_others(space):
+    drawn = [*draw(space, 460, seed=7)]
+    seen = [curve(each, 1) if number < 60 else Curve(each, {}) for number, each in enumerate(drawn)]
+    points = forecast._points(seen, LENGTH)
+    assert len(points.settings) == 60 + 100
+    assert points.settings[-1] == drawn[-1], "the newest"
+
+
 def test_an_earlier_study_helps_where_it_holds_and_is_left_where_it_does_not(space):
     encoding = encoding_of(space)
     # Other data: all values differ, the order does not.

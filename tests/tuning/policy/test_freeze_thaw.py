@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from benchmarks.simulation import Simulation
 from raytune_emotion.tuning.policy import freeze_thaw
-from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, TAKEN_UP, Limits
+from raytune_emotion.tuning.policy.decisions import NO_LIMITS, PAUSED, SECONDS, TAKEN_UP, Limits, TakeUp
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
@@ -142,6 +142,22 @@ def test_new_configurations_are_worked_out_only_where_one_may_begin(monkeypatch)
     assert len(study.reports) <= len(asked) < 0.8 * len(planned)
 
 
+def test_a_trial_that_failed_after_it_was_let_go_on_is_not_taken_up():
+    """Nothing was asked in between, so that the plan is the one by which it went on."""
+    study = Study(trials=8)
+    study.run(REPORTS)
+    past = study.optuna.get_trials()
+    policy = FreezeThaw(SPACE, epochs=REPORTS, reports=REPORTS, seed=0, take_up_s=0.0)
+    limits = Limits(new=False, paused=8)
+    best = past[policy.next(past, limits).number]
+    length = len(best.intermediate_values)
+    report = {"report": length, "epoch": float(length), "seconds": float(length)}
+    best.user_attrs[PAUSED] = False
+    assert policy.decide(str(best.number), report, past, limits) == "go on"
+    best.state = TrialState.FAIL
+    assert policy.next(past, limits) != TakeUp(best.number)
+
+
 def test_a_space_that_has_no_other_configuration_goes_on_with_its_paused_trials(monkeypatch):
     """Also one whose parameters have too many values to be counted, of which only few are told apart."""
     offer = Outlook.offer
@@ -150,6 +166,20 @@ def test_a_space_that_has_no_other_configuration_goes_on_with_its_paused_trials(
     study.run(math.inf)
     assert len(study.reports) == 6
     assert max(study.reports) == REPORTS
+
+
+def test_a_space_that_has_no_other_configuration_is_planned_once_without_one(monkeypatch):
+    study = Study(trials=8)
+    study.run(REPORTS)
+    past = study.optuna.get_trials()
+    planned, make_plan = [], FreezeThaw._make_plan
+    monkeypatch.setattr(FreezeThaw, "_make_plan", lambda *args: planned.append(1) or make_plan(*args))
+    monkeypatch.setattr(FreezeThaw, "_has_begun_enough", lambda *_: True)  # else one is worked out with the plan
+    monkeypatch.setattr(Outlook, "offer", lambda *_: None)
+    policy = FreezeThaw(SPACE, epochs=REPORTS, reports=REPORTS, seed=0, take_up_s=1e9)
+    for _ in range(3):
+        policy.next(past, NO_LIMITS)
+    assert len(planned) == 2, "with new trials, and then without"
 
 
 def test_taking_trials_up_costs_a_small_share_of_the_training():

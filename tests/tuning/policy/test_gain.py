@@ -81,6 +81,15 @@ def test_a_gain_takes_the_time_that_training_takes():
     assert soon.per_hour == pytest.approx(soon.bits * 3600 / (10 * REPORTS))
 
 
+def test_the_seconds_of_a_trial_that_runs_are_not_those_until_it_last_paused():
+    """It has reported since: by both its reports would take a fraction of their time."""
+    ended = past(*[4] * 6)
+    running = trial(6, {"optim.lr": 0.45}, curve(0.95, 3), TrialState.RUNNING)
+    again = trial(6, {"optim.lr": 0.45}, curve(0.95, 3), TrialState.RUNNING)
+    again.user_attrs |= {SECONDS: 10.0, PAUSED: False}  # it had one report then
+    assert gains()([*ended, again]) == gains()([*ended, running])
+
+
 def test_a_trial_promises_as_much_while_it_runs_as_when_it_is_paused():
     """Else a study would end while the best that it has is under way."""
 

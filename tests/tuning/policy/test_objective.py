@@ -5,11 +5,16 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import create_trial
 
 from raytune_emotion.tuning.policy.acquisition import expected_improvement_of_front
+from raytune_emotion.tuning.policy.candidates import domain_of
+from raytune_emotion.tuning.policy.decisions import COST, SETTINGS
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
+from raytune_emotion.tuning.policy.outlook import Aim, Outlook
 from raytune_emotion.tuning.policy.scheduler import Halving, replay, rungs_of
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.space.space import draw
 from raytune_emotion.tuning.study.records import TrialRecord
 from tests.support.studies import searcher_of
 
@@ -85,14 +90,29 @@ def area(values, costs, most_value, most_cost):
 )
 def test_the_improvement_of_a_front_is_the_area_that_draws_add_in_the_mean(seen, mean, std, cost):
     values, costs = map(list, zip(*seen, strict=True))
-    other = 4.0  # of a second candidate: nothing offered costs more
-    gain, _ = expected_improvement_of_front(
-        np.array([mean, mean]), np.array([std, std]), np.array([cost, other]), np.array(values), np.array(costs)
+    most = 4.0
+    (gain,) = expected_improvement_of_front(
+        np.array([mean]), np.array([std]), np.array([cost]), np.array(values), np.array(costs), most
     )
     drawn = np.random.default_rng(0).normal(mean, std, 2000)
-    before = area(values, costs, max(values), other)
-    after = [area([*values, value], [*costs, cost], max(values), other) for value in drawn]
-    assert gain == pytest.approx(np.mean(after) - before, abs=0.15 * std * (other - cost) + 1e-9)
+    before = area(values, costs, max(values), most)
+    after = [area([*values, value], [*costs, cost], max(values), most) for value in drawn]
+    assert gain == pytest.approx(np.mean(after) - before, abs=0.15 * std * (most - cost) + 1e-9)
+
+
+def test_what_a_configuration_adds_to_a_front_does_not_depend_on_what_stands_beside_it():
+    """New trials and paused ones are compared, and each kind is looked at alone."""
+    past = []
+    for number, settings_ in enumerate(draw(parse_space(SPACE, "space"), 12, seed=0)):
+        js, size = best_js(settings_, 0.9), SIZES[settings_["model.backbone"]]
+        attrs = {SETTINGS: settings_, COST: size}
+        past.append(create_trial(value=js, user_attrs=attrs, intermediate_values={1: js}))
+        past[-1].number = number
+    outlook = Outlook(domain_of(parse_space(SPACE, "space")), past, Aim(OBJECTIVES[BY_SIZE]))
+    small, large = ({"model.backbone": name, "optim.lr": 1e-3} for name in ("lcnet_050", "resnet18"))
+    alone = outlook.log_promise([small])[0]
+    assert alone == pytest.approx(outlook.log_promise([small, large])[0])
+    assert outlook.log_promise([large])[0] > -50, "the costliest adds something, too"
 
 
 def stopped(trials, objective, most_reports=3):

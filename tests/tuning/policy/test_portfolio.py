@@ -110,7 +110,7 @@ def test_the_next_trials_are_guided_by_it_unless_those_before_disagree(quick, pa
     guided, alone = studies = [Study(quick, its) for its in (json.dumps(parts), None)]
     forecasts = forecasts_of(json.dumps(parts))
     for settings in draw(quick, STARTUP, seed=1):
-        js = 0.3 + sign * 0.05 * sum(float(forecast.standard([settings])[0]) for forecast in forecasts)
+        js = 0.3 + sign * 0.05 * sum(float(forecast.standard_scores([settings])[0]) for forecast in forecasts)
         for study in studies:
             study.add(settings, [js + 0.01 * left for left in reversed(range(REPORTS))])
     then = guided.next()
@@ -120,4 +120,4 @@ def test_the_next_trials_are_guided_by_it_unless_those_before_disagree(quick, pa
     assert then != alone.next()
     drawn = [*draw(quick, 100, seed=0)]
     for forecast in forecasts:
-        assert forecast.standard([then])[0] < sorted(forecast.standard(drawn))[10]
+        assert forecast.standard_scores([then])[0] < sorted(forecast.standard_scores(drawn))[10]
