@@ -91,7 +91,7 @@ def _weights(settings: RunConfig, store: Store, plan: Any, *, steps: int = 8, ca
 
 
 def _error(weights: torch.Tensor, other: torch.Tensor, origin: torch.Tensor) -> float:
-    return ((weights - other).norm() / (other - origin).norm()).item()
+    return float((weights - other).norm() / (other - origin).norm())
 
 
 def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> tuple[float, str]:

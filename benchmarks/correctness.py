@@ -37,7 +37,7 @@ def run() -> Table:
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         store = open_store(faces(Path(scratch)))
         for backbone in SETUP.backbones:
-            settings = config(backbone, "fp32", **STUDY, **{"model.dropout": 0.0, "augment.colour": 0.3})
+            settings = config(backbone, "fp32", **{**STUDY, "model.dropout": 0.0, "augment.colour": 0.3})
             reference = _step(settings, store, CPU, "fp64")
             for precision in PRECISIONS[DEVICE.type]:
                 step = _step(settings, store, DEVICE, precision)
@@ -58,7 +58,8 @@ def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:
     x_BCHW = normalise(torch.from_numpy(store.val.gather(np.arange(ROWS))), mean, std)
     with torch.inference_mode():
         right = copy.deepcopy(model).double()(x_BCHW.double())
-        model, x_BCHW = model.to(DEVICE, memory_format=torch.channels_last), x_BCHW.to(DEVICE)
+        model = model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x_BCHW = x_BCHW.to(DEVICE)
         found = []
         for name, context in (("exact", exact_fp32()), ("TF32", contextlib.nullcontext())):
             with context:
@@ -72,7 +73,7 @@ def _step(settings: RunConfig, store: Store, device: torch.device, precision: st
     rows = [np.arange(ROWS)]
     (batch,) = batches(cache_on_device(store, device)[0], rows, device)
     (decisions,) = decide(settings.augment, rows, seed=0, epoch=0, side=store.image_size, device=device)
-    model = build_model(settings).to(device, memory_format=torch.channels_last)
+    model = build_model(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     mean, std = mean_std(model)
     x_BCHW, prob_BK = augment(batch, decisions, mean=mean, std=std)
     if precision == "fp64":
@@ -83,6 +84,6 @@ def _step(settings: RunConfig, store: Store, device: torch.device, precision: st
     loss_B = losses.mixture(settings.loss.weights)(logits_BK, prob_BK)
     # As the gradient scaler does, so that fp16 holds the small ones; powers of two change nothing else.
     scale = 2.0**10
-    (loss_B.mean() * scale).backward()
+    (loss_B.mean() * scale).backward()  # type: ignore[no-untyped-call]
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     return tuple(value.detach().double().cpu() for value in (x_BCHW, logits_BK, loss_B, gradient / scale))

@@ -265,7 +265,7 @@ def _recipe(jobs: list[Job], workers: int, epochs: int, storage: Path, ended: Ca
             run_config=train.RunConfig(
                 name=f"train-trial_id={tune.get_context().get_trial_id()}",
                 storage_path=str(storage),
-                callbacks=[TuneReportCallback()],
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
             ),
         ).fit()
 
@@ -275,7 +275,7 @@ def _recipe(jobs: list[Job], workers: int, epochs: int, storage: Path, ended: Ca
 
     # None where no trial is to be stopped: it would stop each at its last report, in the midst of ending.
     asha = ASHAScheduler("report", OBJECTIVE, "min", max_t=epochs, reduction_factor=3) if epochs > 1 else None
-    results = tune.Tuner(
+    results: Any = tune.Tuner(
         tune.with_resources(drive, {"node:__internal_head__": 0.001}),
         param_space={"job": tune.grid_search([job.to_dict() for job in jobs])},
         tune_config=tune.TuneConfig(max_concurrent_trials=1, scheduler=asha),

@@ -173,5 +173,5 @@ def _compare(split: Split, faces: Faces) -> None:
     """Both ways deliver the same batch where no picture is resized."""
     rows_B = np.arange(BATCH)
     (batch,) = batches(split, [rows_B], CPU)
-    usual = torch.stack([faces[row] for row in rows_B])
+    usual = torch.stack([faces[row] for row in rows_B.tolist()])
     torch.testing.assert_close(normalise(batch.x_BHWC, MEAN, STD), usual, atol=1e-5, rtol=1e-5, check_stride=False)

@@ -184,5 +184,5 @@ def _drawn(size: int) -> list[Image.Image]:
 
 
 def _photographed(size: int) -> Image.Image:
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
+    with Path(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).open("rb") as file:
         return Image.open(file).convert("RGB").crop((130, 40, 400, 310)).resize((size, size), Image.Resampling.BICUBIC)

@@ -35,7 +35,8 @@ from benchmarks.curves.replay import (
 )
 from raytune_emotion.tuning.policy.decisions import Decision, Limits
 from raytune_emotion.tuning.policy.gaussian_process import Floats
-from raytune_emotion.tuning.study.optuna_study import Proposal, Status, trial_id_of
+from raytune_emotion.tuning.study.optuna_study import Proposal, Status
+from raytune_emotion.tuning.study.trials import trial_id_of
 
 KEPT = Path(__file__).parent / "results" / "rivals.json"
 #: Studies that a median is taken over: of random search and with the surrogate; and of Ray's with the nearest.
@@ -100,7 +101,7 @@ class RayAsItComes:
     def pause(self, trial_id: str, seconds: float) -> None:
         raise AssertionError("it pauses nothing")
 
-    def resume(self, trial_id: str) -> Proposal:
+    def resume(self, trial_id: str, *, to_train: bool = True) -> Proposal:
         raise AssertionError("it pauses nothing")
 
 

@@ -28,15 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm.loss
-import timm.optim
 import torch
+from timm.loss import SoftTargetCrossEntropy  # type: ignore[attr-defined]
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import AdamW
 
@@ -82,7 +82,12 @@ SETUPS = {
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETUP = SETUPS[DEVICE.type]
-STUDY = {"augment.crop_scale": 0.9, "augment.erase": 0.15, "train.grad_clip": 5, "optim.weight_decay": 0.05}
+STUDY: dict[str, Any] = {
+    "augment.crop_scale": 0.9,
+    "augment.erase": 0.15,
+    "train.grad_clip": 5,
+    "optim.weight_decay": 0.05,
+}
 #: Model, precision and batch; images per second in every turn by way; what is measured once.
 Measured = tuple[tuple[str, str, int], dict[str, list[float]], dict[str, float]]
 COLUMNS = ("model", "precision", "batch", "way", "images/s", "times bare", "least", "most", "times plain")
@@ -220,7 +225,7 @@ def _rate_at(backbone: str, precision: str, batch: int, store: Store) -> float:
         torch.cuda.empty_cache()
 
 
-def _rates_of_fit(settings: RunConfig, store: Store) -> Iterator[float]:
+def _rates_of_fit(settings: RunConfig, store: Store) -> Generator[float, None, None]:
     with contextlib.closing(fit(settings, store, device=DEVICE)) as reports:
         for report in reports:
             yield report["images_per_second"]
@@ -261,7 +266,7 @@ def _rates_of_loop(
 
 
 def _bare(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)
+    model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, settings.optim)
     return _step_of(model, optimizer, settings, autocast=settings.train.precision == "bf16")
 
@@ -279,7 +284,7 @@ def _step_of(
     def step(x_BCHW: torch.Tensor, prob_BK: torch.Tensor) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             logits_BK = model(x_BCHW)
-        loss(logits_BK.float(), prob_BK).mean().backward()
+        loss(logits_BK.float(), prob_BK).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -288,9 +293,9 @@ def _step_of(
 
 def _timm(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """The body of `train_one_epoch` in timm's train.py, with --amp-dtype bfloat16, --channels-last and --opt adamw."""
-    model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    loss_fn = timm.loss.SoftTargetCrossEntropy()
+    model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
+    loss_fn = SoftTargetCrossEntropy()  # type: ignore[no-untyped-call]
 
     def step(x_BCHW: torch.Tensor, prob_BK: torch.Tensor) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):

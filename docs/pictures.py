@@ -1,7 +1,6 @@
 """Draws the pictures of the README from a study on the generated faces: python docs/pictures.py STUDY."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def main() -> int:
 
 
 def draw(study: Path) -> None:
-    """Write `faces.png` and `curves.png` beside this file.
+    """Write `faces.png` beside this file.
 
     Raises:
         UserError: the study is not on the generated faces; faces of people have no place here.
@@ -51,11 +50,9 @@ def draw(study: Path) -> None:
     target_BK = torch.from_numpy(split.prob_NK[rows])
     figure = sheet(pixels_BHWC, target_BK, prob_BK, package.classes)
     figure.savefig(DOCS / "faces.png", dpi=110)
-    shutil.copyfile(study / "curves.png", DOCS / "curves.png")
-    for name in ("faces.png", "curves.png"):
-        # Few colours are in a plot: a palette makes the files a third as large.
-        with Image.open(DOCS / name) as image:
-            image.convert("RGB").quantize(256).save(DOCS / name, optimize=True)
+    # Few colours are in a plot: a palette makes the file a third as large.
+    with Image.open(DOCS / "faces.png") as image:
+        image.convert("RGB").quantize(256).save(DOCS / "faces.png", optimize=True)
 
 
 def faces(split: Split, classes: tuple[str, ...]) -> npt.NDArray[np.int64]:

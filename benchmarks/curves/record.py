@@ -96,8 +96,9 @@ def write_curves(work: Path, dest: Path, known: pd.DataFrame, drawn: dict[int, d
 
 def _store(args: argparse.Namespace) -> Path:
     if args.data is not None:
-        return prepare(args.data, image_size=args.image_size).path
-    size, dest = args.image_size or 32, args.work / "store"
+        return Path(prepare(args.data, image_size=args.image_size).path)
+    size = args.image_size or 32
+    dest: Path = args.work / "store"
     if not dest.exists():
         write_sample(args.work / "faces", train=2000, val=500, image_size=size)
         pack(args.work / "faces", dest, image_size=size)

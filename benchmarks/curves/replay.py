@@ -70,7 +70,7 @@ class Market:
 
     @property
     def most_reports(self) -> int:
-        return self._nearest.recorded.js_NR.shape[1]
+        return int(self._nearest.recorded.js_NR.shape[1])
 
     @property
     def full(self) -> float:

@@ -48,7 +48,8 @@ class Nearest:
         return self.recorded.js_NR[near_M], self.recorded.seconds_NR[near_M]
 
     def index(self, x_MD: Floats) -> npt.NDArray[np.intp]:
-        return cdist(x_MD * self.scales_D, self.recorded.x_ND * self.scales_D).argmin(axis=1)
+        near_M: npt.NDArray[np.intp] = cdist(x_MD * self.scales_D, self.recorded.x_ND * self.scales_D).argmin(axis=1)
+        return near_M
 
 
 @dataclass(frozen=True)
