@@ -202,6 +202,11 @@ def test_study_is_trained_on_a_table_which_is_packed_once(folder, capsys):
     assert prepare(place, image_size=20).train.prob_NK[0].tolist() == pytest.approx([0.5, 0.2, 0.3])
 
 
+def test_table_at_a_mistyped_uri_is_refused_by_a_sentence():
+    with pytest.raises(UserError, match=r"^ftp://host/faces\.csv: cannot be used \(.*; name a folder, or a URI"):
+        find_data("ftp://host/faces.csv")
+
+
 def test_table_at_a_uri(folder):
     write(folder, rows("0.5,0.1,0.4"))
     faces = list_source(find_data((folder / "faces.csv").as_uri()).location)

@@ -123,6 +123,19 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
             assert "\n" not in fault
 
 
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("ftp://host/a.csv", "Unrecognized filesystem type"), ("s3://bucket/a?regio=x", "Unexpected query parameter")],
+)
+def test_mistyped_uri_that_nobody_has_checked_is_one_clear_sentence(place, why):
+    with pytest.raises(UserError, match=why) as raised:
+        remote.is_file(place)
+    (fault,) = raised.value.faults
+    assert fault.startswith(f"{place}: cannot be used (")
+    assert "); name a folder, or a URI such as s3://bucket/prefix?region=eu-west-1 of" in fault
+    assert "\n" not in fault
+
+
 def test_wrong_credentials_are_one_clear_sentence(bucket):
     host = bucket.partition("%3A%2F%2F")[2].partition("&")[0].replace("%3A", ":")
 
