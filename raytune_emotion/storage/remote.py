@@ -354,8 +354,10 @@ def _check() -> None:
         if not write:
             filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return
-        _put(Path(__file__), filesystem, f"{path}/.check")
-        filesystem.delete_file(f"{path}/.check")
+        # Of this process alone, so that nobody else deletes it; and no file to a reader where it is left.
+        file = f"{path}/.check.{uuid.uuid4().hex[:8]}.part"
+        _put(Path(__file__), filesystem, file)
+        filesystem.delete_file(file)
     except (OSError, ValueError, NotImplementedError) as error:
         print(first_line(error))
 

@@ -2,6 +2,7 @@
 
 import errno
 import http.client
+import io
 import json
 import os
 import shutil
@@ -98,6 +99,24 @@ def test_a_place_that_can_be_used_is_left_as_it_was(uri):
     remote.check(uri, write=True)
     assert remote.names(uri, "*") == []
     remote.check(uri, write=False)
+
+
+def test_two_checks_at_once_do_not_disturb_each_other(uri, monkeypatch, capsys):
+    put = remote._put
+
+    def check():
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([uri, True])))
+        remote._check()
+
+    def put_and_let_another_check(file, filesystem, target):
+        put(file, filesystem, target)
+        monkeypatch.setattr(remote, "_put", put)
+        check()
+
+    monkeypatch.setattr(remote, "_put", put_and_let_another_check)
+    check()
+    assert capsys.readouterr().out == ""
+    assert remote._list_all(uri) == []
 
 
 def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, monkeypatch):
