@@ -62,7 +62,9 @@ def join(uri: str, *names: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    return unquote(urlsplit(uri).path.rstrip("/").rpartition("/")[2])
+    """Return the last part of a URI's path; of the root of a bucket, the bucket's name."""
+    parts = urlsplit(uri)
+    return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.netloc
 
 
 def parent_of(uri: str) -> str:

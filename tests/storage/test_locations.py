@@ -120,6 +120,12 @@ def test_copy_here_holds_what_was_asked_for_and_errors_name_the_location(locatio
     assert str(raised.value) == f"{location}/study.yaml: damaged"
 
 
+def test_files_in_the_root_of_a_bucket_have_a_folder_here():
+    with Remote("s3://bucket?region=x").work_here() as folder:
+        assert folder.name == "bucket"
+        assert list(folder.iterdir()) == []
+
+
 def test_files_are_listed_while_a_folder_goes(tmp_path, monkeypatch):
     (tmp_path / "stays.txt").touch()
     (tmp_path / "goes" / "below").mkdir(parents=True)
@@ -200,7 +206,7 @@ def test_text_that_can_be_no_path_is_refused(text):
         parse_location(text)
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa"])
+@pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa", "s3://.."])
 def test_uri_that_ends_in_no_name_is_refused(uri):
     with pytest.raises(UserError, match="is no name of a folder"):
         parse_location(uri)

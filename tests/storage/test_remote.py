@@ -93,6 +93,7 @@ def test_uris_are_joined_and_named():
     uri = remote.join("s3://bucket/a/?region=b", "my study", "0000")
     assert uri == "s3://bucket/a/my%20study/0000?region=b"
     assert remote.name_of(remote.join(uri, "best one")) == "best one"
+    assert remote.name_of("s3://bucket/?region=b") == remote.name_of("s3://bucket") == "bucket"
 
 
 def test_a_place_that_can_be_used_is_left_as_it_was(uri):
