@@ -19,6 +19,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.prediction_table import JsonLines
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.study.spec import write_spec
@@ -274,6 +275,12 @@ class TestPredict:
         done = subprocess.run([sys.executable, "-c", code, export, face], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(rows_of(done.stdout)) == 2
+
+
+def test_json_lines_are_valid_in_any_encoding_of_the_output():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")  # as commands write
+    JsonLines(stream, ["fröhlich"]).write(["Zoë.jpg"], np.ones((1, 1)))
+    assert json.loads(stream.buffer.getvalue()) == {"image": "Zoë.jpg", "probabilities": {"fröhlich": 1.0}}
 
 
 def test_images_beside_a_mistyped_uri_are_not_lost(tmp_path):
