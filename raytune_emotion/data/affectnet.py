@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
 from typing import Any
 
@@ -420,7 +421,7 @@ def parse_number(cell: Any) -> float | None:
     """Return the number in a cell of a table, which may be text; None where there is no number."""
     if isinstance(cell, str):
         return _number(cell) if _is_number(cell.strip()) else None
-    return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None
+    return float(cell) if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) else None
 
 
 def _number(field: str) -> float:

@@ -1,6 +1,7 @@
 """Tables of faces: what they may hold, what is refused, and that a study is packed from one as from a folder."""
 
 import hashlib
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -56,6 +57,14 @@ def test_parquet_and_csv_give_the_same_store(folder):
     names = ("faces.csv", "faces.parquet")
     first, second = (pack(folder / name, folder / f"{name}.store", image_size=16) for name in names)
     assert first.fingerprint == second.fingerprint
+
+
+def test_decimal_numbers_of_parquet_are_numbers(folder):
+    table = pd.read_csv(write(folder, rows("0.5,0.1,0.4")).path)
+    decimals = {name: [Decimal(str(value)) for value in table[name]] for name in ("happy", "sad", "calm")}
+    table.assign(**decimals).to_parquet(folder / "faces.parquet")
+    store = pack(folder / "faces.parquet", folder / "store", image_size=16)
+    assert np.allclose(store.train.prob_NK, [0.5, 0.1, 0.4])
 
 
 def test_index_of_a_data_frame_is_no_class(folder):
