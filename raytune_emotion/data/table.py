@@ -9,6 +9,7 @@ a column `split`, a hash of the path decides. Rows are checked as those of a fol
 """
 
 import csv
+import errno
 import hashlib
 import io
 import math
@@ -35,6 +36,8 @@ _SPLIT = "split"
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 #: What pandas calls the columns of an index without a name.
 _INDEX = r"__index_level_\d+__"
+#: What the system says of a folder that a row names and that has no image for this user. Other errors may pass.
+_NOT_LISTED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 #: The share of rows that are validation where there is no column `split`.
 _VALIDATION = 0.1
 
@@ -207,7 +210,9 @@ def list_table(place: Location) -> FaceTable:
     for parent in sorted(parents):
         try:
             files = folder.list_files("" if parent == "." else parent)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NOT_LISTED:
+                raise
             continue
         there |= {file.name: file for file in files}
     return FaceTable(folder, name, tuple(header[k] for k in classes), lines, there)

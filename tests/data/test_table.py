@@ -1,6 +1,8 @@
 """Tables of faces: what they may hold, what is refused, and that a study is packed from one as from a folder."""
 
+import errno
 import hashlib
+import os
 from decimal import Decimal
 
 import numpy as np
@@ -133,6 +135,28 @@ def test_paths_that_leave_the_folder_are_refused(folder, path):
     picture(9).save(folder.parent / "face.png")
     told = faults_of(write(folder, [*rows(), f"{path},train,0.5,0.25,0.25"]))
     assert told[0].startswith(f"{folder}/faces.csv: path is empty or leaves the folder of the table (1 row): ")
+
+
+def test_row_of_a_folder_that_cannot_be_listed_is_at_fault_alone(folder):
+    long = "a" * 300
+    (folder / "loop").symlink_to("loop")
+    place = write(folder, [*rows(), f"{long}/1.png,train,0.5,0.25,0.25", "loop/1.png,val,0.5,0.25,0.25"])
+    told = faults_of(place)
+    assert told[0] == f"{place}: image is missing (2 rows): {long}/1.png (line 6), loop/1.png (line 7)"
+    assert len(pack(place, folder / "store", image_size=16, skip_bad=True).train) == 3
+
+
+def test_folder_that_may_not_be_listed_is_told_from_a_disk_that_fails(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    place = write(folder, rows())
+    monkeypatch.setattr(Folder, "list_files", refuse)
+    number = errno.EACCES
+    assert list_table(place).there == {}
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        list_table(place)
 
 
 def test_all_faults_of_rows_are_named_at_once(folder):
