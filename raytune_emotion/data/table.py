@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from raytune_emotion.data.affectnet import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import File, Location
+from raytune_emotion.storage.locations import File, Folder, Location
 from raytune_emotion.terminal import count
 
 _ENDINGS = (".csv", ".parquet")
@@ -181,8 +181,8 @@ class FaceTable(Faces):
 
 
 def is_table(place: Location) -> bool:
-    """Tell whether a location is that of a table, by its ending."""
-    return place.name.lower().endswith(_ENDINGS)
+    """Tell whether a location is that of a table, by its ending: as it is typed or, of a link, where it leads."""
+    return _has_ending(place) or _has_ending(_behind_links(place))
 
 
 def list_table(place: Location) -> FaceTable:
@@ -191,8 +191,12 @@ def list_table(place: Location) -> FaceTable:
     Raises:
         UserError: there is no such file, it is damaged, or it has not the columns of a table of faces.
     """
+    if not _has_ending(place):
+        place = _behind_links(place)
     file = place.split_file()
     if file is None:
+        if place.exists() and place.is_reachable():
+            raise UserError(f"{place}: is a folder with the name of a table; name a file, or rename the folder")
         raise UserError(f"{place}: there is no such file")
     folder, name = file
     raw = folder.read(name) or b""
@@ -216,6 +220,15 @@ def list_table(place: Location) -> FaceTable:
             continue
         there |= {file.name: file for file in files}
     return FaceTable(folder, name, tuple(header[k] for k in classes), lines, there)
+
+
+def _has_ending(place: Location) -> bool:
+    name = place.path.name if isinstance(place, Folder) else place.name
+    return name.lower().endswith(_ENDINGS)
+
+
+def _behind_links(place: Location) -> Location:
+    return Folder(place.path.resolve()) if isinstance(place, Folder) else place
 
 
 def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, list[int]]:

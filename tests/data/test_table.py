@@ -14,7 +14,7 @@ from raytune_emotion.data.prepare import find_data, prepare
 from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.table import list_table
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.locations import Folder, Remote
 from tests.support.faces import picture
 
 SPLITS = ["train", "train", "train", "val"]
@@ -213,6 +213,31 @@ def test_files_that_are_no_table(folder):
     (folder / "latin.csv").write_bytes(b"image,a,b\n\xe9.png,1,0\n")
     with pytest.raises(UserError, match=r"latin\.csv: cannot be read as a table \("):
         list_table(Folder(folder / "latin.csv"))
+
+
+def test_table_behind_a_link_is_known_by_either_name(folder):
+    """As in a cache of the Hugging Face hub, and as a short name for a long path."""
+    (folder / "blobs").mkdir()
+    write(folder, rows("0.5,0.1,0.4")).path.rename(folder / "blobs" / "0a1b")
+    (folder / "train.csv").symlink_to("blobs/0a1b")
+    store = pack(folder / "train.csv", folder / "store", image_size=16)
+    assert (store.classes, len(store.train)) == (("happy", "sad", "calm"), 3)
+    pd.read_csv(folder / "train.csv").to_parquet(folder / "faces.parquet")
+    (folder / "blobs" / "short").symlink_to("../faces.parquet")
+    again = pack(folder / "blobs" / "short", folder / "again", image_size=16)
+    assert again.fingerprint == store.fingerprint
+
+
+def test_folder_with_the_name_of_a_table_is_told_as_such(folder):
+    (folder / "real.parquet").mkdir()
+    (folder / "link.csv").symlink_to("real.parquet")
+    here, there = Folder(folder), Remote(folder.as_uri())
+    for place in (here / "real.parquet", here / "link.csv", there / "real.parquet"):
+        with pytest.raises(UserError, match="is a folder with the name of a table; name a file, or rename the folder"):
+            find_data(place)
+    (folder / "dangling.csv").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"dangling\.csv: there is no such file"):
+        find_data(folder / "dangling.csv")
 
 
 def test_classes_may_be_reordered_but_not_renamed(folder):
