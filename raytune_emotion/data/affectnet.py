@@ -140,8 +140,8 @@ class Faces(ABC):
         """Hash the names, sizes and modification times of images and annotations, without reading an image."""
 
     @abstractmethod
-    def id_of(self, file: str) -> str:
-        """Return the id of the row that a file is of."""
+    def row_of(self, fault: Fault) -> str:
+        """Return what tells the row of a fault from the others of its split: a row may have several faults."""
 
     @abstractmethod
     def name_of(self, split: str) -> str:
@@ -177,8 +177,8 @@ class FaceFolder(Faces):
     def quick_fingerprint(self) -> str:
         return quick_fingerprint(self)
 
-    def id_of(self, file: str) -> str:
-        return _annotation_id(file) or _image_id(file)
+    def row_of(self, fault: Fault) -> str:
+        return _annotation_id(fault.file) or _image_id(fault.file)
 
     def name_of(self, split: str) -> str:
         return str(self.location / SPLITS[split])

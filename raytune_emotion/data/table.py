@@ -85,6 +85,15 @@ class FaceTable(Faces):
         return {split: [files[path] for path in sorted(files)] for split, files in found.items()}
 
     @cached_property
+    def _first_lines(self) -> Mapping[str, int]:
+        """The first row of each path, but for rows of `test`, which are left out."""
+        found: dict[str, int] = {}
+        for line in self.lines:
+            if self._split_of(line) != "test":
+                found.setdefault(line.path, line.number)
+        return found
+
+    @cached_property
     def votes(self) -> bool:
         """Whether the numbers are votes: all are whole, and some row has more than one."""
         totals = []
@@ -106,8 +115,10 @@ class FaceTable(Faces):
             noted.append(f"{self.source}: {count(splits.count('test'), 'row')} of the split test are left out")
         return noted
 
-    def id_of(self, file: str) -> str:
-        return file
+    def row_of(self, fault: Fault) -> str:
+        # Several rows may have no path, or the same. What names no line is of an image, which the first row has.
+        line = fault.detail.partition(":")[0]
+        return line if line.startswith("line ") else f"line {self._first_lines[fault.file]}"
 
     def name_of(self, split: str) -> str:
         return f"{self.source}, split {split}"

@@ -187,6 +187,23 @@ def test_all_faults_of_rows_are_named_at_once(folder):
     assert len((folder / "store/rejected.csv").read_text().splitlines()) == 7
 
 
+def test_rejected_rows_are_counted_by_their_lines(folder):
+    (folder / "faces/torn.png").write_bytes(b"no picture")
+    lines = [
+        *rows(),
+        ",train,0.5,0.25,0.25",
+        ",train,0.5,0.25,0.25",
+        "faces/1.png,train,0.5,0.25,0.25",
+        "faces/1.png,train,0.5,0.25,0.25",
+        "faces/torn.png,test,0.5,0.25,0.25",
+        "faces/torn.png,train,2,0.25,0.25",  # two faults in one row
+        "faces/torn.png,train,0.5,0.25,0.25",
+    ]
+    store = pack(write(folder, lines), folder / "store", image_size=16, skip_bad=True)
+    assert store.rejected == 6
+    assert len((folder / "store/rejected.csv").read_text().splitlines()) == 8
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [

@@ -105,7 +105,7 @@ def write_manifest(
         fingerprint=shard_format.fingerprint(image_size, content.classes, held),
         image_size=image_size,
         classes=content.classes,
-        rejected=len({(fault.split, content.faces.id_of(fault.file)) for fault in content.faults}),
+        rejected=len({(fault.split, content.faces.row_of(fault)) for fault in content.faults}),
         splits={
             split: SplitEntry(rows=sum(entry.rows for entry in own), shards=tuple(own))
             for split, own in entries.items()
