@@ -124,7 +124,7 @@ def read_manifest(location: Location) -> Manifest:
     raw = location.read(MANIFEST)
     if raw is None:
         raise UserError(f"{location}: no packed store, for it has no {MANIFEST}")
-    return parse_manifest(raw, f"{location}/{MANIFEST}")
+    return parse_manifest(raw, location / MANIFEST)
 
 
 def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -> Store:

@@ -115,7 +115,7 @@ def pack_sizes(
 
 def tell_rejected(store: Location, rejected: int) -> None:
     if rejected:
-        warn(f"{store}: rejected rows: {rejected}, see {store}/{REJECTED}")
+        warn(f"{store}: rejected rows: {rejected}, see {store / REJECTED}")
 
 
 def list_unpacked(source: Location) -> Faces:

@@ -1,6 +1,7 @@
 import csv
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from raytune_emotion.data.affectnet import Kind, list_faces, scan
 from raytune_emotion.data.decode import decode_at_sizes, decode_image
 from raytune_emotion.data.packing import blocks
-from raytune_emotion.data.packing.pack import pack, pack_sizes
-from raytune_emotion.data.store import is_store, open_store
+from raytune_emotion.data.packing.pack import pack, pack_sizes, tell_rejected
+from raytune_emotion.data.store import is_store, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
@@ -328,6 +329,16 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
     for size, dest in dests.items():
         alone = pack(folder, tmp_path / f"{size}", image_size=size)
         assert at(str(dest), tmp_path / f"at{size}") == files_of(alone.path)
+
+
+def test_place_of_a_file_below_a_uri_keeps_the_query_at_its_end(bucket, capsys):
+    tell_rejected(bucket / "store", 3)
+    uri, _, query = str(bucket).partition("?")
+    assert capsys.readouterr().err.endswith(f" rejected rows: 3, see {uri}/store/rejected.csv?{query}\n")
+    with (bucket / "damaged").write("manifest.json") as path:
+        path.write_text("{")
+    with pytest.raises(UserError, match=f"^{re.escape(f'{uri}/damaged/manifest.json?{query}')}: no description of a"):
+        read_manifest(bucket / "damaged")
 
 
 def test_rows_at_fault_are_set_aside_at_a_uri_too_or_nothing_is_left(folder, tmp_path, small_shards):
