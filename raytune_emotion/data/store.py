@@ -137,7 +137,7 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
 
     Raises:
         UserError: with a sentence for everything that is missing, damaged or of another version.
-        Breakdown: a URI cannot be read again and again.
+        Breakdown: a URI cannot be read again and again; the disk of the cache is too small.
     """
     location = location_of(place)
     manifest = read_manifest(location)
@@ -186,7 +186,7 @@ def _map(path: Path) -> Store:
 def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
     """Copy a store into a folder of this machine, and validate its content."""
     sizes = {shard.file: shard.bytes for entry in manifest.splits.values() for shard in entry.shards}
-    check_space(folder, sum(sizes.values()), "choose another disk for the cache by XDG_CACHE_HOME")
+    check_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache by XDG_CACHE_HOME")
     here = {file.name: file.stat().st_size for file in folder.iterdir()}
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
     with progress() as bars:

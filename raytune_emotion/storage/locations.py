@@ -22,12 +22,13 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, scratch_folder, sweep
 from raytune_emotion.storage.cache import cache_folder
@@ -219,14 +220,6 @@ class Location(ABC):
         """
 
     @abstractmethod
-    def check_space(self, needed: int, advice: str) -> None:
-        """Find out whether the disk has room for so many bytes, some of which may lie in the folder already.
-
-        Raises:
-            UserError: it has not; the sentence ends with the advice.
-        """
-
-    @abstractmethod
     def is_reachable(self) -> bool:
         """Tell whether this machine sees the folder: all machines see a URI, and a folder those that share it."""
 
@@ -379,9 +372,6 @@ class Folder(Location):
 
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
         return self.path
-
-    def check_space(self, needed: int, advice: str) -> None:
-        check_space(self.path, needed, advice)
 
     def is_reachable(self) -> bool:
         return self.path.is_dir()
@@ -552,9 +542,6 @@ class Remote(Location):
                     raise
         return dest
 
-    def check_space(self, needed: int, advice: str) -> None:
-        pass
-
     def is_reachable(self) -> bool:
         return True
 
@@ -588,15 +575,25 @@ def location_of(place: Location | str | os.PathLike[str]) -> Location:
     return place if isinstance(place, Location) else parse_location(os.fspath(place))
 
 
-def check_space(folder: Path, needed: int, advice: str) -> None:
-    """Find out whether the disk has room for so many bytes, some of which may lie in the folder already.
+def check_space(needed: Mapping[Location, int], advice: str) -> None:
+    """Find out whether there is room for so many bytes in each location, some of which may lie there already.
+
+    Folders on the same disk share its room. At URIs there is always room.
 
     Raises:
-        UserError: it has not; the sentence ends with the advice.
+        Breakdown: a disk has not the room; the sentence ends with the advice. What lies there already is to stay.
     """
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-    if needed > free:
-        raise UserError(f"{folder.parent}: {byte_size(needed)} are needed and {byte_size(free)} are free; {advice}")
+    on_disk: dict[int, list[Folder]] = defaultdict(list)
+    for location in needed:
+        if isinstance(location, Folder):
+            on_disk[location.path.stat().st_dev].append(location)
+    for folders in on_disk.values():
+        wanted = sum(needed[folder] for folder in folders)
+        there = sum(file.stat().st_blocks * 512 for folder in folders for file in folder.path.iterdir())
+        free = shutil.disk_usage(folders[0].path).free + there
+        if wanted > free:
+            place = folders[0].path.parent
+            raise Breakdown(f"{place}: {byte_size(wanted)} are needed and {byte_size(free)} are free; {advice}")
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

@@ -1,7 +1,6 @@
 """Pack a folder of annotated faces into stores, each of one image size: every picture is decoded once, into shards."""
 
 import contextlib
-import errno
 import re
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +20,8 @@ from raytune_emotion.data.store import Store, find_stores, open_store, read_mani
 from raytune_emotion.data.table import is_table
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage.locations import Location, location_of
+from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.storage.locations import Location, check_space, location_of
 from raytune_emotion.terminal import warn
 
 #: What to do about a disk that is full.
@@ -54,8 +54,8 @@ def pack(
         workers: processes; by default one a core, or none where there is little to do.
 
     Raises:
-        UserError: a sentence for every kind of fault; dest exists; the disk is too small.
-        Breakdown: a URI fails again and again.
+        UserError: a sentence for every kind of fault; dest exists.
+        Breakdown: the disk is too small, or full; a URI fails again and again.
     """
     location = location_of(dest)
     pack_sizes(location_of(source), {image_size: location}, classes=classes, skip_bad=skip_bad, workers=workers)
@@ -83,7 +83,7 @@ def pack_sizes(
 
     Raises:
         UserError: see `pack`.
-        Breakdown: a URI fails again and again; a machine does not see one of the folders.
+        Breakdown: see `pack`; a machine does not see one of the folders.
     """
     for size in dests:
         RunConfig.from_flat({"data.image_size": size, **({"data.classes": classes} if classes else {})})
@@ -103,10 +103,13 @@ def pack_sizes(
         try:
             _pack(faces, built, classes, skip_bad=skip_bad, pmap=run)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             where = ", ".join(map(str, dests.values()))
-            raise UserError(f"{where}: {error.strerror} while packing; {MORE_ROOM}") from error
+            # No UserError, which deletes what is packed.
+            raise Breakdown(
+                f"{where}: {error.strerror} while packing; make room, and the same command goes on; or {MORE_ROOM}"
+            ) from error
     packed = {size: read_manifest(dest) for size, dest in dests.items()}
     for size, dest in dests.items():
         tell_rejected(dest, packed[size].rejected)
@@ -137,8 +140,7 @@ def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...],
     with progress() as bars:
         scan = read_rows(faces, classes, pmap, bars)
         rows = sum(map(len, scan.rows.values()))
-        for size, dest in dests.items():
-            dest.check_space(rows * picture_bytes(size), MORE_ROOM)
+        check_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
         bar = bars.add_task("packing images", total=rows)
         blocks = [
             block for split, own in scan.rows.items() for block in split_into_blocks(faces.location, split, own, dests)

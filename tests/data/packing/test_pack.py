@@ -1,9 +1,12 @@
 import csv
+import errno
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +22,8 @@ from raytune_emotion.data.store import is_store, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Folder, Remote, check_space
 from tests.support.faces import UNIFORM, picture, write_row
 from tests.support.folders import files_of
 
@@ -253,9 +257,42 @@ def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "file", "store"]
 
 
-def test_a_disk_that_is_too_small_is_told_before_it_is_full(folder, tmp_path):
-    with pytest.raises(UserError, match=r": 900 TB are needed and .* are free; choose another disk"):
-        Folder(tmp_path).check_space(9 * 10**14, "choose another disk")
+def test_a_disk_too_small_for_all_sizes_together_is_told_before_it_is_full(folder, tmp_path, monkeypatch):
+    dests = {size: Folder(tmp_path / "stores" / f"{size}px") for size in (16, 24)}
+    # Of 11 images, 8.4 kB at 16 px and 19 kB at 24 px.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    said = rf"^{tmp_path}/stores: 27\.5 kB are needed and 20 kB are free; choose a disk with room"
+    with pytest.raises(Breakdown, match=said):
+        pack_sizes(Folder(folder), dests, workers=1)
+    pack_sizes(Folder(folder), {24: dests[24]}, workers=1)
+
+
+def test_what_lies_on_a_disk_already_needs_no_more_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    (tmp_path / "there").mkdir()
+    write_text(tmp_path / "there" / "shard", "." * 100_000)
+    needed = {Folder(tmp_path): 0, Folder(tmp_path / "there"): 100_000, Remote("s3://bucket/a"): 10**15}
+    check_space(needed, "choose another disk")
+    with pytest.raises(Breakdown, match=r": 600 kB are needed and .* are free; choose another disk"):
+        check_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
+
+
+def test_packing_goes_on_after_a_disk_was_full(folder, tmp_path, small_shards, monkeypatch):
+    written, room = [], 2
+
+    def write_shard(path, *args, real=blocks.write_shard):
+        if len(written) == room:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        real(path, *args)
+
+    monkeypatch.setattr(blocks, "write_shard", write_shard)
+    said = "store: No space left on device while packing; make room, and the same command goes on; or choose a disk"
+    with pytest.raises(Breakdown, match=said):
+        pack(folder, tmp_path / "store", image_size=16, workers=1)
+    room = 1000
+    pack(folder, tmp_path / "store", image_size=16, workers=1)
+    assert len(written) == len(list((tmp_path / "store").glob("*.arrow"))) == 6
 
 
 def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path):
