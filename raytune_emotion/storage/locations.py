@@ -30,12 +30,22 @@ from typing import NamedTuple
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, scratch_folder, sweep
+from raytune_emotion.storage.atomic import (
+    EXISTS,
+    LOCK,
+    atomic_write,
+    exclusive_lock,
+    resumable_folder,
+    scratch_folder,
+    sweep,
+)
 from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import byte_size, short_path, warn
 
 #: After which what an attempt has left in the cache is removed.
 ABANDONED_S = 7 * 24 * 3600.0
+#: The file that tells, at a URI, that `build` has begun: what lies beside it is the block's own.
+_BEGUN = ".begun"
 
 
 class File(NamedTuple):
@@ -199,14 +209,19 @@ class Location(ABC):
         """
 
     @abstractmethod
+    def can_be_built(self) -> bool:
+        """Tell whether nothing is here, or at a URI only what `build` has begun and not ended."""
+
+    @abstractmethod
     def build(self) -> "contextlib.AbstractContextManager[Location]":
         """Make a new folder: the block writes its files at the location that it gets.
 
         Here the folder appears at once, when the block ends well. At a URI its files appear one by one, so that the
-        block writes last what tells that the others are there. What breaks off is kept for the next attempt.
+        block writes last what tells that the others are there. What breaks off is kept for the next attempt, but after
+        a UserError, which leaves nothing: at a URI, the block deletes its files.
 
         Raises:
-            UserError: the folder exists.
+            UserError: the folder exists; at a URI, there are files of somebody else.
         """
 
     @abstractmethod
@@ -365,6 +380,9 @@ class Folder(Location):
     def free_working_folder(self) -> None:
         pass
 
+    def can_be_built(self) -> bool:
+        return not self.exists()
+
     @contextlib.contextmanager
     def build(self) -> Iterator[Location]:
         with resumable_folder(self.path) as folder:
@@ -519,9 +537,22 @@ class Remote(Location):
                 self.set_aside_copy()
                 shutil.rmtree(folder)
 
+    def can_be_built(self) -> bool:
+        found = [info.base_name for info in remote.list_folder(self.uri)]
+        return not found or _BEGUN in found
+
     @contextlib.contextmanager
     def build(self) -> Iterator[Location]:
-        yield self
+        if not self.can_be_built():
+            raise UserError(f"{self.uri}: {EXISTS}")
+        with self.write(_BEGUN) as path:
+            path.touch()
+        try:
+            yield self
+        except UserError:
+            self.delete([_BEGUN])
+            raise
+        self.delete([_BEGUN])
 
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
         dest = cache_folder() / "stores" / key

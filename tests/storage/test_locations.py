@@ -126,6 +126,23 @@ def test_files_in_the_root_of_a_bucket_have_a_folder_here():
         assert list(folder.iterdir()) == []
 
 
+def test_folder_is_built_on_what_an_attempt_has_left_and_on_nothing_else(location):
+    def break_off():
+        with location.build() as place:
+            put(place, "a.txt", "a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert location.can_be_built()
+    with location.build() as place:
+        assert place.read("a.txt") == b"a"
+    assert not location.can_be_built()
+    assert location.find("*") == ["a.txt"]
+    with pytest.raises(UserError, match="exists already; name another destination, or remove it"), location.build():
+        pass
+
+
 def test_files_are_listed_while_a_folder_goes(tmp_path, monkeypatch):
     (tmp_path / "stays.txt").touch()
     (tmp_path / "goes" / "below").mkdir(parents=True)

@@ -21,6 +21,7 @@ from raytune_emotion.data.table import is_table
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.storage.atomic import EXISTS
 from raytune_emotion.storage.locations import Location, check_space, location_of
 from raytune_emotion.terminal import warn
 
@@ -94,14 +95,18 @@ def pack_sizes(
         warn(note)
     for dest in list(dests.values())[:1]:
         dest.check(write=True)
-    if there := [dest for dest in dests.values() if find_stores(dest)]:
-        raise UserError(f"{dest}: exists already; name another destination, or remove it" for dest in there)
+    if there := [dest for dest in dests.values() if not dest.can_be_built()]:
+        raise UserError(f"{dest}: {EXISTS}" for dest in there)
     with contextlib.ExitStack() as stack:
         # In the same order by whoever packs: else two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
         run = _check_on_each_node([faces.location, *built.values()], pmap or stack.enter_context(process_map(workers)))
         try:
             _pack(faces, built, classes, skip_bad=skip_bad, pmap=run)
+        except UserError:
+            for dest in built.values():
+                _delete_leftovers(dest)
+            raise
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -150,12 +155,7 @@ def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...],
             digests.setdefault(block.split, []).extend(packed.digests)
             for size in dests:
                 entries[size].setdefault(block.split, []).extend(packed.entries[size])
-        try:
-            content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
-        except UserError:
-            for dest in dests.values():
-                _delete_leftovers(dest)
-            raise
+        content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
     for i, (size, dest) in enumerate(dests.items()):
         write_manifest(dest, content, i, size, entries[size])
         _delete_leftovers(dest, kept={entry.file for own in entries[size].values() for entry in own})

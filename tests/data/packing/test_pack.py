@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from raytune_emotion.data.affectnet import Kind, list_faces, scan
 from raytune_emotion.data.decode import decode_at_sizes, decode_image
 from raytune_emotion.data.packing import blocks
+from raytune_emotion.data.packing import pack as pack_module
 from raytune_emotion.data.packing.pack import pack, pack_sizes, tell_rejected
 from raytune_emotion.data.store import is_store, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
@@ -332,6 +333,10 @@ def test_any_annotation_and_image_is_packed_or_refused_by_a_sentence(annotation,
     assert not dest.exists()
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def at(uri, folder):
     remote.pull(uri, folder, remote.names(uri, "*"))
     return files_of(folder)
@@ -355,7 +360,7 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
     with pytest.raises(KeyboardInterrupt):
         pack_sizes(Folder(folder), dests, pmap=broken_off)
     assert not any(map(is_store, dests.values()))
-    assert {name for name in pushed if "24px" in name} == {f"24px/train-0000{i}.arrow" for i in range(6)}
+    assert {name for name in pushed if "24px/train" in name} == {f"24px/train-0000{i}.arrow" for i in range(6)}
 
     pushed.clear()
     picture(77).save(folder / "train_set/images/3.png")
@@ -366,6 +371,30 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
     for size, dest in dests.items():
         alone = pack(folder, tmp_path / f"{size}", image_size=size)
         assert at(str(dest), tmp_path / f"at{size}") == files_of(alone.path)
+
+
+def test_files_of_somebody_else_at_a_uri_are_left_as_they_are(folder, tmp_path):
+    dest, theirs = Remote((tmp_path / "there").as_uri()), ["train-00000.arrow", ".notes.done"]
+    for name in theirs:
+        with dest.write(name) as path:
+            path.write_text(name)
+    with pytest.raises(UserError, match="there: exists already; name another destination, or remove it"):
+        pack_sizes(Folder(folder), {16: dest}, workers=1)
+    assert files_of(tmp_path / "there") == {name: name.encode() for name in theirs}
+
+
+def test_source_that_is_wrong_by_now_leaves_nothing_at_a_uri(folder, tmp_path, small_shards, monkeypatch):
+    dest = Remote((tmp_path / "there").as_uri())
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pack_sizes(Folder(folder), {16: dest}, workers=1)
+    assert dest.find("*.done", "*.arrow")
+    for file in (folder / "val_set" / "annotations").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="not one good row"):
+        pack_sizes(Folder(folder), {16: dest}, workers=1)
+    assert dest.find("*") == []
 
 
 def test_place_of_a_file_below_a_uri_keeps_the_query_at_its_end(bucket, capsys):
