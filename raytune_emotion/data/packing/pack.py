@@ -14,7 +14,7 @@ from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_b
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
 from raytune_emotion.data.parallel import Map, process_map
 from raytune_emotion.data.progress import progress
-from raytune_emotion.data.shard_format import REJECTED, Manifest, ShardEntry
+from raytune_emotion.data.shard_format import MANIFEST, REJECTED, Manifest, ShardEntry
 from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.store import Store, find_stores, open_store, read_manifest
 from raytune_emotion.data.table import is_table
@@ -142,6 +142,8 @@ def list_unpacked(source: Location) -> Faces:
 def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map) -> None:
     digests: dict[str, list[Digest]] = {}
     entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
+    for dest in dests.values():
+        dest.delete([MANIFEST, REJECTED])  # of an attempt that broke off behind them: no store is read while it changes
     with progress() as bars:
         scan = read_rows(faces, classes, pmap, bars)
         rows = sum(map(len, scan.rows.values()))
@@ -158,6 +160,8 @@ def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...],
         content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
     for i, (size, dest) in enumerate(dests.items()):
         write_manifest(dest, content, i, size, entries[size])
+    # Only now: an attempt that breaks off between two manifests is gone on with by the records of the blocks.
+    for size, dest in dests.items():
         _delete_leftovers(dest, kept={entry.file for own in entries[size].values() for entry in own})
 
 

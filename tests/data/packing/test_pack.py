@@ -373,6 +373,22 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
         assert at(str(dest), tmp_path / f"at{size}") == files_of(alone.path)
 
 
+def test_attempt_that_breaks_off_between_two_manifests_is_gone_on_with(folder, tmp_path, monkeypatch):
+    dests = {size: Remote((tmp_path / "there").as_uri()) / f"{size}px" for size in (16, 24)}
+
+    def write_first(dest, content, i, *args, real=pack_module.write_manifest):
+        interrupt() if i else real(dest, content, i, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_manifest", write_first)
+        with pytest.raises(KeyboardInterrupt):
+            pack_sizes(Folder(folder), dests, workers=1)
+    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
+    pack_sizes(Folder(folder), dests, workers=1)
+    shards = ["train-00000.arrow", "val-00000.arrow"]
+    assert [dest.find("*") for dest in dests.values()] == [["manifest.json", *shards]] * 2
+
+
 def test_files_of_somebody_else_at_a_uri_are_left_as_they_are(folder, tmp_path):
     dest, theirs = Remote((tmp_path / "there").as_uri()), ["train-00000.arrow", ".notes.done"]
     for name in theirs:
@@ -386,10 +402,10 @@ def test_files_of_somebody_else_at_a_uri_are_left_as_they_are(folder, tmp_path):
 def test_source_that_is_wrong_by_now_leaves_nothing_at_a_uri(folder, tmp_path, small_shards, monkeypatch):
     dest = Remote((tmp_path / "there").as_uri())
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "write_manifest", interrupt)
+        patch.setattr(pack_module, "_delete_leftovers", interrupt)
         with pytest.raises(KeyboardInterrupt):
             pack_sizes(Folder(folder), {16: dest}, workers=1)
-    assert dest.find("*.done", "*.arrow")
+    assert dest.find("*.done", "manifest.json")
     for file in (folder / "val_set" / "annotations").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="not one good row"):
