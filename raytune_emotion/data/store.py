@@ -22,7 +22,7 @@ import numpy.typing as npt
 from raytune_emotion.data import shard_format
 from raytune_emotion.data.decode import pixels_digest
 from raytune_emotion.data.progress import progress
-from raytune_emotion.data.shard_format import MANIFEST, Manifest, open_shard, parse_manifest
+from raytune_emotion.data.shard_format import MANIFEST, Manifest, may_be_manifest, open_shard, parse_manifest
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.cache import cache_folder
@@ -112,7 +112,9 @@ def find_stores(location: Location) -> list[Location]:
     # Not by all that is below, for it may be a folder of images.
     beside = sorted(name for name in location.list_folders() if fnmatch(name, _SIDE_BY_SIDE))
     places = [location, *(location / name for name in beside)]
-    return [place for place in places if place.sizes([MANIFEST]) != [None]]
+    return [
+        place for place in places if place.sizes([MANIFEST]) != [None] and may_be_manifest(place.read(MANIFEST) or b"")
+    ]
 
 
 def read_manifest(location: Location) -> Manifest:

@@ -100,7 +100,7 @@ def write_manifest(
         if (pixels := digest_at_size(digest, i))
     )
     manifest = Manifest(
-        format="raytune_emotion.store",
+        format=shard_format.FORMAT,
         version=shard_format.VERSION,
         fingerprint=shard_format.fingerprint(image_size, content.classes, held),
         image_size=image_size,
