@@ -144,8 +144,8 @@ class Faces(ABC):
         """Return what tells the row of a fault from the others of its split: a row may have several faults."""
 
     @abstractmethod
-    def name_of(self, split: str) -> str:
-        """Return the name of a split for messages."""
+    def empty_split(self, split: str) -> str:
+        """Return the sentence on a split that has not one good row."""
 
     def notes(self) -> list[str]:
         """Return what is to be said of how the source is read, a sentence each."""
@@ -180,8 +180,8 @@ class FaceFolder(Faces):
     def row_of(self, fault: Fault) -> str:
         return _annotation_id(fault.file) or _image_id(fault.file)
 
-    def name_of(self, split: str) -> str:
-        return str(self.location / SPLITS[split])
+    def empty_split(self, split: str) -> str:
+        return f"{self.location / SPLITS[split]}: not one good row"
 
 
 def check_layout(root: Location) -> None:

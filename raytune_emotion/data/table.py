@@ -84,6 +84,10 @@ class FaceTable(Faces):
                 found[split][line.path] = self.there[line.path]
         return {split: [files[path] for path in sorted(files)] for split, files in found.items()}
 
+    @property
+    def _splits_by_hash(self) -> bool:
+        return all(line.split is None for line in self.lines)
+
     @cached_property
     def _first_lines(self) -> Mapping[str, int]:
         """The first row of each path, but for rows of `test`, which are left out."""
@@ -108,7 +112,7 @@ class FaceTable(Faces):
     def notes(self) -> list[str]:
         noted = [f"{self.source}: its numbers are votes; each row is divided by its sum"] if self.votes else []
         splits = [self._split_of(line) for line in self.lines]
-        if all(line.split is None for line in self.lines):
+        if self._splits_by_hash:
             share = f"{_VALIDATION:.0%} of the rows, chosen by a hash of the path, are validation"
             noted.append(f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)})")
         if splits.count("test"):
@@ -120,8 +124,9 @@ class FaceTable(Faces):
         line = fault.detail.partition(":")[0]
         return line if line.startswith("line ") else f"line {self._first_lines[fault.file]}"
 
-    def name_of(self, split: str) -> str:
-        return f"{self.source}, split {split}"
+    def empty_split(self, split: str) -> str:
+        advice = f"; add a column {_SPLIT}, with train or val in each row" if self._splits_by_hash else ""
+        return f"{self.source}, split {split}: not one good row{advice}"
 
     def quick_fingerprint(self) -> str:
         digest = hashlib.sha256(repr((self.file, self.columns)).encode())
@@ -256,8 +261,9 @@ def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, l
         )
     images = [k for k, name in enumerate(header) if name.lower() in _IMAGE]
     if len(images) != 1:
-        found = f"has the columns {', '.join(header[:20])}" if header else "has no header"
-        faults.append(f"{place}: {found}, of which one must be named image, for the paths of the images")
+        found = f"has the columns {', '.join(header[:20])}, of which one must be named image, for the paths of images"
+        none = "has no header; its first line must name the columns, one of them image"
+        faults.append(f"{place}: {found if header else none}")
     splits = [k for k, name in enumerate(header) if name.lower() == _SPLIT]
     if len(splits) > 1:
         faults.append(f"{place}: has several columns named {_SPLIT}, in whatever case; leave one")

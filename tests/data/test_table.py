@@ -124,6 +124,15 @@ def test_split_by_hash_of_the_path_is_stated_and_depends_on_the_path_alone(folde
     )
 
 
+def test_table_without_splits_and_too_small_for_a_validation_set_is_told_to_name_them(folder):
+    lines = [f"faces/{number}.png,0.5,0.25,0.25" for number in range(1, 4)]  # of training, by their hashes
+    advice = "add a column split, with train or val in each row"
+    (told,) = faults_of(write(folder, lines, "image,happy,sad,calm"))
+    assert told == f"{folder}/faces.csv, split val: not one good row; {advice}"
+    (told,) = faults_of(write(folder, rows()[:3]))
+    assert told == f"{folder}/faces.csv, split val: not one good row"
+
+
 def test_rows_of_a_test_split_are_left_out(folder, capsys):
     lines = [*rows(), "faces/none.png,test,9,9,9"]
     assert len(pack(write(folder, lines), folder / "store", image_size=16).train) == 3
@@ -213,6 +222,7 @@ def test_rejected_rows_are_counted_by_their_lines(folder):
         ("image,happy", "has fewer than two classes; each column beside image and split is one"),
         ("image,split,Split,happy,sad", "has several columns named split, in whatever case; leave one"),
         ("image,split,happy,sad", "has no row below its header"),
+        ("", "faces.csv: has no header; its first line must name the columns, one of them image"),
     ],
 )
 def test_table_without_the_right_columns_is_refused_at_once(folder, header, said):

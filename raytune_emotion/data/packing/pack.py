@@ -40,14 +40,14 @@ def pack(
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Store:
-    """Check and decode every row of an AffectNetFused folder, once, and write them as a store.
+    """Check and decode every row of an AffectNetFused folder or of a table, once, and write them as a store.
 
     The content depends on the source alone, not on the number of workers. There is no store at dest unless all of it
     is. What breaks off or is killed keeps whole shards, hidden beside a folder or at a URI, and the next attempt goes
     on with them.
 
     Args:
-        source: the folder, or its URI.
+        source: the folder or the table, or its URI.
         dest: the store, which must not exist yet.
         image_size: side of the square images, px.
         classes: names of the K values of an annotation, in order; None: those of the table, or the 13 of this project.
@@ -72,10 +72,10 @@ def pack_sizes(
     workers: int | None = None,
     pmap: Map | None = None,
 ) -> dict[int, Manifest]:
-    """Pack a folder at several image sizes, px, in one pass over its files; each store is as `pack` makes it.
+    """Pack a folder or a table at several image sizes, px, in one pass over its images, each as `pack` does.
 
     Args:
-        source: the folder, maybe listed already.
+        source: the folder or the table, maybe listed already.
         dests: by image size.
         classes: as in `pack`.
         skip_bad: as in `pack`.
