@@ -130,6 +130,15 @@ KNOWN = (
         2,
         lambda error: f"out of memory: {first_line(error)}; {_MORE_MEMORY}",
     ),
+    KnownError(
+        "concurrent.futures.process.BrokenProcessPool",
+        _always,
+        1,
+        lambda error: (
+            "a worker process was killed, as the system does where memory is short; free some, and the same command "
+            "goes on where it was"
+        ),
+    ),
     KnownError("builtins.RuntimeError", _says("can't start new thread"), 2, lambda error: _MORE_PROCESSES),
     KnownError(
         "builtins.RuntimeError",

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+from concurrent.futures.process import BrokenProcessPool
 
 import httpx2
 import huggingface_hub.errors
@@ -61,6 +62,11 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
             "out of memory: Cannot allocate memory; ask for a smaller train.batch",
         ),
         (MemoryError(), 2, "out of memory; ask for"),
+        (
+            BrokenProcessPool("A process in the process pool was terminated abruptly"),
+            1,
+            "a worker process was killed, as the system does where memory is short; free some, and the same command",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory: CUDA out of memory. Tried; ask for"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),

@@ -120,6 +120,29 @@ def test_a_store_can_be_verified(folder, tmp_path, capsys):
         prepare(dest, image_size=24)
 
 
+def test_a_store_at_a_uri_is_verified_as_it_lies_there(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    there = tmp_path / "there"
+    pack(folder, there.as_uri(), image_size=16)  # a sound copy is in the cache now
+    assert command_main("pack", [there.as_uri(), "--check"]) == 0
+    said = "all images and labels are those that were packed"
+    assert capsys.readouterr().out == f"{there.as_uri()}: {said}\n"
+    shard = there / "val-00000.arrow"
+    whole = bytearray(shard.read_bytes())
+    whole[whole.index(open_store(there).val.gather(np.array([0])).tobytes())] ^= 1
+    shard.unlink()  # what is mapped stays whole
+    shard.write_bytes(whole)
+    assert command_main("pack", [there.as_uri(), "--check"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {there.as_uri()}: its files are not those of its manifest.json, as after a copy that failed or a disk "
+        "that does; copy the store there again, or pack the folder again\n"
+    )
+    shard.unlink()
+    assert command_main("pack", [there.as_uri(), "--check"]) == 2
+    missing = f"error: {there.as_uri()}/val-00000.arrow: is missing; the store is damaged, pack the folder again\n"
+    assert capsys.readouterr().err == missing
+
+
 def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = (tmp_path / "there").as_uri()

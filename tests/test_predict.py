@@ -14,11 +14,14 @@ from PIL import Image
 from raytune_emotion.cli import command_main
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.pictures import PictureFiles, list_pictures
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
+from raytune_emotion.learn.prediction_table import JsonLines
 from raytune_emotion.learn.run_folder import BEST
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.exports import untrained_best
 from tests.support.faces import picture
@@ -178,8 +181,6 @@ class TestPredict:
     def test_rows_are_written_while_later_images_are_read(self, export, faces, monkeypatch):
         """So that a million images need no more memory than a batch."""
         from raytune_emotion import predict
-        from raytune_emotion.data.pictures import PictureFiles
-        from raytune_emotion.storage.locations import Folder
 
         written, read = [], []
         files = [file.name for file in sorted((faces / "train_set" / "images").iterdir())[:10]]
@@ -274,6 +275,20 @@ class TestPredict:
         done = subprocess.run([sys.executable, "-c", code, export, face], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(rows_of(done.stdout)) == 2
+
+
+def test_json_lines_are_valid_in_any_encoding_of_the_output():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")  # as commands write
+    JsonLines(stream, ["fröhlich"]).write(["Zoë.jpg"], np.ones((1, 1)))
+    assert json.loads(stream.buffer.getvalue()) == {"image": "Zoë.jpg", "probabilities": {"fröhlich": 1.0}}
+
+
+def test_images_beside_a_mistyped_uri_are_not_lost(tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    found, faults = list_pictures([Folder(tmp_path / "a.png"), Remote("ftp://host/b.png")])
+    assert [list(pictures.files) for pictures in found] == [["a.png"]]
+    (fault,) = faults
+    assert fault.startswith("ftp://host/b.png: cannot be used (")
 
 
 def test_the_mirror_image_is_predicted_too(tmp_path):

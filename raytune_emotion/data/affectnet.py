@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
 from typing import Any
 
@@ -139,12 +140,12 @@ class Faces(ABC):
         """Hash the names, sizes and modification times of images and annotations, without reading an image."""
 
     @abstractmethod
-    def id_of(self, file: str) -> str:
-        """Return the id of the row that a file is of."""
+    def row_of(self, fault: Fault) -> str:
+        """Return what tells the row of a fault from the others of its split: a row may have several faults."""
 
     @abstractmethod
-    def name_of(self, split: str) -> str:
-        """Return the name of a split for messages."""
+    def empty_split(self, split: str) -> str:
+        """Return the sentence on a split that has not one good row."""
 
     def notes(self) -> list[str]:
         """Return what is to be said of how the source is read, a sentence each."""
@@ -176,11 +177,11 @@ class FaceFolder(Faces):
     def quick_fingerprint(self) -> str:
         return quick_fingerprint(self)
 
-    def id_of(self, file: str) -> str:
-        return _annotation_id(file) or _image_id(file)
+    def row_of(self, fault: Fault) -> str:
+        return _annotation_id(fault.file) or _image_id(fault.file)
 
-    def name_of(self, split: str) -> str:
-        return str(self.location / SPLITS[split])
+    def empty_split(self, split: str) -> str:
+        return f"{self.location / SPLITS[split]}: not one good row"
 
 
 def check_layout(root: Location) -> None:
@@ -420,7 +421,7 @@ def parse_number(cell: Any) -> float | None:
     """Return the number in a cell of a table, which may be text; None where there is no number."""
     if isinstance(cell, str):
         return _number(cell) if _is_number(cell.strip()) else None
-    return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None
+    return float(cell) if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) else None
 
 
 def _number(field: str) -> float:

@@ -139,7 +139,7 @@ def _read_votes(path: Path) -> list[Votes]:
 
 
 def _from_csv(path: Path, votes: Sequence[Votes], votes_csv: Path) -> list[_Picture | None]:
-    """Yield the picture of each row of votes; None for one that does not count."""
+    """Return the picture of each row of votes; None for one that does not count."""
     faults: list[str] = []
     pictures: list[_Picture | None] = []
     for told, row in zip_longest(_read_csv(path, ("Usage", "pixels")), votes):

@@ -25,13 +25,13 @@ from raytune_emotion.terminal import warn
 
 @dataclass(frozen=True)
 class Data:
-    """What there is to train on: packed stores, or a folder of faces that is packed on first use.
+    """What there is to train on: packed stores, or a folder or a table of faces, packed on first use.
 
     It is looked at once: manifests are read, and a folder is listed, when they are first asked for.
     """
 
     location: Location
-    stores: tuple[Location, ...]  # empty for a folder of faces
+    stores: tuple[Location, ...]  # empty for a folder or a table of faces
 
     @cached_property
     def manifests(self) -> Mapping[int, tuple[Location, Manifest]]:
@@ -44,7 +44,7 @@ class Data:
         return list_source(self.location)
 
     def own_size(self) -> int:
-        """Return the image size of a store, px; of a folder that of its images, but no more than the default.
+        """Return the image size of a store, px; of faces that of their images, but no more than the default.
 
         Raises:
             UserError: there are several stores.
@@ -66,7 +66,7 @@ def find_data(place: Data | Location | str | PathLike[str]) -> Data:
     """Look what there is to train on at a location.
 
     Raises:
-        UserError: there is neither a store nor a folder in the layout of AffectNetFused.
+        UserError: there is neither a store, nor a table, nor a folder in the layout of AffectNetFused.
     """
     if isinstance(place, Data):
         return place
@@ -92,14 +92,15 @@ def prepare(
     """Find or make one store to train from, as `prepare_sizes` does.
 
     Args:
-        place: a store or several side by side, or a folder in the layout of AffectNetFused; on a disk or at a URI.
-        image_size: side of the square images, px; None: the store's own, or that of the folder's images, but no more
+        place: a store or several side by side, a table, or a folder in the layout of AffectNetFused; on a disk or at
+            a URI.
+        image_size: side of the square images, px; None: the store's own, or that of the faces' images, but no more
             than the default.
         classes: see `prepare_sizes`.
         skip_bad: see `prepare_sizes`.
 
     Raises:
-        UserError: there is neither; see `prepare_sizes`.
+        UserError: there is none of these; see `prepare_sizes`.
     """
     data = find_data(place)
     size = data.own_size() if image_size is None else image_size
@@ -113,16 +114,16 @@ def prepare_sizes(
     classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
 ) -> dict[int, Store]:
-    """Open stores to train from; a folder of faces is packed in one pass into the cache.
+    """Open stores to train from; a folder or a table of faces is packed in one pass into the cache.
 
-    A folder is packed again when a name, a size or a modification time in it, the image size, the classes or
+    It is packed again when a row, or a name, a size or a modification time of a file, the image size, the classes or
     skip_bad is another.
 
     Args:
         data: where the stores or the faces are.
         image_sizes: sides of the square images, px.
         classes: names of the K values of an annotation, in order, which a store must have been packed with; None: the
-            store's own, or of a folder the 13 of this project.
+            store's or the table's own, or of a folder the 13 of this project.
         skip_bad: as in `pack`.
 
     Raises:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from raytune_emotion.emotions import check_class_names
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.json_text import load_json
 
 MANIFEST = "manifest.json"
+FORMAT: Final = "raytune_emotion.store"
 REJECTED = "rejected.csv"
 VERSION = 1
 #: How far from one the probabilities of a row may sum.
@@ -63,6 +65,15 @@ class Manifest(BaseModel):
     classes: Annotated[tuple[str, ...], AfterValidator(_check_names)] = Field(min_length=2)
     rejected: int = Field(ge=0)
     splits: dict[Literal["train", "val"], SplitEntry] = Field(min_length=2)
+
+
+def may_be_manifest(raw: bytes) -> bool:
+    """Tell whether a file of this name describes a store, if maybe a damaged one: web pages have such files too."""
+    try:
+        found = load_json(raw)
+    except ValueError:
+        return True
+    return bool(isinstance(found, dict) and found.get("format") == FORMAT)
 
 
 def parse_manifest(raw: bytes, name: object) -> Manifest:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from raytune_emotion.data import shard_format
 from raytune_emotion.data.decode import pixels_digest
 from raytune_emotion.data.progress import progress
-from raytune_emotion.data.shard_format import MANIFEST, Manifest, open_shard, parse_manifest
+from raytune_emotion.data.shard_format import MANIFEST, Manifest, may_be_manifest, open_shard, parse_manifest
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.cache import cache_folder
@@ -112,7 +112,9 @@ def find_stores(location: Location) -> list[Location]:
     # Not by all that is below, for it may be a folder of images.
     beside = sorted(name for name in location.list_folders() if fnmatch(name, _SIDE_BY_SIDE))
     places = [location, *(location / name for name in beside)]
-    return [place for place in places if place.sizes([MANIFEST]) != [None]]
+    return [
+        place for place in places if place.sizes([MANIFEST]) != [None] and may_be_manifest(place.read(MANIFEST) or b"")
+    ]
 
 
 def read_manifest(location: Location) -> Manifest:
@@ -124,7 +126,7 @@ def read_manifest(location: Location) -> Manifest:
     raw = location.read(MANIFEST)
     if raw is None:
         raise UserError(f"{location}: no packed store, for it has no {MANIFEST}")
-    return parse_manifest(raw, f"{location}/{MANIFEST}")
+    return parse_manifest(raw, location / MANIFEST)
 
 
 def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -> Store:
@@ -137,7 +139,7 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
 
     Raises:
         UserError: with a sentence for everything that is missing, damaged or of another version.
-        Breakdown: a URI cannot be read again and again.
+        Breakdown: a URI cannot be read again and again; the disk of the cache is too small.
     """
     location = location_of(place)
     manifest = read_manifest(location)
@@ -186,7 +188,7 @@ def _map(path: Path) -> Store:
 def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
     """Copy a store into a folder of this machine, and validate its content."""
     sizes = {shard.file: shard.bytes for entry in manifest.splits.values() for shard in entry.shards}
-    check_space(folder, sum(sizes.values()), "choose another disk for the cache by XDG_CACHE_HOME")
+    check_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache by XDG_CACHE_HOME")
     here = {file.name: file.stat().st_size for file in folder.iterdir()}
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
     with progress() as bars:

@@ -9,6 +9,7 @@ a column `split`, a hash of the path decides. Rows are checked as those of a fol
 """
 
 import csv
+import errno
 import hashlib
 import io
 import math
@@ -25,7 +26,7 @@ import pyarrow.parquet as pq
 from raytune_emotion.data.affectnet import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import File, Location
+from raytune_emotion.storage.locations import File, Folder, Location
 from raytune_emotion.terminal import count
 
 _ENDINGS = (".csv", ".parquet")
@@ -35,6 +36,8 @@ _SPLIT = "split"
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 #: What pandas calls the columns of an index without a name.
 _INDEX = r"__index_level_\d+__"
+#: What the system says of a folder that a row names and that has no image for this user. Other errors may pass.
+_NOT_LISTED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 #: The share of rows that are validation where there is no column `split`.
 _VALIDATION = 0.1
 
@@ -81,6 +84,19 @@ class FaceTable(Faces):
                 found[split][line.path] = self.there[line.path]
         return {split: [files[path] for path in sorted(files)] for split, files in found.items()}
 
+    @property
+    def _splits_by_hash(self) -> bool:
+        return all(line.split is None for line in self.lines)
+
+    @cached_property
+    def _first_lines(self) -> Mapping[str, int]:
+        """The first row of each path, but for rows of `test`, which are left out."""
+        found: dict[str, int] = {}
+        for line in self.lines:
+            if self._split_of(line) != "test":
+                found.setdefault(line.path, line.number)
+        return found
+
     @cached_property
     def votes(self) -> bool:
         """Whether the numbers are votes: all are whole, and some row has more than one."""
@@ -96,18 +112,21 @@ class FaceTable(Faces):
     def notes(self) -> list[str]:
         noted = [f"{self.source}: its numbers are votes; each row is divided by its sum"] if self.votes else []
         splits = [self._split_of(line) for line in self.lines]
-        if all(line.split is None for line in self.lines):
+        if self._splits_by_hash:
             share = f"{_VALIDATION:.0%} of the rows, chosen by a hash of the path, are validation"
             noted.append(f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)})")
         if splits.count("test"):
             noted.append(f"{self.source}: {count(splits.count('test'), 'row')} of the split test are left out")
         return noted
 
-    def id_of(self, file: str) -> str:
-        return file
+    def row_of(self, fault: Fault) -> str:
+        # Several rows may have no path, or the same. What names no line is of an image, which the first row has.
+        line = fault.detail.partition(":")[0]
+        return line if line.startswith("line ") else f"line {self._first_lines[fault.file]}"
 
-    def name_of(self, split: str) -> str:
-        return f"{self.source}, split {split}"
+    def empty_split(self, split: str) -> str:
+        advice = f"; add a column {_SPLIT}, with train or val in each row" if self._splits_by_hash else ""
+        return f"{self.source}, split {split}: not one good row{advice}"
 
     def quick_fingerprint(self) -> str:
         digest = hashlib.sha256(repr((self.file, self.columns)).encode())
@@ -178,8 +197,8 @@ class FaceTable(Faces):
 
 
 def is_table(place: Location) -> bool:
-    """Tell whether a location is that of a table, by its ending."""
-    return place.name.lower().endswith(_ENDINGS)
+    """Tell whether a location is that of a table, by its ending: as it is typed or, of a link, where it leads."""
+    return _has_ending(place) or _has_ending(_behind_links(place))
 
 
 def list_table(place: Location) -> FaceTable:
@@ -188,8 +207,12 @@ def list_table(place: Location) -> FaceTable:
     Raises:
         UserError: there is no such file, it is damaged, or it has not the columns of a table of faces.
     """
+    if not _has_ending(place):
+        place = _behind_links(place)
     file = place.split_file()
     if file is None:
+        if place.exists() and place.is_reachable():
+            raise UserError(f"{place}: is a folder with the name of a table; name a file, or rename the folder")
         raise UserError(f"{place}: there is no such file")
     folder, name = file
     raw = folder.read(name) or b""
@@ -207,10 +230,21 @@ def list_table(place: Location) -> FaceTable:
     for parent in sorted(parents):
         try:
             files = folder.list_files("" if parent == "." else parent)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in _NOT_LISTED:
+                raise
             continue
         there |= {file.name: file for file in files}
     return FaceTable(folder, name, tuple(header[k] for k in classes), lines, there)
+
+
+def _has_ending(place: Location) -> bool:
+    name = place.path.name if isinstance(place, Folder) else place.name
+    return name.lower().endswith(_ENDINGS)
+
+
+def _behind_links(place: Location) -> Location:
+    return Folder(place.path.resolve()) if isinstance(place, Folder) else place
 
 
 def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, list[int]]:
@@ -227,8 +261,9 @@ def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, l
         )
     images = [k for k, name in enumerate(header) if name.lower() in _IMAGE]
     if len(images) != 1:
-        found = f"has the columns {', '.join(header[:20])}" if header else "has no header"
-        faults.append(f"{place}: {found}, of which one must be named image, for the paths of the images")
+        found = f"has the columns {', '.join(header[:20])}, of which one must be named image, for the paths of images"
+        none = "has no header; its first line must name the columns, one of them image"
+        faults.append(f"{place}: {found if header else none}")
     splits = [k for k, name in enumerate(header) if name.lower() == _SPLIT]
     if len(splits) > 1:
         faults.append(f"{place}: has several columns named {_SPLIT}, in whatever case; leave one")

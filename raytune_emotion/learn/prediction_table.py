@@ -52,7 +52,7 @@ class JsonLines:
     def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
         for name, prob_K in zip(names, prob_NK.round(_DECIMALS).tolist(), strict=True):
             row = {_NAME: name, "probabilities": dict(zip(self._classes, prob_K, strict=True))}
-            self._text.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._text.write(json.dumps(row) + "\n")
         self._text.flush()
 
     def close(self) -> None:

@@ -22,6 +22,8 @@ from raytune_emotion.known_errors import first_line, is_disk_full
 
 #: The file of a folder's lock. It is never deleted.
 LOCK = ".lock"
+#: What is wrong with a destination that nobody may replace, and what to do.
+EXISTS = "exists already; name another destination, or remove it"
 _STALE_SECONDS = 60
 #: What the system says of a file system without locks. Every other error is one of the lock's file.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -187,7 +189,7 @@ def _rename_to(dest: Path, folder: Path) -> None:
 
 
 def _exists(dest: Path) -> UserError:
-    return UserError(f"{dest}: exists already; name another destination, or remove it")
+    return UserError(f"{dest}: {EXISTS}")
 
 
 @contextlib.contextmanager

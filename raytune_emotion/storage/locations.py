@@ -22,19 +22,30 @@ import os
 import shutil
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.atomic import LOCK, atomic_write, exclusive_lock, resumable_folder, scratch_folder, sweep
+from raytune_emotion.storage.atomic import (
+    EXISTS,
+    LOCK,
+    atomic_write,
+    exclusive_lock,
+    resumable_folder,
+    scratch_folder,
+    sweep,
+)
 from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import byte_size, short_path, warn
 
 #: After which what an attempt has left in the cache is removed.
 ABANDONED_S = 7 * 24 * 3600.0
+#: The file that tells, at a URI, that `build` has begun: what lies beside it is the block's own.
+_BEGUN = ".begun"
 
 
 class File(NamedTuple):
@@ -198,14 +209,19 @@ class Location(ABC):
         """
 
     @abstractmethod
+    def can_be_built(self) -> bool:
+        """Tell whether nothing is here, or at a URI only what `build` has begun and not ended."""
+
+    @abstractmethod
     def build(self) -> "contextlib.AbstractContextManager[Location]":
         """Make a new folder: the block writes its files at the location that it gets.
 
         Here the folder appears at once, when the block ends well. At a URI its files appear one by one, so that the
-        block writes last what tells that the others are there. What breaks off is kept for the next attempt.
+        block writes last what tells that the others are there. What breaks off is kept for the next attempt, but after
+        a UserError, which leaves nothing: at a URI, the block deletes its files.
 
         Raises:
-            UserError: the folder exists.
+            UserError: the folder exists; at a URI, there are files of somebody else.
         """
 
     @abstractmethod
@@ -216,14 +232,6 @@ class Location(ABC):
             key: the name of the copy, another one for other content.
             check: raises UserError for a copy that is to be made again.
             fetch: fills a folder, in which an attempt that broke off has left its files.
-        """
-
-    @abstractmethod
-    def check_space(self, needed: int, advice: str) -> None:
-        """Find out whether the disk has room for so many bytes, some of which may lie in the folder already.
-
-        Raises:
-            UserError: it has not; the sentence ends with the advice.
         """
 
     @abstractmethod
@@ -372,6 +380,9 @@ class Folder(Location):
     def free_working_folder(self) -> None:
         pass
 
+    def can_be_built(self) -> bool:
+        return not self.exists()
+
     @contextlib.contextmanager
     def build(self) -> Iterator[Location]:
         with resumable_folder(self.path) as folder:
@@ -379,9 +390,6 @@ class Folder(Location):
 
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
         return self.path
-
-    def check_space(self, needed: int, advice: str) -> None:
-        check_space(self.path, needed, advice)
 
     def is_reachable(self) -> bool:
         return self.path.is_dir()
@@ -529,9 +537,22 @@ class Remote(Location):
                 self.set_aside_copy()
                 shutil.rmtree(folder)
 
+    def can_be_built(self) -> bool:
+        found = [info.base_name for info in remote.list_folder(self.uri)]
+        return not found or _BEGUN in found
+
     @contextlib.contextmanager
     def build(self) -> Iterator[Location]:
-        yield self
+        if not self.can_be_built():
+            raise UserError(f"{self.uri}: {EXISTS}")
+        with self.write(_BEGUN) as path:
+            path.touch()
+        try:
+            yield self
+        except UserError:
+            self.delete([_BEGUN])
+            raise
+        self.delete([_BEGUN])
 
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
         dest = cache_folder() / "stores" / key
@@ -551,9 +572,6 @@ class Remote(Location):
                 if not dest.exists():  # else another process was faster
                     raise
         return dest
-
-    def check_space(self, needed: int, advice: str) -> None:
-        pass
 
     def is_reachable(self) -> bool:
         return True
@@ -588,15 +606,25 @@ def location_of(place: Location | str | os.PathLike[str]) -> Location:
     return place if isinstance(place, Location) else parse_location(os.fspath(place))
 
 
-def check_space(folder: Path, needed: int, advice: str) -> None:
-    """Find out whether the disk has room for so many bytes, some of which may lie in the folder already.
+def check_space(needed: Mapping[Location, int], advice: str) -> None:
+    """Find out whether there is room for so many bytes in each location, some of which may lie there already.
+
+    Folders on the same disk share its room. At URIs there is always room.
 
     Raises:
-        UserError: it has not; the sentence ends with the advice.
+        Breakdown: a disk has not the room; the sentence ends with the advice. What lies there already is to stay.
     """
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_blocks * 512 for file in folder.iterdir())
-    if needed > free:
-        raise UserError(f"{folder.parent}: {byte_size(needed)} are needed and {byte_size(free)} are free; {advice}")
+    on_disk: dict[int, list[Folder]] = defaultdict(list)
+    for location in needed:
+        if isinstance(location, Folder):
+            on_disk[location.path.stat().st_dev].append(location)
+    for folders in on_disk.values():
+        wanted = sum(needed[folder] for folder in folders)
+        there = sum(file.stat().st_blocks * 512 for folder in folders for file in folder.path.iterdir())
+        free = shutil.disk_usage(folders[0].path).free + there
+        if wanted > free:
+            place = folders[0].path.parent
+            raise Breakdown(f"{place}: {byte_size(wanted)} are needed and {byte_size(free)} are free; {advice}")
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

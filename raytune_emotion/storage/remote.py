@@ -44,6 +44,12 @@ _PERMANENT_WORDS = re.compile(
     r"|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
 
+#: What to do about a URI that cannot be used.
+_ADVICE = (
+    "name a folder, or a URI such as s3://bucket/prefix?region=eu-west-1 of a bucket that exists, with valid"
+    " credentials"
+)
+
 #: Names of options whose values are secrets.
 _SECRET = re.compile(r"secret|token|password|credential|signature|access_?key|account_?key|^sig$", re.IGNORECASE)
 
@@ -56,7 +62,9 @@ def join(uri: str, *names: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    return unquote(urlsplit(uri).path.rstrip("/").rpartition("/")[2])
+    """Return the last part of a URI's path; of the root of a bucket, the bucket's name."""
+    parts = urlsplit(uri)
+    return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.netloc
 
 
 def parent_of(uri: str) -> str:
@@ -117,10 +125,7 @@ def check(uri: str, *, write: bool) -> None:
     except subprocess.TimeoutExpired:
         fault = f"no answer in {_CHECK_S:g} s"
     if fault:
-        raise UserError(
-            f"{uri}: cannot be {'written to' if write else 'read'} ({fault}); name a folder, or a URI such as "
-            f"s3://bucket/prefix?region=eu-west-1 of a bucket that exists, with valid credentials"
-        )
+        raise UserError(f"{uri}: cannot be {'written to' if write else 'read'} ({fault}); {_ADVICE}")
 
 
 def exists(uri: str) -> bool:
@@ -298,7 +303,7 @@ def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
     tries = 1
     while True:
         try:
-            return action(*_open(uri))
+            return action(*_open_or_refuse(uri))
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -314,6 +319,18 @@ def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
 
 def _is_permanent(error: OSError) -> bool:
     return error.errno in _PERMANENT or _PERMANENT_WORDS.search(str(error)) is not None
+
+
+def _open_or_refuse(uri: str) -> tuple[FileSystem, str]:
+    """Open a URI.
+
+    Raises:
+        UserError: no file system has such a scheme, or such options.
+    """
+    try:
+        return _open(uri)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{uri}: cannot be used ({first_line(error)}); {_ADVICE}") from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -339,8 +356,10 @@ def _check() -> None:
         if not write:
             filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return
-        _put(Path(__file__), filesystem, f"{path}/.check")
-        filesystem.delete_file(f"{path}/.check")
+        # Of this process alone, so that nobody else deletes it; and no file to a reader where it is left.
+        file = f"{path}/.check.{uuid.uuid4().hex[:8]}.part"
+        _put(Path(__file__), filesystem, file)
+        filesystem.delete_file(file)
     except (OSError, ValueError, NotImplementedError) as error:
         print(first_line(error))
 

@@ -135,7 +135,7 @@ def test_orphans_and_doubles_are_faults(tmp_path):
 
     faces = listed(tmp_path)
     found = scan(faces)
-    assert [(f.split, f.file, f.kind, faces.id_of(f.file)) for f in found.faults] == [
+    assert [(f.split, f.file, f.kind, faces.row_of(f)) for f in found.faults] == [
         ("train", "train_set/annotations/1_prob_rank.txt", Kind.NO_IMAGE, "1"),
         ("train", "train_set/annotations/4_prob_rank.txt", Kind.EMPTY, "4"),
         ("train", "train_set/images/2.png", Kind.NO_ANNOTATION, "2"),

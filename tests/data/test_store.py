@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from raytune_emotion.data import store as store_module
 from raytune_emotion.data.packing.pack import pack
-from raytune_emotion.data.prepare import prepare
+from raytune_emotion.data.prepare import find_data, prepare
 from raytune_emotion.data.store import Split, is_store, open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
@@ -163,6 +163,16 @@ def test_a_damaged_store_is_refused_by_name(folder, tmp_path, damage):
     for fault, part in zip(raised.value.faults, expected, strict=True):
         assert str(packed.path) in fault
         assert part in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "store"), [('{"name": "a web page"}', False), ("[]", False), ("{", True), ("", True), ("[" * 10**5, True)]
+)
+def test_manifest_of_somebody_else_makes_no_store_and_a_damaged_one_does(folder, text, store):
+    (folder / "manifest.json").write_text(text)
+    assert is_store(folder) == store
+    if not store:
+        assert find_data(folder).count_rows() == 8
 
 
 def test_no_damage_of_what_describes_a_shard_ends_the_process(folder, tmp_path):

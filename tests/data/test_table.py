@@ -1,6 +1,9 @@
 """Tables of faces: what they may hold, what is refused, and that a study is packed from one as from a folder."""
 
+import errno
 import hashlib
+import os
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -11,7 +14,7 @@ from raytune_emotion.data.prepare import find_data, prepare
 from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.table import list_table
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.locations import Folder, Remote
 from tests.support.faces import picture
 
 SPLITS = ["train", "train", "train", "val"]
@@ -56,6 +59,14 @@ def test_parquet_and_csv_give_the_same_store(folder):
     names = ("faces.csv", "faces.parquet")
     first, second = (pack(folder / name, folder / f"{name}.store", image_size=16) for name in names)
     assert first.fingerprint == second.fingerprint
+
+
+def test_decimal_numbers_of_parquet_are_numbers(folder):
+    table = pd.read_csv(write(folder, rows("0.5,0.1,0.4")).path)
+    decimals = {name: [Decimal(str(value)) for value in table[name]] for name in ("happy", "sad", "calm")}
+    table.assign(**decimals).to_parquet(folder / "faces.parquet")
+    store = pack(folder / "faces.parquet", folder / "store", image_size=16)
+    assert np.allclose(store.train.prob_NK, [0.5, 0.1, 0.4])
 
 
 def test_index_of_a_data_frame_is_no_class(folder):
@@ -113,6 +124,15 @@ def test_split_by_hash_of_the_path_is_stated_and_depends_on_the_path_alone(folde
     )
 
 
+def test_table_without_splits_and_too_small_for_a_validation_set_is_told_to_name_them(folder):
+    lines = [f"faces/{number}.png,0.5,0.25,0.25" for number in range(1, 4)]  # of training, by their hashes
+    advice = "add a column split, with train or val in each row"
+    (told,) = faults_of(write(folder, lines, "image,happy,sad,calm"))
+    assert told == f"{folder}/faces.csv, split val: not one good row; {advice}"
+    (told,) = faults_of(write(folder, rows()[:3]))
+    assert told == f"{folder}/faces.csv, split val: not one good row"
+
+
 def test_rows_of_a_test_split_are_left_out(folder, capsys):
     lines = [*rows(), "faces/none.png,test,9,9,9"]
     assert len(pack(write(folder, lines), folder / "store", image_size=16).train) == 3
@@ -124,6 +144,28 @@ def test_paths_that_leave_the_folder_are_refused(folder, path):
     picture(9).save(folder.parent / "face.png")
     told = faults_of(write(folder, [*rows(), f"{path},train,0.5,0.25,0.25"]))
     assert told[0].startswith(f"{folder}/faces.csv: path is empty or leaves the folder of the table (1 row): ")
+
+
+def test_row_of_a_folder_that_cannot_be_listed_is_at_fault_alone(folder):
+    long = "a" * 300
+    (folder / "loop").symlink_to("loop")
+    place = write(folder, [*rows(), f"{long}/1.png,train,0.5,0.25,0.25", "loop/1.png,val,0.5,0.25,0.25"])
+    told = faults_of(place)
+    assert told[0] == f"{place}: image is missing (2 rows): {long}/1.png (line 6), loop/1.png (line 7)"
+    assert len(pack(place, folder / "store", image_size=16, skip_bad=True).train) == 3
+
+
+def test_folder_that_may_not_be_listed_is_told_from_a_disk_that_fails(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    place = write(folder, rows())
+    monkeypatch.setattr(Folder, "list_files", refuse)
+    number = errno.EACCES
+    assert list_table(place).there == {}
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        list_table(place)
 
 
 def test_all_faults_of_rows_are_named_at_once(folder):
@@ -154,6 +196,23 @@ def test_all_faults_of_rows_are_named_at_once(folder):
     assert len((folder / "store/rejected.csv").read_text().splitlines()) == 7
 
 
+def test_rejected_rows_are_counted_by_their_lines(folder):
+    (folder / "faces/torn.png").write_bytes(b"no picture")
+    lines = [
+        *rows(),
+        ",train,0.5,0.25,0.25",
+        ",train,0.5,0.25,0.25",
+        "faces/1.png,train,0.5,0.25,0.25",
+        "faces/1.png,train,0.5,0.25,0.25",
+        "faces/torn.png,test,0.5,0.25,0.25",
+        "faces/torn.png,train,2,0.25,0.25",  # two faults in one row
+        "faces/torn.png,train,0.5,0.25,0.25",
+    ]
+    store = pack(write(folder, lines), folder / "store", image_size=16, skip_bad=True)
+    assert store.rejected == 6
+    assert len((folder / "store/rejected.csv").read_text().splitlines()) == 8
+
+
 @pytest.mark.parametrize(
     ("header", "said"),
     [
@@ -163,6 +222,7 @@ def test_all_faults_of_rows_are_named_at_once(folder):
         ("image,happy", "has fewer than two classes; each column beside image and split is one"),
         ("image,split,Split,happy,sad", "has several columns named split, in whatever case; leave one"),
         ("image,split,happy,sad", "has no row below its header"),
+        ("", "faces.csv: has no header; its first line must name the columns, one of them image"),
     ],
 )
 def test_table_without_the_right_columns_is_refused_at_once(folder, header, said):
@@ -180,6 +240,31 @@ def test_files_that_are_no_table(folder):
     (folder / "latin.csv").write_bytes(b"image,a,b\n\xe9.png,1,0\n")
     with pytest.raises(UserError, match=r"latin\.csv: cannot be read as a table \("):
         list_table(Folder(folder / "latin.csv"))
+
+
+def test_table_behind_a_link_is_known_by_either_name(folder):
+    """As in a cache of the Hugging Face hub, and as a short name for a long path."""
+    (folder / "blobs").mkdir()
+    write(folder, rows("0.5,0.1,0.4")).path.rename(folder / "blobs" / "0a1b")
+    (folder / "train.csv").symlink_to("blobs/0a1b")
+    store = pack(folder / "train.csv", folder / "store", image_size=16)
+    assert (store.classes, len(store.train)) == (("happy", "sad", "calm"), 3)
+    pd.read_csv(folder / "train.csv").to_parquet(folder / "faces.parquet")
+    (folder / "blobs" / "short").symlink_to("../faces.parquet")
+    again = pack(folder / "blobs" / "short", folder / "again", image_size=16)
+    assert again.fingerprint == store.fingerprint
+
+
+def test_folder_with_the_name_of_a_table_is_told_as_such(folder):
+    (folder / "real.parquet").mkdir()
+    (folder / "link.csv").symlink_to("real.parquet")
+    here, there = Folder(folder), Remote(folder.as_uri())
+    for place in (here / "real.parquet", here / "link.csv", there / "real.parquet"):
+        with pytest.raises(UserError, match="is a folder with the name of a table; name a file, or rename the folder"):
+            find_data(place)
+    (folder / "dangling.csv").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"dangling\.csv: there is no such file"):
+        find_data(folder / "dangling.csv")
 
 
 def test_classes_may_be_reordered_but_not_renamed(folder):
@@ -200,6 +285,11 @@ def test_study_is_trained_on_a_table_which_is_packed_once(folder, capsys):
     assert prepare(place, image_size=20).path != store.path
     write(folder, rows("0.5,0.2,0.3"))
     assert prepare(place, image_size=20).train.prob_NK[0].tolist() == pytest.approx([0.5, 0.2, 0.3])
+
+
+def test_table_at_a_mistyped_uri_is_refused_by_a_sentence():
+    with pytest.raises(UserError, match=r"^ftp://host/faces\.csv: cannot be used \(.*; name a folder, or a URI"):
+        find_data("ftp://host/faces.csv")
 
 
 def test_table_at_a_uri(folder):

@@ -120,6 +120,29 @@ def test_copy_here_holds_what_was_asked_for_and_errors_name_the_location(locatio
     assert str(raised.value) == f"{location}/study.yaml: damaged"
 
 
+def test_files_in_the_root_of_a_bucket_have_a_folder_here():
+    with Remote("s3://bucket?region=x").work_here() as folder:
+        assert folder.name == "bucket"
+        assert list(folder.iterdir()) == []
+
+
+def test_folder_is_built_on_what_an_attempt_has_left_and_on_nothing_else(location):
+    def break_off():
+        with location.build() as place:
+            put(place, "a.txt", "a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert location.can_be_built()
+    with location.build() as place:
+        assert place.read("a.txt") == b"a"
+    assert not location.can_be_built()
+    assert location.find("*") == ["a.txt"]
+    with pytest.raises(UserError, match="exists already; name another destination, or remove it"), location.build():
+        pass
+
+
 def test_files_are_listed_while_a_folder_goes(tmp_path, monkeypatch):
     (tmp_path / "stays.txt").touch()
     (tmp_path / "goes" / "below").mkdir(parents=True)
@@ -200,7 +223,7 @@ def test_text_that_can_be_no_path_is_refused(text):
         parse_location(text)
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa"])
+@pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa", "s3://.."])
 def test_uri_that_ends_in_no_name_is_refused(uri):
     with pytest.raises(UserError, match="is no name of a folder"):
         parse_location(uri)

@@ -2,6 +2,7 @@
 
 import errno
 import http.client
+import io
 import json
 import os
 import shutil
@@ -92,12 +93,31 @@ def test_uris_are_joined_and_named():
     uri = remote.join("s3://bucket/a/?region=b", "my study", "0000")
     assert uri == "s3://bucket/a/my%20study/0000?region=b"
     assert remote.name_of(remote.join(uri, "best one")) == "best one"
+    assert remote.name_of("s3://bucket/?region=b") == remote.name_of("s3://bucket") == "bucket"
 
 
 def test_a_place_that_can_be_used_is_left_as_it_was(uri):
     remote.check(uri, write=True)
     assert remote.names(uri, "*") == []
     remote.check(uri, write=False)
+
+
+def test_two_checks_at_once_do_not_disturb_each_other(uri, monkeypatch, capsys):
+    put = remote._put
+
+    def check():
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([uri, True])))
+        remote._check()
+
+    def put_and_let_another_check(file, filesystem, target):
+        put(file, filesystem, target)
+        monkeypatch.setattr(remote, "_put", put)
+        check()
+
+    monkeypatch.setattr(remote, "_put", put_and_let_another_check)
+    check()
+    assert capsys.readouterr().out == ""
+    assert remote._list_all(uri) == []
 
 
 def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, monkeypatch):
@@ -121,6 +141,19 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
             (fault,) = raised.value.faults
             assert fault.startswith(f"{place}: cannot be written to (")
             assert "\n" not in fault
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("ftp://host/a.csv", "Unrecognized filesystem type"), ("s3://bucket/a?regio=x", "Unexpected query parameter")],
+)
+def test_mistyped_uri_that_nobody_has_checked_is_one_clear_sentence(place, why):
+    with pytest.raises(UserError, match=why) as raised:
+        remote.is_file(place)
+    (fault,) = raised.value.faults
+    assert fault.startswith(f"{place}: cannot be used (")
+    assert "); name a folder, or a URI such as s3://bucket/prefix?region=eu-west-1 of" in fault
+    assert "\n" not in fault
 
 
 def test_wrong_credentials_are_one_clear_sentence(bucket):

@@ -1,7 +1,6 @@
 """Pack a folder of annotated faces into stores, each of one image size: every picture is decoded once, into shards."""
 
 import contextlib
-import errno
 import re
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,13 +14,15 @@ from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_b
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
 from raytune_emotion.data.parallel import Map, process_map
 from raytune_emotion.data.progress import progress
-from raytune_emotion.data.shard_format import REJECTED, Manifest, ShardEntry
+from raytune_emotion.data.shard_format import MANIFEST, REJECTED, Manifest, ShardEntry
 from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.store import Store, find_stores, open_store, read_manifest
 from raytune_emotion.data.table import is_table
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage.locations import Location, location_of
+from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.storage.atomic import EXISTS
+from raytune_emotion.storage.locations import Location, check_space, location_of
 from raytune_emotion.terminal import warn
 
 #: What to do about a disk that is full.
@@ -39,14 +40,14 @@ def pack(
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Store:
-    """Check and decode every row of an AffectNetFused folder, once, and write them as a store.
+    """Check and decode every row of an AffectNetFused folder or of a table, once, and write them as a store.
 
     The content depends on the source alone, not on the number of workers. There is no store at dest unless all of it
     is. What breaks off or is killed keeps whole shards, hidden beside a folder or at a URI, and the next attempt goes
     on with them.
 
     Args:
-        source: the folder, or its URI.
+        source: the folder or the table, or its URI.
         dest: the store, which must not exist yet.
         image_size: side of the square images, px.
         classes: names of the K values of an annotation, in order; None: those of the table, or the 13 of this project.
@@ -54,8 +55,8 @@ def pack(
         workers: processes; by default one a core, or none where there is little to do.
 
     Raises:
-        UserError: a sentence for every kind of fault; dest exists; the disk is too small.
-        Breakdown: a URI fails again and again.
+        UserError: a sentence for every kind of fault; dest exists.
+        Breakdown: the disk is too small, or full; a URI fails again and again.
     """
     location = location_of(dest)
     pack_sizes(location_of(source), {image_size: location}, classes=classes, skip_bad=skip_bad, workers=workers)
@@ -71,10 +72,10 @@ def pack_sizes(
     workers: int | None = None,
     pmap: Map | None = None,
 ) -> dict[int, Manifest]:
-    """Pack a folder at several image sizes, px, in one pass over its files; each store is as `pack` makes it.
+    """Pack a folder or a table at several image sizes, px, in one pass over its images, each as `pack` does.
 
     Args:
-        source: the folder, maybe listed already.
+        source: the folder or the table, maybe listed already.
         dests: by image size.
         classes: as in `pack`.
         skip_bad: as in `pack`.
@@ -83,7 +84,7 @@ def pack_sizes(
 
     Raises:
         UserError: see `pack`.
-        Breakdown: a URI fails again and again; a machine does not see one of the folders.
+        Breakdown: see `pack`; a machine does not see one of the folders.
     """
     for size in dests:
         RunConfig.from_flat({"data.image_size": size, **({"data.classes": classes} if classes else {})})
@@ -94,19 +95,26 @@ def pack_sizes(
         warn(note)
     for dest in list(dests.values())[:1]:
         dest.check(write=True)
-    if there := [dest for dest in dests.values() if find_stores(dest)]:
-        raise UserError(f"{dest}: exists already; name another destination, or remove it" for dest in there)
+    if there := [dest for dest in dests.values() if not dest.can_be_built()]:
+        raise UserError(f"{dest}: {EXISTS}" for dest in there)
     with contextlib.ExitStack() as stack:
         # In the same order by whoever packs: else two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
         run = _check_on_each_node([faces.location, *built.values()], pmap or stack.enter_context(process_map(workers)))
         try:
             _pack(faces, built, classes, skip_bad=skip_bad, pmap=run)
+        except UserError:
+            for dest in built.values():
+                _delete_leftovers(dest)
+            raise
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             where = ", ".join(map(str, dests.values()))
-            raise UserError(f"{where}: {error.strerror} while packing; {MORE_ROOM}") from error
+            # No UserError, which deletes what is packed.
+            raise Breakdown(
+                f"{where}: {error.strerror} while packing; make room, and the same command goes on; or {MORE_ROOM}"
+            ) from error
     packed = {size: read_manifest(dest) for size, dest in dests.items()}
     for size, dest in dests.items():
         tell_rejected(dest, packed[size].rejected)
@@ -115,7 +123,7 @@ def pack_sizes(
 
 def tell_rejected(store: Location, rejected: int) -> None:
     if rejected:
-        warn(f"{store}: rejected rows: {rejected}, see {store}/{REJECTED}")
+        warn(f"{store}: rejected rows: {rejected}, see {store / REJECTED}")
 
 
 def list_unpacked(source: Location) -> Faces:
@@ -134,11 +142,12 @@ def list_unpacked(source: Location) -> Faces:
 def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map) -> None:
     digests: dict[str, list[Digest]] = {}
     entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
+    for dest in dests.values():
+        dest.delete([MANIFEST, REJECTED])  # of an attempt that broke off behind them: no store is read while it changes
     with progress() as bars:
         scan = read_rows(faces, classes, pmap, bars)
         rows = sum(map(len, scan.rows.values()))
-        for size, dest in dests.items():
-            dest.check_space(rows * picture_bytes(size), MORE_ROOM)
+        check_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
         bar = bars.add_task("packing images", total=rows)
         blocks = [
             block for split, own in scan.rows.items() for block in split_into_blocks(faces.location, split, own, dests)
@@ -148,14 +157,11 @@ def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...],
             digests.setdefault(block.split, []).extend(packed.digests)
             for size in dests:
                 entries[size].setdefault(block.split, []).extend(packed.entries[size])
-        try:
-            content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
-        except UserError:
-            for dest in dests.values():
-                _delete_leftovers(dest)
-            raise
+        content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
     for i, (size, dest) in enumerate(dests.items()):
         write_manifest(dest, content, i, size, entries[size])
+    # Only now: an attempt that breaks off between two manifests is gone on with by the records of the blocks.
+    for size, dest in dests.items():
         _delete_leftovers(dest, kept={entry.file for own in entries[size].values() for entry in own})
 
 

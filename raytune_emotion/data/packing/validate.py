@@ -100,12 +100,12 @@ def write_manifest(
         if (pixels := digest_at_size(digest, i))
     )
     manifest = Manifest(
-        format="raytune_emotion.store",
+        format=shard_format.FORMAT,
         version=shard_format.VERSION,
         fingerprint=shard_format.fingerprint(image_size, content.classes, held),
         image_size=image_size,
         classes=content.classes,
-        rejected=len({(fault.split, content.faces.id_of(fault.file)) for fault in content.faults}),
+        rejected=len({(fault.split, content.faces.row_of(fault)) for fault in content.faults}),
         splits={
             split: SplitEntry(rows=sum(entry.rows for entry in own), shards=tuple(own))
             for split, own in entries.items()
@@ -133,4 +133,4 @@ def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
 def _refuse_empty(faces: Faces, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
     if empty := [split for split, rows in good.items() if not rows]:
         told = affectnet.sentences(faces.source, faults, classes)
-        raise UserError([*told, *(f"{faces.name_of(split)}: not one good row" for split in empty)])
+        raise UserError([*told, *map(faces.empty_split, empty)])

@@ -1,8 +1,12 @@
 import csv
+import errno
 import functools
 import os
+import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +17,14 @@ from hypothesis import strategies as st
 from raytune_emotion.data.affectnet import Kind, list_faces, scan
 from raytune_emotion.data.decode import decode_at_sizes, decode_image
 from raytune_emotion.data.packing import blocks
-from raytune_emotion.data.packing.pack import pack, pack_sizes
-from raytune_emotion.data.store import is_store, open_store
+from raytune_emotion.data.packing import pack as pack_module
+from raytune_emotion.data.packing.pack import pack, pack_sizes, tell_rejected
+from raytune_emotion.data.store import is_store, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
-from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.locations import Folder, Remote, check_space
 from tests.support.faces import UNIFORM, picture, write_row
 from tests.support.folders import files_of
 
@@ -252,9 +258,42 @@ def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "file", "store"]
 
 
-def test_a_disk_that_is_too_small_is_told_before_it_is_full(folder, tmp_path):
-    with pytest.raises(UserError, match=r": 900 TB are needed and .* are free; choose another disk"):
-        Folder(tmp_path).check_space(9 * 10**14, "choose another disk")
+def test_a_disk_too_small_for_all_sizes_together_is_told_before_it_is_full(folder, tmp_path, monkeypatch):
+    dests = {size: Folder(tmp_path / "stores" / f"{size}px") for size in (16, 24)}
+    # Of 11 images, 8.4 kB at 16 px and 19 kB at 24 px.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
+    said = rf"^{tmp_path}/stores: 27\.5 kB are needed and 20 kB are free; choose a disk with room"
+    with pytest.raises(Breakdown, match=said):
+        pack_sizes(Folder(folder), dests, workers=1)
+    pack_sizes(Folder(folder), {24: dests[24]}, workers=1)
+
+
+def test_what_lies_on_a_disk_already_needs_no_more_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    (tmp_path / "there").mkdir()
+    write_text(tmp_path / "there" / "shard", "." * 100_000)
+    needed = {Folder(tmp_path): 0, Folder(tmp_path / "there"): 100_000, Remote("s3://bucket/a"): 10**15}
+    check_space(needed, "choose another disk")
+    with pytest.raises(Breakdown, match=r": 600 kB are needed and .* are free; choose another disk"):
+        check_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
+
+
+def test_packing_goes_on_after_a_disk_was_full(folder, tmp_path, small_shards, monkeypatch):
+    written, room = [], 2
+
+    def write_shard(path, *args, real=blocks.write_shard):
+        if len(written) == room:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        real(path, *args)
+
+    monkeypatch.setattr(blocks, "write_shard", write_shard)
+    said = "store: No space left on device while packing; make room, and the same command goes on; or choose a disk"
+    with pytest.raises(Breakdown, match=said):
+        pack(folder, tmp_path / "store", image_size=16, workers=1)
+    room = 1000
+    pack(folder, tmp_path / "store", image_size=16, workers=1)
+    assert len(written) == len(list((tmp_path / "store").glob("*.arrow"))) == 6
 
 
 def test_a_script_that_does_not_ask_whether_it_is_main_can_pack(folder, tmp_path):
@@ -294,6 +333,10 @@ def test_any_annotation_and_image_is_packed_or_refused_by_a_sentence(annotation,
     assert not dest.exists()
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def at(uri, folder):
     remote.pull(uri, folder, remote.names(uri, "*"))
     return files_of(folder)
@@ -317,7 +360,7 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
     with pytest.raises(KeyboardInterrupt):
         pack_sizes(Folder(folder), dests, pmap=broken_off)
     assert not any(map(is_store, dests.values()))
-    assert {name for name in pushed if "24px" in name} == {f"24px/train-0000{i}.arrow" for i in range(6)}
+    assert {name for name in pushed if "24px/train" in name} == {f"24px/train-0000{i}.arrow" for i in range(6)}
 
     pushed.clear()
     picture(77).save(folder / "train_set/images/3.png")
@@ -328,6 +371,56 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
     for size, dest in dests.items():
         alone = pack(folder, tmp_path / f"{size}", image_size=size)
         assert at(str(dest), tmp_path / f"at{size}") == files_of(alone.path)
+
+
+def test_attempt_that_breaks_off_between_two_manifests_is_gone_on_with(folder, tmp_path, monkeypatch):
+    dests = {size: Remote((tmp_path / "there").as_uri()) / f"{size}px" for size in (16, 24)}
+
+    def write_first(dest, content, i, *args, real=pack_module.write_manifest):
+        interrupt() if i else real(dest, content, i, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_manifest", write_first)
+        with pytest.raises(KeyboardInterrupt):
+            pack_sizes(Folder(folder), dests, workers=1)
+    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
+    pack_sizes(Folder(folder), dests, workers=1)
+    shards = ["train-00000.arrow", "val-00000.arrow"]
+    assert [dest.find("*") for dest in dests.values()] == [["manifest.json", *shards]] * 2
+
+
+def test_files_of_somebody_else_at_a_uri_are_left_as_they_are(folder, tmp_path):
+    dest, theirs = Remote((tmp_path / "there").as_uri()), ["train-00000.arrow", ".notes.done"]
+    for name in theirs:
+        with dest.write(name) as path:
+            path.write_text(name)
+    with pytest.raises(UserError, match="there: exists already; name another destination, or remove it"):
+        pack_sizes(Folder(folder), {16: dest}, workers=1)
+    assert files_of(tmp_path / "there") == {name: name.encode() for name in theirs}
+
+
+def test_source_that_is_wrong_by_now_leaves_nothing_at_a_uri(folder, tmp_path, small_shards, monkeypatch):
+    dest = Remote((tmp_path / "there").as_uri())
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "_delete_leftovers", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pack_sizes(Folder(folder), {16: dest}, workers=1)
+    assert dest.find("*.done", "manifest.json")
+    for file in (folder / "val_set" / "annotations").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="not one good row"):
+        pack_sizes(Folder(folder), {16: dest}, workers=1)
+    assert dest.find("*") == []
+
+
+def test_place_of_a_file_below_a_uri_keeps_the_query_at_its_end(bucket, capsys):
+    tell_rejected(bucket / "store", 3)
+    uri, _, query = str(bucket).partition("?")
+    assert capsys.readouterr().err.endswith(f" rejected rows: 3, see {uri}/store/rejected.csv?{query}\n")
+    with (bucket / "damaged").write("manifest.json") as path:
+        path.write_text("{")
+    with pytest.raises(UserError, match=f"^{re.escape(f'{uri}/damaged/manifest.json?{query}')}: no description of a"):
+        read_manifest(bucket / "damaged")
 
 
 def test_rows_at_fault_are_set_aside_at_a_uri_too_or_nothing_is_left(folder, tmp_path, small_shards):
