@@ -17,6 +17,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+#: More processes than cores work at once: a thread that waits for another lets others work, and does not spin.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 #: Of the S3 server of the tests. Processes that tests start inherit them.
 os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="wJalrXUtnFEMI")
 

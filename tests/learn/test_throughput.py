@@ -121,7 +121,14 @@ class Full(Process):
         )
 
 
-@pytest.mark.parametrize(("kinds", "fitting"), [([Process, Full], [1]), ([Full, Process], [])])
+class Idle:
+    """A process that is given nothing to do."""
+
+    def __init__(self, device):
+        self.rest = self.end = self.answer = lambda: None
+
+
+@pytest.mark.parametrize(("kinds", "fitting"), [([Process, Full], [1]), ([Full, Idle], [])])
 def test_measure_leaves_out_counts_for_which_a_process_has_too_little_memory(store, monkeypatch, kinds, fitting):
     starts = iter(kinds)
     monkeypatch.setattr(throughput, "Process", lambda device: next(starts)(device))

@@ -1,10 +1,15 @@
 """Studies, their spaces and their records, made without Ray."""
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
+from raytune_emotion.data.store import open_store
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.storage.atomic import LOCK
@@ -17,7 +22,7 @@ from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.study.optuna_study import Searcher, create_study
 from raytune_emotion.tuning.study.records import read_records, trial_folder
-from raytune_emotion.tuning.study.spec import StudySpec, write_spec
+from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
 from tests.support.reports import make_report
 
@@ -69,8 +74,23 @@ def spec_of(store, **changes):
 
 
 def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> StudySpec:
-    """Write a study as `search` does, without Ray: run its trials here, one after the other, all to their end."""
-    folder.mkdir(parents=True)
+    """Write a study as `search` does, without Ray: run its trials here, one after the other, all to their end.
+
+    Once: a further study of as many trials on the same data is a copy of another name.
+    """
+    shutil.copytree(_trained_study(store.path, trials, epochs), folder)
+    (folder.parent / "space.yaml").write_text(SMALL_SPACE)
+    spec = dataclasses.replace(read_spec(folder), name=folder.name)
+    write_spec(folder, spec)
+    return spec
+
+
+@functools.cache
+def _trained_study(data: Path, trials: int, epochs: int) -> Path:
+    work = tempfile.TemporaryDirectory(prefix="raytune_emotion-")
+    atexit.register(work.cleanup)
+    folder, store = Path(work.name) / "study", open_store(data)
+    folder.mkdir()
     (folder.parent / "space.yaml").write_text(SMALL_SPACE)
     space = load_space(folder.parent / "space.yaml", overrides={"train.epochs": epochs})
     spec = spec_of(
@@ -95,7 +115,7 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
             searcher.observe(proposal.trial_id, report)
         searcher.tell(proposal.trial_id, "complete")
     write_tables(folder, read_records(folder, study))
-    return spec
+    return folder
 
 
 def run_here(study, resources=ONE_CORE, watch=lambda event: None):
