@@ -16,9 +16,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from raytune_emotion import search
+from raytune_emotion.cli import folder_name
 from raytune_emotion.data.prepare import find_data
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.run_folder import read_history
@@ -37,7 +40,7 @@ from raytune_emotion.tuning.study.creation import new_spec, open_existing
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
-from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.request import SearchRequest, name_study
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
@@ -330,6 +333,18 @@ class TestBadRequests:
         assert refused(name="mine") == [
             f"{taken}: there is a study of this name already; go on with it by --resume, or choose another"
         ]
+
+    @example("my space")
+    @example("quick (1)")
+    @example("...")
+    @example("-=")
+    @example("顔" * 80)
+    @given(st.text(st.characters()))  # also those that a name of a file has in place of bytes that are no text
+    def test_a_study_that_is_named_by_its_space_can_be_named_again(self, stem):
+        name = name_study(Path(f"{stem}.yaml"))
+        assert folder_name(name) == name
+        assert len(name.encode()) <= 255
+        assert request_of("--space", "my space.yaml").find_study().name.startswith("my_space_2")
 
     @pytest.mark.parametrize("below", ["", "deeper/still"])
     def test_results_that_are_a_file(self, refused, tmp_path, below):

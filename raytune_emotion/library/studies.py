@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +22,7 @@ from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.tuning.study import optuna_study
 from raytune_emotion.tuning.study.records import read_records, study_files, trial_folder, winner
+from raytune_emotion.tuning.study.request import name_study
 from raytune_emotion.tuning.study.spec import StudySpec, spec_of
 from raytune_emotion.tuning.study.tables import curves_of, trials_of
 
@@ -157,7 +157,7 @@ def search(
         raise UserError("name: expected the name of the study to resume, got None")
     command = importlib.import_module("raytune_emotion.search")
     with _space_file(space) as file:
-        name = name or f"{file.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        name = name or name_study(file)
         given: dict[str, Any] = {
             "data": data,
             "space": None if resume else file,

@@ -132,6 +132,15 @@ def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, monk
     assert requests[0].warm_start == asked
 
 
+def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, monkeypatch):
+    requests = []
+    monkeypatch.setattr(importlib.import_module("raytune_emotion.search"), "run", requests.append)
+    (tmp_path / "my space.yaml").touch()
+    with pytest.raises(UserError, match="my_space_"):  # no study is made
+        raytune_emotion.search(space=tmp_path / "my space.yaml", results=tmp_path)
+    assert requests[0].name.startswith("my_space_2")
+
+
 def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch, no_plots):
     # Ray can be started only once in a process, and has been.
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster.ray_session", joined_session)

@@ -1,5 +1,6 @@
 """Hold what the command line asks of a search or a confirmation. None stands for what it leaves open."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,8 @@ AUTO = "auto"
 NONE = "none"
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
+#: Characters of a space's name in that of a study: names of folders have at most 255 bytes, also in other scripts.
+_LONGEST = 50
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class SearchRequest:
             UserError: there is no such study to go on with; the place cannot be read.
         """
         if not self.resume:
-            return self.results / (self.name or f"{self.space_file.stem}_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+            return self.results / (self.name or name_study(self.space_file))
         self.results.check(write=True)
         name = self.name or self.results.newest(SPEC)
         if name is None:
@@ -165,6 +168,12 @@ class ConfirmRequest:
     workers_per_trial: int | None = None
     gpus_per_worker: float | None = None
     address: str | None = None
+
+
+def name_study(space: Path) -> str:
+    """Name a new study by the file of its space and the time; `--name` takes it whatever the file is called."""
+    stem = re.sub(r"[^\w.=,+-]", "_", space.stem).lstrip(".=,+-")[:_LONGEST]
+    return f"{stem or 'study'}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 
 
 def absolute_path(path: Path | None) -> str | None:
