@@ -50,8 +50,12 @@ def run(args: argparse.Namespace) -> None:
     confirm_study(ConfirmRequest(**vars(args)))
 
 
-def confirm_study(request: ConfirmRequest) -> None:
+def confirm_study(request: ConfirmRequest, *, advise: bool = True) -> None:
     """Run a confirmation, or what is left of it, and export the winner.
+
+    Args:
+        request: what is asked for.
+        advise: whether to say what goes on with one that was broken off; otherwise the caller says it.
 
     Raises:
         UserError: there is nothing to confirm, or it cannot be run here.
@@ -100,7 +104,9 @@ def confirm_study(request: ConfirmRequest) -> None:
         except (KeyboardInterrupt, ClusterLost) as why:
             ended = why
         with finish_block():
-            conclude_confirmation(console, confirmation, resume=_same_command(request, study) if ended else None)
+            conclude_confirmation(console, confirmation, whole=ended is None)
+            if ended is not None and advise:
+                console.print(f"the same command goes on: {_same_command(request, study)}")
         if ended is not None:
             raise ended
 

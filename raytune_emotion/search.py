@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import re
 import sys
@@ -192,20 +193,53 @@ def run(args: argparse.Namespace) -> None:
         if request.resume:
             _check_resumed(request, place)
         new = None if request.resume else _check_new(request, place)
-    _search(request, place, new)
+        is_searched = _goes_on_with_finish(request, place)
+    if is_searched:
+        _take_over(request, place)
+    else:
+        _search(request, place, new)
     if request.finish:
         _finish(request, place)
 
 
+def _goes_on_with_finish(request: SearchRequest, place: Location) -> bool:
+    """Tell whether a study is to go on with its finish, not with its search.
+
+    So it is once its confirmation has begun, unless more of the search is asked for. Otherwise the command that goes on
+    after a search with a time budget would first search on without one.
+    """
+    more = (request.trials, request.epochs, request.time_budget, request.until_gain)
+    if not request.resume or not request.finish or any(limit is not None for limit in more):
+        return False
+    # Imported only now: it takes seconds.
+    from raytune_emotion.tuning.study.confirmation import CONFIRMED
+
+    return (place / CONFIRMED).read(SPEC) is not None
+
+
+def _take_over(request: SearchRequest, place: Location) -> None:
+    """Give a study what it is asked to go on with, such as where its data are now, and search no further."""
+    with ExitStack() as held:
+        study, spec = _prepare(request, place, None, held)
+        from raytune_emotion.tuning.study.open_study import go_on
+
+        assert study is not None
+        go_on(study, spec)
+    plain_console().print(
+        f"study {place}: its confirmation has begun, so its finish goes on; to search on, add --trials, --epochs, "
+        f"--time-budget or --until-gain"
+    )
+
+
 def _finish(request: SearchRequest, place: Location) -> None:
-    """Finish a study that has been searched; where this is interrupted, say what to type."""
+    """Finish a study that has been searched; where this is broken off, say what to type."""
     from raytune_emotion.confirm import confirm_study
     from raytune_emotion.tuning.report.finish import finish_study
 
     folder = place.require_folder("leave --finish out, or name a folder with --results").absolute()
     try:
-        finish_study(folder, request.address, confirm_study)
-    except KeyboardInterrupt:
+        finish_study(folder, request.address, functools.partial(confirm_study, advise=False))
+    except (KeyboardInterrupt, Breakdown):
         options = typed_options(results=folder.parent, name=folder.name, address=request.address)
         plain_console().print(f"to go on: {typed_command('search')} --resume --finish{options}")
         raise

@@ -10,7 +10,9 @@ import statistics
 import pandas as pd
 import pytest
 
+from raytune_emotion.confirm import confirm_study
 from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
@@ -18,6 +20,7 @@ from raytune_emotion.tuning.study.confirmation import best_configurations, rank_
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
+from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
@@ -117,6 +120,20 @@ def test_a_study_at_a_uri_is_refused(capsys):
         "s3://bucket/results/first: is a URI, and a path of this machine is needed; copy the study to a folder, "
         "and confirm it there"
     ]
+
+
+def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, tmp_path, monkeypatch, capsys, no_plots):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr(console_module, "run_with_progress", interrupted)
+    shutil.copytree(study, tmp_path / "study")
+    with pytest.raises(KeyboardInterrupt):
+        confirm_study(ConfirmRequest(Folder(tmp_path / "study")), advise=False)
+    assert (tmp_path / "study" / "confirmed" / "confirmed.csv").exists()
+    assert "confirm " not in capsys.readouterr().out
 
 
 def test_a_confirmation_is_interrupted_gone_on_with_and_extended(

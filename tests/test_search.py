@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from raytune_emotion import search
 from raytune_emotion.cli import folder_name
 from raytune_emotion.data.prepare import find_data
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, parse_location
@@ -519,6 +519,57 @@ class TestBadResuming:
         file.write_text(file.read_text().replace(old, new, 1))
         (told,) = resumed()
         assert told.startswith(str(file))
+
+
+class TestFinishing:
+    """A study whose confirmation has begun goes on with its finish."""
+
+    @pytest.fixture
+    def study(self, tmp_path, finished):
+        shutil.copytree(finished, tmp_path / "study")
+        make_study(tmp_path / "study" / "confirmed", read_spec(finished))
+        return tmp_path / "study"
+
+    @pytest.fixture
+    def resumed(self, study, monkeypatch):
+        """Goes on with it, without a search and a finish that are real; returns the exit code and what was done."""
+
+        def run(*argv, broken_by=None):
+            done = []
+
+            def finish(*_):
+                done.append("finished")
+                if broken_by is not None:
+                    raise broken_by
+
+            monkeypatch.setattr(search, "_search", lambda *_: done.append("searched"))
+            monkeypatch.setattr("raytune_emotion.tuning.report.finish.finish_study", finish)
+            given = ["--resume", "--finish", "--results", study.parent, "--name", study.name]
+            return exit_code(["search", *given, *argv]), done
+
+        return run
+
+    def test_and_not_with_its_search(self, resumed, study, capsys):
+        assert resumed("--concurrency=7") == (0, ["finished"])
+        assert read_spec(study).concurrency == 7
+        assert "its confirmation has begun, so its finish goes on; to search on, add" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("more", ["--trials=9", "--epochs=9", "--time-budget=1h", "--until-gain=0.1/h"])
+    def test_unless_more_of_the_search_is_asked_for(self, resumed, more):
+        assert resumed(more) == (0, ["searched", "finished"])
+
+    def test_and_with_its_search_before_the_confirmation(self, resumed, study):
+        shutil.rmtree(study / "confirmed")
+        assert resumed() == (0, ["searched", "finished"])
+
+    @pytest.mark.parametrize(
+        ("why", "code"), [(KeyboardInterrupt(), 130), (Breakdown("no room"), 1), (ClusterLost("Ray has died"), 1)]
+    )
+    def test_says_what_to_type_where_it_is_broken_off(self, resumed, study, capsys, why, code):
+        assert resumed(broken_by=why) == (code, ["finished"])
+        assert capsys.readouterr().out.endswith(
+            f"\nto go on: python -m raytune_emotion.search --resume --finish --results {study.parent} --name study\n"
+        )
 
 
 def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
-from raytune_emotion.tuning.execution.job import OutOfMemory
+from raytune_emotion.tuning.execution.job import OutOfMemory, train_here
 from raytune_emotion.tuning.report import single_run
 from raytune_emotion.tuning.report.single_run import Workers, train_single
 from tests.support.cluster import joined_session
@@ -282,6 +282,18 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
         patched.setattr(single_run, "train_here", interrupted)
         assert trained(*TINY, 1, "--name", "mine") == 130
     assert trained(*TINY, 1, "--name", "mine") == 0
+
+
+@pytest.mark.parametrize("advise", [True, False])
+def test_an_interrupted_run_says_how_it_goes_on_unless_its_caller_does(tmp_path, store, monkeypatch, capsys, advise):
+    def interrupted(job):
+        yield next(train_here(job))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(single_run, "train_here", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_single(tmp_path / "run", run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
+    assert ("to go on: " in capsys.readouterr().out) == advise
 
 
 @pytest.mark.parametrize("at_work", [True, False])

@@ -118,13 +118,13 @@ def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
     return f"{min(reached) - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({min(reached):.4f})"
 
 
-def conclude_confirmation(console: Console, study: OpenStudy, *, resume: str | None) -> None:
+def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:
     """Say how the configurations stand, and export the winner once all is done.
 
     Args:
         console: to say it on.
         study: the confirmation.
-        resume: the command that goes on with it; None where all is done.
+        whole: whether it has come to its end.
     """
     folder, spec, records = study.folder, study.spec, study.records()
     found = rank_confirmed(spec, records)
@@ -134,8 +134,7 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, resume: str | N
     for configuration in found:
         table.add_row(*configuration.cells)
     console.print(table)
-    if resume is not None:
-        console.print(f"the same command goes on: {resume}")
+    if not whole:
         return
     winner = found[0]
     if not winner.runs:

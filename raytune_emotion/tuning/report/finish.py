@@ -107,7 +107,7 @@ def _fit_longer(study: OpenStudy, trial_id: str, address: str | None) -> int:
     workers = min(max(1, gpus), config.train.batch_size // config.train.accumulate)
     # One folder for each: a study that goes on may have another winner.
     fit = study.folder / FINAL / trial_id
-    train_single(fit, config, store, Workers(workers, None, address), fresh=not is_taken(fit))
+    train_single(fit, config, store, Workers(workers, None, address), fresh=not is_taken(fit), advise=False)
     return epochs
 
 

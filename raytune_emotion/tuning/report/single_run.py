@@ -37,7 +37,9 @@ class Workers:
     address: str | None  # of a cluster for several workers; None: this machine
 
 
-def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers, *, fresh: bool) -> None:
+def train_single(
+    folder: Path, config: RunConfig, store: Store, workers: Workers, *, fresh: bool, advise: bool = True
+) -> None:
     """Train in a folder, export the best weights, and say what to type next.
 
     Args:
@@ -46,6 +48,7 @@ def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers
         store: to train on.
         workers: who trains.
         fresh: whether the run is new: nothing lies in its folder, which goes if nothing comes of it.
+        advise: whether to say what goes on with one that was broken off; otherwise the caller says it.
 
     Raises:
         UserError: the configuration and the data do not fit together, or another run has taken the folder.
@@ -67,12 +70,14 @@ def train_single(folder: Path, config: RunConfig, store: Store, workers: Workers
     except (KeyboardInterrupt, ClusterLost) as why:
         ended = why
     with finish_block():
-        _conclude(console, folder, store, ended, workers)
+        _conclude(console, folder, store, ended, workers, advise=advise)
     if ended is not None:
         raise ended
 
 
-def _conclude(console: Console, folder: Path, store: Store, ended: BaseException | None, workers: Workers) -> None:
+def _conclude(
+    console: Console, folder: Path, store: Store, ended: BaseException | None, workers: Workers, *, advise: bool
+) -> None:
     """Export the best until now, and say what to type next."""
     if ended is not None and not (folder / BEST).exists():
         console.print("the run ended before its first evaluation; nothing is kept of it")
@@ -94,7 +99,7 @@ baseline    {mean["js"]:.4f} bits, predicting the training mean
 exported    {short_path(folder / "best")}
 
 next: {typed_command("predict")} {shell_word(folder / "best")} FACE.jpg"""
-        + (f"\nto go on: {resume}" if ended is not None else "")
+        + (f"\nto go on: {resume}" if ended is not None and advise else "")
     )
 
 
