@@ -36,8 +36,8 @@ from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.creation import new_spec, open_existing
-from raytune_emotion.tuning.study.open_study import make_study
+from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
+from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest, name_study
@@ -480,6 +480,27 @@ class TestBadResuming:
         # The space may name what the command line said otherwise.
         told = resumed(f"--space={space(SMALL_SPACE + 'train.epochs: 7')}", "--address=nonsense")
         assert len(told) == 1
+
+    def test_weights_that_have_moved_are_no_other_space(self, resumed, tmp_path, space, sessions):
+        weights = tmp_path / "weights"
+        weights.mkdir()
+        for name in ("test_resnet", "test_vit"):
+            save_file(timm.create_model(name).state_dict(), weights / f"{name}.safetensors")
+        spec = read_spec(resumed.folder)
+        spec = dataclasses.replace(
+            spec, weights_dir="/gone", space={**spec.space, "model.weights_dir": "/gone", "model.pretrained": True}
+        )
+        write_spec(resumed.folder, spec)
+        file = space(f"{SMALL_SPACE}model.pretrained: true\n")
+        (told,) = resumed(f"--space={file}", f"--weights-dir={weights}", "--address=nonsense")
+        assert told.startswith("--address nonsense: ")
+        request = request_of("--results", tmp_path, "--resume", "--space", file, "--weights-dir", weights)
+        spec = resumed_spec(request, load(resumed.folder), [])
+        assert spec.settings({"model.weights_dir": "/gone"})["model.weights_dir"] == str(weights)
+        # The study knows where they are the next time.
+        write_spec(resumed.folder, spec)
+        (told,) = resumed(f"--space={file}", "--address=nonsense")
+        assert told.startswith("--address nonsense: ")
 
     def test_a_front_that_is_to_end_by_its_gain(self, resumed):
         write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), objective="val_js, params_millions"))

@@ -7,11 +7,12 @@ from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word, typed_command
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.study.database import split_address
-from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.request import SearchRequest, absolute_path
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec
 
+_WEIGHTS = "model.weights_dir"
 #: Settings of a study that come from the command line where it names them, so that a space may have others.
-_OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", "model.weights_dir")
+_OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", _WEIGHTS)
 
 
 def check_continuation(request: SearchRequest, place: Location) -> None:
@@ -65,7 +66,11 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
         space = parse_space(spec.space, SPEC)
         # What the study has of these is from the command line, or may change.
         own = {key: value for key, value in space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
-        if load_space(request.space, overrides=own).to_dict() != space.to_dict():
+        began = space.to_dict()
+        if (weights := absolute_path(request.weights_dir) or spec.weights_dir) is not None:
+            # They are looked for where they are now: the folder that the study began with may be gone.
+            own[_WEIGHTS] = began[_WEIGHTS] = weights
+        if load_space(request.space, overrides=own).to_dict() != began:
             changed.append("space that it began with")
     url = split_address(spec.storage)[0] if spec.storage else None
     if request.storage not in (None, url):
