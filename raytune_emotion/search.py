@@ -435,7 +435,7 @@ def _prepare(
     if new is not None:
         return None, new_spec(request, place.name, new.space, new.data)
     study = open_existing(place, held)
-    return study, resumed_spec(request, study, _obstacles(study.folder, finish=request.finish))
+    return study, resumed_spec(request, study, _obstacles(request, study))
 
 
 def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
@@ -455,15 +455,19 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
     conclude(plain_console(), study, request.results, request.address)
 
 
-def _obstacles(folder: Path, *, finish: bool) -> list[str]:
-    """List what keeps the export of a study from being written at the end."""
+def _obstacles(request: SearchRequest, study: "OpenStudy") -> list[str]:
+    """List what keeps a study from being exported, or finished, at the end."""
     from raytune_emotion.learn.export_folder import check_replaceable
     from raytune_emotion.tuning.report.finish import FINISHED
+    from raytune_emotion.tuning.study.confirmation import confirmation_before
 
     found: list[str] = []
-    for name in ("best", FINISHED) if finish else ("best",):
+    for name in ("best", FINISHED) if request.finish else ("best",):
         with collect_errors(found):
-            check_replaceable(Folder(folder / name))
+            check_replaceable(Folder(study.folder / name))
+    if request.finish:
+        with collect_errors(found):
+            confirmation_before(study.folder, request.epochs or study.spec.epochs)
     return found
 
 

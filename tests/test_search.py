@@ -445,6 +445,13 @@ class TestBadResuming:
             f"{resumed.folder / name}: holds files that are not of an export" for name in ("best", "finished")
         ]
 
+    def test_a_confirmation_of_another_length_that_a_finish_would_meet(self, resumed):
+        make_study(resumed.folder / "confirmed", read_spec(resumed.folder))
+        assert resumed("--finish", "--epochs=40") == [
+            f"{resumed.folder / 'confirmed'}: its runs are of 2 epochs, and trials of the study now of 40; move it "
+            f"away to confirm the study anew"
+        ]
+
     def test_what_may_not_change(self, resumed, tmp_path, space):
         write_folder(tmp_path / "others")
         other = space(SMALL_SPACE.replace("1e-2", "2e-2"))

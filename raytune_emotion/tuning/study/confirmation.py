@@ -155,13 +155,7 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
-    folder = study / CONFIRMED
-    before = read_spec(folder) if (folder / SPEC).exists() else None
-    if before is not None and before.epochs != searched.epochs:
-        raise UserError(
-            f"{folder}: its runs are of {before.epochs} epochs, and trials of the study now of {searched.epochs}; move "
-            f"it away to confirm the study anew"
-        )
+    before = confirmation_before(study, searched.epochs)
     confirms = {record.trial_id: record.best["val_js"] for record in chosen if record.best}
     given = {name: getattr(request, name) for name in ("concurrency", "workers_per_trial", "gpus_per_worker")}
     return chosen, dataclasses.replace(
@@ -172,6 +166,26 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
         storage=None,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def confirmation_before(study: Path, epochs: int) -> StudySpec | None:
+    """Return the spec of the confirmation that a study has already, if any.
+
+    Args:
+        study: its folder.
+        epochs: of its trials.
+
+    Raises:
+        UserError: the runs of the confirmation are of another length, so that new ones could not stand beside them.
+    """
+    folder = study / CONFIRMED
+    before = read_spec(folder) if (folder / SPEC).exists() else None
+    if before is not None and before.epochs != epochs:
+        raise UserError(
+            f"{folder}: its runs are of {before.epochs} epochs, and trials of the study now of {epochs}; move it away "
+            f"to confirm the study anew"
+        )
+    return before
 
 
 def make_confirmation(folder: Path, spec: StudySpec) -> None:
