@@ -179,6 +179,7 @@ class TestBadStorage:
         assert len(told) == 4
         assert told[0].startswith("--storage: drivers find their study by its name")
         assert told[1].startswith("--finish: is the work of one process")
+        assert told[1].endswith("; leave it out, and in the end type --resume --finish without --storage")
         assert told[2].startswith(f"{away}: cannot be opened (")
         assert told[3] == f"{tmp_path / 'none'}: there is no such folder"
 

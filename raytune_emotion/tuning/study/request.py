@@ -129,7 +129,10 @@ class SearchRequest:
         if self.name is None:
             faults.append("--storage: drivers find their study by its name; give one with --name")
         if self.finish:
-            faults.append("--finish: is the work of one process; leave it out, and type --resume --finish in the end")
+            faults.append(
+                "--finish: is the work of one process; leave it out, and in the end type --resume --finish without "
+                "--storage"
+            )
         with collect_errors(faults):
             check_database(self.storage)
         if faults:
