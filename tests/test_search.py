@@ -658,6 +658,13 @@ def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_
         read_spec(folder)
 
 
+def test_a_study_whose_folder_was_renamed_goes_on_by_the_name_of_the_folder(tmp_path, finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "raytune_emotion.tuning.report.conclusion", None)
+    shutil.copytree(finished, tmp_path / "renamed")
+    with pytest.raises(Breakdown, match=f"search --resume --results {tmp_path} --name renamed` makes them"):
+        search._conclude(request_of("--results", tmp_path), load(tmp_path / "renamed"))
+
+
 def test_data_are_packed_before_a_cluster_is_joined(tmp_path, own_cache, space, capsys, sessions, monkeypatch):
     """To pack may take hours, in which nobody would see that the cluster has died."""
     monkeypatch.setattr(cluster_module, "check_cluster", lambda address: None)
