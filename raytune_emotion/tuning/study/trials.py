@@ -7,6 +7,8 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import is_taken
 
 PARAMS = "params.json"
+#: Number of trials that an error message lists; of more it says the first and the last.
+_LISTED = 10
 #: The packed data that a trial trains on; with its settings, all that its numbers depend on.
 DATA = "data.txt"
 
@@ -52,7 +54,7 @@ def find_trial(text: str, known: Iterable[str], study: object) -> str:
     Raises:
         UserError: there is no such trial; the sentence names those that there are.
     """
-    known = sorted(known)
+    known = sorted(filter(str.isdecimal, known), key=int)
     wanted = as_trial_id(text)
     if wanted not in known:
         raise UserError(f"{study}: there is no trial {text}; {describe_ids(known)}")
@@ -60,8 +62,10 @@ def find_trial(text: str, known: Iterable[str], study: object) -> str:
 
 
 def describe_ids(ids: list[str]) -> str:
-    """Say which trials there are, a row of them by its ends."""
+    """Say which trials there are, in their order; a row of them by its ends, as well as many with gaps."""
     if not ids:
         return "no trial has begun"
     whole = [trial_id_of(number) for number in range(int(ids[0]), int(ids[0]) + len(ids))]
-    return f"there are {ids[0]} to {ids[-1]}" if len(ids) > 2 and ids == whole else f"there are {', '.join(ids)}"
+    if len(ids) > 2 and ids == whole:
+        return f"there are {ids[0]} to {ids[-1]}"
+    return f"there are {', '.join(ids)}" if len(ids) <= _LISTED else f"there are {len(ids)} from {ids[0]} to {ids[-1]}"

@@ -3,7 +3,7 @@
 import pytest
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.study.trials import describe_ids, find_trial
+from raytune_emotion.tuning.study.trials import describe_ids, find_trial, trial_id_of
 
 
 def test_a_number_is_an_id():
@@ -17,8 +17,16 @@ def test_a_trial_that_is_not_there_is_refused_with_those_that_are(text):
     assert str(caught.value) == f"results/first: there is no trial {text}; there are 0000 to 0002"
 
 
+def test_trials_are_in_the_order_of_their_numbers():
+    known = {*map(trial_id_of, range(10_002)), "a copy"}
+    with pytest.raises(UserError, match=r"; there are 0000 to 10001$"):
+        find_trial("10002", known, "results/first")
+    assert find_trial("10001", known, "results/first") == "10001"
+
+
 def test_trials_are_named_by_the_ends_of_a_row():
     assert describe_ids(["0000", "0001", "0002", "0003"]) == "there are 0000 to 0003"
     assert describe_ids(["0000", "0002", "0003"]) == "there are 0000, 0002, 0003"
+    assert describe_ids([trial_id_of(2 * i) for i in range(11)]) == "there are 11 from 0000 to 0020"
     assert describe_ids(["0000"]) == "there are 0000"
     assert describe_ids([]) == "no trial has begun"
