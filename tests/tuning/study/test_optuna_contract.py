@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import time
 
 import optuna
+import pytest
 import sqlalchemy
 from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileSymlinkLock
@@ -30,6 +32,31 @@ def test_connections_of_a_storage_are_closed_with_it(tmp_path):
     sqlalchemy.event.listen(storage.engine, "close", lambda *_: closed.append("connection"))
     del storage
     assert {*closed} == {"connection"}
+
+
+@pytest.fixture
+def set_time_zone():
+    """Sets the time zone of this process."""
+    with pytest.MonkeyPatch.context() as patched:
+
+        def set_zone(zone):
+            patched.setenv("TZ", zone)
+            time.tzset()
+
+        yield set_zone
+    time.tzset()
+
+
+def test_times_in_a_database_are_right_in_another_time_zone(tmp_path, set_time_zone):
+    """Optuna keeps them in UTC, and gives local time; drivers of a study, and who reads it, may live anywhere."""
+    url = f"sqlite:///{tmp_path}/studies.db"
+    set_time_zone("EST5")
+    study = optuna.create_study(storage=url, study_name="s")
+    study.tell(study.ask(), 0.5)
+    set_time_zone("JST-9")
+    (trial,) = optuna.load_study(study_name="s", storage=url).trials
+    for moment in (trial.datetime_start, trial.datetime_complete):
+        assert moment.timestamp() == pytest.approx(time.time(), abs=60)
 
 
 def test_the_lock_of_a_journal_can_be_released():
