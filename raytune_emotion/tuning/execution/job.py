@@ -58,6 +58,11 @@ class Job:
         """Return the location with the trial's files; it is the same on every machine."""
         return parse_location(self.location or self.folder)
 
+    @property
+    def accumulate(self) -> int:
+        """Return how many micro-batches a worker makes of its share of a step."""
+        return int(self.settings.get("train.accumulate", TrainConfig().accumulate))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -284,7 +289,7 @@ def with_smaller_micro_batches(job: Job) -> Job | None:
     It takes about half the memory. The effective batch stays the same, so the optimizer sees the same gradients, except
     for the statistics of BatchNorm.
     """
-    accumulate = 2 * job.settings.get("train.accumulate", TrainConfig().accumulate)
+    accumulate = 2 * job.accumulate
     if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
         return None
     return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate}, resident=False)

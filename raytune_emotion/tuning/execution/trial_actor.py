@@ -13,7 +13,14 @@ import ray
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD, Report
-from raytune_emotion.tuning.execution.job import Job, TrialFailed, newest_report, train_here, train_with_retry
+from raytune_emotion.tuning.execution.job import (
+    InvalidForRun,
+    Job,
+    TrialFailed,
+    newest_report,
+    train_here,
+    train_with_retry,
+)
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 if TYPE_CHECKING:
@@ -38,6 +45,7 @@ class TrialActor:
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._job = Job.from_dict(config)
+        self._written: Report | None = None  # the newest report of those who ran the trial before
         self._reports = self._train()
         print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
 
@@ -71,7 +79,7 @@ class TrialActor:
 
     def _train(self) -> Generator[Report, None, None]:
         # A process may have died after it wrote a report and before that was heard; to hear it twice does no harm.
-        written = newest_report(self._job)
+        self._written = written = newest_report(self._job)
         if written is not None and not written["finished"]:
             yield written
         yield from train_with_retry(self._job, self._attempt)
@@ -80,9 +88,17 @@ class TrialActor:
             yield written
 
     def _attempt(self, job: Job) -> Generator[Report, None, None]:
-        if job.resources.workers == 1:
-            yield from train_here(job)
-            return
+        try:
+            yield from train_here(job) if job.resources.workers == 1 else self._train_together(job)
+        except InvalidForRun as error:
+            # What has trained fits. It does not where memory has run out, and its micro-batches become too small.
+            if self._written is None or job.accumulate > self._written["accumulate"]:
+                raise
+            raise Breakdown(
+                f"trial {job.name} has trained before, and {platform.node()} refuses it now: {'; '.join(error.faults)}"
+            ) from error
+
+    def _train_together(self, job: Job) -> Generator[Report, None, None]:
         if self._workers is None:
             # Imported for several workers alone: Ray Train takes a second and 100 MB.
             from raytune_emotion.tuning.execution.worker_group import Workers

@@ -15,7 +15,9 @@ from typing import Any
 import optuna
 import pandas as pd
 
+from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.terminal import typed_command, typed_options
 from raytune_emotion.tuning.policy.decisions import SETTINGS
@@ -24,7 +26,7 @@ from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
 from raytune_emotion.tuning.study.optuna_study import study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, read_spec
 
 #: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
@@ -145,16 +147,25 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     """Return the trials to be confirmed, and how.
 
     Raises:
-        UserError: there is no such study, it has nothing to confirm, or its data are gone.
+        UserError: there is no such study, it has nothing to confirm, its data are gone, or its batches are too small
+            for so many workers.
     """
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
     resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)} --data DIR"
-    check_stores(searched, f"tell where they are by `{resume}`")
+    stores = open_stores(searched, f"tell where they are by `{resume}`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
+    faults: list[str] = []
+    for config in [RunConfig.from_flat(searched.settings(record.settings)) for record in chosen]:
+        batch_rows = min(config.train.batch_size, len(stores[config.data.image_size].train))
+        faults += batch_faults(
+            batch_rows, config.train.accumulate, request.workers_per_trial or searched.workers_per_trial
+        )
+    if faults:
+        raise UserError(dict.fromkeys(faults))
     folder = study / CONFIRMED
     before = read_spec(folder) if (folder / SPEC).exists() else None
     if before is not None and before.epochs != searched.epochs:
