@@ -87,6 +87,12 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     write_spec(tmp_path / "study", dataclasses.replace(spec, stores={32: "/gone"}))
     (told,) = refused()
     assert told.startswith("/gone: the packed data of the study are gone; tell where they are by `python -m raytune_em")
+    write_spec(tmp_path / "study", dataclasses.replace(spec, weights_dir="/gone"))
+    (told,) = refused("--top=1")
+    what, _, advice = told.partition("; tell where they are by `")
+    assert re.fullmatch(r"model.weights_dir: there is no file /gone/test_\w+\.safetensors", what)
+    assert advice.startswith("python -m raytune_emotion.search --resume --results ")
+    assert advice.endswith(" --name study --weights-dir DIR`")
     write_spec(tmp_path / "study", dataclasses.replace(spec, confirms={"0000": 0.3}))
     assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study that it lies in"]
     write_spec(tmp_path / "study", spec)

@@ -15,9 +15,11 @@ from typing import Any
 import optuna
 import pandas as pd
 
-from raytune_emotion.config import RunConfig
-from raytune_emotion.errors import UserError
+from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.loop import batch_faults
+from raytune_emotion.learn.model import check_weights
+from raytune_emotion.learn.origin import AbsentWeightsError
 from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.terminal import typed_command, typed_options
 from raytune_emotion.tuning.policy.decisions import SETTINGS
@@ -147,14 +149,14 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     """Return the trials to be confirmed, and how.
 
     Raises:
-        UserError: there is no such study, it has nothing to confirm, its data are gone, or its batches are too small
-            for so many workers.
+        UserError: there is no such study, it has nothing to confirm, its data or weights are gone, or its batches are
+            too small for so many workers.
     """
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
-    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)} --data DIR"
-    stores = open_stores(searched, f"tell where they are by `{resume}`")
+    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)}"
+    stores = open_stores(searched, f"tell where they are by `{resume} --data DIR`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
@@ -164,6 +166,8 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
         faults += batch_faults(
             batch_rows, config.train.accumulate, request.workers_per_trial or searched.workers_per_trial
         )
+        with collect_errors(faults):
+            _check_weights(config.model, f"tell where they are by `{resume} --weights-dir DIR`")
     if faults:
         raise UserError(dict.fromkeys(faults))
     folder = study / CONFIRMED
@@ -183,6 +187,20 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
         storage=None,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _check_weights(config: ModelConfig, advice: str) -> None:
+    """Check that the pretrained weights of a run, if any, are still there.
+
+    Raises:
+        UserError: they are not; the sentence ends with the advice, which is for weights that an option has named.
+    """
+    try:
+        check_weights(config)
+    except AbsentWeightsError as error:
+        if config.weights_dir is None:  # the backbone is a folder
+            raise
+        raise UserError(f"{fault.partition(';')[0]}; {advice}" for fault in error.faults) from None
 
 
 def make_confirmation(folder: Path, spec: StudySpec) -> None:
