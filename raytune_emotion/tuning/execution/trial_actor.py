@@ -58,9 +58,9 @@ class TrialActor:
         try:
             report = next(self._reports)
         except TrialFailed as error:
-            return {ENDING: Failed(str(error))}
+            return {ENDING: Failed(str(error)), NODE: self._node}
         except Breakdown as error:
-            return {ENDING: Broken(str(error))}
+            return {ENDING: Broken(str(error)), NODE: self._node}
         heard = {name: value for name, value in report.items() if name in HEARD}
         return {"pid": os.getpid(), "host": platform.node(), NODE: self._node, **heard}
 

@@ -11,7 +11,7 @@ from raytune_emotion.learn.report import HEARD
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.trial_actor import ENDING, TrialActor
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE, TrialActor
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 #: What takes seconds and hundreds of MB, and no trial's process has a use for.
@@ -118,4 +118,4 @@ def test_what_ends_a_trial_is_a_result_with_a_type(job, error, ending):
             raise error
             yield
 
-    assert Actor(job.to_dict()).train() == {ENDING: ending}
+    assert Actor(job.to_dict()).train() == {ENDING: ending, NODE: ""}
