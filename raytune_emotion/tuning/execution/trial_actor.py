@@ -20,6 +20,7 @@ from raytune_emotion.tuning.execution.job import (
     newest_report,
     train_here,
     train_with_retry,
+    with_smaller_micro_batches,
 )
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
@@ -82,10 +83,23 @@ class TrialActor:
         self._written = written = newest_report(self._job)
         if written is not None and not written["finished"]:
             yield written
-        yield from train_with_retry(self._job, self._attempt)
+        yield from train_with_retry(self._job_that_fits(), self._attempt)
         # Nothing was left to train: that the trial had ended was not heard.
         if written is not None:
             yield written
+
+    def _job_that_fits(self) -> Job:
+        """Return the job with micro-batches as small as those of its newest report: larger ones took too much memory.
+
+        A job begins with those of its configuration, whoever ran it before.
+        """
+        job = self._job
+        while self._written is not None and job.accumulate < self._written["accumulate"]:
+            smaller = with_smaller_micro_batches(job)
+            if smaller is None:  # it has more workers now
+                break
+            job = smaller
+        return job
 
     def _attempt(self, job: Job) -> Generator[Report, None, None]:
         try:

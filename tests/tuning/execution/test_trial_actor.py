@@ -85,6 +85,25 @@ def test_a_machine_that_refuses_what_has_trained_ends_the_study_and_not_the_tria
     assert ending.reason.endswith(f" refuses it now: {refusal}")
 
 
+def test_a_trial_that_ran_out_of_memory_goes_on_in_the_micro_batches_that_fit(job):
+    attempts = []
+
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            attempts.append((job.accumulate, job.resident))
+            if job.accumulate == 1:
+                raise OutOfMemory("out of memory on the device")
+            yield from super()._attempt(job)
+
+    before = Actor(job.to_dict())
+    before.train()
+    before.stop()
+    assert attempts == [(1, True), (2, False)]
+    actor = Actor(job.to_dict())
+    assert [actor.train()["report"], actor.train()["report"]] == [1, 2]
+    assert attempts[2:] == [(2, False)]
+
+
 def test_micro_batches_that_become_too_small_fail_a_trial_that_has_trained(job):
     """They would be refused again, whenever memory runs out again."""
 
