@@ -284,6 +284,16 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
     assert trained(*TINY, 1, "--name", "mine") == 0
 
 
+def test_a_cluster_that_is_named_trains_one_worker_too(tmp_path, store, monkeypatch):
+    """This machine may have no GPU."""
+    asked = []
+    monkeypatch.setattr(single_run, "_train_on_cluster", lambda console, workers, *_, **__: asked.append(workers))
+    monkeypatch.setattr(single_run, "train_here", lambda job: pytest.fail("it is trained here"))
+    monkeypatch.setattr(single_run, "_conclude", lambda *_: None)
+    train_single(tmp_path / "run", run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
+    assert asked == [Workers(1, 1.0, "auto")]
+
+
 @pytest.mark.parametrize("at_work", [True, False])
 def test_a_run_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path, store, at_work):
     """Its name was free when the other command looked, which may be ten seconds before Ray has started."""
