@@ -378,7 +378,8 @@ class TestBadRequests:
         assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)
         assert told == [
-            "--gpus-per-worker auto: the cluster has no GPU that PyTorch can use; leave the option out",
+            "--gpus-per-worker auto: the cluster has no GPU that PyTorch can use; ask for "
+            "--gpus-per-worker 0 to train on cores",
             "--gpus-per-worker auto: the workers of a trial share no GPU; leave it out",
         ]
 

@@ -231,7 +231,8 @@ class TestBadRequests:
     def test_a_gpu_that_is_not_here(self, refused, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         assert refused("--gpus-per-worker", "1") == [
-            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; leave the option out"
+            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; ask for "
+            "--gpus-per-worker 0 to train on cores"
         ]
 
     def test_a_cluster_that_is_not_there(self, refused):
