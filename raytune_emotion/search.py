@@ -163,7 +163,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-failures",
         type=natural_number,
         metavar="N",
-        help=f"restarts of a trial whose process died (default: {MAX_FAILURES})",
+        help="restarts of a trial whose process died, counted anew when a paused trial goes on "
+        f"(default: {MAX_FAILURES})",
     )
     add_training_data_options(parser)
     add_address_option(parser)
