@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from raytune_emotion.cli import add_address_option, command_main, gpu_share, location, positive_integer
 from raytune_emotion.interruption import finish_block
@@ -82,8 +83,14 @@ def confirm_study(request: ConfirmRequest, *, advise: bool = True) -> None:
 
     check_cluster(request.address)
     chosen, spec = plan_confirmation(request, study)
+    needs: dict[str, Any] = {
+        "workers": spec.workers_per_trial,
+        "gpus_per_worker": spec.gpus_per_worker,
+        "concurrency": spec.concurrency,
+        "fp16": any(record.settings.get("train.precision") == "fp16" for record in chosen),
+    }
     if request.address is None:
-        fit_here(workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency)
+        fit_here(**needs)
     folder, console = study / CONFIRMED, plain_console()
     check_replaceable(Folder(folder / "best"))
     make_confirmation(folder, spec)
@@ -92,9 +99,7 @@ def confirm_study(request: ConfirmRequest, *, advise: bool = True) -> None:
         ended = None
         try:
             with open_session(request.address, f"{study.name} {CONFIRMED}") as cluster:
-                placement = fit_to_cluster(
-                    workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
-                )
+                placement = fit_to_cluster(**needs)
                 confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
                 runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
                 console.print(

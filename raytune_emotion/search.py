@@ -36,6 +36,7 @@ from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import ASHA, FORECAST, FREEZE_THAW, LEARN_FROM_ENDED, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
+from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.continuation import check_continuation
 from raytune_emotion.tuning.study.database import check_url
@@ -163,7 +164,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-failures",
         type=natural_number,
         metavar="N",
-        help=f"restarts of a trial whose process died (default: {MAX_FAILURES})",
+        help="restarts of a trial whose process died, counted anew when a paused trial goes on "
+        f"(default: {MAX_FAILURES})",
     )
     add_training_data_options(parser)
     add_address_option(parser)
@@ -387,7 +389,10 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
                 placement = fit_to_cluster(
-                    workers=spec.workers_per_trial, gpus_per_worker=spec.gpus_per_worker, concurrency=spec.concurrency
+                    workers=spec.workers_per_trial,
+                    gpus_per_worker=spec.gpus_per_worker,
+                    concurrency=spec.concurrency,
+                    fp16="fp16" in parse_space(spec.space, SPEC).values_of("train.precision"),
                 )
                 if study is None:
                     assert new is not None

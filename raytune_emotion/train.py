@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--address",
         metavar="ADDRESS",
-        help="address of a Ray cluster for several workers, or auto (default: start Ray on this machine)",
+        help="address of a running Ray cluster, or auto (default: train on this machine)",
     )
 
 
@@ -177,12 +177,11 @@ def _check_machine(args: argparse.Namespace) -> None:
     Raises:
         UserError: there is not.
     """
-    address = args.address if args.workers > 1 else None
-    refuse_absent_gpu(args.gpus_per_worker, address)
-    if address is not None:
+    refuse_absent_gpu(args.gpus_per_worker, args.address)
+    if args.address is not None:
         from raytune_emotion.tuning.execution.cluster import check_cluster
 
-        check_cluster(address)
+        check_cluster(args.address)
     elif args.workers > 1 or args.gpus_per_worker:
         from raytune_emotion.tuning.execution.placement import fit_here
 

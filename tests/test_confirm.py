@@ -14,8 +14,10 @@ from raytune_emotion.confirm import confirm_study
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import cluster as cluster_module
+from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
+from raytune_emotion.tuning.study import confirmation
 from raytune_emotion.tuning.study.confirmation import best_configurations, rank_confirmed
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
@@ -88,6 +90,12 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     write_spec(tmp_path / "study", dataclasses.replace(spec, stores={32: "/gone"}))
     (told,) = refused()
     assert told.startswith("/gone: the packed data of the study are gone; tell where they are by `python -m raytune_em")
+    write_spec(tmp_path / "study", dataclasses.replace(spec, weights_dir="/gone"))
+    (told,) = refused("--top=1")
+    what, _, advice = told.partition("; tell where they are by `")
+    assert re.fullmatch(r"model.weights_dir: there is no file /gone/test_\w+\.safetensors", what)
+    assert advice.startswith("python -m raytune_emotion.search --resume --results ")
+    assert advice.endswith(" --name study --weights-dir DIR`")
     write_spec(tmp_path / "study", dataclasses.replace(spec, confirms={"0000": 0.3}))
     assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study that it lies in"]
     write_spec(tmp_path / "study", spec)
@@ -98,6 +106,26 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     begun = tmp_path / "begun"
     make_study(begun, spec)
     assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
+
+
+def test_more_workers_than_a_batch_has_rows(refused):
+    (told,) = refused("--workers-per-trial=33")
+    assert told.startswith(
+        "train.batch_size: 32 rows make no 1 micro-batches (train.accumulate) for each of 33 workers"
+    )
+
+
+def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
+    def in_fp16(records, count):
+        return [
+            dataclasses.replace(record, settings={**record.settings, "train.precision": "fp16"})
+            for record in best_configurations(records, count)
+        ]
+
+    monkeypatch.setattr(confirmation, "best_configurations", in_fp16)
+    monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
+    (told,) = refused()
+    assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
 
 
 def test_an_export_that_could_not_be_written_at_the_end(refused, tmp_path):

@@ -67,7 +67,7 @@ def test_a_gpu_is_refused_without_pytorch_where_there_is_none(tmp_path):
     ]
     for command, answer in zip(commands, answers(commands, tmp_path), strict=True):
         assert (answer.code, answer.imported) == (2, ()), command
-        assert "this machine has no GPU that PyTorch can use; leave the option out" in answer.said, command
+        assert "this machine has no GPU that PyTorch can use; ask for --gpus-per-worker 0 to" in answer.said, command
 
 
 def test_a_gpu_is_left_to_pytorch_where_a_driver_is_installed(monkeypatch):

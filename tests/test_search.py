@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -393,7 +394,8 @@ class TestBadRequests:
         assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)
         assert told == [
-            "--gpus-per-worker auto: the cluster has no GPU that PyTorch can use; leave the option out",
+            "--gpus-per-worker auto: the cluster has no GPU that PyTorch can use; ask for "
+            "--gpus-per-worker 0 to train on cores",
             "--gpus-per-worker auto: the workers of a trial share no GPU; leave it out",
         ]
 
@@ -532,6 +534,24 @@ class TestBadResuming:
                 f"model.weights_dir: there is no file {place}/{name}.safetensors"
                 for name in ("test_resnet", "test_vit")
             ]
+
+    def test_more_workers_than_a_batch_has_rows(self, resumed):
+        """Every trial would fail, for good."""
+        assert resumed("--workers-per-trial=33") == [
+            "train.batch_size: 32 rows make no 1 micro-batches (train.accumulate) for each of 33 workers; choose a "
+            "larger batch or fewer of the others"
+        ]
+
+    def test_half_precision_where_there_is_no_gpu(self, resumed, monkeypatch):
+        spec = read_spec(resumed.folder)
+        fp16 = {"train.precision": {"choice": ["fp32", "fp16"]}}
+        write_spec(resumed.folder, dataclasses.replace(spec, space={**spec.space, **fp16}))
+        on_cores = functools.partial(placement.fit, [{"CPU": 2.0}], "the cluster")
+        monkeypatch.setattr(cluster_nodes, "fit_to_cluster", on_cores)
+        assert resumed() == [
+            "train.precision: fp16 needs a GPU, and trials on the cluster get none; ask for --gpus-per-worker 1 where "
+            "there are GPUs, or search with bf16 or fp32"
+        ]
 
     @pytest.mark.parametrize(
         ("old", "new"),

@@ -231,7 +231,8 @@ class TestBadRequests:
     def test_a_gpu_that_is_not_here(self, refused, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         assert refused("--gpus-per-worker", "1") == [
-            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; leave the option out"
+            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; ask for "
+            "--gpus-per-worker 0 to train on cores"
         ]
 
     def test_a_cluster_that_is_not_there(self, refused):
@@ -294,6 +295,16 @@ def test_an_interrupted_run_says_how_it_goes_on_unless_its_caller_does(tmp_path,
     with pytest.raises(KeyboardInterrupt):
         train_single(tmp_path / "run", run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
     assert ("to go on: " in capsys.readouterr().out) == advise
+
+
+def test_a_cluster_that_is_named_trains_one_worker_too(tmp_path, store, monkeypatch):
+    """This machine may have no GPU."""
+    asked = []
+    monkeypatch.setattr(single_run, "_train_on_cluster", lambda console, workers, *_, **__: asked.append(workers))
+    monkeypatch.setattr(single_run, "train_here", lambda job: pytest.fail("it is trained here"))
+    monkeypatch.setattr(single_run, "_conclude", lambda *_: None)
+    train_single(tmp_path / "run", run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
+    assert asked == [Workers(1, 1.0, "auto")]
 
 
 @pytest.mark.parametrize("at_work", [True, False])

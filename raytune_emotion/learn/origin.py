@@ -41,7 +41,11 @@ _KNOWN = ("input_size", "fixed_input_size", "mean", "std", "pool_size", "first_c
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
-class WeightsUnavailableError(UserError):
+class AbsentWeightsError(UserError):
+    """Pretrained weights that this machine does not see; another may."""
+
+
+class WeightsUnavailableError(AbsentWeightsError):
     """Pretrained weights that could not be fetched from the hub or read from its cache."""
 
 
@@ -113,14 +117,15 @@ def weights_file(config: ModelConfig) -> Path:
     """Return the file of this machine with a backbone's weights.
 
     Raises:
-        UserError: there is none, or only files that would be unpickled.
+        AbsentWeightsError: there is none.
+        UserError: there are only files that would be unpickled.
     """
     folder = weights_folder(config)
     if folder is None:
         assert config.weights_dir is not None
         file = Path(config.weights_dir).expanduser() / f"{config.backbone}.safetensors"
         if not file.is_file():
-            raise UserError(
+            raise AbsentWeightsError(
                 f"model.weights_dir: there is no file {file}; on a machine with a network, save "
                 f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
                 f"leave model.weights_dir out"
@@ -134,7 +139,7 @@ def weights_file(config: ModelConfig) -> Path:
             f"model.backbone: {folder / pickles[0]} would be unpickled, which can run any code; save the weights as "
             f"{_WEIGHTS} there, with safetensors"
         )
-    raise UserError(
+    raise AbsentWeightsError(
         f"model.backbone: there is no file {folder / _WEIGHTS}; it and {_CONFIG} make a backbone, as timm saves them"
     )
 
@@ -182,7 +187,7 @@ def _read_config(backbone: str, file: Path) -> tuple[str, dict[str, Any], dict[s
         known = {key: value for key in _KNOWN if (value := given.get(key) or layers.get(key)) is not None}
         return architecture, arguments, known
     except FileNotFoundError:
-        raise UserError(
+        raise AbsentWeightsError(
             f"model.backbone: {backbone}: there is no file {file}; timm saves it beside {_WEIGHTS}"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

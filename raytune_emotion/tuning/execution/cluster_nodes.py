@@ -18,7 +18,9 @@ class ClusterNode:
     draining: bool = False  # whether it ends soon, as after a spot instance's notice, and takes nothing new
 
 
-def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+def fit_to_cluster(
+    *, workers: int, gpus_per_worker: float | None, concurrency: int | None, fp16: bool = False
+) -> Placement:
     """Fit trials to the cluster that this process has joined; see `fit`."""
     return fit(
         cluster_nodes(),
@@ -26,6 +28,7 @@ def fit_to_cluster(*, workers: int, gpus_per_worker: float | None, concurrency: 
         workers=workers,
         gpus_per_worker=gpus_per_worker,
         concurrency=concurrency,
+        fp16=fp16,
         grows=has_autoscaler(),
     )
 

@@ -30,7 +30,8 @@ def refuse_absent_gpu(wanted: float | str | None, address: str | None) -> None:
 def no_gpu(where: str, wanted: float | str) -> str:
     """Say that a GPU is asked for where there is none."""
     number = wanted if isinstance(wanted, str) else f"{wanted:g}"
-    return f"--gpus-per-worker {number}: {where} has no GPU that PyTorch can use; leave the option out"
+    advice = "ask for --gpus-per-worker 0 to train on cores"  # a study that goes on has a number without the option
+    return f"--gpus-per-worker {number}: {where} has no GPU that PyTorch can use; {advice}"
 
 
 def may_have_gpu() -> bool:

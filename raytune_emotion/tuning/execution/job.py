@@ -27,6 +27,7 @@ from raytune_emotion.learn.checkpoint import DamagedCheckpointError, read_progre
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
+from raytune_emotion.learn.origin import AbsentWeightsError
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.learn.samples import write_samples
@@ -57,6 +58,11 @@ class Job:
     def kept_at(self) -> Location:
         """Return the location with the trial's files; it is the same on every machine."""
         return parse_location(self.location or self.folder)
+
+    @property
+    def accumulate(self) -> int:
+        """Return how many micro-batches a worker makes of its share of a step."""
+        return int(self.settings.get("train.accumulate", TrainConfig().accumulate))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -107,7 +113,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     Raises:
         TrialFailed: another attempt would fail too; OutOfMemory is one of these.
         DiskFull: a checkpoint could not be written.
-        Breakdown: the location cannot be read or written, or the data are not on this machine.
+        Breakdown: the location cannot be read or written, or this machine does not see the data or the weights.
     """
     location, pushed = job.kept_at, dict[str, tuple[int, int]]()
     # Everything else follows from the last state. Each worker reads its own copy: machines need not share a disk.
@@ -204,8 +210,13 @@ def _open_data(address: str) -> Store:
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise  # a disk or a server may be back for the next attempt
-        faults = "; ".join(error.faults)
-        raise Breakdown(f"{faults}; put the data where {platform.node()} sees them, such as a shared folder") from error
+        raise _not_seen("data", error) from error
+
+
+def _not_seen(what: str, error: UserError) -> Breakdown:
+    """Return the error of a machine that sees no data, or no weights: every trial there would fail."""
+    faults = "; ".join(error.faults)
+    return Breakdown(f"{faults}; put the {what} where {platform.node()} sees them, such as a shared folder")
 
 
 @contextlib.contextmanager
@@ -219,6 +230,8 @@ def _training_errors(folder: Path) -> Iterator[None]:
         raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
     except Divergence as error:
         raise TrialFailed(str(error)) from error
+    except AbsentWeightsError as error:
+        raise _not_seen("weights", error) from error
     except UserError as error:
         # A disk or a server may be back for the next attempt.
         if isinstance(error.__cause__, OSError):
@@ -284,7 +297,7 @@ def with_smaller_micro_batches(job: Job) -> Job | None:
     It takes about half the memory. The effective batch stays the same, so the optimizer sees the same gradients, except
     for the statistics of BatchNorm.
     """
-    accumulate = 2 * job.settings.get("train.accumulate", TrainConfig().accumulate)
+    accumulate = 2 * job.accumulate
     if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
         return None
     return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate}, resident=False)

@@ -31,10 +31,15 @@ class Placement:
         return f"{self.concurrency} at once{share}{more}"
 
 
-def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | None) -> Placement:
+def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | None, fp16: bool = False) -> Placement:
     """Fit trials to this machine, whether or not Ray runs; see `fit`."""
     return fit(
-        [local_node()], "this machine", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency
+        [local_node()],
+        "this machine",
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        concurrency=concurrency,
+        fp16=fp16,
     )
 
 
@@ -73,6 +78,7 @@ def fit(
     workers: int,
     gpus_per_worker: float | None,
     concurrency: int | None,
+    fp16: bool = False,
     grows: bool = False,
 ) -> Placement:
     """Fit trials to nodes.
@@ -85,6 +91,7 @@ def fit(
         workers: of a trial.
         gpus_per_worker: up to 1; None for one, if there are GPUs.
         concurrency: trials at once; None for as many as fit.
+        fp16: whether a trial may train in it, which takes a GPU.
         grows: whether an autoscaler adds nodes, so that what does not fit yet may fit later.
 
     Raises:
@@ -99,6 +106,11 @@ def fit(
         )
     if gpu and not gpus and not grows:
         raise UserError(no_gpu(where, gpu))
+    if fp16 and not gpu:
+        raise UserError(
+            f"train.precision: fp16 needs a GPU, and trials on {where} get none; ask for --gpus-per-worker 1 where "
+            f"there are GPUs, or search with bf16 or fp32"
+        )
     if workers > 1 and 0 < gpu < 1:
         raise UserError(
             f"--gpus-per-worker {gpu:g}: NCCL joins no two workers of a trial on one GPU; ask for a whole one each, or "

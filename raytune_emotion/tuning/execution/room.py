@@ -35,7 +35,7 @@ class Room:
             wanted: returns how many trials the study could run at once.
             say: tells the user of nodes that come and go.
             nodes: returns the nodes that live, by their ids.
-            request: asks the autoscaler for room for `bundles`, beside no earlier request.
+            request: asks the autoscaler for room for `bundles`, in place of what was asked for before, by whomever.
             clock: in seconds.
         """
         self._placement, self._wanted, self._say = placement, wanted, say
@@ -89,7 +89,8 @@ class Room:
 
     def _ask(self, trials: int) -> None:
         trials = min(trials, self._placement.limit or sys.maxsize)
-        if trials != self._asked:
+        # Repeated while there is one: the newest request takes the place of all others, also of another search's.
+        if trials or self._asked:
             self._asked = trials
             resources = self._placement.resources
             self._request(bundles=[dict(resources.per_worker)] * (resources.workers * trials))

@@ -13,7 +13,15 @@ import ray
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD, Report
-from raytune_emotion.tuning.execution.job import Job, TrialFailed, newest_report, train_here, train_with_retry
+from raytune_emotion.tuning.execution.job import (
+    InvalidForRun,
+    Job,
+    TrialFailed,
+    newest_report,
+    train_here,
+    train_with_retry,
+    with_smaller_micro_batches,
+)
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ class TrialActor:
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._job = Job.from_dict(config)
+        self._written: Report | None = None  # the newest report of those who ran the trial before
         self._reports = self._train()
         print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
 
@@ -50,9 +59,9 @@ class TrialActor:
         try:
             report = next(self._reports)
         except TrialFailed as error:
-            return {ENDING: Failed(str(error))}
+            return {ENDING: Failed(str(error)), NODE: self._node}
         except Breakdown as error:
-            return {ENDING: Broken(str(error))}
+            return {ENDING: Broken(str(error)), NODE: self._node}
         heard = {name: value for name, value in report.items() if name in HEARD}
         return {"pid": os.getpid(), "host": platform.node(), NODE: self._node, **heard}
 
@@ -71,18 +80,39 @@ class TrialActor:
 
     def _train(self) -> Generator[Report, None, None]:
         # A process may have died after it wrote a report and before that was heard; to hear it twice does no harm.
-        written = newest_report(self._job)
+        self._written = written = newest_report(self._job)
         if written is not None and not written["finished"]:
             yield written
-        yield from train_with_retry(self._job, self._attempt)
+        yield from train_with_retry(self._job_that_fits(), self._attempt)
         # Nothing was left to train: that the trial had ended was not heard.
         if written is not None:
             yield written
 
+    def _job_that_fits(self) -> Job:
+        """Return the job with micro-batches as small as those of its newest report: larger ones took too much memory.
+
+        A job begins with those of its configuration, whoever ran it before.
+        """
+        job = self._job
+        while self._written is not None and job.accumulate < self._written["accumulate"]:
+            smaller = with_smaller_micro_batches(job)
+            if smaller is None:  # it has more workers now
+                break
+            job = smaller
+        return job
+
     def _attempt(self, job: Job) -> Generator[Report, None, None]:
-        if job.resources.workers == 1:
-            yield from train_here(job)
-            return
+        try:
+            yield from train_here(job) if job.resources.workers == 1 else self._train_together(job)
+        except InvalidForRun as error:
+            # What has trained fits. It does not where memory has run out, and its micro-batches become too small.
+            if self._written is None or job.accumulate > self._written["accumulate"]:
+                raise
+            raise Breakdown(
+                f"trial {job.name} has trained before, and {platform.node()} refuses it now: {'; '.join(error.faults)}"
+            ) from error
+
+    def _train_together(self, job: Job) -> Generator[Report, None, None]:
         if self._workers is None:
             # Imported for several workers alone: Ray Train takes a second and 100 MB.
             from raytune_emotion.tuning.execution.worker_group import Workers

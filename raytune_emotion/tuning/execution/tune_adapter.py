@@ -95,13 +95,12 @@ class Search(SearchAlgorithm):
         self._running[trial_id] = trial
         return trial
 
-    def give_back(self, trial_id: str, node: str) -> bool:
-        """Have a running trial go on elsewhere if its node ends soon. Returns whether it leaves its process."""
-        if not self._room.is_leaving(node):
-            return False
-        self._recorder.give_back(_id_of(trial_id))
-        forget_actor(self._running[trial_id])
-        return True
+    def leaves_node(self, trial_id: str, node: str) -> bool:
+        """Tell whether the node of a running trial ends soon. If so, its process gets no other trial."""
+        leaves = self._room.is_leaving(node)
+        if leaves:
+            forget_actor(self._running[trial_id])
+        return leaves
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass  # `Gate` has heard it
@@ -125,11 +124,14 @@ class Gate(tune.Stopper):
         self._recorder, self._search, self._stop = recorder, search, stop
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        leaves_node = self._search.leaves_node(trial_id, result.get(NODE, ""))
         if ENDING in result:
             self._recorder.end(_id_of(trial_id), result[ENDING])
             return True
         goes_on = self._recorder.report(_id_of(trial_id), cast("Heard", result))
-        return not goes_on or self._search.give_back(trial_id, result.get(NODE, ""))
+        if goes_on and leaves_node:
+            self._recorder.give_back(_id_of(trial_id))
+        return leaves_node or not goes_on
 
     def stop_all(self) -> bool:
         return bool(self._recorder.broken) or self._stop.is_set()

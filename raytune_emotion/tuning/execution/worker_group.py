@@ -68,7 +68,10 @@ class Workers:
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_COLLECTIVE_S),
+            # One worker needs no NCCL, whose thread would look at the GPU while a CUDA graph is captured.
+            torch_config=TorchConfig(
+                backend="nccl" if gpu and resources.workers > 1 else "gloo", timeout_s=_COLLECTIVE_S
+            ),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),

@@ -3,6 +3,7 @@
 Every step can be repeated: what an interrupted one has reached is kept, and it goes on from there.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,18 +97,21 @@ def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRe
 
 
 def _fit_longer(study: OpenStudy, trial_id: str, address: str | None) -> int:
-    """Train the configuration of a trial for longer on all workers, or go on with that. Return the epochs."""
+    """Train the configuration of a trial for longer on all GPUs, or go on with that. Return the epochs."""
     record = study.record(trial_id)
     epochs = LONGER * study.spec.epochs
     settings = {**study.spec.settings(record.settings), "train.epochs": epochs}
     store = open_store(study.spec.stores[RunConfig.from_flat(settings).data.image_size])
     config = RunConfig.from_flat({**settings, "data.classes": store.classes})
-    gpus = _count_gpus(address)
+    share = study.spec.gpus_per_worker
     # On CPUs, one process uses every core.
-    workers = min(max(1, gpus), config.train.batch_size // config.train.accumulate)
+    gpus = 0 if share == 0 else _count_gpus(address)
+    # No micro-batch of one row: BatchNorm would see no variance.
+    most = min(config.train.batch_size, len(store.train)) // (2 * config.train.accumulate)
+    workers = Workers(max(1, min(gpus, most)), None if share is None else float(math.ceil(share)), address)
     # One folder for each: a study that goes on may have another winner.
     fit = study.folder / FINAL / trial_id
-    train_single(fit, config, store, Workers(workers, None, address), fresh=not is_taken(fit), advise=False)
+    train_single(fit, config, store, workers, fresh=not is_taken(fit), advise=False)
     return epochs
 
 

@@ -34,7 +34,7 @@ class Workers:
 
     count: int
     gpus_per_worker: float | None  # None: 1 if there are GPUs
-    address: str | None  # of a cluster for several workers; None: this machine
+    address: str | None  # of a cluster; None: this machine
 
 
 def train_single(
@@ -60,7 +60,7 @@ def train_single(
     console.print(f"run {short_path(folder)}: {images}")
     ended = None
     try:
-        if workers.count == 1:
+        if workers.count == 1 and workers.address is None:
             gpus = workers.gpus_per_worker
             gpus = float(torch.cuda.is_available()) if gpus is None else gpus
             resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
@@ -106,7 +106,7 @@ next: {typed_command("predict")} {shell_word(folder / "best")} FACE.jpg"""
 def _train_on_cluster(
     console: Console, workers: Workers, folder: Path, config: RunConfig, store: str, *, fresh: bool
 ) -> None:
-    # Imported for several workers alone: Ray Train takes a second and 100 MB.
+    # Imported where it is needed alone: Ray Train takes a second and 100 MB.
     from raytune_emotion.tuning.execution.worker_group import train_together
 
     with ray_session(workers.address) as cluster:

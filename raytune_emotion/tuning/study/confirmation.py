@@ -15,7 +15,11 @@ from typing import Any
 import optuna
 import pandas as pd
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.learn.loop import batch_faults
+from raytune_emotion.learn.model import check_weights
+from raytune_emotion.learn.origin import AbsentWeightsError
 from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.terminal import typed_command, typed_options
 from raytune_emotion.tuning.policy.decisions import SETTINGS
@@ -24,7 +28,7 @@ from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
 from raytune_emotion.tuning.study.optuna_study import study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, read_spec
 
 #: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
@@ -145,16 +149,27 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     """Return the trials to be confirmed, and how.
 
     Raises:
-        UserError: there is no such study, it has nothing to confirm, or its data are gone.
+        UserError: there is no such study, it has nothing to confirm, its data or weights are gone, or its batches are
+            too small for so many workers.
     """
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
-    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)} --data DIR"
-    check_stores(searched, f"tell where they are by `{resume}`")
+    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)}"
+    stores = open_stores(searched, f"tell where they are by `{resume} --data DIR`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
+    faults: list[str] = []
+    for config in [RunConfig.from_flat(searched.settings(record.settings)) for record in chosen]:
+        batch_rows = min(config.train.batch_size, len(stores[config.data.image_size].train))
+        faults += batch_faults(
+            batch_rows, config.train.accumulate, request.workers_per_trial or searched.workers_per_trial
+        )
+        with collect_errors(faults):
+            _check_weights(config.model, f"tell where they are by `{resume} --weights-dir DIR`")
+    if faults:
+        raise UserError(dict.fromkeys(faults))
     before = confirmation_before(study, searched.epochs)
     confirms = {record.trial_id: record.best["val_js"] for record in chosen if record.best}
     given = {name: getattr(request, name) for name in ("concurrency", "workers_per_trial", "gpus_per_worker")}
@@ -186,6 +201,20 @@ def confirmation_before(study: Path, epochs: int) -> StudySpec | None:
             f"to confirm the study anew"
         )
     return before
+
+
+def _check_weights(config: ModelConfig, advice: str) -> None:
+    """Check that the pretrained weights of a run, if any, are still there.
+
+    Raises:
+        UserError: they are not; the sentence ends with the advice, which is for weights that an option has named.
+    """
+    try:
+        check_weights(config)
+    except AbsentWeightsError as error:
+        if config.weights_dir is None:  # the backbone is a folder
+            raise
+        raise UserError(f"{fault.partition(';')[0]}; {advice}" for fault in error.faults) from None
 
 
 def make_confirmation(folder: Path, spec: StudySpec) -> None:

@@ -27,7 +27,7 @@ from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute_path
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, check_stores, created_at, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, open_stores, read_spec
 
 #: The data of a study of the built-in sample.
 GENERATED = "generated faces"
@@ -93,21 +93,24 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
         faults: what is known to be wrong already.
 
     Raises:
-        UserError: there are such faults; what is asked for is of another study; its data or weights are gone.
+        UserError: there are such faults; what is asked for is of another study; its data or weights are gone; batches
+            are too small for so many workers.
     """
     spec, space = study.spec, study.space
     faults = refused_changes(request, spec, study.folder) + faults
-    stores = spec.stores
+    stores, opened = spec.stores, dict[int, Store]()
     data = request.data or _find_data_again(spec)
     if data is not None:
         with collect_errors(faults):
-            moved = _stores(find_data(data), space, skip_bad=request.skip_bad)
-            stores = {size: store.address for size, store in moved.items()}
-            if {size: store.fingerprint for size, store in moved.items()} != spec.fingerprints:
+            opened = _stores(find_data(data), space, skip_bad=request.skip_bad)
+            stores = {size: store.address for size, store in opened.items()}
+            if {size: store.fingerprint for size, store in opened.items()} != spec.fingerprints:
                 faults.append(f"{data}: other data than the study began with; its trials could not be compared")
     else:
         with collect_errors(faults):
-            check_stores(spec, "name the data with --data")
+            opened = open_stores(spec, "name the data with --data")
+    for store in list(opened.values())[:1]:  # all have the same rows
+        faults += _batch_faults(space, len(store.train), request.workers_per_trial or spec.workers_per_trial)
     for model in _models(space, absolute_path(request.weights_dir) or spec.weights_dir):
         with collect_errors(faults):
             check_weights(model)
@@ -160,10 +163,7 @@ def check_space(space: Space, data: Data, *, workers: int) -> None:
     with collect_errors(faults):
         _check_backbones(space, image_sizes(data, space))
     default, rows = RunConfig().train, data.count_rows()
-    for ends in map(space.ends, space.decisions()):
-        batch_size, *_ = ends.get("train.batch_size", (default.batch_size,))
-        *_, accumulate = ends.get("train.accumulate", (default.accumulate,))
-        faults += batch_faults(min(batch_size, rows), accumulate, workers)
+    faults += _batch_faults(space, rows, workers)
     faults += evaluation_faults(
         space.fixed_settings.get("train.evals_per_epoch", default.evals_per_epoch),
         rows=rows,
@@ -171,6 +171,16 @@ def check_space(space: Space, data: Data, *, workers: int) -> None:
     )
     if faults:
         raise UserError(dict.fromkeys(faults))
+
+
+def _batch_faults(space: Space, rows: int, workers: int) -> list[str]:
+    """List the batches of a space that are too small for the workers of a trial on so many rows."""
+    default, faults = RunConfig().train, list[str]()
+    for ends in map(space.ends, space.decisions()):
+        batch_size, *_ = ends.get("train.batch_size", (default.batch_size,))
+        *_, accumulate = ends.get("train.accumulate", (default.accumulate,))
+        faults += batch_faults(min(batch_size, rows), accumulate, workers)
+    return list(dict.fromkeys(faults))
 
 
 def _check_backbones(space: Space, sizes: Sequence[int]) -> None:

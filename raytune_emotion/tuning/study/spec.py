@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from typing_extensions import Self
 
 from raytune_emotion import __version__
-from raytune_emotion.data.store import is_store, open_store
+from raytune_emotion.data.store import Store, is_store, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location
@@ -54,7 +54,7 @@ class StudySpec:
     concurrency: int | None = Field(ge=1)  # trials at once; None: as many as fit
     workers_per_trial: int = Field(ge=1)
     gpus_per_worker: float | None = Field(ge=0)  # None: one where there are GPUs
-    max_failures: int = Field(ge=0)  # of a trial's processes, before it is given up
+    max_failures: int = Field(ge=0)  # of a trial's processes, between two pauses, before it is given up
     data: str  # what was given: a folder or a store
     stores: dict[int, str] = Field(min_length=1)  # image size, px: packed store
     fingerprints: dict[int, str]  # image size, px: hash of the store's content
@@ -173,20 +173,24 @@ def created_at(text: bytes | None) -> object:
         return None
 
 
-def check_stores(spec: StudySpec, advice: str) -> None:
-    """Check that the packed data of a study are still there, and unchanged.
+def open_stores(spec: StudySpec, advice: str) -> dict[int, Store]:
+    """Open the packed data of a study, which are still there, and unchanged.
 
     Raises:
         UserError: they are not; each sentence ends with the advice.
     """
     faults: list[str] = []
+    stores: dict[int, Store] = {}
     for size, path in spec.stores.items():
         if not is_store(path):
             faults.append(f"{path}: the packed data of the study are gone; {advice}")
-        elif open_store(path, verify=True).fingerprint != spec.fingerprints[size]:
+            continue
+        stores[size] = open_store(path, verify=True)
+        if stores[size].fingerprint != spec.fingerprints[size]:
             faults.append(f"{path}: has changed since the study began; {advice}")
     if faults:
         raise UserError(faults)
+    return stores
 
 
 def _plain_values(value: Any) -> Any:

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import platform
 import weakref
 
 import pytest
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.tuning.execution import job
 from raytune_emotion.tuning.execution.job import (
     DiskFull,
@@ -115,6 +117,25 @@ def test_a_smaller_attempt_leaves_the_images_in_their_files():
 def job_at(folder, store, **settings):
     config = RunConfig.from_flat({"data.image_size": 32, "model.backbone": "test_resnet", **settings})
     return Job("a", str(folder), str(store.path), config.to_flat(), Resources(1, 1.0, 0.0))
+
+
+def test_weights_that_a_machine_does_not_see_are_no_fault_of_the_trial(store, tmp_path):
+    with pytest.raises(Breakdown) as raised:
+        next(train_here(job_at(tmp_path, store, **{"model.weights_dir": "/gone"})))
+    what, _, advice = str(raised.value).partition("; ")
+    assert what == "model.weights_dir: there is no file /gone/test_resnet.safetensors"
+    assert advice.endswith(f"; put the weights where {platform.node()} sees them, such as a shared folder")
+
+
+def test_a_hub_that_does_not_answer_is_no_fault_of_the_trial(store, tmp_path, monkeypatch):
+    """Its errors are also those of a disk, which may be back for the next attempt."""
+
+    def fit(*_, **__):
+        raise WeightsUnavailableError("429 Too Many Requests") from ConnectionError()
+
+    monkeypatch.setattr(job, "fit", fit)
+    with pytest.raises(Breakdown, match="429 Too Many Requests; put the weights where "):
+        next(train_here(job_at(tmp_path, store)))
 
 
 def test_a_run_that_is_refused_to_go_on_keeps_its_settings_and_data(store, tmp_path):

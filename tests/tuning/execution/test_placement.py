@@ -51,7 +51,8 @@ def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
     with pytest.raises(UserError) as caught:
         fit_here(workers=1, gpus_per_worker=1.0, concurrency=None)
     assert str(caught.value) == (
-        "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; leave the option out"
+        "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; ask for "
+        "--gpus-per-worker 0 to train on cores"
     )
     assert fit_here(workers=1, gpus_per_worker=0.0, concurrency=None).resources.gpus_per_worker == 0
 

@@ -75,8 +75,20 @@ def test_an_autoscaler_is_asked_for_what_the_study_can_use_until_it_ends():
     assert room.shortage() == (
         "waiting for room on the cluster: a trial needs 2 CPU 2 times; its autoscaler was asked for room for 4 trials"
     )
-    for left[0] in (4, 3, 3, 1):
+    for left[0] in (3, 1, 0, 0):
         cluster.after(60, room)
-    room.close()
     need = {"CPU": 2.0}
     assert cluster.asked == [[need] * 8, [need] * 6, [need] * 2, []]
+    room.close()
+    assert cluster.asked[4:] == [], "nothing was asked for that would have to be taken back"
+
+
+def test_what_an_autoscaler_is_asked_for_is_said_again():
+    """The request of another search has taken its place."""
+    cluster = Cluster()
+    room = cluster.room(limit=1, grows=True)
+    for _ in range(3):
+        cluster.after(10, room)
+        room()  # no sooner
+    room.close()
+    assert cluster.asked == [[{"CPU": 2.0}]] * 3 + [[]]

@@ -9,9 +9,9 @@ import pytest
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD
 from raytune_emotion.learn.run_folder import read_history
-from raytune_emotion.tuning.execution.job import Job, OutOfMemory, TrialFailed
+from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.trial_actor import ENDING, TrialActor
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE, TrialActor
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 #: What takes seconds and hundreds of MB, and no trial's process has a use for.
@@ -69,6 +69,60 @@ def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, t
     assert ending.reason.startswith(f"{tmp_path / 'elsewhere'}: no packed store, for it has no manifest.json; put the")
 
 
+def test_a_machine_that_refuses_what_has_trained_ends_the_study_and_not_the_trial(job):
+    """As one without a GPU does with fp16: the trial goes on elsewhere."""
+    in_fp16 = dataclasses.replace(job, settings={**job.settings, "train.precision": "fp16"}).to_dict()
+    refusal = "train.precision: fp16 needs a GPU; choose bf16 or fp32"
+    assert TrialActor(in_fp16).train()[ENDING] == Failed(refusal), "it has never trained"
+    before = TrialActor(job.to_dict())
+    report = before.train()
+    before.stop()
+    actor = TrialActor(in_fp16)
+    assert actor.train() == report
+    ending = actor.train()[ENDING]
+    assert isinstance(ending, Broken)
+    assert ending.reason.startswith("trial a trial has trained before, and ")
+    assert ending.reason.endswith(f" refuses it now: {refusal}")
+
+
+def test_a_trial_that_ran_out_of_memory_goes_on_in_the_micro_batches_that_fit(job):
+    attempts = []
+
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            attempts.append((job.accumulate, job.resident))
+            if job.accumulate == 1:
+                raise OutOfMemory("out of memory on the device")
+            yield from super()._attempt(job)
+
+    before = Actor(job.to_dict())
+    before.train()
+    before.stop()
+    assert attempts == [(1, True), (2, False)]
+    actor = Actor(job.to_dict())
+    assert [actor.train()["report"], actor.train()["report"]] == [1, 2]
+    assert attempts[2:] == [(2, False)]
+
+
+def test_micro_batches_that_become_too_small_fail_a_trial_that_has_trained(job):
+    """They would be refused again, whenever memory runs out again."""
+
+    class Actor(TrialActor):
+        def _train_together(self, job):
+            if job.accumulate == 1:
+                raise OutOfMemory("out of memory on the device")
+            raise InvalidForRun(("a micro-batch of one row",))
+            yield
+
+    before = TrialActor(job.to_dict())
+    before.train()
+    before.stop()
+    two = dataclasses.replace(job, resources=Resources(2, 1.0, 0.0))
+    actor = Actor(two.to_dict())
+    actor.train()
+    assert actor.train()[ENDING] == Failed("a micro-batch of one row")
+
+
 @pytest.mark.parametrize(
     ("error", "ending"),
     [
@@ -83,4 +137,4 @@ def test_what_ends_a_trial_is_a_result_with_a_type(job, error, ending):
             raise error
             yield
 
-    assert Actor(job.to_dict()).train() == {ENDING: ending}
+    assert Actor(job.to_dict()).train() == {ENDING: ending, NODE: ""}

@@ -132,6 +132,16 @@ def test_a_trial_on_a_node_that_ends_soon_leaves_it_after_its_report(made):
     assert recorder.heard[3:] == [("0000", {"report": 3, NODE: "b"})], "it has ended, so that nothing is given back"
 
 
+@pytest.mark.parametrize("last", [{"report": 1, NODE: "b"}, {ENDING: Failed("why"), NODE: "b"}])
+def test_process_on_node_that_ends_soon_gets_no_other_trial_however_its_own_ends(made, last):
+    recorder = Recorder(False, proposals=[Proposal("0000", {}, None)])
+    search = search_of(recorder, Room(1, {"b"}))
+    trial = search.next_trial()
+    assert Gate(recorder, search, threading.Event())("0000", last)
+    assert vars(trial) == {"config": {}, "raytune_emotion_forget": True}
+    assert len(recorder.heard) == 1, "it is not given back"
+
+
 @pytest.mark.parametrize("status", [Trial.PENDING, Trial.RUNNING])
 def test_a_cluster_without_room_is_said_once(monkeypatch, status):
     now, said = [0.0], []

@@ -1,12 +1,19 @@
+import dataclasses
+import queue
 import subprocess
 import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from raytune_emotion.tuning.execution import worker_group
+from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_group import run_in_background
+from tests.support.reports import without_clocks
 
 
 def test_an_action_in_the_background_gives_its_result_or_raises_its_error():
@@ -22,6 +29,33 @@ def test_a_process_ends_though_an_action_in_the_background_does_not():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, "end\n")
+
+
+def test_one_worker_trains_as_a_process_of_its_own(tmp_path, store, monkeypatch):
+    """As the final fit of a study does on a cluster with one GPU."""
+    settings = {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 1}
+    job = Job("a", str(tmp_path / "a"), str(store.path), settings, Resources(1, 1.0, 0.0))
+    orders, messages = queue.SimpleQueue(), queue.SimpleQueue()
+    for order in (job.to_dict(), worker_group._GO_ON):
+        orders.put(order)
+
+    def no_more_orders():
+        if orders.empty():
+            raise InterruptedError("enough is seen")
+        return orders.get_nowait()
+
+    monkeypatch.setattr(worker_group.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monkeypatch.setattr(worker_group, "get_device", lambda: torch.device("cpu"))
+    dist.init_process_group("gloo", init_method=(tmp_path / "group").as_uri(), rank=0, world_size=1)
+    try:
+        with pytest.raises(InterruptedError):
+            worker_group._work({"orders": SimpleNamespace(get=no_more_orders), "messages": messages})
+    finally:
+        dist.destroy_process_group()
+    together, last = messages.get_nowait(), messages.get_nowait()
+    assert last == worker_group._DONE
+    alone = list(train_here(dataclasses.replace(job, folder=str(tmp_path / "b"))))
+    assert without_clocks([together]) == without_clocks(alone)
 
 
 def test_workers_wait_for_orders_outside_of_nccl(monkeypatch):

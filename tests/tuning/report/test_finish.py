@@ -12,6 +12,7 @@ from raytune_emotion.tuning.execution.job import Job, job_of, train_here
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.report import finish
 from raytune_emotion.tuning.report.finish import FINAL, FINISHED, finish_study
+from raytune_emotion.tuning.report.single_run import Workers
 from raytune_emotion.tuning.study.combination import (
     combine_ensemble,
     combine_soup,
@@ -109,6 +110,28 @@ def test_a_trial_that_was_left_before_its_end_counts(study):
     assert [record.status for record in load(study).records()] == ["running"]
     finish_study(study, None, confirm_here)
     assert "best trial of the search: 0." in (study / FINISHED / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("share", "gpus", "expected"),
+    [
+        (None, 4, Workers(4, None, "auto")),
+        (0.25, 4, Workers(4, 1.0, "auto")),
+        (0.0, 4, Workers(1, 0.0, "auto")),
+        # The nodes with GPUs are still to come.
+        (1.0, 0, Workers(1, 1.0, "auto")),
+        # Two of 32 rows each.
+        (1.0, 64, Workers(16, 1.0, "auto")),
+    ],
+)
+def test_final_fit_has_gpus_as_the_trials_had(study, monkeypatch, share, gpus, expected):
+    asked = []
+    monkeypatch.setattr(finish, "_count_gpus", lambda address: gpus)
+    monkeypatch.setattr(finish, "train_single", lambda *args, **_: asked.append(args[3]))
+    opened = load(study)
+    spec = dataclasses.replace(opened.spec, gpus_per_worker=share)
+    finish._fit_longer(dataclasses.replace(opened, spec=spec), "0000", "auto")
+    assert asked == [expected]
 
 
 def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
