@@ -66,11 +66,11 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
         space = parse_space(spec.space, SPEC)
         # What the study has of these is from the command line, or may change.
         own = {key: value for key, value in space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
-        began = space.to_dict()
+        began_with = space.to_dict()
         if (weights := absolute_path(request.weights_dir) or spec.weights_dir) is not None:
             # They are looked for where they are now: the folder that the study began with may be gone.
-            own[_WEIGHTS] = began[_WEIGHTS] = weights
-        if load_space(request.space, overrides=own).to_dict() != began:
+            own[_WEIGHTS] = began_with[_WEIGHTS] = weights
+        if load_space(request.space, overrides=own).to_dict() != began_with:
             changed.append("space that it began with")
     url = split_address(spec.storage)[0] if spec.storage else None
     if request.storage not in (None, url):
