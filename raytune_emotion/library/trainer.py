@@ -56,12 +56,13 @@ class Trainer:
         gradient_accumulation_steps: int,
         grad_clip: float,
         start: Checkpoint,
+        classes: Iterable[str],
     ) -> None:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self._train_loader, self._val_loader = train_loader, val_loader
         self._checkpoint_dir, self._log_dir = checkpoint_dir, log_dir
         self._accumulate, self._grad_clip = gradient_accumulation_steps, grad_clip
-        self._metrics = MetricsCalculator(classes=getattr(val_loader, "classes", EMOTIONS))
+        self._metrics = MetricsCalculator(classes=classes)
         self._start = start
         self.history: History = {}
 
@@ -180,6 +181,7 @@ def create_trainer(
     gradient_accumulation_steps: int = 1,
     grad_clip: float = 0.0,
     start: Checkpoint = UNTRAINED,
+    classes: Iterable[str] | None = None,
 ) -> Trainer:
     """Prepare a training; `Trainer.train` runs it, on the device that the model is on.
 
@@ -196,6 +198,8 @@ def create_trainer(
         grad_clip: largest L2 norm of the gradient; 0: any.
         start: where the model and the optimizer stand, as `load_checkpoint` returned it. Epochs are counted on from
             there, and `best.safetensors` is replaced by a lower loss only.
+        classes: K names, which tell what metrics there are; None: those of the loader for validation, or else of the
+            model, as `create_loaders` and `create_model` make them, or else the 13 emotions.
 
     Raises:
         UserError: a number is out of range.
@@ -207,6 +211,8 @@ def create_trainer(
         faults.append(f"grad_clip: expected a number of at least 0, got {grad_clip!r}")
     if faults:
         raise UserError(faults)
+    if classes is None:
+        classes = getattr(val_loader, "classes", getattr(model, "classes", EMOTIONS))
     for folder in (checkpoint_dir, log_dir):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Trainer(
@@ -220,6 +226,7 @@ def create_trainer(
         gradient_accumulation_steps=gradient_accumulation_steps,
         grad_clip=grad_clip,
         start=start,
+        classes=classes,
     )
 
 

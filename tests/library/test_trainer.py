@@ -211,6 +211,25 @@ def test_a_loss_that_is_no_number_ends_the_training(make):
         make(model=model).train(2)
 
 
+class Halves(Linear):
+    """A model of two classes."""
+
+    def forward(self, images):
+        return super().forward(images)[:, :2].softmax(-1)
+
+
+@pytest.mark.parametrize("given", ["argument", "model"])
+def test_metrics_are_those_of_other_classes_than_the_emotions(tmp_path, given):
+    model, options = Halves(), {"classes": ["calm", "glad"]} if given == "argument" else {}
+    model.classes = ("calm", "glad") if given == "model" else ("sad",)
+    batches = [(images, targets[:, :2].softmax(-1)) for images, targets in data(4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = create_trainer(model, batches, batches, get_loss_function("kl"), optimizer, tmp_path, tmp_path, **options)
+    history = trainer.train(1)
+    assert "val_js" in history
+    assert "val_emd_va" not in history
+
+
 def test_numbers_out_of_range_are_told_at_once(make):
     with pytest.raises(UserError) as refused:
         make(gradient_accumulation_steps=0, grad_clip=-1.0)
