@@ -74,6 +74,8 @@ class Trainer:
     ) -> History:
         """Train for a number of epochs, or until early stopping; called again, train on.
 
+        After early stopping, a further call trains only with more patience, or with None.
+
         After each epoch the whole validation set is evaluated and events are written; where the validation loss is the
         lowest so far, the checkpoint `best.safetensors` is written, too.
 
@@ -81,7 +83,8 @@ class Trainer:
             num_epochs: passes over the training loader, at most.
             scheduler: of the learning rate; takes a step after every epoch. One that waits for a plateau watches the
                 validation loss.
-            early_stopping_patience: epochs without a lower validation loss before training stops; None: never.
+            early_stopping_patience: epochs without a lower validation loss before training stops, at least 1; None: it
+                never stops early.
 
         Returns:
             The history of all epochs of this trainer: `epoch`, `train_loss` (mean over the rows, in the unit of the
@@ -89,8 +92,14 @@ class Trainer:
             `seconds` (since the start of the call).
 
         Raises:
+            UserError: the patience is out of range, or a loader has no batch.
             Breakdown: a loss is NaN or infinite.
         """
+        if early_stopping_patience is not None and early_stopping_patience < 1:
+            raise UserError(
+                f"early_stopping_patience: expected a positive integer, got {early_stopping_patience!r}; None never "
+                f"stops early"
+            )
         began = time.perf_counter()
         with EventWriter(self._log_dir) as events, progress() as bars:
             bar = bars.add_task("training", total=num_epochs * _length(self._train_loader))

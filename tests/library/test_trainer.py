@@ -100,6 +100,7 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(make):
     model = Linear()
     trainer = make(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
     assert len(trainer.train(20, early_stopping_patience=3)["epoch"]) == 4
+    assert len(trainer.train(20, early_stopping_patience=3)["epoch"]) == 4
     assert len(trainer.train(20, early_stopping_patience=None)["epoch"]) == 24
 
 
@@ -234,6 +235,8 @@ def test_numbers_out_of_range_are_told_at_once(make):
     with pytest.raises(UserError) as refused:
         make(gradient_accumulation_steps=0, grad_clip=-1.0)
     assert len(refused.value.faults) == 2
+    with pytest.raises(UserError, match="early_stopping_patience: expected a positive integer, got 0; None"):
+        make().train(1, early_stopping_patience=0)
 
 
 def test_loaders_model_and_trainer_fit_together(store, tmp_path):
