@@ -173,7 +173,7 @@ class Trainer:
         return total / rows
 
     def _save(self) -> None:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         header = {_EPOCH: self.epochs, _BEST_LOSS: self.history["val_loss"][-1], _GROUPS: groups}
         save_with_header(self._checkpoint_dir / BEST, self.model, self.optimizer, header)
 
@@ -257,8 +257,17 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
     epoch, best_loss, groups = load_with_header(file, model, optimizer, _EPOCH, _BEST_LOSS, _GROUPS)
     if optimizer is not None:
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            group.update(saved)
+            for name, value in saved.items():
+                kept = group.get(name)
+                group[name] = torch.full_like(kept, value) if isinstance(kept, Tensor) else value
     return Checkpoint(int(epoch), float(best_loss))
+
+
+def _plain(option: Any) -> Any:
+    """Return an option of an optimizer without tensors, as the learning rate may be one."""
+    if isinstance(option, tuple | list):
+        return [_plain(item) for item in option]
+    return option.item() if isinstance(option, Tensor) else option
 
 
 def _groups(loader: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

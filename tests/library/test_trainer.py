@@ -173,6 +173,17 @@ def test_the_optimizer_gets_the_learning_rate_of_the_checkpoint(make, tmp_path):
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
+def test_the_learning_rate_may_be_a_tensor(make, tmp_path):
+    model = Linear()
+    make(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))).train(1)
+    other = torch.optim.AdamW(model.parameters(), lr=torch.tensor(123.0))
+    load_checkpoint(tmp_path / "checkpoints", model, other)
+    assert torch.equal(other.param_groups[0]["lr"], torch.tensor(0.25))
+    number = torch.optim.AdamW(model.parameters(), lr=123.0)
+    load_checkpoint(tmp_path / "checkpoints", model, number)
+    assert number.param_groups[0]["lr"] == 0.25
+
+
 def test_a_pickle_is_refused_and_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
