@@ -301,7 +301,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     Nothing in a step waits for the device: the loss is summed there, and read at the end.
 
     Returns:
-        The mean loss of the rows of all workers, and the step size of the last step.
+        The mean loss of the rows of all workers, and the learning rate of the last step.
 
     Raises:
         Divergence: the mean is NaN or infinite.
@@ -454,7 +454,7 @@ def _check_finite(values: dict[str, float], plan: Plan, history: Sequence[Report
             epoch, _, end = plan.span(len(history))
             raise Divergence(
                 f"diverged before report {len(history) + 1} (step {epoch * plan.steps_per_epoch + end}): the {name} is "
-                f"{value}; a smaller optim.lr, optim.warmup_epochs or train.grad_clip may help"
+                f"{value}; choose a smaller optim.lr or a longer optim.warmup_epochs, or set train.grad_clip"
             )
 
 

@@ -379,7 +379,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(store, tmp_path, 
     reports = fit(run_config(), store, device=CPU, folder=tmp_path)
     next(reports)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(Divergence, match=rf"report 2 \(step 12\): the {what} is nan"):
+    with pytest.raises(Divergence, match=rf"report 2 \(step 12\): the {what} is nan; choose a smaller"):
         next(reports)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

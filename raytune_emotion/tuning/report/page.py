@@ -16,7 +16,7 @@ from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.terminal import shell_word
+from raytune_emotion.terminal import count, shell_word
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.combination_gain import HEADINGS as COMBINATIONS
@@ -223,7 +223,7 @@ def _winner_parts(
         if found and found[0].runs
         else "",
         "settings": trained_settings(Folder(folder), leader) if leader else {},
-        "epochs_of_best": _count(best.get("epoch", 0), "epoch"),
+        "epochs_of_best": count(best.get("epoch", 0), "epoch"),
         "interval": None if isinstance(predictions, str) else js_interval(predictions),
         "metrics": [(name, _cell(best[key])) for key, name in _METRICS if best.get(key) is not None],
         "closer": closer,
@@ -266,9 +266,9 @@ def _contents(
     return [(anchor, _HEADINGS[anchor]) for anchor, shown in there.items() if shown]
 
 
-def _columns_of_plots(count: int) -> int:
+def _columns_of_plots(plots: int) -> int:
     """Return in how many columns small plots of a setting each leave the least room empty."""
-    return min((4, 5, 3), key=lambda columns: -count % columns / columns)
+    return min((4, 5, 3), key=lambda columns: -plots % columns / columns)
 
 
 def _columns(data: StudyData) -> list[str]:
@@ -333,10 +333,6 @@ def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
 def _table_of_combinations(combinations: Sequence[Brought]) -> dict[str, str]:
     """Return what combinations would bring, as CSV; empty where nothing was measured."""
     return {"combinations": pd.DataFrame(combinations).to_csv(index=False)} if combinations else {}
-
-
-def _count(number: float, word: str) -> str:
-    return f"{number:g} {word}{'' if number == 1 else 's'}"
 
 
 def _cell(value: Any) -> str:
