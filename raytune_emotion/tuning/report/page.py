@@ -164,7 +164,7 @@ def _render(
         gain=gain,
         gain_source=gain_source(gain) if gain is not None and gain.bits else "",
         counts=count_statuses(data.records),
-        duration=duration(sum(r.reports[-1]["seconds"] for r in data.records if r.reports)),
+        duration=duration(_seconds_trained(data.records)),
         searched=searched_rows(data.space),
         fixed=fixed_rows(data.space),
         axes=data.axes,
@@ -194,6 +194,18 @@ def _render(
         slice_columns=_columns_of_plots(len(data.axes)),
         confirm=f"raytune-emotion confirm {shell_word(folder)}" if here else "",
     )
+
+
+def _seconds_trained(records: Sequence[TrialRecord]) -> float:
+    """Return the seconds of training and evaluation of all trials together."""
+    reports_of = {record.trial_id: record.reports for record in records}
+    seconds = 0.0
+    for record in records:
+        # The first reports of a trial that went on from another are the other's own.
+        others = reports_of.get(record.continues or "", ())
+        seconds += max((report["seconds"] for report in record.reports), default=0.0)
+        seconds -= max((report["seconds"] for report in record.reports if report in others), default=0.0)
+    return seconds
 
 
 def _winner_parts(
