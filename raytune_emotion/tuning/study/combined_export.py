@@ -131,9 +131,12 @@ def write_ensemble(
     configs = [RunConfig.from_flat(candidates.bests[number].settings) for number in chosen.members]
     backbones = [config.model.backbone for config in configs]
     rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
-    report = cast(
-        "Report", {**chosen.report, "images_per_second_cpu": rates[0], "images_per_second_cpu_single": rates[1]}
-    )
+    whole_costs = {
+        "params_millions": sum(candidates.bests[number].report["params_millions"] for number in chosen.members),
+        "images_per_second_cpu": rates[0],
+        "images_per_second_cpu_single": rates[1],
+    }
+    report = cast("Report", {**chosen.report, **whole_costs})
     first = dataclasses.replace(candidates.bests[chosen.members[0]], report=report)
     described = {
         "members": [

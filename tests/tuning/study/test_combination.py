@@ -68,6 +68,11 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
     assert config["label_names"] == list(store.classes)
     assert metrics["unseen_js"] == chosen.gain.combined
     assert metrics["images_per_second_cpu"] > 0
+    reports = [chosen.candidates.bests[number].report for number in chosen.members]
+    assert metrics["params_millions"] == pytest.approx(sum(report["params_millions"] for report in reports))
+    assert metrics["best_val_js"] == metrics["val_js"]
+    of_one_run = {"report", "epoch", "seconds", "time", "train_loss", "lr", "images_per_second", "finished"}
+    assert not of_one_run & metrics.keys()
     card = (dest / "README.md").read_text()
     assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
 
@@ -120,7 +125,9 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path):
     body = [name for name in expected if not name.startswith(("fc.", "head."))]
     assert len(body) > 10
     assert all(torch.equal(found[name], expected[name]) for name in body)
-    assert "The mean of the weights of the trials" in (tmp_path / "best" / "README.md").read_text()
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "The mean of the weights of the trials" in card
+    assert "Means over all 33 validation images, with" in card
 
 
 def test_where_the_data_are_gone_nothing_can_be_chosen(study, monkeypatch):
