@@ -99,7 +99,7 @@ def write_report(
     rivals: list[str] = []
     if leader is not None and not isinstance(predictions, str) and spec.confirms is None:
         rivals = rivals_of(leader, records, predictions)
-    combinations = measure_combinations(folder, records)
+    combinations = measure_combinations(folder, records, here=here)
     for name, table in (_tables(data, predictions) | _table_of_combinations(combinations)).items():
         write_text(folder / f"{name}.csv", table)
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
