@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from raytune_emotion.learn.export_folder import Package
 
 _LOOPBACK = "127.0.0.1"
-_LARGEST = 50 * 2**20  # bytes of a picture
-_NONCE = "{{nonce}}"  # in the page
+_LARGEST = 50  # MiB of a picture
+#: Places in the page.
+_NONCE, _LIMIT = "{{nonce}}", "{{largest}}"
 _SECONDS = 60  # that a browser may take to send a picture
 
 
@@ -95,14 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
                 f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: data:; "
                 f"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
             )
-            self._answer(200, "text/html; charset=utf-8", page.replace(_NONCE, nonce).encode(), policy)
+            page = page.replace(_NONCE, nonce).replace(_LIMIT, str(_LARGEST))
+            self._answer(200, "text/html; charset=utf-8", page.encode(), policy)
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not self._is_from_here() or self.path != "/predict":
             self._answer(403, "text/plain", b"pictures come from the page alone")
-        elif not length.isdigit() or int(length) > _LARGEST:
-            self._answer_json(413, {"error": f"the picture is larger than {_LARGEST // 2**20} MiB"})
+        elif not length.isdecimal() or int(length) > _LARGEST * 2**20:
+            self._answer_json(413, {"error": f"the picture is larger than {_LARGEST} MiB"})
         else:
             self._answer_json(*self._predict(self.rfile.read(int(length))))
 

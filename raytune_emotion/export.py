@@ -88,6 +88,9 @@ def _export_combination(args: argparse.Namespace, formats: list[str]) -> None:
         chosen, what = export_ensemble(args.study, args.dest, args.ensemble, formats), "ensemble"
     else:
         chosen, what = export_soup(args.study, args.dest, formats), "soup"
+    if len(chosen.members) == 1:
+        say(f"trial {chosen.trial_ids[0]} alone is exported to {args.dest}, as no other trial helps it")
+        return
     say(f"the {what} of the trials {', '.join(chosen.trial_ids)} is exported to {args.dest}")
     say(chosen.sentence(what))
 

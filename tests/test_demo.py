@@ -60,7 +60,9 @@ def test_bad_pictures_and_paths_are_answers_and_not_the_end(server, face):
     assert answer_of(server, "POST", "/predict", b"<svg/>") == (
         400, b'{"error": "no picture in JPEG, PNG, BMP, GIF or WebP format"}'
     )  # fmt: skip
-    assert answer_of(server, "POST", "/predict", b"", **{"Content-Length": "99999999"})[0] == 413
+    for length in ("99999999", "²"):
+        assert answer_of(server, "POST", "/predict", b"", **{"Content-Length": length})[0] == 413
+    assert b"LARGEST = 50;" in answer_of(server, "GET", "/")[1], "the page asks about no larger ones"
     assert answer_of(server, "GET", "/etc/passwd")[0] == 404
     assert answer_of(server, "POST", "/predict", face.read_bytes())[0] == 200
 
@@ -83,12 +85,12 @@ def test_page_shows_bars_beside_the_picture(server, face):
     picture = io.BytesIO()
     Image.open(face).resize((300, 360)).save(picture, "JPEG")
 
-    def choose(content: bytes) -> str:
+    def choose(content: bytes, more: int = 0) -> str:
         text = base64.b64encode(content).decode()
         return f"""
             const bytes = Uint8Array.from(atob("{text}"), (c) => c.charCodeAt(0));
             const files = new DataTransfer();
-            files.items.add(new File([bytes], "<b>face</b>.jpg", {{ type: "image/jpeg" }}));
+            files.items.add(new File([bytes, new Uint8Array({more})], "<b>face</b>.jpg", {{ type: "image/jpeg" }}));
             document.getElementById("file").files = files.files;
             document.getElementById("file").dispatchEvent(new Event("change"));
         """
@@ -110,4 +112,8 @@ def test_page_shows_bars_beside_the_picture(server, face):
         tab.eval(f"(() => {{ {choose(b'no picture')} }})()")
         tab.wait(
             "document.getElementById('message').innerText.startsWith('This picture cannot be used: no picture in')"
+        )
+        tab.eval(f"(() => {{ {choose(picture.getvalue(), more=50 * 2**20)} }})()")
+        tab.wait(
+            "document.getElementById('message').innerText === 'This picture cannot be used: it is larger than 50 MiB.'"
         )

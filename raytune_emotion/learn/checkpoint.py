@@ -154,6 +154,21 @@ def load_with_header(file: Path, model: nn.Module, optimizer: Optimizer | None, 
     return values
 
 
+def weights_to_save(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights and buffers of a model, on the CPU, as safetensors takes them.
+
+    A parameter that several layers share has a name in each of them; in the file it has a copy for each name.
+    """
+    weights: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        copied = _cpu_copy(tensor)
+        memory = copied.untyped_storage().data_ptr()
+        weights[name] = copied.clone() if memory in seen else copied
+        seen.add(memory)
+    return weights
+
+
 def _all_tensors(model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> dict[str, Tensor]:
     tensors = _state("model", model) | (_state("average", average) if average is not None else {})
     for index, state in optimizer.state_dict()["state"].items():
@@ -308,7 +323,7 @@ def _check_fits(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.{key}": _cpu_copy(tensor) for key, tensor in model.state_dict().items()}
+    return {f"{name}.{key}": tensor for key, tensor in weights_to_save(model).items()}
 
 
 def _best_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

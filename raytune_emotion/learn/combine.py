@@ -45,11 +45,6 @@ class Gain:
     single: float
     combined: float
 
-    @property
-    def gain(self) -> float:
-        """Return by how much the combination is better, bits."""
-        return self.single - self.combined
-
 
 def js_of(predicted_NK: Tensor, true_NK: Tensor) -> npt.NDArray[np.float64]:
     """Return the JS of each row, bits."""

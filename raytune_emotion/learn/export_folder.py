@@ -31,9 +31,9 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
-from raytune_emotion.known_errors import is_disk_full
+from raytune_emotion.known_errors import first_line, is_disk_full
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
-from raytune_emotion.learn.checkpoint import Best, read_best
+from raytune_emotion.learn.checkpoint import Best, read_best, weights_to_save
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
@@ -232,8 +232,7 @@ def _write_format(
     try:
         with atomic_write(file) as temporary:
             if name == TIMM:
-                weights = {key: value.detach().cpu().contiguous() for key, value in whole.model.state_dict().items()}
-                save_file(weights, temporary, {"format": "pt"})
+                save_file(weights_to_save(whole.model), temporary, {"format": "pt"})
             else:
                 write_graph(name, temporary, whole, config.data.image_size, config.data.classes)
         found_NK = load_package(new).predict(images_NHWC) if name == TIMM else predict_graph(name, file, images_NHWC)
@@ -242,7 +241,7 @@ def _write_format(
     except Exception as error:  # whatever torch's tracing, or a runtime, meets in somebody's model
         if is_disk_full(error):
             raise destination_error(dest, error) from error
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"{dest}: {config.model.backbone} cannot be exported as {name} ({what}); leave this format out"
         ) from error

@@ -8,6 +8,7 @@ rows. All yield the same reports, and the first alone writes files.
 """
 
 import contextlib
+import itertools
 import math
 import time
 import warnings
@@ -40,7 +41,8 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
 
-#: Steps between two looks at the weights that are averaged: each takes as long as a tenth of a step of a small model.
+#: Steps between two looks at the weights that are averaged, at most: each takes as long as a tenth of a step of a small
+#: model.
 _AVERAGED_EVERY = 4
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +75,11 @@ class Plan:
         """Return epoch, first step and end (within the epoch) of the training of a report, counted from 0."""
         epoch, part = divmod(report, len(self.stops))
         return epoch, (0, *self.stops)[part], self.stops[part]
+
+    @property
+    def averaged_every(self) -> int:
+        """Return the steps between two looks at the weights that are averaged: there is one before each report."""
+        return min(_AVERAGED_EVERY, *(end - first for first, end in itertools.pairwise((0, *self.stops))))
 
 
 @dataclass(frozen=True)
@@ -233,7 +240,7 @@ def start(
     # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
-    decay = config.train.ema_decay**_AVERAGED_EVERY
+    decay = config.train.ema_decay**plan.averaged_every
     average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
     net = model
     if is_compiled(config, device, plan):
@@ -294,7 +301,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     Nothing in a step waits for the device: the loss is summed there, and read at the end.
 
     Returns:
-        The mean loss of the rows of all workers, and the step size of the last step.
+        The mean loss of the rows of all workers, and the learning rate of the last step.
 
     Raises:
         Divergence: the mean is NaN or infinite.
@@ -333,7 +340,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
             )
             only_head = epoch * plan.steps_per_epoch + step < config.model.freeze_epochs * plan.steps_per_epoch
             run.step([(next(stream), next(decisions)) for _ in range(accumulate)], lr, only_head=only_head)
-            looks, between = divmod(epoch * plan.steps_per_epoch + step, _AVERAGED_EVERY)
+            looks, between = divmod(epoch * plan.steps_per_epoch + step, plan.averaged_every)
             if run.average is not None and between == 0:
                 run.average.update(run.model, step=looks + 1)
 
@@ -447,7 +454,7 @@ def _check_finite(values: dict[str, float], plan: Plan, history: Sequence[Report
             epoch, _, end = plan.span(len(history))
             raise Divergence(
                 f"diverged before report {len(history) + 1} (step {epoch * plan.steps_per_epoch + end}): the {name} is "
-                f"{value}; a smaller optim.lr, optim.warmup_epochs or train.grad_clip may help"
+                f"{value}; choose a smaller optim.lr or a longer optim.warmup_epochs, or set train.grad_clip"
             )
 
 

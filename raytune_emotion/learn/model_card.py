@@ -233,9 +233,10 @@ def table_of_metrics(report: Report) -> str:
 
 
 def _metrics(report: Report, evidence: Evidence) -> str:
-    epochs = count(float(report["epoch"]), "epoch")
+    # The mean of several models has no number of epochs.
+    after = f" after {count(float(report['epoch']), 'epoch')}" if "epoch" in report else ""
     if evidence.predictions is None:
-        return f"Means over the validation set, after {epochs}:\n\n{table_of_metrics(report)}"
+        return f"Means over the validation set{after}:\n\n{table_of_metrics(report)}"
     values = evidence.predictions.metrics()
     spread = bootstrap_intervals(values)
     rows = [
@@ -244,7 +245,7 @@ def _metrics(report: Report, evidence: Evidence) -> str:
     ]
     used = len(evidence.predictions.ids)
     which = f"all {used}" if used == evidence.images else f"{used} of the {evidence.images}"
-    heading = f"Means over {which} validation images after {epochs}, with 95 % intervals (1,000 bootstrap resamples):"
+    heading = f"Means over {which} validation images{after}, with 95 % intervals (1,000 bootstrap resamples):"
     return "\n".join([heading, "", "| metric | value | 95 % interval |", "|---|---|---|", *rows])
 
 

@@ -75,7 +75,7 @@ class MetricsCalculator:
         Raises:
             UserError: see `compute_all`.
         """
-        q_NK, p_NK = (torch.as_tensor(given).detach().cpu().double() for given in (predictions, targets))
+        q_NK, p_NK = (_tensor(given).detach().cpu().double() for given in (predictions, targets))
         if q_NK.shape != p_NK.shape or q_NK.ndim != 2 or not len(q_NK):
             raise UserError(
                 f"predictions, targets: expected two of one shape [N, K], got {[*q_NK.shape]} and {[*p_NK.shape]}"
@@ -87,3 +87,8 @@ class MetricsCalculator:
             )
         values = per_sample(q_NK.clamp_min(_LEAST).log(), p_NK, distances_KK)
         return {name: values[name] for name in self.metrics}
+
+
+def _tensor(given: Probabilities) -> Tensor:
+    # Copies: a tensor cannot be a view of an array that is read backwards.
+    return given if isinstance(given, Tensor) else torch.from_numpy(np.array(given, np.float64))

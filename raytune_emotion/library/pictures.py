@@ -102,7 +102,10 @@ def plot_training_curves(
 
 
 def _array(given: Any) -> npt.NDArray[Any]:
-    return given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else np.asarray(given)
+    if not isinstance(given, Tensor):
+        return np.asarray(given)
+    # NumPy has no bfloat16.
+    return (given.float() if given.dtype == torch.bfloat16 else given).detach().cpu().numpy()
 
 
 def _save(figure: Figure, path: str | Path | None) -> Figure:

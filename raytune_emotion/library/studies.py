@@ -25,6 +25,7 @@ from raytune_emotion.tuning.study.records import read_records, study_files, tria
 from raytune_emotion.tuning.study.request import name_study
 from raytune_emotion.tuning.study.spec import StudySpec, spec_of
 from raytune_emotion.tuning.study.tables import curves_of, trials_of
+from raytune_emotion.tuning.study.trial_export import check_kept
 
 Place = str | os.PathLike[str] | Location
 
@@ -63,6 +64,7 @@ class Study:
             UserError: the study has no weights of that trial.
         """
         chosen = self.best["trial_id"] if trial_id is None else trial_id
+        check_kept(self.location, chosen)
         with study_files(self.location, f"trials/{chosen}/{BEST}") as folder:
             best = read_best(trial_folder(folder, chosen) / BEST)
         config = RunConfig.from_flat(best.settings)

@@ -56,12 +56,13 @@ class Trainer:
         gradient_accumulation_steps: int,
         grad_clip: float,
         start: Checkpoint,
+        classes: Iterable[str],
     ) -> None:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self._train_loader, self._val_loader = train_loader, val_loader
         self._checkpoint_dir, self._log_dir = checkpoint_dir, log_dir
         self._accumulate, self._grad_clip = gradient_accumulation_steps, grad_clip
-        self._metrics = MetricsCalculator(classes=getattr(val_loader, "classes", EMOTIONS))
+        self._metrics = MetricsCalculator(classes=classes)
         self._start = start
         self.history: History = {}
 
@@ -73,6 +74,8 @@ class Trainer:
     ) -> History:
         """Train for a number of epochs, or until early stopping; called again, train on.
 
+        After early stopping, a further call trains only with more patience, or with None.
+
         After each epoch the whole validation set is evaluated and events are written; where the validation loss is the
         lowest so far, the checkpoint `best.safetensors` is written, too.
 
@@ -80,7 +83,8 @@ class Trainer:
             num_epochs: passes over the training loader, at most.
             scheduler: of the learning rate; takes a step after every epoch. One that waits for a plateau watches the
                 validation loss.
-            early_stopping_patience: epochs without a lower validation loss before training stops; None: never.
+            early_stopping_patience: epochs without a lower validation loss before training stops, at least 1; None: it
+                never stops early.
 
         Returns:
             The history of all epochs of this trainer: `epoch`, `train_loss` (mean over the rows, in the unit of the
@@ -88,8 +92,14 @@ class Trainer:
             `seconds` (since the start of the call).
 
         Raises:
+            UserError: the patience is out of range, or a loader has no batch.
             Breakdown: a loss is NaN or infinite.
         """
+        if early_stopping_patience is not None and early_stopping_patience < 1:
+            raise UserError(
+                f"early_stopping_patience: expected a positive integer, got {early_stopping_patience!r}; None never "
+                f"stops early"
+            )
         began = time.perf_counter()
         with EventWriter(self._log_dir) as events, progress() as bars:
             bar = bars.add_task("training", total=num_epochs * _length(self._train_loader))
@@ -163,7 +173,7 @@ class Trainer:
         return total / rows
 
     def _save(self) -> None:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         header = {_EPOCH: self.epochs, _BEST_LOSS: self.history["val_loss"][-1], _GROUPS: groups}
         save_with_header(self._checkpoint_dir / BEST, self.model, self.optimizer, header)
 
@@ -180,6 +190,7 @@ def create_trainer(
     gradient_accumulation_steps: int = 1,
     grad_clip: float = 0.0,
     start: Checkpoint = UNTRAINED,
+    classes: Iterable[str] | None = None,
 ) -> Trainer:
     """Prepare a training; `Trainer.train` runs it, on the device that the model is on.
 
@@ -196,6 +207,8 @@ def create_trainer(
         grad_clip: largest L2 norm of the gradient; 0: any.
         start: where the model and the optimizer stand, as `load_checkpoint` returned it. Epochs are counted on from
             there, and `best.safetensors` is replaced by a lower loss only.
+        classes: K names, which tell what metrics there are; None: those of the loader for validation, or else of the
+            model, as `create_loaders` and `create_model` make them, or else the 13 emotions.
 
     Raises:
         UserError: a number is out of range.
@@ -207,6 +220,8 @@ def create_trainer(
         faults.append(f"grad_clip: expected a number of at least 0, got {grad_clip!r}")
     if faults:
         raise UserError(faults)
+    if classes is None:
+        classes = getattr(val_loader, "classes", getattr(model, "classes", EMOTIONS))
     for folder in (checkpoint_dir, log_dir):
         Path(folder).mkdir(parents=True, exist_ok=True)
     return Trainer(
@@ -220,6 +235,7 @@ def create_trainer(
         gradient_accumulation_steps=gradient_accumulation_steps,
         grad_clip=grad_clip,
         start=start,
+        classes=classes,
     )
 
 
@@ -241,8 +257,17 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
     epoch, best_loss, groups = load_with_header(file, model, optimizer, _EPOCH, _BEST_LOSS, _GROUPS)
     if optimizer is not None:
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            group.update(saved)
+            for name, value in saved.items():
+                kept = group.get(name)
+                group[name] = torch.full_like(kept, value) if isinstance(kept, Tensor) else value
     return Checkpoint(int(epoch), float(best_loss))
+
+
+def _plain(option: Any) -> Any:
+    """Return an option of an optimizer without tensors, as the learning rate may be one."""
+    if isinstance(option, tuple | list):
+        return [_plain(item) for item in option]
+    return option.item() if isinstance(option, Tensor) else option
 
 
 def _groups(loader: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

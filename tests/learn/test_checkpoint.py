@@ -182,6 +182,18 @@ def test_tensors_that_do_not_fit_the_settings_are_damage(run, store):
         checkpoint.restore(run, model, torch.optim.AdamW(model.parameters()))
 
 
+def test_parameter_that_layers_share_is_kept_and_loaded(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters())
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    checkpoint.save_with_header(tmp_path / BEST, model, optimizer, {"epoch": 3})
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert checkpoint.load_with_header(tmp_path / BEST, model, optimizer, "epoch") == [3]
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
 def test_what_is_no_damage_is_not_called_so(run, monkeypatch):
     """Nobody is to delete a checkpoint because a device is full, or a server away for a while."""
     model = build_model(config())

@@ -98,6 +98,15 @@ def test_model_that_cannot_be_traced_is_a_sentence_and_the_old_export_stays(tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
+def test_error_whose_first_line_is_blank_is_said(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("\n    Some tensors share memory:\n    two of them")
+
+    monkeypatch.setattr(export_folder, "save_file", refuse)
+    with pytest.raises(UserError, match=r"as timm \(RuntimeError: Some tensors share memory:\); leave"):
+        write_package(tmp_path / "best", untrained_best("test_resnet", 32))
+
+
 def test_full_disk_is_an_error_and_does_not_end_the_process():
     model = build_model(RunConfig.from_flat({"data.image_size": 32, "model.backbone": "test_resnet"}))
     with pytest.raises(OSError, match="No space left on device"):

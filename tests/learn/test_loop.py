@@ -156,6 +156,12 @@ def test_the_average_of_the_weights_is_validated_and_kept(store, tmp_path):
     )
 
 
+def test_each_report_is_of_another_average_of_the_weights(store):
+    # Two steps lie between two reports.
+    reports = reports_of_run(run_config(train__ema_decay=0.5, train__evals_per_epoch=3, train__epochs=1), store)
+    assert len({report["val_js"] for report in reports}) == 3
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_scaled_gradients_of_fp16_make_the_steps_of_fp32(store, name):
     """As on a GPU: the first scales are too large, and their steps are left out."""
@@ -373,7 +379,7 @@ def test_a_run_that_diverges_says_so_and_keeps_its_checkpoints(store, tmp_path, 
     reports = fit(run_config(), store, device=CPU, folder=tmp_path)
     next(reports)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(Divergence, match=rf"report 2 \(step 12\): the {what} is nan"):
+    with pytest.raises(Divergence, match=rf"report 2 \(step 12\): the {what} is nan; choose a smaller"):
         next(reports)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

@@ -29,6 +29,8 @@ def test_arrays_are_taken_as_tensors_are():
     q, p = LOGITS.softmax(-1), TARGETS
     assert asked.compute_all(q.numpy(), p.numpy()) == asked.compute_all(q, p)
     assert list(asked.compute_all(q, p)) == ["tvd", "js"]
+    backwards = asked.compute_all(q.numpy()[::-1, ::-1], p.numpy()[::-1, ::-1])
+    assert backwards == pytest.approx(asked.compute_all(q, p))
 
 
 @pytest.mark.parametrize("make", [np.zeros, np.ones])

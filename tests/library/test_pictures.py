@@ -32,6 +32,11 @@ def test_images_come_in_every_usual_layout(images):
     assert len(visualize_predictions(images, PREDICTED, TRUE).axes) == 8
 
 
+def test_predictions_may_be_of_half_precision():
+    bars = visualize_predictions(IMAGES[:1], PREDICTED[:1].bfloat16(), TRUE[:1].half()).axes[1]
+    np.testing.assert_allclose([bar.get_width() for bar in bars.patches], torch.cat([TRUE[0], PREDICTED[0]]), rtol=0.01)
+
+
 def test_fewer_images_than_samples_are_all_drawn():
     assert len(visualize_predictions(IMAGES[:1], PREDICTED[:1], TRUE[:1]).axes) == 2
 

@@ -95,7 +95,9 @@ def test_the_model_of_a_study_has_the_numbers_of_its_best_trial(folder, store):
 def test_what_is_no_study_is_refused(tmp_path, folder):
     with pytest.raises(UserError, match="no study"):
         load_study(tmp_path)
-    with pytest.raises(UserError, match="0099"):
+    with pytest.raises(
+        UserError, match="study: has no weights of trial 0099, as only those of the best are kept; there"
+    ):
         load_study(folder).model("0099")
 
 

@@ -100,6 +100,7 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(make):
     model = Linear()
     trainer = make(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
     assert len(trainer.train(20, early_stopping_patience=3)["epoch"]) == 4
+    assert len(trainer.train(20, early_stopping_patience=3)["epoch"]) == 4
     assert len(trainer.train(20, early_stopping_patience=None)["epoch"]) == 24
 
 
@@ -172,6 +173,17 @@ def test_the_optimizer_gets_the_learning_rate_of_the_checkpoint(make, tmp_path):
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
+def test_the_learning_rate_may_be_a_tensor(make, tmp_path):
+    model = Linear()
+    make(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))).train(1)
+    other = torch.optim.AdamW(model.parameters(), lr=torch.tensor(123.0))
+    load_checkpoint(tmp_path / "checkpoints", model, other)
+    assert torch.equal(other.param_groups[0]["lr"], torch.tensor(0.25))
+    number = torch.optim.AdamW(model.parameters(), lr=123.0)
+    load_checkpoint(tmp_path / "checkpoints", model, number)
+    assert number.param_groups[0]["lr"] == 0.25
+
+
 def test_a_pickle_is_refused_and_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -211,10 +223,31 @@ def test_a_loss_that_is_no_number_ends_the_training(make):
         make(model=model).train(2)
 
 
+class Halves(Linear):
+    """A model of two classes."""
+
+    def forward(self, images):
+        return super().forward(images)[:, :2].softmax(-1)
+
+
+@pytest.mark.parametrize("given", ["argument", "model"])
+def test_metrics_are_those_of_other_classes_than_the_emotions(tmp_path, given):
+    model, options = Halves(), {"classes": ["calm", "glad"]} if given == "argument" else {}
+    model.classes = ("calm", "glad") if given == "model" else ("sad",)
+    batches = [(images, targets[:, :2].softmax(-1)) for images, targets in data(4)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = create_trainer(model, batches, batches, get_loss_function("kl"), optimizer, tmp_path, tmp_path, **options)
+    history = trainer.train(1)
+    assert "val_js" in history
+    assert "val_emd_va" not in history
+
+
 def test_numbers_out_of_range_are_told_at_once(make):
     with pytest.raises(UserError) as refused:
         make(gradient_accumulation_steps=0, grad_clip=-1.0)
     assert len(refused.value.faults) == 2
+    with pytest.raises(UserError, match="early_stopping_patience: expected a positive integer, got 0; None"):
+        make().train(1, early_stopping_patience=0)
 
 
 def test_loaders_model_and_trainer_fit_together(store, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.combine import js_of
+from raytune_emotion.learn.combine import js_of, list_compatible
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import PREDICTIONS
@@ -42,7 +42,7 @@ class Brought:
     single: float  # JS of the best single model, bits
     combined: float  # JS, bits
     cost: str
-    command: str
+    command: str  # that makes what was measured; empty where none does
 
     @property
     def cells(self) -> list[str]:
@@ -59,37 +59,49 @@ TEXTS = ("combination", "measured on", "cost", "command")
 _UNSEEN, _ALL = "the half that did not choose, for each half", "the whole validation set"
 
 
-def measure_combinations(folder: Path, records: Sequence[TrialRecord]) -> list[Brought]:
-    """Measure what each way would bring; those that would take long, or cannot be measured here, are left out."""
-    kept = [(name, trial) for name, trial in list_kept(folder, records) if (trial / PREDICTIONS).exists()]
+def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: bool = True) -> list[Brought]:
+    """Measure what each way would bring; those that would take long, or cannot be measured here, are left out.
+
+    Args:
+        folder: of the study.
+        records: of its trials.
+        here: whether the study lies in the folder, so that commands can name it.
+    """
+    with_weights = list_kept(folder, records)
+    kept = [(name, trial) for name, trial in with_weights if (trial / PREDICTIONS).exists()]
+    export = f"raytune-emotion export {shell_word(folder)}" if here else ""
+    # Where nobody names a trial, all that have weights are chosen from.
+    export_of_all = export if len(kept) == len(with_weights) else ""
     try:
         candidates = read_candidates(kept)
-        found = [_ensemble(candidates, folder)]
+        found = [_ensemble(candidates, export_of_all)]
         began = time.monotonic()
-        mirrored = _mirror(candidates, folder, began + _MOST_SECONDS)
+        mirrored = _mirror(candidates, export, began + _MOST_SECONDS)
         # A soup of three models is predicted in four mixtures at most.
         if mirrored is not None and 4 * (time.monotonic() - began) < _MOST_SECONDS:
-            found.append(_soup(candidates, folder))
+            found.append(_soup(candidates, export_of_all))
         return [brought for brought in [*found, mirrored] if brought is not None]
     except (UserError, OSError, RuntimeError):
         return []
 
 
-def _ensemble(candidates: Candidates, study: Path) -> Brought | None:
+def _ensemble(candidates: Candidates, export: str) -> Brought | None:
     chosen = combine_ensemble(candidates, MEMBERS)
     if len(candidates.trial_ids) == 1:
         return None
     members = len(chosen.members)
-    command = f"raytune-emotion export {shell_word(study)} ensemble --ensemble {members}"
+    command = f"{export} ensemble --ensemble {members}" if export else ""
     return _brought("ensemble", chosen, f"{members} times the time", command)
 
 
-def _soup(candidates: Candidates, study: Path) -> Brought | None:
+def _soup(candidates: Candidates, export: str) -> Brought | None:
     few = candidates.only(range(min(_MIXED, len(candidates.trial_ids))))
     chosen, _ = combine_soup(few)
     if len(chosen.candidates.trial_ids) == 1:
         return None
-    return _brought("mean weights", chosen, "none", f"raytune-emotion export {shell_word(study)} soup --soup")
+    # `export --soup` chooses among all models that can be averaged.
+    all_mixed = len(chosen.candidates.trial_ids) == len(list_compatible(candidates.bests))
+    return _brought("mean weights", chosen, "none", f"{export} soup --soup" if export and all_mixed else "")
 
 
 def _brought(what: str, chosen: Combination, cost: str, command: str) -> Brought | None:
@@ -102,7 +114,7 @@ def _brought(what: str, chosen: Combination, cost: str, command: str) -> Brought
     return Brought(what, _UNSEEN, chosen.gain.single, chosen.gain.combined, cost, command)
 
 
-def _mirror(candidates: Candidates, study: Path, until: float) -> Brought | None:
+def _mirror(candidates: Candidates, export: str, until: float) -> Brought | None:
     """Predict the mirror images of the validation set with the best model; None where that takes too long."""
     best, split = candidates.bests[0], candidates.store.val
     model = load_model(best)
@@ -117,6 +129,10 @@ def _mirror(candidates: Candidates, study: Path, until: float) -> Brought | None
     plain_NK, targets = candidates.predictions[0], candidates.targets
     both_NK = (plain_NK + torch.cat(parts)) / 2
     single, combined = (float(js_of(predicted_NK, targets).mean()) for predicted_NK in (plain_NK, both_NK))
-    what = f"mirror image, trial {candidates.trial_ids[0]}"
-    command = f"raytune-emotion predict --mirror {shell_word(study / 'best')} FACE.jpg"
-    return Brought(what, _ALL, single, combined, "2 times the time", command)
+    trial_id = candidates.trial_ids[0]
+    # What lies in `best` may be another trial, as after a confirmation.
+    dest = f"trial_{trial_id}"
+    command = f"{export} {dest} --trial {trial_id} && raytune-emotion predict --mirror {dest} FACE.jpg"
+    return Brought(
+        f"mirror image, trial {trial_id}", _ALL, single, combined, "2 times the time", command if export else ""
+    )

@@ -108,7 +108,7 @@ def line_of(event: Event) -> str:
     what += [
         f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005
     ]
-    if event.report is None or event.status == "running":
+    if event.report is None or event.status in ("running", "failed"):
         outcome = event.reason or "was paused, and is not continued"
     else:
         outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"

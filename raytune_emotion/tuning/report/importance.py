@@ -48,7 +48,7 @@ def importances(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[Im
         drawn = rng.integers(len(trials), size=min(len(trials), _MOST_TRIALS))
         raw = _evaluate([trials[i] for i in drawn], list(distributions))
         total = sum(raw.values())
-        shares_A[:] = [raw[axis.name] / total if total > 0 else 0.0 for axis in axes]
+        shares_A[:] = [raw.get(axis.name, 0.0) / total if total > 0 else 0.0 for axis in axes]
     low_A, high_A = np.quantile(shares_RA, [0.1, 0.9], axis=0)
     found = zip(axes, shares_RA.mean(axis=0), low_A, high_A, strict=True)
     return sorted(
@@ -69,7 +69,9 @@ def _evaluate(trials: Sequence[FrozenTrial], names: list[str]) -> dict[str, floa
         warnings.simplefilter("ignore")  # that the evaluator is experimental
         # Optuna advises at least five trials among the best.
         evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, min(0.5, 5 / len(trials))))
-        return evaluator.evaluate(study, params=names)
+        # A setting of a branch of the space may be in none of the trials, which Optuna refuses.
+        there = [name for name in names if any(name in trial.params for trial in trials)]
+        return evaluator.evaluate(study, params=there)
 
 
 def _trial(axes: Sequence[Axis], distributions: dict[str, BaseDistribution], record: TrialRecord) -> FrozenTrial:

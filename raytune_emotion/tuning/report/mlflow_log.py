@@ -85,13 +85,13 @@ class _Thread:
 
 
 class _Log:
-    """Write the runs of one study. It is called by one thread alone; to call a method twice does no harm."""
+    """Write the runs of one study. It is called by one thread alone; a method that has failed can be called again."""
 
     def __init__(self, uri: str, study: OpenStudy) -> None:
         self._uri, self._study, self._name = uri, study, study.folder.name
         self._client: Any = None
         self._experiment = self._parent = ""
-        self._runs: dict[str, str] = {}  # of trials
+        self._runs: dict[str, str] = {}  # of trials whose parameters are logged
         self._best = float("inf")
 
     def begin(self) -> None:
@@ -118,8 +118,9 @@ class _Log:
         trial_id = event.proposal.trial_id
         if trial_id not in self._runs:
             tags = {TRIAL_TAG: trial_id, "mlflow.parentRunId": self._parent}
-            self._runs[trial_id] = self._run({**tags, "study": self._name}, f"{self._name} {trial_id}")
-            self._params(self._runs[trial_id], self._study.spec.settings_now(event.proposal.settings))
+            made = self._run({**tags, "study": self._name}, f"{self._name} {trial_id}")
+            self._params(made, self._study.spec.settings_now(event.proposal.settings))
+            self._runs[trial_id] = made  # only now: else a retry would leave the parameters out
         run_id = self._runs[trial_id]
         if event.report is not None:
             report: Mapping[str, Any] = event.report
@@ -163,11 +164,12 @@ class _Log:
         return str(self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id)
 
     def _children(self) -> dict[str, str]:
+        """Return the runs of trials that an earlier search has logged with their parameters."""
         found, token = dict[str, str](), None
         while True:
             wanted = f"tags.`mlflow.parentRunId` = '{self._parent}'"
             page = self._client.search_runs([self._experiment], wanted, page_token=token)
-            found |= {run.data.tags[TRIAL_TAG]: run.info.run_id for run in page}
+            found |= {run.data.tags[TRIAL_TAG]: run.info.run_id for run in page if run.data.params}
             token = page.token
             if not token:
                 return found

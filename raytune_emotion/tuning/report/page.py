@@ -16,7 +16,7 @@ from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.terminal import shell_word
+from raytune_emotion.terminal import count, shell_word
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.combination_gain import HEADINGS as COMBINATIONS
@@ -99,7 +99,7 @@ def write_report(
     rivals: list[str] = []
     if leader is not None and not isinstance(predictions, str) and spec.confirms is None:
         rivals = rivals_of(leader, records, predictions)
-    combinations = measure_combinations(folder, records)
+    combinations = measure_combinations(folder, records, here=here)
     for name, table in (_tables(data, predictions) | _table_of_combinations(combinations)).items():
         write_text(folder / f"{name}.csv", table)
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
@@ -164,7 +164,7 @@ def _render(
         gain=gain,
         gain_source=gain_source(gain) if gain is not None and gain.bits else "",
         counts=count_statuses(data.records),
-        duration=duration(sum(r.reports[-1]["seconds"] for r in data.records if r.reports)),
+        duration=duration(_seconds_trained(data.records)),
         searched=searched_rows(data.space),
         fixed=fixed_rows(data.space),
         axes=data.axes,
@@ -196,6 +196,18 @@ def _render(
     )
 
 
+def _seconds_trained(records: Sequence[TrialRecord]) -> float:
+    """Return the seconds of training and evaluation of all trials together."""
+    reports_of = {record.trial_id: record.reports for record in records}
+    seconds = 0.0
+    for record in records:
+        # The first reports of a trial that went on from another are the other's own.
+        others = reports_of.get(record.continues or "", ())
+        seconds += max((report["seconds"] for report in record.reports), default=0.0)
+        seconds -= max((report["seconds"] for report in record.reports if report in others), default=0.0)
+    return seconds
+
+
 def _winner_parts(
     folder: Path,
     data: StudyData,
@@ -223,7 +235,7 @@ def _winner_parts(
         if found and found[0].runs
         else "",
         "settings": trained_settings(Folder(folder), leader) if leader else {},
-        "epochs_of_best": _count(best.get("epoch", 0), "epoch"),
+        "epochs_of_best": count(best.get("epoch", 0), "epoch"),
         "interval": None if isinstance(predictions, str) else js_interval(predictions),
         "metrics": [(name, _cell(best[key])) for key, name in _METRICS if best.get(key) is not None],
         "closer": closer,
@@ -266,9 +278,9 @@ def _contents(
     return [(anchor, _HEADINGS[anchor]) for anchor, shown in there.items() if shown]
 
 
-def _columns_of_plots(count: int) -> int:
+def _columns_of_plots(plots: int) -> int:
     """Return in how many columns small plots of a setting each leave the least room empty."""
-    return min((4, 5, 3), key=lambda columns: -count % columns / columns)
+    return min((4, 5, 3), key=lambda columns: -plots % columns / columns)
 
 
 def _columns(data: StudyData) -> list[str]:
@@ -333,10 +345,6 @@ def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
 def _table_of_combinations(combinations: Sequence[Brought]) -> dict[str, str]:
     """Return what combinations would bring, as CSV; empty where nothing was measured."""
     return {"combinations": pd.DataFrame(combinations).to_csv(index=False)} if combinations else {}
-
-
-def _count(number: float, word: str) -> str:
-    return f"{number:g} {word}{'' if number == 1 else 's'}"
 
 
 def _cell(value: Any) -> str:

@@ -82,12 +82,19 @@ class Combination:
 
     @property
     def report(self) -> Report:
-        """Return the metrics on the whole validation set, with what the combination brings."""
+        """Return the metrics on the whole validation set, with the size of one member and what the combination brings.
+
+        What a report of a run says of its training is left out: each member had its own.
+        """
         best, store = self.candidates.bests[self.members[0]], self.candidates.store
         logits_NK = self.predicted_NK.clamp_min(1e-12).log()
         metrics = means_of_metrics(logits_NK, self.candidates.targets, store.classes)
-        values: dict[str, Any] = {**best.report, **{f"val_{name}": value for name, value in metrics.items()}}
-        values["members"] = len(self.members)
+        values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
+        values |= {
+            "best_val_js": metrics["js"],
+            "params_millions": best.report["params_millions"],
+            "members": len(self.members),
+        }
         if self.gain is not None:
             values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
         return cast("Report", values)

@@ -115,7 +115,7 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
 def write_ensemble(
     dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str] = ()
 ) -> None:
-    """Write the export folder of an ensemble.
+    """Write the export folder of an ensemble; one of a single member is exported as the model that it is.
 
     Args:
         dest: the folder.
@@ -124,6 +124,9 @@ def write_ensemble(
         formats: beside the weights of the members, which `predict` loads.
         notes: sentences for the model card.
     """
+    if len(chosen.members) == 1:
+        _write_alone(dest, chosen, study, [TIMM, *formats], notes)
+        return
     candidates = chosen.candidates
     models = [load_model(candidates.bests[number]) for number in chosen.members]
     wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
@@ -131,9 +134,12 @@ def write_ensemble(
     configs = [RunConfig.from_flat(candidates.bests[number].settings) for number in chosen.members]
     backbones = [config.model.backbone for config in configs]
     rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
-    report = cast(
-        "Report", {**chosen.report, "images_per_second_cpu": rates[0], "images_per_second_cpu_single": rates[1]}
-    )
+    whole_costs = {
+        "params_millions": sum(candidates.bests[number].report["params_millions"] for number in chosen.members),
+        "images_per_second_cpu": rates[0],
+        "images_per_second_cpu_single": rates[1],
+    }
+    report = cast("Report", {**chosen.report, **whole_costs})
     first = dataclasses.replace(candidates.bests[chosen.members[0]], report=report)
     described = {
         "members": [
@@ -169,7 +175,10 @@ def write_ensemble(
 def write_soup(
     dest: Path, chosen: Combination, best: Best, study: str, formats: Sequence[str], notes: Sequence[str] = ()
 ) -> None:
-    """Write the export folder of a soup; `notes` are sentences for its model card."""
+    """Write the export folder of a soup; `notes` are sentences for its model card. See `write_ensemble`."""
+    if len(chosen.members) == 1:
+        _write_alone(dest, chosen, study, formats, notes)
+        return
     origin = [
         f"The mean of the weights of the trials {', '.join(chosen.trial_ids)} of the study {study}. "
         f"{chosen.sentence('soup')}",
@@ -177,6 +186,12 @@ def write_soup(
     ]
     best = dataclasses.replace(best, report=chosen.report)
     write_package(dest, best, origin, formats=formats, store=chosen.candidates.store)
+
+
+def _write_alone(dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str]) -> None:
+    origin = [f"Trial {chosen.trial_ids[0]} of the study {study}, alone, as no other trial helps it.", *notes]
+    best, store = chosen.candidates.bests[chosen.members[0]], chosen.candidates.store
+    write_package(dest, best, origin, formats=formats, store=store)
 
 
 def _weights_of(study: Location) -> Any:

@@ -14,11 +14,11 @@ from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.trials import DATA, data_of
 
 
-def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequence[str] = (TIMM,)) -> None:
-    """Export the best weights of a trial; an earlier export at dest is replaced.
+def check_kept(study: Location, trial_id: str) -> None:
+    """Check that a study has the weights of a trial.
 
     Raises:
-        UserError: the study has no weights of that trial, dest cannot be written, or a format cannot be made.
+        UserError: it has none; with the trials of which it has weights.
     """
     kept = [name.split("/")[1] for name in study.find(f"trials/*/{BEST}")]
     if trial_id not in kept:
@@ -26,6 +26,15 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
             f"there are those of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
         )
         raise UserError(f"{study}: has no weights of trial {trial_id}, as only those of the best are kept; {those}")
+
+
+def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequence[str] = (TIMM,)) -> None:
+    """Export the best weights of a trial; an earlier export at dest is replaced.
+
+    Raises:
+        UserError: the study has no weights of that trial, dest cannot be written, or a format cannot be made.
+    """
+    check_kept(study, trial_id)
     check_replaceable(dest)
     wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
     with study.copy_here(*wanted) as folder, dest.publish(CONFIG) as package:

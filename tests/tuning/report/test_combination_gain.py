@@ -1,5 +1,6 @@
 """What the report says of ways to use the kept trials."""
 
+import html
 import re
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.learn.combine import Gain
+from raytune_emotion.learn.run_folder import PREDICTIONS
 from raytune_emotion.tuning.report import combination_gain
 from raytune_emotion.tuning.report.combination_gain import measure_combinations
 from raytune_emotion.tuning.report.page import write_report
@@ -36,9 +38,14 @@ def test_the_report_shows_what_each_way_would_bring(study):
     assert "The 95 % interval of its JS over the validation images is 0." in page
     assert all(f"raytune-emotion confirm {study}" in page for _ in rivals)
     section = page[page.index('id="combine"') :]
-    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", section)]
+    cells = [html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<td.*?</td>", section)]
     assert f"{ensemble.combined:.4f}" in cells
-    assert f"raytune-emotion predict --mirror {study}/best FACE.jpg" in cells
+    (trial_id,) = {record.trial_id for record in records if record.best["val_js"] == best}
+    dest = f"trial_{trial_id}"
+    command = (
+        f"raytune-emotion export {study} {dest} --trial {trial_id} && raytune-emotion predict --mirror {dest} FACE.jpg"
+    )
+    assert command in cells
 
 
 def test_what_takes_long_is_left_out(study, monkeypatch):
@@ -56,6 +63,45 @@ def test_an_ensemble_has_its_command_where_it_is_one(study, monkeypatch, members
     assert found.way == ("ensemble of 0002, 0001" if command else "ensemble: no other trial helps 0002")
     assert found.command == (command and f"raytune-emotion export {study} ensemble {command}")
     assert found.cost == ("2 times the time" if command else "")
+
+
+def two_members(candidates, most=2):
+    return SimpleNamespace(members=(0, 1), trial_ids=["0000", "0001"], gain=Gain(0.3, 0.2), candidates=candidates)
+
+
+@pytest.fixture
+def combined(monkeypatch):
+    """Let two trials always be the best combination."""
+    monkeypatch.setattr(combination_gain, "combine_ensemble", two_members)
+    monkeypatch.setattr(combination_gain, "combine_soup", lambda candidates: (two_members(candidates), None))
+
+
+@pytest.mark.parametrize(("mixed", "has_command"), [(3, True), (2, False)])
+def test_a_soup_has_its_command_where_the_export_would_choose_among_the_same(
+    study, combined, monkeypatch, mixed, has_command
+):
+    monkeypatch.setattr(combination_gain, "_MIXED", mixed)
+    monkeypatch.setattr(combination_gain, "list_compatible", lambda bests: list(range(len(bests))))
+    _, soup, _ = measure_combinations(study, load(study).records())
+    assert soup.command == (f"raytune-emotion export {study} soup --soup" if has_command else "")
+
+
+def test_a_command_that_would_choose_among_other_trials_is_not_named(study, combined):
+    records = load(study).records()
+    assert measure_combinations(study, records)[0].command
+    (worst,) = sorted(records, key=lambda record: record.best["val_js"])[2:]
+    file = study / "trials" / worst.trial_id / PREDICTIONS
+    content = file.read_bytes()
+    file.unlink()
+    try:
+        found = measure_combinations(study, records)
+    finally:
+        file.write_bytes(content)
+    assert [bool(brought.command) for brought in found] == [False, False, True]
+
+
+def test_a_study_that_lies_elsewhere_has_no_commands(study, combined):
+    assert not any(brought.command for brought in measure_combinations(study, load(study).records(), here=False))
 
 
 def test_where_nothing_can_be_measured_nothing_is_shown(study, monkeypatch):

@@ -61,6 +61,11 @@ def test_a_trial_that_continues_another_says_so():
     assert line_of(longer).startswith("0032  complete  JS 0.0700 bits after 8 epochs, continues 0031  ")
 
 
+def test_a_trial_that_failed_after_a_report_says_why():
+    # As it comes from another driver: with the newest report.
+    assert line_of(event("0003", "failed", 0.4, reason="diverged")).startswith("0003  failed    diverged  ")
+
+
 def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
     code = f"""
         import time

@@ -161,12 +161,12 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
 )
 def test_what_is_exported_is_what_helps_on_unseen_images(study, tmp_path, monkeypatch, ensemble, soup, of_soup, said):
     candidates = read_candidates(list_kept(study, load(study).records()))
-    chosen = dataclasses.replace(combine_ensemble(candidates, 2), gain=Gain(0.30, ensemble))
+    # Twice the same trial: one alone is no combination.
+    chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=(0, 0), gain=Gain(0.30, ensemble))
     mixed, best = combine_soup(candidates)
+    mixed = dataclasses.replace(mixed, members=(0, 0), gain=Gain(of_soup, soup))
     monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
-    monkeypatch.setattr(
-        finish, "combine_soup", lambda candidates: (dataclasses.replace(mixed, gain=Gain(of_soup, soup)), best)
-    )
+    monkeypatch.setattr(finish, "combine_soup", lambda candidates: (mixed, best))
     steps = finish._export(tmp_path / "dest", candidates, load(study), [])
     assert [step.js for step in steps] == [soup, ensemble]
     assert said in (tmp_path / "dest" / "README.md").read_text()

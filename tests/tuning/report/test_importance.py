@@ -3,6 +3,8 @@
 import math
 import random
 
+import pytest
+
 from raytune_emotion.tuning.report.axes import Axis
 from raytune_emotion.tuning.report.importance import MIN_TRIALS, importances
 from raytune_emotion.tuning.study.records import TrialRecord
@@ -46,3 +48,14 @@ def test_a_few_trials_tell_nothing():
 def test_failed_trials_do_not_count():
     records = [TrialRecord(r.trial_id, "failed", r.settings, "", r.reports) for r in made(30)]
     assert importances(records, AXES) == []
+
+
+@pytest.mark.parametrize("holders", [1, 0])
+def test_setting_of_a_branch_that_few_trials_took_or_none_is_no_error(holders):
+    records = made(20)
+    for record in records[2 * holders :]:
+        record.settings.pop("optim.name", None)
+    found = {importance.name: importance for importance in importances(records, AXES)}
+    assert found.keys() == {axis.name for axis in AXES}
+    assert found["optim.name"].low == 0
+    assert sum(importance.mean for importance in found.values()) == pytest.approx(1)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -137,6 +138,20 @@ def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
     assert said[-1] == f"--mlflow {address}: not all was logged; the study itself is whole"
     assert all(line.startswith(f"--mlflow {address}: ") for line in said)
     assert len(said) <= 2, "it is said once"
+
+
+def test_parameters_that_a_server_did_not_take_are_logged_again(study):
+    log = mlflow_module._Log("", study)
+    log._client = client = MagicMock()
+    client.search_runs.return_value = []
+    client.log_batch.side_effect = [ConnectionError, None]
+    began = event("0000", "running", settings={"optim.lr": 0.1})
+    with pytest.raises(ConnectionError):
+        log.take(began)
+    log.take(began)
+    log.take(began)
+    (_, again) = client.log_batch.call_args_list
+    assert "optim.lr" in [param.key for param in again.kwargs["params"]]
 
 
 def test_a_missing_package_is_said_at_once(monkeypatch, tmp_path, capsys):

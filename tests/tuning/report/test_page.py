@@ -175,6 +175,20 @@ def test_one_is_singular(tmp_path, store, no_plots):
     assert not re.search(r"\b1 (trials|epochs|seeds|settings)\b", text)
 
 
+def test_time_of_training_counts_once_where_a_trial_went_on_from_another(tmp_path, store, no_plots):
+    taken_over = tuple(make_report(step, 0.4) for step in (1, 2))  # 3 seconds
+    records = [
+        TrialRecord("0000", "complete", {"optim.lr": 1e-3}, "", taken_over),
+        TrialRecord(
+            "0001", "complete", {"optim.lr": 1e-3}, "", (*taken_over, make_report(3, 0.4, seconds=7.0)), "0000"
+        ),
+        # The checkpoint of the other was gone.
+        TrialRecord("0002", "complete", {"optim.lr": 1e-3}, "", (make_report(1, 0.4, seconds=13.0),), "0000"),
+    ]
+    write_report(tmp_path, spec_of(store), records)
+    assert "20 s of training, all trials together" in Page(tmp_path).text
+
+
 def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_plots):
     """They are read from the record: people open the table in programs that write it in another way."""
     folder = tmp_path / CONFIRMED

@@ -20,6 +20,7 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.study import combined_export
 from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
 from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble
 from raytune_emotion.tuning.study.open_study import load
@@ -68,6 +69,11 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
     assert config["label_names"] == list(store.classes)
     assert metrics["unseen_js"] == chosen.gain.combined
     assert metrics["images_per_second_cpu"] > 0
+    reports = [chosen.candidates.bests[number].report for number in chosen.members]
+    assert metrics["params_millions"] == pytest.approx(sum(report["params_millions"] for report in reports))
+    assert metrics["best_val_js"] == metrics["val_js"]
+    of_one_run = {"report", "epoch", "seconds", "time", "train_loss", "lr", "images_per_second", "finished"}
+    assert not of_one_run & metrics.keys()
     card = (dest / "README.md").read_text()
     assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
 
@@ -120,7 +126,25 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path):
     body = [name for name in expected if not name.startswith(("fc.", "head."))]
     assert len(body) > 10
     assert all(torch.equal(found[name], expected[name]) for name in body)
-    assert "The mean of the weights of the trials" in (tmp_path / "best" / "README.md").read_text()
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "The mean of the weights of the trials" in card
+    assert "Means over all 33 validation images, with" in card
+
+
+def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, tmp_path, monkeypatch, capsys):
+    alone = combine_ensemble(read_candidates(list_kept(study, load(study).records())), 1)
+    best = alone.candidates.bests[alone.members[0]]
+    monkeypatch.setattr(combined_export, "combine_soup", lambda candidates: (alone, best))
+    write_ensemble(tmp_path / "ensemble", alone, "three", [])
+    assert command_main("export", [str(study), str(tmp_path / "soup"), "--soup"]) == 0
+    (trial_id,) = alone.trial_ids
+    said = f"trial {trial_id} alone is exported to {tmp_path / 'soup'}, as no other trial helps it\n"
+    assert capsys.readouterr().out == said
+    for dest in (tmp_path / "ensemble", tmp_path / "soup"):
+        assert "members" not in json.loads((dest / "config.json").read_text())
+        assert json.loads((dest / "metrics.json").read_text()) == best.report
+        card = (dest / "README.md").read_text()
+        assert f"Trial {trial_id} of the study three, alone, as no other trial helps it." in card
 
 
 def test_where_the_data_are_gone_nothing_can_be_chosen(study, monkeypatch):
@@ -148,9 +172,14 @@ def test_options_that_do_not_go_together_are_refused(study, tmp_path, capsys, op
     assert not (tmp_path / "best").exists()
 
 
-def test_the_command_exports_an_ensemble(study, tmp_path, capsys):
+def test_the_command_exports_an_ensemble(study, tmp_path, monkeypatch, capsys):
+    # Whether that helps or not.
+    two = dataclasses.replace(
+        combine_ensemble(read_candidates(list_kept(study, load(study).records())), 2), members=(0, 1)
+    )
+    monkeypatch.setattr(combined_export, "combine_ensemble", lambda candidates, most: two)
     assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2"]) == 0
     assert {file.name for file in (tmp_path / "best").iterdir()} == {
         "README.md", "config.json", "metrics.json", "model.pt2", "model.safetensors"
     }  # fmt: skip
-    assert "the ensemble of the trials 0" in capsys.readouterr().out
+    assert f"the ensemble of the trials {', '.join(two.trial_ids)} is exported" in capsys.readouterr().out
