@@ -302,7 +302,7 @@ def test_a_cluster_that_is_named_trains_one_worker_too(tmp_path, store, monkeypa
     asked = []
     monkeypatch.setattr(single_run, "_train_on_cluster", lambda console, workers, *_, **__: asked.append(workers))
     monkeypatch.setattr(single_run, "train_here", lambda job: pytest.fail("it is trained here"))
-    monkeypatch.setattr(single_run, "_conclude", lambda *_: None)
+    monkeypatch.setattr(single_run, "_conclude", lambda *_, **__: None)
     train_single(tmp_path / "run", run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
     assert asked == [Workers(1, 1.0, "auto")]
 
