@@ -22,7 +22,7 @@ from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.study.optuna_study import Searcher, create_study
 from raytune_emotion.tuning.study.records import read_records, trial_folder
-from raytune_emotion.tuning.study.spec import StudySpec, read_spec, write_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
 from tests.support.reports import make_report
 
@@ -81,6 +81,7 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
     shutil.copytree(_trained_study(store.path, trials, epochs), folder)
     (folder.parent / "space.yaml").write_text(SMALL_SPACE)
     spec = dataclasses.replace(read_spec(folder), name=folder.name)
+    (folder / SPEC).unlink()  # else the copy would be the same study, by the time when it was created
     write_spec(folder, spec)
     return spec
 

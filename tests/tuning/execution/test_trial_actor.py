@@ -137,4 +137,5 @@ def test_what_ends_a_trial_is_a_result_with_a_type(job, error, ending):
             raise error
             yield
 
-    assert Actor(job.to_dict()).train() == {ENDING: ending, NODE: ""}
+    actor = Actor(job.to_dict())
+    assert actor.train() == {ENDING: ending, NODE: actor._node}
