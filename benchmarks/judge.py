@@ -70,6 +70,7 @@ class Recording:
     choose: bool  # whether this project's policies see which configurations were recorded
     #: Bounds between which a value is a regret from 0 to 1; None where values are told as they are.
     bounds: tuple[float, float] | None = None
+    trials: int | None = None  # that a study may begin; None: all
     #: What every study begins with, as far as recorded: the nearest to each of these parameters.
     start: Sequence[Mapping[str, Any]] = ()
 
@@ -116,8 +117,9 @@ class Answers:
         return self._recording.value_NR[number], self._recording.seconds_NR[number]
 
     def limits(self) -> Limits:
-        """Return the limits of a study that has these answers: it begins no trial where none is left."""
-        return dataclasses.replace(LIMITS, new=bool(self._left_N.any()))
+        """Return the limits of a study that has these answers: it begins no trial where none is left to it."""
+        most = self._recording.trials or len(self._left_N)
+        return dataclasses.replace(LIMITS, new=bool((~self._left_N).sum() < most))
 
     def any(self, rng: np.random.Generator) -> dict[str, Any]:
         """Return the parameters of one of the recorded configurations that are left."""

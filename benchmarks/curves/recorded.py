@@ -5,7 +5,8 @@
 A file has a row for every evaluation of a trial, with the columns `trial`, one per setting of the space by its dotted
 path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. What
 `benchmarks.curves.record` has written is taken, too. Trials that ended before the others are left out. A study has the
-time of `--trials` mean trials, or of a quarter of the recorded ones: it begins more than it trains to the end.
+time of a quarter of them: it begins more than it trains to the end. With `--trials N` it begins N trials at most, and
+has the time of N mean ones.
 
 `default` begins with the portfolio, as a study of this space does, but without the part that was recorded on the data
 whose name the file has. `no-portfolio` is the default without one. `misled` has one in which the best configuration has
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="recorded curves, as CSV or *.parquet")
     parser.add_argument("--space", required=True, metavar="SPACE", help="the space that they were drawn from")
     parser.add_argument("--start-points", action="store_true", help="begin every study with those of the space")
-    parser.add_argument("--trials", type=int, metavar="N", help="whose time a study has (default: a quarter of all)")
+    parser.add_argument("--trials", type=int, metavar="N", help="trials of a study, whose time it has")
     add_arguments(parser, seeds=10)
     args = parser.parse_args(arguments)
     if args.trials is not None and args.trials < 1:
@@ -65,7 +66,7 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
     """Read the curves of trials.
 
     Args:
-        trials: whose mean time a study has; a quarter of those recorded by default.
+        trials: that a study may begin, in the mean time of so many; None: all, in the time of a quarter of them.
 
     Raises:
         UserError: a column is missing, or no two trials can be compared.
@@ -86,7 +87,7 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
     seconds_NR = np.diff([rows[_SECONDS].to_numpy(float) for rows in whole], axis=1, prepend=0.0)
     params = [params_of(space, {str(key): value for key, value in rows.iloc[0].items()}) for rows in whole]
     budget = float(seconds_NR.sum()) * (_SHARE if trials is None else trials / len(whole))
-    return Recording(file.stem, space, params, value_NR, seconds_NR, budget, TAKE_UP_S, choose=False)
+    return Recording(file.stem, space, params, value_NR, seconds_NR, budget, TAKE_UP_S, choose=False, trials=trials)
 
 
 def params_of(space: Space, settings: Mapping[str, Any]) -> dict[str, Any]:

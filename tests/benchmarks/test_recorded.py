@@ -4,6 +4,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from optuna.trial import FixedTrial
 
 from benchmarks.curves.recorded import read_recording
 from benchmarks.curves.replay import CURVES, read_space
@@ -44,6 +45,11 @@ def test_a_table_of_anybody_says_the_same(recording, tmp_path):
 def test_a_study_has_the_time_of_as_many_trials_as_are_named(recording):
     few = read_recording(CURVES / "ferplus_small.parquet", read_space(), trials=8)
     assert few.budget == pytest.approx(8 * recording.seconds_NR.sum(axis=1).mean())
+    answers = Answers(few)
+    for settings in [few.space.suggest(FixedTrial(dict(params))) for params in few.params[:8]]:
+        assert answers.limits().new
+        answers.respond(settings)
+    assert not answers.limits().new
     assert recording.budget == pytest.approx(len(recording.params) / 4 * recording.seconds_NR.sum(axis=1).mean())
 
 
