@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from raytune_emotion.data.affectnet import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import File, Folder, Location
+from raytune_emotion.storage.locations import File, Location
 from raytune_emotion.terminal import count
 
 _ENDINGS = (".csv", ".parquet")
@@ -36,7 +36,7 @@ _SPLIT = "split"
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 #: What pandas calls the columns of an index without a name.
 _INDEX = r"__index_level_\d+__"
-#: What the system says of a folder that a row names and that has no image for this user. Other errors may pass.
+#: Errors of listing a folder that a row names, by which its image counts as missing. Another may be gone next time.
 _NOT_LISTED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 #: The share of rows that are validation where there is no column `split`.
 _VALIDATION = 0.1
@@ -124,7 +124,7 @@ class FaceTable(Faces):
         line = fault.detail.partition(":")[0]
         return line if line.startswith("line ") else f"line {self._first_lines[fault.file]}"
 
-    def empty_split(self, split: str) -> str:
+    def empty_split_fault(self, split: str) -> str:
         advice = f"; add a column {_SPLIT}, with train or val in each row" if self._splits_by_hash else ""
         return f"{self.source}, split {split}: not one good row{advice}"
 
@@ -198,7 +198,7 @@ class FaceTable(Faces):
 
 def is_table(place: Location) -> bool:
     """Tell whether a location is that of a table, by its ending: as it is typed or, of a link, where it leads."""
-    return _has_ending(place) or _has_ending(_behind_links(place))
+    return _has_ending(place.typed_name) or _has_ending(place.name)
 
 
 def list_table(place: Location) -> FaceTable:
@@ -207,8 +207,8 @@ def list_table(place: Location) -> FaceTable:
     Raises:
         UserError: there is no such file, it is damaged, or it has not the columns of a table of faces.
     """
-    if not _has_ending(place):
-        place = _behind_links(place)
+    if not _has_ending(place.typed_name):
+        place = place.follow_links()
     file = place.split_file()
     if file is None:
         if place.exists() and place.is_reachable():
@@ -238,13 +238,8 @@ def list_table(place: Location) -> FaceTable:
     return FaceTable(folder, name, tuple(header[k] for k in classes), lines, there)
 
 
-def _has_ending(place: Location) -> bool:
-    name = place.path.name if isinstance(place, Folder) else place.name
+def _has_ending(name: str) -> bool:
     return name.lower().endswith(_ENDINGS)
-
-
-def _behind_links(place: Location) -> Location:
-    return Folder(place.path.resolve()) if isinstance(place, Folder) else place
 
 
 def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, list[int]]:

@@ -63,7 +63,16 @@ class Location(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Return the folder's own name, the last part of its path."""
+        """Return the folder's own name, the last part of its path where links lead."""
+
+    @property
+    @abstractmethod
+    def typed_name(self) -> str:
+        """Return the last part of the path as it was typed."""
+
+    @abstractmethod
+    def follow_links(self) -> "Location":
+        """Return the location that links lead to."""
 
     @property
     @abstractmethod
@@ -263,6 +272,13 @@ class Folder(Location):
         return self.path.resolve().name
 
     @property
+    def typed_name(self) -> str:
+        return self.path.name
+
+    def follow_links(self) -> "Folder":
+        return Folder(self.path.resolve())
+
+    @property
     def address(self) -> str:
         return str(self.path.absolute())
 
@@ -415,6 +431,13 @@ class Remote(Location):
     @property
     def name(self) -> str:
         return remote.name_of(self.uri)
+
+    @property
+    def typed_name(self) -> str:
+        return self.name
+
+    def follow_links(self) -> "Remote":
+        return self
 
     @property
     def address(self) -> str:
