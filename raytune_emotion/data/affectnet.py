@@ -144,7 +144,7 @@ class Faces(ABC):
         """Return what tells the row of a fault from the others of its split: a row may have several faults."""
 
     @abstractmethod
-    def empty_split(self, split: str) -> str:
+    def empty_split_fault(self, split: str) -> str:
         """Return the sentence on a split that has not one good row."""
 
     def notes(self) -> list[str]:
@@ -180,7 +180,7 @@ class FaceFolder(Faces):
     def row_of(self, fault: Fault) -> str:
         return _annotation_id(fault.file) or _image_id(fault.file)
 
-    def empty_split(self, split: str) -> str:
+    def empty_split_fault(self, split: str) -> str:
         return f"{self.location / SPLITS[split]}: not one good row"
 
 

@@ -68,7 +68,7 @@ class Manifest(BaseModel):
 
 
 def may_be_manifest(raw: bytes) -> bool:
-    """Tell whether a file of this name describes a store, if maybe a damaged one: web pages have such files too."""
+    """Tell whether a file of this name is a store's, even a damaged one: other programs write such files, too."""
     try:
         found = load_json(raw)
     except ValueError:

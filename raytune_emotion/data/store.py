@@ -112,9 +112,8 @@ def find_stores(location: Location) -> list[Location]:
     # Not by all that is below, for it may be a folder of images.
     beside = sorted(name for name in location.list_folders() if fnmatch(name, _SIDE_BY_SIDE))
     places = [location, *(location / name for name in beside)]
-    return [
-        place for place in places if place.sizes([MANIFEST]) != [None] and may_be_manifest(place.read(MANIFEST) or b"")
-    ]
+    found = ((place, place.read(MANIFEST)) for place in places)
+    return [place for place, raw in found if raw is not None and may_be_manifest(raw)]
 
 
 def read_manifest(location: Location) -> Manifest:

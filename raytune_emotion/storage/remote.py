@@ -356,7 +356,7 @@ def _check() -> None:
         if not write:
             filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return
-        # Of this process alone, so that nobody else deletes it; and no file to a reader where it is left.
+        # A name of its own, so that no other command deletes it. Should it be left, readers pass it over as a part.
         file = f"{path}/.check.{uuid.uuid4().hex[:8]}.part"
         _put(Path(__file__), filesystem, file)
         filesystem.delete_file(file)

@@ -143,7 +143,8 @@ def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...],
     digests: dict[str, list[Digest]] = {}
     entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
     for dest in dests.values():
-        dest.delete([MANIFEST, REJECTED])  # of an attempt that broke off behind them: no store is read while it changes
+        # An attempt may have broken off after it wrote these; nobody is to read a store that changes.
+        dest.delete([MANIFEST, REJECTED])
     with progress() as bars:
         scan = read_rows(faces, classes, pmap, bars)
         rows = sum(map(len, scan.rows.values()))

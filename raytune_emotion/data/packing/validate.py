@@ -133,4 +133,4 @@ def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
 def _refuse_empty(faces: Faces, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
     if empty := [split for split, rows in good.items() if not rows]:
         told = affectnet.sentences(faces.source, faults, classes)
-        raise UserError([*told, *map(faces.empty_split, empty)])
+        raise UserError([*told, *map(faces.empty_split_fault, empty)])
