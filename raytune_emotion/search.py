@@ -36,7 +36,6 @@ from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.decisions import ASHA, FORECAST, FREEZE_THAW, LEARN_FROM_ENDED, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
-from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.continuation import check_continuation
 from raytune_emotion.tuning.study.database import check_url
@@ -388,11 +387,13 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
+                searched = new or study
+                assert searched is not None
                 placement = fit_to_cluster(
                     workers=spec.workers_per_trial,
                     gpus_per_worker=spec.gpus_per_worker,
                     concurrency=spec.concurrency,
-                    fp16="fp16" in parse_space(spec.space, SPEC).values_of("train.precision"),
+                    fp16="fp16" in searched.space.values_of("train.precision"),
                 )
                 if study is None:
                     assert new is not None

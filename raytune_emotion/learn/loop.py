@@ -323,6 +323,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     )
     lr = 0.0
 
+    every = plan.averaged_every
     run.model.train()
     run.step.loss_sum.zero_()
     with (
@@ -340,7 +341,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
             )
             only_head = epoch * plan.steps_per_epoch + step < config.model.freeze_epochs * plan.steps_per_epoch
             run.step([(next(stream), next(decisions)) for _ in range(accumulate)], lr, only_head=only_head)
-            looks, between = divmod(epoch * plan.steps_per_epoch + step, plan.averaged_every)
+            looks, between = divmod(epoch * plan.steps_per_epoch + step, every)
             if run.average is not None and between == 0:
                 run.average.update(run.model, step=looks + 1)
 

@@ -54,11 +54,11 @@ class GainForecast:
             Bits and seconds; 0 where nothing can be trained. None where nothing is known: before a forecast is
             possible, before a trial was trained to its end and its time measured, and where a front is wanted.
         """
+        if self._front or not any(count_reports(trial) >= self._reports for trial in past):
+            return None
         # What runs promises as much as if it was paused: its end is what is asked for.
         still = [as_paused(trial) if is_running(trial) else trial for trial in past]
-        ended = any(count_reports(trial) >= self._reports for trial in past)
-        timed = any(trial.user_attrs.get(SECONDS) for trial in still)
-        if self._front or not ended or not timed:
+        if not any(trial.user_attrs.get(SECONDS) for trial in still):
             return None
         with on_one_thread():
             outlook = Outlook(self._domain, still, self._aim, self._earlier)
