@@ -30,7 +30,8 @@ def refuse_absent_gpu(wanted: float | str | None, address: str | None) -> None:
 def no_gpu(where: str, wanted: float | str) -> str:
     """Say that a GPU is asked for where there is none."""
     number = wanted if isinstance(wanted, str) else f"{wanted:g}"
-    advice = "ask for --gpus-per-worker 0 to train on cores"  # a study that goes on has a number without the option
+    # Not "leave the option out": a study that goes on has a number though nobody has typed it.
+    advice = "ask for --gpus-per-worker 0 to train on cores"
     return f"--gpus-per-worker {number}: {where} has no GPU that PyTorch can use; {advice}"
 
 

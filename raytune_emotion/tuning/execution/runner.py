@@ -154,7 +154,7 @@ def _tune(
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
-            max_failures=study.spec.max_failures,  # counted anew for each stretch of a trial, which is one of Tune's
+            max_failures=study.spec.max_failures,  # of each stretch of a trial: a trial of Tune's
             stop=Gate(recorder, search, stop),
             callbacks=[SmallerBatches(), BetweenEvents(recorder, waiting)],
             trial_name_creator=lambda trial: trial.config["name"],

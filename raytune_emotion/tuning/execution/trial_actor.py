@@ -105,7 +105,8 @@ class TrialActor:
         try:
             yield from train_here(job) if job.resources.workers == 1 else self._train_together(job)
         except InvalidForRun as error:
-            # What has trained fits. It does not where memory has run out, and its micro-batches become too small.
+            # A configuration that has trained is valid, so the machine is at fault. But where memory has run out, its
+            # micro-batches may have become too small.
             if self._written is None or job.accumulate > self._written["accumulate"]:
                 raise
             raise Breakdown(

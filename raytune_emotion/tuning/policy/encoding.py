@@ -75,7 +75,7 @@ class Encoding:
         for key, listed in self.choices.items():
             column_M = _column(settings, key)
             for word in listed:
-                # None is what a setting is that is not set.
+                # A setting that is None counts as not set.
                 x_MD[:, place] = 0 if word is None else column_M == word
                 place += 1
         return x_MD

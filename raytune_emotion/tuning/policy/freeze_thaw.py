@@ -255,7 +255,7 @@ class FreezeThaw:
 
 def _state(past: Sequence[FrozenTrial], limits: Limits) -> object:
     """Return all of the past that a plan depends on."""
-    # A trial that has failed is neither paused nor running, as one that is asked about as if it was paused is not.
+    # Neither a paused trial nor a failed one runs: the state tells them apart.
     return limits, [(trial.number, trial.state, is_running(trial), len(trial.intermediate_values)) for trial in past]
 
 
