@@ -1,4 +1,4 @@
-"""Run benchmarks by name, or all that this machine can run: `python -m benchmarks [NAME …]`.
+"""Run benchmarks by name, or all but those of a GPU: `python -m benchmarks [NAME …]`.
 
 Some need data of one's own, and are run alone: `python -m benchmarks taskset FOLDER` and
 `python -m benchmarks curves FILE… --space SPACE` compare policies of search on recorded curves;
@@ -50,9 +50,9 @@ WITH_DATA = {
 }
 _MODULES = {module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")}
 NAMES = sorted(_MODULES - _PARTS - WITH_DATA.keys())
-#: `gpu` runs others once more.
+#: Run by name alone: `compiling` needs a GPU, and `gpu` runs others on one.
 _WITH_GPU = {"compiling", "gpu"}
-#: `policies` needs what `rivals` has written.
+#: Where all are run, it comes first: `policies` needs what it writes.
 _FIRST = "rivals"
 
 
@@ -61,7 +61,12 @@ def main() -> int:
         run: Callable[[list[str]], int] = importlib.import_module(WITH_DATA[sys.argv[1]]).main
         return run(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(NAMES)} (default: all but {', '.join(sorted(_WITH_GPU))})",
+    )
     names = parser.parse_args().names or sorted({*NAMES} - _WITH_GPU, key=lambda name: (name != _FIRST, name))
     if unknown := sorted({*names} - {*NAMES}):
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
