@@ -4,7 +4,8 @@
 
 All choose among the same configurations, those of the quick space without its start points, lest one know more than
 another, and train them by the same code on the same packed store, on two cores. Each study is a process of its own,
-whose time begins with its start. Beside them this project runs with the start points.
+whose time begins with its start. Beside them this project runs with the start points. With `--keep FOLDER` a contest
+that was interrupted goes on where it was.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.loop import Divergence, fit
+from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
 
@@ -69,6 +71,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder or store")
     parser.add_argument("--seconds", type=float, default=150, help="of a study")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of studies that ended: they are not run again")
     parser.add_argument("--study", nargs=2, metavar=("NAME", "JSON"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.study:
@@ -83,10 +86,14 @@ def main() -> int:
         found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in STUDIES}
         # Seed by seed, so that whatever the machine does meanwhile falls on all alike.
         for seed, name in track([(seed, name) for seed in range(args.seeds) for name in STUDIES], "studies"):
-            folder = Path(scratch) / f"{len(found[name])} {name}"
-            folder.mkdir()
-            asked = Contest(store, str(space), args.seconds, seed, str(folder))
-            found[name].append(_study(name, asked))
+            file = (args.keep or Path(scratch)) / f"{name}, {args.seconds:g} s, seed {seed}.json"
+            if not file.exists():
+                folder = Path(scratch) / f"{seed} {name}"
+                folder.mkdir()
+                asked = Contest(store, str(space), args.seconds, seed, str(folder))
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, json.dumps(_study(name, asked)))
+            found[name].append(json.loads(file.read_text()))
     table = _table(found, args.seconds)
     took = (datetime.now(timezone.utc) - began).total_seconds()
     command = ["python", "-m", "benchmarks.curves.contest", "--data", args.data.name]
