@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Slurm: starts Ray on the nodes of this job, and runs a search on them.
 #
-#   sbatch jobs/slurm.sh --data /shared/affectnet-96 --results /shared/ray_results --space gpu --name affectnet
+#   sbatch jobs/slurm.sh --data /shared/affectnet-224 --results /shared/ray_results --space gpu --name affectnet
 #
 # Submit it from the project's folder. The folder, the data and the results lie on a file system that all nodes see.
 # Five minutes before the time limit the search ends in order. The job then goes back to the queue, and continues the

@@ -2,7 +2,7 @@
 # Submits a search to a Ray cluster that runs, and follows its log.
 #
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 jobs/submit.sh \
-#     --data /shared/affectnet-96 --results /shared/ray_results --space gpu --name affectnet
+#     --data /shared/affectnet-224 --results /shared/ray_results --space gpu --name affectnet
 #
 # The arguments are those of `python -m raytune_emotion.search`. Without RAY_API_SERVER_ADDRESS the cluster is looked for
 # on this machine. Only the package and the search spaces are uploaded. All paths are those of the cluster: data and
