@@ -3,7 +3,10 @@
 #
 #   sbatch jobs/slurm.sh --data /shared/affectnet-224 --results /shared/ray_results --space gpu --name affectnet
 #
-# Submit it from the project's folder. The folder, the data and the results lie on a file system that all nodes see.
+# Before: run `make setup` in the folder of the project, and submit from there. Folder, data and results lie on a file
+# system that all nodes see. Give --results and --name. If the nodes do not reach the Hugging Face hub, give
+# --weights-dir. For nodes without GPUs, delete the line --gpus-per-node, and choose --space quick.
+#
 # Five minutes before the time limit the search ends in order. The job then goes back to the queue, and continues the
 # study at its next start. `scancel --batch --signal=TERM ID` ends the search in order for good.
 #
