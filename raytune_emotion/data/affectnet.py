@@ -352,7 +352,7 @@ def _how_to_name_classes(faults: Sequence[Fault], classes: tuple[str, ...]) -> s
         return f"{expected}: if the folder was made with another list, name it in data.classes"
     names = f"A,B,… ({number} names)"
     return (
-        f"{expected}: the public annotations of AffectNetFused hold 15 or 8 values; to use {number} values, name their "
+        f"{expected}: the public annotations of AffectNetFused hold 15 values; to use {number} values, name their "
         f"classes in the order of the values, by `pack --classes {names}`, by `data.classes: [{names}]` in the search "
         f"space, or by `train --set data.classes=[{names}]`"
     )

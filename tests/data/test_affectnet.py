@@ -192,7 +192,7 @@ def test_sentence_says_how_to_name_the_classes_of_public_annotations(tmp_path, c
         file.write_text(",".join([repr(1 / count)] * count))
     (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
     assert sentence.endswith(
-        "the public annotations of AffectNetFused hold 15 or 8 values; to use "
+        "the public annotations of AffectNetFused hold 15 values; to use "
         f"{count} values, name their classes in the order of the values, by `pack --classes A,B,… ({count} names)`, by "
         f"`data.classes: [A,B,… ({count} names)]` in the search space, or by `train --set data.classes=[A,B,… ({count} "
         "names)]`"
