@@ -31,7 +31,12 @@ _SECONDS = 60  # that a browser may take to send a picture
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("export", type=location, metavar="EXPORT", help="folder or URI that search, train or export wrote")
+    add(
+        "export",
+        type=location,
+        metavar="EXPORT",
+        help="an export: best/ of a study or of a run of train, or what export wrote; a folder or a URI",
+    )
     add("--port", type=port_number, default=0, metavar="N", help="port of the page (default: a free one)")
 
 

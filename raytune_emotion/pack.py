@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave bad rows out, and list them in DEST/rejected.csv",
+        help="leave bad rows out, and list them in rejected.csv of each store",
     )
     parser.add_argument(
         "--classes",

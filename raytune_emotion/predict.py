@@ -29,7 +29,12 @@ _BATCH = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("export", type=location, metavar="EXPORT", help="folder or URI that search, train or export wrote")
+    add(
+        "export",
+        type=location,
+        metavar="EXPORT",
+        help="an export: best/ of a study or of a run of train, or what export wrote; a folder or a URI",
+    )
     add(
         "images",
         type=location,

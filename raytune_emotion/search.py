@@ -123,8 +123,8 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         type=_earlier_study,
         nargs="+",
         metavar="STUDY",
-        help="earlier studies, of the same or other data, that guide the first trials (default: the portfolio of the "
-        f"package where it fits the space; {NONE}: nothing)",
+        help="earlier studies, of the same or other data, that guide the search (default: the portfolio of the package "
+        f"where it fits the space, from the fifth trial on; {NONE}: nothing)",
     )
     add("--name", type=folder_name, metavar="NAME", help="name of the study (default: the space and the time)")
     add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")
@@ -403,7 +403,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                 trials = f"{count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}"
                 console.print(f"study {place}: {trials}, {placement}")
                 if new is not None and new.warm_start.gathered is not None:
-                    console.print(f"the first trials are guided by {new.warm_start.told}")
+                    console.print(f"the search is guided by {new.warm_start.told}")
                 if longer := sorted(trials_to_continue(study.optuna)):
                     console.print(f"{', '.join(longer)}: trained on to epoch {spec.epochs}, each as a new trial")
                 if study.is_over():

@@ -807,7 +807,7 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     assert len([line for line in lines if re.match(r"backbone test_\w+  lr 0\.\d+  kl ", line)]) == 10
     for backbone in ("test_resnet", "test_vit"):
         assert any(re.match(rf"\s*{backbone}\s+32\s+\d+\.\d\d\s+\d+\s+\d+\.\d", line) for line in lines), backbone
-    assert "the first trials are guided by nothing, as the portfolio does not fit this space" in lines
+    assert "the search is guided by nothing, as the portfolio does not fit this space" in lines
     assert re.match(r"8 trials of 3 epochs on 96 images: \d+\.\d (s|min) of this device if none is stopped", lines[-1])
     assert lines[-1].endswith("; measured in a few steps, beside what else runs here now")
     (rate,) = (line.split(None, 1)[1].strip() for line in lines if line.startswith("  optim.lr"))
@@ -839,7 +839,7 @@ def request_of(*argv):
 def test_a_study_of_the_quick_space_keeps_the_portfolio_that_it_starts_from(faces, tmp_path, cluster, no_plots):
     code, out, err = run_search("--data", faces, "--trials", 1, "--epochs", 1, "--name", "first", cwd=tmp_path)
     assert code == 0, err
-    assert "the first trials are guided by the portfolio, 64 configurations" in out
+    assert "the search is guided by the portfolio, 64 configurations" in out
     kept = tmp_path / "ray_results" / "first" / EARLIER
     assert json.loads(kept.read_text()) == json.loads(PORTFOLIO.read_text())
 

@@ -55,7 +55,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     for configuration in draw(space, _DRAWN, space.fixed_settings.get("train.seed", 0)):
         named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
         console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
-    console.print(f"\nthe first trials are guided by {warm_start.told}\n")
+    console.print(f"\nthe search is guided by {warm_start.told}\n")
     epochs, trials = space.fixed_settings["train.epochs"], request.trials or DEFAULT_TRIALS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")
