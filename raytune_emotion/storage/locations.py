@@ -337,7 +337,7 @@ class Folder(Location):
     def read(self, name: str) -> bytes | None:
         try:
             return (self.path / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def read_all(self, names: Iterable[str]) -> Iterator[bytes | OSError]:

@@ -51,6 +51,11 @@ def test_what_is_written_is_read_and_found(location):
     assert contents[1].errno == errno.ENOENT
 
 
+def test_folder_in_the_place_of_a_file_is_no_file(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    assert Folder(tmp_path).read("manifest.json") is None
+
+
 def test_stamp_changes_with_the_file(location):
     put(location, "a.txt", "a")
     (before,) = location.list_files()
