@@ -102,8 +102,8 @@ def scratch_folder() -> Iterator[Path]:
 def resumable_folder(dest: Path) -> Iterator[Path]:
     """Yield a folder beside dest; it becomes dest when the block succeeds.
 
-    A UserError deletes it. After any other error, or when the process is killed, it stays, and the next attempt gets it
-    with its files. One process at a time is in the block; others wait.
+    A UserError deletes it. After any other error, or when the process is killed, it stays if it holds a file, and the
+    next attempt gets it. One process at a time is in the block; others wait.
 
     Raises:
         UserError: dest exists, before or after the block or the wait; or nothing can be written beside it.
@@ -123,6 +123,10 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
             _rename_to(dest, folder)
         except UserError:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # one without a file
             raise
 
 
