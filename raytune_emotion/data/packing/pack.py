@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.affectnet import Faces
+from raytune_emotion.data.affectnet import Faces, Scan
 from raytune_emotion.data.decode import picture_bytes
 from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_blocks
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
@@ -97,12 +97,16 @@ def pack_sizes(
         dest.check(write=True)
     if there := [dest for dest in dests.values() if not dest.can_be_built()]:
         raise UserError(f"{dest}: {EXISTS}" for dest in there)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, process_map(workers) as processes:
+        pmap = pmap or processes
+        with progress() as bars:
+            # First of all: a source or an option that is wrong by now costs nothing that attempts have packed.
+            scan = read_rows(faces, classes, _check_on_each_node([faces.location], pmap), bars)
         # In the same order by whoever packs: else two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
-        run = _check_on_each_node([faces.location, *built.values()], pmap or stack.enter_context(process_map(workers)))
+        run = _check_on_each_node([faces.location, *built.values()], pmap)
         try:
-            _pack(faces, built, classes, skip_bad=skip_bad, pmap=run)
+            records = _pack(faces, scan, built, classes, skip_bad=skip_bad, pmap=run)
         except UserError:
             for dest in built.values():
                 _delete_leftovers(dest)
@@ -115,6 +119,8 @@ def pack_sizes(
             raise Breakdown(
                 f"{where}: {error.strerror} while packing; make room, and the same command goes on; or {MORE_ROOM}"
             ) from error
+    # Only now that the stores are ended: whatever broke off before is gone on with by the records.
+    dests[min(dests)].delete(records)
     packed = {size: read_manifest(dest) for size, dest in dests.items()}
     for size, dest in dests.items():
         tell_rejected(dest, packed[size].rejected)
@@ -139,14 +145,16 @@ def list_unpacked(source: Location) -> Faces:
     return list_source(source)
 
 
-def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map) -> None:
+def _pack(
+    faces: Faces, scan: Scan, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map
+) -> list[str]:
+    """Pack the rows, and return the names of the records that lie beside the shards of the smallest size."""
     digests: dict[str, list[Digest]] = {}
     entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
     for dest in dests.values():
         # An attempt may have broken off after it wrote these; nobody is to read a store that changes.
         dest.delete([MANIFEST, REJECTED])
     with progress() as bars:
-        scan = read_rows(faces, classes, pmap, bars)
         rows = sum(map(len, scan.rows.values()))
         check_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
         bar = bars.add_task("packing images", total=rows)
@@ -161,13 +169,14 @@ def _pack(faces: Faces, dests: Mapping[int, Location], classes: tuple[str, ...],
         content = validate_rows(faces, classes, scan, digests, pmap, bars, skip_bad=skip_bad)
     for i, (size, dest) in enumerate(dests.items()):
         write_manifest(dest, content, i, size, entries[size])
-    # Only now: an attempt that breaks off between two manifests is gone on with by the records of the blocks.
+    records = [block.record for block in blocks]
     for size, dest in dests.items():
-        _delete_leftovers(dest, kept={entry.file for own in entries[size].values() for entry in own})
+        _delete_leftovers(dest, kept={*records, *(entry.file for own in entries[size].values() for entry in own)})
+    return records
 
 
 def _delete_leftovers(dest: Location, kept: Collection[str] = ()) -> None:
-    """Delete what attempts have left, but for files of the store."""
+    """Delete what attempts have left, but for files that are kept."""
     names = [file.name for file in dest.list_files()]
     dest.delete([name for name in names if _LEFT.fullmatch(name) and name not in kept])
     dest.delete_parts()

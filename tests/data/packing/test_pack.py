@@ -265,6 +265,7 @@ def test_a_disk_too_small_for_all_sizes_together_is_told_before_it_is_full(folde
     said = rf"^{tmp_path}/stores: 27\.5 kB are needed and 20 kB are free; choose a disk with room"
     with pytest.raises(Breakdown, match=said):
         pack_sizes(Folder(folder), dests, workers=1)
+    assert list((tmp_path / "stores").iterdir()) == []
     pack_sizes(Folder(folder), {24: dests[24]}, workers=1)
 
 
@@ -406,11 +407,41 @@ def test_source_that_is_wrong_by_now_leaves_nothing_at_a_uri(folder, tmp_path, s
         with pytest.raises(KeyboardInterrupt):
             pack_sizes(Folder(folder), {16: dest}, workers=1)
     assert dest.find("*.done", "manifest.json")
-    for file in (folder / "val_set" / "annotations").iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(UserError, match="not one good row"):
+    next((folder / "val_set" / "annotations").iterdir()).write_bytes(b"")
+    with pytest.raises(UserError, match="nothing is packed while there are such faults"):
         pack_sizes(Folder(folder), {16: dest}, workers=1)
     assert dest.find("*") == []
+
+
+@pytest.mark.parametrize("at_uri", [False, True])
+def test_option_that_is_wrong_leaves_what_an_attempt_has_packed(folder, tmp_path, monkeypatch, at_uri):
+    there = tmp_path / "there"
+    dests = {16: Remote(there.as_uri()) if at_uri else Folder(there)}
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pack_sizes(Folder(folder), dests, workers=1)
+    with pytest.raises(UserError, match="13 values for 2 classes"):
+        pack_sizes(Folder(folder), dests, classes=("a", "b"), workers=1)
+    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
+    pack_sizes(Folder(folder), dests, workers=1)
+    assert dests[16].find("*") == ["manifest.json", "train-00000.arrow", "val-00000.arrow"]
+
+
+def test_attempt_that_breaks_off_at_its_very_end_packs_nothing_again(folder, tmp_path, monkeypatch):
+    dests = {size: Remote((tmp_path / "there").as_uri()) / f"{size}px" for size in (16, 24)}
+
+    def delete(uri, names, real=remote.delete):
+        interrupt() if ".begun" in names else real(uri, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "delete", delete)
+        with pytest.raises(KeyboardInterrupt):
+            pack_sizes(Folder(folder), dests, workers=1)
+    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
+    pack_sizes(Folder(folder), dests, workers=1)
+    shards = ["train-00000.arrow", "val-00000.arrow"]
+    assert [dest.find("*") for dest in dests.values()] == [["manifest.json", *shards]] * 2
 
 
 def test_place_of_a_file_below_a_uri_keeps_the_query_at_its_end(bucket, capsys):
