@@ -10,8 +10,7 @@ from raytune_emotion.cli import command_main, location
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
-from raytune_emotion.data.shard_format import MANIFEST
-from raytune_emotion.data.store import find_stores, open_store, read_manifest, verify_content
+from raytune_emotion.data.store import find_stores, verify_store
 from raytune_emotion.data.table import is_table
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location, parse_location
@@ -102,10 +101,7 @@ def _check(source: Location, classes: tuple[str, ...] | None) -> None:
         show(inspect(source, classes))
         return
     for place in stores:
-        shards = [shard.file for split in read_manifest(place).splits.values() for shard in split.shards]
-        # Not by `open_store(place)`: of a URI, that is the copy in the cache.
-        with place.copy_here(MANIFEST, *shards) as folder:
-            verify_content(open_store(folder), place)
+        verify_store(place)
         say(f"{place}: all images and labels are those that were packed")
 
 

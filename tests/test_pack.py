@@ -2,11 +2,14 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from raytune_emotion.data.prepare import find_data, prepare
 from raytune_emotion.data.store import open_store
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.study.creation import new_spec
 from raytune_emotion.tuning.study.request import SearchRequest
@@ -127,6 +131,7 @@ def test_a_store_at_a_uri_is_verified_as_it_lies_there(folder, tmp_path, capsys,
     assert command_main("pack", [there.as_uri(), "--check"]) == 0
     said = "all images and labels are those that were packed"
     assert capsys.readouterr().out == f"{there.as_uri()}: {said}\n"
+    assert len(list((tmp_path / "cache" / "raytune_emotion" / "verified").iterdir())) == 1  # of the copy that stays
     shard = there / "val-00000.arrow"
     whole = bytearray(shard.read_bytes())
     whole[whole.index(open_store(there).val.gather(np.array([0])).tobytes())] ^= 1
@@ -141,6 +146,16 @@ def test_a_store_at_a_uri_is_verified_as_it_lies_there(folder, tmp_path, capsys,
     assert command_main("pack", [there.as_uri(), "--check"]) == 2
     missing = f"error: {there.as_uri()}/val-00000.arrow: is missing; the store is damaged, pack the folder again\n"
     assert capsys.readouterr().err == missing
+
+
+def test_a_disk_too_small_for_a_copy_to_be_verified_is_told_before_it_is_full(folder, tmp_path, capsys, monkeypatch):
+    there = (tmp_path / "there").as_uri()
+    assert command_main("pack", [str(folder), there, "--image-size", "16"]) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(remote, "pull", lambda uri, folder, names: names and pytest.fail("it is copied"))
+    assert command_main("pack", [there, "--check"]) == 1
+    said = f"{tempfile.gettempdir()}: [0-9.]+ kB are needed and .* are free; choose another disk by TMPDIR\n"
+    assert re.fullmatch(f"error: {said}", capsys.readouterr().err)
 
 
 def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, capsys, monkeypatch):

@@ -186,7 +186,7 @@ def _map(path: Path) -> Store:
 
 def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
     """Copy a store into a folder of this machine, and validate its content."""
-    sizes = {shard.file: shard.bytes for entry in manifest.splits.values() for shard in entry.shards}
+    sizes = _sizes_of_shards(manifest)
     check_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache by XDG_CACHE_HOME")
     here = {file.name: file.stat().st_size for file in folder.iterdir()}
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
@@ -195,18 +195,47 @@ def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
             location.pull(folder, [file])
     location.pull(folder, [shard_format.REJECTED])
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    verify_content(_map(folder), location)
+    store = _map(folder)
+    verify_content(store, location)
+    _note_verified(store)
+
+
+def _sizes_of_shards(manifest: Manifest) -> dict[str, int]:
+    return {shard.file: shard.bytes for entry in manifest.splits.values() for shard in entry.shards}
+
+
+def verify_store(location: Location) -> None:
+    """Read all of a store as it lies at a location, and compare it with what was packed.
+
+    Of one at a URI, this reads a temporary copy: the one in the cache may be sound where the store is not.
+
+    Raises:
+        UserError: see `verify_content`.
+        Breakdown: the disk is too small for the copy.
+    """
+    sizes = _sizes_of_shards(read_manifest(location))
+    with location.copy_here() as folder:
+        here = location.is_here(folder)
+        if not here:
+            # The copy lies in a folder of its own, and the sentence names the folder around that.
+            check_space({Folder(folder.parent): sum(sizes.values())}, "choose another disk by TMPDIR")
+            location.pull(folder, [MANIFEST, *sizes])
+        store = _map(folder)
+        verify_content(store, location)
+        if here:
+            _note_verified(store)
 
 
 def _map_verified(path: Path) -> Store:
     store = _map(path)
     if not _verified_mark(store).exists():
         verify_content(store, Folder(path))
+        _note_verified(store)
     return store
 
 
 def verify_content(store: Store, name: Location) -> None:
-    """Read all of a store, compare it with what was packed, and note it if they are the same.
+    """Read all of a store, and compare it with what was packed.
 
     Raises:
         UserError: a file was damaged after it was written. The sentence calls the store by `name`.
@@ -223,13 +252,16 @@ def verify_content(store: Store, name: Location) -> None:
             )
         )
         content = shard_format.fingerprint(store.image_size, store.classes, rows)
-    mark = _verified_mark(store)
     if content != store.fingerprint:
-        mark.unlink(missing_ok=True)
+        _verified_mark(store).unlink(missing_ok=True)
         raise UserError(
             f"{name}: its files are not those of its {MANIFEST}, as after a copy that failed or a disk that does; copy "
             f"the store there again, or pack the folder again"
         )
+
+
+def _note_verified(store: Store) -> None:
+    mark = _verified_mark(store)
     with contextlib.suppress(OSError):  # a cache that cannot be written: it is verified again
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
