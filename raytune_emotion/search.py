@@ -453,7 +453,7 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
     try:
         from raytune_emotion.tuning.report.conclusion import conclude
     except Exception as error:
-        options = typed_options(results=request.results, name=study.copy.location.name, address=request.address)
+        options = typed_options(results=request.results, name=study.copy.location.typed_name, address=request.address)
         raise Breakdown(
             f"{study.copy}: is recorded, but its export and its page cannot be made ({first_line(error)}); once they "
             f"can, `{typed_command('search')} --resume{options}` makes them"

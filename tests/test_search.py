@@ -681,8 +681,10 @@ def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_
 def test_a_study_whose_folder_was_renamed_goes_on_by_the_name_of_the_folder(tmp_path, finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "raytune_emotion.tuning.report.conclusion", None)
     shutil.copytree(finished, tmp_path / "renamed")
-    with pytest.raises(Breakdown, match=f"search --resume --results {tmp_path} --name renamed` makes them"):
-        search._conclude(request_of("--results", tmp_path), load(tmp_path / "renamed"))
+    (tmp_path / "link").symlink_to(tmp_path / "renamed")
+    for name in ("renamed", "link"):
+        with pytest.raises(Breakdown, match=f"search --resume --results {tmp_path} --name {name}` makes them"):
+            search._conclude(request_of("--results", tmp_path), load(tmp_path / name))
 
 
 def test_data_are_packed_before_a_cluster_is_joined(tmp_path, own_cache, space, capsys, sessions, monkeypatch):

@@ -66,7 +66,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     all_tried = over and study.has_tried_all()
     told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
-    resume = f"{typed_command('search')} --resume{typed_options(results=results, name=place.name)}"
+    resume = f"{typed_command('search')} --resume{typed_options(results=results, name=place.typed_name)}"
     if over:
         # The best can be trained longer where nothing else is left to be tried.
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"

@@ -49,6 +49,13 @@ def test_it_says_that_a_model_of_drawn_faces_tells_nothing_of_photos(tmp_path, s
     assert capsys.readouterr().out.count("note        the faces of the sample are drawn: ") == said
 
 
+def test_a_study_behind_a_link_goes_on_by_the_name_of_the_link(tmp_path, store, no_plots, capsys):
+    write_study(tmp_path / "elsewhere", store, trials=1, epochs=1)
+    (tmp_path / "first").symlink_to(tmp_path / "elsewhere")
+    conclude(plain_console(), load(tmp_path / "first"), Folder(tmp_path), None)
+    assert f" --resume --results {tmp_path} --name first " in capsys.readouterr().out
+
+
 def test_an_export_at_a_uri_is_whole_or_none(tmp_path, store, no_plots, capsys, monkeypatch):
     write_study(tmp_path / "study", store, trials=2, epochs=1)
     shutil.copytree(tmp_path / "study", tmp_path / "place" / "study")
