@@ -135,8 +135,8 @@ KNOWN = (
         _always,
         1,
         lambda error: (
-            "a worker process was killed, as the system does where memory is short; free some, and the same command "
-            "goes on where it was"
+            "a worker process was killed, as the system does where memory is short; end other programs, and try again: "
+            "packing goes on where it was"
         ),
     ),
     KnownError("builtins.RuntimeError", _says("can't start new thread"), 2, lambda error: _MORE_PROCESSES),

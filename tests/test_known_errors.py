@@ -65,7 +65,8 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
         (
             BrokenProcessPool("A process in the process pool was terminated abruptly"),
             1,
-            "a worker process was killed, as the system does where memory is short; free some, and the same command",
+            "a worker process was killed, as the system does where memory is short; end other programs, and try again: "
+            "packing goes on where it was",
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory: CUDA out of memory. Tried; ask for"),
         (
