@@ -118,7 +118,8 @@ class Answers:
 
     def limits(self) -> Limits:
         """Return the limits of a study that has these answers: it begins no trial where none is left to it."""
-        most = self._recording.trials or len(self._left_N)
+        recorded = len(self._left_N)
+        most = min(self._recording.trials or recorded, recorded)
         return dataclasses.replace(LIMITS, new=bool((~self._left_N).sum() < most))
 
     def any(self, rng: np.random.Generator) -> dict[str, Any]:

@@ -53,6 +53,15 @@ def test_a_study_has_the_time_of_as_many_trials_as_are_named(recording):
     assert recording.budget == pytest.approx(len(recording.params) / 4 * recording.seconds_NR.sum(axis=1).mean())
 
 
+def test_a_study_begins_no_more_trials_than_are_recorded(recording):
+    two = dataclasses.replace(recording, params=recording.params[:2], trials=3)
+    answers = Answers(two)
+    for params in two.params:
+        assert answers.limits().new
+        answers.respond(two.space.suggest(FixedTrial(dict(params))))
+    assert not answers.limits().new
+
+
 def test_a_study_on_recorded_curves_begins_with_the_portfolio_of_other_data(recording):
     assert portfolio_of_others(recording).recorded == ("drawn",)
     of_others = dataclasses.replace(recording, name="faces")
