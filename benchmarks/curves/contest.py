@@ -5,7 +5,8 @@
 All choose among the same configurations, those of the quick space without its start points, lest one know more than
 another, and train them by the same code on the same packed store, on two cores. Each study is a process of its own,
 whose time begins with its start. Beside them this project runs with the start points. With `--keep FOLDER` a contest
-that was interrupted goes on where it was.
+that was interrupted goes on where it was. What is kept knows its data and not the code: name another folder after a
+change.
 """
 
 import argparse
@@ -82,20 +83,25 @@ def main() -> int:
         space = Path(scratch) / "space.yaml"
         mapping = {key: value for key, value in YAML(typ="safe").load(SPACE).items() if key != "start"}
         YAML().dump(mapping, space)
-        store = str(prepare(args.data, image_size=None).path)
+        store = prepare(args.data, image_size=None)
+        took = 0.0
         found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in STUDIES}
         # Seed by seed, so that whatever the machine does meanwhile falls on all alike.
         for seed, name in track([(seed, name) for seed in range(args.seeds) for name in STUDIES], "studies"):
-            file = (args.keep or Path(scratch)) / f"{name}, {args.seconds:g} s, seed {seed}.json"
+            what = f"{name}, {args.seconds:g} s, seed {seed}, data {store.fingerprint[:12]}"
+            file = (args.keep or Path(scratch)) / f"{what}.json"
             if not file.exists():
                 folder = Path(scratch) / f"{seed} {name}"
                 folder.mkdir()
-                asked = Contest(store, str(space), args.seconds, seed, str(folder))
+                asked = Contest(str(store.path), str(space), args.seconds, seed, str(folder))
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(_study(name, asked)))
-            found[name].append(json.loads(file.read_text()))
+                started = time.monotonic()
+                points = _study(name, asked)
+                write_text(file, json.dumps({"points": points, "took": time.monotonic() - started}))
+            kept = json.loads(file.read_text())
+            found[name].append(kept["points"])
+            took += kept["took"]
     table = _table(found, args.seconds)
-    took = (datetime.now(timezone.utc) - began).total_seconds()
     command = ["python", "-m", "benchmarks.curves.contest", "--data", args.data.name]
     command += ["--seconds", f"{args.seconds:g}", "--seeds", str(args.seeds)]
     write_result("curves/contest", table, began, took, shlex.join(command))
