@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from raytune_emotion.tuning.study.earlier import WarmStart
     from raytune_emotion.tuning.study.open_study import OpenStudy
 
+#: The file of a study that tells that its search is over, and that its finish is what goes on.
+_SEARCHED = ".searched"
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 
@@ -206,16 +208,13 @@ def run(args: argparse.Namespace) -> None:
 def _goes_on_with_finish(request: SearchRequest, place: Location) -> bool:
     """Tell whether a study is to go on with its finish, not with its search.
 
-    So it is once its confirmation has begun, unless more of the search is asked for. Otherwise the command that goes on
-    after a search with a time budget would first search on without one.
+    So it is once a search with --finish is over, unless more of it is asked for. Otherwise the command that goes on
+    after one with a time budget would first search on without a limit.
     """
     more = (request.trials, request.epochs, request.time_budget, request.until_gain)
     if not request.resume or not request.finish or any(limit is not None for limit in more):
         return False
-    # Imported only now: it takes seconds.
-    from raytune_emotion.tuning.study.confirmation import CONFIRMED
-
-    return (place / CONFIRMED).read(SPEC) is not None
+    return place.read(_SEARCHED) is not None
 
 
 def _take_over(request: SearchRequest, place: Location) -> None:
@@ -227,20 +226,20 @@ def _take_over(request: SearchRequest, place: Location) -> None:
         assert study is not None
         go_on(study, spec)
     plain_console().print(
-        f"study {place}: its confirmation has begun, so its finish goes on; to search on, add --trials, --epochs, "
+        f"study {place}: its search is over, so its finish goes on; to search on, add --trials, --epochs, "
         f"--time-budget or --until-gain"
     )
 
 
 def _finish(request: SearchRequest, place: Location) -> None:
     """Finish a study that has been searched; where this is broken off, say what to type."""
-    from raytune_emotion.confirm import confirm_study
-    from raytune_emotion.tuning.report.finish import finish_study
-
     folder = place.require_folder("leave --finish out, or name a folder with --results").absolute()
     try:
+        from raytune_emotion.confirm import confirm_study
+        from raytune_emotion.tuning.report.finish import finish_study
+
         finish_study(folder, request.address, functools.partial(confirm_study, advise=False))
-    except (KeyboardInterrupt, Breakdown):
+    except (KeyboardInterrupt, Breakdown, UserError):
         options = typed_options(results=folder.parent, name=folder.name, address=request.address)
         plain_console().print(f"to go on: {typed_command('search')} --resume --finish{options}")
         raise
@@ -411,6 +410,7 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     why = ALL_TRIED if study.has_tried_all() else f"ask for more than {total} with --trials"
                     console.print(f"every trial has ended, and nothing is left to run; {why}")
                 begun = True
+                (study.folder / _SEARCHED).unlink(missing_ok=True)
                 run_with_progress(
                     console,
                     study,
@@ -420,6 +420,8 @@ def _search(request: SearchRequest, place: Location, new: _NewStudy | None) -> N
                     failure=cluster.failure,
                     watches=_other_watches(request, study, held),
                 )
+                if request.finish and any(record.best for record in study.records()):
+                    (study.folder / _SEARCHED).touch()
         except (KeyboardInterrupt, ClusterLost) as why:
             if not begun:
                 raise

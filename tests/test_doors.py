@@ -138,6 +138,23 @@ def test_what_a_study_does_not_have_or_allow_is_refused_before_anything_heavy_is
         assert said in answer.said, argv
 
 
+def test_a_search_that_is_to_be_finished_starts_before_anything_heavy_is_imported(tmp_path):
+    """Ray starts meanwhile, where nothing else has imported PyTorch before."""
+    study = tmp_path / "r" / "study"  # of which there is the spec alone
+    study.mkdir(parents=True)
+    write_spec(study, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0")))
+    code = (
+        "import sys\n"
+        "from raytune_emotion import search\n"
+        "from raytune_emotion.__main__ import main\n"
+        f"search._search = lambda *_: print(sorted({_HEAVY!r} & {{*sys.modules}}))\n"
+        "search._finish = lambda *_: None\n"
+        "main(['search', '--resume', '--finish', '--results', 'r', '--name', 'study'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_search_says_what_it_does_before_anything_heavy_is_imported(tmp_path):
     code = (
         "import sys\n"

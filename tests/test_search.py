@@ -571,12 +571,12 @@ class TestBadResuming:
 
 
 class TestFinishing:
-    """A study whose confirmation has begun goes on with its finish."""
+    """A study whose search is over goes on with its finish."""
 
     @pytest.fixture
     def study(self, tmp_path, finished):
         shutil.copytree(finished, tmp_path / "study")
-        make_study(tmp_path / "study" / "confirmed", read_spec(finished))
+        (tmp_path / "study" / ".searched").touch()
         return tmp_path / "study"
 
     @pytest.fixture
@@ -601,18 +601,50 @@ class TestFinishing:
     def test_and_not_with_its_search(self, resumed, study, capsys):
         assert resumed("--concurrency=7") == (0, ["finished"])
         assert read_spec(study).concurrency == 7
-        assert "its confirmation has begun, so its finish goes on; to search on, add" in capsys.readouterr().out
+        assert "its search is over, so its finish goes on; to search on, add" in capsys.readouterr().out
 
     @pytest.mark.parametrize("more", ["--trials=9", "--epochs=9", "--time-budget=1h", "--until-gain=0.1/h"])
     def test_unless_more_of_the_search_is_asked_for(self, resumed, more):
         assert resumed(more) == (0, ["searched", "finished"])
 
-    def test_and_with_its_search_before_the_confirmation(self, resumed, study):
-        shutil.rmtree(study / "confirmed")
+    def test_and_with_its_search_where_that_is_not_over_though_it_was_confirmed_before(self, resumed, study):
+        (study / ".searched").unlink()
+        make_study(study / "confirmed", read_spec(study))
         assert resumed() == (0, ["searched", "finished"])
 
+    def test_and_knows_it_from_the_moment_when_the_search_is_over(self, study, monkeypatch):
+        (study / ".searched").unlink()
+        done, broken = [], {"concluded"}
+
+        def step(name):
+            def run(*_, **__):
+                done.append(name)
+                if name in broken:
+                    raise KeyboardInterrupt
+
+            return run
+
+        monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+        monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", step("searched"))
+        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", step("concluded"))
+        monkeypatch.setattr("raytune_emotion.tuning.report.finish.finish_study", step("finished"))
+
+        def resumed(*argv):
+            done.clear()
+            command = ["search", "--resume", "--finish", "--results", study.parent, "--name", "study", *argv]
+            return exit_code(command), done
+
+        assert resumed("--time-budget=1h") == (130, ["searched", "concluded"])
+        assert resumed() == (0, ["finished"])
+        broken.add("searched")
+        assert resumed("--trials=9") == (130, ["searched", "concluded"])
+        broken.clear()
+        assert resumed() == (0, ["searched", "concluded", "finished"])
+
     @pytest.mark.parametrize(
-        ("why", "code"), [(KeyboardInterrupt(), 130), (Breakdown("no room"), 1), (ClusterLost("Ray has died"), 1)]
+        ("why", "code"),
+        [(KeyboardInterrupt(), 130), (Breakdown("no room"), 1), (ClusterLost("Ray has died"), 1), (UserError("a"), 2)],
     )
     def test_says_what_to_type_where_it_is_broken_off(self, resumed, study, capsys, why, code):
         assert resumed(broken_by=why) == (code, ["finished"])
