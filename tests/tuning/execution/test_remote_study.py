@@ -59,9 +59,11 @@ def ask(folder, placement, uri):
 
 
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
-    uri = remote.join(bucket, "a study")
+    uri, events = remote.join(bucket, "a study"), []
     folder, placement = begin(trials=4, epochs=2)
-    records = run_study(load(folder, Remote(uri)), placement)
+    records = run_study(load(folder, Remote(uri)), placement, watch=events.append)
+    # So that what is compared below was trained in a fresh process, in one that had trained before, and in this one.
+    assert len({event.report["pid"] for event in events if event.report}) < 4
 
     names = remote.names(uri, "*")
     assert {name for name in names if "/" not in name} == {SPEC, JOURNAL, TRIALS, CURVES, DRIVER}
