@@ -2,7 +2,6 @@
 
 import dataclasses
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,6 @@ from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.studies import ONE_CORE, run_here, spec_of
 
-#: What takes seconds and hundreds of MB, and no trial's process has a use for.
-NEEDLESS = ("optuna", "pandas", "scipy", "ray.tune", "ray.train", "matplotlib", "jinja2")
-
 
 @pytest.fixture
 def job(tmp_path, store):
@@ -30,16 +26,6 @@ def job(tmp_path, store):
     return Job(
         "a trial", str(tmp_path / "study" / "trials" / "0000"), str(store.path), settings, Resources(1, 1.0, 0.0)
     )
-
-
-@pytest.mark.parametrize(
-    "module", ["raytune_emotion.tuning.execution.trial_actor", "raytune_emotion.tuning.execution.cluster"]
-)
-def test_what_is_needless_is_not_imported(module):
-    needless = [name for name in NEEDLESS if "actor" in module or name.startswith("ray.")]
-    code = f"import sys, {module}; print([name for name in {needless} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_a_result_is_what_the_driver_hears(job):

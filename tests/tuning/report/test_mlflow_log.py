@@ -158,11 +158,3 @@ def test_a_missing_package_is_said_at_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert exit_code(["search", "--mlflow", "x", "--results", tmp_path, "--name", "s"]) == 2
     assert "error: --mlflow: the package mlflow is missing; install it with" in capsys.readouterr().err
-
-
-def test_without_the_option_mlflow_is_not_imported():
-    code = (
-        "import sys, raytune_emotion.tuning.report.mlflow_log, raytune_emotion.search; print('mlflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
