@@ -3,8 +3,6 @@
 import argparse
 import importlib
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.library import studies
 from raytune_emotion.storage.locations import Folder
-from tests.support.cluster import joined_session
 from tests.support.studies import write_study
 
 NAMES = {
@@ -34,33 +31,6 @@ def test_the_names_of_the_library():
         assert getattr(raytune_emotion, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'create_modell'"):
         raytune_emotion.create_modell  # noqa: B018
-
-
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_importing_the_package_imports_nothing_heavy():
-    heavy = "torch ray optuna timm numpy pandas matplotlib pydantic"
-    code = f"import sys, raytune_emotion; print([name for name in '{heavy}'.split() if name in sys.modules])"
-    assert run_python(code) == "[]"
-
-
-def test_losses_are_imported_without_ray_optuna_and_timm():
-    code = """import sys, raytune_emotion
-raytune_emotion.JSLoss
-print([name for name in ("ray", "optuna", "timm") if name in sys.modules])"""
-    assert run_python(code) == "[]"
-
-
-@pytest.mark.parametrize("first", ["import raytune_emotion", "import raytune_emotion.search"])
-def test_search_is_a_function_whatever_was_imported_before(first):
-    code = f"""{first}
-from raytune_emotion import search
-import raytune_emotion
-print(callable(search), raytune_emotion.search is search)"""
-    assert run_python(code) == "True True"
-    assert raytune_emotion.search.__doc__.startswith("Run a study")
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +113,8 @@ def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, monkeypatch)
     assert requests[0].name.startswith("my_space_2")
 
 
-def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch, no_plots):
-    # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster.ray_session", joined_session)
+@pytest.mark.usefixtures("without_ray", "no_plots")
+def test_a_search_returns_its_study_and_goes_on(faces, tmp_path):
     space = {"model.backbone": "test_resnet", "optim.lr": {"log_uniform": [1e-3, 1e-2]}, "data.image_size": 32}
     options = {"results": tmp_path, "name": "small", "concurrency": 2}
     study = raytune_emotion.search(faces, space, trials=2, epochs=1, **options)

@@ -57,7 +57,7 @@ def test_a_study_behind_a_link_goes_on_by_the_name_of_the_link(tmp_path, store, 
 
 
 def test_an_export_at_a_uri_is_whole_or_none(tmp_path, store, no_plots, capsys, monkeypatch):
-    write_study(tmp_path / "study", store, trials=2, epochs=1)
+    write_study(tmp_path / "study", store)
     shutil.copytree(tmp_path / "study", tmp_path / "place" / "study")
     place = Remote((tmp_path / "place" / "study").as_uri())
     study = load(tmp_path / "study", place)

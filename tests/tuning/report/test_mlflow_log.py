@@ -1,15 +1,11 @@
 """A study in MLflow: on a real server of this machine, and with a server that is away."""
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
+import threading
 import time
-import urllib.request
 from unittest.mock import MagicMock
 
 import pytest
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 from raytune_emotion.tuning.report import mlflow_log as mlflow_module
 from raytune_emotion.tuning.report.mlflow_log import EXPERIMENT, STUDY_TAG, TRIAL_TAG, mlflow_log
@@ -20,43 +16,58 @@ from tests.support.events import event
 from tests.support.studies import write_study
 
 
-def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Start MLflow on sqlite, and return its address."""
-    folder, address = tmp_path_factory.mktemp("mlflow"), free_address()
-    host, _, port = address.partition(":")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'runs.db'}",
-        "--artifacts-destination",
-        str(folder / "art"),
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 100
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/health", timeout=5):
-                break
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield f"http://{address}"
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(30)
+    """The application of MLflow's server on sqlite, in a thread of this process: its address."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    database = f"sqlite:///{folder / 'runs.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "_MLFLOW_SERVER_FILE_STORE": database,
+            "MLFLOW_TRACKING_URI": database,  # the server sets it, so that it is undone here
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "art"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        }.items():
+            patch.setenv(name, value)
+        from mlflow.server import app
+
+        server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class Silent(WSGIRequestHandler):
+    def log_request(self, *_):
+        pass
 
 
 @pytest.fixture
-def study(tmp_path, store):
-    write_study(tmp_path / "study", store)
-    return load(tmp_path / "study")
+def study(tmp_path, store, request):
+    """A study with a name of its own: MLflow finds it by that, and by the second when it was created."""
+    write_study(tmp_path / request.node.name, store)
+    return load(tmp_path / request.node.name)
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """What a log sets in the environment of the process is undone."""
+    for name, value in mlflow_module._MLFLOW_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+def runs_of(server, study):
+    """Return the runs of studies with this study's name, and those of their trials."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=server)
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    parents = [run for run in runs if run.data.tags.get(STUDY_TAG) == study.folder.name]
+    ids = {parent.info.run_id for parent in parents}
+    return client, parents, [run for run in runs if run.data.tags.get("mlflow.parentRunId") in ids]
 
 
 def events_of(study):
@@ -70,28 +81,23 @@ def events_of(study):
 
 
 def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
-    from mlflow.tracking import MlflowClient
-
     (study.folder / "best").mkdir(exist_ok=True)
     (study.folder / "best" / "config.json").write_text("{}")
     for _ in range(2):  # a study that goes on goes on with its runs
         with mlflow_log(server, study) as watch:
             for each in events_of(study):
                 watch(each)
-    client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    (parent,) = (run for run in runs if STUDY_TAG in run.data.tags)
-    children = {run.data.tags[TRIAL_TAG]: run for run in runs if TRIAL_TAG in run.data.tags}
+    client, (parent,), runs = runs_of(server, study)
+    children = {run.data.tags[TRIAL_TAG]: run for run in runs}
     records = {record.trial_id: record for record in study.records()}
     assert children.keys() == records.keys()
-    assert len(runs) == 1 + len(records)
+    assert len(runs) == len(records)
     best = min(record.best["val_js"] for record in records.values())
     assert parent.data.metrics["best_val_js"] == pytest.approx(best)
     assert parent.info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(parent.info.run_id, "best")] == ["best/config.json"]
     for trial_id, run in children.items():
         record = records[trial_id]
-        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.params == {name: str(value) for name, value in record.settings.items()}
         assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "complete")
         curve = client.get_metric_history(run.info.run_id, "val_js")
@@ -99,36 +105,28 @@ def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
 
 
 def test_a_search_that_goes_on_does_not_undo_the_best(study, server):
-    from mlflow.tracking import MlflowClient
-
     for js in (0.2, 0.3, 0.1):  # of a search each
         with mlflow_log(server, study) as watch:
             watch(event(f"{js}", "running", js, 1.0))
-    client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    (parent,) = (run for run in runs if {"0.2", "0.3", "0.1"} == {
-        child.data.tags[TRIAL_TAG] for child in runs if child.data.tags.get("mlflow.parentRunId") == run.info.run_id
-    })  # fmt: skip
+    client, (parent,), runs = runs_of(server, study)
+    assert {run.data.tags[TRIAL_TAG] for run in runs} == {"0.2", "0.3", "0.1"}
     assert [m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js")] == [0.2, 0.1]
 
 
 def test_another_study_of_the_same_name_has_runs_of_its_own(study, server):
     """MLflow lets no parameter change: of the second study nothing at all would be logged."""
-    from mlflow.tracking import MlflowClient
-
     for lr in (0.1, 0.2):
         (study.folder / SPEC).write_text(f"created: {lr}\n")
         with mlflow_log(server, study) as watch:
             watch(event("0000", "running", settings={"optim.lr": lr}))
-    client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    rates = [run.data.params.get("optim.lr") for run in runs if run.data.tags.get(TRIAL_TAG) == "0000"]
-    assert {"0.1", "0.2"} <= {*rates}
+    _, parents, runs = runs_of(server, study)
+    assert len(parents) == 2
+    assert sorted(run.data.params["optim.lr"] for run in runs) == ["0.1", "0.2"]
 
 
 def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
     monkeypatch.setattr(mlflow_module, "_AGAIN_S", 0.05)
-    address = f"http://{free_address()}"
+    address = "http://127.0.0.1:1"  # nothing listens there
     began = time.monotonic()
     with mlflow_log(address, study) as watch:
         for each in events_of(study):
@@ -158,11 +156,3 @@ def test_a_missing_package_is_said_at_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert exit_code(["search", "--mlflow", "x", "--results", tmp_path, "--name", "s"]) == 2
     assert "error: --mlflow: the package mlflow is missing; install it with" in capsys.readouterr().err
-
-
-def test_without_the_option_mlflow_is_not_imported():
-    code = (
-        "import sys, raytune_emotion.tuning.report.mlflow_log, raytune_emotion.search; print('mlflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
