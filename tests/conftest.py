@@ -1,5 +1,7 @@
 import contextlib
+import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,22 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="wJalrXUtnFEMI")
 
 
+#: The commit that studies are written with: to ask git for it takes longer than the rest of the writing.
+os.environ["RAYTUNE_EMOTION_COMMIT"] = "0" * 40
+
+# A job in the background of a shell ignores SIGINT, and so would the processes that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 _CLUSTER = contextlib.ExitStack()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports():
+    """Leave what is imported out of each later collection of garbage: every training ends with one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,6 +101,15 @@ def no_cluster():
     _CLUSTER.close()
 
 
+@pytest.fixture
+def without_ray():
+    """Let commands run the trials of a study in this process, without Ray."""
+    from tests.support.cluster import trials_in_this_process
+
+    with trials_in_this_process():
+        yield
+
+
 @pytest.fixture(scope="module")
 def s3():
     """An S3 server: the URI of a bucket on it, and what becomes of its requests."""
@@ -122,3 +148,4 @@ def faults(s3, monkeypatch):
 
 def pytest_sessionfinish():
     _CLUSTER.close()
+    gc.unfreeze()  # else some extensions complain, when Python ends, of what was not freed

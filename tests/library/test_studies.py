@@ -18,7 +18,6 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.library import studies
 from raytune_emotion.storage.locations import Folder
-from tests.support.cluster import joined_session
 from tests.support.studies import write_study
 
 NAMES = {
@@ -143,9 +142,8 @@ def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, monkeypatch)
     assert requests[0].name.startswith("my_space_2")
 
 
-def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, cluster, monkeypatch, no_plots):
-    # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster.ray_session", joined_session)
+@pytest.mark.usefixtures("without_ray", "no_plots")
+def test_a_search_returns_its_study_and_goes_on(faces, tmp_path):
     space = {"model.backbone": "test_resnet", "optim.lr": {"log_uniform": [1e-3, 1e-2]}, "data.image_size": 32}
     options = {"results": tmp_path, "name": "small", "concurrency": 2}
     study = raytune_emotion.search(faces, space, trials=2, epochs=1, **options)

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,9 @@ from raytune_emotion.tuning.study.spec import write_spec
 from tests.machines.nodes import autoscaler_of, start_ray
 from tests.machines.running import ENDLESS, Running
 from tests.support.studies import write_study
+
+# Studies on real machines note the commit that git tells them.
+os.environ.pop("RAYTUNE_EMOTION_COMMIT", None)
 
 SPACE = "model.backbone: test_resnet\ndata.image_size: 32\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
 

@@ -1,8 +1,11 @@
 """What tests on a Ray cluster share."""
 
 import contextlib
+import functools
 import time
 from types import SimpleNamespace
+
+import pytest
 
 RUN_SPACE = {
     "model.backbone": "test_vit",
@@ -17,11 +20,30 @@ def joined_session(address, **options):
     return contextlib.nullcontext(SimpleNamespace(failure=lambda: ""))
 
 
+@contextlib.contextmanager
+def trials_in_this_process():
+    """Let commands run the trials of a study in this process, one after the other, as on a cluster with two cores."""
+    from raytune_emotion.tuning.execution import cluster, cluster_nodes, placement
+    from raytune_emotion.tuning.report import console
+    from tests.support.studies import run_here
+
+    def run_study(study, place, *, watch, **_):
+        return run_here(study, place.resources, watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "ray_session", joined_session)
+        patch.setattr(cluster_nodes, "fit_to_cluster", functools.partial(placement.fit, [{"CPU": 2.0}], "the cluster"))
+        patch.setattr(console, "study_metrics", lambda study: contextlib.nullcontext(lambda event: None))
+        patch.setattr(console, "run_study", run_study)
+        yield
+
+
 def held_resources():
-    """List what the cluster still holds after five seconds at most: taken cores, and placement groups."""
+    """List what the cluster still holds after a minute at most: taken cores, and placement groups."""
     import ray
 
-    for _ in range(50):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         groups = [g["state"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
         taken = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0)
         if not taken and not groups:

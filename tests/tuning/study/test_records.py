@@ -51,7 +51,8 @@ def test_a_commit_is_told_of_the_code_that_runs_alone(tmp_path, monkeypatch):
     assert spec_module._commit() is None
 
 
-def test_the_spec_survives_its_file(tmp_path, store):
+def test_the_spec_survives_its_file(tmp_path, store, monkeypatch):
+    monkeypatch.delenv("RAYTUNE_EMOTION_COMMIT")  # the commit is asked of git
     spec = spec_of(store)
     write_spec(tmp_path, spec)
     assert read_spec(tmp_path) == spec
