@@ -126,19 +126,23 @@ class TestReplacing:
             while not done.is_set():
                 with contextlib.suppress(FileNotFoundError):
                     folder = os.open(dest, os.O_RDONLY)
-                    names = sorted(os.listdir(folder))  # noqa: PTH208
-                    # What has left its place meanwhile is being deleted.
-                    if os.path.samestat(os.fstat(folder), dest.stat()):
-                        looks.append(1)
-                        halves.extend([names] if names != FILES else [])
-                    os.close(folder)
+                    try:
+                        names = sorted(os.listdir(folder))  # noqa: PTH208
+                        # What has left its place meanwhile is being deleted.
+                        if os.path.samestat(os.fstat(folder), dest.stat()):
+                            looks.append(1)
+                            halves.extend([names] if names != FILES else [])
+                    finally:
+                        os.close(folder)
 
-        watcher = threading.Thread(target=watch)
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        for best in (self.new, self.old) * 5:
-            write_package(dest, best)
-        done.set()
-        watcher.join()
+        try:
+            for best in (self.new, self.old) * 5:
+                write_package(dest, best)
+        finally:
+            done.set()
+            watcher.join()
         assert not halves
         assert len(looks) > 10
 
