@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -13,9 +14,13 @@ from safetensors.torch import save_file
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
-from raytune_emotion.tuning.execution.job import OutOfMemory, train_here
+from raytune_emotion.tuning.execution import worker_group
+from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
+from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.report import single_run
 from raytune_emotion.tuning.report.single_run import Workers, train_single
 from tests.support.cluster import joined_session
@@ -262,17 +267,31 @@ class TestBadRequests:
         assert "(13 values for 2 classes)" in told[0]
 
 
-def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(
-    trained, cluster, tmp_path, capsys, monkeypatch
-):
-    # Ray can be started only once in a process, and has been.
+def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(trained, tmp_path, capsys, monkeypatch):
+    """Their processes send it; real ones do in `test_remote_study.py`."""
+    closed = []
+
+    class RefusingWorkers:
+        def __init__(self, first):
+            assert first.resources.workers == 2
+
+        def train(self, job):
+            raise pickle.loads(pickle.dumps(InvalidForRun(tuple(batch_faults(3, job.accumulate, 2)))))
+            yield
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setattr(worker_group, "Workers", RefusingWorkers)
     monkeypatch.setattr(single_run, "ray_session", joined_session)
+    monkeypatch.setattr(single_run, "fit_to_cluster", lambda **_: Placement(Resources(2, 1.0, 0.0), 1))
     asked = ["--workers", 2, "--set", "train.batch_size=3", "--set", "train.accumulate=2"]
     assert trained(*TINY, 1, *asked) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: train.batch_size: 3 rows make no 2 micro-batches (train.accumulate) for ")
     assert err.count("\n") == 1
     assert not [*(tmp_path / "results").iterdir()]
+    assert closed
 
 
 def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 import argparse
 import importlib
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,33 +31,6 @@ def test_the_names_of_the_library():
         assert getattr(raytune_emotion, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'create_modell'"):
         raytune_emotion.create_modell  # noqa: B018
-
-
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_importing_the_package_imports_nothing_heavy():
-    heavy = "torch ray optuna timm numpy pandas matplotlib pydantic"
-    code = f"import sys, raytune_emotion; print([name for name in '{heavy}'.split() if name in sys.modules])"
-    assert run_python(code) == "[]"
-
-
-def test_losses_are_imported_without_ray_optuna_and_timm():
-    code = """import sys, raytune_emotion
-raytune_emotion.JSLoss
-print([name for name in ("ray", "optuna", "timm") if name in sys.modules])"""
-    assert run_python(code) == "[]"
-
-
-@pytest.mark.parametrize("first", ["import raytune_emotion", "import raytune_emotion.search"])
-def test_search_is_a_function_whatever_was_imported_before(first):
-    code = f"""{first}
-from raytune_emotion import search
-import raytune_emotion
-print(callable(search), raytune_emotion.search is search)"""
-    assert run_python(code) == "True True"
-    assert raytune_emotion.search.__doc__.startswith("Run a study")
 
 
 @pytest.fixture(scope="module")

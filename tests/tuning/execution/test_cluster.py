@@ -104,9 +104,10 @@ def test_a_cluster_of_another_version_is_refused_with_both():
 
 
 def test_what_answers_and_is_no_cluster_is_refused(monkeypatch):
-    monkeypatch.setattr(ray_patches, "_ANSWER_S", 0.3)
-    with socket.create_server(("0.0.0.0", 0)) as listener:
+    with monkeypatch.context() as patched, socket.create_server(("0.0.0.0", 0)) as listener:
+        patched.setattr(ray_patches, "_ANSWER_S", 0.3)  # it never answers
         assert refusal(f"127.0.0.1:{listener.getsockname()[1]}").startswith("what answers there is no Ray cluster (")
+    monkeypatch.setattr(ray_patches, "_ANSWER_S", 60.0)
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for the address of the node
     server.start()

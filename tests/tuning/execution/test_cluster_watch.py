@@ -18,12 +18,12 @@ from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, ClusterW
 @pytest.fixture
 def parts():
     """Two processes in the place of Ray's; the second has an agent, and a child that passes for one that works."""
-    worker = "import time; time.sleep(60)"
+    worker = "import time; time.sleep(600)"
     raylet = (
         "import subprocess, sys, time\n"
-        "subprocess.Popen(['ray::DashboardAgent', '60'], executable='sleep')\n"
+        "subprocess.Popen(['ray::DashboardAgent', '600'], executable='sleep')\n"
         f"subprocess.run([sys.executable, '-c', {worker!r}, 'default_worker.py'])\n"
-        "time.sleep(60)\n"  # a raylet outlives those who work
+        "time.sleep(600)\n"  # a raylet outlives those who work
     )
     found = {
         "gcs_server": subprocess.Popen([sys.executable, "-c", worker]),
@@ -53,7 +53,7 @@ def watch(parts, monkeypatch):
     monkeypatch.setattr(cluster_watch.ray, "nodes", nodes)
     monkeypatch.setattr(cluster_watch.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 100.0)
-    deadline = time.time() + 20
+    deadline = time.time() + 120
     while len(cluster_watch._children(parts["raylet"].pid)) < 2:
         assert time.time() < deadline
         time.sleep(0.05)
@@ -103,7 +103,7 @@ def test_a_trial_that_was_stopped_is_ended(watch, parts, capsys):
     stop(worker)
     assert watch.after(30) == ""
     assert f"process {worker} of a trial was stopped for 20 s" in capsys.readouterr().err
-    deadline = time.time() + 20
+    deadline = time.time() + 120
     while worker in cluster_watch._children(parts["raylet"].pid):
         assert time.time() < deadline, "it is still there"
         time.sleep(0.01)

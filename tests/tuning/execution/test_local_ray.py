@@ -224,16 +224,6 @@ def test_sessions_leave_nothing_and_use_the_cores_that_they_may(tmp_path, short)
     assert list(short.iterdir()) == list(long.iterdir()) == []
 
 
-def test_workers_below_uv_run_are_those_of_this_environment():
-    """The variable is read when Ray is imported, so the package must have set it before."""
-    code = (
-        "import raytune_emotion.tuning.execution.cluster\n"
-        "from ray._private import ray_constants; print(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
 def test_a_user_without_a_home_can_import_ray_tune():
     code = """
         import pwd

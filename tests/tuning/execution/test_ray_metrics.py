@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import threading
@@ -18,6 +16,7 @@ from ruamel.yaml import YAML
 
 import raytune_emotion
 from raytune_emotion.tuning.execution import ray_metrics
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_metrics import METRICS, StudyMetrics, study_metrics
 from raytune_emotion.tuning.execution.resources import Resources
@@ -97,27 +96,28 @@ def prometheus(tmp_path, cluster):
 def test_prometheus_reads_a_running_study(tmp_path, store, prometheus):
     folder = tmp_path / "watched"
     make_study(folder, spec_of(store, name="watched", space=RUN_SPACE, scheduler="none", trials=2, epochs=2000))
-    read, over = {}, threading.Event()
+    read, seen, over = {}, threading.Event(), threading.Event()
 
     def look():
-        """Ask until all numbers are there, then end the study as Ctrl-C does."""
+        """Ask until all numbers are there."""
         while len(read) < len(METRICS) and not over.wait(1):
             with contextlib.suppress(OSError):
                 read.update((name, found) for name in METRICS if (found := prometheus(f"ray_{name}")))
-        if not over.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+        seen.set()
 
     place = Placement(Resources(1, 1.0, 0.0), 1, limit=1)
-    reader = threading.Thread(target=look)
+    reader, deadline = threading.Thread(target=look), threading.Timer(120, over.set)
     study = load(folder)
-    with contextlib.suppress(KeyboardInterrupt), study_metrics(study) as watch:
+    with study_metrics(study) as watch:
         reader.start()
-        deadline = threading.Timer(120, over.set)
         deadline.start()
-        run_study(study, place, watch=watch)
-    deadline.cancel()
-    over.set()
-    reader.join()
+        try:
+            with pytest.raises(ClusterLost, match="seen"):  # which ends a study from within
+                run_study(study, place, watch=watch, failure=lambda: "seen" if seen.is_set() else "")
+        finally:
+            deadline.cancel()
+            over.set()
+            reader.join()
     for thread in threading.enumerate():  # other tests share the cluster
         if thread.name == "tune":
             thread.join(60)

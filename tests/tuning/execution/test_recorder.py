@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import shutil
 import threading
 
 import pytest
@@ -285,7 +286,7 @@ class TestPauses:
     def test_a_trial_that_was_paused_is_what_it_would_have_been_without_pauses(self, tmp_path, store, policy):
         space = {**SPACE, "model.backbone": "test_resnet"}
         make_study(tmp_path / "study", spec_of(store, space=space, trials=2, epochs=3))
-        policy.decisions = {("0000", 2): "pause"}
+        policy.decisions = {("0000", 2): "pause", ("0001", 1): "stop"}
         policy.answers = [Begin({}), Begin({}), TakeUp(0), None]
         record = run_here(load(tmp_path / "study"))[0]
         assert len(record.reports) == 3
@@ -354,18 +355,26 @@ def test_to_raise_the_epochs_twice_enqueues_the_best_once(folder):
     assert [*load(folder).optuna.trials[4].intermediate_values] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "garbage"])
-def test_trial_whose_checkpoint_is_gone_or_damaged_starts_anew_and_says_so(tmp_path, store, damage):
-    space = {**SPACE, "model.backbone": "test_resnet"}
-    folder, events = tmp_path / "study", []
-    make_study(folder, spec_of(store, space=space, trials=1, epochs=3))
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory, store):
+    """A study whose one trial has reported twice: its folder, and the reports."""
+    folder = tmp_path_factory.mktemp("broken off") / "study"
+    make_study(folder, spec_of(store, space={**SPACE, "model.backbone": "test_resnet"}, trials=1, epochs=3))
     study = load(folder)
     recorder = Recorder(study)
     proposal = recorder.next()
     with contextlib.closing(train_here(job_of(study, ONE_CORE, proposal))) as reports:
         before = [next(reports), next(reports)]
     assert all(recorder.report(proposal.trial_id, report) for report in before)
-    last = trial_folder(folder, proposal.trial_id) / LAST
+    return folder, before
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "garbage"])
+def test_trial_whose_checkpoint_is_gone_or_damaged_starts_anew_and_says_so(broken_off, tmp_path, damage):
+    whole_study, before = broken_off
+    folder, events = tmp_path / "study", []
+    shutil.copytree(whole_study, folder)
+    last = trial_folder(folder, "0000") / LAST
     whole = last.read_bytes()
     if damage == "gone":
         last.unlink()

@@ -35,9 +35,9 @@ from tests.support.studies import run_here, searcher_of, spec_of
 def begin(tmp_path, store):
     """Makes a study; returns its folder, its spec and a place for its trials."""
 
-    def make(*, workers=1, **changes):
+    def make(*, workers=1, space=RUN_SPACE, **changes):
         folder = tmp_path / "study"
-        make_study(folder, spec_of(store, name="study", space=RUN_SPACE, concurrency=1, **changes))
+        make_study(folder, spec_of(store, name="study", space=space, concurrency=1, **changes))
         return folder, Placement(Resources(workers, 1.0, 0.0), 1, limit=1)
 
     return make
@@ -59,9 +59,11 @@ def ask(folder, placement, uri):
 
 
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
-    uri = remote.join(bucket, "a study")
+    uri, events = remote.join(bucket, "a study"), []
     folder, placement = begin(trials=4, epochs=2)
-    records = run_study(load(folder, Remote(uri)), placement)
+    records = run_study(load(folder, Remote(uri)), placement, watch=events.append)
+    # So that what is compared below was trained in a fresh process, in one that had trained before, and in this one.
+    assert len({event.report["pid"] for event in events if event.report}) < 4
 
     names = remote.names(uri, "*")
     assert {name for name in names if "/" not in name} == {SPEC, JOURNAL, TRIALS, CURVES, DRIVER}
@@ -91,9 +93,13 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
     assert len(remote.names(uri, f"trials/*/{BEST}")) == KEPT
 
 
-def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, bucket, cluster, tmp_path):
+def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers_and_one_that_they_cannot_train_fails(
+    begin, bucket, cluster, tmp_path
+):
     uri = remote.join(bucket, "broken off")
-    folder, placement = begin(trials=1, epochs=3, workers=2, seed=2)
+    start = [{"train.batch_size": 32, "optim.lr": 1e-3, "loss.kl": 1.0}, {"train.batch_size": 1}]
+    space = RUN_SPACE | {"train.batch_size": {"choice": [32, 1]}, "start": start}
+    folder, placement = begin(space=space, trials=2, epochs=3, workers=2, seed=2)
     job = ask(folder, Placement(Resources(1, 1.0, 0.0), 1, limit=1), uri)
     with contextlib.closing(train_here(job)) as reports:
         before = [next(reports), next(reports)]
@@ -105,7 +111,11 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers(begin, 
     remote.delete(job.location, [BEST])
 
     lose(folder, uri)
-    (record,) = run_study(load(folder, Remote(uri)), placement)
+    record, refused = run_study(load(folder, Remote(uri)), placement)
+    assert refused.status == "failed"
+    assert refused.reason.startswith(
+        "train.batch_size: 1 rows make no 1 micro-batches (train.accumulate) for each of 2 workers"
+    )
     # To the clocks the same: they were not trained again.
     assert list(record.reports[:2]) == before
     assert [r["report"] for r in record.reports] == [1, 2, 3]

@@ -2,20 +2,20 @@
 
 import dataclasses
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD
 from raytune_emotion.learn.run_folder import read_history
-from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed
+from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed, job_of
+from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE, TrialActor
 from raytune_emotion.tuning.study.endings import Broken, Failed
-
-#: What takes seconds and hundreds of MB, and no trial's process has a use for.
-NEEDLESS = ("optuna", "pandas", "scipy", "ray.tune", "ray.train", "matplotlib", "jinja2")
+from raytune_emotion.tuning.study.open_study import load, make_study
+from tests.support.studies import ONE_CORE, run_here, spec_of
 
 
 @pytest.fixture
@@ -26,16 +26,6 @@ def job(tmp_path, store):
     return Job(
         "a trial", str(tmp_path / "study" / "trials" / "0000"), str(store.path), settings, Resources(1, 1.0, 0.0)
     )
-
-
-@pytest.mark.parametrize(
-    "module", ["raytune_emotion.tuning.execution.trial_actor", "raytune_emotion.tuning.execution.cluster"]
-)
-def test_what_is_needless_is_not_imported(module):
-    needless = [name for name in NEEDLESS if "actor" in module or name.startswith("ray.")]
-    code = f"import sys, {module}; print([name for name in {needless} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_a_result_is_what_the_driver_hears(job):
@@ -59,6 +49,36 @@ def test_a_process_goes_from_trial_to_trial_and_says_again_what_was_not_heard(jo
     assert [report["report"] for report in read_history(tmp_path / "study" / "trials" / "0000")] == [1, 2]
     assert actor.reset(job.to_dict())
     assert actor.train() == second, "its ending was not heard"
+
+
+def test_a_full_disk_ends_the_study_which_can_be_resumed(store, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    try:
+        folder = disk / "study"
+        space = {"model.backbone": "test_vit", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}
+        make_study(folder, spec_of(store, space=space, trials=2, epochs=6))
+        study = load(folder)
+        recorder = Recorder(study)
+        while (proposal := recorder.next()) is not None:
+            actor, goes_on = TrialActor(job_of(study, ONE_CORE, proposal).to_dict()), True
+            while goes_on:
+                result = actor.train()
+                if ENDING in result:
+                    recorder.end(proposal.trial_id, result[ENDING])
+                    break
+                goes_on = recorder.report(proposal.trial_id, result)
+            actor.stop()
+        with pytest.raises(Breakdown, match="no space left on the disk; the study can be resumed"):
+            recorder.close()
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        records = run_here(load(folder))
+        assert {r.status for r in records} <= {"complete", "pruned"}
+        assert [r["report"] for r in records[0].reports] == list(range(1, 7))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, tmp_path):
@@ -102,6 +122,17 @@ def test_a_trial_that_ran_out_of_memory_goes_on_in_the_micro_batches_that_fit(jo
     actor = Actor(job.to_dict())
     assert [actor.train()["report"], actor.train()["report"]] == [1, 2]
     assert attempts[2:] == [(2, False)]
+
+
+def test_trial_whose_process_was_killed_for_its_memory_goes_on_in_micro_batches_of_half_the_size(job):
+    """Also where they had been made smaller before."""
+    for accumulate, epochs in ((2, 1), (4, 2)):
+        settings = {**job.settings, "train.accumulate": accumulate}
+        actor = TrialActor(dataclasses.replace(job, settings=settings).to_dict())
+        results = [actor.train() for _ in range(epochs)]
+        actor.stop()
+    assert [result["report"] for result in results] == [1, 2]
+    assert [report["accumulate"] for report in read_history(Path(job.folder))] == [2, 4]
 
 
 def test_micro_batches_that_become_too_small_fail_a_trial_that_has_trained(job):

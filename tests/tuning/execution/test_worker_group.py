@@ -1,7 +1,5 @@
 import dataclasses
 import queue
-import subprocess
-import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -17,18 +15,9 @@ from tests.support.reports import without_clocks
 
 
 def test_an_action_in_the_background_gives_its_result_or_raises_its_error():
-    assert run_in_background(lambda: 3).result(timeout=10) == 3
+    assert run_in_background(lambda: 3).result(timeout=60) == 3
     with pytest.raises(ZeroDivisionError):
-        run_in_background(lambda: 1 / 0).result(timeout=10)
-
-
-def test_a_process_ends_though_an_action_in_the_background_does_not():
-    code = (
-        "import time; from raytune_emotion.tuning.execution.worker_group import run_in_background; "
-        "run_in_background(lambda: time.sleep(600)); print('end')"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout) == (0, "end\n")
+        run_in_background(lambda: 1 / 0).result(timeout=60)
 
 
 def test_one_worker_trains_as_a_process_of_its_own(tmp_path, store, monkeypatch):

@@ -211,8 +211,7 @@ def test_a_study_of_few_trials_ends_by_itself_with_a_finished_model():
     assert sum(study.reports) < 8 * REPORTS
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("workers", [2, 8])
+@pytest.mark.parametrize(("workers", "seed"), [(2, 0), (2, 1), (8, 0)])
 def test_a_trial_that_was_pruned_is_never_taken_up(workers, seed, monkeypatch):
     monkeypatch.setattr(freeze_thaw, "_LEAST_NEW_SHARE", 1.0)  # so that more are paused than may be
     study = Study(paused=3, seed=seed)

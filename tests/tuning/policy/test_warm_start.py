@@ -6,8 +6,6 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
-from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier, write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.continuation import refused_changes
@@ -17,7 +15,7 @@ from raytune_emotion.tuning.study.optuna_study import create_study, load_study
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.reports import short_report
-from tests.support.studies import searcher_of, spec_of
+from tests.support.studies import run_here, searcher_of, spec_of
 
 SPACE = {
     "model.backbone": "test_vit",
@@ -43,12 +41,12 @@ def write_study(folder, store, trials):
     return folder
 
 
-def test_a_study_begins_where_earlier_ones_were_good_and_keeps_what_they_said(tmp_path, store, cluster):
+def test_a_study_begins_where_earlier_ones_were_good_and_keeps_what_they_said(tmp_path, store):
     earlier = write_study(tmp_path / "earlier", store, 20)
     folder = tmp_path / "study"
     make_study(folder, spec_of(store, space=SPACE, trials=3, epochs=1), gather_earlier([Folder(earlier)]))
     shutil.rmtree(earlier)
-    records = run_study(load(folder), fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=1))
+    records = run_here(load(folder))
     rates = np.array([record.settings["optim.lr"] for record in records])
     assert len(rates) == 3
     assert (abs(np.log10(rates / BEST)) < 0.5).all(), rates  # a range of two decades

@@ -1,6 +1,7 @@
 """What the report says of ways to use the kept trials."""
 
 import html
+import math
 import re
 from types import SimpleNamespace
 
@@ -14,6 +15,12 @@ from raytune_emotion.tuning.report.combination_gain import measure_combinations
 from raytune_emotion.tuning.report.page import write_report
 from raytune_emotion.tuning.study.open_study import load
 from tests.support.studies import write_study
+
+
+@pytest.fixture(autouse=True)
+def all_ways(monkeypatch):
+    """Leave no way out because this machine is busy."""
+    monkeypatch.setattr(combination_gain, "_MOST_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def test_the_report_shows_what_each_way_would_bring(study):
     assert 0 < ensemble.combined < 1
     page = (study / "report.html").read_text()
     assert "The 95 % interval of its JS over the validation images is 0." in page
-    assert all(f"raytune-emotion confirm {study}" in page for _ in rivals)
+    assert (f"raytune-emotion confirm {study}" in page) == bool(rivals)
     section = page[page.index('id="combine"') :]
     cells = [html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<td.*?</td>", section)]
     assert f"{ensemble.combined:.4f}" in cells

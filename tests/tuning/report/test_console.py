@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import termios
-import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -30,30 +29,6 @@ def progress(tmp_path, store):
     return StudyProgress(load(tmp_path / "study"), clock=Clock())
 
 
-def on_terminal(code: str, columns: int) -> str:
-    """What a Python program writes to a terminal of so many columns."""
-    ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (40, columns))
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    for name in ("COLUMNS", "LINES", "NO_COLOR"):
-        environment.pop(name, None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
-    )
-    os.close(theirs)
-    written = b""
-    while True:
-        try:
-            written += (part := os.read(ours, 65536))
-        except OSError:  # all is read, and the process has ended
-            break
-        if not part:
-            break
-    os.close(ours)
-    assert process.wait() == 0, written.decode()
-    return written.decode()
-
-
 def test_a_trial_that_continues_another_says_so():
     ended = event("0032", "complete", 0.07, 8.0)
     assert " continues " not in line_of(ended)
@@ -66,27 +41,80 @@ def test_a_trial_that_failed_after_a_report_says_why():
     assert line_of(event("0003", "failed", 0.4, reason="diverged")).startswith("0003  failed    diverged  ")
 
 
-def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
-    code = f"""
-        import time
-        from pathlib import Path
-        from types import SimpleNamespace
-        from raytune_emotion.terminal import plain_console
-        from raytune_emotion.tuning.report.console import show_events
-        from raytune_emotion.tuning.report.live_state import StudyProgress
-        from raytune_emotion.tuning.study.open_study import load, make_study
-        from tests.support.events import event
-        from tests.support.studies import spec_of
+#: Two studies on one terminal: one is shown and ends, and the terminal closes below the other.
+_ON_TERMINAL = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from raytune_emotion.interruption import finish_block, handle_signals
+from raytune_emotion.terminal import plain_console
+from raytune_emotion.tuning.report.console import show_events
+from raytune_emotion.tuning.report.live_state import StudyProgress
+from raytune_emotion.tuning.study.open_study import load, make_study
+from tests.support.events import event
+from tests.support.studies import spec_of
 
-        folder = Path({str(tmp_path / "study")!r})
-        make_study(folder, spec_of(SimpleNamespace(image_size=32, path="s", fingerprint="f"), trials=8, epochs=4))
-        with show_events(plain_console(), StudyProgress(load(folder))) as hear:
-            hear(event("0000", "running", 0.3))
-            time.sleep(0.6)  # it is drawn four times a second
-            hear(event("0000", "failed", reason="[/b] diverged"))
-            hear(event("0001", "running", 0.25))
-        """
-    written = on_terminal(textwrap.dedent(code), 80)
+folder, console = Path(sys.argv[1]), plain_console()
+store = SimpleNamespace(image_size=32, path="s", fingerprint="f")
+for name in ("shown", "closed"):
+    make_study(folder / name, spec_of(store, trials=8, epochs=4))
+with show_events(console, StudyProgress(load(folder / "shown"))) as hear:
+    hear(event("0000", "running", 0.3))
+    time.sleep(0.6)  # it is drawn four times a second
+    hear(event("0000", "failed", reason="[/b] diverged"))
+    hear(event("0001", "running", 0.25))
+print("the end of the first", flush=True)
+with handle_signals():
+    try:
+        with show_events(console, StudyProgress(load(folder / "closed"))) as hear:
+            while True:
+                hear(event("0000", "complete", 0.3))
+                time.sleep(0.01)
+    except KeyboardInterrupt:
+        with finish_block():
+            console.print("concluded")
+            (folder / "concluded").touch()
+"""
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """A process with two studies on a terminal of its own, with 80 columns; and our end of the terminal."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (40, 80))
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
+
+    def lead_session() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", _ON_TERMINAL, tmp_path], stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+        preexec_fn=lead_session,
+    )  # fmt: skip
+    os.close(theirs)
+    with os.fdopen(ours, "rb", buffering=0) as end:
+        yield process, end
+    process.kill()  # else it goes on for ever where it does not end by itself
+    process.wait()
+
+
+def read_until(end, word: str) -> str:
+    """What a terminal is told until a word."""
+    told = b""
+    while word.encode() not in told:
+        told += end.read(65536)
+    return told.decode(errors="replace")
+
+
+def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials_and_when_it_closes_a_study_ends_in_order(
+    terminal, tmp_path
+):
+    """All that a study still writes and says then is written and said, though nobody hears it."""
+    process, end = terminal
+    written = read_until(end, "the end of the first").partition("the end of the first")[0]
     assert "\x1b[1A" in written, "nothing was drawn again"
     # Every drawing begins at the label of its first line.
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.rpartition("trials   ")[2])
@@ -98,52 +126,10 @@ def test_a_terminal_shows_the_view_below_the_lines_of_ended_trials(tmp_path):
     assert max(map(len, lines)) <= 80
     assert "\x1b[?25h" in written, "the cursor is shown again"
 
-
-def test_a_terminal_that_closes_ends_a_study_in_order(tmp_path, request):
-    """All that it still writes and says is written and said, though nobody hears it."""
-    code = f"""
-        import time
-        from pathlib import Path
-        from types import SimpleNamespace
-        from raytune_emotion.interruption import finish_block, handle_signals
-        from raytune_emotion.terminal import plain_console
-        from raytune_emotion.tuning.report.console import show_events
-        from raytune_emotion.tuning.report.live_state import StudyProgress
-        from raytune_emotion.tuning.study.open_study import load, make_study
-        from tests.support.events import event
-        from tests.support.studies import spec_of
-
-        folder, console = Path({str(tmp_path / "study")!r}), plain_console()
-        make_study(folder, spec_of(SimpleNamespace(image_size=32, path="s", fingerprint="f")))
-        with handle_signals():
-            try:
-                with show_events(console, StudyProgress(load(folder))) as hear:
-                    while True:
-                        hear(event("0000", "complete", 0.3))
-                        time.sleep(0.01)
-            except KeyboardInterrupt:
-                with finish_block():
-                    console.print("concluded")
-                    (folder / "concluded").touch()
-        """
-    ours, theirs = os.openpty()
-
-    def lead_session() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdin=theirs, stdout=theirs, stderr=theirs,
-        preexec_fn=lead_session, env={**os.environ, "TERM": "xterm"},
-    )  # fmt: skip
-    request.addfinalizer(process.kill)  # else it goes on for ever where it does not end by itself
-    os.close(theirs)
-    written = b""
-    while b"complete" not in written:
-        written += os.read(ours, 65536)
-    os.close(ours)
+    read_until(end, "complete")
+    end.close()
     assert process.wait(60) == 0
-    assert (tmp_path / "study" / "concluded").exists()
+    assert (tmp_path / "concluded").exists()
 
 
 def test_a_file_and_a_notebook_get_lines(progress):

@@ -54,9 +54,28 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def study(tmp_path, store):
-    write_study(tmp_path / "study", store)
-    return load(tmp_path / "study")
+def study(tmp_path, store, request):
+    """A study with a name of its own: MLflow finds it by that, and by the second when it was created."""
+    write_study(tmp_path / request.node.name, store)
+    return load(tmp_path / request.node.name)
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    """What a log sets in the environment of the process is undone."""
+    for name, value in mlflow_module._MLFLOW_SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+def runs_of(server, study):
+    """Return the runs of studies with this study's name, and those of their trials."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=server)
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    parents = [run for run in runs if run.data.tags.get(STUDY_TAG) == study.folder.name]
+    ids = {parent.info.run_id for parent in parents}
+    return client, parents, [run for run in runs if run.data.tags.get("mlflow.parentRunId") in ids]
 
 
 def events_of(study):
@@ -70,28 +89,23 @@ def events_of(study):
 
 
 def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
-    from mlflow.tracking import MlflowClient
-
     (study.folder / "best").mkdir(exist_ok=True)
     (study.folder / "best" / "config.json").write_text("{}")
     for _ in range(2):  # a study that goes on goes on with its runs
         with mlflow_log(server, study) as watch:
             for each in events_of(study):
                 watch(each)
-    client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    (parent,) = (run for run in runs if STUDY_TAG in run.data.tags)
-    children = {run.data.tags[TRIAL_TAG]: run for run in runs if TRIAL_TAG in run.data.tags}
+    client, (parent,), runs = runs_of(server, study)
+    children = {run.data.tags[TRIAL_TAG]: run for run in runs}
     records = {record.trial_id: record for record in study.records()}
     assert children.keys() == records.keys()
-    assert len(runs) == 1 + len(records)
+    assert len(runs) == len(records)
     best = min(record.best["val_js"] for record in records.values())
     assert parent.data.metrics["best_val_js"] == pytest.approx(best)
     assert parent.info.status == "FINISHED"
     assert [file.path for file in client.list_artifacts(parent.info.run_id, "best")] == ["best/config.json"]
     for trial_id, run in children.items():
         record = records[trial_id]
-        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.params == {name: str(value) for name, value in record.settings.items()}
         assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "complete")
         curve = client.get_metric_history(run.info.run_id, "val_js")
@@ -99,36 +113,28 @@ def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
 
 
 def test_a_search_that_goes_on_does_not_undo_the_best(study, server):
-    from mlflow.tracking import MlflowClient
-
     for js in (0.2, 0.3, 0.1):  # of a search each
         with mlflow_log(server, study) as watch:
             watch(event(f"{js}", "running", js, 1.0))
-    client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    (parent,) = (run for run in runs if {"0.2", "0.3", "0.1"} == {
-        child.data.tags[TRIAL_TAG] for child in runs if child.data.tags.get("mlflow.parentRunId") == run.info.run_id
-    })  # fmt: skip
+    client, (parent,), runs = runs_of(server, study)
+    assert {run.data.tags[TRIAL_TAG] for run in runs} == {"0.2", "0.3", "0.1"}
     assert [m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js")] == [0.2, 0.1]
 
 
 def test_another_study_of_the_same_name_has_runs_of_its_own(study, server):
     """MLflow lets no parameter change: of the second study nothing at all would be logged."""
-    from mlflow.tracking import MlflowClient
-
     for lr in (0.1, 0.2):
         (study.folder / SPEC).write_text(f"created: {lr}\n")
         with mlflow_log(server, study) as watch:
             watch(event("0000", "running", settings={"optim.lr": lr}))
-    client = MlflowClient(tracking_uri=server)
-    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
-    rates = [run.data.params.get("optim.lr") for run in runs if run.data.tags.get(TRIAL_TAG) == "0000"]
-    assert {"0.1", "0.2"} <= {*rates}
+    _, parents, runs = runs_of(server, study)
+    assert len(parents) == 2
+    assert sorted(run.data.params["optim.lr"] for run in runs) == ["0.1", "0.2"]
 
 
 def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
     monkeypatch.setattr(mlflow_module, "_AGAIN_S", 0.05)
-    address = f"http://{free_address()}"
+    address = "http://127.0.0.1:1"  # nothing listens there
     began = time.monotonic()
     with mlflow_log(address, study) as watch:
         for each in events_of(study):
@@ -158,11 +164,3 @@ def test_a_missing_package_is_said_at_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert exit_code(["search", "--mlflow", "x", "--results", tmp_path, "--name", "s"]) == 2
     assert "error: --mlflow: the package mlflow is missing; install it with" in capsys.readouterr().err
-
-
-def test_without_the_option_mlflow_is_not_imported():
-    code = (
-        "import sys, raytune_emotion.tuning.report.mlflow_log, raytune_emotion.search; print('mlflow' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

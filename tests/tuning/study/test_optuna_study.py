@@ -283,10 +283,12 @@ def test_journal_lock_respects_that_of_other_programs(tmp_path, space):
     theirs = JournalFileSymlinkLock(str(tmp_path / JOURNAL))
     ours = load_study(tmp_path)
     theirs.acquire()
-    thread = threading.Thread(target=ours.ask)
-    thread.start()
-    thread.join(0.3)
-    assert thread.is_alive()
-    theirs.release()
-    thread.join(10)
+    thread = threading.Thread(target=ours.ask, daemon=True)
+    try:
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    finally:
+        theirs.release()
+    thread.join(60)
     assert not thread.is_alive()

@@ -98,17 +98,24 @@ ODD = (
 )
 
 
+@pytest.fixture(scope="module")
+def values_of_spec(tmp_path_factory, store):
+    """What the file of a study's spec says."""
+    folder = tmp_path_factory.mktemp("spec")
+    write_spec(folder, spec_of(store))
+    return YAML(typ="safe").load(folder / SPEC)
+
+
 @given(data=st.data())
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_spec_is_read_or_refused_by_a_sentence(data, tmp_path, store):
-    write_spec(tmp_path, spec_of(store))
-    values = YAML(typ="safe").load(tmp_path / SPEC)
+def test_any_spec_is_read_or_refused_by_a_sentence(data, tmp_path, values_of_spec):
+    values = values_of_spec.copy()
     name = data.draw(st.sampled_from(sorted(values)))
     if data.draw(st.booleans()):
         values[name] = data.draw(ODD | st.dictionaries(st.text(max_size=3) | st.integers(), ODD, max_size=2))
     else:
         del values[name]
-    YAML().dump(values, tmp_path / SPEC)
+    YAML(typ="safe").dump(values, tmp_path / SPEC)
     with contextlib.suppress(UserError):
         read_spec(tmp_path)
 
