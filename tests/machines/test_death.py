@@ -42,18 +42,18 @@ def test_a_search_ends_when_a_part_of_ray_dies_or_freezes(folder, search, part, 
 
 
 def test_a_search_resumes_after_the_death_of_its_raylet(folder, search, start):
-    running = search(epochs=30)
+    running = search(epochs=300)
     running.part("raylet").send_signal(signal.SIGKILL)
     assert running.ended()[0] == 1
     code, _ = start("search", "--resume", "--results", "r", "--name", "s").ended(limit=180)
     assert code == 0
     histories = [file.read_text().count("\n") for file in (folder / "r" / "s").rglob("history.jsonl")]
-    assert max(histories) == 30
+    assert max(histories) == 300
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
 def test_a_search_goes_on_without_the_dashboard_and_the_monitors(search, name):
-    running = search(epochs=60)
+    running = search(epochs=300)
     for part in ("dashboard/dashboard.py", "_private/log_monitor.py", "_private/monitor.py"):
         running.part(part).send_signal(getattr(signal, name))
     code, out = running.ended(limit=180)
@@ -61,7 +61,7 @@ def test_a_search_goes_on_without_the_dashboard_and_the_monitors(search, name):
 
 
 def test_a_search_goes_on_with_frozen_agents(search):
-    running = search(epochs=60)
+    running = search(epochs=300)
     for part in ("ray::DashboardAgent", "ray::RuntimeEnvAgent"):
         running.part(part).send_signal(signal.SIGSTOP)
     code, out = running.ended(limit=180)
@@ -69,7 +69,7 @@ def test_a_search_goes_on_with_frozen_agents(search):
 
 
 def test_a_trial_that_freezes_is_ended_and_goes_on(folder, search):
-    running = search(epochs=40)
+    running = search(epochs=300)
     running.part("ray::TrialActor").send_signal(signal.SIGSTOP)
     code, out = running.ended(limit=240)
     assert code == 0, out

@@ -5,11 +5,14 @@ import signal
 import time
 
 import pandas as pd
+import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.study.drivers import join_study
 from raytune_emotion.tuning.study.optuna_study import list_trials, load_study
 from raytune_emotion.tuning.study.spec import read_spec
+
+pytestmark = pytest.mark.timeout(700)
 
 TRIALS = 6
 
@@ -46,7 +49,7 @@ def kill_while_both_run(study, dead, alive):
 def test_two_searches_that_start_at_once_share_a_study_and_one_finishes_what_the_other_leaves(folder, start, postgres):
     url, study = postgres.new_database(), folder / "r" / "s"
     asked = ["--data", "tiny", "--space", "tiny.yaml", "--results", "r", "--name", "s", "--trials", TRIALS]
-    asked += ["--epochs", 10, "--concurrency", 1, "--storage", url]
+    asked += ["--epochs", 200, "--concurrency", 1, "--storage", url]
     dead, alive = (start("search", *asked) for _ in range(2))
     survivor, abandoned = kill_while_both_run(study, dead, alive)
 
@@ -56,7 +59,7 @@ def test_two_searches_that_start_at_once_share_a_study_and_one_finishes_what_the
         assert code == 0, out
         assert verb != "status" or json.loads(out)["trials"]["running"] >= 1
 
-    code, out = alive.ended(150)
+    code, out = alive.ended(400)
     assert code == 0, out
     assert "Traceback" not in out
     trials = {trial.trial_id: trial for trial in list_trials(load_study(study))}

@@ -137,10 +137,19 @@ def browser():
 
 
 async def _first_tab(loop, folder):
-    while not (folder / "DevToolsActivePort").exists():
+    told = folder / "DevToolsActivePort"
+    # It is there before anything is in it, and before the browser has a page.
+    while not told.exists() or not (lines := told.read_text().split()):
         await asyncio.sleep(0.05)
-    port = (folder / "DevToolsActivePort").read_text().split()[0]
     session = aiohttp.ClientSession()
-    async with session.get(f"http://127.0.0.1:{port}/json") as answer:
-        pages = [page for page in await answer.json() if page["type"] == "page"]
-    return session, Tab(loop, await session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0))
+    try:
+        while True:
+            async with session.get(f"http://127.0.0.1:{lines[0]}/json") as answer:
+                pages = [page for page in await answer.json() if page["type"] == "page"]
+            if pages:
+                address = pages[0]["webSocketDebuggerUrl"]
+                return session, Tab(loop, await session.ws_connect(address, max_msg_size=0))
+            await asyncio.sleep(0.05)
+    except BaseException:
+        await session.close()
+        raise

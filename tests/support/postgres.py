@@ -1,6 +1,7 @@
 """A real PostgreSQL server in a temporary folder."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from optuna.storages import RDBStorage
+from sqlalchemy.pool import NullPool
 
 USER = "emotion"
 #: This database asks for the password in plain text.
@@ -31,8 +34,7 @@ class Server:
     """A server that listens on the loopback interface."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
+        self.port = 0
         # It refuses to run as root.
         self._user = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.getuid() == 0 else {}
         if self._user:
@@ -45,15 +47,25 @@ class Server:
         self._databases = 0
 
     def start(self) -> None:
-        options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "port": self.port}
-        settings = [f"--{name}={value}" for name, value in options.items()]
-        command = [find_program("postgres"), "-D", str(self._data), *settings]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self._user)
-        while True:
-            with contextlib.suppress(psycopg.OperationalError):
-                return psycopg.connect(self.url("postgres")).close()
-            assert self._process.poll() is None, "the server has ended"
-            time.sleep(0.05)
+        """Start at a free port; another program may take it first, so that another one is tried."""
+        for _ in range(5):
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                self.port = listener.getsockname()[1]
+            options = {
+                "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off", "port": self.port,
+            }  # fmt: skip
+            settings = [f"--{name}={value}" for name, value in options.items()]
+            command = [find_program("postgres"), "-D", str(self._data), *settings]
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self._user
+            )
+            while self._process.poll() is None:
+                with contextlib.suppress(psycopg.OperationalError), self._connect() as connection:
+                    # Else another server has the port.
+                    if connection.execute("SHOW data_directory").fetchone() == (str(self._data),):
+                        return
+                time.sleep(0.05)
+        raise AssertionError("the server has ended")
 
     def stop(self) -> None:
         """End the server, and every connection to it."""
@@ -65,16 +77,27 @@ class Server:
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@127.0.0.1:{self.port}/{database}"
 
-    def new_database(self) -> str:
-        """Make an empty database, and return its URL."""
+    def new_database(self, *, tables: bool = False) -> str:
+        """Make a database, empty or with the tables of Optuna, and return its URL."""
         self._databases += 1
         name = f"studies{self._databases}"
-        self.execute(f"CREATE DATABASE {name}")
+        self.execute(f"CREATE DATABASE {name}" + (f" TEMPLATE {self._tables}" if tables else ""))
         return self.url(name)
 
+    @functools.cached_property
+    def _tables(self) -> str:
+        """The name of a database that is copied: to make the tables takes far longer."""
+        self.execute("CREATE DATABASE tables")
+        url = self.url("tables").replace("postgresql:", "postgresql+psycopg:", 1)
+        RDBStorage(url, engine_kwargs={"poolclass": NullPool})  # a database in use cannot be copied
+        return "tables"
+
     def execute(self, statement: str) -> None:
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute(statement)
+
+    def _connect(self) -> psycopg.Connection:
+        return psycopg.connect(self.url("postgres"), autocommit=True)
 
     def _run(self, name: str, *arguments: object) -> None:
         command = [find_program(name), *map(str, arguments)]
@@ -86,8 +109,8 @@ def postgres_server():
     """Start a server; it ends with the block."""
     with tempfile.TemporaryDirectory(prefix="rte-pg-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         server = Server(Path(folder))
-        server.start()
         try:
+            server.start()
             yield server
         finally:
             server.stop()

@@ -2,8 +2,7 @@
 
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 
 import pytest
@@ -12,8 +11,10 @@ import ray
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.cluster_map import cluster_map
-from tests.support.commands import heed_ctrl_c
+from tests.support.cluster import joined_session
+from tests.support.commands import exit_code
 from tests.support.faces import write_folder
 from tests.support.folders import files_of
 
@@ -48,30 +49,29 @@ def test_a_cluster_packs_the_stores_of_one_machine(cluster, faces, tmp_path):
         assert files_of(tmp_path / f"{size}px") == files_of(alone.path)
 
 
-def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path):
-    folder, dest = write_folder(tmp_path / "faces", train=384), tmp_path / "out" / "store"
+def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path, monkeypatch, capsys):
+    folder, dest = write_folder(tmp_path / "faces", train=1600), tmp_path / "out" / "store"
     part = dest.with_name(".store.part")
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "raytune_emotion.pack", folder, dest, "--image-size", "600", "--address", address]
-    with subprocess.Popen(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_ctrl_c,
-    ) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while not list(part.glob(".train-*.done")):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    over = threading.Event()
+
+    def interrupt():
+        while not list(part.glob(".train-*.done")):
+            if over.wait(0.05):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    try:
+        code = exit_code(["pack", folder, dest, "--image-size", "600", "--address", address])
+    finally:
+        over.set()
+        interrupter.join()
+    out, err = capsys.readouterr()
     said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
-    assert (process.returncode, out, err) == (130, "", said)
+    assert (code, out, err) == (130, "", said)
     assert list(dest.parent.iterdir()) == [part]
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != 2:  # Ray takes its time to tell

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -29,11 +30,12 @@ def environment(no_cluster, monkeypatch):
 @pytest.fixture
 def short(monkeypatch):
     """A folder with a short path, for Ray's files."""
-    folder = Path(f"/tmp/t{os.getpid()}")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
     yield folder
-    folder.rmdir()
+    left = list(folder.iterdir())
+    shutil.rmtree(folder)
+    assert left == []
 
 
 def test_a_temporary_folder_with_a_long_path_is_passed_over(monkeypatch, tmp_path, short):
@@ -242,16 +244,18 @@ def test_a_user_without_a_home_can_import_ray_tune():
     assert (done.stderr, done.returncode) == ("", 0)
 
 
-def test_the_next_session_deletes_the_folder_of_one_that_was_killed(short):
+def test_the_next_session_deletes_the_folder_of_one_that_was_killed(short, request):
     """Not that of one that runs, nor logs that are kept."""
     session = (
         "import os, sys, time\n"
         "from raytune_emotion.tuning.execution.local_ray import local_ray\n"
         "with local_ray() as arguments:\n"
         "    print(arguments['_temp_dir'], flush=True)\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(600)\n"
     )
     sessions = [subprocess.Popen([sys.executable, "-c", session], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in sessions:
+        request.addfinalizer(process.kill)
     killed, runs = (Path(process.stdout.readline().strip()) for process in sessions)
     sessions[0].kill()
     sessions[0].wait()

@@ -26,7 +26,7 @@ def all_ways(monkeypatch):
 @pytest.fixture(scope="module")
 def study(store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "study"
-    write_study(folder, store, trials=3, epochs=1)
+    write_study(folder, store)
     return folder
 
 

@@ -50,7 +50,7 @@ def test_it_says_that_a_model_of_drawn_faces_tells_nothing_of_photos(tmp_path, s
 
 
 def test_an_export_at_a_uri_is_whole_or_none(tmp_path, store, no_plots, capsys, monkeypatch):
-    write_study(tmp_path / "study", store, trials=2, epochs=1)
+    write_study(tmp_path / "study", store)
     shutil.copytree(tmp_path / "study", tmp_path / "place" / "study")
     place = Remote((tmp_path / "place" / "study").as_uri())
     study = load(tmp_path / "study", place)

@@ -13,6 +13,7 @@ from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.report import finish
 from raytune_emotion.tuning.report.finish import FINAL, FINISHED, finish_study
 from raytune_emotion.tuning.report.single_run import Workers
+from raytune_emotion.tuning.study import combined_export
 from raytune_emotion.tuning.study.combination import (
     combine_ensemble,
     combine_soup,
@@ -167,6 +168,16 @@ def test_what_is_exported_is_what_helps_on_unseen_images(study, tmp_path, monkey
     mixed = dataclasses.replace(mixed, members=(0, 0), gain=Gain(of_soup, soup))
     monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
     monkeypatch.setattr(finish, "combine_soup", lambda candidates: (mixed, best))
+    asked, write_model = [], combined_export.write_model
+
+    def write_weights(*args, formats, **more):
+        """Leave out the graph, which `test_combination.py` has."""
+        asked.append(formats)
+        write_model(*args, formats=["timm"], **more)
+
+    monkeypatch.setattr(combined_export, "write_model", write_weights)
+    monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
     steps = finish._export(tmp_path / "dest", candidates, load(study), [])
     assert [step.js for step in steps] == [soup, ensemble]
     assert said in (tmp_path / "dest" / "README.md").read_text()
+    assert asked == ([["timm", "pt2"]] if said.startswith("an ensemble") else [])

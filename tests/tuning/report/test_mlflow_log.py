@@ -1,15 +1,11 @@
 """A study in MLflow: on a real server of this machine, and with a server that is away."""
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
+import threading
 import time
-import urllib.request
 from unittest.mock import MagicMock
 
 import pytest
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 from raytune_emotion.tuning.report import mlflow_log as mlflow_module
 from raytune_emotion.tuning.report.mlflow_log import EXPERIMENT, STUDY_TAG, TRIAL_TAG, mlflow_log
@@ -20,37 +16,33 @@ from tests.support.events import event
 from tests.support.studies import write_study
 
 
-def free_address():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Start MLflow on sqlite, and return its address."""
-    folder, address = tmp_path_factory.mktemp("mlflow"), free_address()
-    host, _, port = address.partition(":")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'runs.db'}",
-        "--artifacts-destination",
-        str(folder / "art"),
-    ]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 100
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/health", timeout=5):
-                break
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield f"http://{address}"
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(30)
+    """The application of MLflow's server on sqlite, in a thread of this process: its address."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    database = f"sqlite:///{folder / 'runs.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "_MLFLOW_SERVER_FILE_STORE": database,
+            "MLFLOW_TRACKING_URI": database,  # the server sets it, so that it is undone here
+            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
+            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "art"),
+            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
+        }.items():
+            patch.setenv(name, value)
+        from mlflow.server import app
+
+        server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class Silent(WSGIRequestHandler):
+    def log_request(self, *_):
+        pass
 
 
 @pytest.fixture

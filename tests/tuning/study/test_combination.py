@@ -32,7 +32,7 @@ from tests.support.studies import write_study
 def study(store, tmp_path_factory):
     """A study of three trials, all with their weights."""
     folder = tmp_path_factory.mktemp("results") / "three"
-    write_study(folder, store, trials=3, epochs=1)
+    write_study(folder, store)
     return folder
 
 
