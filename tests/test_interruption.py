@@ -22,7 +22,7 @@ from raytune_emotion.interruption import (
     run_in_thread,
 )
 
-#: Says when it is ready, and when it has heard a signal; what it writes at the end waits for a line, or the last one.
+#: Says when it is ready, has heard a signal, and ends. What it writes at its end waits for a line, or for no more.
 COMMAND = """
 import os, sys, time
 from raytune_emotion import interruption
@@ -40,6 +40,7 @@ def action():
         print("ready", flush=True)
         {work}
     finally:
+        print("ends", flush=True)
         sys.stdin.readline()
         print("written", flush=True)
 
@@ -63,10 +64,12 @@ def started(work=SLEEP, prefix=()):
     return process
 
 
-def interrupt(process, name):
-    """Send a signal, and wait until the process has heard it."""
+def interrupt(process, name, *, ends=False):
+    """Send a signal, and wait until the process has heard it, and ends by it."""
     process.send_signal(getattr(signal, name))
     assert process.stdout.readline() == "heard\n"
+    if ends:
+        assert process.stdout.readline() == "ends\n"
 
 
 def outcome(process):
@@ -77,20 +80,22 @@ def outcome(process):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_a_command_in_order(name):
     process = started()
-    interrupt(process, name)
+    interrupt(process, name, ends=True)
     assert outcome(process) == (130, "written\n", "interrupted\n")
 
 
 def test_further_signals_do_not_break_off_what_is_written():
     process = started()
-    for name in ("SIGINT", "SIGTERM", "SIGTERM", "SIGINT"):
+    interrupt(process, "SIGINT", ends=True)
+    for name in ("SIGTERM", "SIGTERM", "SIGINT"):
         interrupt(process, name)
     assert outcome(process) == (130, "written\n", "interrupted\n")
 
 
 def test_a_third_ctrl_c_insists():
     process = started()
-    for _ in range(3):
+    interrupt(process, "SIGINT", ends=True)
+    for _ in range(2):
         interrupt(process, "SIGINT")
     code, out, _ = outcome(process)
     assert (code, out) == (130, "")
@@ -117,7 +122,7 @@ def test_what_must_be_finished_is_before_the_command_ends():
     process = started("\n            ".join(["with finish_block():", *lines]))
     assert process.stdout.readline() == "within\n"
     interrupt(process, "SIGTERM")
-    assert outcome(process) == (130, "finished\nwritten\n", "interrupted\n")
+    assert outcome(process) == (130, "finished\nends\nwritten\n", "interrupted\n")
 
 
 def test_sigterm_works_where_ctrl_c_is_ignored_as_in_the_background_of_a_script():
@@ -130,14 +135,14 @@ def test_sigterm_works_where_ctrl_c_is_ignored_as_in_the_background_of_a_script(
         ).stdout.split())  # fmt: skip
         for number in (signal.SIGINT, signal.SIGTERM):
             subprocess.run(["kill", f"-{number.value}", str(child)], check=True)
-        assert shell.communicate(timeout=120)[0] == "heard\nwritten\ncode 130\n"
+        assert shell.communicate(timeout=120)[0] == "heard\nends\nwritten\ncode 130\n"
 
 
 def test_nohup_keeps_a_command_from_ending_with_its_terminal():
     process = started("sys.stdin.readline(); print('done', flush=True)", prefix=["nohup"])
     process.send_signal(signal.SIGHUP)
     code, out, _ = outcome(process)
-    assert (code, out) == (0, "done\nwritten\n")
+    assert (code, out) == (0, "done\nends\nwritten\n")
 
 
 def test_handlers_are_as_before_and_other_threads_change_none():
