@@ -60,7 +60,7 @@ WRONG = [
     (("train", "--data", "none"), "none: there is no such folder"),
     (("train", "--set", "lr=1"), "lr: there is no such setting; did you mean optim.lr?"),
     (("train", "--set", "optim.wd=1"), "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
-    (("train", "--set", "model.backbone=resnet81"), "resnet81: there is no such timm model"),
+    (("train", "--data", "none", "--set", "model.backbone=resnet81"), "resnet81: there is no such timm model"),
     (("pack", "none", "store"), "none: there is no such folder"),
     (("confirm", "none"), _NO_STUDY),
     (("report", "none"), _NO_STUDY),
