@@ -89,7 +89,7 @@ ABSENT_GPU = [
     ("search", "--gpus-per-worker", "1"),
     ("search", "--gpus-per-worker", "auto"),
     (*_RESUME, "study", "--gpus-per-worker", "0.5"),
-    ("train", "--gpus-per-worker", "1"),
+    ("train", "--data", "none", "--gpus-per-worker", "1"),
     ("confirm", "r/study", "--gpus-per-worker", "1"),
 ]
 
