@@ -164,11 +164,8 @@ def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, t
     assert "confirm " not in capsys.readouterr().out
 
 
-def test_a_confirmation_is_interrupted_gone_on_with_and_extended(
-    study, cluster, tmp_path, capsys, monkeypatch, no_plots
-):
-    # Ray can be started only once in a process, and has been.
-    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+@pytest.mark.usefixtures("without_ray", "no_plots")
+def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, monkeypatch):
     folder = study / "confirmed"
 
     def run_one_epoch(console, study, placement, failure):

@@ -128,6 +128,11 @@ def lines_of(block: Block) -> list[str]:
     return block.text.replace("\\\n", " ").splitlines()
 
 
+def test_there_is_something_to_check():
+    """A test of each of none would be left out without a word."""
+    assert min(len(some) for some in (DOCUMENTS, NOTEBOOKS, SHELL, WITH_PYTHON)) > 0
+
+
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_shell_commands_parse(block):
     for line in lines_of(block):
@@ -151,7 +156,7 @@ def test_every_block_names_its_language():
 def finished_study(store, tmp_path_factory):
     """A study with an export, made without Ray."""
     folder = tmp_path_factory.mktemp("docs") / "study"
-    write_study(folder, store, trials=2, epochs=1)
+    write_study(folder, store)
     export_checkpoint(folder / "trials" / "0000" / BEST, folder / "best")
     return folder
 
@@ -159,6 +164,7 @@ def finished_study(store, tmp_path_factory):
 @pytest.fixture
 def project(finished_study, tmp_path, monkeypatch):
     """A folder with the files that examples name, and the built-in sample cut to its first faces."""
+    monkeypatch.setattr("raytune_emotion.tuning.report.page.draw_all", lambda *_: ())
     monkeypatch.setattr(synthetic, "TRAIN", 96)
     monkeypatch.setattr(synthetic, "VAL", 33)
     monkeypatch.chdir(tmp_path)

@@ -47,27 +47,79 @@ def answers(commands: Sequence[Sequence[str]], cwd: Path) -> list[Answer]:
     return [Answer(code, said, tuple(names)) for code, said, names in map(json.loads, done.stdout.splitlines())]
 
 
-def test_help_and_a_mistyped_option_answer_at_once(tmp_path):
-    commands = [[verb, option] for verb in COMMANDS for option in ("--help", "--mistyped")]
-    found = [(answer.code, answer.imported) for answer in answers(commands, tmp_path)]
-    assert found == [(0, ()), (2, ())] * len(COMMANDS)
+_NO_STUDY = "none: there is no such folder; name a folder that a search has made"
+_NO_EXPORT = "none: there is no such folder; name a folder that export, search or train wrote"
+WRONG = [
+    (("search", "--space", "none.yaml"), "none.yaml: the search space cannot be read"),
+    (("search", "--space", "nobody"), "nobody: there is no such search space; there are "),
+    (("search", "--space", "bad.yaml"), "bad.yaml:1: model.backbone: resnet81: there is no such timm model"),
+    (("search", "--data", "none"), "none: there is no such folder"),
+    (("search", "--gpus-per-worker", "2"), "a worker trains on one GPU; ask for more --workers-per-trial"),
+    (("search", "--resume"), "ray_results: there is no study in it to resume"),
+    (("search", "--resume", "--dry-run"), "--resume: --dry-run shows what a new study would do"),
+    (("train", "--data", "none"), "none: there is no such folder"),
+    (("train", "--set", "lr=1"), "lr: there is no such setting; did you mean optim.lr?"),
+    (("train", "--set", "optim.wd=1"), "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
+    (("train", "--data", "none", "--set", "model.backbone=resnet81"), "resnet81: there is no such timm model"),
+    (("pack", "none", "store"), "none: there is no such folder"),
+    (("confirm", "none"), _NO_STUDY),
+    (("report", "none"), _NO_STUDY),
+    (("export", "none", "dest"), _NO_STUDY),
+    (("export", "none", "dest", "--format", "timm,tflite"), "--format tflite: there is no such format; there are "),
+    (("status", "none"), _NO_STUDY),
+    (("predict", "none", "face.jpg"), _NO_EXPORT),
+    (("demo", "none"), _NO_EXPORT),
+    (("demo", "none", "--port", "0"), "expected a port from 1 to 65535, got '0'"),
+]
+_RESUME = ("search", "--resume", "--results", "r", "--name")
+WRONG_FOR_STUDIES = [
+    ((*_RESUME, "study", "--seed", "4"), "--seed: a study keeps the seed that it began with, 3; leave the option out"),
+    (
+        (*_RESUME, "study", "--space", "demo"),
+        "--space: a study keeps the space that it began with; leave the option out",
+    ),
+    ((*_RESUME, "study", "--epochs", "1"), "--epochs: may be raised when a study goes on, not lowered (it has 2)"),
+    ((*_RESUME, "confirmation"), "is a confirmation; go on with it by `python -m raytune_emotion.confirm "),
+    ((*_RESUME, "damaged"), "damaged (epochs: Input should be a valid integer, got 'many'); restore it from a copy"),
+    (("train", "--study", "r/study", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
+    (("export", "r/study", "dest", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
+]
+HELP = {(verb, option): code for verb in COMMANDS for option, code in (("--help", 0), ("--mistyped", 2))}
+ABSENT_GPU = [
+    ("search", "--gpus-per-worker", "1"),
+    ("search", "--gpus-per-worker", "auto"),
+    (*_RESUME, "study", "--gpus-per-worker", "0.5"),
+    ("train", "--data", "none", "--gpus-per-worker", "1"),
+    ("confirm", "r/study", "--gpus-per-worker", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory) -> dict[tuple[str, ...], Answer]:
+    """What came of all these commands, which run one after the other in one process."""
+    cwd = tmp_path_factory.mktemp("doors")
+    (cwd / "bad.yaml").write_text("model.backbone: {choice: [resnet81]}\n")
+    for name, changes in (("study", {}), ("confirmation", {"confirms": {"0000": 0.1}}), ("damaged", {})):
+        folder = cwd / "r" / name  # of which there is the spec alone
+        folder.mkdir(parents=True)
+        write_spec(folder, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0"), **changes))
+    file = cwd / "r" / "damaged" / "study.yaml"
+    file.write_text(file.read_text().replace("epochs: 2", "epochs: many"))
+    # The last may import PyTorch, where there is a GPU.
+    commands = [*HELP, *(argv for argv, _ in (*WRONG, *WRONG_FOR_STUDIES)), *ABSENT_GPU]
+    return dict(zip(commands, answers(commands, cwd), strict=True))
+
+
+def test_help_and_a_mistyped_option_answer_at_once(answered):
+    assert [(answered[argv].code, answered[argv].imported) for argv in HELP] == [(code, ()) for code in HELP.values()]
 
 
 @pytest.mark.skipif(gpu_presence.may_have_gpu(), reason="there may be a GPU")
-def test_a_gpu_is_refused_without_pytorch_where_there_is_none(tmp_path):
-    study = tmp_path / "r" / "study"  # of which there is the spec alone
-    study.mkdir(parents=True)
-    write_spec(study, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0")))
-    commands = [
-        ["search", "--gpus-per-worker", "1"],
-        ["search", "--gpus-per-worker", "auto"],
-        ["search", "--resume", "--results", "r", "--name", "study", "--gpus-per-worker", "0.5"],
-        ["train", "--gpus-per-worker", "1"],
-        ["confirm", "r/study", "--gpus-per-worker", "1"],
-    ]
-    for command, answer in zip(commands, answers(commands, tmp_path), strict=True):
-        assert (answer.code, answer.imported) == (2, ()), command
-        assert "this machine has no GPU that PyTorch can use; ask for --gpus-per-worker 0 to" in answer.said, command
+@pytest.mark.parametrize("argv", ABSENT_GPU)
+def test_a_gpu_is_refused_without_pytorch_where_there_is_none(answered, argv):
+    answer = answered[argv]
+    assert (answer.code, answer.imported) == (2, ())
+    assert "this machine has no GPU that PyTorch can use; ask for --gpus-per-worker 0 to" in answer.said
 
 
 def test_a_gpu_is_left_to_pytorch_where_a_driver_is_installed(monkeypatch):
@@ -79,63 +131,12 @@ def test_a_cluster_decides_about_its_gpus():
     gpu_presence.refuse_absent_gpu(1.0, address="auto")
 
 
-_NO_STUDY = "none: there is no such folder; name a folder that a search has made"
-_NO_EXPORT = "none: there is no such folder; name a folder that export, search or train wrote"
-WRONG = [
-    (["search", "--space", "none.yaml"], "none.yaml: the search space cannot be read"),
-    (["search", "--space", "nobody"], "nobody: there is no such search space; there are "),
-    (["search", "--space", "bad.yaml"], "bad.yaml:1: model.backbone: resnet81: there is no such timm model"),
-    (["search", "--data", "none"], "none: there is no such folder"),
-    (["search", "--gpus-per-worker", "2"], "a worker trains on one GPU; ask for more --workers-per-trial"),
-    (["search", "--resume"], "ray_results: there is no study in it to resume"),
-    (["search", "--resume", "--dry-run"], "--resume: --dry-run shows what a new study would do"),
-    (["train", "--data", "none"], "none: there is no such folder"),
-    (["train", "--set", "lr=1"], "lr: there is no such setting; did you mean optim.lr?"),
-    (["train", "--set", "optim.wd=1"], "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
-    (["train", "--set", "model.backbone=resnet81"], "resnet81: there is no such timm model"),
-    (["pack", "none", "store"], "none: there is no such folder"),
-    (["confirm", "none"], _NO_STUDY),
-    (["report", "none"], _NO_STUDY),
-    (["export", "none", "dest"], _NO_STUDY),
-    (["export", "none", "dest", "--format", "timm,tflite"], "--format tflite: there is no such format; there are "),
-    (["status", "none"], _NO_STUDY),
-    (["predict", "none", "face.jpg"], _NO_EXPORT),
-    (["demo", "none"], _NO_EXPORT),
-    (["demo", "none", "--port", "0"], "expected a port from 1 to 65535, got '0'"),
-]
-
-
-def test_wrong_input_is_refused_before_anything_heavy_is_imported(tmp_path):
-    (tmp_path / "bad.yaml").write_text("model.backbone: {choice: [resnet81]}\n")
-    found = answers([argv for argv, _ in WRONG], tmp_path)
-    for (argv, said), answer in zip(WRONG, found, strict=True):
-        assert (answer.code, answer.imported) == (2, ()), argv
-        assert said in answer.said, argv
-        assert "Traceback" not in answer.said, argv
-
-
-def test_what_a_study_does_not_have_or_allow_is_refused_before_anything_heavy_is_imported(tmp_path):
-    for name, changes in (("study", {}), ("confirmation", {"confirms": {"0000": 0.1}}), ("damaged", {})):
-        folder = tmp_path / "r" / name  # of which there is the spec alone
-        folder.mkdir(parents=True)
-        write_spec(folder, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0"), **changes))
-    file = tmp_path / "r" / "damaged" / "study.yaml"
-    file.write_text(file.read_text().replace("epochs: 2", "epochs: many"))
-    wrong = [
-        (("study", "--seed", "4"), "--seed: a study keeps the seed that it began with, 3; leave the option out"),
-        (("study", "--space", "demo"), "--space: a study keeps the space that it began with; leave the option out"),
-        (("study", "--epochs", "1"), "--epochs: may be raised when a study goes on, not lowered (it has 2)"),
-        (("confirmation",), "is a confirmation; go on with it by `python -m raytune_emotion.confirm "),
-        (("damaged",), "damaged (epochs: Input should be a valid integer, got 'many'); restore it from a copy"),
-    ]
-    wrong = [(("search", "--resume", "--results", "r", "--name", *argv), said) for argv, said in wrong]
-    wrong += [
-        (("train", "--study", "r/study", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
-        (("export", "r/study", "dest", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
-    ]
-    for (argv, said), answer in zip(wrong, answers([argv for argv, _ in wrong], tmp_path), strict=True):
-        assert (answer.code, answer.imported) == (2, ()), argv
-        assert said in answer.said, argv
+@pytest.mark.parametrize(("argv", "said"), [*WRONG, *WRONG_FOR_STUDIES])
+def test_wrong_input_is_refused_before_anything_heavy_is_imported(answered, argv, said):
+    answer = answered[argv]
+    assert (answer.code, answer.imported) == (2, ())
+    assert said in answer.said
+    assert "Traceback" not in answer.said
 
 
 def test_a_search_that_is_to_be_finished_starts_before_anything_heavy_is_imported(tmp_path):

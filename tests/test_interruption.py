@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -21,29 +22,39 @@ from raytune_emotion.interruption import (
     run_in_thread,
 )
 
-#: Says when it is ready; what it writes after an interruption takes a second.
+#: Says when it is ready, has heard a signal, and ends. What it writes at its end waits for a line, or for no more.
 COMMAND = """
-import sys, time
+import os, sys, time
+from raytune_emotion import interruption
 from raytune_emotion.cli import run_guarded
 from raytune_emotion.interruption import finish_block, handle_signals
+
+def hear(number, frame, hear=interruption._hear):
+    try:
+        hear(number, frame)
+    finally:
+        os.write(1, b"heard\\n")
 
 def action():
     try:
         print("ready", flush=True)
         {work}
     finally:
-        time.sleep(1.2)
+        print("ends", flush=True)
+        sys.stdin.readline()
         print("written", flush=True)
 
+interruption._hear = hear
 with handle_signals():
     sys.exit(run_guarded(action))
 """
-SLEEP = "time.sleep(60)"
+SLEEP = "time.sleep(600)"
 
 
 def started(work=SLEEP, prefix=()):
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", COMMAND.format(work=work)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -53,31 +64,39 @@ def started(work=SLEEP, prefix=()):
     return process
 
 
+def interrupt(process, name, *, ends=False):
+    """Send a signal, and wait until the process has heard it, and ends by it."""
+    process.send_signal(getattr(signal, name))
+    assert process.stdout.readline() == "heard\n"
+    if ends:
+        assert process.stdout.readline() == "ends\n"
+
+
 def outcome(process):
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_a_command_in_order(name):
     process = started()
-    process.send_signal(getattr(signal, name))
+    interrupt(process, name, ends=True)
     assert outcome(process) == (130, "written\n", "interrupted\n")
 
 
 def test_further_signals_do_not_break_off_what_is_written():
     process = started()
-    for name in ("SIGINT", "SIGTERM", "SIGTERM", "SIGINT"):
-        process.send_signal(getattr(signal, name))
-        time.sleep(0.2)
+    interrupt(process, "SIGINT", ends=True)
+    for name in ("SIGTERM", "SIGTERM", "SIGINT"):
+        interrupt(process, name)
     assert outcome(process) == (130, "written\n", "interrupted\n")
 
 
 def test_a_third_ctrl_c_insists():
     process = started()
-    for _ in range(3):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+    interrupt(process, "SIGINT", ends=True)
+    for _ in range(2):
+        interrupt(process, "SIGINT")
     code, out, _ = outcome(process)
     assert (code, out) == (130, "")
 
@@ -99,11 +118,11 @@ def test_an_interruption_that_a_destructor_has_lost_is_raised_where_it_is_asked_
 
 
 def test_what_must_be_finished_is_before_the_command_ends():
-    work = "\n        ".join(["with finish_block():", "    time.sleep(1)", "    print('finished', flush=True)"])
-    process = started(work)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    assert outcome(process) == (130, "finished\nwritten\n", "interrupted\n")
+    lines = ["print('within', flush=True)", "sys.stdin.readline()", "print('finished', flush=True)"]
+    process = started("\n            ".join(["with finish_block():", *lines]))
+    assert process.stdout.readline() == "within\n"
+    interrupt(process, "SIGTERM")
+    assert outcome(process) == (130, "finished\nends\nwritten\n", "interrupted\n")
 
 
 def test_sigterm_works_where_ctrl_c_is_ignored_as_in_the_background_of_a_script():
@@ -116,14 +135,14 @@ def test_sigterm_works_where_ctrl_c_is_ignored_as_in_the_background_of_a_script(
         ).stdout.split())  # fmt: skip
         for number in (signal.SIGINT, signal.SIGTERM):
             subprocess.run(["kill", f"-{number.value}", str(child)], check=True)
-        assert shell.communicate(timeout=30)[0] == "written\ncode 130\n"
+        assert shell.communicate(timeout=120)[0] == "heard\nends\nwritten\ncode 130\n"
 
 
 def test_nohup_keeps_a_command_from_ending_with_its_terminal():
-    process = started("time.sleep(1); print('done', flush=True)", prefix=["nohup"])
+    process = started("sys.stdin.readline(); print('done', flush=True)", prefix=["nohup"])
     process.send_signal(signal.SIGHUP)
     code, out, _ = outcome(process)
-    assert (code, out) == (0, "done\nwritten\n")
+    assert (code, out) == (0, "done\nends\nwritten\n")
 
 
 def test_handlers_are_as_before_and_other_threads_change_none():
@@ -152,7 +171,7 @@ assert [signal.getsignal(number) for number in numbers] == before
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_while_a_command_is_imported_is_no_traceback(name, tmp_path):
     """The first import after the package itself waits (N6)."""
-    (tmp_path / "argparse.py").write_text("import time; print('imports', flush=True); time.sleep(60)\n")
+    (tmp_path / "argparse.py").write_text("import time; print('imports', flush=True); time.sleep(600)\n")
     process = subprocess.Popen(
         [sys.executable, "-m", "raytune_emotion.search", "--help"],
         stdout=subprocess.PIPE,
@@ -201,22 +220,25 @@ def test_a_signal_while_python_ends_does_not_change_how_a_command_ended():
 def test_a_thread_can_be_waited_for_after_a_signal():
     """Python 3.11 takes a thread for ended when a signal interrupts its `join`."""
     end = threading.Event()
-    ended = run_in_thread("work", lambda: end.wait(60))
-    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    ended = run_in_thread("work", lambda: end.wait(600))
+    later = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM])
     with handle_signals():
         with pytest.raises(KeyboardInterrupt):
-            ended.wait(30)
+            (later.start(), ended.wait(60))
         assert not ended.wait(0.1)
         end.set()
-        assert ended.wait(30)
+        assert ended.wait(60)
 
 
 def test_modules_are_imported_while_a_block_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "fails_at_once.py").write_text("raise OSError")
-    (tmp_path / "takes_time.py").write_text("import time\ntime.sleep(0.3)\nloaded = True\n")
+    go = tmp_path / "go"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists():\n    time.sleep(0.01)\n"
+    (tmp_path / "takes_time.py").write_text(f"{wait}loaded = True\n")
     with import_meanwhile("takes_time", "fails_at_once"):
         assert "loaded" not in vars(sys.modules.get("takes_time", object))
+        threading.Timer(0.1, go.touch).start()
     assert sys.modules["takes_time"].loaded
     with pytest.raises(OSError):  # noqa: PT011  # it has no text
         importlib.import_module("fails_at_once")
@@ -229,7 +251,8 @@ def test_what_an_import_failed_by_at_first_is_told(tmp_path, monkeypatch):
 
     def fail(error):
         with import_meanwhile("fails_by_memory", "not_reached"):
-            time.sleep(0.2)
+            while any(thread.name == "imports" for thread in threading.enumerate()):
+                time.sleep(0.01)
             raise error
 
     with pytest.raises(OSError, match="Cannot allocate memory") as caught:
@@ -239,12 +262,13 @@ def test_what_an_import_failed_by_at_first_is_told(tmp_path, monkeypatch):
         fail(ValueError("of its own"))
 
 
-def test_a_signal_that_meets_the_locks_of_imports_comes_again():
+def test_a_signal_that_meets_the_locks_of_imports_comes_again(monkeypatch):
     """Raised there, it would leave the lock of all imports taken."""
     importer = SimpleNamespace(
         f_code=SimpleNamespace(co_filename=importlib._bootstrap._get_module_lock.__code__.co_filename)
     )
+    sent = queue.Queue()
+    monkeypatch.setattr(interruption.os, "kill", lambda *signal: sent.put(signal))
     with handle_signals():
         interruption._hear(signal.SIGTERM, importer)
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(10)
+    assert sent.get(timeout=60) == (os.getpid(), signal.SIGTERM)

@@ -256,6 +256,7 @@ class TestBadRequests:
         assert told.startswith(f"model.weights_dir: there is no file {tmp_path / 'test_resnet.safetensors'}")
         save_file(timm.create_model("test_vit").state_dict(), tmp_path / "test_resnet.safetensors")
         told = refused("--weights-dir", tmp_path)
+        assert told
         assert all("test_resnet.safetensors does not fit test_resnet" in line for line in told)
         (tmp_path / "test_resnet.safetensors").write_bytes(b"junk")
         (told,) = refused("--weights-dir", tmp_path)

@@ -63,9 +63,9 @@ def test_searching_betters_random_search_of_the_same_time(market):
     some = {name: getattr(recorded, name)[:64] for name in ("settings", "x_ND", "js_NR", "seconds_NR")}
     # Between as many as can be fitted at once: by the nearest, few are as good as the best.
     market = dataclasses.replace(market, response=fit_responses(dataclasses.replace(recorded, **some)).surrogate)
-    seconds = 32 / 2 * market.full
-    searched = [replay.replay(ours, market, 2, seed, seconds) for seed in range(4)]
-    random = [at_random(market, 2, seed, seconds) for seed in range(40)]
+    seconds = 24 / 2 * market.full
+    searched = [replay.replay(ours, market, 2, seed, seconds) for seed in range(3)]
+    random = [at_random(market, 2, seed, seconds) for seed in range(24)]
     assert np.median([one.at(seconds) for one in searched]) < np.median([one.at(seconds) for one in random])
 
 

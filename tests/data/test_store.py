@@ -180,14 +180,15 @@ def test_no_damage_of_what_describes_a_shard_ends_the_process(folder, tmp_path):
     shard, opened = packed.path / "val-00000.arrow", 0
     whole = shard.read_bytes()
     begin = whole.index(packed.val.shards[0].tobytes()) - 2000
-    for place in [*range(max(0, begin), begin + 2000), *range(len(whole) - 1000, len(whole))]:
+    # Every third byte: of each number of four bytes at least one.
+    for place in [*range(max(0, begin), begin + 2000, 3), *range(len(whole) - 1000, len(whole), 3)]:
         # Not over what is mapped.
         (tmp_path / "damaged").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         (tmp_path / "damaged").replace(shard)
         with contextlib.suppress(UserError):
             open_store(packed.path)
             opened += 1
-    assert 0 < opened < 1500
+    assert 0 < opened < 500
 
 
 VALUES = st.recursive(

@@ -31,7 +31,8 @@ def test_exact_fp32_switches_tf32_off_and_back_on():
 
 
 def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back as it was
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     reduce_fragmentation()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")

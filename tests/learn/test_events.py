@@ -33,7 +33,9 @@ def test_every_number_of_a_report_is_a_scalar(tmp_path):
 
 @pytest.fixture
 def ask(tmp_path):
-    """Asks a real TensorBoard that shows a folder."""
+    """Asks a real TensorBoard that shows a folder of two runs; it begins to read what is there when it starts."""
+    write_run(tmp_path / "0000", [0.5, 0.25])
+    write_run(tmp_path / "0001", [0.4], {**SETTINGS, "optim.name": "sgd", "data.classes": ["a", "b"], "gone": None})
     board = program.TensorBoard()
     board.configure(argv=["", "--logdir", str(tmp_path), "--port", "0", "--load_fast", "false"])
     url = board.launch()
@@ -42,30 +44,29 @@ def ask(tmp_path):
         body = json.dumps(request).encode()
         headers = {"Content-Type": "application/json"}
         with urllib.request.urlopen(
-            urllib.request.Request(f"{url}data/plugin/hparams/{page}", body, headers)
+            urllib.request.Request(f"{url}data/plugin/hparams/{page}", body, headers), timeout=60
         ) as answer:
             return json.load(answer)
 
     return asked
 
 
-def test_the_page_hparams_holds_settings_and_best_js_of_every_trial(tmp_path, ask):
-    write_run(tmp_path / "0000", [0.5, 0.25])
-    write_run(tmp_path / "0001", [0.4], {**SETTINGS, "optim.name": "sgd", "data.classes": ["a", "b"], "gone": None})
-    metric = {"name": {"group": "", "tag": "best_val_js"}}
-    while not (experiment := ask("experiment", experimentName=""))["metricInfos"]:
-        time.sleep(0.1)  # until it has read the folder
-    assert "best_val_js" in [info["name"]["tag"] for info in experiment["metricInfos"]]
-    assert {info["name"] for info in experiment["hparamInfos"]} == {*SETTINGS, "optim.name"}
-    columns = [{"hparam": name} for name in (*SETTINGS, "optim.name")] + [{"metric": metric["name"]}]
+def test_the_page_hparams_holds_settings_and_best_js_of_every_trial(ask):
+    names = (*SETTINGS, "optim.name")
+    columns = [{"hparam": name} for name in names] + [{"metric": {"group": "", "tag": "best_val_js"}}]
     statuses = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
     asked = {"colParams": columns, "allowedStatuses": statuses, "startIndex": 0, "sliceSize": 9}
-    answer = ask("session_groups", experimentName="", **asked)
-    found = {
-        group["sessions"][0]["name"]: (group["hparams"], group["metricValues"][0]["value"])
-        for group in answer["sessionGroups"]
-    }
-    assert found.keys() == {"0000", "0001"}
-    assert found["0000"] == (SETTINGS, 0.25)
-    assert found["0001"][0] == {**SETTINGS, "optim.name": "sgd"}
-    assert math.isclose(found["0001"][1], 0.4, rel_tol=1e-6)
+    settings, best = {}, {}
+    while best.keys() != {"0000", "0001"} or best["0000"] != 0.25:  # until it has read both runs to their end
+        time.sleep(0.1)
+        for group in ask("session_groups", experimentName="", **asked)["sessionGroups"]:
+            name = group["sessions"][0]["name"]
+            settings[name] = group["hparams"]
+            values = {metric["name"]["tag"]: metric["value"] for metric in group["metricValues"]}
+            if "best_val_js" in values:
+                best[name] = values["best_val_js"]
+    experiment = ask("experiment", experimentName="")
+    assert "best_val_js" in [info["name"]["tag"] for info in experiment["metricInfos"]]
+    assert {info["name"] for info in experiment["hparamInfos"]} == {*names}
+    assert settings == {"0000": SETTINGS, "0001": {**SETTINGS, "optim.name": "sgd"}}
+    assert math.isclose(best["0001"], 0.4, rel_tol=1e-6)

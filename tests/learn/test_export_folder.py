@@ -19,7 +19,6 @@ from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
 from raytune_emotion.learn.graphs import PixelsToProbabilities
-from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.run_folder import BEST
 from tests.support.exports import untrained_best
@@ -73,17 +72,8 @@ def test_timm_and_load_package_give_the_model(tmp_path, backbone, size):
         assert np.allclose(loaded.predict(images_NHWC), whole(torch.from_numpy(images_NHWC)), atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = RunConfig.from_flat(
-        {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 2, "optim.lr": 3e-3}
-    )
-    return folder, list(fit(config, store, device=CPU, folder=folder))
-
-
-def test_an_export_of_a_run_has_its_metrics(trained, store, tmp_path):
-    folder, reports = trained
+def test_an_export_of_a_run_has_its_metrics(trained_run, store, tmp_path):
+    folder, reports = trained_run
     export_checkpoint(folder / BEST, tmp_path / "best", ["Trial 0007."])
     report = min(reports, key=lambda report: report["val_js"])
     assert json.loads((tmp_path / "best" / "metrics.json").read_text()) == report
@@ -126,19 +116,23 @@ class TestReplacing:
             while not done.is_set():
                 with contextlib.suppress(FileNotFoundError):
                     folder = os.open(dest, os.O_RDONLY)
-                    names = sorted(os.listdir(folder))  # noqa: PTH208
-                    # What has left its place meanwhile is being deleted.
-                    if os.path.samestat(os.fstat(folder), dest.stat()):
-                        looks.append(1)
-                        halves.extend([names] if names != FILES else [])
-                    os.close(folder)
+                    try:
+                        names = sorted(os.listdir(folder))  # noqa: PTH208
+                        # What has left its place meanwhile is being deleted.
+                        if os.path.samestat(os.fstat(folder), dest.stat()):
+                            looks.append(1)
+                            halves.extend([names] if names != FILES else [])
+                    finally:
+                        os.close(folder)
 
-        watcher = threading.Thread(target=watch)
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        for best in (self.new, self.old) * 5:
-            write_package(dest, best)
-        done.set()
-        watcher.join()
+        try:
+            for best in (self.new, self.old) * 5:
+                write_package(dest, best)
+        finally:
+            done.set()
+            watcher.join()
         assert not halves
         assert len(looks) > 10
 

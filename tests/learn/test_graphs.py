@@ -1,6 +1,5 @@
 """Exports as ONNX and as a program of torch.export: what they predict, and what happens where they cannot be made."""
 
-import dataclasses
 import errno
 import importlib.util
 import json
@@ -24,12 +23,8 @@ from tests.support.exports import untrained_best
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory, store):
-    """An export in all formats, compared on validation images."""
-    dest = tmp_path_factory.mktemp("graphs") / "best"
-    best = dataclasses.replace(untrained_best("test_resnet", 32), fingerprint=store.fingerprint)
-    write_package(dest, best, formats=("timm", "onnx", "pt2"), store=store)
-    return dest
+def package(whole_export):
+    return whole_export
 
 
 @pytest.mark.parametrize("name", ["onnx", "pt2"])

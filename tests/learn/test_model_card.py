@@ -8,17 +8,14 @@ import re
 
 import numpy as np
 import pytest
-import timm
-import torch
 
 from raytune_emotion.cli import command_main
-from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.config import ModelConfig
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn import model_card
+from raytune_emotion.learn import export_folder, model_card
 from raytune_emotion.learn.calibration import at_temperature
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
-from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model_card import escape_markdown
 from raytune_emotion.learn.predictions import bootstrap_intervals, predict_best
 from raytune_emotion.learn.run_folder import BEST
@@ -26,29 +23,13 @@ from tests.support.exports import predict_with_card, turned_picture
 
 
 @pytest.fixture(scope="module")
-def trained(store, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = RunConfig.from_flat(
-        {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 2, "optim.lr": 3e-3}
-    )
-    list(fit(config, store, device=torch.device("cpu"), folder=folder))
-    return read_best(folder / BEST)
+def trained(trained_run):
+    return read_best(trained_run[0] / BEST)
 
 
 @pytest.fixture(scope="module")
-def sharp(trained):
-    """The weights of a model that is far too sure of itself: its last layer is ten times as large."""
-    (name,) = [timm.create_model("test_resnet").pretrained_cfg["classifier"]]
-    grown = {key: value * 10 if key.startswith(f"{name}.") else value for key, value in trained.weights.items()}
-    return dataclasses.replace(trained, weights=grown)
-
-
-@pytest.fixture(scope="module")
-def export(sharp, store, tmp_path_factory):
-    """An export that is calibrated, in all formats."""
-    dest = tmp_path_factory.mktemp("card") / "best"
-    write_package(dest, sharp, ["Trial 0007 of the study x."], formats=("timm", "onnx", "pt2"), store=store)
-    return dest
+def export(whole_export):
+    return whole_export
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +110,8 @@ def test_text_from_outside_is_no_markdown(text, markdown):
     assert escape_markdown(text) == markdown
 
 
-def test_card_holds_no_markup_from_names(trained, tmp_path):
+def test_card_holds_no_markup_from_names(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_folder, "_write_format", lambda *_: 0.0)
     odd = ("<b>x</b>", "a|b", *EMOTIONS[2:])
     best = dataclasses.replace(trained, settings={**trained.settings, "data.classes": odd})
     write_package(tmp_path / 'a "b"', best, ["The run *x*."], formats=("timm", "onnx", "pt2"))

@@ -1,5 +1,6 @@
+import io
+import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -100,41 +101,55 @@ def test_what_is_tried_out_takes_the_memory_of_a_trial(store, monkeypatch):
     assert did == [0.25]
 
 
-_FULL = """
-import torch
-from raytune_emotion.learn import throughput
-
-def begin(*args):
-    raise RuntimeError("CUDA error: out of memory")
-
-throughput._begin = begin
-throughput._serve(torch.device("cpu"))
-"""
-
-
-class Full(Process):
-    """A process whose device has too little memory."""
+class Here:
+    """Does in this process what a process of its own would."""
 
     def __init__(self, device):
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", _FULL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.end = lambda: None
+
+    def begin(self, settings, store):
+        self._run, self._answer = throughput._prepare(settings, store, CPU)
+
+    def train(self, **order):
+        self._answer = throughput._train(self._run, **order)
+
+    def rest(self):
+        self._answer = None
+
+    def answer(self):
+        return self._answer
 
 
-class Idle:
-    """A process that is given nothing to do."""
+class Full(Here):
+    """Has a device with too little memory."""
 
-    def __init__(self, device):
-        self.rest = self.end = self.answer = lambda: None
+    def begin(self, settings, store):
+        self._answer = None
 
 
-@pytest.mark.parametrize(("kinds", "fitting"), [([Process, Full], [1]), ([Full, Idle], [])])
+@pytest.mark.parametrize(("kinds", "fitting"), [([Here, Full], [1]), ([Full, Here], [])])
 def test_measure_leaves_out_counts_for_which_a_process_has_too_little_memory(store, monkeypatch, kinds, fitting):
     starts = iter(kinds)
     monkeypatch.setattr(throughput, "Process", lambda device: next(starts)(device))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "model.backbone": "test_vit"}
     found = measure({"test_vit": settings}, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.1)
     assert list(found["test_vit"]) == fitting
+
+
+def test_a_process_whose_device_has_too_little_memory_says_so_and_hears_the_next_order(monkeypatch, capsys, store):
+    def begin(*args):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(throughput, "_begin", begin)
+    # It would set these for this process.
+    monkeypatch.setattr(throughput.malloc, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(throughput, "reduce_fragmentation", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    order = {"settings": {"data.image_size": 32, "loss.kl": 1.0}, "store": str(store.path)}
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{json.dumps(order)}\n{{}}\n"))
+    throughput._serve(CPU)
+    assert capsys.readouterr().out == "null\nnull\n"
 
 
 def test_a_process_that_has_ended_is_told_of():

@@ -220,7 +220,7 @@ def test_whoever_comes_second_waits(tmp_path, first_is_right):
         assert thread.is_alive()
         if not first_is_right:
             raise UserError("wrong")
-    thread.join(10)
+    thread.join(60)
     assert len(got) == 1
     assert "exists already" in got[0] if first_is_right else got == [[]]
     assert [path.name for path in tmp_path.iterdir()] == ["dest"]

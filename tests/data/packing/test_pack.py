@@ -59,14 +59,17 @@ def test_the_files_are_plain_arrow(folder, tmp_path):
 
 
 def test_the_number_of_workers_and_of_shards_changes_nothing(folder, tmp_path, request):
-    one = pack(folder, tmp_path / "one", image_size=16, workers=1)
-    two = pack(folder, tmp_path / "two", image_size=16, workers=2)
+    spoiled = shutil.copytree(folder, tmp_path / "spoiled")
+    (spoiled / "train_set/images/3.png").write_bytes(b"")
+    one, two = (pack(spoiled, tmp_path / str(n), image_size=16, workers=n, skip_bad=True) for n in (1, 2))
+    assert one.rejected == two.rejected == 1
     assert one.fingerprint == two.fingerprint
     assert files_of(one.path) == files_of(two.path)
+    whole = pack(folder, tmp_path / "whole", image_size=16, workers=1)
     request.getfixturevalue("small_shards")
     sharded = pack(folder, tmp_path / "sharded", image_size=16, workers=1)
     assert [len(shard) for shard in sharded.train.shards] == [2, 2, 2, 2]
-    assert sharded.fingerprint == one.fingerprint
+    assert sharded.fingerprint == whole.fingerprint
 
 
 @pytest.mark.parametrize("change", ["pixel", "probability", "id", "order of classes"])
@@ -201,7 +204,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_left(folder, tmp_path):
 def test_skip_bad_sets_aside_exactly_the_bad_rows(folder, tmp_path, small_shards, capsys):
     good = pack(folder, tmp_path / "good", image_size=16)
     expected = spoil(folder)
-    packed = pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=2)
+    packed = pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=1)
     assert packed.fingerprint == good.fingerprint
     np.testing.assert_array_equal(packed.train.gather(np.arange(8)), good.train.gather(np.arange(8)))
     np.testing.assert_array_equal(packed.train.prob_NK, good.train.prob_NK)
