@@ -115,6 +115,15 @@ def test_more_workers_than_a_batch_has_rows(refused):
     )
 
 
+def test_one_row_for_each_worker_where_a_model_has_batchnorm(refused):
+    """Its runs would fail, and failed ones are not repeated."""
+    (told,) = refused("--workers-per-trial=32")
+    assert told.startswith(
+        "train.batch_size: 32 rows make micro-batches of one row, 1 (train.accumulate) for each of 32 w"
+    )
+    assert "the BatchNorm layers of test_resnet see no variance" in told
+
+
 def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
     def in_fp16(records, count):
         return [

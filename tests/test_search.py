@@ -276,6 +276,10 @@ class TestBadSpaces:
             "train.batch_size: 16 rows make no 16 micro-batches (train.accumulate) for each of 2 w"
         )
 
+    def test_one_row_for_each_worker_where_a_model_has_batchnorm(self, refused, space):
+        (told,) = refused(space=space(f"{SMALL_SPACE}train.batch_size: 2\n"), workers_per_trial=2)
+        assert "the BatchNorm layers of test_resnet see no variance in one row; choose a larger batch" in told
+
     def test_pretrained_weights_that_are_not_at_hand(self, refused, space, tmp_path):
         weights = tmp_path / "weights"
         weights.mkdir()
@@ -388,8 +392,8 @@ class TestBadRequests:
         # Ray can be started only once in a process, and has been.
         monkeypatch.setattr(cluster_nodes, "fit_to_cluster", fit_to_cluster)
         monkeypatch.setattr(placement, "check_room", lambda request: None)
-        (told,) = refused(workers_per_trial=30)
-        assert told.startswith("a trial of 30 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
+        (told,) = refused(workers_per_trial=16)
+        assert told.startswith("a trial of 16 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
         assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)
@@ -541,6 +545,10 @@ class TestBadResuming:
             "train.batch_size: 32 rows make no 1 micro-batches (train.accumulate) for each of 33 workers; choose a "
             "larger batch or fewer of the others"
         ]
+
+    def test_one_row_for_each_worker_where_a_model_has_batchnorm(self, resumed):
+        (told,) = resumed("--workers-per-trial=32")
+        assert "the BatchNorm layers of test_resnet see no variance in one row; choose a larger batch" in told
 
     def test_half_precision_where_there_is_no_gpu(self, resumed, monkeypatch):
         spec = read_spec(resumed.folder)

@@ -186,7 +186,7 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
         )
     if train.precision == "fp16" and device.type != "cuda":
         faults.append("train.precision: fp16 needs a GPU; choose bf16 or fp32")
-    faults += batch_faults(batch_rows, train.accumulate, workers)
+    faults += batch_faults(config, len(store.train), workers)
     faults += evaluation_faults(train.evals_per_epoch, rows=len(store.train), batch_size=train.batch_size)
     if faults:
         raise UserError(faults)
@@ -195,14 +195,29 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
     return Plan(batch_rows, steps, tuple(sorted(stops)), train.epochs, rank, workers)
 
 
-def batch_faults(batch_rows: int, accumulate: int, workers: int) -> list[str]:
-    """Say it if a batch has fewer rows than the workers have micro-batches."""
-    if batch_rows >= workers * accumulate:
+def batch_faults(config: RunConfig, rows: int, workers: int) -> list[str]:
+    """Say it if the batches of a run are too small for the micro-batches of its workers.
+
+    Args:
+        config: of the run. Its model is built where a micro-batch has one row: BatchNorm needs two.
+        rows: to train on.
+        workers: of the run.
+
+    Raises:
+        UserError: the model had to be built, and cannot be.
+    """
+    batch_rows, accumulate = min(config.train.batch_size, rows), config.train.accumulate
+    micro_rows = batch_rows // (workers * accumulate)
+    if micro_rows == 0:
+        what = f"make no {accumulate} micro-batches (train.accumulate) for each of {workers} workers"
+    elif micro_rows == 1 and _batchnorm_layers(build_model(config, weights=False)):
+        what = (
+            f"make micro-batches of one row, {accumulate} (train.accumulate) for each of {count(workers, 'worker')}, "
+            f"and the BatchNorm layers of {config.model.backbone} see no variance in one row"
+        )
+    else:
         return []
-    return [
-        f"train.batch_size: {batch_rows} rows make no {accumulate} micro-batches (train.accumulate) for each of "
-        f"{workers} workers; choose a larger batch or fewer of the others"
-    ]
+    return [f"train.batch_size: {batch_rows} rows {what}; choose a larger batch or fewer of the others"]
 
 
 def evaluation_faults(evals_per_epoch: int, *, rows: int, batch_size: int) -> list[str]:
@@ -231,12 +246,6 @@ def start(
 ) -> Run:
     """Build what a run works with: with pretrained weights, if any, where it is fresh."""
     model = build_model(config, weights=fresh)
-    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if normalised and plan.batch_rows // (plan.workers * config.train.accumulate) == 1:
-        raise UserError(
-            f"train.batch_size: it leaves a micro-batch of one row, over which the BatchNorm layers of "
-            f"{config.model.backbone} see no variance; choose a larger batch, or a smaller train.accumulate"
-        )
     # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
@@ -354,7 +363,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
     """Average the running statistics of BatchNorm over the workers: each worker takes them of its own rows."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = _batchnorm_layers(model)
     buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     if workers > 1 and buffers:
         flat = torch.cat(buffers)
@@ -362,6 +371,10 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
         flat /= workers
         for buffer, mean in zip(buffers, torch.split(flat, [len(buffer) for buffer in buffers]), strict=True):
             buffer.copy_(mean)
+
+
+def _batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def rows_to_evaluate(run: Run) -> int:

@@ -161,11 +161,10 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
     faults: list[str] = []
+    workers = request.workers_per_trial or searched.workers_per_trial
     for config in [RunConfig.from_flat(searched.settings(record.settings)) for record in chosen]:
-        batch_rows = min(config.train.batch_size, len(stores[config.data.image_size].train))
-        faults += batch_faults(
-            batch_rows, config.train.accumulate, request.workers_per_trial or searched.workers_per_trial
-        )
+        with collect_errors(faults):
+            faults += batch_faults(config, len(stores[config.data.image_size].train), workers)
         with collect_errors(faults):
             _check_weights(config.model, f"tell where they are by `{resume} --weights-dir DIR`")
     if faults:
