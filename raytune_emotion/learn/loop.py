@@ -118,7 +118,8 @@ def fit(
         `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
         `train_loss` (mean over the rows since the report before), `lr` (of the newest step), `images_per_second` (in
         training, over all workers), `val_` and each metric of `per_sample`, `best_val_js`, `best_report`,
-        `accumulate` (micro-batches a step), `params_millions`, `finished` (no further report will follow).
+        `accumulate` (micro-batches a step, of each worker), `workers`, `params_millions`, `finished` (no further report
+        will follow).
 
     Raises:
         UserError: the configuration does not fit the store, the device, the workers or the run in the folder.
@@ -420,6 +421,7 @@ def _report(
         "best_val_js": best,
         "best_report": number if improved else history[-1]["best_report"],
         "accumulate": run.config.train.accumulate,
+        "workers": plan.workers,
         "params_millions": sum(parameter.numel() for parameter in run.model.parameters()) / 1e6,
         "finished": False,
     }
