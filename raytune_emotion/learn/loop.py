@@ -37,6 +37,7 @@ from raytune_emotion.learn.device import compile_model
 from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
+from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
@@ -44,6 +45,9 @@ from raytune_emotion.terminal import count
 #: Steps between two looks at the weights that are averaged, at most: each takes as long as a tenth of a step of a small
 #: model.
 _AVERAGED_EVERY = 4
+
+#: Seconds before the hub is asked again: it may have had too many requests, or this machine no network for a moment.
+_WAITS = (1.0, 5.0, 20.0)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -246,7 +250,7 @@ def start(
     config: RunConfig, store: Store, device: torch.device, plan: Plan, *, fresh: bool, resident: bool = True
 ) -> Run:
     """Build what a run works with: with pretrained weights, if any, where it is fresh."""
-    model = build_model(config, weights=fresh)
+    model = _build_patiently(config, weights=fresh)
     # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
@@ -287,6 +291,17 @@ def start(
         clear_cache()
     train, val = cache_on_device(store, device) if resident else (store.train, store.val)
     return Run(config, store, device, plan, model, average, optimizer, scaler, step, train, val)
+
+
+def _build_patiently(config: RunConfig, *, weights: bool) -> nn.Module:
+    """Build the model; where the hub does not serve its weights, ask again before giving up."""
+    for wait in _WAITS:
+        try:
+            return build_model(config, weights=weights)
+        except WeightsUnavailableError:
+            # Other workers wait for this one before they train.
+            time.sleep(wait)
+    return build_model(config, weights=weights)
 
 
 def is_compiled(config: RunConfig, device: torch.device, plan: Plan) -> bool:
