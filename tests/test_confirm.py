@@ -18,7 +18,13 @@ from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
 from raytune_emotion.tuning.study import confirmation
-from raytune_emotion.tuning.study.confirmation import best_configurations, rank_confirmed
+from raytune_emotion.tuning.study.confirmation import (
+    best_configurations,
+    enqueue,
+    make_confirmation,
+    plan_confirmation,
+    rank_confirmed,
+)
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
@@ -135,6 +141,20 @@ def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     (told,) = refused()
     assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
+
+
+def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tmp_path, monkeypatch):
+    """It runs also where fewer configurations are asked for now."""
+    study, folder = tmp_path / "study", tmp_path / "study" / "confirmed"
+    chosen, spec, _ = plan_confirmation(ConfirmRequest(Folder(study)), study)
+    make_confirmation(folder, spec)
+    left = {**chosen[-1].settings, "train.precision": "fp16", "train.batch_size": 2}
+    enqueue(load_study(folder), [dataclasses.replace(chosen[-1], settings=left)], [7])
+    monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
+    (told,) = refused("--top=1")
+    assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
+    (told,) = refused("--top=1", "--workers-per-trial=3")
+    assert told.startswith("train.batch_size: 2 rows make no 1 micro-batches (train.accumulate) for each of 3 workers")
 
 
 def test_an_export_that_could_not_be_written_at_the_end(refused, tmp_path):

@@ -35,7 +35,7 @@ from tests.support.studies import searcher_of, write_study
 def confirm_here(request):
     """Do what confirm does, without Ray: run what is left of a confirmation."""
     study = request.study.path
-    chosen, spec = plan_confirmation(request, study)
+    chosen, spec, _ = plan_confirmation(request, study)
     make_confirmation(study / CONFIRMED, spec)
     with open_study(study / CONFIRMED) as confirmation:
         confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
