@@ -101,7 +101,7 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     what, _, advice = told.partition("; tell where they are by `")
     assert re.fullmatch(r"model.weights_dir: there is no file /gone/test_\w+\.safetensors", what)
     assert advice.startswith("python -m raytune_emotion.search --resume --results ")
-    assert advice.endswith(" --name study --weights-dir DIR`")
+    assert advice.endswith(" --name study --time-budget 1s --weights-dir DIR`"), "not: train all that is left"
     write_spec(tmp_path / "study", dataclasses.replace(spec, confirms={"0000": 0.3}))
     assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study that it lies in"]
     write_spec(tmp_path / "study", spec)
@@ -112,6 +112,19 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     begun = tmp_path / "begun"
     make_study(begun, spec)
     assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
+
+
+def test_a_backbone_whose_folder_is_gone_is_not_looked_for_by_an_option(refused, tmp_path, monkeypatch):
+    def of_a_folder(records, count):
+        (best,) = best_configurations(records, 1)
+        return [dataclasses.replace(best, settings={**best.settings, "model.backbone": "local-dir:/gone"})]
+
+    monkeypatch.setattr(confirmation, "best_configurations", of_a_folder)
+    write_spec(tmp_path / "study", dataclasses.replace(read_spec(tmp_path / "study"), weights_dir="/elsewhere"))
+    assert refused() == [
+        "model.backbone: there is no file /gone/model.safetensors; it and config.json make a backbone, as timm saves "
+        "them"
+    ]
 
 
 def test_more_workers_than_a_batch_has_rows(refused):

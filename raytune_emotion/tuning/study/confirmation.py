@@ -17,6 +17,7 @@ import pandas as pd
 
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.learn.backbones import FOLDER, split_source
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.model import check_weights
 from raytune_emotion.learn.origin import AbsentWeightsError
@@ -157,7 +158,9 @@ def plan_confirmation(
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
-    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)}"
+    # For a second: a study that has ended by its time would else train all its trials first.
+    options = typed_options(results=study.parent, name=study.name, time_budget="1s")
+    resume = f"{typed_command('search')} --resume{options}"
     stores = open_stores(searched, f"tell where they are by `{resume} --data DIR`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
@@ -222,7 +225,7 @@ def _check_weights(config: ModelConfig, advice: str) -> None:
     try:
         check_weights(config)
     except AbsentWeightsError as error:
-        if config.weights_dir is None:  # the backbone is a folder
+        if split_source(config.backbone)[0] == FOLDER:
             raise
         raise UserError(f"{fault.partition(';')[0]}; {advice}" for fault in error.faults) from None
 
