@@ -611,6 +611,15 @@ class TestFinishing:
         assert read_spec(study).concurrency == 7
         assert "its search is over, so its finish goes on; to search on, add" in capsys.readouterr().out
 
+    def test_and_says_what_it_passes_over(self, resumed, study, capsys, monkeypatch):
+        write_spec(study, dataclasses.replace(read_spec(study), trials=9))
+        monkeypatch.setattr(search, "_check_mlflow", lambda request: None)
+        monkeypatch.setattr(search, "refuse_absent_gpu", lambda *_: None)
+        assert resumed("--mlflow=logs", "--gpus-per-worker=auto") == (0, ["finished"])
+        out = capsys.readouterr().out
+        assert "its search is over, so its finish goes on, without the trials that are left; to sea" in out
+        assert "--mlflow: logs a search, and is passed over here\n--gpus-per-worker auto: measures for a sea" in out
+
     @pytest.mark.parametrize("more", ["--trials=9", "--epochs=9", "--time-budget=1h", "--until-gain=0.1/h"])
     def test_unless_more_of_the_search_is_asked_for(self, resumed, more):
         assert resumed(more) == (0, ["searched", "finished"])
