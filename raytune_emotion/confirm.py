@@ -82,12 +82,12 @@ def confirm_study(request: ConfirmRequest, *, advise: bool = True) -> None:
     from raytune_emotion.tuning.study.open_study import open_study
 
     check_cluster(request.address)
-    chosen, spec = plan_confirmation(request, study)
+    chosen, spec, settings = plan_confirmation(request, study)
     needs: dict[str, Any] = {
         "workers": spec.workers_per_trial,
         "gpus_per_worker": spec.gpus_per_worker,
         "concurrency": spec.concurrency,
-        "fp16": any(record.settings.get("train.precision") == "fp16" for record in chosen),
+        "fp16": any(its.get("train.precision") == "fp16" for its in settings),
     }
     if request.address is None:
         fit_here(**needs)

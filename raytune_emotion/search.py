@@ -224,11 +224,16 @@ def _take_over(request: SearchRequest, place: Location) -> None:
         from raytune_emotion.tuning.study.open_study import go_on
 
         assert study is not None
-        go_on(study, spec)
+        study = go_on(study, spec)
+        left = "" if study.is_over() else ", without the trials that are left"
     plain_console().print(
-        f"study {place}: its search is over, so its finish goes on; to search on, add --trials, --epochs, "
+        f"study {place}: its search is over, so its finish goes on{left}; to search on, add --trials, --epochs, "
         f"--time-budget or --until-gain"
     )
+    if request.mlflow is not None:
+        plain_console().print("--mlflow: logs a search, and is passed over here")
+    if request.gpus_per_worker == AUTO:
+        plain_console().print(f"--gpus-per-worker {AUTO}: measures for a search, and is passed over here")
 
 
 def _finish(request: SearchRequest, place: Location) -> None:

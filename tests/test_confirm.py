@@ -18,7 +18,13 @@ from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.report import console as console_module
 from raytune_emotion.tuning.study import confirmation
-from raytune_emotion.tuning.study.confirmation import best_configurations, rank_confirmed
+from raytune_emotion.tuning.study.confirmation import (
+    best_configurations,
+    enqueue,
+    make_confirmation,
+    plan_confirmation,
+    rank_confirmed,
+)
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, read_records
@@ -95,7 +101,7 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     what, _, advice = told.partition("; tell where they are by `")
     assert re.fullmatch(r"model.weights_dir: there is no file /gone/test_\w+\.safetensors", what)
     assert advice.startswith("python -m raytune_emotion.search --resume --results ")
-    assert advice.endswith(" --name study --weights-dir DIR`")
+    assert advice.endswith(" --name study --time-budget 1s --weights-dir DIR`"), "not: train all that is left"
     write_spec(tmp_path / "study", dataclasses.replace(spec, confirms={"0000": 0.3}))
     assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study that it lies in"]
     write_spec(tmp_path / "study", spec)
@@ -108,11 +114,33 @@ def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_stud
     assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
 
 
+def test_a_backbone_whose_folder_is_gone_is_not_looked_for_by_an_option(refused, tmp_path, monkeypatch):
+    def of_a_folder(records, count):
+        (best,) = best_configurations(records, 1)
+        return [dataclasses.replace(best, settings={**best.settings, "model.backbone": "local-dir:/gone"})]
+
+    monkeypatch.setattr(confirmation, "best_configurations", of_a_folder)
+    write_spec(tmp_path / "study", dataclasses.replace(read_spec(tmp_path / "study"), weights_dir="/elsewhere"))
+    assert refused() == [
+        "model.backbone: there is no file /gone/model.safetensors; it and config.json make a backbone, as timm saves "
+        "them"
+    ]
+
+
 def test_more_workers_than_a_batch_has_rows(refused):
     (told,) = refused("--workers-per-trial=33")
     assert told.startswith(
         "train.batch_size: 32 rows make no 1 micro-batches (train.accumulate) for each of 33 workers"
     )
+
+
+def test_one_row_for_each_worker_where_a_model_has_batchnorm(refused):
+    """Its runs would fail, and failed ones are not repeated."""
+    (told,) = refused("--workers-per-trial=32")
+    assert told.startswith(
+        "train.batch_size: 32 rows make micro-batches of one row, 1 (train.accumulate) for each of 32 w"
+    )
+    assert "the BatchNorm layers of test_resnet see no variance" in told
 
 
 def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
@@ -126,6 +154,20 @@ def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     (told,) = refused()
     assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
+
+
+def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tmp_path, monkeypatch):
+    """It runs also where fewer configurations are asked for now."""
+    study, folder = tmp_path / "study", tmp_path / "study" / "confirmed"
+    chosen, spec, _ = plan_confirmation(ConfirmRequest(Folder(study)), study)
+    make_confirmation(folder, spec)
+    left = {**chosen[-1].settings, "train.precision": "fp16", "train.batch_size": 2}
+    enqueue(load_study(folder), [dataclasses.replace(chosen[-1], settings=left)], [7])
+    monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
+    (told,) = refused("--top=1")
+    assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
+    (told,) = refused("--top=1", "--workers-per-trial=3")
+    assert told.startswith("train.batch_size: 2 rows make no 1 micro-batches (train.accumulate) for each of 3 workers")
 
 
 def test_an_export_that_could_not_be_written_at_the_end(refused, tmp_path):

@@ -277,6 +277,10 @@ class TestBadSpaces:
             "train.batch_size: 16 rows make no 16 micro-batches (train.accumulate) for each of 2 w"
         )
 
+    def test_one_row_for_each_worker_where_a_model_has_batchnorm(self, refused, space):
+        (told,) = refused(space=space(f"{SMALL_SPACE}train.batch_size: 2\n"), workers_per_trial=2)
+        assert "the BatchNorm layers of test_resnet see no variance in one row; choose a larger batch" in told
+
     def test_pretrained_weights_that_are_not_at_hand(self, refused, space, tmp_path):
         weights = tmp_path / "weights"
         weights.mkdir()
@@ -389,8 +393,8 @@ class TestBadRequests:
         # Ray can be started only once in a process, and has been.
         monkeypatch.setattr(cluster_nodes, "fit_to_cluster", fit_to_cluster)
         monkeypatch.setattr(placement, "check_room", lambda request: None)
-        (told,) = refused(workers_per_trial=30)
-        assert told.startswith("a trial of 30 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
+        (told,) = refused(workers_per_trial=16)
+        assert told.startswith("a trial of 16 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
         assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)
@@ -543,6 +547,10 @@ class TestBadResuming:
             "larger batch or fewer of the others"
         ]
 
+    def test_one_row_for_each_worker_where_a_model_has_batchnorm(self, resumed):
+        (told,) = resumed("--workers-per-trial=32")
+        assert "the BatchNorm layers of test_resnet see no variance in one row; choose a larger batch" in told
+
     def test_half_precision_where_there_is_no_gpu(self, resumed, monkeypatch):
         spec = read_spec(resumed.folder)
         fp16 = {"train.precision": {"choice": ["fp32", "fp16"]}}
@@ -603,6 +611,15 @@ class TestFinishing:
         assert resumed("--concurrency=7") == (0, ["finished"])
         assert read_spec(study).concurrency == 7
         assert "its search is over, so its finish goes on; to search on, add" in capsys.readouterr().out
+
+    def test_and_says_what_it_passes_over(self, resumed, study, capsys, monkeypatch):
+        write_spec(study, dataclasses.replace(read_spec(study), trials=9))
+        monkeypatch.setattr(search, "_check_mlflow", lambda request: None)
+        monkeypatch.setattr(search, "refuse_absent_gpu", lambda *_: None)
+        assert resumed("--mlflow=logs", "--gpus-per-worker=auto") == (0, ["finished"])
+        out = capsys.readouterr().out
+        assert "its search is over, so its finish goes on, without the trials that are left; to sea" in out
+        assert "--mlflow: logs a search, and is passed over here\n--gpus-per-worker auto: measures for a sea" in out
 
     @pytest.mark.parametrize("more", ["--trials=9", "--epochs=9", "--time-budget=1h", "--until-gain=0.1/h"])
     def test_unless_more_of_the_search_is_asked_for(self, resumed, more):

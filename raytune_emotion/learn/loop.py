@@ -37,6 +37,7 @@ from raytune_emotion.learn.device import compile_model
 from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
+from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
@@ -44,6 +45,9 @@ from raytune_emotion.terminal import count
 #: Steps between two looks at the weights that are averaged, at most: each takes as long as a tenth of a step of a small
 #: model.
 _AVERAGED_EVERY = 4
+
+#: Seconds before the hub is asked again: it may have had too many requests, or this machine no network for a moment.
+_WAITS = (1.0, 5.0, 20.0)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,7 +122,8 @@ def fit(
         `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
         `train_loss` (mean over the rows since the report before), `lr` (of the newest step), `images_per_second` (in
         training, over all workers), `val_` and each metric of `per_sample`, `best_val_js`, `best_report`,
-        `accumulate` (micro-batches a step), `params_millions`, `finished` (no further report will follow).
+        `accumulate` (micro-batches a step, of each worker), `workers`, `params_millions`, `finished` (no further report
+        will follow).
 
     Raises:
         UserError: the configuration does not fit the store, the device, the workers or the run in the folder.
@@ -186,7 +191,7 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
         )
     if train.precision == "fp16" and device.type != "cuda":
         faults.append("train.precision: fp16 needs a GPU; choose bf16 or fp32")
-    faults += batch_faults(batch_rows, train.accumulate, workers)
+    faults += batch_faults(config, len(store.train), workers)
     faults += evaluation_faults(train.evals_per_epoch, rows=len(store.train), batch_size=train.batch_size)
     if faults:
         raise UserError(faults)
@@ -195,14 +200,29 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
     return Plan(batch_rows, steps, tuple(sorted(stops)), train.epochs, rank, workers)
 
 
-def batch_faults(batch_rows: int, accumulate: int, workers: int) -> list[str]:
-    """Say it if a batch has fewer rows than the workers have micro-batches."""
-    if batch_rows >= workers * accumulate:
+def batch_faults(config: RunConfig, rows: int, workers: int) -> list[str]:
+    """Say it if the batches of a run are too small for the micro-batches of its workers.
+
+    Args:
+        config: of the run. Its model is built where a micro-batch has one row: BatchNorm needs two.
+        rows: to train on.
+        workers: of the run.
+
+    Raises:
+        UserError: the model had to be built, and cannot be.
+    """
+    batch_rows, accumulate = min(config.train.batch_size, rows), config.train.accumulate
+    micro_rows = batch_rows // (workers * accumulate)
+    if micro_rows == 0:
+        what = f"make no {accumulate} micro-batches (train.accumulate) for each of {workers} workers"
+    elif micro_rows == 1 and _batchnorm_layers(build_model(config, weights=False)):
+        what = (
+            f"make micro-batches of one row, {accumulate} (train.accumulate) for each of {count(workers, 'worker')}, "
+            f"and the BatchNorm layers of {config.model.backbone} see no variance in one row"
+        )
+    else:
         return []
-    return [
-        f"train.batch_size: {batch_rows} rows make no {accumulate} micro-batches (train.accumulate) for each of "
-        f"{workers} workers; choose a larger batch or fewer of the others"
-    ]
+    return [f"train.batch_size: {batch_rows} rows {what}; choose a larger batch or fewer of the others"]
 
 
 def evaluation_faults(evals_per_epoch: int, *, rows: int, batch_size: int) -> list[str]:
@@ -230,13 +250,7 @@ def start(
     config: RunConfig, store: Store, device: torch.device, plan: Plan, *, fresh: bool, resident: bool = True
 ) -> Run:
     """Build what a run works with: with pretrained weights, if any, where it is fresh."""
-    model = build_model(config, weights=fresh)
-    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if normalised and plan.batch_rows // (plan.workers * config.train.accumulate) == 1:
-        raise UserError(
-            f"train.batch_size: it leaves a micro-batch of one row, over which the BatchNorm layers of "
-            f"{config.model.backbone} see no variance; choose a larger batch, or a smaller train.accumulate"
-        )
+    model = _build_patiently(config, weights=fresh)
     # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
@@ -277,6 +291,17 @@ def start(
         clear_cache()
     train, val = cache_on_device(store, device) if resident else (store.train, store.val)
     return Run(config, store, device, plan, model, average, optimizer, scaler, step, train, val)
+
+
+def _build_patiently(config: RunConfig, *, weights: bool) -> nn.Module:
+    """Build the model; where the hub does not serve its weights, ask again before giving up."""
+    for wait in _WAITS:
+        try:
+            return build_model(config, weights=weights)
+        except WeightsUnavailableError:
+            # Other workers wait for this one before they train.
+            time.sleep(wait)
+    return build_model(config, weights=weights)
 
 
 def is_compiled(config: RunConfig, device: torch.device, plan: Plan) -> bool:
@@ -354,7 +379,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
     """Average the running statistics of BatchNorm over the workers: each worker takes them of its own rows."""
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = _batchnorm_layers(model)
     buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     if workers > 1 and buffers:
         flat = torch.cat(buffers)
@@ -362,6 +387,10 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
         flat /= workers
         for buffer, mean in zip(buffers, torch.split(flat, [len(buffer) for buffer in buffers]), strict=True):
             buffer.copy_(mean)
+
+
+def _batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def rows_to_evaluate(run: Run) -> int:
@@ -407,6 +436,7 @@ def _report(
         "best_val_js": best,
         "best_report": number if improved else history[-1]["best_report"],
         "accumulate": run.config.train.accumulate,
+        "workers": plan.workers,
         "params_millions": sum(parameter.numel() for parameter in run.model.parameters()) / 1e6,
         "finished": False,
     }

@@ -29,7 +29,8 @@ class Report(Heard, _Planar):
     train_loss: float  # mean over the rows since the report before
     lr: float  # of the newest step
     best_report: int
-    accumulate: int  # micro-batches a step
+    accumulate: int  # micro-batches a step, of each worker
+    workers: int  # that trained together
     val_js: float
     val_kl: float
     val_ce: float

@@ -17,6 +17,7 @@ from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline, evaluate
 from raytune_emotion.learn.loop import Divergence, fit, make_plan
 from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.learn.run_folder import BEST, read_history
 from tests.support.training import CPU, EVERYTHING, reports_of_run, run_config, same_tensors, shortened, state_of
 
@@ -428,6 +429,24 @@ def test_batchnorm_over_one_row_is_refused(store):
     with pytest.raises(UserError, match="BatchNorm"):
         next(fit(run_config(train__accumulate=16), store, device=CPU))
     next(fit(run_config(train__accumulate=16, model__backbone="test_vit"), store, device=CPU))
+
+
+@pytest.mark.parametrize(("refusals", "served"), [(0, True), (2, True), (3, False)])
+def test_a_hub_that_refuses_for_a_moment_is_asked_again(store, monkeypatch, refusals, served):
+    """Else every trial that begins at that moment would end its study."""
+    asked = []
+
+    def build(config, *, weights):
+        asked.append(weights)
+        if len(asked) <= refusals:
+            raise WeightsUnavailableError("429 Too Many Requests")
+        return build_model(config, weights=weights)
+
+    monkeypatch.setattr(loop, "build_model", build)
+    monkeypatch.setattr(loop, "_WAITS", (0, 0))
+    with contextlib.nullcontext() if served else pytest.raises(WeightsUnavailableError):
+        next(fit(run_config(), store, device=CPU))
+    assert asked == [True] * min(refusals + 1, 3)
 
 
 def test_a_folder_is_resumed_with_its_own_settings_and_data_only(store, tmp_path):

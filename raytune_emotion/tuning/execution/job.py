@@ -64,6 +64,11 @@ class Job:
         """Return how many micro-batches a worker makes of its share of a step."""
         return int(self.settings.get("train.accumulate", TrainConfig().accumulate))
 
+    @property
+    def micro_batches(self) -> int:
+        """Return the micro-batches of a step, over all workers: the more, the smaller they are."""
+        return self.resources.workers * self.accumulate
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -297,10 +302,10 @@ def with_smaller_micro_batches(job: Job) -> Job | None:
     It takes about half the memory. The effective batch stays the same, so the optimizer sees the same gradients, except
     for the statistics of BatchNorm.
     """
-    accumulate = 2 * job.accumulate
-    if accumulate * job.resources.workers > job.settings.get("train.batch_size", TrainConfig().batch_size):
+    if 2 * job.micro_batches > job.settings.get("train.batch_size", TrainConfig().batch_size):
         return None
-    return dataclasses.replace(job, settings={**job.settings, "train.accumulate": accumulate}, resident=False)
+    settings = {**job.settings, "train.accumulate": 2 * job.accumulate}
+    return dataclasses.replace(job, settings=settings, resident=False)
 
 
 def _free_memory() -> None:

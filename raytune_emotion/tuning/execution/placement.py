@@ -123,8 +123,11 @@ def fit(
         )
     if gpu:
         cpu = (cores_per_gpu(nodes) or 1.0) * gpu
+    elif concurrency and not grows:
+        cpu = _cores_for(nodes, concurrency * workers)
     else:
-        cpu = _cores_for(nodes, concurrency * workers) if concurrency and not grows else 1.0
+        # Nodes that are still to come may have few cores. What runs alone takes those that are there.
+        cpu = max(1.0, _cores_for(nodes, workers)) if concurrency == 1 else 1.0
     # Whole cores, but for a fraction of a GPU that has less than a core beside it.
     cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
     resources = Resources(workers, cpu, gpu)

@@ -89,14 +89,16 @@ class TrialActor:
             yield written
 
     def _job_that_fits(self) -> Job:
-        """Return the job with micro-batches as small as those of its newest report: larger ones took too much memory.
+        """Return the job with micro-batches as small as those of its newest report, where memory has run out before it.
 
-        A job begins with those of its configuration, whoever ran it before.
+        A job begins with those of its configuration, whoever ran it before. With more workers they may be small enough.
         """
-        job = self._job
-        while self._written is not None and job.accumulate < self._written["accumulate"]:
+        job, written = self._job, self._written
+        if written is None or written["accumulate"] <= job.accumulate:
+            return job
+        while job.micro_batches < written["workers"] * written["accumulate"]:
             smaller = with_smaller_micro_batches(job)
-            if smaller is None:  # it has more workers now
+            if smaller is None:
                 break
             job = smaller
         return job
@@ -107,7 +109,7 @@ class TrialActor:
         except InvalidForRun as error:
             # A configuration that has trained is valid, so the machine is at fault. But where memory has run out, its
             # micro-batches may have become too small.
-            if self._written is None or job.accumulate > self._written["accumulate"]:
+            if self._written is None or job.accumulate > self._job_that_fits().accumulate:
                 raise
             raise Breakdown(
                 f"trial {job.name} has trained before, and {platform.node()} refuses it now: {'; '.join(error.faults)}"

@@ -25,6 +25,7 @@ from raytune_emotion.tuning.study.combination import (
     read_candidates,
 )
 from raytune_emotion.tuning.study.records import TrialRecord
+from raytune_emotion.tuning.study.spec import read_spec, stores_here
 
 #: Models of a soup at most.
 _MIXED = 3
@@ -73,7 +74,7 @@ def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: 
     # Where nobody names a trial, all that have weights are chosen from.
     export_of_all = export if len(kept) == len(with_weights) else ""
     try:
-        candidates = read_candidates(kept)
+        candidates = read_candidates(kept, stores_here(read_spec(folder)))
         found = [_ensemble(candidates, export_of_all)]
         began = time.monotonic()
         mirrored = _mirror(candidates, export, began + _MOST_SECONDS)

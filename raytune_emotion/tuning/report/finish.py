@@ -76,7 +76,8 @@ def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRe
     searched = list_kept(folder, study.records(), at_rest=True)
     confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
     trials = [*searched, *confirmed, (fit, folder / fit)]
-    groups, names = read_groups(trials), [name for name, _ in trials]
+    stores = [open_store(address) for address in study.spec.stores.values()]
+    groups, names = read_groups(trials, stores), [name for name, _ in trials]
     steps = [
         Step("best trial of the search", _unseen_js(groups, names[: len(searched)])),
         Step(f"best of it and {count(len(confirmed), 'confirmed run')}", _unseen_js(groups, names[:-1])),

@@ -1,7 +1,7 @@
 """Choose which kept trials of a study together are better than its best: an ensemble, or a soup."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +26,6 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
-from raytune_emotion.tuning.study.trial_export import store_of
 from raytune_emotion.tuning.study.trials import DATA
 
 #: Members of an ensemble at most, where nobody says how many.
@@ -139,24 +138,25 @@ def list_kept(
     return [(name, trial) for name, trial in folders if (trial / BEST).exists()]
 
 
-def read_candidates(trials: Sequence[tuple[str, Path]]) -> Candidates:
+def read_candidates(trials: Sequence[tuple[str, Path]], stores: Iterable[Store]) -> Candidates:
     """Read trials to be combined, those of the best one's data and image size.
 
     Args:
         trials: names, and the folders of the runs.
+        stores: the packed data of the study, where they are now: they may have moved since a trial was trained.
 
     Raises:
-        UserError: there are none, a checkpoint is damaged, or the data are not on this machine.
+        UserError: there are none, a checkpoint is damaged, or the data are not among the stores.
     """
     bests = _read_bests(trials)
-    return _candidates_of(next(iter(bests.values())).fingerprint, bests, dict(trials))
+    return _candidates_of(next(iter(bests.values())).fingerprint, bests, dict(trials), stores)
 
 
-def read_groups(trials: Sequence[tuple[str, Path]]) -> list[Candidates]:
+def read_groups(trials: Sequence[tuple[str, Path]], stores: Collection[Store]) -> list[Candidates]:
     """Read trials of any image size, those of one size together, the best one's first; see `read_candidates`."""
     bests = _read_bests(trials)
     fingerprints = dict.fromkeys(best.fingerprint for best in bests.values())
-    return [_candidates_of(fingerprint, bests, dict(trials)) for fingerprint in fingerprints]
+    return [_candidates_of(fingerprint, bests, dict(trials), stores) for fingerprint in fingerprints]
 
 
 def _read_bests(trials: Sequence[tuple[str, Path]]) -> dict[str, Best]:
@@ -167,15 +167,16 @@ def _read_bests(trials: Sequence[tuple[str, Path]]) -> dict[str, Best]:
     return dict(sorted(bests.items(), key=lambda item: (item[1].report["val_js"], item[0])))
 
 
-def _candidates_of(fingerprint: str, bests: Mapping[str, Best], folders: Mapping[str, Path]) -> Candidates:
+def _candidates_of(
+    fingerprint: str, bests: Mapping[str, Best], folders: Mapping[str, Path], stores: Iterable[Store]
+) -> Candidates:
     """Read what the trials of one store predict."""
     names = tuple(name for name, best in bests.items() if best.fingerprint == fingerprint)
-    folder = folders[names[0]]
-    store = store_of(folder)
-    if store is None or store.fingerprint != fingerprint:
+    store = next((store for store in stores if store.fingerprint == fingerprint), None)
+    if store is None:
         raise UserError(
-            f"{folder}: the packed data of the run are not on this machine, so nothing can be chosen; run this where "
-            f"it was trained"
+            f"{folders[names[0]]}: the packed data of the run are not on this machine, so nothing can be chosen; run "
+            f"this where it was trained"
         )
     predictions = []
     for name in names:

@@ -28,6 +28,7 @@ from raytune_emotion.learn.run_folder import BEST, HISTORY, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (
+    Candidates,
     Combination,
     combine_ensemble,
     combine_soup,
@@ -37,8 +38,8 @@ from raytune_emotion.tuning.study.combination import (
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import study_files
+from raytune_emotion.tuning.study.spec import stores_here
 from raytune_emotion.tuning.study.trial_export import delete_other_formats
-from raytune_emotion.tuning.study.trials import DATA
 
 _CARD = """\
 ---
@@ -92,7 +93,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
     """
     check_replaceable(dest)
     with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen = combine_ensemble(read_candidates(list_kept(folder, load(folder).records())), most)
+        chosen = combine_ensemble(_candidates(folder), most)
         write_ensemble(package, chosen, study.name, formats)
     delete_other_formats(dest, [TIMM, *formats])
     return chosen
@@ -106,7 +107,7 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
     """
     check_replaceable(dest)
     with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen, best = combine_soup(read_candidates(list_kept(folder, load(folder).records())))
+        chosen, best = combine_soup(_candidates(folder))
         write_soup(package, chosen, best, study.name, formats)
     delete_other_formats(dest, formats)
     return chosen
@@ -194,6 +195,11 @@ def _write_alone(dest: Path, chosen: Combination, study: str, formats: Sequence[
     write_package(dest, best, origin, formats=formats, store=store)
 
 
+def _candidates(folder: Path) -> Candidates:
+    study = load(folder)
+    return read_candidates(list_kept(folder, study.records()), stores_here(study.spec))
+
+
 def _weights_of(study: Location) -> Any:
-    patterns = (f"trials/*/{name}" for name in (HISTORY, BEST, PREDICTIONS, DATA))
+    patterns = (f"trials/*/{name}" for name in (HISTORY, BEST, PREDICTIONS))
     return study_files(study, JOURNAL, *patterns)

@@ -17,6 +17,7 @@ import pandas as pd
 
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.learn.backbones import FOLDER, split_source
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.model import check_weights
 from raytune_emotion.learn.origin import AbsentWeightsError
@@ -25,7 +26,7 @@ from raytune_emotion.terminal import typed_command, typed_options
 from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.study.journal_check import CONFIRMS
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
-from raytune_emotion.tuning.study.optuna_study import study_lock
+from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, read_spec
@@ -145,8 +146,10 @@ def write_confirmed(folder: Path, found: Iterable[ConfirmedConfiguration]) -> No
     )
 
 
-def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialRecord], StudySpec]:
-    """Return the trials to be confirmed, and how.
+def plan_confirmation(
+    request: ConfirmRequest, study: Path
+) -> tuple[list[TrialRecord], StudySpec, list[dict[str, Any]]]:
+    """Return the trials to be confirmed, how, and the settings of all that will run, also of what an earlier one left.
 
     Raises:
         UserError: there is no such study, it has nothing to confirm, its data or weights are gone, or its batches are
@@ -155,25 +158,28 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
     searched = read_spec(study)
     if searched.confirms is not None:
         raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
-    resume = f"{typed_command('search')} --resume{typed_options(results=study.parent, name=study.name)}"
+    # For a second: a study that has ended by its time would else train all its trials first.
+    options = typed_options(results=study.parent, name=study.name, time_budget="1s")
+    resume = f"{typed_command('search')} --resume{options}"
     stores = open_stores(searched, f"tell where they are by `{resume} --data DIR`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
         raise UserError(f"{study}: no trial of this study has reported yet")
     faults: list[str] = []
-    for config in [RunConfig.from_flat(searched.settings(record.settings)) for record in chosen]:
-        batch_rows = min(config.train.batch_size, len(stores[config.data.image_size].train))
-        faults += batch_faults(
-            batch_rows, config.train.accumulate, request.workers_per_trial or searched.workers_per_trial
-        )
+    workers = request.workers_per_trial or searched.workers_per_trial
+    before = confirmation_before(study, searched.epochs)
+    left = _list_left(study / CONFIRMED) if before else []
+    settings = [searched.settings(its) for its in (*(record.settings for record in chosen), *left)]
+    for config in map(RunConfig.from_flat, settings):
+        with collect_errors(faults):
+            faults += batch_faults(config, len(stores[config.data.image_size].train), workers)
         with collect_errors(faults):
             _check_weights(config.model, f"tell where they are by `{resume} --weights-dir DIR`")
     if faults:
         raise UserError(dict.fromkeys(faults))
-    before = confirmation_before(study, searched.epochs)
     confirms = {record.trial_id: record.best["val_js"] for record in chosen if record.best}
     given = {name: getattr(request, name) for name in ("concurrency", "workers_per_trial", "gpus_per_worker")}
-    return chosen, dataclasses.replace(
+    spec = dataclasses.replace(
         searched,
         name=f"{searched.name}, confirmed",
         space={key: value for key, value in searched.space.items() if key != "start"},
@@ -181,6 +187,13 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> tuple[list[TrialR
         storage=None,
         **{name: value for name, value in given.items() if value is not None},
     )
+    return chosen, spec, settings
+
+
+def _list_left(folder: Path) -> list[dict[str, Any]]:
+    """List the settings of the runs of a confirmation that have not ended."""
+    trials = load_study(folder).get_trials(deepcopy=False)
+    return [trial.user_attrs[SETTINGS] for trial in trials if not trial.state.is_finished()]
 
 
 def confirmation_before(study: Path, epochs: int) -> StudySpec | None:
@@ -212,7 +225,7 @@ def _check_weights(config: ModelConfig, advice: str) -> None:
     try:
         check_weights(config)
     except AbsentWeightsError as error:
-        if config.weights_dir is None:  # the backbone is a folder
+        if split_source(config.backbone)[0] == FOLDER:
             raise
         raise UserError(f"{fault.partition(';')[0]}; {advice}" for fault in error.faults) from None
 

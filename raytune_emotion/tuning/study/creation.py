@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from raytune_emotion.config import ModelConfig, RunConfig
+from raytune_emotion.config import FlatConfig, ModelConfig, RunConfig
 from raytune_emotion.data.prepare import Data, find_data, prepare_sizes
 from raytune_emotion.data.store import Store, is_store
 from raytune_emotion.data.synthetic import sample_folder
@@ -109,9 +109,13 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
     else:
         with collect_errors(faults):
             opened = open_stores(spec, "name the data with --data")
+    weights_dir = absolute_path(request.weights_dir) or spec.weights_dir
     for store in list(opened.values())[:1]:  # all have the same rows
-        faults += _batch_faults(space, len(store.train), request.workers_per_trial or spec.workers_per_trial)
-    for model in _models(space, absolute_path(request.weights_dir) or spec.weights_dir):
+        outside = {"data.image_size": store.image_size, "model.weights_dir": weights_dir}
+        workers = request.workers_per_trial or spec.workers_per_trial
+        with collect_errors(faults):
+            faults += _batch_faults(space, outside, len(store.train), workers)
+    for model in _models(space, weights_dir):
         with collect_errors(faults):
             check_weights(model)
     if faults:
@@ -160,10 +164,12 @@ def check_space(space: Space, data: Data, *, workers: int) -> None:
             and for evaluations without a step.
     """
     faults: list[str] = []
+    sizes, default, rows = image_sizes(data, space), RunConfig().train, data.count_rows()
     with collect_errors(faults):
-        _check_backbones(space, image_sizes(data, space))
-    default, rows = RunConfig().train, data.count_rows()
-    faults += _batch_faults(space, rows, workers)
+        _check_backbones(space, sizes)
+    with collect_errors(faults):
+        outside = {"data.image_size": sizes[0], "model.weights_dir": space.fixed_settings.get("model.weights_dir")}
+        faults += _batch_faults(space, outside, rows, workers)
     faults += evaluation_faults(
         space.fixed_settings.get("train.evals_per_epoch", default.evals_per_epoch),
         rows=rows,
@@ -173,13 +179,25 @@ def check_space(space: Space, data: Data, *, workers: int) -> None:
         raise UserError(dict.fromkeys(faults))
 
 
-def _batch_faults(space: Space, rows: int, workers: int) -> list[str]:
-    """List the batches of a space that are too small for the workers of a trial on so many rows."""
-    default, faults = RunConfig().train, list[str]()
+def _batch_faults(space: Space, outside: FlatConfig, rows: int, workers: int) -> list[str]:
+    """List the batches of a space that are too small for the workers of a trial.
+
+    Args:
+        space: of the study.
+        outside: settings that are not the space's own, by dotted path.
+        rows: to train on.
+        workers: of a trial.
+    """
+    default, found = RunConfig(), dict[tuple[str, int, int], None]()
     for ends in map(space.ends, space.decisions()):
-        batch_size, *_ = ends.get("train.batch_size", (default.batch_size,))
-        *_, accumulate = ends.get("train.accumulate", (default.accumulate,))
-        faults += batch_faults(min(batch_size, rows), accumulate, workers)
+        batch_size, *_ = ends.get("train.batch_size", (default.train.batch_size,))
+        *_, accumulate = ends.get("train.accumulate", (default.train.accumulate,))
+        for name in ends.get("model.backbone", (default.model.backbone,)):
+            found[name, batch_size, accumulate] = None
+    faults: list[str] = []
+    for name, batch_size, accumulate in found:
+        own = {"model.backbone": name, "train.batch_size": batch_size, "train.accumulate": accumulate}
+        faults += batch_faults(RunConfig.from_flat({**outside, **own}), rows, workers)
     return list(dict.fromkeys(faults))
 
 

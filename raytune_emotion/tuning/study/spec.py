@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 from typing_extensions import Self
 
 from raytune_emotion import __version__
-from raytune_emotion.data.store import Store, is_store, open_store
+from raytune_emotion.data.store import Store, is_store, open_if_here, open_store
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location
@@ -191,6 +191,11 @@ def open_stores(spec: StudySpec, advice: str) -> dict[int, Store]:
     if faults:
         raise UserError(faults)
     return stores
+
+
+def stores_here(spec: StudySpec) -> list[Store]:
+    """Return the packed data of a study that lie in folders of this machine."""
+    return [store for store in map(open_if_here, spec.stores.values()) if store is not None]
 
 
 def _plain_values(value: Any) -> Any:

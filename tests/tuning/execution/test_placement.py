@@ -85,6 +85,15 @@ def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(node
 
 
 @pytest.mark.parametrize(
+    ("nodes", "workers", "cpu"), [([8, 4], 1, 8), ([8, 8], 2, 8), ([1], 4, 1), ([], 1, 1), ([0], 1, 1)]
+)
+def test_what_runs_alone_takes_the_cores_that_are_there_also_where_an_autoscaler_adds_nodes(nodes, workers, cpu):
+    cluster = [{"CPU": float(cores)} for cores in nodes]
+    place = fit(cluster, "the cluster", workers=workers, gpus_per_worker=0.0, concurrency=1, grows=True)
+    assert place.resources.cpus_per_worker == cpu
+
+
+@pytest.mark.parametrize(
     ("concurrency", "cpus", "said"),
     [
         (None, 1.0, "2 at once"),

@@ -9,6 +9,7 @@ import pytest
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import HEARD
 from raytune_emotion.learn.run_folder import read_history
+from raytune_emotion.tuning.execution import trial_actor
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed, job_of
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.resources import Resources
@@ -133,6 +134,32 @@ def test_trial_whose_process_was_killed_for_its_memory_goes_on_in_micro_batches_
         actor.stop()
     assert [result["report"] for result in results] == [1, 2]
     assert [report["accumulate"] for report in read_history(Path(job.folder))] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("before", "workers", "expected"),
+    [
+        ((1, 2), 1, 2),
+        ((1, 2), 4, 1),  # of 8 rows each, where 16 fitted
+        ((4, 2), 1, 8),
+        ((4, 1), 1, 1),  # no memory had run out
+    ],
+)
+def test_micro_batches_have_as_few_rows_as_fitted_before_on_however_many_workers(job, before, workers, expected):
+    attempts = []
+
+    class Actor(TrialActor):
+        def _attempt(self, job):
+            attempts.append(job.accumulate)
+            yield from ()
+
+    report = {**dict.fromkeys(HEARD, 0), "workers": before[0], "accumulate": before[1]}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trial_actor, "newest_report", lambda job: report)
+        actor = Actor(dataclasses.replace(job, resources=Resources(workers, 1.0, 0.0)).to_dict())
+        for _ in range(2):
+            actor.train()
+    assert attempts == [expected]
 
 
 def test_micro_batches_that_become_too_small_fail_a_trial_that_has_trained(job):

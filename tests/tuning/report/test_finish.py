@@ -35,7 +35,7 @@ from tests.support.studies import searcher_of, write_study
 def confirm_here(request):
     """Do what confirm does, without Ray: run what is left of a confirmation."""
     study = request.study.path
-    chosen, spec = plan_confirmation(request, study)
+    chosen, spec, _ = plan_confirmation(request, study)
     make_confirmation(study / CONFIRMED, spec)
     with open_study(study / CONFIRMED) as confirmation:
         confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
@@ -90,13 +90,20 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
     assert len(read_history(other)) == 2
 
 
-def test_models_of_all_image_sizes_are_compared(study, faces):
+def test_a_study_whose_data_have_moved_is_finished_with_them_where_they_are_now(study):
+    finish_study(study, None, confirm_here)
+    for told in study.rglob("data.txt"):  # where they were when the run was trained
+        told.write_text("/gone\n")
+    finish_study(study, None, confirm_here)
+
+
+def test_models_of_all_image_sizes_are_compared(study, store, faces):
     larger = prepare(faces, image_size=48)
     settings = {"data.image_size": 48, "model.backbone": "test_resnet", "train.epochs": 1}
     run = study / "larger"
     list(train_here(Job("larger", str(run), str(larger.path), settings, Resources(1, 1, 0))))
     trials = [*list_kept(study, load(study).records()), ("larger", run)]
-    groups = read_groups(trials)
+    groups = read_groups(trials, [store, larger])
     assert sorted(group.store.image_size for group in groups) == [32, 48]
     best = groups[0].bests[0].report["val_js"]
     assert groups[1].bests[0].report["val_js"] >= best
@@ -160,8 +167,10 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
         (0.35, 0.35, 0.40, "Neither soup nor ensemble helps"),
     ],
 )
-def test_what_is_exported_is_what_helps_on_unseen_images(study, tmp_path, monkeypatch, ensemble, soup, of_soup, said):
-    candidates = read_candidates(list_kept(study, load(study).records()))
+def test_what_is_exported_is_what_helps_on_unseen_images(
+    study, store, tmp_path, monkeypatch, ensemble, soup, of_soup, said
+):
+    candidates = read_candidates(list_kept(study, load(study).records()), [store])
     # Twice the same trial: one alone is no combination.
     chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=(0, 0), gain=Gain(0.30, ensemble))
     mixed, best = combine_soup(candidates)

@@ -38,13 +38,13 @@ def study(store, tmp_path_factory):
 
 def test_predictions_are_those_of_the_weights_whether_they_are_kept_or_not(study, store):
     records = load(study).records()
-    kept = read_candidates(list_kept(study, records))
+    kept = read_candidates(list_kept(study, records), [store])
     assert len(kept.trial_ids) == 3
     file = study / "trials" / kept.trial_ids[1] / PREDICTIONS
     content = file.read_bytes()
     file.unlink()
     try:
-        again = read_candidates(list_kept(study, records))
+        again = read_candidates(list_kept(study, records), [store])
     finally:
         file.write_bytes(content)
     for first, second in zip(kept.predictions, again.predictions, strict=True):
@@ -52,10 +52,10 @@ def test_predictions_are_those_of_the_weights_whether_they_are_kept_or_not(study
 
 
 @pytest.fixture(scope="module")
-def ensemble(study, tmp_path_factory):
+def ensemble(study, store, tmp_path_factory):
     """An ensemble of two backbones, whether that helps or not, in all formats."""
     dest = tmp_path_factory.mktemp("ensemble") / "best"
-    found = combine_ensemble(read_candidates(list_kept(study, load(study).records())), 3)
+    found = combine_ensemble(read_candidates(list_kept(study, load(study).records()), [store]), 3)
     backbones = [best.settings["model.backbone"] for best in found.candidates.bests]
     chosen = dataclasses.replace(found, members=(backbones.index("test_vit"), backbones.index("test_resnet")))
     write_ensemble(dest, chosen, "three", ["onnx", "pt2"])
@@ -134,8 +134,8 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path, monkey
     assert "Means over all 33 validation images, with" in card
 
 
-def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, tmp_path, monkeypatch, capsys):
-    alone = combine_ensemble(read_candidates(list_kept(study, load(study).records())), 1)
+def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, store, tmp_path, monkeypatch, capsys):
+    alone = combine_ensemble(read_candidates(list_kept(study, load(study).records()), [store]), 1)
     best = alone.candidates.bests[alone.members[0]]
     monkeypatch.setattr(combined_export, "combine_soup", lambda candidates: (alone, best))
     write_ensemble(tmp_path / "ensemble", alone, "three", [])
@@ -150,15 +150,14 @@ def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, tmp_path, 
         assert f"Trial {trial_id} of the study three, alone, as no other trial helps it." in card
 
 
-def test_where_the_data_are_gone_nothing_can_be_chosen(study, monkeypatch):
-    monkeypatch.setattr("raytune_emotion.tuning.study.combination.store_of", lambda trial: None)
+def test_where_the_data_are_gone_nothing_can_be_chosen(study):
     with pytest.raises(UserError, match="packed data of the run are not on this machine"):
-        read_candidates(list_kept(study, load(study).records()))
+        read_candidates(list_kept(study, load(study).records()), [])
 
 
 def test_where_no_trial_has_weights_it_is_said(study):
     with pytest.raises(UserError, match="no ended trial has weights"):
-        read_candidates([])
+        read_candidates([], [])
 
 
 @pytest.mark.parametrize(
@@ -175,10 +174,10 @@ def test_options_that_do_not_go_together_are_refused(study, tmp_path, capsys, op
     assert not (tmp_path / "best").exists()
 
 
-def test_the_command_exports_an_ensemble(study, tmp_path, monkeypatch, capsys):
+def test_the_command_exports_an_ensemble(study, store, tmp_path, monkeypatch, capsys):
     # Whether that helps or not.
     two = dataclasses.replace(
-        combine_ensemble(read_candidates(list_kept(study, load(study).records())), 2), members=(0, 1)
+        combine_ensemble(read_candidates(list_kept(study, load(study).records()), [store]), 2), members=(0, 1)
     )
     monkeypatch.setattr(combined_export, "combine_ensemble", lambda candidates, most: two)
     assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2"]) == 0
