@@ -35,7 +35,7 @@ from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates, settings_key
-from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
+from raytune_emotion.tuning.policy.decisions import START, Answer, Begin, Decision, Limits, Policy, Recorded
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, on_one_thread
@@ -302,7 +302,7 @@ def simulate(recording: Recording, name: str, workers: int, seed: int) -> Found:
         policy, sampler = POLICIES[name](recording, answers, seed)
         kept = optuna.create_study()
         for params in recording.start:
-            kept.enqueue_trial(answers.nearest(params), skip_if_exists=True)
+            kept.enqueue_trial(answers.nearest(params), {START: True}, skip_if_exists=True)
         searcher = Searcher(kept, recording.space, policy, sampler=sampler)
         study = Simulation(searcher, answers.respond, workers, recording.take_up_s, answers.limits)
         return study.run(recording.budget / workers)

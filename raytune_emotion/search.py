@@ -126,7 +126,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="STUDY",
         help="earlier studies, of the same or other data, that guide the search (default: the portfolio of the package "
-        f"where it fits the space, from the fifth trial on; {NONE}: nothing)",
+        f"where it fits the space, once four trials have paused or ended; {NONE}: nothing)",
     )
     add("--name", type=folder_name, metavar="NAME", help="name of the study (default: the space and the time)")
     add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")

@@ -62,7 +62,7 @@ TESTED_ELSEWHERE = {
 #: Test modules of what no single module does, with what that is.
 ACROSS_MODULES = {
     "test_docs": "README, docs and notebooks", "test_doors": "bad input at every command",
-    "test_fuzz": "damaged files of every kind",
+    "test_fuzz": "damaged files of every kind", "test_imports": "what is imported with each part",
     "test_jobs": "files in jobs/", "test_layers": "the layout", "test_main": "the console script",
     "test_submit": "jobs/submit.sh", "test_surface": "names that others rely on", "test_wheel": "the installed package",
     "learn/test_distributed": "training in several processes",

@@ -36,6 +36,8 @@ LEARN_FROM_ENDED = ("tpe", "gp", "cmaes")
 #: for which Optuna has no state but `RUNNING`; the seconds it had trained at the report by which it last paused or
 #: ended; how often it was taken up to train; the driver that runs it, where a study has several.
 SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP, DRIVER = "settings", "cost", "paused", "seconds", "taken_up", "driver"
+#: And whether it is a start point of the study's space.
+START = "start"
 #: Attribute of an Optuna study: the expected further gain, as bits and seconds.
 GAIN = "expected_gain"
 

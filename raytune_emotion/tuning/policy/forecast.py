@@ -42,7 +42,7 @@ LENGTHS = {
 _PERFECT = 1e-9
 #: The least standard deviation of log values that is told from none.
 _SAME = 1e-3
-#: Own trials that weigh as much as the belief that an earlier study's ranking holds.
+#: Own values that weigh as much as the belief that an earlier study's ranking holds, and that values differ as there.
 _TRUST = 4.0
 #: Points that are predicted from, in a time that grows with their cube; and how many of them may be failed trials, the
 #: newest.
@@ -90,9 +90,7 @@ class Forecast:
         self._share, self.best = points.longest, points.best
         prior_N = self._prior(points.settings)
         y_N = points.value_N
-        self._scale: float = (
-            max(float(y_N.std()), _SAME) if len(y_N) > 1 else float(np.mean([f._scale for f in earlier] or [1.0]))
-        )
+        self._scale: float = _scale_of(y_N, [forecast._scale for forecast in earlier])
         centred_N = prior_N - np.mean(prior_N) if len(y_N) else prior_N
         slope = (centred_N @ y_N + _TRUST * self._scale) / (centred_N @ centred_N + _TRUST)
         self._slope = max(0.0, float(slope))
@@ -133,6 +131,15 @@ class Forecast:
             return np.zeros(len(settings))
         standard_M: Floats = np.mean([f.standard_scores(settings) for f in self._earlier], axis=0)
         return standard_M
+
+
+def _scale_of(y_N: Floats, earlier: Sequence[float]) -> float:
+    """Return the standard deviation that is expected of values like these, by those of earlier studies as well."""
+    if not earlier:
+        return max(float(y_N.std()), _SAME) if len(y_N) > 1 else 1.0
+    squares = float(((y_N - y_N.mean()) ** 2).sum()) if len(y_N) else 0.0
+    variance = (squares + _TRUST * float(np.mean(earlier)) ** 2) / (len(y_N) + _TRUST)
+    return max(math.sqrt(variance), _SAME)
 
 
 def curves_of(domain: Domain, trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[Curve]:

@@ -7,6 +7,8 @@ the trial with the most expected improvement for the reports that are left to it
 The most promising of all new configurations promises more than it will hold, since it is chosen among thousands for
 that. So new trials have a share of the training at most, and the rest goes to those that were begun.
 
+The first start points of the space train to their end without a pause: whoever gave them believes in them.
+
 Nothing is known of lengths that no trial has had. So the favourite, the paused trial of the best forecast, is trained
 further than any other before, as soon as that is half of what all trials have had together, and once no new trial may
 begin. A study thus has a finished model early, and never ends without one.
@@ -26,6 +28,7 @@ from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
 from raytune_emotion.tuning.policy.decisions import (
     SECONDS,
+    START,
     TAKEN_UP,
     Answer,
     Begin,
@@ -57,6 +60,8 @@ _NEW_SHARE, _LEAST_NEW_SHARE = 0.1, 0.4
 _LONGEST_IN = 2
 #: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
 _HOPE = 0.02
+#: So many of the first trials train to their end without a pause, if they are start points.
+_STRAIGHT = 2
 #: What it costs to take a trial up again, in seconds, and the share of the training that all of that may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
 
@@ -146,6 +151,8 @@ class FreezeThaw:
         if not self._ends_stretch(report):
             return "go on"
         number = int(trial_id)
+        if any(trial.number == number < _STRAIGHT and trial.user_attrs.get(START) for trial in past):
+            return "go on"
         past = [as_paused(trial, report["seconds"]) if trial.number == number else trial for trial in past]
         plan = self._plan_of(past, limits)
         if number in plan.prunes:

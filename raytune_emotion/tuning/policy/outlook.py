@@ -68,8 +68,9 @@ class Outlook:
         #: What is expected of configurations; None while too little is known, or where the numbers do not allow it.
         self.forecast: Forecast | None = None
         running = [domain.settings(trial) for trial in past if is_running(trial)]
-        heeded = [each for each in earlier if each.at_once or len(past) >= STARTUP]
-        if not heeded and not (self.reported and len(past) - len(running) >= STARTUP):
+        known = bool(self.reported) and len(past) - len(running) >= STARTUP
+        heeded = [each for each in earlier if each.at_once or known]
+        if not heeded and not known:
             return
         try:
             curves = curves_of(domain, past, maximize=aim.maximize)

@@ -6,7 +6,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from raytune_emotion.storage.json_text import is_number
-from raytune_emotion.tuning.policy.decisions import COST, DRIVER, PAUSED, SECONDS, SETTINGS, TAKEN_UP
+from raytune_emotion.tuning.policy.decisions import COST, DRIVER, PAUSED, SECONDS, SETTINGS, START, TAKEN_UP
 from raytune_emotion.tuning.space.space import are_settings, is_setting
 from raytune_emotion.tuning.study.trials import trial_id_of
 
@@ -24,6 +24,7 @@ _ATTRIBUTES: Mapping[str, Callable[[Any], bool]] = {
     COST: is_number,
     SECONDS: is_number,
     PAUSED: lambda value: isinstance(value, bool),
+    START: lambda value: isinstance(value, bool),
     TAKEN_UP: _is_count,
     DRIVER: lambda value: isinstance(value, int),
     REASON: lambda value: isinstance(value, str),

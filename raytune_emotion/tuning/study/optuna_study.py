@@ -31,6 +31,7 @@ from raytune_emotion.tuning.policy.decisions import (
     PAUSED,
     SECONDS,
     SETTINGS,
+    START,
     TAKEN_UP,
     Begin,
     Decision,
@@ -318,7 +319,7 @@ def create_study(folder: Path, space: Space, name: str | None = None, address: s
         warnings.simplefilter("ignore", ExperimentalWarning)  # since 2023
         study.set_metric_names([_METRIC])
     for point in space.start_points():
-        study.enqueue_trial(point)
+        study.enqueue_trial(point, user_attrs={START: True})
     return study
 
 

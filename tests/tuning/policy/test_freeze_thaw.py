@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from benchmarks.simulation import Simulation
 from raytune_emotion.tuning.policy import freeze_thaw
-from raytune_emotion.tuning.policy.decisions import NO_LIMITS, PAUSED, SECONDS, TAKEN_UP, Limits, TakeUp
+from raytune_emotion.tuning.policy.decisions import NO_LIMITS, PAUSED, SECONDS, START, TAKEN_UP, Limits, TakeUp
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
@@ -103,6 +103,25 @@ def test_a_trial_is_trained_to_its_end_early_though_curves_show_late_what_comes_
     study = Study()
     study.run(2.75 * REPORTS)
     assert max(study.reports) < REPORTS, "the test is of no use"
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_two_start_points_at_most_train_to_their_end_before_others_are_looked_at_again(start):
+    study = Study()
+    for rate in (0.9, 0.8, 0.7)[:start]:
+        study.optuna.enqueue_trial({"optim.lr": rate, "train.batch_size": 0.5}, {START: True})
+    study.run(2.0 * REPORTS)
+    straight = min(start, 2)
+    assert study.reports[:straight] == [REPORTS] * straight
+    assert max(study.reports[straight:], default=0) < REPORTS
+    assert not any(trial.user_attrs.get(TAKEN_UP) for trial in study.optuna.trials[:straight])
+
+
+def test_a_first_trial_that_is_no_start_point_pauses():
+    study = Study()
+    study.optuna.enqueue_trial({"optim.lr": 0.9, "train.batch_size": 0.5})
+    study.run(REPORTS)
+    assert study.reports[0] < REPORTS
 
 
 def test_one_of_many_workers_trains_further_than_all_before_and_the_others_search():

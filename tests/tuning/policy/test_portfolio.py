@@ -5,7 +5,7 @@ import json
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.trial import FixedTrial
+from optuna.trial import FixedTrial, TrialState
 
 from benchmarks.taskset import SETTINGS as OF_TASKSET
 from raytune_emotion.storage.yaml_text import load_yaml
@@ -103,6 +103,15 @@ def test_the_first_trials_begin_as_without_the_portfolio(quick, parts):
         assert first != other.next()
         for study in (guided, alone, other):
             study.add(settings, [0.3] * REPORTS)
+
+
+def test_trials_that_run_are_no_evidence_for_it(quick, parts):
+    guided, alone = studies = [Study(quick, its) for its in (json.dumps(parts), None)]
+    for settings in draw(quick, 2 * STARTUP, seed=1):
+        assert guided.next() == alone.next()
+        for study in studies:
+            trial = optuna.create_trial(state=TrialState.RUNNING, user_attrs={SETTINGS: settings})
+            study.optuna.add_trial(trial)
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["agree", "disagree"])
