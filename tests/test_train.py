@@ -276,7 +276,8 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(traine
             assert first.resources.workers == 2
 
         def train(self, job):
-            raise pickle.loads(pickle.dumps(InvalidForRun(tuple(batch_faults(3, job.accumulate, 2)))))
+            faults = batch_faults(RunConfig.from_flat(job.settings), 96, 2)
+            raise pickle.loads(pickle.dumps(InvalidForRun(tuple(faults))))
             yield
 
         def close(self):
