@@ -97,8 +97,8 @@ def pack_sizes(
         dest.check(write=True)
     if there := [dest for dest in dests.values() if not dest.can_be_built()]:
         raise UserError(f"{dest}: {EXISTS}" for dest in there)
-    with contextlib.ExitStack() as stack, process_map(workers) as processes:
-        pmap = pmap or processes
+    with contextlib.ExitStack() as stack:
+        pmap = pmap or stack.enter_context(process_map(workers))
         with progress() as bars:
             # First of all: a source or an option that is wrong by now costs nothing that attempts have packed.
             scan = read_rows(faces, classes, _check_on_each_node([faces.location], pmap), bars)

@@ -377,6 +377,14 @@ def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, b
         assert at(str(dest), tmp_path / f"at{size}") == files_of(alone.path)
 
 
+def assert_nothing_is_packed_again(folder, dests, monkeypatch):
+    """Go on with an attempt that broke off, and look for whole stores and nothing beside them."""
+    monkeypatch.setattr(blocks, "_pack", interrupt)
+    pack_sizes(Folder(folder), dests, workers=1)
+    store = ["manifest.json", "train-00000.arrow", "val-00000.arrow"]
+    assert [dest.find("*") for dest in dests.values()] == [store] * len(dests)
+
+
 def test_attempt_that_breaks_off_between_two_manifests_is_gone_on_with(folder, tmp_path, monkeypatch):
     dests = {size: Remote((tmp_path / "there").as_uri()) / f"{size}px" for size in (16, 24)}
 
@@ -387,10 +395,7 @@ def test_attempt_that_breaks_off_between_two_manifests_is_gone_on_with(folder, t
         patch.setattr(pack_module, "write_manifest", write_first)
         with pytest.raises(KeyboardInterrupt):
             pack_sizes(Folder(folder), dests, workers=1)
-    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
-    pack_sizes(Folder(folder), dests, workers=1)
-    shards = ["train-00000.arrow", "val-00000.arrow"]
-    assert [dest.find("*") for dest in dests.values()] == [["manifest.json", *shards]] * 2
+    assert_nothing_is_packed_again(folder, dests, monkeypatch)
 
 
 def test_files_of_somebody_else_at_a_uri_are_left_as_they_are(folder, tmp_path):
@@ -426,9 +431,7 @@ def test_option_that_is_wrong_leaves_what_an_attempt_has_packed(folder, tmp_path
             pack_sizes(Folder(folder), dests, workers=1)
     with pytest.raises(UserError, match="13 values for 2 classes"):
         pack_sizes(Folder(folder), dests, classes=("a", "b"), workers=1)
-    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
-    pack_sizes(Folder(folder), dests, workers=1)
-    assert dests[16].find("*") == ["manifest.json", "train-00000.arrow", "val-00000.arrow"]
+    assert_nothing_is_packed_again(folder, dests, monkeypatch)
 
 
 def test_attempt_that_breaks_off_at_its_very_end_packs_nothing_again(folder, tmp_path, monkeypatch):
@@ -441,10 +444,7 @@ def test_attempt_that_breaks_off_at_its_very_end_packs_nothing_again(folder, tmp
         patch.setattr(remote, "delete", delete)
         with pytest.raises(KeyboardInterrupt):
             pack_sizes(Folder(folder), dests, workers=1)
-    monkeypatch.setattr(blocks, "_pack", interrupt)  # nothing is packed again
-    pack_sizes(Folder(folder), dests, workers=1)
-    shards = ["train-00000.arrow", "val-00000.arrow"]
-    assert [dest.find("*") for dest in dests.values()] == [["manifest.json", *shards]] * 2
+    assert_nothing_is_packed_again(folder, dests, monkeypatch)
 
 
 def test_place_of_a_file_below_a_uri_keeps_the_query_at_its_end(bucket, capsys):
