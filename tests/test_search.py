@@ -371,7 +371,7 @@ class TestBadRequests:
             address = address.format(port=taken.getsockname()[1])
             began = time.monotonic()
             (told,) = refused(address=address)
-            assert time.monotonic() - began < 100
+            assert time.monotonic() - began < 15
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
 
     def test_nothing_to_start_from_beside_studies(self, refused, space, tmp_path):
@@ -876,7 +876,7 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
         (("--sampler", "tpe"), "nothing (--sampler tpe)"),
     ],
 )
-def test_what_guides_the_first_trials_is_told(own_cache, faces, tmp_path, options, told):
+def test_what_guides_the_search_is_told(own_cache, faces, tmp_path, options, told):
     request = request_of("--data", faces, "--space", "quick", *options)
     assert search._check_new(request, Folder(tmp_path / "new")).warm_start.told == told
 

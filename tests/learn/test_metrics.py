@@ -119,7 +119,7 @@ def test_transport_of_a_whole_validation_set_is_affordable():
     p, q = generator.dirichlet(np.ones(K), (2, 4000))
     began = time.process_time()
     transport_cost(distances_of(EMOTIONS), torch.from_numpy(p - q))
-    assert time.process_time() - began < 20  # seconds
+    assert time.process_time() - began < 2  # seconds
 
 
 def test_transport_ends_where_there_is_nothing_to_walk_on():
