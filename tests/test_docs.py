@@ -162,9 +162,8 @@ def finished_study(store, tmp_path_factory):
 
 
 @pytest.fixture
-def project(finished_study, tmp_path, monkeypatch):
+def project(finished_study, tmp_path, monkeypatch, no_plots):
     """A folder with the files that examples name, and the built-in sample cut to its first faces."""
-    monkeypatch.setattr("raytune_emotion.tuning.report.page.draw_all", lambda *_: ())
     monkeypatch.setattr(synthetic, "TRAIN", 96)
     monkeypatch.setattr(synthetic, "VAL", 33)
     monkeypatch.chdir(tmp_path)

@@ -25,14 +25,14 @@ _LEAST = 4
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What guides the first trials of a new study."""
+    """What guides the search of a new study."""
 
     gathered: str | None  # as `write_earlier` writes it; None: nothing
     told: str  # what it is, for people
 
 
 def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
-    """Gather what guides the first trials of a study: earlier studies that are named, or else the portfolio.
+    """Gather what guides the search of a study: earlier studies that are named, or else the portfolio.
 
     The portfolio guides a study whose space it fits, and whose sampler asks it.
 

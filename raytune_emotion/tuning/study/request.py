@@ -17,7 +17,7 @@ from raytune_emotion.tuning.study.spec import SPEC, studies_in
 
 #: Said in place of a number of GPUs: what is fastest is tried out.
 AUTO = "auto"
-#: Said in place of earlier studies: not even the portfolio guides the first trials.
+#: Said in place of earlier studies: not even the portfolio guides the search.
 NONE = "none"
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
@@ -87,11 +87,11 @@ class SearchRequest:
 
     @property
     def earlier_studies(self) -> list[Location]:
-        """Return the studies that are to guide the first trials."""
+        """Return the studies that are to guide the search."""
         return [each for each in self.warm_start or [] if isinstance(each, Location)]
 
     def check_warm_start(self) -> None:
-        """Check that studies are to guide the first trials, or nothing is.
+        """Check that studies are to guide the search, or nothing is.
 
         Raises:
             UserError: both are asked for.
