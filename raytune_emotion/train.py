@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
 
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.model import build_model
-    from raytune_emotion.tuning.report.single_run import Workers, train_single
+    from raytune_emotion.tuning.session.single_run import Workers, train_single
 
     store = prepare(
         data,

@@ -10,13 +10,13 @@ import statistics
 import pandas as pd
 import pytest
 
-from raytune_emotion.confirm import confirm_study
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.job import job_of, train_here
-from raytune_emotion.tuning.report import console as console_module
+from raytune_emotion.tuning.session import console_run
+from raytune_emotion.tuning.session.run_confirmation import run_confirmation
 from raytune_emotion.tuning.study import confirmation
 from raytune_emotion.tuning.study.confirmation import (
     best_configurations,
@@ -159,10 +159,10 @@ def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
 def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tmp_path, monkeypatch):
     """It runs also where fewer configurations are asked for now."""
     study, folder = tmp_path / "study", tmp_path / "study" / "confirmed"
-    chosen, spec, _ = plan_confirmation(ConfirmRequest(Folder(study)), study)
-    make_confirmation(folder, spec)
-    left = {**chosen[-1].settings, "train.precision": "fp16", "train.batch_size": 2}
-    enqueue(load_study(folder), [dataclasses.replace(chosen[-1], settings=left)], [7])
+    plan = plan_confirmation(ConfirmRequest(Folder(study)), study)
+    make_confirmation(folder, plan.spec)
+    left = {**plan.chosen[-1].settings, "train.precision": "fp16", "train.batch_size": 2}
+    enqueue(load_study(folder), [dataclasses.replace(plan.chosen[-1], settings=left)], [7])
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     (told,) = refused("--top=1")
     assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
@@ -198,10 +198,10 @@ def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, t
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr(console_module, "run_with_progress", interrupted)
+    monkeypatch.setattr(console_run, "run_with_progress", interrupted)
     shutil.copytree(study, tmp_path / "study")
     with pytest.raises(KeyboardInterrupt):
-        confirm_study(ConfirmRequest(Folder(tmp_path / "study")), advise=False)
+        run_confirmation(ConfirmRequest(Folder(tmp_path / "study")), advise=False)
     assert (tmp_path / "study" / "confirmed" / "confirmed.csv").exists()
     assert "confirm " not in capsys.readouterr().out
 
@@ -217,7 +217,7 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(console_module, "run_with_progress", run_one_epoch)
+        interrupted.setattr(console_run, "run_with_progress", run_one_epoch)
         assert exit_code(["confirm", study, "--top", 2, "--seeds", 1, "--concurrency", 1]) == 130
     assert "the same command goes on" in capsys.readouterr().out
     begun = {file.parent.name: file.read_bytes() for file in folder.glob("trials/*/history.jsonl")}

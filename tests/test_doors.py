@@ -146,10 +146,10 @@ def test_a_search_that_is_to_be_finished_starts_before_anything_heavy_is_importe
     write_spec(study, spec_of(SimpleNamespace(image_size=32, path="store", fingerprint="0")))
     code = (
         "import sys\n"
-        "from raytune_emotion import search\n"
+        "from raytune_emotion.tuning.session import run_search\n"
         "from raytune_emotion.__main__ import main\n"
-        f"search._search = lambda *_: print(sorted({_HEAVY!r} & {{*sys.modules}}))\n"
-        "search._finish = lambda *_: None\n"
+        f"run_search._search = lambda *_: print(sorted({_HEAVY!r} & {{*sys.modules}}))\n"
+        "run_search._finish = lambda *_: None\n"
         "main(['search', '--resume', '--finish', '--results', 'r', '--name', 'study'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

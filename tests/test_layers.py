@@ -9,7 +9,7 @@ import raytune_emotion
 
 ROOT = Path(raytune_emotion.__file__).parent
 LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "cli", "commands", "entry")
-WINGS = ("space", "policy", "study", "execution", "report")
+WINGS = ("space", "policy", "study", "execution", "report", "session")
 VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__version__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 TESTS = Path(__file__).parent
@@ -56,7 +56,11 @@ TESTED_ELSEWHERE = {
     "tuning/report/live_state": ("tuning/report/test_live_view", "the view draws the state; events go through both"),
     "tuning/report/page_data": ("tuning/report/test_page", "the page holds the data"),
     "tuning/report/plots": ("tuning/report/test_page", "the page and the PNG files show the same"),
-    "tuning/report/single_run": ("test_train", "it is what the command `train` does"),
+    "tuning/session/console_run": ("tuning/report/test_console", "what is shown there while a study runs"),
+    "tuning/session/run_confirmation": ("test_confirm", "it is what the command `confirm` does"),
+    "tuning/session/run_search": ("test_search", "it is what the command `search` does"),
+    "tuning/session/search_inputs": ("test_search", "it is what `search` checks at its door"),
+    "tuning/session/single_run": ("test_train", "it is what the command `train` does"),
     "tuning/report/summary": ("test_status", "it is what the command `status` shows"),
 }
 #: Test modules of what no single module does, with what that is.

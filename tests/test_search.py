@@ -36,6 +36,7 @@ from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
+from raytune_emotion.tuning.session import run_search, search_inputs
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
 from raytune_emotion.tuning.study.open_study import load, make_study
@@ -600,23 +601,24 @@ class TestFinishing:
                 if broken_by is not None:
                     raise broken_by
 
-            monkeypatch.setattr(search, "_search", lambda *_: done.append("searched"))
-            monkeypatch.setattr("raytune_emotion.tuning.report.finish.finish_study", finish)
+            monkeypatch.setattr(run_search, "_search", lambda *_: done.append("searched"))
+            monkeypatch.setattr(run_search, "_conclude", lambda *_: done.append("concluded"))
+            monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
             given = ["--resume", "--finish", "--results", study.parent, "--name", study.name]
             return exit_code(["search", *given, *argv]), done
 
         return run
 
     def test_and_not_with_its_search(self, resumed, study, capsys):
-        assert resumed("--concurrency=7") == (0, ["finished"])
+        assert resumed("--concurrency=7") == (0, ["concluded", "finished"])
         assert read_spec(study).concurrency == 7
-        assert "its search is over, so its finish goes on; to search on, add" in capsys.readouterr().out
+        assert "its search is over, so its finish goes on; to search on, ask" in capsys.readouterr().out
 
     def test_and_says_what_it_passes_over(self, resumed, study, capsys, monkeypatch):
         write_spec(study, dataclasses.replace(read_spec(study), trials=9))
-        monkeypatch.setattr(search, "_check_mlflow", lambda request: None)
-        monkeypatch.setattr(search, "refuse_absent_gpu", lambda *_: None)
-        assert resumed("--mlflow=logs", "--gpus-per-worker=auto") == (0, ["finished"])
+        monkeypatch.setattr(search_inputs, "_check_mlflow", lambda request: None)
+        monkeypatch.setattr(search_inputs, "refuse_absent_gpu", lambda *_: None)
+        assert resumed("--mlflow=logs", "--gpus-per-worker=auto") == (0, ["concluded", "finished"])
         out = capsys.readouterr().out
         assert "its search is over, so its finish goes on, without the trials that are left; to sea" in out
         assert "--mlflow: logs a search, and is passed over here\n--gpus-per-worker auto: measures for a sea" in out
@@ -644,9 +646,9 @@ class TestFinishing:
 
         monkeypatch.setattr(cluster_module, "ray_session", joined_session)
         monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-        monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", step("searched"))
+        monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", step("searched"))
         monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", step("concluded"))
-        monkeypatch.setattr("raytune_emotion.tuning.report.finish.finish_study", step("finished"))
+        monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", step("finished"))
 
         def resumed(*argv):
             done.clear()
@@ -654,18 +656,24 @@ class TestFinishing:
             return exit_code(command), done
 
         assert resumed("--time-budget=1h") == (130, ["searched", "concluded"])
-        assert resumed() == (0, ["finished"])
+        broken.clear()
+        # The very same command goes on, and writes first what the interrupted one has not.
+        assert resumed("--time-budget=1h") == (0, ["concluded", "finished"])
+        assert resumed() == (0, ["concluded", "finished"])
         broken.add("searched")
         assert resumed("--trials=9") == (130, ["searched", "concluded"])
         broken.clear()
         assert resumed() == (0, ["searched", "concluded", "finished"])
+        assert resumed("--trials=9") == (0, ["concluded", "finished"])
+        assert resumed("--time-budget=1h") == (0, ["searched", "concluded", "finished"])
+        assert resumed("--time-budget=2h") == (0, ["searched", "concluded", "finished"])
 
     @pytest.mark.parametrize(
         ("why", "code"),
         [(KeyboardInterrupt(), 130), (Breakdown("no room"), 1), (ClusterLost("Ray has died"), 1), (UserError("a"), 2)],
     )
     def test_says_what_to_type_where_it_is_broken_off(self, resumed, study, capsys, why, code):
-        assert resumed(broken_by=why) == (code, ["finished"])
+        assert resumed(broken_by=why) == (code, ["concluded", "finished"])
         assert capsys.readouterr().out.endswith(
             f"\nto go on: python -m raytune_emotion.search --resume --finish --results {study.parent} --name study\n"
         )
@@ -675,7 +683,7 @@ def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monke
     shutil.copytree(finished, tmp_path / "study")
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", lambda *_, **__: None)
+    monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_, **__: None)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
     argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
     assert exit_code([*argv, "--trials", 2]) == 0
@@ -702,7 +710,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", run_shown)
+    monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", run_shown)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", conclude)
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
     assert exit_code(argv) == {None: 0, KeyboardInterrupt: 130}.get(how, 1)
@@ -716,7 +724,7 @@ def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_
 ):
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", lambda *_, **__: None)
+    monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "raytune_emotion.tuning.report.conclusion", None)
     folder = tmp_path / "results" / "s"
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
@@ -734,7 +742,7 @@ def test_a_study_whose_folder_was_renamed_goes_on_by_the_name_of_the_folder(tmp_
     (tmp_path / "link").symlink_to(tmp_path / "renamed")
     for name in ("renamed", "link"):
         with pytest.raises(Breakdown, match=f"search --resume --results {tmp_path} --name {name}` makes them"):
-            search._conclude(request_of("--results", tmp_path), load(tmp_path / name))
+            run_search._conclude(request_of("--results", tmp_path), load(tmp_path / name))
 
 
 def test_data_are_packed_before_a_cluster_is_joined(tmp_path, own_cache, space, capsys, sessions, monkeypatch):
@@ -760,7 +768,7 @@ def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", run_one_trial)
+    monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", run_one_trial)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 3, "--epochs", 1, "--name", "first"]
     assert exit_code(argv) == 130
     out, err = capsys.readouterr()
@@ -781,7 +789,7 @@ def test_a_search_that_is_interrupted_before_any_report_says_how_it_goes_on(
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
-    monkeypatch.setattr("raytune_emotion.tuning.report.console.run_with_progress", interrupt)
+    monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", interrupt)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 1, "--epochs", 1, "--name", "first"]
     assert exit_code([*argv, "--results", tmp_path]) == 130
     assert capsys.readouterr().out.endswith(
@@ -878,7 +886,7 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
 )
 def test_what_guides_the_search_is_told(own_cache, faces, tmp_path, options, told):
     request = request_of("--data", faces, "--space", "quick", *options)
-    assert search._check_new(request, Folder(tmp_path / "new")).warm_start.told == told
+    assert search_inputs.check_new(request, Folder(tmp_path / "new")).warm_start.told == told
 
 
 def request_of(*argv):
@@ -891,11 +899,11 @@ def request_of(*argv):
 def test_a_study_of_the_quick_space_keeps_the_portfolio_that_it_starts_from(faces, tmp_path, monkeypatch, without_ray):
     proposed = []
     monkeypatch.setattr(
-        "raytune_emotion.tuning.report.console.run_study",
+        "raytune_emotion.tuning.session.console_run.run_study",
         lambda study, *_, **__: proposed.append(Recorder(study).next()),
     )
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
-    code, out, err = run_search("--data", faces, "--trials", 1, "--epochs", 1, "--name", "first", cwd=tmp_path)
+    code, out, err = search_on_cluster("--data", faces, "--trials", 1, "--epochs", 1, "--name", "first", cwd=tmp_path)
     assert code == 0, err
     assert "the search is guided by the portfolio, 64 configurations" in out
     assert [proposal.trial_id for proposal in proposed] == ["0000"]
@@ -903,7 +911,7 @@ def test_a_study_of_the_quick_space_keeps_the_portfolio_that_it_starts_from(face
     assert json.loads(kept.read_text()) == json.loads(PORTFOLIO.read_text())
 
 
-def run_search(*argv, cwd):
+def search_on_cluster(*argv, cwd):
     """Run `search` on the cluster that this process has joined; return its exit code, its output and its errors."""
     with pytest.MonkeyPatch.context() as patched, contextlib.ExitStack() as stack:
         patched.chdir(cwd)
@@ -922,7 +930,7 @@ def begun(cluster, tmp_path_factory, faces):
     (folder / "space.yaml").write_text(SMALL_SPACE)
     options = ["--data", faces, "--space", "space.yaml", "--trials", 4, "--epochs", 2, "--name", "first"]
     options += ["--objective", BY_SIZE]
-    code, out, err = run_search(*options, cwd=folder)
+    code, out, err = search_on_cluster(*options, cwd=folder)
     assert code == 0, err
     return folder, out, err
 
@@ -1006,7 +1014,7 @@ class TestAStudy:
 
     def test_goes_on_with_more_trials(self, begun, study, without_ray):
         before = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
-        code, out, err = run_search("--resume", "--trials", 5, cwd=begun[0])  # the newest, without a name
+        code, out, err = search_on_cluster("--resume", "--trials", 5, cwd=begun[0])  # the newest, without a name
         assert code == 0, err
         after = pd.read_csv(study / "trials.csv", dtype={"trial_id": str}).set_index("trial_id").sort_index()
         assert list(after.index) == ["0000", "0001", "0002", "0003", "0004"]

@@ -21,8 +21,8 @@ from raytune_emotion.tuning.execution import worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.report import single_run
-from raytune_emotion.tuning.report.single_run import Workers, train_single
+from raytune_emotion.tuning.session import single_run
+from raytune_emotion.tuning.session.single_run import Workers, train_single
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
 from tests.support.studies import write_study

@@ -24,7 +24,7 @@ def joined_session(address, **options):
 def trials_in_this_process():
     """Let commands run the trials of a study in this process, one after the other, as on a cluster with two cores."""
     from raytune_emotion.tuning.execution import cluster, cluster_nodes, placement
-    from raytune_emotion.tuning.report import console
+    from raytune_emotion.tuning.session import console_run
     from tests.support.studies import run_here
 
     def run_study(study, place, *, watch, **_):
@@ -33,8 +33,8 @@ def trials_in_this_process():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ray_session", joined_session)
         patch.setattr(cluster_nodes, "fit_to_cluster", functools.partial(placement.fit, [{"CPU": 2.0}], "the cluster"))
-        patch.setattr(console, "study_metrics", lambda study: contextlib.nullcontext(lambda event: None))
-        patch.setattr(console, "run_study", run_study)
+        patch.setattr(console_run, "study_metrics", lambda study: contextlib.nullcontext(lambda event: None))
+        patch.setattr(console_run, "run_study", run_study)
         yield
 
 

@@ -2,79 +2,32 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from datetime import timedelta
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.live import Live
 
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.terminal import count, is_screen
-from raytune_emotion.tuning.execution.placement import Placement
-from raytune_emotion.tuning.execution.ray_metrics import study_metrics
 from raytune_emotion.tuning.execution.recorder import Event, Watch
-from raytune_emotion.tuning.execution.runner import run_study
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
 from raytune_emotion.tuning.report.summary import duration, gain_text, rate_text
-from raytune_emotion.tuning.study.open_study import OpenStudy
 
 #: Between two lines on how a study stands, where nothing can be drawn again.
 _EVERY_S = 60.0
 _REFRESHES_PER_S = 4
 
 
-def run_with_progress(
-    console: Console,
-    study: OpenStudy,
-    placement: Placement,
-    *,
-    time_budget: timedelta | None = None,
-    until_gain: float | None = None,
-    failure: Callable[[], str] = lambda: "",
-    watches: Sequence[Watch] = (),
-) -> None:
-    """Run a study as `run_study` does, and show how it stands.
-
-    Args:
-        console: to show it on.
-        study: to run.
-        placement: of its trials.
-        time_budget: of the study.
-        until_gain: see `run_study`.
-        failure: says what of the cluster has died.
-        watches: what else hears of all that happens to trials.
-    """
-    with ExitStack() as stack:
-        show = stack.enter_context(show_events(console, StudyProgress(study, time_budget=time_budget)))
-        measure = stack.enter_context(study_metrics(study))
-
-        def watch(event: Event) -> None:
-            for hear in (show, measure, *watches):
-                hear(event)
-
-        run_study(
-            study,
-            placement,
-            time_budget=time_budget,
-            until_gain=until_gain,
-            watch=watch,
-            say=partial(_say, console),
-            failure=failure,
-        )
-
-
 @contextmanager
 def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
     """Show a study until the block ends, with a line for each trial that has ended."""
-    say = partial(_say, console)
 
     def hear(event: Event) -> None:
         progress.watch(event)
         if event.status not in ("running", "paused") or event.reason:
-            say(line_of(event))
+            say(console, line_of(event))
 
     if is_screen(console):
         with Live(LiveView(progress), console=console, refresh_per_second=_REFRESHES_PER_S):
@@ -86,13 +39,14 @@ def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
         nonlocal due
         hear(event)
         if time.monotonic() >= due:
-            say(sum_up(progress.snapshot()))
+            say(console, sum_up(progress.snapshot()))
             due = time.monotonic() + _EVERY_S
 
     yield hear_and_sum_up
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Print a line, if the console still takes one."""
     # A terminal may have closed, or a log's disk be full: the study goes on.
     with contextlib.suppress(OSError):
         console.print(line)

@@ -146,10 +146,17 @@ def write_confirmed(folder: Path, found: Iterable[ConfirmedConfiguration]) -> No
     )
 
 
-def plan_confirmation(
-    request: ConfirmRequest, study: Path
-) -> tuple[list[TrialRecord], StudySpec, list[dict[str, Any]]]:
-    """Return the trials to be confirmed, how, and the settings of all that will run, also of what an earlier one left.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a confirmation runs."""
+
+    chosen: tuple[TrialRecord, ...]  # trials of the search, of which each configuration runs again
+    spec: StudySpec  # of the confirmation
+    settings: tuple[dict[str, Any], ...]  # of all that will run, also of what an earlier confirmation has left
+
+
+def plan_confirmation(request: ConfirmRequest, study: Path) -> Plan:
+    """Plan a confirmation of the best configurations of a study.
 
     Raises:
         UserError: there is no such study, it has nothing to confirm, its data or weights are gone, or its batches are
@@ -187,7 +194,7 @@ def plan_confirmation(
         storage=None,
         **{name: value for name, value in given.items() if value is not None},
     )
-    return chosen, spec, settings
+    return Plan(tuple(chosen), spec, tuple(settings))
 
 
 def _list_left(folder: Path) -> list[dict[str, Any]]:
@@ -246,7 +253,7 @@ def make_confirmation(folder: Path, spec: StudySpec) -> None:
     make_study(folder, spec)
 
 
-def enqueue_runs(study: OpenStudy, spec: StudySpec, chosen: list[TrialRecord], seeds: list[int]) -> OpenStudy:
-    """Enqueue the runs that a confirmation lacks; those that it has stay."""
-    enqueue(study.optuna, chosen, seeds)
-    return study.with_spec(dataclasses.replace(spec, trials=len(study.optuna.get_trials(deepcopy=False))))
+def enqueue_runs(study: OpenStudy, plan: Plan, seeds: int) -> OpenStudy:
+    """Enqueue the runs that a confirmation lacks, one for each of so many seeds; those that it has stay."""
+    enqueue(study.optuna, plan.chosen, fresh_seeds(plan.spec.seed, seeds))
+    return study.with_spec(dataclasses.replace(plan.spec, trials=len(study.optuna.get_trials(deepcopy=False))))

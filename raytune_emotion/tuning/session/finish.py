@@ -4,7 +4,7 @@ Every step can be repeated: what an interrupted one has reached is kept, and it 
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.storage.atomic import is_taken
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import count, plain_console, plain_table, shell_word
-from raytune_emotion.tuning.report.single_run import Workers, train_single
+from raytune_emotion.tuning.session.run_confirmation import run_confirmation
+from raytune_emotion.tuning.session.single_run import Workers, train_single
 from raytune_emotion.tuning.study.combination import (
     MEMBERS,
     Candidates,
@@ -53,20 +54,19 @@ class Step:
         return self.name, "" if self.js is None else f"{self.js:.4f}"
 
 
-def finish_study(folder: Path, address: str | None, confirm: Callable[[ConfirmRequest], None]) -> None:
+def finish_study(folder: Path, address: str | None) -> None:
     """Finish a study that has been searched, and export its best model.
 
     Args:
         folder: of the study.
         address: of a cluster; None for this machine.
-        confirm: runs a confirmation.
 
     Raises:
         UserError: no trial has reported, or the data are gone.
         KeyboardInterrupt: it was interrupted, and goes on when it is called again.
     """
     console = plain_console()
-    confirm(ConfirmRequest(study=Folder(folder), top=TOP, seeds=SEEDS, address=address))
+    run_confirmation(ConfirmRequest(study=Folder(folder), top=TOP, seeds=SEEDS, address=address), advise=False)
     study, confirmation = load(folder), load(folder / CONFIRMED)
     winner = rank_confirmed(confirmation.spec, confirmation.records())[0].trial_id
     epochs = _fit_longer(study, winner, address)

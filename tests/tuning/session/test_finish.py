@@ -10,9 +10,9 @@ from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.tuning.execution.job import Job, job_of, train_here
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.report import finish
-from raytune_emotion.tuning.report.finish import FINAL, FINISHED, finish_study
-from raytune_emotion.tuning.report.single_run import Workers
+from raytune_emotion.tuning.session import finish
+from raytune_emotion.tuning.session.finish import FINAL, FINISHED, finish_study
+from raytune_emotion.tuning.session.single_run import Workers
 from raytune_emotion.tuning.study import combined_export
 from raytune_emotion.tuning.study.combination import (
     combine_ensemble,
@@ -24,7 +24,6 @@ from raytune_emotion.tuning.study.combination import (
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     enqueue_runs,
-    fresh_seeds,
     make_confirmation,
     plan_confirmation,
 )
@@ -32,19 +31,24 @@ from raytune_emotion.tuning.study.open_study import load, open_study
 from tests.support.studies import searcher_of, write_study
 
 
-def confirm_here(request):
+def confirm_here(request, **_):
     """Do what confirm does, without Ray: run what is left of a confirmation."""
     study = request.study.path
-    chosen, spec, _ = plan_confirmation(request, study)
-    make_confirmation(study / CONFIRMED, spec)
+    plan = plan_confirmation(request, study)
+    make_confirmation(study / CONFIRMED, plan.spec)
     with open_study(study / CONFIRMED) as confirmation:
-        confirmation = enqueue_runs(confirmation, spec, chosen, fresh_seeds(spec.seed, request.seeds))
-        searcher = searcher_of(confirmation.optuna, confirmation.space, seed=spec.seed)
+        confirmation = enqueue_runs(confirmation, plan, request.seeds)
+        searcher = searcher_of(confirmation.optuna, confirmation.space, seed=plan.spec.seed)
         while sum(record.ended for record in confirmation.records()) < confirmation.spec.trials:
             proposal = searcher.ask()
             for report in train_here(job_of(confirmation, Resources(1, 1, 0), proposal)):
                 searcher.observe(proposal.trial_id, report)
             searcher.tell(proposal.trial_id, "complete")
+
+
+@pytest.fixture(autouse=True)
+def confirmed_here(monkeypatch):
+    monkeypatch.setattr(finish, "run_confirmation", confirm_here)
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def study(store, tmp_path, monkeypatch):
 
 
 def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     assert [report["epoch"] for report in read_history(study / FINAL / "0000")] == [1, 2]
     metrics = json.loads((study / FINISHED / "metrics.json").read_text())
     assert 0 < metrics["val_js"] < 1
@@ -70,7 +74,7 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
 
     # The same again trains nothing anew.
     before = {file: file.read_bytes() for file in study.rglob("history.jsonl")}
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     assert {file: file.read_bytes() for file in study.rglob("history.jsonl")} == before
 
 
@@ -79,22 +83,22 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
     monkeypatch.setattr(finish, "SEEDS", 1)
     study = tmp_path / "study"
     write_study(study, store, trials=2, epochs=1)
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     (before,) = (study / FINAL).iterdir()
     rank = finish.rank_confirmed
     monkeypatch.setattr(finish, "rank_confirmed", lambda *args: rank(*args)[::-1])
     capsys.readouterr()
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     (other,) = {*(study / FINAL).iterdir()} - {before}
     assert f"the final fit of trial {other.name}" in capsys.readouterr().out
     assert len(read_history(other)) == 2
 
 
 def test_a_study_whose_data_have_moved_is_finished_with_them_where_they_are_now(study):
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     for told in study.rglob("data.txt"):  # where they were when the run was trained
         told.write_text("/gone\n")
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
 
 
 def test_models_of_all_image_sizes_are_compared(study, store, faces):
@@ -116,7 +120,7 @@ def test_a_trial_that_was_left_before_its_end_counts(study):
     journal = study / "optuna.journal"
     journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
     assert [record.status for record in load(study).records()] == ["running"]
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     assert "best trial of the search: 0." in (study / FINISHED / "README.md").read_text()
 
 
@@ -149,9 +153,9 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(finish, "train_single", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            finish_study(study, None, confirm_here)
+            finish_study(study, None)
     assert not (study / FINISHED).exists()
-    finish_study(study, None, confirm_here)
+    finish_study(study, None)
     assert (study / FINISHED / "config.json").is_file()
 
 

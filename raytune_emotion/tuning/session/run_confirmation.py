@@ -1,0 +1,81 @@
+"""Run a confirmation from the request to what came out of it."""
+
+from pathlib import Path
+from typing import Any
+
+from raytune_emotion.interruption import finish_block
+from raytune_emotion.storage.locations import Folder
+from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
+from raytune_emotion.tuning.study.request import ConfirmRequest
+from raytune_emotion.tuning.study.spec import spec_of
+
+
+def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
+    """Run a confirmation, or what is left of it, and export the winner.
+
+    Args:
+        request: what is asked for.
+        advise: whether to say what goes on with one that was broken off; otherwise the caller says it.
+
+    Raises:
+        UserError: there is nothing to confirm, or it cannot be run here.
+    """
+    study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
+    spec_of(request.study)  # whether it is a study shows at once
+    refuse_absent_gpu(request.gpus_per_worker, request.address)
+    # Imported only now: it takes seconds.
+    from raytune_emotion.learn.export_folder import check_replaceable
+    from raytune_emotion.tuning.execution.cluster import check_cluster, open_session
+    from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+    from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+    from raytune_emotion.tuning.execution.placement import fit_here
+    from raytune_emotion.tuning.report.conclusion import conclude_confirmation
+    from raytune_emotion.tuning.session.console_run import run_with_progress
+    from raytune_emotion.tuning.study.confirmation import (
+        CONFIRMED,
+        enqueue_runs,
+        make_confirmation,
+        plan_confirmation,
+    )
+    from raytune_emotion.tuning.study.open_study import open_study
+
+    check_cluster(request.address)
+    plan = plan_confirmation(request, study)
+    spec = plan.spec
+    needs: dict[str, Any] = {
+        "workers": spec.workers_per_trial,
+        "gpus_per_worker": spec.gpus_per_worker,
+        "concurrency": spec.concurrency,
+        "fp16": any(its.get("train.precision") == "fp16" for its in plan.settings),
+    }
+    if request.address is None:
+        fit_here(**needs)
+    folder, console = study / CONFIRMED, plain_console()
+    check_replaceable(Folder(folder / "best"))
+    make_confirmation(folder, spec)
+    # Until all is written, the confirmation's folder is this process's alone.
+    with open_study(folder) as confirmation:
+        ended = None
+        try:
+            with open_session(request.address, f"{study.name} {CONFIRMED}") as cluster:
+                placement = fit_to_cluster(**needs)
+                confirmation = enqueue_runs(confirmation, plan, request.seeds)
+                runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
+                console.print(
+                    f"confirmation {short_path(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}"
+                )
+                run_with_progress(console, confirmation, placement, failure=cluster.failure)
+        except (KeyboardInterrupt, ClusterLost) as why:
+            ended = why
+        with finish_block():
+            conclude_confirmation(console, confirmation, whole=ended is None)
+            if ended is not None and advise:
+                console.print(f"the same command goes on: {_same_command(request, study)}")
+        if ended is not None:
+            raise ended
+
+
+def _same_command(request: ConfirmRequest, study: Path) -> str:
+    options = {name: value for name, value in vars(request).items() if name != "study"}
+    return f"{typed_command('confirm')} {shell_word(study)}{typed_options(**options)}"

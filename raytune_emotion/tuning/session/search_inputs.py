@@ -1,0 +1,150 @@
+"""Check all that a search is asked for, as far as that takes no time, and read what a new study begins with."""
+
+import dataclasses
+import importlib.util
+from typing import TYPE_CHECKING
+
+from raytune_emotion.data.prepare import Data, find_data
+from raytune_emotion.data.synthetic import sample_folder
+from raytune_emotion.errors import UserError, collect_errors
+from raytune_emotion.storage.atomic import exclusive_lock
+from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
+from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.continuation import check_continuation
+from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.spec import SPEC, spec_of
+
+if TYPE_CHECKING:
+    from raytune_emotion.tuning.study.earlier import WarmStart
+    from raytune_emotion.tuning.study.open_study import OpenStudy
+
+
+@dataclasses.dataclass(frozen=True)
+class NewStudy:
+    """What a new study begins with."""
+
+    space: Space
+    data: Data
+    warm_start: "WarmStart"
+
+
+def check_resumed(request: SearchRequest, place: Location) -> None:
+    """Check what a study is asked for that goes on.
+
+    Raises:
+        UserError: with every error at once.
+    """
+    errors: list[str] = []
+    with collect_errors(errors):
+        check_continuation(request, place)
+    with collect_errors(errors):
+        request.check_storage()
+    with collect_errors(errors):
+        _check_mlflow(request)
+    with collect_errors(errors):
+        refuse_absent_gpu(request.gpus_per_worker, request.address)
+    with collect_errors(errors):
+        _check_address(request)
+    folder = place.working_folder()
+    if not errors and folder.is_dir() and spec_of(place).storage is None:
+        # Locked for good when it is opened: here only so that no Ray starts beside that of the process at work. A
+        # study in a database has no such lock, and drivers that look at the same moment would refuse each other.
+        with collect_errors(errors), exclusive_lock(folder):
+            pass
+    if errors:
+        # Looked at again when the study is open: here only so that all errors are told at once.
+        if request.data is not None:
+            with collect_errors(errors):
+                find_data(request.data)
+        raise UserError(errors)
+
+
+def check_new(request: SearchRequest, place: Location) -> NewStudy:
+    """Check what a new study is asked for, and read what it begins with.
+
+    Raises:
+        UserError: with every error at once.
+    """
+    errors: list[str] = []
+    with collect_errors(errors):
+        request.results.check(write=True)
+        if place.exists():
+            found = "a study of this name already; go on with it by --resume, or choose another"
+            other = "something of this name that is no study; choose another name"
+            raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")
+    with collect_errors(errors):
+        _check_room(request)
+    with collect_errors(errors):
+        _check_mlflow(request)
+    with collect_errors(errors):
+        request.check_storage()
+    with collect_errors(errors):
+        request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
+    return read_inputs(request, errors)
+
+
+def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
+    """Read what a new study begins with.
+
+    Raises:
+        UserError: something is wrong with it, or errors are known already: with every error at once.
+    """
+    space = Space({})
+    with collect_errors(errors):
+        space = request.load_space()
+    if request.data is not None:
+        with collect_errors(errors):
+            data = find_data(request.data)
+    with collect_errors(errors):
+        request.check_warm_start()
+        if request.earlier_studies or not errors:
+            # Imported only now, as what is imported below: it takes seconds.
+            from raytune_emotion.tuning.study.earlier import gather_warm_start
+
+            warm_start = gather_warm_start(request, space)
+    if errors:
+        raise UserError(errors)
+    return NewStudy(space, data if request.data is not None else find_data(sample_folder()), warm_start)
+
+
+def list_obstacles(request: SearchRequest, study: "OpenStudy") -> list[str]:
+    """List what keeps a study from being exported, or finished, at the end."""
+    from raytune_emotion.learn.export_folder import check_replaceable
+    from raytune_emotion.tuning.session.finish import FINISHED
+    from raytune_emotion.tuning.study.confirmation import confirmation_before
+
+    found: list[str] = []
+    for name in ("best", FINISHED) if request.finish else ("best",):
+        with collect_errors(found):
+            check_replaceable(Folder(study.folder / name))
+    if request.finish:
+        with collect_errors(found):
+            confirmation_before(study.folder, request.epochs or study.spec.epochs)
+    return found
+
+
+def _check_address(request: SearchRequest) -> None:
+    if request.address is not None:
+        from raytune_emotion.tuning.execution.cluster import check_cluster
+
+        check_cluster(request.address)
+
+
+def _check_room(request: SearchRequest) -> None:
+    """Check that the cluster answers; or, where Ray is to be started here, that this machine has room for a trial."""
+    if request.address is not None:
+        _check_address(request)
+        return
+    from raytune_emotion.tuning.execution.placement import check_room
+
+    check_room(request)
+
+
+def _check_mlflow(request: SearchRequest) -> None:
+    # Asked without an import, which takes seconds.
+    if request.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        raise UserError(
+            "--mlflow: the package mlflow is missing; install it with pip install 'raytune_emotion[mlflow]'"
+        )
