@@ -1,4 +1,4 @@
-"""Define the errors that the commands report without a traceback."""
+"""Define `UserError` and `Breakdown`, which the commands report without a traceback, and collect several."""
 
 import contextlib
 import difflib

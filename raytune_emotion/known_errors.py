@@ -1,4 +1,4 @@
-"""Tell errors that a user, a machine or a network causes: one table of what is said of each, with the exit code."""
+"""Recognise errors of Python and its libraries whose cause is the user, the machine or the network, and word them."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Write text for people: on the console, in messages, and as a command that they can type."""
+"""Write to the terminal, and word what is written: sizes, paths, and commands that can be typed."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Gather rows of a split as batches on a device: from files one batch ahead of use, or from the device itself."""
+"""Gather rows of a split as batches: from files, one batch ahead, or from the GPU, if it has room for all images."""
 
 import math
 from collections import deque

@@ -8,11 +8,9 @@ README.md            the model card
 model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs.py`
 """
 
-import contextlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card
 from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
 from raytune_emotion.learn.predictions import predict_split
-from raytune_emotion.storage.atomic import atomic_write, destination_error, folder_beside, write_text
+from raytune_emotion.storage.atomic import atomic_write, destination_error, replace_folder, write_text
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
@@ -193,7 +191,7 @@ def write_model(
     formats = list(dict.fromkeys(formats))
 
     check_replaceable(Folder(dest))
-    with _replacement(dest) as new:
+    with replace_folder(dest) as new:
         write_text(new / CONFIG, _json(described))
         write_text(new / METRICS, _json(best.report))
         checks = []
@@ -271,21 +269,6 @@ def _sample_of(store: Store | None, best: Best, config: RunConfig) -> _Sample:
         return _Sample(np.stack(faces), f"{_DRAWN} drawn faces, since the data of the run are not on this machine")
     rows_N = np.linspace(0, len(store.val) - 1, min(_COMPARED, len(store.val))).astype(np.int64)
     return _Sample(store.val.gather(rows_N), count(len(rows_N), "validation image"))
-
-
-@contextlib.contextmanager
-def _replacement(dest: Path) -> Iterator[Path]:
-    """Yield a new folder beside dest, which takes its place when the block ends well, and is deleted otherwise."""
-    old = dest.with_name(f".{dest.name}.old")
-    try:
-        with folder_beside(dest) as new:
-            if old.exists() and not dest.exists():
-                old.rename(dest)  # of a process that was killed in between
-            shutil.rmtree(old, ignore_errors=True)
-            yield new
-            _put_in_place(new, dest, old)
-    except OSError as error:
-        raise destination_error(dest, error) from error
 
 
 def load_package(folder: Path) -> Package:
@@ -378,19 +361,6 @@ def check_replaceable(dest: Location) -> None:
             f"{dest}: holds files that are not of an export ({', '.join(others[:5])}), which would be deleted or mixed "
             f"with it; name another destination, or move them away"
         )
-
-
-def _put_in_place(new: Path, dest: Path, old: Path) -> None:
-    """Rename the old export away and the new one to its place: a reader finds a whole one, or none for a moment."""
-    if dest.exists():
-        dest.rename(old)
-    try:
-        new.rename(dest)
-    except OSError:
-        if old.exists():
-            old.rename(dest)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _json(value: Any) -> str:

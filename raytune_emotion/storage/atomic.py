@@ -69,6 +69,35 @@ def atomic_folder(dest: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replace_folder(dest: Path) -> Iterator[Path]:
+    """Yield a new folder beside dest; it takes the place of dest when the block succeeds, and is deleted otherwise.
+
+    A reader finds one of the two whole, or for a moment none.
+
+    Raises:
+        UserError, Breakdown: nothing can be written there.
+    """
+    old = dest.with_name(f".{dest.name}.old")
+    try:
+        with folder_beside(dest) as new:
+            if old.exists() and not dest.exists():
+                old.rename(dest)  # of a process that was killed in between
+            shutil.rmtree(old, ignore_errors=True)
+            yield new
+            if dest.exists():
+                dest.rename(old)
+            try:
+                new.rename(dest)
+            except OSError:
+                if old.exists():
+                    old.rename(dest)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise destination_error(dest, error) from error
+
+
+@contextlib.contextmanager
 def folder_beside(dest: Path) -> Iterator[Path]:
     """Yield a new folder beside dest, this process's alone; at the end it is deleted, unless it has another name then.
 

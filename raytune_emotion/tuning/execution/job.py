@@ -1,4 +1,4 @@
-"""Describe one trial as a job, and train it in a process.
+"""Describe a trial as a plain dict that any process can be sent, and train it there, without Ray.
 
 Checkpoints and events of a trial lie in its own folder. `fit` goes on from the checkpoint there, so a trial that was
 interrupted is simply run again. Ray keeps no checkpoints. If a trial is kept at a URI, each process works in a

@@ -17,6 +17,7 @@ from raytune_emotion.interruption import check_interrupted, run_in_thread
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.terminal import short_path
+from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import job_of
@@ -24,7 +25,6 @@ from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, patch_tune
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.room import Room
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches, Waiting
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -140,7 +140,7 @@ def _tune(
     say: Callable[[str], None],
     scratch: str,
 ) -> None:
-    room = Room(placement, recorder.backlog.count, say)
+    room = Capacity(placement, recorder.backlog.count, say)
     waiting = Waiting(lambda: say(_WAITS_FOR_OTHERS if recorder.backlog.waits else room.shortage()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}

@@ -1,4 +1,4 @@
-"""Run trials for Ray Tune in one process, one after the other.
+"""Train trials in an actor of Ray Tune, one after the other: each call trains until the next report.
 
 This module, and what it imports, is all that such a process needs: neither Ray Tune nor Optuna, pandas or scipy.
 """

@@ -11,6 +11,7 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.learn.report import Heard
+from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.job import Job, with_smaller_micro_batches
 from raytune_emotion.tuning.execution.ray_tune_patches import (
     LOW_MEMORY,
@@ -20,7 +21,6 @@ from raytune_emotion.tuning.execution.ray_tune_patches import (
     newest_error,
 )
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.room import Room
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
@@ -56,7 +56,7 @@ class Search(SearchAlgorithm):
         self,
         recorder: Recorder,
         job_of: Callable[[Proposal], Job],
-        room: Room,
+        room: Capacity,
         waiting: Waiting,
         stop: threading.Event,
     ) -> None:

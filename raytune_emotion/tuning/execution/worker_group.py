@@ -1,4 +1,4 @@
-"""Train trials on several workers together, in one run of Ray Train that lasts for many trials.
+"""Train a trial on several workers together, in one run of Ray Train that lasts for many trials.
 
 A run of Ray Train starts about ten processes and takes half a minute of a core, far more than a short trial. So the
 workers stay alive, and train one trial after the other as they are ordered. Only a failed trial ends them.

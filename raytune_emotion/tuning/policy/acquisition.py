@@ -1,4 +1,4 @@
-"""Weigh what is expected of candidates: how much each betters what a study has."""
+"""Compute acquisition functions: the improvement that is expected of each candidate."""
 
 import numpy as np
 from scipy.special import log_ndtr, ndtr

@@ -1,4 +1,4 @@
-"""Draw configurations that a study could try next."""
+"""Draw candidates from what a study chooses from: a search space, or the parameters of any study of Optuna's."""
 
 import itertools
 import json

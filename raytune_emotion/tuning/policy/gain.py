@@ -1,4 +1,4 @@
-"""Expect what further training brings: by how much it lowers a study's best JS, and how long it takes."""
+"""Estimate by how much further training lowers a study's best JS, and how long that takes."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Weigh what a study could do next: how much each configuration, new or known, is expected to better it."""
+"""Score what a study could train next, new configurations and known ones, and choose the best of them."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""Make what decides about a study's trials: a sampler and a scheduler, by their names."""
+"""Make the sampler and the scheduler of a study from their names."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Propose configurations in any study of Optuna's, by the forecast of what they will have reached."""
+"""Offer the search policy as a sampler for any study of Optuna's."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence

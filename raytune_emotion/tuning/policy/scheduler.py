@@ -1,4 +1,4 @@
-"""Stop trials early, each by its own reports and those of the others; a trial that is stopped does not come back."""
+"""Stop trials early and for good: ASHA, Hyperband, the median rule."""
 
 import math
 import zlib

@@ -11,7 +11,7 @@ from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_metrics import study_metrics
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.report.console import say, show_events
+from raytune_emotion.tuning.report.live_console import say, show_events
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.study.open_study import OpenStudy
 

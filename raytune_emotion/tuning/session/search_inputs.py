@@ -12,8 +12,8 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.continuation import check_continuation
 from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.resume_check import check_continuation
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
 if TYPE_CHECKING:

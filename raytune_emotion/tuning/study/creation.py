@@ -21,12 +21,12 @@ from raytune_emotion.tuning.policy.decisions import FORECAST, default_scheduler
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.continuation import refuse_confirmation, refused_changes
 from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute_path
+from raytune_emotion.tuning.study.resume_check import refuse_confirmation, refused_changes
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, open_stores, read_spec
 
 #: The data of a study of the built-in sample.

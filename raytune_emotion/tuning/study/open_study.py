@@ -1,4 +1,4 @@
-"""Open a study: load its parts once, and hand them down as one value."""
+"""Open a study to read it or to work on it: its spec, space and trials are loaded once, as one value."""
 
 import contextlib
 import dataclasses

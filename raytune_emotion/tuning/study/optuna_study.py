@@ -1,4 +1,4 @@
-"""Keep a study's trials in Optuna, and ask its policy for the next one.
+"""Make and load the Optuna study that holds a study's trials, count them, and ask its policy for the next one.
 
 Ray's own `OptunaSearch` tells each stopped trial as complete, with its last value. Values of a few epochs then mix with
 those of full trials in the sampler's model. Here every ending keeps its name: complete, pruned or failed.

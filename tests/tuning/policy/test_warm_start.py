@@ -8,11 +8,11 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier, write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.continuation import refused_changes
 from raytune_emotion.tuning.study.earlier import gather_earlier
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import create_study, load_study
 from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.resume_check import refused_changes
 from raytune_emotion.tuning.study.spec import write_spec
 from tests.support.reports import short_report
 from tests.support.studies import run_here, searcher_of, spec_of

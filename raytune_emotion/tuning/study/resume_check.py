@@ -1,4 +1,4 @@
-"""Say what keeps a study from going on as it is asked to, from its spec alone: nothing heavy is imported."""
+"""Check whether a study can be resumed as it is asked to, from its spec alone: nothing heavy is imported."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""Room on a cluster whose nodes come and go, without Ray."""
+"""Capacity on a cluster whose nodes come and go, without Ray."""
 
 import pytest
 
+from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.room import Room
 
 
 class Cluster:
@@ -15,7 +15,7 @@ class Cluster:
         self.nodes, self.now, self.asked, self.said = [*nodes], 0.0, [], []
 
     def room(self, *, limit=None, grows=False, workers=1, wanted=lambda: 100):
-        return Room(
+        return Capacity(
             Placement(Resources(workers, 2.0, 0.0), 0, limit, grows),
             wanted,
             self.said.append,

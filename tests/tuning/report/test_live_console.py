@@ -15,8 +15,8 @@ from rich.console import Console
 
 from raytune_emotion.terminal import announce, is_screen
 from raytune_emotion.tuning.policy.decisions import Gain
-from raytune_emotion.tuning.report import console as console_module
-from raytune_emotion.tuning.report.console import line_of, show_events, sum_up
+from raytune_emotion.tuning.report import live_console as console_module
+from raytune_emotion.tuning.report.live_console import line_of, show_events, sum_up
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.events import Clock, event
@@ -48,7 +48,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from raytune_emotion.interruption import finish_block, handle_signals
 from raytune_emotion.terminal import plain_console
-from raytune_emotion.tuning.report.console import show_events
+from raytune_emotion.tuning.report.live_console import show_events
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.events import event

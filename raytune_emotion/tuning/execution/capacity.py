@@ -15,7 +15,7 @@ from raytune_emotion.tuning.execution.placement import Placement, trials_on
 _LOOK_S, _REQUEST_S = 2.0, 10.0
 
 
-class Room:
+class Capacity:
     """Count the trials that may run at once. Nodes that join are used; those that leave or drain are not."""
 
     def __init__(
