@@ -1,4 +1,4 @@
-"""The commands on a study in a bucket of a real S3 server, whose driver is killed and goes on elsewhere.
+"""Studies in a bucket of a real S3 server, whose driver is killed and goes on elsewhere.
 
 Not part of `make test`: run it by `make machines ONLY=at_uri`.
 """
@@ -19,11 +19,17 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.execution import cluster as cluster_module
+from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.tables import TRIALS
-from tests.support.cluster import RUN_SPACE, joined_session
+from tests.support.cluster import RUN_SPACE, held_resources, joined_session
 from tests.support.s3 import SECRET
+from tests.support.studies_at_uri import begin_study, break_off, check_went_on
 
 
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
@@ -87,3 +93,21 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
     assert command_main("report", [remote.join(results, "never")]) == 2
     assert command_main("search", ["--results", results, "--name", "killed"]) == 2
     assert command_main("search", ["--results", results, "--name", "never", "--resume"]) == 2
+
+
+def test_a_trial_at_a_uri_goes_on_with_several_workers_and_one_that_they_cannot_train_fails(
+    cluster, bucket, store, tmp_path
+):
+    uri = remote.join(bucket, "broken off")
+    start = [{"train.batch_size": 32, "optim.lr": 1e-3, "loss.kl": 1.0}, {"train.batch_size": 1}]
+    space = RUN_SPACE | {"train.batch_size": {"choice": [32, 1]}, "start": start}
+    folder = begin_study(tmp_path / "study", store, space=space, trials=2, epochs=3, seed=2)
+    job, before = break_off(folder, uri, tmp_path)
+    run_study(load(folder, Remote(uri)), Placement(Resources(2, 1.0, 0.0), 1, limit=1))
+    record, refused = load(folder).records()
+    assert refused.status == "failed"
+    assert refused.reason.startswith(
+        "train.batch_size: 1 rows make no 1 micro-batches (train.accumulate) for each of 2 workers"
+    )
+    check_went_on(record, job, before, tmp_path)
+    assert held_resources() == (0.0, [])

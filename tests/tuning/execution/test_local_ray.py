@@ -182,50 +182,6 @@ def test_ray_that_runs_in_this_process_already_is_a_sentence(monkeypatch):
         pass
 
 
-def test_sessions_leave_nothing_and_use_the_cores_that_they_may(tmp_path, short):
-    """Real Ray, twice in one process that has one core, a home that cannot be written and a long TMPDIR.
-
-    Its dashboard has sockets, which a path as long as this cannot name.
-    """
-    home = tmp_path / "home"
-    home.touch()  # root may write into any folder, so a file stands for one that cannot be written
-    long = tmp_path / ("x" * 60)
-    long.mkdir()
-    code = """
-        import os, re, signal, ray
-        from ray._private.node import Node
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        from raytune_emotion.tuning.execution.cluster import ray_session
-
-        @ray.remote
-        def where():
-            return os.environ["RAY_AUTH_TOKEN_PATH"]
-
-        kill, heard = Node.kill_all_processes, []
-
-        def look(*args, **options):
-            caught = int(re.search("SigCgt:\\s*(\\w+)", open("/proc/self/status").read())[1], 16)
-            heard.append(bool(caught >> signal.SIGTERM - 1 & 1))
-            kill(*args, **options)
-
-        Node.kill_all_processes = look
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        before = dict(os.environ)
-        for dashboard in (False, True):
-            with ray_session(None, dashboard=dashboard):
-                print(ray.cluster_resources()["CPU"], os.path.dirname(os.path.dirname(ray.get(where.remote()))))
-        assert dict(os.environ) == before
-        assert heard == [True, True], "while Ray ends its processes, the system's own handler would end this one"
-    """
-    surroundings = os.environ | {"HOME": str(home), "TMPDIR": str(long)}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=surroundings, check=False
-    )
-    assert (done.stderr, done.returncode) == ("", 0)
-    assert done.stdout == f"1.0 {short}\n" * 2
-    assert list(short.iterdir()) == list(long.iterdir()) == []
-
-
 def test_a_user_without_a_home_can_import_ray_tune():
     code = """
         import pwd

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
+import functools
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -10,58 +10,36 @@ from pathlib import Path
 import pytest
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, read_history
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.execution.job import job_of, newest_report, train_here
-from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import run_study
-from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
+from raytune_emotion.tuning.study.open_study import load, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
 from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import PARAMS
-from tests.support.cluster import RUN_SPACE, held_resources
+from tests.support.cluster import RUN_SPACE
 from tests.support.reports import without_clocks
-from tests.support.studies import run_here, searcher_of, spec_of
+from tests.support.studies import run_here
+from tests.support.studies_at_uri import ON_ONE_CORE, ask, begin_study, break_off, check_went_on, lose
 
 
 @pytest.fixture
 def begin(tmp_path, store):
-    """Makes a study; returns its folder, its spec and a place for its trials."""
-
-    def make(*, workers=1, space=RUN_SPACE, **changes):
-        folder = tmp_path / "study"
-        make_study(folder, spec_of(store, name="study", space=space, concurrency=1, **changes))
-        return folder, Placement(Resources(workers, 1.0, 0.0), 1, limit=1)
-
-    return make
-
-
-def lose(folder, uri):
-    """The machine of the driver dies; another one fetches the study."""
-    shutil.rmtree(folder)
-    remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
-
-
-def ask(folder, placement, uri):
-    """What a search does until its first trial begins."""
-    remote.push(folder, uri, [SPEC])
-    study = load(folder, Remote(uri))
-    proposal = searcher_of(study.optuna, study.space, seed=study.spec.seed).ask()
-    remote.push(folder, uri, [JOURNAL])
-    return job_of(study, placement.resources, proposal)
+    """Makes a study; returns its folder."""
+    return functools.partial(begin_study, tmp_path / "study", store)
 
 
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
     uri, events = remote.join(bucket, "a study"), []
-    folder, placement = begin(trials=4, epochs=2)
-    records = run_study(load(folder, Remote(uri)), placement, watch=events.append)
+    folder = begin(trials=4, epochs=2)
+    run_study(load(folder, Remote(uri)), ON_ONE_CORE, watch=events.append)
+    records = load(folder).records()
     # So that what is compared below was trained in a fresh process, in one that had trained before, and in this one.
     assert len({event.report["pid"] for event in events if event.report}) < 4
 
@@ -76,7 +54,7 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
     for name in (SPEC, JOURNAL, TRIALS, CURVES):
         assert remote.read(uri, name) == (folder / name).read_bytes(), name
     for record in records:
-        job = job_of(load(folder), placement.resources, Proposal(record.trial_id, record.settings, None))
+        job = job_of(load(folder), ON_ONE_CORE.resources, Proposal(record.trial_id, record.settings, None))
         with contextlib.closing(
             train_here(dataclasses.replace(job, folder=str(tmp_path / record.trial_id), location=None))
         ) as local:
@@ -93,43 +71,19 @@ def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine
     assert len(remote.names(uri, f"trials/*/{BEST}")) == KEPT
 
 
-def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers_and_one_that_they_cannot_train_fails(
-    begin, bucket, cluster, tmp_path
-):
+def test_a_trial_goes_on_from_the_mirrored_checkpoint(begin, bucket, tmp_path):
     uri = remote.join(bucket, "broken off")
-    start = [{"train.batch_size": 32, "optim.lr": 1e-3, "loss.kl": 1.0}, {"train.batch_size": 1}]
-    space = RUN_SPACE | {"train.batch_size": {"choice": [32, 1]}, "start": start}
-    folder, placement = begin(space=space, trials=2, epochs=3, workers=2, seed=2)
-    job = ask(folder, Placement(Resources(1, 1.0, 0.0), 1, limit=1), uri)
-    with contextlib.closing(train_here(job)) as reports:
-        before = [next(reports), next(reports)]
-    assert before[1]["val_js"] < before[0]["val_js"], "only then can the best weights be those of the newest state"
-    assert not Path(job.folder).exists(), "its process needs nothing of the driver's disk"
-    # It had died after it pushed the newest state, before it pushed what follows from that.
-    (tmp_path / HISTORY).write_text(json.dumps(before[0]) + "\n")
-    remote.push(tmp_path, job.location, [HISTORY])
-    remote.delete(job.location, [BEST])
-
-    lose(folder, uri)
-    record, refused = run_study(load(folder, Remote(uri)), placement)
-    assert refused.status == "failed"
-    assert refused.reason.startswith(
-        "train.batch_size: 1 rows make no 1 micro-batches (train.accumulate) for each of 2 workers"
-    )
-    # To the clocks the same: they were not trained again.
-    assert list(record.reports[:2]) == before
-    assert [r["report"] for r in record.reports] == [1, 2, 3]
-    remote.pull(job.location, tmp_path, [BEST, HISTORY])
-    assert read_best(tmp_path / BEST).report == record.best
-    assert read_history(tmp_path) == list(record.reports)
-    assert held_resources() == (0.0, [])
+    folder = begin(space=RUN_SPACE | {"start": [{"optim.lr": 1e-3, "loss.kl": 1.0}]}, trials=1, epochs=3, seed=2)
+    job, before = break_off(folder, uri, tmp_path)
+    (record,) = run_here(load(folder, Remote(uri)))
+    check_went_on(record, job, before, tmp_path)
 
 
 def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
     place = tmp_path / "place"
-    folder, placement = begin(trials=2, epochs=3)
-    job = ask(folder, placement, place.as_uri())
+    folder = begin(trials=2, epochs=3)
+    job = ask(folder, place.as_uri())
     recorder = Recorder(load(folder, Remote(place.as_uri())))
     with contextlib.closing(train_here(job)) as reports:
         before = next(reports)
@@ -153,7 +107,7 @@ def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypat
 
 def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     place = tmp_path / "place"
-    folder, _ = begin()
+    folder = begin()
 
     def search():
         return Recorder(load(folder, Remote(place.as_uri())))
