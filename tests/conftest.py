@@ -11,16 +11,30 @@ from hypothesis import settings
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
-#: They take long, mostly for what they start: first come first, so that two processes are done at the same time.
-LONG = ("test_runner.py", "test_search.py", "test_remote_study.py", "test_pack.py")
+#: Test modules that share what is slow to import or to make.
+GROUPS = dict.fromkeys(("test_graphs.py", "test_model_card.py", "test_combination.py"), "onnx")
+#: Groups that take long come first, so that two processes are done at the same time.
+LONG = ("ray", "onnx", "test_search.py", "test_loop.py", "test_distributed.py", "test_finish.py", "test_pack.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    """Run what needs the cluster in one process, so that Ray starts once, and each other module in one process, too."""
+
+    def rank(item):
+        names = (item.get_closest_marker("xdist_group").args[0], item.path.name)
+        return min(LONG.index(name) if name in LONG else len(LONG) for name in names)
+
+    for item in items:
+        group = "ray" if "cluster" in item.fixturenames else GROUPS.get(item.path.name, str(item.path))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=rank)
 
 
 #: More processes than cores work at once: a thread that waits for another lets others work, and does not spin.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+#: The same for NumPy and SciPy, which read it when they are imported.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 #: Of the S3 server of the tests. Processes that tests start inherit them.
 os.environ.update(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="wJalrXUtnFEMI")

@@ -127,6 +127,7 @@ def test_full_disk_is_no_fault_of_a_format(tmp_path, monkeypatch, name, writes, 
 
 @pytest.mark.parametrize("name", ["timm", "onnx"])
 def test_format_that_predicts_something_else_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(export_folder, "write_graph", lambda name, file, *_: file.write_bytes(b"a graph"))
     monkeypatch.setattr(export_folder, "predict_graph", lambda *_: np.full((8, 13), 1 / 13))
     save = export_folder.save_file
     monkeypatch.setattr(

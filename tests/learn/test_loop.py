@@ -228,7 +228,7 @@ def like_cuda(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("changes", [{}, ALL], ids=["plain", "all"])
 def test_no_step_on_a_gpu_waits_for_it(store, like_cuda, monkeypatch, changes):
-    settings = run_config(optim__name="adamw", loss__kl=0.5, loss__js=0.5, **changes)
+    settings, store = run_config(optim__name="adamw", loss__kl=0.5, loss__js=0.5, **changes), shortened(store, 32)
     running = loop.start(settings, store, like_cuda, make_plan(settings, store, like_cuda), fresh=True)
     steps = []
 
@@ -426,6 +426,7 @@ def test_all_that_does_not_fit_is_said_at_once(store):
 
 
 def test_batchnorm_over_one_row_is_refused(store):
+    store = shortened(store, 16)
     with pytest.raises(UserError, match="BatchNorm"):
         next(fit(run_config(train__accumulate=16), store, device=CPU))
     next(fit(run_config(train__accumulate=16, model__backbone="test_vit"), store, device=CPU))

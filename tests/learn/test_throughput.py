@@ -72,7 +72,11 @@ def test_what_fits():
     assert fitting_counts(COUNTS, peak=13 * GIB, images=7 * GIB, total=80 * GIB) == [1, 2]
 
 
-def test_several_trials_are_timed_in_processes_of_their_own(store):
+def test_several_trials_are_timed_at_the_same_time(store, monkeypatch):
+    """One of them in a process of its own, as all are, and one in this: to import PyTorch takes seconds."""
+    starts = iter((Process, Here))
+    monkeypatch.setattr(throughput, "Process", lambda device: next(starts)(device))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "optim.lr": 100.0}
     tried = {name: {**settings, "model.backbone": name} for name in ("test_vit", "test_resnet")}
     found = measure(tried, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.1)

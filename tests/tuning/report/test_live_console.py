@@ -45,19 +45,14 @@ def test_a_trial_that_failed_after_a_report_says_why():
 _ON_TERMINAL = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from raytune_emotion.interruption import finish_block, handle_signals
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.report.live_console import show_events
 from raytune_emotion.tuning.report.live_state import StudyProgress
-from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.open_study import load
 from tests.support.events import event
-from tests.support.studies import spec_of
 
 folder, console = Path(sys.argv[1]), plain_console()
-store = SimpleNamespace(image_size=32, path="s", fingerprint="f")
-for name in ("shown", "closed"):
-    make_study(folder / name, spec_of(store, trials=8, epochs=4))
 with show_events(console, StudyProgress(load(folder / "shown"))) as hear:
     hear(event("0000", "running", 0.3))
     time.sleep(0.6)  # it is drawn four times a second
@@ -80,6 +75,9 @@ with handle_signals():
 @pytest.fixture
 def terminal(tmp_path):
     """A process with two studies on a terminal of its own, with 80 columns; and our end of the terminal."""
+    for name in ("shown", "closed"):
+        store = SimpleNamespace(image_size=32, path="s", fingerprint="f")
+        make_study(tmp_path / name, spec_of(store, trials=8, epochs=4))
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 80))
     environment = {**os.environ, "TERM": "xterm-256color"}
