@@ -16,9 +16,10 @@ from tests.support.s3 import SECRET
 pytestmark = pytest.mark.timeout(300)
 
 
-def test_a_local_search_listens_on_loopback_alone_and_tells_no_secret(folder, search, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_local_search_listens_on_loopback_alone_and_tells_no_secret(folder, search, monkeypatch, workers):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    running = search()
+    running = search("--workers-per-trial", workers)
     driver = psutil.Process(running.process.pid)
     processes = [driver, *driver.children(recursive=True)]
     assert len(processes) > 5

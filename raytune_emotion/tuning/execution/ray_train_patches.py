@@ -4,6 +4,8 @@ Imported where a trial has several workers, and only there. `tests/tuning/execut
 """
 
 import contextlib
+import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -21,10 +25,14 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Queue
 
+#: Kinds of messages about the workers themselves: with the actor, and with the id of the placement group. The messages
+#: are plain, so that the process of the queue need not import Ray Train.
+CONTROLLER, PLACE = "controller", "place"
+
 
 @dataclass(frozen=True)
 class Controller:
-    """Ray Train's controller has started; it is what can end the workers."""
+    """Ray Train's controller, which can end the workers."""
 
     actor: ActorHandle[Any]
 
@@ -33,13 +41,6 @@ class Controller:
         # The controller leaves in the midst of the call, which is how it says that it is done.
         with contextlib.suppress(RayError):
             ray.get(self.actor.abort.remote(), timeout=timeout)
-
-
-@dataclass(frozen=True)
-class ReservedPlaces:
-    """The workers have their place in the cluster."""
-
-    placement_group: str  # its id
 
 
 class PlainTrainer(TorchTrainer):
@@ -55,6 +56,43 @@ class PlainTrainer(TorchTrainer):
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, without)]
 
 
+@dataclass
+class LoopbackConfig(TorchConfig):
+    """Have the workers of one machine meet in a file, and talk over loopback.
+
+    Else the meeting place of PyTorch listens on every interface of the machine, and anybody may write to it.
+    """
+
+    meeting: str = ""  # the file, which does not exist
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _LoopbackBackend
+
+
+class _LoopbackBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(_talk_over_loopback)
+        meeting = {
+            "backend": backend_config.backend,
+            "world_size": len(worker_group),
+            "init_method": f"file://{backend_config.meeting}",
+            "timeout_s": backend_config.timeout_s,
+        }
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **meeting)
+                for rank in range(len(worker_group))
+            ]
+        )
+
+
+def _talk_over_loopback() -> None:
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+
+
 class Announcer(ControllerCallback, WorkerGroupCallback):
     """Make known, from within Ray Train's controller, what must be ended when a trial is."""
 
@@ -62,11 +100,11 @@ class Announcer(ControllerCallback, WorkerGroupCallback):
         self._messages = messages
 
     def after_controller_start(self, train_run_context: object) -> None:
-        self._messages.put(Controller(ray.get_runtime_context().current_actor))
+        self._messages.put((CONTROLLER, ray.get_runtime_context().current_actor))
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        self._messages.put(ReservedPlaces(group.id.hex()))
+        self._messages.put((PLACE, group.id.hex()))
 
 
 def free_abandoned_groups() -> None:

@@ -5,16 +5,20 @@ workers stay alive, and train one trial after the other as they are ordered. Onl
 """
 
 import contextlib
-import dataclasses
+import json
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
 
+import ray
+import torch
 import torch.distributed as dist
 from ray import train
 from ray.train.torch import TorchConfig, get_device
@@ -24,12 +28,14 @@ from ray.util.queue import Empty, Queue
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.tuning.execution.job import Job, TrialFailed, train_on
+from raytune_emotion.tuning.execution.job import DiskFull, InvalidForRun, Job, OutOfMemory, TrialFailed, train_on
 from raytune_emotion.tuning.execution.ray_train_patches import (
+    CONTROLLER,
+    PLACE,
     Announcer,
     Controller,
+    LoopbackConfig,
     PlainTrainer,
-    ReservedPlaces,
     free_abandoned_groups,
     remove_group,
 )
@@ -42,14 +48,10 @@ _COLLECTIVE_S = 600
 #: Longest wait for the next order: the driver may be busy between two trials.
 _ORDER_WAIT = timedelta(days=7)
 
-_GO_ON, _STOP, _DONE = "go on", "stop", "done"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Failure:
-    """Message: the trial has failed with this error."""
-
-    error: TrialFailed | Breakdown
+_GO_ON, _STOP = "go on", "stop"
+#: Kinds of messages about a trial, and what comes with each: a report, nothing, and the name and arguments of an error.
+_REPORT, _DONE, _FAILED = "report", "done", "failed"
+_ERRORS = {error.__name__: error for error in (TrialFailed, InvalidForRun, OutOfMemory, DiskFull, Breakdown)}
 
 
 class Workers:
@@ -59,6 +61,8 @@ class Workers:
         self._orders = Queue(actor_options={"num_cpus": 0})
         self._messages = Queue(actor_options={"num_cpus": 0})
         self._scratch = Path(first.folder) / "ray_train"
+        # Elsewhere than in the trial's folder: PyTorch takes its path for a URL.
+        self._meeting = tempfile.TemporaryDirectory(prefix="raytune_emotion-")
         self._controller: Controller | None = None
         self._placement_group = ""
         resources = first.resources
@@ -69,9 +73,7 @@ class Workers:
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
             # One worker needs no NCCL, whose thread would look at the GPU while a CUDA graph is captured.
-            torch_config=TorchConfig(
-                backend="nccl" if gpu and resources.workers > 1 else "gloo", timeout_s=_COLLECTIVE_S
-            ),
+            torch_config=self._torch_config("nccl" if gpu and resources.workers > 1 else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),
@@ -80,6 +82,12 @@ class Workers:
         )
         # `fit` blocks until the workers have ended.
         self._run = run_in_background(trainer.fit)
+
+    def _torch_config(self, backend: str) -> TorchConfig:
+        """Say how the workers meet: where no other machine can join, none can reach them either."""
+        if not ip_address(ray.util.get_node_ip_address()).is_loopback:
+            return TorchConfig(backend=backend, timeout_s=_COLLECTIVE_S)
+        return LoopbackConfig(backend=backend, timeout_s=_COLLECTIVE_S, meeting=f"{self._meeting.name}/file")
 
     def train(self, job: Job) -> Generator[Report, None, None]:
         """Train a job on the workers and yield its reports. Close the generator to stop the trial.
@@ -93,12 +101,12 @@ class Workers:
         self._note_placement_group(job)
         self._orders.put(job.to_dict())
         try:
-            while (message := self._receive(job)) != _DONE:
-                yield message
+            while (report := self._receive(job)) is not None:
+                yield report
                 self._orders.put(_GO_ON)
         except GeneratorExit:
             self._orders.put(_STOP)
-            while self._receive(job) != _DONE:
+            while self._receive(job) is not None:
                 pass
             raise
         finally:
@@ -109,7 +117,7 @@ class Workers:
         deadline = time.monotonic() + _ABORT_S
         while self._controller is None and not self._run.done() and time.monotonic() < deadline:
             with contextlib.suppress(Empty):
-                self._note(self._messages.get(timeout=0.1))
+                self._note(*self._messages.get(timeout=0.1))
         if self._controller is not None and not self._run.done():
             self._controller.abort(_ABORT_S)
         # The thread must not be inside Ray when this process leaves Ray.
@@ -119,12 +127,13 @@ class Workers:
         for queue in (self._orders, self._messages):
             queue.shutdown(force=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
+        self._meeting.cleanup()
 
-    def _receive(self, job: Job) -> Any:
-        """Return the next message about a trial."""
+    def _receive(self, job: Job) -> Report | None:
+        """Return the next report of a trial; None: it has ended."""
         while True:
             try:
-                message = self._messages.get(timeout=0.2)
+                kind, content = self._messages.get(timeout=0.2)
             except Empty:
                 if self._run.done():
                     self._run.result()
@@ -132,21 +141,20 @@ class Workers:
                 if not self._placement_group:
                     free_abandoned_groups()
                 continue
-            if isinstance(message, _Failure):
-                raise message.error
-            if not self._note(message):
-                return message
+            if kind == _FAILED:
+                name, arguments = content
+                raise _ERRORS[name](*arguments)
+            if kind in (_REPORT, _DONE):
+                return cast("Report | None", content)
+            self._note(kind, content)
             self._note_placement_group(job)
 
-    def _note(self, message: object) -> bool:
-        """Remember a message about the workers themselves. Return False for a message about a trial."""
-        if isinstance(message, Controller):
-            self._controller = message
-        elif isinstance(message, ReservedPlaces):
-            self._placement_group = message.placement_group
-        else:
-            return False
-        return True
+    def _note(self, kind: str, content: Any) -> None:
+        """Remember a message about the workers themselves."""
+        if kind == CONTROLLER:
+            self._controller = Controller(content)
+        elif kind == PLACE:
+            self._placement_group = content
 
     def _note_placement_group(self, job: Job) -> None:
         # In the trial's folder: if this process is killed, whoever takes the trial up can free the resources.
@@ -204,9 +212,7 @@ def _work(config: dict[str, Any]) -> None:
     ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
 
     def heard() -> Any:
-        order = [orders.get() if first else None]
-        dist.broadcast_object_list(order, group=cast("dist.ProcessGroup", ordered))
-        return order[0]
+        return _broadcast(orders.get() if first else None, cast("dist.ProcessGroup", ordered), first=first)
 
     while True:
         job = Job.from_dict(heard())
@@ -214,11 +220,26 @@ def _work(config: dict[str, Any]) -> None:
             with contextlib.closing(train_on(job, get_device(), first=first)) as reports:
                 for report in reports:
                     if first:
-                        messages.put(report)
+                        messages.put((_REPORT, report))
                     if heard() == _STOP:
                         break
         except (TrialFailed, Breakdown) as error:
-            messages.put(_Failure(error))
+            kind, arguments = error.__reduce__()[:2]
+            messages.put((_FAILED, (kind.__name__, arguments)))
             raise
         if first:
-            messages.put(_DONE)
+            messages.put((_DONE, None))
+
+
+def _broadcast(value: Any, group: dist.ProcessGroup, *, first: bool) -> Any:
+    """Return the plain value of the first worker on all of them.
+
+    It travels as JSON: PyTorch would pickle an object, and does not ask who is at the other end of its sockets.
+    """
+    text = json.dumps(value).encode()
+    size_1 = torch.tensor([len(text)])
+    dist.broadcast(size_1, src=0, group=group)
+    text_N = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    text_N = text_N if first else torch.empty(int(size_1), dtype=torch.uint8)
+    dist.broadcast(text_N, src=0, group=group)
+    return json.loads(text_N.numpy().tobytes())

@@ -60,6 +60,11 @@ _PRIVATE = {
     "ray._private.state:GlobalState._connect_and_get_accessor": ("self",),
     "ray._raylet:PlacementGroupID.from_hex": None,
     "ray.core.generated.gcs_pb2:PlacementGroupTableData": None,
+    "ray.train.torch.config:_TorchBackend.on_start": ("self", "worker_group", "backend_config"),
+    "ray.train.torch.config:_set_torch_distributed_env_vars": (),
+    "ray.train.torch.config:_setup_torch_process_group": (
+        "backend", "world_rank", "world_size", "init_method", "timeout_s",
+    ),
     "ray.train.v2._internal.callbacks.datasets:DatasetsCallback": None,
     "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback": None,
     "ray.train.v2._internal.execution.callback:ControllerCallback.after_controller_start": (

@@ -1,4 +1,5 @@
 import dataclasses
+import multiprocessing
 import queue
 from datetime import timedelta
 from types import SimpleNamespace
@@ -7,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.execution import worker_group
-from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, train_here
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_group import run_in_background
 from tests.support.reports import without_clocks
@@ -41,8 +43,8 @@ def test_one_worker_trains_as_a_process_of_its_own(tmp_path, store, monkeypatch)
             worker_group._work({"orders": SimpleNamespace(get=no_more_orders), "messages": messages})
     finally:
         dist.destroy_process_group()
-    together, last = messages.get_nowait(), messages.get_nowait()
-    assert last == worker_group._DONE
+    (kind, together), last = messages.get_nowait(), messages.get_nowait()
+    assert (kind, last) == (worker_group._REPORT, (worker_group._DONE, None))
     alone = list(train_here(dataclasses.replace(job, folder=str(tmp_path / "b"))))
     assert without_clocks([together]) == without_clocks(alone)
 
@@ -56,13 +58,56 @@ def test_workers_wait_for_orders_outside_of_nccl(monkeypatch):
         groups.append(backend)
         return backend
 
-    def broadcast(order, group):
+    def broadcast(tensor, src, group):
         waited.append(group)
         raise InterruptedError("enough is seen")
 
     monkeypatch.setattr(worker_group.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
     monkeypatch.setattr(worker_group.dist, "new_group", new_group)
-    monkeypatch.setattr(worker_group.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(worker_group.dist, "broadcast", broadcast)
     with pytest.raises(InterruptedError):
         worker_group._work({"orders": None, "messages": None})
     assert groups == waited == ["gloo"]
+
+
+def _hear(rank, meeting, results):
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    order = {"name": "öffnen", "settings": {"optim.lr": 0.1 + 0.2, "train.balance": True, "loss.kl": None}}
+    heard = worker_group._broadcast(order if rank == 0 else None, dist.group.WORLD, first=rank == 0)
+    results.put(heard == order)
+    dist.destroy_process_group()
+
+
+def test_an_order_arrives_whole_at_all_workers(tmp_path):
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    others = [context.Process(target=_hear, args=(rank, tmp_path / "meeting", results)) for rank in (0, 1)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(120)
+    assert [process.exitcode for process in others] == [0, 0]
+    assert [results.get(), results.get()] == [True, True]
+
+
+@pytest.mark.parametrize("error", [InvalidForRun(("one", "two")), OutOfMemory("too large"), Breakdown("no room")])
+def test_an_error_of_a_worker_arrives_as_it_was(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+        yield
+
+    messages = queue.SimpleQueue()
+    monkeypatch.setattr(worker_group.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monkeypatch.setattr(worker_group.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(worker_group, "_broadcast", lambda value, group, first: value)
+    monkeypatch.setattr(worker_group, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(worker_group, "train_on", fail)
+    job = Job("a", "a", "s", {}, Resources(2, 1.0, 0.0))
+    with pytest.raises(type(error)):
+        worker_group._work({"orders": SimpleNamespace(get=job.to_dict), "messages": messages})
+    workers = object.__new__(worker_group.Workers)
+    workers._messages = SimpleNamespace(get=lambda timeout: messages.get_nowait())
+    with pytest.raises(type(error)) as raised:
+        workers._receive(job)
+    assert raised.value.args == error.args
+    assert vars(raised.value) == vars(error)
