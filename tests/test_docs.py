@@ -25,7 +25,8 @@ from raytune_emotion.cli import COMMANDS
 from raytune_emotion.config import SETTINGS, RunConfig
 from raytune_emotion.data import synthetic
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.export_folder import export_checkpoint
+from raytune_emotion.learn.checkpoint import read_best
+from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.metrics import distances_of, per_sample
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.library import studies
@@ -157,7 +158,7 @@ def finished_study(store, tmp_path_factory):
     """A study with an export, made without Ray."""
     folder = tmp_path_factory.mktemp("docs") / "study"
     write_study(folder, store)
-    export_checkpoint(folder / "trials" / "0000" / BEST, folder / "best")
+    write_package(folder / "best", read_best(folder / "trials" / "0000" / BEST))
     return folder
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from raytune_emotion.config import RunConfig
+from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.tuning.execution.job import Job, train_here
 from raytune_emotion.tuning.execution.resources import Resources
@@ -72,6 +73,22 @@ def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys)
     (dest / "thesis.tex").touch()
     (told,) = refusal(capsys, [tmp_path], "export", study, dest.as_uri())
     assert told.startswith(f"{dest.as_uri()}: holds files that are not of an export (thesis.tex)")
+
+
+def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(store.path, tmp_path / "faces")
+    uri = (tmp_path / "faces").as_uri()
+    (study / "trials" / best_of(study) / "data.txt").write_text(uri + "\n")
+    away = "since the data of the run are not on this machine"
+    assert exit_code(["export", study, tmp_path / "x"]) == 0
+    assert away in (tmp_path / "x" / "README.md").read_text()
+    open_store(uri)
+    shutil.rmtree(tmp_path / "faces")
+    assert exit_code(["export", study, tmp_path / "x"]) == 0
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert away not in card
+    assert "Means over all 33 validation images" in card
 
 
 def test_a_study_without_results(tmp_path, store, capsys):

@@ -17,7 +17,8 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.pictures import PictureFiles, list_pictures
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
+from raytune_emotion.learn.checkpoint import read_best
+from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
 from raytune_emotion.learn.prediction_table import JsonLines
@@ -46,7 +47,7 @@ def study(store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def export(study):
-    export_checkpoint(study / "trials" / "0005" / BEST, study / "best")
+    write_package(study / "best", read_best(study / "trials" / "0005" / BEST))
     return study / "best"
 
 

@@ -13,7 +13,7 @@ from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
 from raytune_emotion.data.store import find_stores, open_store, read_manifest
 from raytune_emotion.errors import UserError, collect_errors
-from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.locations import Location
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
@@ -57,9 +57,7 @@ class PictureFiles:
 
     def label(self, name: str) -> str:
         """Return the name of a picture as it was typed; what is not valid text is escaped."""
-        place = self.location / name
-        typed = str(place.path) if isinstance(place, Folder) else place.address
-        return os.fsencode(typed).decode(errors="backslashreplace")
+        return os.fsencode((self.location / name).typed).decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)

@@ -142,19 +142,30 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
     """
     location = location_of(place)
     manifest = read_manifest(location)
-    key = f"{location.name}-{manifest.image_size}px-{manifest.fingerprint[:20]}"
+    key = _cache_key(location, manifest.image_size, manifest.fingerprint)
     check = _map_verified if verify else _map
     path = location.cache_here(key, check=check, fetch=lambda folder: _fetch(location, manifest, folder))
     return dataclasses.replace(check(path), address=location.address)
 
 
-def open_if_here(address: str) -> Store | None:
-    """Open the store at an address if it lies in a folder of this machine and is whole; None otherwise."""
+def open_if_here(address: str, image_size: int, fingerprint: str) -> Store | None:
+    """Open a store if it, or its copy in the cache, is on this machine and whole; None otherwise. Fetch nothing.
+
+    Args:
+        address: where it is.
+        image_size: of the store, px.
+        fingerprint: of its content, by which a copy is found. What lies in a folder may have another by now.
+    """
     try:
-        place = location_of(address)
-        return open_store(place) if isinstance(place, Folder) and is_store(place) else None
+        location = location_of(address)
+        path = location.find_here(_cache_key(location, image_size, fingerprint))
+        return None if path is None else dataclasses.replace(_map(path), address=location.address)
     except (UserError, OSError):
         return None
+
+
+def _cache_key(location: Location, image_size: int, fingerprint: str) -> str:
+    return f"{location.name}-{image_size}px-{fingerprint[:20]}"
 
 
 def _map(path: Path) -> Store:

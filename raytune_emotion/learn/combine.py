@@ -3,9 +3,15 @@
 Members are chosen greedily: the best model first, then each time the one whose addition lowers the validation JS most
 (Caruana et al., "Ensemble selection from libraries of models", 2004), or whose addition does not raise it (Wortsman et
 al., "Model soups", 2022). The gain of a choice is measured on images that the choice has not seen: chosen on one half
-of the validation set and measured on the other, both ways round.
+of the validation set and measured on the other, both ways round. The models themselves, and their epochs, were selected
+on the whole set before.
+
+The statistics of a BatchNorm layer belong to the weights below it. So a soup estimates its own, on training images
+(Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018).
 """
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,18 +21,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from raytune_emotion.data.store import Split
+from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.loader import batches
+from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import losses
-from raytune_emotion.learn.checkpoint import Best
-from raytune_emotion.learn.evaluation import predict_share
-from raytune_emotion.learn.model import load_model
+from raytune_emotion.learn.checkpoint import Best, weights_to_save
+from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.evaluation import ROWS, predict_share
+from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.predictions import half_of
 
-_CPU = torch.device("cpu")
 #: A class without probability is predicted at this, so that a logarithm is finite.
 _LEAST = 1e-12
+#: Training images that BatchNorm's statistics are estimated on, at most.
+_STATISTICS_ROWS = 512
 
 Rows = npt.NDArray[np.bool_]
 #: Of chosen members, by their numbers, what they predict together, [N, K].
@@ -121,38 +132,62 @@ def mean_of(predictions: Sequence[Tensor]) -> Predict:
     return lambda members: _mean_of(predictions, members)
 
 
-def predict_whole(best: Best, split: Split) -> Tensor:
-    """Predict every image of a split with a checkpoint, [N, K], float64."""
-    logits_NK, _ = predict_share(load_model(best), split, device=_CPU)
-    return logits_NK.double().softmax(-1)
+def predict_whole(best: Best, split: Split, device: torch.device) -> Tensor:
+    """Predict every image of a split with a checkpoint, on a device. Return [N, K], float64, on the CPU."""
+    logits_NK, _ = predict_share(load_model(best).to(device), split, device=device)
+    return logits_NK.cpu().double().softmax(-1)
 
 
 class Soup:
-    """Mean weights of models of one backbone, and what they predict for a split. Each mixture is predicted once."""
+    """Mean weights of models of one backbone, and what they predict for validation. Each mixture is predicted once."""
 
-    def __init__(self, bests: Sequence[Best], split: Split, known: Sequence[Tensor]) -> None:
+    def __init__(self, bests: Sequence[Best], store: Store, known: Sequence[Tensor], device: torch.device) -> None:
         """Take the models.
 
         Args:
             bests: their checkpoints, of one backbone, image size and list of classes.
-            split: to predict.
-            known: what each predicts alone.
+            store: that they were trained on.
+            known: what each predicts alone for the validation split.
+            device: to predict on.
         """
-        self._bests, self._split = bests, split
+        self._bests, self._store, self._device = bests, store, device
         self._known: dict[tuple[int, ...], Tensor] = {(number,): prob_NK for number, prob_NK in enumerate(known)}
 
     def best(self, members: Sequence[int]) -> Best:
         """Return the mean of the members' weights, as a checkpoint with the settings of the first."""
         first = self._bests[members[0]]
+        if len(members) == 1:
+            return first
         weights = mean_weights([self._bests[number].weights for number in members])
-        return Best(weights, first.settings, first.fingerprint, first.report)
+        return estimate_statistics(dataclasses.replace(first, weights=weights), self._store.train, self._device)
 
     def predict(self, members: tuple[int, ...]) -> Tensor:
-        """Predict the split with the mean of the members' weights, [N, K]."""
+        """Predict the validation split with the mean of the members' weights, [N, K]."""
         key = tuple(sorted(members))
         if key not in self._known:
-            self._known[key] = predict_whole(self.best(members), self._split)
+            self._known[key] = predict_whole(self.best(members), self._store.val, self._device)
         return self._known[key]
+
+
+def estimate_statistics(best: Best, train: Split, device: torch.device) -> Best:
+    """Estimate the statistics of a checkpoint's BatchNorm layers, if it has any, on images that are not augmented.
+
+    They are the mean over batches of training images, always the same ones. All other layers stay in evaluation mode.
+    """
+    model = load_model(best).to(device)
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not layers:
+        return best
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # every batch counts alike
+        layer.train()
+    rows_N = np.random.default_rng(0).permutation(len(train))[:_STATISTICS_ROWS]
+    rows = np.array_split(rows_N, math.ceil(len(rows_N) / ROWS))  # of about the same length: none has one row alone
+    with torch.no_grad(), exact_fp32():
+        for batch in batches(train, rows, device):
+            model(normalise(batch.x_BHWC, *mean_std(model)))
+    return dataclasses.replace(best, weights=weights_to_save(model))
 
 
 def mean_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -20,6 +20,11 @@ _OUT_OF_MEMORY = (
 )
 
 
+def find_device() -> torch.device:
+    """Return the GPU of this process if it has one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def allowance(total: float, share: float) -> float:
     """Return the bytes of a GPU that torch may take for a process with a share of it, so that all have room."""
     return total if share >= 1 else max(0.0, share * total - _CONTEXT)

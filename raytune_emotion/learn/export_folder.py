@@ -31,7 +31,7 @@ from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import first_line, is_disk_full
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
-from raytune_emotion.learn.checkpoint import Best, read_best, weights_to_save
+from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
@@ -82,27 +82,12 @@ class Package:
             return prob_NK
 
 
-def export_checkpoint(
-    file: Path,
-    dest: Path,
-    notes: Iterable[str] = (),
-    *,
-    formats: Sequence[str] = (TIMM,),
-    store: Store | None = None,
-) -> None:
-    """Export the best weights of a run.
+class FormatError(UserError):
+    """A model cannot be written in a format; it may be written in others. `reason` says why, without the folder."""
 
-    Args:
-        file: its `best.safetensors`.
-        dest: the folder to write; an earlier export there is replaced.
-        notes: where the model comes from, a sentence each, for the model card.
-        formats: see `write_package`.
-        store: see `write_package`.
-
-    Raises:
-        UserError: the checkpoint is missing or damaged; see `write_package`.
-    """
-    write_package(dest, read_best(file), notes, formats=formats, store=store)
+    def __init__(self, faults: str | Iterable[str], reason: str = "") -> None:
+        super().__init__(faults)
+        self.reason = reason
 
 
 def write_package(
@@ -110,6 +95,7 @@ def write_package(
     best: Best,
     notes: Iterable[str] = (),
     *,
+    metrics: Mapping[str, Any] | None = None,
     formats: Sequence[str] = (TIMM,),
     store: Store | None = None,
 ) -> None:
@@ -119,14 +105,17 @@ def write_package(
         dest: the folder; an earlier export there is replaced.
         best: the weights of a run, and what they are.
         notes: where the model comes from, a sentence each, for the model card.
+        metrics: the content of `metrics.json`; None: the report of the run.
         formats: names in FORMATS. Each file is read again and compared with the model before the folder is there.
         store: that the run was trained on, if it is on this machine: its validation images are what is compared.
 
     Raises:
-        UserError: the weights are not of the model that the settings name, a format cannot be written or predicts
-            something else, or the folder cannot be written or holds something else than an export.
+        FormatError: a format cannot be written, or predicts something else.
+        UserError: the weights are not of the model that the settings name, or the folder cannot be written or holds
+            something else than an export.
     """
     dest = dest.absolute()
+    metrics = best.report if metrics is None else metrics
     config = RunConfig.from_flat(best.settings)
     model = build_model(config, weights=False).eval()
     try:
@@ -146,7 +135,8 @@ def write_package(
         whole,
         best,
         described,
-        lambda checks: render_card(dest.name, described, config, best, formats, evidence, [*notes, checks]),
+        lambda checks: render_card(dest.name, described, config, metrics, formats, evidence, [*notes, checks]),
+        metrics=metrics,
         formats=formats,
         store=store,
     )
@@ -167,6 +157,7 @@ def write_model(
     described: Mapping[str, Any],
     card: Callable[[str], str],
     *,
+    metrics: Mapping[str, Any],
     formats: Sequence[str],
     store: Store | None,
 ) -> None:
@@ -175,14 +166,16 @@ def write_model(
     Args:
         dest: the folder.
         whole: the model, on the CPU.
-        best: the run that the model, or its first member, is of; its report becomes `metrics.json`.
+        best: the run that the model, or its first member, is of.
         described: the content of `config.json`.
         card: makes the model card, of a sentence on how the formats were compared.
+        metrics: the content of `metrics.json`.
         formats: names in FORMATS; of an ensemble, `timm` are the weights of its members.
         store: whose validation images are compared, if it is on this machine.
 
     Raises:
-        UserError: a format cannot be written or predicts something else, or the folder cannot be written.
+        FormatError: a format cannot be written, or predicts something else.
+        UserError: the folder cannot be written.
     """
     config = RunConfig.from_flat(best.settings)
     sample = _sample_of(store, best, config)
@@ -193,7 +186,7 @@ def write_model(
     check_replaceable(Folder(dest))
     with replace_folder(dest) as new:
         write_text(new / CONFIG, _json(described))
-        write_text(new / METRICS, _json(best.report))
+        write_text(new / METRICS, _json(metrics))
         checks = []
         for name in formats:
             difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
@@ -240,15 +233,15 @@ def _write_format(
         if is_disk_full(error):
             raise destination_error(dest, error) from error
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(
-            f"{dest}: {config.model.backbone} cannot be exported as {name} ({what}); leave this format out"
-        ) from error
+        reason = f"{config.model.backbone} cannot be exported as {name} ({what})"
+        raise FormatError(f"{dest}: {reason}; leave this format out", reason) from error
     difference = float(np.abs(found_NK - prob_NK).max())
     if not difference <= TOLERANCE:
-        raise UserError(
-            f"{dest}: {config.model.backbone} as {name} gives probabilities that differ by {difference:.2g}, more than "
-            f"{TOLERANCE:g}; leave this format out"
+        reason = (
+            f"{config.model.backbone} as {name} gives probabilities that differ by {difference:.2g}, more than "
+            f"{TOLERANCE:g}"
         )
+        raise FormatError(f"{dest}: {reason}; leave this format out", reason)
     return difference
 
 

@@ -16,10 +16,8 @@ from raytune_emotion import __version__
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.calibration import Calibration
-from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.origin import licence
 from raytune_emotion.learn.predictions import Predictions, bootstrap_intervals, class_errors
-from raytune_emotion.learn.report import Report
 from raytune_emotion.terminal import count, shell_word
 
 _MEANINGS = {
@@ -162,7 +160,7 @@ def render_card(
     folder: str,
     described: Mapping[str, Any],
     config: RunConfig,
-    best: Best,
+    metrics: Mapping[str, Any],
     formats: Sequence[str],
     evidence: Evidence,
     notes: Iterable[str],
@@ -173,7 +171,7 @@ def render_card(
         folder: the export's name.
         described: the content of `config.json`.
         config: of the run.
-        best: the weights of the run, and what they are.
+        metrics: of the whole validation set, as in `metrics.json`.
         formats: that are exported.
         evidence: what is known of the model.
         notes: where the model comes from, a sentence each.
@@ -181,9 +179,9 @@ def render_card(
     size, n_classes = config.data.image_size, len(config.data.classes)
     own = [
         *map(escape_markdown, notes),
-        _starting_weights(config.model, described["pretrained_cfg"]),
+        describe_start(config.model, described["pretrained_cfg"]),
         f"Exported by raytune_emotion {__version__}, with PyTorch {torch.__version__} and timm {timm.__version__}.",
-        f"Data fingerprint: `{best.fingerprint}`.",
+        f"Data fingerprint: `{described['raytune_emotion']['data_fingerprint']}`.",
     ]
     shown = {k: v for k, v in config.to_flat().items() if k not in ("data.classes", "model.weights_dir")}
     return _CARD.format(
@@ -192,7 +190,7 @@ def render_card(
         architecture=described["architecture"],
         classes=", ".join(map(escape_markdown, config.data.classes)),
         code=show_use(formats, folder=folder, size=size, n_classes=n_classes),
-        metrics=_metrics(best.report, evidence),
+        metrics=_metrics(metrics, evidence),
         per_class=_per_class(evidence.predictions),
         calibration=_calibration(evidence),
         origin="\n".join(f"- {line}" for line in own),
@@ -209,7 +207,7 @@ def show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) 
         size: side of the model's images, px.
         n_classes: number of probabilities.
     """
-    parts = (_READ, *(_USES[name] for name in formats))
+    parts = (_READ, *(_USES[name] for name in formats)) if formats else ()
     files = {"as_timm": f"local-dir:{folder}", "onnx": f"{folder}/model.onnx", "pt2": f"{folder}/model.pt2"}
     # In JSON, a text is what it is in Python.
     texts = {name: json.dumps(file, ensure_ascii=False) for name, file in files.items()}
@@ -221,22 +219,22 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-def table_of_metrics(report: Report) -> str:
+def table_of_metrics(metrics: Mapping[str, Any]) -> str:
     """Return the metrics of the whole validation set as a table in Markdown."""
     rows = [
         f"| {_MEANINGS[name]} | {value:.4f} |"
-        for key, value in report.items()
+        for key, value in metrics.items()
         for prefix, _, name in [key.partition("_")]
         if prefix == "val" and name in _MEANINGS
     ]
     return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 
-def _metrics(report: Report, evidence: Evidence) -> str:
+def _metrics(metrics: Mapping[str, Any], evidence: Evidence) -> str:
     # The mean of several models has no number of epochs.
-    after = f" after {count(float(report['epoch']), 'epoch')}" if "epoch" in report else ""
+    after = f" after {count(float(metrics['epoch']), 'epoch')}" if "epoch" in metrics else ""
     if evidence.predictions is None:
-        return f"Means over the validation set{after}:\n\n{table_of_metrics(report)}"
+        return f"Means over the validation set{after}:\n\n{table_of_metrics(metrics)}"
     values = evidence.predictions.metrics()
     spread = bootstrap_intervals(values)
     rows = [
@@ -288,7 +286,13 @@ def _calibration(evidence: Evidence) -> str:
     return f"{tried} {kept}"
 
 
-def _starting_weights(config: ModelConfig, known: Mapping[str, Any]) -> str:
+def describe_start(config: ModelConfig, known: Mapping[str, Any]) -> str:
+    """Say which weights a training began from, and under which licence they are.
+
+    Args:
+        config: names the backbone.
+        known: timm's description of the weights.
+    """
     if not config.pretrained:
         return "Training began from random weights, so no licence of other weights applies."
     began = f"Training began from the pretrained weights of `{short_name(config.backbone)}`."

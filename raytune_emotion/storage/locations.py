@@ -67,6 +67,11 @@ class Location(ABC):
 
     @property
     @abstractmethod
+    def typed(self) -> str:
+        """Return the path or the URI as it was typed."""
+
+    @property
+    @abstractmethod
     def typed_name(self) -> str:
         """Return the last part of the path as it was typed."""
 
@@ -85,11 +90,7 @@ class Location(ABC):
 
     @abstractmethod
     def check(self, *, write: bool) -> None:
-        """Find out whether files can be read and, if asked for, written here, before anything depends on it.
-
-        Raises:
-            UserError: they cannot.
-        """
+        """Find out whether files can be read and, if asked for, written here; raise UserError if they cannot."""
 
     @abstractmethod
     def exists(self) -> bool:
@@ -192,10 +193,7 @@ class Location(ABC):
     def publish(self, last: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
-        They are copied when the block ends well, as by `replace`.
-
-        Args:
-            last: name of the file without which the others are of no use.
+        They are copied when the block ends well, as by `replace`, with the file `last` at the end.
         """
 
     @abstractmethod
@@ -244,6 +242,10 @@ class Location(ABC):
         """
 
     @abstractmethod
+    def find_here(self, key: str) -> Path | None:
+        """Return what `cache_here` would, but fetch nothing: None where neither folder nor copy is on this machine."""
+
+    @abstractmethod
     def is_reachable(self) -> bool:
         """Tell whether this machine sees the folder: all machines see a URI, and a folder those that share it."""
 
@@ -253,11 +255,7 @@ class Location(ABC):
 
     @abstractmethod
     def require_folder(self, advice: str) -> Path:
-        """Return the folder's path where nothing but a folder of this machine will do.
-
-        Raises:
-            UserError: it is at a URI; the sentence ends with the advice.
-        """
+        """Return the folder's path; of one at a URI, raise a UserError that ends with the advice."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +268,10 @@ class Folder(Location):
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @property
+    def typed(self) -> str:
+        return str(self.path)
 
     @property
     def typed_name(self) -> str:
@@ -407,6 +409,9 @@ class Folder(Location):
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
         return self.path
 
+    def find_here(self, key: str) -> Path | None:
+        return self.path if self.path.is_dir() else None
+
     def is_reachable(self) -> bool:
         return self.path.is_dir()
 
@@ -431,6 +436,10 @@ class Remote(Location):
     @property
     def name(self) -> str:
         return remote.name_of(self.uri)
+
+    @property
+    def typed(self) -> str:
+        return self.uri
 
     @property
     def typed_name(self) -> str:
@@ -578,7 +587,7 @@ class Remote(Location):
         self.delete([_BEGUN])
 
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
-        dest = cache_folder() / "stores" / key
+        dest = _cache_of(key)
         if dest.exists():
             try:
                 check(dest)
@@ -595,6 +604,10 @@ class Remote(Location):
                 if not dest.exists():  # else another process was faster
                     raise
         return dest
+
+    def find_here(self, key: str) -> Path | None:
+        dest = _cache_of(key)
+        return dest if dest.is_dir() else None
 
     def is_reachable(self) -> bool:
         return True
@@ -648,6 +661,10 @@ def check_space(needed: Mapping[Location, int], advice: str) -> None:
         if wanted > free:
             place = folders[0].path.parent
             raise Breakdown(f"{place}: {byte_size(wanted)} are needed and {byte_size(free)} are free; {advice}")
+
+
+def _cache_of(key: str) -> Path:
+    return cache_folder() / "stores" / key
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:

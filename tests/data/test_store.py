@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from raytune_emotion.data import store as store_module
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.prepare import find_data, prepare
-from raytune_emotion.data.store import Split, is_store, open_store
+from raytune_emotion.data.store import Split, is_store, open_if_here, open_store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 
@@ -264,6 +264,26 @@ def test_a_store_at_a_uri_is_fetched_once_by_whoever_comes_first(stored, cache, 
     assert capfd.readouterr().err == f"{uri}: fetched once, into {path}\n"
     assert {f.name for f in path.iterdir()} == {f.name for f in store.path.iterdir()}
     assert fetched.address == pickle.loads(pickle.dumps(fetched)).address == uri
+
+
+def test_a_store_at_a_uri_is_opened_without_the_network_if_the_cache_has_it(stored, cache, monkeypatch):
+    store, uri = stored
+    assert open_if_here(uri, 16, store.fingerprint) is None
+    assert not list(cache.glob("*"))
+    open_store(uri)
+    for name in ("read", "pull", "list_folder"):
+        monkeypatch.setattr(remote, name, lambda *_: pytest.fail("the network is asked"))
+    found = open_if_here(uri, 16, store.fingerprint)
+    assert (found.fingerprint, found.address) == (store.fingerprint, uri)
+    assert open_if_here(uri, 16, "0" * 64) is None
+
+
+def test_a_store_in_a_folder_is_opened_if_it_is_whole(folder, tmp_path):
+    packed = pack(folder, tmp_path / "store", image_size=16)
+    for fingerprint in (packed.fingerprint, "of before"):  # whoever asks compares
+        assert open_if_here(str(packed.path), 16, fingerprint).fingerprint == packed.fingerprint
+    damage_missing(packed.path)
+    assert open_if_here(str(packed.path), 16, packed.fingerprint) is None
 
 
 def test_a_fetch_that_breaks_off_is_gone_on_with_and_damage_is_fetched_again(stored, cache, monkeypatch):

@@ -1,13 +1,15 @@
 """Ensembles and soups: how members are chosen, and how the gain is measured."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from raytune_emotion.data.augment import normalise
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.combine import (
     Soup,
     choose_ensemble,
@@ -21,9 +23,11 @@ from raytune_emotion.learn.combine import (
     predict_whole,
 )
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
+from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.predictions import half_of
 from tests.support.exports import untrained_best
 
+CPU = torch.device("cpu")
 K = len(EMOTIONS)
 ALL = np.ones(200, bool)
 
@@ -126,15 +130,68 @@ def test_only_models_alike_are_averaged():
     assert list_compatible([first, *others, second]) == [0, 3]
 
 
-def test_a_soup_predicts_with_the_mean_of_the_weights(store):
-    bests = [untrained_best("test_resnet", 32, store.classes, seed=seed) for seed in (1, 2)]
-    known = [predict_whole(best, store.val) for best in bests]
-    soup = Soup(bests, store.val, known)
-    assert soup.predict((1,)) is known[1]
-    mixed = mean_weights([best.weights for best in bests])
-    expected_NK = predict_whole(Best(mixed, bests[0].settings, "", bests[0].report), store.val)
-    assert torch.equal(soup.predict((1, 0)), expected_NK)
+def soup_of(backbone, store, device=CPU):
+    """Two untrained models, the mean of their weights as a model, and what makes a soup of them."""
+    bests = [untrained_best(backbone, 32, store.classes, seed=seed) for seed in (1, 2)]
+    mean = dataclasses.replace(bests[0], weights=mean_weights([best.weights for best in bests]))
+    known = [predict_whole(best, store.val, CPU) for best in bests]
+    return bests, mean, Soup(bests, store, known, device)
+
+
+def test_a_soup_predicts_with_its_weights_once(store):
+    bests, _, soup = soup_of("test_resnet", store)
+    assert torch.equal(soup.predict((1,)), predict_whole(bests[1], store.val, CPU))
+    assert torch.equal(soup.predict((1, 0)), predict_whole(soup.best((1, 0)), store.val, CPU))
     assert soup.predict((0, 1)) is soup.predict((1, 0))
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+def test_the_parameters_of_a_soup_are_the_mean_of_its_members(store, backbone):
+    bests, mean, soup = soup_of(backbone, store)
+    mixed = soup.best((0, 1))
+    names = [name for name, _ in load_model(mean).named_parameters()]
+    assert all(torch.equal(mixed.weights[name], mean.weights[name]) for name in names)
+    assert soup.best((1,)) is bests[1]
+
+
+def test_batchnorm_of_a_soup_has_the_statistics_of_what_it_sees_in_training_images(store):
+    _, mean, soup = soup_of("test_resnet", store)
+    mixed = soup.best((0, 1))
+    model = load_model(mean)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    assert len(layers) > 1
+    seen = {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.update({name: inputs[0]}))
+        layer.train()
+    with torch.no_grad():
+        images_NHWC = torch.from_numpy(store.train.gather(np.arange(len(store.train))))
+        model(normalise(images_NHWC, *mean_std(model)))
+    for name, values_BCHW in seen.items():
+        for statistic, of in (("running_mean", torch.mean), ("running_var", torch.var)):
+            found_C, before_C = (its.weights[f"{name}.{statistic}"] for its in (mixed, mean))
+            assert torch.allclose(found_C, of(values_BCHW, (0, 2, 3)), rtol=1e-3, atol=1e-4)
+            assert not torch.allclose(found_C, before_C, rtol=1e-3, atol=1e-4)
+
+
+def test_a_soup_is_the_same_each_time(store):
+    first, second = (soup_of("test_resnet", store)[2].best((0, 1)) for _ in range(2))
+    assert all(torch.equal(second.weights[name], tensor) for name, tensor in first.weights.items())
+
+
+def test_models_are_run_on_the_device_that_is_asked_for(store):
+    """On the device `meta`, on which tensors have no values that could be read at the end."""
+    _, mean, soup = soup_of("test_vit", store, torch.device("meta"))
+    for predict in (lambda: soup.predict((0, 1)), lambda: predict_whole(mean, store.val, torch.device("meta"))):
+        with pytest.raises(NotImplementedError, match="meta tensor"):
+            predict()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_soup_on_a_gpu_is_that_of_the_cpu(store):
+    here, there = (soup_of("test_resnet", store, torch.device(name))[2] for name in ("cpu", "cuda"))
+    assert torch.allclose(there.predict((0, 1)), here.predict((0, 1)), atol=1e-4)
+    assert {tensor.device for tensor in there.best((0, 1)).weights.values()} == {CPU}
 
 
 def test_an_ensemble_is_the_mean_of_its_members_from_pixels_on():

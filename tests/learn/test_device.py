@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from raytune_emotion.learn.device import exact_fp32, is_out_of_memory, reduce_fragmentation
+from raytune_emotion.learn.device import exact_fp32, find_device, is_out_of_memory, reduce_fragmentation
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,12 @@ from raytune_emotion.learn.device import exact_fp32, is_out_of_memory, reduce_fr
 )
 def test_errors_of_the_device_that_say_memory_ran_out(error, is_one):
     assert is_out_of_memory(error) == is_one
+
+
+@pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_is_the_device_if_there_is_one(monkeypatch, has_gpu, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert find_device() == torch.device(device)
 
 
 def test_exact_fp32_switches_tf32_off_and_back_on():

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn import export_folder
-from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.evaluation import evaluate
-from raytune_emotion.learn.export_folder import export_checkpoint, load_package, write_package
+from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.graphs import PixelsToProbabilities
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.run_folder import BEST
@@ -74,7 +74,7 @@ def test_timm_and_load_package_give_the_model(tmp_path, backbone, size):
 
 def test_an_export_of_a_run_has_its_metrics(trained_run, store, tmp_path):
     folder, reports = trained_run
-    export_checkpoint(folder / BEST, tmp_path / "best", ["Trial 0007."])
+    write_package(tmp_path / "best", read_best(folder / BEST), ["Trial 0007."])
     report = min(reports, key=lambda report: report["val_js"])
     assert json.loads((tmp_path / "best" / "metrics.json").read_text()) == report
     loaded = load_package(tmp_path / "best")

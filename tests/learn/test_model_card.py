@@ -135,7 +135,7 @@ def test_card_without_the_data_says_so(trained, tmp_path):
 def test_licence_of_the_starting_weights_is_named():
     config = ModelConfig(backbone="resnet18.a1_in1k", pretrained=True)
     said = "Training began from the pretrained weights of `resnet18.a1_in1k`. Their licence: apache-2.0."
-    assert model_card._starting_weights(config, {"license": "apache-2.0"}) == said
+    assert model_card.describe_start(config, {"license": "apache-2.0"}) == said
 
 
 def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_images():

@@ -1,5 +1,6 @@
 """A folder and a URI behave alike, to the byte and to the sentence."""
 
+import ast
 import errno
 import os
 import pickle
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import raytune_emotion
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import exclusive_lock, write_text
@@ -194,7 +196,9 @@ def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
     folder = parse_location("ray_results")
     assert folder == Folder(Path("ray_results")) == location_of(Path("ray_results")) == location_of(folder)
     assert (str(folder), folder.address, folder.name) == ("ray_results", str(tmp_path / "ray_results"), "ray_results")
+    assert (folder.typed, (folder / "first").typed) == ("ray_results", "ray_results/first")
     uri = parse_location("s3://bucket/a?region=x") / "first one"
+    assert uri.typed == str(uri)
     assert str(uri) == uri.address == "s3://bucket/a/first%20one?region=x"
     assert uri.name == "first one"
     assert uri.working_folder().is_relative_to(tmp_path / "cache")
@@ -245,6 +249,27 @@ def test_listing_of_a_uri_holds_stamps(bucket):
     (file,) = location.list_files()
     assert isinstance(file, File)
     assert location.stamp(file).startswith("3 ")
+
+
+def test_nobody_outside_storage_asks_whether_a_location_is_a_folder():
+    root, asked = Path(raytune_emotion.__file__).parent, []
+    for file in root.rglob("*.py"):
+        if file.parent != root / "storage":
+            calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+            texts = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "isinstance"]
+            asked += [f"{file.relative_to(root)}: {text}" for text in texts if "Folder" in text or "Remote" in text]
+    assert asked == []
+
+
+def test_a_copy_in_the_cache_is_found_and_nothing_is_fetched(location, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert location.find_here("copy") is None
+    put(location, "a.txt", "a")
+    here = location.is_here(tmp_path / "at a place")
+    assert location.find_here("copy") == (tmp_path / "at a place" if here else None)
+    path = location.cache_here("copy", check=lambda folder: None, fetch=lambda folder: location.pull(folder, ["a.txt"]))
+    location.delete(["a.txt"])
+    assert location.find_here("copy") == path
 
 
 # The folder in which a machine works on what lies at a URI

@@ -20,7 +20,7 @@ from raytune_emotion.tuning.policy.decisions import FORECAST
 from raytune_emotion.tuning.policy.objective import JS_ALONE
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.space.parser import load_space
-from raytune_emotion.tuning.study.optuna_study import Searcher, create_study
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher, create_study
 from raytune_emotion.tuning.study.records import read_records, trial_folder
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
@@ -117,6 +117,12 @@ def _trained_study(data: Path, trials: int, epochs: int) -> Path:
         searcher.tell(proposal.trial_id, "complete")
     write_tables(folder, read_records(folder, study))
     return folder
+
+
+def forget_last_ending(folder: Path) -> None:
+    """Leave the last trial of a study of `write_study` before its end, as by a time budget."""
+    journal = folder / JOURNAL
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
 
 
 def run_here(study, resources=ONE_CORE, watch=lambda event: None):

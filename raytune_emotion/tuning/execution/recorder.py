@@ -306,9 +306,9 @@ def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
     names = (HISTORY, BEST, LAST)
     if not all(study.copy.has(f"trials/{source}/{name}") for name in names):
         return f"starts anew, as the checkpoint of trial {source}, which it was to go on from, is gone"
-    study.copy.pull(f"trials/{source}/{name}" for name in names)
-    copy_checkpoint(study.trial_folder(source), study.trial_folder(target))
-    study.copy.push(*(f"trials/{target}/{name}" for name in names))
+    study.copy.pull(f"trials/{source}/{name}" for name in (*names, PREDICTIONS))
+    copied = copy_checkpoint(study.trial_folder(source), study.trial_folder(target))
+    study.copy.push(*(f"trials/{target}/{name}" for name in copied))
     for report in read_history(study.trial_folder(target)):
         searcher.observe(target, report)
     return ""

@@ -1,5 +1,6 @@
 """Measure what an ensemble, a soup, and the mirror image would bring to a study, as far as that takes little time."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.errors import UserError
@@ -25,13 +27,17 @@ from raytune_emotion.tuning.study.combination import (
     read_candidates,
 )
 from raytune_emotion.tuning.study.records import TrialRecord
-from raytune_emotion.tuning.study.spec import read_spec, stores_here
+from raytune_emotion.tuning.study.spec import find_store, read_spec
 
 #: Models of a soup at most.
 _MIXED = 3
+#: A soup of so many models takes so many times as long as the mirror images: four mixtures, and their BatchNorm.
+_MIXTURES = 5
 #: For so long models are run at most: a report is no evaluation of its own.
 _MOST_SECONDS = 15.0
 _BATCH = 64
+#: A GPU is left to trials: those of this study's confirmation run while the process of the search lives.
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,17 @@ class Brought:
 
     way: str
     measured_on: str
-    single: float  # JS of the best single model, bits
-    combined: float  # JS, bits
+    single: float | None  # JS of the best single model, bits; None: not measured
+    combined: float | None  # JS, bits; None: not measured
     cost: str
     command: str  # that makes what was measured; empty where none does
 
     @property
     def cells(self) -> list[str]:
         """Return the row of the table for people."""
-        numbers = (self.single, self.combined, self.single - self.combined)
-        return [self.way, self.measured_on, *(f"{number:.4f}" for number in numbers), self.cost, self.command]
+        gain = None if self.single is None or self.combined is None else self.single - self.combined
+        numbers = ("" if number is None else f"{number:.4f}" for number in (self.single, self.combined, gain))
+        return [self.way, self.measured_on, *numbers, self.cost, self.command]
 
 
 HEADINGS = (
@@ -61,12 +68,15 @@ _UNSEEN, _ALL = "the half that did not choose, for each half", "the whole valida
 
 
 def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: bool = True) -> list[Brought]:
-    """Measure what each way would bring; those that would take long, or cannot be measured here, are left out.
+    """Measure what each way would bring; say of those that would take long that they are not measured.
 
     Args:
         folder: of the study.
         records: of its trials.
         here: whether the study lies in the folder, so that commands can name it.
+
+    Returns:
+        A row for each way; those that cannot be measured here are left out.
     """
     with_weights = list_kept(folder, records)
     kept = [(name, trial) for name, trial in with_weights if (trial / PREDICTIONS).exists()]
@@ -74,14 +84,17 @@ def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: 
     # Where nobody names a trial, all that have weights are chosen from.
     export_of_all = export if len(kept) == len(with_weights) else ""
     try:
-        candidates = read_candidates(kept, stores_here(read_spec(folder)))
-        found = [_ensemble(candidates, export_of_all)]
+        find = functools.partial(find_store, read_spec(folder), fetch=False)
+        candidates = read_candidates(kept, find, _CPU)
         began = time.monotonic()
-        mirrored = _mirror(candidates, export, began + _MOST_SECONDS)
-        # A soup of three models is predicted in four mixtures at most.
-        if mirrored is not None and 4 * (time.monotonic() - began) < _MOST_SECONDS:
-            found.append(_soup(candidates, export_of_all))
-        return [brought for brought in [*found, mirrored] if brought is not None]
+        mirrored_NK = _predict_mirrored(candidates, began + _MOST_SECONDS)
+        is_fast = mirrored_NK is not None and _MIXTURES * (time.monotonic() - began) < _MOST_SECONDS
+        found = [
+            _ensemble(candidates, export_of_all),
+            _soup(candidates, export_of_all, is_fast=is_fast),
+            _mirror(candidates, export, mirrored_NK),
+        ]
+        return [brought for brought in found if brought is not None]
     except (UserError, OSError, RuntimeError):
         return []
 
@@ -95,14 +108,17 @@ def _ensemble(candidates: Candidates, export: str) -> Brought | None:
     return _brought("ensemble", chosen, f"{members} times the time", command)
 
 
-def _soup(candidates: Candidates, export: str) -> Brought | None:
-    few = candidates.only(range(min(_MIXED, len(candidates.trial_ids))))
-    chosen, _ = combine_soup(few)
-    if len(chosen.candidates.trial_ids) == 1:
+def _soup(candidates: Candidates, export: str, *, is_fast: bool) -> Brought | None:
+    compatible = list_compatible(candidates.bests)
+    few = candidates.only(compatible[:_MIXED])
+    if len(few.trial_ids) == 1:
         return None
+    command = f"{export} soup --soup" if export else ""
+    if not is_fast:
+        return _not_measured("mean weights", "none", command)
+    chosen, _ = combine_soup(few, _CPU)
     # `export --soup` chooses among all models that can be averaged.
-    all_mixed = len(chosen.candidates.trial_ids) == len(list_compatible(candidates.bests))
-    return _brought("mean weights", chosen, "none", f"{export} soup --soup" if export and all_mixed else "")
+    return _brought("mean weights", chosen, "none", command if len(few.trial_ids) == len(compatible) else "")
 
 
 def _brought(what: str, chosen: Combination, cost: str, command: str) -> Brought | None:
@@ -115,10 +131,28 @@ def _brought(what: str, chosen: Combination, cost: str, command: str) -> Brought
     return Brought(what, _UNSEEN, chosen.gain.single, chosen.gain.combined, cost, command)
 
 
-def _mirror(candidates: Candidates, export: str, until: float) -> Brought | None:
-    """Predict the mirror images of the validation set with the best model; None where that takes too long."""
-    best, split = candidates.bests[0], candidates.store.val
-    model = load_model(best)
+def _not_measured(what: str, cost: str, command: str) -> Brought:
+    return Brought(what, f"not measured: would take longer than {_MOST_SECONDS:g} s", None, None, cost, command)
+
+
+def _mirror(candidates: Candidates, export: str, mirrored_NK: Tensor | None) -> Brought:
+    """Measure the mean over images and their mirror images; None: to predict these takes too long."""
+    trial_id = candidates.trial_ids[0]
+    # What lies in `best` may be another trial, as after a confirmation.
+    dest = f"trial_{trial_id}"
+    command = f"{export} {dest} --trial {trial_id} && raytune-emotion predict --mirror {dest} FACE.jpg"
+    what, cost, command = f"mirror image, trial {trial_id}", "2 times the time", command if export else ""
+    if mirrored_NK is None:
+        return _not_measured(what, cost, command)
+    plain_NK, targets = candidates.predictions[0], candidates.targets
+    both_NK = (plain_NK + mirrored_NK) / 2
+    single, combined = (float(js_of(predicted_NK, targets).mean()) for predicted_NK in (plain_NK, both_NK))
+    return Brought(what, _ALL, single, combined, cost, command)
+
+
+def _predict_mirrored(candidates: Candidates, until: float) -> Tensor | None:
+    """Predict the mirror images of the validation set with the best model, [N, K]; None where that takes too long."""
+    model, split = load_model(candidates.bests[0]), candidates.store.val
     parts = []
     with torch.inference_mode(), exact_fp32():
         for start in range(0, len(split), _BATCH):
@@ -127,13 +161,4 @@ def _mirror(candidates: Candidates, export: str, until: float) -> Brought | None
             rows_B = np.arange(start, min(start + _BATCH, len(split)))
             x_BHWC = torch.from_numpy(split.gather(rows_B)).flip(2)
             parts.append(model(normalise(x_BHWC, *mean_std(model))).double().softmax(-1))
-    plain_NK, targets = candidates.predictions[0], candidates.targets
-    both_NK = (plain_NK + torch.cat(parts)) / 2
-    single, combined = (float(js_of(predicted_NK, targets).mean()) for predicted_NK in (plain_NK, both_NK))
-    trial_id = candidates.trial_ids[0]
-    # What lies in `best` may be another trial, as after a confirmation.
-    dest = f"trial_{trial_id}"
-    command = f"{export} {dest} --trial {trial_id} && raytune-emotion predict --mirror {dest} FACE.jpg"
-    return Brought(
-        f"mirror image, trial {trial_id}", _ALL, single, combined, "2 times the time", command if export else ""
-    )
+    return torch.cat(parts)

@@ -1,9 +1,8 @@
 """Say what came out of a search or a confirmation, and what to type next."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from rich.console import Console
 
@@ -11,7 +10,6 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
-from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
@@ -163,5 +161,5 @@ def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -
         f"with fresh seeds: JS {winner.summary}.",
         f"These weights are of the run in the middle, trial {run.trial_id} of the confirmation.",
     ]
-    report = cast("Report", {**best.report, **confirmed})
-    write_package(folder / "best", dataclasses.replace(best, report=report), notes, store=store_of(trained))
+    metrics = {**best.report, **confirmed}
+    write_package(folder / "best", best, notes, metrics=metrics, store=store_of(trained, best))

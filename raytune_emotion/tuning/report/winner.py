@@ -11,12 +11,11 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image
 
-from raytune_emotion.data.store import is_store, open_store
+from raytune_emotion.data.store import open_if_here
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.predictions import Bin, Predictions, bins_of, bootstrap_intervals, predict_best
 from raytune_emotion.learn.run_folder import BEST
-from raytune_emotion.storage.locations import Folder, location_of
 from raytune_emotion.tuning.study.confirmation import best_configurations
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec
@@ -42,10 +41,9 @@ def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions 
     try:
         best = read_best(trial_folder(folder, trial_id) / BEST)
         size = int(best.settings["data.image_size"])
-        place = location_of(spec.stores[size])
-        if not isinstance(place, Folder) or not is_store(place):
+        store = open_if_here(spec.stores[size], size, best.fingerprint)
+        if store is None:
             return f"its data of {size} px are not on this machine"
-        store = open_store(place)
         if store.fingerprint != best.fingerprint:
             return f"its data of {size} px have changed since the study began"
         return predict_best(best, store.val, store.classes)

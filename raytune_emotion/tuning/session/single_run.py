@@ -14,8 +14,9 @@ from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import finish_block
+from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
-from raytune_emotion.learn.export_folder import export_checkpoint
+from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, LAST, read_history
 from raytune_emotion.storage.atomic import exclusive_lock
@@ -37,6 +38,14 @@ class Workers:
     address: str | None  # of a cluster; None: this machine
 
 
+class TrainingFailed(Breakdown):
+    """A training failed, and would fail again."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"{short_path(folder)}: the training failed: {reason}")
+        self.reason = reason
+
+
 def train_single(
     folder: Path, config: RunConfig, store: Store, workers: Workers, *, fresh: bool, advise: bool = True
 ) -> None:
@@ -52,7 +61,8 @@ def train_single(
 
     Raises:
         UserError: the configuration and the data do not fit together, or another run has taken the folder.
-        Breakdown: the training failed.
+        TrainingFailed: another attempt would fail too.
+        Breakdown: the training broke off.
         KeyboardInterrupt: it was interrupted; what was reached is exported.
     """
     console = plain_console()
@@ -82,7 +92,7 @@ def _conclude(
     if ended is not None and not (folder / BEST).exists():
         console.print("the run ended before its first evaluation; nothing is kept of it")
         return
-    export_checkpoint(folder / BEST, folder / "best", store=store)
+    write_package(folder / "best", read_best(folder / BEST), store=store)
     mean = baseline(store)
     best = min(read_history(folder), key=lambda report: report["val_js"])
     resume = f"{typed_command('train')} --resume" + typed_options(
@@ -140,7 +150,7 @@ def _train(
     except InvalidForRun as error:
         raise UserError(error.faults) from None
     except TrialFailed as error:
-        raise Breakdown(f"{short_path(folder)}: the training failed: {error}") from None
+        raise TrainingFailed(folder, str(error)) from None
     except OSError as error:
         raise Breakdown(f"{short_path(folder)}: the training broke off: {error}") from error
 

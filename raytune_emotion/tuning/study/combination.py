@@ -1,9 +1,9 @@
 """Choose which kept trials of a study together are better than its best: an ensemble, or a soup."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,16 @@ from raytune_emotion.learn.combine import (
     predict_whole,
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
-from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
-from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
+from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
 from raytune_emotion.tuning.study.trials import DATA
 
 #: Members of an ensemble at most, where nobody says how many.
 MEMBERS = 3
+
+#: Find the packed data with a fingerprint: they may have moved since a trial was trained. None: they are not there.
+FindStore = Callable[[str], Store | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,19 @@ class Combination:
             return f"What the {what} brings was not measured: there are too few validation images."
         return (
             f"JS {self.gain.combined:.4f} bits; the best single model {self.gain.single:.4f}. Both were chosen on one "
-            f"half of the validation set and measured on the other, both ways round."
+            f"half of the validation set and measured on the other, both ways round. The trials and their epochs were "
+            f"selected on the whole set."
         )
 
     @property
-    def report(self) -> Report:
+    def js(self) -> float | None:
+        """Return the JS on the half that did not choose, bits; None: not measured. A member alone is a single model."""
+        if self.gain is None:
+            return None
+        return self.gain.combined if len(self.members) > 1 else self.gain.single
+
+    @property
+    def metrics(self) -> dict[str, Any]:
         """Return the metrics on the whole validation set, with the size of one member and what the combination brings.
 
         What a report of a run says of its training is left out: each member had its own.
@@ -96,13 +106,13 @@ class Combination:
         }
         if self.gain is not None:
             values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
-        return cast("Report", values)
+        return values
 
 
 def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
     """Copy the models that a report looks at into the folder of a study, if its weights lie elsewhere.
 
-    They are that of the winner, and those of trials that have ended and not failed.
+    They are those of trials that have reported and not failed.
 
     Args:
         place: where the study lies.
@@ -114,65 +124,63 @@ def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -
     """
     if place.is_here(folder):
         return
-    best = winner(records)
-    looked_at = {record.trial_id for record in records if record.ended and record.status != "failed"}
-    looked_at |= {best.trial_id} if best is not None else set()
+    looked_at = {record.trial_id for record in records if record.best and record.status != "failed"}
     weights = place.find(f"trials/*/{BEST}")
     trials = [name.removesuffix(BEST) for name in weights if Path(name).parent.name in looked_at]
     place.pull(folder, [f"{trial}{name}" for trial in trials for name in (BEST, PREDICTIONS, DATA)])
 
 
-def list_kept(
-    folder: Path, records: Sequence[TrialRecord], prefix: str = "", *, at_rest: bool = False
-) -> list[tuple[str, Path]]:
-    """List the trials of a study that can be combined: ended, not failed, with weights. Each with its folder.
+def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:
+    """List the trials of a study that can be combined: those with weights that have not failed. Each with its folder.
+
+    Trials that run, or were left before their end, count too: the best of a study may be one of them.
 
     Args:
         folder: of the study.
         records: of its trials.
         prefix: of the names that the trials get.
-        at_rest: whether nobody works on the study; trials that were left before their end then count, too.
     """
-    there = [record for record in records if record.best and record.status != "failed" and (record.ended or at_rest)]
+    there = [record for record in records if record.best and record.status != "failed"]
     folders = [(f"{prefix}{record.trial_id}", trial_folder(folder, record.trial_id)) for record in there]
     return [(name, trial) for name, trial in folders if (trial / BEST).exists()]
 
 
-def read_candidates(trials: Sequence[tuple[str, Path]], stores: Iterable[Store]) -> Candidates:
+def read_candidates(trials: Sequence[tuple[str, Path]], find: FindStore, device: torch.device) -> Candidates:
     """Read trials to be combined, those of the best one's data and image size.
 
     Args:
         trials: names, and the folders of the runs.
-        stores: the packed data of the study, where they are now: they may have moved since a trial was trained.
+        find: finds their data.
+        device: for models whose predictions are not kept.
 
     Raises:
-        UserError: there are none, a checkpoint is damaged, or the data are not among the stores.
+        UserError: there are none, a checkpoint is damaged, or the data are not to be found.
     """
     bests = _read_bests(trials)
-    return _candidates_of(next(iter(bests.values())).fingerprint, bests, dict(trials), stores)
+    return _candidates_of(next(iter(bests.values())).fingerprint, bests, dict(trials), find, device)
 
 
-def read_groups(trials: Sequence[tuple[str, Path]], stores: Collection[Store]) -> list[Candidates]:
+def read_groups(trials: Sequence[tuple[str, Path]], find: FindStore, device: torch.device) -> list[Candidates]:
     """Read trials of any image size, those of one size together, the best one's first; see `read_candidates`."""
     bests = _read_bests(trials)
     fingerprints = dict.fromkeys(best.fingerprint for best in bests.values())
-    return [_candidates_of(fingerprint, bests, dict(trials), stores) for fingerprint in fingerprints]
+    return [_candidates_of(fingerprint, bests, dict(trials), find, device) for fingerprint in fingerprints]
 
 
 def _read_bests(trials: Sequence[tuple[str, Path]]) -> dict[str, Best]:
     """Read the best weights of trials, the best trial first."""
     if not trials:
-        raise UserError("no ended trial has weights, so there is nothing to combine; wait until one has ended")
+        raise UserError("no trial has weights, so there is nothing to combine; wait until one has reported")
     bests = {name: read_best(trial / BEST) for name, trial in trials}
     return dict(sorted(bests.items(), key=lambda item: (item[1].report["val_js"], item[0])))
 
 
 def _candidates_of(
-    fingerprint: str, bests: Mapping[str, Best], folders: Mapping[str, Path], stores: Iterable[Store]
+    fingerprint: str, bests: Mapping[str, Best], folders: Mapping[str, Path], find: FindStore, device: torch.device
 ) -> Candidates:
     """Read what the trials of one store predict."""
     names = tuple(name for name, best in bests.items() if best.fingerprint == fingerprint)
-    store = next((store for store in stores if store.fingerprint == fingerprint), None)
+    store = find(fingerprint)
     if store is None:
         raise UserError(
             f"{folders[names[0]]}: the packed data of the run are not on this machine, so nothing can be chosen; run "
@@ -181,7 +189,7 @@ def _candidates_of(
     predictions = []
     for name in names:
         predicted_NK = read_predictions(folders[name], bests[name])
-        predictions.append(predict_whole(bests[name], store.val) if predicted_NK is None else predicted_NK)
+        predictions.append(predict_whole(bests[name], store.val, device) if predicted_NK is None else predicted_NK)
     return Candidates(names, tuple(bests[name] for name in names), tuple(predictions), store)
 
 
@@ -200,10 +208,15 @@ def combine_ensemble(candidates: Candidates, most: int) -> Combination:
     return Combination(candidates, members, predict(members), gain)
 
 
-def combine_soup(candidates: Candidates) -> tuple[Combination, Best]:
-    """Choose trials of the best one's backbone whose mean weights are better, and return these weights, too."""
+def combine_soup(candidates: Candidates, device: torch.device) -> tuple[Combination, Best]:
+    """Choose trials of the best one's backbone whose mean weights are better, and return these weights, too.
+
+    Args:
+        candidates: to choose from.
+        device: to predict mixtures on.
+    """
     candidates = candidates.only(list_compatible(candidates.bests))
-    soup = Soup(candidates.bests, candidates.store.val, candidates.predictions)
+    soup = Soup(candidates.bests, candidates.store, candidates.predictions, device)
     count, true_NK = len(candidates.bests), candidates.targets
     members = choose_soup(soup.predict, count, true_NK, _all(candidates))
     gain = measure_gain(

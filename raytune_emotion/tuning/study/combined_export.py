@@ -1,15 +1,16 @@
 """Export several trials of a study as one model: an ensemble with its model card, or the mean of their weights."""
 
-import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from torch import nn
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.learn.checkpoint import Best
-from raytune_emotion.learn.combine import (
-    images_per_second,
-)
+from raytune_emotion.learn.combine import images_per_second
+from raytune_emotion.learn.device import find_device
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import (
     TIMM,
@@ -21,9 +22,8 @@ from raytune_emotion.learn.export_folder import (
 )
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
 from raytune_emotion.learn.model import load_model, mean_std
-from raytune_emotion.learn.model_card import escape_markdown, show_use, table_of_metrics
+from raytune_emotion.learn.model_card import describe_start, escape_markdown, show_use, table_of_metrics
 from raytune_emotion.learn.origin import find_origin
-from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, HISTORY, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word
@@ -38,7 +38,7 @@ from raytune_emotion.tuning.study.combination import (
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import study_files
-from raytune_emotion.tuning.study.spec import stores_here
+from raytune_emotion.tuning.study.spec import find_store
 from raytune_emotion.tuning.study.trial_export import delete_other_formats
 
 _CARD = """\
@@ -107,14 +107,19 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
     """
     check_replaceable(dest)
     with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen, best = combine_soup(_candidates(folder))
+        chosen, best = combine_soup(_candidates(folder), find_device())
         write_soup(package, chosen, best, study.name, formats)
     delete_other_formats(dest, formats)
     return chosen
 
 
 def write_ensemble(
-    dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str] = ()
+    dest: Path,
+    chosen: Combination,
+    study: str,
+    formats: Sequence[str],
+    notes: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the export folder of an ensemble; one of a single member is exported as the model that it is.
 
@@ -124,24 +129,29 @@ def write_ensemble(
         study: name of their study.
         formats: beside the weights of the members, which `predict` loads.
         notes: sentences for the model card.
+        metrics: further ones, for `metrics.json`.
+
+    Raises:
+        FormatError: a format cannot be written.
+        UserError: the folder cannot be written.
     """
     if len(chosen.members) == 1:
-        _write_alone(dest, chosen, study, [TIMM, *formats], notes)
+        _write_alone(dest, chosen, study, [TIMM, *formats], notes, metrics)
         return
     candidates = chosen.candidates
     models = [load_model(candidates.bests[number]) for number in chosen.members]
     wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
     whole, store = Ensemble(wholes).eval(), candidates.store
     configs = [RunConfig.from_flat(candidates.bests[number].settings) for number in chosen.members]
-    backbones = [config.model.backbone for config in configs]
     rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
-    whole_costs = {
+    values = {
+        **chosen.metrics,
         "params_millions": sum(candidates.bests[number].report["params_millions"] for number in chosen.members),
         "images_per_second_cpu": rates[0],
         "images_per_second_cpu_single": rates[1],
+        **(metrics or {}),
     }
-    report = cast("Report", {**chosen.report, **whole_costs})
-    first = dataclasses.replace(candidates.bests[chosen.members[0]], report=report)
+    first = candidates.bests[chosen.members[0]]
     described = {
         "members": [
             {"trial": trial_id, **describe_model(model, config, find_origin(config.model, weights=False))}
@@ -152,7 +162,11 @@ def write_ensemble(
         "input_size": [3, store.image_size, store.image_size],
         **describe_run(first),
     }
-    origin = [f"Trials {', '.join(chosen.trial_ids)} of the study {study}: {', '.join(backbones)}.", *notes]
+    origin = [
+        escape_markdown(f"Trials {', '.join(chosen.trial_ids)} of the study {study}."),
+        *map(escape_markdown, notes),
+        *_list_starts(chosen.trial_ids, configs, models),
+    ]
 
     def card(checks: str) -> str:
         return _CARD.format(
@@ -166,38 +180,63 @@ def write_ensemble(
             gain=chosen.sentence("ensemble"),
             rate=rates[0],
             rate_one=rates[1],
-            metrics=table_of_metrics(report),
-            origin="\n".join(f"- {escape_markdown(line)}" for line in [*origin, checks]),
+            metrics=table_of_metrics(values),
+            origin="\n".join(f"- {line}" for line in [*origin, escape_markdown(checks)]),
         )
 
-    write_model(dest, whole, first, described, card, formats=[TIMM, *formats], store=store)
+    write_model(dest, whole, first, described, card, metrics=values, formats=[TIMM, *formats], store=store)
+
+
+def _list_starts(trial_ids: Sequence[str], configs: Sequence[RunConfig], models: Sequence[nn.Module]) -> list[str]:
+    """Say of each member what its training began from, and the licence of that, as the card of one model does."""
+    starts = []
+    for trial_id, config, model in zip(trial_ids, configs, models, strict=True):
+        known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        member = f"Trial {trial_id}, {config.model.backbone}"
+        starts.append(f"{escape_markdown(member)}: {describe_start(config.model, known)}")
+    return starts
 
 
 def write_soup(
-    dest: Path, chosen: Combination, best: Best, study: str, formats: Sequence[str], notes: Sequence[str] = ()
+    dest: Path,
+    chosen: Combination,
+    best: Best,
+    study: str,
+    formats: Sequence[str],
+    notes: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the export folder of a soup; `notes` are sentences for its model card. See `write_ensemble`."""
+    """Write the export folder of a soup; see `write_ensemble`."""
     if len(chosen.members) == 1:
-        _write_alone(dest, chosen, study, formats, notes)
+        _write_alone(dest, chosen, study, formats, notes, metrics)
         return
     origin = [
         f"The mean of the weights of the trials {', '.join(chosen.trial_ids)} of the study {study}. "
         f"{chosen.sentence('soup')}",
         *notes,
     ]
-    best = dataclasses.replace(best, report=chosen.report)
-    write_package(dest, best, origin, formats=formats, store=chosen.candidates.store)
+    values = {**chosen.metrics, **(metrics or {})}
+    write_package(dest, best, origin, metrics=values, formats=formats, store=chosen.candidates.store)
 
 
-def _write_alone(dest: Path, chosen: Combination, study: str, formats: Sequence[str], notes: Sequence[str]) -> None:
+def _write_alone(
+    dest: Path,
+    chosen: Combination,
+    study: str,
+    formats: Sequence[str],
+    notes: Sequence[str],
+    metrics: Mapping[str, Any] | None,
+) -> None:
     origin = [f"Trial {chosen.trial_ids[0]} of the study {study}, alone, as no other trial helps it.", *notes]
     best, store = chosen.candidates.bests[chosen.members[0]], chosen.candidates.store
-    write_package(dest, best, origin, formats=formats, store=store)
+    values = {**best.report, **(metrics or {})}
+    write_package(dest, best, origin, metrics=values, formats=formats, store=store)
 
 
 def _candidates(folder: Path) -> Candidates:
     study = load(folder)
-    return read_candidates(list_kept(folder, study.records()), stores_here(study.spec))
+    find = functools.partial(find_store, study.spec, fetch=True)
+    return read_candidates(list_kept(folder, study.records()), find, find_device())
 
 
 def _weights_of(study: Location) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 
 from raytune_emotion.learn.report import Report
-from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, read_history
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.storage.atomic import atomic_write
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location
@@ -95,13 +95,19 @@ def trained_settings(study: Location, record: TrialRecord) -> dict[str, Any]:
         return record.settings
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy the checkpoint of one trial to another, which then goes on from it. An interrupted copy is replaced."""
+def copy_checkpoint(source: Path, target: Path) -> list[str]:
+    """Copy the checkpoint of one trial to another, which then goes on from it. An interrupted copy is replaced.
+
+    Returns:
+        The names of the files. The newest state comes last: a folder without it is a trial that has not begun.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    # The newest state comes last: a folder without it is a trial that has not begun.
-    for name in (HISTORY, BEST, LAST):
+    predictions = [PREDICTIONS] if (source / PREDICTIONS).exists() else []  # a trial can do without
+    names = [HISTORY, *predictions, BEST, LAST]
+    for name in names:
         with atomic_write(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
+    return names
 
 
 def best_first(records: Iterable[TrialRecord]) -> list[TrialRecord]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_emotion.errors import UserError, collect_errors, suggest
-from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space
 from raytune_emotion.tuning.space.parser import load_space
@@ -113,7 +113,7 @@ class SearchRequest:
 
     def joins(self, place: Location) -> bool:
         """Tell whether another driver has made the study, which this one is to work on with it."""
-        return self.storage is not None and isinstance(place, Folder) and place.read(SPEC) is not None
+        return self.storage is not None and place.read(SPEC) is not None
 
     def check_storage(self) -> None:
         """Check that drivers on several machines find the study, and reach the database that they share, if any.

@@ -193,9 +193,23 @@ def open_stores(spec: StudySpec, advice: str) -> dict[int, Store]:
     return stores
 
 
-def stores_here(spec: StudySpec) -> list[Store]:
-    """Return the packed data of a study that lie in folders of this machine."""
-    return [store for store in map(open_if_here, spec.stores.values()) if store is not None]
+def find_store(spec: StudySpec, fingerprint: str, *, fetch: bool) -> Store | None:
+    """Open the packed data of a study that have a fingerprint; None where it has none such, or they are away.
+
+    Args:
+        spec: of the study.
+        fingerprint: of the data, as a checkpoint names it.
+        fetch: whether data at a URI are fetched if the cache of this machine has them not.
+    """
+    size = next((size for size, known in spec.fingerprints.items() if known == fingerprint), None)
+    if size is None:
+        return None
+    address = spec.stores[size]
+    if not fetch:
+        store = open_if_here(address, size, fingerprint)
+    else:
+        store = open_store(address) if is_store(address) else None
+    return store if store is not None and store.fingerprint == fingerprint else None
 
 
 def _plain_values(value: Any) -> Any:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from raytune_emotion.data.store import Store, open_if_here
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.checkpoint import Best, read_best
 from raytune_emotion.learn.export_files import CONFIG, FORMATS
-from raytune_emotion.learn.export_folder import TIMM, check_replaceable, export_checkpoint
+from raytune_emotion.learn.export_folder import TIMM, check_replaceable, write_package
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word, typed_command
@@ -38,9 +39,7 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
     check_replaceable(dest)
     wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
     with study.copy_here(*wanted) as folder, dest.publish(CONFIG) as package:
-        trial = trial_folder(folder, trial_id)
-        notes = [f"Trial {trial_id} of the study {study.name}."]
-        export_checkpoint(trial / BEST, package, notes, formats=formats, store=store_of(trial))
+        _write(package, trial_folder(folder, trial_id), f"Trial {trial_id} of the study {study.name}.", formats)
     delete_other_formats(dest, formats)
 
 
@@ -55,15 +54,19 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
         raise UserError(f"{run}: the run has no evaluation yet; go on with it by {command}, and its --results")
     check_replaceable(dest)
     with run.copy_here(BEST, DATA) as folder, dest.publish(CONFIG) as package:
-        notes = [f"The run {run.name}."]
-        export_checkpoint(folder / BEST, package, notes, formats=formats, store=store_of(folder))
+        _write(package, folder, f"The run {run.name}.", formats)
     delete_other_formats(dest, formats)
 
 
-def store_of(run: Path) -> Store | None:
+def _write(dest: Path, run: Path, note: str, formats: Sequence[str]) -> None:
+    best = read_best(run / BEST)
+    write_package(dest, best, [note], formats=formats, store=store_of(run, best))
+
+
+def store_of(run: Path, best: Best) -> Store | None:
     """Return the packed data that a run or a trial was trained on; None where they are not on this machine."""
     address = data_of(run)
-    return open_if_here(address) if address is not None else None
+    return open_if_here(address, best.settings["data.image_size"], best.fingerprint) if address is not None else None
 
 
 def delete_other_formats(dest: Location, formats: Sequence[str]) -> None:

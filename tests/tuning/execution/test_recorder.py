@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.run_folder import BEST, LAST
+from raytune_emotion.learn.run_folder import BEST, LAST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
@@ -336,11 +336,13 @@ def test_to_raise_the_epochs_twice_enqueues_the_best_once(folder):
     assert once.spec.trials == 4 + 3
     waiting = [t.user_attrs["continues"] for t in study.optuna.trials if t.state == TrialState.WAITING]
     assert waiting == ["0003", "0001", "0000"]
+    (trial_folder(folder, "0003") / PREDICTIONS).write_bytes(b"predictions")
 
     recorder = Recorder(load(folder))
     proposal = recorder.next()
     assert (proposal.trial_id, proposal.continues) == ("0004", "0003")
     assert (trial_folder(folder, "0004") / LAST).exists()
+    assert (trial_folder(folder, "0004") / PREDICTIONS).read_bytes() == b"predictions"
     goes_on = train(folder, "0004", 0.1, epochs=5)
     assert recorder.report("0004", next(goes_on))
 

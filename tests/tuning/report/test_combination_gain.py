@@ -1,20 +1,25 @@
 """What the report says of ways to use the kept trials."""
 
+import dataclasses
 import html
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
+from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.run_folder import PREDICTIONS
 from raytune_emotion.tuning.report import combination_gain
 from raytune_emotion.tuning.report.combination_gain import measure_combinations
 from raytune_emotion.tuning.report.page import write_report
 from raytune_emotion.tuning.study.open_study import load
-from tests.support.studies import write_study
+from raytune_emotion.tuning.study.records import best_first
+from raytune_emotion.tuning.study.spec import read_spec, write_spec
+from tests.support.studies import forget_last_ending, write_study
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +60,47 @@ def test_the_report_shows_what_each_way_would_bring(study):
     assert command in cells
 
 
-def test_what_takes_long_is_left_out(study, monkeypatch):
+def test_what_takes_long_is_not_measured_and_says_so_with_its_command(study, combined, monkeypatch):
     monkeypatch.setattr(combination_gain, "_MOST_SECONDS", 0.0)
-    found = measure_combinations(study, load(study).records())
-    assert [brought.measured_on for brought in found] == ["the half that did not choose, for each half"]
+    ensemble, soup, mirror = measure_combinations(study, load(study).records())
+    assert ensemble.measured_on == "the half that did not choose, for each half"
+    for found in (soup, mirror):
+        assert found.measured_on == "not measured: would take longer than 0 s"
+        assert found.cells[2:5] == ["", "", ""]
+    assert soup.command == f"raytune-emotion export {study} soup --soup"
+    assert mirror.command.endswith(" FACE.jpg")
+
+
+def test_a_page_shows_what_is_not_measured(study, combined, monkeypatch, no_plots):
+    monkeypatch.setattr(combination_gain, "_MOST_SECONDS", 0.0)
+    write_report(study, load(study).spec, load(study).records())
+    assert "not measured: would take longer than 0 s" in (study / "report.html").read_text()
+    assert list(pd.read_csv(study / "combinations.csv").combined.isna()) == [False, True, True]
+
+
+def test_a_trial_that_was_left_before_its_end_counts(study, tmp_path):
+    """As by a time budget. `best/` may be it."""
+    shutil.copytree(study, tmp_path / "study")
+    forget_last_ending(tmp_path / "study")
+    records = load(tmp_path / "study").records()
+    *_, mirror = measure_combinations(tmp_path / "study", records)
+    best, *_ = best_first(records)
+    assert (mirror.way, records[-1].status) == (f"mirror image, trial {best.trial_id}", "running")
+    alone = [dataclasses.replace(record, status="paused") for record in records if record.trial_id == best.trial_id]
+    (mirror,) = measure_combinations(tmp_path / "study", alone)
+    assert mirror.way == f"mirror image, trial {best.trial_id}"
+
+
+def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(study, tmp_path / "study")
+    shutil.copytree(store.path, tmp_path / "faces")
+    uri, records = (tmp_path / "faces").as_uri(), load(study).records()
+    write_spec(tmp_path / "study", dataclasses.replace(read_spec(study), stores={32: uri}))
+    assert measure_combinations(tmp_path / "study", records) == []
+    open_store(uri)
+    shutil.rmtree(tmp_path / "faces")
+    assert measure_combinations(tmp_path / "study", records)
 
 
 @pytest.mark.parametrize(("members", "command"), [((0, 1), "--ensemble 2"), ((0,), "")])
@@ -66,7 +108,7 @@ def test_an_ensemble_has_its_command_where_it_is_one(study, monkeypatch, members
     chosen = SimpleNamespace(members=members, trial_ids=["0002", "0001"][: len(members)], gain=Gain(0.3, 0.2))
     monkeypatch.setattr(combination_gain, "combine_ensemble", lambda candidates, most: chosen)
     monkeypatch.setattr(combination_gain, "_MOST_SECONDS", 0.0)
-    (found,) = measure_combinations(study, load(study).records())
+    found, *_ = measure_combinations(study, load(study).records())
     assert found.way == ("ensemble of 0002, 0001" if command else "ensemble: no other trial helps 0002")
     assert found.command == (command and f"raytune-emotion export {study} ensemble {command}")
     assert found.cost == ("2 times the time" if command else "")
@@ -80,7 +122,8 @@ def two_members(candidates, most=2):
 def combined(monkeypatch):
     """Let two trials always be the best combination."""
     monkeypatch.setattr(combination_gain, "combine_ensemble", two_members)
-    monkeypatch.setattr(combination_gain, "combine_soup", lambda candidates: (two_members(candidates), None))
+    monkeypatch.setattr(combination_gain, "combine_soup", lambda candidates, device: (two_members(candidates), None))
+    monkeypatch.setattr(combination_gain, "list_compatible", lambda bests: list(range(len(bests))))
 
 
 @pytest.mark.parametrize(("mixed", "has_command"), [(3, True), (2, False)])
@@ -88,7 +131,6 @@ def test_a_soup_has_its_command_where_the_export_would_choose_among_the_same(
     study, combined, monkeypatch, mixed, has_command
 ):
     monkeypatch.setattr(combination_gain, "_MIXED", mixed)
-    monkeypatch.setattr(combination_gain, "list_compatible", lambda bests: list(range(len(bests))))
     _, soup, _ = measure_combinations(study, load(study).records())
     assert soup.command == (f"raytune-emotion export {study} soup --soup" if has_command else "")
 
@@ -113,5 +155,5 @@ def test_a_study_that_lies_elsewhere_has_no_commands(study, combined):
 
 def test_where_nothing_can_be_measured_nothing_is_shown(study, monkeypatch):
     assert measure_combinations(study, []) == []
-    monkeypatch.setattr(combination_gain, "stores_here", lambda spec: [])
+    monkeypatch.setattr(combination_gain, "find_store", lambda spec, fingerprint, fetch: None)
     assert measure_combinations(study, load(study).records()) == []

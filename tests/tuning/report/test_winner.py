@@ -1,11 +1,12 @@
 """What the winner of a study predicts, and where it is wrong."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
-from raytune_emotion.data.store import Split
+from raytune_emotion.data.store import Split, open_store
 from raytune_emotion.learn.predictions import Predictions, class_errors
 from raytune_emotion.tuning.report.winner import (
     confusion,
@@ -79,6 +80,17 @@ def test_why_it_cannot_be_done_is_said(study, tmp_path):
     assert predict_winner(study, gone, trial_id) == "its data of 32 px are not on this machine"
     away = dataclasses.replace(spec, stores={32: "s3://bucket/faces"})
     assert predict_winner(study, away, trial_id) == "its data of 32 px are not on this machine"
+
+
+def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(store.path, tmp_path / "faces")
+    uri, trial_id = (tmp_path / "faces").as_uri(), winner(read_records(study, load_study(study))).trial_id
+    spec = dataclasses.replace(read_spec(study), stores={32: uri})
+    assert predict_winner(study, spec, trial_id) == "its data of 32 px are not on this machine"
+    open_store(uri)
+    shutil.rmtree(tmp_path / "faces")
+    assert predict_winner(study, spec, trial_id).ids == predict_winner(study, read_spec(study), trial_id).ids
 
 
 def test_errors_of_classes(predictions):

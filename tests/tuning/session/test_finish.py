@@ -4,14 +4,19 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from raytune_emotion.data.prepare import prepare
+from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.combine import Gain
+from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.learn.graphs import Ensemble
 from raytune_emotion.learn.run_folder import read_history
-from raytune_emotion.tuning.execution.job import Job, job_of, train_here
+from raytune_emotion.tuning.execution.job import DiskFull, Job, TrialFailed, job_of, train_here
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.session import finish
-from raytune_emotion.tuning.session.finish import FINAL, FINISHED, finish_study
+from raytune_emotion.tuning.session import finish, single_run
+from raytune_emotion.tuning.session.finish import FINAL, FINISHED, STEPS, Step, finish_study
 from raytune_emotion.tuning.session.single_run import Workers
 from raytune_emotion.tuning.study import combined_export
 from raytune_emotion.tuning.study.combination import (
@@ -28,7 +33,9 @@ from raytune_emotion.tuning.study.confirmation import (
     plan_confirmation,
 )
 from raytune_emotion.tuning.study.open_study import load, open_study
-from tests.support.studies import searcher_of, write_study
+from tests.support.studies import forget_last_ending, searcher_of, write_study
+
+CPU = torch.device("cpu")
 
 
 def confirm_here(request, **_):
@@ -59,6 +66,18 @@ def study(store, tmp_path, monkeypatch):
     return tmp_path / "study"
 
 
+def compared_models(monkeypatch):
+    """Note the names of the models that a finish compares."""
+    compared = []
+
+    def read_all(trials, *found):
+        compared.extend(name for name, _ in trials)
+        return read_groups(trials, *found)
+
+    monkeypatch.setattr(finish, "read_groups", read_all)
+    return compared
+
+
 def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
     finish_study(study, None)
     assert [report["epoch"] for report in read_history(study / FINAL / "0000")] == [1, 2]
@@ -69,7 +88,20 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
         assert step in card
     for step in ("the soup of ", "the ensemble of "):
         assert step in card
-    assert "exported" in capsys.readouterr().out
+    measured = "was made on one half of the validation set and measured on the other, both ways round. The trials, "
+    measured += "their epochs and the confirmed winner were selected on the whole set."
+    assert measured in card
+    out = capsys.readouterr().out
+    assert measured in out.replace("\n", " ")
+    assert "exported" in out
+    assert "gain, bits" in out
+    steps = metrics[STEPS]
+    assert len(steps) == 5
+    assert [step["failure"] for step in steps] == [""] * 5
+    assert steps[0]["gain"] is None
+    for step, before in zip(steps[1:], (steps[0], steps[1], steps[2], steps[2]), strict=True):
+        assert step["gain"] == before["js"] - step["js"]
+        assert f"{step['step']}: {step['js']:.4f} (gain {step['gain']:.4f})" in card
     assert len(load(study / CONFIRMED).records()) == 1
 
     # The same again trains nothing anew.
@@ -88,10 +120,12 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
     rank = finish.rank_confirmed
     monkeypatch.setattr(finish, "rank_confirmed", lambda *args: rank(*args)[::-1])
     capsys.readouterr()
+    compared = compared_models(monkeypatch)
     finish_study(study, None)
     (other,) = {*(study / FINAL).iterdir()} - {before}
-    assert f"the final fit of trial {other.name}" in capsys.readouterr().out
+    assert f"the final fit of trial {other.name}" in " ".join(capsys.readouterr().out.split())
     assert len(read_history(other)) == 2
+    assert {f"{FINAL}/{before.name}", f"{FINAL}/{other.name}"} < {*compared}
 
 
 def test_a_study_whose_data_have_moved_is_finished_with_them_where_they_are_now(study):
@@ -107,7 +141,7 @@ def test_models_of_all_image_sizes_are_compared(study, store, faces):
     run = study / "larger"
     list(train_here(Job("larger", str(run), str(larger.path), settings, Resources(1, 1, 0))))
     trials = [*list_kept(study, load(study).records()), ("larger", run)]
-    groups = read_groups(trials, [store, larger])
+    groups = read_groups(trials, {its.fingerprint: its for its in (store, larger)}.get, CPU)
     assert sorted(group.store.image_size for group in groups) == [32, 48]
     best = groups[0].bests[0].report["val_js"]
     assert groups[1].bests[0].report["val_js"] >= best
@@ -117,8 +151,7 @@ def test_models_of_all_image_sizes_are_compared(study, store, faces):
 
 def test_a_trial_that_was_left_before_its_end_counts(study):
     """As by a time budget: the record then says that it runs."""
-    journal = study / "optuna.journal"
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    forget_last_ending(study)
     assert [record.status for record in load(study).records()] == ["running"]
     finish_study(study, None)
     assert "best trial of the search: 0." in (study / FINISHED / "README.md").read_text()
@@ -127,13 +160,13 @@ def test_a_trial_that_was_left_before_its_end_counts(study):
 @pytest.mark.parametrize(
     ("share", "gpus", "expected"),
     [
-        (None, 4, Workers(4, None, "auto")),
-        (0.25, 4, Workers(4, 1.0, "auto")),
-        (0.0, 4, Workers(1, 0.0, "auto")),
+        (None, 2, Workers(2, None, "auto")),
+        (0.25, 2, Workers(2, 1.0, "auto")),
+        (0.0, 2, Workers(1, 0.0, "auto")),
         # The nodes with GPUs are still to come.
         (1.0, 0, Workers(1, 1.0, "auto")),
-        # Two of 32 rows each.
-        (1.0, 64, Workers(16, 1.0, "auto")),
+        # Of a batch of 32 rows, 16 each.
+        (1.0, 64, Workers(2, 1.0, "auto")),
     ],
 )
 def test_final_fit_has_gpus_as_the_trials_had(study, monkeypatch, share, gpus, expected):
@@ -142,7 +175,7 @@ def test_final_fit_has_gpus_as_the_trials_had(study, monkeypatch, share, gpus, e
     monkeypatch.setattr(finish, "train_single", lambda *args, **_: asked.append(args[3]))
     opened = load(study)
     spec = dataclasses.replace(opened.spec, gpus_per_worker=share)
-    finish._fit_longer(dataclasses.replace(opened, spec=spec), "0000", "auto")
+    assert finish._fit_longer(dataclasses.replace(opened, spec=spec), "0000", 2, "auto") == ""
     assert asked == [expected]
 
 
@@ -159,28 +192,91 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
     assert (study / FINISHED / "config.json").is_file()
 
 
+def test_a_final_fit_that_fails_is_noted_and_the_finish_goes_on(study, monkeypatch, capsys):
+    def diverge(job):
+        raise TrialFailed("diverged before report 1")
+
+    monkeypatch.setattr(single_run, "train_here", diverge)
+    finish_study(study, None)
+    assert not (study / FINAL / "0000").exists()
+    metrics = json.loads((study / FINISHED / "metrics.json").read_text())
+    _, confirmed, fit, *_ = metrics[STEPS]
+    assert (fit["failure"], fit["js"], fit["gain"]) == ("diverged before report 1", confirmed["js"], 0.0)
+    said = "the final fit of trial 0000 (2 epochs): failed (diverged before report 1)"
+    assert said in (study / FINISHED / "README.md").read_text()
+    assert "failed (diverged before report 1)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_final_fit_that_fails_after_a_report_counts_until_then(study, monkeypatch):
+    def diverge_later(job):
+        reports = train_here(job)
+        yield next(reports)
+        reports.close()
+        raise TrialFailed("diverged before report 2")
+
+    monkeypatch.setattr(single_run, "train_here", diverge_later)
+    compared = []
+    monkeypatch.setattr(
+        finish, "read_groups", lambda trials, *found: compared.extend(trials) or read_groups(trials, *found)
+    )
+    finish_study(study, None)
+    assert (f"{FINAL}/0000", study / FINAL / "0000") in compared
+
+
+def test_a_final_fit_that_broke_off_goes_on_when_it_is_called_again(study, monkeypatch):
+    def break_off(job):
+        raise DiskFull("no space left on the disk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(single_run, "train_here", break_off)
+        with pytest.raises(Breakdown, match="no space left"):
+            finish_study(study, None)
+    finish_study(study, None)
+    assert [report["epoch"] for report in read_history(study / FINAL / "0000")] == [1, 2]
+
+
+@pytest.fixture
+def candidates(study, store):
+    return read_candidates(list_kept(study, load(study).records()), {store.fingerprint: store}.get, CPU)
+
+
+@pytest.fixture
+def choose(candidates, monkeypatch):
+    """Let the choices be these members of the one trial, whose JS alone is 0.30, with these JS."""
+
+    def choose(ensemble, soup):
+        (members, js), (mixed_members, mixed_js) = ensemble, soup
+        chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=members, gain=Gain(0.30, js))
+        mixed, best = combine_soup(candidates, CPU)
+        mixed = dataclasses.replace(mixed, members=mixed_members, gain=Gain(0.30, mixed_js))
+        monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
+        monkeypatch.setattr(finish, "combine_soup", lambda candidates, device: (mixed, best))
+        monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+
+    return choose
+
+
+BEFORE = Step("best single model", 0.30)
+#: Twice the same trial: one alone is no combination.
+TWO, ONE = (0, 0), (0,)
+
+
 @pytest.mark.parametrize(
-    ("ensemble", "soup", "of_soup", "said"),
+    ("ensemble", "soup", "said"),
     [
-        (0.20, 0.25, 0.30, "an ensemble of"),
-        (0.25, 0.20, 0.30, "The mean of the weights of the trials"),
-        (0.35, 0.31, 0.30, "Neither soup nor ensemble helps"),
-        (0.30, 0.30, 0.30, "Neither soup nor ensemble helps"),
-        # The soup is of a worse backbone: it gains more, and is worse.
-        (0.29, 0.35, 0.40, "an ensemble of"),
-        (0.35, 0.35, 0.40, "Neither soup nor ensemble helps"),
+        ((TWO, 0.20), (TWO, 0.25), "an ensemble of"),
+        ((TWO, 0.25), (TWO, 0.20), "The mean of the weights of the trials"),
+        ((TWO, 0.35), (TWO, 0.31), "Neither soup nor ensemble helps"),
+        ((TWO, 0.30), (TWO, 0.30), "Neither soup nor ensemble helps"),
+        # The halves have chosen combinations, and the whole set one member: that is a single model.
+        ((TWO, 0.29), (ONE, 0.20), "an ensemble of"),
+        ((ONE, 0.20), (TWO, 0.29), "The mean of the weights of the trials"),
+        ((TWO, 0.35), (ONE, 0.20), "Neither soup nor ensemble helps"),
+        ((ONE, 0.20), (ONE, 0.20), "Neither soup nor ensemble helps"),
     ],
 )
-def test_what_is_exported_is_what_helps_on_unseen_images(
-    study, store, tmp_path, monkeypatch, ensemble, soup, of_soup, said
-):
-    candidates = read_candidates(list_kept(study, load(study).records()), [store])
-    # Twice the same trial: one alone is no combination.
-    chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=(0, 0), gain=Gain(0.30, ensemble))
-    mixed, best = combine_soup(candidates)
-    mixed = dataclasses.replace(mixed, members=(0, 0), gain=Gain(of_soup, soup))
-    monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
-    monkeypatch.setattr(finish, "combine_soup", lambda candidates: (mixed, best))
+def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choose, monkeypatch, ensemble, soup, said):
+    choose(ensemble, soup)
     asked, write_model = [], combined_export.write_model
 
     def write_weights(*args, formats, **more):
@@ -189,8 +285,37 @@ def test_what_is_exported_is_what_helps_on_unseen_images(
         write_model(*args, formats=["timm"], **more)
 
     monkeypatch.setattr(combined_export, "write_model", write_weights)
-    monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
-    steps = finish._export(tmp_path / "dest", candidates, load(study), [])
-    assert [step.js for step in steps] == [soup, ensemble]
+    steps = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+    assert [step.js for step in steps] == [0.30, *(js if members == TWO else 0.30 for members, js in (soup, ensemble))]
     assert said in (tmp_path / "dest" / "README.md").read_text()
-    assert asked == ([["timm", "pt2"]] if said.startswith("an ensemble") else [])
+    assert asked == ([["timm", "pt2"]] if said == "an ensemble of" else [])
+
+
+def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, candidates, choose, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a loop that depends on data\nand a page of code")
+
+    choose((TWO, 0.20), (ONE, 0.30))
+    monkeypatch.setattr(export_folder, "write_graph", fail)
+    *_, pt2 = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+    backbone = candidates.bests[0].settings["model.backbone"]
+    reason = f"{backbone} cannot be exported as pt2 (RuntimeError: a loop that depends on data)"
+    assert (pt2.name, pt2.failure) == ("the ensemble as pt2", reason)
+    assert isinstance(load_package(tmp_path / "dest").model, Ensemble)
+    assert not (tmp_path / "dest" / "model.pt2").exists()
+    metrics = json.loads((tmp_path / "dest" / "metrics.json").read_text())
+    assert metrics[STEPS][-1] == {"step": pt2.name, "js": None, "gain": None, "failure": reason}
+    card = (tmp_path / "dest" / "README.md").read_text()
+    assert f"the ensemble as pt2: failed ({reason})" in card
+    assert "```python" not in card, "there is no format to show the use of"
+
+
+def test_an_interrupted_export_is_no_failed_step(tmp_path, candidates, choose, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    choose((TWO, 0.20), (ONE, 0.30))
+    monkeypatch.setattr(export_folder, "write_graph", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+    assert not (tmp_path / "dest").exists()

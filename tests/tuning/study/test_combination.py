@@ -14,18 +14,27 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn import checkpoint
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.combine import mean_weights
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.study import combination, combined_export
-from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
+from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, pull_models, read_candidates
 from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble
 from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.exports import predict_with_card, turned_picture
-from tests.support.studies import write_study
+from tests.support.studies import forget_last_ending, write_study
+
+CPU = torch.device("cpu")
+
+
+def candidates_of(study, store):
+    """The trials of a study that can be combined, with the store that they were trained on."""
+    return read_candidates(list_kept(study, load(study).records()), {store.fingerprint: store}.get, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +46,64 @@ def study(store, tmp_path_factory):
 
 
 def test_predictions_are_those_of_the_weights_whether_they_are_kept_or_not(study, store):
-    records = load(study).records()
-    kept = read_candidates(list_kept(study, records), [store])
+    kept = candidates_of(study, store)
     assert len(kept.trial_ids) == 3
     file = study / "trials" / kept.trial_ids[1] / PREDICTIONS
     content = file.read_bytes()
     file.unlink()
     try:
-        again = read_candidates(list_kept(study, records), [store])
+        again = candidates_of(study, store)
     finally:
         file.write_bytes(content)
     for first, second in zip(kept.predictions, again.predictions, strict=True):
         assert torch.allclose(first, second, atol=1e-3)
 
 
+def test_trials_that_were_left_before_their_end_count(study, store, tmp_path):
+    """As by a time budget. `best/` may be one of them."""
+    shutil.copytree(study, tmp_path / "study")
+    forget_last_ending(tmp_path / "study")
+    records = load(tmp_path / "study").records()
+    assert [record.status for record in records] == ["complete", "complete", "running"]
+    assert len(candidates_of(tmp_path / "study", store).trial_ids) == 3
+    assert len(combined_export._candidates(tmp_path / "study").trial_ids) == 3
+    pull_models(Remote((tmp_path / "study").as_uri()), tmp_path / "here", records)
+    assert [name for name, _ in list_kept(tmp_path / "here", records)] == [record.trial_id for record in records]
+    failed = [dataclasses.replace(record, status="failed") for record in records]
+    assert list_kept(tmp_path / "study", failed) == []
+
+
+def test_of_a_trial_that_reports_just_now_the_weights_are_predicted_anew(study, store, tmp_path):
+    """Its predictions are written before its weights: they are of a later report."""
+    shutil.copytree(study, tmp_path / "study")
+    trial = tmp_path / "study" / "trials" / "0000"
+    before = candidates_of(tmp_path / "study", store)
+    best = read_best(trial / BEST)
+    other_NK = torch.full(before.targets.shape, 1 / before.targets.shape[1])
+    checkpoint._write(trial / PREDICTIONS, {"prob_NK": other_NK.half()}, {"report": best.report["report"] + 1})
+    after = candidates_of(tmp_path / "study", store)
+    for first, second in zip(before.predictions, after.predictions, strict=True):
+        assert torch.allclose(first, second, atol=1e-3)
+
+
+def test_data_at_a_uri_are_fetched_to_combine_trials(study, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(study, tmp_path / "study")
+    shutil.copytree(store.path, tmp_path / "faces")
+    uri = (tmp_path / "faces").as_uri()
+    spec = read_spec(tmp_path / "study")
+    # That of another size, which no trial was trained on, is not looked for.
+    stores, fingerprints = {32: uri, 48: f"{uri}/none"}, {**spec.fingerprints, 48: "0" * 64}
+    write_spec(tmp_path / "study", dataclasses.replace(spec, stores=stores, fingerprints=fingerprints))
+    assert command_main("export", [str(tmp_path / "study"), str(tmp_path / "best"), "--ensemble", "1"]) == 0
+    assert "Means over all 33 validation images" in (tmp_path / "best" / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def ensemble(study, store, tmp_path_factory):
     """An ensemble of two backbones, whether that helps or not, in all formats."""
     dest = tmp_path_factory.mktemp("ensemble") / "best"
-    found = combine_ensemble(read_candidates(list_kept(study, load(study).records()), [store]), 3)
+    found = combine_ensemble(candidates_of(study, store), 3)
     backbones = [best.settings["model.backbone"] for best in found.candidates.bests]
     chosen = dataclasses.replace(found, members=(backbones.index("test_vit"), backbones.index("test_resnet")))
     write_ensemble(dest, chosen, "three", ["onnx", "pt2"])
@@ -75,6 +123,10 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
     of_one_run = {"report", "epoch", "seconds", "time", "train_loss", "lr", "images_per_second", "finished"}
     assert not of_one_run & metrics.keys()
     card = (dest / "README.md").read_text()
+    for trial_id, backbone in zip(chosen.trial_ids, ("test_vit", "test_resnet"), strict=True):
+        start = "Training began from random weights, so no licence of other weights applies."
+        assert f"- Trial {trial_id}, {backbone}: {start}\n" in card
+    assert "The trials and their epochs were selected on the whole set." in card
     assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
 
 
@@ -123,21 +175,25 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path, monkey
     assert len(backbones) == 1
     assert len(chosen.trial_ids) > 1
     weights = [read_best(study / "trials" / trial_id / BEST).weights for trial_id in chosen.trial_ids]
-    package = load_package(tmp_path / "best")
-    expected, found = mean_weights(weights), package.model.model.state_dict()
-    # The temperature of an export is part of the last layer.
-    body = [name for name in expected if not name.startswith(("fc.", "head."))]
+    network = load_package(tmp_path / "best").model.model
+    expected, found = mean_weights(weights), network.state_dict()
+    # The temperature of an export is part of the last layer. Statistics of BatchNorm are no weights.
+    names = [name for name, _ in network.named_parameters()]
+    body = [name for name in names if not name.startswith(("fc.", "head."))]
     assert len(body) > 10
     assert all(torch.equal(found[name], expected[name]) for name in body)
     card = (tmp_path / "best" / "README.md").read_text()
     assert "The mean of the weights of the trials" in card
     assert "Means over all 33 validation images, with" in card
+    metrics = json.loads((tmp_path / "best" / "metrics.json").read_text())
+    assert metrics["members"] == len(chosen.trial_ids)
+    assert "epoch" not in metrics
 
 
 def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, store, tmp_path, monkeypatch, capsys):
-    alone = combine_ensemble(read_candidates(list_kept(study, load(study).records()), [store]), 1)
+    alone = combine_ensemble(candidates_of(study, store), 1)
     best = alone.candidates.bests[alone.members[0]]
-    monkeypatch.setattr(combined_export, "combine_soup", lambda candidates: (alone, best))
+    monkeypatch.setattr(combined_export, "combine_soup", lambda candidates, device: (alone, best))
     write_ensemble(tmp_path / "ensemble", alone, "three", [])
     assert command_main("export", [str(study), str(tmp_path / "soup"), "--soup"]) == 0
     (trial_id,) = alone.trial_ids
@@ -152,12 +208,25 @@ def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, store, tmp
 
 def test_where_the_data_are_gone_nothing_can_be_chosen(study):
     with pytest.raises(UserError, match="packed data of the run are not on this machine"):
-        read_candidates(list_kept(study, load(study).records()), [])
+        read_candidates(list_kept(study, load(study).records()), {}.get, CPU)
 
 
 def test_where_no_trial_has_weights_it_is_said(study):
-    with pytest.raises(UserError, match="no ended trial has weights"):
-        read_candidates([], [])
+    with pytest.raises(UserError, match="no trial has weights"):
+        read_candidates([], {}.get, CPU)
+
+
+def test_the_card_of_an_ensemble_names_the_licence_of_pretrained_members(study, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+    candidates = candidates_of(study, store)
+    pretrained = [
+        dataclasses.replace(best, settings={**best.settings, "model.pretrained": True}) for best in candidates.bests
+    ]
+    found = combine_ensemble(dataclasses.replace(candidates, bests=tuple(pretrained)), 2)
+    write_ensemble(tmp_path / "best", dataclasses.replace(found, members=(0, 1)), "three", [])
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert card.count(": Training began from the pretrained weights of `test_") == 2
+    assert card.count("`. Their licence: ") == 2
 
 
 @pytest.mark.parametrize(
@@ -176,9 +245,7 @@ def test_options_that_do_not_go_together_are_refused(study, tmp_path, capsys, op
 
 def test_the_command_exports_an_ensemble(study, store, tmp_path, monkeypatch, capsys):
     # Whether that helps or not.
-    two = dataclasses.replace(
-        combine_ensemble(read_candidates(list_kept(study, load(study).records()), [store]), 2), members=(0, 1)
-    )
+    two = dataclasses.replace(combine_ensemble(candidates_of(study, store), 2), members=(0, 1))
     monkeypatch.setattr(combined_export, "combine_ensemble", lambda candidates, most: two)
     assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2"]) == 0
     assert {file.name for file in (tmp_path / "best").iterdir()} == {

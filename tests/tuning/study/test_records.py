@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
 from raytune_emotion.tuning.study import spec as spec_module
 from raytune_emotion.tuning.study.records import (
     KEPT,
     TrialRecord,
     best_first,
+    copy_checkpoint,
     delete_weights,
     frontier,
     trial_folder,
@@ -197,6 +199,16 @@ def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_
     assert kept == {"0005", "0004", "0003", "0006"}
     assert len(kept) == KEPT + 1
     assert len(list(tmp_path.rglob("history.jsonl"))) == 7
+
+
+@pytest.mark.parametrize("names", [[HISTORY, PREDICTIONS, BEST, LAST], [HISTORY, BEST, LAST]])
+def test_a_trial_goes_on_with_the_predictions_of_the_other_if_they_are_kept(tmp_path, names):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    for name in names:
+        (source / name).write_text(name)
+    assert copy_checkpoint(source, target) == names
+    assert {file.name: file.read_text() for file in target.iterdir()} == {name: name for name in names}
 
 
 def test_a_front_keeps_its_weights():
