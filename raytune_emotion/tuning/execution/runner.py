@@ -106,7 +106,7 @@ def _run(
 
         ended = run_in_thread("tune", tune_trials)
         try:
-            while not ended.is_set() and time.monotonic() < deadline and not recorder.gain.shortfall:
+            while not ended.is_set() and time.monotonic() < deadline and not recorder.shortfall:
                 if lost := failure():
                     raise _cluster_lost(lost, study)
                 check_interrupted()
@@ -114,8 +114,8 @@ def _run(
                 ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
                 say("the time budget is spent: trials that run are left as they are")
-            elif recorder.gain.shortfall:
-                say(recorder.gain.shortfall)
+            elif recorder.shortfall:
+                say(recorder.shortfall)
         finally:
             stop.set()
             # It must not be inside Ray when this process leaves Ray, which would crash.
@@ -140,8 +140,8 @@ def _tune(
     say: Callable[[str], None],
     scratch: str,
 ) -> None:
-    room = Capacity(placement, recorder.backlog.count, say)
-    waiting = Waiting(lambda: say(_WAITS_FOR_OTHERS if recorder.backlog.waits else room.shortage()))
+    room = Capacity(placement, recorder.count_open, say)
+    waiting = Waiting(lambda: say(_WAITS_FOR_OTHERS if recorder.waits else room.shortage()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     search = Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop)

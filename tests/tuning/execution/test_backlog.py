@@ -164,7 +164,7 @@ def test_driver_with_nothing_to_do_waits_for_the_others_and_takes_up_what_they_l
     one.work()
     one.work()
     assert not two.work()
-    assert two.recorder.backlog.waits
+    assert two.recorder.waits
     assert not two.recorder.is_over
     one.die()
     while two.work():
@@ -216,7 +216,7 @@ def test_paused_trial_is_taken_up_by_one_driver(make, monkeypatch):
     one.work()
     assert statuses(folder) == {"0000": "paused"}
     assert [two.work(), third.work(), one.work()] == [True, False, False]
-    assert third.recorder.backlog.waits
+    assert third.recorder.waits
     while two.work():
         pass
     assert statuses(folder) == {"0000": "complete"}

@@ -453,7 +453,7 @@ def test_a_trial_that_is_given_back_goes_on_before_others_begin(folder):
     reports = train(folder, first.trial_id, 0.3)
     assert recorder.report(first.trial_id, next(reports))
     recorder.give_back(first.trial_id)
-    assert recorder.backlog.count() == 4
+    assert recorder.count_open() == 4
     assert not recorder.is_over
     assert recorder.next() == first
     assert [recorder.report(first.trial_id, report) for report in reports] == [True, False]

@@ -211,7 +211,7 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
         ended.append("in order")
 
     monkeypatch.setattr(runner, "_tune", tune_trials)
-    recorder = SimpleNamespace(gain=SimpleNamespace(shortfall=""), broken="", check=waits.set)
+    recorder = SimpleNamespace(shortfall="", broken="", check=waits.set)
     with handle_signals(), pytest.raises(KeyboardInterrupt):
         runner._run(recorder, None, None, None, print, lambda: "")
     assert ended == ["in order"]
