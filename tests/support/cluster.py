@@ -27,8 +27,8 @@ def trials_in_this_process():
     from raytune_emotion.tuning.session import console_run
     from tests.support.studies import run_here
 
-    def run_study(study, place, *, watch, **_):
-        return run_here(study, place.resources, watch)
+    def run_study(run):
+        run_here(run.study, run.placement.resources, run.watch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ray_session", joined_session)

@@ -12,7 +12,7 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import gain_watch, runner
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.summary import BestTrial, describe, gain_text, summarize
 from raytune_emotion.tuning.study.open_study import load, make_study
@@ -119,15 +119,15 @@ def test_a_run_ends_in_order_and_says_why(make, monkeypatch):
     """Without Ray: in its place, a thread runs trials by hand until there are none, and waits to be stopped."""
     folder, said, stopped = make(), [], threading.Event()
 
-    def tune(recorder, study, placement, stop, say, scratch):
+    def tune(recorder, study_run, stop, scratch):
         run(recorder)
         assert stop.wait(60)
         stopped.set()
 
     monkeypatch.setattr(runner, "_tune", tune)
     monkeypatch.setattr(gain_watch, "_SHARE", math.inf)  # the trials take no time
-    records = run_study(load(folder), None, until_gain=MUCH, say=said.append)
+    run_study(StudyRun(load(folder), None, until_gain=MUCH, say=said.append))
     assert stopped.is_set()
-    assert len(records) < 12
+    assert len(load(folder).records()) < 12
     (sentence,) = said
     assert sentence.startswith("further training is expected to bring ")

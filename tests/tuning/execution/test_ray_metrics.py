@@ -20,7 +20,7 @@ from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_metrics import METRICS, StudyMetrics, study_metrics
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.cluster import RUN_SPACE
 from tests.support.events import event
@@ -113,7 +113,7 @@ def test_prometheus_reads_a_running_study(tmp_path, store, prometheus):
         deadline.start()
         try:
             with pytest.raises(ClusterLost, match="seen"):  # which ends a study from within
-                run_study(study, place, watch=watch, failure=lambda: "seen" if seen.is_set() else "")
+                run_study(StudyRun(study, place, watch=watch, failure=lambda: "seen" if seen.is_set() else ""))
         finally:
             deadline.cancel()
             over.set()
