@@ -33,7 +33,7 @@ def trials_in_this_process():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ray_session", joined_session)
         patch.setattr(cluster_nodes, "fit_to_cluster", functools.partial(placement.fit, [{"CPU": 2.0}], "the cluster"))
-        patch.setattr(console_run, "study_metrics", lambda study: contextlib.nullcontext(lambda event: None))
+        patch.setattr(console_run, "study_metrics", lambda progress: contextlib.nullcontext())
         patch.setattr(console_run, "run_study", run_study)
         yield
 

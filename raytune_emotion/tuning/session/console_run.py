@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 
 from rich.console import Console
 
-from raytune_emotion.tuning.execution.ray_metrics import study_metrics
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.report.live_console import say, show_events
 from raytune_emotion.tuning.report.live_state import StudyProgress
+from raytune_emotion.tuning.report.ray_metrics import study_metrics
 
 
 def run_with_progress(console: Console, run: StudyRun, watches: Sequence[Watch] = ()) -> None:
@@ -22,12 +21,11 @@ def run_with_progress(console: Console, run: StudyRun, watches: Sequence[Watch] 
         run: of the study; `watch` and `say` of it are set here.
         watches: what else hears of all that happens to trials.
     """
-    with ExitStack() as stack:
-        show = stack.enter_context(show_events(console, StudyProgress(run.study, time_budget=run.time_budget)))
-        measure = stack.enter_context(study_metrics(run.study))
+    progress = StudyProgress(run.study, time_budget=run.time_budget)
+    with show_events(console, progress) as show, study_metrics(progress):
 
         def watch(event: Event) -> None:
-            for hear in (show, measure, *watches):
+            for hear in (show, *watches):
                 hear(event)
 
         run_study(dataclasses.replace(run, watch=watch, say=partial(say, console)))
