@@ -74,10 +74,8 @@ class StudyProgress:
     ) -> None:
         """Begin with what earlier sessions have reached."""
         records = study.records()
-        self._name, self._folder, self._spec = study.folder.name, study.folder, study.spec
-        self._earlier = summarize(
-            study.spec, study.optuna, records, study.copy.location, now=time.time(), name=self._name
-        )
+        self._folder, self._spec = study.folder, study.spec
+        self._earlier = summarize(study, records, now=time.time(), name=study.folder.name)
         self._clock, self._began = clock, clock()
         self._budget = time_budget.total_seconds() if time_budget is not None else None
         # The pause between two sessions is left out of the time.

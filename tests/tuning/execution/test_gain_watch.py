@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import gain_watch, runner
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.execution.recorder import Recorder
@@ -81,7 +80,7 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
     study = load(folder)
     gain = expected_gain(study.optuna)
     assert [event.gain for event in heard if event.status != "running"][-1] == gain
-    summary = summarize(study.spec, study.optuna, study.records(), Folder(folder), now=time.time())
+    summary = summarize(study, study.records(), now=time.time())
     told = dataclasses.asdict(summary)
     assert told["expected_gain"] == {"bits": gain.bits, "seconds": gain.seconds}
     assert told["expected_gain_per_hour"] == 3600 * gain.bits / gain.seconds
