@@ -35,7 +35,7 @@ from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates, settings_key
-from raytune_emotion.tuning.policy.decisions import START, Answer, Begin, Decision, Limits, Policy, Recorded
+from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, on_one_thread
@@ -43,6 +43,7 @@ from raytune_emotion.tuning.policy.policies import BeginAndStop
 from raytune_emotion.tuning.policy.portfolio import Portfolio, portfolio_of
 from raytune_emotion.tuning.policy.sampler import make_sampler
 from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, Scheduler, rungs_of
+from raytune_emotion.tuning.policy.trial_attributes import START
 from raytune_emotion.tuning.policy.warm_start import forecasts_of
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher

@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "tuning/policy/encoding": ("tuning/policy/test_forecast", "a forecast is of points of the encoding"),
     "tuning/policy/outlook": ("tuning/policy/test_sampler", "the sampler offers what the outlook weighs highest"),
     "tuning/policy/policies": ("tuning/policy/test_freeze_thaw", "it makes the policies that are tested there"),
+    "tuning/policy/trial_attributes": ("tuning/policy/test_freeze_thaw", "its policy reads most of what a trial has"),
     "tuning/study/combined_export": ("tuning/study/test_combination", "what is chosen there is exported"),
     "tuning/study/confirmation": ("test_confirm", "it is what the command `confirm` begins and ranks"),
     "tuning/study/resume_check": ("test_search", "what a study may not change is refused at the door of `search`"),

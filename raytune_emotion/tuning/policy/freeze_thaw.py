@@ -26,27 +26,21 @@ from scipy.special import ndtr
 
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
-from raytune_emotion.tuning.policy.decisions import (
+from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Prune, Recorded, TakeUp
+from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
+from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
+from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
+from raytune_emotion.tuning.policy.trial_attributes import (
     SECONDS,
     START,
     TAKEN_UP,
-    Answer,
-    Begin,
-    Decision,
-    Limits,
-    Prune,
-    Recorded,
-    TakeUp,
     as_paused,
     count_reports,
     is_paused,
     is_running,
     reports_left,
 )
-from raytune_emotion.tuning.policy.forecast import Forecast
-from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
-from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
-from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
 from raytune_emotion.tuning.space.space import Space
 
 #: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.

@@ -7,11 +7,12 @@ import numpy as np
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SECONDS, Gain, as_paused, count_reports, is_running, reports_left
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
+from raytune_emotion.tuning.policy.trial_attributes import SECONDS, as_paused, count_reports, is_running, reports_left
 from raytune_emotion.tuning.space.space import Space
 
 

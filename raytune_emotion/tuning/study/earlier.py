@@ -8,9 +8,10 @@ from typing import Any
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import FORECAST, SETTINGS
+from raytune_emotion.tuning.policy.decisions import FORECAST
 from raytune_emotion.tuning.policy.forecast import curves_of
 from raytune_emotion.tuning.policy.portfolio import portfolio_of
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.policy.warm_start import STUDY
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.open_study import load

@@ -15,7 +15,8 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import backlog as backlog_module
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.policy.decisions import SETTINGS, Begin, TakeUp
+from raytune_emotion.tuning.policy.decisions import Begin, TakeUp
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.study import drivers as drivers_module
 from raytune_emotion.tuning.study.confirmation import plan_confirmation
 from raytune_emotion.tuning.study.database import join_address

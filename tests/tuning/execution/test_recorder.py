@@ -15,7 +15,8 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
-from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, TAKEN_UP, Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.decisions import Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import go_on, load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher

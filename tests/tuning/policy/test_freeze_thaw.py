@@ -10,10 +10,11 @@ from optuna.trial import TrialState
 
 from benchmarks.simulation import Simulation
 from raytune_emotion.tuning.policy import freeze_thaw
-from raytune_emotion.tuning.policy.decisions import NO_LIMITS, PAUSED, SECONDS, START, TAKEN_UP, Limits, TakeUp
+from raytune_emotion.tuning.policy.decisions import NO_LIMITS, Limits, TakeUp
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, START, TAKEN_UP
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 

@@ -7,9 +7,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from raytune_emotion.tuning.policy.acquisition import expected_fall
-from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, SETTINGS, Gain
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.policy.objective import BY_SIZE, OBJECTIVES
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, SETTINGS
 from raytune_emotion.tuning.space.space import Space
 
 REPORTS = 4
