@@ -39,6 +39,7 @@ from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Lim
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, on_one_thread
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.policies import BeginAndStop
 from raytune_emotion.tuning.policy.portfolio import Portfolio, portfolio_of
 from raytune_emotion.tuning.policy.sampler import make_sampler
@@ -209,11 +210,7 @@ def _freeze_thaw(
     seed: int,
 ) -> tuple[Policy, Callable[[int], BaseSampler]]:
     policy: Policy = FreezeThaw(
-        recording.space,
-        epochs=recording.reports,
-        reports=recording.reports,
-        seed=seed,
-        earlier=earlier(recording),
+        PolicyInputs(recording.space, recording.reports, recording.reports, seed, earlier=earlier(recording)),
         take_up_s=recording.take_up_s,
         draw=answers.draw if recording.choose else draw_candidates,
     )

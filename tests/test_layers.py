@@ -34,6 +34,7 @@ TESTED_ELSEWHERE = {
     "tuning/policy/acquisition": ("tuning/policy/test_objective", "each objective has its acquisition function"),
     "tuning/policy/decisions": ("tuning/policy/test_freeze_thaw", "names only; the policy that takes all decisions"),
     "tuning/policy/encoding": ("tuning/policy/test_forecast", "a forecast is of points of the encoding"),
+    "tuning/policy/inputs": ("tuning/policy/test_freeze_thaw", "the policies that are tested there are made of it"),
     "tuning/policy/outlook": ("tuning/policy/test_sampler", "the sampler offers what the outlook weighs highest"),
     "tuning/policy/policies": ("tuning/policy/test_freeze_thaw", "it makes the policies that are tested there"),
     "tuning/policy/trial_attributes": ("tuning/policy/test_freeze_thaw", "its policy reads most of what a trial has"),

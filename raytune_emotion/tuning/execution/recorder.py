@@ -7,7 +7,7 @@ else writes the record of a running study.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,8 @@ from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, r
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.policy.decisions import Decision, Gain, Prune
-from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.gain import GainForecast
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
@@ -90,10 +91,10 @@ class Recorder:
     ) -> None:
         """Take up the record where it was left. No trial begins once less than `until_gain` is expected."""
         self._study, self._watch = study, watch
-        earlier = read_earlier(study.folder)
+        inputs = _inputs_of(study)
         self._tables, self._weights = Tables(study), _Weights(study)
-        self._searcher = _searcher_of(study, earlier)
-        self._gain = GainWatch(study, self._searcher, earlier, until=until_gain, clock=clock)
+        self._searcher = _searcher_of(study, inputs)
+        self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self._lock = threading.RLock()
@@ -349,22 +350,22 @@ def _reason(error: Exception, study: OpenStudy) -> str:
     return str(error) if isinstance(error, Breakdown) else f"{type(error).__name__}: {error}"
 
 
-def _searcher_of(study: OpenStudy, earlier: Sequence[Forecast]) -> Searcher:
-    """Make what decides about a study's trials, from what its folder says."""
-    spec, confirms = study.spec, study.spec.confirms is not None
-    policy = make_policy(
-        study.space,
-        sampler=spec.sampler,
-        # A confirmation runs each configuration to its end.
-        scheduler="none" if confirms else spec.scheduler,
-        epochs=spec.epochs,
-        reports=study.reports,
-        seed=spec.seed,
-        objective=study.objective,
-        earlier=earlier,
-    )
-    sampler = make_sampler_of(
-        study.space, spec.sampler, seed=spec.seed, objective=study.objective, earlier=earlier, reports=study.reports
-    )
+def _inputs_of(study: OpenStudy) -> PolicyInputs:
+    """Read what the policy of a study is made of."""
+    spec, earlier = study.spec, read_earlier(study.folder)
+    return PolicyInputs(study.space, spec.epochs, study.reports, spec.seed, study.objective, earlier)
+
+
+def _gain_forecast_of(study: OpenStudy, inputs: PolicyInputs) -> GainForecast | None:
+    """Make what expects the gain of further training; None for a confirmation, which chooses nothing."""
+    return GainForecast(inputs) if study.spec.confirms is None else None
+
+
+def _searcher_of(study: OpenStudy, inputs: PolicyInputs) -> Searcher:
+    """Make what decides about a study's trials."""
+    # A confirmation runs each configuration to its end.
+    scheduler = study.spec.scheduler if study.spec.confirms is None else "none"
+    policy = make_policy(inputs, sampler=study.spec.sampler, scheduler=scheduler)
+    sampler = make_sampler_of(inputs, study.spec.sampler)
     cost, driver = study.objective.cost, study.drivers.own
     return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=cost, driver=driver)

@@ -90,13 +90,13 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
 
 def test_a_confirmation_has_no_gain(make):
     study = load(make(confirms={"0001": 0.3}, scheduler="none"))
-    watch = GainWatch(study, None, (), until=MUCH, clock=Clock())  # whoever computed one would ask the searcher
-    watch.update()
-    assert watch.value is None
-    assert watch.shortfall == ""
+    recorder = Recorder(study, until_gain=MUCH, clock=Clock())
+    assert {*run(recorder)} == {f"{number:04d}" for number in range(12)}
+    assert expected_gain(study.optuna) is None
+    assert recorder.shortfall == ""
 
 
-def test_the_gain_is_computed_in_a_small_share_of_the_time(make):
+def test_the_gain_is_computed_in_a_small_share_of_the_time():
     clock, asked = Clock(), []
 
     def note_gain(forecast):
@@ -104,7 +104,7 @@ def test_the_gain_is_computed_in_a_small_share_of_the_time(make):
         clock.now += 0.1  # that it takes
         return Gain(0.5, 3600.0)
 
-    watch = GainWatch(load(make()), SimpleNamespace(note_gain=note_gain), (), until=None, clock=clock)
+    watch = GainWatch(SimpleNamespace(note_gain=note_gain), lambda past: None, until=None, clock=clock)
     for _ in range(2000):
         watch.update()
         clock.now += 0.01
