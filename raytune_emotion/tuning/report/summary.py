@@ -10,7 +10,7 @@ from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
-from raytune_emotion.tuning.study.records import TrialRecord, trained_settings, winner
+from raytune_emotion.tuning.study.records import TrialRecord, best_js_steps, trained_settings, winner
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: Said of a study whose space has no more configurations.
@@ -63,6 +63,7 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
     spec = study.spec
     spans = _spans(study, records)
     started = min((start for start, _ in spans), default=None)
+    began = now if started is None else started
     counts = Counter(record.status for record in records)
     ended = sum(record.ended for record in records)
     finished = ended == len(records) and (ended >= spec.trials or study.has_tried_all())
@@ -80,12 +81,12 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
         best=_best_of(leader, study.copy.location) if leader is not None else None,
         baseline_js=spec.baseline.get("js"),
         started=started,
-        elapsed_seconds=max(0.0, (last if finished else now) - started) if started is not None else 0.0,
+        elapsed_seconds=max(0.0, (last if finished else now) - began),
         active_seconds=active,
         trials_per_hour=per_hour(ended, active),
         # The clock of the machine of a trial may be ahead, and a clock may be set back.
         seconds_since_evaluation=max(0.0, now - max(heard)) if heard else None,
-        best_js_by_time=_best_by_time(records, started) if started is not None else [],
+        best_js_by_time=[(max(0.0, time - began), js) for time, js, _ in best_js_steps(records)],
         expected_gain=gain,
         expected_gain_per_hour=gain.per_hour if gain is not None else None,
     )
@@ -157,23 +158,6 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
     assert record.best is not None
     settings = trained_settings(place, record)
     return BestTrial(record.trial_id, record.status, record.best["val_js"], record.best["epoch"], settings)
-
-
-def _best_by_time(records: Iterable[TrialRecord], started: float) -> list[tuple[float, float]]:
-    """Return the lowest JS so far at every evaluation that lowered it, and at the last one."""
-    heard = sorted(
-        (report["time"], report["val_js"])
-        for record in records
-        for report in record.reports
-        if record.status != "failed" and "time" in report
-    )
-    points: list[tuple[float, float]] = []
-    for time, js in heard:
-        if not points or js < points[-1][1]:
-            points.append((max(0.0, time - started), js))
-    if points:
-        points.append((max(0.0, heard[-1][0] - started), points[-1][1]))
-    return points
 
 
 def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:

@@ -104,6 +104,26 @@ def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
     return best_first(reported)[0] if reported else None
 
 
+def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, str]]:
+    """Return the lowest JS so far at every evaluation that lowered it, and at the last one. Failed trials do not count.
+
+    Returns:
+        The time of each such evaluation, seconds since 1970; the JS, bits; and the trial that it is of.
+    """
+    reports = sorted(
+        (report["time"], report["val_js"], record.trial_id)
+        for record in records
+        if record.status != "failed"
+        for report in record.reports
+        if "time" in report
+    )
+    steps: list[tuple[float, float, str]] = []
+    for step in reports:
+        if not steps or step[1] < steps[-1][1]:
+            steps.append(step)
+    return [*steps, (reports[-1][0], *steps[-1][1:])] if steps else []
+
+
 def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
     """Return the Pareto front of JS and an objective's cost, the best JS first. Failed trials are not on it."""
     cost = objective.cost or (lambda report: math.inf)
