@@ -18,7 +18,7 @@ from raytune_emotion.tuning.execution.job import job_of, newest_report, train_he
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
 from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
@@ -61,7 +61,9 @@ def ask(folder, placement, uri):
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
     uri, events = remote.join(bucket, "a study"), []
     folder, placement = begin(trials=4, epochs=2)
-    records = run_study(load(folder, Remote(uri)), placement, watch=events.append)
+    study = load(folder, Remote(uri))
+    run_study(StudyRun(study, placement, watch=events.append))
+    records = study.records()
     # So that what is compared below was trained in a fresh process, in one that had trained before, and in this one.
     assert len({event.report["pid"] for event in events if event.report}) < 4
 
@@ -111,7 +113,9 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers_and_one
     remote.delete(job.location, [BEST])
 
     lose(folder, uri)
-    record, refused = run_study(load(folder, Remote(uri)), placement)
+    study = load(folder, Remote(uri))
+    run_study(StudyRun(study, placement))
+    record, refused = study.records()
     assert refused.status == "failed"
     assert refused.reason.startswith(
         "train.batch_size: 1 rows make no 1 micro-batches (train.accumulate) for each of 2 workers"
