@@ -17,9 +17,10 @@ from benchmarks import Table
 from benchmarks.curves.replay import BUDGET, SHARE, Market, pool, read_markets, simulate
 from benchmarks.policies import ALSO, study
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SETTINGS, Decision, Limits, as_paused
+from raytune_emotion.tuning.policy.decisions import Decision, Limits
 from raytune_emotion.tuning.policy.freeze_thaw import stretch_ends
 from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Outlook
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS, as_paused
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 SEEDS = 8

@@ -47,7 +47,7 @@ from raytune_emotion.tuning.execution.job import Job, train_on
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study import open_study
 from raytune_emotion.tuning.study.optuna_study import ENDED
 from raytune_emotion.tuning.study.spec import StudySpec
@@ -234,8 +234,9 @@ def _measure(name: str, trials: int, epochs: int, store: Store, folder: Path) ->
         places = trials if epochs > 1 else 1
         with ray_session(None, dashboard=False, num_cpus=variant.workers * places):
             if name.startswith("engine"):
-                records = run_study(open_study.load(folder), Placement(resources, 1, limit=1), watch=watch)
-                left["stopped"] = sum(record.status == "pruned" for record in records)
+                study = open_study.load(folder)
+                run_study(StudyRun(study, Placement(resources, 1, limit=1), watch=watch))
+                left["stopped"] = sum(record.status == "pruned" for record in study.records())
             else:
                 left["stopped"] = _recipe(jobs, variant.workers, epochs, folder / "ray", ended)
             left["left"] = _placement_groups()

@@ -16,10 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.acquisition import expected_improvement
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.forecast import LENGTHS
 from raytune_emotion.tuning.policy.gaussian_process import Floats, Posterior, Prior, fit_kernel
 from raytune_emotion.tuning.policy.outlook import Draw
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.space.space import Space
 
 _STARTUP, _BEST, _WIDER = 4, 5, 1.4

@@ -35,14 +35,16 @@ from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates, settings_key
-from raytune_emotion.tuning.policy.decisions import START, Answer, Begin, Decision, Limits, Policy, Recorded
+from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, on_one_thread
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.policies import BeginAndStop
 from raytune_emotion.tuning.policy.portfolio import Portfolio, portfolio_of
 from raytune_emotion.tuning.policy.sampler import make_sampler
 from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, Scheduler, rungs_of
+from raytune_emotion.tuning.policy.trial_attributes import START
 from raytune_emotion.tuning.policy.warm_start import forecasts_of
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
@@ -208,11 +210,7 @@ def _freeze_thaw(
     seed: int,
 ) -> tuple[Policy, Callable[[int], BaseSampler]]:
     policy: Policy = FreezeThaw(
-        recording.space,
-        epochs=recording.reports,
-        reports=recording.reports,
-        seed=seed,
-        earlier=earlier(recording),
+        PolicyInputs(recording.space, recording.reports, recording.reports, seed, earlier=earlier(recording)),
         take_up_s=recording.take_up_s,
         draw=answers.draw if recording.choose else draw_candidates,
     )

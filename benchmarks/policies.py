@@ -36,6 +36,7 @@ from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
 from raytune_emotion.tuning.policy.decisions import FORECAST, FREEZE_THAW
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.objective import JS_ALONE, OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.policies import BeginAndStop, make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.scheduler import Halving
@@ -63,13 +64,8 @@ def study(
 ) -> Searcher:
     """Make what drives a study, as a study's recorder makes it."""
     length = market.most_reports
-    policy = make_policy(
-        market.space, sampler=sampler, scheduler=scheduler, epochs=length, reports=length, seed=seed,
-        objective=objective, earlier=earlier,
-    )  # fmt: skip
-    made = make_sampler_of(
-        market.space, sampler, seed=seed, objective=objective, earlier=earlier, reports=length
-    )  # fmt: skip
+    inputs = PolicyInputs(market.space, length, length, seed, objective, earlier)
+    policy, made = make_policy(inputs, sampler=sampler, scheduler=scheduler), make_sampler_of(inputs, sampler)
     return Searcher(kept or optuna.create_study(), market.space, policy, sampler=made, cost=objective.cost)
 
 

@@ -13,7 +13,7 @@ from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import ENDED
 
@@ -48,7 +48,7 @@ def run() -> Table:
         folder = Path(scratch) / "soak"
         make_study(folder, tiny_store(Path(scratch)), trials=TRIALS, epochs=EPOCHS, start=[])
         with ray_session(None, num_cpus=2):
-            run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 2, limit=2), watch=watch)
+            run_study(StudyRun(load(folder), Placement(Resources(1, 1.0, 0.0), 2, limit=2), watch=watch))
 
     warm = {ended: sample for ended, sample in samples.items() if ended >= WARM}
     slopes = np.polyfit(np.array([*warm]) / 100, np.array([*warm.values()]), 1)[0]

@@ -105,16 +105,13 @@ def _find_trial(study: Location, text: str) -> str:
     return find_trial(text, [name.split("/")[1] for name in study.find(f"trials/*/{PARAMS}")], study)
 
 
-def _best_of(study: Location) -> str:
-    if spec_of(study).confirms is not None:
-        raise UserError(f"{study}: its winner is in {study / 'best'}; name another of its runs with --trial")
-    from raytune_emotion.learn.run_folder import HISTORY
-    from raytune_emotion.tuning.study.open_study import load
-    from raytune_emotion.tuning.study.optuna_study import JOURNAL
-    from raytune_emotion.tuning.study.records import study_files
+def _best_of(place: Location) -> str:
+    if spec_of(place).confirms is not None:
+        raise UserError(f"{place}: its winner is in {place / 'best'}; name another of its runs with --trial")
+    from raytune_emotion.tuning.study.open_study import read_study
 
-    with study_files(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
-        return load(folder).best_trial().trial_id
+    with read_study(place) as study:
+        return study.best_trial().trial_id
 
 
 def _is_run(place: Location) -> bool:

@@ -13,23 +13,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    spec = spec_of(args.study)
+    spec_of(args.study)  # whether it is a study shows at once
     # Imported only now: it takes seconds.
-    from raytune_emotion.learn.run_folder import HISTORY
     from raytune_emotion.tuning.report.page import REPORT, report_files, write_report
     from raytune_emotion.tuning.study.combination import pull_models
     from raytune_emotion.tuning.study.confirmation import rank_confirmed, write_confirmed
-    from raytune_emotion.tuning.study.optuna_study import JOURNAL, expected_gain, load_study
-    from raytune_emotion.tuning.study.records import read_records, study_files
+    from raytune_emotion.tuning.study.open_study import read_study
+    from raytune_emotion.tuning.study.optuna_study import expected_gain
     from raytune_emotion.tuning.study.tables import CURVES, write_tables
     from raytune_emotion.tuning.study.trials import PARAMS
 
-    with study_files(args.study, JOURNAL, f"trials/*/{HISTORY}", f"trials/*/{PARAMS}") as folder:
-        study = load_study(folder)
-        records = read_records(folder, study)
+    with read_study(args.study, f"trials/*/{PARAMS}") as study:
+        folder, spec, records = study.folder, study.spec, study.records()
         write_tables(folder, records)
         pull_models(args.study, folder, records)
-        write_report(folder, spec, records, gain=expected_gain(study), here=args.study.is_here(folder))
+        write_report(folder, spec, records, gain=expected_gain(study.optuna), here=args.study.is_here(folder))
         if spec.confirms is not None:
             write_confirmed(folder, rank_confirmed(spec, records))
         args.study.push(folder, [CURVES, *report_files(folder)])

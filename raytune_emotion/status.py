@@ -14,7 +14,7 @@ from rich.text import Text
 from raytune_emotion.cli import command_main, location, positive_integer
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import escape, plain_console, say
-from raytune_emotion.tuning.study.spec import read_spec, spec_of
+from raytune_emotion.tuning.study.spec import spec_of
 
 if TYPE_CHECKING:
     from raytune_emotion.tuning.report.summary import Summary
@@ -55,20 +55,17 @@ def run(args: argparse.Namespace) -> None:
             live.update(_lines(read_summary(args.study)), refresh=True)
 
 
-def read_summary(study: Location) -> "Summary":
-    """Sum up a study as it is now. It is read without a lock, and nothing is written.
+def read_summary(place: Location) -> "Summary":
+    """Sum up a study as it is now.
 
     Raises:
         UserError: there is no study, or it is damaged.
     """
-    from raytune_emotion.learn.run_folder import HISTORY
     from raytune_emotion.tuning.report.summary import summarize
-    from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-    from raytune_emotion.tuning.study.records import read_records, study_files
+    from raytune_emotion.tuning.study.open_study import read_study
 
-    with study_files(study, JOURNAL, f"trials/*/{HISTORY}") as folder:
-        spec, trials = read_spec(folder), load_study(folder)
-        return summarize(spec, trials, read_records(folder, trials), study, now=time.time(), name=str(study))
+    with read_study(place) as study:
+        return summarize(study, study.records(), now=time.time(), name=str(place))
 
 
 def _lines(summary: "Summary") -> Group:

@@ -117,14 +117,12 @@ def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
         return _read(folder / "trials" / trial_id / PARAMS)
 
 
-def _best_trial(study: Location) -> str:
+def _best_trial(place: Location) -> str:
     # Imported only now: it takes seconds.
-    from raytune_emotion.learn.run_folder import HISTORY
-    from raytune_emotion.tuning.study.open_study import load
-    from raytune_emotion.tuning.study.optuna_study import JOURNAL
+    from raytune_emotion.tuning.study.open_study import read_study
 
-    with study.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}") as folder:
-        return load(folder).best_trial().trial_id
+    with read_study(place) as study:
+        return study.best_trial().trial_id
 
 
 def run(args: argparse.Namespace) -> None:

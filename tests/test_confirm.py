@@ -210,9 +210,9 @@ def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, t
 def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, monkeypatch):
     folder = study / "confirmed"
 
-    def run_one_epoch(console, study, placement, failure):
-        proposal = searcher_of(study.optuna, study.space, seed=study.spec.seed).ask()
-        with contextlib.closing(train_here(job_of(study, placement.resources, proposal))) as reports:
+    def run_one_epoch(console, run):
+        proposal = searcher_of(run.study.optuna, run.study.space, seed=run.study.spec.seed).ask()
+        with contextlib.closing(train_here(job_of(run.study, run.placement.resources, proposal))) as reports:
             next(reports)
         raise KeyboardInterrupt
 

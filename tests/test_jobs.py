@@ -27,7 +27,7 @@ from ruamel.yaml import YAML
 
 import raytune_emotion
 from raytune_emotion import search
-from raytune_emotion.tuning.execution.ray_metrics import METRICS
+from raytune_emotion.tuning.report.ray_metrics import METRICS
 
 ROOT = Path(raytune_emotion.__file__).parents[1]
 JOBS = ROOT / "jobs"

@@ -761,8 +761,8 @@ def test_data_are_packed_before_a_cluster_is_joined(tmp_path, own_cache, space, 
 def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
     tmp_path, store, space, monkeypatch, capsys, no_plots
 ):
-    def run_one_trial(console, study, placement, **_):
-        run_here(study.with_spec(dataclasses.replace(study.spec, trials=1)))
+    def run_one_trial(console, run, watches):
+        run_here(run.study.with_spec(dataclasses.replace(run.study.spec, trials=1)))
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
@@ -783,8 +783,8 @@ def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
 def test_a_search_that_is_interrupted_before_any_report_says_how_it_goes_on(
     tmp_path, store, space, monkeypatch, capsys, no_plots
 ):
-    def interrupt(console, study, placement, **_):
-        Recorder(study).next()
+    def interrupt(console, run, watches):
+        Recorder(run.study).next()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
@@ -900,7 +900,7 @@ def test_a_study_of_the_quick_space_keeps_the_portfolio_that_it_starts_from(face
     proposed = []
     monkeypatch.setattr(
         "raytune_emotion.tuning.session.console_run.run_study",
-        lambda study, *_, **__: proposed.append(Recorder(study).next()),
+        lambda run: proposed.append(Recorder(run.study).next()),
     )
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
     code, out, err = search_on_cluster("--data", faces, "--trials", 1, "--epochs", 1, "--name", "first", cwd=tmp_path)

@@ -16,9 +16,6 @@ from raytune_emotion.tuning.report.conclusion import conclude
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.report.summary import describe, rate_text, sparkline, summarize
 from raytune_emotion.tuning.study.open_study import load, make_study
-from raytune_emotion.tuning.study.optuna_study import load_study
-from raytune_emotion.tuning.study.records import read_records
-from raytune_emotion.tuning.study.spec import read_spec
 from tests.support.commands import exit_code, refusal
 from tests.support.folders import tree
 from tests.support.studies import run_here, spec_of, write_study
@@ -58,7 +55,7 @@ def json_of(capsys, *argv):
 
 def test_a_finished_study_is_summed_up(finished, capsys):
     told = json_of(capsys, finished)
-    records = read_records(finished, load_study(finished))
+    records = load(finished).records()
     lowest = min(report["val_js"] for record in records for report in record.reports)
     assert list(told) == KEYS
     assert told["finished"] is True
@@ -104,30 +101,26 @@ def test_a_study_at_a_uri_is_read_as_a_folder_is(finished, capsys):
 
 
 def test_a_study_without_an_evaluation_says_so(finished):
-    spec = read_spec(finished)
-    trials = load_study(finished)
-    summary = summarize(spec, trials, [], Folder(finished), now=0.0)
+    summary = summarize(load(finished), [], now=0.0)
     assert describe(summary)[-1] == "best JS     no evaluation yet"
     assert summary.trials_per_hour is None
     assert not summary.finished
 
 
 def test_the_settings_of_the_best_trial_take_few_lines_and_none_is_broken(finished):
-    told = describe(summarize(read_spec(finished), load_study(finished), read_records(finished, load_study(finished)),
-                              Folder(finished), now=0.0))  # fmt: skip
+    study = load(finished)
+    told = describe(summarize(study, study.records(), now=0.0))
     start = next(n for n, line in enumerate(told) if line.startswith("settings    "))
     settings = " ".join(line.removeprefix("settings").strip() for line in told[start:]).split(", ")
-    assert [each.split(" ")[0] for each in settings] == list(read_records(finished, load_study(finished))[0].settings)
+    assert [each.split(" ")[0] for each in settings] == list(study.records()[0].settings)
     assert all(len(each.split(" ")) == 2 for each in settings)
     assert len(told) - start <= 3
     assert max(map(len, told)) <= 100
 
 
 def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
-    spec, trials = read_spec(finished), load_study(finished)
-    records = read_records(finished, trials)
-    now = summarize(spec, trials, records[:2], Folder(finished), now=2e9)
-    later = summarize(spec, trials, records[:2], Folder(finished), now=2e9 + 3600)
+    study = load(finished)
+    now, later = (summarize(study, study.records()[:2], now=seconds) for seconds in (2e9, 2e9 + 3600))
     assert later.trials_per_hour == now.trials_per_hour
     assert later.elapsed_seconds == now.elapsed_seconds + 3600
 
@@ -160,10 +153,10 @@ def test_characters_that_the_terminal_lacks_are_escaped(finished, monkeypatch):
 
 
 def test_a_clock_that_is_behind_makes_no_negative_times(finished):
-    spec, trials = read_spec(finished), load_study(finished)
-    records = read_records(finished, trials)
+    study = load(finished)
+    records = study.records()
     first = min(report["time"] for record in records for report in record.reports)
-    told = summarize(spec, trials, records[:2], Folder(finished), now=first - 3600)
+    told = summarize(study, records[:2], now=first - 3600)
     assert (told.elapsed_seconds, told.seconds_since_evaluation) == (0.0, 0.0)
     assert "time        0 s since the start, last evaluation 0 s ago" in describe(told)
 

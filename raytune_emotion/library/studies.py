@@ -16,12 +16,12 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.model import load_model
-from raytune_emotion.learn.run_folder import BEST, HISTORY
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import Location, location_of
-from raytune_emotion.tuning.study import optuna_study
-from raytune_emotion.tuning.study.records import read_records, study_files, trial_folder, winner
+from raytune_emotion.tuning.study.open_study import read_study
+from raytune_emotion.tuning.study.records import trial_folder, winner
 from raytune_emotion.tuning.study.request import name_study
 from raytune_emotion.tuning.study.spec import StudySpec, spec_of
 from raytune_emotion.tuning.study.tables import curves_of, trials_of
@@ -65,7 +65,7 @@ class Study:
         """
         chosen = self.best["trial_id"] if trial_id is None else trial_id
         check_kept(self.location, chosen)
-        with study_files(self.location, f"trials/{chosen}/{BEST}") as folder:
+        with self.location.copy_here(f"trials/{chosen}/{BEST}") as folder:
             best = read_best(trial_folder(folder, chosen) / BEST)
         config = RunConfig.from_flat(best.settings)
         model = EmotionModel(load_model(best), config.data.classes, config.data.image_size)
@@ -82,11 +82,11 @@ def load_study(path: Place) -> Study:
         UserError: there is no study, or it is damaged.
     """
     location = location_of(path)
-    spec = spec_of(location)
-    with study_files(location, optuna_study.JOURNAL, f"trials/*/{HISTORY}") as folder:
-        records = read_records(folder, optuna_study.load_study(folder))
+    spec_of(location)  # whose sentence names the nearest study, where there is none
+    with read_study(location) as study:
+        records = study.records()
     best = winner(records)
-    return Study(location, spec, trials_of(records), curves_of(records), best.trial_id if best else None)
+    return Study(location, study.spec, trials_of(records), curves_of(records), best.trial_id if best else None)
 
 
 def search(

@@ -24,7 +24,7 @@ from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.tables import TRIALS
 from tests.support.cluster import RUN_SPACE, held_resources, joined_session
@@ -103,7 +103,7 @@ def test_a_trial_at_a_uri_goes_on_with_several_workers_and_one_that_they_cannot_
     space = RUN_SPACE | {"train.batch_size": {"choice": [32, 1]}, "start": start}
     folder = begin_study(tmp_path / "study", store, space=space, trials=2, epochs=3, seed=2)
     job, before = break_off(folder, uri, tmp_path)
-    run_study(load(folder, Remote(uri)), Placement(Resources(2, 1.0, 0.0), 1, limit=1))
+    run_study(StudyRun(load(folder, Remote(uri)), Placement(Resources(2, 1.0, 0.0), 1, limit=1)))
     record, refused = load(folder).records()
     assert refused.status == "failed"
     assert refused.reason.startswith(

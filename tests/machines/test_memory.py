@@ -11,7 +11,7 @@ import pytest
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.studies import spec_of
 
@@ -43,7 +43,8 @@ def test_a_study_outlives_what_the_memory_monitor_kills(study):
 def _run_without_memory(folder):
     settings = {"memory_usage_threshold": 0.01, "memory_monitor_refresh_ms": 100}
     with ray_session(None, dashboard=False, num_cpus=1, _system_config=settings):
-        (record,) = run_study(load(folder), Placement(Resources(1, 1.0, 0.0), 1, limit=1))
+        run_study(StudyRun(load(folder), Placement(Resources(1, 1.0, 0.0), 1, limit=1)))
+    (record,) = load(folder).records()
     print(f"{record.status}: {record.reason}")
 
 

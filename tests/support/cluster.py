@@ -27,13 +27,13 @@ def trials_in_this_process():
     from raytune_emotion.tuning.session import console_run
     from tests.support.studies import run_here
 
-    def run_study(study, place, *, watch, **_):
-        return run_here(study, place.resources, watch)
+    def run_study(run):
+        run_here(run.study, run.placement.resources, run.watch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "ray_session", joined_session)
         patch.setattr(cluster_nodes, "fit_to_cluster", functools.partial(placement.fit, [{"CPU": 2.0}], "the cluster"))
-        patch.setattr(console_run, "study_metrics", lambda study: contextlib.nullcontext(lambda event: None))
+        patch.setattr(console_run, "study_metrics", lambda progress: contextlib.nullcontext())
         patch.setattr(console_run, "run_study", run_study)
         yield
 

@@ -17,6 +17,7 @@ from raytune_emotion.tuning.execution.job import Job, job_of, train_here
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.policy.decisions import FORECAST
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.objective import JS_ALONE
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.space.parser import load_space
@@ -156,8 +157,6 @@ def train(folder, trial_id, js, *, epochs=3, time=0.0):
 
 def searcher_of(study, space, *, seed=0, scheduler="none", objective=JS_ALONE, epochs=4, earlier=()):
     """Make what asks an Optuna study for trials, as the recorder of a study makes it."""
-    policy = make_policy(
-        space, scheduler=scheduler, epochs=epochs, reports=epochs, seed=seed, objective=objective, earlier=earlier
-    )
-    sampler = make_sampler_of(space, FORECAST, seed=seed, objective=objective, earlier=earlier, reports=epochs)
+    inputs = PolicyInputs(space, epochs, epochs, seed, objective, earlier)
+    policy, sampler = make_policy(inputs, scheduler=scheduler), make_sampler_of(inputs, FORECAST)
     return Searcher(study, space, policy, sampler=sampler, cost=objective.cost)

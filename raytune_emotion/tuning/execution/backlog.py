@@ -22,8 +22,8 @@ class Backlog:
     def __init__(self, study: OpenStudy, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin without knowing of any trial."""
         self._study, self._clock = study, clock
-        self.running: dict[str, Proposal] = {}  # by this driver
-        self.queue: deque[str] = deque()  # trials that ran, and go on in this driver
+        self._running: dict[str, Proposal] = {}  # by this driver
+        self._queue: deque[str] = deque()  # trials that ran, and go on in this driver
         self._begun = 0  # trials that were ever asked for
         self._elsewhere = 0  # trials that other drivers run
         self._paused: dict[str, int] = {}  # bytes of their checkpoints, 0 for one that is not on this machine
@@ -40,7 +40,7 @@ class Backlog:
             Other trials that have ended, and those that nobody runs any more.
         """
         trials = list_trials(self._study.optuna)
-        known = {*self.running, *self.queue, *ended}
+        known = {*self._running, *self._queue, *ended}
         others = [trial for trial in trials if trial.trial_id not in known and trial.status != "paused"]
         running = [trial for trial in others if trial.status == "running"]
         gone = self._study.drivers.abandoned({trial.driver for trial in running})
@@ -66,16 +66,17 @@ class Backlog:
 
     @property
     def _rests(self) -> bool:
-        return not self.running and not self.queue and self._idle
+        return not self._running and not self._queue and self._idle
+
+    @property
+    def has_queue(self) -> bool:
+        """Tell whether a trial that ran waits to go on in this driver."""
+        return bool(self._queue)
 
     @property
     def may_ask(self) -> bool:
         """Tell whether there may be something to run."""
-        return bool(self.queue) or not self._idle or (self._elsewhere > 0 and self._clock() >= self._ask_again)
-
-    def wake(self) -> None:
-        """Note that something has happened here."""
-        self._idle = False
+        return self.has_queue or not self._idle or (self._elsewhere > 0 and self._clock() >= self._ask_again)
 
     @property
     def limits(self) -> Limits:
@@ -84,29 +85,54 @@ class Backlog:
         most = min(PAUSED_TRIALS, max(1, PAUSED_BYTES // largest)) if largest else PAUSED_TRIALS
         return Limits(new=self._begun < self._study.spec.trials, paused=most)
 
-    def count(self) -> int:
+    def count_open(self) -> int:
         """Return how many trials could run here at once, if there were room for all: none of them has ended."""
-        begun = len(self.running) + len(self.queue) + len(self._paused)
+        begun = len(self._running) + len(self._queue) + len(self._paused)
         return begun + max(0, self._study.spec.trials - self._begun)
+
+    def requeue(self, trial_id: str) -> None:
+        """Have a trial that nobody runs any more go on in this driver, after those that wait already."""
+        self._queue.append(trial_id)
 
     def give_back(self, trial_id: str) -> None:
         """Have a running trial go on in another process of this driver, before any other."""
-        self.queue.appendleft(self.running.pop(trial_id).trial_id)
+        del self._running[trial_id]
+        self._queue.appendleft(trial_id)
 
-    def take_in(self, answer: Proposal | None) -> None:
-        """Note what there is to run; None: nothing for now."""
+    def take(self) -> str | None:
+        """Take the first trial from the queue; None where it is empty."""
+        return self._queue.popleft() if self._queue else None
+
+    def note_answer(self, answer: Proposal | None) -> None:
+        """Note what the policy has to run; None: nothing for now."""
         if answer is None:
             self._idle, self._ask_again = True, self._clock() + _ASK_AGAIN_S
             return
         self._begun = max(self._begun, int(answer.trial_id) + 1)
         self._paused.pop(answer.trial_id, None)
 
+    def start(self, proposal: Proposal) -> None:
+        """Note that a trial runs here."""
+        self._running[proposal.trial_id] = proposal
+
+    def proposal_of(self, trial_id: str) -> Proposal:
+        """Return what a trial that runs here was begun with."""
+        return self._running[trial_id]
+
+    def wake(self) -> None:
+        """Note that something has happened here, so that the policy may have something to run."""
+        self._idle = False
+
     def pause(self, trial_id: str) -> None:
         """Note that a trial was paused."""
+        self.wake()
+        self._running.pop(trial_id, None)
         self._paused[trial_id] = self._size(trial_id)
 
     def end(self, trial_id: str) -> None:
         """Note that a trial has ended."""
+        self.wake()
+        self._running.pop(trial_id, None)
         self._paused.pop(trial_id, None)
 
     def paused(self) -> list[str]:

@@ -1,12 +1,10 @@
 """Keep the gain that is expected of a study's further training, and tell when it is too little."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from raytune_emotion.tuning.policy.decisions import Gain
-from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gain import GainForecast
-from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 #: Share of the driver's time in which the expected gain is computed, at most.
@@ -18,9 +16,8 @@ class GainWatch:
 
     def __init__(
         self,
-        study: OpenStudy,
         searcher: Searcher,
-        earlier: Sequence[Forecast],
+        forecast: GainForecast | None,
         *,
         until: float | None,
         clock: Callable[[], float],
@@ -28,19 +25,13 @@ class GainWatch:
         """Begin without a gain.
 
         Args:
-            study: that runs.
             searcher: keeps the gain in the study.
-            earlier: what other studies say of configurations.
+            forecast: expects the gain; None where none is known, as in a confirmation.
             until: bits per hour; less than that is too little. None: any gain will do.
             clock: tells the time in seconds.
         """
-        spec = study.spec
-        forecast = GainForecast(
-            study.space, reports=study.reports, seed=spec.seed, objective=study.objective, earlier=earlier
-        )
-        # A confirmation chooses nothing.
-        self._forecast = forecast if spec.confirms is None else None
-        self._searcher, self._until, self._clock, self._due = searcher, until, clock, -math.inf
+        self._searcher, self._forecast = searcher, forecast
+        self._until, self._clock, self._due = until, clock, -math.inf
         self.value: Gain | None = None  # None where it is not known
 
     def update(self) -> None:

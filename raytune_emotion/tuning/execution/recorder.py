@@ -7,7 +7,7 @@ else writes the record of a running study.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,8 +17,9 @@ from raytune_emotion.learn.report import Heard
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
-from raytune_emotion.tuning.policy.decisions import Gain, Prune
-from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.decisions import Decision, Gain, Prune
+from raytune_emotion.tuning.policy.gain import GainForecast
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
@@ -46,6 +47,8 @@ MAX_FAILURES_IN_A_ROW = 10
 
 _STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
 
+#: What a decision of the policy makes of a trial.
+_ENDINGS: dict[Decision, Ending | None] = {"go on": None, "pause": Paused(), "stop": Pruned()}
 _STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "failed", Paused: "paused"}
 
 
@@ -88,13 +91,12 @@ class Recorder:
     ) -> None:
         """Take up the record where it was left. No trial begins once less than `until_gain` is expected."""
         self._study, self._watch = study, watch
-        earlier = read_earlier(study.folder)
+        inputs = _inputs_of(study)
         self._tables, self._weights = Tables(study), _Weights(study)
-        self._searcher = _searcher_of(study, earlier)
-        self.gain = GainWatch(study, self._searcher, earlier, until=until_gain, clock=clock)
-        self._failures = 0  # in a row, of the trials that ended last
-        self.backlog = Backlog(study, clock)
-        self._closed = False
+        self._searcher = _searcher_of(study, inputs)
+        self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
+        self._backlog = Backlog(study, clock)
+        self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self._lock = threading.RLock()
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
@@ -105,25 +107,24 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
             # The spec comes last: where it is, there is a study.
-            there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
-            self._study.copy.claim([JOURNAL, *there, SPEC])
+            self._study.copy.claim(name for name in (JOURNAL, EARLIER, SPEC) if (self._study.folder / name).exists())
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
             self._look_around(self._searcher.replay(records))
-        self.gain.update()
+        self._gain.update()
 
     def _look_around(self, stopped: Collection[str] | None = None) -> None:
         """Take in what other drivers have ended. Queue what nobody runs: at the start all of it, later one trial."""
         self._searcher.finish_asking()
-        ended_elsewhere, abandoned = self.backlog.look({record.trial_id for record in self._tables.ended})
+        ended_elsewhere, abandoned = self._backlog.look({record.trial_id for record in self._tables.ended})
         for trial in ended_elsewhere:
             record = self._tables.add(trial.trial_id)
             self._searcher.replay([record])
-            self._watch(_event_elsewhere(trial, record, self.gain.value))
+            self._watch(_event_elsewhere(trial, record, self._gain.value))
         if ended_elsewhere:
             self._weights.delete_needless(self._tables.ended)
         for trial in abandoned:
-            if stopped is not None or not self.backlog.queue:
+            if stopped is not None or not self._backlog.has_queue:
                 record = self._study.record(trial.trial_id)
                 stops = self._searcher.replay([record]) if stopped is None else stopped
                 self._take_up_trial(record, stopped=trial.trial_id in stops)
@@ -132,16 +133,29 @@ class Recorder:
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
-        ending = _unrecorded_ending(record, stopped=stopped)
-        if ending is not None:
+        if (ending := _unrecorded_ending(record, stopped=stopped)) is not None:
             self._end(proposal, ending, record.reports[-1])
         else:
-            self.backlog.queue.append(record.trial_id)
+            self._backlog.requeue(record.trial_id)
 
     @property
     def is_over(self) -> bool:
         """Tell whether no trial runs, and none is left to run now."""
-        return bool(self.broken) or self._closed or self.backlog.is_over
+        return bool(self.broken) or self._closed or self._backlog.is_over
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether nothing is to be done here until other drivers leave something."""
+        return self._backlog.waits
+
+    @property
+    def shortfall(self) -> str:
+        """Say that further training is expected to bring too little; empty while it is enough, or not known."""
+        return self._gain.shortfall
+
+    def count_open(self) -> int:
+        """Return how many trials could run here at once, if there were room for all."""
+        return self._backlog.count_open()
 
     def next(self) -> Proposal | None:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
@@ -149,15 +163,15 @@ class Recorder:
 
     def report(self, trial_id: str, report: Heard) -> bool:
         """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
-        return self._run_or_break(lambda: self._report(self.backlog.running[trial_id], report), False)
+        return self._run_or_break(lambda: self._report(self._backlog.proposal_of(trial_id), report), False)
 
     def end(self, trial_id: str, ending: Failed | Broken) -> None:
         """Record that a trial ended without a report."""
-        self._run_or_break(lambda: self._end(self.backlog.running[trial_id], ending, None), None)
+        self._run_or_break(lambda: self._end(self._backlog.proposal_of(trial_id), ending, None), None)
 
     def give_back(self, trial_id: str) -> None:
         """Have a running trial go on in another process: it is the next one that `next` returns."""
-        self._run_or_break(lambda: self.backlog.give_back(trial_id), None)
+        self._run_or_break(lambda: self._backlog.give_back(trial_id), None)
 
     def write_in_time(self) -> None:
         """Write the tables if they lack an ending, unless they were written just now."""
@@ -203,14 +217,11 @@ class Recorder:
                 return otherwise
 
     def _next(self) -> Proposal | None:
-        if self.gain.shortfall:
-            return None
-        proposal = self._ask() if self.backlog.may_ask else None
-        if proposal is None:
+        if self.shortfall or not self._backlog.may_ask or (proposal := self._ask()) is None:
             return None
         self._study.copy.push(JOURNAL)
         why_anew = _take_over(self._study, self._searcher, proposal)
-        self.backlog.running[proposal.trial_id] = proposal
+        self._backlog.start(proposal)
         self._watch(Event(proposal, "running", None, why_anew))
         return proposal
 
@@ -219,17 +230,20 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             if self._study.drivers.own is not None:
                 self._look_around()
-            if self.backlog.queue:
-                return self._searcher.resume(self.backlog.queue.popleft())
-            while isinstance(answer := self._searcher.ask(self.backlog.limits), Prune):
+            if (waiting := self._backlog.take()) is not None:
+                return self._searcher.resume(waiting)
+            while isinstance(answer := self._searcher.ask(self._backlog.limits), Prune):
                 self._end(self._searcher.resume(trial_id_of(answer.number), to_train=False), Pruned(), None)
-        self.backlog.take_in(answer)
+        self._backlog.note_answer(answer)
         return answer
 
     def _report(self, proposal: Proposal, report: Heard) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
-        self.backlog.wake()
-        ending = self._ending_of(proposal.trial_id, report, new=new)
+        self._backlog.wake()
+        # A report that is heard twice, as after the death of a process, decides nothing.
+        asks = new and not report["finished"]
+        decision = self._searcher.decide(proposal.trial_id, report, self._backlog.limits) if asks else "go on"
+        ending = Complete() if report["finished"] else _ENDINGS[decision]
         if ending is not None:
             self._end(proposal, ending, report)
         else:
@@ -237,36 +251,25 @@ class Recorder:
             self._watch(Event(proposal, "running", report, _STARTS_ANEW if anew else ""))
         return ending is None
 
-    def _ending_of(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
-        """Decide how a trial ends by a report, if it does."""
-        if report["finished"]:
-            return Complete()
-        # A report that is heard twice, as after the death of a process, decides nothing.
-        decision = self._searcher.decide(trial_id, report, self.backlog.limits) if new else "go on"
-        return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
-
     def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
         """Record an ending: the one place that does."""
         trial_id = proposal.trial_id
-        self.backlog.wake()
         if isinstance(ending, Broken):
             # Not told to Optuna: the trial goes on when the study does.
-            self.backlog.running.pop(trial_id, None)
             raise _StudyEnds(ending.reason)
         status, reason = _STATUS[type(ending)], getattr(ending, "reason", "")
         if isinstance(ending, Paused):
             assert report is not None
             self._searcher.pause(trial_id, report["seconds"])
-            self.backlog.pause(trial_id)
+            self._backlog.pause(trial_id)
         else:
-            self.backlog.end(trial_id)
+            self._backlog.end(trial_id)
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
-        self.gain.update()
+        self._gain.update()
         self._study.copy.push(JOURNAL)
         self._weights.delete_needless(self._tables.ended)
-        self.backlog.running.pop(trial_id, None)
-        self._watch(Event(proposal, status, report, reason, self.gain.value))
+        self._watch(Event(proposal, status, report, reason, self._gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
@@ -274,7 +277,7 @@ class Recorder:
     def _prune_paused(self) -> None:
         with self._study.drivers.turn("trials"):
             self._look_around()  # another driver may have come meanwhile
-            for trial_id in self.backlog.paused():
+            for trial_id in self._backlog.paused():
                 self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
 
 
@@ -347,22 +350,22 @@ def _reason(error: Exception, study: OpenStudy) -> str:
     return str(error) if isinstance(error, Breakdown) else f"{type(error).__name__}: {error}"
 
 
-def _searcher_of(study: OpenStudy, earlier: Sequence[Forecast]) -> Searcher:
-    """Make what decides about a study's trials, from what its folder says."""
-    spec, confirms = study.spec, study.spec.confirms is not None
-    policy = make_policy(
-        study.space,
-        sampler=spec.sampler,
-        # A confirmation runs each configuration to its end.
-        scheduler="none" if confirms else spec.scheduler,
-        epochs=spec.epochs,
-        reports=study.reports,
-        seed=spec.seed,
-        objective=study.objective,
-        earlier=earlier,
-    )
-    sampler = make_sampler_of(
-        study.space, spec.sampler, seed=spec.seed, objective=study.objective, earlier=earlier, reports=study.reports
-    )
+def _inputs_of(study: OpenStudy) -> PolicyInputs:
+    """Read what the policy of a study is made of."""
+    spec, earlier = study.spec, read_earlier(study.folder)
+    return PolicyInputs(study.space, spec.epochs, study.reports, spec.seed, study.objective, earlier)
+
+
+def _gain_forecast_of(study: OpenStudy, inputs: PolicyInputs) -> GainForecast | None:
+    """Make what expects the gain of further training; None for a confirmation, which chooses nothing."""
+    return GainForecast(inputs) if study.spec.confirms is None else None
+
+
+def _searcher_of(study: OpenStudy, inputs: PolicyInputs) -> Searcher:
+    """Make what decides about a study's trials."""
+    # A confirmation runs each configuration to its end.
+    scheduler = study.spec.scheduler if study.spec.confirms is None else "none"
+    policy = make_policy(inputs, sampler=study.spec.sampler, scheduler=scheduler)
+    sampler = make_sampler_of(inputs, study.spec.sampler)
     cost, driver = study.objective.cost, study.drivers.own
     return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=cost, driver=driver)

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -28,7 +29,6 @@ from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches, Waiting
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.records import TrialRecord
 
 #: Between two looks at whether Ray Tune has ended, the cluster lives, and the time is over.
 _LOOK_S = 0.2
@@ -38,92 +38,76 @@ _END_OF_DEAD_S = 1.0
 _WAITS_FOR_OTHERS = "waiting for the trials that other drivers run; what they leave is taken up here"
 
 
-def run_study(
-    study: OpenStudy,
-    placement: Placement,
-    *,
-    time_budget: timedelta | None = None,
-    until_gain: float | None = None,
-    watch: Watch = lambda event: None,
-    say: Callable[[str], None] = lambda text: None,
-    failure: Callable[[], str] = lambda: "",
-) -> list[TrialRecord]:
+@dataclass(frozen=True)
+class StudyRun:
+    """What is run of a study: where, until when, and who hears of it."""
+
+    #: With this process as its driver. Of a study at another location, nothing that it needs is in the folder alone
+    #: while a trial runs: the record is there at every beginning and ending of one.
+    study: OpenStudy
+    placement: Placement  # of its trials
+    time_budget: timedelta | None = None  # after which the study is left as it is then
+    until_gain: float | None = None  # bits per hour; the study is left once less is expected of further training
+    watch: Watch = lambda event: None  # hears of all that happens to trials
+    say: Callable[[str], None] = lambda text: None  # tells the user why nothing happens
+    failure: Callable[[], str] = lambda: ""  # says what of the cluster has died; empty while it lives
+
+
+def run_study(run: StudyRun) -> None:
     """Run what is left to run of a study.
 
     Trials that have ended stay as they are; those that had begun go on from their checkpoints; new ones are asked for
-    until the study has as many as its spec says.
-
-    Args:
-        study: whose driver this process is. With a remote copy, nothing that the study needs is in the folder alone
-            while a trial runs: the record is there at every beginning and ending of one.
-        placement: of its trials.
-        time_budget: after which the study is left as it is then.
-        until_gain: bits per hour; the study is left as it is once less than that is expected of further training.
-        watch: hears of all that happens to trials.
-        say: tells the user why nothing happens.
-        failure: says what of the cluster has died; empty while it lives.
-
-    Returns:
-        All trials. Some are still `running` where the study is out of time, or further training brings too little.
-        They are fewer than asked for where it is so, or where the space has no more configurations.
+    until the study has as many as its spec says, or its space as many as it has configurations.
 
     Raises:
         ClusterLost: the cluster has died.
         Breakdown: the record cannot be written, or one trial after the other has failed.
         KeyboardInterrupt: all until then is recorded.
     """
-    recorder = Recorder(study, watch, until_gain=until_gain)
+    recorder = Recorder(run.study, run.watch, until_gain=run.until_gain)
     try:
         if not recorder.broken:
-            _run(recorder, study, placement, time_budget, say, failure)
+            _run(recorder, run)
     finally:
         recorder.close()
-    return study.records()
 
 
-def _run(
-    recorder: Recorder,
-    study: OpenStudy,
-    placement: Placement,
-    time_budget: timedelta | None,
-    say: Callable[[str], None],
-    failure: Callable[[], str],
-) -> None:
+def _run(recorder: Recorder, run: StudyRun) -> None:
     """Have Ray Tune run trials in a thread of its own, until it has no more, or has to stop.
 
     So this thread hears signals, and sees when the cluster has died: Ray Tune then waits for ever.
     """
     stop, errors = threading.Event(), list[BaseException]()
-    deadline = time.monotonic() + time_budget.total_seconds() if time_budget else float("inf")
+    deadline = time.monotonic() + run.time_budget.total_seconds() if run.time_budget else float("inf")
     # Ray Tune may still write into it when it is left.
     with scratch_folder() as scratch:
 
         def tune_trials() -> None:
             try:
-                _tune(recorder, study, placement, stop, say, str(scratch))
+                _tune(recorder, run, stop, str(scratch))
             except BaseException as error:  # else the study would seem to be over
                 errors.append(error)
 
         ended = run_in_thread("tune", tune_trials)
         try:
-            while not ended.is_set() and time.monotonic() < deadline and not recorder.gain.shortfall:
-                if lost := failure():
-                    raise _cluster_lost(lost, study)
+            while not ended.is_set() and time.monotonic() < deadline and not recorder.shortfall:
+                if lost := run.failure():
+                    raise _cluster_lost(lost, run.study)
                 check_interrupted()
                 recorder.check()
                 ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
-                say("the time budget is spent: trials that run are left as they are")
-            elif recorder.gain.shortfall:
-                say(recorder.gain.shortfall)
+                run.say("the time budget is spent: trials that run are left as they are")
+            elif recorder.shortfall:
+                run.say(recorder.shortfall)
         finally:
             stop.set()
             # It must not be inside Ray when this process leaves Ray, which would crash.
-            ended.wait(_END_OF_DEAD_S if failure() else _END_S)
+            ended.wait(_END_OF_DEAD_S if run.failure() else _END_S)
         if errors and not recorder.broken:
             of_ray = isinstance(errors[0], RayError | ConnectionError)
-            if lost := failure() or (first_line(errors[0]) if of_ray else ""):
-                raise _cluster_lost(lost, study) from errors[0]
+            if lost := run.failure() or (first_line(errors[0]) if of_ray else ""):
+                raise _cluster_lost(lost, run.study) from errors[0]
             raise errors[0]
 
 
@@ -132,23 +116,17 @@ def _cluster_lost(what: str, study: OpenStudy) -> ClusterLost:
     return ClusterLost(f"{what}; the study can be resumed: {place}")
 
 
-def _tune(
-    recorder: Recorder,
-    study: OpenStudy,
-    placement: Placement,
-    stop: threading.Event,
-    say: Callable[[str], None],
-    scratch: str,
-) -> None:
-    room = Capacity(placement, recorder.backlog.count, say)
-    waiting = Waiting(lambda: say(_WAITS_FOR_OTHERS if recorder.backlog.waits else room.shortage()))
+def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str) -> None:
+    study, resources = run.study, run.placement.resources
+    room = Capacity(run.placement, recorder.count_open, run.say)
+    waiting = Waiting(lambda: run.say(_WAITS_FOR_OTHERS if recorder.waits else room.shortage()))
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
-    search = Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop)
+    search = Search(recorder, partial(job_of, study, resources), room, waiting, stop)
     with contextlib.closing(room), environment(pending), patch_tune():
         # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
         tune.run(
-            _trainable(placement.resources),
+            _trainable(resources),
             name=study.folder.name,
             search_alg=search,
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]

@@ -76,14 +76,14 @@ class Search(SearchAlgorithm):
         # Asked no earlier than a place is free: the policy then knows all that has ended until now. Where nothing is
         # left, it is asked without a place, too, and says so: a cluster may have shrunk to none.
         full = len(self._running) >= self._room()
-        if self.is_finished() or (full and (self._running or self._recorder.backlog.count())):
+        if self.is_finished() or (full and (self._running or self._recorder.count_open())):
             if not self._running:
                 # Tune asks again and again, and does nothing else, while there is no trial.
                 self._waiting.look(runs=False)
             return None
         proposal = self._recorder.next()
         if proposal is None:
-            if self._recorder.backlog.waits:
+            if self._recorder.waits:
                 self._waiting.look(runs=False)
             return None
         trial_id = proposal.trial_id

@@ -12,7 +12,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FixedTrial, FrozenTrial
 
 from raytune_emotion.storage.json_text import is_number
-from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.encoding import (
     Column,
     Columns,
@@ -23,6 +22,7 @@ from raytune_emotion.tuning.policy.encoding import (
     unit_of,
     values_at,
 )
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.space.space import Fixed, Simplex, Space
 
 #: Candidates drawn at random, and as many that change one of the best trials.

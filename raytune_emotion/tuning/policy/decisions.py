@@ -14,13 +14,11 @@ it is on disk before a decision takes effect: a study that was interrupted, or k
 that ran when it broke off are taken up before anything is asked.
 """
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from raytune_emotion.learn.report import Heard, Report
 
@@ -31,15 +29,6 @@ ASHA = "asha"
 SCHEDULERS = (FREEZE_THAW, ASHA, "hyperband", "median", "none")
 #: Samplers that learn from trials that have ended alone: of those that are paused, few have for long.
 LEARN_FROM_ENDED = ("tpe", "gp", "cmaes")
-
-#: Attributes of an Optuna trial: its configuration by dotted path; its cost, where one counts; whether it is paused,
-#: for which Optuna has no state but `RUNNING`; the seconds it had trained at the report by which it last paused or
-#: ended; how often it was taken up to train; the driver that runs it, where a study has several.
-SETTINGS, COST, PAUSED, SECONDS, TAKEN_UP, DRIVER = "settings", "cost", "paused", "seconds", "taken_up", "driver"
-#: And whether it is a start point of the study's space.
-START = "start"
-#: Attribute of an Optuna study: the expected further gain, as bits and seconds.
-GAIN = "expected_gain"
 
 #: What becomes of a running trial after a report.
 Decision = Literal["go on", "pause", "stop"]
@@ -130,39 +119,3 @@ class Policy(Protocol):
 def default_scheduler(sampler: str) -> str:
     """Return the scheduler of a study with this sampler where none is named."""
     return ASHA if sampler in LEARN_FROM_ENDED else FREEZE_THAW
-
-
-def is_running(trial: FrozenTrial) -> bool:
-    """Tell whether a trial trains now."""
-    return trial.state == TrialState.RUNNING and not trial.user_attrs.get(PAUSED)
-
-
-def is_paused(trial: FrozenTrial) -> bool:
-    """Tell whether a trial has left its process, and can be taken up again."""
-    return trial.state == TrialState.RUNNING and bool(trial.user_attrs.get(PAUSED))
-
-
-def count_reports(trial: FrozenTrial) -> int:
-    """Return the number of a trial's last report; 0 before the first."""
-    return max(trial.intermediate_values, default=0)
-
-
-def reports_left(trial: FrozenTrial, reports: int) -> int:
-    """Return how many of the reports of a whole trial are left to one that has not ended: at least one."""
-    return max(1, reports - count_reports(trial))
-
-
-def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
-    """Return a trial as it would be recorded if it paused now, after seconds of training where they are known.
-
-    What is recorded of a trial that runs are the seconds until it last paused, and it has reported since.
-    """
-    paused = copy.copy(trial)
-    known = {name: value for name, value in trial.user_attrs.items() if name != SECONDS}
-    paused.user_attrs = {**known, PAUSED: True, **({} if seconds is None else {SECONDS: seconds})}
-    return paused
-
-
-def best_js(trial: FrozenTrial) -> float:
-    """Return the lowest validation JS that a trial has reported, bits; infinite where it has not."""
-    return min(trial.intermediate_values.values(), default=math.inf)

@@ -26,28 +26,20 @@ from scipy.special import ndtr
 
 from raytune_emotion.learn.report import Heard
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
-from raytune_emotion.tuning.policy.decisions import (
+from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Prune, Recorded, TakeUp
+from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
+from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
+from raytune_emotion.tuning.policy.trial_attributes import (
     SECONDS,
     START,
     TAKEN_UP,
-    Answer,
-    Begin,
-    Decision,
-    Limits,
-    Prune,
-    Recorded,
-    TakeUp,
     as_paused,
     count_reports,
     is_paused,
     is_running,
     reports_left,
 )
-from raytune_emotion.tuning.policy.forecast import Forecast
-from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
-from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
-from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
-from raytune_emotion.tuning.space.space import Space
 
 #: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
 _FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
@@ -94,13 +86,8 @@ class FreezeThaw:
 
     def __init__(
         self,
-        space: Space,
+        inputs: PolicyInputs,
         *,
-        epochs: float,
-        reports: int,
-        seed: int,
-        objective: Objective = JS_ALONE,
-        earlier: Sequence[Forecast] = (),
         proposes: bool = True,
         take_up_s: float = TAKE_UP_S,
         draw: Draw = draw_candidates,
@@ -108,24 +95,19 @@ class FreezeThaw:
         """Make a policy.
 
         Args:
-            space: of the study.
-            epochs: of a trial that is trained to its end.
-            reports: of such a trial.
-            seed: of the study.
-            objective: of the study.
-            earlier: what other studies say of configurations.
+            inputs: of the study.
             proposes: whether the most promising new configuration is begun; if not, the study's own sampler draws it.
             take_up_s: what it costs to take up a trial, in seconds.
             draw: draws the candidates for a new trial.
         """
-        self._domain, self._seed, self._earlier = domain_of(space), seed, earlier
-        self._aim = Aim(objective, reports=reports)
+        self._domain, self._seed, self._earlier = domain_of(inputs.space), inputs.seed, inputs.earlier
+        self._aim = Aim(inputs.objective, reports=inputs.reports)
         self._proposes, self._draw, self._take_up_s = proposes, draw, take_up_s
-        ends = stretch_ends(reports)
-        self._ends = [end / reports * epochs for end in ends]
-        self._first = ends[0] if ends else reports
+        self._reports = inputs.reports
+        ends = stretch_ends(self._reports)
+        self._ends = [end / self._reports * inputs.epochs for end in ends]
+        self._first = ends[0] if ends else self._reports
         self._new_share = max(_NEW_SHARE * (len(ends) + 1), _LEAST_NEW_SHARE)
-        self._reports = reports
         self._plan: tuple[object, _Plan | None] = (None, None)
 
     def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:

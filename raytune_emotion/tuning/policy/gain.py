@@ -7,38 +7,21 @@ import numpy as np
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import SECONDS, Gain, as_paused, count_reports, is_running, reports_left
-from raytune_emotion.tuning.policy.forecast import Forecast
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
-from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
-from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.policy.trial_attributes import SECONDS, as_paused, count_reports, is_running, reports_left
 
 
 class GainForecast:
     """Expect the further gain of a study, whatever its sampler and scheduler are."""
 
-    def __init__(
-        self,
-        space: Space,
-        *,
-        reports: int,
-        seed: int,
-        objective: Objective = JS_ALONE,
-        earlier: Sequence[Forecast] = (),
-    ) -> None:
-        """Make what expects a gain.
-
-        Args:
-            space: of the study.
-            reports: of a trial that is trained to its end.
-            seed: of the study.
-            objective: of the study; of a front no gain is known.
-            earlier: what other studies say of configurations.
-        """
-        self._space, self._domain = space, domain_of(space)
-        self._reports, self._seed, self._earlier = reports, seed, earlier
-        self._aim, self._front = Aim(objective, reports=reports), objective.front
+    def __init__(self, inputs: PolicyInputs) -> None:
+        """Make what expects the gain of a study."""
+        self._space, self._domain = inputs.space, domain_of(inputs.space)
+        self._reports, self._seed, self._earlier = inputs.reports, inputs.seed, inputs.earlier
+        self._aim, self._front = Aim(inputs.objective, reports=inputs.reports), inputs.objective.front
 
     def __call__(self, past: Sequence[FrozenTrial]) -> Gain | None:
         """Return the gain of the best that can be trained next: a trial that has not ended, or a new configuration.

@@ -16,11 +16,11 @@ from raytune_emotion.tuning.policy.acquisition import (
     log_expected_improvement,
 )
 from raytune_emotion.tuning.policy.candidates import Domain, Params, draw_candidates, first_untried, row_of
-from raytune_emotion.tuning.policy.decisions import COST, SECONDS, count_reports, is_running
 from raytune_emotion.tuning.policy.encoding import Configurations
 from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
 from raytune_emotion.tuning.policy.gaussian_process import Floats, Kernel, Posterior
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective, pareto_front
+from raytune_emotion.tuning.policy.trial_attributes import COST, SECONDS, count_reports, is_running
 
 #: Trials that begin before any is modelled.
 STARTUP = 4

@@ -18,9 +18,8 @@ from raytune_emotion.tuning.policy.decisions import (
     Policy,
     Recorded,
 )
-from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
-from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.sampler import ForecastSampler, make_sampler
 from raytune_emotion.tuning.policy.scheduler import STOPPING, Scheduler, replay
 from raytune_emotion.tuning.space.space import Space
@@ -44,53 +43,22 @@ class BeginAndStop:
         return replay(self._scheduler, trials)
 
 
-def make_sampler_of(
-    space: Space,
-    name: str,
-    *,
-    seed: int,
-    objective: Objective = JS_ALONE,
-    earlier: Sequence[Forecast] = (),
-    reports: int = 1,
-) -> Callable[[int], BaseSampler]:
-    """Return what makes the sampler of a trial by its number; for the arguments see `make_policy`."""
+def make_sampler_of(inputs: PolicyInputs, name: str) -> Callable[[int], BaseSampler]:
+    """Return what makes the sampler of a trial by its number; the name is one of `SAMPLERS`."""
     if name != FORECAST:
-        return functools.partial(make_sampler, name, seed)
-    sampler = ForecastSampler(space, seed=seed, objective=objective, earlier=earlier, reports=reports)
+        return functools.partial(make_sampler, name, inputs.seed)
+    sampler = ForecastSampler(
+        inputs.space,
+        seed=inputs.seed,
+        objective=inputs.objective,
+        earlier=inputs.earlier,
+        reports=inputs.reports,
+    )
     return lambda number: sampler
 
 
-def make_policy(
-    space: Space,
-    *,
-    sampler: str = FORECAST,
-    scheduler: str = FREEZE_THAW,
-    epochs: float,
-    reports: int,
-    seed: int,
-    objective: Objective = JS_ALONE,
-    earlier: Sequence[Forecast] = (),
-) -> Policy:
-    """Make what decides about a study's trials.
-
-    Args:
-        space: of the study.
-        sampler: its name, of `SAMPLERS`.
-        scheduler: its name, of `SCHEDULERS`.
-        epochs: of a trial that is trained to its end.
-        reports: of such a trial.
-        seed: of the study.
-        objective: of the study.
-        earlier: what other studies say of configurations.
-    """
+def make_policy(inputs: PolicyInputs, *, sampler: str = FORECAST, scheduler: str = FREEZE_THAW) -> Policy:
+    """Make what decides about a study's trials, by the names of `SAMPLERS` and `SCHEDULERS`."""
     if scheduler != FREEZE_THAW:
-        return BeginAndStop(space, STOPPING[scheduler](epochs, objective))
-    return FreezeThaw(
-        space,
-        epochs=epochs,
-        reports=reports,
-        seed=seed,
-        objective=objective,
-        earlier=earlier,
-        proposes=sampler == FORECAST,
-    )
+        return BeginAndStop(inputs.space, STOPPING[scheduler](inputs.epochs, inputs.objective))
+    return FreezeThaw(inputs, proposes=sampler == FORECAST)

@@ -12,11 +12,11 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.candidates import domain_of, domain_of_parameters, draw_candidates
-from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
 from raytune_emotion.tuning.policy.outlook import Aim, Draw, Outlook
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.space.space import Space
 
 

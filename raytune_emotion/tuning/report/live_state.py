@@ -50,7 +50,6 @@ class Snapshot:
     seconds_left: float | None  # see `time_left`
     budget_left: float | None  # seconds of the time budget; None without one
     at_work: tuple[TrialAtWork, ...]  # in the order of their start
-    disk: Disk
 
     @property
     def ended(self) -> int:
@@ -75,10 +74,8 @@ class StudyProgress:
     ) -> None:
         """Begin with what earlier sessions have reached."""
         records = study.records()
-        self._name, self._folder, self._spec = study.folder.name, study.folder, study.spec
-        self._earlier = summarize(
-            study.spec, study.optuna, records, study.copy.location, now=time.time(), name=self._name
-        )
+        self._folder, self._spec = study.folder, study.spec
+        self._earlier = summarize(study, records, now=time.time(), name=study.folder.name)
         self._clock, self._began = clock, clock()
         self._budget = time_budget.total_seconds() if time_budget is not None else None
         # The pause between two sessions is left out of the time.
@@ -136,14 +133,19 @@ class StudyProgress:
         if not self._points or js < self._points[-1][1]:
             self._points.append((self._before + now, js, trial_id))
 
+    def disk(self) -> Disk:
+        """Return what the study takes of its disk, as it was a few seconds ago."""
+        now = self._clock()
+        if now >= self._disk_due:
+            self._disk, self._disk_due = disk_of(self._folder), now + _DISK_S
+        return self._disk
+
     def snapshot(self) -> Snapshot:
         """Return how the study stands now."""
         with self._lock:
             return self._snapshot(self._clock())
 
     def _snapshot(self, now: float) -> Snapshot:
-        if now >= self._disk_due:
-            self._disk, self._disk_due = disk_of(self._folder), now + _DISK_S
         session, counts = now - self._began, Counter(self._states.values())
         best = min(self._reached.values(), key=lambda b: (b.val_js, b.trial_id), default=None)
         points = [(seconds, js) for seconds, js, _ in self._points]
@@ -174,7 +176,6 @@ class StudyProgress:
             time_left(self._earlier.trials_planned, ended, under_way, active),
             max(0.0, self._budget - session) if self._budget is not None else None,
             tuple(self._at_work.values()),
-            self._disk,
         )
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.terminal import byte_size, escape
-from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress, TrialAtWork
+from raytune_emotion.tuning.report.live_state import Disk, Snapshot, StudyProgress, TrialAtWork
 from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, rate_text, sparkline, value_text
 from raytune_emotion.tuning.study.optuna_study import ENDED
 
@@ -31,16 +31,17 @@ class LiveView:
         self._progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        drawn = draw(self._progress.snapshot(), options.max_width, console.height)
+        drawn = draw(self._progress.snapshot(), self._progress.disk(), options.max_width, console.height)
         # A plain console lets the terminal break lines; a drawing has lines of its own.
         yield from console.render(drawn, options.update(no_wrap=False, overflow="ellipsis"))
 
 
-def draw(snapshot: Snapshot, width: int, height: int = 40) -> Table:
+def draw(snapshot: Snapshot, disk: Disk, width: int, height: int) -> Table:
     """Draw a study.
 
     Args:
         snapshot: of the study.
+        disk: what it takes of its disk.
         width: of the screen, in columns.
         height: of the screen, in lines: rows of trials and settings are left out where it is short of them.
     """
@@ -52,7 +53,7 @@ def draw(snapshot: Snapshot, width: int, height: int = 40) -> Table:
     view.add_row("trials", _trials(snapshot, body))
     view.add_row("", _counts(snapshot.summary))
     view.add_row("time", _time(snapshot))
-    view.add_row("disk", _text(f"{byte_size(snapshot.disk.used)} used, {byte_size(snapshot.disk.free)} free"))
+    view.add_row("disk", _text(f"{byte_size(disk.used)} used, {byte_size(disk.free)} free"))
     _add_best(view, snapshot.summary, body, height)
     _add_work(view, snapshot, body, height)
     return view

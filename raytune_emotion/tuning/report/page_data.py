@@ -15,7 +15,7 @@ from raytune_emotion.tuning.report.results import Result, loss_weights, results_
 from raytune_emotion.tuning.report.winner import confusion, errors_by_entropy
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.study.optuna_study import Status
-from raytune_emotion.tuning.study.records import TrialRecord, best_first
+from raytune_emotion.tuning.study.records import TrialRecord, best_first, best_js_steps
 from raytune_emotion.tuning.study.spec import CHANGEABLE, StudySpec
 
 #: Costs that JS is drawn against: key of a trial's record, its name, and whether more of it is better.
@@ -64,7 +64,7 @@ def gather(
         predictions: of its best weights; None where they are not here.
     """
     space = space_of(spec)
-    axes = searched_axes(space, records)
+    axes, begin = searched_axes(space, records), began_at(records)
     return StudyData(
         spec,
         tuple(records),
@@ -75,7 +75,7 @@ def gather(
         tuple(results_of(records)),
         _losses(records),
         {key: tuple(_front(records, key, more)) for key, _, more in COSTS},
-        tuple(_steps(records)),
+        tuple((time - begin, js, trial_id) for time, js, trial_id in best_js_steps(records)),
         _analysis(predictions) if predictions is not None else None,
     )
 
@@ -191,22 +191,6 @@ def _front(records: Sequence[TrialRecord], key: str, more: bool) -> list[str]:
         return math.inf if value is None else -value if more else value
 
     return [record.trial_id for record in pareto_front(ranked, cost)]
-
-
-def _steps(records: Sequence[TrialRecord]) -> list[tuple[float, float, str]]:
-    begin = began_at(records)
-    reports = sorted(
-        (report["time"] - begin, report["val_js"], record.trial_id)
-        for record in records
-        if record.status != "failed"
-        for report in record.reports
-        if "time" in report
-    )
-    steps: list[tuple[float, float, str]] = []
-    for step in reports:
-        if not steps or step[1] < steps[-1][1]:
-            steps.append(step)
-    return [*steps, (reports[-1][0], *steps[-1][1:])] if steps else []
 
 
 def _analysis(predictions: Predictions) -> Analysis:

@@ -6,14 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import optuna
-
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.decisions import Gain
-from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.optuna_study import Status, expected_gain, has_tried_all
-from raytune_emotion.tuning.study.records import TrialRecord, trained_settings, winner
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec
+from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
+from raytune_emotion.tuning.study.records import TrialRecord, best_js_steps, trained_settings, winner
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: Said of a study whose space has no more configurations.
@@ -54,34 +51,26 @@ class Summary:
     expected_gain_per_hour: float | None  # the same as a rate, bits
 
 
-def summarize(
-    spec: StudySpec,
-    study: optuna.Study,
-    records: Sequence[TrialRecord],
-    place: Location,
-    *,
-    now: float,
-    name: str = "",
-) -> Summary:
+def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, name: str = "") -> Summary:
     """Sum up a study.
 
     Args:
-        spec: of the study.
-        study: its trials in Optuna, which know when they started and ended.
-        records: of the same trials.
-        place: of the study.
+        study: that is read.
+        records: of its trials.
         now: seconds since 1970.
         name: of the study; its own where it is empty.
     """
+    spec = study.spec
     spans = _spans(study, records)
     started = min((start for start, _ in spans), default=None)
+    began = now if started is None else started
     counts = Counter(record.status for record in records)
     ended = sum(record.ended for record in records)
-    finished = ended == len(records) and (ended >= spec.trials or _has_tried_all(spec, study))
+    finished = ended == len(records) and (ended >= spec.trials or study.has_tried_all())
     last = max((end for _, end in spans), default=now)
     active = _length_of_union(spans)
     leader = winner(records)
-    gain = expected_gain(study)
+    gain = expected_gain(study.optuna)
     heard = [report["time"] for record in records for report in record.reports if "time" in report]
     return Summary(
         study=name or spec.name,
@@ -89,22 +78,18 @@ def summarize(
         finished=finished,
         trials_planned=spec.trials,
         trials={status: counts[status] for status in get_args(Status)},
-        best=_best_of(leader, place) if leader is not None else None,
+        best=_best_of(leader, study.copy.location) if leader is not None else None,
         baseline_js=spec.baseline.get("js"),
         started=started,
-        elapsed_seconds=max(0.0, (last if finished else now) - started) if started is not None else 0.0,
+        elapsed_seconds=max(0.0, (last if finished else now) - began),
         active_seconds=active,
         trials_per_hour=per_hour(ended, active),
         # The clock of the machine of a trial may be ahead, and a clock may be set back.
         seconds_since_evaluation=max(0.0, now - max(heard)) if heard else None,
-        best_js_by_time=_best_by_time(records, started) if started is not None else [],
+        best_js_by_time=[(max(0.0, time - began), js) for time, js, _ in best_js_steps(records)],
         expected_gain=gain,
         expected_gain_per_hour=gain.per_hour if gain is not None else None,
     )
-
-
-def _has_tried_all(spec: StudySpec, study: optuna.Study) -> bool:
-    return spec.confirms is None and has_tried_all(study, parse_space(spec.space, SPEC))
 
 
 def per_hour(ended: int, active_seconds: float) -> float | None:
@@ -175,28 +160,11 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
     return BestTrial(record.trial_id, record.status, record.best["val_js"], record.best["epoch"], settings)
 
 
-def _best_by_time(records: Iterable[TrialRecord], started: float) -> list[tuple[float, float]]:
-    """Return the lowest JS so far at every evaluation that lowered it, and at the last one."""
-    heard = sorted(
-        (report["time"], report["val_js"])
-        for record in records
-        for report in record.reports
-        if record.status != "failed" and "time" in report
-    )
-    points: list[tuple[float, float]] = []
-    for time, js in heard:
-        if not points or js < points[-1][1]:
-            points.append((max(0.0, time - started), js))
-    if points:
-        points.append((max(0.0, heard[-1][0] - started), points[-1][1]))
-    return points
-
-
-def _spans(study: optuna.Study, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
+def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
     """Return when each trial started, and when it ended or was last heard of."""
     last = {record.trial_id: record.reports[-1].get("time", 0.0) for record in records if record.reports}
     spans = []
-    for trial in study.get_trials(deepcopy=False):
+    for trial in study.optuna.get_trials(deepcopy=False):
         if trial.datetime_start is not None:
             start = trial.datetime_start.timestamp()
             ended = trial.datetime_complete.timestamp() if trial.datetime_complete is not None else start

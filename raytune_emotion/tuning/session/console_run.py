@@ -1,56 +1,31 @@
 """Run a study, and show on the console how it stands."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from datetime import timedelta
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 from rich.console import Console
 
-from raytune_emotion.tuning.execution.placement import Placement
-from raytune_emotion.tuning.execution.ray_metrics import study_metrics
 from raytune_emotion.tuning.execution.recorder import Event, Watch
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.report.live_console import say, show_events
 from raytune_emotion.tuning.report.live_state import StudyProgress
-from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.report.ray_metrics import study_metrics
 
 
-def run_with_progress(
-    console: Console,
-    study: OpenStudy,
-    placement: Placement,
-    *,
-    time_budget: timedelta | None = None,
-    until_gain: float | None = None,
-    failure: Callable[[], str] = lambda: "",
-    watches: Sequence[Watch] = (),
-) -> None:
-    """Run a study as `run_study` does, and show how it stands.
+def run_with_progress(console: Console, run: StudyRun, watches: Sequence[Watch] = ()) -> None:
+    """Run a study as `run_study` does, and show on the console how it stands.
 
     Args:
         console: to show it on.
-        study: to run.
-        placement: of its trials.
-        time_budget: of the study.
-        until_gain: see `run_study`.
-        failure: says what of the cluster has died.
+        run: of the study; `watch` and `say` of it are set here.
         watches: what else hears of all that happens to trials.
     """
-    with ExitStack() as stack:
-        show = stack.enter_context(show_events(console, StudyProgress(study, time_budget=time_budget)))
-        measure = stack.enter_context(study_metrics(study))
+    progress = StudyProgress(run.study, time_budget=run.time_budget)
+    with show_events(console, progress) as show, study_metrics(progress):
 
         def watch(event: Event) -> None:
-            for hear in (show, measure, *watches):
+            for hear in (show, *watches):
                 hear(event)
 
-        run_study(
-            study,
-            placement,
-            time_budget=time_budget,
-            until_gain=until_gain,
-            watch=watch,
-            say=partial(say, console),
-            failure=failure,
-        )
+        run_study(dataclasses.replace(run, watch=watch, say=partial(say, console)))

@@ -30,6 +30,7 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
     from raytune_emotion.tuning.execution.placement import fit_here
+    from raytune_emotion.tuning.execution.runner import StudyRun
     from raytune_emotion.tuning.report.conclusion import conclude_confirmation
     from raytune_emotion.tuning.session.console_run import run_with_progress
     from raytune_emotion.tuning.study.confirmation import (
@@ -65,7 +66,7 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
                 console.print(
                     f"confirmation {short_path(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}"
                 )
-                run_with_progress(console, confirmation, placement, failure=cluster.failure)
+                run_with_progress(console, StudyRun(confirmation, placement, failure=cluster.failure))
         except (KeyboardInterrupt, ClusterLost) as why:
             ended = why
         with finish_block():

@@ -145,6 +145,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 prepared = prepared or prepare()
                 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
                 from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
+                from raytune_emotion.tuning.execution.runner import StudyRun
                 from raytune_emotion.tuning.session.console_run import run_with_progress
 
                 console, spec = plain_console(), prepared.spec
@@ -164,15 +165,8 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 )
                 for line in _describe_start(study, prepared.guide):
                     console.print(line)
-                run_with_progress(
-                    console,
-                    study,
-                    placement,
-                    time_budget=request.time_budget,
-                    until_gain=request.until_gain,
-                    failure=cluster.failure,
-                    watches=_other_watches(request, study, held),
-                )
+                run = StudyRun(study, placement, request.time_budget, request.until_gain, failure=cluster.failure)
+                run_with_progress(console, run, _other_watches(request, study, held))
                 if request.finish and any(record.best for record in study.records()):
                     write_text(study.folder / _SEARCHED, json.dumps(_limits(request)))
         except (KeyboardInterrupt, ClusterLost) as why:

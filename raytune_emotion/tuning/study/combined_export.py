@@ -24,7 +24,7 @@ from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.model_card import describe_start, escape_markdown, show_use, table_of_metrics
 from raytune_emotion.learn.origin import find_origin
-from raytune_emotion.learn.run_folder import BEST, HISTORY, PREDICTIONS
+from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (
@@ -35,12 +35,12 @@ from raytune_emotion.tuning.study.combination import (
     list_kept,
     read_candidates,
 )
-from raytune_emotion.tuning.study.open_study import load
-from raytune_emotion.tuning.study.optuna_study import JOURNAL
-from raytune_emotion.tuning.study.records import study_files
+from raytune_emotion.tuning.study.open_study import OpenStudy, read_study
 from raytune_emotion.tuning.study.spec import find_store
 from raytune_emotion.tuning.study.trial_export import delete_other_formats
 
+#: Files of a study that are combined.
+_WEIGHTS = (f"trials/*/{BEST}", f"trials/*/{PREDICTIONS}")
 _CARD = """\
 ---
 pipeline_tag: image-classification
@@ -92,8 +92,8 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
     check_replaceable(dest)
-    with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen = combine_ensemble(_candidates(folder), most)
+    with read_study(study, *_WEIGHTS) as read, dest.publish(CONFIG) as package:
+        chosen = combine_ensemble(_candidates(read), most)
         write_ensemble(package, chosen, study.name, formats)
     delete_other_formats(dest, [TIMM, *formats])
     return chosen
@@ -106,8 +106,8 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
     check_replaceable(dest)
-    with _weights_of(study) as folder, dest.publish(CONFIG) as package:
-        chosen, best = combine_soup(_candidates(folder), find_device())
+    with read_study(study, *_WEIGHTS) as read, dest.publish(CONFIG) as package:
+        chosen, best = combine_soup(_candidates(read), find_device())
         write_soup(package, chosen, best, study.name, formats)
     delete_other_formats(dest, formats)
     return chosen
@@ -233,12 +233,6 @@ def _write_alone(
     write_package(dest, best, origin, metrics=values, formats=formats, store=store)
 
 
-def _candidates(folder: Path) -> Candidates:
-    study = load(folder)
+def _candidates(study: OpenStudy) -> Candidates:
     find = functools.partial(find_store, study.spec, fetch=True)
-    return read_candidates(list_kept(folder, study.records()), find, find_device())
-
-
-def _weights_of(study: Location) -> Any:
-    patterns = (f"trials/*/{name}" for name in (HISTORY, BEST, PREDICTIONS))
-    return study_files(study, JOURNAL, *patterns)
+    return read_candidates(list_kept(study.folder, study.records()), find, find_device())

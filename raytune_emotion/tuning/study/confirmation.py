@@ -23,8 +23,7 @@ from raytune_emotion.learn.model import check_weights
 from raytune_emotion.learn.origin import AbsentWeightsError
 from raytune_emotion.storage.atomic import LOCK, write_text
 from raytune_emotion.terminal import typed_command, typed_options
-from raytune_emotion.tuning.policy.decisions import SETTINGS
-from raytune_emotion.tuning.study.journal_check import CONFIRMS
+from raytune_emotion.tuning.policy.trial_attributes import CONFIRMS, SETTINGS
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
 from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import FORECAST, SETTINGS
+from raytune_emotion.tuning.policy.decisions import FORECAST
 from raytune_emotion.tuning.policy.forecast import curves_of
 from raytune_emotion.tuning.policy.portfolio import portfolio_of
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.policy.warm_start import STUDY
-from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study
-from raytune_emotion.tuning.study.records import study_files
+from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
@@ -61,20 +61,20 @@ def gather_earlier(studies: Sequence[Location]) -> str:
     gathered: list[dict[str, Any]] = []
     faults: list[str] = []
     for place in studies:
-        try:
-            space = spec_of(place).space
-            with study_files(place, JOURNAL) as folder:
-                trials = load_study(folder).get_trials(deepcopy=False)
-        except UserError as error:
-            faults += error.faults
-            continue
-        domain = domain_of(parse_space(space, SPEC))
-        seen = curves_of(domain, [trial for trial in trials if SETTINGS in trial.user_attrs])
-        if sum(bool(curve.values) for curve in seen) < _LEAST:
-            faults.append(f"--warm-start {place}: fewer than {_LEAST} of its trials have reported; leave it out")
-        gathered.append(
-            {STUDY: place.address, "space": space, "trials": [[curve.settings, curve.values] for curve in seen]}
-        )
+        with collect_errors(faults):
+            gathered.append(_gather(place))
     if faults:
         raise UserError(faults)
     return json.dumps(gathered)
+
+
+def _gather(place: Location) -> dict[str, Any]:
+    """Gather the space and the curves of one study."""
+    spec = spec_of(place)
+    with place.copy_here(SPEC, JOURNAL) as folder:  # what its trials have reported is in the journal, too
+        study = load(folder)
+        trials = study.optuna.get_trials(deepcopy=False)
+        seen = curves_of(domain_of(study.space), [trial for trial in trials if SETTINGS in trial.user_attrs])
+    if sum(bool(curve.values) for curve in seen) < _LEAST:
+        raise UserError(f"--warm-start {place}: fewer than {_LEAST} of its trials have reported; leave it out")
+    return {STUDY: place.address, "space": spec.space, "trials": [[curve.settings, curve.values] for curve in seen]}

@@ -6,13 +6,20 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from raytune_emotion.storage.json_text import is_number
-from raytune_emotion.tuning.policy.decisions import COST, DRIVER, PAUSED, SECONDS, SETTINGS, START, TAKEN_UP
+from raytune_emotion.tuning.policy.trial_attributes import (
+    CONFIRMS,
+    CONTINUES,
+    COST,
+    DRIVER,
+    PAUSED,
+    REASON,
+    SECONDS,
+    SETTINGS,
+    START,
+    TAKEN_UP,
+)
 from raytune_emotion.tuning.space.space import are_settings, is_setting
 from raytune_emotion.tuning.study.trials import trial_id_of
-
-#: Attributes of an Optuna trial: the trial that it goes on from; of a confirmation, the trial of the other study that
-#: had its configuration first; why it failed.
-CONTINUES, CONFIRMS, REASON = "continues", "confirms", "reason"
 
 
 def _is_count(value: Any) -> bool:

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import optuna
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.run_folder import LAST
+from raytune_emotion.learn.run_folder import HISTORY, LAST
 from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
@@ -17,6 +18,7 @@ from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.drivers import Alone, Drivers
 from raytune_emotion.tuning.study.optuna_study import (
+    JOURNAL,
     count_due,
     create_study,
     delete_study,
@@ -45,10 +47,18 @@ class OpenStudy:
 
     folder: Path
     spec: StudySpec
-    space: Space
     optuna: optuna.Study
     copy: RemoteCopy
     drivers: Drivers = dataclasses.field(default_factory=Alone)
+
+    @functools.cached_property
+    def space(self) -> Space:
+        """Return the search space; a study whose space this version cannot read can be looked at all the same.
+
+        Raises:
+            UserError: this version cannot read it.
+        """
+        return parse_space(self.spec.space, str(self.folder / SPEC))
 
     @property
     def objective(self) -> Objective:
@@ -126,10 +136,23 @@ def load(folder: Path, location: Location | None = None, drivers: Drivers | None
     Raises:
         UserError: there is none in the folder, or it is damaged.
     """
-    spec = read_spec(folder)
-    space = parse_space(spec.space, str(folder / SPEC))
     copy = RemoteCopy(folder, location or Folder(folder))
-    return OpenStudy(folder, spec, space, load_study(folder), copy, drivers or Alone())
+    return OpenStudy(folder, read_spec(folder), load_study(folder), copy, drivers or Alone())
+
+
+@contextlib.contextmanager
+def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
+    """Load a study to read it, also while it runs: it is not locked, and nothing is written.
+
+    Args:
+        place: of the study.
+        patterns: of files that are read beside its spec, its trials and their histories.
+
+    Raises:
+        UserError: there is none, or it is damaged; and what the block raises, in words of the location.
+    """
+    with place.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}", *patterns) as folder:
+        yield load(folder, place)
 
 
 @contextlib.contextmanager

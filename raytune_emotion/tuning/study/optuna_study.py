@@ -24,15 +24,7 @@ from raytune_emotion.learn.report import OBJECTIVE, Heard
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.candidates import domain_of, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
-    COST,
-    DRIVER,
-    GAIN,
     NO_LIMITS,
-    PAUSED,
-    SECONDS,
-    SETTINGS,
-    START,
-    TAKEN_UP,
     Begin,
     Decision,
     Gain,
@@ -41,6 +33,19 @@ from raytune_emotion.tuning.policy.decisions import (
     Prune,
     Recorded,
     TakeUp,
+)
+from raytune_emotion.tuning.policy.trial_attributes import (
+    CONFIRMS,
+    CONTINUES,
+    COST,
+    DRIVER,
+    GAIN,
+    PAUSED,
+    REASON,
+    SECONDS,
+    SETTINGS,
+    START,
+    TAKEN_UP,
     best_js,
     count_reports,
     is_paused,
@@ -48,7 +53,7 @@ from raytune_emotion.tuning.policy.decisions import (
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import connect, connection_options, split_address
 from raytune_emotion.tuning.study.drivers import Alone, Drivers, join_study, one_at_a_time
-from raytune_emotion.tuning.study.journal_check import CONFIRMS, CONTINUES, REASON, check_trials
+from raytune_emotion.tuning.study.journal_check import check_trials
 from raytune_emotion.tuning.study.optuna_patches import check_end, close_when_unused, mend_journal, reopen, stored_trial
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.trials import trial_id_of

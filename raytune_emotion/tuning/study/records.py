@@ -4,11 +4,10 @@ The record is the Optuna journal (the trials and how they ended) together with e
 Tables and pages are made from it, and can be made again at any time.
 """
 
-import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
 from raytune_emotion.tuning.study.optuna_study import ENDED, Status, StudyTrial, list_trials, read_trial
-from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.trials import PARAMS
 
 #: Number of ended trials whose weights are kept.
@@ -52,17 +50,6 @@ class TrialRecord:
 
 def trial_folder(study: Path, trial_id: str) -> Path:
     return study / "trials" / trial_id
-
-
-@contextlib.contextmanager
-def study_files(study: Location, *patterns: str) -> Iterator[Path]:
-    """Provide the files of a study that match a pattern, and its spec, in a folder of this machine.
-
-    Raises:
-        UserError: the location cannot be read; and what the block raises, in words of the location.
-    """
-    with study.copy_here(SPEC, *patterns) as folder:
-        yield folder
 
 
 def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:
@@ -121,6 +108,26 @@ def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
     """Return the best trial of a study; None if no trial has reported, apart from failed ones."""
     reported = [record for record in records if record.best and record.status != "failed"]
     return best_first(reported)[0] if reported else None
+
+
+def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, str]]:
+    """Return the lowest JS so far at every evaluation that lowered it, and at the last one. Failed trials do not count.
+
+    Returns:
+        The time of each such evaluation, seconds since 1970; the JS, bits; and the trial that it is of.
+    """
+    reports = sorted(
+        (report["time"], report["val_js"], record.trial_id)
+        for record in records
+        if record.status != "failed"
+        for report in record.reports
+        if "time" in report
+    )
+    steps: list[tuple[float, float, str]] = []
+    for step in reports:
+        if not steps or step[1] < steps[-1][1]:
+            steps.append(step)
+    return [*steps, (reports[-1][0], *steps[-1][1:])] if steps else []
 
 
 def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:

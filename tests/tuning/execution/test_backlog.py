@@ -15,7 +15,8 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import backlog as backlog_module
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.policy.decisions import SETTINGS, Begin, TakeUp
+from raytune_emotion.tuning.policy.decisions import Begin, TakeUp
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.study import drivers as drivers_module
 from raytune_emotion.tuning.study.confirmation import plan_confirmation
 from raytune_emotion.tuning.study.database import join_address
@@ -164,7 +165,7 @@ def test_driver_with_nothing_to_do_waits_for_the_others_and_takes_up_what_they_l
     one.work()
     one.work()
     assert not two.work()
-    assert two.recorder.backlog.waits
+    assert two.recorder.waits
     assert not two.recorder.is_over
     one.die()
     while two.work():
@@ -216,7 +217,7 @@ def test_paused_trial_is_taken_up_by_one_driver(make, monkeypatch):
     one.work()
     assert statuses(folder) == {"0000": "paused"}
     assert [two.work(), third.work(), one.work()] == [True, False, False]
-    assert third.recorder.backlog.waits
+    assert third.recorder.waits
     while two.work():
         pass
     assert statuses(folder) == {"0000": "complete"}

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import gain_watch, runner
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.summary import BestTrial, describe, gain_text, summarize
 from raytune_emotion.tuning.study.open_study import load, make_study
@@ -59,7 +58,7 @@ def test_a_study_ends_once_little_is_expected_and_goes_on_when_it_is_asked_to(ma
     assert 4 <= len({*begun}) < 12
     gain = expected_gain(load(folder).optuna)
     assert 0 < gain.per_hour < MUCH
-    assert recorder.gain.shortfall == (
+    assert recorder.shortfall == (
         f"further training is expected to bring {gain.per_hour:.2g} bits an hour ({gain.bits:.2g} with the next "
         f"trial), less than 1e+09: trials that run are left as they are"
     )
@@ -70,7 +69,7 @@ def test_a_study_ends_once_little_is_expected_and_goes_on_when_it_is_asked_to(ma
     records = load(folder).records()
     assert len(records) == 12
     assert {record.status for record in records} <= {"complete", "pruned"}
-    assert goes_on.gain.shortfall == ""
+    assert goes_on.shortfall == ""
 
 
 def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
@@ -81,7 +80,7 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
     study = load(folder)
     gain = expected_gain(study.optuna)
     assert [event.gain for event in heard if event.status != "running"][-1] == gain
-    summary = summarize(study.spec, study.optuna, study.records(), Folder(folder), now=time.time())
+    summary = summarize(study, study.records(), now=time.time())
     told = dataclasses.asdict(summary)
     assert told["expected_gain"] == {"bits": gain.bits, "seconds": gain.seconds}
     assert told["expected_gain_per_hour"] == 3600 * gain.bits / gain.seconds
@@ -90,14 +89,14 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
 
 
 def test_a_confirmation_has_no_gain(make):
-    folder = make(confirms={"0001": 0.3}, scheduler="none")
-    recorder = Recorder(load(folder), until_gain=MUCH, clock=Clock())
-    assert recorder.gain.value is None
-    recorder.gain.update()
-    assert recorder.gain.shortfall == ""
+    study = load(make(confirms={"0001": 0.3}, scheduler="none"))
+    recorder = Recorder(study, until_gain=MUCH, clock=Clock())
+    assert {*run(recorder)} == {f"{number:04d}" for number in range(12)}
+    assert expected_gain(study.optuna) is None
+    assert recorder.shortfall == ""
 
 
-def test_the_gain_is_computed_in_a_small_share_of_the_time(make):
+def test_the_gain_is_computed_in_a_small_share_of_the_time():
     clock, asked = Clock(), []
 
     def note_gain(forecast):
@@ -105,7 +104,7 @@ def test_the_gain_is_computed_in_a_small_share_of_the_time(make):
         clock.now += 0.1  # that it takes
         return Gain(0.5, 3600.0)
 
-    watch = GainWatch(load(make()), SimpleNamespace(note_gain=note_gain), (), until=None, clock=clock)
+    watch = GainWatch(SimpleNamespace(note_gain=note_gain), lambda past: None, until=None, clock=clock)
     for _ in range(2000):
         watch.update()
         clock.now += 0.01
@@ -119,15 +118,15 @@ def test_a_run_ends_in_order_and_says_why(make, monkeypatch):
     """Without Ray: in its place, a thread runs trials by hand until there are none, and waits to be stopped."""
     folder, said, stopped = make(), [], threading.Event()
 
-    def tune(recorder, study, placement, stop, say, scratch):
+    def tune(recorder, study_run, stop, scratch):
         run(recorder)
         assert stop.wait(60)
         stopped.set()
 
     monkeypatch.setattr(runner, "_tune", tune)
     monkeypatch.setattr(gain_watch, "_SHARE", math.inf)  # the trials take no time
-    records = run_study(load(folder), None, until_gain=MUCH, say=said.append)
+    run_study(StudyRun(load(folder), None, until_gain=MUCH, say=said.append))
     assert stopped.is_set()
-    assert len(records) < 12
+    assert len(load(folder).records()) < 12
     (sentence,) = said
     assert sentence.startswith("further training is expected to bring ")

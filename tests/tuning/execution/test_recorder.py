@@ -15,7 +15,8 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
-from raytune_emotion.tuning.policy.decisions import PAUSED, SETTINGS, TAKEN_UP, Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.decisions import Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import go_on, load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
@@ -455,7 +456,7 @@ def test_a_trial_that_is_given_back_goes_on_before_others_begin(folder):
     reports = train(folder, first.trial_id, 0.3)
     assert recorder.report(first.trial_id, next(reports))
     recorder.give_back(first.trial_id)
-    assert recorder.backlog.count() == 4
+    assert recorder.count_open() == 4
     assert not recorder.is_over
     assert recorder.next() == first
     assert [recorder.report(first.trial_id, report) for report in reports] == [True, False]

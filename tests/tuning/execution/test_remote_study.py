@@ -15,7 +15,7 @@ from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.execution.job import job_of, newest_report, train_here
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
 from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
@@ -38,8 +38,9 @@ def begin(tmp_path, store):
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
     uri, events = remote.join(bucket, "a study"), []
     folder = begin(trials=4, epochs=2)
-    run_study(load(folder, Remote(uri)), ON_ONE_CORE, watch=events.append)
-    records = load(folder).records()
+    study = load(folder, Remote(uri))
+    run_study(StudyRun(study, ON_ONE_CORE, watch=events.append))
+    records = study.records()
     # So that what is compared below was trained in a fresh process, in one that had trained before, and in this one.
     assert len({event.report["pid"] for event in events if event.report}) < 4
 

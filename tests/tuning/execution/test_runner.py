@@ -20,7 +20,7 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.tuning.execution import runner
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.policy import freeze_thaw
 from raytune_emotion.tuning.study import open_study
@@ -45,8 +45,8 @@ def begin(tmp_path, store, cluster):
             study = load(folder)
             study = study.with_spec(dataclasses.replace(study.spec, **more))
             place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=concurrency)
-            run_study(study, place, watch=watch)
-            return load(folder).records()
+            run_study(StudyRun(study, place, watch=watch))
+            return study.records()
 
         return folder, go
 
@@ -201,7 +201,7 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
     """A thread that is inside Ray when this process leaves Ray crashes it."""
     ended, waits = [], threading.Event()
 
-    def tune_trials(recorder, study, placement, stop, say, scratch):
+    def tune_trials(recorder, run, stop, scratch):
         assert waits.wait(600)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(600)
@@ -209,7 +209,7 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
         ended.append("in order")
 
     monkeypatch.setattr(runner, "_tune", tune_trials)
-    recorder = SimpleNamespace(gain=SimpleNamespace(shortfall=""), broken="", check=waits.set)
+    recorder = SimpleNamespace(shortfall="", broken="", check=waits.set)
     with handle_signals(), pytest.raises(KeyboardInterrupt):
-        runner._run(recorder, None, None, None, print, lambda: "")
+        runner._run(recorder, StudyRun(None, None))
     assert ended == ["in order"]

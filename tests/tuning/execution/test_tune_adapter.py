@@ -18,8 +18,10 @@ class Recorder:
 
     def __init__(self, *answers, proposals=()):
         self.answers, self.proposals, self.heard = list(answers), list(proposals), []
-        self.broken, self.is_over = "", False
-        self.backlog = SimpleNamespace(waits=False, count=lambda: len(self.proposals))
+        self.broken, self.is_over, self.waits = "", False, False
+
+    def count_open(self):
+        return len(self.proposals)
 
     def report(self, trial_id, report):
         self.heard.append((trial_id, report))

@@ -12,8 +12,8 @@ from raytune_emotion.tuning.policy.candidates import (
     is_exhausted,
     settings_of,
 )
-from raytune_emotion.tuning.policy.decisions import SETTINGS
 from raytune_emotion.tuning.policy.outlook import Outlook
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.space.parser import parse_space
 from tests.support.studies import SEARCH_SPACE
 

@@ -10,15 +10,21 @@ from optuna.trial import TrialState
 
 from benchmarks.simulation import Simulation
 from raytune_emotion.tuning.policy import freeze_thaw
-from raytune_emotion.tuning.policy.decisions import NO_LIMITS, PAUSED, SECONDS, START, TAKEN_UP, Limits, TakeUp
+from raytune_emotion.tuning.policy.decisions import NO_LIMITS, Limits, TakeUp
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, START, TAKEN_UP
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 REPORTS = 16
 SPACE = Space({"optim.lr": FloatDistribution(0.0, 1.0), "train.batch_size": FloatDistribution(0.0, 1.0)})
+
+
+def inputs_of(seed):
+    return PolicyInputs(SPACE, REPORTS, REPORTS, seed)
 
 
 def late(settings):
@@ -45,11 +51,11 @@ class Study:
         self.most_paused, self._trials, self._paused = 0, trials, paused
 
         def policy():
-            return FreezeThaw(SPACE, epochs=REPORTS, reports=REPORTS, seed=seed, take_up_s=take_up_s, proposes=proposes)
+            return FreezeThaw(inputs_of(seed), take_up_s=take_up_s, proposes=proposes)
 
         self._searcher = Searcher(
             self.optuna, SPACE, Remade(policy) if remade else policy(),
-            sampler=make_sampler_of(SPACE, "random", seed=seed),
+            sampler=make_sampler_of(inputs_of(seed), "random"),
         )  # fmt: skip
         self._respond, self._take_up_s = respond, take_up_s
 
@@ -166,7 +172,7 @@ def test_a_trial_that_failed_after_it_was_let_go_on_is_not_taken_up():
     study = Study(trials=8)
     study.run(REPORTS)
     past = study.optuna.get_trials()
-    policy = FreezeThaw(SPACE, epochs=REPORTS, reports=REPORTS, seed=0, take_up_s=0.0)
+    policy = FreezeThaw(inputs_of(seed=0), take_up_s=0.0)
     limits = Limits(new=False, paused=8)
     best = past[policy.next(past, limits).number]
     length = len(best.intermediate_values)
@@ -195,7 +201,7 @@ def test_a_space_that_has_no_other_configuration_is_planned_once_without_one(mon
     monkeypatch.setattr(FreezeThaw, "_make_plan", lambda *args: planned.append(1) or make_plan(*args))
     monkeypatch.setattr(FreezeThaw, "_has_begun_enough", lambda *_: True)  # else one is worked out with the plan
     monkeypatch.setattr(Outlook, "offer", lambda *_: None)
-    policy = FreezeThaw(SPACE, epochs=REPORTS, reports=REPORTS, seed=0, take_up_s=1e9)
+    policy = FreezeThaw(inputs_of(seed=0), take_up_s=1e9)
     for _ in range(3):
         policy.next(past, NO_LIMITS)
     assert len(planned) == 2, "with new trials, and then without"

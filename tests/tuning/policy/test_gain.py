@@ -7,9 +7,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 from raytune_emotion.tuning.policy.acquisition import expected_fall
-from raytune_emotion.tuning.policy.decisions import PAUSED, SECONDS, SETTINGS, Gain
+from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.gain import GainForecast
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.objective import BY_SIZE, OBJECTIVES
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, SETTINGS
 from raytune_emotion.tuning.space.space import Space
 
 REPORTS = 4
@@ -48,7 +50,7 @@ def past(*lengths):
 
 
 def gains(space=SPACE, **options):
-    return GainForecast(space, reports=REPORTS, seed=0, **options)
+    return GainForecast(PolicyInputs(space, REPORTS, REPORTS, seed=0, **options))
 
 
 def test_the_expected_fall_is_the_mean_over_what_may_come():

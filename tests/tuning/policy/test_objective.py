@@ -9,10 +9,10 @@ from optuna.trial import create_trial
 
 from raytune_emotion.tuning.policy.acquisition import expected_improvement_of_front
 from raytune_emotion.tuning.policy.candidates import domain_of
-from raytune_emotion.tuning.policy.decisions import COST, SETTINGS
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
 from raytune_emotion.tuning.policy.scheduler import Halving, replay, rungs_of
+from raytune_emotion.tuning.policy.trial_attributes import COST, SETTINGS
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
 from raytune_emotion.tuning.study.records import TrialRecord

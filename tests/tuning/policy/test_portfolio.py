@@ -9,10 +9,12 @@ from optuna.trial import FixedTrial, TrialState
 
 from benchmarks.taskset import SETTINGS as OF_TASKSET
 from raytune_emotion.storage.yaml_text import load_yaml
-from raytune_emotion.tuning.policy.decisions import NO_LIMITS, SETTINGS, Begin
+from raytune_emotion.tuning.policy.decisions import NO_LIMITS, Begin
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.policy.policies import make_policy
 from raytune_emotion.tuning.policy.portfolio import PORTFOLIO, fits, portfolio_of
+from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.policy.warm_start import forecasts_of
 from raytune_emotion.tuning.space.library import find_space, packaged_spaces
 from raytune_emotion.tuning.space.parser import load_space, parse_space
@@ -75,9 +77,8 @@ class Study:
 
     def __init__(self, space, gathered):
         self._space = space
-        self._policy = make_policy(
-            space, epochs=REPORTS, reports=REPORTS, seed=0, earlier=forecasts_of(gathered) if gathered else []
-        )
+        earlier = forecasts_of(gathered) if gathered else []
+        self._policy = make_policy(PolicyInputs(space, REPORTS, REPORTS, seed=0, earlier=earlier))
         self.optuna = optuna.create_study()
 
     def next(self):

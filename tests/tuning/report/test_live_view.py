@@ -6,7 +6,6 @@ import re
 import pytest
 from rich.console import Console
 
-from raytune_emotion.storage.locations import Folder
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.live_state import StudyProgress
@@ -118,7 +117,7 @@ def test_the_rate_of_a_study_that_went_on_is_that_of_status(tmp_path, store, clo
     progress = StudyProgress(study, clock=clock)
     feed(progress, clock, event("0003", "running"), event("0003", "complete", 0.3, 2.0))
     now = progress.snapshot().summary
-    before = summarize(study.spec, study.optuna, study.records(), Folder(study.folder), now=0.0)
+    before = summarize(study, study.records(), now=0.0)
     assert now.trials_per_hour == pytest.approx(4 / (before.active_seconds + 10) * 3600)
 
 

@@ -4,8 +4,17 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 
-from raytune_emotion.tuning.policy.decisions import COST, PAUSED, SECONDS, SETTINGS, TAKEN_UP
-from raytune_emotion.tuning.study.journal_check import CONFIRMS, CONTINUES, REASON, check_trials
+from raytune_emotion.tuning.policy.trial_attributes import (
+    CONFIRMS,
+    CONTINUES,
+    COST,
+    PAUSED,
+    REASON,
+    SECONDS,
+    SETTINGS,
+    TAKEN_UP,
+)
+from raytune_emotion.tuning.study.journal_check import check_trials
 
 
 def make_trial(attributes=None, params=None, **changes):

@@ -1,12 +1,15 @@
+import dataclasses
+
 import pytest
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.locations import Folder, location_of
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.study import open_study as module
-from raytune_emotion.tuning.study.open_study import load, make_study, open_study
+from raytune_emotion.tuning.study.open_study import load, make_study, open_study, read_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
-from raytune_emotion.tuning.study.spec import SPEC
-from tests.support.studies import spec_of
+from raytune_emotion.tuning.study.spec import SPEC, write_spec
+from tests.support.studies import spec_of, write_study
 
 
 def test_a_study_is_made_whole_or_not_at_all(tmp_path, store, monkeypatch):
@@ -52,3 +55,24 @@ def test_a_lock_file_of_a_dead_search_is_no_obstacle(tmp_path, store):
         pass
     with open_study(tmp_path / "study"):
         pass
+
+
+def test_a_study_is_read_at_a_uri_as_in_its_folder(tmp_path, store):
+    folder = tmp_path / "study"
+    write_study(folder, store)
+    with read_study(Folder(folder)) as here, read_study(location_of(folder.as_uri())) as there:
+        assert there.folder != here.folder == folder
+        assert there.records() == here.records() != []
+        assert there.space.columns() == here.space.columns()
+    (folder / JOURNAL).unlink()
+    with pytest.raises(UserError, match=f"^{folder.as_uri()}: no {JOURNAL} in it"), read_study(there.copy.location):
+        pass
+
+
+def test_a_study_can_be_read_whose_space_this_version_cannot_read(tmp_path, store):
+    make_study(tmp_path / "study", spec_of(store))
+    write_spec(tmp_path / "study", dataclasses.replace(load(tmp_path / "study").spec, space={"optim.lrr": 1.0}))
+    with read_study(Folder(tmp_path / "study")) as study:
+        assert study.records() == []
+    with pytest.raises(UserError, match=r"optim\.lrr"):
+        study.space  # noqa: B018

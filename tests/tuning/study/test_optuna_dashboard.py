@@ -15,7 +15,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from raytune_emotion.storage.atomic import exclusive_lock
-from raytune_emotion.tuning.policy.decisions import PAUSED
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED
 from raytune_emotion.tuning.study.open_study import load
 from tests.support.studies import write_study
 

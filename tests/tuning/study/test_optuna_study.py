@@ -8,7 +8,7 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.policy.decisions import TAKEN_UP
+from raytune_emotion.tuning.policy.trial_attributes import TAKEN_UP
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, list_trials, load_study, study_lock

@@ -15,12 +15,13 @@ import ray
 from ruamel.yaml import YAML
 
 import raytune_emotion
-from raytune_emotion.tuning.execution import ray_metrics
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.placement import Placement
-from raytune_emotion.tuning.execution.ray_metrics import METRICS, StudyMetrics, study_metrics
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.runner import run_study
+from raytune_emotion.tuning.execution.runner import StudyRun, run_study
+from raytune_emotion.tuning.report import ray_metrics
+from raytune_emotion.tuning.report.live_state import StudyProgress
+from raytune_emotion.tuning.report.ray_metrics import METRICS, study_metrics, values_of
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.cluster import RUN_SPACE
 from tests.support.events import event
@@ -30,40 +31,43 @@ PROMETHEUS = shutil.which("prometheus")
 CONFIGURATION = Path(raytune_emotion.__file__).parents[1] / "jobs" / "monitoring" / "prometheus.yml"
 
 
-def values_of(metrics):
-    return {(name, *tags.values()): value for name, tags, value in metrics.values()}
-
-
-def test_gauges_follow_the_trials(tmp_path, store):
+@pytest.fixture
+def progress(tmp_path, store):
     make_study(tmp_path / "study", spec_of(store))
-    metrics = StudyMetrics(load(tmp_path / "study"))
-    assert {name for name, *_ in values_of(metrics)} == {"raytune_emotion_trials"}, "nothing has reported"
-    metrics.watch(event("0000", "running"))
-    metrics.watch(event("0001", "running", 0.3, 2.0))
-    now = values_of(metrics)
+    return StudyProgress(load(tmp_path / "study"))
+
+
+def values_now(progress):
+    return {(name, *tags.values()): value for name, tags, value in values_of(progress.snapshot())}
+
+
+def test_gauges_follow_the_trials(progress):
+    assert {name for name, *_ in values_now(progress)} == {"raytune_emotion_trials"}, "nothing has reported"
+    progress.watch(event("0000", "running"))
+    progress.watch(event("0001", "running", 0.3, 2.0))
+    now = values_now(progress)
     assert now["raytune_emotion_trials", "running"] == 2.0
     assert now["raytune_emotion_best_js",] == now["raytune_emotion_trial_js", "0001"] == 0.3
     assert now["raytune_emotion_trial_epoch", "0001"] == 2.0
     assert now["raytune_emotion_trial_images_per_second", "0001"] == 1234.0
     assert {name for name, *_ in now} == {*METRICS}
-    metrics.watch(event("0002", "failed", 0.1))
-    metrics.watch(event("0001", "complete", 0.25, 4.0))
-    now = values_of(metrics)
+    progress.watch(event("0002", "failed", 0.1))
+    progress.watch(event("0001", "complete", 0.25, 4.0))
+    now = values_now(progress)
     assert (now["raytune_emotion_trials", "failed"], now["raytune_emotion_best_js",]) == (1.0, 0.25)
     assert not any("trial_js" in name for name, *_ in now), "a trial that has ended is gone"
 
 
-def test_metrics_that_cannot_be_set_disturb_no_study(tmp_path, store, monkeypatch):
-    make_study(tmp_path / "study", spec_of(store))
+def test_metrics_that_cannot_be_set_disturb_no_study(progress, monkeypatch):
     asked = threading.Event()
 
     def fail(*_):
         asked.set()
         raise RuntimeError("the cluster has died")
 
-    monkeypatch.setattr(ray_metrics.StudyMetrics, "set_gauges", fail)
-    with study_metrics(load(tmp_path / "study")) as watch:
-        watch(event("0000", "running", 0.3))
+    monkeypatch.setattr(ray_metrics, "values_of", fail)
+    with study_metrics(progress):
+        progress.watch(event("0000", "running", 0.3))
         assert asked.wait(60)
 
 
@@ -108,12 +112,14 @@ def test_prometheus_reads_a_running_study(tmp_path, store, prometheus):
     place = Placement(Resources(1, 1.0, 0.0), 1, limit=1)
     reader, deadline = threading.Thread(target=look), threading.Timer(120, over.set)
     study = load(folder)
-    with study_metrics(study) as watch:
+    progress = StudyProgress(study)
+    run = StudyRun(study, place, watch=progress.watch, failure=lambda: "seen" if seen.is_set() else "")
+    with study_metrics(progress):
         reader.start()
         deadline.start()
         try:
             with pytest.raises(ClusterLost, match="seen"):  # which ends a study from within
-                run_study(study, place, watch=watch, failure=lambda: "seen" if seen.is_set() else "")
+                run_study(run)
         finally:
             deadline.cancel()
             over.set()
