@@ -85,7 +85,7 @@ class Workers:
 
     def _torch_config(self, backend: str) -> TorchConfig:
         """Say how the workers meet: where no other machine can join, none can reach them either."""
-        if not ip_address(ray.util.get_node_ip_address()).is_loopback:
+        if not ip_address(ray.util.get_node_ip_address()).is_loopback:  # type: ignore[no-untyped-call]
             return TorchConfig(backend=backend, timeout_s=_COLLECTIVE_S)
         return LoopbackConfig(backend=backend, timeout_s=_COLLECTIVE_S, meeting=f"{self._meeting.name}/file")
 
@@ -224,7 +224,7 @@ def _work(config: dict[str, Any]) -> None:
                     if heard() == _STOP:
                         break
         except (TrialFailed, Breakdown) as error:
-            kind, arguments = error.__reduce__()[:2]
+            kind, arguments = cast("tuple[type, tuple[Any, ...]]", error.__reduce__()[:2])
             messages.put((_FAILED, (kind.__name__, arguments)))
             raise
         if first:
