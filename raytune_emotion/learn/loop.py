@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
@@ -256,15 +254,7 @@ def start(
     # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
     decay = config.train.ema_decay**plan.averaged_every
     average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
-    net = model
-    if is_compiled(config, device, plan):
-        net = compile_model(model)
-    if plan.workers > 1:
-        ids = [device] if device.type == "cuda" else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
-            # Buffers are shared before evaluations instead, once a report and not once a step.
-            net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    net = compile_model(model) if is_compiled(config, device, plan) else model
     dtype = _dtype(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model, config.optim)
