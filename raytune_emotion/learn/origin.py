@@ -223,5 +223,5 @@ def _fetch(name: str, filename: str) -> Path:
         raise WeightsUnavailableError(
             f"model.backbone: {filename} of {HUB}:{name} could not be fetched ({what}); connect this machine to the "
             f"Hugging Face hub (through a proxy: HTTPS_PROXY), or copy the repository's {_CONFIG} and {_WEIGHTS} to a "
-            f"folder {short_name(name)} elsewhere and name the folder around it with --weights-dir"
+            f"folder {short_name(repository)} elsewhere and name the folder around it with --weights-dir"
         ) from error

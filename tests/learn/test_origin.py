@@ -82,11 +82,16 @@ def test_a_repository_of_the_hub_is_taken_from_a_folder_of_weights(tmp_path, mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     model = saved(tmp_path / "weights" / short_name(HUB_NAME))
-    built = build_model(configured(HUB_NAME, weights_dir=str(tmp_path / "weights")))
-    assert torch.equal(built.state_dict()[FIRST], model.state_dict()[FIRST])
-    with pytest.raises(UserError, match=r"config.json of hf-hub:\S+ could not be fetched .*--weights-dir") as caught:
-        build_model(configured(HUB_NAME, pretrained=True))
-    assert len(caught.value.faults) == 1
+    built = build_model(configured(HUB_NAME, weights_dir=str(tmp_path / "weights"))).state_dict()
+    assert torch.equal(built[FIRST], model.state_dict()[FIRST])
+    for name in (HUB_NAME, f"{HUB_NAME}@refs/pr/1"):
+        assert torch.equal(
+            build_model(configured(name, weights_dir=str(tmp_path / "weights"))).state_dict()[FIRST], built[FIRST]
+        )
+        said = r"config.json of hf-hub:\S+ could not be fetched .* to a folder test_vit.cosface_ms1mv3 elsewhere"
+        with pytest.raises(UserError, match=said) as caught:
+            build_model(configured(name, pretrained=True))
+        assert len(caught.value.faults) == 1
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
