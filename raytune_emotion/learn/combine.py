@@ -6,6 +6,7 @@ al., "Model soups", 2022). The gain of a choice is measured on images that the c
 of the validation set and measured on the other, both ways round.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,7 +146,7 @@ class Soup:
         """Return the mean of the members' weights, as a checkpoint with the settings of the first."""
         first = self._bests[members[0]]
         weights = mean_weights([self._bests[number].weights for number in members])
-        return Best(weights, first.settings, first.fingerprint, first.report)
+        return dataclasses.replace(first, weights=weights)
 
     def predict(self, members: tuple[int, ...]) -> Tensor:
         """Predict the split with the mean of the members' weights, [N, K]."""

@@ -457,11 +457,11 @@ def test_a_hub_that_refuses_for_a_moment_is_asked_again(store, monkeypatch, refu
     """Else every trial that begins at that moment would end its study."""
     asked = []
 
-    def build(config, *, weights):
+    def build(config, *, weights, description):
         asked.append(weights)
         if len(asked) <= refusals:
             raise WeightsUnavailableError("429 Too Many Requests")
-        return build_model(config, weights=weights)
+        return build_model(config, weights=weights, description=description)
 
     monkeypatch.setattr(loop, "build_model", build)
     monkeypatch.setattr(loop, "_WAITS", (0, 0))
