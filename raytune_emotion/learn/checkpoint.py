@@ -251,7 +251,8 @@ def read_best(file: Path) -> Best:
         with safe_open(file, "pt") as tensors:
             # Copies: the tensors of a file are a map of it, and fall with it.
             weights = {name: tensor.clone() for name, tensor in _tensors(tensors).items()}
-            return Best(weights, *_header(tensors, "settings", "fingerprint", "report"), _read_origin(tensors))
+            settings, fingerprint, report = _header(tensors, "settings", "fingerprint", "report")
+            return Best(weights, settings, fingerprint, report, _read_origin(tensors))
     except _DAMAGE as error:
         raise _damage_error(file, error) from error
 
