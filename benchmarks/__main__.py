@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,20 @@ def main() -> int:
 
 def measure(name: str, run: Callable[[], Table], command: str) -> None:
     """Run a benchmark, print its table, and keep it with the command that makes it."""
+
+    def tables() -> Iterator[Table]:
+        yield run()
+
+    _keep(name, tables(), command)
+
+
+def _keep(name: str, tables: Iterator[Table], command: str) -> None:
+    """Print and keep each table of a benchmark in the place of the one before: it holds more."""
     began = datetime.now(timezone.utc)
-    table = run()
-    took = (datetime.now(timezone.utc) - began).total_seconds()
-    _show(table_console(), f"{name}: {_title(name)}", table)
-    write_result(name, table, began, took, command)
+    for table in tables:
+        took = (datetime.now(timezone.utc) - began).total_seconds()
+        _show(table_console(), f"{name}: {_title(name)}", table)
+        write_result(name, table, began, took, command)
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -101,18 +110,39 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def measure_in_folder(name: str, arguments: Sequence[str], run: Callable[[Path], Table]) -> None:
-    """Run a benchmark that works in a folder, which goes at its end; see `measure`."""
+def measure_in_folder(
+    name: str, arguments: Sequence[str], run: Callable[[Path], Iterator[Table]], work: Path | None = None
+) -> None:
+    """Run a benchmark that works in a folder, and keep each of its tables: what is interrupted has the last.
+
+    Args:
+        name: of the benchmark.
+        arguments: of its command.
+        run: yields tables, each with more than the one before.
+        work: the folder; None: a temporary one, which goes at the end.
+    """
     command = shlex.join(["python", "-m", "benchmarks", name, *arguments])
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as work:
-        measure(name, lambda: run(Path(work)), command)
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        _keep(name, run(work), command)
+        return
+    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as temporary:
+        _keep(name, run(Path(temporary)), command)
 
 
-def run_timed(command: Sequence[str]) -> tuple[int, float]:
-    """Show and run a command; return its exit code and the seconds it took."""
+def run_timed(command: Sequence[str], seconds: float | None = None) -> tuple[int, float]:
+    """Show and run a command; return its exit code and the seconds it took.
+
+    After so many seconds it is asked to end in order, by SIGTERM: of a job in the background, SIGINT is often ignored.
+    """
     print(shlex.join(command), flush=True)
     began = time.monotonic()
-    return subprocess.run(command).returncode, time.monotonic() - began
+    with subprocess.Popen(command) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+    return process.returncode, time.monotonic() - began
 
 
 def _title(name: str) -> str:

@@ -9,7 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import Table
 from benchmarks.__main__ import measure_in_folder, parser_of
-from benchmarks.finishing import Floats, predict, score, split_validation
+from benchmarks.finishing import Floats, faces_folder, predict, score, split_validation
 
 #: The model that is changed.
 BASE: Mapping[str, object] = {
@@ -62,24 +62,23 @@ class Plan:
     at_once: int
 
 
-def study(plan: Plan, work: Path) -> Table:
+def study(plan: Plan, work: Path) -> Iterator[Table]:
     """Train and measure every change with every seed."""
-    searched, test = split_validation(plan.data, work)
-    annotations = test / "annotations"
+    faces = split_validation(plan.data, work)
     runs = [(name, seed) for seed in plan.seeds for name in CHANGES]
     with ThreadPoolExecutor(plan.at_once) as pool:
-        exports = dict(zip(runs, pool.map(lambda run: _train(plan, searched, work, *run), runs), strict=True))
-        predicted = dict(zip(runs, pool.map(lambda run: predict(exports[run], test), runs), strict=True))
-    js = {name: np.array([score(predicted[name, seed], annotations) for seed in plan.seeds]) for name in CHANGES}
+        exports = dict(zip(runs, pool.map(lambda run: _train(plan, faces.searched, work, *run), runs), strict=True))
+        predicted = dict(zip(runs, pool.map(lambda run: predict(exports[run], faces.test), runs), strict=True))
+    js = {name: np.array([score(predicted[name, seed], faces.targets) for seed in plan.seeds]) for name in CHANGES}
     plain, *_ = CHANGES
     js["predicted with the mirror image"] = np.array(
-        [score(predict(exports[plain, seed], test, "--mirror"), annotations) for seed in plan.seeds]
+        [score(predict(exports[plain, seed], faces.test, "--mirror"), faces.targets) for seed in plan.seeds]
     )
     rows = [_row(name, js_S, js[plain]) for name, js_S in js.items()]
     together = mean_of([predicted[plain, seed] for seed in plan.seeds])
-    rows.append((f"mean prediction of the {len(plan.seeds)} seeds", score(together, annotations), None, None))
-    faces = f"JS in bits on {sum(1 for _ in annotations.iterdir())} faces of the test; {len(plan.seeds)} seeds."
-    return Table(("change", "JS", "difference", "standard error of it"), rows, [faces])
+    rows.append((f"mean prediction of the {len(plan.seeds)} seeds", score(together, faces.targets), None, None))
+    note = f"JS in bits on {len(faces.targets)} faces of the test; {len(plan.seeds)} seeds."
+    yield Table(("change", "JS", "difference", "standard error of it"), rows, [note])
 
 
 def mean_of(predictions: Sequence[Mapping[str, Floats]]) -> dict[str, Floats]:
@@ -99,7 +98,7 @@ def _train(plan: Plan, data: Path, work: Path, name: str, seed: int) -> Path:
     run = f"{name.replace(' ', '-')}-{seed}"
     settings = {**BASE, "data.image_size": plan.image_size, **CHANGES[name]}
     command = [sys.executable, "-m", "raytune_emotion.train", "--data", str(data), "--epochs", str(plan.epochs)]
-    command += ["--seed", str(seed), "--results", str(work), "--name", run]
+    command += ["--skip-bad", "--seed", str(seed), "--results", str(work), "--name", run]
     command += ["--weights-dir", str(plan.weights)] if plan.weights is not None else []
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     print(shlex.join(command), flush=True)
@@ -112,7 +111,7 @@ def _train(plan: Plan, data: Path, work: Path, name: str, seed: int) -> Path:
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of("ablation", __doc__)
     add = parser.add_argument
-    add("data", type=Path, help="folder of faces in AffectNetFused's layout")
+    add("data", type=faces_folder, help="folder of faces in AffectNetFused's layout")
     add("--weights-dir", type=Path, help="folder with tf_efficientnet_lite0.safetensors (default: the hub)")
     add("--epochs", type=int, default=4)
     add("--image-size", type=int, default=96)

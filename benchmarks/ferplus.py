@@ -1,9 +1,12 @@
 """A study on the full FER+ at 96 px: tf_efficientnet_lite0 from ImageNet weights and from scratch.
 
-`python -m benchmarks ferplus DATA --weights-dir FOLDER` runs 64 trials of at most 8 epochs, as far as they get in ten
-minutes, and then the best configuration with three fresh seeds. It reports JS, KL and accuracy on
-PublicTest: the validation set of DATA, as `raytune_emotion.data.ferplus` writes it. Settings and epochs are chosen on
-PublicTest, too. PrivateTest is not touched.
+`python -m benchmarks ferplus DATA --weights-dir FOLDER --seconds N` takes about N seconds. In the first half it runs
+64 trials of at most 8 epochs, as far as they get. In the rest it trains the best configuration with three fresh seeds.
+A run whose time is over ends with the epochs that it has.
+
+It reports JS, KL and accuracy on PublicTest: the validation set of DATA, as `raytune_emotion.data.ferplus` writes it.
+PublicTest is split once, by a hash of the ids. Settings and epochs are chosen on one half, and the numbers of the other
+half, which has chosen nothing, stand beside those of all. PrivateTest is not touched.
 """
 
 import csv
@@ -11,7 +14,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +23,28 @@ import torch
 
 from benchmarks import Table
 from benchmarks.__main__ import measure_in_folder, parser_of, run_timed
+from benchmarks.finishing import Faces, faces_folder, predict, score, split_validation
+from raytune_emotion.data.affectnet import SPLITS
+from raytune_emotion.learn.run_folder import read_history
 
 SPACE = Path(__file__).with_name("ferplus.yaml")
+_NAME = "ferplus"
+_COLUMNS = ("what", "value")
+#: Of the whole time, that of the search; and of the time of a final run, that of its training. The rest predicts.
+_SEARCH, _TRAINING = 0.5, 0.8
+#: What is reported of the final runs, by metric.
+_METRICS = {"js": "JS, bits", "kl": "KL, nats", "accuracy": "accuracy"}
+#: On which faces.
+_ALL, _UNSEEN = "PublicTest", "the half of PublicTest that chose nothing"
+
+Row = tuple[object, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to run."""
 
-    data: str
+    data: Path
     weights: str | None
     space: Path
     trials: int
@@ -36,12 +53,37 @@ class Plan:
     seeds: int
 
 
-def study(plan: Plan, results: Path) -> Table:
-    """Run the study and its confirmation, and sum up what their tables say."""
-    command = [sys.executable, "-m", "raytune_emotion.search", "--data", plan.data, "--space", str(plan.space)]
+def study(plan: Plan, work: Path) -> Iterator[Table]:
+    """Run the study and the final runs, and yield a table after each of them."""
+    until = time.monotonic() + plan.seconds
+    faces = split_validation(plan.data, work)
+    rows = _search(plan, faces, work)
+    n_all = len(faces.searched_targets) + len(faces.targets)
+    notes = [f"{n_all} faces in {_ALL}, {len(faces.targets)} in {_UNSEEN}."]
+    if not _reported(work):
+        yield Table(_COLUMNS, rows, [*notes, "No trial has reported."])
+        return
+    yield Table(_COLUMNS, [*rows], [*notes])
+    found: list[Mapping[str, Mapping[str, float]]] = []
+    for number in range(plan.seeds):
+        run, seconds = work / f"seed{number + 1}", (until - time.monotonic()) / (plan.seeds - number)
+        ending = _train(plan, work, run, seconds * _TRAINING)
+        if (run / "best").is_dir():
+            rows.append((f"epochs of {run.name}", read_history(run)[-1]["epoch"]))
+            found.append(_measure(run / "best", faces))
+        else:
+            notes.append(f"{run.name} has nothing to show: {ending}.")
+        yield Table(_COLUMNS, [*rows, *_summary(found)], [*notes])
+
+
+def _search(plan: Plan, faces: Faces, work: Path) -> list[Row]:
+    """Run the search, and sum up what its table says."""
+    command = [sys.executable, "-m", "raytune_emotion.search", "--data", str(faces.searched), "--skip-bad"]
+    command += ["--space", str(plan.space), "--trials", str(plan.trials), "--epochs", str(plan.epochs)]
     command += ["--weights-dir", plan.weights] if plan.weights is not None else []
-    command += ["--trials", str(plan.trials), "--epochs", str(plan.epochs), "--time-budget", f"{plan.seconds:.0f}s"]
-    command += ["--results", str(results), "--name", "ferplus"]
+    command += ["--time-budget", f"{plan.seconds * _SEARCH:.0f}s", "--results", str(work), "--name", _NAME]
+    # The portfolio may have been recorded on the same faces.
+    command += ["--warm-start", "none"]
     command += ["--gpus-per-worker", "auto"] if torch.cuda.is_available() else []
     used: list[tuple[float, float]] = []
     ended = threading.Event()
@@ -52,49 +94,71 @@ def study(plan: Plan, results: Path) -> Table:
     finally:
         ended.set()
         watcher.join()
-    if not (results / "ferplus" / "trials.csv").exists():
-        return Table(("what", "value"), [("exit code", code), ("seconds", took)], ["No trial has begun."])
-    trials = _rows(results / "ferplus" / "trials.csv")
-    ended_ones = [trial for trial in trials if trial["status"] in ("complete", "pruned")]
-    rows: list[tuple[object, ...]] = [("exit code", code), ("seconds", took)]
+    trials = _trials(work)
+    rows: list[Row] = [("exit code", code), ("seconds", took)]
     rows += [
         (f"trials {status}", sum(trial["status"] == status for trial in trials))
         for status in ("complete", "pruned", "failed", "paused", "running")
     ]
-    rows.append(("trials per hour", 3600 * len(ended_ones) / took))
-    for start, reported in _by_start(trials):
+    n_ended = sum(trial["status"] in ("complete", "pruned") for trial in trials)
+    rows.append(("trials per hour", 3600 * n_ended / took))
+    for start, reported in _by_start(_reported(work)):
         rows.append((f"best JS from {start}, bits", float(reported[0]["best_val_js"])))
         rows += [(f"… its {name}", reported[0][name]) for name in ("epochs", "seconds", "val_kl", "val_accuracy")]
-    rows += confirmed(plan, results / "ferplus")
     if used:
         rows.append(("GPU utilisation, mean %", sum(busy for busy, _ in used) / len(used)))
         rows.append(("GPU memory, most MiB", max(memory for _, memory in used)))
-    return Table(("what", "value"), rows)
-
-
-def confirmed(plan: Plan, folder: Path) -> list[tuple[object, ...]]:
-    """Run the best configuration of the study with fresh seeds; return JS, KL and accuracy, mean and standard error."""
-    command = [sys.executable, "-m", "raytune_emotion.confirm", str(folder), "--top", "1", "--seeds", str(plan.seeds)]
-    code, took = run_timed(command)
-    rows: list[tuple[object, ...]] = [("exit code of the confirmation", code), ("its seconds", took)]
-    if code:
-        return rows
-    runs = [run for run in _rows(folder / "confirmed" / "trials.csv") if run["status"] == "complete"]
-    for column, name in (("val_js", "JS, bits"), ("val_kl", "KL, nats"), ("val_accuracy", "accuracy")):
-        values = [float(run[column]) for run in runs]
-        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-        rows.append((f"{name} on PublicTest, {len(values)} fresh seeds", f"{statistics.fmean(values):.4f}{error}"))
     return rows
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
+def _train(plan: Plan, work: Path, run: Path, seconds: float) -> str:
+    """Train the best configuration of the study with the seed of a run; return how that ended."""
+    if seconds <= 0:
+        return "no time was left"
+    command = [sys.executable, "-m", "raytune_emotion.train", "--study", str(work / _NAME)]
+    command += ["--seed", run.name.removeprefix("seed"), "--results", str(work), "--name", run.name]
+    command += ["--weights-dir", plan.weights] if plan.weights is not None else []
+    code, took = run_timed(command, seconds)
+    return f"it ended with exit code {code} after {took:.0f} s"
+
+
+def _measure(export: Path, faces: Faces) -> dict[str, dict[str, float]]:
+    """Return the metrics of an export by the faces that they are of, and by name."""
+    targets = {**faces.searched_targets, **faces.targets}
+    predicted = predict(export, faces.searched / SPLITS["val"] / "images", faces.test)
+    unseen = {face_id: predicted[face_id] for face_id in faces.targets}
+    return {
+        _ALL: {name: score(predicted, targets, name) for name in _METRICS},
+        _UNSEEN: {name: score(unseen, faces.targets, name) for name in _METRICS},
+    }
+
+
+def _summary(found: Sequence[Mapping[str, Mapping[str, float]]]) -> list[Row]:
+    """Sum up the metrics of final runs: mean and standard error."""
+    rows: list[Row] = []
+    for faces in (_ALL, _UNSEEN) if found else ():
+        for metric, name in _METRICS.items():
+            values = [metrics[faces][metric] for metrics in found]
+            error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+            rows.append((f"{name} on {faces}, {len(values)} fresh seeds", f"{statistics.fmean(values):.4f}{error}"))
+    return rows
+
+
+def _trials(work: Path) -> list[dict[str, str]]:
+    """Read the table of the study's trials, the best first; none where it has not come so far."""
+    file = work / _NAME / "trials.csv"
+    if not file.exists():
+        return []
     with file.open(encoding="utf-8") as opened:
         return list(csv.DictReader(opened))
 
 
-def _by_start(trials: list[dict[str, str]]) -> list[tuple[str, list[dict[str, str]]]]:
+def _reported(work: Path) -> list[dict[str, str]]:
+    return [trial for trial in _trials(work) if trial["best_val_js"]]
+
+
+def _by_start(reported: list[dict[str, str]]) -> list[tuple[str, list[dict[str, str]]]]:
     """Return the trials that have reported, best first, by what they started from."""
-    reported = [trial for trial in trials if trial["best_val_js"]]
     if not reported or "model.pretrained" not in reported[0]:
         return [("the start of the space", reported)] if reported else []
     starts = {"True": "ImageNet weights", "False": "scratch"}
@@ -117,16 +181,16 @@ def _watch(used: list[tuple[float, float]], ended: threading.Event) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = parser_of("ferplus", __doc__)
     add = parser.add_argument
-    add("data", help="folder of FER+ in AffectNetFused's layout")
+    add("data", type=faces_folder, help="folder of FER+ in AffectNetFused's layout")
     add("--weights-dir", help="folder with tf_efficientnet_lite0.safetensors (default: the hub)")
     add("--space", type=Path, default=SPACE, help="another space, for a short run")
     add("--trials", type=int, default=64)
     add("--epochs", type=int, default=8)
-    add("--seconds", type=float, default=600, help="of the search; the confirmation comes on top")
-    add("--seeds", type=int, default=3)
+    add("--seconds", type=float, default=600, help="of the whole")
+    add("--seeds", type=int, default=3, help="of the final runs")
     args = parser.parse_args(arguments)
     plan = Plan(args.data, args.weights_dir, args.space, args.trials, args.epochs, args.seconds, args.seeds)
-    measure_in_folder("ferplus", arguments, lambda results: study(plan, results))
+    measure_in_folder("ferplus", arguments, lambda work: study(plan, work))
     return 0
 
 

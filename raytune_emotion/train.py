@@ -223,10 +223,14 @@ def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> D
 
 
 def _merge_settings(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with others in their place. Where these name a loss, the losses are theirs alone."""
-    if any(key.startswith("loss.") for key in more):
-        settings = {key: value for key, value in settings.items() if not key.startswith("loss.")}
-    return settings | more
+    """Return settings with others in their place.
+
+    Where these name a loss, the losses are theirs alone. Where they name a recipe, so is the augmentation: a file of
+    all settings holds what another recipe stands for.
+    """
+    replaced: tuple[str, ...] = ("loss.",) if any(key.startswith("loss.") for key in more) else ()
+    replaced += ("augment.",) if "augment.recipe" in more else ()
+    return {key: value for key, value in settings.items() if not key.startswith(replaced)} | more
 
 
 def _parse_assignments(assignments: list[str]) -> dict[str, Any]:

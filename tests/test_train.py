@@ -135,6 +135,19 @@ def test_losses_that_are_named_replace_those_of_the_file(trained, tmp_path):
     assert (settings["train.epochs"], settings["train.seed"]) == (1, 7)
 
 
+def test_a_recipe_that_is_named_replaces_the_augmentation_of_the_file(trained, tmp_path):
+    """The file has every setting, as a run leaves it."""
+    config = run_config(augment__recipe="light", augment__grey=0.7, train__epochs=1)
+    (tmp_path / "params.json").write_text(json.dumps(config.to_flat()))
+    options = ["--config", tmp_path / "params.json", "--set", "augment.recipe=strong", "--set", "augment.erase=0.9"]
+    assert trained(*options, "--name", "strong") == 0
+    settings = json.loads((tmp_path / "results" / "strong" / "params.json").read_text())
+    strong = run_config(augment__recipe="strong", augment__erase=0.9)
+    assert RunConfig.from_flat(settings).augment == strong.augment
+    # The same command goes on.
+    assert trained(*options, "--name", "strong", "--resume") == 0
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, store):
     folder = tmp_path_factory.mktemp("results of a study") / "study"

@@ -41,8 +41,11 @@ def split_source(backbone: str) -> tuple[str, str]:
 
 
 def short_name(backbone: str) -> str:
-    """Return the last part of a name, without its source: it can be part of a file's name."""
-    return split_source(backbone)[1].rstrip("/").rpartition("/")[2]
+    """Return the last part of a name, without its source and revision: it can be part of a file's name."""
+    source, name = split_source(backbone)
+    if source == HUB:
+        name = name.partition("@")[0]
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def check_architecture(backbone: str) -> None:

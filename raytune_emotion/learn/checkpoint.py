@@ -3,7 +3,8 @@
 last.safetensors    weights, buffers, the averages of both, if any, and optimizer; in the header, as JSON, the settings
                     and every report so far
 best.safetensors    the weights of the report with the least val_js, under timm's names; in the header, as JSON, that
-                    report and the settings that rebuild the model
+                    report and the settings that rebuild the model; of a backbone that is no model of timm's, also
+                    what it is built from
 history.jsonl       a report a line
 predictions.safetensors
                     what the best weights predict for the validation split, in float16; in the header, the number of
@@ -53,6 +54,7 @@ class Progress:
     fingerprint: str  # of the store
     history: tuple[Report, ...]  # at least one
     scaler: dict[str, Any]  # of the gradient scaler; empty but for fp16
+    origin: dict[str, Any] | None = None  # of the backbone: `Origin.description`
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Best:
     settings: dict[str, Any]
     fingerprint: str
     report: Report
+    origin: dict[str, Any] | None = None  # of the backbone: `Origin.description`
 
 
 def save(
@@ -89,6 +92,7 @@ def save(
         "fingerprint": progress.fingerprint,
         "history": progress.history,
         "scaler": progress.scaler,
+        **_named_origin(progress),
     }
     _write(folder / LAST, tensors, header)
     report = progress.history[-1]
@@ -112,7 +116,7 @@ def read_progress(folder: Path) -> Progress | None:
     try:
         with safe_open(folder / LAST, "pt") as file:
             settings, fingerprint, history, scaler = _header(file, "settings", "fingerprint", "history", "scaler")
-        return Progress(settings, fingerprint, tuple(history), scaler)
+            return Progress(settings, fingerprint, tuple(history), scaler, _read_origin(file))
     except _DAMAGE as error:
         raise _damage_error(folder / LAST, error) from error
 
@@ -247,7 +251,8 @@ def read_best(file: Path) -> Best:
         with safe_open(file, "pt") as tensors:
             # Copies: the tensors of a file are a map of it, and fall with it.
             weights = {name: tensor.clone() for name, tensor in _tensors(tensors).items()}
-            return Best(weights, *_header(tensors, "settings", "fingerprint", "report"))
+            settings, fingerprint, report = _header(tensors, "settings", "fingerprint", "report")
+            return Best(weights, settings, fingerprint, report, _read_origin(tensors))
     except _DAMAGE as error:
         raise _damage_error(file, error) from error
 
@@ -279,7 +284,16 @@ def _has_best(folder: Path, progress: Progress) -> bool:
 
 def _write_best(folder: Path, weights: Mapping[str, Tensor], progress: Progress) -> None:
     header = {"settings": progress.settings, "fingerprint": progress.fingerprint, "report": progress.history[-1]}
-    _write(folder / BEST, weights, header)
+    _write(folder / BEST, weights, header | _named_origin(progress))
+
+
+def _named_origin(progress: Progress) -> dict[str, Any]:
+    """Return what a header holds of a backbone's origin: nothing where its name says it all."""
+    return {} if progress.origin is None else {"origin": progress.origin}
+
+
+def _read_origin(file: Any) -> dict[str, Any] | None:
+    return _header(file, "origin")[0] if "origin" in file.metadata() else None
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

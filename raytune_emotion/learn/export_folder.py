@@ -117,7 +117,7 @@ def write_package(
     dest = dest.absolute()
     metrics = best.report if metrics is None else metrics
     config = RunConfig.from_flat(best.settings)
-    model = build_model(config, weights=False).eval()
+    model = build_model(config, weights=False, description=best.origin).eval()
     try:
         model.load_state_dict(best.weights)
     except RuntimeError as error:
@@ -125,7 +125,7 @@ def write_package(
             f"{dest}: the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install "
             f"the version that they were trained with"
         ) from error
-    origin = find_origin(config.model, weights=False)
+    origin = find_origin(config.model, weights=False, description=best.origin)
     evidence = _examine(model, store, best)
     described = describe_model(model, config, origin) | describe_run(best, evidence.temperature)
     formats = list(dict.fromkeys(formats))

@@ -11,8 +11,7 @@ import contextlib
 import itertools
 import math
 import time
-import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,6 @@ import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
@@ -37,7 +35,7 @@ from raytune_emotion.learn.device import compile_model
 from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
 from raytune_emotion.learn.model import build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
-from raytune_emotion.learn.origin import WeightsUnavailableError
+from raytune_emotion.learn.origin import WeightsUnavailableError, find_origin
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
@@ -137,7 +135,10 @@ def fit(
     history = list(progress.history) if progress is not None else []
     if is_finished(config, plan, history):
         return
-    run = start(config, store, device, plan, fresh=progress is None, resident=resident)
+    origin = progress.origin if progress is not None else None
+    run = start(config, store, device, plan, fresh=progress is None, origin=origin, resident=resident)
+    if progress is None:
+        origin = find_origin(config.model, weights=False).description
     average: nn.Module | None = run.average.module if run.average is not None else None
     if folder is not None and progress is not None:
         checkpoint.restore(folder, run.model, run.optimizer, average)
@@ -158,7 +159,7 @@ def fit(
         improved = history[-1]["best_report"] == history[-1]["report"]
         predicted_NK = _gather_predictions(logits_BK, len(run.val), plan) if folder is not None and improved else None
         if folder is not None and plan.rank == 0:
-            newest = Progress(config.to_flat(), store.fingerprint, tuple(history), run.scaler.state_dict())
+            newest = Progress(config.to_flat(), store.fingerprint, tuple(history), run.scaler.state_dict(), origin)
             checkpoint.save(folder, run.model, run.optimizer, newest, average, predicted_NK)
         if plan.workers > 1:
             # The others wait here, so that what they have yielded is written.
@@ -247,24 +248,33 @@ def is_finished(config: RunConfig, plan: Plan, history: Sequence[Report]) -> boo
 
 
 def start(
-    config: RunConfig, store: Store, device: torch.device, plan: Plan, *, fresh: bool, resident: bool = True
+    config: RunConfig,
+    store: Store,
+    device: torch.device,
+    plan: Plan,
+    *,
+    fresh: bool,
+    origin: Mapping[str, Any] | None = None,
+    resident: bool = True,
 ) -> Run:
-    """Build what a run works with: with pretrained weights, if any, where it is fresh."""
-    model = _build_patiently(config, weights=fresh)
+    """Build what a run works with: with pretrained weights, if any, where it is fresh.
+
+    Args:
+        config: of the run.
+        store: to train on.
+        device: to train on.
+        plan: of the run.
+        fresh: whether the run is new.
+        origin: of the backbone, as the checkpoint of a run that goes on has it.
+        resident: whether the images may lie on a GPU, where there is room for them.
+    """
+    model = _build_patiently(config, weights=fresh, description=origin)
     # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
     decay = config.train.ema_decay**plan.averaged_every
     average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
-    net = model
-    if is_compiled(config, device, plan):
-        net = compile_model(model)
-    if plan.workers > 1:
-        ids = [device] if device.type == "cuda" else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
-            # Buffers are shared before evaluations instead, once a report and not once a step.
-            net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    net = compile_model(model) if is_compiled(config, device, plan) else model
     dtype = _dtype(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model, config.optim)
@@ -293,15 +303,15 @@ def start(
     return Run(config, store, device, plan, model, average, optimizer, scaler, step, train, val)
 
 
-def _build_patiently(config: RunConfig, *, weights: bool) -> nn.Module:
+def _build_patiently(config: RunConfig, *, weights: bool, description: Mapping[str, Any] | None) -> nn.Module:
     """Build the model; where the hub does not serve its weights, ask again before giving up."""
     for wait in _WAITS:
         try:
-            return build_model(config, weights=weights)
+            return build_model(config, weights=weights, description=description)
         except WeightsUnavailableError:
             # Other workers wait for this one before they train.
             time.sleep(wait)
-    return build_model(config, weights=weights)
+    return build_model(config, weights=weights, description=description)
 
 
 def is_compiled(config: RunConfig, device: torch.device, plan: Plan) -> bool:

@@ -1,5 +1,6 @@
 """Build any timm backbone with a head of K classes, from scratch or from pretrained weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -17,6 +18,8 @@ from raytune_emotion.learn.origin import (
     Origin,
     WeightsUnavailableError,
     find_origin,
+    is_absent,
+    safe_file,
     successor,
     weights_file,
     weights_folder,
@@ -28,7 +31,7 @@ Colour = tuple[float, float, float]
 _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 
 
-def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
+def build_model(config: RunConfig, *, weights: bool = True, description: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the backbone with its head, on the CPU, in training mode. Its weights are a function of the configuration.
 
     Where `model.pretrained` is true, it starts from pretrained weights: those in `model.weights_dir` or in the folder
@@ -38,6 +41,7 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     Args:
         config: of the run.
         weights: False leaves pretrained weights out, for a caller that loads a checkpoint into the model.
+        description: of the backbone, which such a checkpoint has.
 
     Raises:
         UserError: the backbone is unknown or cannot take the image size, or its weights cannot be had or do not fit.
@@ -46,7 +50,7 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
     weights = weights and config.model.pretrained
     if weights:
         check_weights(config.model)
-    origin = find_origin(config.model, weights=weights)
+    origin = find_origin(config.model, weights=weights, description=description)
     options: dict[str, Any] = {**origin.arguments, "num_classes": len(config.data.classes)}
     options["drop_rate"] = config.model.dropout
     if config.model.drop_path:
@@ -64,11 +68,14 @@ def build_model(config: RunConfig, *, weights: bool = True) -> nn.Module:
             return _create(config, origin, options | _from_file(config.model, origin))
         try:
             with hub_client(vars(timm.get_pretrained_cfg(origin.architecture)).get("hf_hub_id") or ""):
-                return _create(config, origin, options | {"pretrained": True})
+                overlay = {"hf_hub_filename": safe_file(origin.architecture)}
+                return _create(config, origin, options | {"pretrained": True, "pretrained_cfg_overlay": overlay})
         except Exception as error:
             # The hub's client, its network library and the reader of a damaged file each have errors of their own. What
             # also happens without the weights is no fault of theirs.
             _create(config, origin, options)
+            if is_absent(error):
+                raise _would_be_unpickled(config.model) from error
             raise WeightsUnavailableError(
                 f"model.pretrained: the weights of {origin.architecture} could not be fetched ({_first_line(error)}); "
                 f"connect this machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or save timm's weights "
@@ -125,20 +132,28 @@ def check_weights(config: ModelConfig) -> None:
         return
     if config.weights_dir is not None or weights_folder(config) is not None:
         weights_file(config)
-    elif not split_source(config.backbone)[0] and not _has_weights(successor(config.backbone)):
-        raise UserError(
-            f"model.pretrained: timm has no pretrained weights for {config.backbone}; choose another backbone, or "
-            f"set model.pretrained to false"
-        )
+    elif not split_source(config.backbone)[0]:
+        name = successor(config.backbone)
+        if not getattr(timm.get_pretrained_cfg(name), "has_weights", False):
+            raise UserError(
+                f"model.pretrained: timm has no pretrained weights for {config.backbone}; choose another backbone, or "
+                f"set model.pretrained to false"
+            )
+        if safe_file(name) is None:
+            raise _would_be_unpickled(config)
 
 
-def _has_weights(name: str) -> bool:
-    return bool(getattr(timm.get_pretrained_cfg(name), "has_weights", False))
+def _would_be_unpickled(config: ModelConfig) -> UserError:
+    return UserError(
+        f"model.pretrained: the hub has no safetensors of {config.backbone}; other files would be unpickled, which can "
+        f"run any code; choose another backbone, or save its weights as {config.backbone}.safetensors and name their "
+        f"folder as model.weights_dir"
+    )
 
 
 def load_model(best: Best) -> nn.Module:
     """Build the model of a checkpoint, on the CPU, in evaluation mode."""
-    model = build_model(RunConfig.from_flat(best.settings), weights=False)
+    model = build_model(RunConfig.from_flat(best.settings), weights=False, description=best.origin)
     model.load_state_dict(best.weights)
     return model.eval()
 

@@ -4,7 +4,7 @@ A folder or a repository of the hub holds timm's `config.json` and weights. Noth
 configuration only known, plain values are taken, and of the weights only safetensors, which run no code when loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,21 @@ class Origin:
         """Return whether the parameters depend on the image size."""
         return bool((self.known or _registered(self.architecture)).get("fixed_input_size"))
 
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """Return what takes the place of a `config.json`, as it does; None: the name of a timm model says it all."""
+        if self.known is None:
+            return None
+        return {"architecture": self.architecture, "model_args": self.arguments, "pretrained_cfg": self.known}
 
-def find_origin(config: ModelConfig, *, weights: bool) -> Origin:
+
+def find_origin(config: ModelConfig, *, weights: bool, description: Mapping[str, Any] | None = None) -> Origin:
     """Find what a backbone is built from. Files of the hub are fetched once, and then read from its cache.
 
     Args:
         config: names the backbone, and a folder of weights if there is one.
         weights: whether its pretrained weights are wanted, too.
+        description: see `Origin.description`: a checkpoint has it. Without weights, nothing else is read then.
 
     Raises:
         UserError: there is no such folder or repository, its configuration is damaged, or it has no safetensors.
@@ -78,13 +86,14 @@ def find_origin(config: ModelConfig, *, weights: bool) -> Origin:
     if not source:
         from_folder = weights and config.weights_dir is not None
         return Origin(successor(name), {}, None, weights_file(config) if from_folder else None)
+    if description is not None and not weights:
+        return Origin(*_read_config(config.backbone, "its checkpoint", lambda: description), None)
     folder = weights_folder(config)
     if folder is None:
         file, found = _fetch(name, _CONFIG), _fetch(name, _WEIGHTS) if weights else None
     else:
         file, found = folder / _CONFIG, weights_file(config) if weights else None
-    architecture, arguments, known = _read_config(config.backbone, file)
-    return Origin(architecture, arguments, known, found)
+    return Origin(*_read_config(config.backbone, file, lambda: load_json(file.read_bytes())), found)
 
 
 def successor(name: str) -> str:
@@ -144,6 +153,23 @@ def weights_file(config: ModelConfig) -> Path:
     )
 
 
+def safe_file(architecture: str) -> str | None:
+    """Return the file of safetensors that timm's repository of the hub for a model has; None: timm has another source.
+
+    Timm itself would unpickle a file where this one is missing.
+    """
+    known = _registered(architecture)
+    name = known.get("hf_hub_filename") or _WEIGHTS
+    return name if known.get("hf_hub_id") and name.endswith(".safetensors") else None
+
+
+def is_absent(error: Exception) -> bool:
+    """Tell whether the hub has answered that a repository has not the file that was asked for."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+
+
 def weights_setting(config: ModelConfig) -> str:
     """Name the setting that says where weights lie."""
     return "model.backbone" if config.weights_dir is None else "model.weights_dir"
@@ -174,10 +200,12 @@ def _is_plain(value: Any) -> bool:
     return all(each is None or isinstance(each, str | int | float) for each in values)
 
 
-def _read_config(backbone: str, file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _read_config(
+    backbone: str, where: Path | str, read: Callable[[], Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Read timm's `config.json`: the architecture, the arguments of its shape, the description of its weights."""
     try:
-        content = load_json(file.read_bytes())
+        content = read()
         architecture, given = content["architecture"], content.get("pretrained_cfg", content)
         if architecture not in architectures():
             raise ValueError(f"timm has no architecture {architecture}")
@@ -188,12 +216,12 @@ def _read_config(backbone: str, file: Path) -> tuple[str, dict[str, Any], dict[s
         return architecture, arguments, known
     except FileNotFoundError:
         raise AbsentWeightsError(
-            f"model.backbone: {backbone}: there is no file {file}; timm saves it beside {_WEIGHTS}"
+            f"model.backbone: {backbone}: there is no file {where}; timm saves it beside {_WEIGHTS}"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"model.backbone: {backbone}: {file} does not describe a model of timm ({what}); save the model anew with "
+            f"model.backbone: {backbone}: {where} does not describe a model of timm ({what}); save the model anew with "
             f"timm, or choose another"
         ) from error
 
@@ -201,7 +229,6 @@ def _read_config(backbone: str, file: Path) -> tuple[str, dict[str, Any], dict[s
 def _fetch(name: str, filename: str) -> Path:
     """Return a file of a repository of the hub: from its cache, and if it is not there, from the hub."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     from raytune_emotion.learn.hub import hub_client
 
@@ -213,7 +240,7 @@ def _fetch(name: str, filename: str) -> Path:
         with hub_client(repository, revision or None):
             return Path(hf_hub_download(repository, filename, revision=revision or None))
     except Exception as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        if is_absent(error):
             raise UserError(
                 f"model.backbone: {HUB}:{name} has no {filename}; other files would be unpickled, which can run any "
                 f"code; choose another backbone"
@@ -223,5 +250,5 @@ def _fetch(name: str, filename: str) -> Path:
         raise WeightsUnavailableError(
             f"model.backbone: {filename} of {HUB}:{name} could not be fetched ({what}); connect this machine to the "
             f"Hugging Face hub (through a proxy: HTTPS_PROXY), or copy the repository's {_CONFIG} and {_WEIGHTS} to a "
-            f"folder {short_name(name)} elsewhere and name the folder around it with --weights-dir"
+            f"folder {short_name(repository)} elsewhere and name the folder around it with --weights-dir"
         ) from error

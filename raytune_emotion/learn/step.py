@@ -70,7 +70,7 @@ class Step:
     """Train a model by one batch a call. Nothing in a call waits for the device.
 
     Args:
-        net: the model, wrapped where there are several workers.
+        net: the model, compiled or not.
         optimizer: of its parameters.
         scaler: of the gradients.
         loss: of logits and targets, one number a row.
@@ -104,13 +104,16 @@ class Step:
     ) -> None:
         self._net, self._optimizer, self._scaler, self._loss = net, optimizer, scaler, loss
         self._mean, self._std, self._dtype, self._device = mean, std, dtype, device
-        self._scale, self._targets, self._grad_clip = workers / batch_rows, targets, grad_clip
+        self._workers, self._scale, self._targets, self._grad_clip = workers, workers / batch_rows, targets, grad_clip
+        self._shared_net = _share_gradients(net, device, workers)
+        self._only_head = False
         self.capture = capture
         #: Sum of the losses of all rows since it was last set to zero.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         # A captured step reads the learning rates of the groups from the device.
-        self._lr_G = torch.zeros(len(optimizer.param_groups), device=device) if capture else None
-        self._factors_G: dict[bool, torch.Tensor] = {}  # on them, by whether the head alone learns
+        factors = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
+        self._lr_G = torch.zeros(len(factors), device=device) if capture else None
+        self._factors_G = torch.tensor(factors, device=device)  # on them
         self._launched = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Input] = []  # of the graph
@@ -128,7 +131,9 @@ class Step:
             lr: the learning rate, before the factors of the optimizer's groups.
             only_head: whether the classifier alone learns.
         """
-        self._set_learning_rates(lr, only_head=only_head)
+        if only_head != self._only_head:
+            self._freeze(only_head=only_head)
+        self._set_learning_rates(lr)
         if self.capture and self._graph is None and self._launched >= _LAUNCHED_FIRST:
             self._capture_graph(inputs)
         if self._graph is not None:
@@ -141,16 +146,29 @@ class Step:
             self._launch(inputs)
         self._launched += 1
 
-    def _set_learning_rates(self, lr: float, *, only_head: bool) -> None:
+    def _freeze(self, *, only_head: bool) -> None:
+        """Have the classifier alone learn, or all.
+
+        What is frozen has no gradients: there is no backward pass through it, the norm of the gradients leaves it out,
+        and the optimizer begins its state when it learns.
+        """
+        self._only_head = only_head
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(not only_head or group["head"])
+        # The wrapper of workers, and a captured graph, are of the parameters that learned when they were made.
+        self._shared_net = _share_gradients(self._net, self._device, self._workers)
+        if self._graph is not None:
+            torch.cuda.synchronize(self._device)  # it may still run
+        self._graph, self._inputs, self._launched = None, [], 0
+
+    def _set_learning_rates(self, lr: float) -> None:
         groups = self._optimizer.param_groups
-        factors = [group.get("lr_scale", 1.0) * (not only_head or group["head"]) for group in groups]
         if self._lr_G is None:
-            for group, factor in zip(groups, factors, strict=True):
-                group["lr"] = lr * factor
+            for group in groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             return
-        if only_head not in self._factors_G:
-            self._factors_G[only_head] = torch.tensor(factors).to(self._device)
-        torch.mul(self._factors_G[only_head], lr, out=self._lr_G)
+        torch.mul(self._factors_G, lr, out=self._lr_G)
         if self._graph is None:
             for group, lr_of_group in zip(groups, self._lr_G, strict=True):
                 group["lr"] = lr_of_group
@@ -160,9 +178,9 @@ class Step:
             x_BCHW, prob_BK = augment(batch, decisions, mean=self._mean, std=self._std)
             prob_BK, weight_B = self._targets.smooth(prob_BK), self._targets.weigh(batch.prob_BK)
             # Workers add up their gradients once a step, with its last micro-batch.
-            with contextlib.nullcontext() if index == len(inputs) - 1 else _no_sync(self._net):
+            with contextlib.nullcontext() if index == len(inputs) - 1 else _no_sync(self._shared_net):
                 with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-                    logits_BK = self._net(x_BCHW)
+                    logits_BK = self._shared_net(x_BCHW)
                 loss_B = self._loss(logits_BK.float(), prob_BK)
                 loss = (loss_B if weight_B is None else loss_B * weight_B).sum()
                 # The gradient of the mean over the whole batch, however it is cut; the wrapper takes the mean over
@@ -236,6 +254,17 @@ def _clip(parameters: Sequence[nn.Parameter], most: float) -> None:
     # To look at the norm is to wait for a GPU, and spares a CPU the way through the memory of all gradients.
     if norm.is_cuda or not norm <= most:
         nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
+
+
+def _share_gradients(net: nn.Module, device: torch.device, workers: int) -> nn.Module:
+    """Wrap a model so that its workers add up the gradients of what learns now; one alone has nothing to share."""
+    if workers == 1:
+        return net
+    ids = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
+        # Buffers are shared before evaluations instead, once a report and not once a step.
+        return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 
 def _no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import ablation
 from benchmarks.ablation import BASE, CHANGES, Plan, mean_of, study
+from benchmarks.finishing import Faces
 from raytune_emotion.config import RunConfig
 
 
@@ -39,12 +40,13 @@ def test_differences_are_taken_within_a_seed(tmp_path, monkeypatch):
         seed = int(export.name)
         return {"face": np.array([seed + changed * (1 + seed)])}
 
-    monkeypatch.setattr(ablation, "split_validation", lambda data, work: (data, tmp_path))
+    monkeypatch.setattr(ablation, "split_validation", lambda data, work: Faces(data, {}, tmp_path, {"face": 1}))
     monkeypatch.setattr(ablation, "_train", train)
     monkeypatch.setattr(ablation, "predict", predict)
-    monkeypatch.setattr(ablation, "score", lambda predicted, annotations: float(predicted["face"][0]))
-    (tmp_path / "annotations").mkdir()
-    rows = {name: rest for name, *rest in study(Plan(tmp_path, None, 1, 32, [0, 1], 2), tmp_path).rows}
+    monkeypatch.setattr(ablation, "score", lambda predicted, targets: float(predicted["face"][0]))
+    (table,) = study(Plan(tmp_path, None, 1, 32, [0, 1], 2), tmp_path)
+    assert table.notes == ["JS in bits on 1 faces of the test; 2 seeds."]
+    rows = {name: rest for name, *rest in table.rows}
     assert rows["unchanged"] == [0.5, None, None]
     assert rows["drop path 0.1"] == [1.25, 0.75, pytest.approx(0.25)]
     assert rows["predicted with the mirror image"] == [0.875, 0.375, pytest.approx(0.125)]

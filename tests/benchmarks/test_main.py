@@ -2,12 +2,15 @@
 
 import importlib
 import inspect
+import json
+import sys
 
 import pytest
 from rich.table import Table as RichTable
 
+import benchmarks.__main__
 from benchmarks import Table, table_console
-from benchmarks.__main__ import NAMES, WITH_DATA
+from benchmarks.__main__ import NAMES, WITH_DATA, measure_in_folder, run_timed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,3 +36,51 @@ def test_a_table_in_a_file_holds_every_number_whole(capsys):
     table_console().print(table)
     out = capsys.readouterr().out
     assert all(cell in out for cell in cells)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Where results are written."""
+    monkeypatch.setattr(benchmarks.__main__, "HERE", tmp_path)
+    monkeypatch.setattr(benchmarks.__main__, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(benchmarks.__main__, "_title", lambda name: name)
+    monkeypatch.setattr(
+        benchmarks.__main__, "_machine", lambda: {"cpu": "some", "cores": 1, "gpu": None, "python": "3"}
+    )
+    return tmp_path / "results"
+
+
+def test_what_an_interrupted_benchmark_has_measured_is_kept(results, tmp_path):
+    worked_in = []
+
+    def run(work):
+        worked_in.append(work)
+        yield Table(("seed",), [(0,)])
+        yield Table(("seed",), [(0,), (1,)])
+        raise KeyboardInterrupt
+
+    for work in (tmp_path / "work", None):
+        with pytest.raises(KeyboardInterrupt):
+            measure_in_folder("some", ["DATA"], run, work)
+        record = json.loads((results / "some.json").read_text())
+        assert record["rows"] == [[0], [1]]
+        assert record["command"] == "python -m benchmarks some DATA"
+    assert worked_in[0] == tmp_path / "work"
+    assert [folder.exists() for folder in worked_in] == [True, False]
+
+
+def test_a_command_whose_time_is_over_ends_in_order(tmp_path):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    pathlib.Path(sys.argv[1]).write_text('ended')\n"
+        "    sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(float(sys.argv[2]))\n"
+    )
+    ended = tmp_path / "ended"
+    assert run_timed([sys.executable, "-c", code, str(ended), "0"])[0] == 0
+    assert ended.read_text() == ""
+    assert run_timed([sys.executable, "-c", code, str(ended), "60"], seconds=3)[0] == 7
+    assert ended.read_text() == "ended"

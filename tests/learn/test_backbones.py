@@ -8,7 +8,7 @@ import timm
 from timm.models._registry import _deprecated_models
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.backbones import architectures, check_architecture
+from raytune_emotion.learn.backbones import architectures, check_architecture, short_name
 
 
 def test_the_names_are_those_that_timm_takes():
@@ -26,6 +26,20 @@ def test_a_known_architecture_is_let_pass(name):
 def test_an_unknown_architecture_is_refused_with_its_neighbours(name, near):
     with pytest.raises(UserError, match=near):
         check_architecture(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("hf-hub:owner/face", "face"),
+        ("hf-hub:owner/face@refs/pr/1", "face"),
+        ("hf-hub:owner/face@0123abc", "face"),
+        ("local-dir:/home/us@here/face@2/", "face@2"),
+    ],
+)
+def test_a_short_name_is_that_of_the_model(name, short):
+    assert short_name(name) == short
 
 
 def test_a_space_is_checked_without_torch(tmp_path):

@@ -37,17 +37,30 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_said_in_a_sentence(silent_
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_is_in_the_cache_needs_no_answer(silent_hub, monkeypatch):
+@pytest.fixture
+def cached(silent_hub, monkeypatch):
+    """The cache of what the hub has of the model; it is empty."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    torch.manual_seed(5)
-    weights = timm.create_model("test_resnet").state_dict()
     repository = silent_hub / "models--timm--test_resnet.r160_in1k"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0123456789abcdef")
     snapshot = repository / "snapshots" / "0123456789abcdef"
     snapshot.mkdir(parents=True)
-    save_file(weights, snapshot / "model.safetensors")
+    return snapshot
+
+
+def test_what_is_in_the_cache_needs_no_answer(cached):
+    torch.manual_seed(5)
+    weights = timm.create_model("test_resnet").state_dict()
+    save_file(weights, cached / "model.safetensors")
     assert torch.equal(build_model(PRETRAINED).state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
+
+
+def test_nothing_is_unpickled(cached):
+    """As timm does where there is no other file."""
+    torch.save(timm.create_model("test_resnet").state_dict(), cached / "pytorch_model.bin")
+    with pytest.raises(UserError, match="weights of test_resnet could not be fetched"):
+        build_model(PRETRAINED)
 
 
 def test_the_log_of_the_client_is_kept_from_the_user_within_the_block(monkeypatch):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn import loop
+from raytune_emotion.learn import loop, step
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline, evaluate
 from raytune_emotion.learn.loop import Divergence, fit, make_plan
@@ -95,6 +95,13 @@ RESUMED = {
         "train__precision": "bf16",
     },
     "transformer": {"model__backbone": "test_vit", "optim__schedule": "cosine"},
+    # Until the middle of a report.
+    "frozen, clipped, averaged": {
+        "model__freeze_epochs": 0.75,
+        "optim__weight_decay": 0.1,
+        "train__grad_clip": 0.5,
+        "train__ema_decay": 0.9,
+    },
 }
 
 
@@ -313,7 +320,7 @@ def test_several_workers_train_the_compiled_model(store, monkeypatch):
 
     compiled = torch.nn.Identity()
     monkeypatch.setattr(loop, "compile_model", lambda model: compiled)
-    monkeypatch.setattr(loop, "DistributedDataParallel", Wrapper)
+    monkeypatch.setattr(step, "DistributedDataParallel", Wrapper)
     settings = run_config(train__compile="always", train__batch_size=32)
     plan = dataclasses.replace(make_plan(settings, store, CPU), workers=2)
     loop.start(settings, store, CPU, plan, fresh=True)
@@ -332,6 +339,20 @@ def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
     reports = [reports_of_run(run_config(train__compile=when, train__epochs=1), store) for when in ("never", "always")]
     assert traced
     assert reports[0] == reports[1]
+
+
+def test_a_compiled_backbone_learns_once_it_is_freed(store, tmp_path, monkeypatch):
+    """What is compiled while it is frozen has no backward pass."""
+    torch_compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, dynamic: torch_compile(model, dynamic=dynamic, backend="aot_eager")
+    )
+    settings = run_config(train__compile="always", model__freeze_epochs=1)
+    start = build_model(settings).state_dict()
+    reports = fit(settings, store, device=CPU, folder=tmp_path)
+    for freed in (False, True):
+        next(reports)
+        assert torch.equal(state_of(tmp_path)["model.conv1.0.weight"], start["conv1.0.weight"]) != freed
 
 
 # ---- endings
@@ -437,11 +458,11 @@ def test_a_hub_that_refuses_for_a_moment_is_asked_again(store, monkeypatch, refu
     """Else every trial that begins at that moment would end its study."""
     asked = []
 
-    def build(config, *, weights):
+    def build(config, *, weights, description):
         asked.append(weights)
         if len(asked) <= refusals:
             raise WeightsUnavailableError("429 Too Many Requests")
-        return build_model(config, weights=weights)
+        return build_model(config, weights=weights, description=description)
 
     monkeypatch.setattr(loop, "build_model", build)
     monkeypatch.setattr(loop, "_WAITS", (0, 0))

@@ -2,14 +2,18 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import hub
+from raytune_emotion.learn.backbones import split_source
 from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std
-from raytune_emotion.learn.origin import successor
+from raytune_emotion.learn.origin import WeightsUnavailableError, successor
+from raytune_emotion.tuning.space.library import packaged_spaces
+from raytune_emotion.tuning.space.parser import load_space
 
 CLASSIFIER = {"test_resnet": "fc", "test_efficientnet": "classifier", "test_vit": "head"}
 
@@ -164,6 +168,34 @@ def test_whatever_keeps_the_weights_away_is_one_clear_sentence(monkeypatch, erro
     ) as caught:
         build_model(configured(pretrained=True))
     assert len(caught.value.faults) == 1
+
+
+def test_a_repository_without_safetensors_is_not_asked_again(monkeypatch):
+    create = timm.create_model
+
+    def lacking(name, *, pretrained=False, **options):
+        if pretrained:
+            raise EntryNotFoundError("404 Client Error")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", lacking)
+    monkeypatch.setattr(hub, "_why_silent", lambda: "")
+    with pytest.raises(UserError, match="no safetensors of test_resnet; other files would be unpickled") as caught:
+        build_model(configured(pretrained=True))
+    assert not isinstance(caught.value, WeightsUnavailableError)
+
+
+def test_only_weights_in_safetensors_are_taken_from_the_hub():
+    """Those of every space of the package are."""
+    spaces = map(load_space, packaged_spaces().values())
+    named = {name for space in spaces for name in space.values_of("model.backbone") if not split_source(name)[0]}
+    backbones = {name for name in named if timm.get_pretrained_cfg(name).has_weights}
+    assert {"resnet18", "vit_base_patch16_224", "swin_base_patch4_window7_224"} < backbones
+    for backbone in backbones:
+        check_weights(ModelConfig(backbone=backbone, pretrained=True))
+    # The source of these is a file at GitHub, which would be unpickled.
+    with pytest.raises(UserError, match=r"no safetensors of gcvit_tiny; .* gcvit_tiny.safetensors"):
+        check_weights(ModelConfig(backbone="gcvit_tiny", pretrained=True))
 
 
 def test_an_image_size_that_a_backbone_cannot_take_is_no_fault_of_its_weights(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import huggingface_hub.constants
 import pytest
@@ -12,11 +13,15 @@ from timm.models._hub import save_for_hf
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import check_architecture, short_name
-from raytune_emotion.learn.checkpoint import Best
+from raytune_emotion.learn.checkpoint import Best, read_best
+from raytune_emotion.learn.combine import Soup
 from raytune_emotion.learn.export_folder import load_package, write_package
-from raytune_emotion.learn.model import build_model, check_weights, mean_std
+from raytune_emotion.learn.model import build_model, check_weights, load_model, mean_std
+from raytune_emotion.learn.origin import find_origin
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.tuning.report.dry_run import costs
 from raytune_emotion.tuning.space.parser import load_space
+from tests.support.training import reports_of_run, run_config
 
 #: As a face backbone differs from the models of timm's registry.
 ARGUMENTS = {"patch_size": 8, "img_size": 48, "class_token": False, "global_pool": "avg", "num_classes": 512}
@@ -82,11 +87,16 @@ def test_a_repository_of_the_hub_is_taken_from_a_folder_of_weights(tmp_path, mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     model = saved(tmp_path / "weights" / short_name(HUB_NAME))
-    built = build_model(configured(HUB_NAME, weights_dir=str(tmp_path / "weights")))
-    assert torch.equal(built.state_dict()[FIRST], model.state_dict()[FIRST])
-    with pytest.raises(UserError, match=r"config.json of hf-hub:\S+ could not be fetched .*--weights-dir") as caught:
-        build_model(configured(HUB_NAME, pretrained=True))
-    assert len(caught.value.faults) == 1
+    built = build_model(configured(HUB_NAME, weights_dir=str(tmp_path / "weights"))).state_dict()
+    assert torch.equal(built[FIRST], model.state_dict()[FIRST])
+    for name in (HUB_NAME, f"{HUB_NAME}@refs/pr/1"):
+        assert torch.equal(
+            build_model(configured(name, weights_dir=str(tmp_path / "weights"))).state_dict()[FIRST], built[FIRST]
+        )
+        said = r"config.json of hf-hub:\S+ could not be fetched .* to a folder test_vit.cosface_ms1mv3 elsewhere"
+        with pytest.raises(UserError, match=said) as caught:
+            build_model(configured(name, pretrained=True))
+        assert len(caught.value.faults) == 1
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
@@ -173,6 +183,31 @@ def test_an_export_of_it_needs_nothing_else_and_names_the_licence(tmp_path, monk
         by_timm = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).eval()
         assert torch.allclose(by_timm(x_BCHW), wanted, atol=1e-6)
     assert "non-commercial research alone" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_a_checkpoint_needs_the_start_of_its_training_no_more(tmp_path, store):
+    saved(tmp_path / "face")
+    config = run_config(model__backbone=f"local-dir:{tmp_path / 'face'}", model__pretrained=True, train__epochs=3)
+    run = tmp_path / "run"
+    reports_of_run(config, store, run, stop=1)
+    shutil.rmtree(tmp_path / "face")
+    # As after a death before the best weights were written.
+    (run / BEST).unlink()
+    assert len(reports_of_run(config, store, run)) == 2
+    best = read_best(run / BEST)
+    write_package(tmp_path / "best", best)
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        wanted = load_model(best)(x_BCHW)
+        assert torch.allclose(load_package(tmp_path / "best").model.model(x_BCHW), wanted, atol=1e-6)
+    write_package(tmp_path / "soup", Soup([best, best], store.val, []).best([0, 1]))
+
+
+def test_a_description_in_a_checkpoint_is_not_trusted():
+    config = ModelConfig(backbone=HUB_NAME)
+    described = {"architecture": "test_vit", "model_args": {"checkpoint_path": "evil.pth"}, "pretrained_cfg": {}}
+    with pytest.raises(UserError, match="its checkpoint does not describe a model of timm"):
+        find_origin(config, weights=False, description=described)
 
 
 def test_the_cost_of_a_repository_of_the_hub_is_measured_without_a_hub(tmp_path, monkeypatch):

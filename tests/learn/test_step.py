@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from raytune_emotion.config import OptimConfig
 from raytune_emotion.data.loader import Batch
 from raytune_emotion.learn import losses
+from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.learn.step import Step, make_targets
 
 CPU = torch.device("cpu")
@@ -60,3 +62,51 @@ def test_a_mixture_weighs_what_its_own_row_does():
     )  # fmt: skip
     step([(batch, {"share": half, "mixup": half})], 0.1)
     assert step.loss_sum.item() > 0
+
+
+class Headed(nn.Module):
+    """A backbone, with gradients far larger than those of its classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.fc = nn.Linear(3 * 8 * 8, 4), nn.Linear(4, 3)
+
+    def forward(self, x_BCHW):
+        return self.fc(self.backbone(100 * x_BCHW.flatten(1)))
+
+    def get_classifier(self):
+        return self.fc
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_what_is_frozen_has_no_part_in_the_norm_of_the_gradients_nor_in_the_state_of_the_optimizer(name):
+    torch.manual_seed(0)
+    model, prob_BK = Headed(), np.full((2, 3), 1 / 3, np.float32)
+    optimizer = build_optimizer(model, OptimConfig(name=name, momentum=0.5))
+    step = Step(
+        model, optimizer, torch.amp.GradScaler("cpu", enabled=False), losses.mixture({"kl": 1.0}), mean=(0, 0, 0),
+        std=(1, 1, 1), dtype=torch.float32, device=CPU, batch_rows=2, workers=1,
+        targets=make_targets(prob_BK, smoothing=0, balance=0, device=CPU), grad_clip=1e-3, capture=False,
+    )  # fmt: skip
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    inputs = [(Batch(images, torch.from_numpy(prob_BK), np.arange(2)), {})]
+    began = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def moved(part):
+        return sum((value - began[key]).square().sum() for key, value in part.items()).sqrt().item()
+
+    def has_state(layer):
+        return any(value.any() for p in layer.parameters() for value in optimizer.state.get(p, {}).values())
+
+    step(inputs, 1.0, only_head=True)
+    head = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+    rest = {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
+    assert moved(rest) == 0
+    assert has_state(model.fc)
+    assert not has_state(model.backbone)
+    if name == "sgd":
+        # The length of its own gradient, which is cut: that of the backbone is far longer.
+        assert moved(head) == pytest.approx(1e-3, rel=1e-4)
+    step(inputs, 1.0)
+    assert moved(rest) > 0
+    assert has_state(model.backbone)

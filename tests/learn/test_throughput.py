@@ -96,8 +96,10 @@ def test_what_is_tried_out_takes_the_memory_of_a_trial(store, monkeypatch):
         )
     monkeypatch.setattr(throughput, "limit_memory", lambda device, share: did.append(share))
     settings = {"data.image_size": 32, "train.batch_size": 96, "loss.kl": 1.0, "model.backbone": "test_resnet"}
-    # More evaluations than its few rows have steps: none of them is timed.
-    run, (_, images, total) = throughput._prepare({**settings, "train.evals_per_epoch": 8}, str(store.path), CPU)
+    # More evaluations than its few rows have steps: none of them is timed. And the head alone takes less memory.
+    more = {"train.evals_per_epoch": 8, "model.freeze_epochs": 1}
+    run, (_, images, total) = throughput._prepare({**settings, **more}, str(store.path), CPU)
+    assert all(parameter.requires_grad for parameter in run.model.parameters())
     assert did[0] == "evaluate"
     assert (images, total) == (129 * 32 * 32 * 3, math.inf)
     did.clear()

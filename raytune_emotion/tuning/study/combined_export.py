@@ -139,23 +139,28 @@ def write_ensemble(
         _write_alone(dest, chosen, study, [TIMM, *formats], notes, metrics)
         return
     candidates = chosen.candidates
-    models = [load_model(candidates.bests[number]) for number in chosen.members]
+    bests = [candidates.bests[number] for number in chosen.members]
+    models = [load_model(best) for best in bests]
     wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
     whole, store = Ensemble(wholes).eval(), candidates.store
-    configs = [RunConfig.from_flat(candidates.bests[number].settings) for number in chosen.members]
+    configs = [RunConfig.from_flat(best.settings) for best in bests]
+    origins = [
+        find_origin(config.model, weights=False, description=best.origin)
+        for config, best in zip(configs, bests, strict=True)
+    ]
     rates = [images_per_second(model, store.image_size) for model in (whole, wholes[0])]
     values = {
         **chosen.metrics,
-        "params_millions": sum(candidates.bests[number].report["params_millions"] for number in chosen.members),
+        "params_millions": sum(best.report["params_millions"] for best in bests),
         "images_per_second_cpu": rates[0],
         "images_per_second_cpu_single": rates[1],
         **(metrics or {}),
     }
-    first = candidates.bests[chosen.members[0]]
+    first = bests[0]
     described = {
         "members": [
-            {"trial": trial_id, **describe_model(model, config, find_origin(config.model, weights=False))}
-            for trial_id, model, config in zip(chosen.trial_ids, models, configs, strict=True)
+            {"trial": trial_id, **describe_model(model, config, origin)}
+            for trial_id, model, config, origin in zip(chosen.trial_ids, models, configs, origins, strict=True)
         ],
         "label_names": list(store.classes),
         "num_classes": len(store.classes),
