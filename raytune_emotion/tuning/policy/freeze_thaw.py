@@ -7,7 +7,9 @@ the trial with the most expected improvement for the reports that are left to it
 The most promising of all new configurations promises more than it will hold, since it is chosen among thousands for
 that. So new trials have a share of the training at most, and the rest goes to those that were begun.
 
-The first start points of the space train to their end without a pause: whoever gave them believes in them.
+The first start points of the space train to their end without a pause: whoever gave them believes in them. So do the
+first trials of any study whose trials have few reports. There, a first look takes a large part of a trial and says
+little of its end, so that a short study is better off with whole trials.
 
 Nothing is known of lengths that no trial has had. So the favourite, the paused trial of the best forecast, is trained
 further than any other before, as soon as that is half of what all trials have had together, and once no new trial may
@@ -52,8 +54,9 @@ _NEW_SHARE, _LEAST_NEW_SHARE = 0.1, 0.4
 _LONGEST_IN = 2
 #: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
 _HOPE = 0.02
-#: So many of the first trials train to their end without a pause, if they are start points.
-_STRAIGHT = 2
+#: The first trials that may train to their end without a pause, and the least share of the full length at which a first
+#: stretch has them do so, start points or not.
+_STRAIGHT, _LONG_LOOK = 2, 1 / 16
 #: What it costs to take a trial up again, in seconds, and the share of the training that all of that may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
 
@@ -107,6 +110,7 @@ class FreezeThaw:
         ends = stretch_ends(self._reports)
         self._ends = [end / self._reports * inputs.epochs for end in ends]
         self._first = ends[0] if ends else self._reports
+        self._looks_are_long = self._first >= _LONG_LOOK * self._reports
         self._new_share = max(_NEW_SHARE * (len(ends) + 1), _LEAST_NEW_SHARE)
         self._plan: tuple[object, _Plan | None] = (None, None)
 
@@ -133,7 +137,7 @@ class FreezeThaw:
         if not self._ends_stretch(report):
             return "go on"
         number = int(trial_id)
-        if any(trial.number == number < _STRAIGHT and trial.user_attrs.get(START) for trial in past):
+        if number < _STRAIGHT and (self._looks_are_long or _is_start(past, number)):
             return "go on"
         past = [as_paused(trial, report["seconds"]) if trial.number == number else trial for trial in past]
         plan = self._plan_of(past, limits)
@@ -240,6 +244,10 @@ class FreezeThaw:
         trained_s = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in past)
         taken_up = sum(int(trial.user_attrs.get(TAKEN_UP, 0)) for trial in past)
         return (taken_up + 1) * self._take_up_s <= _TAKE_UP_SHARE * trained_s
+
+
+def _is_start(past: Sequence[FrozenTrial], number: int) -> bool:
+    return any(trial.number == number and trial.user_attrs.get(START) for trial in past)
 
 
 def _state(past: Sequence[FrozenTrial], limits: Limits) -> object:

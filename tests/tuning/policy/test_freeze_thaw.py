@@ -20,6 +20,7 @@ from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 REPORTS = 16
+LONG_LOOK = freeze_thaw._LONG_LOOK
 SPACE = Space({"optim.lr": FloatDistribution(0.0, 1.0), "train.batch_size": FloatDistribution(0.0, 1.0)})
 
 
@@ -93,6 +94,18 @@ def _quiet():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+@pytest.fixture(autouse=True)
+def short_looks(monkeypatch):
+    """Let a first look count as short, however many reports there are, so that first trials pause like others."""
+    monkeypatch.setattr(freeze_thaw, "_LONG_LOOK", 1.0)
+
+
+@pytest.fixture
+def long_looks(short_looks, monkeypatch):
+    """Let a first look count as it does in a study."""
+    monkeypatch.setattr(freeze_thaw, "_LONG_LOOK", LONG_LOOK)
+
+
 def test_a_stretch_is_as_long_as_all_before_it():
     assert stretch_ends(51) == [2, 4, 8, 16, 32]
     assert stretch_ends(16) == [2, 4, 8]
@@ -130,6 +143,19 @@ def test_a_first_trial_that_is_no_start_point_pauses():
     assert study.reports[0] < REPORTS
 
 
+@pytest.mark.usefixtures("long_looks")
+@pytest.mark.parametrize(("reports", "straight"), [(8, 2), (16, 2), (32, 2), (51, 0)])
+def test_the_first_two_trials_train_to_their_end_where_a_first_look_takes_a_large_part_of_one(reports, straight):
+    policy = FreezeThaw(PolicyInputs(SPACE, reports, reports, 0))
+    study = optuna.create_study()
+    searcher = Searcher(study, SPACE, policy, sampler=make_sampler_of(inputs_of(0), "random"))
+    simulation = Simulation(searcher, lambda settings: (np.linspace(0.5, 0.4, reports), np.ones(reports)), 1, 0.0)
+    simulation.run((straight + 0.5) * reports)
+    had = [len(trial.intermediate_values) for trial in study.trials]
+    assert had[:straight] == [reports] * straight
+    assert had[straight] < reports
+
+
 def test_one_of_many_workers_trains_further_than_all_before_and_the_others_search():
     study = Study()
     study.run(REPORTS / 2, workers=8)
@@ -137,6 +163,7 @@ def test_one_of_many_workers_trains_further_than_all_before_and_the_others_searc
     assert len(study.reports) > 12
 
 
+@pytest.mark.usefixtures("long_looks")
 def test_eight_trials_find_no_less_than_without_stopping_in_the_same_time():
     for seed in range(4):
         study = Study(respond=early, trials=8, proposes=False, seed=seed)
