@@ -306,6 +306,19 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
     assert trained(*TINY, 1, "--name", "mine") == 0
 
 
+def test_machine_that_does_not_see_the_run_makes_no_folder(trained, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results" / "mine"
+
+    def on_another_machine(job):
+        folder.rename(tmp_path / "elsewhere")
+        yield from train_here(job)
+
+    monkeypatch.setattr(single_run, "train_here", on_another_machine)
+    assert trained(*TINY, 1, "--name", "mine") == 1
+    assert f"{folder}: there is no {LOCK} in it; put the results where " in capsys.readouterr().err
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("advise", [True, False])
 def test_an_interrupted_run_says_how_it_goes_on_unless_its_caller_does(tmp_path, store, monkeypatch, capsys, advise):
     def interrupted(job):
