@@ -218,6 +218,15 @@ class Location(ABC):
         """
 
     @abstractmethod
+    def is_free(self, first: str, last: str) -> bool:
+        """Tell whether nothing is here, or at a URI only files of what was never whole.
+
+        Args:
+            first: name of the file that is written before all others.
+            last: name of the file without which the others are of no use. Folders are made after it.
+        """
+
+    @abstractmethod
     def can_be_built(self) -> bool:
         """Tell whether nothing is here, or at a URI only what `build` has begun and not ended."""
 
@@ -396,6 +405,9 @@ class Folder(Location):
     def free_working_folder(self) -> None:
         pass
 
+    def is_free(self, first: str, last: str) -> bool:
+        return not self.exists()
+
     def can_be_built(self) -> bool:
         return not self.exists()
 
@@ -559,6 +571,12 @@ class Remote(Location):
             with exclusive_lock(folder):
                 self.set_aside_copy()
                 shutil.rmtree(folder)
+
+    def is_free(self, first: str, last: str) -> bool:
+        if remote.is_file(self.uri):
+            return False
+        found = {info.base_name: info.is_file for info in remote.list_folder(self.uri)}
+        return not found or (all(found.values()) and first in found and last not in found)
 
     def can_be_built(self) -> bool:
         found = [info.base_name for info in remote.list_folder(self.uri)]

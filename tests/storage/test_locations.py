@@ -148,6 +148,18 @@ def test_folder_is_built_on_what_an_attempt_has_left_and_on_nothing_else(locatio
         pass
 
 
+def test_place_is_free_until_what_is_there_is_whole(location):
+    assert location.is_free("first", "last")
+    for name in ("first", "more"):
+        put(location, name, "a")
+    assert location.is_free("first", "last") == isinstance(location, Remote)
+    assert not location.is_free("second", "last"), "it is somebody else's"
+    assert not location.is_free("first", "more")
+    put(location, "trials/0000/a.txt", "a")
+    assert not location.is_free("first", "last"), "there was something whole, whose last file is gone"
+    assert not (location / "more").is_free("first", "last")
+
+
 def test_files_are_listed_while_a_folder_goes(tmp_path, monkeypatch):
     (tmp_path / "stays.txt").touch()
     (tmp_path / "goes" / "below").mkdir(parents=True)

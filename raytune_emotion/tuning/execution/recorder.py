@@ -93,6 +93,7 @@ class Recorder:
         self._searcher = _searcher_of(study, earlier)
         self.gain = GainWatch(study, self._searcher, earlier, until=until_gain, clock=clock)
         self._failures = 0  # in a row, of the trials that ended last
+        self._in_place = study.copy.location.is_here(study.folder)  # whether there is a study at its location
         self.backlog = Backlog(study, clock)
         self._closed = False
         self._lock = threading.RLock()
@@ -105,8 +106,8 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
             # The spec comes last: where it is, there is a study.
-            there = [name for name in (EARLIER,) if (self._study.folder / name).exists()]
-            self._study.copy.claim([JOURNAL, *there, SPEC])
+            self._study.copy.claim([JOURNAL, EARLIER, SPEC])
+            self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
             self._look_around(self._searcher.replay(records))
@@ -188,7 +189,10 @@ class Recorder:
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
             if self.broken:
-                raise Breakdown(f"{self.broken}; the study can be resumed: {self._study.copy}") from self.error
+                again = (
+                    f"the study can be resumed: {self._study.copy}" if self._in_place else "type the same command again"
+                )
+                raise Breakdown(f"{self.broken}; {again}") from self.error
 
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""

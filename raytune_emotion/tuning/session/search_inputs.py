@@ -12,6 +12,7 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.resume_check import check_continuation
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
@@ -70,7 +71,7 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
     errors: list[str] = []
     with collect_errors(errors):
         request.results.check(write=True)
-        if place.exists():
+        if not place.is_free(DRIVER, SPEC):
             found = "a study of this name already; go on with it by --resume, or choose another"
             other = "something of this name that is no study; choose another name"
             raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")
