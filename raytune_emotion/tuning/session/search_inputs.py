@@ -71,7 +71,7 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
     errors: list[str] = []
     with collect_errors(errors):
         request.results.check(write=True)
-        if not place.is_free(DRIVER, SPEC):
+        if not place.can_be_built(DRIVER, SPEC):
             found = "a study of this name already; go on with it by --resume, or choose another"
             other = "something of this name that is no study; choose another name"
             raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")

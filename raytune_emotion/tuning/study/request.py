@@ -154,7 +154,7 @@ class SearchRequest:
         study = self.results / name
         if study.read(SPEC) is None:
             if study.exists():
-                if study.is_free(DRIVER, SPEC):
+                if study.can_be_built(DRIVER, SPEC):
                     raise UserError(f"{study}: its search broke off before there was a study; leave --resume out")
                 raise UserError(f"{study}: no {SPEC} in it, so it is no study; name its folder with --results")
             others = studies_in(self.results)
