@@ -17,7 +17,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
-from raytune_emotion.tuning.execution import worker_group
+from raytune_emotion.tuning.execution import cluster, cluster_nodes, worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
@@ -246,6 +246,15 @@ class TestBadRequests:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             (told,) = refused("--workers", "2", "--address", address)
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
+
+    def test_cluster_that_the_workers_do_not_fit_is_refused_before_data_are_packed(self, refused, monkeypatch):
+        def refuse(address, **needs):
+            raise UserError(f"{needs} on {address}")
+
+        monkeypatch.setattr(cluster, "check_cluster", lambda address: None)
+        monkeypatch.setattr(cluster_nodes, "check_fit", refuse)
+        needs = {"workers": 2, "gpus_per_worker": 1.0, "concurrency": 1}
+        assert refused("--address=auto", "--workers=2", "--gpus-per-worker=1") == [f"{needs} on auto"]
 
     def test_a_model_that_cannot_be_built_leaves_the_name_free(self, refused, tmp_path):
         (told,) = refused("--set", "model.backbone=efficientformer_l1")

@@ -46,3 +46,12 @@ def test_a_cluster_without_a_node_to_train_on_is_refused(start_head, tmp_path):
     with search(tmp_path, address, "--trials", 1, "--epochs", 1) as process:
         assert process.wait(90) == 2
         assert "with 0 CPU, and no autoscaler; start its worker nodes" in (tmp_path / "out").read_text()
+
+
+def test_growing_cluster_without_a_gpu_yet_asks_what_it_is_to_start(start_head, tmp_path):
+    address = start_head(cpus=1, grows=True)
+    wait_until(lambda: "Demands" in status_of(address), seconds=60)
+    with search(tmp_path, address, "--trials", 1, "--epochs", 1) as process:
+        assert process.wait(90) == 2
+    assert "error: the cluster has no node with a GPU yet" in (tmp_path / "out").read_text()
+    assert not (tmp_path / "r").exists()

@@ -83,7 +83,18 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
         request.check_storage()
     with collect_errors(errors):
         request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
-    return read_inputs(request, errors)
+    new = read_inputs(request, errors)
+    if request.address is not None and not new.data.stores:
+        from raytune_emotion.tuning.execution.cluster_nodes import check_fit
+
+        check_fit(
+            request.address,
+            workers=request.workers_per_trial or 1,
+            gpus_per_worker=request.gpus_per_worker,
+            concurrency=request.concurrency,
+            fp16="fp16" in new.space.values_of("train.precision"),
+        )
+    return new
 
 
 def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
