@@ -26,7 +26,7 @@ from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, pa
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches, Waiting
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.records import TrialRecord
 
@@ -154,9 +154,9 @@ def _tune(
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
-            max_failures=study.spec.max_failures,  # of each stretch of a trial: a trial of Tune's
+            max_failures=study.spec.max_failures,  # since the newest report: see `Recovery`
             stop=Gate(recorder, search, stop),
-            callbacks=[SmallerBatches(), BetweenEvents(recorder, waiting)],
+            callbacks=[Recovery(), BetweenEvents(recorder, waiting)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # What Tune writes of its own is of no use to us: the study's folder is the record.

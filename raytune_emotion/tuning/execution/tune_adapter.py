@@ -113,7 +113,7 @@ class Search(SearchAlgorithm):
                 from raytune_emotion.tuning.execution.worker_group import release_workers
 
                 release_workers(Path(job.folder))
-            reason = f"its process ended {deaths} times, the last time by: {newest_error(trial)}"
+            reason = f"its process ended {deaths} times without a new report, the last time by: {newest_error(trial)}"
             self._recorder.end(_id_of(trial_id), Failed(reason))
 
 
@@ -141,8 +141,22 @@ class Gate(tune.Stopper):
         return {}
 
 
-class SmallerBatches(tune.Callback):
-    """Have a trial whose process was killed for want of memory go on in smaller micro-batches, where it can."""
+class Recovery(tune.Callback):
+    """Have a trial go on whose process has died: in smaller micro-batches, where it was killed for want of memory.
+
+    After a new report its deaths are counted anew: it makes progress.
+    """
+
+    def __init__(self) -> None:
+        self._reports: dict[str, int] = {}  # the newest one of each trial
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        # A process that takes a trial up says its newest report again.
+        if result.get("report", 0) > self._reports.get(trial.trial_id, 0):
+            self._reports[trial.trial_id] = result["report"]
+            trial.run_metadata.num_failures = 0
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         smaller = with_smaller_micro_batches(Job.from_dict(trial.config)) if LOW_MEMORY in newest_error(trial) else None

@@ -182,6 +182,25 @@ def test_a_process_that_dies_ends_no_trial_and_an_interruption_between_two_trial
     assert go() == records, "all have ended"
 
 
+def test_deaths_of_a_trials_processes_are_counted_anew_after_each_report(begin, tmp_path, monkeypatch):
+    """As on spot nodes, which may be lost more often than a trial may fail."""
+
+    class DyingTrialActor(TrialActor):
+        def train(self):
+            result = super().train()
+            mark = tmp_path / f"died at {result['report']}"
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+    monkeypatch.setattr(runner, "TrialActor", DyingTrialActor)
+    _, go = begin(trials=1, epochs=2, max_failures=1)
+    (record,) = go()
+    assert (record.status, [report["report"] for report in record.reports]) == ("complete", [1, 2])
+    assert (tmp_path / "died at 2").exists()
+
+
 def test_trials_share_the_cores(cluster):
     for concurrency, cpus, at_once in ((None, 1.0, 2), (1, 2.0, 1), (2, 1.0, 2)):
         place = fit_to_cluster(workers=1, gpus_per_worker=None, concurrency=concurrency)

@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, Waiting
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -140,6 +140,16 @@ def test_process_on_node_that_ends_soon_gets_no_other_trial_however_its_own_ends
     assert Gate(recorder, search, threading.Event())("0000", last)
     assert vars(trial) == {"config": {}, "raytune_emotion_forget": True}
     assert len(recorder.heard) == 1, "it is not given back"
+
+
+def test_only_a_report_that_is_new_forgives_deaths():
+    recovery, trial = Recovery(), Trial("a trainable", trial_id="0000", stub=True)
+    deaths = []
+    for result in ({"report": 1}, {"report": 1}, {"report": 2}, {ENDING: Failed("why")}):
+        trial.run_metadata.num_failures = 2
+        recovery.on_trial_result(0, [], trial, result)
+        deaths.append(trial.num_failures)
+    assert deaths == [0, 2, 0, 2]
 
 
 @pytest.mark.parametrize("status", [Trial.PENDING, Trial.RUNNING])

@@ -47,6 +47,28 @@ def test_one_worker_trains_as_a_process_of_its_own(tmp_path, store, monkeypatch)
     assert without_clocks([together]) == without_clocks(alone)
 
 
+def test_deaths_of_workers_are_counted_anew_after_each_report(monkeypatch):
+    begun, reports = [], []
+
+    class DyingWorkers:
+        def __init__(self, first):
+            begun.append(first)
+
+        def train(self, job):
+            if len(begun) <= 3:
+                yield {"report": len(begun)}
+            raise worker_group.train.TrainingFailedError("a worker has died")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
+    with pytest.raises(worker_group.train.TrainingFailedError):
+        reports.extend(worker_group.train_together(None, max_failures=1))
+    assert reports == [{"report": 1}, {"report": 2}, {"report": 3}]
+    assert len(begun) == 4
+
+
 def test_workers_wait_for_orders_outside_of_nccl(monkeypatch):
     """NCCL takes a long wait for a hang, and kills the workers. The driver may be busy for hours between two trials."""
     groups, waited = [], []
