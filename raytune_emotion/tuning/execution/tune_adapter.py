@@ -28,6 +28,8 @@ from raytune_emotion.tuning.study.optuna_study import Proposal
 #: Between a trial's id and the number of its stretch: a paused trial that goes on is a new one to Ray Tune.
 _STRETCH = "."
 _WAIT_S = 30.0
+#: Between two looks at whether the workers of trials have places.
+_COUNT_S = 5.0
 
 
 class Waiting:
@@ -167,13 +169,24 @@ class Recovery(tune.Callback):
 class BetweenEvents(QuietProgress):
     """Have the tables written between Tune's events, and say when no trial finds room."""
 
-    def __init__(self, recorder: Recorder, waiting: Waiting) -> None:
+    def __init__(self, recorder: Recorder, waiting: Waiting, count_unplaced: Callable[[], int] = lambda: 0) -> None:
+        """Begin to look.
+
+        Args:
+            recorder: of the study.
+            waiting: says that no trial finds room.
+            count_unplaced: returns how many trials that run, to Tune, have no places for their workers.
+        """
         super().__init__()
-        self._recorder, self._waiting = recorder, waiting
+        self._recorder, self._waiting, self._count_unplaced = recorder, waiting, count_unplaced
+        self._unplaced, self._count_at = 0, time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._recorder.write_in_time()
-        self._waiting.look(runs=any(trial.status == Trial.RUNNING for trial in trials))
+        if time.monotonic() >= self._count_at:
+            self._unplaced, self._count_at = self._count_unplaced(), time.monotonic() + _COUNT_S
+        running = sum(trial.status == Trial.RUNNING for trial in trials)
+        self._waiting.look(runs=running > self._unplaced)
 
 
 def _id_of(ray_trial_id: str) -> str:

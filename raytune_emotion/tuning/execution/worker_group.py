@@ -25,13 +25,12 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.execution.job import Job, TrialFailed, train_on
+from raytune_emotion.tuning.execution.ray_patches import free_abandoned_groups, remove_group
 from raytune_emotion.tuning.execution.ray_train_patches import (
     Announcer,
     Controller,
     PlainTrainer,
     ReservedPlaces,
-    free_abandoned_groups,
-    remove_group,
 )
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 

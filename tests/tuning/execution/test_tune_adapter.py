@@ -167,6 +167,17 @@ def test_a_cluster_without_room_is_said_once(monkeypatch, status):
     assert said[-1:] == [141.0]
 
 
+@pytest.mark.parametrize(("unplaced", "expected"), [(0, []), (1, []), (2, [35.0])])
+def test_trials_whose_workers_all_wait_for_places_wait_for_room(monkeypatch, unplaced, expected):
+    now, said = [0.0], []
+    monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])
+    between = BetweenEvents(Recorder(), Waiting(lambda: said.append(now[0])), lambda: unplaced)
+    for second in range(0, 60, 5):
+        now[0] = float(second)
+        between.on_step_end(second, [SimpleNamespace(status=Trial.RUNNING)] * 2)
+    assert said == expected
+
+
 def test_a_cluster_without_any_room_is_said_and_can_be_left(monkeypatch):
     now, said, stop = [0.0], [], threading.Event()
     monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])

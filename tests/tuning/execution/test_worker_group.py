@@ -1,16 +1,20 @@
 import dataclasses
 import queue
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
 from raytune_emotion.tuning.execution import worker_group
 from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups, remove_group
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_group import run_in_background
+from tests.support.cluster import held_resources
 from tests.support.reports import without_clocks
 
 
@@ -88,3 +92,23 @@ def test_workers_wait_for_orders_outside_of_nccl(monkeypatch):
     with pytest.raises(InterruptedError):
         worker_group._work({"orders": None, "messages": None})
     assert groups == waited == ["gloo"]
+
+
+def test_groups_of_workers_that_wait_for_room_are_counted_until_they_are_freed(cluster):
+    # A class in a function is sent as it is: its process need not import this module.
+    @ray.remote(num_cpus=0)
+    class Driver:
+        def reserve(self, cores):
+            group = ray.util.placement_group([{"CPU": cores}])
+            return group.id.hex()
+
+    driver = Driver.remote()
+    waits, placed = ray.get([driver.reserve.remote(64), driver.reserve.remote(1)])
+    deadline = time.monotonic() + 60
+    while count_waiting_groups() != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for group in (waits, placed):
+        remove_group(group)
+    assert count_waiting_groups() == 0
+    assert held_resources() == (0.0, [])
