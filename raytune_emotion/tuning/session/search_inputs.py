@@ -9,6 +9,7 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.remote import refuse_credentials
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.space.space import Space
@@ -155,8 +156,11 @@ def _check_room(request: SearchRequest) -> None:
 
 
 def _check_mlflow(request: SearchRequest) -> None:
+    if request.mlflow is None:
+        return
+    refuse_credentials(request.mlflow, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     # Asked without an import, which takes seconds.
-    if request.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+    if importlib.util.find_spec("mlflow") is None:
         raise UserError(
             "--mlflow: the package mlflow is missing; install it with pip install 'raytune_emotion[mlflow]'"
         )
