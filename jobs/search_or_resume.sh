@@ -24,8 +24,9 @@ fi
 resume=$(python -c '
 import sys
 from raytune_emotion.storage.locations import parse_location
-print("--resume" if parse_location(sys.argv[1]).exists() else "")
-' "$results/$name" 2> /dev/null) || resume=
+study = parse_location(sys.argv[1]) / sys.argv[2]
+print("" if study.read("study.yaml") is None else "--resume")
+' "$results" "$name" 2> /dev/null) || resume=
 
 # `exec`: signals reach the search.
 exec python -m raytune_emotion.search "$@" $resume

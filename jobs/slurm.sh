@@ -8,7 +8,8 @@
 # --weights-dir. For nodes without GPUs, delete the line --gpus-per-node, and choose --space quick.
 #
 # Five minutes before the time limit the search ends in order. The job then goes back to the queue, and continues the
-# study at its next start. `scancel --batch --signal=TERM ID` ends the search in order for good.
+# study at its next start. So it does when a node fails. `scancel --batch --signal=TERM ID` ends the search in order for
+# good.
 #
 # Change these lines, or give the same options to sbatch:
 #SBATCH --job-name=raytune-emotion

@@ -22,7 +22,9 @@ for ((i = 1; i <= $#; i++)); do
   case ${!i} in
     --name) name=${!next-} ;;
     --name=*) name=${!i#*=} ;;
-    --results | --results=*) results=given ;;
+    # The search takes the beginning of an option's name, too.
+    --resul*=*) results=${!i#*=} ;;
+    --resul*) results=${!next-} ;;
   esac
 done
 if [[ ! $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$ ]]; then
@@ -30,7 +32,14 @@ if [[ ! $name =~ ^[A-Za-z0-9_][A-Za-z0-9_.=,+-]*$ ]]; then
   exit 2
 fi
 # The folder of a job is deleted when the job ends, so results never go there.
-[[ $results ]] || set -- --results "$PWD/ray_results" "$@"
+case $results in
+  "") set -- --results "$PWD/ray_results" "$@" ;;
+  /* | *://*) ;;
+  *)
+    echo "error: --results: expected an absolute path that every node sees, or a URI, got '$results'" >&2
+    exit 2
+    ;;
+esac
 
 ray=ray
 [[ -x .venv/bin/ray ]] && ray=.venv/bin/ray

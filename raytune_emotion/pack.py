@@ -16,6 +16,8 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import say, shell_word, typed_command, warn
 
+_KEPT = "what is packed is kept; the same command goes on with it"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = DataConfig()
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             stores = pack_sizes(source, dests, classes=args.classes, skip_bad=args.skip_bad, pmap=pmap)
         except KeyboardInterrupt:
-            warn("what is packed is kept; the same command goes on with it")
+            warn(_KEPT)
             raise
     seconds = time.perf_counter() - started
     splits = stores[sizes[0]].splits
@@ -107,17 +109,26 @@ def _check(source: Location, classes: tuple[str, ...] | None) -> None:
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[Map | None]:
-    """Yield a map over all nodes of a Ray cluster; None without an address."""
+    """Yield a map over all nodes of a Ray cluster; None without an address.
+
+    Raises:
+        UserError: there is no cluster at the address.
+        ClusterLost: it has died.
+    """
     if address is None:
         yield None
         return
     # Only now: the packing of this machine's own need not wait for Ray.
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
     from raytune_emotion.tuning.execution.cluster_map import cluster_map
+    from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 
     check_cluster(address)
-    with ray_session(address), cluster_map() as pmap:
-        yield pmap
+    try:
+        with ray_session(address) as watch, cluster_map(watch) as pmap:
+            yield pmap
+    except ClusterLost as error:
+        raise ClusterLost(f"{error}; {_KEPT}") from error
 
 
 if __name__ == "__main__":

@@ -147,8 +147,10 @@ def _on_cluster(
 
     Raises:
         UserError: there is no cluster at the address, or a source is a store.
+        ClusterLost: the cluster has died.
     """
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
+    from raytune_emotion.tuning.execution.cluster_watch import iterate_watched
 
     errors = [
         f"{source.location}: is a packed store, which is predicted on this machine; leave --address out"
@@ -161,11 +163,12 @@ def _on_cluster(
         raise UserError(errors)
     # Ray Data makes actors in a way that Ray itself warns of (ray 53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with ray_session(address):
+    with ray_session(address) as watch:
         from raytune_emotion.tuning.execution.cluster_predict import predict_on_cluster
 
         files = [source for source in sources if isinstance(source, PictureFiles)]
-        yield predict_on_cluster(export, files, mirror=mirror)
+        with contextlib.closing(iterate_watched(predict_on_cluster(export, files, mirror=mirror), watch)) as batches:
+            yield batches
 
 
 def _open_table(name: str, classes: Sequence[str]) -> "Table":

@@ -149,8 +149,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-failures",
         type=natural_number,
         metavar="N",
-        help="restarts of a trial whose process died, counted anew when a paused trial goes on "
-        f"(default: {MAX_FAILURES})",
+        help=f"restarts of a trial whose process died, counted anew after each new report (default: {MAX_FAILURES})",
     )
     add_training_data_options(parser)
     add_address_option(parser)

@@ -152,6 +152,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(faults)
 
     # Imported only now: it takes seconds.
+    if args.address is not None and not data.stores:
+        from raytune_emotion.tuning.execution.cluster_nodes import check_fit
+
+        check_fit(args.address, workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
     from raytune_emotion.learn.model import build_model
     from raytune_emotion.tuning.session.single_run import Workers, train_single
 

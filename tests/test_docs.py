@@ -85,6 +85,8 @@ def check_command(line: str) -> None:
         rest = rest[: rest.index(">")]
     if program == "python" and rest[0] == "-m":
         check_module(rest[1], rest[2:])
+    elif program == "python" and rest[0] == "-c":
+        compile(rest[1], line, "exec")
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"{rest[0]} is missing"
     elif program == "raytune-emotion":

@@ -27,6 +27,7 @@ from ruamel.yaml import YAML
 
 import raytune_emotion
 from raytune_emotion import search
+from raytune_emotion.storage.locations import parse_location
 from raytune_emotion.tuning.report.ray_metrics import METRICS
 
 ROOT = Path(raytune_emotion.__file__).parents[1]
@@ -94,18 +95,18 @@ def search_or_resume(programs: Path, *argv: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("place", ["results", "file:results"])
-def test_search_is_resumed_where_its_study_exists(programs, tmp_path, place):
-    results = str(tmp_path / "results") if place == "results" else f"file://{tmp_path / 'results'}"
-    argv = ["--results", results, "--name=first", "--trials", "3"]
+@pytest.mark.parametrize("place", ["folder", "file", "s3"])
+def test_search_is_resumed_where_its_study_exists(programs, tmp_path, request, place):
+    results = {"folder": str, "file": Path.as_uri, "s3": lambda _: request.getfixturevalue("bucket")}[place](tmp_path)
+    study, argv = parse_location(results) / "first", ["--results", results, "--name=first", "--trials", "3"]
     assert search_or_resume(programs, *argv).returncode == 3  # that of the search
-    (tmp_path / "results" / "first").mkdir(parents=True)
-    search_or_resume(programs, *argv)
-    (tmp_path / "results" / "first" / "study.yaml").touch()
-    search_or_resume(programs, *argv)
+    # What comes before the spec is of a search that broke off before there was a study.
+    for name in ("driver", "study.yaml"):
+        with study.write(name) as path:
+            path.touch()
+        search_or_resume(programs, *argv)
     started = f"python -m raytune_emotion.search {' '.join(argv)}"
-    assert calls_in(tmp_path, "python -m")[0].rstrip() == started
-    assert calls_in(tmp_path, "python -m")[2] == f"{started} --resume"
+    assert [call.rstrip() for call in calls_in(tmp_path, "python -m")] == [started, started, f"{started} --resume"]
 
 
 @pytest.mark.parametrize("argv", [["--name", "first"], ["--results", "r"], []])
@@ -212,6 +213,7 @@ def test_slurm_job_stops_before_its_time_limit_and_continues_when_requeued(start
     assert calls_in(tmp_path, "scontrol requeue") == ["scontrol requeue 4711"]
 
     (tmp_path / "results" / "first").mkdir(parents=True)
+    (tmp_path / "results" / "first" / "study.yaml").touch()
     assert start_job(last="exit 0").end()[0] == 0
     first, second = calls_in(tmp_path, "python -m")
     assert second == f"{first} --resume".replace("  ", " ")

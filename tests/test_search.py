@@ -745,16 +745,36 @@ def test_a_study_whose_folder_was_renamed_goes_on_by_the_name_of_the_folder(tmp_
             run_search._conclude(request_of("--results", tmp_path), load(tmp_path / name))
 
 
-def test_data_are_packed_before_a_cluster_is_joined(tmp_path, own_cache, space, capsys, sessions, monkeypatch):
+@pytest.mark.parametrize("fits", [True, False])
+def test_cluster_is_asked_whether_trials_fit_and_left_again_before_data_are_packed(
+    tmp_path, own_cache, space, capsys, sessions, monkeypatch, fits
+):
     """To pack may take hours, in which nobody would see that the cluster has died."""
+    seen = []
+
+    @contextlib.contextmanager
+    def session(address):
+        seen.append("joined")
+        yield
+        seen.append("left")
+
+    def fit(**needs):
+        seen.append(needs)
+        if not fits:
+            raise UserError("it does not fit")
+
     monkeypatch.setattr(cluster_module, "check_cluster", lambda address: None)
+    monkeypatch.setattr(cluster_nodes, "ray_session", session)
+    monkeypatch.setattr(cluster_nodes, "fit_to_cluster", fit)
     data = write_folder(tmp_path / "faces")
     sentence = spoil(data, "negative", "77")
     told = refusal(
         capsys, [tmp_path, own_cache / "raytune_emotion"], *command_on("search", data, tmp_path / "r", space()),
         "--address=10.0.0.1:6379",
     )  # fmt: skip
-    assert told[0].startswith(sentence)
+    assert told[0].startswith(sentence if fits else "it does not fit")
+    needs = {"workers": 1, "gpus_per_worker": None, "concurrency": None, "fp16": False}
+    assert seen == ["joined", needs, *(["left"] if fits else [])]
     assert sessions == []
 
 

@@ -17,7 +17,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
-from raytune_emotion.tuning.execution import worker_group
+from raytune_emotion.tuning.execution import cluster, cluster_nodes, worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
@@ -260,6 +260,15 @@ class TestBadRequests:
             (told,) = refused("--workers", "2", "--address", address)
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
 
+    def test_cluster_that_the_workers_do_not_fit_is_refused_before_data_are_packed(self, refused, monkeypatch):
+        def refuse(address, **needs):
+            raise UserError(f"{needs} on {address}")
+
+        monkeypatch.setattr(cluster, "check_cluster", lambda address: None)
+        monkeypatch.setattr(cluster_nodes, "check_fit", refuse)
+        needs = {"workers": 2, "gpus_per_worker": 1.0, "concurrency": 1}
+        assert refused("--address=auto", "--workers=2", "--gpus-per-worker=1") == [f"{needs} on auto"]
+
     def test_a_model_that_cannot_be_built_leaves_the_name_free(self, refused, tmp_path):
         (told,) = refused("--set", "model.backbone=efficientformer_l1")
         assert told.startswith("model.backbone: efficientformer_l1 cannot take images of 32 px (data.image_size)")
@@ -317,6 +326,19 @@ def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, t
         patched.setattr(single_run, "train_here", interrupted)
         assert trained(*TINY, 1, "--name", "mine") == 130
     assert trained(*TINY, 1, "--name", "mine") == 0
+
+
+def test_machine_that_does_not_see_the_run_makes_no_folder(trained, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "results" / "mine"
+
+    def on_another_machine(job):
+        folder.rename(tmp_path / "elsewhere")
+        yield from train_here(job)
+
+    monkeypatch.setattr(single_run, "train_here", on_another_machine)
+    assert trained(*TINY, 1, "--name", "mine") == 1
+    assert f"{folder}: there is no {LOCK} in it; put the results where " in capsys.readouterr().err
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("advise", [True, False])

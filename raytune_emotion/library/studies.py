@@ -140,7 +140,7 @@ def search(
         until_gain: such as `0.001/h`: the search ends once further training is expected to bring less bits an hour.
         warm_start: earlier studies, whose trials tell what to try first; None: the portfolio of the package, where it
             fits the space; empty: nothing.
-        max_failures: restarts of a trial whose process died, counted anew when a paused trial goes on.
+        max_failures: restarts of a trial whose process died, counted anew after each new report.
         mlflow: address of an MLflow server or folder that the study is logged to.
         weights_dir: folder with pretrained weights, for machines without a hub.
         skip_bad: whether faulty rows of a folder are set aside; else they are refused.

@@ -216,8 +216,8 @@ class Location(ABC):
         """
 
     @abstractmethod
-    def can_be_built(self) -> bool:
-        """Tell whether nothing is here, or at a URI only what `build` has begun and not ended."""
+    def can_be_built(self, first: str = _BEGUN, last: str = "") -> bool:
+        """Tell whether nothing is here, or at a URI only files, of which one is called `first` and none `last`."""
 
     @abstractmethod
     def build(self) -> "contextlib.AbstractContextManager[Location]":
@@ -398,7 +398,7 @@ class Folder(Location):
     def free_working_folder(self) -> None:
         pass
 
-    def can_be_built(self) -> bool:
+    def can_be_built(self, first: str = _BEGUN, last: str = "") -> bool:
         return not self.exists()
 
     @contextlib.contextmanager
@@ -569,9 +569,11 @@ class Remote(Location):
                 self.set_aside_copy()
                 shutil.rmtree(folder)
 
-    def can_be_built(self) -> bool:
-        found = [info.base_name for info in remote.list_folder(self.uri)]
-        return not found or _BEGUN in found
+    def can_be_built(self, first: str = _BEGUN, last: str = "") -> bool:
+        if remote.is_file(self.uri):
+            return False
+        found = {info.base_name: info.is_file for info in remote.list_folder(self.uri)}
+        return not found or (all(found.values()) and first in found and last not in found)
 
     @contextlib.contextmanager
     def build(self) -> Iterator[Location]:

@@ -72,8 +72,12 @@ def parent_of(uri: str) -> str:
     return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
-def refuse_credentials(uri: str) -> None:
+def refuse_credentials(uri: str, instead: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
     """Refuse a URI that holds a secret: it is written into studies, and every user of the machine sees it in `ps`.
+
+    Args:
+        uri: to look at.
+        instead: environment variables that may hold the secret, for the message.
 
     Raises:
         UserError: without the secret.
@@ -82,8 +86,8 @@ def refuse_credentials(uri: str) -> None:
     hidden = re.sub("://[^/@]*:.*@", "://***@", address)  # not by its parts: a secret with a slash is no part
     if hidden != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
         raise UserError(
-            f"{hidden}: has credentials in it, which would be written into studies; leave them to the environment,"
-            f" such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{hidden}: has credentials in it, which would be written into studies or logs; leave them to the"
+            f" environment, such as {instead}"
         )
 
 

@@ -150,6 +150,18 @@ def test_folder_is_built_on_what_an_attempt_has_left_and_on_nothing_else(locatio
         pass
 
 
+def test_place_can_be_built_until_what_is_there_is_whole(location):
+    assert location.can_be_built("first", "last")
+    for name in ("first", "more"):
+        put(location, name, "a")
+    assert location.can_be_built("first", "last") == isinstance(location, Remote)
+    assert not location.can_be_built("second", "last"), "it is somebody else's"
+    assert not location.can_be_built("first", "more")
+    put(location, "trials/0000/a.txt", "a")
+    assert not location.can_be_built("first", "last"), "there was something whole, whose last file is gone"
+    assert not (location / "more").can_be_built("first", "last")
+
+
 def test_files_are_listed_while_a_folder_goes(tmp_path, monkeypatch):
     (tmp_path / "stays.txt").touch()
     (tmp_path / "goes" / "below").mkdir(parents=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import ray
@@ -10,6 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
 
 _AHEAD = 2  # tasks per core, so that no core waits for the driver
 _TRIES = 4
@@ -17,45 +18,52 @@ _END_S = 30.0
 
 
 @contextlib.contextmanager
-def cluster_map() -> Iterator[Map]:
+def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
     A task whose process or node dies is run again elsewhere. If the work is interrupted, tasks that were handed out end
     by themselves, within half a minute or with the session.
 
+    Args:
+        watch: of the cluster.
+
     Raises:
         Breakdown: a task dies again and again.
+        ClusterLost: the cluster has died.
     """
-    running: set[Any] = set()
+    with contextlib.ExitStack() as stack:
 
-    def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        ahead: deque[Any] = deque()
+        def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+            results = iterate_watched(_results(function, tasks), watch)
+            return stack.enter_context(contextlib.closing(results))
+
+        yield pmap
+
+
+def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Any, None, None]:
+    ahead: deque[Any] = deque()
+    try:
         for task in tasks:
             ahead.append(_run.remote(function, task))
-            running.add(ahead[-1])
             # Nodes may join and leave.
             if len(ahead) >= _AHEAD * ray.cluster_resources().get("CPU", 1):  # type: ignore[no-untyped-call]
-                yield result(ahead.popleft())
+                yield _result(ahead.popleft())
         while ahead:
-            yield result(ahead.popleft())
-
-    def result(task: Any) -> Any:
-        try:
-            found = ray.get(task)
-        except RayTaskError as error:
-            raise error.cause from None
-        except RayError as error:
-            why = str(error).strip().partition("\n")[0]
-            raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time by: {why}") from error
-        running.remove(task)
-        return found
-
-    try:
-        yield pmap
+            yield _result(ahead.popleft())
     finally:
         # Not cancelled: Ray aborts the whole process if a task ends at that moment.
-        if running:
-            ray.wait([*running], num_returns=len(running), timeout=_END_S)
+        if ahead:
+            ray.wait([*ahead], num_returns=len(ahead), timeout=_END_S)
+
+
+def _result(task: Any) -> Any:
+    try:
+        return ray.get(task)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayError as error:
+        why = str(error).strip().partition("\n")[0]
+        raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time by: {why}") from error
 
 
 @ray.remote(num_cpus=1, max_retries=_TRIES - 1)

@@ -5,7 +5,8 @@ from typing import Any
 
 import ray
 
-from raytune_emotion.tuning.execution.placement import Nodes, Placement, fit
+from raytune_emotion.tuning.execution.cluster import ray_session
+from raytune_emotion.tuning.execution.placement import Nodes, Placement, check_sharing, fit
 from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_autoscaler
 
 
@@ -31,6 +32,21 @@ def fit_to_cluster(
         fp16=fp16,
         grows=has_autoscaler(),
     )
+
+
+def check_fit(
+    address: str, *, workers: int, gpus_per_worker: float | str | None, concurrency: int | None, fp16: bool = False
+) -> None:
+    """Join a cluster for a moment, and check that trials fit it. Asked before data are packed, which may take hours.
+
+    Raises:
+        UserError: it cannot be joined, or trials do not fit: see `fit`, and `check_sharing` for `AUTO`.
+    """
+    with ray_session(address):
+        if isinstance(gpus_per_worker, str):
+            check_sharing(cluster_nodes(), "the cluster", workers)
+        else:
+            fit_to_cluster(workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency, fp16=fp16)
 
 
 def cluster_nodes() -> Nodes:

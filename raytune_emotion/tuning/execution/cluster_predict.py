@@ -1,7 +1,7 @@
 """Predict images on all nodes of a Ray cluster, through Ray Data."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from raytune_emotion.storage.locations import parse_location
 _BATCH = 64
 
 
-def predict_on_cluster(export: Path, sources: Sequence[PictureFiles], *, mirror: bool) -> Iterator[PredictedBatch]:
+def predict_on_cluster(
+    export: Path, sources: Sequence[PictureFiles], *, mirror: bool
+) -> Generator[PredictedBatch, None, None]:
     """Predict images on the cluster that this process has joined, and yield what comes back, in their order.
 
     Every node reads the images itself, so that all must see their folder or URI. The export is sent to them.

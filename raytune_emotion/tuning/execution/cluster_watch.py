@@ -122,7 +122,7 @@ class ClusterLost(Breakdown):
     """The cluster has died or frozen. What was written until then is whole, and the work can be resumed."""
 
 
-def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Iterator[T]:
+def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Generator[T, None, None]:
     """Iterate in a thread of its own, so that this one hears signals, and sees when the cluster has died.
 
     Raises:

@@ -51,6 +51,7 @@ class Job:
     settings: dict[str, Any]
     resources: Resources
     location: str | None = None  # address of the trial's files, if they are not kept in `folder`
+    mark: str | None = None  # file of whoever sends the job: a machine that does not see it does not see `folder`
     resident: bool = True  # whether its images may lie on the GPU
     may_start_anew: bool = False  # where its checkpoint is damaged; otherwise that is an error
 
@@ -118,8 +119,9 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     Raises:
         TrialFailed: another attempt would fail too; OutOfMemory is one of these.
         DiskFull: a checkpoint could not be written.
-        Breakdown: the location cannot be read or written, or this machine does not see the data or the weights.
+        Breakdown: the location cannot be read or written, or this machine does not see it, the data or the weights.
     """
+    refuse_unseen(job)
     location, pushed = job.kept_at, dict[str, tuple[int, int]]()
     # Everything else follows from the last state. Each worker reads its own copy: machines need not share a disk.
     with location.work_here(LAST) as folder:
@@ -218,8 +220,18 @@ def _open_data(address: str) -> Store:
         raise _not_seen("data", error) from error
 
 
+def refuse_unseen(job: Job) -> None:
+    """Refuse to make a trial's folder on a machine that does not see it: what is written there would be lost.
+
+    Raises:
+        Breakdown: the machine does not see the mark.
+    """
+    if job.mark is not None and not (mark := Path(job.mark)).exists():
+        raise _not_seen("results", UserError(f"{mark.parent}: there is no {mark.name} in it"))
+
+
 def _not_seen(what: str, error: UserError) -> Breakdown:
-    """Return the error of a machine that sees no data, or no weights: every trial there would fail."""
+    """Return the error of a machine that sees no data, weights or results: every trial there would fail."""
     faults = "; ".join(error.faults)
     return Breakdown(f"{faults}; put the {what} where {platform.node()} sees them, such as a shared folder")
 
@@ -326,5 +338,6 @@ def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Jo
         settings=settings,
         resources=resources,
         location=study.copy.of_trial(proposal.trial_id),
+        mark=study.mark,
         may_start_anew=True,
     )

@@ -25,6 +25,8 @@ except ImportError:  # not on Windows, where the limits below do not exist eithe
 
 #: The system takes 107 bytes for the path of a socket; of these Ray's own names below its folder take up to 66.
 _LONGEST = 40
+#: Where Ray's files may lie, the best place first: folders, and the variables that name one. The last are in memory.
+_BASES = ("RAY_TMPDIR", "TMPDIR", "/tmp", "/var/tmp", "XDG_RUNTIME_DIR", "/dev/shm")
 _PREFIX = "rte-"
 _RANDOM = 8  # letters that `mkdtemp` appends
 #: Limits of a process below which Ray may fail, with the shell's word for each.
@@ -100,22 +102,24 @@ def _mark() -> str:
 
 
 def base_folder() -> Path:
-    """Find a folder for Ray's files: RAY_TMPDIR, TMPDIR or /tmp, the first that is short enough and can be written.
+    """Find a folder for Ray's files, the first of `_BASES` whose path is short enough and that can be written.
 
     Raises:
         UserError: none can be used.
     """
     faults = []
-    for name, base in (*((name, os.environ.get(name)) for name in ("RAY_TMPDIR", "TMPDIR")), ("", "/tmp")):
-        if not base:
+    for name in _BASES:
+        value = name if name.startswith("/") else os.environ.get(name)
+        if not value:
             continue
-        named = f"{name}={base}" if name else base
+        shown = name if value == name else f"{name}={value}"
+        base = Path(value).absolute()  # Ray takes no relative path
         if len(os.fsencode(base)) + 1 + len(_PREFIX) + _RANDOM > _LONGEST:
-            faults.append(f"{named} has a path of more than {_LONGEST - len(_PREFIX) - _RANDOM - 1} bytes")
-        elif not os.access(base, os.W_OK | os.X_OK) or not Path(base).is_dir():
-            faults.append(f"{named} is no folder that can be written to")
+            faults.append(f"{shown} has a path of more than {_LONGEST - len(_PREFIX) - _RANDOM - 1} bytes")
+        elif not os.access(base, os.W_OK | os.X_OK) or not base.is_dir():
+            faults.append(f"{shown} is no folder that can be written to")
         else:
-            return Path(base)
+            return base
     raise UserError(f"no folder for Ray's sockets: {'; '.join(faults)}; set RAY_TMPDIR to a short one of your own")
 
 

@@ -99,10 +99,10 @@ def fit(
     """
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
-    if grows and not cpus and gpus_per_worker is None:
+    if grows and not gpus and gpus_per_worker is None:
         raise UserError(
-            f"{where} has no node to train on yet, so say what its autoscaler is to start: --gpus-per-worker 1, or "
-            f"--gpus-per-worker 0 to train on cores"
+            f"{where} has no node {'with a GPU' if cpus else 'to train on'} yet, so say what its autoscaler is to "
+            f"start: --gpus-per-worker 1, or --gpus-per-worker 0 to train on cores"
         )
     if gpu and not gpus and not grows:
         raise UserError(no_gpu(where, gpu))

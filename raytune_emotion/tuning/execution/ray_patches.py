@@ -18,9 +18,12 @@ import ray._private.worker
 from ray._private import auto_init_hook, ray_constants, services, utils
 from ray._private.node import Node
 from ray._private.state import state
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader, Config, PlacementGroupID  # type: ignore[attr-defined]
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get as internal_kv_get
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 _ANSWER_S = 5.0
 
@@ -198,3 +201,35 @@ def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:
     node = ray._private.worker._global_node
     every: dict[str, list[Any]] = {} if node is None else node.all_processes
     return {name: each.process for name, some in every.items() for each in some}
+
+
+def free_abandoned_groups() -> None:
+    """Free the places of workers that were still starting when their driver was killed: nobody else knows of them.
+
+    Ray keeps a placement group until the actor that made it and the whole job have ended.
+    """
+    for group in _groups_of_actors():
+        if group.creator_actor_dead:
+            remove_group(group.placement_group_id.hex())
+
+
+def count_waiting_groups() -> int:
+    """Count the groups of workers of this job for which the cluster has no room."""
+    return sum(group.state in (group.PENDING, group.RESCHEDULING) for group in _groups_of_actors())
+
+
+def _groups_of_actors() -> Iterator[Any]:
+    """Iterate over the placement groups that actors of this job have made; those of Tune are made by no actor."""
+    job = ray.get_runtime_context().get_job_id()
+    for entry in state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(entry)
+        made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
+        if made_by_actor and group.creator_job_id.hex() == job and group.state != group.REMOVED:
+            yield group
+
+
+def remove_group(placement_group: str) -> None:
+    """Remove a placement group by its id; Ray's own function takes one that this process has made."""
+    # One that is of a cluster that is no more, or is gone already, is none of our concern.
+    with contextlib.suppress(ValueError, RayError):
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(placement_group)))

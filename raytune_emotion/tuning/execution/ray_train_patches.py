@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray._private.state as ray_state
-from ray._raylet import PlacementGroupID
 from ray.actor import ActorHandle
-from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
@@ -22,7 +19,6 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.torch.torch_trainer import TorchTrainer
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.queue import Queue
 
 #: Kinds of messages about the workers themselves: with the actor, and with the id of the placement group. The messages
@@ -105,25 +101,3 @@ class Announcer(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         self._messages.put((PLACE, group.id.hex()))
-
-
-def free_abandoned_groups() -> None:
-    """Free the places of workers that were still starting when their driver was killed: nobody else knows of them.
-
-    Ray keeps a placement group until the actor that made it and the whole job have ended.
-    """
-    job = ray.get_runtime_context().get_job_id()
-    for entry in ray_state.state._connect_and_get_accessor().get_placement_group_table():
-        group = PlacementGroupTableData.FromString(entry)
-        # Those of Tune are made by no actor, and count as if theirs had died.
-        made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
-        of_this_job = group.creator_job_id.hex() == job
-        if made_by_actor and of_this_job and group.creator_actor_dead and group.state != group.REMOVED:
-            remove_group(group.placement_group_id.hex())
-
-
-def remove_group(placement_group: str) -> None:
-    """Remove a placement group by its id; Ray's own function takes one that this process has made."""
-    # One that is of a cluster that is no more, or is gone already, is none of our concern.
-    with contextlib.suppress(ValueError, RayError):
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(placement_group)))

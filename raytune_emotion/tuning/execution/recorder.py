@@ -96,6 +96,7 @@ class Recorder:
         self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
+        self._in_place = study.copy.location.is_here(study.folder)  # whether there is a study at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self._lock = threading.RLock()
         self.broken = ""  # why the study cannot go on
@@ -106,8 +107,8 @@ class Recorder:
         """Take up what an earlier session has left."""
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
-            # The spec comes last: where it is, there is a study.
-            self._study.copy.claim(name for name in (JOURNAL, EARLIER, SPEC) if (self._study.folder / name).exists())
+            self._study.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: where it is, there is a study
+            self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
             self._look_around(self._searcher.replay(records))
@@ -202,7 +203,7 @@ class Recorder:
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
             if self.broken:
-                raise Breakdown(f"{self.broken}; the study can be resumed: {self._study.copy}") from self.error
+                raise Breakdown(f"{self.broken}; {_what_next(self._study, self._in_place)}") from self.error
 
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
@@ -279,6 +280,11 @@ class Recorder:
             self._look_around()  # another driver may have come meanwhile
             for trial_id in self._backlog.paused():
                 self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
+
+
+def _what_next(study: OpenStudy, in_place: bool) -> str:
+    """Say what to do about a study that was broken off."""
+    return f"the study can be resumed: {study.copy}" if in_place else "type the same command again"
 
 
 def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:

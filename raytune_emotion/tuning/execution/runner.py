@@ -23,11 +23,12 @@ from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import job_of
 from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups
 from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, patch_tune
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, SmallerBatches, Waiting
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
 #: Between two looks at whether Ray Tune has ended, the cluster lives, and the time is over.
@@ -123,6 +124,8 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
     # `Search` gives Tune no more trials than there is room for.
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     search = Search(recorder, partial(job_of, study, resources), room, waiting, stop)
+    # The process that drives the workers of a trial runs at once, whether or not there is room for them.
+    count_unplaced = count_waiting_groups if resources.workers > 1 else lambda: 0
     with contextlib.closing(room), environment(pending), patch_tune():
         # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
         tune.run(
@@ -132,9 +135,9 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
-            max_failures=study.spec.max_failures,  # of each stretch of a trial: a trial of Tune's
+            max_failures=study.spec.max_failures,  # since the newest report: see `Recovery`
             stop=Gate(recorder, search, stop),
-            callbacks=[SmallerBatches(), BetweenEvents(recorder, waiting)],
+            callbacks=[Recovery(), BetweenEvents(recorder, waiting, count_unplaced)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # What Tune writes of its own is of no use to us: the study's folder is the record.

@@ -18,6 +18,7 @@ from raytune_emotion.tuning.execution.job import (
     Job,
     TrialFailed,
     newest_report,
+    refuse_unseen,
     train_here,
     train_with_retry,
     with_smaller_micro_batches,
@@ -116,6 +117,7 @@ class TrialActor:
             ) from error
 
     def _train_together(self, job: Job) -> Generator[Report, None, None]:
+        refuse_unseen(job)  # each worker does so too, but this process makes folders before
         if self._workers is None:
             # Imported for several workers alone: Ray Train takes a second and 100 MB.
             from raytune_emotion.tuning.execution.worker_group import Workers

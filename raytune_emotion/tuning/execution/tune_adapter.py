@@ -28,6 +28,8 @@ from raytune_emotion.tuning.study.optuna_study import Proposal
 #: Between a trial's id and the number of its stretch: a paused trial that goes on is a new one to Ray Tune.
 _STRETCH = "."
 _WAIT_S = 30.0
+#: Between two looks at whether the workers of trials have places.
+_COUNT_S = 5.0
 
 
 class Waiting:
@@ -113,7 +115,7 @@ class Search(SearchAlgorithm):
                 from raytune_emotion.tuning.execution.worker_group import release_workers
 
                 release_workers(Path(job.folder))
-            reason = f"its process ended {deaths} times, the last time by: {newest_error(trial)}"
+            reason = f"its process ended {deaths} times without a new report, the last time by: {newest_error(trial)}"
             self._recorder.end(_id_of(trial_id), Failed(reason))
 
 
@@ -141,8 +143,22 @@ class Gate(tune.Stopper):
         return {}
 
 
-class SmallerBatches(tune.Callback):
-    """Have a trial whose process was killed for want of memory go on in smaller micro-batches, where it can."""
+class Recovery(tune.Callback):
+    """Have a trial go on whose process has died: in smaller micro-batches, where it was killed for want of memory.
+
+    After a new report its deaths are counted anew: it makes progress.
+    """
+
+    def __init__(self) -> None:
+        self._reports: dict[str, int] = {}  # the newest one of each trial
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        # A process that takes a trial up says its newest report again.
+        if result.get("report", 0) > self._reports.get(trial.trial_id, 0):
+            self._reports[trial.trial_id] = result["report"]
+            trial.run_metadata.num_failures = 0
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         smaller = with_smaller_micro_batches(Job.from_dict(trial.config)) if LOW_MEMORY in newest_error(trial) else None
@@ -153,13 +169,24 @@ class SmallerBatches(tune.Callback):
 class BetweenEvents(QuietProgress):
     """Have the tables written between Tune's events, and say when no trial finds room."""
 
-    def __init__(self, recorder: Recorder, waiting: Waiting) -> None:
+    def __init__(self, recorder: Recorder, waiting: Waiting, count_unplaced: Callable[[], int] = lambda: 0) -> None:
+        """Begin to look.
+
+        Args:
+            recorder: of the study.
+            waiting: says that no trial finds room.
+            count_unplaced: returns how many trials that run, to Tune, have no places for their workers.
+        """
         super().__init__()
-        self._recorder, self._waiting = recorder, waiting
+        self._recorder, self._waiting, self._count_unplaced = recorder, waiting, count_unplaced
+        self._unplaced, self._count_at = 0, time.monotonic()
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._recorder.write_in_time()
-        self._waiting.look(runs=any(trial.status == Trial.RUNNING for trial in trials))
+        if time.monotonic() >= self._count_at:
+            self._unplaced, self._count_at = self._count_unplaced(), time.monotonic() + _COUNT_S
+        running = sum(trial.status == Trial.RUNNING for trial in trials)
+        self._waiting.look(runs=running > self._unplaced)
 
 
 def _id_of(ray_trial_id: str) -> str:

@@ -29,6 +29,7 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.execution.job import DiskFull, InvalidForRun, Job, OutOfMemory, TrialFailed, train_on
+from raytune_emotion.tuning.execution.ray_patches import free_abandoned_groups, remove_group
 from raytune_emotion.tuning.execution.ray_train_patches import (
     CONTROLLER,
     PLACE,
@@ -36,8 +37,6 @@ from raytune_emotion.tuning.execution.ray_train_patches import (
     Controller,
     LoopbackConfig,
     PlainTrainer,
-    free_abandoned_groups,
-    remove_group,
 )
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
@@ -181,17 +180,22 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
 
     Raises:
         TrialFailed: another attempt would fail too.
-        ray.train.TrainingFailedError: workers died more often than `max_failures`.
+        ray.train.TrainingFailedError: workers died more often than `max_failures` without a new report.
     """
-    for failures in range(max_failures + 1):
+    failures = newest = 0
+    while True:
         workers = Workers(job)
         try:
-            yield from workers.train(job)
-        except train.TrainingFailedError:
-            if failures == max_failures:
-                raise
-        else:
+            with contextlib.closing(workers.train(job)) as reports:
+                for report in reports:
+                    if report["report"] > newest:
+                        failures, newest = 0, report["report"]
+                    yield report
             return
+        except train.TrainingFailedError:
+            failures += 1
+            if failures > max_failures:
+                raise
         finally:
             workers.close()
 

@@ -9,9 +9,11 @@ from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.remote import refuse_credentials
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.resume_check import check_continuation
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
@@ -70,7 +72,7 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
     errors: list[str] = []
     with collect_errors(errors):
         request.results.check(write=True)
-        if place.exists():
+        if not place.can_be_built(DRIVER, SPEC):
             found = "a study of this name already; go on with it by --resume, or choose another"
             other = "something of this name that is no study; choose another name"
             raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")
@@ -82,7 +84,18 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
         request.check_storage()
     with collect_errors(errors):
         request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
-    return read_inputs(request, errors)
+    new = read_inputs(request, errors)
+    if request.address is not None and not new.data.stores:
+        from raytune_emotion.tuning.execution.cluster_nodes import check_fit
+
+        check_fit(
+            request.address,
+            workers=request.workers_per_trial or 1,
+            gpus_per_worker=request.gpus_per_worker,
+            concurrency=request.concurrency,
+            fp16="fp16" in new.space.values_of("train.precision"),
+        )
+    return new
 
 
 def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
@@ -143,8 +156,11 @@ def _check_room(request: SearchRequest) -> None:
 
 
 def _check_mlflow(request: SearchRequest) -> None:
+    if request.mlflow is None:
+        return
+    refuse_credentials(request.mlflow, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
     # Asked without an import, which takes seconds.
-    if request.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+    if importlib.util.find_spec("mlflow") is None:
         raise UserError(
             "--mlflow: the package mlflow is missing; install it with pip install 'raytune_emotion[mlflow]'"
         )

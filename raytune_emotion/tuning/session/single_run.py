@@ -19,7 +19,7 @@ from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, LAST, read_history
-from raytune_emotion.storage.atomic import exclusive_lock
+from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
@@ -138,7 +138,7 @@ def _train(
     *,
     fresh: bool,
 ) -> None:
-    job = Job(folder.name, str(folder), store, config.to_flat(), resources)
+    job = Job(folder.name, str(folder), store, config.to_flat(), resources, mark=str(folder / LOCK))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder), _new_folder(folder) if fresh else contextlib.nullcontext():

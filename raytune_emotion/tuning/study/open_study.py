@@ -69,6 +69,11 @@ class OpenStudy:
         """Return how many reports a trial makes that is trained to its end."""
         return self.spec.epochs * int(self.space.fixed_settings.get("train.evals_per_epoch", 1))
 
+    @property
+    def mark(self) -> str | None:
+        """Return the file that a machine sees if it sees the study's folder; None for a study at a URI."""
+        return str(self.folder.absolute() / SPEC) if self.copy.location.is_here(self.folder) else None
+
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)
 

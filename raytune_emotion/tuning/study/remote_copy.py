@@ -25,11 +25,17 @@ class RemoteCopy:
         return str(self.location)
 
     def claim(self, names: Iterable[str]) -> None:
-        """Become the driver, and push these files in their order."""
+        """Become the driver, and push those of these files that there are, in their order.
+
+        The others are deleted at the location: they are of a study that was never whole.
+        """
         if self.location.is_here(self.folder):
             return
         write_text(self.folder / DRIVER, self.token)
-        self.location.push(self.folder, [DRIVER, *names])
+        here = {name: (self.folder / name).exists() for name in names}
+        self.location.push(self.folder, [DRIVER])
+        self.location.delete([name for name in here if not here[name]])
+        self.location.push(self.folder, [name for name in here if here[name]])
 
     def push(self, *names: str) -> None:
         """Push files.

@@ -13,6 +13,7 @@ from raytune_emotion.tuning.space.library import DEFAULT, find_space
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import check_database
+from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC, studies_in
 
 #: Said in place of a number of GPUs: what is fastest is tried out.
@@ -153,6 +154,8 @@ class SearchRequest:
         study = self.results / name
         if study.read(SPEC) is None:
             if study.exists():
+                if study.can_be_built(DRIVER, SPEC):
+                    raise UserError(f"{study}: its search broke off before there was a study; leave --resume out")
                 raise UserError(f"{study}: no {SPEC} in it, so it is no study; name its folder with --results")
             others = studies_in(self.results)
             advice = f"; there are {', '.join(others)}" if others else "; name its folder with --results"

@@ -54,7 +54,7 @@ class StudySpec:
     concurrency: int | None = Field(ge=1)  # trials at once; None: as many as fit
     workers_per_trial: int = Field(ge=1)
     gpus_per_worker: float | None = Field(ge=0)  # None: one where there are GPUs
-    max_failures: int = Field(ge=0)  # of a trial's processes, between two pauses, before it is given up
+    max_failures: int = Field(ge=0)  # of a trial's processes, between two reports, before it is given up
     data: str  # what was given: a folder or a store
     stores: dict[int, str] = Field(min_length=1)  # image size, px: packed store
     fingerprints: dict[int, str]  # image size, px: hash of the store's content

@@ -1,9 +1,11 @@
 """Work on all nodes of a Ray cluster."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -12,11 +14,21 @@ from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import cluster as cluster_module
+from raytune_emotion.tuning.execution import cluster_map as cluster_map_module
 from raytune_emotion.tuning.execution.cluster_map import cluster_map
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code
 from tests.support.faces import write_folder
 from tests.support.folders import files_of
+
+
+def wait_for_cores():
+    """Wait until no task runs."""
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2:  # Ray takes its time to tell
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
@@ -31,7 +43,7 @@ def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
     def refuse(number):
         raise UserError([f"{number} is wrong", "and so is this"])
 
-    with cluster_map() as pmap:
+    with joined_session(None) as watch, cluster_map(watch) as pmap:
         found = list(pmap(die_once, iter(range(3))))
         assert [number for number, _ in found] == [0, 1, 2]
         assert os.getpid() not in {process for _, process in found}
@@ -42,11 +54,46 @@ def test_tasks_keep_their_order_and_outlive_their_processes(cluster, tmp_path):
 
 
 def test_a_cluster_packs_the_stores_of_one_machine(cluster, faces, tmp_path):
-    with cluster_map() as pmap:
+    with joined_session(None) as watch, cluster_map(watch) as pmap:
         pack_sizes(Folder(faces), {size: Folder(tmp_path / f"{size}px") for size in (16, 24)}, pmap=pmap)
     for size in (16, 24):
         alone = pack(faces, tmp_path / f"alone{size}", image_size=size)
         assert files_of(tmp_path / f"{size}px") == files_of(alone.path)
+
+
+def test_task_of_a_cluster_that_has_died_is_not_waited_for(cluster, tmp_path):
+    def hang(number):
+        while not (tmp_path / "end").exists():
+            time.sleep(0.05)
+
+    lost: list[str] = []
+    try:
+        with cluster_map(SimpleNamespace(failure=lambda: "".join(lost))) as pmap:
+            results = pmap(hang, [1])
+            lost.append("Ray has died")
+            with pytest.raises(ClusterLost, match="Ray has died"):
+                next(results)
+    finally:
+        (tmp_path / "end").touch()
+    wait_for_cores()
+
+
+def test_pack_whose_cluster_has_died_says_that_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster_module, "check_cluster", lambda address: None)
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+
+    @contextlib.contextmanager
+    def lost_map(watch):
+        def pmap(function, tasks):
+            raise ClusterLost("Ray has died")
+
+        yield pmap
+
+    monkeypatch.setattr(cluster_map_module, "cluster_map", lost_map)
+    folder = write_folder(tmp_path / "faces")
+    assert exit_code(["pack", folder, tmp_path / "store", "--address", "auto"]) == 1
+    said = "error: Ray has died; what is packed is kept; the same command goes on with it\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path, monkeypatch, capsys):
@@ -73,7 +120,4 @@ def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path, monkeypatch,
     said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
     assert (code, out, err) == (130, "", said)
     assert list(dest.parent.iterdir()) == [part]
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != 2:  # Ray takes its time to tell
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_cores()

@@ -11,13 +11,16 @@ from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import trial_folder
+from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from tests.support.commands import exit_code
 from tests.support.reports import make_report
-from tests.support.studies import spec_of
+from tests.support.studies import SMALL_SPACE, spec_of
 
 
 @pytest.fixture
@@ -98,6 +101,43 @@ def test_a_study_whose_server_dies_goes_on_elsewhere_with_every_trial(bucket, fa
     resumed = load(lost.folder, Remote(uri))
     run(resumed)
     assert [(r.status, len(r.reports)) for r in resumed.records()] == [("complete", 2)] * 3
+
+
+@pytest.mark.parametrize("lost", [DRIVER, SPEC])
+def test_search_whose_study_never_came_to_its_place_is_typed_again(
+    bucket, faults, store, tmp_path, without_ray, monkeypatch, capsys, lost
+):
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+    (tmp_path / "space.yaml").write_text(SMALL_SPACE)
+    results = remote.join(bucket, f"half-{lost}")
+    asked = ["--data", store.path, "--space", tmp_path / "space.yaml", "--trials", 1, "--epochs", 1]
+    command = ["search", *asked, "--results", results, "--name", "s"]
+    faults.plan = lambda number, method, path: "drop" if f"/s/{lost}" in path else None
+    assert exit_code(command) == 1
+    assert capsys.readouterr().err.rstrip().endswith("; type the same command again")
+    faults.reset()
+    assert exit_code([*command, "--resume"]) == 2
+    known = {DRIVER: "there is no study of this name to resume"}
+    said = known.get(lost, "its search broke off before there was a study; leave --resume out")
+    assert f"{remote.join(results, 's')}: {said}" in capsys.readouterr().err
+    assert exit_code(command) == 0
+    assert exit_code(command) == 2
+    assert "there is a study of this name already" in capsys.readouterr().err
+
+
+def test_study_leaves_nothing_of_one_that_never_came_to_its_place(bucket, faults, study):
+    uri = remote.join(bucket, "anew")
+    new = study("new")
+    (new.folder / EARLIER).write_text("[]")
+    faults.plan = lambda number, method, path: "drop" if SPEC in path else None
+    with pytest.raises(Breakdown, match="type the same command again"):
+        run(load(new.folder, Remote(uri)))
+    faults.reset()
+    assert remote.read(uri, EARLIER) == b"[]"
+    (new.folder / EARLIER).unlink()
+    run(load(new.folder, Remote(uri)))
+    assert remote.read(uri, EARLIER) is None
+    assert remote.read(uri, SPEC) == (new.folder / SPEC).read_bytes()
 
 
 def test_a_store_is_fetched_from_a_server_that_fails_and_one_that_dies(bucket, faults, store, tmp_path, monkeypatch):

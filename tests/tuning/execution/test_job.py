@@ -127,6 +127,19 @@ def test_weights_that_a_machine_does_not_see_are_no_fault_of_the_trial(store, tm
     assert advice.endswith(f"; put the weights where {platform.node()} sees them, such as a shared folder")
 
 
+def test_results_that_a_machine_does_not_see_are_no_fault_of_the_trial_and_no_folder_is_made(store, tmp_path):
+    """What is written to a folder of that machine alone would be lost."""
+    study = tmp_path / "study"
+    job = dataclasses.replace(job_at(study / "trials" / "0000", store), mark=str(study / "study.yaml"))
+    with pytest.raises(Breakdown) as raised:
+        next(train_here(job))
+    assert str(raised.value) == (
+        f"{study}: there is no study.yaml in it; put the results where {platform.node()} sees them, such as a shared "
+        "folder"
+    )
+    assert not study.exists()
+
+
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_trial(store, tmp_path, monkeypatch):
     """Its errors are also those of a disk, which may be back for the next attempt."""
 

@@ -19,7 +19,7 @@ from raytune_emotion.tuning.execution.local_ray import base_folder, low_limits, 
 @pytest.fixture(autouse=True)
 def environment(no_cluster, monkeypatch):
     """No temporary folder is named, and what a test changes in the environment is undone."""
-    for name in ("RAY_TMPDIR", "TMPDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+    for name in ("RAY_TMPDIR", "TMPDIR", "XDG_RUNTIME_DIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     yield
@@ -53,7 +53,22 @@ def test_no_folder_that_can_be_used_is_one_sentence(monkeypatch):
         base_folder()
     (told,) = caught.value.faults
     assert told.startswith("no folder for Ray's sockets: TMPDIR=/scratch/jobjob")
-    assert told.endswith("/tmp is no folder that can be written to; set RAY_TMPDIR to a short one of your own")
+    assert told.endswith("/dev/shm is no folder that can be written to; set RAY_TMPDIR to a short one of your own")
+
+
+@pytest.mark.parametrize("writable", ["/var/tmp", "/run", "/dev/shm"])
+def test_another_folder_is_taken_where_the_usual_one_cannot_be_written(monkeypatch, writable):
+    monkeypatch.setenv("TMPDIR", "/scratch/" + "job" * 20)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) == writable)
+    assert base_folder() == Path(writable)
+
+
+def test_folder_that_is_named_from_here_is_named_in_full(monkeypatch, short):
+    """Ray refuses a path that is not."""
+    monkeypatch.chdir(short.parent)
+    monkeypatch.setenv("RAY_TMPDIR", short.name)
+    assert base_folder() == short
 
 
 def test_a_token_is_for_its_owner_alone_and_lives_with_the_session(short):

@@ -66,14 +66,17 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
         "the cluster has no node to train on yet, so say what its autoscaler is to start: --gpus-per-worker 1, or "
         "--gpus-per-worker 0 to train on cores"
     )
+    # On the cores of the head nobody would ask for a GPU any more.
+    assert refusal([{"CPU": 8.0}], grows=True).startswith("the cluster has no node with a GPU yet, so say what its ")
 
 
 @pytest.mark.parametrize(
     ("nodes", "gpus", "need", "at_once"),
     [
         ([], 0.0, {"CPU": 1.0}, 0),
-        ([{"CPU": 1.0}], None, {"CPU": 1.0}, 0),
-        ([{"CPU": 3.0}], None, {"CPU": 1.0}, 1),
+        ([{"CPU": 1.0}], 0.0, {"CPU": 1.0}, 0),
+        ([{"CPU": 3.0}], 0.0, {"CPU": 1.0}, 1),
+        ([{"CPU": 3.0}], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}], None, {"CPU": 4.0, "GPU": 1.0}, 2),
     ],

@@ -19,15 +19,18 @@ _PRIVATE = {
     "ray._private.ray_constants:DEBUG_AUTOSCALING_STATUS": None,
     "ray._private.ray_constants:ENABLE_RAY_CLUSTER": None,
     "ray._private.state:GlobalState.get_draining_nodes": ("self",),
+    "ray._private.state:GlobalState._connect_and_get_accessor": ("self",),
     "ray._private.utils:set_sigterm_handler": ("sigterm_handler",),
     "ray._private.worker:_global_node": None,
     "ray._private.worker:print_to_stdstream": ("data", "ignore_prefix"),
     "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
     "ray._raylet:AuthenticationTokenLoader.instance": None,
     "ray._raylet:Config.initialize": None,
+    "ray._raylet:PlacementGroupID.from_hex": None,
     "ray._raylet:AuthenticationTokenLoader.get_raw_token": None,
     "ray.autoscaler.sdk:request_resources": ("num_cpus", "bundles", "bundle_label_selectors"),
     "ray.experimental.internal_kv:_internal_kv_get": ("key", "namespace"),
+    "ray.core.generated.gcs_pb2:PlacementGroupTableData": None,
     "ray.core.generated.gcs_service_pb2:CheckAliveRequest": None,
     "ray.core.generated.gcs_service_pb2_grpc:NodeInfoGcsServiceStub": ("channel",),
     # Ray Tune.
@@ -57,9 +60,6 @@ _PRIVATE = {
     "ray.tune.search:SearchAlgorithm.set_finished": ("self",),
     "ray.tune.experiment:Trial.set_config": ("self", "config"),
     # Ray Train, for several workers a trial.
-    "ray._private.state:GlobalState._connect_and_get_accessor": ("self",),
-    "ray._raylet:PlacementGroupID.from_hex": None,
-    "ray.core.generated.gcs_pb2:PlacementGroupTableData": None,
     "ray.train.torch.config:_TorchBackend.on_start": ("self", "worker_group", "backend_config"),
     "ray.train.torch.config:_set_torch_distributed_env_vars": (),
     "ray.train.torch.config:_setup_torch_process_group": (

@@ -90,6 +90,19 @@ def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, t
     assert ending.reason.startswith(f"{tmp_path / 'elsewhere'}: no packed store, for it has no manifest.json; put the")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_machine_that_does_not_see_the_study_ends_it_and_makes_no_folder(store, tmp_path, workers):
+    folder = tmp_path / "study"
+    make_study(folder, spec_of(store, trials=1))
+    study = load(folder)
+    job = job_of(study, Resources(workers, 1.0, 0.0), Recorder(study).next())
+    folder.rename(tmp_path / "elsewhere")
+    ending = TrialActor(job.to_dict()).train()[ENDING]
+    assert isinstance(ending, Broken)
+    assert ending.reason.startswith(f"{folder}: there is no study.yaml in it; put the results where ")
+    assert not folder.exists()
+
+
 def test_a_machine_that_refuses_what_has_trained_ends_the_study_and_not_the_trial(job):
     """As one without a GPU does with fp16: the trial goes on elsewhere."""
     in_fp16 = dataclasses.replace(job, settings={**job.settings, "train.precision": "fp16"}).to_dict()

@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Search, Waiting
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -144,6 +144,16 @@ def test_process_on_node_that_ends_soon_gets_no_other_trial_however_its_own_ends
     assert len(recorder.heard) == 1, "it is not given back"
 
 
+def test_only_a_report_that_is_new_forgives_deaths():
+    recovery, trial = Recovery(), Trial("a trainable", trial_id="0000", stub=True)
+    deaths = []
+    for result in ({"report": 1}, {"report": 1}, {"report": 2}, {ENDING: Failed("why")}):
+        trial.run_metadata.num_failures = 2
+        recovery.on_trial_result(0, [], trial, result)
+        deaths.append(trial.num_failures)
+    assert deaths == [0, 2, 0, 2]
+
+
 @pytest.mark.parametrize("status", [Trial.PENDING, Trial.RUNNING])
 def test_a_cluster_without_room_is_said_once(monkeypatch, status):
     now, said = [0.0], []
@@ -157,6 +167,17 @@ def test_a_cluster_without_room_is_said_once(monkeypatch, status):
         now[0] = float(second)
         between.on_step_end(second, [SimpleNamespace(status=state) for state in states])
     assert said[-1:] == [141.0]
+
+
+@pytest.mark.parametrize(("unplaced", "expected"), [(0, []), (1, []), (2, [35.0])])
+def test_trials_whose_workers_all_wait_for_places_wait_for_room(monkeypatch, unplaced, expected):
+    now, said = [0.0], []
+    monkeypatch.setattr(tune_adapter.time, "monotonic", lambda: now[0])
+    between = BetweenEvents(Recorder(), Waiting(lambda: said.append(now[0])), lambda: unplaced)
+    for second in range(0, 60, 5):
+        now[0] = float(second)
+        between.on_step_end(second, [SimpleNamespace(status=Trial.RUNNING)] * 2)
+    assert said == expected
 
 
 def test_a_cluster_without_any_room_is_said_and_can_be_left(monkeypatch):

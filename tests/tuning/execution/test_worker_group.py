@@ -1,18 +1,22 @@
 import dataclasses
 import multiprocessing
 import queue
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.execution import worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, train_here
+from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups, remove_group
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_group import run_in_background
+from tests.support.cluster import held_resources
 from tests.support.reports import without_clocks
 
 
@@ -47,6 +51,28 @@ def test_one_worker_trains_as_a_process_of_its_own(tmp_path, store, monkeypatch)
     assert (kind, last) == (worker_group._REPORT, (worker_group._DONE, None))
     alone = list(train_here(dataclasses.replace(job, folder=str(tmp_path / "b"))))
     assert without_clocks([together]) == without_clocks(alone)
+
+
+def test_deaths_of_workers_are_counted_anew_after_each_report(monkeypatch):
+    begun, reports = [], []
+
+    class DyingWorkers:
+        def __init__(self, first):
+            begun.append(first)
+
+        def train(self, job):
+            if len(begun) <= 3:
+                yield {"report": len(begun)}
+            raise worker_group.train.TrainingFailedError("a worker has died")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
+    with pytest.raises(worker_group.train.TrainingFailedError):
+        reports.extend(worker_group.train_together(None, max_failures=1))
+    assert reports == [{"report": 1}, {"report": 2}, {"report": 3}]
+    assert len(begun) == 4
 
 
 def test_workers_wait_for_orders_outside_of_nccl(monkeypatch):
@@ -111,3 +137,23 @@ def test_an_error_of_a_worker_arrives_as_it_was(monkeypatch, error):
         workers._receive(job)
     assert raised.value.args == error.args
     assert vars(raised.value) == vars(error)
+
+
+def test_groups_of_workers_that_wait_for_room_are_counted_until_they_are_freed(cluster):
+    # A class in a function is sent as it is: its process need not import this module.
+    @ray.remote(num_cpus=0)
+    class Driver:
+        def reserve(self, cores):
+            group = ray.util.placement_group([{"CPU": cores}])
+            return group.id.hex()
+
+    driver = Driver.remote()
+    waits, placed = ray.get([driver.reserve.remote(64), driver.reserve.remote(1)])
+    deadline = time.monotonic() + 60
+    while count_waiting_groups() != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for group in (waits, placed):
+        remove_group(group)
+    assert count_waiting_groups() == 0
+    assert held_resources() == (0.0, [])
