@@ -90,7 +90,7 @@ class Recorder:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take up the record where it was left. No trial begins once less than `until_gain` is expected."""
-        self._study, self._watch = study, watch
+        self._study, self._watch, self._lock = study, watch, threading.RLock()
         inputs = _inputs_of(study)
         self._tables, self._weights = Tables(study), _Weights(study)
         self._searcher = _searcher_of(study, inputs)
@@ -98,7 +98,6 @@ class Recorder:
         self._backlog = Backlog(study, clock)
         self._in_place = study.copy.location.is_here(study.folder)  # whether there is a study at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
-        self._lock = threading.RLock()
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
         self._run_or_break(self._take_up, None)
