@@ -18,7 +18,7 @@ search: setup
 	$(BIN)/python -m raytune_emotion.search --space demo --trials 16 --epochs 6
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 # Kills and freezes parts of Ray, and sends signals: too long for `make test`. Some: make machines ONLY=train
 machines: setup

@@ -6,29 +6,45 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 # What has passed passes again: other examples are tried where they are asked for, by --hypothesis-profile default.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
 
-#: Test modules that share what is slow to import or to make.
-GROUPS = dict.fromkeys(("test_graphs.py", "test_model_card.py", "test_combination.py"), "onnx")
-#: Groups that take long come first, so that two processes are done at the same time.
+#: Tests that share what is slow to start or to import run in one process, by parts of their ids.
+TOGETHER = {
+    "ray": (
+        "test_runner.py", "test_remote_study.py", "test_cluster_map.py", "test_cluster_nodes.py",
+        "test_worker_group.py", "TestAStudy", "test_more_than_the_cluster_has",
+    ),
+    "onnx": ("learn/test_graphs.py", "test_model_card.py", "test_combination.py"),
+}  # fmt: skip
+#: What takes long comes first, so that two processes are done at the same time.
 LONG = ("ray", "onnx", "test_search.py", "test_loop.py", "test_distributed.py", "test_finish.py", "test_pack.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def group_of(nodeid):
+    """Return the group of a test: all of a group runs in one process. Else the file of the test."""
+    groups = (name for name, parts in TOGETHER.items() if any(part in nodeid for part in parts))
+    return next(groups, nodeid.partition("::")[0])
+
+
 def pytest_collection_modifyitems(items):
-    """Run what needs the cluster in one process, so that Ray starts once, and each other module in one process, too."""
-
     def rank(item):
-        names = (item.get_closest_marker("xdist_group").args[0], item.path.name)
-        return min(LONG.index(name) if name in LONG else len(LONG) for name in names)
+        group = group_of(item.nodeid)
+        return next((rank for rank, name in enumerate(LONG) if group.endswith(name)), len(LONG))
 
-    for item in items:
-        group = "ray" if "cluster" in item.fixturenames else GROUPS.get(item.path.name, str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=rank)
+
+
+class Groups(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
 
 
 #: More processes than cores work at once: a thread that waits for another lets others work, and does not spin.

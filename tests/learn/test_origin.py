@@ -21,7 +21,7 @@ from raytune_emotion.learn.origin import find_origin
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.tuning.report.dry_run import costs
 from raytune_emotion.tuning.space.parser import load_space
-from tests.support.training import reports_of_run, run_config
+from tests.support.training import CPU, reports_of_run, run_config
 
 #: As a face backbone differs from the models of timm's registry.
 ARGUMENTS = {"patch_size": 8, "img_size": 48, "class_token": False, "global_pool": "avg", "num_classes": 512}
@@ -200,7 +200,7 @@ def test_a_checkpoint_needs_the_start_of_its_training_no_more(tmp_path, store):
     with torch.inference_mode():
         wanted = load_model(best)(x_BCHW)
         assert torch.allclose(load_package(tmp_path / "best").model.model(x_BCHW), wanted, atol=1e-6)
-    write_package(tmp_path / "soup", Soup([best, best], store.val, []).best([0, 1]))
+    write_package(tmp_path / "soup", Soup([best, best], store, [], CPU).best([0, 1]))
 
 
 def test_a_description_in_a_checkpoint_is_not_trusted():

@@ -66,7 +66,7 @@ def test_trials_that_were_left_before_their_end_count(study, store, tmp_path):
     records = load(tmp_path / "study").records()
     assert [record.status for record in records] == ["complete", "complete", "running"]
     assert len(candidates_of(tmp_path / "study", store).trial_ids) == 3
-    assert len(combined_export._candidates(tmp_path / "study").trial_ids) == 3
+    assert len(combined_export._candidates(load(tmp_path / "study")).trial_ids) == 3
     pull_models(Remote((tmp_path / "study").as_uri()), tmp_path / "here", records)
     assert [name for name, _ in list_kept(tmp_path / "here", records)] == [record.trial_id for record in records]
     failed = [dataclasses.replace(record, status="failed") for record in records]
