@@ -223,7 +223,7 @@ def _freeze_thaw(
 
 def portfolio_of_others(recording: Recording) -> Portfolio | None:
     """Return the portfolio that a study on a recording begins with, without what was recorded on the same data."""
-    return portfolio_of(recording.space, but=[recording.name])
+    return portfolio_of(recording.space, excluded_data=[recording.name])
 
 
 def guide(recording: Recording) -> list[Forecast]:

@@ -28,7 +28,7 @@ from torchvision import transforms
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.loader import Resident, batches, cache_on_device, epoch_order
+from raytune_emotion.data.loader import DeviceSplit, batches, cache_on_device, epoch_order
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.data.synthetic import write_sample
@@ -116,7 +116,7 @@ def _pipelines(store: Store, files: list[Path]) -> dict[str, Pipeline]:
         order_N = epoch_order(len(split), 0, next(order))
         return [order_N[start : start + BATCH] for start in range(0, len(split) // BATCH * BATCH, BATCH)]
 
-    def load(source: Split | Resident) -> int:
+    def load(source: Split | DeviceSplit) -> int:
         stream = (batch for _ in range(PASSES) for batch in batches(source, rows(), DEVICE))
         return _count(normalise(batch.x_BHWC, MEAN, STD) for batch in stream)
 

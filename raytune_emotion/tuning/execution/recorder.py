@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
@@ -55,7 +55,7 @@ class Event:
 
     proposal: Proposal
     status: Status
-    report: Heard | None  # the part of the latest report that is sent to the driver
+    report: DriverReport | None  # the part of the latest report that is sent to the driver
     reason: str
     gain: Gain | None = None  # that is expected of further training; None where it is not known
     elsewhere: bool = False  # whether another driver has run the trial
@@ -147,7 +147,7 @@ class Recorder:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
         return self._run_or_break(self._next, None)
 
-    def report(self, trial_id: str, report: Heard) -> bool:
+    def report(self, trial_id: str, report: DriverReport) -> bool:
         """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
         return self._run_or_break(lambda: self._report(self.backlog.running[trial_id], report), False)
 
@@ -226,7 +226,7 @@ class Recorder:
         self.backlog.take_in(answer)
         return answer
 
-    def _report(self, proposal: Proposal, report: Heard) -> bool:
+    def _report(self, proposal: Proposal, report: DriverReport) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
         self.backlog.wake()
         ending = self._ending_of(proposal.trial_id, report, new=new)
@@ -237,7 +237,7 @@ class Recorder:
             self._watch(Event(proposal, "running", report, _STARTS_ANEW if anew else ""))
         return ending is None
 
-    def _ending_of(self, trial_id: str, report: Heard, *, new: bool) -> Ending | None:
+    def _ending_of(self, trial_id: str, report: DriverReport, *, new: bool) -> Ending | None:
         """Decide how a trial ends by a report, if it does."""
         if report["finished"]:
             return Complete()
@@ -245,7 +245,7 @@ class Recorder:
         decision = self._searcher.decide(trial_id, report, self.backlog.limits) if new else "go on"
         return {"go on": None, "pause": Paused(), "stop": Pruned()}[decision]
 
-    def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
+    def _end(self, proposal: Proposal, ending: Ending, report: DriverReport | None) -> None:
         """Record an ending: the one place that does."""
         trial_id = proposal.trial_id
         self.backlog.wake()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.report import HEARD, Report
+from raytune_emotion.learn.report import DRIVER_KEYS, Report
 from raytune_emotion.tuning.execution.job import (
     InvalidForRun,
     Job,
@@ -62,7 +62,7 @@ class TrialActor:
             return {ENDING: Failed(str(error)), NODE: self._node}
         except Breakdown as error:
             return {ENDING: Broken(str(error)), NODE: self._node}
-        heard = {name: value for name, value in report.items() if name in HEARD}
+        heard = {name: value for name, value in report.items() if name in DRIVER_KEYS}
         return {"pid": os.getpid(), "host": platform.node(), NODE: self._node, **heard}
 
     def reset(self, config: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from ray import tune
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.search import SearchAlgorithm
 
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.job import Job, with_smaller_micro_batches
 from raytune_emotion.tuning.execution.ray_tune_patches import (
@@ -128,7 +128,7 @@ class Gate(tune.Stopper):
         if ENDING in result:
             self._recorder.end(_id_of(trial_id), result[ENDING])
             return True
-        goes_on = self._recorder.report(_id_of(trial_id), cast("Heard", result))
+        goes_on = self._recorder.report(_id_of(trial_id), cast("DriverReport", result))
         if goes_on and leaves_node:
             self._recorder.give_back(_id_of(trial_id))
         return leaves_node or not goes_on

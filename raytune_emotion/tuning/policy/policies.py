@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.tuning.policy.candidates import domain_of, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
     FORECAST,
@@ -27,7 +27,7 @@ from raytune_emotion.tuning.space.space import Space
 
 
 class BeginAndStop:
-    """Begin trials as the study's sampler proposes them, and stop them by a scheduler for good."""
+    """Begin the trials that the study's sampler proposes, and stop trials for good by a scheduler."""
 
     def __init__(self, space: Space, scheduler: Scheduler) -> None:
         self._domain, self._scheduler = domain_of(space), scheduler
@@ -37,7 +37,7 @@ class BeginAndStop:
             return None
         return Begin({})
 
-    def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
+    def decide(self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         return "go on" if self._scheduler.keeps(trial_id, report) else "stop"
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:
@@ -53,7 +53,7 @@ def make_sampler_of(
     earlier: Sequence[Forecast] = (),
     reports: int = 1,
 ) -> Callable[[int], BaseSampler]:
-    """Return what makes the sampler of a trial by its number; for the arguments see `make_policy`."""
+    """Return a function that makes the sampler for a trial number. For the arguments see `make_policy`."""
     if name != FORECAST:
         return functools.partial(make_sampler, name, seed)
     sampler = ForecastSampler(space, seed=seed, objective=objective, earlier=earlier, reports=reports)
@@ -71,17 +71,17 @@ def make_policy(
     objective: Objective = JS_ALONE,
     earlier: Sequence[Forecast] = (),
 ) -> Policy:
-    """Make what decides about a study's trials.
+    """Make the policy of a study.
 
     Args:
-        space: of the study.
-        sampler: its name, of `SAMPLERS`.
-        scheduler: its name, of `SCHEDULERS`.
-        epochs: of a trial that is trained to its end.
-        reports: of such a trial.
-        seed: of the study.
-        objective: of the study.
-        earlier: what other studies say of configurations.
+        space: search space of the study.
+        sampler: name in `SAMPLERS`.
+        scheduler: name in `SCHEDULERS`.
+        epochs: epochs of a trial that is trained to its end.
+        reports: reports of such a trial.
+        seed: seed of the study.
+        objective: objective of the study.
+        earlier: forecasts of other studies.
     """
     if scheduler != FREEZE_THAW:
         return BeginAndStop(space, STOPPING[scheduler](epochs, objective))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raytune_emotion.interruption import run_in_thread
-from raytune_emotion.learn.report import HEARD, OBJECTIVE
+from raytune_emotion.learn.report import DRIVER_KEYS, OBJECTIVE
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.recorder import Event, Watch
@@ -134,7 +134,7 @@ class _Log:
             # What the driver does not hear: every metric of every evaluation.
             history = read_history(self._study.trial_folder(trial_id))
             self._metrics(
-                run_id, [{k: v for k, v in report.items() if k in _AT or k not in HEARD} for report in history]
+                run_id, [{k: v for k, v in report.items() if k in _AT or k not in DRIVER_KEYS} for report in history]
             )
         self._tag(run_id, {"status": event.status, "reason": event.reason})
         self._client.set_terminated(run_id, _RUN_STATUS[event.status])

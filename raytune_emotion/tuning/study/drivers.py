@@ -49,7 +49,7 @@ class Drivers(Protocol):
         """Say why this driver may not go on; empty while it may. It is to be asked all the time."""
 
 
-class Alone:
+class SingleDriver:
     """The only driver of a study: it has the lock of its folder."""
 
     own = None

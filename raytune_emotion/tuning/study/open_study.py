@@ -15,7 +15,7 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.warm_start import write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.drivers import Alone, Drivers
+from raytune_emotion.tuning.study.drivers import Drivers, SingleDriver
 from raytune_emotion.tuning.study.optuna_study import (
     count_due,
     create_study,
@@ -48,7 +48,7 @@ class OpenStudy:
     space: Space
     optuna: optuna.Study
     copy: RemoteCopy
-    drivers: Drivers = dataclasses.field(default_factory=Alone)
+    drivers: Drivers = dataclasses.field(default_factory=SingleDriver)
 
     @property
     def objective(self) -> Objective:
@@ -129,7 +129,7 @@ def load(folder: Path, location: Location | None = None, drivers: Drivers | None
     spec = read_spec(folder)
     space = parse_space(spec.space, str(folder / SPEC))
     copy = RemoteCopy(folder, location or Folder(folder))
-    return OpenStudy(folder, spec, space, load_study(folder), copy, drivers or Alone())
+    return OpenStudy(folder, spec, space, load_study(folder), copy, drivers or SingleDriver())
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import first_line
-from raytune_emotion.learn.report import OBJECTIVE, Heard
+from raytune_emotion.learn.report import OBJECTIVE, DriverReport
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.candidates import domain_of, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
@@ -47,7 +47,7 @@ from raytune_emotion.tuning.policy.decisions import (
 )
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import connect, connection_options, split_address
-from raytune_emotion.tuning.study.drivers import Alone, Drivers, join_study, one_at_a_time
+from raytune_emotion.tuning.study.drivers import Drivers, SingleDriver, join_study, one_at_a_time
 from raytune_emotion.tuning.study.journal_check import CONFIRMS, CONTINUES, REASON, check_trials
 from raytune_emotion.tuning.study.optuna_patches import check_end, close_when_unused, mend_journal, reopen, stored_trial
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
@@ -106,7 +106,7 @@ class Searcher:
         policy: Policy,
         *,
         sampler: Callable[[int], BaseSampler],
-        cost: Callable[[Heard], float] | None = None,
+        cost: Callable[[DriverReport], float] | None = None,
         driver: int | None = None,
     ) -> None:
         """Take up a study.
@@ -144,7 +144,7 @@ class Searcher:
                 self._study.enqueue_trial(dict(answer.params))
         return self._sample_settings(self._study.ask())
 
-    def decide(self, trial_id: str, report: Heard, limits: Limits) -> Decision:
+    def decide(self, trial_id: str, report: DriverReport, limits: Limits) -> Decision:
         """Answer what becomes of a trial after a report that was observed."""
         return self._policy.decide(trial_id, report, self._past(), limits)
 
@@ -194,7 +194,7 @@ class Searcher:
             trial.set_user_attr(PAUSED, False)
         return proposal
 
-    def observe(self, trial_id: str, report: Heard) -> bool:
+    def observe(self, trial_id: str, report: DriverReport) -> bool:
         """Tell a report of a running trial. Returns whether it was new."""
         trial = self._handles[trial_id]
         step = int(report["report"])
@@ -378,7 +378,7 @@ def study_lock(folder: Path) -> Iterator[Drivers]:
         return
     with exclusive_lock(folder):
         mend_journal(folder / JOURNAL)
-        yield Alone()
+        yield SingleDriver()
 
 
 def _address_of(folder: Path) -> str | None:

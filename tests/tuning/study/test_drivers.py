@@ -5,7 +5,7 @@ import pytest
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.study.database import connect, join_address
-from raytune_emotion.tuning.study.drivers import Alone, SharedStudy, join_study
+from raytune_emotion.tuning.study.drivers import SharedStudy, SingleDriver, join_study
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_lock_that_is_gone_while_the_connection_lasts_is_noticed(address, clock)
 
 
 def test_only_driver_finds_all_abandoned_and_waits_for_nobody():
-    assert Alone().abandoned({None, 3}) == {None, 3}
-    assert Alone().others() == set()
-    with Alone().turn("trials"):
-        assert Alone().failure() == ""
+    assert SingleDriver().abandoned({None, 3}) == {None, 3}
+    assert SingleDriver().others() == set()
+    with SingleDriver().turn("trials"):
+        assert SingleDriver().failure() == ""
