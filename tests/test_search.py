@@ -886,7 +886,7 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
 )
 def test_what_guides_the_search_is_told(own_cache, faces, tmp_path, options, told):
     request = request_of("--data", faces, "--space", "quick", *options)
-    assert search_inputs.check_new(request, Folder(tmp_path / "new")).warm_start.told == told
+    assert search_inputs.check_new(request, Folder(tmp_path / "new")).warm_start.description == told
 
 
 def request_of(*argv):

@@ -11,8 +11,11 @@ from ray.exceptions import RayError, RayTaskError
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
 
-_AHEAD = 2  # tasks per core, so that no core waits for the driver
+#: Number of submitted tasks per core, so that no core waits for the driver.
+_AHEAD = 2
+#: Number of attempts per task.
 _TRIES = 4
+#: Longest wait for running tasks after an interruption, seconds.
 _END_S = 30.0
 
 
@@ -20,11 +23,11 @@ _END_S = 30.0
 def cluster_map() -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    A task whose process or node dies is run again elsewhere. If the work is interrupted, tasks that were handed out end
-    by themselves, within half a minute or with the session.
+    A task whose process or node dies is run again elsewhere. If the work is interrupted, submitted tasks end by
+    themselves within half a minute, or with the session.
 
     Raises:
-        Breakdown: a task dies again and again.
+        Breakdown: all attempts of a task died.
     """
     running: set[Any] = set()
 
@@ -33,7 +36,7 @@ def cluster_map() -> Iterator[Map]:
         for task in tasks:
             ahead.append(_run.remote(function, task))
             running.add(ahead[-1])
-            # Nodes may join and leave.
+            # The number of cores changes when nodes join and leave.
             if len(ahead) >= _AHEAD * ray.cluster_resources().get("CPU", 1):  # type: ignore[no-untyped-call]
                 yield result(ahead.popleft())
         while ahead:
@@ -46,14 +49,14 @@ def cluster_map() -> Iterator[Map]:
             raise error.cause from None
         except RayError as error:
             why = str(error).strip().partition("\n")[0]
-            raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time by: {why}") from error
+            raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time with: {why}") from error
         running.remove(task)
         return found
 
     try:
         yield pmap
     finally:
-        # Not cancelled: Ray aborts the whole process if a task ends at that moment.
+        # Tasks are not cancelled: Ray aborts the whole process if a task ends at that moment.
         if running:
             ray.wait([*running], num_returns=len(running), timeout=_END_S)
 

@@ -1,6 +1,6 @@
-"""Use the private interfaces of Ray Train, each for a reason: all such uses stand here.
+"""Contain all uses of private interfaces of Ray Train, each with its reason.
 
-Imported where a trial has several workers, and only there. `tests/tuning/execution/test_ray_contract.py` names each.
+It is imported only if a trial has several workers. `tests/tuning/execution/test_ray_contract.py` names each use.
 """
 
 import contextlib
@@ -24,30 +24,30 @@ from ray.util.queue import Queue
 
 @dataclass(frozen=True)
 class Controller:
-    """Ray Train's controller has started; it is what can end the workers."""
+    """Message: Ray Train's controller, which can end the workers, has started."""
 
     actor: ActorHandle[Any]
 
     def abort(self, timeout: float) -> None:
-        """End the workers at once; the public way is to wait for their end."""
-        # The controller leaves in the midst of the call, which is how it says that it is done.
+        """End the workers at once. The public interface can only wait for their end."""
+        # The controller exits during the call, and thus reports that it is done.
         with contextlib.suppress(RayError):
             ray.get(self.actor.abort.remote(), timeout=timeout)
 
 
 @dataclass(frozen=True)
 class ReservedPlaces:
-    """The workers have their place in the cluster."""
+    """Message: the workers have their resources in the cluster."""
 
     placement_group: str  # its id
 
 
 class PlainTrainer(TorchTrainer):
-    """Leave out two helpers of Ray Train, each a process.
+    """A trainer without two helper processes of Ray Train.
 
-    One hands out Ray datasets. The other frees the place of workers whose driver is gone (ray 54305, 53921, 58515). It
-    asks the dashboard of the cluster that was started last on this machine: where there is none it never learns
-    anything, and where that is another's cluster it takes the place away from workers that live.
+    One distributes Ray datasets. The other frees the resources of workers whose driver is gone (ray 54305, 53921,
+    58515). It asks the dashboard of the cluster that was started last on this machine. If there is none, it learns
+    nothing. If that cluster is another one, it frees the resources of live workers.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -56,7 +56,7 @@ class PlainTrainer(TorchTrainer):
 
 
 class Announcer(ControllerCallback, WorkerGroupCallback):
-    """Make known, from within Ray Train's controller, what must be ended when a trial is."""
+    """Report, from within Ray Train's controller, the controller and the placement group that a trial must end."""
 
     def __init__(self, messages: Queue) -> None:
         self._messages = messages
@@ -70,14 +70,14 @@ class Announcer(ControllerCallback, WorkerGroupCallback):
 
 
 def free_abandoned_groups() -> None:
-    """Free the places of workers that were still starting when their driver was killed: nobody else knows of them.
+    """Free the resources of workers that were still starting when their driver was killed. Nothing else does it.
 
     Ray keeps a placement group until the actor that made it and the whole job have ended.
     """
     job = ray.get_runtime_context().get_job_id()
     for entry in ray_state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
-        # Those of Tune are made by no actor, and count as if theirs had died.
+        # Tune's groups are not made by an actor; Ray reports their actor as dead.
         made_by_actor = not ray.ActorID(group.creator_actor_id).is_nil()
         of_this_job = group.creator_job_id.hex() == job
         if made_by_actor and of_this_job and group.creator_actor_dead and group.state != group.REMOVED:
@@ -85,7 +85,7 @@ def free_abandoned_groups() -> None:
 
 
 def remove_group(placement_group: str) -> None:
-    """Remove a placement group by its id; Ray's own function takes one that this process has made."""
-    # One that is of a cluster that is no more, or is gone already, is none of our concern.
+    """Remove a placement group by its id. Ray's own function accepts only one that this process has made."""
+    # Ignore a group of a dead cluster, and one that is already removed.
     with contextlib.suppress(ValueError, RayError):
         remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(placement_group)))

@@ -1,4 +1,4 @@
-"""Run the trials of a study on the Ray cluster that this process has joined."""
+"""Run the trials of a study on the joined Ray cluster."""
 
 import contextlib
 import sys
@@ -30,12 +30,13 @@ from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, S
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.records import TrialRecord
 
-#: Between two looks at whether Ray Tune has ended, the cluster lives, and the time is over.
+#: Seconds between two checks whether Ray Tune has ended, the cluster is alive, and the time is over.
 _LOOK_S = 0.2
-#: Ray Tune gets so long to end trials in order; what it has not ended then ends with the session.
+#: Seconds that Ray Tune gets to end trials in order. Trials that still run then end with the session.
 _END_S = 30.0
+#: The same for a dead cluster, seconds.
 _END_OF_DEAD_S = 1.0
-_WAITS_FOR_OTHERS = "waiting for the trials that other drivers run; what they leave is taken up here"
+_WAITS_FOR_OTHERS = "waiting for the trials of other drivers; trials that they abandon are resumed here"
 
 
 def run_study(
@@ -48,29 +49,29 @@ def run_study(
     say: Callable[[str], None] = lambda text: None,
     failure: Callable[[], str] = lambda: "",
 ) -> list[TrialRecord]:
-    """Run what is left to run of a study.
+    """Run the remaining trials of a study.
 
-    Trials that have ended stay as they are; those that had begun go on from their checkpoints; new ones are asked for
-    until the study has as many as its spec says.
+    Ended trials are unchanged. Trials that had begun continue from their checkpoints. New trials are added until the
+    study has the number of its spec.
 
     Args:
-        study: whose driver this process is. With a remote copy, nothing that the study needs is in the folder alone
-            while a trial runs: the record is there at every beginning and ending of one.
-        placement: of its trials.
-        time_budget: after which the study is left as it is then.
-        until_gain: bits per hour; the study is left as it is once less than that is expected of further training.
-        watch: hears of all that happens to trials.
+        study: the study, whose driver is this process. With a remote copy, the record is pushed at every beginning and
+            end of a trial, so the study never depends on the local folder alone.
+        placement: placement of its trials.
+        time_budget: time after which the study is left as it is.
+        until_gain: bits per hour; the study is left as it is once the expected gain of further training is smaller.
+        watch: receives all events of trials.
         say: tells the user why nothing happens.
-        failure: says what of the cluster has died; empty while it lives.
+        failure: says what part of the cluster has died; "" while it is alive.
 
     Returns:
-        All trials. Some are still `running` where the study is out of time, or further training brings too little.
-        They are fewer than asked for where it is so, or where the space has no more configurations.
+        All trials. Some are still `running` if the time or the gain has ended the session. There are fewer than the
+        spec says in these cases, and if the space has no more configurations.
 
     Raises:
         ClusterLost: the cluster has died.
-        Breakdown: the record cannot be written, or one trial after the other has failed.
-        KeyboardInterrupt: all until then is recorded.
+        Breakdown: the record cannot be written, or many trials failed one after the other.
+        KeyboardInterrupt: the session was interrupted; everything until then is recorded.
     """
     recorder = Recorder(study, watch, until_gain=until_gain)
     try:
@@ -89,19 +90,19 @@ def _run(
     say: Callable[[str], None],
     failure: Callable[[], str],
 ) -> None:
-    """Have Ray Tune run trials in a thread of its own, until it has no more, or has to stop.
+    """Run trials with Ray Tune in a separate thread, until there are no more, or until it must stop.
 
-    So this thread hears signals, and sees when the cluster has died: Ray Tune then waits for ever.
+    Meanwhile this thread receives signals, and notices the death of the cluster, for which Ray Tune waits for ever.
     """
     stop, errors = threading.Event(), list[BaseException]()
     deadline = time.monotonic() + time_budget.total_seconds() if time_budget else float("inf")
-    # Ray Tune may still write into it when it is left.
+    # Ray Tune may still write into this folder after it was stopped.
     with scratch_folder() as scratch:
 
         def tune_trials() -> None:
             try:
                 _tune(recorder, study, placement, stop, say, str(scratch))
-            except BaseException as error:  # else the study would seem to be over
+            except BaseException as error:  # without this, the study would seem to be over
                 errors.append(error)
 
         ended = run_in_thread("tune", tune_trials)
@@ -113,12 +114,12 @@ def _run(
                 recorder.check()
                 ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
-                say("the time budget is spent: trials that run are left as they are")
+                say("the time budget is spent: running trials are left as they are")
             elif recorder.gain.shortfall:
                 say(recorder.gain.shortfall)
         finally:
             stop.set()
-            # It must not be inside Ray when this process leaves Ray, which would crash.
+            # The thread must not be inside Ray when this process leaves Ray, which would crash.
             ended.wait(_END_OF_DEAD_S if failure() else _END_S)
         if errors and not recorder.broken:
             of_ray = isinstance(errors[0], RayError | ConnectionError)
@@ -146,7 +147,7 @@ def _tune(
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     search = Search(recorder, partial(job_of, study, placement.resources), room, waiting, stop)
     with contextlib.closing(room), environment(pending), patch_tune():
-        # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
+        # A Tuner is not used: it only adds a pickle for a restoration, which is not used here.
         tune.run(
             _trainable(placement.resources),
             name=study.folder.name,
@@ -154,12 +155,12 @@ def _tune(
             scheduler=FIFOScheduler(),  # type: ignore[no-untyped-call]
             num_samples=study.spec.trials,
             reuse_actors=True,
-            max_failures=study.spec.max_failures,  # of each stretch of a trial: a trial of Tune's
+            max_failures=study.spec.max_failures,  # per stretch of a trial, which is a trial for Tune
             stop=Gate(recorder, search, stop),
             callbacks=[SmallerBatches(), BetweenEvents(recorder, waiting)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
-            # What Tune writes of its own is of no use to us: the study's folder is the record.
+            # Tune's own files are not needed: the record is in the study's folder.
             storage_path=scratch,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             raise_on_failed_trial=False,
@@ -172,5 +173,5 @@ def _trainable(resources: Resources) -> Any:
         own = type("Trial", (PlainTrainable,), {"actor": TrialActor})
         return tune.with_resources(own, resources.per_worker)
     own = type("Trial", (PlainTrainable,), {"actor": TrialActor, "environment": {"RAY_TRAIN_V2_ENABLED": "1"}})
-    # The process that drives the workers must not take a core that they need: it runs on the head node and takes none.
+    # The process that drives the workers must not take one of their cores: it runs on the head node without a core.
     return tune.with_resources(own, {"node:__internal_head__": 0.001})

@@ -1,4 +1,4 @@
-"""Translate Ray Tune's events into calls of the recorder, and its answers into Ray Tune's trials."""
+"""Translate Ray Tune's events into calls of the recorder, and the recorder's answers into Ray Tune's trials."""
 
 import threading
 import time
@@ -25,13 +25,14 @@ from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
-#: Between a trial's id and the number of its stretch: a paused trial that goes on is a new one to Ray Tune.
+#: Separator of a trial's id and the number of its stretch. For Ray Tune, a resumed trial is a new one.
 _STRETCH = "."
+#: Seconds without a running trial after which the user is told.
 _WAIT_S = 30.0
 
 
 class Waiting:
-    """Say once that no trial finds room, until one runs again."""
+    """Tell the user that no trial has room: once, until a trial runs again."""
 
     def __init__(self, say: Callable[[], None]) -> None:
         self._say = say
@@ -47,9 +48,9 @@ class Waiting:
 
 
 class Search(SearchAlgorithm):
-    """Give Ray Tune a trial whenever a place is free, and tell the recorder which ones died.
+    """Give Ray Tune a trial whenever a place is free, and tell the recorder which trials died.
 
-    Ray's trials bear the study's own ids, so that dashboard, logs and folders speak of the same things.
+    Ray's trials have the study's own ids, so that dashboard, logs and folders use the same names.
     """
 
     def __init__(
@@ -73,12 +74,12 @@ class Search(SearchAlgorithm):
         return self._finished or self._recorder.is_over or self._stop.is_set()
 
     def next_trial(self) -> Trial | None:
-        # Asked no earlier than a place is free: the policy then knows all that has ended until now. Where nothing is
-        # left, it is asked without a place, too, and says so: a cluster may have shrunk to none.
+        # The policy is asked only when a place is free, so that it knows all ended trials. If nothing runs or waits, it
+        # is asked without a place, too, because a cluster may have shrunk to nothing.
         full = len(self._running) >= self._room()
         if self.is_finished() or (full and (self._running or self._recorder.backlog.count())):
             if not self._running:
-                # Tune asks again and again, and does nothing else, while there is no trial.
+                # While there is no trial, Tune only calls this method again and again.
                 self._waiting.look(runs=False)
             return None
         proposal = self._recorder.next()
@@ -96,14 +97,14 @@ class Search(SearchAlgorithm):
         return trial
 
     def leaves_node(self, trial_id: str, node: str) -> bool:
-        """Tell whether the node of a running trial ends soon. If so, its process gets no other trial."""
+        """Tell whether the node of a running trial ends soon. If so, the trial's process gets no other trial."""
         leaves = self._room.is_leaving(node)
         if leaves:
             forget_actor(self._running[trial_id])
         return leaves
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        pass  # `Gate` has heard it
+        pass  # `Gate` has handled it
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._running.pop(trial_id)
@@ -113,12 +114,12 @@ class Search(SearchAlgorithm):
                 from raytune_emotion.tuning.execution.worker_group import release_workers
 
                 release_workers(Path(job.folder))
-            reason = f"its process ended {deaths} times, the last time by: {newest_error(trial)}"
+            reason = f"its process ended {deaths} times, the last time with: {newest_error(trial)}"
             self._recorder.end(_id_of(trial_id), Failed(reason))
 
 
 class Gate(tune.Stopper):
-    """Hear every result before the rest of Ray Tune does, and stop the trials that the recorder does not let go on."""
+    """Handle every result before the rest of Ray Tune does, and stop trials that the recorder ends."""
 
     def __init__(self, recorder: Recorder, search: Search, stop: threading.Event) -> None:
         self._recorder, self._search, self._stop = recorder, search, stop
@@ -137,12 +138,12 @@ class Gate(tune.Stopper):
         return bool(self._recorder.broken) or self._stop.is_set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles it, into a file that nobody reads.
+        # Tune pickles this object into a file that is never read.
         return {}
 
 
 class SmallerBatches(tune.Callback):
-    """Have a trial whose process was killed for want of memory go on in smaller micro-batches, where it can."""
+    """Continue a trial with smaller micro-batches, if possible, after its process was killed for lack of memory."""
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         smaller = with_smaller_micro_batches(Job.from_dict(trial.config)) if LOW_MEMORY in newest_error(trial) else None
@@ -151,7 +152,7 @@ class SmallerBatches(tune.Callback):
 
 
 class BetweenEvents(QuietProgress):
-    """Have the tables written between Tune's events, and say when no trial finds room."""
+    """Write the tables between Tune's events, and tell the user when no trial has room."""
 
     def __init__(self, recorder: Recorder, waiting: Waiting) -> None:
         super().__init__()

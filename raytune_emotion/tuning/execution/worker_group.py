@@ -1,7 +1,7 @@
-"""Train a trial on several workers together, in one run of Ray Train that lasts for many trials.
+"""Train trials on several workers together, in one Ray Train run for many trials.
 
-A run of Ray Train starts about ten processes and takes half a minute of a core, far more than a short trial. So the
-workers stay alive, and train one trial after the other as they are ordered. Only a failed trial ends them.
+A Ray Train run starts about ten processes and takes half a minute of a core, far more than a short trial. Therefore the
+workers stay alive, and train one trial after the other on request. Only a failed trial ends them.
 """
 
 import contextlib
@@ -36,10 +36,11 @@ from raytune_emotion.tuning.execution.ray_train_patches import (
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
 PLACEMENT_GROUP = "placement_group"
+#: Longest wait for the end of the workers, seconds.
 _ABORT_S = 5.0
-#: Longest wait for another worker within a step, in seconds. Anything longer, such as a GPU error, ends all workers.
+#: Longest wait for another worker within a step, seconds. A longer wait, as after a GPU error, ends all workers.
 _COLLECTIVE_S = 600
-#: Longest wait for the next order: the driver may be busy between two trials.
+#: Longest wait for the next order. The driver may be busy between two trials.
 _ORDER_WAIT = timedelta(days=7)
 
 _GO_ON, _STOP, _DONE = "go on", "stop", "done"
@@ -53,7 +54,7 @@ class _Failure:
 
 
 class Workers:
-    """Own the workers of one driver: `train` runs a trial on them, `close` ends them."""
+    """The workers of one driver: `train` runs a trial on them, `close` ends them."""
 
     def __init__(self, first: Job) -> None:
         self._orders = Queue(actor_options={"num_cpus": 0})
@@ -63,19 +64,19 @@ class Workers:
         self._placement_group = ""
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
-        # Ray Train accepts internal callbacks too; its annotation does not say so.
+        # Ray Train also accepts internal callbacks, although its annotation does not say so.
         callbacks: list[Any] = [Announcer(self._messages)]
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
-            # One worker needs no NCCL, whose thread would look at the GPU while a CUDA graph is captured.
+            # A single worker does not use NCCL, whose thread would access the GPU while a CUDA graph is captured.
             torch_config=TorchConfig(
                 backend="nccl" if gpu and resources.workers > 1 else "gloo", timeout_s=_COLLECTIVE_S
             ),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),
-            # Ray Train does not restart the workers. Whoever runs the trial does, and counts per trial.
+            # Ray Train does not restart the workers. The caller does, and counts failures per trial.
             run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
         )
         # `fit` blocks until the workers have ended.
@@ -89,7 +90,7 @@ class Workers:
             ray.train.TrainingFailedError: a worker has died. After either error the workers are gone.
         """
         Path(job.folder).mkdir(parents=True, exist_ok=True)
-        release_workers(Path(job.folder))  # those of an attempt whose driver was killed
+        release_workers(Path(job.folder))  # workers of an attempt whose driver was killed
         self._note_placement_group(job)
         self._orders.put(job.to_dict())
         try:
@@ -149,13 +150,14 @@ class Workers:
         return True
 
     def _note_placement_group(self, job: Job) -> None:
-        # In the trial's folder: if this process is killed, whoever takes the trial up can free the resources.
+        # The note is in the trial's folder: if this process is killed, the process that resumes the trial can free the
+        # resources.
         if self._placement_group:
             write_text(Path(job.folder) / PLACEMENT_GROUP, self._placement_group)
 
 
 def run_in_background(action: Callable[[], Any]) -> Future[Any]:
-    """Run an action in a thread that does not keep the process alive: Ray Train may never come back from an abort."""
+    """Run an action in a thread that does not keep the process alive, because Ray Train may hang after an abort."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -169,7 +171,7 @@ def run_in_background(action: Callable[[], Any]) -> Future[Any]:
 
 
 def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Report, None, None]:
-    """Train one job on workers of its own. If a worker dies, go on from the last checkpoint.
+    """Train one job on new workers. If a worker dies, continue from the last checkpoint.
 
     Raises:
         TrialFailed: another attempt would fail too.
@@ -189,7 +191,7 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
 
 
 def release_workers(folder: Path) -> None:
-    """End workers whose driver was killed, by the placement group that it noted in a trial's folder."""
+    """End workers whose driver was killed, by the placement group noted in a trial's folder."""
     file = folder / PLACEMENT_GROUP
     if file.exists():
         remove_group(file.read_text(encoding="utf-8"))
@@ -200,7 +202,7 @@ def _work(config: dict[str, Any]) -> None:
     """Run in each worker: train one trial after the other, in step with the other workers."""
     orders, messages = config["orders"], config["messages"]
     first = train.get_context().get_world_rank() == 0
-    # Not through NCCL: it takes a long wait for a hang, and kills the workers.
+    # Orders do not use NCCL, which takes a long wait for a hang, and kills the workers.
     ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
 
     def heard() -> Any:

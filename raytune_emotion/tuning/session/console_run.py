@@ -1,4 +1,4 @@
-"""Run a study, and show on the console how it stands."""
+"""Run a study, and show its progress on the console."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,16 +26,16 @@ def run_with_progress(
     failure: Callable[[], str] = lambda: "",
     watches: Sequence[Watch] = (),
 ) -> None:
-    """Run a study as `run_study` does, and show how it stands.
+    """Run a study as `run_study` does, and show its progress.
 
     Args:
-        console: to show it on.
-        study: to run.
-        placement: of its trials.
-        time_budget: of the study.
+        console: console for the progress.
+        study: study to run.
+        placement: placement of its trials.
+        time_budget: see `run_study`.
         until_gain: see `run_study`.
-        failure: says what of the cluster has died.
-        watches: what else hears of all that happens to trials.
+        failure: see `run_study`.
+        watches: further receivers of all events of trials.
     """
     with ExitStack() as stack:
         show = stack.enter_context(show_events(console, StudyProgress(study, time_budget=time_budget)))
