@@ -1,25 +1,25 @@
-"""Measurements: each module here is one, and its `run` returns a table. Ratios within one run, never absolute times."""
+"""Benchmarks: each module is one, and its `run` returns a table. Only ratios within a run count, not absolute times."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 
-#: Characters of a line in a file or a pipe, which would otherwise have the 80 of a small terminal, and cut numbers off.
+#: Width of lines in a file or a pipe, characters. With the default of 80, numbers would be cut off.
 _WIDTH = 240
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a benchmark has measured."""
+    """The results of a benchmark."""
 
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    notes: list[str] = field(default_factory=list)  # sentences: what follows from the rows
+    notes: list[str] = field(default_factory=list)  # sentences about the rows
 
 
 def table_console() -> Console:
-    """Make a console that shows tables whole: also in a file."""
+    """Make a console that shows complete tables, also in a file."""
     console = Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         console.width = _WIDTH

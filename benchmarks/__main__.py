@@ -1,7 +1,7 @@
-"""Run benchmarks by name, or all but those of a GPU: `python -m benchmarks [NAME …]`.
+"""Run benchmarks by name, or all except those for a GPU: `python -m benchmarks [NAME …]`.
 
-Some need data of one's own, and are run alone: `python -m benchmarks taskset FOLDER` and
-`python -m benchmarks curves FILE… --space SPACE` compare policies of search on recorded curves;
+Some need the user's own data, and are run separately: `python -m benchmarks taskset FOLDER` and
+`python -m benchmarks curves FILE… --space SPACE` compare search policies on recorded curves;
 `ablation`, `ferplus` and `finishing DATA` train on faces.
 """
 
@@ -38,9 +38,9 @@ from raytune_emotion.storage.atomic import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-#: Modules that are no benchmarks, but parts of them.
+#: Modules that are only parts of benchmarks.
 _PARTS = {"former", "judge", "simulation"}
-#: Those that need data of one's own, with the module whose `main` takes their arguments.
+#: Benchmarks that need the user's own data, with the module whose `main` takes their arguments.
 WITH_DATA = {
     "taskset": "benchmarks.taskset",
     "curves": "benchmarks.curves.recorded",
@@ -50,9 +50,9 @@ WITH_DATA = {
 }
 _MODULES = {module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")}
 NAMES = sorted(_MODULES - _PARTS - WITH_DATA.keys())
-#: Run by name alone: `compiling` needs a GPU, and `gpu` runs others on one.
+#: Benchmarks that run only by name: `compiling` needs a GPU, and `gpu` runs others on one.
 _WITH_GPU = {"compiling", "gpu"}
-#: Where all are run, it comes first: `policies` needs what it writes.
+#: The first benchmark if all are run: `policies` needs its results.
 _FIRST = "rivals"
 
 
@@ -69,7 +69,7 @@ def main() -> int:
     )
     names = parser.parse_args().names or sorted({*NAMES} - _WITH_GPU, key=lambda name: (name != _FIRST, name))
     if unknown := sorted({*names} - {*NAMES}):
-        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(NAMES)}")
     failed = []
     for name in names:
         command = shlex.join(["python", "-m", "benchmarks", name])
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def measure(name: str, run: Callable[[], Table], command: str) -> None:
-    """Run a benchmark, print its table, and keep it with the command that makes it."""
+    """Run a benchmark, print its table, and save it with its command."""
 
     def tables() -> Iterator[Table]:
         yield run()
@@ -93,7 +93,7 @@ def measure(name: str, run: Callable[[], Table], command: str) -> None:
 
 
 def _keep(name: str, tables: Iterator[Table], command: str) -> None:
-    """Print and keep each table of a benchmark in the place of the one before: it holds more."""
+    """Print and save each table of a benchmark. Each replaces the one before, which has fewer results."""
     began = datetime.now(timezone.utc)
     for table in tables:
         took = (datetime.now(timezone.utc) - began).total_seconds()
@@ -102,7 +102,7 @@ def _keep(name: str, tables: Iterator[Table], command: str) -> None:
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Make the parser of a benchmark that needs data of one's own."""
+    """Make the parser of a benchmark that needs the user's own data."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}",
         description=description,
@@ -113,13 +113,13 @@ def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
 def measure_in_folder(
     name: str, arguments: Sequence[str], run: Callable[[Path], Iterator[Table]], work: Path | None = None
 ) -> None:
-    """Run a benchmark that works in a folder, and keep each of its tables: what is interrupted has the last.
+    """Run a benchmark in a folder, and save each of its tables, so that an interruption keeps the last one.
 
     Args:
-        name: of the benchmark.
-        arguments: of its command.
-        run: yields tables, each with more than the one before.
-        work: the folder; None: a temporary one, which goes at the end.
+        name: name of the benchmark.
+        arguments: arguments of its command.
+        run: yields tables, each with more results than the one before.
+        work: the folder; None: a temporary folder, which is deleted at the end.
     """
     command = shlex.join(["python", "-m", "benchmarks", name, *arguments])
     if work is not None:
@@ -131,9 +131,9 @@ def measure_in_folder(
 
 
 def run_timed(command: Sequence[str], seconds: float | None = None) -> tuple[int, float]:
-    """Show and run a command; return its exit code and the seconds it took.
+    """Show and run a command; return its exit code and its duration in seconds.
 
-    After so many seconds it is asked to end in order, by SIGTERM: of a job in the background, SIGINT is often ignored.
+    After `seconds`, SIGTERM asks the command to end in order. A job in the background often ignores SIGINT.
     """
     print(shlex.join(command), flush=True)
     began = time.monotonic()
@@ -146,7 +146,7 @@ def run_timed(command: Sequence[str], seconds: float | None = None) -> tuple[int
 
 
 def _title(name: str) -> str:
-    """The first sentence of a benchmark, which need not be importable here."""
+    """Return the first line of a benchmark's docstring, without importing it."""
     return str(ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))).splitlines()[0]
 
 
@@ -166,7 +166,7 @@ def _text(value: object) -> str:
 
 
 def write_result(name: str, table: Table, began: datetime, took: float, command: str) -> None:
-    """Keeps a table, with what it was measured on, and writes the page of all results."""
+    """Save a table with a description of the machine, and write the page of all results."""
     RESULTS.mkdir(exist_ok=True)
     machine = _machine()
     record = {
@@ -178,14 +178,14 @@ def write_result(name: str, table: Table, began: datetime, took: float, command:
         "versions": _versions(),
         **dataclasses.asdict(table),
     }
-    # Those of a machine with a GPU stand beside those of one without.
+    # Results of a machine with a GPU do not replace those of one without.
     file = "-".join([Path(name).name, *str(machine["gpu"] or "").lower().split()])
     write_text(RESULTS / f"{file}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_text(HERE / "RESULTS.md", _report())
 
 
 def _report() -> str:
-    """All results as one page."""
+    """Return all results as one page."""
     parts = ["# Results of the benchmarks\n\nWritten by `python -m benchmarks` out of `results/`.\n"]
     for file in sorted(RESULTS.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -204,7 +204,7 @@ def _report() -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of what is installed: the benchmarks of the layers below Ray and Optuna run without either."""
+    """Return the versions of installed packages. Benchmarks of the lower layers need neither Ray nor Optuna."""
     versions = {}
     for package in ("raytune_emotion", "ray", "optuna", "torch", "timm", "numpy", "pyarrow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

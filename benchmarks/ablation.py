@@ -1,8 +1,8 @@
-"""What each setting of the training, and each use of several models, brings alone, on faces that no choice has seen.
+"""Measure the effect of each training setting, and of each use of several models, on faces that no choice has seen.
 
-`python -m benchmarks ablation DATA --weights-dir FOLDER` trains one model again and again with one setting changed. The
-weights of a run are those of its best epoch on one half of the validation set; the table has the JS on the other half,
-and the difference to the unchanged model with the same seeds.
+`python -m benchmarks ablation DATA --weights-dir FOLDER` trains one model repeatedly with one setting changed. The best
+epoch of a run is chosen on one half of the validation set. The table has the JS on the other half, and the difference
+to the unchanged model with the same seeds.
 """
 
 import os
@@ -20,7 +20,7 @@ from benchmarks import Table
 from benchmarks.__main__ import measure_in_folder, parser_of
 from benchmarks.finishing import Floats, faces_folder, predict, score, split_validation
 
-#: The model that is changed.
+#: Settings of the unchanged model.
 BASE: Mapping[str, object] = {
     "model.backbone": "tf_efficientnet_lite0",
     "model.pretrained": True,
@@ -35,7 +35,7 @@ BASE: Mapping[str, object] = {
     "train.grad_clip": 5,
     "augment.recipe": "light",
 }
-#: What is changed, by what it is called.
+#: Changed settings by the name of the change.
 CHANGES: Mapping[str, Mapping[str, object]] = {
     "unchanged": {},
     "from scratch": {"model.pretrained": False},
@@ -52,7 +52,7 @@ CHANGES: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run."""
+    """The parameters of the benchmark."""
 
     data: Path
     weights: Path | None

@@ -1,7 +1,7 @@
-"""Whether the chance that a trial has, by the forecast of its end, comes true as often as it says.
+"""Check the calibration of forecasts: compare predicted with actual probabilities of a better final value.
 
-Forecasts of trials at the ends of their stretches, in studies as in `benchmarks.policies`. What a trial would have come
-to that did not run to its end, its recorded curve says.
+Trials are forecast at the ends of their stretches, in studies as in `benchmarks.policies`. The final value of a trial
+that did not run to its end is taken from its recorded curve.
 """
 
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ from raytune_emotion.tuning.policy.trial_attributes import SETTINGS, as_paused
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
 SEEDS = 8
-#: Trials that have begun before forecasts count.
+#: Number of trials that must have begun before forecasts count.
 BEGUN = 5
 EDGES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
 class Foretold:
-    """What a trial's end was thought to be while it ran."""
+    """The forecast of a trial's end while it ran."""
 
     number: int
-    best: float  # log of the study's best value then
-    chance: float  # that the trial betters it
+    best: float  # log of the study's best value at that time
+    chance: float  # probability that the trial will improve on it
 
 
 class Listening(Searcher):
-    """A study that keeps what is forecast of its trials."""
+    """A searcher that keeps the forecasts of its trials."""
 
     def __init__(self, market: Market, seed: int, kept: optuna.Study) -> None:
         made = study(market, seed, kept=kept)
@@ -50,7 +50,7 @@ class Listening(Searcher):
     def decide(self, trial_id: str, report: Any, limits: Limits) -> Decision:
         past = self._kept.get_trials(deepcopy=False)
         if report["report"] in stretch_ends(self._reports) and len(past) > BEGUN:
-            # As the policy: the forecast of a trial that runs would be believed before it is weighed.
+            # Treat the trial as paused, as the policy does. Otherwise its forecast would be believed as a fact.
             past = [as_paused(trial) if trial.number == int(trial_id) else trial for trial in past]
             outlook = Outlook(self._domain, past, Aim(reports=self._reports))
             settings = past[int(trial_id)].user_attrs[SETTINGS]
@@ -62,7 +62,7 @@ class Listening(Searcher):
 
 
 def foretold(market: Market, seed: int) -> list[tuple[Foretold, float]]:
-    """Every forecast of a study, and the log of the value that its trial comes to at full length."""
+    """Return every forecast of a study, with the log of the value of its trial at full length."""
     kept = optuna.create_study()
     listening = Listening(market, seed, kept)
     simulate(market, listening, ALSO, market.budget(ALSO) * SHARE)

@@ -1,7 +1,7 @@
-"""Seconds that the first training step of a compiled model takes, with nothing in torch's cache of compiled code.
+"""Measure the first training step of a compiled model in seconds, with an empty cache of compiled code.
 
-Each model is compiled in a process of its own, all at the same time. What follows for trials: compiling pays where it
-spares a trial more time than this.
+Each model is compiled in its own process, all at the same time. Compilation is worthwhile for a trial if it saves more
+time than this.
 """
 
 import os

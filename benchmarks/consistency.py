@@ -1,8 +1,9 @@
-"""The same numbers by another way: captured or launched steps, images on the device or in files, resumed or not.
+"""Compare results of equivalent ways: captured or launched steps, images on the device or in files, resumed or not.
 
-An error of weights is the L2 norm of the difference of two runs' weights over that of the way one of them has gone. On
-a GPU two runs of the same settings differ too, as its sums have no fixed order: that row is what the others are to be
-read against. Also what happens where memory is short, and how often the host waits for the device.
+An error of weights is the L2 norm of the difference of two runs' weights, divided by that of the change of one run's
+weights. On a GPU, two runs of the same settings also differ, because its sums have no fixed order. The other rows must
+be compared with that row. The benchmark also shows the behaviour when memory is short, and how often the host waits for
+the device.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ def _error(weights: torch.Tensor, other: torch.Tensor, origin: torch.Tensor) -> 
 
 
 def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> tuple[float, str]:
-    """The largest difference of val JS between an uninterrupted run and a resumed one."""
+    """Return the largest difference of val JS between an uninterrupted run and a resumed one."""
     settings = settings_of(backbone, precision)
     reports: dict[str, list[float]] = {}
     weights: dict[str, torch.Tensor] = {}
@@ -126,7 +127,7 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
             settings_of("resnet50", "fp32").to_flat()
             | {
                 "train.batch_size": rows_of_batch,
-                # A report for each step.
+                # One report per step.
                 "train.evals_per_epoch": SETUP.rows * SETUP.repeats // rows_of_batch,
             }
         )
@@ -163,10 +164,10 @@ def _fp16_waits(settings: RunConfig, store: Store) -> int:
 
 
 def _waits(settings: RunConfig, store: Store, steps: int) -> int:
-    """How often the host waits for the GPU in a report after so many steps, and at its end."""
+    """Count how often the host waits for the GPU until a report after this number of steps."""
     plan = dataclasses.replace(make_plan(settings, store, DEVICE), stops=(steps,))
     run: Run = start(settings, store, DEVICE, plan, fresh=True)
-    train_segment(run, [])  # what it makes once is there then
+    train_segment(run, [])  # the first segment makes everything that is made only once
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -1,9 +1,9 @@
-"""One training step on the device in each precision, against the same step in fp64 on the CPU; and validation.
+"""Compare one training step on the device in each precision with the same step in fp64 on the CPU; also validation.
 
-The rows go the way that they go in training: from the store to the device, augmented there, through the model and back.
-An error is the L2 norm of the difference over that of the reference: of the pixels that the model sees, its logits, the
-losses of the rows, and the gradient of all parameters together. Random weights, no dropout. The rows of validation have
-the error of its logits: as `evaluate` computes them, in exact fp32, and with TF32, as cuDNN would by default.
+The rows are processed as in training: copied from the store to the device, augmented there, and passed through the
+model and back. An error is the L2 norm of the difference, divided by that of the reference: for the model's pixels, its
+logits, the losses of the rows, and the gradient of all parameters together. Weights are random, without dropout. The
+rows of validation have the error of its logits: in exact fp32, as in `evaluate`, and with TF32, as in cuDNN's default.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def run() -> Table:
 
 
 def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:
-    """The errors of the logits in evaluation mode."""
+    """Return the errors of the logits in evaluation mode."""
     model = build_model(settings).eval()
     mean, std = mean_std(model)
     x_BCHW = normalise(torch.from_numpy(store.val.gather(np.arange(ROWS))), mean, std)
@@ -69,7 +69,7 @@ def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:
 
 
 def _step(settings: RunConfig, store: Store, device: torch.device, precision: str) -> tuple[Tensor, ...]:
-    """Pixels, logits, losses of the rows and gradient, each float64 on the CPU."""
+    """Return pixels, logits, losses of the rows and gradient, each float64 on the CPU."""
     rows = [np.arange(ROWS)]
     (batch,) = batches(cache_on_device(store, device)[0], rows, device)
     (decisions,) = decide(settings.augment, rows, seed=0, epoch=0, side=store.image_size, device=device)
@@ -82,7 +82,7 @@ def _step(settings: RunConfig, store: Store, device: torch.device, precision: st
         logits_BK = model(x_BCHW)
     logits_BK = logits_BK.to(prob_BK.dtype)
     loss_B = losses.mixture(settings.loss.weights)(logits_BK, prob_BK)
-    # As the gradient scaler does, so that fp16 holds the small ones; powers of two change nothing else.
+    # Scale the loss as the gradient scaler does, so that fp16 can represent small gradients. Powers of two are exact.
     scale = 2.0**10
     (loss_B.mean() * scale).backward()  # type: ignore[no-untyped-call]
     gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])

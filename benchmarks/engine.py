@@ -1,14 +1,14 @@
-"""What a trial costs beyond its training, here and by the recipe of the Ray documentation.
+"""Measure the cost of a trial beyond its training, here and with the recipe of the Ray documentation.
 
 The recipe is a Tuner over a function that starts a TorchTrainer with Ray's TuneReportCallback. All variants train the
-same configurations with the same `fit`, one after the other, for one epoch. With more epochs the scheduler stops all
-trials but the first: the placement groups that are left of them in the cluster are counted.
+same configurations with the same `fit`, one after the other, for one epoch. With more epochs, the scheduler stops all
+trials except the first. The placement groups that they leave in the cluster are counted.
 
-Core-seconds are those of a control group of the kernel that holds a variant with its whole cluster. Sums over living
-processes miss those that have ended, and the kernel's own sums over children miss those of Ray's raylet, which waits
-for none. They are read whenever a trial ends, from a first one on: what it costs to start a cluster and the first
-processes is not in them, but all is that goes on beside the trials. What one plain process takes that trains the same
-configurations without Ray is taken off.
+Core-seconds are those of a control group of the kernel that contains a variant with its whole cluster. Sums over live
+processes miss those that have ended, and the kernel's sums over children miss those of Ray's raylet, which waits for
+none. They are read whenever a trial ends, beginning with a first one. Thus they do not contain the start of the cluster
+and of the first processes, but everything that runs beside the trials. The core-seconds of one plain process that
+trains the same configurations without Ray are subtracted.
 """
 
 import contextlib
@@ -55,11 +55,11 @@ from raytune_emotion.tuning.study.spec import StudySpec
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to run trials."""
+    """A way to run trials."""
 
     workers: int
-    warm: int  # trials before those that are measured
-    trials: int  # measured, in each run
+    warm: int  # number of trials before the measured ones
+    trials: int  # number of measured trials in each run
     runs: int
 
 
@@ -112,7 +112,7 @@ def tiny_store(scratch: Path) -> Store:
 
 
 def points(trials: int) -> list[dict[str, Any]]:
-    """Configurations that a scheduler stops, all but the first; the same for any number of trials."""
+    """Return configurations of which a scheduler stops all except the first, the same for any number of trials."""
     return [
         {
             "optim.lr": 1e-6 if number else 3e-3,
@@ -126,7 +126,7 @@ def points(trials: int) -> list[dict[str, Any]]:
 
 
 def make_study(folder: Path, store: Store, *, trials: int, epochs: int, start: list[dict[str, Any]]) -> StudySpec:
-    """A study of the smallest transformer, as a search begins it."""
+    """Make a study of the smallest transformer, as a search does."""
     spec = StudySpec(
         name=folder.name,
         seed=0,
@@ -159,7 +159,7 @@ def make_study(folder: Path, store: Store, *, trials: int, epochs: int, start: l
 
 
 def _run_alone(name: str, trials: int, epochs: int, store: str, folder: Path) -> dict[str, float]:
-    """Measures a variant in a process and a control group of its own."""
+    """Measure a variant in its own process and control group."""
     command = [sys.executable, "-m", "benchmarks.engine", name, str(trials), str(epochs), store, str(folder)]
     with _control_group() as group:
         inside = ["sh", "-c", f'echo $$ > "{group}/cgroup.procs" && exec "$@"', "sh", *command]
@@ -170,7 +170,7 @@ def _run_alone(name: str, trials: int, epochs: int, store: str, folder: Path) ->
 
 @contextlib.contextmanager
 def _control_group() -> Iterator[Path]:
-    """A control group below this process's own."""
+    """Make a control group below this process's own."""
     group = _own_group() / f"raytune_emotion-{os.getpid()}"
     try:
         group.mkdir()
@@ -189,14 +189,14 @@ def _control_group() -> Iterator[Path]:
 
 
 def _own_group() -> Path:
-    """Of either version of control groups."""
+    """Return this process's control group, of version 1 or 2."""
     own = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
     controller = next((name for name in own if "cpuacct" in name.split(",")), "")
     return Path("/sys/fs/cgroup") / controller / own[controller].lstrip("/")
 
 
 def _core_seconds() -> float:
-    """Of all that ever ran in this process's control group."""
+    """Return the core-seconds of all processes that ever ran in this process's control group."""
     nanoseconds = _own_group() / "cpuacct.usage"
     if nanoseconds.exists():
         return int(nanoseconds.read_text()) / 1e9
@@ -204,7 +204,7 @@ def _core_seconds() -> float:
 
 
 def _measure(name: str, trials: int, epochs: int, store: Store, folder: Path) -> dict[str, float]:
-    """Runs trials of a variant in this process; what each took, how many were stopped, and what is left of those."""
+    """Run trials of a variant in this process; return their cost, the number of stopped ones, and leftover groups."""
     variant = VARIANTS[name]
     spec = make_study(folder, store, trials=trials, epochs=epochs, start=points(trials))
     resources = Resources(variant.workers, 1.0, 0.0)
@@ -230,7 +230,7 @@ def _measure(name: str, trials: int, epochs: int, store: Store, folder: Path) ->
                 pass
             ended()
     else:
-        # A recipe's stopped trials keep their cores: with cores for one alone it would wait for ever.
+        # Stopped trials of the recipe keep their cores: with cores for only one trial, it would wait for ever.
         places = trials if epochs > 1 else 1
         with ray_session(None, dashboard=False, num_cpus=variant.workers * places):
             if name.startswith("engine"):
@@ -256,7 +256,7 @@ def _placement_groups() -> int:
 
 
 def _recipe(jobs: list[Job], workers: int, epochs: int, storage: Path, ended: Callable[[], None]) -> int:
-    """Runs jobs as the Ray documentation has it; returns how many the scheduler stopped."""
+    """Run jobs as in the Ray documentation; return how many the scheduler stopped."""
 
     def drive(config: dict[str, Any]) -> None:
         TorchTrainer(
@@ -274,7 +274,7 @@ def _recipe(jobs: list[Job], workers: int, epochs: int, storage: Path, ended: Ca
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             ended()
 
-    # None where no trial is to be stopped: it would stop each at its last report, in the midst of ending.
+    # There is no scheduler if no trial is to be stopped: it would stop each at its last report, during its end.
     asha = ASHAScheduler("report", OBJECTIVE, "min", max_t=epochs, reduction_factor=3) if epochs > 1 else None
     results: Any = tune.Tuner(
         tune.with_resources(drive, {"node:__internal_head__": 0.001}),
@@ -285,7 +285,7 @@ def _recipe(jobs: list[Job], workers: int, epochs: int, storage: Path, ended: Ca
             storage_path=str(storage),
             verbose=0,
             callbacks=[Ended()],
-            # Where another cluster runs on this machine, Ray Train may take the place of living workers away.
+            # If another cluster runs on this machine, Ray Train may free the resources of live workers.
             failure_config=tune.FailureConfig(max_failures=3),
         ),
     ).fit()

@@ -1,7 +1,7 @@
-"""Propose as this project did before trials could be paused: what its new policy of search is measured by.
+"""Propose as this project did before trials could be paused, as a reference for the new policy.
 
-A Gaussian process over settings and the share of the full length, from the last report of a trial and the one at a
-third; the kernel begins at long lengths; trials are stopped at a third, for good.
+It is a Gaussian process over settings and the share of the full length. It learns from the last report of a trial and
+the one at a third. The fit of the kernel starts at long lengths. Trials are stopped at a third, for good.
 """
 
 import math
@@ -28,7 +28,7 @@ _UNKNOWN, _SPREAD = (0.5, 1.0), 0.4
 
 
 class FormerSampler(BaseSampler):
-    """Propose the candidate with the most expected improvement."""
+    """Propose the candidate with the largest expected improvement."""
 
     def __init__(self, space: Space, seed: int, draw: Draw) -> None:
         self._space, self._domain, self._seed, self._draw = space, domain_of(space), seed, draw
@@ -87,7 +87,7 @@ def _row(params: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _points(reported: Sequence[FrozenTrial]) -> tuple[list[int], Floats, Floats]:
-    """Return which trial, which share and which log value, as if the rest of the way brought all trials the same."""
+    """Return trial, share and log value of points, extrapolated by the mean remaining change of all trials."""
     logs = [{n: math.log(max(v, 1e-9)) for n, v in trial.intermediate_values.items()} for trial in reported]
     most = max(max(each) for each in logs)
     steps = [[each[n + 1] - each[n] for each in logs if {n, n + 1} <= {*each}] for n in range(1, most)]

@@ -1,4 +1,4 @@
-"""All checks of a GPU in order of importance, each in a process of its own that ends when its time is over.
+"""Run all checks of a GPU in order of importance, each in its own process with a time limit.
 
 `python -m benchmarks.gpu --seconds N` measures the layers below Ray: `correctness` and `consistency`, beside which
 `compiling` runs, then `training` and `sharing`.
@@ -15,9 +15,9 @@ import time
 from benchmarks import Table
 from benchmarks.__main__ import measure
 
-#: Benchmark: its share of the seconds.
+#: Share of the seconds of each benchmark.
 PARTS = {"correctness": 0.2, "consistency": 0.2, "training": 0.42, "sharing": 0.18}
-#: Runs beside the benchmarks before it, which measure no time.
+#: Benchmark that runs beside the previous ones, which measure no time.
 BESIDE, BEFORE = "compiling", "training"
 _SECONDS = 420.0
 
@@ -32,7 +32,7 @@ def run(seconds: float = _SECONDS, *, coverage: bool = False) -> Table:
     left = 1.0
     beside = _start([sys.executable, "-m", "benchmarks", BESIDE])
     for name, share in PARTS.items():
-        # What one has not used is left to the others.
+        # Unused time is left to the others.
         limit = (until - time.monotonic()) * share / left
         left -= share
         noting = ["coverage", "run", "--parallel-mode", "--source=raytune_emotion", "-m"]
@@ -41,7 +41,7 @@ def run(seconds: float = _SECONDS, *, coverage: bool = False) -> Table:
         if name == BEFORE:
             rows.append((BESIDE, *_wait(beside, limit / 4)))
             limit = (until - time.monotonic()) * share / (left + share)
-            # It ends by itself between two models, so that its rows are kept.
+            # This benchmark ends by itself between two models, so that its rows are kept.
             command = [sys.executable, "-m", "benchmarks.training", "--seconds", f"{max(limit - 45, 1):.0f}"]
         rows.append((name, *_wait(_start(command), limit)))
     return Table(("benchmark", "seconds", "ending"), rows)
@@ -52,7 +52,7 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> tuple[float, str]:
-    """Wait for a process, and kill all that it has started when its time is over."""
+    """Wait for a process, and kill it with all its children when its time is over."""
     began = time.monotonic()
     try:
         ending = f"ended with code {process.wait(limit)}"

@@ -1,7 +1,7 @@
-"""Replay policies of search on recorded learning curves, and compare what they find.
+"""Replay search policies on recorded learning curves, and compare their results.
 
-A configuration that a policy asks for is answered by the nearest that was recorded, and that was not used yet. The
-trial has the settings of that one.
+A configuration that a policy asks for is replaced by the nearest recorded one that was not used yet. The trial gets the
+settings of that one.
 """
 
 import argparse
@@ -49,31 +49,31 @@ from raytune_emotion.tuning.policy.warm_start import forecasts_of
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
-#: Shares of the budget after which the best value is told.
+#: Shares of the budget at which the best value is reported.
 SPENT = (0.05, 0.1, 0.25, 0.5, 1.0)
-#: Recorded configurations that are compared when one is chosen.
+#: Number of recorded configurations that are compared in a choice.
 _DRAWN = 500
 DEFAULT, RANDOM = "default", "random"
-#: Policies that show what the portfolio brings: the default without one, and with one that misleads.
+#: Policies that show the effect of the portfolio: the default without one, and with a misleading one.
 WITHOUT, MISLED = "no-portfolio", "misled"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """N configurations that were trained to their end, with R reports each."""
+    """N fully trained configurations with R reports each."""
 
     name: str
     space: Space
-    params: Sequence[Mapping[str, Any]]  # Optuna's, [N]
-    value_NR: Floats  # the lowest until each report
-    seconds_NR: Floats  # since the report before
+    params: Sequence[Mapping[str, Any]]  # parameters of Optuna, [N]
+    value_NR: Floats  # lowest value until each report
+    seconds_NR: Floats  # seconds since the previous report
     budget: float  # seconds of all workers together
-    take_up_s: float  # what it costs to take a paused trial up
+    take_up_s: float  # cost of resuming a paused trial, seconds
     choose: bool  # whether this project's policies see which configurations were recorded
-    #: Bounds between which a value is a regret from 0 to 1; None where values are told as they are.
+    #: Bounds between which a value is a regret from 0 to 1; None: values are reported unchanged.
     bounds: tuple[float, float] | None = None
-    trials: int | None = None  # that a study may begin; None: all
-    #: What every study begins with, as far as recorded: the nearest to each of these parameters.
+    trials: int | None = None  # number of trials that a study may begin; None: all
+    #: Start points of every study: the nearest recorded configuration to each of these parameters is used.
     start: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -81,7 +81,7 @@ class Recording:
         return int(self.value_NR.shape[1])
 
     def measure(self, value_N: Floats) -> Floats:
-        """Return regrets, or the values where there are no bounds."""
+        """Return regrets, or the values if there are no bounds."""
         if self.bounds is None:
             return value_N
         low, high = self.bounds
@@ -89,7 +89,7 @@ class Recording:
 
 
 class Answers:
-    """Which recorded configurations are left, and which is nearest to one that is asked for."""
+    """The unused recorded configurations, with a search for the nearest one."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording, self._domain = recording, domain_of(recording.space)
@@ -99,7 +99,7 @@ class Answers:
         self._left_N = np.ones(len(settings), bool)
 
     def nearest(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of the recorded configuration, of those left, that is nearest in the unit cube."""
+        """Return the parameters of the unused recorded configuration that is nearest in the unit cube."""
         (x_D,) = self._domain.encoding([self._recording.space.suggest(FixedTrial(dict(params)))])
         left = np.flatnonzero(self._left_N)
         return dict(self._recording.params[left[((self._x_ND[left] - x_D) ** 2).sum(axis=1).argmin()]])
@@ -107,30 +107,30 @@ class Answers:
     def draw(
         self, parameters: Mapping[str, BaseDistribution], best: Sequence[FrozenTrial], rng: np.random.Generator
     ) -> Params:
-        """Return the recorded configurations that are left, in any order, as candidates."""
+        """Return the unused recorded configurations in any order, as candidates."""
         some = rng.permutation(np.flatnonzero(self._left_N))[:_DRAWN]
         rows = [self._recording.params[number] for number in some]
         return {name: np.array([row[name] for row in rows]) for name in parameters}
 
     def respond(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
-        """Return the curve of the recorded configuration with these settings, which is not left from now on."""
+        """Return the curve of the recorded configuration with these settings, and mark it as used."""
         number = self._number_of[settings_key(settings)]
         self._left_N[number] = False
         return self._recording.value_NR[number], self._recording.seconds_NR[number]
 
     def limits(self) -> Limits:
-        """Return the limits of a study that has these answers: it begins no trial where none is left to it."""
+        """Return the limits of a study with these answers: it begins no trial if none is unused."""
         recorded = len(self._left_N)
         most = min(self._recording.trials or recorded, recorded)
         return dataclasses.replace(LIMITS, new=bool((~self._left_N).sum() < most))
 
     def any(self, rng: np.random.Generator) -> dict[str, Any]:
-        """Return the parameters of one of the recorded configurations that are left."""
+        """Return the parameters of a random unused configuration."""
         return dict(self._recording.params[int(rng.choice(np.flatnonzero(self._left_N)))])
 
 
 class _Whole(BaseSampler):
-    """A sampler of whole configurations that are recorded."""
+    """A sampler of whole recorded configurations."""
 
     def __init__(self, space: Space, answers: Answers) -> None:
         self._space, self._answers = space, answers
@@ -145,7 +145,7 @@ class _Whole(BaseSampler):
 
 
 class Answered(_Whole):
-    """Any sampler of Optuna's, answered by the nearest recorded configuration."""
+    """Any Optuna sampler, answered by the nearest recorded configuration."""
 
     def __init__(self, inner: BaseSampler, space: Space, answers: Answers) -> None:
         super().__init__(space, answers)
@@ -187,7 +187,7 @@ class AnsweredPolicy:
 
 
 class AtRandom(_Whole):
-    """Draw from the recorded configurations, each as likely as the others."""
+    """Draw from the recorded configurations with equal probability."""
 
     def __init__(self, space: Space, answers: Answers, seed: int) -> None:
         super().__init__(space, answers)
@@ -199,7 +199,7 @@ class AtRandom(_Whole):
         return self._answers.any(np.random.default_rng([self._seed, trial.number]))
 
 
-#: Of a recording, what is left of it and a seed: what proposes and what decides.
+#: Function from a recording, its unused configurations and a seed to a policy and a factory of samplers.
 Make = Callable[[Recording, Answers, int], tuple[Policy, Callable[[int], BaseSampler]]]
 
 
@@ -220,12 +220,12 @@ def _freeze_thaw(
 
 
 def portfolio_of_others(recording: Recording) -> Portfolio | None:
-    """Return the portfolio that a study on a recording begins with, without what was recorded on the same data."""
-    return portfolio_of(recording.space, but=[recording.name])
+    """Return the portfolio for a study on a recording, without the part that was recorded on the same data."""
+    return portfolio_of(recording.space, excluded_data=[recording.name])
 
 
 def guide(recording: Recording) -> list[Forecast]:
-    """Return forecasts by the portfolio, as a real study has them."""
+    """Return forecasts from the portfolio, as in a real study."""
     portfolio = portfolio_of_others(recording)
     return [] if portfolio is None else forecasts_of(portfolio.text)
 
@@ -235,19 +235,19 @@ def _nothing(recording: Recording) -> list[Forecast]:
 
 
 def mislead(recording: Recording) -> list[Forecast]:
-    """Return forecasts by a portfolio whose best configuration has the JS of its worst, and so on."""
+    """Return forecasts from a portfolio whose best configuration has the JS of its worst, and so on."""
     portfolio = portfolio_of_others(recording)
     if portfolio is None:
         return []
     parts = json.loads(portfolio.text)
     for part in parts:
-        # They are in the order of their JS.
+        # The trials are in the order of their JS.
         settings, values = zip(*part["trials"], strict=True)
         part["trials"] = [*zip(settings, reversed(values), strict=True)]
     return forecasts_of(json.dumps(parts))
 
 
-#: Of a recording, what is left of it, a seed and the number of a trial: what draws its parameters.
+#: Function from a recording, its unused configurations, a seed and the number of a trial to a sampler.
 MakeSampler = Callable[[Recording, Answers, int, int], BaseSampler]
 
 
@@ -292,7 +292,7 @@ POLICIES: dict[str, Make] = {
 
 
 def simulate(recording: Recording, name: str, workers: int, seed: int) -> Found:
-    """Run a study by a policy in simulated time, until its budget is spent."""
+    """Run a study with a policy in simulated time, until its budget is spent."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings(), on_one_thread():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -308,16 +308,16 @@ def simulate(recording: Recording, name: str, workers: int, seed: int) -> Found:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What policies have found on recordings, over seeds: P policies, T recordings, S seeds, shares of the budget."""
+    """Results of P policies on T recordings over S seeds, at shares of the budget."""
 
     policies: Sequence[str]
     recordings: Sequence[str]
-    regret_PTSA: npt.NDArray[np.float64]  # or values, where there are no bounds
-    share_PTS: npt.NDArray[np.float64] | None  # of the budget, until random search's end; None without random search
+    regret_PTSA: npt.NDArray[np.float64]  # or values, if there are no bounds
+    share_PTS: npt.NDArray[np.float64] | None  # of the budget, to random search's result; None without random search
     bounded: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return all results as plain values."""
         word = "regret" if self.bounded else "best_js"
         rank_PA = _ranks(self.regret_PTSA).mean(axis=(1, 2))
         told: dict[str, Any] = {"shares_of_budget": [*SPENT], "recordings": [*self.recordings], "policies": {}}
@@ -340,7 +340,7 @@ class Verdict:
         return told
 
     def _minus_default(self, number: int) -> dict[str, Any] | None:
-        """Return by how much more a policy has than the default, seed by seed; None without the default."""
+        """Return the difference of a policy to the default, seed by seed; None without the default."""
         if DEFAULT not in self.policies:
             return None
         more_TSA = self.regret_PTSA[number] - self.regret_PTSA[self.policies.index(DEFAULT)]
@@ -352,7 +352,7 @@ class Verdict:
         }
 
     def show(self, console: Console, title: str) -> None:
-        """Print regrets of all recordings together, or the values on each alone with what they differ by."""
+        """Print regrets of all recordings together, or the values of each recording with their differences."""
         table = Table(
             "policy", *(f"{share:.0%}" for share in SPENT), *(f"rank {share:.0%}" for share in SPENT), "random's end",
             title=title, title_justify="left", box=box.SIMPLE,
@@ -380,7 +380,7 @@ def _with_errors(values: Sequence[float], errors: Sequence[float], sign: str = "
 
 
 def _ranks(value_PTSA: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the rank of each policy among all, 1 for the best; those that are equal share theirs."""
+    """Return the rank of each policy, 1 for the best. Equal ones share their rank."""
     before = (value_PTSA[:, None] > value_PTSA[None]).sum(axis=1)
     equal = (value_PTSA[:, None] == value_PTSA[None]).sum(axis=1)
     ranks: npt.NDArray[np.float64] = before + 0.5 * equal + 0.5
@@ -390,7 +390,7 @@ def _ranks(value_PTSA: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def judge(
     recordings: Sequence[Recording], policies: Sequence[str], *, workers: int, seeds: int, processes: int
 ) -> Verdict:
-    """Run all policies on all recordings, with each of some seeds."""
+    """Run all policies on all recordings with all seeds."""
     jobs = [(r, name, workers, seed) for name in policies for r in recordings for seed in range(seeds)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         runs = pool.map(simulate, *zip(*jobs, strict=True))
@@ -411,7 +411,7 @@ def judge(
 
 
 def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
-    """Add what both judges take."""
+    """Add the options of both comparisons."""
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="simulated workers (default: 1)")
     parser.add_argument("--seeds", type=int, default=seeds, metavar="S", help=f"studies a recording (default: {seeds})")
     parser.add_argument(
@@ -425,15 +425,15 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
 
 
 def policies_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
-    """Return the policies that were asked for; end the program where there is no such one."""
+    """Return the requested policies; end the program if one is unknown."""
     names: list[str] = args.policies.split(",")
     if unknown := sorted({*names} - {*POLICIES}):
-        parser.error(f"--policies: there is no policy {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+        parser.error(f"--policies: unknown policy {', '.join(unknown)}; choose from {', '.join(POLICIES)}")
     return names
 
 
 def run(recordings: Sequence[Recording], names: Sequence[str], args: argparse.Namespace, title: str) -> None:
-    """Judge, print a table, and write the numbers where that is asked for."""
+    """Run the comparison, print a table, and write the numbers with `--json`."""
     processes = args.processes or usable_cores()
     found = judge(recordings, names, workers=args.workers, seeds=args.seeds, processes=processes)
     console = table_console()

@@ -1,13 +1,12 @@
-"""Images a second as batches: by the loader, by the usual pipeline, and by a bare copy of the same bytes.
+"""Measure images per second in batches: with the loader, the usual pipeline, and a bare copy of the same bytes.
 
-The usual pipeline is PIL, torchvision's transforms and torch's DataLoader over the JPEG files that the store was packed
-from; its worker processes have started and delivered an epoch before they are timed. Both ways deliver normalised
-float32 batches, to the GPU where there is one; there the loader also does so from a split that lives on the device.
-The hand-over alone is the store's gather of rows in random order into one buffer, as it goes into a pinned one, from
-the store's files and from as many as a large store has; a bare copy of as many rows that lie one after the other, into
-the same buffer, is the most there can be.
+The usual pipeline is PIL, torchvision's transforms and torch's DataLoader over the JPEG files from which the store was
+packed. Its worker processes have started and delivered an epoch before they are timed. Both ways deliver normalised
+float32 batches, on a GPU if there is one. There, the loader also reads a split that is kept on the device. The
+hand-over is the store's gather of rows in random order into one buffer, from the store's files, and from as many files
+as a large store has. A bare copy of equally many consecutive rows into the same buffer is the upper bound.
 
-All take turns, round by round; a ratio is the median over the rounds of those within a round.
+All ways take turns, round by round. A ratio is the median over the rounds of the ratios within a round.
 """
 
 import os
@@ -28,22 +27,22 @@ from torchvision import transforms
 from benchmarks import Table
 from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.loader import Resident, batches, cache_on_device, epoch_order
+from raytune_emotion.data.loader import DeviceSplit, batches, cache_on_device, epoch_order
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn import malloc
 
-#: The pixels of so many rows are several times what a CPU's last cache holds.
+#: Number of rows whose pixels are several times larger than a CPU's last-level cache.
 ROWS = 2000
 FILE_PX = 224
 SIZES = (224, 96)
 BATCH = 64
 ROUNDS = 5
-#: Over the rows in a round, of what takes milliseconds for one.
+#: Number of passes over the rows in a round, for ways that take milliseconds per pass.
 PASSES = 10
 CORES = os.cpu_count() or 1
-#: Files that the usual pipeline reads in a round: others in each.
+#: Number of files that the usual pipeline reads in a round, different ones in each.
 USUAL_ROWS = min(ROWS, 128 * CORES)
 WORKERS = sorted({0, 1, 2, CORES})
 
@@ -51,19 +50,19 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-#: Delivers batches, and returns how many images those were.
+#: Function that delivers batches, and returns their number of images.
 Pipeline = Callable[[], int]
 
 LOADER, RESIDENT = "loader, normalised", "loader, normalised, from the device"
 GATHER, COPY = "hand-over, uint8", "bare copy, uint8"
-#: A store of hundreds of thousands of images has dozens.
+#: Number of files. A store of hundreds of thousands of images has dozens.
 FILES = 32
 MANY = f"hand-over, uint8, of {FILES} files"
 USUAL = {workers: f"usual pipeline, {workers} workers" for workers in WORKERS}
 
 
 class Faces(Dataset[torch.Tensor]):
-    """A folder's pictures as people usually read them."""
+    """A folder's pictures, read in the usual way."""
 
     def __init__(self, files: list[Path], size: int) -> None:
         self.files = files
@@ -116,7 +115,7 @@ def _pipelines(store: Store, files: list[Path]) -> dict[str, Pipeline]:
         order_N = epoch_order(len(split), 0, next(order))
         return [order_N[start : start + BATCH] for start in range(0, len(split) // BATCH * BATCH, BATCH)]
 
-    def load(source: Split | Resident) -> int:
+    def load(source: Split | DeviceSplit) -> int:
         stream = (batch for _ in range(PASSES) for batch in batches(source, rows(), DEVICE))
         return _count(normalise(batch.x_BHWC, MEAN, STD) for batch in stream)
 
@@ -151,7 +150,7 @@ def _pipelines(store: Store, files: list[Path]) -> dict[str, Pipeline]:
 
 
 def _count(stream: Iterable[torch.Tensor]) -> int:
-    """How many images the batches hold, once they are there."""
+    """Count the images of the batches after they have arrived."""
     count = sum(map(len, stream))
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -159,7 +158,7 @@ def _count(stream: Iterable[torch.Tensor]) -> int:
 
 
 def _take_turns(pipelines: dict[str, Pipeline]) -> dict[str, list[float]]:
-    """Images a second of each in every round, after one round that is not counted."""
+    """Return the images per second of each way in every round, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in pipelines}
     for _ in range(1 + ROUNDS):
         for name, pipeline in pipelines.items():
@@ -170,7 +169,7 @@ def _take_turns(pipelines: dict[str, Pipeline]) -> dict[str, list[float]]:
 
 
 def _compare(split: Split, faces: Faces) -> None:
-    """Both ways deliver the same batch where no picture is resized."""
+    """Check that both ways deliver the same batch if no picture is resized."""
     rows_B = np.arange(BATCH)
     (batch,) = batches(split, [rows_B], CPU)
     usual = torch.stack([faces[row] for row in rows_B.tolist()])

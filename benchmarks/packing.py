@@ -1,15 +1,15 @@
-"""Images that packing takes a core-second for, against PIL's decoding of the same files, and what drafts change.
+"""Measure packed images per core-second, relative to PIL's decoding of the same files, and the errors of drafts.
 
-PIL opens a file, converts it to RGB and loads it, and nothing else: it neither resizes, nor keeps, checks or writes the
-pixels. It does so in one process, and in one a core, as two cores may be less than twice one. `decode_image` turns
-upright and resizes; then the pixels are also hashed; `pack` also reads annotations, and writes and syncs shards, in
-this process and in one a core, which are started for it. Core-seconds are those of all processes, so the rate by them
-does not depend on the disk; the rate by the clock is given beside it. Several sizes are packed in one pass, and one
-after the other.
+PIL opens a file, converts it to RGB and loads it. It does not resize, keep, check or write the pixels. It runs in one
+process, and in one process per core, because two cores may be less than twice as fast as one. `decode_image` also turns
+pictures upright and resizes them. In the next row, the pixels are also hashed. `pack` also reads annotations, and
+writes and syncs shards, in this process and in one process per core, which are started for it. Core-seconds are those
+of all processes, so this rate does not depend on the disk. The rate by the clock is given beside it. Several sizes are
+packed in one pass, and one after the other.
 
-All take turns, round by round; a ratio is the median over the rounds of those within a round.
+All ways take turns, round by round. A ratio is the median over the rounds of the ratios within a round.
 
-Errors are those of drawn faces and of a photograph's, which comes with matplotlib, saved with quality 92.
+Errors are those of drawn faces, and of a photograph that comes with matplotlib, saved with quality 92.
 """
 
 import gc
@@ -36,22 +36,22 @@ from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.synthetic import draw_face, draw_point, write_sample
 from raytune_emotion.storage.locations import Folder, Location
 
-#: Files' and stores' sides in px, and how many files: fewer where each takes long.
+#: Sides of files and stores, px, and number of files: fewer if each takes long.
 CASES = ((224, (224,), 400), (224, (96,), 400), (640, (96,), 100), (224, (64, 96, 112, 224), 200))
-#: Each file lies in the folder under so many names, so that there is work for some seconds.
+#: Number of names of each file in the folder, so that there is work for some seconds.
 NAMES = 16
-#: Packing takes all files, and what is compared with it every second.
+#: Packing uses all files, and the compared ways every second one.
 PART = 2
 ROUNDS = 8
 CORES = os.cpu_count() or 1
-#: PIL in as many processes as packing, and the files that each is handed at once.
+#: Name of PIL in as many processes as packing, and number of files per task.
 PILS, PART_ROWS = f"PIL, {CORES} processes", 128
-#: Sides of files and of the pictures made of them, whose errors are told; and of how many drawn faces.
+#: Sides of files and of decoded pictures for the errors of drafts; and number of drawn faces.
 ERRORS, DRAWN = ((224, 112), (224, 96), (224, 64), (640, 224), (640, 96)), 20
 
 
 def run() -> Table:
-    gc.freeze()  # what is imported here and not by the command pack is not its collector's work
+    gc.freeze()  # the garbage collector must not scan imports that the command pack does not have
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         for file_px, store_px, faces in CASES:
@@ -78,7 +78,7 @@ def run() -> Table:
 
 
 def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Path) -> dict[str, Callable[[], int]]:
-    """Each returns how many images it has worked on."""
+    """Return the ways to decode or pack. Each returns its number of processed images."""
     files = every[::PART]
 
     def pil() -> int:
@@ -86,7 +86,7 @@ def _ways(folder: Path, every: Sequence[Path], sizes: tuple[int, ...], dest: Pat
 
     def pils() -> int:
         parts = [every[start : start + PART_ROWS] for start in range(0, len(every), PART_ROWS)]
-        # Forked, they begin at once.
+        # Forked processes begin at once.
         with ProcessPoolExecutor(CORES, mp_context=get_context("fork")) as executor:
             return sum(executor.map(_load, parts))
 
@@ -125,7 +125,7 @@ def _load(files: Sequence[Path]) -> int:
 def _take_turns(
     ways: dict[str, Callable[[], int]], stores: Path
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Images a core-second and images a second of each in every round, after one round that is not counted."""
+    """Return images per core-second and per second of each way in every round, after a warm-up round."""
     by_core: dict[str, list[float]] = {name: [] for name in ways}
     by_clock: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(1 + ROUNDS):
@@ -143,20 +143,20 @@ def _spread(rates: list[float]) -> tuple[float, float, float]:
 
 
 def _core_seconds() -> float:
-    """Of this process, and of its children that have ended."""
+    """Return the core-seconds of this process and of its ended children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _name_again(folder: Path, names: int) -> None:
-    """Links each row of the training split under more names."""
+    """Link each row of the training split under more names."""
     for file in [*(folder / SPLITS["train"]).glob("*/*")]:
         for number in range(1, names):
             os.link(file, file.with_name(f"{number}-{file.name}"))
 
 
 def _errors(file: Path) -> list[str]:
-    """How far pictures are from those that are decoded in full and then resized, and these from what was saved."""
+    """Describe the differences of drafts to fully decoded pictures, and of these to the saved ones."""
     notes = []
     for file_px, store_px in ERRORS:
         for name, faces in (("drawn faces", _drawn(file_px)), ("a photograph", [_photographed(file_px)])):

@@ -1,8 +1,8 @@
-"""How good a model this project's policy of search finds for a budget, whole and with its parts replaced.
+"""Measure the best model that this project's search policy finds for a budget, complete and with parts replaced.
 
-Replayed on recorded learning curves, and measured by what others had reached in `rivals`. The policy is driven as a
-study drives it: the same `Searcher` asks and tells Optuna, the same policy decides after every report. No study begins
-with the portfolio, which holds configurations of these curves.
+It is replayed on recorded learning curves, and compared with the results of others in `rivals`. The policy runs as in a
+study: the same `Searcher` asks and tells Optuna, and the same policy decides after every report. No study uses the
+portfolio, because it contains configurations of these curves.
 """
 
 import functools
@@ -42,12 +42,12 @@ from raytune_emotion.tuning.policy.policies import BeginAndStop, make_policy, ma
 from raytune_emotion.tuning.policy.scheduler import Halving
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
-#: What a policy that has not reached a goal by then is given, to see when it does, of random search's time.
+#: Longer time of a policy that has not reached a goal in its time, as a share of random search's time.
 LONGER = 1 / 2
-#: The workers that parts are compared on.
+#: Number of workers for the comparison of parts.
 ALSO = 8
-#: Studies that a median is taken over: with the surrogate, of which some go on for longer; with the nearest; of the
-#: parts; and of the one that takes Optuna seconds to propose.
+#: Numbers of studies per median: with the surrogate, of which some run longer; with the nearest; for the parts; and for
+#: the sampler that needs seconds per proposal.
 SEEDS, SEEDS_LONGER, SEEDS_NEAREST, SEEDS_PARTS, SEEDS_SLOW = 48, 24, 16, 16, 4
 OURS, FORMER = "this project", "this project before trials could be paused"
 
@@ -62,7 +62,7 @@ def study(
     earlier: Sequence[Forecast] = (),
     kept: optuna.Study | None = None,
 ) -> Searcher:
-    """Make what drives a study, as a study's recorder makes it."""
+    """Make the driver of a study, as a study's recorder does."""
     length = market.most_reports
     inputs = PolicyInputs(market.space, length, length, seed, objective, earlier)
     policy, made = make_policy(inputs, sampler=sampler, scheduler=scheduler), make_sampler_of(inputs, sampler)
@@ -74,14 +74,14 @@ def ours(market: Market, seed: int) -> Searcher:
 
 
 def former(market: Market, seed: int) -> Searcher:
-    """This project's policy before it could pause trials."""
+    """Make this project's policy before it could pause trials."""
     sampler: BaseSampler = FormerSampler(market.space, seed, draw_candidates)
     policy = BeginAndStop(market.space, Halving([math.ceil(market.most_reports / 3)]))
     return Searcher(optuna.create_study(), market.space, policy, sampler=lambda number: sampler)
 
 
 WHOLE: dict[str, Make] = {OURS: ours, FORMER: former}
-#: With one part of this project's policy in another's place.
+#: This project's policy with one part replaced.
 PARTS: dict[str, Callable[..., Searcher]] = {
     "with random proposals": functools.partial(study, sampler="random"),
     "with quasi-random proposals": functools.partial(study, sampler="qmc"),
@@ -100,7 +100,7 @@ SLOW = "with Optuna's Gaussian process"
 
 
 def part(name: str, market: Market, seed: int) -> Searcher:
-    """By its name, as other processes cannot be sent it itself."""
+    """Make a part by its name, because the part itself cannot be sent to other processes."""
     return PARTS[name](market, seed)
 
 
@@ -150,7 +150,7 @@ def _parts(processes: ProcessPoolExecutor, market: Market, earlier: Forecast) ->
 
 
 def _learned(market: Market) -> Forecast:
-    """What a study on these curves, in the time of 32 full trials, says to a later one."""
+    """Return the forecast of a study on these curves after the time of 32 full trials, for a later study."""
     kept = optuna.create_study()
     simulate(market, study(market, SEEDS, kept=kept), 2, market.budget(2) * SHARE)
     return Forecast(encoding_of(market.space), curves_of(domain_of(market.space), kept.trials))

@@ -1,6 +1,6 @@
-"""What others find for a budget, replayed on recorded learning curves: random search, and Ray's as it comes.
+"""Measure the results of others for a budget on recorded learning curves: random search, and Ray's default search.
 
-It is what this project's policy is measured by, in `policies`, and changes with Ray, Optuna and the curves alone.
+`policies` compares this project's policy with these results. They change only with Ray, Optuna and the curves.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -39,20 +39,20 @@ from raytune_emotion.tuning.study.optuna_study import Proposal, Status
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 KEPT = Path(__file__).parent / "results" / "rivals.json"
-#: Studies that a median is taken over: of random search and with the surrogate; and of Ray's with the nearest.
+#: Numbers of studies per median: for random search, and with the surrogate; and for Ray's search with the nearest.
 SEEDS, SEEDS_NEAREST = 200, 16
 RANDOM, RAY, FASTEST = "random, nothing stopped", "OptunaSearch + ASHAScheduler", "the fastest configuration"
-#: The columns of what is to be reached.
+#: Columns of the goals.
 OF_RANDOM, OF_BEST = "random's JS at its full budget", tuple(f"JS of the best {share:.0%}" for share in BEST)
 
 
-#: Ray's schedulers ask nothing of it.
+#: Placeholder for an object of which Ray's schedulers use nothing.
 _NO_CONTROLLER: Any = None
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """All that Ray's schedulers ask of one of theirs."""
+    """The part of a Ray trial that Ray's schedulers use."""
 
     trial_id: str
 
@@ -122,7 +122,7 @@ def run() -> Table:
 def _rows(
     processes: ProcessPoolExecutor, market: Market, js_MR: Floats, seconds_MR: Floats, workers: int
 ) -> list[tuple[Any, ...]]:
-    """Of one cell; JS and seconds are those of many configurations."""
+    """Return the rows of one cell; JS and seconds are those of many configurations."""
     budget = market.budget(workers)
     seeds = range(SEEDS if market.kind == "surrogate" else SEEDS_NEAREST)
     random = list(processes.map(at_random, *map(repeat, (market, workers)), range(SEEDS), repeat(budget)))
@@ -132,7 +132,7 @@ def _rows(
         float(np.median([one.at(budget * SHARE) for one in by_ray])),
         tuple(map(float, np.quantile(js_MR.min(axis=1), BEST))),
     )
-    # All configurations as if they were one study's, each of which had begun at its start.
+    # Treat all configurations as one study, in which each began at the start.
     at_once = in_order(np.cumsum(seconds_MR, axis=1).ravel(), js_MR.ravel(), np.zeros(1))
     return [
         (*row(market, workers, name, studies, goals, seconds, len(studies)), goals.of_random, *goals.best)
@@ -145,6 +145,6 @@ def _rows(
 
 
 def kept_goals(market: Market, workers: int) -> Goals:
-    """What the last run has found."""
+    """Return the goals from the last run."""
     found = read_rows(KEPT)[market.curves, market.kind, workers, RAY]
     return Goals(found[OF_RANDOM], found[found_at(SHARE)[0]], tuple(found[name] for name in OF_BEST))

@@ -1,7 +1,8 @@
-"""What the driver of a large study takes: processor time, memory, disk, and time until it begins and goes on.
+"""Measure the driver of a large study: processor time, memory, disk, and the time of its start and resumption.
 
-Nothing is trained, and Ray is not there: 64 or 512 simulated workers write histories as trials do, and report to the
-recorder, which writes the real journal and tables and asks the real policy. So Ray's own share of a report is missing.
+Nothing is trained, and Ray does not run: 64 or 512 simulated workers write histories as trials do, and report to the
+recorder, which writes the real journal and tables and asks the real policy. Ray's own share of a report is therefore
+missing.
 """
 
 import heapq
@@ -28,14 +29,14 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
 from raytune_emotion.tuning.study.spec import StudySpec
 
 EPOCHS = 10
-#: Sampler and scheduler, trials at once, trials of the studies.
+#: Samplers with schedulers, numbers of trials at once, and numbers of trials of the studies.
 RECORD, DEFAULT = ("random", "none"), ("forecast", "freeze-thaw")
 CASES = [
     *((RECORD, 64, trials) for trials in (100, 500, 1000, 2000)),
     (RECORD, 512, 2000),
     *((DEFAULT, 64, trials) for trials in (100, 500, 2000)),
 ]
-#: After so much processor time of the driver a study is left as it is.
+#: Processor time of the driver after which a study is left as it is, seconds.
 LIMIT_S = 150.0
 SPACE = {
     "model.backbone": {"choice": ["resnet18", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224"]},
@@ -52,7 +53,7 @@ _METRICS = (
 
 
 class Clock:
-    """Sum up the processor time of calls."""
+    """Add up the processor time of calls."""
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
@@ -70,7 +71,7 @@ class Clock:
 
 
 class Workers:
-    """Train trials in simulated time: each writes its history, and reports after every epoch."""
+    """Simulate trials: each writes its history, and reports after every epoch."""
 
     def __init__(self, folder: Path, at_once: int) -> None:
         self._folder, self._at_once = folder, at_once
@@ -78,7 +79,7 @@ class Workers:
         self.now, self._order, self.reports, self.begun = 0.0, 0, 0, 0
 
     def run(self, recorder: Recorder, clock: Clock, until: Callable[[], bool]) -> None:
-        """Run until a condition holds, or the study is over. The clock has what the recorder took."""
+        """Run until a condition holds, or the study is over. The clock adds up the recorder's time."""
         next_trial, report = clock(recorder.next), clock(recorder.report)
         write = clock(recorder.write_in_time)
         while not until():
@@ -120,7 +121,7 @@ class Workers:
 
 
 def measure(case: tuple[tuple[str, str], int, int]) -> tuple[Any, ...]:
-    """Run a study until all of its trials have begun; leave it there, as if it was killed, and go on with it."""
+    """Run a study until all of its trials have begun, leave it as if it was killed, and resume it."""
     (sampler, scheduler), at_once, trials = case
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         folder, began = Path(scratch) / "study", time.monotonic()

@@ -1,8 +1,8 @@
-"""Images per second, in sum, of 1, 2, 4 and, on a GPU, 8 trials that train at the same time on one device.
+"""Measure the total images per second of 1, 2, 4 and, on a GPU, 8 trials that train at the same time on one device.
 
-Each trial is a process of its own, as in a study: on a CPU with its share of the cores as threads. All numbers of
-trials take turns, some seconds each. Ratios are to one trial, and the median over the turns of those within a turn.
-This is what `search --gpus-per-worker auto` goes by; the note says what it chooses.
+Each trial is a separate process, as in a study; on a CPU it has its share of the cores as threads. All numbers of
+trials take turns, some seconds each. Ratios are relative to one trial, and are the median over the turns of the ratios
+within a turn. `search --gpus-per-worker auto` uses this measurement; the note says what it chooses.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Run a study in simulated time: reports come when a worker of its own would have come to them.
+"""Run a study in simulated time: each report comes at the time at which a worker would have reached it.
 
 The classes are those of real studies: `Searcher` asks and tells Optuna, and a policy decides after every report and for
 every free place. Only the training is replayed.
@@ -18,14 +18,14 @@ from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.study.optuna_study import Proposal, Status
 from raytune_emotion.tuning.study.trials import trial_id_of
 
-#: Of a trial's settings: its value at each report, and the seconds since the report before, [R] each.
+#: Function from a trial's settings to its value at each report, and the seconds since the previous report, [R] each.
 Respond = Callable[[Mapping[str, Any]], tuple[Floats, Floats]]
-#: Paused trials that keep their checkpoints, as in a real study.
+#: Number of paused trials that keep their checkpoints, as in a real study.
 LIMITS = Limits(new=True, paused=32)
 
 
 class Driver(Protocol):
-    """What asks for trials, and hears of them: `Searcher`, or what stands beside it."""
+    """The interface of a `Searcher`: it asks for trials, and gets their reports."""
 
     def ask(self, limits: Limits) -> Proposal | Prune | None: ...
     def resume(self, trial_id: str, *, to_train: bool = True) -> Proposal: ...
@@ -37,19 +37,19 @@ class Driver(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What a simulated study has found."""
+    """The results of a simulated study."""
 
-    seconds: Floats  # of the study's clock, when the best value fell
-    best: Floats  # to what
-    begun: Floats  # when its trials began
+    seconds: Floats  # times at which the best value decreased
+    best: Floats  # best value from each of these times on
+    begun: Floats  # times at which its trials began
 
     def at(self, seconds: float, before: float = 1.0) -> float:
-        """Return the best value at a time; before the first report another, by default the worst JS."""
+        """Return the best value at a time; before the first report `before`, by default the worst JS."""
         number = int(np.searchsorted(self.seconds, seconds + 1e-9, side="right"))
         return float(self.best[number - 1]) if number else before
 
     def until(self, value: float) -> float:
-        """Return the time at which a value was reached; infinite where it was not."""
+        """Return the time at which a value was reached; infinity if it was not."""
         reached = np.flatnonzero(self.best <= value)
         return float(self.seconds[reached[0]]) if len(reached) else math.inf
 
@@ -68,22 +68,22 @@ class Simulation:
         """Make a study that has not begun.
 
         Args:
-            driver: of the study.
-            respond: what comes of a trial.
-            workers: each of which trains one trial.
-            take_up_s: what it costs to take a paused trial up, in seconds.
-            limits: of the study, when they are asked for.
+            driver: driver of the study.
+            respond: function that returns the curve of a trial.
+            workers: number of workers, each of which trains one trial.
+            take_up_s: cost of resuming a paused trial, seconds.
+            limits: function that returns the present limits of the study.
         """
         self._driver, self._respond = driver, respond
         self._workers, self._take_up_s, self._limits = workers, take_up_s, limits
         self._curves: dict[str, tuple[Floats, Floats]] = {}
-        self.reports: dict[str, int] = {}  # of each trial, by its id
+        self.reports: dict[str, int] = {}  # number of reports of each trial, by its id
         self._events: list[tuple[float, int, str]] = []
         self._order = 0
         self._begun_count: list[float] = []
 
     def run(self, seconds: float, goal: float = math.inf, longer: float = 0.0) -> Found:
-        """Run until a time; where a goal is not reached then, until it is or a longer time is over."""
+        """Run until a time; if a goal is not reached then, until it is reached or a longer time is over."""
         times, bests = [], [math.inf]
         self._fill(0.0)
         while self._events:
@@ -122,7 +122,7 @@ class Simulation:
         heapq.heappush(self._events, (now + seconds, self._order, trial_id))
 
     def _report(self, now: float, trial_id: str) -> float:
-        """Have a trial report, and return its best value."""
+        """Let a trial report, and return its best value."""
         value_R, seconds_R = self._curves[trial_id]
         self.reports[trial_id] += 1
         report = self.reports[trial_id]

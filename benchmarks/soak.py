@@ -1,4 +1,4 @@
-"""What a study of many short trials piles up: memory, open files, threads, processes, and time spent on each trial."""
+"""Measure the growth in a study of many short trials: memory, open files, threads, processes, and time per trial."""
 
 import tempfile
 import time
@@ -19,7 +19,7 @@ from raytune_emotion.tuning.study.optuna_study import ENDED
 
 TRIALS, EPOCHS = 300, 3
 EVERY = 10
-#: Before this trial caches fill and processes start.
+#: Number of first trials, in which caches fill and processes start.
 WARM = 30
 SHOWN = (30, 100, 200, 300)
 
@@ -59,7 +59,7 @@ def run() -> Table:
 def _held() -> tuple[float, ...]:
     driver = psutil.Process()
     processes = driver.children(recursive=True)
-    # Such a process is named for what it does: nothing, or a method of Tune's.
+    # The name of such a process says what it does: nothing, or a method of Tune.
     names = ("ray::TrialActor", "ray::ResourceTrainable")
     trials = sum(process.memory_info().rss for process in processes if "".join(process.cmdline()).startswith(names))
     shared = [file.stat().st_size for file in Path("/dev/shm").iterdir()]

@@ -1,6 +1,6 @@
-"""How long it takes from the command until the first trial trains, beside Ray Tune alone; and what `status` takes.
+"""Measure the time from the command to the first training, compared with Ray Tune alone; and the time of `status`.
 
-Ray Tune alone runs a function that imports PyTorch and timm, with nothing else: what any search on Ray must wait for.
+Ray Tune alone runs a function that only imports PyTorch and timm. Any search on Ray must wait for this.
 """
 
 import json
@@ -15,7 +15,7 @@ from benchmarks import Table
 from raytune_emotion.tuning.study.trials import PARAMS
 
 TURNS = 5
-#: The limit of a single start.
+#: Longest time of a single start.
 _LIMIT_S = 300.0
 
 _RAY_ALONE = """
@@ -44,7 +44,7 @@ def run() -> Table:
     took: dict[str, list[float]] = {name: [] for name in starts}
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         _search(Path(scratch) / "unmeasured")  # packs the sample
-        # In turns, so that whatever the machine does meanwhile falls on all alike.
+        # The commands take turns, so that other load of the machine affects all alike.
         for turn in range(TURNS):
             for name, start in starts.items():
                 took[name].append(start(Path(scratch) / str(turn)))
@@ -77,7 +77,7 @@ def _begin(folder: Path, *options: str) -> float:
     before = {*trials.glob("*")}
     command = [sys.executable, "-m", "raytune_emotion.search", "--results", str(folder), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=_LIMIT_S)
-    # Written when a trial begins, with its settings.
+    # This file is written when a trial begins, with its settings.
     return min((trial / PARAMS).stat().st_mtime for trial in {*trials.glob("*")} - before) - began
 
 

@@ -1,10 +1,10 @@
-"""Compare policies of search on tasks of Taskset: learning curves of other models, on other data, than this project's.
+"""Compare search policies on tasks of Taskset: learning curves of models and data that are not this project's.
 
     python -m benchmarks taskset FOLDER [--workers W] [--seeds S] [--steps N] [--policies A,B] [--json FILE]
 
-A file of the folder is a task: 1,000 configurations of an optimizer with 8 numbers each, and 51 validations of each
-(Metz et al., 2020, "Using a thousand optimization tasks to learn hyperparameter search strategies"). A step is one
-validation. Values are regrets: 0 is the best that was recorded, 1 the median after one step.
+Each file of the folder is a task: 1,000 configurations of an optimizer with 8 numbers each, and 51 validations per
+configuration (Metz et al., 2020, "Using a thousand optimization tasks to learn hyperparameter search strategies"). A
+step is one validation. Values are regrets: 0 is the best recorded value, 1 the median after one step.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from benchmarks.judge import Recording, add_arguments, policies_of, run
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.space.space import Space
 
-#: Numbers of a configuration, and whether they were drawn by orders of magnitude.
+#: Numbers of a configuration, and whether they were drawn logarithmically.
 SETTINGS = {
     "learning_rate": True, "beta1": False, "beta2": False, "epsilon": True, "l1": True, "l2": True,
     "linear_decay": True, "exponential_decay": True,
 }  # fmt: skip
-#: The least number that has an order of magnitude.
+#: Lower bound of numbers before the logarithm is taken.
 _LEAST = 1e-12
 
 
@@ -54,7 +54,7 @@ def read_task(file: Path, steps: int) -> Recording:
     """Read a task.
 
     Raises:
-        UserError: the file is not one.
+        UserError: the file is not a task.
     """
     try:
         with lzma.open(file, "rt") if file.suffix == ".xz" else file.open() as stream:
@@ -65,7 +65,7 @@ def read_task(file: Path, steps: int) -> Recording:
         raise UserError(f"{file}: is no task of Taskset ({type(error).__name__}: {error}); move it away") from None
     kept_N = np.isfinite(x_ND).all(axis=1)
     x_ND, value_NR = x_ND[kept_N], value_NR[kept_N]
-    # What diverged is as bad as the worst.
+    # A diverged configuration counts as the worst value.
     value_NR = np.where(np.isfinite(value_NR), value_NR, value_NR[np.isfinite(value_NR)].max())
     x_ND = np.where([*SETTINGS.values()], np.maximum(x_ND, _LEAST), x_ND)
     space = Space({

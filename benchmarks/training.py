@@ -1,17 +1,18 @@
-"""Training images per second of `fit` as a trial runs it, against a bare loop on one synthetic batch.
+"""Measure training images per second of `fit` as in a trial, relative to a bare loop on one synthetic batch.
 
 The bare loop is forward pass, loss, backward pass and optimizer step in the same precision, launched operation by
-operation, on one batch that lies in memory: no loader, no augmentation, no clipping, no sum of the loss. `fit` does all
-of that, once with the default settings (mirror images) and once with those of a study (crops, erasing, clipping). The
-plain loop is the bare one as people write it first: fp32, torch's default memory format and optimizer.
+operation, on one batch in memory: no loader, no augmentation, no clipping, no sum of the loss. `fit` does all of that,
+once with the default settings (mirror images) and once with those of a study (crops, erasing, clipping). The plain loop
+is the bare loop in its simplest form: fp32, torch's default memory format and optimizer.
 
-On a GPU also: the body of timm's training script (`train_one_epoch`: channels last, autocast, timm's optimizer and
-loss) on the same synthetic batch, so without the costs of its loader; `fit` of some compiled models; and all of this at
-the batch size at which `fit` is fastest. (cuDNN's search for kernels, `cudnn.benchmark`, gained nothing.)
+On a GPU, three more are measured: the body of timm's training script (`train_one_epoch`: channels last, autocast,
+timm's optimizer and loss) on the same synthetic batch, thus without the cost of its loader; `fit` of some compiled
+models; and all of this at the batch size at which `fit` is fastest. (cuDNN's search for kernels, `cudnn.benchmark`,
+gained nothing.)
 
-All take turns, report by report, in one process that keeps the memory it frees, as trials do. On a CPU it has one
-thread and is held on one core, so that the loader's thread has no core of its own. A ratio is the median over the turns
-of those within a turn.
+All ways take turns, report by report, in one process that keeps freed memory, as trials do. On a CPU, it has one thread
+and runs on one core, so that the loader's thread has no core of its own. A ratio is the median over the turns of the
+ratios within a turn.
 """
 
 import argparse
@@ -55,16 +56,16 @@ from raytune_emotion.learn.optim import build_optimizer
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured on a kind of device."""
+    """The measurements on a kind of device."""
 
     size: int  # px
     rows: int
-    repeats: int  # of the rows, in an epoch
+    repeats: int  # number of repetitions of the rows in an epoch
     batch: int
-    batches: tuple[int, ...]  # of which the fastest is measured too
+    batches: tuple[int, ...]  # further batch sizes, of which the fastest is measured, too
     turns: int
     precisions: tuple[str, ...]
-    backbones: dict[str, int]  # and into how many reports an epoch is cut, so that a turn takes about a second at most
+    backbones: dict[str, int]  # with the number of reports per epoch, so that a turn takes about a second at most
 
 
 SETUPS = {
@@ -88,13 +89,13 @@ STUDY: dict[str, Any] = {
     "train.grad_clip": 5,
     "optim.weight_decay": 0.05,
 }
-#: Model, precision and batch; images per second in every turn by way; what is measured once.
+#: Model, precision and batch; images per second in every turn by way; single measurements.
 Measured = tuple[tuple[str, str, int], dict[str, list[float]], dict[str, float]]
 COLUMNS = ("model", "precision", "batch", "way", "images/s", "times bare", "least", "most", "times plain")
 
 
 def run(seconds: float = math.inf) -> Table:
-    """Measure until all is measured, or as long as there is time."""
+    """Measure everything, as far as the time allows."""
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         command = [sys.executable, "-m", "benchmarks.training", "--seconds", str(seconds)]
@@ -117,18 +118,18 @@ def run(seconds: float = math.inf) -> Table:
 
 
 BASES = ("bare", "plain")
-#: Models and batches that are compiled too; each takes up to a minute where `compiling` has not run before.
+#: Models and batches that are also compiled. Each takes up to a minute if `compiling` has not run before.
 COMPILED = (("vit_base_patch16_224", 32), ("resnet50", 256), ("vit_base_patch16_224", 256))
 
 
 def faces(scratch: Path) -> Path:
-    """Packs drawn faces of the setup's size, and returns their store."""
+    """Pack drawn faces of the setup's size, and return their store."""
     write_sample(scratch / "faces", train=SETUP.rows, val=64, image_size=SETUP.size)
     return pack(scratch / "faces", scratch / "store", image_size=SETUP.size).path
 
 
 def open_repeated(path: Path) -> Store:
-    """The store with its training rows as often as the setup says."""
+    """Open the store with its training rows repeated as the setup says."""
     store, times = open_store(path), SETUP.repeats
     train = store.train
     repeated = dataclasses.replace(
@@ -138,7 +139,7 @@ def open_repeated(path: Path) -> Store:
 
 
 def config(backbone: str, precision: str, batch: int = SETUP.batch, **settings: object) -> RunConfig:
-    """Of a run that never ends."""
+    """Return the configuration of a run that never ends."""
     return RunConfig.from_flat(
         {
             "data.image_size": SETUP.size,
@@ -196,7 +197,7 @@ def _measure_one(backbone: str, precision: str, batch: int, store: Store) -> Mea
 
 
 def _in_turns(ways: Mapping[str, Callable[[], Iterator[float]]]) -> dict[str, list[float]]:
-    """Images per second of each way, one a turn. On a GPU one way after the other, as not all have room together."""
+    """Return images per second of each way in each turn. On a GPU, ways run one after the other, to save memory."""
     first = 2  # turns that choose kernels and capture
     if DEVICE.type == "cpu":
         running = {name: way() for name, way in ways.items()}
@@ -240,7 +241,7 @@ def _rates_of_compiled(settings: RunConfig, store: Store, once: dict[str, float]
 
 
 def compiled_run(settings: RunConfig, store: Store) -> tuple[Run, float]:
-    """Return a run of which a step is compiled before it is captured as a graph, and the seconds of its first step."""
+    """Return a run whose step is compiled before it is captured as a graph, and the seconds of its first step."""
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, compile="always"))
     plan = make_plan(settings, store, DEVICE)
     run = start(settings, store, DEVICE, plan, fresh=True)
@@ -292,7 +293,7 @@ def _step_of(
 
 
 def _timm(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """The body of `train_one_epoch` in timm's train.py, with --amp-dtype bfloat16, --channels-last and --opt adamw."""
+    """Run the body of timm's `train_one_epoch`, with --amp-dtype bfloat16, --channels-last and --opt adamw."""
     model = build_model(settings).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
     loss_fn = SoftTargetCrossEntropy()  # type: ignore[no-untyped-call]

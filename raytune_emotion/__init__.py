@@ -1,7 +1,7 @@
 """Search for the model that best predicts a distribution over emotions from a face.
 
-The library: `from raytune_emotion import create_model, create_loaders, create_trainer, search, load_study, …`. A name
-is imported when it is first asked for, so that `import raytune_emotion` takes no time.
+The library: `from raytune_emotion import create_model, create_loaders, create_trainer, search, load_study, …`. Each
+name is imported at its first use, so that `import raytune_emotion` is fast.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_emotion.interruption import end_quietly, is_command
 
-# Before anything else is imported: that takes seconds, in which somebody may type Ctrl-C.
+# This comes before all other imports: they take seconds, in which the user may type Ctrl-C.
 if is_command(sys.orig_argv):
     end_quietly()
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from raytune_emotion.library.trainer import create_trainer as create_trainer
     from raytune_emotion.library.trainer import load_checkpoint as load_checkpoint
 
-#: Where each name of the library is defined.
+#: Module that defines each name of the library.
 _MODULES = {
     "UserError": "errors",
     "create_loaders": "library.loaders",
@@ -53,7 +53,7 @@ _MODULES = {
     "create_trainer": "library.trainer",
     "load_checkpoint": "library.trainer",
 }
-#: The command `search` is a module, and can be called as the function.
+#: Module of the command `search`. It can be called as the function of the library.
 _SEARCH = "search"
 
 __all__ = [

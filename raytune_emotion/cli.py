@@ -1,4 +1,4 @@
-"""Share among all commands their names, the types of their arguments, and how errors become exit codes."""
+"""Define what all commands share: their names, the types of their arguments, and the exit codes of errors."""
 
 import argparse
 import importlib
@@ -16,7 +16,7 @@ from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import any_encoding, open_missing_streams, typed_command, warn
 
-#: verb: what it does. Each is the module of that name, with `add_arguments` and `run`.
+#: Purpose of each command, by its verb. The module of that name has `add_arguments` and `run`.
 COMMANDS = {
     "search": "search for the best model for a set of annotated faces",
     "status": "show what a running or finished study has reached",
@@ -31,26 +31,26 @@ COMMANDS = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Read a command line. What is wrong in it is said in a sentence each, with the nearest name that there is."""
+    """Parse a command line. Report each error in one sentence, with the nearest known name."""
 
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Read all words of a command line; end the process with exit code 2 where one is wrong."""
+        """Parse all words of a command line; end the process with exit code 2 if one is wrong."""
         args, unknown = self.parse_known_args(argv)
         options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         known = [option for action in self._actions for option in action.option_strings]
-        faults = [f"{option}: there is no such option{suggest(option, known)}" for option in options]
-        if unknown and not options:  # otherwise, the others are what such an option was given
-            faults = [f"{word}: is one word too many; leave it out" for word in unknown]
+        faults = [f"{option}: unknown option{suggest(option, known)}" for option in options]
+        if unknown and not options:  # otherwise, the other words are values of the unknown options
+            faults = [f"{word}: unexpected argument; leave it out" for word in unknown]
         if faults:
             self.refuse(faults)
         return args
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, as argparse has found it."""
+        """Report an error that argparse has found."""
         self.refuse([message.removeprefix("argument ")])
 
     def refuse(self, faults: Iterable[str]) -> NoReturn:
-        """Say what is wrong and where help is, and end the process with exit code 2."""
+        """Report errors and the command for help, and end the process with exit code 2."""
         for fault in faults:
             warn(f"error: {fault}")
         self.exit(2, f"see {self.prog} --help\n")
@@ -58,13 +58,14 @@ class CommandParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             near = suggest_or_list(str(value), map(str, action.choices))
-            raise argparse.ArgumentError(action, f"there is no {value!r}{near}")
+            raise argparse.ArgumentError(action, f"unknown value {value!r}{near}")
 
 
 def run_guarded(action: Callable[[], None]) -> int:
     """Run an action and return the exit code.
 
-    0: done; 1: a breakdown; 2: wrong input; 3: done but for a part of the input (all said); 130: interrupted.
+    0: done; 1: a breakdown; 2: wrong input; 3: done except for a part of the input, whose errors were printed;
+    130: interrupted.
     """
     try:
         action()
@@ -82,7 +83,7 @@ def run_guarded(action: Callable[[], None]) -> int:
         warn("interrupted")
         return 130
     except BrokenPipeError:
-        # Whoever read the output has had enough, such as `head`. What is left of it goes nowhere, without a word.
+        # The reader of the output, such as `head`, has closed it. Discard the rest without an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -96,7 +97,7 @@ def run_guarded(action: Callable[[], None]) -> int:
 
 
 def location(text: str) -> Location:
-    """Read a folder of this machine or a URI."""
+    """Parse a folder of this machine or a URI."""
     try:
         return parse_location(text)
     except UserError as error:
@@ -104,7 +105,7 @@ def location(text: str) -> Location:
 
 
 def local_path(text: str) -> Path:
-    """Read a path of this machine where nothing else will do."""
+    """Parse a path of this machine; refuse URIs."""
     try:
         return location(text).require_folder("name a path of this machine")
     except UserError as error:
@@ -132,7 +133,7 @@ def add_address_option(parser: argparse.ArgumentParser) -> None:
 
 
 def positive_integer(text: str) -> int:
-    """Read a number of trials, epochs, workers or the like. One above a million is a slip."""
+    """Parse a number of trials, epochs, workers or the like. A number above a million is taken for a typing error."""
     if not re.fullmatch("[0-9]{1,7}", text) or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to 1000000, got {text!r}")
     return int(text)
@@ -151,7 +152,7 @@ def natural_number(text: str) -> int:
 
 
 def gpu_share(text: str) -> float:
-    """Read a worker's share of a GPU: it trains on one at most."""
+    """Parse a worker's share of a GPU. A worker trains on at most one."""
     try:
         number = float(text)
     except ValueError:
@@ -172,19 +173,19 @@ def folder_name(text: str) -> str:
 
 
 def command_main(verb: str, argv: list[str] | None = None) -> int:
-    """Run one command as `python -m raytune_emotion.<verb>` does."""
+    """Run a command, as `python -m raytune_emotion.<verb>` does."""
     parser = CommandParser(prog=typed_command(verb), description=COMMANDS[verb])
 
     def action() -> None:
-        # Imported only now: `predict` need not wait for Ray.
+        # Imported only now, so that `predict` does not wait for Ray.
         module = importlib.import_module(f"raytune_emotion.{verb}")
         module.add_arguments(parser)
         args = parser.parse_all(sys.argv[1:] if argv is None else argv)
-        # Also writes what is left to be written, and fails where the output is full.
+        # It also flushes the output, and raises an error if the disk of the output is full.
         with any_encoding():
             module.run(args)
 
     open_missing_streams()
-    # Around all of it: imports take seconds, and a signal may come while one of the last messages is written.
+    # This covers everything: imports take seconds, and a signal may come while the last messages are written.
     with handle_signals():
         return run_guarded(action)

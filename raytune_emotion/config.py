@@ -20,7 +20,7 @@ from raytune_emotion.errors import UserError, did_you_mean
 Value = str | int | float | bool | None | tuple[str, ...]
 FlatConfig = Mapping[str, Any]
 
-#: Bounds of numbers that have none by nature. A number beyond them is a slip.
+#: Upper bounds of settings that have no natural bound. A larger number is taken for a typing error.
 _MOST_EPOCHS = 1_000_000
 _MOST_ROWS = 10_000_000
 _MOST = 1_000
@@ -56,7 +56,7 @@ class ModelConfig:
     dropout: float = Field(default=0.3, ge=0, lt=1, description="dropout probability before the classifier")
     drop_path: float = Field(default=0.0, ge=0, lt=1, description="probability of skipping a residual block")
     freeze_epochs: float = Field(
-        default=0.0, ge=0, le=_MOST_EPOCHS, description="epochs at the beginning in which only the head learns"
+        default=0.0, ge=0, le=_MOST_EPOCHS, description="first epochs, in which only the head is trained"
     )
 
     @model_validator(mode="before")
@@ -154,7 +154,7 @@ class TrainConfig:
     seed: int = Field(default=0, ge=0, lt=2**31, description="seed of weights, order, dropout and augmentation")
 
 
-#: What a recipe of augmentation sets, where the configuration does not set it itself.
+#: Settings of each augmentation recipe. The configuration's own settings override them.
 RECIPES: dict[str, dict[str, float]] = {
     "none": {"flip": 0.0},
     "light": {"flip": 0.5, "crop_scale": 0.8, "colour": 0.1, "erase": 0.1},
@@ -246,7 +246,7 @@ class RunConfig:
         }
 
 
-#: Common other names of settings.
+#: Common synonyms of settings.
 _SYNONYMS = {"learning_rate": "lr", "optimizer": "optim.name", "model": "model.backbone"}
 
 #: The field of each setting, by dotted path.
@@ -258,15 +258,15 @@ SETTINGS: dict[str, dataclasses.Field[Any]] = {
 
 
 def unknown_setting(key: str) -> str:
-    """Return the error for a name that is not a setting, with the setting that was probably meant."""
-    return f"{key}: there is no such setting{suggest_setting(key, SETTINGS)}"
+    """Return the error for an unknown setting, with the setting that was probably meant."""
+    return f"{key}: unknown setting{suggest_setting(key, SETTINGS)}"
 
 
 def suggest_setting(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean ...?" with the known name that is closest to a word; "" if none is close.
 
-    A dotted name is also known by its last part (`lr` means `optim.lr`), by the initials of that (`optim.wd` means
-    `optim.weight_decay`), and by the words of `_SYNONYMS`.
+    A dotted name is also found by its last part (`lr` means `optim.lr`), by the initials of the last part (`optim.wd`
+    means `optim.weight_decay`), and by the words of `_SYNONYMS`.
     """
     known = list(known)
     asked = word.lower().replace("-", "_")

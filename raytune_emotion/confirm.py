@@ -1,4 +1,4 @@
-"""Run the best configurations of a study again, with fresh seeds, and export the one that is best in the mean."""
+"""Run the best configurations of a study again with new seeds, and export the one with the best mean."""
 
 import argparse
 import sys

@@ -1,7 +1,6 @@
-"""Try an export on pictures of one's own, on a page in the browser: the command.
+"""Try an export on one's own pictures, on a page in the browser: the command.
 
-The page is served on this machine's loopback address alone. Pictures are sent to this process and nowhere else, and are
-not kept.
+The page is served only on this machine's loopback address. Pictures are sent only to this process, and are not kept.
 """
 
 import argparse
@@ -23,10 +22,12 @@ if TYPE_CHECKING:
     from raytune_emotion.learn.export_folder import Package
 
 _LOOPBACK = "127.0.0.1"
-_LARGEST = 50  # MiB of a picture
-#: Places in the page.
+#: Largest size of a picture, MiB.
+_LARGEST = 50
+#: Placeholders in the page.
 _NONCE, _LIMIT = "{{nonce}}", "{{largest}}"
-_SECONDS = 60  # that a browser may take to send a picture
+#: Longest time that a browser may take to send a picture, seconds.
+_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export",
         type=location,
         metavar="EXPORT",
-        help="an export: best/ of a study or of a run of train, or what export wrote; a folder or a URI",
+        help="an export: best/ of a study or of a run of train, or the output of export; a folder or a URI",
     )
     add("--port", type=port_number, default=0, metavar="N", help="port of the page (default: a free one)")
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 class DemoServer(ThreadingHTTPServer):
-    """Serve the page, and predict the pictures that it sends."""
+    """Serve the page, and predict the pictures that the page sends."""
 
     daemon_threads = True
 
@@ -63,7 +64,7 @@ class DemoServer(ThreadingHTTPServer):
 
     @cached_property
     def hosts(self) -> tuple[str, ...]:
-        """Return the names that a browser on this machine may know the server by."""
+        """Return the addresses by which a browser on this machine may reach the server."""
         return tuple(f"{name}:{self.server_port}" for name in (_LOOPBACK, "localhost"))
 
     @property
@@ -81,7 +82,7 @@ def make_server(package: "Package", port: int) -> DemoServer:
         return DemoServer(package, port)
     except OSError as error:
         raise UserError(
-            f"--port {port}: cannot be opened ({error.strerror}); choose another, or leave it out"
+            f"--port {port}: cannot open the port ({error.strerror}); choose another, or leave it out"
         ) from None
 
 
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
         if not self._is_from_here() or self.path != "/predict":
-            self._answer(403, "text/plain", b"pictures come from the page alone")
+            self._answer(403, "text/plain", b"only the page may send pictures")
         elif not length.isdecimal() or int(length) > _LARGEST * 2**20:
             self._answer_json(413, {"error": f"the picture is larger than {_LARGEST} MiB"})
         else:
@@ -130,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"classes": rows}
 
     def _is_from_here(self) -> bool:
-        """Tell whether a request is of the page itself: another site that a browser shows has other names."""
+        """Tell whether the page itself sent a request. A request of another site names another host or origin."""
         origin = self.headers.get("Origin")
         own = [f"http://{host}" for host in self.server.hosts]
         return self.headers.get("Host") in self.server.hosts and (origin is None or origin in own)
@@ -152,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Keep the terminal free of a line for every request."""
+        """Do nothing: print no line for each request."""
 
 
 if __name__ == "__main__":

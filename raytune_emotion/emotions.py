@@ -1,11 +1,11 @@
-"""Define the 13 emotions of AffectNetFused and their place in the valence-arousal plane."""
+"""Define the 13 emotions of AffectNetFused and their positions in the valence-arousal plane."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-#: class: (mean valence, its standard deviation, mean arousal, its standard deviation)
+#: Gaussian of each class: mean valence, its standard deviation, mean arousal, its standard deviation.
 VALENCE_AROUSAL: dict[str, tuple[float, float, float, float]] = {
     "neutral": (0.00, 0.10, 0.00, 0.10),
     "happy": (0.81, 0.21, 0.51, 0.26),
@@ -51,15 +51,15 @@ def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np
 
 
 def check_class_names(classes: Sequence[str]) -> None:
-    """Check that each class has a name of its own that can be shown.
+    """Check that the names of the classes are distinct and printable.
 
     Raises:
-        ValueError: a name stands twice, is empty, or holds control characters.
+        ValueError: a name occurs twice, is empty, or contains control characters.
     """
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
-        raise ValueError(f"each class may be named only once, but these are named again: {', '.join(twice)}")
+        raise ValueError(f"each class may be named only once, but these names occur again: {', '.join(twice)}")
     if odd := [ascii(name) for name in classes if not name.isprintable() or not name.strip()]:
-        raise ValueError(f"each class needs a name of letters that can be printed, got {', '.join(odd)}")
+        raise ValueError(f"each class needs a name of printable characters, got {', '.join(odd)}")
 
 
 def class_distances(classes: tuple[str, ...]) -> npt.NDArray[np.float64] | None:

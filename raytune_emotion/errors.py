@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-    """Report wrong input: all its errors at once, one sentence each.
+    """Report wrong input: all errors at once, one sentence each.
 
     The commands print the sentences on standard error and exit with code 2.
     """
@@ -29,7 +29,7 @@ class Breakdown(RuntimeError):
 
 
 class Incomplete(RuntimeError):
-    """Report that the work is done but for a part of the input, whose errors were printed before.
+    """Report that the work is done except for a part of the input, whose errors were printed before.
 
     The commands print it as one sentence on standard error and exit with code 3.
     """
@@ -37,7 +37,7 @@ class Incomplete(RuntimeError):
 
 @contextlib.contextmanager
 def collect_errors(errors: list[str]) -> Iterator[None]:
-    """Note the errors of the block in place of raising them, so that the user is told all at once."""
+    """Collect the errors of the block instead of raising them, so that the user sees all of them at once."""
     try:
         yield
     except UserError as error:
@@ -50,9 +50,9 @@ def suggest(word: str, known: Iterable[str], most: int = 1) -> str:
 
 
 def suggest_or_list(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the known name that is closest to a word; if none is close, all of them."""
+    """Return "; did you mean ...?" with the known name that is closest to a word; if none is close, list all."""
     names = list(known)
-    return suggest(word, names) or f"; there are {', '.join(names)}"
+    return suggest(word, names) or f"; choose one of {', '.join(names)}"
 
 
 def did_you_mean(names: Iterable[str]) -> str:

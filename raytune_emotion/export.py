@@ -15,7 +15,7 @@ from raytune_emotion.tuning.study.trials import PARAMS, find_trial
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", type=location, metavar="STUDY", help="folder or URI of a study, or of a run of train")
-    add("dest", type=location, metavar="DEST", help="folder or URI to write; an earlier export there is replaced")
+    add("dest", type=location, metavar="DEST", help="folder or URI to write; replaces an earlier export there")
     add("--trial", metavar="ID", help="id of the trial (default: the best trial)")
     add(
         "--ensemble",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda names: [name.strip() for name in names.split(",")],
         action="extend",
         metavar="A,B",
-        help=f"formats to write, of {', '.join(FORMATS)}; may be repeated (default: timm; of an ensemble: pt2)",
+        help=f"formats to write: {', '.join(FORMATS)}; may be repeated (default: timm; for an ensemble: pt2)",
     )
 
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, formats: list[str]) -> None:
-    """Check what is asked for, as far as that takes no time.
+    """Check the arguments, as far as that is quick.
 
     Raises:
         UserError: one sentence for each error.
@@ -70,7 +70,7 @@ def _check(args: argparse.Namespace, formats: list[str]) -> None:
         check_formats(formats)
     named = [name for name in ("trial", "ensemble", "soup") if getattr(args, name)]
     if len(named) > 1:
-        errors.append(f"--{named[0]}: stands beside --{named[1]}; name one of them")
+        errors.append(f"--{named[0]}: cannot be combined with --{named[1]}; leave one of them out")
     if args.ensemble and "timm" in formats:
         errors.append("--format timm: timm loads one network, and an ensemble is several; name onnx, pt2 or both")
     if args.ensemble or args.soup:
@@ -89,17 +89,17 @@ def _export_combination(args: argparse.Namespace, formats: list[str]) -> None:
     else:
         chosen, what = export_soup(args.study, args.dest, formats), "soup"
     if len(chosen.members) == 1:
-        say(f"trial {chosen.trial_ids[0]} alone is exported to {args.dest}, as no other trial helps it")
+        say(f"trial {chosen.trial_ids[0]} alone is exported to {args.dest}: no other trial improves it")
         return
     say(f"the {what} of the trials {', '.join(chosen.trial_ids)} is exported to {args.dest}")
     say(chosen.sentence(what))
 
 
 def _find_trial(study: Location, text: str) -> str:
-    """Return the id of a trial that has begun.
+    """Return the id of a trial that has started.
 
     Raises:
-        UserError: it is no study, or has no such trial.
+        UserError: there is no study, or it has no such trial.
     """
     spec_of(study)
     return find_trial(text, [name.split("/")[1] for name in study.find(f"trials/*/{PARAMS}")], study)
@@ -107,7 +107,7 @@ def _find_trial(study: Location, text: str) -> str:
 
 def _best_of(place: Location) -> str:
     if spec_of(place).confirms is not None:
-        raise UserError(f"{place}: its winner is in {place / 'best'}; name another of its runs with --trial")
+        raise UserError(f"{place}: the winner is in {place / 'best'}; name another run with --trial")
     from raytune_emotion.tuning.study.open_study import read_study
 
     with read_study(place) as study:

@@ -1,8 +1,8 @@
 """End a command in order when a signal interrupts it.
 
 Ctrl-C sends SIGINT. Slurm, Kubernetes, `timeout` and `ray job stop` send SIGTERM, often several times and to the whole
-process group. A terminal that closes sends SIGHUP. All do the same here: the first one raises KeyboardInterrupt. What a
-command still has to write is then written in peace: further signals do nothing, until a third Ctrl-C insists.
+process group. A terminal that closes sends SIGHUP. All are handled alike: the first one raises KeyboardInterrupt. Later
+signals do nothing, so that the command can write its results. The third Ctrl-C raises KeyboardInterrupt again.
 """
 
 import atexit
@@ -19,19 +19,20 @@ from typing import NoReturn
 from raytune_emotion.errors import Breakdown
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+#: Number of Ctrl-C from which each one interrupts.
 _INSISTS = 3
-#: The code that holds the locks of imports; and when a signal that meets it comes again.
+#: File name of the code that holds the import locks, and seconds after which a signal that meets it is sent again.
 _IMPORTER, _AGAIN_S = "<frozen importlib._bootstrap>", 0.05
-#: Longest wait for imports in a thread.
+#: Longest wait for imports in a thread, seconds.
 _IMPORT_S = 30.0
 
 
 class _State:
-    """What has been heard. Signals belong to the process, so there is one."""
+    """Hold the signals that were received. Signals belong to the process, so there is one state."""
 
     interrupted = False
     ctrl_c = 0
-    held = 0  # blocks of `finish_block` that run
+    held = 0  # number of `finish_block` blocks that run
 
 
 _state = _State()
@@ -39,7 +40,7 @@ _state = _State()
 
 def _hear(number: int, frame: FrameType | None) -> None:
     if frame is not None and frame.f_code.co_filename == _IMPORTER:
-        # An exception here may leave the lock of all imports taken, for which a thread that imports waits for ever.
+        # An exception here may leave the import lock taken. A thread that imports would then wait for ever.
         again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
@@ -53,7 +54,7 @@ def _hear(number: int, frame: FrameType | None) -> None:
 
 
 def is_command(words: Sequence[str]) -> bool:
-    """Tell by the words that Python was started with whether it runs a command of this package."""
+    """Tell from the command line of Python whether it runs a command of this package."""
     if "-m" in words[:-1]:
         package, _, verb = words[words.index("-m") + 1].partition(".")
         return package == "raytune_emotion" and "." not in verb
@@ -61,14 +62,14 @@ def is_command(words: Sequence[str]) -> bool:
 
 
 def end_quietly() -> None:
-    """Have a signal end the process without a traceback, before `handle_signals` begins and after it has ended.
+    """Let a signal end the process without a traceback, before `handle_signals` begins and after it has ended.
 
-    For a command that is still being imported, or has done its work: there is nothing to be written.
+    At those times the command is still being imported, or has finished: it has nothing to write.
     """
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _end)
-    # In its last moments Python gives up handlers, and a signal would kill it. One that is ignored stays so.
+    # Python removes handlers when it exits, and a signal would then kill it. An ignored signal stays ignored.
     atexit.register(_ignore)
 
 
@@ -84,11 +85,11 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _leave_terminal() -> None:
-    """Let what is still said go nowhere: a terminal that has closed answers each word with an error."""
+    """Discard all further output: each write to a terminal that has closed is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
-            # One that has closed is no longer known as a terminal. A file or a pipe stays.
+            # `isatty` is false for a terminal that has closed. Files and pipes are kept.
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
                 os.dup2(nowhere, descriptor)
     os.close(nowhere)
@@ -96,10 +97,10 @@ def _leave_terminal() -> None:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handle signals so within the block; before and after it they do what they did.
+    """Install these signal handlers for the block, then restore the previous ones.
 
-    A signal that this process was started to ignore, as by `nohup`, stays ignored. In another thread than the main one
-    nothing is changed: signals are left to whoever has the main thread.
+    A signal that was ignored from the start, as by `nohup`, stays ignored. Outside the main thread nothing is changed,
+    since the main thread alone handles signals.
     """
     global _state
     if threading.current_thread() is not threading.main_thread():
@@ -119,10 +120,10 @@ def handle_signals() -> Iterator[None]:
 
 
 def run_in_thread(name: str, action: Callable[[], None]) -> threading.Event:
-    """Start a daemon thread, and return what is set when it has ended.
+    """Start a daemon thread, and return an event that is set when the thread has ended.
 
-    `Thread.join` will not do: once a signal has interrupted it, Python 3.11 and 3.12 take the thread for ended
-    (python/cpython#90882), and wait no more.
+    `Thread.join` is not reliable: after a signal has interrupted it, Python 3.11 and 3.12 take the thread for ended
+    (python/cpython#90882), and do not wait again.
     """
     ended = threading.Event()
 
@@ -138,11 +139,11 @@ def run_in_thread(name: str, action: Callable[[], None]) -> threading.Event:
 
 @contextlib.contextmanager
 def import_meanwhile(*modules: str) -> Iterator[None]:
-    """Import modules, one after the other, in a thread while the block runs, and wait for it.
+    """Import modules, one after the other, in a thread while the block runs, and wait for the thread.
 
-    For what takes seconds while the block waits for other processes. The block imports what it needs of them itself. If
-    it fails where an import has failed before, that one's error is raised: PyTorch does not say the same a second time.
-    The wait is for Python, which may crash if it ends within an import.
+    Use it for slow imports while the block waits for other processes. The block still imports what it needs. If the
+    block fails after an import in the thread has failed, the error of that import is raised: PyTorch does not repeat
+    its error at a second import. The wait prevents a crash of Python, which may happen if it ends within an import.
     """
     left, failures = threading.Event(), list[Exception]()
 
@@ -168,7 +169,7 @@ def import_meanwhile(*modules: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def finish_block() -> Iterator[None]:
-    """Let no signal break the block off; one that comes meanwhile interrupts at its end."""
+    """Let no signal interrupt the block. A signal that comes meanwhile interrupts at the end of the block."""
     _state.held += 1
     before = _state.interrupted
     try:
@@ -180,17 +181,17 @@ def finish_block() -> Iterator[None]:
 
 
 def check_interrupted() -> None:
-    """Raise KeyboardInterrupt if a signal has come, and its own was lost: Python ignores what a destructor raises."""
+    """Raise KeyboardInterrupt if a signal has come whose own was lost: Python ignores exceptions in destructors."""
     if _state.interrupted and not _state.held:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def keep_handlers() -> Iterator[Callable[[], None]]:
-    """Undo what the block does to the handlers of signals: libraries install their own.
+    """Restore the signal handlers after the block: libraries install their own.
 
     Yields:
-        What undoes it within the block, too.
+        A function that restores them already within the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

@@ -1,4 +1,4 @@
-"""Recognise errors of Python and its libraries whose cause is the user, the machine or the network, and word them."""
+"""Turn known errors of Python and its libraries, caused by the user, the machine or the network, into sentences."""
 
 import errno
 import os
@@ -6,18 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-#: What the system says of a place that the user has named.
+#: Errors of the system about a path that the user has named.
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
-#: What it says of a folder in the place of a file, or of a file in the place of a folder.
+#: Errors of the system about a folder in the place of a file, or a file in the place of a folder.
 _OF_ANOTHER_KIND = (errno.EISDIR, errno.ENOTDIR)
-#: What it says when a disk, a server or a connection fails.
+#: Errors of the system when a disk, a server or a connection fails.
 _FAILED = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENXIO)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 _MORE_FILES = "raise the limit, such as by `ulimit -n 65536`"
 _MORE_PROCESSES = "the system starts no more processes or threads; raise the limit (`ulimit -u`), or end others"
 _MORE_MEMORY = (
-    "ask for a smaller train.batch_size or data.image_size, or more of train.accumulate; or raise the memory limit "
+    "use a smaller train.batch_size or data.image_size, or a larger train.accumulate; or raise the memory limit "
     "(`ulimit -v`, the container's, the job's)"
 )
 _HUB = "connect this machine to the Hugging Face hub, or name a folder of weights as model.weights_dir"
@@ -25,11 +25,11 @@ _HUB = "connect this machine to the Hugging Face hub, or name a folder of weight
 
 @dataclass(frozen=True)
 class KnownError:
-    """One row: an error by the name of its class, or of a base of that, and by a condition."""
+    """Describe one kind of error by the name of its class, or of a base class, and by a condition."""
 
-    name: str  # with its module: to know an error, its library need not be imported
+    name: str  # with its module, so that the library of the error need not be imported
     when: Callable[[Any], bool]
-    code: int  # the exit code: 2 where the user or the machine is to be changed, 1 where the work broke off
+    code: int  # exit code: 2 if the user must change the input or the machine, 1 if the work was broken off
     sentence: Callable[[Any], str]
 
 
@@ -46,8 +46,8 @@ def _says(*words: str) -> Callable[[Any], bool]:
 
 
 def _place(error: Any) -> str:
-    """Return the file that an error of the system is about, with what the system says of it."""
-    name = error.filename2 or error.filename  # the one that was to be replaced, not its temporary file
+    """Return the file of a system error with the message of the system."""
+    name = error.filename2 or error.filename  # the file to replace, not its temporary file
     said = error.strerror or first_line(error)
     return said if name is None else f"{os.fsdecode(name) if isinstance(name, str | bytes) else name}: {said}"
 
@@ -57,27 +57,27 @@ def _of_the_hub(error: Any) -> str:
 
 
 def _of_a_full_disk(error: Any) -> str:
-    advice = "make room, and try again; a search or a training goes on by --resume"
+    advice = "free some space, and try again; --resume continues a search or a training"
     return f"no space left on the disk: {first_line(error)}; {advice}"
 
 
 def _of_the_database(error: Any) -> str:
-    return f"the database of the study: {first_line(error)}; go on by --resume"
+    return f"the database of the study: {first_line(error)}; continue with --resume"
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Tell whether an error says that a disk, or the user's share of it, is full."""
-    # Safetensors wraps the system's error in one of its own, in words.
+    """Tell whether an error says that a disk, or the user's quota on it, is full."""
+    # Safetensors puts the system's error as text into an error of its own.
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; the name of its class where it says nothing."""
+    """Return the first line of the message of an error; the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-#: The first row that fits counts.
+#: Known errors. The first row that matches an error applies.
 KNOWN = (
     KnownError(
         "builtins.OSError",
@@ -100,19 +100,19 @@ KNOWN = (
         "builtins.OSError",
         lambda error: error.errno in _REFUSED and error.filename is not None,
         2,
-        lambda error: f"{_place(error)}; name another place, or change who may use it",
+        lambda error: f"{_place(error)}; name another path, or change its permissions",
     ),
     KnownError(
         "builtins.OSError",
         lambda error: error.errno in _OF_ANOTHER_KIND and error.filename is not None,
         2,
-        lambda error: f"{_place(error)}; move away what is there, or name another place",
+        lambda error: f"{_place(error)}; move it away, or name another path",
     ),
     KnownError(
         "builtins.OSError",
         _number_in(*_FAILED),
         1,
-        lambda error: f"{_place(error)}; the storage or the network failed: try again, or name another place",
+        lambda error: f"{_place(error)}; the storage or the network failed: try again, or name another path",
     ),
     KnownError(
         "builtins.ConnectionError",
@@ -135,8 +135,8 @@ KNOWN = (
         _always,
         1,
         lambda error: (
-            "a worker process was killed, as the system does where memory is short; end other programs, and try again: "
-            "packing goes on where it was"
+            "a worker process was killed, probably because memory is short; end other programs, and try again: "
+            "packing continues where it stopped"
         ),
     ),
     KnownError("builtins.RuntimeError", _says("can't start new thread"), 2, lambda error: _MORE_PROCESSES),
@@ -144,13 +144,13 @@ KNOWN = (
         "builtins.RuntimeError",
         _says("Symlink loop from"),
         2,
-        lambda error: f"{first_line(error)}: a link that leads to itself; name another place",
+        lambda error: f"{first_line(error)}: a link that points to itself; name another path",
     ),
     KnownError(
         "builtins.RuntimeError",
         _says("Could not determine home directory"),
         2,
-        lambda error: "this user has no home folder; name one: export HOME=/some/folder",
+        lambda error: "this user has no home folder; set one: export HOME=/some/folder",
     ),
     KnownError(
         "safetensors._safetensors_rust.SafetensorError",
@@ -162,14 +162,14 @@ KNOWN = (
         "safetensors._safetensors_rust.SafetensorError",
         _always,
         2,
-        lambda error: f"a file of weights is damaged: {first_line(error)}; restore it from a copy, or make it anew",
+        lambda error: f"a file of weights is damaged: {first_line(error)}; restore it from a copy, or create it again",
     ),
     KnownError(
         "ray.exceptions.AuthenticationError",
         _always,
         2,
         lambda error: (
-            f"the Ray cluster asks for a token: {first_line(error)}; get one by `ray get-auth-token --generate`, and "
+            f"the Ray cluster asks for a token: {first_line(error)}; get one with `ray get-auth-token --generate`, and "
             f"export RAY_AUTH_MODE=token"
         ),
     ),
@@ -177,20 +177,20 @@ KNOWN = (
         "ray.exceptions.RayError",
         _always,
         1,
-        lambda error: f"Ray: {first_line(error)}; start again, or go on by --resume",
+        lambda error: f"Ray: {first_line(error)}; start again, or continue with --resume",
     ),
     KnownError(
         "ray.train.TrainingFailedError",
         _always,
         1,
-        lambda error: f"the workers of a trial failed: {first_line(error)}; go on by --resume",
+        lambda error: f"the workers of a trial failed: {first_line(error)}; continue with --resume",
     ),
     KnownError(
         "optuna.exceptions.StorageInternalError",
         _always,
         1,
-        # Of a database, Optuna itself says less than what it is caused by.
-        lambda error: f"the record of the study: {first_line(error.__cause__ or error)}; go on by --resume",
+        # For a database, the cause says more than Optuna's own message.
+        lambda error: f"the record of the study: {first_line(error.__cause__ or error)}; continue with --resume",
     ),
     KnownError("sqlalchemy.exc.SQLAlchemyError", _always, 1, _of_the_database),
     KnownError("psycopg.Error", _always, 1, _of_the_database),
@@ -198,10 +198,10 @@ KNOWN = (
 
 
 def known_error(error: BaseException) -> tuple[int, str] | None:
-    """Return the exit code and the sentence for an error; None for one that is a fault of this program."""
+    """Return the exit code and the sentence for an error; None for a fault of this program."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException) and "ray.exceptions.RayTaskError" in _names(error):
-        return known_error(cause)  # what was raised in another process
+        return known_error(cause)  # the error of another process
     names = _names(error)
     for row in KNOWN:
         if row.name in names and row.when(error):

@@ -16,7 +16,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import say, shell_word, typed_command, warn
 
-_KEPT = "what is packed is kept; the same command goes on with it"
+_KEPT = "the packed images are kept; the same command continues"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="tell what is in SRC, and which images are in both splits, or verify a store; nothing is packed",
+        help="describe SRC, and list images that are in both splits, or verify a store; nothing is packed",
     )
     parser.add_argument(
         "--address", metavar="ADDRESS", help="address of a running Ray cluster, or auto: pack on all its nodes"
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> None:
         _check(args.source, args.classes)
         return
     if args.dest is None:
-        raise UserError("DEST: name the store to write, or look at SRC alone with --check")
+        raise UserError("DEST: name the store to write, or only inspect SRC with --check")
     started = time.perf_counter()
-    # By addresses: nodes of a cluster work in folders of their own.
+    # Absolute addresses, because each node of a cluster works in a folder of its own.
     source, dest = parse_location(args.source.address), parse_location(args.dest.address)
     sizes = sorted(set(args.image_size))
     dests = {sizes[0]: dest} if len(sizes) == 1 else {n: dest / f"{n}px" for n in sizes}
@@ -90,13 +90,13 @@ def run(args: argparse.Namespace) -> None:
         what = f"{store.image_size} px, {len(store.classes)} classes, {megabytes:,.1f} MB"
         say(f"{what}, rejected rows: {store.rejected}")
     say(f"{seconds:.1f} s, {sum(images.values()) / seconds:,.0f} images/s")
-    # Of several stores one is named: a space that chooses among the sizes takes the folder of all.
+    # One of several stores is named. A space that chooses among the sizes needs their common folder instead.
     command = f"{typed_command('search')} --data {shell_word(str(dests[sizes[0]]))}"
-    say(f"next: {command}  # --dry-run says how long it may take")
+    say(f"next: {command}  # --dry-run estimates how long it takes")
 
 
 def _check(source: Location, classes: tuple[str, ...] | None) -> None:
-    """Tell what is in a set of faces, or verify packed stores."""
+    """Describe a set of faces, or verify packed stores."""
     if is_table(source) or not (stores := find_stores(source)):
         from raytune_emotion.data.packing.inspection import inspect, show
 
@@ -104,7 +104,7 @@ def _check(source: Location, classes: tuple[str, ...] | None) -> None:
         return
     for place in stores:
         verify_store(place)
-        say(f"{place}: all images and labels are those that were packed")
+        say(f"{place}: all images and labels are unchanged since packing")
 
 
 @contextlib.contextmanager
@@ -113,12 +113,12 @@ def _cluster(address: str | None) -> Iterator[Map | None]:
 
     Raises:
         UserError: there is no cluster at the address.
-        ClusterLost: it has died.
+        ClusterLost: the cluster has died.
     """
     if address is None:
         yield None
         return
-    # Only now: the packing of this machine's own need not wait for Ray.
+    # Imported only now, so that packing on this machine does not wait for Ray.
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
     from raytune_emotion.tuning.execution.cluster_map import cluster_map
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost

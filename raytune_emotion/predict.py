@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "export",
         type=location,
         metavar="EXPORT",
-        help="an export: best/ of a study or of a run of train, or what export wrote; a folder or a URI",
+        help="an export: best/ of a study or of a run of train, or the output of export; a folder or a URI",
     )
     add(
         "images",
@@ -46,11 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("csv", "jsonl", "parquet"),
         metavar="NAME",
-        help="csv, jsonl or parquet (default: csv; of one image in a terminal: a list, the likeliest first)",
+        help="csv, jsonl or parquet (default: csv; for one image in a terminal: a list, most probable class first)",
     )
-    add(
-        "--mirror", action="store_true", help="predict the mean over each image and its mirror image, in twice the time"
-    )
+    add("--mirror", action="store_true", help="predict the mean of each image and its mirror image, in twice the time")
     add(
         "--address",
         metavar="ADDRESS",
@@ -68,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
         with collect_errors(errors):
             sources, missing = list_pictures(args.images)
         if args.format == "parquet" and sys.stdout.isatty():
-            errors.append("--format parquet: is not for a terminal; write it to a file, by > predictions.parquet")
+            errors.append("--format parquet: cannot be shown in a terminal; write it to a file: > predictions.parquet")
         if args.address is not None and args.device is not None:
-            errors.append("--device: is of this machine, and --address names a cluster; leave one of them out")
+            errors.append("--device: names a device of this machine, --address a cluster; leave one of them out")
         if errors:
             raise UserError(errors)
         # Imported only now: it takes seconds.
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
         package = load_package(folder)
         total = sum(map(len, sources))
-        # Whoever asks in a terminal about one face looks for what is likeliest.
+        # For one face in a terminal, the most probable classes are of interest.
         name = args.format or ("list" if total == 1 and sys.stdout.isatty() else "csv")
         for fault in missing:
             warn(f"error: {fault}")
@@ -90,14 +88,14 @@ def run(args: argparse.Namespace) -> None:
             with _on_cluster(args.address, folder, sources, mirror=args.mirror) as batches:
                 bad = _write(batches, name, package.classes, total)
     if missing or bad:
-        others = "all others are predicted" if bad < total else "nothing is predicted"
+        others = "all others were predicted" if bad < total else "nothing was predicted"
         raise Incomplete(f"{count(len(missing) + bad, 'image')} could not be read; {others}")
 
 
 def predict(
     package: "Package", sources: Sequence[PictureFiles | StoredPictures], *, mirror: bool = False
 ) -> Iterator[PredictedBatch]:
-    """Decode images as for training, and predict a batch at a time.
+    """Decode images as for training, and predict them in batches.
 
     With `mirror`, a prediction is the mean over an image and its mirror image.
     """
@@ -114,7 +112,7 @@ def predict(
 
 
 def _write(batches: Iterable[PredictedBatch], name: str, classes: Sequence[str], total: int) -> int:
-    """Write predictions as they come, name images that cannot be decoded, and return how many these are."""
+    """Write predictions as they come, report images that cannot be decoded, and return the number of these."""
     bad, table = 0, _open_table(name, classes)
     with progress(shown=not sys.stdout.isatty()) as bars:
         bar = bars.add_task("predicting images", total=total)
@@ -153,7 +151,7 @@ def _on_cluster(
     from raytune_emotion.tuning.execution.cluster_watch import iterate_watched
 
     errors = [
-        f"{source.location}: is a packed store, which is predicted on this machine; leave --address out"
+        f"{source.location}: a packed store is predicted only on this machine; leave --address out"
         for source in sources
         if isinstance(source, StoredPictures)
     ]
@@ -161,7 +159,7 @@ def _on_cluster(
         check_cluster(address)
     if errors:
         raise UserError(errors)
-    # Ray Data makes actors in a way that Ray itself warns of (ray 53727).
+    # Ray warns about the way in which Ray Data creates actors (ray 53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with ray_session(address) as watch:
         from raytune_emotion.tuning.execution.cluster_predict import predict_on_cluster
@@ -187,10 +185,10 @@ def _device(name: str | None) -> "torch.device":
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"--device {name}: is not here ({str(error).splitlines()[0]}); leave it out, or say cpu"
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); leave it out, or use cpu"
         ) from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: is not a device for models; say cpu or cuda")
+        raise UserError(f"--device {name}: not a device for models; use cpu or cuda")
     return device
 
 

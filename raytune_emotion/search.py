@@ -63,21 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         choices=SAMPLERS,
         metavar="NAME",
-        help=f"what proposes configurations: {', '.join(SAMPLERS)} (default: {FORECAST})",
+        help=f"sampler, which proposes configurations: {', '.join(SAMPLERS)} (default: {FORECAST})",
     )
     add(
         "--scheduler",
         choices=SCHEDULERS,
         metavar="NAME",
-        help=f"what decides which trials go on: {', '.join(SCHEDULERS)} (default: {FREEZE_THAW}; with the samplers "
-        f"{', '.join(LEARN_FROM_ENDED)}, which learn from ended trials alone: {ASHA})",
+        help=f"scheduler, which decides which trials continue: {', '.join(SCHEDULERS)} (default: {FREEZE_THAW}; with "
+        f"the samplers {', '.join(LEARN_FROM_ENDED)}, which learn only from ended trials: {ASHA})",
     )
     add("--trials", type=positive_integer, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
     add(
         "--epochs",
         type=positive_integer,
         metavar="N",
-        help=f"epochs of a trial that is not stopped early (default: that of the space, else {DEFAULT_EPOCHS})",
+        help=f"epochs of a trial that is not stopped early (default: the value of the space, else {DEFAULT_EPOCHS})",
     )
     add("--concurrency", type=positive_integer, metavar="N", help="trials at the same time (default: as many as fit)")
     add(
@@ -110,7 +110,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="STUDY",
         help="earlier studies, of the same or other data, that guide the search (default: the portfolio of the package "
-        f"where it fits the space, once four trials have paused or ended; {NONE}: nothing)",
+        f"if it fits the space, once four trials have paused or ended; {NONE}: nothing)",
     )
     add("--name", type=folder_name, metavar="NAME", help="name of the study (default: the space and the time)")
     add("--resume", action="store_true", help="continue the study --name; without a name, the newest study")
@@ -118,14 +118,14 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "--storage",
         type=_database_url,
         metavar="URL",
-        help="PostgreSQL database, as postgresql://HOST/DATABASE: each machine that runs this same command works on "
-        "the study; needs pip install 'raytune_emotion[postgres]'",
+        help="PostgreSQL database, as postgresql://HOST/DATABASE: all machines that run this same command share the "
+        "study; needs pip install 'raytune_emotion[postgres]'",
     )
     add(
         "--seed",
         type=natural_number,
         metavar="N",
-        help="seed of proposals and trials (default: that of the space, else 0)",
+        help="seed of proposals and trials (default: the value of the space, else 0)",
     )
     add(
         "--time-budget",
@@ -149,14 +149,15 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-failures",
         type=natural_number,
         metavar="N",
-        help=f"restarts of a trial whose process died, counted anew after each new report (default: {MAX_FAILURES})",
+        help="restarts of a trial whose process died, counted from 0 again after each new report "
+        f"(default: {MAX_FAILURES})",
     )
     add_training_data_options(parser)
     add_address_option(parser)
     add(
         "--finish",
         action="store_true",
-        help="then confirm, train the winner longer, combine models if that helps, and export to finished/",
+        help="afterwards confirm, train the winner longer, combine models if that helps, and export to finished/",
     )
     add(
         "--dry-run",
@@ -224,10 +225,10 @@ def _gain(text: str) -> float:
 
 
 class _CallableModule(types.ModuleType):
-    """Let `from raytune_emotion import search` be a function: this module shares its name with that of the library."""
+    """Make this module callable, because the library's function `search` has the same name."""
 
     def __call__(self, *args: Any, **options: Any) -> "Study":
-        # Imported only now: the command has no use for it, and it takes seconds.
+        # Imported only now: it takes seconds, and the command does not need it.
         from raytune_emotion.library import studies
 
         return studies.search(*args, **options)

@@ -24,7 +24,7 @@ _SECONDS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=location, metavar="STUDY", help="the folder or the URI of a study, running or not")
+    add("study", type=location, metavar="STUDY", help="folder or URI of a study, running or not")
     add("--json", action="store_true", help="one line of JSON, for scripts")
     add(
         "--watch",
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=_SECONDS,
         metavar="SECONDS",
-        help=f"show it again after so many seconds, until Ctrl-C (without a number: {_SECONDS})",
+        help=f"repeat after this number of seconds, until Ctrl-C (without a number: {_SECONDS})",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    spec_of(args.study)  # whether it is a study shows at once
+    spec_of(args.study)  # raises an error at once if it is not a study
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.report.summary import describe
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_summary(place: Location) -> "Summary":
-    """Sum up a study as it is now.
+    """Summarise a study as it is now.
 
     Raises:
         UserError: there is no study, or it is damaged.

@@ -1,4 +1,4 @@
-"""Write to the terminal, and word what is written: sizes, paths, and commands that can be typed."""
+"""Write to the terminal, and format sizes, paths and commands for it."""
 
 import contextlib
 import io
@@ -23,9 +23,9 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def escape(text: str) -> str:
-    """Return a text without colour codes, and with control characters and broken Unicode as escapes.
+    """Remove colour codes from a text, and escape control characters and broken Unicode.
 
-    Names of files and messages of other programs may hold all of these; a terminal would obey them.
+    Names of files and messages of other programs may contain all of these. A terminal would obey them.
     """
     text = _CONTROL_CHARACTER.sub(lambda found: f"\\x{ord(found[0]):02x}", _COLOUR_CODE.sub("", text))
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -33,7 +33,7 @@ def escape(text: str) -> str:
 
 class _PlainConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Have what is still said go nowhere: whoever read it has had enough. Rich would end the thread that speaks."""
+        """Discard all further output, since its reader has closed it. Rich would end the thread that writes."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
@@ -43,9 +43,9 @@ class _PlainConsole(Console):
 
 
 def plain_console(*, stderr: bool = False) -> Console:
-    """Make a console that shows text as it stands.
+    """Make a console that shows text unchanged.
 
-    Nothing in a text is markup, an emoji code or a word to be coloured: texts come from paths, errors and files. All
+    It interprets no markup and no emoji code, and colours no word, because texts come from paths, errors and files. All
     console output of this project goes through such a console, or through `say` and `warn`.
     """
     return _PlainConsole(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
@@ -67,12 +67,12 @@ def warn(text: str) -> None:
 
 
 def open_missing_streams() -> None:
-    """Open the standard streams that this process was started without, as by `>&-`; what is said there goes nowhere.
+    """Open standard streams that are missing from the start, as by `>&-`, and discard their output.
 
-    Otherwise the next files that are opened take their numbers, and what a library prints is written into them.
+    Otherwise the next opened files get their numbers, and a library's output is written into these files.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)  # processes that are started have them, too
+        os.set_inheritable(descriptor, True)  # child processes have them, too
     os.close(descriptor)
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:
@@ -81,7 +81,7 @@ def open_missing_streams() -> None:
 
 @contextlib.contextmanager
 def any_encoding() -> Iterator[None]:
-    """Write characters that the encoding of the output lacks as escapes within the block, in place of failing."""
+    """Within the block, write characters that the encoding of the output lacks as escapes instead of failing."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -94,14 +94,14 @@ def any_encoding() -> Iterator[None]:
 
 
 def is_screen(console: Console) -> bool:
-    """Tell whether what is written to a console can be drawn again: not so a file, a job's log or a notebook."""
+    """Tell whether a console can redraw its output. A file, a job's log and a notebook cannot."""
     # Rich takes a file for a terminal where FORCE_COLOR is set.
     return console.is_terminal and not (console.is_jupyter or console.is_dumb_terminal) and console.file.isatty()
 
 
 @contextlib.contextmanager
 def announce(what: str) -> Iterator[None]:
-    """Say on standard error what is done while the block runs: in a terminal only until it ends, else as a line."""
+    """Say on standard error what the block does: in a terminal only while it runs, elsewhere as a line."""
     console = plain_console(stderr=True)
     if not is_screen(console):
         warn(what)
@@ -112,13 +112,13 @@ def announce(what: str) -> Iterator[None]:
 
 
 def count(number: float, noun: str, nouns: str | None = None) -> str:
-    """Say how many there are: `count(1, "trial")` is "1 trial", `count(2.5, "epoch")` is "2.5 epochs"."""
+    """Write a number with its noun: `count(1, "trial")` is "1 trial", `count(2.5, "epoch")` is "2.5 epochs"."""
     amount = f"{number:g}" if isinstance(number, float) else str(number)
     return f"{amount} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
 def byte_size(number: float) -> str:
-    """Write a number of bytes as people read it."""
+    """Write a number of bytes with a unit for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.3g} {unit}"
@@ -127,29 +127,30 @@ def byte_size(number: float) -> str:
 
 
 def short_path(path: Path) -> str:
-    """Return a path as people read it: relative if it is below the working folder, else absolute."""
+    """Return a path for people: relative if it is below the working folder, else absolute."""
     path = path.absolute()
     try:
         return str(path.relative_to(Path.cwd()))
-    except (ValueError, OSError):  # elsewhere; or the working folder is gone
+    except (ValueError, OSError):  # the path is elsewhere, or the working folder is gone
         return str(path)
 
 
 def shell_word(place: Path | str) -> str:
-    """Return a path, or another word, as it is typed in a shell."""
+    """Quote a path, or another word, for a shell."""
     return shlex.quote(short_path(place) if isinstance(place, Path) else place)
 
 
 def typed_command(verb: str) -> str:
-    """Return a command of this package as it is typed: as the command that runs was.
+    """Return how to type a command of this package: in the same form as the command that runs.
 
-    The modules cannot always be found where the script can, as in the folder that holds a clone of the repository.
+    Python may not find the modules where the shell finds the script, as in the folder that holds a clone of the
+    repository.
     """
     started = os.path.basename(sys.argv[0]) if sys.argv else ""  # noqa: PTH119  # as in `is_command`
     return f"{SCRIPT} {verb}" if started == SCRIPT else f"python -m raytune_emotion.{verb}"
 
 
 def typed_options(**options: object) -> str:
-    """Return options as they are typed behind a command, each with a space before it; those that are None are not."""
+    """Return the text of options for a command line, each after a space. Options that are None are left out."""
     given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
     return "".join(f" --{name} {shell_word(str(value))}" for name, value in given.items())

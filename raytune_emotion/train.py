@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=location,
         metavar="DIR",
         help="folder, table of faces or packed store, as a path or URI "
-        "(default: the data of --study or of the run that goes on, or the built-in sample)",
+        "(default: the data of --study or of the resumed run, else the built-in sample)",
     )
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a setting of those below, such as optim.lr=1e-3; may be repeated",
+        help="one of the settings below, such as optim.lr=1e-3; may be repeated",
     )
     add("--config", type=local_path, metavar="FILE", help="file of settings: YAML, or the params.json of a trial")
     add("--study", type=location, metavar="DIR", help="study whose best trial (or --trial) gives the settings")
@@ -84,15 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Collect the settings; a later source wins: study, file, --set, an option of its own.
+    """Collect the settings. A later source wins: study, file, --set, the settings' own options.
 
     Raises:
-        UserError: something cannot be read. Whether the settings are valid is not asked.
+        UserError: a source cannot be read. The settings themselves are not validated.
     """
     faults: list[str] = []
     settings: dict[str, Any] = {}
     if args.trial is not None and args.study is None:
-        faults.append(f"--trial {args.trial}: of which study? name its folder with --study")
+        faults.append(f"--trial {args.trial}: requires --study; name the folder of the study")
     if args.study is not None:
         with collect_errors(faults):
             settings = _settings_in(args.study, args.trial)
@@ -130,13 +130,13 @@ def run(args: argparse.Namespace) -> None:
     folder: Path = args.results.absolute() / (args.name or _default_name(settings))
     if args.resume:
         if not (folder / PARAMS).is_file():
-            raise UserError(f"{folder}: there is no run of this name to resume{_other_runs(folder.parent)}")
+            raise UserError(f"{folder}: no run of this name to resume{_other_runs(folder.parent)}")
         settings = _merge_settings(_settings_of_run(folder), settings)
     checked = RunConfig.from_flat(settings)
     faults: list[str] = []
     with collect_errors(faults):
         check_architecture(checked.model.backbone)
-        if checked.model.pretrained and not args.resume:  # which has its weights from the run itself
+        if checked.model.pretrained and not args.resume:  # a resumed run has its weights in its folder
             from raytune_emotion.learn.model import check_weights
 
             check_weights(checked.model)
@@ -168,16 +168,16 @@ def run(args: argparse.Namespace) -> None:
     own = {"data.image_size": store.image_size, "data.classes": store.classes}
     config = RunConfig.from_flat({**settings, **own})
     if not args.resume:
-        build_model(config)  # that it can be had shows here, and not where Ray and a folder wait for it
+        build_model(config)  # raises an error before Ray is started and the folder is made
     workers = Workers(args.workers, args.gpus_per_worker, args.address)
     train_single(folder, config, store, workers, fresh=not is_taken(folder))
 
 
 def _check_machine(args: argparse.Namespace) -> None:
-    """Check that there is what a run is to be trained on: a cluster, or a GPU.
+    """Check that the cluster or the GPU to train on exists.
 
     Raises:
-        UserError: there is not.
+        UserError: it does not.
     """
     refuse_absent_gpu(args.gpus_per_worker, args.address)
     if args.address is not None:
@@ -192,11 +192,11 @@ def _check_machine(args: argparse.Namespace) -> None:
 
 def _other_runs(results: Path) -> str:
     runs = sorted(file.parent.name for file in results.glob(f"*/{PARAMS}"))
-    return f"; there are {', '.join(runs)}" if runs else "; name its folder with --results"
+    return f"; choose one of {', '.join(runs)}" if runs else "; name its folder with --results"
 
 
 def _settings_of_run(folder: Path) -> dict[str, Any]:
-    """Read the settings of a run that goes on: those of its checkpoint or, before the first, of its parameters."""
+    """Read the settings of a run to resume: from its checkpoint or, before the first one, from its parameters."""
     from raytune_emotion.learn.checkpoint import read_progress
 
     progress = read_progress(folder)
@@ -209,28 +209,28 @@ def _default_name(settings: dict[str, Any]) -> str:
 
 
 def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Data:
-    """Find what to train on: what is named, or what the run or the study had, or the built-in sample."""
+    """Find the data to train on: the named data, else those of the run or the study, else the built-in sample."""
     if args.data is not None:
         return find_data(args.data)
     if args.resume:
         before = data_of(folder)
         if before is None or not is_store(before):
-            raise UserError(f"{before or folder}: the packed data of the run are gone; name the data with --data")
+            raise UserError(f"{before or folder}: the packed data of the run are missing; name the data with --data")
         return find_data(before)
     if args.study is None:
         return find_data(sample_folder())
     size = settings.get("data.image_size", DataConfig().image_size)
     packed = spec_of(args.study).stores.get(size)
     if packed is None or not is_store(packed):
-        raise UserError(f"{args.study}: its packed images of {size} px are not to be found; name the data with --data")
+        raise UserError(f"{args.study}: the packed images of {size} px are missing; name the data with --data")
     return find_data(packed)
 
 
 def _merge_settings(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with others in their place.
+    """Merge settings; the second ones win.
 
-    Where these name a loss, the losses are theirs alone. Where they name a recipe, so is the augmentation: a file of
-    all settings holds what another recipe stands for.
+    If the second ones name a loss, all losses of the first are dropped. If they name a recipe, all augmentation of the
+    first is dropped, because a file of all settings also contains the settings of its own recipe.
     """
     replaced: tuple[str, ...] = ("loss.",) if any(key.startswith("loss.") for key in more) else ()
     replaced += ("augment.",) if "augment.recipe" in more else ()
@@ -248,7 +248,7 @@ def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
         try:
             settings[key] = load_yaml(text)
         except (YAMLError, ValueError) as error:
-            faults.append(f"--set {assignment}: {text!r} is no plain value ({str(error).splitlines()[0]})")
+            faults.append(f"--set {assignment}: {text!r} is not a plain value ({str(error).splitlines()[0]})")
     if faults:
         raise UserError(faults)
     return settings
@@ -260,7 +260,7 @@ def _read(file: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (YAMLError, ValueError) as error:
-        raise UserError(f"{file}: no valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]}); correct the file") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{file}: expected settings by dotted path, such as `optim.lr: 1e-3`")
     return values

@@ -1,1 +1,1 @@
-"""Learning curves of configurations that were trained to their end, and studies replayed on them."""
+"""Record learning curves of fully trained configurations, and replay studies on them."""

@@ -1,12 +1,12 @@
-"""Real studies of equal time: this project, random search, Optuna alone, and Ray's OptunaSearch as it is documented.
+"""Compare real studies of equal time: this project, random search, Optuna alone, and Ray's OptunaSearch as documented.
 
     python -m benchmarks.curves.contest --data ferplus_small
 
-All choose among the same configurations, those of the quick space without its start points, lest one know more than
-another, and train them by the same code on the same packed store, on two cores. Each study is a process of its own,
-whose time begins with its start. Beside them this project runs with the start points. With `--keep FOLDER` a contest
-that was interrupted goes on where it was. What is kept knows its data and not the code: name another folder after a
-change.
+All choose among the same configurations: those of the quick space without its start points, so that none knows more
+than the others. All train them with the same code on the same packed store, on two cores. Each study is a separate
+process, whose time begins with its start. In addition, this project runs with the start points. With `--keep FOLDER`,
+an interrupted contest continues where it stopped. Kept results are checked for the same data, but not for the same
+code: name another folder after a change of the code.
 """
 
 import argparse
@@ -53,18 +53,18 @@ SPACE = Path("search_spaces/quick.yaml")
 PICTURE = Path("docs/contest.png")
 EPOCHS = 8
 CORES = 2
-MANY = 10_000  # trials, more than there is time for
+MANY = 10_000  # number of trials, more than the time allows
 
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """What a study gets."""
+    """The task of a study."""
 
     store: str
     space: str  # file
     seconds: float
     seed: int
-    folder: str  # for what it writes; each report is a line of a *.jsonl below, with its `time` and `val_js`
+    folder: str  # for its files; each report is a line of a *.jsonl in it, with its `time` and `val_js`
 
 
 def main() -> int:
@@ -86,7 +86,7 @@ def main() -> int:
         store = prepare(args.data, image_size=None)
         took = 0.0
         found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in STUDIES}
-        # Seed by seed, so that whatever the machine does meanwhile falls on all alike.
+        # Run the studies seed by seed, so that other load of the machine affects all alike.
         for seed, name in track([(seed, name) for seed in range(args.seeds) for name in STUDIES], "studies"):
             what = f"{name}, {args.seconds:g} s, seed {seed}, data {store.fingerprint[:12]}"
             file = (args.keep or Path(scratch)) / f"{what}.json"
@@ -110,14 +110,14 @@ def main() -> int:
 
 
 def _study(name: str, asked: Contest) -> list[tuple[float, float]]:
-    """Runs a study; its reports until its time is over, as seconds since its start and validation JS."""
+    """Run a study, and return its reports within its time, as seconds since its start and validation JS."""
     began = time.time()
     command = [sys.executable, "-m", "benchmarks.curves.contest", "--data", "."]
     command += ["--study", name, json.dumps(dataclasses.asdict(asked))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     said = b""
     try:
-        # What it does after its time does not count: whether it ends, neither.
+        # Nothing after its time counts, not even how it ends.
         with contextlib.suppress(subprocess.TimeoutExpired):
             _, said = process.communicate(timeout=asked.seconds + 120)
     finally:
@@ -135,7 +135,7 @@ def _ours(asked: Contest) -> None:
         sys.executable, "-m", "raytune_emotion.search", "--data", asked.store, "--space", asked.space, "--objective",
         "val_js per hour", "--trials", str(MANY), "--epochs", str(EPOCHS), "--seed", str(asked.seed), "--time-budget",
         f"{asked.seconds:g}s", "--results", asked.folder,
-        # The portfolio was recorded on the faces of the contest.
+        # The portfolio is not used, because it was recorded on the faces of the contest.
         "--warm-start", "none",
     ]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -146,7 +146,7 @@ def _ours_with_start_points(asked: Contest) -> None:
 
 
 def _random(asked: Contest) -> None:
-    """Random configurations, each to its end, one a core."""
+    """Train random configurations to their end, one per core."""
     processes = [get_context("spawn").Process(target=_train_every, args=(asked, core)) for core in range(CORES)]
     for process in processes:
         process.start()
@@ -164,7 +164,7 @@ def _train_every(asked: Contest, core: int) -> None:
 
 
 def _optuna(asked: Contest) -> None:
-    """Optuna's own sampler and Hyperband, in one process that has both cores."""
+    """Run Optuna's own sampler and Hyperband, in one process with both cores."""
     torch.set_num_threads(CORES)
     space = _space(asked)
 
@@ -187,7 +187,7 @@ def _define(space: Space, trial: optuna.Trial) -> dict[str, Any]:
 
 
 def _ray(asked: Contest) -> None:
-    """A function trainable that reports every epoch, `OptunaSearch` and `ASHAScheduler`, with nothing set but these."""
+    """Run a function trainable that reports every epoch, with `OptunaSearch`, `ASHAScheduler` and no other options."""
     space = _space(asked)
 
     def trainable(config: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ def _space(asked: Contest) -> Space:
 
 
 def _train(asked: Contest, settings: dict[str, Any]) -> Iterator[float]:
-    """The validation JS of every epoch, which are written down; one that diverges ends."""
+    """Yield the validation JS of every epoch, and log it. A diverging configuration ends."""
     file = Path(asked.folder) / f"{os.getpid()}.jsonl"
     with contextlib.suppress(Divergence):
         for report in fit(RunConfig.from_flat(settings), open_store(Path(asked.store)), device=torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Draws what `rivals` and `policies` have found for a budget: python -m benchmarks.curves.picture."""
+"""Draw the results of `rivals` and `policies` by budget: python -m benchmarks.curves.picture."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def picture(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> Figure:
-    """Median and quartiles of the best JS by what was spent, for every set of curves and number of workers."""
+    """Draw median and quartiles of the best JS by spent budget, for every set of curves and number of workers."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     grid = figure.subplots(len(FACES), len(WORKERS), sharex=True, sharey="row")
     for (row, name), (column, workers) in product(enumerate(FACES), enumerate(WORKERS)):
@@ -40,7 +40,7 @@ def picture(rows: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(full_trials, [f"{each:g}" for each in full_trials])
     for row, name in enumerate(FACES):
-        # As far as all come: what has hardly begun yet would press the rest together.
+        # Limit the axis: the high values of the beginning would compress the rest.
         last = [
             rows[name, "surrogate", workers, policy][found_at(SHARE)[0]]
             for workers, policy in product(WORKERS, COLOURS)

@@ -1,10 +1,10 @@
-"""Choose the portfolio that searches begin with from the recorded curves.
+"""Choose the portfolio, with which searches begin, from the recorded curves.
 
     python -m benchmarks.curves.portfolio
 
-Of each set of curves 32 configurations are kept, from the best to the worst in even steps of their rank, with their
-best JS. A forecast that has seen them ranks the others: printed are Spearman's rank correlations, for other numbers of
-configurations and for the best ones alone, too. The best alone say nothing of what to avoid.
+From each set of curves, 32 configurations are kept with their best JS, from the best to the worst in even steps of
+their rank. A forecast from them ranks the others. The program prints Spearman's rank correlations, also for other
+numbers of configurations and for only the best ones. The best ones alone do not show which configurations to avoid.
 """
 
 import json
@@ -26,9 +26,9 @@ from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.policy.portfolio import PORTFOLIO, RECORDED
 from raytune_emotion.tuning.space.parser import load_space
 
-#: Configurations of a set of curves.
+#: Number of kept configurations per set of curves.
 KEPT = 32
-#: Digits of the numbers that are kept.
+#: Number of digits of the kept numbers.
 _DIGITS = 4
 
 
@@ -37,7 +37,7 @@ def main() -> int:
     curves = {file.stem: read_curves(file, space) for file in sorted(CURVES.glob("*.parquet"))}
     searched = {key: its for key, its in space.to_dict().items() if key == "when" or isinstance(its, Mapping)}
     parts = [_part(name, recorded, searched) for name, recorded in curves.items()]
-    # One configuration a line.
+    # Write one configuration per line.
     text = json.dumps(parts, separators=(",", ":")).replace("[[{", "[\n[{").replace("],[", "],\n[")
     write_text(PORTFOLIO, text.replace("}]]}", "}]\n]}") + "\n")
     _show(curves)
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def spread(recorded: Recorded, count: int) -> list[int]:
-    """Return the numbers of some configurations, in even steps of their rank."""
+    """Return the numbers of `count` configurations, in even steps of their rank."""
     order = np.argsort(best_js(recorded))
     chosen: list[int] = order[np.linspace(0, len(order) - 1, count).astype(int)].tolist()
     return chosen
@@ -58,7 +58,7 @@ def best_js(recorded: Recorded) -> Floats:
 
 
 def _part(name: str, recorded: Recorded, searched: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a part of the portfolio: what was recorded, and of each configuration the settings and the JS."""
+    """Return a part of the portfolio: the name of the data, and settings and JS of each configuration."""
     js_N = best_js(recorded)
     rows = [
         [{key: _rounded(value) for key, value in recorded.settings[number].items()}, {"1": _rounded(js_N[number])}]
@@ -73,7 +73,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _show(curves: Mapping[str, Recorded]) -> None:
-    """Print how well forecasts rank configurations that they have not seen."""
+    """Print how well forecasts rank unseen configurations."""
     table = Table("portfolio of", "configurations", *(f"ranks {name}" for name in curves), box=box.SIMPLE)
     for name, recorded in curves.items():
         order = np.argsort(best_js(recorded)).tolist()
@@ -89,7 +89,7 @@ def _show(curves: Mapping[str, Recorded]) -> None:
 
 
 def _correlation(forecast: Forecast, recorded: Recorded, seen: Sequence[int]) -> float:
-    """Return Spearman's rank correlation of what is forecast of the configurations that were not seen."""
+    """Return Spearman's rank correlation of the forecasts for unseen configurations with their values."""
     left = sorted({*range(len(recorded.settings))} - {*seen})
     mean_M, _ = forecast([recorded.settings[number] for number in left])
     return float(pd.Series(mean_M).corr(pd.Series(best_js(recorded)[left]), method="spearman"))

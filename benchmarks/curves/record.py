@@ -1,10 +1,10 @@
-"""Trains configurations drawn at random from a space to their end, and keeps their curves.
+"""Train random configurations of a space to their end, and keep their curves.
 
     python -m benchmarks.curves.record --data ferplus_small --work WORK benchmarks/curves/ferplus_small.parquet
 
-Each configuration trains on one core of its own, at a low priority, and its time is that of its process's own
-clock, so that other work on the machine costs nothing but patience. A recording that was broken off goes on, and one
-that has ended goes on with more configurations: those that are in the file already are not trained again.
+Each configuration trains on one core at a low priority, and its time is the processor time of its process, so that
+other work on the machine does not falsify it. An interrupted recording can be continued, and a complete one can be
+extended: configurations in the file are not trained again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space, draw
 
-#: Times of the wall clock, which say nothing of a machine that is shared.
+#: Columns with wall-clock times, which are meaningless on a shared machine.
 _LEFT_OUT = ("seconds", "time", "images_per_second")
 
 
@@ -52,7 +52,7 @@ def main() -> int:
     store = _store(args)
     train_seed = args.seed if args.train_seed is None else args.train_seed
     length = {"train.epochs": args.epochs, "train.evals_per_epoch": args.evals_per_epoch, "train.seed": train_seed}
-    # As the first of the curves were recorded.
+    # The first curves were recorded with these values.
     length |= {"train.ema_decay": 0.0}
     space = load_space(args.space, overrides={**length, "data.image_size": open_store(store).image_size})
     drawn = dict(enumerate(draw(space, args.configurations, args.seed)))
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def record(settings: dict[str, Any], store: Path, file: Path) -> None:
-    """Writes the reports of a configuration; where it diverges, those until then."""
+    """Write the reports of a configuration; if it diverges, those until then."""
     reports: list[dict[str, Any]] = []
     began = time.process_time()
     try:
@@ -81,7 +81,7 @@ def record(settings: dict[str, Any], store: Path, file: Path) -> None:
 
 
 def write_curves(work: Path, dest: Path, known: pd.DataFrame, drawn: dict[int, dict[str, Any]], space: Space) -> None:
-    """One row a configuration and report: its number, its settings that the space chose, and the report if any."""
+    """Write one row per configuration and report: number, settings that the space chose, and the report if any."""
     rows = [
         {"configuration": number, **{k: v for k, v in settings.items() if k not in space.fixed_settings}, **report}
         for number, settings in drawn.items()

@@ -1,16 +1,16 @@
-"""Compare policies of search on learning curves that were recorded of a search space of this project.
+"""Compare search policies on recorded learning curves of a search space of this project.
 
     python -m benchmarks curves FILE.csv… --space SPACE.yaml [--start-points] [--trials N] [--workers W] [--json FILE]
 
 A file has a row for every evaluation of a trial, with the columns `trial`, one per setting of the space by its dotted
-path, `epoch`, `seconds` (of training, since the trial began) and `val_js`; further columns are passed over. What
-`benchmarks.curves.record` has written is taken, too. Trials that ended before the others are left out. A study has the
-time of a quarter of them: it begins more than it trains to the end. With `--trials N` it begins N trials at most, and
-has the time of N mean ones.
+path, `epoch`, `seconds` (of training, since the trial began) and `val_js`. Further columns are ignored. Files of
+`benchmarks.curves.record` are accepted, too. Trials that ended before the others are left out. A study has the time of
+a quarter of the trials: it begins more trials than it trains to the end. With `--trials N`, it begins at most N trials,
+and has the time of N mean ones.
 
-`default` begins with the portfolio, as a study of this space does, but without the part that was recorded on the data
-whose name the file has. `no-portfolio` is the default without one. `misled` has one in which the best configuration has
-the JS of the worst, and so on.
+`default` begins with the portfolio, as a study of this space does, but without the part with the name of the file.
+`no-portfolio` is the default without a portfolio. `misled` has one in which the best configuration has the JS of the
+worst, and so on.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 
 _TRIAL, _EPOCH, _SECONDS, _JS = "trial", "epoch", "seconds", "val_js"
-#: What `benchmarks.curves.record` calls the same.
+#: Names of these columns in files of `benchmarks.curves.record`.
 _OWN = {"configuration": _TRIAL, "core_seconds": _SECONDS}
-#: The share of the recorded trials whose time a study has.
+#: Time of a study, as a share of the time of all recorded trials.
 _SHARE = 1 / 4
 
 
@@ -66,7 +66,8 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
     """Read the curves of trials.
 
     Args:
-        trials: that a study may begin, in the mean time of so many; None: all, in the time of a quarter of them.
+        trials: number of trials that a study may begin, in the mean time of so many; None: all, in the time of a
+            quarter of them.
 
     Raises:
         UserError: a column is missing, or no two trials can be compared.
@@ -91,14 +92,14 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
 
 
 def params_of(space: Space, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Optuna's parameters of a configuration; what lies outside of the space is moved to its edge."""
+    """Return Optuna's parameters of a configuration. Values outside of the space are moved to its edge."""
     point = {key: _word(space, key, value) for key, value in settings.items() if not pd.isna(value)}
     drawn = space.parameters
     return {name: _inside(drawn[name], value) for name, value in space.params_of(point).items()}
 
 
 def _word(space: Space, key: str, value: Any) -> Any:
-    """Return a value as the space lists it: a table may hold 1 for 1.0, or True for true."""
+    """Return a value in the form of the space. A table may hold 1 for 1.0, or True for true."""
     return next((listed for listed in space.values_of(key) if str(listed) == str(value) or listed == value), value)
 
 

@@ -1,6 +1,6 @@
-"""Studies in simulated time: what a policy of search asks for is answered from recorded learning curves.
+"""Replay studies in simulated time: recorded learning curves answer the requests of a search policy.
 
-No policy is given the space's start points.
+No policy gets the space's start points.
 """
 
 import dataclasses
@@ -32,22 +32,22 @@ from raytune_emotion.tuning.space.space import Space
 
 CURVES = Path(__file__).parent
 SPACE = Path("search_spaces/quick.yaml")
-#: Of the recorded curves.
+#: Epochs of the recorded curves.
 EPOCHS = 8
-#: Budget of random search, in trials that are trained to their end; all others are replayed for a share of it.
+#: Budget of random search, in fully trained trials. All other policies are replayed for a share of it.
 BUDGET, SHARE = 256, 1 / 8
-#: Shares of that budget after which the best JS is told.
+#: Shares of that budget at which the best JS is reported.
 SPENT = tuple(SHARE / 2**halved for halved in (4, 3, 2, 1, 0))
-#: Simulated workers.
+#: Numbers of simulated workers.
 WORKERS = (2, 8, 32)
-#: Shares of the best among all configurations, whose JS is to be reached.
+#: Goals: the JS of the best configurations, as shares of all configurations.
 BEST = (0.05, 0.01)
-#: How the rows of a table of replayed studies are told apart, and what they hold.
+#: Key columns, and all columns, of a table of replayed studies.
 KEY = ("curves", "response", "workers", "policy")
 
 
 def found_at(share: float) -> tuple[str, str, str]:
-    """Columns of the best JS after a share of random search's budget: its median and quartiles."""
+    """Return the columns of the best JS after a share of random search's budget: median and quartiles."""
     part = f"1/{1 / share:g}"
     return f"JS at {part}", f"Q1 at {part}", f"Q3 at {part}"
 
@@ -61,10 +61,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Market:
-    """What policies are compared on."""
+    """Curves on which policies are compared."""
 
-    curves: str  # by the file's name
-    kind: str  # of the response
+    curves: str  # name of the file
+    kind: str  # kind of the response
     space: Space
     response: Nearest | Surrogate
 
@@ -74,7 +74,7 @@ class Market:
 
     @property
     def full(self) -> float:
-        """What a random configuration costs that is trained to its end, in seconds of a core."""
+        """Return the mean cost of a fully trained random configuration, core-seconds."""
         return self._nearest.recorded.mean_seconds
 
     @property
@@ -82,18 +82,18 @@ class Market:
         return self.response if isinstance(self.response, Nearest) else self.response.nearest
 
     def budget(self, workers: int) -> float:
-        """The time that random search has, in seconds."""
+        """Return the time of random search, seconds."""
         return BUDGET * self.full / workers
 
 
-#: Of a market and a seed: what asks for trials and hears of them.
+#: Function from a market and a seed to a driver, which asks for trials and gets their reports.
 Make = Callable[[Market, int], Driver]
 
 
 def replay(
     make: Make, market: Market, workers: int, seed: int, seconds: float, goal: float = np.inf, longer: float = 0.0
 ) -> Found:
-    """Simulates a study by a policy until its time is over; where the goal is not reached then, for longer."""
+    """Simulate a study with a policy until its time is over; if the goal is not reached then, for longer."""
     np.random.seed(seed)  # noqa: NPY002  # Ray's schedulers draw from it
     return simulate(market, make(market, seed), workers, seconds, goal, longer)
 
@@ -101,13 +101,13 @@ def replay(
 def replays(
     processes: ProcessPoolExecutor, make: Make, market: Market, workers: int, seeds: Sequence[int], *limits: float
 ) -> list[Found]:
-    """A study a seed; for the limits see `replay`."""
+    """Simulate one study per seed; for the limits see `replay`."""
     each = (*map(repeat, (make, market, workers)), seeds, *map(repeat, limits))
     return list(processes.map(replay, *each, chunksize=max(1, len(seeds) // 16)))
 
 
 def at_random(market: Market, workers: int, seed: int, seconds: float) -> Found:
-    """Random search that stops nothing, whose trials know nothing of each other, so that they can be drawn at once."""
+    """Simulate random search without stopping. Its trials are independent, so that they can be drawn at once."""
     free = [0.0] * workers
     begins: list[float] = []
     times: list[Floats] = []
@@ -124,19 +124,19 @@ def at_random(market: Market, workers: int, seed: int, seconds: float) -> Found:
 
 
 def in_order(seconds_N: Floats, js_N: Floats, begun: Floats) -> Found:
-    """A study of reports, which may come in any order."""
+    """Make a study from reports, which may come in any order."""
     order = np.argsort(seconds_N, kind="stable")
     return Found(seconds_N[order], np.minimum.accumulate(js_N[order]), begun)
 
 
 def drawn(space: Space, seed: int, block: int) -> Columns:
-    """Some configurations at random."""
+    """Draw random configurations."""
     rng = np.random.default_rng(zlib.crc32(f"{seed}/{block}".encode()))
     return settings_of(space, draw_candidates(space.parameters, [], rng))
 
 
 def many(market: Market, seed: int) -> tuple[Floats, Floats]:
-    """JS and seconds of a core by report, [M, R] each, of some 20,000 configurations at random."""
+    """Return JS and core-seconds by report, [M, R] each, of about 20,000 random configurations."""
     every = [market.response(drawn(market.space, seed, block)) for block in range(20)]
     js_MR, seconds_MR = (np.concatenate(part) for part in zip(*every, strict=True))
     return js_MR, seconds_MR
@@ -145,7 +145,7 @@ def many(market: Market, seed: int) -> tuple[Floats, Floats]:
 def simulate(
     market: Market, driver: Driver, workers: int, seconds: float, goal: float = np.inf, longer: float = 0.0
 ) -> Found:
-    """Run a study on replayed curves until its time is over; where the goal is not reached then, for longer."""
+    """Run a study on replayed curves until its time is over; if the goal is not reached then, for longer."""
 
     def respond(settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
         (js_R,), (seconds_R,) = market.response([settings])
@@ -155,7 +155,7 @@ def simulate(
 
 
 def pool() -> ProcessPoolExecutor:
-    """Processes that replay."""
+    """Make a pool of processes that replay studies."""
     _quiet()
     return ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_quiet)
 
@@ -167,13 +167,13 @@ def _quiet() -> None:
 
 
 def read_space() -> Space:
-    """The space that the configurations were drawn from, without its start points."""
+    """Return the space of the recorded configurations, without its start points."""
     fixed = {"train.epochs": EPOCHS, "train.evals_per_epoch": 2, "train.ema_decay": 0.0, "data.image_size": 48}
     return dataclasses.replace(load_space(SPACE, overrides=fixed), start=())
 
 
 def read_markets(notes: list[str]) -> list[Market]:
-    """Every set of curves with both ways to answer between them; the notes tell how far these are off."""
+    """Return every set of curves with both responses. The notes get the errors of the responses."""
     space = read_space()
     markets: list[Market] = []
     for file in sorted(CURVES.glob("*.parquet")):
@@ -192,7 +192,7 @@ def read_markets(notes: list[str]) -> list[Market]:
 
 
 def _shortest(names: Sequence[str], length_D: Floats, most: float = 6.0) -> str:
-    """Which settings matter most to the JS, and over what a part of their range."""
+    """Return the settings with the largest influence on the JS, with their length scales as shares of their ranges."""
     ranked = sorted(zip(length_D, names, strict=True))
     listed = dict.fromkeys(name for length, name in ranked if length < most)
     return ", ".join(f"{name} {min(length for length, its in ranked if its == name):.1f}" for name in listed)
@@ -200,26 +200,26 @@ def _shortest(names: Sequence[str], length_D: Floats, most: float = 6.0) -> str:
 
 @dataclass(frozen=True)
 class Goals:
-    """What policies are to reach with a number of workers."""
+    """The goals of policies with a number of workers."""
 
-    of_random: float  # what random search has found in all of its time, bits
-    of_ray: float  # what Ray's search has found in its share of that
-    best: tuple[float, ...]  # of all configurations, by their shares
+    of_random: float  # JS of random search after its whole time, bits
+    of_ray: float  # JS of Ray's search after its share of that time, bits
+    best: tuple[float, ...]  # JS of the best configurations, by their shares
 
 
 def row(
     market: Market, workers: int, policy: str, studies: Sequence[Found], goals: Goals, seconds: float, longer: int
 ) -> tuple[Any, ...]:
-    """What a policy has found, and how much less of the budget it needed for what others had; medians over studies.
+    """Return the results of a policy, and the shares of the budget that it needed for the goals; medians over studies.
 
     Args:
         market: the curves.
-        workers: of each study.
-        policy: its name.
-        studies: one a seed.
-        goals: to be reached.
-        seconds: what each study was given.
-        longer: of how many studies, the first, the time of a goal counts that fewer than half have reached in theirs.
+        workers: workers of each study.
+        policy: name of the policy.
+        studies: one study per seed.
+        goals: goals to reach.
+        seconds: time of each study.
+        longer: number of first studies whose longer time counts for a goal that fewer than half reached in their time.
     """
 
     def until(js: float) -> float:
@@ -237,7 +237,7 @@ def row(
 
 
 def read_rows(results: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The rows of a table that was kept, by what tells them apart."""
+    """Read the rows of a saved table, by their key columns."""
     table = json.loads(results.read_text(encoding="utf-8"))
     rows = [dict(zip(table["columns"], each, strict=True)) for each in table["rows"]]
     return {tuple(each[name] for name in KEY): each for each in rows}

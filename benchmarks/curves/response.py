@@ -1,4 +1,4 @@
-"""What recorded curves say of configurations that were not recorded."""
+"""Estimate the curves of configurations that were not recorded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,34 +16,34 @@ from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.space import Space
 
 _METRIC = "val_js"
-_REPORTED = "report"  # the columns before it are settings
+_REPORTED = "report"  # columns before this one are settings
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """N configurations that were trained to their end, with R reports each."""
+    """N fully trained configurations with R reports each."""
 
     settings: list[dict[str, Any]]
     encoding: Encoding
     x_ND: Floats
     js_NR: Floats  # validation JS, bits
-    seconds_NR: Floats  # of a core, since the report before
+    seconds_NR: Floats  # core-seconds since the previous report
 
     @property
     def mean_seconds(self) -> float:
-        """What a random configuration costs that is trained to its end."""
+        """Return the mean cost of a fully trained configuration, core-seconds."""
         return float(self.seconds_NR.sum(axis=1).mean())
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Replays the nearest configuration that was recorded, of the same choices where there is one."""
+    """Replay the nearest recorded configuration, with the same choices if possible."""
 
     recorded: Recorded
-    scales_D: Floats  # how much a difference in each coordinate matters
+    scales_D: Floats  # weight of a difference in each coordinate
 
     def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
-        """JS and seconds of a core by report, [M, R] each."""
+        """Return JS and core-seconds by report, [M, R] each."""
         near_M = self.index(self.recorded.encoding(settings))
         return self.recorded.js_NR[near_M], self.recorded.seconds_NR[near_M]
 
@@ -54,7 +54,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Mean of a Gaussian process through the logarithms of all curves; the cost is that of the nearest recorded."""
+    """The mean of a Gaussian process through the logarithms of all curves, with the cost of the nearest one."""
 
     nearest: Nearest
     weights_NR: Floats
@@ -62,7 +62,7 @@ class Surrogate:
     kernel: Any
 
     def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
-        """JS and seconds of a core by report, [M, R] each."""
+        """Return JS and core-seconds by report, [M, R] each."""
         recorded = self.nearest.recorded
         x_MD = recorded.encoding(settings)
         log_MR = self.mean_R + self.kernel(x_MD, recorded.x_ND) @ self.weights_NR
@@ -70,7 +70,7 @@ class Surrogate:
 
 
 def read_curves(file: Path, space: Space) -> Recorded:
-    """Reads what `benchmarks.curves.record` has written of a space; configurations that diverged are left out."""
+    """Read curves that `benchmarks.curves.record` has written. Diverged configurations are left out."""
     table = pd.read_parquet(file)
     keys = [name for name in table.columns[: table.columns.get_loc(_REPORTED)] if name != "configuration"]
     whole = table.groupby("configuration").filter(lambda rows: bool((rows["finished"] == True).any()))  # noqa: E712
@@ -88,7 +88,7 @@ def read_curves(file: Path, space: Space) -> Recorded:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Both ways to answer for a configuration, and how far each is off at a recorded one that it has not seen."""
+    """Both responses for a configuration, with their errors on unseen recorded ones."""
 
     nearest: Nearest
     surrogate: Surrogate
@@ -98,7 +98,7 @@ class Fitted:
 
 
 def fit_responses(recorded: Recorded) -> Fitted:
-    """Fits the length of every coordinate by the likelihood of the best JS, and leaves one out for the errors."""
+    """Fit the length of every coordinate by the likelihood of the best JS; estimate errors by leaving one out."""
     last_N = np.log(recorded.js_NR.min(axis=1))
     dims = recorded.x_ND.shape[1]
     start = ConstantKernel(0.1) * Matern(np.full(dims, 2.0), (0.05, 1e3), nu=2.5) + WhiteKernel(1e-3)
@@ -111,7 +111,7 @@ def fit_responses(recorded: Recorded) -> Fitted:
     log_NR = np.log(recorded.js_NR)
     mean_R = log_NR.mean(axis=0)
     weights_NR = inverse_NN @ (log_NR - mean_R)
-    # Of a Gaussian process, leaving one out has a closed form (Rasmussen & Williams, 2006, equation 5.12).
+    # For a Gaussian process, leave-one-out has a closed form (Rasmussen & Williams, 2006, equation 5.12).
     without_N = np.exp(log_NR[:, -1] - (weights_NR / np.diag(inverse_NN)[:, None])[:, -1])
     nearest = Nearest(recorded, 1 / kernel.k1.k2.length_scale)
     surrogate = Surrogate(nearest, weights_NR, mean_R, kernel.k1)

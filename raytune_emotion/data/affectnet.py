@@ -1,10 +1,10 @@
-"""Read an AffectNetFused folder as it is in the wild.
+"""Read an AffectNetFused folder, including its irregular files.
 
     <folder>/{train_set,val_set}/images/<id>.jpg                   or jpeg, png, bmp; in any case
     <folder>/{train_set,val_set}/annotations/<id>_prob_rank.txt    K probabilities, one line, commas between
 
-on a disk or at a URI. Whatever else lies beside these is ignored. A row at fault is named, never mended: the faults are
-collected, so that all of them can be told at once. A folder is listed once, and the list is handed on.
+on a disk or at a URI. All other files are ignored. A faulty row is reported, never repaired. The faults are collected,
+so that all of them can be reported at once. A folder is listed only once, and the list is passed on.
 """
 
 import contextlib
@@ -35,13 +35,15 @@ SPLITS: dict[str, str] = {"train": "train_set", "val": "val_set"}
 
 _ANNOTATION = "_prob_rank.txt"
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp"})
-_NAMED = 10  # faults of one kind that a sentence names
-_SIZES_READ = 100  # images whose headers tell a folder's size
+#: Largest number of faults of one kind that a sentence names.
+_NAMED = 10
+#: Number of images whose headers are read to find the image size of a folder.
+_SIZES_READ = 100
 _ANNOTATIONS_PER_TASK = 2048
 
 
 class Kind(Enum):
-    """What can be wrong with a row."""
+    """A kind of fault of a row."""
 
     NAME = "name is not UTF-8"
     NO_IMAGE = "annotation without an image"
@@ -102,7 +104,7 @@ class Scan:
     """A folder whose annotations have been read and whose images have not."""
 
     rows: Mapping[str, Sequence[Row]]  # by split, in the order of the ids
-    unlabelled: Mapping[str, Sequence[File]]  # images of rows whose annotation is at fault
+    unlabelled: Mapping[str, Sequence[File]]  # images of rows whose annotation is faulty
     faults: Sequence[Fault]
 
 
@@ -128,12 +130,12 @@ class Faces(ABC):
 
     @property
     def own_classes(self) -> tuple[str, ...] | None:
-        """Return the classes that the source itself names, if it does."""
+        """Return the classes that the source itself names; None if it names none."""
         return None
 
     @abstractmethod
     def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
-        """Read every annotation and find its image; the images are not opened, and no fault of a row is raised."""
+        """Read every annotation and find its image. Images are not opened, and faults of rows are returned."""
 
     @abstractmethod
     def quick_fingerprint(self) -> str:
@@ -141,14 +143,14 @@ class Faces(ABC):
 
     @abstractmethod
     def row_of(self, fault: Fault) -> str:
-        """Return what tells the row of a fault from the others of its split: a row may have several faults."""
+        """Return an identifier of the row of a fault within its split. A row may have several faults."""
 
     @abstractmethod
     def empty_split_fault(self, split: str) -> str:
-        """Return the sentence on a split that has not one good row."""
+        """Return the error for a split without a valid row."""
 
     def notes(self) -> list[str]:
-        """Return what is to be said of how the source is read, a sentence each."""
+        """Return remarks on how the source is read, one sentence each."""
         return []
 
 
@@ -181,20 +183,20 @@ class FaceFolder(Faces):
         return _annotation_id(fault.file) or _image_id(fault.file)
 
     def empty_split_fault(self, split: str) -> str:
-        return f"{self.location / SPLITS[split]}: not one good row"
+        return f"{self.location / SPLITS[split]}: no valid row"
 
 
 def check_layout(root: Location) -> None:
-    """Find out whether a folder has the layout of AffectNetFused, without listing its files.
+    """Check that a folder has the layout of AffectNetFused, without listing its files.
 
     Raises:
-        UserError: it has not.
+        UserError: it has another layout.
     """
     found = {f"{folder}/{sub}" for folder in SPLITS.values() for sub in root.list_folders(folder)}
     wanted = [f"{folder}/{sub}" for folder in SPLITS.values() for sub in ("annotations", "images")]
     missing = [name for name in wanted if name not in found]
     if missing and not root.exists():
-        raise UserError(f"{root}: there is no such folder")
+        raise UserError(f"{root}: no such folder; name an existing one")
     if missing:
         raise UserError(
             f"{root}: not a folder in the layout of AffectNetFused, which has {', '.join(wanted)};"
@@ -207,7 +209,7 @@ def list_faces(root: Location) -> FaceFolder:
     """List the files of a folder.
 
     Raises:
-        UserError: the folder has not the layout of AffectNetFused.
+        UserError: the folder does not have the layout of AffectNetFused.
     """
     check_layout(root)
     return FaceFolder(
@@ -223,7 +225,7 @@ def list_faces(root: Location) -> FaceFolder:
 
 
 def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
-    """Read every annotation of a folder and find its image; the images are not opened, and no fault is raised."""
+    """Read every annotation of a folder and find its image. Images are not opened, and faults are returned."""
     rows: dict[str, list[Row]] = {}
     unlabelled: dict[str, list[File]] = {}
     faults: list[Fault] = []
@@ -263,7 +265,7 @@ def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map
 
 
 def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[float, ...] | Flaw:
-    """Parse the K probabilities of an annotation file, exactly as written, or tell what is wrong with them."""
+    """Parse the K probabilities of an annotation file, exactly as written, or return their fault."""
     try:
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -282,7 +284,7 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
 
 
 def parse_probabilities(values: tuple[float, ...], classes: tuple[str, ...]) -> tuple[float, ...] | Flaw:
-    """Return the probabilities of the classes as they are, or tell what is wrong with them."""
+    """Return the probabilities of the classes unchanged, or their fault."""
     total = sum(values) if all(map(math.isfinite, values)) else math.nan
     if math.isnan(total):
         return Flaw(Kind.NOT_FINITE, _values_by_class(values, classes, lambda v: not math.isfinite(v)))
@@ -294,9 +296,9 @@ def parse_probabilities(values: tuple[float, ...], classes: tuple[str, ...]) -> 
 
 
 def native_size(faces: Faces, most: int) -> int:
-    """Return the side at which images lose nothing: the median of their shorter sides, px, at most `most`.
+    """Return the median of the shorter sides of the images, px, at most `most`.
 
-    It is taken from the headers of some training images; those that cannot be read are left to the packing to refuse.
+    It is computed from the headers of some training images. Unreadable images are skipped; packing will refuse them.
     """
     names = [file.name for file in faces.images["train"]]
     sides = []
@@ -337,7 +339,7 @@ def sentences(root: str, faults: Sequence[Fault], classes: tuple[str, ...] = EMO
         names = [f"{f.file} ({f.detail})" if f.detail else f.file for f in group[:_NAMED]]
         if len(group) > _NAMED:
             names.append(f"and {len(group) - _NAMED} more")
-        # Of a table, a line is at fault, or the image that it names.
+        # A fault of a table concerns a line, or the image that it names.
         noun = "row" if all(fault.detail.startswith("line ") for fault in group) else "file"
         sentence = f"{root}: {kind.value} ({count(len(group), noun)}): {', '.join(names)}"
         told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
@@ -345,11 +347,11 @@ def sentences(root: str, faults: Sequence[Fault], classes: tuple[str, ...] = EMO
 
 
 def _how_to_name_classes(faults: Sequence[Fault], classes: tuple[str, ...]) -> str:
-    """Say what to do where annotations hold another number of values than there are classes."""
+    """Return advice for annotations whose number of values differs from the number of classes."""
     counts = {fault.detail.partition(" ")[0] for fault in faults if fault.kind == Kind.COUNT}
-    expected = f"expected are the {len(classes)} classes {', '.join(classes)}"
+    expected = f"expected one value for each of the {len(classes)} classes {', '.join(classes)}"
     if len(counts) != 1 or not (number := counts.pop()).isdigit() or int(number) < 2:
-        return f"{expected}: if the folder was made with another list, name it in data.classes"
+        return f"{expected}: if the folder was made with another list of classes, set data.classes to it"
     names = f"A,B,… ({number} names)"
     return (
         f"{expected}: the public annotations of AffectNetFused hold 15 values; to use {number} values, name their "
@@ -377,7 +379,7 @@ def _by_id(files: SplitFiles) -> _Ids:
     return found
 
 
-# Hidden files are nobody's rows: unpacking on a Mac leaves a `._5.jpg` beside each `5.jpg`.
+# Hidden files are never rows: unpacking on a Mac leaves a `._5.jpg` beside each `5.jpg`.
 
 
 def _annotation_id(file: str) -> str:
@@ -418,14 +420,14 @@ def _read_annotations(task: tuple[Location, Sequence[str], tuple[str, ...]]) -> 
 
 
 def parse_number(cell: Any) -> float | None:
-    """Return the number in a cell of a table, which may be text; None where there is no number."""
+    """Return the number in a cell of a table, which may be text; None if it is not a number."""
     if isinstance(cell, str):
         return _number(cell) if _is_number(cell.strip()) else None
     return float(cell) if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) else None
 
 
 def _number(field: str) -> float:
-    # float() reads more than numbers are written with: 1_000, and digits of every script.
+    # float() also accepts 1_000 and digits of every script.
     if "_" in field or not field.isascii():
         raise ValueError(field)
     return float(field)

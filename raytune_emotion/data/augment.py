@@ -1,12 +1,12 @@
 """Augment batches on the device.
 
-A row's random numbers are a function of (seed, epoch, row) alone, so an image is augmented alike whatever
-batch, order or worker it falls in. The one exception is the partner of mixup and cutmix, which is the row
-before in the batch; the share that each row keeps of itself is still its own.
+A row's random numbers are a function of (seed, epoch, row) alone. An image is therefore augmented in the same way in
+every batch, order and worker. The only exception is the partner of mixup and cutmix, which is the previous row in the
+batch; the share that a row keeps of itself does not depend on the batch.
 
-Every decision is made on the host, where the row numbers are, for many batches at once, and goes to the device in one
-copy. Each draw has its own place in a row's sequence: switching one operation on changes no other's numbers. An
-operation that is off is not run.
+All decisions are made on the host, where the row numbers are, for many batches at once, and are sent to the device in
+one copy. Each draw has a fixed position in a row's sequence: an operation that is switched on changes no numbers of the
+others. An operation that is off is not run.
 """
 
 import dataclasses
@@ -25,11 +25,13 @@ from raytune_emotion.data.loader import Batch
 Triple = tuple[float, float, float]
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint64]
-#: What is done to the rows of a batch, [B, 1, 1, 1] a name, float32, on the device; operations that are off have no
-#: names in it. Lengths of crops are in shares of the side, of boxes (erase, cut) in px.
+#: Parameters of the augmentation of a batch: by name, [B, 1, 1, 1], float32, on the device. Operations that are off
+#: have no entry. Lengths are shares of the side for crops, and px for boxes (erase, cut).
 Decisions = Mapping[str, torch.Tensor]
 
-_DECIDED_AT_ONCE = 2048  # rows: as many as make the cost of each call of numpy vanish, and their numbers fit a cache
+#: Number of rows decided at once: enough to make numpy's cost per call negligible; their numbers fit into a cache.
+_DECIDED_AT_ONCE = 2048
+#: Number of random numbers per row.
 _DRAWS = 19
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LOG_CROP_ASPECT = math.log(4 / 3)
@@ -54,15 +56,15 @@ def decide(
     side: int,
     device: torch.device,
 ) -> Iterator[Decisions]:
-    """Yield what is done to the rows of each batch.
+    """Yield the augmentation parameters of each batch.
 
     Args:
-        config: what to do, and how strongly.
+        config: operations and their strengths.
         batches_of_rows: row numbers, [B] a batch.
-        seed: of the run.
-        epoch: the pass over the training set.
-        side: of the images, px.
-        device: where they are augmented.
+        seed: seed of the run.
+        epoch: number of the pass over the training set.
+        side: side of the images, px.
+        device: device on which they are augmented.
     """
     many = max(1, _DECIDED_AT_ONCE // len(batches_of_rows[0]))
     for first in range(0, len(batches_of_rows), many):
@@ -82,14 +84,14 @@ def decide(
 def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment the pixels and distributions of a training batch.
 
-    In this order: random crop and mirror image, colour jitter and greyscale, normalisation, erasing (to the
-    mean colour), mixup or cutmix (each row one of the two, by a fair coin, where both are on).
+    The order is: random crop and mirror image, colour jitter and greyscale, normalisation, erasing (to the mean
+    colour), mixup or cutmix. If both are on, a fair coin chooses one of the two for each row.
 
     Args:
         batch: square images; not changed.
-        decisions: on its rows, of `decide`.
-        mean: of the model's input, of pixels in [0, 1].
-        std: likewise.
+        decisions: output of `decide` for its rows.
+        mean: mean of the model's input, for pixels in [0, 1].
+        std: standard deviation of the model's input.
 
     Returns:
         x_BCHW, float32, normalised, in channels-last memory; and prob_BK.
@@ -97,12 +99,12 @@ def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) ->
     x_BHWC, prob_BK = batch.x_BHWC, batch.prob_BK
     side = x_BHWC.shape[1]
 
-    # Of the whole image, in integers: a float sum would depend on how the batch is split among threads.
+    # Sum the whole image in integers: a float sum would depend on how the batch is split among threads.
     pivot = _grey(x_BHWC.sum((1, 2), dtype=torch.int32)[:, None, None] / side**2) if "pivot" in decisions else None
     if "crop_width" in decisions:
         x_BHWC = _crop(x_BHWC, decisions)
     elif "flip" in decisions:
-        # Bits of the one or the other: on a CPU, where() takes four times as long on bytes.
+        # Select by bit operations: on a CPU, where() takes four times as long on bytes.
         chosen = (decisions["flip"] * 255).to(torch.uint8)
         x_BHWC = x_BHWC.flip(2).bitwise_xor_(x_BHWC).bitwise_and_(chosen).bitwise_xor_(x_BHWC)
     x_BHWC = x_BHWC.to(torch.float32)
@@ -147,9 +149,8 @@ def uniforms(seed: int, epoch: int, rows_B: npt.NDArray[np.int64], draws: int) -
 def symmetric_beta(u: Floats, v: Floats, alpha: float) -> Floats:
     """Map two uniform numbers to Beta(alpha, alpha), exactly and without rejection.
 
-    A Student t with 2 alpha degrees of freedom, by Bailey's polar method, carried over to the symmetric Beta
-    (Devroye, "Random variate generation in one line of code", 1996), written so that nothing overflows
-    where alpha is small.
+    Bailey's polar method draws a Student t with 2 alpha degrees of freedom, which is mapped to the symmetric Beta
+    (Devroye, "Random variate generation in one line of code", 1996). The formula does not overflow for small alpha.
     """
     q, cos = u ** (1 / alpha), np.cos(2 * math.pi * v)
     t = cos * np.sqrt((1 - q) / (q + (1 - q) * cos**2))
@@ -160,7 +161,7 @@ def symmetric_beta(u: Floats, v: Floats, alpha: float) -> Floats:
 def _plan(
     config: AugmentConfig, rows_B: npt.NDArray[np.int64], *, seed: int, epoch: int, side: int
 ) -> dict[str, Floats | npt.NDArray[np.bool_]]:
-    """Draw the decisions on rows, [B] for each name."""
+    """Draw the augmentation parameters of rows, [B] for each name."""
     plan: dict[str, Floats | npt.NDArray[np.bool_]] = {}
     if dataclasses.replace(config, recipe=None) == AugmentConfig(flip=0):
         return plan
@@ -179,7 +180,7 @@ def _plan(
         plan |= {"crop_left": left * (1 - width), "crop_width": width}
         plan |= {"crop_top": top * (1 - height), "crop_height": height}
     if config.colour or config.grey:
-        # Brightness b, contrast c about the mean grey m, saturation s, each the customary blend; in all
+        # Brightness b, contrast c about the mean grey m, saturation s, each as the usual blend; together
         # x -> b c s x + b c (1 - s) grey(x) + b (1 - c) m.
         b, c, s = (1 + config.colour * (2 * u - 1) for u in (bright, contrast, colourful))
         s = np.where(grey < config.grey, 0.0, s)
@@ -199,8 +200,8 @@ def _plan(
         if config.mixup:
             plan["mixup"] = plan["share"] = np.where(mixes, symmetric_beta(beta_u, beta_v, config.mixup), 1.0)
         if config.cutmix:
-            # A box of share 1 - lambda about a point drawn uniformly, less what is outside of the image
-            # (Yun et al., "CutMix", 2019): the distributions follow the pixels really replaced.
+            # A box of share 1 - lambda about a uniformly drawn point, clipped to the image (Yun et al., "CutMix",
+            # 2019). The distributions are mixed by the share of pixels that are really replaced.
             half = np.where(mixes, 0.0, 0.5 * np.sqrt(1 - symmetric_beta(beta_u, beta_v, config.cutmix)))
             x0, x1 = (np.round(side * np.clip(cut_x + sign * half, 0, 1)) for sign in (-1, 1))
             y0, y1 = (np.round(side * np.clip(cut_y + sign * half, 0, 1)) for sign in (-1, 1))
@@ -220,11 +221,11 @@ def _scale_and_shift(mean: Triple, std: Triple, width: int, device: torch.device
 
 
 def _normalise(x_BHWC: torch.Tensor, mean: Triple, std: Triple) -> torch.Tensor:
-    """Normalise float32 in place. As lines of W*C: to broadcast 3 channels alone is nine times slower on a CPU."""
+    """Normalise float32 in place, as lines of W*C: broadcasting only 3 channels is nine times slower on a CPU."""
     B, H, W, C = x_BHWC.shape
     scale, shift = _scale_and_shift(mean, std, W, x_BHWC.device)
     lines = x_BHWC.view(B, H, W * C)
-    return torch.addcmul(shift, lines, scale, out=lines).view(B, H, W, C)  # once through the memory
+    return torch.addcmul(shift, lines, scale, out=lines).view(B, H, W, C)  # one pass through the memory
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
@@ -233,9 +234,9 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
 
 
 def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
-    """Crop, and resize bilinearly. A crop is only ever enlarged, so nothing needs smoothing first."""
+    """Crop, and resize bilinearly. A crop is only ever enlarged, so it needs no smoothing before."""
     side = x_BHWC.shape[1]
-    # Centres of the pixels to make, from -1 to 1 as grid_sample has it.
+    # Centres of the output pixels, from -1 to 1 as in grid_sample.
     centres = (torch.arange(side, device=x_BHWC.device) * 2 + 1) / side - 1
     left, width, top, height = (decisions[f"crop_{name}"][..., 0] for name in ("left", "width", "top", "height"))
     sign = 1 - 2 * decisions["flip"][..., 0] if "flip" in decisions else 1
@@ -248,9 +249,9 @@ def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
 
 
 def _outside(box: str, decisions: Decisions, side: int) -> torch.Tensor:
-    """Return one outside of each row's box and zero in it, [B, H, W, C]: whole lines, as in `_normalise`.
+    """Return one outside of each row's box and zero inside, [B, H, W, C], as whole lines, as in `_normalise`.
 
-    As floats, since a CPU broadcasts booleans seven times as slowly.
+    The result is float, because a CPU broadcasts booleans seven times as slowly.
     """
     left, right, top, bottom = (decisions[f"{box}_{edge}"][..., 0] for edge in ("left", "right", "top", "bottom"))
     at = torch.arange(side, device=left.device)

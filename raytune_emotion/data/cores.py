@@ -1,4 +1,4 @@
-"""Count the cores that this process may use: the machine may have more."""
+"""Count the cores that this process may use, which may be fewer than those of the machine."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ _MEMBERSHIP = Path("/proc/self/cgroup")
 def usable_cores() -> int:
     """Count the cores that this process may use, at least 1.
 
-    The count respects the CPU affinity (`taskset`, Slurm, cpusets) and the CPU quota of the control groups that the
-    process is in (containers, Kubernetes, systemd), of version 1 or 2. Part of a core is not counted.
+    The count respects the CPU affinity (`taskset`, Slurm, cpusets) and the CPU quotas of the process's control groups
+    (containers, Kubernetes, systemd), version 1 or 2. A fraction of a core is not counted.
     """
     try:
         cores = len(os.sched_getaffinity(0))
@@ -25,12 +25,12 @@ def cpu_quota(cgroups: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float
     """Return the smallest CPU quota of this process's control groups, in cores; None if there is none.
 
     Args:
-        cgroups: where the control groups are mounted.
+        cgroups: folder where the control groups are mounted.
         membership: the file that names the groups of this process.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):  # no Linux
+    except (OSError, UnicodeDecodeError):  # not on Linux
         return None
     quotas = []
     for line in lines:

@@ -1,7 +1,7 @@
 """Decode pictures as the models see them: upright, RGB, square.
 
-A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size for less: a draft. Each picture is decoded at the least of these
-that is no smaller than what is wanted of it, and resized from there.
+A JPEG can be decoded faster at 1/2, 1/4 or 1/8 of its size; this is called a draft. Each picture is decoded as the
+smallest draft that is at least as large as the wanted size, and is then resized.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.locations import File, Location
 
-#: What files that are named as pictures turn out to hold; any other decoder of PIL (one calls Ghostscript) stays shut.
+#: Formats that PIL may decode, whatever the extension. Others are disabled; one of them would call Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
-#: Of a picture's pixels at one size.
+#: Length of the digest of a picture's pixels at one size, bytes.
 DIGEST_BYTES = 4
 
-# How to turn a picture upright, by its EXIF orientation.
+# Transposition that turns a picture upright, by its EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,21 +41,21 @@ _UPRIGHT = {
 
 
 class UndecodableImage(Exception):
-    """Why a picture cannot be decoded, in words."""
+    """Report that a picture cannot be decoded, with the reason."""
 
 
 def decode_image(file: Path, image_size: int) -> npt.NDArray[np.uint8]:
     """Decode a picture as the models see it: upright, RGB, transparency over white, squeezed to a square.
 
-    The whole picture is kept and squeezed, not cropped: faces come as boxes around the face that are nearly
-    square, and what a crop would cut off, brow and chin, is where the expression is. Threads that decode do so inside
-    of `ignore_decoder_warnings`, which one of them enters.
+    The whole picture is kept and squeezed, not cropped: pictures are nearly square boxes around faces. A crop would cut
+    off brow and chin, which show the expression. Threads decode inside of `ignore_decoder_warnings`, which one of them
+    enters.
 
     Returns:
         [H, W, 3], uint8, H = W = image_size.
 
     Raises:
-        UserError: the file cannot be read or decoded whole.
+        UserError: the file cannot be read or completely decoded.
     """
     try:
         return decode_at_sizes(file.read_bytes(), (image_size,))[0]
@@ -66,10 +66,10 @@ def decode_image(file: Path, image_size: int) -> npt.NDArray[np.uint8]:
 
 
 def decode_at_sizes(content: bytes | OSError, sides: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
-    """Decode a file's content at every size, [H, W, 3], each as if it were the only one.
+    """Decode a file's content at every size, [H, W, 3]. Each result is the same as if its size were the only one.
 
     Raises:
-        UndecodableImage: the file could not be read, or holds no whole picture.
+        UndecodableImage: the file could not be read, or contains no complete picture.
     """
     if isinstance(content, OSError):
         raise _cannot(content)
@@ -84,16 +84,16 @@ def decode_at_sizes(content: bytes | OSError, sides: Sequence[int]) -> list[npt.
         raise
     except UnidentifiedImageError as error:
         raise UndecodableImage("no picture in JPEG, PNG, BMP, GIF or WebP format") from error
-    except Exception as error:  # PIL raises what its decoders happen to: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # PIL's decoders raise many types: OSError, SyntaxError, struct.error, ...
         raise _cannot(error) from error
     return [squares[side] for side in sides]
 
 
 @contextlib.contextmanager
 def ignore_decoder_warnings() -> Iterator[None]:
-    """Ignore the warnings of PIL: odd metadata, and more than 90 megapixels, are no reason to refuse a picture.
+    """Ignore warnings of PIL: pictures with unusual metadata or more than 90 megapixels are accepted.
 
-    Filters of warnings belong to the process, so a pool of threads is started inside of the block.
+    Warning filters belong to the process, so start a pool of threads inside of the block.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -101,12 +101,12 @@ def ignore_decoder_warnings() -> Iterator[None]:
 
 
 def pixels_digest(pixels: bytes | memoryview) -> bytes:
-    """Hash pixels that nobody forges. SHA-256 would take a third of the time of decoding, this takes a fiftieth."""
+    """Hash pixels, without protection against forgery. It takes 1/50 of the time of decoding, SHA-256 1/3."""
     return zlib.crc32(pixels).to_bytes(DIGEST_BYTES, "big")
 
 
 def files_key(source: Location, files: Sequence[File]) -> str:
-    """Hash the names, sizes and modification times of files, and the versions of what decodes them."""
+    """Hash the names, sizes and modification times of files, and the versions of this package and of PIL."""
     key = hashlib.sha256(f"{__version__}\0{pillow_version}".encode())
     for file in files:
         key.update(f"{file.name}\0{source.stamp(file)}\0".encode())
@@ -124,11 +124,11 @@ def _cannot(error: Exception) -> UndecodableImage:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A picture at one of the sizes that its format is decoded at."""
+    """A picture at one of the sizes at which its format can be decoded."""
 
     image: Image.Image  # RGB or grey
-    whole: tuple[int, int]  # the picture's own width and height, px
-    scaled: bool  # whether there are several such sizes
+    whole: tuple[int, int]  # the picture's full width and height, px
+    scaled: bool  # whether the format has several such sizes
     turn: Image.Transpose | None
 
 
@@ -152,13 +152,13 @@ def _square(draft: _Draft, side: int) -> npt.NDArray[np.uint8]:
 
 
 def _scale(size: tuple[int, int], side: int) -> int:
-    """Return what a JPEG's size is divided by in the smallest draft that holds a square of this side."""
+    """Return the divisor of a JPEG's size for the smallest draft that contains a square of this side."""
     return max(scale for scale in (1, 2, 4, 8) if scale <= max(1, min(size) // side))
 
 
 def _rgb_or_grey(image: Image.Image) -> Image.Image:
     image.load()
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -171,5 +171,5 @@ def _rgb_or_grey(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # EXIF that is damaged tells no way up; the picture itself is whole
+    except Exception:  # damaged EXIF data gives no orientation, but the picture itself is complete
         return 1

@@ -1,12 +1,12 @@
 """Convert FER+ to the layout of AffectNetFused: python -m raytune_emotion.data.ferplus PIXELS VOTES DEST.
 
-FER+ gives each face of FER2013 the votes of ten people for eight emotions, `unknown` and `NF` (not a face).
-The votes for emotions become probabilities; the other five classes are zero. Left out are faces for which
-`unknown` and `NF` have more than half of the votes, and pictures that are there twice.
+FER+ gives each face of FER2013 the votes of ten people for eight emotions, `unknown` and `NF` (not a face). The votes
+for emotions become probabilities; the other five classes are zero. Two kinds of faces are left out: those for which
+`unknown` and `NF` have more than half of the votes, and repeated pictures.
 
-The split is FER2013's own: Training becomes train_set and PublicTest val_set. PrivateTest stays out, for a last
-test of what has been chosen; for the same reason a picture that is in several of them is taken from training
-first, then from validation.
+The split is FER2013's own: Training becomes train_set and PublicTest val_set. PrivateTest is left out, for a final test
+of the chosen model. For the same reason, a picture that occurs in several parts is removed from training first, then
+from validation.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.terminal import say, shell_word, typed_command
 
-#: FER+'s name of an emotion, in the order of its columns: ours.
+#: Name of each emotion in this project, by FER+'s name, in the order of FER+'s columns.
 NAMES = {
     "neutral": "neutral",
     "happiness": "happy",
@@ -41,10 +41,11 @@ NAMES = {
 }
 _NO_EMOTION = ("unknown", "NF")
 _SIDE = 48  # px
-# By FER2013's usage: in the order in which a picture that is there twice is kept.
+#: Split of each part of FER2013. A repeated picture is kept in the first of these parts.
 _SPLIT_OF: dict[str, str | None] = {"PrivateTest": None, "PublicTest": "val", "Training": "train"}
 _Picture = npt.NDArray[np.uint8]  # [H, W]
-_NAMED = 10  # faults of one kind that a sentence names
+#: Largest number of faults of one kind that a sentence names.
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Votes:
     """One row of FER+."""
 
     usage: str
-    image: str  # file name; empty where the picture is no face
-    emotions: tuple[int, ...]  # by NAMES
+    image: str  # file name; empty if the picture is not a face
+    emotions: tuple[int, ...]  # in the order of NAMES
     no_emotion: int
 
     @property
@@ -62,20 +63,20 @@ class Votes:
 
 
 def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str, int]:
-    """Write a folder in the layout of AffectNetFused: greyscale PNG, so that no pixel changes.
+    """Write a folder in the layout of AffectNetFused, with greyscale PNG files, so that no pixel changes.
 
     Args:
-        pixels_or_folder: fer2013.csv (emotion, pixels, Usage), whose rows are those of votes_csv; or a folder with
-            the pictures as FER+ names them (fer0000000.png), there or in FER2013Train, FER2013Valid, FER2013Test.
+        pixels_or_folder: fer2013.csv (emotion, pixels, Usage), with the same rows as votes_csv; or a folder with
+            pictures named as in FER+ (fer0000000.png), directly or in FER2013Train, FER2013Valid, FER2013Test.
         votes_csv: fer2013new.csv (Usage, Image name, the votes).
         dest: the new folder.
 
     Returns:
-        How many faces were written to `train` and `val`, and how many left out as `no emotion`, `repeated`
-        (picture or name) and `PrivateTest`.
+        The number of faces written to `train` and `val`, and the number left out as `no emotion`, `repeated` (picture
+        or name) and `PrivateTest`.
 
     Raises:
-        UserError: the files are not what FER+ has, or do not belong together; dest exists.
+        UserError: the files do not have FER+'s format, or do not belong together; dest exists.
     """
     votes = _read_votes(votes_csv)
     pictures = (
@@ -110,12 +111,12 @@ def convert(pixels_or_folder: Path, votes_csv: Path, dest: Path) -> Mapping[str,
                     annotation = folder / SPLITS[split] / "annotations" / f"{id_}_prob_rank.txt"
                     annotation.write_text(",".join(map(repr, probabilities(row.emotions))) + "\n", encoding="ascii")
         if empty := [usage for usage, split in _SPLIT_OF.items() if split is not None and not counts[split]]:
-            raise UserError(f"{votes_csv}: not one face with a voted emotion in {' and '.join(empty)}")
+            raise UserError(f"{votes_csv}: no face with votes for an emotion in {' and '.join(empty)}")
     return counts
 
 
 def probabilities(votes: Sequence[int]) -> tuple[float, ...]:
-    """Return the shares of votes (by NAMES) as a distribution over EMOTIONS; not all votes may be zero."""
+    """Return the shares of votes (in the order of NAMES) as a distribution over EMOTIONS; votes must not all be 0."""
     share = {ours: count / sum(votes) for ours, count in zip(NAMES.values(), votes, strict=True)}
     return tuple(share.get(emotion, 0.0) for emotion in EMOTIONS)
 
@@ -126,11 +127,11 @@ def _read_votes(path: Path) -> list[Votes]:
     for line, row in _read_csv(path, columns):
         usage, image, *counts = row
         if usage not in _SPLIT_OF:
-            faults.append(f"{path}: line {line}: Usage is one of {', '.join(_SPLIT_OF)}, got {usage!r}")
+            faults.append(f"{path}: line {line}: Usage: expected one of {', '.join(_SPLIT_OF)}, got {usage!r}")
         elif not all(count.isascii() and count.isdigit() for count in counts):
-            faults.append(f"{path}: line {line}: votes are whole numbers, got {', '.join(counts)}")
+            faults.append(f"{path}: line {line}: votes: expected whole numbers, got {', '.join(counts)}")
         elif Path(image).name != image:
-            faults.append(f"{path}: line {line}: Image name is a file name without a folder, got {image!r}")
+            faults.append(f"{path}: line {line}: Image name: expected a file name without a folder, got {image!r}")
         else:
             numbers = tuple(map(int, counts))
             votes.append(Votes(usage, image, numbers[: len(NAMES)], sum(numbers[len(NAMES) :])))
@@ -139,15 +140,15 @@ def _read_votes(path: Path) -> list[Votes]:
 
 
 def _from_csv(path: Path, votes: Sequence[Votes], votes_csv: Path) -> list[_Picture | None]:
-    """Return the picture of each row of votes; None for one that does not count."""
+    """Return the picture of each row of votes; None for a row that is left out."""
     faults: list[str] = []
     pictures: list[_Picture | None] = []
     for told, row in zip_longest(_read_csv(path, ("Usage", "pixels")), votes):
         if told is None or row is None:
-            raise UserError(f"{path} and {votes_csv}: have not the same number of rows, as files of one release do")
+            raise UserError(f"{path} and {votes_csv}: the numbers of rows differ; use files of the same release")
         line, (usage, pixels) = told
         if usage != row.usage:
-            faults.append(f"{path}: line {line}: Usage is {usage!r}, and in the same row of {votes_csv} {row.usage!r}")
+            faults.append(f"{path}: line {line}: Usage is {usage!r}, but {row.usage!r} in the same row of {votes_csv}")
         elif not row.counts:
             pictures.append(None)
         else:
@@ -155,7 +156,7 @@ def _from_csv(path: Path, votes: Sequence[Votes], votes_csv: Path) -> list[_Pict
                 flat = np.frombuffer(bytes(map(int, pixels.split())), np.uint8)
                 pictures.append(flat.reshape(_SIDE, _SIDE))
             except ValueError:
-                faults.append(f"{path}: line {line}: pixels are {_SIDE * _SIDE} whole numbers from 0 to 255")
+                faults.append(f"{path}: line {line}: pixels: expected {_SIDE * _SIDE} whole numbers from 0 to 255")
     _refuse(faults)
     return pictures
 
@@ -166,7 +167,7 @@ def _from_folder(folder: Path, votes: Sequence[Votes]) -> list[_Picture | None]:
     if missing := [row.image for row in votes if row.counts and row.image not in found]:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise UserError(
-            f"{folder}: {len(missing)} of the pictures with votes are neither here nor in"
+            f"{folder}: {len(missing)} pictures with votes are missing, here and in"
             f" {', '.join(subfolders[:-1])}: {', '.join(missing[:_NAMED])}{more}"
         )
     faults: list[str] = []
@@ -185,7 +186,7 @@ def _from_folder(folder: Path, votes: Sequence[Votes]) -> list[_Picture | None]:
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the values of some columns, by name, of every row."""
+    """Yield the line number of every row and its values of the named columns."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
@@ -200,7 +201,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[st
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: no CSV file in UTF-8 ({error})") from error
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from error
 
 
 def _refuse(faults: Sequence[str]) -> None:
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m raytune_emotion.data.ferplus",
-        description="turn FER+ into a folder in the layout of AffectNetFused",
+        description="convert FER+ to a folder in the layout of AffectNetFused",
     )
     parser.add_argument("pixels", type=local_path, help="fer2013.csv, or the folder of FER+'s PNG files")
     parser.add_argument("votes", type=local_path, help="fer2013new.csv")

@@ -1,4 +1,4 @@
-"""Gather rows of a split as batches: from files, one batch ahead, or from the GPU, if it has room for all images."""
+"""Gather rows of a split as batches: from files, one batch ahead, or from the GPU if all images fit there."""
 
 import math
 from collections import deque
@@ -13,9 +13,10 @@ import torch
 
 from raytune_emotion.data.store import Split, Store
 
-#: Of the memory that a process may take on a GPU, what the images of a split may take up at most.
+#: Largest share of a process's GPU memory that one split may use.
 _SHARE = 0.4
-_COPIED_AT_ONCE = 1024  # rows
+#: Number of rows that are copied to a GPU at once.
+_COPIED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Resident:
-    """A split that lies on a device as a whole: batches of it need next to nothing of the host."""
+class DeviceSplit:
+    """A split whose images are all on a device. Its batches cost the host almost no time."""
 
     x_NHWC: torch.Tensor  # uint8
     prob_NK: torch.Tensor  # float32
@@ -38,19 +39,19 @@ class Resident:
         return len(self.x_NHWC)
 
 
-#: What was placed last, by fingerprint, rows and device: the trials of a process, one after the other, share it.
-_placed: dict[tuple[str, str, int, torch.device], Resident] = {}
+#: Splits of the last store, by fingerprint, name, rows and device. Successive trials of a process share them.
+_placed: dict[tuple[str, str, int, torch.device], DeviceSplit] = {}
 
 
-def cache_on_device(store: Store, device: torch.device) -> tuple[Split | Resident, Split | Resident]:
-    """Copy the splits of a store to a device, each if it may take up so much memory there; others stay in their files.
+def cache_on_device(store: Store, device: torch.device) -> tuple[Split | DeviceSplit, Split | DeviceSplit]:
+    """Copy each split of a store to a device if it may use that much memory there; otherwise leave it in its files.
 
-    They stay on the device until another store is placed.
+    The splits stay on the device until another store is copied.
 
     Returns:
         The training and the validation split.
     """
-    # The larger part first, as long as there is the most room.
+    # The larger split comes first, while most room is free.
     splits = {
         (store.fingerprint, name, len(split), device): split
         for name, split in (("train", store.train), ("val", store.val))
@@ -62,59 +63,59 @@ def cache_on_device(store: Store, device: torch.device) -> tuple[Split | Residen
         here = kept.pop(key, None)
         if lives_on_device(size_of(split), room):
             _placed[key] = _copy_to_device(split, device) if here is None else here
-        del here  # before the next is judged, what does not stay is gone
+        del here  # free a split that does not stay before the next one is measured
     train, val = (_placed.get(key, split) for key, split in splits.items())
     return train, val
 
 
 def clear_cache() -> None:
-    """Free the splits that were placed last."""
+    """Free the splits of the last store."""
     _placed.clear()
 
 
 def lives_on_device(size: float, room: float) -> bool:
-    """Tell whether images of so many bytes are to live on a device that has so many for this process."""
+    """Tell whether images of `size` bytes are kept on a device where this process may use `room` bytes."""
     return size <= _SHARE * room
 
 
 def size_of(split: Split) -> int:
-    """Return the bytes of its images."""
+    """Return the size of the images of a split, bytes."""
     return len(split) * math.prod(split.shards[0].shape[1:])
 
 
-def _copy_to_device(split: Split, device: torch.device) -> Resident:
+def _copy_to_device(split: Split, device: torch.device) -> DeviceSplit:
     x_NHWC = torch.empty((len(split), *split.shards[0].shape[1:]), dtype=torch.uint8, device=device)
     for start in range(0, len(split), _COPIED_AT_ONCE):
         part = x_NHWC[start : start + _COPIED_AT_ONCE]
         part.copy_(torch.from_numpy(split.gather(np.arange(start, start + len(part)))))
-    return Resident(x_NHWC, torch.from_numpy(np.array(split.prob_NK)).to(device))
+    return DeviceSplit(x_NHWC, torch.from_numpy(np.array(split.prob_NK)).to(device))
 
 
 def _room(device: torch.device) -> float:
-    """Return the GPU memory that this process may still take, bytes; 0 for a CPU, which has the files in its memory."""
+    """Return the GPU memory that this process may still use, bytes; 0 for a CPU, whose memory maps the files."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
-    kept = torch.cuda.memory_reserved(device) - used  # freed, but by torch and not to the device
+    kept = torch.cuda.memory_reserved(device) - used  # free memory that torch has not returned to the device
     return min(free + kept, torch.cuda.get_per_process_memory_fraction(device.index) * total - used)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Return a permutation of n rows, [n], that is a function of (seed, epoch) alone."""
+    """Return a permutation of n rows, [n], which depends only on (seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batches(
-    source: Split | Resident, batches_of_rows: Iterable[npt.NDArray[np.int64]], device: torch.device
+    source: Split | DeviceSplit, batches_of_rows: Iterable[npt.NDArray[np.int64]], device: torch.device
 ) -> Iterator[Batch]:
     """Yield a batch for every array of row numbers, in their order.
 
-    From files, a background thread gathers the next batch while the caller works on this one. It ends with the
-    iterator, also when that is closed early, and what it raises is raised here. Every batch has memory of its own, so
+    From files, a background thread gathers the next batch while the caller works on this one. The thread ends with the
+    iterator, also if it is closed early, and errors of the thread are raised here. Every batch has its own memory, so
     the caller may keep it. On CUDA the caller's current stream waits for the copy; the host does not.
     """
-    if isinstance(source, Resident):
+    if isinstance(source, DeviceSplit):
         for rows_B in batches_of_rows:
             yield _batch_of(source, rows_B)
         return
@@ -131,11 +132,11 @@ def batches(
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all: torch keeps the memory that was freed on a stream for that stream alone.
+    # One stream for all: torch keeps memory that was freed on a stream for that stream only.
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _batch_of(source: Resident, rows_B: npt.NDArray[np.int64]) -> Batch:
+def _batch_of(source: DeviceSplit, rows_B: npt.NDArray[np.int64]) -> Batch:
     if rows_B.size and (rows_B.min() < 0 or rows_B.max() >= len(source)):
         raise IndexError(f"rows {rows_B.min()} to {rows_B.max()} of a split of {len(source)}")
     at_B = torch.from_numpy(rows_B)
@@ -150,9 +151,9 @@ def _load(
     if side is None:
         x_BHWC, prob_BK = torch.from_numpy(split.gather(rows_B)), torch.from_numpy(split.prob_NK[rows_B])
         return Batch(x_BHWC.to(device), prob_BK.to(device), rows_B), None
-    # The streams and the device that are current belong to a thread, and this one has set none yet.
+    # The current stream and device belong to a thread, and this thread has not set them yet.
     with torch.cuda.stream(side):
-        # Pinned blocks come from torch's cache, which gives one out again only after the copies from it are done.
+        # Pinned blocks come from torch's cache, which reuses a block only after all copies from it are done.
         x_BHWC = torch.empty((len(rows_B), *split.gather(rows_B[:0]).shape[1:]), dtype=torch.uint8, pin_memory=True)
         split.gather(rows_B, out=x_BHWC.numpy())
         prob_BK = torch.from_numpy(split.prob_NK[rows_B]).pin_memory()

@@ -1,4 +1,4 @@
-"""Work on all cores: processes start fast, end when their parent dies, and leave Ctrl-C to it."""
+"""Work on all cores with processes that start fast, end when their parent dies, and leave Ctrl-C to it."""
 
 import contextlib
 import multiprocessing
@@ -13,18 +13,19 @@ from typing import Any
 
 from raytune_emotion.data.cores import usable_cores
 
-#: `map`, or a parallel one that keeps the order.
+#: Type of `map`, and of parallel functions that keep the order.
 Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
-_TASKS_WORTH_A_POOL = 16  # some 50 ms each, and a quarter of a second to start a process
+#: Smallest number of tasks for which processes are started. A task takes about 50 ms, a start a quarter of a second.
+_TASKS_WORTH_A_POOL = 16
 
 
 @contextlib.contextmanager
 def process_map(workers: int | None) -> Iterator[Map]:
-    """Yield a `map` that keeps the order, over processes that are started when there is enough to do for them.
+    """Yield a `map` that keeps the order. It starts processes when there are enough tasks for them.
 
     Args:
-        workers: how many; 1: this process. By default one a core, or this one where there is little to do.
+        workers: number of processes; 1: only this process. Default: one per core, or only this one for few tasks.
     """
     cores = usable_cores()
     executor = ProcessPoolExecutor(
@@ -46,11 +47,11 @@ def process_map(workers: int | None) -> Iterator[Map]:
 
 @contextlib.contextmanager
 def _spawn_lightly() -> Iterator[None]:
-    # A spawned process first imports the main module of its parent. These need nothing of it, and it may be one
-    # that imports ray, torch and optuna, or a script that packs without asking whether it is the main one.
+    # A spawned process first imports the main module of its parent. These processes do not need it. It may import ray,
+    # torch and optuna, or be a script that packs without the check `__name__ == "__main__"`.
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
-    # They inherit what is blocked: Ctrl-C, which reaches them too, is for the parent, who ends the work in order.
+    # The processes inherit blocked signals. Ctrl-C reaches them too, but the parent ends the work in order.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -65,6 +66,6 @@ def _follow_parent() -> None:
 
     def follow() -> None:
         parent.join()
-        os._exit(1)  # a parent that was killed tells nobody
+        os._exit(1)  # a killed parent cannot end its processes itself
 
     threading.Thread(target=follow, daemon=True).start()

@@ -1,4 +1,4 @@
-"""List and decode pictures that somebody names, in files, folders and packed stores, here or at URIs, in order."""
+"""List and decode the named pictures in order: files, folders and packed stores, on this machine or at URIs."""
 
 import itertools
 import os
@@ -17,13 +17,13 @@ from raytune_emotion.storage.locations import Location
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
-#: A picture's name and its pixels, [H, W, 3], or why it cannot be decoded.
+#: Name of a picture with its pixels, [H, W, 3], or with the reason why it cannot be decoded.
 Picture = tuple[str, npt.NDArray[np.uint8] | UndecodableImage]
 
 
 @dataclass(frozen=True)
 class PredictedBatch:
-    """What is predicted for some pictures, and what is wrong with others."""
+    """Predictions for the readable pictures of a batch, and errors for the others."""
 
     names: Sequence[str]
     prob_NK: npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ class PictureFiles:
         return len(self.files)
 
     def decode(self, image_size: int, at_once: int) -> Iterator[Picture]:
-        """Decode the pictures in their order, as for training; so many are in memory at once."""
+        """Decode the pictures in their order, as for training. At most `at_once` files are in memory."""
 
         def decoded(content: bytes | OSError) -> npt.NDArray[np.uint8] | UndecodableImage:
             try:
@@ -56,13 +56,13 @@ class PictureFiles:
                 yield from zip(map(self.label, names), pool.map(decoded, contents), strict=True)
 
     def label(self, name: str) -> str:
-        """Return the name of a picture as it was typed; what is not valid text is escaped."""
+        """Return the name of a picture as it was typed, with invalid text escaped."""
         return os.fsencode((self.location / name).typed).decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
 class StoredPictures:
-    """The images of packed stores of several sizes, of which the one that fits is read."""
+    """The images of packed stores of several sizes. The store of the wanted size is read."""
 
     location: Location
     stores: Sequence[Location]
@@ -79,12 +79,12 @@ class StoredPictures:
         if image_size not in (sizes := self._sizes()):
             held = " and ".join(map(str, sizes))
             raise UserError(
-                f"{self.location}: holds images of {held} px, and the model takes {image_size} px; name the folder "
-                f"that it was packed from, or pack that at {image_size} px"
+                f"{self.location}: holds images of {held} px, but the model takes {image_size} px; name the folder "
+                f"from which it was packed, or pack that folder at {image_size} px"
             )
 
     def decode(self, image_size: int, at_once: int) -> Iterator[Picture]:
-        """Read the images, those of the training set first, each named by its split and its id."""
+        """Read the images, the training set first. Each is named by its split and its id."""
         store = open_store(self._sizes()[image_size])
         for name, split in (("train", store.train), ("val", store.val)):
             for start in range(0, len(split), at_once):
@@ -96,13 +96,13 @@ class StoredPictures:
 
 
 def list_pictures(places: Iterable[Location]) -> tuple[list[PictureFiles | StoredPictures], list[str]]:
-    """List the pictures at places: a file as it is, the picture files of a folder by name, or those of stores.
+    """List the pictures at places. A place is a file, a folder, whose pictures are sorted by name, or a store.
 
     Returns:
-        The pictures, and a sentence for each place that does not exist, cannot be read, or has none.
+        The pictures, and an error for each place that does not exist, cannot be read, or has no picture.
 
     Raises:
-        UserError: there is no picture at any of the places.
+        UserError: no place has a picture.
     """
     found: list[PictureFiles | StoredPictures] = []
     faults: list[str] = []
@@ -122,13 +122,13 @@ def _listed(place: Location) -> PictureFiles | StoredPictures:
         folder, name = file
         return PictureFiles(folder, [name])
     if not place.exists():
-        raise UserError(f"{place}: there is no such image")
+        raise UserError(f"{place}: no such image; name an existing one")
     if stores := find_stores(place):
         return StoredPictures(place, stores)
     names = sorted(file.name for file in place.list_files())
     images = [name for name in names if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
     if not images:
-        raise UserError(f"{place}: there is no image in this folder; name the images, or their folder")
+        raise UserError(f"{place}: no image in this folder; name the images, or their folder")
     return PictureFiles(place, images)
 
 

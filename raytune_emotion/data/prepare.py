@@ -1,4 +1,4 @@
-"""Find or make the packed stores that a run trains from."""
+"""Find or make the packed stores for training."""
 
 import hashlib
 import shutil
@@ -25,9 +25,9 @@ from raytune_emotion.terminal import warn
 
 @dataclass(frozen=True)
 class Data:
-    """What there is to train on: packed stores, or a folder or a table of faces, packed on first use.
+    """Data to train on: packed stores, or a folder or a table of faces, which is packed on first use.
 
-    It is looked at once: manifests are read, and a folder is listed, when they are first asked for.
+    Manifests are read, and a folder is listed, only once, on first use.
     """
 
     location: Location
@@ -35,7 +35,7 @@ class Data:
 
     @cached_property
     def manifests(self) -> Mapping[int, tuple[Location, Manifest]]:
-        """Return what describes each store, by its image size in px."""
+        """Return each store with its manifest, by its image size in px."""
         read = [(store, read_manifest(store)) for store in self.stores]
         return {manifest.image_size: (store, manifest) for store, manifest in read}
 
@@ -44,7 +44,7 @@ class Data:
         return list_source(self.location)
 
     def own_size(self) -> int:
-        """Return the image size of a store, px; of faces that of their images, but no more than the default.
+        """Return the image size of the store, px; for faces the size of their images, at most the default size.
 
         Raises:
             UserError: there are several stores.
@@ -52,28 +52,28 @@ class Data:
         packed = sorted(self.manifests)
         if len(packed) > 1:
             held = ", ".join(map(str, packed))
-            raise UserError(f"{self.location}: holds stores of {held} px; choose by data.image_size")
+            raise UserError(f"{self.location}: holds stores of {held} px; choose one with data.image_size")
         return packed[0] if packed else native_size(self.faces, DataConfig().image_size)
 
     def count_rows(self) -> int:
-        """Return how many images there are to train on, by names and manifests alone."""
+        """Count the training images by file names and manifests, without reading images."""
         for _, manifest in self.manifests.values():
             return manifest.splits["train"].rows
         return len(self.faces.images["train"])
 
 
 def find_data(place: Data | Location | str | PathLike[str]) -> Data:
-    """Look what there is to train on at a location.
+    """Find the training data at a location.
 
     Raises:
-        UserError: there is neither a store, nor a table, nor a folder in the layout of AffectNetFused.
+        UserError: it holds no store, no table, and no folder in the layout of AffectNetFused.
     """
     if isinstance(place, Data):
         return place
     location = location_of(place)
     if is_table(location):
         data = Data(location, ())
-        _ = data.faces  # it is read at once: a table without the right columns is refused here
+        _ = data.faces  # read the table at once, to refuse one without the right columns here
         return data
     location.check(write=False)
     data = Data(location, tuple(find_stores(location)))
@@ -89,18 +89,17 @@ def prepare(
     classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
 ) -> Store:
-    """Find or make one store to train from, as `prepare_sizes` does.
+    """Find or make one store for training, as `prepare_sizes` does.
 
     Args:
         place: a store or several side by side, a table, or a folder in the layout of AffectNetFused; on a disk or at
             a URI.
-        image_size: side of the square images, px; None: the store's own, or that of the faces' images, but no more
-            than the default.
+        image_size: side of the square images, px; None: see `Data.own_size`.
         classes: see `prepare_sizes`.
         skip_bad: see `prepare_sizes`.
 
     Raises:
-        UserError: there is none of these; see `prepare_sizes`.
+        UserError: the place holds no such data; see `prepare_sizes`.
     """
     data = find_data(place)
     size = data.own_size() if image_size is None else image_size
@@ -114,20 +113,20 @@ def prepare_sizes(
     classes: tuple[str, ...] | None = None,
     skip_bad: bool = False,
 ) -> dict[int, Store]:
-    """Open stores to train from; a folder or a table of faces is packed in one pass into the cache.
+    """Open stores for training. A folder or a table of faces is first packed in one pass into the cache.
 
-    It is packed again when a row, or a name, a size or a modification time of a file, the image size, the classes or
-    skip_bad is another.
+    It is packed again if one of these changes: a row, the name, size or modification time of a file, the image size,
+    the classes, or skip_bad.
 
     Args:
-        data: where the stores or the faces are.
+        data: the stores or the faces.
         image_sizes: sides of the square images, px.
-        classes: names of the K values of an annotation, in order, which a store must have been packed with; None: the
-            store's or the table's own, or of a folder the 13 of this project.
+        classes: names of the K values of an annotation, in order, with which a store must have been packed; None: the
+            classes of the store or the table; for a folder, the 13 of this project.
         skip_bad: as in `pack`.
 
     Raises:
-        UserError: a store is of other sizes or other classes, or is damaged; see `pack`.
+        UserError: a store has other sizes or other classes, or is damaged; see `pack`.
     """
     if data.manifests:
         return _open_packed(data, image_sizes, classes)
@@ -147,7 +146,7 @@ def prepare_sizes(
     sweep(cache, ABANDONED_S)
     while missing := {size: dest for size, dest in dests.items() if not is_store(dest)}:
         for size, dest in missing.items():
-            warn(f"{data.location}: packed once, at {size} px, into {dest}")
+            warn(f"{data.location}: packing once, at {size} px, into {dest}")
         try:
             pack_sizes(data.faces, missing, classes=classes, skip_bad=skip_bad)
         except UserError:
@@ -157,10 +156,10 @@ def prepare_sizes(
 
 
 def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, ...] | None) -> dict[int, Store]:
-    """Open those of the packed stores that are asked for."""
+    """Open the packed stores of the wanted sizes."""
     held = ", ".join(map(str, sorted(data.manifests)))
     faults = [
-        f"{data.location}: the store holds images of {held} px, and data.image_size is {size}; set data.image_size to"
+        f"{data.location}: the store holds images of {held} px, but data.image_size is {size}; set data.image_size to"
         f" {held.replace(', ', ' or ')}, or pack the folder again at {size}"
         for size in image_sizes
         if size not in data.manifests
@@ -168,10 +167,10 @@ def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, .
     chosen = {size: data.manifests[size] for size in image_sizes if size in data.manifests}
     found = list(dict.fromkeys(manifest.classes for _, manifest in (chosen or data.manifests).values()))
     if classes is None and len(found) > 1:
-        faults.append(f"{data.location}: its stores have different classes; choose one by data.image_size")
+        faults.append(f"{data.location}: the stores have different classes; choose one with data.image_size")
     faults += [
-        f"{data.location}: the store has the classes {', '.join(those)}, and data.classes is {', '.join(classes)};"
-        f" leave data.classes out to take those of the store"
+        f"{data.location}: the store has the classes {', '.join(those)}, but data.classes is {', '.join(classes)};"
+        f" leave data.classes out to use the classes of the store"
         for those in found
         if classes is not None and those != classes
     ]

@@ -1,4 +1,4 @@
-"""Show bars of progress on standard error, where it is a terminal."""
+"""Show progress bars on standard error if it is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ class _Rate(ProgressColumn):
 
 
 def progress(*, shown: bool = True) -> Progress:
-    """Make bars with rate and time left, shown where standard error is a terminal and nothing speaks against it."""
+    """Make bars with rate and remaining time. They are shown if `shown` is true and standard error is a terminal."""
     return Progress(
         "{task.description}",
         BarColumn(),
@@ -30,7 +30,7 @@ def progress(*, shown: bool = True) -> Progress:
 
 
 def count_results(pmap: Map, bars: Progress, what: str, total: int) -> Map:
-    """Return the same map; its results, which are lists, are counted on a bar."""
+    """Return the same map, which counts its results on a bar. The results must be lists."""
     bar = bars.add_task(what, total=total)
 
     def counting(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:

@@ -1,8 +1,8 @@
 """Read and write the files of a packed store.
 
-<store>/manifest.json          written last: what the store holds, and that it is whole
+<store>/manifest.json          written last: the content of the store, and the mark that it is complete
 <store>/<split>-00000.arrow    one record batch: id, image (uint8, H x W x RGB), probs (float32, K)
-<store>/rejected.csv           with skip_bad: the rows left out, and why
+<store>/rejected.csv           with skip_bad: the rows left out, with reasons
 
 A packer writes each shard in one go: `packing/blocks.py`.
 """
@@ -26,10 +26,10 @@ MANIFEST = "manifest.json"
 FORMAT: Final = "raytune_emotion.store"
 REJECTED = "rejected.csv"
 VERSION = 1
-#: How far from one the probabilities of a row may sum.
+#: Largest difference from 1 of the sum of a row's probabilities.
 SUM_TOLERANCE = 1e-3
 
-_AGAIN = "the store is damaged, pack the folder again"
+_AGAIN = "the store is damaged; pack the folder again"
 
 
 class ShardEntry(BaseModel):
@@ -47,7 +47,7 @@ class SplitEntry(BaseModel):
     @model_validator(mode="after")
     def _adds_up(self) -> "SplitEntry":
         if self.rows != sum(shard.rows for shard in self.shards):
-            raise ValueError(f"{self.rows} rows, and {sum(shard.rows for shard in self.shards)} in its shards")
+            raise ValueError(f"{self.rows} rows, but {sum(shard.rows for shard in self.shards)} in its shards")
         return self
 
 
@@ -68,7 +68,7 @@ class Manifest(BaseModel):
 
 
 def may_be_manifest(raw: bytes) -> bool:
-    """Tell whether a file of this name is a store's, even a damaged one: other programs write such files, too."""
+    """Tell whether a file of this name belongs to a store, even a damaged one. Other programs use this name, too."""
     try:
         found = load_json(raw)
     except ValueError:
@@ -80,7 +80,7 @@ def parse_manifest(raw: bytes, name: object) -> Manifest:
     """Parse a manifest.
 
     Raises:
-        UserError: it is damaged, or of another version.
+        UserError: it is damaged, or has another version.
     """
     try:
         return Manifest.model_validate_json(raw)
@@ -88,14 +88,14 @@ def parse_manifest(raw: bytes, name: object) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{name}: no description of a store that this version reads"
+            f"{name}: not a description of a store that this version can read"
             f" ({where}: {first['msg']}); pack the folder again"
         ) from None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some rows of a split, in mapped memory."""
+    """Rows of a split, in memory-mapped files."""
 
     ids: Sequence[str]
     image_NHWC: npt.NDArray[np.uint8]
@@ -113,14 +113,14 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest, faults: list
         return None
     try:
         batch = _map_batch(path)
-        # Arrow itself follows lengths and offsets that reach out of the file.
+        # Without validation, Arrow follows lengths and offsets that point outside of the file.
         batch.validate(full=True)
         if batch.schema != _schema(size, k) or batch.num_rows != entry.rows:
             faults.append(f"{path}: not the {entry.rows} rows of {size} px and {k} classes of {MANIFEST}; {_AGAIN}")
             return None
         images = batch.column("image").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, size, size, 3)
         probs = batch.column("probs").flatten().to_numpy(zero_copy_only=True).reshape(entry.rows, k)
-        # In single precision. NaN is not within the tolerance.
+        # The sum is in single precision. NaN fails the comparison.
         with np.errstate(invalid="ignore", over="ignore"):
             sound = probs.min() >= 0 and (abs(probs.sum(axis=1) - 1) <= SUM_TOLERANCE + 1e-6 * k).all()
         if not sound:
@@ -128,14 +128,14 @@ def open_shard(folder: Path, entry: ShardEntry, manifest: Manifest, faults: list
             return None
         return Shard(batch.column("id").to_pylist(), images, probs)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        faults.append(f"{path}: no readable Arrow file ({error}); {_AGAIN}")
+        faults.append(f"{path}: not a readable Arrow file ({error}); {_AGAIN}")
         return None
 
 
 def write_shard(
     path: Path, ids: Sequence[str], image_NHWC: npt.NDArray[np.uint8], prob_NK: npt.NDArray[np.float32]
 ) -> None:
-    """Write a shard's file in one go. The pixels, C-contiguous, are not copied."""
+    """Write a shard's file in one go. The pixels must be C-contiguous; they are not copied."""
     schema = _schema(image_NHWC.shape[1], prob_NK.shape[1])
     pixels = pa.Array.from_buffers(pa.uint8(), image_NHWC.size, [None, pa.py_buffer(image_NHWC)])
     columns = [
@@ -150,7 +150,7 @@ def write_shard(
 def fingerprint(
     image_size: int, classes: tuple[str, ...], rows: Iterable[tuple[str, str, bytes, Sequence[float]]]
 ) -> str:
-    """Hash a store's content, whatever its shards: rows as (split, id, digest of pixels, probabilities)."""
+    """Hash a store's content, independent of its shards: rows as (split, id, digest of pixels, probabilities)."""
     digest = hashlib.sha256(repr((image_size, classes)).encode())
     for split, id_, pixels, probs in rows:
         digest.update(f"{split}\0{id_}\0".encode() + pixels + np.array(probs, "<f4").tobytes())
@@ -163,9 +163,9 @@ def _schema(image_size: int, k: int) -> Any:
 
 
 def _map_batch(path: Path) -> Any:
-    """Map the one record batch of a file into memory; ArrowInvalid or OSError if there is none."""
-    with pa.memory_map(str(path)) as file:  # closed here, and mapped as long as an array needs it
+    """Map the only record batch of a file into memory; raise ArrowInvalid or OSError if there is none."""
+    with pa.memory_map(str(path)) as file:  # closed here, but mapped as long as an array needs it
         reader = pa.ipc.open_file(file)
         if reader.num_record_batches != 1:
-            raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches in place of one")
+            raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of one")
         return reader.get_batch(0)

@@ -1,4 +1,4 @@
-"""Tell what a source of annotated faces is, and list it: a folder in the layout of AffectNetFused, or a table."""
+"""List a source of annotated faces: a folder in the layout of AffectNetFused, or a table."""
 
 from raytune_emotion.data.affectnet import Faces, list_faces
 from raytune_emotion.data.table import is_table, list_table
@@ -9,6 +9,6 @@ def list_source(place: Location) -> Faces:
     """List a source of faces.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it does not exist, or is damaged.
     """
     return list_table(place) if is_table(place) else list_faces(place)

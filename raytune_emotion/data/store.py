@@ -1,7 +1,7 @@
-"""Open a packed store: every picture is decoded once, in files that all trials of a machine map into memory.
+"""Open a packed store: its decoded pictures are in files that all trials of a machine map into memory.
 
-A store lies in a folder, or at a URI, from which each machine fetches it once, into its cache. Stores of several sizes
-may lie side by side, as `pack` leaves them: in a place's folders 64px, 96px, ...
+A store is in a folder, or at a URI, from which each machine fetches it once into its cache. Stores of several sizes may
+be side by side in the folders 64px, 96px, ... of one location, as `pack` writes them.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.storage.locations import Folder, Location, check_space, location_of
 
-#: Names of stores of several sizes that lie side by side.
+#: Pattern of the folder names of stores side by side.
 _SIDE_BY_SIDE = "[0-9]*px"
 
 
@@ -48,26 +48,26 @@ class Split:
 
         Args:
             rows: [B], from 0 to len(self) - 1, in any order.
-            out: [B, H, W, 3], C-contiguous, written in place of a new array.
+            out: [B, H, W, 3], C-contiguous, written instead of a new array.
 
         Returns:
-            [B, H, W, 3], uint8: out, where it is given.
+            [B, H, W, 3], uint8; `out`, if it is given.
 
         Raises:
             IndexError: a row is not in the split.
         """
-        if rows.size and rows.view(np.uint64).max() >= len(self):  # where those below zero are the largest
+        if rows.size and rows.view(np.uint64).max() >= len(self):  # as unsigned numbers, negative rows are the largest
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a split of {len(self)}")
         if out is None:
             out = np.empty((len(rows), *self.shards[0].shape[1:]), np.uint8)
         if len(self.shards) == 1:
-            # The rows are in range; any other mode than clip copies through a buffer as large as out.
+            # The rows are in range. Modes other than "clip" copy through a buffer as large as `out`.
             return self.shards[0].take(rows, axis=0, out=out, mode="clip")
         begins, files = self._begins, self._bytes
         shard_of = np.searchsorted(begins, rows, side="right") - 1
         length = self.shards[0][0].size
         starts, to = (rows - begins[shard_of]) * length, out.reshape(-1).data
-        # As bytes: for numpy, to assign a row takes half as long again as to copy its pixels at 96 px.
+        # Copy bytes: at 96 px, numpy's assignment of a row takes 1.5 times as long as the copy of its pixels.
         for i, shard, start in zip(range(0, out.size, length), shard_of.tolist(), starts.tolist(), strict=True):
             to[i : i + length] = files[shard][start : start + length]
         return out
@@ -84,13 +84,13 @@ class Split:
 @dataclass(frozen=True)
 class Store:
     path: Path
-    address: str  # by which other machines open it: the folder, or the URI that it was fetched from
+    address: str  # for other machines: the folder, or the URI from which it was fetched
     image_size: int
     classes: tuple[str, ...]
-    fingerprint: str  # of the content: classes, ids, pixels, probabilities
+    fingerprint: str  # hash of the content: classes, ids, pixels, probabilities
     train: Split
     val: Split
-    rejected: int  # rows of the source that were set aside when it was packed
+    rejected: int  # number of rows of the source that were left out by packing
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return open_store, (self.address,)
@@ -100,7 +100,7 @@ def is_store(place: Location | str | PathLike[str]) -> bool:
     """Tell whether there is a store, or several side by side, at a location.
 
     Raises:
-        UserError: the location cannot be read, or has credentials in it.
+        UserError: the location cannot be read, or contains credentials.
     """
     location = location_of(place)
     location.check(write=False)
@@ -108,8 +108,8 @@ def is_store(place: Location | str | PathLike[str]) -> bool:
 
 
 def find_stores(location: Location) -> list[Location]:
-    """Find the stores at a location: itself, or those side by side in it."""
-    # Not by all that is below, for it may be a folder of images.
+    """Find the stores at a location: the location itself, or stores side by side in it."""
+    # Other subfolders are not searched, because the location may be a folder of images.
     beside = sorted(name for name in location.list_folders() if fnmatch(name, _SIDE_BY_SIDE))
     places = [location, *(location / name for name in beside)]
     found = ((place, place.read(MANIFEST)) for place in places)
@@ -117,28 +117,28 @@ def find_stores(location: Location) -> list[Location]:
 
 
 def read_manifest(location: Location) -> Manifest:
-    """Read what describes the store at a location.
+    """Read the manifest of the store at a location.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     raw = location.read(MANIFEST)
     if raw is None:
-        raise UserError(f"{location}: no packed store, for it has no {MANIFEST}")
+        raise UserError(f"{location}: not a packed store, because it has no {MANIFEST}; name a store")
     return parse_manifest(raw, location / MANIFEST)
 
 
 def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -> Store:
-    """Map a store into memory; its pixels are not read before they are gathered. One at a URI is first fetched.
+    """Map a store into memory. Its pixels are read only when they are gathered. A store at a URI is fetched first.
 
     Args:
-        place: where it is.
-        verify: read all of it, unless this machine has done so since its files changed, and compare it with what was
-            packed. A bit that has flipped on a disk shows in no other way.
+        place: location of the store.
+        verify: read all of it and compare it with the fingerprint of its manifest, unless this machine has done so
+            since its files changed. Nothing else detects a flipped bit on a disk.
 
     Raises:
-        UserError: with a sentence for everything that is missing, damaged or of another version.
-        Breakdown: a URI cannot be read again and again; the disk of the cache is too small.
+        UserError: a sentence for everything that is missing, damaged or of another version.
+        Breakdown: all attempts to read a URI failed; the disk of the cache is too small.
     """
     location = location_of(place)
     manifest = read_manifest(location)
@@ -149,12 +149,14 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
 
 
 def open_if_here(address: str, image_size: int, fingerprint: str) -> Store | None:
-    """Open a store if it, or its copy in the cache, is on this machine and whole; None otherwise. Fetch nothing.
+    """Open a store if it, or its copy in the cache, is complete and on this machine; return None otherwise.
+
+    Nothing is fetched.
 
     Args:
-        address: where it is.
-        image_size: of the store, px.
-        fingerprint: of its content, by which a copy is found. What lies in a folder may have another by now.
+        address: address of the store.
+        image_size: image size of the store, px.
+        fingerprint: fingerprint of its content, by which a copy is found. A store in a folder may have another by now.
     """
     try:
         location = location_of(address)
@@ -198,7 +200,7 @@ def _map(path: Path) -> Store:
 def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
     """Copy a store into a folder of this machine, and validate its content."""
     sizes = _sizes_of_shards(manifest)
-    check_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache by XDG_CACHE_HOME")
+    check_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache with XDG_CACHE_HOME")
     here = {file.name: file.stat().st_size for file in folder.iterdir()}
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
     with progress() as bars:
@@ -216,9 +218,9 @@ def _sizes_of_shards(manifest: Manifest) -> dict[str, int]:
 
 
 def verify_store(location: Location) -> None:
-    """Read all of a store as it lies at a location, and compare it with what was packed.
+    """Read all of a store at its location, and compare it with the fingerprint of its manifest.
 
-    Of one at a URI, this reads a temporary copy: the one in the cache may be sound where the store is not.
+    For a URI, a new temporary copy is read: the copy in the cache may be correct while the store is damaged.
 
     Raises:
         UserError: see `verify_content`.
@@ -228,8 +230,8 @@ def verify_store(location: Location) -> None:
     with location.copy_here() as folder:
         here = location.is_here(folder)
         if not here:
-            # The copy lies in a folder of its own, and the sentence names the folder around that.
-            check_space({Folder(folder.parent): sum(sizes.values())}, "choose another disk by TMPDIR")
+            # The copy has a folder of its own. The error names the parent of the folder that is passed here.
+            check_space({Folder(folder.parent): sum(sizes.values())}, "choose another disk with TMPDIR")
             location.pull(folder, [MANIFEST, *sizes])
         store = _map(folder)
         verify_content(store, location)
@@ -246,10 +248,10 @@ def _map_verified(path: Path) -> Store:
 
 
 def verify_content(store: Store, name: Location) -> None:
-    """Read all of a store, and compare it with what was packed.
+    """Read all of a store, and compare it with the fingerprint of its manifest.
 
     Raises:
-        UserError: a file was damaged after it was written. The sentence calls the store by `name`.
+        UserError: a file was damaged after it was written. The error names the store by `name`.
     """
     splits = (("train", store.train), ("val", store.val))
     with progress() as bars:
@@ -266,20 +268,20 @@ def verify_content(store: Store, name: Location) -> None:
     if content != store.fingerprint:
         _verified_mark(store).unlink(missing_ok=True)
         raise UserError(
-            f"{name}: its files are not those of its {MANIFEST}, as after a copy that failed or a disk that does; copy "
-            f"the store there again, or pack the folder again"
+            f"{name}: the files do not match {MANIFEST}; a copy or a disk may have failed; copy the store there again, "
+            f"or pack the folder again"
         )
 
 
 def _note_verified(store: Store) -> None:
     mark = _verified_mark(store)
-    with contextlib.suppress(OSError):  # a cache that cannot be written: it is verified again
+    with contextlib.suppress(OSError):  # if the cache cannot be written, the store is verified again
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
 
 
 def _verified_mark(store: Store) -> Path:
-    """Return the file that says that the shards, as they are on this disk, were verified."""
+    """Return the file that marks the shards in their present state on this disk as verified."""
     stats = [file.stat() for file in sorted(store.path.glob("*.arrow"))]
     files = [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
     key = hashlib.sha256(repr((store.fingerprint, files)).encode()).hexdigest()[:32]

@@ -1,14 +1,13 @@
-"""Draw a sample of faces: it needs no download and no licence, and is learnable.
+"""Draw a learnable sample of faces, which needs no download and no licence.
 
-Each face has a point in the plane of valence and arousal, and its label is `label_distribution` of that
-point. The point bends the mouth and opens it, opens the eyes, tilts and lifts the brows and tints the skin;
-everything else (the person and their features at rest, pose, light, background, sensor noise) is nuisance,
-drawn independently of it.
+Each face has a point in the plane of valence and arousal. Its label is `label_distribution` of that point. The point
+bends and opens the mouth, opens the eyes, tilts and lifts the brows and tints the skin. Everything else (the person and
+their features at rest, pose, light, background, sensor noise) is nuisance and is drawn independently.
 
-The label is thus an exact function of the point that was drawn, not of the pixels. A reader that recovered
-the point without error would have a Jensen-Shannon divergence of zero; how near one can come to that
-from pixels, where faces at rest differ, arousal below zero hardly moves the mouth and a small image
-rounds everything, is not known, and no floor is claimed.
+The label is thus an exact function of the drawn point, not of the pixels. A reader that recovered the point without
+error would have a Jensen-Shannon divergence of zero. How close a reader of pixels can come to zero is not known, and no
+lower bound is claimed: faces at rest differ, arousal below zero hardly moves the mouth, and a small image rounds
+everything.
 """
 
 import math
@@ -26,7 +25,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.cache import cache_folder
 
-#: Sizes of the built-in sample.
+#: Size of the built-in sample: training faces, validation faces, and side of the images in px.
 TRAIN, VAL, IMAGE_SIZE = 2000, 500, 64
 
 Colour = tuple[int, int, int]
@@ -38,7 +37,7 @@ _IRIS = ((92, 60, 36), (64, 96, 60), (70, 112, 150), (60, 60, 64))
 _CLOTHES = ((58, 90, 140), (170, 66, 66), (74, 128, 96), (228, 186, 84), (90, 80, 120), (236, 232, 224), (52, 54, 62))
 _HAIRSTYLES = ("bald", "short", "fringe", "long", "curly", "bun")
 
-# Enough that polygons look round at the largest canvas.
+# Enough points to make polygons look round on the largest canvas.
 _ARC = np.linspace(0, 2 * math.pi, 49)
 _T = np.linspace(-1, 1, 15)
 
@@ -47,14 +46,14 @@ def write_sample(dest: Path, *, train: int, val: int, image_size: int = IMAGE_SI
     """Write a folder of the AffectNetFused layout with drawn faces.
 
     A face depends on (seed, split, number, image_size) alone, so a sample is the first part of every larger one.
-    The folder appears whole or not at all.
+    The folder is written atomically.
 
     Args:
         dest: folder to make; must not exist.
         train: faces in the training split.
         val: faces in the validation split.
         image_size: side of the square images, px.
-        seed: of everything drawn.
+        seed: seed of all random numbers.
 
     Raises:
         UserError: dest exists, or cannot be written.
@@ -65,7 +64,7 @@ def write_sample(dest: Path, *, train: int, val: int, image_size: int = IMAGE_SI
 
 
 def sample_folder() -> Path:
-    """Return the built-in sample, which is made once in the cache: 2,000 and 500 faces of 64 px."""
+    """Return the folder of the built-in sample, which is made once in the cache: 2,000 and 500 faces of 64 px."""
     folder = cache_folder() / f"sample-v1-{TRAIN}-{VAL}-{IMAGE_SIZE}px"
     if not folder.exists():
         try:
@@ -90,7 +89,7 @@ def _write_split(folder: Path, count: int, image_size: int, key: tuple[int, int]
 
 
 def draw_point(rng: np.random.Generator) -> tuple[float, float]:
-    """Draw valence and arousal in [-1, 1]: from the Gaussian of a class that is drawn uniformly."""
+    """Draw valence and arousal in [-1, 1] from the Gaussian of a uniformly drawn class."""
     v_mean, v_std, a_mean, a_std = list(VALENCE_AROUSAL.values())[rng.integers(len(VALENCE_AROUSAL))]
     while True:
         valence, arousal = float(rng.normal(v_mean, v_std)), float(rng.normal(a_mean, a_std))
@@ -100,7 +99,7 @@ def draw_point(rng: np.random.Generator) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Person:
-    """What a face is apart from its expression. Lengths are in half heights of the head."""
+    """Features of a face other than its expression. The unit of length is half the height of the head."""
 
     skin: Colour
     hair: Colour
@@ -142,7 +141,7 @@ class _Person:
 
 
 def _between(palette: tuple[Colour, ...], rng: np.random.Generator) -> Colour:
-    """Draw a colour on the way through a palette."""
+    """Draw a colour by linear interpolation in a palette."""
     whole, part = divmod(rng.uniform(0, len(palette) - 1), 1)
     return _mix(palette[int(whole)], palette[int(whole) + 1], part)
 
@@ -155,11 +154,11 @@ def _mix(a: Colour, b: Colour, share: float) -> Colour:
 
 @dataclass(frozen=True)
 class _Canvas:
-    """Draw shapes given in the head's own frame: origin between the ears, x right, y down, half height one."""
+    """Draw shapes in the head's coordinates: origin between the ears, x right, y down, half the height is one."""
 
     draw: ImageDraw.ImageDraw
     to_pixels: Callable[[Points], Points]
-    scale: float  # px a unit
+    scale: float  # px per unit
 
     def fill(self, points: Points, colour: Colour) -> None:
         self.draw.polygon(self.to_pixels(points).ravel().tolist(), fill=colour)
@@ -175,13 +174,13 @@ class _Canvas:
 
 
 def draw_face(valence: float, arousal: float, rng: np.random.Generator, image_size: int) -> npt.NDArray[np.uint8]:
-    """Draw a face: its expression is that of a point of the plane, all else is from the generator.
+    """Draw a face: its expression comes from valence and arousal, everything else from the generator.
 
     Returns:
         [H, W, 3], RGB.
     """
     person = _Person.draw(rng)
-    # Drawn larger and averaged down: the drawing itself has hard edges.
+    # Draw it larger and average it down, because the drawing has hard edges.
     fine = max(2, math.ceil(256 / image_size))
     size = fine * image_size
     scale = size * rng.uniform(0.31, 0.38)
@@ -212,7 +211,7 @@ def draw_face(valence: float, arousal: float, rng: np.random.Generator, image_si
 
 
 def _skin(person: _Person, valence: float, arousal: float) -> Colour:
-    """Return a skin colour: flushed where valence is low and arousal high, pale where both are low."""
+    """Return a skin colour: flushed if valence is low and arousal high, pale if both are low."""
     tense = max(-valence, 0) * arousal
     return (
         _mix(person.skin, (214, 60, 44), 0.45 * tense)
@@ -279,7 +278,7 @@ def _draw_eyes(canvas: _Canvas, person: _Person, valence: float, arousal: float)
         canvas.ellipse(x, y - 0.01, 0.115, 0.115, person.iris)
         canvas.ellipse(x, y - 0.01, 0.06, 0.06, (16, 14, 16))
         canvas.ellipse(x - 0.035, y - 0.05, 0.028, 0.028, (255, 255, 255))
-        # Lids over the parts of the iris that are beyond the eye's opening.
+        # Lids cover the parts of the iris outside of the eye's opening.
         canvas.fill(np.concatenate([above, centre + far * (1, -1)]), skin)
         canvas.fill(np.concatenate([below, centre + far]), skin)
         canvas.line(above, dark, 0.035)

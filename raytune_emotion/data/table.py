@@ -5,7 +5,7 @@
     faces/2.jpg,val,5,1,4
 
 Paths are relative to the table. The numbers of a row are probabilities or, in a table of whole numbers, votes. Without
-a column `split`, a hash of the path decides. Rows are checked as those of a folder are.
+a column `split`, a hash of the path decides the split. Rows are checked in the same way as those of a folder.
 """
 
 import csv
@@ -30,38 +30,39 @@ from raytune_emotion.storage.locations import File, Location
 from raytune_emotion.terminal import count
 
 _ENDINGS = (".csv", ".parquet")
-_IMAGE = ("image", "path", "file", "filename")  # names of the column of paths
+#: Names of the column of paths.
+_IMAGE = ("image", "path", "file", "filename")
 _SPLIT = "split"
-#: The words of a column `split`. Rows of `test` are left out.
+#: Split of each word in a column `split`. Rows of `test` are left out.
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-#: What pandas calls the columns of an index without a name.
+#: Pattern of the names that pandas gives to the columns of an index without a name.
 _INDEX = r"__index_level_\d+__"
-#: Errors of listing a folder that a row names, by which its image counts as missing. Another may be gone next time.
+#: Errors of listing an image's folder after which the image counts as missing. Other errors may be temporary.
 _NOT_LISTED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
-#: The share of rows that are validation where there is no column `split`.
+#: Share of the rows that become validation rows if there is no column `split`.
 _VALIDATION = 0.1
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of a table, as it is written."""
+    """A row of a table, unchanged."""
 
-    number: int  # of the line in a CSV file, of the row in Parquet; from 1
+    number: int  # number of the line in a CSV file, of the row in Parquet; from 1
     path: str
     split: str | None  # None: there is no such column
-    cells: Sequence[Any]  # of the classes: text, numbers or None
-    flaw: Flaw | None = None  # of the row as a whole
+    cells: Sequence[Any]  # values of the classes: text, numbers or None
+    flaw: Flaw | None = None  # fault of the row as a whole
 
 
 @dataclass(frozen=True)
 class FaceTable(Faces):
     """A table of faces, and the list of the images beside it."""
 
-    location: Location  # of its folder
+    location: Location  # the folder of the table
     file: str
-    columns: tuple[str, ...]  # of the classes
+    columns: tuple[str, ...]  # names of the columns of classes
     lines: Sequence[_Line]
-    there: Mapping[str, File]  # the files in the folders that its paths name
+    there: Mapping[str, File]  # existing files in the folders that the paths name
 
     @property
     def source(self) -> str:
@@ -90,7 +91,7 @@ class FaceTable(Faces):
 
     @cached_property
     def _first_lines(self) -> Mapping[str, int]:
-        """The first row of each path, but for rows of `test`, which are left out."""
+        """Return the first row of each path. Rows of `test` are left out."""
         found: dict[str, int] = {}
         for line in self.lines:
             if self._split_of(line) != "test":
@@ -99,34 +100,35 @@ class FaceTable(Faces):
 
     @cached_property
     def votes(self) -> bool:
-        """Whether the numbers are votes: all are whole, and some row has more than one."""
+        """Tell whether the numbers are votes: all are whole, and at least one row has a sum above 1."""
         totals = []
         for line in self.lines:
             values = [value for cell in line.cells if (value := parse_number(cell)) is not None]
-            # A value that is not finite is a fault of its row alone.
+            # A value that is not finite is a fault of its row, and is ignored here.
             if any(value % 1 for value in values if math.isfinite(value)):
                 return False
             totals.append(sum(values))
         return any(total > 1 for total in totals)
 
     def notes(self) -> list[str]:
-        noted = [f"{self.source}: its numbers are votes; each row is divided by its sum"] if self.votes else []
+        noted = [f"{self.source}: the numbers are votes; each row is divided by its sum"] if self.votes else []
         splits = [self._split_of(line) for line in self.lines]
         if self._splits_by_hash:
-            share = f"{_VALIDATION:.0%} of the rows, chosen by a hash of the path, are validation"
+            share = f"{_VALIDATION:.0%} of the rows, chosen by a hash of the path, are used for validation"
             noted.append(f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)})")
         if splits.count("test"):
-            noted.append(f"{self.source}: {count(splits.count('test'), 'row')} of the split test are left out")
+            noted.append(f"{self.source}: leaving out {count(splits.count('test'), 'row')} of the split test")
         return noted
 
     def row_of(self, fault: Fault) -> str:
-        # Several rows may have no path, or the same. What names no line is of an image, which the first row has.
+        # Several rows may have no path, or the same one. A fault without a line concerns an image, and thus the
+        # first row with its path.
         line = fault.detail.partition(":")[0]
         return line if line.startswith("line ") else f"line {self._first_lines[fault.file]}"
 
     def empty_split_fault(self, split: str) -> str:
         advice = f"; add a column {_SPLIT}, with train or val in each row" if self._splits_by_hash else ""
-        return f"{self.source}, split {split}: not one good row{advice}"
+        return f"{self.source}, split {split}: no valid row{advice}"
 
     def quick_fingerprint(self) -> str:
         digest = hashlib.sha256(repr((self.file, self.columns)).encode())
@@ -138,8 +140,8 @@ class FaceTable(Faces):
     def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
         if sorted(classes) != sorted(self.columns):
             raise UserError(
-                f"{self.source}: its columns name the classes {', '.join(self.columns)}, and {', '.join(classes)} "
-                f"are asked for; leave the classes out to take those of the table"
+                f"{self.source}: the columns are the classes {', '.join(self.columns)}, but the classes "
+                f"{', '.join(classes)} are given; leave the classes out to use those of the table"
             )
         order = [self.columns.index(name) for name in classes]
         rows: dict[str, list[Row]] = {"train": [], "val": []}
@@ -170,7 +172,7 @@ class FaceTable(Faces):
         return "val" if number < _VALIDATION * 2**64 else "train"
 
     def _misplaced(self, line: _Line, seen: Collection[str]) -> Flaw | None:
-        """Return what is wrong with a row but for its numbers."""
+        """Return the fault of a row apart from its numbers; None if there is none."""
         if line.flaw is not None:
             return line.flaw
         if _is_outside(line.path):
@@ -197,7 +199,7 @@ class FaceTable(Faces):
 
 
 def is_table(place: Location) -> bool:
-    """Tell whether a location is that of a table, by its ending: as it is typed or, of a link, where it leads."""
+    """Tell by the extension whether a location is a table. For a link, the name of its target counts, too."""
     return _has_ending(place.typed_name) or _has_ending(place.name)
 
 
@@ -205,22 +207,22 @@ def list_table(place: Location) -> FaceTable:
     """Read a table, and list the images that its rows name.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it has not the columns of a table of faces.
+        UserError: there is no such file, it is damaged, or it lacks the columns of a table of faces.
     """
     if not _has_ending(place.typed_name):
         place = place.follow_links()
     file = place.split_file()
     if file is None:
         if place.exists() and place.is_reachable():
-            raise UserError(f"{place}: is a folder with the name of a table; name a file, or rename the folder")
-        raise UserError(f"{place}: there is no such file")
+            raise UserError(f"{place}: is a folder with the extension of a table; name a file, or rename the folder")
+        raise UserError(f"{place}: no such file; name an existing one")
     folder, name = file
     raw = folder.read(name) or b""
     try:
         header, rows = _read_parquet(raw) if name.lower().endswith(".parquet") else _read_csv(raw)
     except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
         what = str(error).splitlines()[0]
-        raise UserError(f"{place}: cannot be read as a table ({what}); save it anew") from error
+        raise UserError(f"{place}: cannot be read as a table ({what}); save it again") from error
     image, split, classes = _columns(place, header)
     lines = [_line(number, cells, header, image, split, classes) for number, cells in rows]
     if not lines:
@@ -243,25 +245,25 @@ def _has_ending(name: str) -> bool:
 
 
 def _columns(place: Location, header: Sequence[str]) -> tuple[int, int | None, list[int]]:
-    """Return where the paths, the splits and the classes stand.
+    """Return the positions of the columns of paths, splits and classes.
 
     Raises:
-        UserError: some are missing or named twice.
+        UserError: columns are missing or named twice.
     """
     faults = []
     twice = sorted({name for name in header if header.count(name) > 1 or not name})
     if twice:
         faults.append(
-            f"{place}: has columns without a name of their own: {', '.join(map(repr, twice))}; give each its own"
+            f"{place}: column names are empty or repeated: {', '.join(map(repr, twice))}; give each column its own name"
         )
     images = [k for k, name in enumerate(header) if name.lower() in _IMAGE]
     if len(images) != 1:
-        found = f"has the columns {', '.join(header[:20])}, of which one must be named image, for the paths of images"
-        none = "has no header; its first line must name the columns, one of them image"
+        found = f"has the columns {', '.join(header[:20])}; exactly one must be named image, for the paths of images"
+        none = "has no header; the first line must name the columns, one of them image"
         faults.append(f"{place}: {found if header else none}")
     splits = [k for k, name in enumerate(header) if name.lower() == _SPLIT]
     if len(splits) > 1:
-        faults.append(f"{place}: has several columns named {_SPLIT}, in whatever case; leave one")
+        faults.append(f"{place}: has several columns named {_SPLIT}, ignoring case; keep one")
     classes = [k for k in range(len(header)) if k not in (*images, *splits)]
     if not faults and len(classes) < 2:
         faults.append(f"{place}: has fewer than two classes; each column beside image and {_SPLIT} is one")
@@ -294,13 +296,13 @@ def _read_csv(raw: bytes) -> tuple[list[str], list[tuple[int, list[Any]]]]:
 
 def _read_parquet(raw: bytes) -> tuple[list[str], list[tuple[int, list[Any]]]]:
     table = pq.read_table(pa.BufferReader(raw))
-    # The index of a shuffled data frame, which pandas writes as columns.
+    # Leave out the index of a shuffled data frame, which pandas writes as columns.
     table = table.select([k for k, name in enumerate(table.column_names) if not re.fullmatch(_INDEX, name)])
     columns = [column.to_pylist() for column in table.columns]
     return list(table.column_names), [(n, list(cells)) for n, cells in enumerate(zip(*columns, strict=True), 1)]
 
 
 def _is_outside(path: str) -> bool:
-    """Tell whether a path leaves the folder, or is none."""
+    """Tell whether a path points outside of the folder, or is not a path."""
     parts = path.split("/")
     return path.startswith("/") or "\0" in path or not {"", ".", ".."}.isdisjoint(parts)

@@ -1,7 +1,7 @@
-"""Know backbones by their names, without timm, whose import takes seconds: its names are read from its source.
+"""Parse and check names of backbones without the slow import of timm, by reading the names from its source.
 
 A backbone is a model of timm (`resnet18`, `resnet18.a1_in1k`), a repository of the Hugging Face hub
-(`hf-hub:OWNER/NAME`, with `@REVISION` if wanted), or a folder of this form (`local-dir:/path`).
+(`hf-hub:OWNER/NAME`, optionally with `@REVISION`), or a folder with the files of such a repository (`local-dir:/path`).
 """
 
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError, suggest
 
-#: Sources of backbones other than timm's own models, as timm writes them.
+#: Prefixes, as in timm, of the sources of backbones other than timm's own models.
 HUB, FOLDER = "hf-hub", "local-dir"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -22,7 +22,7 @@ _OLD_NAME = re.compile(r"^\s*['\"](\w+)['\"]\s*:", re.MULTILINE)
 
 @functools.cache
 def architectures() -> frozenset[str]:
-    """Return the names of timm's architectures, with the old names that it still takes."""
+    """Return the names of timm's architectures, including old names that timm still accepts."""
     found = importlib.util.find_spec("timm")
     names: set[str] = set()
     for folder in (found.submodule_search_locations if found else None) or ():
@@ -41,7 +41,7 @@ def split_source(backbone: str) -> tuple[str, str]:
 
 
 def short_name(backbone: str) -> str:
-    """Return the last part of a name, without its source and revision: it can be part of a file's name."""
+    """Return the last part of a name, without its source and revision. It can be part of a file name."""
     source, name = split_source(backbone)
     if source == HUB:
         name = name.partition("@")[0]
@@ -49,27 +49,26 @@ def short_name(backbone: str) -> str:
 
 
 def check_architecture(backbone: str) -> None:
-    """Check that a name can be a backbone's: timm has the architecture, or the source is well-formed.
+    """Check the name of a backbone: timm has the architecture, or the source is well-formed.
 
-    Whether there are weights, or a folder or repository of this name, is not asked.
+    The existence of weights, folders and repositories is not checked.
 
     Raises:
-        UserError: it cannot; the sentence names the nearest.
+        UserError: the name is wrong; the error names the closest names.
     """
     source, rest = split_source(backbone)
     if source == HUB and not _REPOSITORY.fullmatch(rest):
         raise UserError(f"model.backbone: {backbone}: expected {HUB}:OWNER/NAME, a repository of the Hugging Face hub")
     if source == FOLDER and not rest.startswith("/"):
         raise UserError(
-            f"model.backbone: {backbone}: expected an absolute path, as trials run in folders of their own; "
+            f"model.backbone: {backbone}: expected an absolute path, because trials run in other folders; "
             f"name {FOLDER}:{Path(rest).absolute()}"
         )
     if source or backbone.partition(".")[0] in architectures():
         return
     if ":" in backbone:
         raise UserError(
-            f"model.backbone: {backbone}: there is no such source; name a timm model, {HUB}:OWNER/NAME or "
-            f"{FOLDER}:/PATH"
+            f"model.backbone: {backbone}: unknown source; name a timm model, {HUB}:OWNER/NAME or {FOLDER}:/PATH"
         )
     near = suggest(backbone, sorted(architectures()), 3)
-    raise UserError(f"model.backbone: {backbone}: there is no such timm model{near}")
+    raise UserError(f"model.backbone: {backbone}: no such timm model{near}")

@@ -1,8 +1,8 @@
 """Calibrate a model with a temperature: its logits are divided by one number, which is fitted on soft labels.
 
-The temperature is fitted on one half of the validation images and judged on the other. It is kept only if it lowers
-both KL and JS there (Guo et al., "On calibration of modern neural networks", ICML 2017, with soft labels in place of
-hard ones). It becomes a part of the last layer, so that every format and every program has it.
+The temperature is fitted on one half of the validation images and tested on the other half. It is kept only if it
+lowers both KL and JS there (Guo et al., "On calibration of modern neural networks", ICML 2017, here with soft instead
+of hard labels). It is merged into the last layer, so that it applies in every format and every program.
 """
 
 import dataclasses
@@ -22,28 +22,30 @@ from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import per_sample
 from raytune_emotion.learn.predictions import Predictions, half_of, log_of
 
-_LEAST = 10  # images of a half
+#: Smallest number of images in a half.
+_LEAST = 10
+#: Largest temperature; the smallest is its inverse.
 _LARGEST = 10.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and what it does to images that it was not fitted on."""
+    """A temperature, and its effect on images on which it was not fitted."""
 
     temperature: float
-    fitted_on: int  # images
-    judged_on: int
-    kl: tuple[float, float]  # nats, without and with it
-    js: tuple[float, float]  # bits
+    fitted_on: int  # number of images
+    judged_on: int  # number of other images, for kl and js
+    kl: tuple[float, float]  # nats, without and with the temperature
+    js: tuple[float, float]  # bits, likewise
 
     @property
     def helps(self) -> bool:
-        """Tell whether it is better on the images that it was not fitted on."""
+        """Tell whether the temperature improves the predictions of images on which it was not fitted."""
         return self.kl[1] < self.kl[0] and self.js[1] < self.js[0]
 
 
 def calibrate(predictions: Predictions) -> Calibration | None:
-    """Fit a temperature on the images of one half, by a hash of their ids; None where there are too few."""
+    """Fit a temperature on half of the images, chosen by a hash of their ids; return None for too few images."""
     fit_N = half_of(predictions.ids)
     if min(fit_N.sum(), (~fit_N).sum()) < _LEAST:
         return None
@@ -74,7 +76,7 @@ def divide_logits(model: nn.Module, temperature: float, x_BCHW: torch.Tensor) ->
     """Divide a model's logits by a temperature, in its last layer, and try it on images.
 
     Returns:
-        Whether the logits are divided; if not, the model is as it was.
+        Whether the logits are divided; if not, the model is unchanged.
     """
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     named = known.get("classifier") or ()

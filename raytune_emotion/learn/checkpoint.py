@@ -1,18 +1,18 @@
-"""Keep what a run leaves in its folder: its newest state, its best weights, its reports. Nothing is pickled.
+"""Write and read the files of a run's folder: its newest state, its best weights and its reports, without pickles.
 
-last.safetensors    weights, buffers, the averages of both, if any, and optimizer; in the header, as JSON, the settings
-                    and every report so far
-best.safetensors    the weights of the report with the least val_js, under timm's names; in the header, as JSON, that
-                    report and the settings that rebuild the model; of a backbone that is no model of timm's, also
-                    what it is built from
-history.jsonl       a report a line
+last.safetensors    weights, buffers, the averages of both, if any, and the optimizer's state; in the header, as JSON,
+                    the settings and all reports
+best.safetensors    the weights of the report with the lowest val_js, under timm's names; in the header, as JSON, that
+                    report and the settings that rebuild the model; if timm does not have the backbone, also
+                    its description to build it from
+history.jsonl       one report per line
 predictions.safetensors
-                    what the best weights predict for the validation split, in float16; in the header, the number of
-                    their report, so that one that a killed run has left behind is not taken for another's
+                    the predictions of the best weights for the validation split, in float16; in the header, the number
+                    of their report, which detects outdated predictions of a killed run
 
-Each of the tensor files is there whole or not at all. `last` is written first, and decides: what the others lack after
-a run was killed in between, or have too much, is mended from it. Predictions are made anew by whoever needs them. The
-headers hold checksums: a bit that a disk has changed is found out by whoever reads it.
+Each tensor file is written atomically. `last` is written first and is authoritative: after a crash, the other files are
+repaired from it. Missing predictions are computed again where they are needed. The headers contain checksums, so that
+readers detect bits that a disk has changed.
 """
 
 import json
@@ -35,37 +35,37 @@ from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.json_text import load_json
 
-#: Checksums in a header: of its other texts, and of the tensors.
+#: Keys of the checksums in a header: of its other texts, and of the tensors.
 _OF_TEXTS, _OF_TENSORS = "crc32", "tensors_crc32"
 
-#: What a file that is not whole, or is not one of these, raises.
+#: Errors of reading a file that is incomplete or not a checkpoint.
 _DAMAGE = (SafetensorError, ValueError)
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint is not whole, or not that of its run."""
+    """Report a checkpoint that is damaged, or does not belong to its run."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: all of its state that is no tensor."""
+    """The state of a run apart from its tensors."""
 
-    settings: dict[str, Any]  # by dotted path: RunConfig.flat
+    settings: dict[str, Any]  # by dotted path: RunConfig.to_flat
     fingerprint: str  # of the store
-    history: tuple[Report, ...]  # at least one
-    scaler: dict[str, Any]  # of the gradient scaler; empty but for fp16
-    origin: dict[str, Any] | None = None  # of the backbone: `Origin.description`
+    history: tuple[Report, ...]  # at least one report
+    scaler: dict[str, Any]  # state of the gradient scaler; empty except for fp16
+    origin: dict[str, Any] | None = None  # origin of the backbone: `Origin.description`
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best weights of a run, and what they are."""
+    """The best weights of a run, with their settings, data and report."""
 
     weights: dict[str, Tensor]
     settings: dict[str, Any]
-    fingerprint: str
+    fingerprint: str  # of the store
     report: Report
-    origin: dict[str, Any] | None = None  # of the backbone: `Origin.description`
+    origin: dict[str, Any] | None = None  # origin of the backbone: `Origin.description`
 
 
 def save(
@@ -79,12 +79,12 @@ def save(
     """Write the state at the newest report, the weights (or their average) if they are the best, and the report.
 
     Args:
-        folder: of the run.
-        model: that is trained.
-        optimizer: of the model.
-        progress: with the newest report.
-        average: of the model's weights, if there is one.
-        prob_NK: what the weights that are kept predict for the validation split.
+        folder: folder of the run.
+        model: model in training.
+        optimizer: optimizer of the model.
+        progress: state that includes the newest report.
+        average: average of the model's weights, if there is one.
+        prob_NK: predictions of the weights, or of their average, for the validation split.
     """
     tensors = _all_tensors(model, optimizer, average)
     header = {
@@ -105,7 +105,7 @@ def save(
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """Read how far the run in a folder has come, without any tensor; None where none has reported yet.
+    """Read the state of the run in a folder, without its tensors; return None before the first report.
 
     Raises:
         UserError: the checkpoint is damaged.
@@ -132,36 +132,36 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Mo
 
 
 def save_with_header(file: Path, model: nn.Module, optimizer: Optimizer, header: Mapping[str, Any]) -> None:
-    """Write a model and its optimizer, with any header that is JSON, for a training loop other than `fit`."""
+    """Write a model and its optimizer, with any header of JSON values, for a training loop other than `fit`."""
     _write(file, _all_tensors(model, optimizer), header)
 
 
 def load_with_header(file: Path, model: nn.Module, optimizer: Optimizer | None, *keys: str) -> list[Any]:
-    """Load what `save_with_header` wrote into a model and, if there is one, its optimizer.
+    """Load the output of `save_with_header` into a model and, if there is one, its optimizer.
 
     Returns:
-        What the header holds under the keys.
+        The values of the keys in the header.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it is of another model.
+        UserError: there is no such file, it is damaged, or it belongs to another model.
     """
     if not file.is_file():
-        raise UserError(f"{file}: there is no such checkpoint; name one that a training has written")
+        raise UserError(f"{file}: no such checkpoint; name one that a training has written")
     try:
         with safe_open(file, "pt") as tensors:
             values = _header(tensors, *keys)
     except _DAMAGE as error:
         raise UserError(
-            f"{file}: is no checkpoint in safetensors ({first_line(error)}); name one that a training has written"
+            f"{file}: not a checkpoint in safetensors ({first_line(error)}); name one that a training has written"
         ) from error
     _load(file, model, optimizer)
     return values
 
 
 def weights_to_save(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights and buffers of a model, on the CPU, as safetensors takes them.
+    """Return the weights and buffers of a model, on the CPU, in the form that safetensors accepts.
 
-    A parameter that several layers share has a name in each of them; in the file it has a copy for each name.
+    A parameter that several layers share has a name in each of them. The file gets a copy for each name.
     """
     weights: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -189,7 +189,7 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
     parameters = [parameter for group in groups for parameter in group["params"]]
     modules = {"model.": model} | ({"average.": average} if average is not None else {})
     moments: list[tuple[int, str, Tensor]] = []
-    # All that damage can show in is looked at first: what fails afterwards is a device without memory.
+    # First check everything that may be damaged. Afterwards, only a lack of device memory can fail.
     try:
         with safe_open(file, "pt") as opened:
             tensors = _tensors(opened)
@@ -209,14 +209,14 @@ def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn
     state: dict[int, dict[str, Tensor]] = {}
     for place, name, value in moments:
         parameter = parameters[place]
-        # A fused step walks through memory: its state must lie there as the parameter does, which files don't tell.
+        # A fused step needs the state in the memory layout of the parameter, which the file does not contain.
         like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
         state.setdefault(place, {})[name] = like.detach().copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def repair_from_last(folder: Path, progress: Progress | None) -> None:
-    """Make the folder what `last` says it is, before the run goes on; or empty it where there is no `last`.
+    """Repair the files of a folder from `last` before the run continues; empty the history if there is no `last`.
 
     Raises:
         UserError: `last` is damaged.
@@ -246,10 +246,10 @@ def read_best(file: Path) -> Best:
         OSError: it cannot be read now.
     """
     if not file.exists():
-        raise UserError(f"{file}: there is no such checkpoint; a run writes it with its first report")
+        raise UserError(f"{file}: no such checkpoint; a run writes it with its first report")
     try:
         with safe_open(file, "pt") as tensors:
-            # Copies: the tensors of a file are a map of it, and fall with it.
+            # Copy the tensors: those of the file are memory-mapped and become invalid with it.
             weights = {name: tensor.clone() for name, tensor in _tensors(tensors).items()}
             settings, fingerprint, report = _header(tensors, "settings", "fingerprint", "report")
             return Best(weights, settings, fingerprint, report, _read_origin(tensors))
@@ -258,13 +258,13 @@ def read_best(file: Path) -> Best:
 
 
 def read_predictions(folder: Path, best: Best) -> Tensor | None:
-    """Read what the best weights of a run predict for the validation split, [N, K]; None where that is not kept."""
+    """Read the predictions of a run's best weights for the validation split, [N, K]; None if they are not kept."""
     number, prob_NK = read_kept_predictions(folder) or (None, None)
     return prob_NK if number == best.report["report"] else None
 
 
 def read_kept_predictions(folder: Path) -> tuple[int, Tensor] | None:
-    """Read the number of a run's best report, and what it predicted for the validation split, [N, K], if it is kept."""
+    """Read the kept predictions for the validation split, [N, K], with the number of their report, if they exist."""
     if not (folder / PREDICTIONS).exists():
         return None
     try:
@@ -288,7 +288,7 @@ def _write_best(folder: Path, weights: Mapping[str, Tensor], progress: Progress)
 
 
 def _named_origin(progress: Progress) -> dict[str, Any]:
-    """Return what a header holds of a backbone's origin: nothing where its name says it all."""
+    """Return the part of a header about the origin of the backbone: nothing if its name is enough."""
     return {} if progress.origin is None else {"origin": progress.origin}
 
 
@@ -306,7 +306,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
 def _header(file: Any, *keys: str) -> list[Any]:
     texts = file.metadata() or {}
     if not texts.keys() >= {*keys, _OF_TEXTS}:
-        raise ValueError("its header is not that of a run")
+        raise ValueError("it does not have the header of a run")
     if texts.pop(_OF_TEXTS) != _texts_checksum(texts):
         raise ValueError("its header has changed since it was written")
     return [load_json(texts[key]) for key in keys]
@@ -333,7 +333,7 @@ def _tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
 def _check_fits(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in module.state_dict().items()}:
-        raise ValueError("its tensors are not those of the model")
+        raise ValueError("its tensors do not match the model")
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Tensor]:
@@ -358,6 +358,6 @@ def _line(report: Report) -> str:
 
 def _damage_error(file: Path, error: Exception) -> DamagedCheckpointError:
     return DamagedCheckpointError(
-        f"{file}: a damaged checkpoint ({first_line(error)}); delete {LAST} and {BEST} there, and the run starts anew "
-        f"when it is resumed"
+        f"{file}: a damaged checkpoint ({first_line(error)}); delete {LAST} and {BEST} there, and the run starts again "
+        f"from the beginning when it is resumed"
     )

@@ -1,4 +1,4 @@
-"""Set what a process takes of its device: memory and precision; tell whether an error says that memory ran out."""
+"""Set the memory limit and precision of a device, compile models, and recognise out-of-memory errors."""
 
 import contextlib
 import os
@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import nn
 
-#: Bytes of a GPU that CUDA takes for a process beside what torch asks for: its context, kernels, and libraries.
+#: GPU memory that CUDA uses for a process in addition to torch's: context, kernels and libraries; bytes.
 _CONTEXT = 600 * 2**20
 
-#: CUDA and its libraries, which take memory beside torch, and torch's allocator on a CPU say it in words.
+#: Parts of out-of-memory messages of CUDA, its libraries, and torch's allocator on a CPU.
 _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -26,32 +26,32 @@ def find_device() -> torch.device:
 
 
 def allowance(total: float, share: float) -> float:
-    """Return the bytes of a GPU that torch may take for a process with a share of it, so that all have room."""
+    """Return the GPU memory that torch may use in a process with a share of the GPU, bytes, so that all have room."""
     return total if share >= 1 else max(0.0, share * total - _CONTEXT)
 
 
 def limit_memory(device: torch.device, share: float) -> None:
-    """Keep torch in this process to its share of a GPU's memory. Does nothing on a CPU."""
+    """Limit torch in this process to its share of a GPU's memory. Do nothing on a CPU."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(allowance(total, share) / total, device.index)
 
 
 def reduce_fragmentation() -> None:
-    """Have torch map GPU memory in segments that grow, for trials whose batches differ. Call it before CUDA starts."""
+    """Let torch map GPU memory in growing segments, for trials of different batch sizes. Call it before CUDA starts."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a device had too little memory."""
+    """Tell whether an error says that a device had too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """Compile a model for batches of one shape. What cannot be compiled is run as it is, with a warning."""
-    # Earlier runs of this process would count against torch's limit of shapes. Their code stays in its cache on disk.
+    """Compile a model for batches of one shape. Parts that cannot be compiled run uncompiled, with a warning."""
+    # Without a reset, earlier runs of this process count against torch's limit of shapes. The cache on disk is kept.
     torch.compiler.reset()
     torch._dynamo.config.suppress_errors = True
     return cast("nn.Module", torch.compile(model, dynamic=False))
@@ -59,7 +59,7 @@ def compile_model(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Switch off TF32, which cuDNN otherwise uses for convolutions in fp32 on a GPU: ten bits of a mantissa's 23."""
+    """Switch off TF32 within the block. cuDNN uses it for fp32 convolutions on a GPU, with 10 of 23 mantissa bits."""
     cudnn = torch.backends.cudnn
     with cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False

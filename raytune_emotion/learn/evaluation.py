@@ -1,4 +1,4 @@
-"""Evaluate a model on a split: its predictions, and the means of all metrics, also over several workers."""
+"""Evaluate a model on a split: compute predictions and the means of all metrics, also over several workers."""
 
 import numpy as np
 import torch
@@ -6,43 +6,43 @@ import torch.distributed as dist
 from torch import nn
 
 from raytune_emotion.data.augment import normalise
-from raytune_emotion.data.loader import Resident, batches
+from raytune_emotion.data.loader import DeviceSplit, batches
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
 from raytune_emotion.learn.model import mean_std
 
-#: Rows that are predicted at once.
+#: Default number of rows that are predicted at once.
 ROWS = 128
 
 
 def evaluate(
     model: nn.Module,
-    split: Split | Resident,
+    split: Split | DeviceSplit,
     *,
     classes: tuple[str, ...],
     device: torch.device,
     rows: int = ROWS,
 ) -> dict[str, float]:
-    """Return the means of all metrics over a split, whole whatever the number of workers: each takes every n-th row.
+    """Return the means of all metrics over a whole split. Each of n workers evaluates every n-th row.
 
-    Computes in exact fp32, without TF32, whatever the precision of training: so `predict` finds the same numbers on any
-    device. Leaves the model in evaluation mode.
+    The computation is in exact fp32, without TF32, independent of the training precision. Therefore `predict` gives the
+    same numbers on any device. The model is left in evaluation mode.
 
     Args:
-        model: bare, not wrapped, so that workers with fewer batches than others keep none waiting.
-        split: of N rows.
-        classes: K names, which tell the ground distance of `emd_va`.
-        device: of the model.
-        rows: at once.
+        model: the bare model: a wrapper would make workers with fewer batches wait for the others.
+        split: N rows.
+        classes: K names, which determine the ground distance of `emd_va`.
+        device: device of the model.
+        rows: number of rows per batch.
     """
     return means_of_metrics(*predict_share(model, split, device=device, rows=rows), classes)
 
 
 def predict_share(
-    model: nn.Module, split: Split | Resident, *, device: torch.device, rows: int = ROWS
+    model: nn.Module, split: Split | DeviceSplit, *, device: torch.device, rows: int = ROWS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict a worker's share of a split: every n-th row of n workers. See `evaluate`.
+    """Predict a worker's share of a split: every n-th row for n workers. See `evaluate`.
 
     Returns:
         Logits and targets of these rows, [B, K] each.
@@ -50,7 +50,7 @@ def predict_share(
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows_N = np.arange(rank, len(split), workers)
     mean, std = mean_std(model)
-    # The empty ones are for a worker without rows.
+    # The empty tensors serve a worker without rows.
     n_classes = split.prob_NK.shape[1]
     logits, probs = [torch.empty(0, n_classes, device=device)], [torch.empty(0, n_classes, device=device)]
     model.eval()
@@ -65,16 +65,16 @@ def means_of_metrics(logits_BK: torch.Tensor, prob_BK: torch.Tensor, classes: tu
     """Return the means of all metrics over the rows of all workers."""
     sums = MetricSums()
     with torch.inference_mode():
-        # Many rows at once spare launches, and so many still fit a CPU's cache.
+        # Large parts save kernel launches, and 2048 rows still fit into a CPU's cache.
         for logits, prob in zip(torch.split(logits_BK, 2048), torch.split(prob_BK, 2048), strict=True):
             sums.add(per_sample(logits, prob, distances_of(classes)))
     return sums.means()
 
 
 def baseline(store: Store) -> dict[str, float]:
-    """Return the metrics, on the validation split, of a model that predicts the mean of the training targets.
+    """Return the validation metrics of a model that always predicts the mean of the training targets.
 
-    A class without mass in training is predicted at 1e-12, so that every metric is finite.
+    A class without mass in training gets probability 1e-12, so that every metric is finite.
     """
     mean_K = torch.from_numpy(store.train.prob_NK.mean(axis=0, dtype=np.float64))
     prob_NK = torch.from_numpy(np.array(store.val.prob_NK))

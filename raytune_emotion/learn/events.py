@@ -1,6 +1,6 @@
-"""Write what TensorBoard shows of a run: a scalar of every number that it reports, and its settings.
+"""Write a run's events for TensorBoard: a scalar for every number of its reports, and its settings.
 
-The settings, with the best JS, fill the page HParams, where runs of one folder are compared.
+The settings and the best JS appear on the page HParams, which compares the runs of a folder.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ _GROUPS = ("val", "train")
 
 
 class EventWriter:
-    """Append a run's events to a file of its own in a folder.
+    """Append a run's events to a new file in a folder.
 
     Args:
-        folder: of the run; its name is the run's name in TensorBoard.
+        folder: folder of the run; its name is the run's name in TensorBoard.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,15 +39,15 @@ class EventWriter:
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of a run for the page HParams. Lists and settings without a value are left out."""
         plain = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
-        # The first of the three lists the page's columns. TensorBoard would take those of a single run for all, and
-        # runs differ in their conditional settings; without it, it gathers the columns from all runs.
+        # The first of the three summaries lists the page's columns. TensorBoard would use the columns of one run for
+        # all, but runs differ in their conditional settings. Without it, TensorBoard collects the columns of all runs.
         _, begin, end = hparams(plain, {OBJECTIVE: None})  # type: ignore[no-untyped-call]
         for summary in (begin, end):
             self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self._writer.flush()
 
     def write_report(self, report: Mapping[str, object], step: int) -> None:
-        """Write every number of a report that is no count, at a step, under the name that `tag_of` gives it."""
+        """Write every float of a report except the time, at a step, under the name of `tag_of`."""
         for name, value in report.items():
             if isinstance(value, float) and name != "time":
                 self._writer.add_scalar(tag_of(name), value, step)
@@ -60,6 +60,6 @@ class EventWriter:
 
 
 def tag_of(name: str) -> str:
-    """Return TensorBoard's name for a number of a report: `val_js` is `val/js`, which stands in the group `val`."""
+    """Return TensorBoard's name for a number of a report: `val_js` is `val/js`, in the group `val`."""
     group, _, metric = name.partition("_")
     return f"{group}/{metric}" if group in _GROUPS else name

@@ -1,4 +1,4 @@
-"""Name the formats and files of an export folder, and tell such a folder from others."""
+"""Name the formats and files of an export folder, and check whether a folder is an export."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from raytune_emotion.storage.locations import Folder
 from raytune_emotion.storage.nearest import BEST_EXPORT, suggest_folder
 
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
-#: The formats of an export, and the file of each.
+#: File of each format of an export.
 FORMATS = {"timm": WEIGHTS, "onnx": "model.onnx", "pt2": "model.pt2"}
-#: What a format needs beside this project's own packages.
+#: Packages that a format needs in addition to this project's dependencies.
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 def check_formats(formats: Sequence[str]) -> None:
-    """Check that formats are known, and that what they need is installed.
+    """Check that formats are known, and that their packages are installed.
 
     Raises:
         UserError: one sentence for each format that cannot be written here.
@@ -25,28 +25,28 @@ def check_formats(formats: Sequence[str]) -> None:
     for name in formats:
         missing = [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
         if name not in FORMATS:
-            faults.append(f"--format {name}: there is no such format{suggest_or_list(name, FORMATS)}")
+            faults.append(f"--format {name}: unknown format{suggest_or_list(name, FORMATS)}")
         elif missing:
             extra = f"pip install 'raytune_emotion[{name}]'"
-            faults.append(f"--format {name}: needs {', '.join(missing)}, not installed here; install them by {extra}")
+            faults.append(f"--format {name}: needs {', '.join(missing)}, not installed here; install them with {extra}")
     if faults:
         raise UserError(faults)
 
 
 def check_export(folder: Path) -> None:
-    """Check that a folder is an export, by its files.
+    """Check by its files that a folder is an export.
 
     Raises:
-        UserError: it is not, and the sentence names the nearest; or it has no weights that timm and `predict` load.
+        UserError: it is not, and the error suggests others; or it has no weights for timm and `predict`.
     """
     missing = [file for file in (CONFIG, WEIGHTS) if not (folder / file).is_file()]
     if not missing:
         return
     held = [name for name, file in FORMATS.items() if (folder / file).is_file()]
     if held and CONFIG not in missing:
-        raise UserError(f"{folder}: is an export as {', '.join(held)} alone; export it again as timm, too")
-    lacks = f"is no export, as it has no {' and no '.join(missing)}"
-    what = lacks if folder.exists() else "there is no such folder"
+        raise UserError(f"{folder}: contains only the format {', '.join(held)}; export it again also as timm")
+    lacks = f"not an export, because it has no {' and no '.join(missing)}"
+    what = lacks if folder.exists() else "no such folder"
     inner = folder / BEST_EXPORT
     near = did_you_mean([str(inner)]) if (inner / CONFIG).is_file() else ""
     near = near or suggest_folder(Folder(folder), CONFIG, (BEST_EXPORT, ""))

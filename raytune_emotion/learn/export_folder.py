@@ -1,11 +1,11 @@
-"""The export folder: a trained model with what it is, how good it is, and how to load it.
+"""Write and load an export folder: a trained model with its description, its metrics and its model card.
 
-model.safetensors    the weights; of an ensemble, those of all members
-config.json          timm's own format, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the model
-                     (of an ensemble: a list of these, `members`)
-metrics.json         of the validation set
+model.safetensors    the weights; for an ensemble, those of all members
+config.json          timm's own format, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the model
+                     (for an ensemble: a list of such descriptions, `members`)
+metrics.json         metrics on the validation set
 README.md            the model card
-model.onnx, model.pt2    if asked for: the model as one graph, see `learn/graphs.py`
+model.onnx, model.pt2    optional: the model as one graph, see `learn/graphs.py`
 """
 
 import json
@@ -45,15 +45,18 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count
 
 TIMM = "timm"
-#: By how much a probability of a format may differ from that of the model in memory.
+#: Largest difference between a probability of a format and that of the model in memory.
 TOLERANCE = 1e-4
-_COMPARED = 64  # validation images that the formats are compared on
-_DRAWN = 8  # faces in their place
+#: Number of validation images on which formats are compared.
+_COMPARED = 64
+#: Number of drawn faces that replace them.
+_DRAWN = 8
 
-#: What macOS and Windows leave in a folder that somebody has looked at.
+#: Files that macOS and Windows leave in a folder that was viewed.
 _OF_SYSTEMS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
-_IMAGE_SIZE = "img_size"  # of what timm builds a model by, where its parameters depend on that
+#: timm's argument for the image size, for models whose parameters depend on it.
+_IMAGE_SIZE = "img_size"
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,18 @@ class Package:
     image_size: int  # px
 
     def predict(self, images_NHWC: npt.NDArray[np.uint8], *, mirror: bool = False) -> npt.NDArray[np.float64]:
-        """Predict the distribution over the classes of each image, [N, K], on the device where the model is.
+        """Predict the distribution over the classes of each image, [N, K], on the model's device.
 
         Args:
             images_NHWC: RGB.
-            mirror: whether to take the mean over each image and its mirror image.
+            mirror: whether to predict the mean of each image and its mirror image.
         """
         device = next(self.model.parameters()).device
         with torch.inference_mode(), exact_fp32():
             x_BHWC = torch.from_numpy(images_NHWC).to(device)
             views = [x_BHWC, x_BHWC.flip(2)] if mirror else [x_BHWC]
             prob_NK: npt.NDArray[np.float64] = (
-                # On the CPU: MPS has no float64.
+                # Convert on the CPU, because MPS has no float64.
                 torch.stack([self.model(view).cpu().double() for view in views]).mean(0).numpy()
             )
             return prob_NK
@@ -99,20 +102,20 @@ def write_package(
     formats: Sequence[str] = (TIMM,),
     store: Store | None = None,
 ) -> None:
-    """Write an export folder. There is a whole one, the old or the new, or for a moment between two renames none.
+    """Write an export folder. Readers find the old folder or the new one, or for a moment between two renames none.
 
     Args:
         dest: the folder; an earlier export there is replaced.
-        best: the weights of a run, and what they are.
-        notes: where the model comes from, a sentence each, for the model card.
+        best: the weights of a run, with their description.
+        notes: sentences on the origin of the model, for the model card.
         metrics: the content of `metrics.json`; None: the report of the run.
-        formats: names in FORMATS. Each file is read again and compared with the model before the folder is there.
-        store: that the run was trained on, if it is on this machine: its validation images are what is compared.
+        formats: names in FORMATS. Each file is read again and compared with the model before the folder appears.
+        store: the training data, if they are on this machine: formats are compared on its validation images.
 
     Raises:
-        FormatError: a format cannot be written, or predicts something else.
-        UserError: the weights are not of the model that the settings name, or the folder cannot be written or holds
-            something else than an export.
+        FormatError: a format cannot be written, or predicts different probabilities.
+        UserError: the weights do not fit the model of the settings, or the folder cannot be written or contains other
+            files than an export.
     """
     dest = dest.absolute()
     metrics = best.report if metrics is None else metrics
@@ -123,7 +126,7 @@ def write_package(
     except RuntimeError as error:
         raise UserError(
             f"{dest}: the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install "
-            f"the version that they were trained with"
+            f"the version with which they were trained"
         ) from error
     origin = find_origin(config.model, weights=False, description=best.origin)
     evidence = _examine(model, store, best)
@@ -143,8 +146,8 @@ def write_package(
 
 
 def describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
-    """Return what `config.json` says of the run: this project's version, the data, the temperature and the settings."""
-    # Where the weights of a pretrained start lay is of no use to others.
+    """Return the run's part of `config.json`: this project's version, the data, the temperature and the settings."""
+    # The folder of the pretrained weights is of no use to others.
     settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
     own = {"version": __version__, "data_fingerprint": best.fingerprint, "temperature": temperature}
     return {"raytune_emotion": {**own, "settings": settings}}
@@ -166,15 +169,15 @@ def write_model(
     Args:
         dest: the folder.
         whole: the model, on the CPU.
-        best: the run that the model, or its first member, is of.
+        best: the run of the model, or of its first member.
         described: the content of `config.json`.
-        card: makes the model card, of a sentence on how the formats were compared.
+        card: makes the model card from a sentence on the comparison of the formats.
         metrics: the content of `metrics.json`.
-        formats: names in FORMATS; of an ensemble, `timm` are the weights of its members.
-        store: whose validation images are compared, if it is on this machine.
+        formats: names in FORMATS; for an ensemble, `timm` means the weights of its members.
+        store: data whose validation images are compared, if they are on this machine.
 
     Raises:
-        FormatError: a format cannot be written, or predicts something else.
+        FormatError: a format cannot be written, or predicts different probabilities.
         UserError: the folder cannot be written.
     """
     config = RunConfig.from_flat(best.settings)
@@ -191,12 +194,12 @@ def write_model(
         for name in formats:
             difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
             checks.append(f"{FORMATS[name]} differs from the model by {difference:.1g} at most.")
-        checks.append(f"Differences of probabilities, on {sample.name}; up to {TOLERANCE:g} is accepted.")
+        checks.append(f"These are differences of probabilities on {sample.name}; up to {TOLERANCE:g} is accepted.")
         write_text(new / CARD, card(" ".join(checks)))
 
 
 def _examine(model: nn.Module, store: Store | None, best: Best) -> Evidence:
-    """Predict the validation set, and calibrate the model by it where that helps; the model's last layer is changed."""
+    """Predict the validation set, and calibrate the model with it if that helps. It changes the model's last layer."""
     if store is None or store.fingerprint != best.fingerprint:
         return Evidence(None, 0, None, 1.0)
     predictions = predict_split(model, store.val, store.classes)
@@ -218,7 +221,7 @@ def _write_format(
     images_NHWC: npt.NDArray[np.uint8],
     prob_NK: npt.NDArray[np.float64],
 ) -> float:
-    """Write a model in one format, read it again, and return by how much its probabilities differ at most."""
+    """Write a model in one format, read it again, and return the largest difference of its probabilities."""
     file = new / FORMATS[name]
     try:
         with atomic_write(file) as temporary:
@@ -229,7 +232,7 @@ def _write_format(
         found_NK = load_package(new).predict(images_NHWC) if name == TIMM else predict_graph(name, file, images_NHWC)
     except (OSError, MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever torch's tracing, or a runtime, meets in somebody's model
+    except Exception as error:  # tracing or a runtime may raise anything for an arbitrary model
         if is_disk_full(error):
             raise destination_error(dest, error) from error
         what = f"{type(error).__name__}: {first_line(error)}"
@@ -247,30 +250,30 @@ def _write_format(
 
 @dataclass(frozen=True)
 class _Sample:
-    """Images that the formats of an export are compared on."""
+    """Images on which the formats of an export are compared."""
 
     images_NHWC: npt.NDArray[np.uint8]
     name: str
 
 
 def _sample_of(store: Store | None, best: Best, config: RunConfig) -> _Sample:
-    """Return images of the validation set or, where the data of the run are not here, drawn faces."""
+    """Return images of the validation set or, if the data of the run are not on this machine, drawn faces."""
     size = config.data.image_size
     if store is None or store.fingerprint != best.fingerprint:
         rng = np.random.default_rng(0)
         faces = [draw_face(*draw_point(rng), rng, size) for _ in range(_DRAWN)]
-        return _Sample(np.stack(faces), f"{_DRAWN} drawn faces, since the data of the run are not on this machine")
+        return _Sample(np.stack(faces), f"{_DRAWN} drawn faces, because the data of the run are not on this machine")
     rows_N = np.linspace(0, len(store.val) - 1, min(_COMPARED, len(store.val))).astype(np.int64)
     return _Sample(store.val.gather(rows_N), count(len(rows_N), "validation image"))
 
 
 def load_package(folder: Path) -> Package:
-    """Load an export of one model or of an ensemble, from `config.json` and `model.safetensors` alone.
+    """Load an export of one model or of an ensemble from `config.json` and `model.safetensors`.
 
-    Programs in a `model.pt2` are not run: torch loads pickles and evaluates text that it finds in one.
+    A `model.pt2` is not loaded, because torch would load pickles and evaluate text in it.
 
     Raises:
-        UserError: the folder is no export, or it is damaged.
+        UserError: the folder is not an export, or is damaged.
     """
     check_export(folder)
     try:
@@ -292,9 +295,9 @@ def load_package(folder: Path) -> Package:
 
 
 def _make_model(described: Mapping[str, Any], n_classes: int) -> PixelsToProbabilities:
-    """Make the model that `config.json`, or the part of a member in it, describes; its weights come later."""
+    """Make the model that `config.json`, or a member's part of it, describes, without its weights."""
     known, architecture = described["pretrained_cfg"], described["architecture"]
-    # By others, timm can be made to load a pickle, or to ask a hub; and folders are handed around.
+    # Other names could make timm load a pickle, or connect to a hub. Export folders come from other people.
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no architecture {architecture}")
     mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
@@ -312,7 +315,7 @@ def _three_numbers(known: Mapping[str, Any], name: str) -> tuple[float, float, f
 
 
 def describe_model(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:
-    """Return what timm rebuilds the model from, and its way to read pictures, which is that of the store."""
+    """Return the description from which timm rebuilds the model, with the store's preprocessing of pictures."""
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size, classes = config.data.image_size, list(config.data.classes)
     mean, std = mean_std(model)
@@ -338,10 +341,10 @@ def describe_model(model: nn.Module, config: RunConfig, origin: Origin) -> dict[
 
 
 def check_replaceable(dest: Location) -> None:
-    """Find out whether an export may replace what lies at a location: nothing, or an earlier export.
+    """Check that a location may become an export: it is empty, or holds only an earlier export.
 
     Raises:
-        UserError: it may not.
+        UserError: it holds other files.
     """
     if not dest.exists():
         return
@@ -351,8 +354,8 @@ def check_replaceable(dest: Location) -> None:
     others = sorted(there - {*FORMATS.values(), CONFIG, METRICS, CARD} - _OF_SYSTEMS)
     if others:
         raise UserError(
-            f"{dest}: holds files that are not of an export ({', '.join(others[:5])}), which would be deleted or mixed "
-            f"with it; name another destination, or move them away"
+            f"{dest}: holds files that do not belong to an export ({', '.join(others[:5])}) and would be deleted or "
+            f"mixed with it; name another destination, or move them away"
         )
 
 

@@ -1,4 +1,4 @@
-"""Make models from pixels to probabilities, and write them as one graph: ONNX, or a program of torch.export (pt2).
+"""Make models that map pixels to probabilities, and write them as one graph: ONNX, or torch.export (pt2).
 
 The input `images` is [N, H, W, 3], uint8, RGB, for any N, upright and resized to the side of the model. The output
 `probabilities` is [N, K], float32. Normalisation and softmax are parts of the graph.
@@ -25,7 +25,7 @@ _CLASSES = "classes.json"  # in a pt2 file
 
 
 class PixelsToProbabilities(nn.Module):
-    """A model with what comes before and after it: normalisation, and the softmax."""
+    """A model with the normalisation before it and the softmax after it."""
 
     def __init__(self, model: nn.Module, mean: Colour, std: Colour) -> None:
         super().__init__()
@@ -50,34 +50,34 @@ class Ensemble(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """Return the networks of the members as one module, which names their weights `members.0.…` and so on."""
+        """Return the networks of the members as one module, with weights named `members.0.…`, `members.1.…`, ..."""
         return nn.ModuleDict({"members": nn.ModuleList([member.model for member in self.members])})  # type: ignore[misc]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([member(images) for member in self.members]).mean(0)
 
 
-#: What an export holds. `model` has the networks, whose weights are saved.
+#: Model of an export. Its attribute `model` has the networks, whose weights are saved.
 Predictor = PixelsToProbabilities | Ensemble
 
 
 def write_graph(name: str, file: Path, model: nn.Module, image_size: int, classes: Sequence[str]) -> None:
-    """Write a model as a graph. Whatever torch raises where it cannot trace the model is raised.
+    """Write a model as a graph. Errors of torch's tracing are passed on.
 
     Args:
-        name: of the format, onnx or pt2.
-        file: to write.
-        model: from pixels to probabilities, on the CPU.
+        name: name of the format, onnx or pt2.
+        file: file to write.
+        model: model that maps pixels to probabilities, on the CPU.
         image_size: side of its images, px.
         classes: names of the probabilities, in order; they are kept in the file.
     """
-    # Of two images: torch takes a batch of one for a constant.
+    # Use two images: torch takes a batch size of one for a constant.
     images_NHWC = torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
     with _silence_tracing(), torch.no_grad():
         batch = {INPUT: {0: torch.export.Dim("batch")}}
         program = torch.export.export(model.eval(), (images_NHWC,), dynamic_shapes=batch)
         if name == "pt2":
-            # In memory first: torch ends the process where it cannot write, as on a full disk.
+            # Write to memory first: torch ends the process if it cannot write, as on a full disk.
             stream = io.BytesIO()
             torch.export.save(program, stream, extra_files={_CLASSES: json.dumps(list(classes))})
             file.write_bytes(stream.getbuffer())
@@ -95,7 +95,7 @@ def write_graph(name: str, file: Path, model: nn.Module, image_size: int, classe
 
 
 def predict_graph(name: str, file: Path, images_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Predict with a file that `write_graph` wrote: [N, K]."""
+    """Predict with a file of `write_graph`, [N, K]."""
     return _RUN[name](file, images_NHWC).astype(np.float64)
 
 
@@ -122,7 +122,7 @@ _RUN: dict[str, Callable[[Path, npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 
 @contextlib.contextmanager
 def _silence_tracing() -> Iterator[None]:
-    """Keep the notes of torch and onnxscript on how they trace to themselves."""
+    """Suppress the messages of torch and onnxscript about tracing."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

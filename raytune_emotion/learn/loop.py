@@ -1,10 +1,10 @@
-"""Run one configuration on a store, from the start or from where it was left, report by report.
+"""Train one configuration on a store, from the start or from its last checkpoint, report by report.
 
-All randomness is a function of the seed and of the place in the run, so a run needs no generator's state to go on: on
-the CPU, one that is stopped after a report and resumed equals the uninterrupted one bit for bit.
+All randomness is a function of the seed and of the position in the run. A run therefore resumes without the state of a
+generator. On the CPU, a run that is stopped after a report and resumed equals the uninterrupted one bit for bit.
 
-Over several workers (torch.distributed is initialised), each takes its share of every batch and of the validation
-rows. All yield the same reports, and the first alone writes files.
+With several workers (torch.distributed is initialised), each takes its share of every batch and of the validation rows.
+All yield the same reports, and only the first writes files.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.augment import decide
-from raytune_emotion.data.loader import Resident, batches, cache_on_device, clear_cache, epoch_order
+from raytune_emotion.data.loader import DeviceSplit, batches, cache_on_device, clear_cache, epoch_order
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
@@ -40,33 +40,33 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
 
-#: Steps between two looks at the weights that are averaged, at most: each takes as long as a tenth of a step of a small
+#: Largest number of steps between two updates of the weight average. One update costs a tenth of a step of a small
 #: model.
 _AVERAGED_EVERY = 4
 
-#: Seconds before the hub is asked again: it may have had too many requests, or this machine no network for a moment.
+#: Waits before the hub is asked again, seconds: it may have had too many requests, or the network may have failed.
 _WAITS = (1.0, 5.0, 20.0)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-#: `train.compile: auto` compiles the model of a run that trains on so many images of 224 px, or as many pixels. On an
-#: H200 compiling takes 33 to 81 s and then saves 25 to 91 microseconds an image: it pays from 0.7 to 1.3 million images
-#: on (benchmarks: compiling, training).
+#: Number of training images of 224 px, or as many pixels, from which `train.compile: auto` compiles the model. On an
+#: H200 compiling takes 33 to 81 s and then saves 25 to 91 microseconds per image. It pays off from 0.7 to 1.3 million
+#: images (benchmarks: compiling, training).
 _COMPILED_FROM = 1.5e6
 
-#: Settings that may differ from those that a run began with, when it goes on.
+#: Settings that may change when a run is resumed.
 _MAY_CHANGE = {"train.epochs", "train.patience", "train.accumulate", "train.compile", "model.weights_dir"}
 
 
 class Divergence(ArithmeticError):
-    """The loss or a metric is no finite number any more; the checkpoints are still those of the report before."""
+    """Report that the loss or a metric is not finite. The checkpoints are still those of the previous report."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in steps of the optimizer."""
+    """The optimizer steps of a run, and this worker's rank."""
 
-    batch_rows: int  # rows a step, over all workers
+    batch_rows: int  # rows per step, over all workers
     steps_per_epoch: int
     stops: tuple[int, ...]  # steps of an epoch after which there is a report
     epochs: int
@@ -74,19 +74,19 @@ class Plan:
     workers: int
 
     def span(self, report: int) -> tuple[int, int, int]:
-        """Return epoch, first step and end (within the epoch) of the training of a report, counted from 0."""
+        """Return the epoch, and the first step and the end within it, of a report's training. Counts begin at 0."""
         epoch, part = divmod(report, len(self.stops))
         return epoch, (0, *self.stops)[part], self.stops[part]
 
     @property
     def averaged_every(self) -> int:
-        """Return the steps between two looks at the weights that are averaged: there is one before each report."""
+        """Return the steps between two updates of the weight average. Each report comes after at least one update."""
         return min(_AVERAGED_EVERY, *(end - first for first, end in itertools.pairwise((0, *self.stops))))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with."""
+    """The objects with which a run is trained."""
 
     config: RunConfig
     store: Store
@@ -97,31 +97,31 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     step: Step
-    train: Split | Resident
-    val: Split | Resident
+    train: Split | DeviceSplit
+    val: Split | DeviceSplit
 
 
 def fit(
     config: RunConfig, store: Store, *, device: torch.device, folder: Path | None = None, resident: bool = True
 ) -> Generator[Report, None, None]:
-    """Train, and yield a report after every evaluation, once the checkpoint of it is written.
+    """Train, and yield a report after every evaluation, once its checkpoint is written.
 
-    A run that has ended yields nothing; with more `train.epochs` it goes on.
+    A finished run yields nothing. With more `train.epochs`, it continues.
 
     Args:
-        config: of the run.
-        store: of the configuration's image size and classes.
-        device: to train on; of this worker, where there are several.
-        folder: of the checkpoints, where all workers see it; made if missing. A run that lies there goes on.
+        config: configuration of the run.
+        store: data with the configuration's image size and classes.
+        device: device of this worker.
+        folder: folder of the checkpoints, which all workers can access; made if missing. A run in it is resumed.
             None keeps nothing.
-        resident: whether the images may lie on a GPU, where there is room for them.
+        resident: whether the images may be kept on a GPU, if there is room for them.
 
     Yields:
         `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
-        `train_loss` (mean over the rows since the report before), `lr` (of the newest step), `images_per_second` (in
+        `train_loss` (mean over the rows since the previous report), `lr` (of the newest step), `images_per_second` (in
         training, over all workers), `val_` and each metric of `per_sample`, `best_val_js`, `best_report`,
-        `accumulate` (micro-batches a step, of each worker), `workers`, `params_millions`, `finished` (no further report
-        will follow).
+        `accumulate` (micro-batches of each worker per step), `workers`, `params_millions`, `finished` (no further
+        report will follow).
 
     Raises:
         UserError: the configuration does not fit the store, the device, the workers or the run in the folder.
@@ -142,7 +142,7 @@ def fit(
     average: nn.Module | None = run.average.module if run.average is not None else None
     if folder is not None and progress is not None:
         checkpoint.restore(folder, run.model, run.optimizer, average)
-        if progress.scaler:  # else it began on a device that needs none
+        if progress.scaler:  # otherwise the run began on a device that needs no scaler
             run.scaler.load_state_dict(progress.scaler)
 
     while not is_finished(config, plan, history):
@@ -162,16 +162,16 @@ def fit(
             newest = Progress(config.to_flat(), store.fingerprint, tuple(history), run.scaler.state_dict(), origin)
             checkpoint.save(folder, run.model, run.optimizer, newest, average, predicted_NK)
         if plan.workers > 1:
-            # The others wait here, so that what they have yielded is written.
+            # The other workers wait here, so that each report is written before it is yielded.
             history[-1] = _with_clocks_of_the_first(history[-1], device)
         yield history[-1].copy()
 
 
 def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
-    """Plan the steps of a run, and this worker's place in it.
+    """Plan the steps of a run, and this worker's rank.
 
-    An epoch leaves out the rows that fill no batch (others in each, as the order changes), so that all steps are alike;
-    a training set smaller than a batch is one step.
+    An epoch leaves out the rows that do not fill a batch, so that all steps are alike. These are other rows in every
+    epoch, because the order changes. A training set smaller than a batch is one step.
 
     Raises:
         UserError: the configuration does not fit the store, the device or the number of workers.
@@ -182,12 +182,12 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
     faults = []
     if store.image_size != config.data.image_size:
         faults.append(
-            f"data.image_size: {store.path} holds images of {store.image_size} px, and the configuration asks for "
+            f"data.image_size: {store.path} holds images of {store.image_size} px, but the configuration has "
             f"{config.data.image_size}; pack the data at that size, or change the setting"
         )
     if store.classes != config.data.classes:
         faults.append(
-            f"data.classes: {store.path} holds {', '.join(store.classes)}, and the configuration asks for "
+            f"data.classes: {store.path} has the classes {', '.join(store.classes)}, but the configuration has "
             f"{', '.join(config.data.classes)}; pack the data with these classes, or change the setting"
         )
     if train.precision == "fp16" and device.type != "cuda":
@@ -202,20 +202,20 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
 
 
 def batch_faults(config: RunConfig, rows: int, workers: int) -> list[str]:
-    """Say it if the batches of a run are too small for the micro-batches of its workers.
+    """Return an error if the batches of a run are too small for the micro-batches of its workers.
 
     Args:
-        config: of the run. Its model is built where a micro-batch has one row: BatchNorm needs two.
-        rows: to train on.
-        workers: of the run.
+        config: configuration of the run. If a micro-batch has one row, its model is built: BatchNorm needs two rows.
+        rows: number of training rows.
+        workers: number of workers.
 
     Raises:
-        UserError: the model had to be built, and cannot be.
+        UserError: the model had to be built, but cannot be built.
     """
     batch_rows, accumulate = min(config.train.batch_size, rows), config.train.accumulate
     micro_rows = batch_rows // (workers * accumulate)
     if micro_rows == 0:
-        what = f"make no {accumulate} micro-batches (train.accumulate) for each of {workers} workers"
+        what = f"are too few for {accumulate} micro-batches (train.accumulate) for each of {workers} workers"
     elif micro_rows == 1 and _batchnorm_layers(build_model(config, weights=False)):
         what = (
             f"make micro-batches of one row, {accumulate} (train.accumulate) for each of {count(workers, 'worker')}, "
@@ -227,19 +227,19 @@ def batch_faults(config: RunConfig, rows: int, workers: int) -> list[str]:
 
 
 def evaluation_faults(evals_per_epoch: int, *, rows: int, batch_size: int) -> list[str]:
-    """Say it if an epoch has fewer steps than evaluations: trials are compared report by report."""
+    """Return an error if an epoch has fewer steps than evaluations. Trials are compared report by report."""
     steps = rows // min(batch_size, rows)
     if evals_per_epoch <= steps:
         return []
     return [
         f"train.evals_per_epoch: {count(rows, 'row')} in batches of {batch_size} (train.batch_size) make "
-        f"{count(steps, 'step')} an epoch, and {evals_per_epoch} evaluations need a step each; choose at most {steps}, "
-        f"or a smaller batch"
+        f"{count(steps, 'step')} an epoch, but each of {evals_per_epoch} evaluations needs a step; choose at most "
+        f"{steps}, or a smaller batch"
     ]
 
 
 def is_finished(config: RunConfig, plan: Plan, history: Sequence[Report]) -> bool:
-    """Tell whether the epochs are over, or the patience is."""
+    """Tell whether a run has ended: its epochs or its patience are used up."""
     if not history:
         return False
     waited = reports_since_best([report["val_js"] for report in history])
@@ -257,21 +257,21 @@ def start(
     origin: Mapping[str, Any] | None = None,
     resident: bool = True,
 ) -> Run:
-    """Build what a run works with: with pretrained weights, if any, where it is fresh.
+    """Build the objects of a run. Pretrained weights are loaded only if it is fresh.
 
     Args:
-        config: of the run.
-        store: to train on.
-        device: to train on.
-        plan: of the run.
+        config: settings of the run.
+        store: store to train on.
+        device: device to train on.
+        plan: plan of the run.
         fresh: whether the run is new.
-        origin: of the backbone, as the checkpoint of a run that goes on has it.
-        resident: whether the images may lie on a GPU, where there is room for them.
+        origin: description of the backbone's origin, from the checkpoint of a resumed run.
+        resident: whether the images may be kept on a GPU, if they fit.
     """
     model = _build_patiently(config, weights=fresh, description=origin)
-    # Channels-last is faster on either kind of device: on a CPU up to 1.7 times.
+    # Channels-last is faster on both kinds of devices: up to 1.7 times on a CPU.
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # With the warm-up of timm the first reports are of recent weights too, and not of those at the start.
+    # With timm's warm-up, the average contains recent weights already in the first reports.
     decay = config.train.ema_decay**plan.averaged_every
     average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
     net = compile_model(model) if is_compiled(config, device, plan) else model
@@ -294,7 +294,7 @@ def start(
             store.train.prob_NK, smoothing=config.train.smoothing, balance=config.train.balance, device=device
         ),
         grad_clip=config.train.grad_clip,
-        # Workers that train together wait for each other within a step.
+        # Several workers wait for each other within a step, so their steps are not captured.
         capture=device.type == "cuda" and torch.cuda.is_available() and plan.workers == 1,
     )
     if not resident:
@@ -304,18 +304,18 @@ def start(
 
 
 def _build_patiently(config: RunConfig, *, weights: bool, description: Mapping[str, Any] | None) -> nn.Module:
-    """Build the model; where the hub does not serve its weights, ask again before giving up."""
+    """Build the model. If the hub does not serve its weights, retry a few times."""
     for wait in _WAITS:
         try:
             return build_model(config, weights=weights, description=description)
         except WeightsUnavailableError:
-            # Other workers wait for this one before they train.
+            # Other workers wait meanwhile, because training begins together.
             time.sleep(wait)
     return build_model(config, weights=weights, description=description)
 
 
 def is_compiled(config: RunConfig, device: torch.device, plan: Plan) -> bool:
-    """Tell whether a run compiles its model: a function of its settings alone, so that a resumed run does the same."""
+    """Tell whether a run compiles its model. It depends only on the settings, so that a resumed run does the same."""
     if config.train.compile != "auto":
         return config.train.compile == "always"
     images = plan.epochs * plan.steps_per_epoch * plan.batch_rows
@@ -327,16 +327,16 @@ def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     dtype = _DTYPES[config.train.precision]
     if dtype != torch.bfloat16 or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
         return dtype
-    return torch.float16  # with scaled gradients, where a GPU can do no better
+    return torch.float16  # with scaled gradients, on GPUs without bf16
 
 
 def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
-    """Train from the newest report to where the next is due.
+    """Train from the newest report to the next one.
 
-    Nothing in a step waits for the device: the loss is summed there, and read at the end.
+    No step waits for the device: the loss is summed there, and read at the end.
 
     Returns:
-        The mean loss of the rows of all workers, and the learning rate of the last step.
+        The mean loss over the rows of all workers, and the learning rate of the last step.
 
     Raises:
         Divergence: the mean is NaN or infinite.
@@ -388,7 +388,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
 
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
-    """Average the running statistics of BatchNorm over the workers: each worker takes them of its own rows."""
+    """Average the running statistics of BatchNorm over the workers, since each worker computes its own."""
     layers = _batchnorm_layers(model)
     buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     if workers > 1 and buffers:
@@ -404,13 +404,13 @@ def _batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
 
 
 def rows_to_evaluate(run: Run) -> int:
-    """Return the rows of a batch: on a GPU no more than in training, so that smaller micro-batches help."""
+    """Return the rows of an evaluation batch: on a GPU at most those of a micro-batch, to limit its memory."""
     micro_rows = run.plan.batch_rows // (run.plan.workers * run.config.train.accumulate)
     return min(ROWS, micro_rows) if run.device.type == "cuda" else ROWS
 
 
 def _gather_predictions(logits_BK: torch.Tensor, count: int, plan: Plan) -> torch.Tensor:
-    """Return the predictions of all workers in the order of the rows, [N, K]."""
+    """Gather the predictions of all workers in the order of the rows, [N, K]."""
     with torch.inference_mode():
         predicted_NK = logits_BK.new_zeros(count, logits_BK.shape[1])
         predicted_NK[plan.rank :: plan.workers] = logits_BK.softmax(-1)
@@ -455,7 +455,7 @@ def _report(
 
 
 def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
-    """Return a worker's report with the times that the first worker took: all else is the same already."""
+    """Return a worker's report with the times of the first worker. Everything else is equal on all workers."""
     clocks = [report["seconds"], report["time"], report["images_per_second"]]
     taken = torch.tensor(clocks, dtype=torch.float64, device=device)
     dist.broadcast(taken, src=0)
@@ -466,7 +466,7 @@ def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
 def _check_resumable(
     config: RunConfig, store: Store, device: torch.device, folder: Path | None, progress: Progress | None
 ) -> None:
-    """Check that a configuration and a store are those that the run in the folder began with; all workers agree."""
+    """Check that a configuration and a store match the run in the folder, and that all workers see the same run."""
     if dist.is_initialized():
         least = torch.tensor(len(progress.history) if progress is not None else 0, device=device)
         most = least.clone()
@@ -478,8 +478,8 @@ def _check_resumable(
         return
     asked = config.to_flat()
     faults = [
-        f"{folder}: the run there began with {key} = {value}, and {asked.get(key)} is asked for; keep to that, or "
-        f"choose another folder"
+        f"{folder}: the run there began with {key} = {value}, not {asked.get(key)}; keep that value, or choose "
+        f"another folder"
         for key, value in progress.settings.items()
         if key not in _MAY_CHANGE and asked.get(key) != value
     ]
@@ -501,7 +501,7 @@ def _check_finite(values: dict[str, float], plan: Plan, history: Sequence[Report
 
 @contextlib.contextmanager
 def _randomness(device: torch.device, *key: int) -> Iterator[None]:
-    """Seed torch's generators with a key, and leave them as they were found."""
+    """Seed torch's generators with a key for the block, then restore their state."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
         yield

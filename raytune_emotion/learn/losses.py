@@ -1,7 +1,7 @@
 """Compute losses between a target distribution and logits, one value per row: [B, K], [B, K] -> [B].
 
-Each works on log-softmax, in log space where a logarithm is needed: its value and its gradient are finite for
-logits of any finite size and for targets with zeros.
+Each uses log-softmax and computes logarithms in log space. Value and gradient are finite for all finite logits and for
+targets with zeros.
 """
 
 import math
@@ -15,12 +15,12 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def mse(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
-    """Mean squared error: mean_k (p - q)^2."""
+    """Return the mean squared error: mean_k (p - q)^2."""
     return (prob_BK - logits_BK.softmax(-1)).square().mean(-1)
 
 
 def l1(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
-    """Mean absolute error: mean_k |p - q|."""
+    """Return the mean absolute error: mean_k |p - q|."""
     return (prob_BK - logits_BK.softmax(-1)).abs().mean(-1)
 
 
@@ -37,22 +37,22 @@ def ce(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
 def js(logits_BK: Tensor, prob_BK: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence, bits: (sum_k p log2(p / m) + sum_k q log2(q / m)) / 2, m = (p + q) / 2."""
     log_q_BK = log_softmax(logits_BK, -1)
-    # The mean in log space is finite wherever log q is, so that no term is 0 * inf, forwards or backwards.
+    # The mean in log space is finite, because log q is. So no term is 0 * inf, forwards or backwards.
     log_m_BK = torch.logaddexp(prob_BK.log(), log_q_BK) - math.log(2)
     of_p_BK = torch.xlogy(prob_BK, prob_BK) - prob_BK * log_m_BK
     of_q_BK = log_q_BK.exp() * (log_q_BK - log_m_BK)
     return (of_p_BK + of_q_BK).sum(-1) / (2 * math.log(2))
 
 
-#: The losses that a mixture is made of, by the name of their weight in the configuration.
+#: Losses of a mixture, by the name of their weight in the configuration.
 LOSSES: dict[str, Loss] = {"mse": mse, "l1": l1, "kl": kl, "ce": ce, "js": js}
 
 
 def mixture(weights: Mapping[str, float]) -> Loss:
-    """Return the weighted sum of losses; one that weighs nothing is not computed.
+    """Return the weighted sum of losses. Losses of weight 0 are not computed.
 
     Args:
-        weights: by name in LOSSES, not negative; `LossConfig.weights`.
+        weights: non-negative weights by name in LOSSES, such as `LossConfig.weights`.
     """
     parts = [(LOSSES[name], weight) for name, weight in weights.items() if weight > 0]
 

@@ -1,4 +1,4 @@
-"""Measure how far predicted distributions are from their targets: a value per row, then means over a set of rows."""
+"""Measure the distance of predicted distributions from their targets: a value per row, then means over rows."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ def per_sample(logits_BK: Tensor, prob_BK: Tensor, distances_KK: Tensor | None) 
     """Compute every metric of every row, in float64.
 
     `js` is in bits and in [0, 1], `kl` and `ce` are in nats, `emd` in class steps, `emd_va` in the unit of the
-    distances; `clark` and `canberra` count a class that neither side gives mass as zero. `accuracy` is one where the
-    likeliest class is the target's (the first, where the target has several). All but `cosine`, `intersection`
-    and `accuracy` are better when smaller.
+    distances. `clark` and `canberra` count a class without mass on both sides as zero. `accuracy` is one if the most
+    probable class is that of the target (the first one, if the target has several). For `cosine`, `intersection` and
+    `accuracy` larger is better, for all others smaller.
 
     Args:
         logits_BK: predictions before the softmax; B may be 0.
         prob_BK: targets, each row non-negative with sum one.
-        distances_KK: the ground distance of `emd_va`, a metric; None leaves `emd_va` out.
+        distances_KK: ground distance of `emd_va`, a metric; None leaves `emd_va` out.
 
     Returns:
         name -> [B], float64.
@@ -36,7 +36,7 @@ def per_sample(logits_BK: Tensor, prob_BK: Tensor, distances_KK: Tensor | None) 
     logits_BK, p_BK = logits_BK.double(), prob_BK.double()
     q_BK = log_softmax(logits_BK, -1).exp()
     diff_BK = p_BK - q_BK
-    # The ratio of difference to sum is 0 / 0 only where the difference is 0.
+    # The sum is 0 only if the difference is 0; the ratio is then 0.
     ratio_BK = diff_BK / (p_BK + q_BK).clamp_min(torch.finfo(torch.float64).tiny)
     values = {
         "js": losses.js(logits_BK, p_BK),
@@ -61,13 +61,13 @@ def per_sample(logits_BK: Tensor, prob_BK: Tensor, distances_KK: Tensor | None) 
 
 @dataclasses.dataclass
 class MetricSums:
-    """Sums of metrics and the count of their rows, kept on the device, and divided once."""
+    """Sums of metrics on the device, and the count of their rows. They are divided only once."""
 
     sums: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     count: int = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add rows.
+        """Add the metrics of rows.
 
         Args:
             values: name -> [B], with the same names each time; B may be 0.
@@ -77,7 +77,7 @@ class MetricSums:
         self.count += len(next(iter(values.values())))
 
     def means(self) -> dict[str, float]:
-        """Return the means over the rows of all workers: one reduction, one transfer to the host."""
+        """Return the means over the rows of all workers, with one reduction and one transfer to the host."""
         total = torch.stack(list(self.sums.values()))
         total = torch.cat([total, total.new_tensor([self.count])])
         if dist.is_initialized():
@@ -87,6 +87,6 @@ class MetricSums:
 
 
 def distances_of(classes: tuple[str, ...]) -> Tensor | None:
-    """Return the ground distance of `emd_va`, [K, K]; None where a class has no place in the valence-arousal plane."""
+    """Return the ground distance of `emd_va`, [K, K]; None if a class has no position in the valence-arousal plane."""
     distances_KK = class_distances(classes)
     return None if distances_KK is None else torch.from_numpy(distances_KK)

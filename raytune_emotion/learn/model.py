@@ -34,17 +34,17 @@ _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError,
 def build_model(config: RunConfig, *, weights: bool = True, description: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the backbone with its head, on the CPU, in training mode. Its weights are a function of the configuration.
 
-    Where `model.pretrained` is true, it starts from pretrained weights: those in `model.weights_dir` or in the folder
-    that is the backbone; without such a folder, those of the hub or its cache. A classifier of another size is left
-    out and starts anew; all else must fit.
+    If `model.pretrained` is true, it starts from pretrained weights: from `model.weights_dir` or the backbone's own
+    folder, else from the hub or its cache. A classifier of another size is left out and initialised at random; all
+    other weights must fit.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         weights: False leaves pretrained weights out, for a caller that loads a checkpoint into the model.
         description: of the backbone, which such a checkpoint has.
 
     Raises:
-        UserError: the backbone is unknown or cannot take the image size, or its weights cannot be had or do not fit.
+        UserError: the backbone is unknown or does not accept the image size, or its weights are missing or do not fit.
     """
     check_backbone(config.model.backbone)
     weights = weights and config.model.pretrained
@@ -55,7 +55,7 @@ def build_model(config: RunConfig, *, weights: bool = True, description: Mapping
     options["drop_rate"] = config.model.dropout
     if config.model.drop_path:
         options["drop_path_rate"] = config.model.drop_path
-    # timm marks the models whose parameters depend on the image size; these take img_size.
+    # timm marks models whose parameters depend on the image size. They accept img_size.
     if origin.fixed_input_size:
         options["img_size"] = config.data.image_size
     if origin.known is not None:
@@ -71,20 +71,20 @@ def build_model(config: RunConfig, *, weights: bool = True, description: Mapping
                 overlay = {"hf_hub_filename": safe_file(origin.architecture)}
                 return _create(config, origin, options | {"pretrained": True, "pretrained_cfg_overlay": overlay})
         except Exception as error:
-            # The hub's client, its network library and the reader of a damaged file each have errors of their own. What
-            # also happens without the weights is no fault of theirs.
+            # The hub's client, its network library and the reader of a damaged file have different error classes. First
+            # create the model without weights, to raise errors that are not about the weights.
             _create(config, origin, options)
             if is_absent(error):
                 raise _would_be_unpickled(config.model) from error
             raise WeightsUnavailableError(
                 f"model.pretrained: the weights of {origin.architecture} could not be fetched ({_first_line(error)}); "
                 f"connect this machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or save timm's weights "
-                f"elsewhere as {config.model.backbone}.safetensors and name their folder as model.weights_dir"
+                f"elsewhere as {config.model.backbone}.safetensors and set model.weights_dir to their folder"
             ) from error
 
 
 def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Module:
-    """Have timm make the model, and try whether it takes the image size."""
+    """Create the model with timm, and test whether it accepts the image size."""
     name, size, n_classes = origin.architecture, config.data.image_size, len(config.data.classes)
     try:
         model: nn.Module = timm.create_model(name, **options)
@@ -94,7 +94,9 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
             model.eval()(torch.zeros(1, 3, size, size))
     except _UNBUILDABLE as error:
         if "drop_path_rate" in str(error):
-            raise UserError(f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another") from error
+            raise UserError(
+                f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another backbone"
+            ) from error
         if "loading state_dict" in str(error) and origin.weights is not None:
             raise UserError(
                 f"{weights_setting(config.model)}: {origin.weights} does not fit {name}: {line.strip()}"
@@ -107,10 +109,10 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
 
 
 def check_backbone(name: str) -> None:
-    """Check that timm knows a model, and build nothing.
+    """Check that timm knows a model, without building it.
 
     Raises:
-        UserError: with the nearest names that it knows.
+        UserError: timm does not know it; the error suggests similar names.
     """
     check_architecture(name)
     if split_source(name)[0]:
@@ -123,7 +125,7 @@ def check_backbone(name: str) -> None:
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Check that the pretrained weights asked for exist, as far as this machine can tell without a network.
+    """Check that the configured pretrained weights exist, as far as this is possible without a network.
 
     Raises:
         UserError: there is no such file, or timm has no weights for the model.
@@ -159,13 +161,13 @@ def load_model(best: Best) -> nn.Module:
 
 
 def mean_std(model: nn.Module) -> tuple[Colour, Colour]:
-    """Mean and standard deviation of the colours that the backbone was, or would be, pretrained with, in [0, 1]."""
+    """Return the mean and the standard deviation of the colours in the backbone's pretraining, in [0, 1]."""
     known: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     return tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(known.get("std", IMAGENET_DEFAULT_STD))
 
 
 def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
-    """Return the options by which timm loads a file strictly: with a classifier of the file's size, 0 for none."""
+    """Return the options with which timm loads a file strictly: with the file's number of classes, 0 for none."""
     classifier = (origin.known or vars(timm.get_pretrained_cfg(origin.architecture))).get("classifier") or ""
     head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     file = origin.weights
@@ -175,9 +177,9 @@ def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
             n_classes = tensors.get_slice(head).get_shape()[0] if head in tensors.keys() else 0  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{weights_setting(config)}: {file} cannot be read as safetensors ({error}); save the weights anew"
+            f"{weights_setting(config)}: {file} cannot be read as safetensors ({error}); save the weights again"
         ) from error
-    # The offset and the loader of the original release are not for timm's own names.
+    # The label offset and the loader of the original release do not apply to weights under timm's names.
     overlay = {"file": str(file), "num_classes": n_classes, "label_offset": 0, "custom_load": False}
     return {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": n_classes}
 

@@ -1,6 +1,6 @@
-"""Write the model card of an export: what the model is, how to use it, how good it is, and its limits.
+"""Write the model card of an export: the model, its use, its metrics and its limits.
 
-The code that it shows gives the probabilities of `predict`, which a test holds.
+A test checks that the code in the card gives the same probabilities as `predict`.
 """
 
 import json
@@ -32,9 +32,9 @@ _MEANINGS = {
     "chebyshev": "Chebyshev distance",
     "clark": "Clark distance",
     "canberra": "Canberra distance",
-    "cosine": "cosine similarity (more is better)",
-    "intersection": "intersection (more is better)",
-    "accuracy": "accuracy of the likeliest class (more is better)",
+    "cosine": "cosine similarity (higher is better)",
+    "intersection": "intersection (higher is better)",
+    "accuracy": "accuracy of the most probable class (higher is better)",
 }
 
 _CARD = """\
@@ -46,22 +46,22 @@ tags: [timm, facial-expression, label-distribution-learning]
 
 # Distributions of emotion from faces: {architecture}
 
-For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
+The model predicts a distribution over the {n_classes} emotions that people see in the picture of a face:
 {classes}.
 
 ## How to use it
 
 {code}
-The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above, which is
-that of `label_names` in `config.json`. Pictures with transparent pixels, or with 16 bits a pixel, need
+The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above, as in
+`label_names` of `config.json`. Pictures with transparent pixels, or with 16 bits per pixel, need
 `raytune-emotion predict`.
 
 ## How good it is
 
 {metrics}
 
-The epoch was chosen by the Jensen-Shannon divergence on this same set, and in a search so were the settings. On new
-faces, expect somewhat worse.
+The epoch and, in a search, the settings were chosen by the Jensen-Shannon divergence on this same set. Expect slightly
+worse values on new faces.
 {per_class}
 ## Calibration
 
@@ -74,9 +74,9 @@ faces, expect somewhat worse.
 - Do not use it to decide anything about a person: not at work, at school, at a border, in insurance or in court. Some
   laws forbid this. The European Union's AI Act, for one, forbids it at work and in education.
 - Use it on pictures of people who agreed to it.
-- It knows faces such as those of its training data. Other ages, skin tones, poses, light or croppings can make it
-  worse. How much was not measured.
-- Its training data have licences of their own, which may restrict its use.
+- It was trained on faces such as those of its training data. Other ages, skin tones, poses, light or croppings can
+  make it worse. This was not measured.
+- The licences of its training data may restrict its use.
 
 ## Where it comes from
 
@@ -148,12 +148,12 @@ with torch.inference_mode():
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a model by the data that it was trained on; without them, nothing."""
+    """Results of a model on its validation set; without the data, empty."""
 
-    predictions: Predictions | None  # of validation images, by the exported model
-    images: int  # of the validation set
+    predictions: Predictions | None  # of the exported model, for validation images
+    images: int  # number of images in the validation set
     calibration: Calibration | None
-    temperature: float  # that the logits are divided by
+    temperature: float  # divisor of the logits
 
 
 def render_card(
@@ -170,11 +170,11 @@ def render_card(
     Args:
         folder: the export's name.
         described: the content of `config.json`.
-        config: of the run.
-        metrics: of the whole validation set, as in `metrics.json`.
-        formats: that are exported.
-        evidence: what is known of the model.
-        notes: where the model comes from, a sentence each.
+        config: configuration of the run.
+        metrics: metrics of the whole validation set, as in `metrics.json`.
+        formats: the exported formats.
+        evidence: results on the validation set.
+        notes: sentences on the origin of the model.
     """
     size, n_classes = config.data.image_size, len(config.data.classes)
     own = [
@@ -199,7 +199,7 @@ def render_card(
 
 
 def show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) -> str:
-    """Return the code that reads a picture and predicts it by each of these formats.
+    """Return code that reads a picture and predicts it with each of these formats.
 
     Args:
         formats: names of formats.
@@ -209,18 +209,18 @@ def show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) 
     """
     parts = (_READ, *(_USES[name] for name in formats)) if formats else ()
     files = {"as_timm": f"local-dir:{folder}", "onnx": f"{folder}/model.onnx", "pt2": f"{folder}/model.pt2"}
-    # In JSON, a text is what it is in Python.
+    # A JSON string is also a Python string.
     texts = {name: json.dumps(file, ensure_ascii=False) for name, file in files.items()}
     return "\n".join(part.format(typed=shell_word(folder), size=size, n_classes=n_classes, **texts) for part in parts)
 
 
 def escape_markdown(text: str) -> str:
-    """Return a text of one line as it is written in Markdown, so that nothing in it is markup."""
+    """Escape a text of one line for Markdown, so that nothing in it is markup."""
     return re.sub(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def table_of_metrics(metrics: Mapping[str, Any]) -> str:
-    """Return the metrics of the whole validation set as a table in Markdown."""
+    """Return a Markdown table of the metrics of the whole validation set."""
     rows = [
         f"| {_MEANINGS[name]} | {value:.4f} |"
         for key, value in metrics.items()
@@ -257,8 +257,8 @@ def _per_class(predictions: Predictions | None) -> str:
         for row in class_errors(predictions)
     ]
     heading = (
-        "| class | mean target | mean prediction | mean absolute error | calibration error | likeliest in | "
-        "of these found |"
+        "| class | mean target | mean prediction | mean absolute error | calibration error | "
+        "images where it is most probable | share of these predicted so |"
     )
     return "\n".join(["", heading, "|---|---|---|---|---|---|---|", *rows, ""])
 
@@ -266,7 +266,7 @@ def _per_class(predictions: Predictions | None) -> str:
 def _calibration(evidence: Evidence) -> str:
     found = evidence.calibration
     if evidence.predictions is None:
-        return "The model is not calibrated, since the data of the run are not on the machine that exported it."
+        return "The model is not calibrated, because the data of the run are not on the machine that exported it."
     if found is None:
         return "The model is not calibrated: the validation set is too small."
     tried = (
@@ -276,13 +276,13 @@ def _calibration(evidence: Evidence) -> str:
     )
     if evidence.temperature != 1:
         kept = (
-            "It is kept: the last layer of the weights here is divided by it, in all formats. The tables above are "
-            "with it, `metrics.json` is without it."
+            "It is applied: in all formats, the last layer of the weights is divided by it. The tables above include "
+            "it, `metrics.json` does not."
         )
     elif found.helps:
-        kept = "It is not applied, since this backbone's last layer cannot be scaled."
+        kept = "It is not applied, because this backbone's last layer cannot be scaled."
     else:
-        kept = "It does not help there, so it is not applied."
+        kept = "It is not applied, because it does not help there."
     return f"{tried} {kept}"
 
 
@@ -294,6 +294,6 @@ def describe_start(config: ModelConfig, known: Mapping[str, Any]) -> str:
         known: timm's description of the weights.
     """
     if not config.pretrained:
-        return "Training began from random weights, so no licence of other weights applies."
-    began = f"Training began from the pretrained weights of `{short_name(config.backbone)}`."
+        return "Training began with random weights, so no licence of other weights applies."
+    began = f"Training began with the pretrained weights of `{short_name(config.backbone)}`."
     return f"{began} Their licence: {licence(config, known)}."

@@ -1,4 +1,4 @@
-"""Make the optimizer, and schedule its learning rate: a function of the step and of the reports so far."""
+"""Build the optimizer, and schedule its learning rate as a function of the step and of the reports so far."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,14 @@ from raytune_emotion.config import OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Build Adam, AdamW or SGD with momentum, all fused. The model is on its device already.
+    """Build Adam, AdamW or SGD with momentum, all fused. The model must already be on its device.
 
-    As is customary for transformers, and harmless elsewhere, biases, the scales of normalisation layers and whatever
-    the model itself exempts (`no_weight_decay`: class tokens, position embeddings) are not decayed.
+    Biases, scales of normalisation layers, and parameters that the model itself exempts (`no_weight_decay`: class
+    tokens, position embeddings) are not decayed. This is usual for transformers, and harmless for other models.
 
-    The loop sets the learning rate before every step: in each group times its `lr_scale`, if any, which follows from
-    `layer_decay` (Bao et al., "BEiT", 2021). Groups of `head: True` hold the classifier's parameters.
+    The loop sets the learning rate before every step. In each group it is multiplied by the group's `lr_scale`, if any,
+    which follows from `layer_decay` (Bao et al., "BEiT", 2021). Groups with `head: True` hold the classifier's
+    parameters.
     """
     exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if config.layer_decay < 1:
@@ -31,8 +32,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     groups = _with_head_apart(model, groups)
     if config.name == "sgd":
         sgd = SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-        # Where a scaler skips the first step, as it often does, the kernel would leave a momentum that was never set.
-        # With one of zero the first step is the same.
+        # If a scaler skips the first step, as it often does, the kernel would leave an uninitialised momentum. A
+        # momentum of zero does not change the first step.
         for parameter in model.parameters() if config.momentum else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -41,7 +42,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def _with_head_apart(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split groups of parameters so that each holds the classifier's parameters alone, or none of them."""
+    """Split groups of parameters so that each holds only parameters of the classifier, or none of them."""
     classifiers = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     modules = [classifiers] if isinstance(classifiers, nn.Module) else list(classifiers)
     head = {id(parameter) for module in modules for parameter in module.parameters()}
@@ -70,11 +71,11 @@ def lr_factor(
 
     Args:
         config: the schedule.
-        step: optimizer steps taken before this one.
-        steps_per_epoch: of the run.
-        total_steps: of the run.
-        val_js: of the reports so far, in order.
-        evals_per_epoch: reports an epoch.
+        step: number of optimizer steps before this one.
+        steps_per_epoch: steps per epoch of the run.
+        total_steps: all steps of the run.
+        val_js: validation JS of the reports so far, in order.
+        evals_per_epoch: reports per epoch.
     """
     warmup = config.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -87,9 +88,9 @@ def lr_factor(
 
 
 def plateau_falls(val_js: Sequence[float], patience: float) -> int:
-    """Return how often the learning rate has fallen by now, if it falls after `patience` reports without a new best.
+    """Return how often the learning rate has fallen, if it falls after `patience` reports without a new best.
 
-    After a fall the count starts anew, and the best stays.
+    After a fall, the count restarts, and the best value is kept.
     """
     best, waited, falls = math.inf, 0, 0
     for value in val_js:
@@ -103,5 +104,5 @@ def plateau_falls(val_js: Sequence[float], patience: float) -> int:
 
 
 def reports_since_best(val_js: Sequence[float]) -> int:
-    """Return how many reports there have been since the least value, the first of equals."""
+    """Return the number of reports after the lowest value (after the first of equal values)."""
     return len(val_js) - 1 - min(range(len(val_js)), key=val_js.__getitem__)

@@ -1,7 +1,7 @@
-"""Find what a backbone is built from: timm's architecture, arguments of its shape, and the file of its weights.
+"""Find the origin of a backbone: timm's architecture, arguments of its shape, and the file of its weights.
 
-A folder or a repository of the hub holds timm's `config.json` and weights. Nothing in it is trusted: of the
-configuration only known, plain values are taken, and of the weights only safetensors, which run no code when loaded.
+A folder or a repository of the hub holds timm's `config.json` and weights. Neither is trusted: from the configuration
+only known, plain values are used, and weights must be safetensors, which run no code when loaded.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.backbones import FOLDER, HUB, architectures, short_name, split_source
 from raytune_emotion.storage.json_text import load_json
 
-#: Arguments of a model's shape that a `config.json` may name. By others, timm could be made to load a file.
+#: Arguments of a model's shape that a `config.json` may contain. Other arguments could make timm load a file.
 _SHAPE = {
     "img_size", "patch_size", "class_token", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias",
     "qk_norm", "init_values", "pos_embed", "no_embed_class", "reg_tokens", "pre_norm", "final_norm", "fc_norm",
@@ -25,38 +25,38 @@ _SHAPE = {
     "stem_type", "stem_width", "head_norm_first", "head_hidden_size", "conv_mlp", "conv_bias", "use_grn", "norm_eps",
     "norm_layer", "act_layer", "cardinality", "base_width", "avg_down", "output_stride", "window_size",
 }  # fmt: skip
-#: Arguments that say how a model was trained, or that follow from the configuration here.
+#: Arguments of the original training, or that the configuration here determines. They are ignored.
 _IGNORED = {
     "num_classes", "in_chans", "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
     "attn_drop_rate", "weight_init", "fix_init", "head_init_scale", "zero_init_last",
 }  # fmt: skip
-#: What is known of the licence of weights whose own card names none, by a part of their name.
+#: Licence of weights whose own card names none, by a part of their name.
 _LICENCES = {
-    "ms1mv3": "their card names none, and InsightFace, which published their training data MS1MV3, allows models "
-    "trained with its data for non-commercial research alone"
+    "ms1mv3": "their card names none; InsightFace, which published their training data MS1MV3, allows models trained "
+    "with its data only for non-commercial research"
 }
-#: What is taken of timm's description of weights: how they read an image, and the names of their first and last layer.
+#: Used keys of timm's description of weights: the preprocessing of images, and the names of the first and last layer.
 _KNOWN = ("input_size", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier", "license")
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 
 class AbsentWeightsError(UserError):
-    """Pretrained weights that this machine does not see; another may."""
+    """Report pretrained weights that are missing on this machine; another machine may have them."""
 
 
 class WeightsUnavailableError(AbsentWeightsError):
-    """Pretrained weights that could not be fetched from the hub or read from its cache."""
+    """Report pretrained weights that could not be fetched from the hub or read from its cache."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a backbone is built from."""
+    """The parts from which a backbone is built."""
 
-    architecture: str  # in timm's registry; with the tag of its weights, if any
-    arguments: Mapping[str, Any]  # of its shape
-    known: Mapping[str, Any] | None  # timm's description of the weights; None: that of its registry
-    weights: Path | None  # the file of the weights; None: timm fetches them, or none are wanted
+    architecture: str  # name in timm's registry; with the tag of its weights, if any
+    arguments: Mapping[str, Any]  # arguments of its shape
+    known: Mapping[str, Any] | None  # timm's description of the weights; None: the one in timm's registry
+    weights: Path | None  # file of the weights; None: timm fetches them, or none are wanted
 
     @property
     def fixed_input_size(self) -> bool:
@@ -65,19 +65,19 @@ class Origin:
 
     @property
     def description(self) -> dict[str, Any] | None:
-        """Return what takes the place of a `config.json`, as it does; None: the name of a timm model says it all."""
+        """Return the content of a `config.json` for it; None if the name of a timm model is enough."""
         if self.known is None:
             return None
         return {"architecture": self.architecture, "model_args": self.arguments, "pretrained_cfg": self.known}
 
 
 def find_origin(config: ModelConfig, *, weights: bool, description: Mapping[str, Any] | None = None) -> Origin:
-    """Find what a backbone is built from. Files of the hub are fetched once, and then read from its cache.
+    """Find the origin of a backbone. Files of the hub are fetched once, and then read from its cache.
 
     Args:
         config: names the backbone, and a folder of weights if there is one.
-        weights: whether its pretrained weights are wanted, too.
-        description: see `Origin.description`: a checkpoint has it. Without weights, nothing else is read then.
+        weights: whether its pretrained weights are also wanted.
+        description: the `Origin.description` of a checkpoint. Without weights, nothing else is then read.
 
     Raises:
         UserError: there is no such folder or repository, its configuration is damaged, or it has no safetensors.
@@ -97,23 +97,23 @@ def find_origin(config: ModelConfig, *, weights: bool, description: Mapping[str,
 
 
 def successor(name: str) -> str:
-    """Return the present name of a model that timm has renamed; any other name as it is."""
+    """Return the present name of a model that timm has renamed; return other names unchanged."""
     return str(get_deprecated_models().get(name) or name)
 
 
 def licence(config: ModelConfig, known: Mapping[str, Any]) -> str:
-    """Say under which licence pretrained weights are, as far as that is known.
+    """Return the licence of pretrained weights, as far as it is known.
 
     Args:
         config: names the backbone.
         known: timm's description of the weights.
     """
     noted = next((text for part, text in _LICENCES.items() if part in config.backbone), None)
-    return noted or known.get("license") or "not known here; ask those who published them"
+    return noted or known.get("license") or "not known here; ask the publisher of the weights"
 
 
 def weights_folder(config: ModelConfig) -> Path | None:
-    """Return the folder of this machine with a backbone's configuration and weights; None: it has none."""
+    """Return the local folder with a backbone's configuration and weights; None if there is none."""
     source, name = split_source(config.backbone)
     if source == FOLDER:
         return Path(name)
@@ -123,7 +123,7 @@ def weights_folder(config: ModelConfig) -> Path | None:
 
 
 def weights_file(config: ModelConfig) -> Path:
-    """Return the file of this machine with a backbone's weights.
+    """Return the local file with a backbone's weights.
 
     Raises:
         AbsentWeightsError: there is none.
@@ -135,7 +135,7 @@ def weights_file(config: ModelConfig) -> Path:
         file = Path(config.weights_dir).expanduser() / f"{config.backbone}.safetensors"
         if not file.is_file():
             raise AbsentWeightsError(
-                f"model.weights_dir: there is no file {file}; on a machine with a network, save "
+                f"model.weights_dir: no file {file}; on a machine with a network, save "
                 f"timm.create_model('{config.backbone}', pretrained=True).state_dict() there with safetensors, or "
                 f"leave model.weights_dir out"
             )
@@ -149,14 +149,14 @@ def weights_file(config: ModelConfig) -> Path:
             f"{_WEIGHTS} there, with safetensors"
         )
     raise AbsentWeightsError(
-        f"model.backbone: there is no file {folder / _WEIGHTS}; it and {_CONFIG} make a backbone, as timm saves them"
+        f"model.backbone: no file {folder / _WEIGHTS}; a backbone consists of it and {_CONFIG}, as timm saves them"
     )
 
 
 def safe_file(architecture: str) -> str | None:
-    """Return the file of safetensors that timm's repository of the hub for a model has; None: timm has another source.
+    """Return the name of the safetensors file in timm's repository of the hub for a model; None for other sources.
 
-    Timm itself would unpickle a file where this one is missing.
+    If this file is missing, timm itself would unpickle another one.
     """
     known = _registered(architecture)
     name = known.get("hf_hub_filename") or _WEIGHTS
@@ -164,33 +164,33 @@ def safe_file(architecture: str) -> str | None:
 
 
 def is_absent(error: Exception) -> bool:
-    """Tell whether the hub has answered that a repository has not the file that was asked for."""
+    """Tell whether the hub has answered that a repository does not have the requested file."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def weights_setting(config: ModelConfig) -> str:
-    """Name the setting that says where weights lie."""
+    """Return the name of the setting that names the folder of the weights."""
     return "model.backbone" if config.weights_dir is None else "model.weights_dir"
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a model's shape, of those that a `config.json` names.
+    """Return the arguments of a model's shape among those of a `config.json`.
 
     Raises:
-        ValueError: there are others, or values that are not plain.
+        ValueError: there are unknown arguments, or values that are not plain.
     """
     wrong = sorted(arguments.keys() - _SHAPE - _IGNORED)
     shape = {key: value for key, value in arguments.items() if key in _SHAPE}
     wrong += [key for key, value in shape.items() if not _is_plain(value)]
     if wrong or arguments.get("in_chans") not in (None, 3):
-        raise ValueError(f"{', '.join(wrong) or 'in_chans'}: no arguments of a model that can be built here")
+        raise ValueError(f"{', '.join(wrong) or 'in_chans'}: not supported as arguments of a model here")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}
 
 
 def _registered(architecture: str) -> dict[str, Any]:
-    """Return timm's own description of an architecture's weights; empty if it has none."""
+    """Return timm's own description of an architecture's weights; an empty dict if it has none."""
     found = timm.get_pretrained_cfg(architecture)
     return vars(found) if found is not None else {}
 
@@ -203,7 +203,7 @@ def _is_plain(value: Any) -> bool:
 def _read_config(
     backbone: str, where: Path | str, read: Callable[[], Any]
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read timm's `config.json`: the architecture, the arguments of its shape, the description of its weights."""
+    """Read timm's `config.json`: the architecture, the arguments of its shape, and the description of its weights."""
     try:
         content = read()
         architecture, given = content["architecture"], content.get("pretrained_cfg", content)
@@ -216,18 +216,18 @@ def _read_config(
         return architecture, arguments, known
     except FileNotFoundError:
         raise AbsentWeightsError(
-            f"model.backbone: {backbone}: there is no file {where}; timm saves it beside {_WEIGHTS}"
+            f"model.backbone: {backbone}: no file {where}; timm saves it beside {_WEIGHTS}"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"model.backbone: {backbone}: {where} does not describe a model of timm ({what}); save the model anew with "
-            f"timm, or choose another"
+            f"model.backbone: {backbone}: {where} does not describe a model of timm ({what}); save the model again "
+            f"with timm, or choose another"
         ) from error
 
 
 def _fetch(name: str, filename: str) -> Path:
-    """Return a file of a repository of the hub: from its cache, and if it is not there, from the hub."""
+    """Return a file of a repository: from the hub's cache or, if it is not there, from the hub."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     from raytune_emotion.learn.hub import hub_client
@@ -245,7 +245,7 @@ def _fetch(name: str, filename: str) -> Path:
                 f"model.backbone: {HUB}:{name} has no {filename}; other files would be unpickled, which can run any "
                 f"code; choose another backbone"
             ) from error
-        # The hub's client and its network library each have errors of their own.
+        # The hub's client and its network library have different error classes.
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsUnavailableError(
             f"model.backbone: {filename} of {HUB}:{name} could not be fetched ({what}); connect this machine to the "

@@ -1,4 +1,4 @@
-"""Write predictions as they come, a batch at a time: CSV, JSON lines, Parquet, or a list for people."""
+"""Write predictions batch by batch as CSV, JSON lines, Parquet, or a list for people."""
 
 import csv
 import json
@@ -24,11 +24,11 @@ class Table(Protocol):
         """Write rows: the name of each image, and its probabilities."""
 
     def close(self) -> None:
-        """Write what is left, and the end of the table."""
+        """Write the remaining rows and the end of the table."""
 
 
 class CsvTable:
-    """A header, then one line per image with its probabilities, to six decimals."""
+    """A header, then one line per image with its probabilities to six decimals."""
 
     def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
         self._text, self._lines = text, csv.writer(text, lineterminator="\n")
@@ -60,7 +60,7 @@ class JsonLines:
 
 
 class SortedList:
-    """The name of each image, then a line per class with its probability, the likeliest first: for people."""
+    """For people: the name of each image, then a line per class with its probability, the most probable first."""
 
     def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
         self._text, self._classes = text, classes
@@ -77,7 +77,7 @@ class SortedList:
 
 
 class ParquetTable:
-    """A column of names, and one of float32 for each class."""
+    """A column of names, and a column of float32 for each class."""
 
     def __init__(self, stream: BinaryIO, classes: Sequence[str]) -> None:
         self._schema = pa.schema([(_NAME, pa.string()), *((name, pa.float32()) for name in classes)])
@@ -105,7 +105,7 @@ class ParquetTable:
         self._names, self._parts = [], []
 
 
-#: The formats of text, by name; `parquet` is written to a stream of bytes.
+#: Text formats by name. `parquet` is not one of them: it is written to a stream of bytes.
 TEXT_TABLES: dict[str, Callable[[TextIO, Sequence[str]], Table]] = {
     "csv": CsvTable,
     "jsonl": JsonLines,

@@ -1,4 +1,4 @@
-"""Look closely at what a model predicts for validation images: by class, in bins, with confidence intervals."""
+"""Analyse the predictions of a model for validation images: by class, in bins, with confidence intervals."""
 
 import hashlib
 import time
@@ -18,8 +18,9 @@ from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import distances_of, per_sample
 from raytune_emotion.learn.model import load_model, mean_std
 
-#: Validation images that are predicted at most, and for so long at most: a report is no evaluation of its own.
+#: Largest number of validation images that are predicted for a report.
 MOST_IMAGES = 2000
+#: Longest time for these predictions, seconds.
 _MOST_SECONDS = 30.0
 _BATCH = 64
 _BINS = 10
@@ -27,14 +28,14 @@ _BINS = 10
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicts for validation images, which are a random part where there are many."""
+    """Predictions of a model for validation images, or for a random part of them if there are many."""
 
     classes: tuple[str, ...]
     ids: tuple[str, ...]
     true_NK: npt.NDArray[np.float64]
     predicted_NK: npt.NDArray[np.float64]
     js_N: npt.NDArray[np.float64]  # bits
-    rows_N: npt.NDArray[np.int64]  # of the split
+    rows_N: npt.NDArray[np.int64]  # row numbers in the split
     split: Split
 
     @property
@@ -44,14 +45,14 @@ class Predictions:
         return entropy_N
 
     def metrics(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Return every metric of every image, [N] a name."""
+        """Return every metric of every image: name -> [N]."""
         values = per_sample(log_of(self.predicted_NK), torch.from_numpy(self.true_NK), distances_of(self.classes))
         return {name: value_N.numpy() for name, value_N in values.items()}
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Images whose predictions, or targets, lie near each other."""
+    """Images with similar predictions or targets."""
 
     count: int
     x: float  # mean prediction, or mean entropy of the targets
@@ -61,20 +62,20 @@ class Bin:
 
 @dataclass(frozen=True)
 class ClassError:
-    """How well one class is predicted."""
+    """Accuracy of the predictions of one class."""
 
     name: str
     mean_target: float
     mean_prediction: float
     mean_absolute_error: float
     calibration_error: float  # mean distance of prediction and target over bins of the prediction
-    majority_images: int  # whose likeliest class it is
-    majority_found: float | None  # the share of these in which it is predicted to be the likeliest
+    majority_images: int  # number of images whose most probable class it is
+    majority_found: float | None  # share of these for which the prediction is most probable for it, too
     bins: tuple[Bin, ...]
 
 
 def half_of(ids: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return which images are in the first half of a validation set: a function of each id alone."""
+    """Return which images are in the first half of a validation set. It depends only on the id of an image."""
     return np.array([hashlib.sha256(image_id.encode()).digest()[0] % 2 == 0 for image_id in ids], dtype=bool)
 
 
@@ -111,12 +112,12 @@ def predict_split(model: nn.Module, split: Split, classes: tuple[str, ...]) -> P
 
 
 def log_of(prob_NK: npt.NDArray[np.float64]) -> torch.Tensor:
-    """Return the logits of probabilities, which are finite."""
+    """Return finite logits of probabilities."""
     return torch.from_numpy(prob_NK).clamp_min(torch.finfo(torch.float64).tiny).log()
 
 
 def class_errors(predictions: Predictions) -> list[ClassError]:
-    """Return how well each class is predicted, in the order of the classes."""
+    """Return the errors of each class, in the order of the classes."""
     true_NK, predicted_NK = predictions.true_NK, predictions.predicted_NK
     truth_N, guess_N = true_NK.argmax(axis=1), predicted_NK.argmax(axis=1)
     found = []
@@ -140,7 +141,7 @@ def class_errors(predictions: Predictions) -> list[ClassError]:
 
 
 def bins_of(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], bin_N: npt.NDArray[np.int64]) -> list[Bin]:
-    """Return the means of x and y of the images of each bin."""
+    """Return the means of x and y over the images of each bin."""
     found = []
     for number in np.unique(bin_N):
         x, y = x_N[bin_N == number], y_N[bin_N == number]
@@ -152,7 +153,7 @@ def bins_of(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], bin_N: n
 def bootstrap_intervals(
     values: dict[str, npt.NDArray[np.float64]], *, resamples: int = 1000
 ) -> dict[str, tuple[float, float]]:
-    """Return the 95 % bootstrap interval of the mean of each metric, by name, from its values of every image, [N]."""
+    """Return the 95 % bootstrap interval of the mean of each metric, by name, from its values for all images, [N]."""
     names, table_NM = list(values), np.stack(list(values.values()), axis=1)
     n = len(table_NM)
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)

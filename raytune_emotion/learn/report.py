@@ -1,4 +1,4 @@
-"""Hold what one evaluation of a run reports, and name the number that a study minimises."""
+"""Define the report of one evaluation of a run, and name the number that a study minimises."""
 
 from typing import Final, TypedDict
 
@@ -6,7 +6,7 @@ from typing import Final, TypedDict
 OBJECTIVE: Final = "best_val_js"
 
 
-class Heard(TypedDict):
+class DriverReport(TypedDict):
     """The part of a report that a trial's process sends to the driver of a study."""
 
     report: int  # 1, 2, ...
@@ -19,18 +19,18 @@ class Heard(TypedDict):
 
 
 class _Planar(TypedDict, total=False):
-    val_emd_va: float  # not with classes that have no place in the valence-arousal plane
+    val_emd_va: float  # missing if a class has no position in the valence-arousal plane
 
 
-class Report(Heard, _Planar):
-    """All of a report, as it lies in a run's history. Each metric of `per_sample` is there, with `val_` before it."""
+class Report(DriverReport, _Planar):
+    """A whole report, as in a run's history. It has each metric of `per_sample` with the prefix `val_`."""
 
     time: float  # unix
-    train_loss: float  # mean over the rows since the report before
+    train_loss: float  # mean over the rows since the previous report
     lr: float  # of the newest step
-    best_report: int
-    accumulate: int  # micro-batches a step, of each worker
-    workers: int  # that trained together
+    best_report: int  # number of the report with the lowest val_js
+    accumulate: int  # micro-batches of each worker per step
+    workers: int  # number of workers
     val_js: float
     val_kl: float
     val_ce: float
@@ -46,5 +46,5 @@ class Report(Heard, _Planar):
     val_accuracy: float
 
 
-#: The keys that the driver hears.
-HEARD = tuple(Heard.__annotations__)
+#: Keys of the part of a report that is sent to the driver.
+DRIVER_KEYS = tuple(DriverReport.__annotations__)

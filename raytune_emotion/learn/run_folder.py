@@ -1,24 +1,24 @@
-"""Name the files that a run leaves in its folder, and read its reports: what a study's record needs, without PyTorch.
+"""Name the files of a run's folder, and read its reports, without importing PyTorch.
 
-`checkpoint` says what the files hold.
+`checkpoint` describes the content of the files.
 """
 
 from pathlib import Path
 from typing import Any, cast
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.report import HEARD, Report
+from raytune_emotion.learn.report import DRIVER_KEYS, Report
 from raytune_emotion.storage.json_text import is_number, load_json
 
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 PREDICTIONS = "predictions.safetensors"
 
-#: Larger integers are not exact as floats.
+#: Bound of the numbers in a report. Larger integers are not exact as floats.
 _LARGEST = 2**53
 
 
 def read_history(folder: Path) -> list[Report]:
-    """Read the reports of the run in a folder, in order, without a last line that is not written to its end.
+    """Read the reports of the run in a folder, in order. An incomplete last line is left out.
 
     Raises:
         UserError: another line is damaged.
@@ -32,24 +32,24 @@ def read_history(folder: Path) -> list[Report]:
         return []
     except ValueError as error:
         raise UserError(
-            f"{folder / HISTORY}: a damaged line ({error}); delete the file, and resuming the run restores it"
+            f"{folder / HISTORY}: a damaged line ({error}); delete the file, and resume the run to restore it"
         ) from error
 
 
 def _report(line: Any) -> Report:
-    """Take a line of a history for a report if it holds what a study looks at, and numbers alone but for `finished`.
+    """Check that a line of a history is a report: it has the keys that a study reads, and only numbers and `finished`.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it is not a report.
     """
-    numbers: dict[str, Any] = dict.fromkeys((*HEARD, "val_js", "time"))
+    numbers: dict[str, Any] = dict.fromkeys((*DRIVER_KEYS, "val_js", "time"))
     numbers |= line if isinstance(line, dict) else {}
     if not isinstance(numbers.pop("finished"), bool):
-        raise ValueError("no truth value as 'finished'")
+        raise ValueError("'finished' is not a boolean")
     if wrong := [key for key, value in numbers.items() if not (key.isidentifier() and _is_number(value))]:
-        raise ValueError(f"no number as {wrong[0]!r}")
+        raise ValueError(f"{wrong[0]!r} is not a number")
     if not isinstance(numbers["report"], int) or numbers["report"] < 1:
-        raise ValueError("no positive integer as 'report'")
+        raise ValueError("'report' is not a positive integer")
     return cast("Report", line)
 
 

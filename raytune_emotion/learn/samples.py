@@ -1,4 +1,4 @@
-"""Draw sample predictions of a run for TensorBoard: some validation faces, with true and predicted distributions."""
+"""Draw sample predictions of a run for TensorBoard: validation faces with true and predicted distributions."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from raytune_emotion.learn.events import EventWriter
 
 TAG = "validation/samples"
 _COUNT, _COLUMNS = 8, 2
-#: In pixels: a class's row, its name, its longest bar, and the space around a face.
+#: Height of a class's row, width of its name, length of its longest bar, and space around a face; px.
 _ROW, _NAME, _BAR, _SPACE = 13, 84, 110, 10
 _TRUE, _PREDICTED, _INK, _PAPER = (150, 160, 170), (230, 120, 40), (40, 40, 40), (255, 255, 255)
 
 
 def write_samples(events: EventWriter, folder: Path, store: Store) -> None:
-    """Write a picture of what a run's best evaluation predicts. Where that cannot be read or written, there is none."""
+    """Write a picture of predictions of a run's best evaluation. If that fails, write none."""
     with contextlib.suppress(OSError, UserError):
         kept = read_kept_predictions(folder)
         if kept is None or len(kept[1]) != len(store.val):
             return
         number, prob_NK = kept
-        # The same faces for every trial of a study.
+        # The faces are the same for every trial of a study.
         rows = np.unique(np.linspace(0, len(store.val) - 1, _COUNT).astype(np.int64))
         picture = draw_samples(
             store.val.gather(rows), store.val.prob_NK[rows], prob_NK[rows.tolist()].numpy(), store.classes

@@ -1,8 +1,8 @@
 """Take one step of the optimizer: forward and backward pass of its micro-batches, gradient clipping, update.
 
-On a GPU a step of a small model takes as long as the launches of its kernels. After a few steps all kernels of a step
-are therefore captured as one CUDA graph, which is launched as a whole from then on (Nguyen et al., "Accelerating
-PyTorch with CUDA Graphs", 2021). A captured step computes what a launched one does.
+On a GPU, a step of a small model takes as long as the launches of its kernels. Therefore, after a few steps, all
+kernels of a step are captured as one CUDA graph, which is then launched as a whole (Nguyen et al., "Accelerating
+PyTorch with CUDA Graphs", 2021). A captured step gives the same result as a launched one.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ from raytune_emotion.learn.losses import Loss
 
 Input = tuple[Batch, Decisions]
 
-#: Steps before the capture. They choose kernels, and make what is made once: optimizer state, cuBLAS workspaces.
+#: Number of steps before the capture. They choose kernels, and create the optimizer's state and cuBLAS workspaces.
 _LAUNCHED_FIRST = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """What a training set's distributions become before the loss, and what its rows weigh in it."""
+    """Smoothing of the training targets, and weights of the rows in the loss."""
 
-    mean_K: torch.Tensor | None = None  # of the training targets, mixed into each; None: left as they are
-    smoothing: float = 0.0  # its share
-    weight_K: torch.Tensor | None = None  # of a row, by its majority class; None: one
+    mean_K: torch.Tensor | None = None  # mean training target, which is mixed into each target; None: no smoothing
+    smoothing: float = 0.0  # share of the mean in each target
+    weight_K: torch.Tensor | None = None  # weight of a row by its majority class; None: all have weight 1
 
     def smooth(self, prob_BK: torch.Tensor) -> torch.Tensor:
-        """Return the targets of a batch, whose images may be mixtures."""
+        """Return the smoothed targets of a batch, whose images may be mixtures."""
         return prob_BK if self.mean_K is None else torch.lerp(prob_BK, self.mean_K.expand_as(prob_BK), self.smoothing)
 
     def weigh(self, prob_BK: torch.Tensor) -> torch.Tensor | None:
-        """Return the weights of rows by their own distributions; None where all weigh the same."""
+        """Return the weights of rows from their own distributions; None if all are equal."""
         return None if self.weight_K is None else self.weight_K[prob_BK.argmax(1)]
 
 
@@ -52,9 +52,9 @@ def make_targets(
     Args:
         prob_NK: distributions of the training rows.
         smoothing: share of their mean in each target; 0: none.
-        balance: a row weighs by the inverse frequency of its majority class to this power, one in the mean over the
-            rows; 0: all rows weigh the same.
-        device: of the training.
+        balance: exponent of the weight of a row, which is the inverse frequency of its majority class to this power,
+            scaled to mean 1 over the rows; 0: all rows have weight 1.
+        device: device of the training.
     """
     mean_K = weight_K = None
     if smoothing:
@@ -67,21 +67,21 @@ def make_targets(
 
 
 class Step:
-    """Train a model by one batch a call. Nothing in a call waits for the device.
+    """Train a model on one batch per call. A call does not wait for the device.
 
     Args:
         net: the model, compiled or not.
-        optimizer: of its parameters.
-        scaler: of the gradients.
-        loss: of logits and targets, one number a row.
-        mean: of the model's input, of pixels in [0, 1].
-        std: likewise.
-        dtype: of the forward and backward pass.
-        device: of the model.
+        optimizer: optimizer of its parameters.
+        scaler: scaler of the gradients.
+        loss: function of logits and targets, with one number per row.
+        mean: mean of the model's input, for pixels in [0, 1].
+        std: standard deviation of the model's input.
+        dtype: precision of the forward and backward pass.
+        device: device of the model.
         batch_rows: rows of a batch, over all workers.
-        workers: that each train on their share of a batch.
-        targets: what becomes of the training targets and of the rows' weights.
-        grad_clip: largest L2 norm of the gradient; 0: any.
+        workers: number of workers, which each train on their share of a batch.
+        targets: smoothing of the targets and weights of the rows.
+        grad_clip: largest L2 norm of the gradient; 0: no limit.
         capture: whether to capture a step as a CUDA graph. All batches must then have the same shapes.
     """
 
@@ -108,15 +108,15 @@ class Step:
         self._shared_net = _share_gradients(net, device, workers)
         self._only_head = False
         self.capture = capture
-        #: Sum of the losses of all rows since it was last set to zero.
+        #: Sum of the losses of all rows since the last reset to zero.
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         # A captured step reads the learning rates of the groups from the device.
         factors = [group.get("lr_scale", 1.0) for group in optimizer.param_groups]
         self._lr_G = torch.zeros(len(factors), device=device) if capture else None
-        self._factors_G = torch.tensor(factors, device=device)  # on them
+        self._factors_G = torch.tensor(factors, device=device)  # factors on them
         self._launched = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Input] = []  # of the graph
+        self._inputs: list[Input] = []  # inputs of the graph
 
     @property
     def captured(self) -> bool:
@@ -124,12 +124,12 @@ class Step:
         return self._graph is not None
 
     def __call__(self, inputs: Sequence[Input], lr: float, *, only_head: bool = False) -> None:
-        """Train by the micro-batches of one batch, each with the decisions on its augmentation.
+        """Train on the micro-batches of one batch.
 
         Args:
-            inputs: the micro-batches.
+            inputs: the micro-batches, each with its augmentation parameters.
             lr: the learning rate, before the factors of the optimizer's groups.
-            only_head: whether the classifier alone learns.
+            only_head: whether only the classifier is trained.
         """
         if only_head != self._only_head:
             self._freeze(only_head=only_head)
@@ -147,19 +147,19 @@ class Step:
         self._launched += 1
 
     def _freeze(self, *, only_head: bool) -> None:
-        """Have the classifier alone learn, or all.
+        """Train only the classifier, or all parameters.
 
-        What is frozen has no gradients: there is no backward pass through it, the norm of the gradients leaves it out,
-        and the optimizer begins its state when it learns.
+        Frozen parameters have no gradients: there is no backward pass through them, the norm of the gradients does not
+        include them, and the optimizer creates their state when they are trained.
         """
         self._only_head = only_head
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(not only_head or group["head"])
-        # The wrapper of workers, and a captured graph, are of the parameters that learned when they were made.
+        # The wrapper for workers, and a captured graph, hold the parameters that were trained when they were made.
         self._shared_net = _share_gradients(self._net, self._device, self._workers)
         if self._graph is not None:
-            torch.cuda.synchronize(self._device)  # it may still run
+            torch.cuda.synchronize(self._device)  # the graph may still run
         self._graph, self._inputs, self._launched = None, [], 0
 
     def _set_learning_rates(self, lr: float) -> None:
@@ -177,14 +177,14 @@ class Step:
         for index, (batch, decisions) in enumerate(inputs):
             x_BCHW, prob_BK = augment(batch, decisions, mean=self._mean, std=self._std)
             prob_BK, weight_B = self._targets.smooth(prob_BK), self._targets.weigh(batch.prob_BK)
-            # Workers add up their gradients once a step, with its last micro-batch.
+            # Workers add their gradients once per step, at its last micro-batch.
             with contextlib.nullcontext() if index == len(inputs) - 1 else _no_sync(self._shared_net):
                 with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
                     logits_BK = self._shared_net(x_BCHW)
                 loss_B = self._loss(logits_BK.float(), prob_BK)
                 loss = (loss_B if weight_B is None else loss_B * weight_B).sum()
-                # The gradient of the mean over the whole batch, however it is cut; the wrapper takes the mean over
-                # workers, which is undone here.
+                # Compute the gradient of the mean over the whole batch, however it is split. The factor `workers`
+                # undoes the mean over workers in the wrapper.
                 self._scaler.scale(loss * self._scale).backward()  # type: ignore[no-untyped-call]
             self.loss_sum += loss.detach()
         if self._grad_clip > 0:
@@ -195,7 +195,7 @@ class Step:
         self._optimizer.zero_grad()
 
     def _launch_aside(self, inputs: Sequence[Input]) -> None:
-        """Launch a step on a stream of its own, as PyTorch asks for before a capture."""
+        """Launch a step on a separate stream, as PyTorch requires before a capture."""
         aside, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
@@ -203,21 +203,21 @@ class Step:
         current.wait_stream(aside)
 
     def _capture_graph(self, inputs: Sequence[Input]) -> None:
-        """Capture a step as a graph. A model that cannot be captured keeps launching its kernels one by one.
+        """Capture a step as a graph. If the model cannot be captured, its kernels are still launched one by one.
 
         Raises:
-            torch.OutOfMemoryError: the device has no memory for it.
+            torch.OutOfMemoryError: the device has too little memory for the graph.
         """
         self._inputs = [_copy(given) for given in inputs]
         for group in self._optimizer.param_groups:
             if "capturable" in group:
                 group["capturable"] = True
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()  # the graph takes its memory from a pool of its own
+        torch.cuda.empty_cache()  # the graph allocates from a separate memory pool
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         try:
             with torch.cuda.stream(aside):
-                # The loader's thread may copy meanwhile.
+                # "thread_local" allows copies of the loader's thread meanwhile.
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._launch(self._inputs)
@@ -249,21 +249,21 @@ def _copy(given: Input) -> Input:
 
 
 def _clip(parameters: Sequence[nn.Parameter], most: float) -> None:
-    """Scale the gradients so that their norm, as that of one vector, is at most this."""
+    """Scale the gradients so that their total norm is at most this."""
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-    # To look at the norm is to wait for a GPU, and spares a CPU the way through the memory of all gradients.
+    # A comparison would wait for a GPU. On a CPU, it saves a pass through the memory of all gradients.
     if norm.is_cuda or not norm <= most:
         nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
 
 
 def _share_gradients(net: nn.Module, device: torch.device, workers: int) -> nn.Module:
-    """Wrap a model so that its workers add up the gradients of what learns now; one alone has nothing to share."""
+    """Wrap a model so that its workers add the gradients of the trained parameters. One worker needs no wrapper."""
     if workers == 1:
         return net
     ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the option is getting another name
-        # Buffers are shared before evaluations instead, once a report and not once a step.
+        warnings.simplefilter("ignore", FutureWarning)  # the option will be renamed
+        # Buffers are shared before evaluations instead: once per report, not once per step.
         return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 

@@ -1,7 +1,7 @@
-"""Measure the images a second of trials that share a device, in processes that train on it at the same time.
+"""Measure the throughput of trials that share a device, with processes that train on it at the same time.
 
-Each process trains as a trial does, but evaluates nothing while it is timed. It does what it is told in lines of JSON
-on its standard input, and answers in lines on its standard output.
+Each process trains as a trial does, but does not evaluate while it is timed. It reads orders as lines of JSON from its
+standard input, and writes answers as lines to its standard output.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from raytune_emotion.config import FlatConfig, RunConfig
-from raytune_emotion.data.loader import Resident, clear_cache, lives_on_device, size_of
+from raytune_emotion.data.loader import DeviceSplit, clear_cache, lives_on_device, size_of
 from raytune_emotion.data.store import Split, Store, open_store
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import malloc
@@ -26,23 +26,25 @@ from raytune_emotion.learn.device import allowance, is_out_of_memory, limit_memo
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.learn.loop import Run, make_plan, rows_to_evaluate, start, train_segment
 
-#: Numbers of trials at once that are tried out.
+#: Numbers of parallel trials that are measured.
 COUNTS = (1, 2, 4, 8)
 
-#: The fewest trials that come so near to the most images a second share a device.
+#: Share of the best throughput. The smallest count that reaches this share is used.
 _NEAR = 0.95
+#: Number of rows of a split that are used for a measurement.
 _ROWS = 4096
+#: Length of training between two reports in a measurement, seconds.
 _SEGMENT_S = 0.25
 
 
 def best_count(rates: Sequence[Mapping[int, float]]) -> int:
-    """Return how many trials at once train as many images of each backbone in the least time, or nearly so.
+    """Return the number of parallel trials that trains equally many images of each backbone in almost the least time.
 
     Args:
-        rates: of each backbone, images a second in sum by the number of trials; numbers that do not fit are left out.
+        rates: for each backbone, total images per second by the number of trials; numbers that do not fit are missing.
 
     Returns:
-        A number that fits for all of them; 1 where there is none.
+        A number that fits for all backbones; 1 if there is none.
     """
     fitting = sorted(set(rates[0]).intersection(*rates))
     seconds = {count: sum(1 / of_one[count] for of_one in rates) for count in fitting}
@@ -50,41 +52,41 @@ def best_count(rates: Sequence[Mapping[int, float]]) -> int:
 
 
 def fitting_counts(counts: Sequence[int], *, peak: float, images: float, total: float) -> list[int]:
-    """Return those numbers of trials at once for which a device has the memory.
+    """Return the numbers of parallel trials for which a device has enough memory.
 
     Args:
-        counts: to choose from.
-        peak: bytes that a trial takes at most, without its images.
-        images: bytes of all images, which live on the device where there is room.
-        total: bytes of the device.
+        counts: candidate numbers.
+        peak: largest memory of a trial without its images, bytes.
+        images: memory of all images, bytes; they are kept on the device if there is room.
+        total: memory of the device, bytes.
     """
     room = {count: allowance(total, 1 / count) for count in counts}
     return [count for count in counts if peak + images * lives_on_device(images, room[count]) <= room[count]]
 
 
 class Process:
-    """A process that trains on a device; what it is told to do is answered once each, in order."""
+    """A process that trains on a device. It answers each order once, in order."""
 
     def __init__(self, device: torch.device) -> None:
         command = [sys.executable, "-m", __name__, str(device)]
         self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def begin(self, settings: FlatConfig, store: str) -> None:
-        """Prepare to train. The answer: bytes that it takes of the device, of all images, and of the device in all.
+        """Prepare to train. The answer: its device memory, the size of all images, and the device's memory, in bytes.
 
-        The answer is None where the device has too little memory.
+        The answer is None if the device has too little memory.
         """
         self._tell({"settings": dict(settings), "store": store})
 
     def train(self, *, seconds: float, threads: int, share: float, resident: bool) -> None:
         """Train for some seconds with a share of the device. The answer: images per second, None if out of memory.
 
-        `resident` says whether the images come from the device, if they lie there.
+        `resident` says whether images that are on the device are read from there.
         """
         self._tell({"seconds": seconds, "threads": threads, "share": share, "resident": resident})
 
     def rest(self) -> None:
-        """Order it to give back what it took of the device; the answer comes when it has."""
+        """Free the device memory of the process. The answer comes afterwards."""
         self._tell({})
 
     def answer(self) -> Any:
@@ -96,7 +98,7 @@ class Process:
         assert self._popen.stdout is not None
         line = self._popen.stdout.readline()
         if not line:
-            raise Breakdown(f"a process that was to try out the device has ended with code {self._popen.wait()}")
+            raise Breakdown(f"a process that measured the device's throughput ended with code {self._popen.wait()}")
         return json.loads(line)
 
     def end(self) -> None:
@@ -104,13 +106,13 @@ class Process:
         self._popen.communicate()
 
     def _tell(self, order: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended, as is said for want of an answer
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; `answer` will report it
             print(json.dumps(order), file=self._popen.stdin, flush=True)
 
 
 @contextlib.contextmanager
 def timing_processes(count: int, device: torch.device) -> Iterator[list[Process]]:
-    """Start so many processes, which end with the block."""
+    """Start this number of processes, and end them with the block."""
     with contextlib.ExitStack() as stack:
         started = [Process(device) for _ in range(count)]
         for process in started:
@@ -122,7 +124,7 @@ def train_side_by_side(some: Sequence[Process], *, seconds: float, cores: float,
     """Train in processes at the same time, each with its share of the device and of the cores.
 
     Returns:
-        Their images per second, in sum; None where one of them is out of memory.
+        Their total images per second; None if one of them is out of memory.
     """
     for process in some:
         threads = max(1, int(cores / len(some)))
@@ -140,17 +142,17 @@ def measure(
     counts: Sequence[int] = COUNTS,
     seconds: float = 2.0,
 ) -> dict[str, dict[int, float]]:
-    """Measure the images a second, in sum, of several trials at once on a device, by backbone and number of trials.
+    """Measure the total images per second of parallel trials on a device, by backbone and number of trials.
 
     Numbers for which the device has too little memory are left out.
 
     Args:
-        backbones: settings to train each with.
-        stores: packed data, by image size, px.
-        device: to share.
-        cores: of all trials together.
-        counts: of trials.
-        seconds: of each measurement.
+        backbones: settings of each backbone.
+        stores: packed data by image size, px.
+        device: device to share.
+        cores: cores of all trials together.
+        counts: numbers of trials.
+        seconds: length of each measurement, seconds.
 
     Raises:
         Breakdown: a process has ended.
@@ -175,7 +177,7 @@ def _measure_one(
     counts: Sequence[int],
     seconds: float,
 ) -> dict[int, float]:
-    """Return the images per second, in sum, by number of trials; a number that does not fit is left out."""
+    """Return the total images per second by number of trials. Numbers that do not fit are left out."""
     every[0].begin(settings, store)
     if (answer := every[0].answer()) is None:
         return {}
@@ -184,7 +186,7 @@ def _measure_one(
     others = every[1 : max(fitting, default=1)]
     for process in others:
         process.begin(settings, store)
-    # The device may be fuller than the first process could tell.
+    # The device may have less free memory than the first process has found.
     fit = 1 + sum([process.answer() is not None for process in others])
     found: dict[int, float] = {}
     for count in fitting:
@@ -195,13 +197,13 @@ def _measure_one(
     return found
 
 
-# ---- in a process
+# ---- within a process
 
 
 def _serve(device: torch.device) -> None:
     malloc.keep_freed_memory()
     reduce_fragmentation()
-    torch.set_num_threads(1)  # until it is told how many are its own
+    torch.set_num_threads(1)  # until an order sets the number
     run: Run | None = None
     for line in sys.stdin:
         order = json.loads(line)
@@ -234,8 +236,8 @@ def _prepare(settings: FlatConfig, place: str, device: torch.device) -> tuple[Ru
     if cuda:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats(device)
-    # With a learning rate so small that nothing diverges. Few rows may have fewer steps than evaluations. While the
-    # head alone learns, a step takes less time and memory.
+    # The learning rate is so small that nothing diverges. A few rows may have fewer steps than evaluations. While only
+    # the head learns, a step takes less time and memory.
     own = {"optim.lr": 1e-9, "train.evals_per_epoch": 1, "model.freeze_epochs": 0}
     run = _begin(RunConfig.from_flat({**settings, **own}), store, device)
     peak = torch.cuda.max_memory_reserved(device) - _images_on_device(run) if cuda else 0
@@ -244,7 +246,7 @@ def _prepare(settings: FlatConfig, place: str, device: torch.device) -> tuple[Ru
 
 
 def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
-    """Begin a run on a few rows, and warm it up; from one of its reports to the next it takes a quarter of a second."""
+    """Begin a run on a few rows, and warm it up. Its reports are about a quarter of a second apart."""
     few = dataclasses.replace(store, train=_first_rows(store.train, _ROWS), val=_first_rows(store.val, _ROWS))
     run = start(config, few, device, make_plan(config, few, device), fresh=False)
     evaluate(run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run))
@@ -257,7 +259,7 @@ def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
 
 
 def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bool) -> float:
-    """Return images per second."""
+    """Train for some seconds, and return the images per second."""
     torch.set_num_threads(threads)
     limit_memory(run.device, share)
     if not resident:
@@ -270,12 +272,12 @@ def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bo
 
 
 def _images_on_device(run: Run) -> int:
-    """Return their bytes."""
-    return sum(part.x_NHWC.nbytes for part in (run.train, run.val) if isinstance(part, Resident))
+    """Return the size of the images on the device, bytes."""
+    return sum(part.x_NHWC.nbytes for part in (run.train, run.val) if isinstance(part, DeviceSplit))
 
 
 def _with_first_report_after(run: Run, steps: int) -> Run:
-    """Return the run, with its first report after so many steps."""
+    """Return the run with its first report after this number of steps."""
     return dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=(steps,)))
 
 

@@ -16,7 +16,7 @@ from raytune_emotion.data.prepare import prepare
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 
-#: What a box of an image is erased to; timm's own default.
+#: Colour of erased boxes; timm's default.
 _MEAN_COLOUR = (0.485, 0.456, 0.406)
 _NO_OFFSET, _NO_SCALE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 _CPU = torch.device("cpu")
@@ -25,15 +25,15 @@ _CPU = torch.device("cpu")
 class Loader:
     """Batches of a split, on the CPU: images [B, 3, H, W], RGB, float32 in [0, 1]; and probabilities [B, K], float32.
 
-    A loader for training shuffles and augments, by a function of the seed and the number of the pass; it leaves out the
-    rows that fill no batch. One for validation yields all rows in their order.
+    A loader for training shuffles and augments as a function of the seed and the number of the pass. It leaves out the
+    rows that do not fill a batch. A loader for validation yields all rows in their order.
 
     Args:
-        store: that the split is of.
-        split: of N rows.
-        batch_size: rows of a batch; where a training split has fewer, all of them.
-        augmentation: for training; None: for validation.
-        seed: of order and augmentation.
+        store: store of the split.
+        split: N rows.
+        batch_size: rows of a batch; if a training split has fewer rows, all of them.
+        augmentation: augmentation for training; None: the loader is for validation.
+        seed: seed of order and augmentation.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Loader:
                 if "erase_top" not in decision:
                     yield augment(batch, decision, mean=_NO_OFFSET, std=_NO_SCALE)
                     continue
-                # `augment` erases to zero, which is to be the mean colour.
+                # `augment` erases to zero, so shift the mean colour to zero and back.
                 x_BCHW, prob_BK = augment(batch, decision, mean=_MEAN_COLOUR, std=_NO_SCALE)
                 yield x_BCHW.add_(torch.tensor(_MEAN_COLOUR)[:, None, None]).clamp_(0, 1), prob_BK
 
@@ -88,19 +88,19 @@ def create_loaders(
     Args:
         data: a folder in the layout of AffectNetFused, a table of faces, or a packed store; on a disk or at a URI.
         batch_size: rows of a batch.
-        image_size: side of the square images, px; None: the store's own, or that of the folder's images, but no more
-            than 224.
-        augmentation: of the training images; None: half of them are mirrored, as the commands do by default.
-        seed: of order and augmentation.
-        classes: names of the K values of an annotation, in order; None: those of the table or the store, or the
-            13 emotions of a folder.
-        skip_bad: whether faulty rows of a folder are set aside; else they are refused.
+        image_size: side of the square images, px; None: the size of the store, or that of the folder's images, at most
+            224.
+        augmentation: augmentation of the training images; None: half of them are mirrored, as in the commands.
+        seed: seed of order and augmentation.
+        classes: names of the K values of an annotation, in order; None: those of the table or the store; for a folder,
+            the 13 emotions.
+        skip_bad: whether faulty rows of a folder are left out; otherwise they are an error.
 
     Returns:
-        The loader for training and the one for validation. Both hold the store as `store`.
+        The loader for training and the one for validation. Both have the attribute `store`.
 
     Raises:
-        UserError: with a sentence for everything that is wrong with the data.
+        UserError: a sentence for every error of the data.
     """
     if batch_size < 1:
         raise UserError(f"batch_size: expected a positive integer, got {batch_size!r}")

@@ -1,7 +1,7 @@
-"""Offer losses on probabilities, with the values of those of `raytune_emotion.learn.losses`, which are on logits.
+"""Provide losses on probabilities, with the same values as those on logits in `raytune_emotion.learn.losses`.
 
 Each takes predictions [N, K] and targets [N, K], whose rows are probabilities, and returns the mean over the N rows.
-Value and gradient are finite for all probabilities, zeros and ones among them.
+Value and gradient are finite for all probabilities, including zeros and ones.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,8 @@ class _LogLoss(nn.Module):
     """A loss that takes logarithms of predictions.
 
     Args:
-        epsilon: a probability below it counts as it. Its gradient is kept, so that a model can recover from a zero.
+        epsilon: lower bound of the predicted probabilities. Gradients below it are kept, so that a model can recover
+            from a zero.
     """
 
     loss: losses.Loss
@@ -50,7 +51,7 @@ class _LogLoss(nn.Module):
     def forward(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, [N, K], [N, K] -> scalar. Each row of predictions is divided by its sum."""
         _check_shapes(predictions, targets)
-        # The logarithm of 1e-7 is -16 in every type but float16, where 1e-7 is hardly a number.
+        # The logarithm of 1e-7 is -16 in every type except float16, which can hardly represent 1e-7.
         q_BK = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         q_BK = q_BK + (q_BK.clamp_min(self.epsilon) - q_BK).detach()
         return type(self).loss(q_BK.log(), targets.to(q_BK.dtype)).mean()
@@ -81,7 +82,7 @@ class CombinedLoss(nn.Module):
     """A weighted sum of losses: sum_i w_i L_i.
 
     Args:
-        parts: pairs of a loss and its weight, which is not negative; at least one.
+        parts: pairs of a loss and its non-negative weight; at least one.
     """
 
     def __init__(self, parts: Iterable[tuple[nn.Module, float]]) -> None:
@@ -114,7 +115,7 @@ def get_loss_function(name: str, epsilon: float = 1e-7) -> nn.Module:
 
     Args:
         name: `mse`, `l1`, `kl` (nats), `ce` (nats) or `js` (bits).
-        epsilon: of the losses that take logarithms: a predicted probability below it counts as it.
+        epsilon: for losses that take logarithms: lower bound of the predicted probabilities.
 
     Raises:
         UserError: there is no such loss.
@@ -126,7 +127,7 @@ def get_loss_function(name: str, epsilon: float = 1e-7) -> nn.Module:
 
 
 def _check_shapes(predictions: Tensor, targets: Tensor) -> None:
-    # torch would broadcast, and return a number that means nothing.
+    # torch would broadcast, and return a meaningless number.
     if predictions.shape != targets.shape:
         raise UserError(
             f"targets: expected the shape of the predictions, {tuple(predictions.shape)}, got {tuple(targets.shape)}"

@@ -1,4 +1,4 @@
-"""Offer metrics on probabilities: those that the commands report, by the same code."""
+"""Provide the metrics of the commands on probabilities, computed by the same code."""
 
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -21,7 +21,7 @@ METRICS = (
     "accuracy",
 )  # fmt: skip
 _DISTANCE = "emd_va"
-#: A predicted probability below it counts as it, so that every metric is finite.
+#: Lower bound of predicted probabilities, so that every metric is finite.
 _LEAST = 1e-12
 
 
@@ -29,11 +29,11 @@ class MetricsCalculator:
     """Compute metrics between predicted and target distributions, in float64.
 
     Args:
-        metrics: names of METRICS, in the order of the results; None: all that the classes allow.
-        classes: K names, which tell the distances of `emd_va`. Other classes than the 13 emotions have none.
+        metrics: names in METRICS, in the order of the results; None: all that are possible for the classes.
+        classes: K names, which determine the distances of `emd_va`. Classes other than the 13 emotions have none.
 
     Raises:
-        UserError: with a sentence for every metric that there is not.
+        UserError: a sentence for every unknown metric.
     """
 
     def __init__(self, metrics: Iterable[str] | None = None, *, classes: Iterable[str] = EMOTIONS) -> None:
@@ -90,5 +90,5 @@ class MetricsCalculator:
 
 
 def _tensor(given: Probabilities) -> Tensor:
-    # Copies: a tensor cannot be a view of an array that is read backwards.
+    # Copy, because a tensor cannot be a view of an array with negative strides.
     return given if isinstance(given, Tensor) else torch.from_numpy(np.array(given, np.float64))

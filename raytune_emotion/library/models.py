@@ -1,4 +1,4 @@
-"""Offer models whose output is a distribution over the emotions."""
+"""Provide models whose output is a distribution over the emotions."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from raytune_emotion.learn.model import Colour, build_model, mean_std
 
 
 class EmotionModel(nn.Module):
-    """A timm backbone that takes images as the loaders yield them, and returns probabilities.
+    """A timm backbone that takes the images of the loaders, and returns probabilities.
 
     Args:
-        backbone: of K classes; returns logits.
+        backbone: network with K outputs, which are logits.
         classes: K names, in the order of the probabilities.
-        image_size: side of the images that it takes, px.
+        image_size: side of its images, px.
     """
 
     def __init__(self, backbone: nn.Module, classes: tuple[str, ...], image_size: int) -> None:
@@ -40,7 +40,7 @@ class EmotionModel(nn.Module):
         return self.logits(x_BCHW).softmax(-1)
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
-        """Predict the logarithms of probabilities, up to a number for each row: [B, 3, H, W] -> [B, K], float32."""
+        """Predict the logarithms of probabilities, up to a constant per row: [B, 3, H, W] -> [B, K], float32."""
         logits_BK: Tensor = self.backbone((x_BCHW - self._mean) / self._std)
         return logits_BK.float()
 
@@ -58,16 +58,16 @@ def create_model(
     """Build any timm backbone with a head of 13 classes, on the CPU, in training mode.
 
     Args:
-        name: of a timm model, such as `resnet18`.
-        pretrained: whether it starts from timm's weights, of the hub or its cache, or from those in `weights_dir`.
-        image_size: side of the square images, px. Backbones whose parameters do not depend on it take other sizes too.
-        dropout: probability, before the classifier.
-        weights_dir: folder with `<name>.safetensors`, for machines without a hub.
+        name: name of a timm model, such as `resnet18`.
+        pretrained: whether it starts from timm's weights, from the hub or its cache, or from those in `weights_dir`.
+        image_size: side of the square images, px. Backbones whose parameters do not depend on it accept other sizes.
+        dropout: dropout probability before the classifier.
+        weights_dir: folder with `<name>.safetensors`, for machines without access to the hub.
         classes: K names.
-        seed: of the weights that are not pretrained.
+        seed: seed of the weights that are not pretrained.
 
     Raises:
-        UserError: timm has no such model, or its weights cannot be had.
+        UserError: timm has no such model, or its weights are not available.
     """
     config = RunConfig.from_flat(
         {

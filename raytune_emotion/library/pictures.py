@@ -1,4 +1,4 @@
-"""Draw predictions and the curves of a training, as matplotlib figures."""
+"""Draw predictions and training curves as matplotlib figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,14 +29,14 @@ def visualize_predictions(
     *,
     classes: Sequence[str] = EMOTIONS,
 ) -> Figure:
-    """Draw faces with their true and predicted distributions, and the JS between these, in bits.
+    """Draw faces with their true and predicted distributions, and the JS between them, in bits.
 
     Args:
         images: [N, 3, H, W] or [N, H, W, 3]: RGB, float in [0, 1] or uint8.
         predictions: [N, K], probabilities.
         targets: [N, K], probabilities.
-        num_samples: how many are drawn, at most: the first.
-        save_path: file to write; its suffix tells the format, such as png or pdf.
+        num_samples: number of faces to draw, at most; the first ones are drawn.
+        save_path: file to write; its suffix determines the format, such as png or pdf.
         classes: K names.
 
     Raises:
@@ -76,11 +76,11 @@ def plot_training_curves(
     """Draw the losses, the metrics JS (bits) and KL (nats), and the learning rate, against the epoch.
 
     Args:
-        history: as `Trainer.train` returns it, or the reports of a trial.
-        save_path: file to write; its suffix tells the format, such as png or pdf.
+        history: result of `Trainer.train`, or the reports of a trial.
+        save_path: file to write; its suffix determines the format, such as png or pdf.
 
     Raises:
-        UserError: there is no epoch in the history.
+        UserError: the history has no epoch.
     """
     table = pd.DataFrame(history)
     if table.empty:

@@ -1,4 +1,4 @@
-"""Offer studies: run one as the command `search` does, and read one, also while it runs."""
+"""Run a study as the command `search` does, and load a study, also while it runs."""
 
 import argparse
 import contextlib
@@ -32,15 +32,15 @@ Place = str | os.PathLike[str] | Location
 
 @dataclass(frozen=True)
 class Study:
-    """A study as it was when it was loaded; `load_study` again shows what came since."""
+    """A study at the time of loading. Load it again to see later results."""
 
     location: Location
     spec: StudySpec = field(repr=False)
     trials: pd.DataFrame = field(repr=False)
-    """A row a trial, best first, as in `trials.csv`: `trial_id`, `status`, `epochs`, `best_val_js` (bits), the other
-    metrics of that evaluation, `seconds`, `params_millions`, …, and a column for each hyperparameter."""
+    """One row per trial, best first, as in `trials.csv`: `trial_id`, `status`, `epochs`, `best_val_js` (bits), the
+    other metrics of that evaluation, `seconds`, `params_millions`, …, and a column for each hyperparameter."""
     curves: pd.DataFrame = field(repr=False)
-    """A row an evaluation, as in `curves.parquet`: `trial_id`, `epoch`, `val_js` (bits), `val_kl` (nats), …"""
+    """One row per evaluation, as in `curves.parquet`: `trial_id`, `epoch`, `val_js` (bits), `val_kl` (nats), …"""
     _best_id: str | None = field(repr=False)
 
     @property
@@ -58,7 +58,7 @@ class Study:
         """Load a trial's best weights, in evaluation mode: images [B, 3, H, W] in [0, 1] -> probabilities [B, K].
 
         Args:
-            trial_id: of the trial; None: the best. A study keeps the weights of its best trials only.
+            trial_id: id of the trial; None: the best one. A study keeps only the weights of its best trials.
 
         Raises:
             UserError: the study has no weights of that trial.
@@ -73,7 +73,7 @@ class Study:
 
 
 def load_study(path: Place) -> Study:
-    """Load a study, also one that runs: it is read without a lock.
+    """Load a study, also while it runs. It is read without a lock.
 
     Args:
         path: the study's folder, or its URI.
@@ -82,7 +82,7 @@ def load_study(path: Place) -> Study:
         UserError: there is no study, or it is damaged.
     """
     location = location_of(path)
-    spec_of(location)  # whose sentence names the nearest study, where there is none
+    spec_of(location)  # if there is no study, its error names the nearest one
     with read_study(location) as study:
         records = study.records()
     best = winner(records)
@@ -121,37 +121,37 @@ def search(
     Args:
         data: a folder in the layout of AffectNetFused, a table of faces, or a packed store; on a disk or at a URI.
             None: the built-in sample, or the data of the study that is resumed.
-        space: name of a search space that comes with the project, a YAML file, or the same as a mapping, such as
+        space: name of a search space of the package, a YAML file, or the same as a mapping, such as
             `{"model.backbone": "resnet18", "optim.lr": {"log_uniform": [1e-4, 1e-2]}}`. Ignored when resuming.
-        trials: in all; None: 32.
-        epochs: of a full trial; None: that of the space, or 20.
+        trials: total number of trials; None: 32.
+        epochs: epochs of a full trial; None: the value of the space, else 20.
         objective: `val_js`, or one of the other objectives of the command.
-        sampler: what proposes configurations, by the command's names.
-        scheduler: what decides which trials go on, by the command's names.
-        seed: of proposals and trials.
+        sampler: name of the sampler, as in the command.
+        scheduler: name of the scheduler, as in the command.
+        seed: seed of proposals and trials.
         concurrency: trials at once; None: as many as fit.
-        workers_per_trial: processes that train a trial.
-        gpus_per_worker: a number or `auto`; None: one where there are GPUs.
-        results: folder or URI that the study's folder is made in.
-        name: of the study; None: of the space and the time. Give it to resume a study.
-        storage: URL of a PostgreSQL database; every process that calls this with the same arguments works on the study.
-        resume: whether to go on with the study of that name.
+        workers_per_trial: processes that train one trial together.
+        gpus_per_worker: a number or `auto`; None: one if there are GPUs.
+        results: folder or URI in which the study's folder is made.
+        name: name of the study; None: the space and the time. Give it to resume a study.
+        storage: URL of a PostgreSQL database; all processes that call this with the same arguments share the study.
+        resume: whether to continue the study of that name.
         time_budget: such as `90m`, `2h` or `1d`.
-        until_gain: such as `0.001/h`: the search ends once further training is expected to bring less bits an hour.
-        warm_start: earlier studies, whose trials tell what to try first; None: the portfolio of the package, where it
-            fits the space; empty: nothing.
-        max_failures: restarts of a trial whose process died, counted anew after each new report.
-        mlflow: address of an MLflow server or folder that the study is logged to.
-        weights_dir: folder with pretrained weights, for machines without a hub.
-        skip_bad: whether faulty rows of a folder are set aside; else they are refused.
-        address: of a running Ray cluster, or `auto`; None: start Ray here.
+        until_gain: such as `0.001/h`: the search ends once further training is expected to gain less, bits per hour.
+        warm_start: earlier studies that guide the search; None: the portfolio of the package, if it fits the space;
+            empty: nothing.
+        max_failures: restarts of a trial whose process died, counted from 0 again after each new report.
+        mlflow: address of an MLflow server or folder to which the study is logged.
+        weights_dir: folder with pretrained weights, for machines without access to the hub.
+        skip_bad: whether faulty rows of a folder are left out; otherwise they are an error.
+        address: address of a running Ray cluster, or `auto`; None: start Ray here.
         finish: whether the study is then confirmed, its winner trained longer, and the best model exported.
 
     Returns:
         The study, as `load_study` loads it.
 
     Raises:
-        UserError: with a sentence for everything that is wrong with the arguments, the data or the space.
+        UserError: a sentence for every error of the arguments, the data or the space.
         Breakdown: the study broke off; it can be resumed.
         KeyboardInterrupt: it was interrupted; it can be resumed.
     """
@@ -195,7 +195,7 @@ def search(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raise what is wrong, in place of ending the process."""
+    """Raise errors instead of ending the process."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

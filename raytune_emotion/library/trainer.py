@@ -1,4 +1,4 @@
-"""Train in scripts: any model, loss and optimizer, with checkpoints, events for TensorBoard, and a history."""
+"""Train any model with any loss and optimizer in scripts, with checkpoints, TensorBoard events, and a history."""
 
 import itertools
 import math
@@ -23,20 +23,20 @@ from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.library.metrics import MetricsCalculator
 
 Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
-#: Name -> one number an epoch. `pandas.DataFrame(history)` has a row an epoch.
+#: Name -> one number per epoch. `pandas.DataFrame(history)` has one row per epoch.
 History: TypeAlias = dict[str, list[float]]
 
 _EPOCH, _BEST_LOSS, _GROUPS = "epoch", "best_loss", "param_groups"
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint tells of its training."""
+    """The state of a training in a checkpoint."""
 
     epoch: int  # epochs trained
     best_loss: float  # lowest validation loss so far, in the unit of the loss
 
 
-#: Where a new model stands.
+#: State of a new model.
 UNTRAINED = Checkpoint(0, math.inf)
 
 
@@ -72,17 +72,17 @@ class Trainer:
         scheduler: LRScheduler | ReduceLROnPlateau | None = None,
         early_stopping_patience: int | None = 5,
     ) -> History:
-        """Train for a number of epochs, or until early stopping; called again, train on.
+        """Train for a number of epochs, or until early stopping. Another call continues the training.
 
         After early stopping, a further call trains only with more patience, or with None.
 
-        After each epoch the whole validation set is evaluated and events are written; where the validation loss is the
-        lowest so far, the checkpoint `best.safetensors` is written, too.
+        After each epoch, the whole validation set is evaluated and events are written. If the validation loss is the
+        lowest so far, the checkpoint `best.safetensors` is also written.
 
         Args:
-            num_epochs: passes over the training loader, at most.
-            scheduler: of the learning rate; takes a step after every epoch. One that waits for a plateau watches the
-                validation loss.
+            num_epochs: largest number of passes over the training loader.
+            scheduler: scheduler of the learning rate, which takes a step after every epoch. `ReduceLROnPlateau` gets
+                the validation loss.
             early_stopping_patience: epochs without a lower validation loss before training stops, at least 1; None: it
                 never stops early.
 
@@ -123,7 +123,7 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """Count the epochs trained, with those before the start."""
+        """Count the trained epochs, including those before the start."""
         return self._start.epoch + len(self.history.get("val_loss", ()))
 
     def _epochs_since_best(self) -> int:
@@ -134,7 +134,7 @@ class Trainer:
         device, total, rows = _device(self.model), 0.0, 0
         self.model.train()
         for group in _groups(self._train_loader, self._accumulate):
-            # The gradient of the mean over all rows of the step, however they are cut into batches.
+            # Compute the gradient of the mean over all rows of the step, however they are split into batches.
             step_rows = sum(len(images) for images, _ in group)
             for images, targets in group:
                 predictions = self.model(images.to(device, non_blocking=True))
@@ -192,23 +192,23 @@ def create_trainer(
     start: Checkpoint = UNTRAINED,
     classes: Iterable[str] | None = None,
 ) -> Trainer:
-    """Prepare a training; `Trainer.train` runs it, on the device that the model is on.
+    """Prepare a training. `Trainer.train` runs it on the model's device.
 
     Args:
-        model: takes images as the loaders yield them, and returns probabilities [B, K].
+        model: takes the images of the loaders, and returns probabilities [B, K].
         train_loader: yields images and probabilities [B, K], again for each epoch: one of `create_loaders`, a
             `DataLoader`, or any other.
         val_loader: the same, for validation.
-        loss_fn: of predictions and targets; returns their mean over the batch.
-        optimizer: of the model's parameters.
+        loss_fn: takes predictions and targets, and returns the mean over the batch.
+        optimizer: optimizer of the model's parameters.
         checkpoint_dir: folder for `best.safetensors`; made if missing.
         log_dir: folder for TensorBoard's events; made if missing.
-        gradient_accumulation_steps: batches of a step of the optimizer; the effective batch is their sum.
-        grad_clip: largest L2 norm of the gradient; 0: any.
-        start: where the model and the optimizer stand, as `load_checkpoint` returned it. Epochs are counted on from
-            there, and `best.safetensors` is replaced by a lower loss only.
-        classes: K names, which tell what metrics there are; None: those of the loader for validation, or else of the
-            model, as `create_loaders` and `create_model` make them, or else the 13 emotions.
+        gradient_accumulation_steps: batches per step of the optimizer; the effective batch is their sum.
+        grad_clip: largest L2 norm of the gradient; 0: no limit.
+        start: state of the model and the optimizer, as `load_checkpoint` returns it. Epochs are counted from there, and
+            only a lower loss replaces `best.safetensors`.
+        classes: K names, which determine the metrics; None: the classes of the validation loader, else of the model,
+            as `create_loaders` and `create_model` make them, else the 13 emotions.
 
     Raises:
         UserError: a number is out of range.
@@ -240,18 +240,18 @@ def create_trainer(
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> Checkpoint:
-    """Load a checkpoint of a trainer into a model and, if there is one, its optimizer. Nothing in it can run code.
+    """Load a checkpoint of a trainer into a model and, if given, its optimizer. It cannot run code.
 
     Args:
-        path: the file, or the folder that it lies in.
-        model: of the same architecture.
-        optimizer: of the same kind, for the model's parameters; None leaves its state in the file.
+        path: the file, or its folder.
+        model: model of the same architecture.
+        optimizer: optimizer of the same kind for the model's parameters; None: its state is not loaded.
 
     Returns:
         `epoch` (epochs trained) and `best_loss` (lowest validation loss so far).
 
     Raises:
-        UserError: there is no such checkpoint, it is of another model, or it is no safetensors file.
+        UserError: there is no such checkpoint, it belongs to another model, or it is not a safetensors file.
     """
     file = Path(path) / BEST if Path(path).is_dir() else Path(path)
     epoch, best_loss, groups = load_with_header(file, model, optimizer, _EPOCH, _BEST_LOSS, _GROUPS)
@@ -264,7 +264,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
 
 
 def _plain(option: Any) -> Any:
-    """Return an option of an optimizer without tensors, as the learning rate may be one."""
+    """Return an option of an optimizer without tensors. The learning rate, for example, may be a tensor."""
     if isinstance(option, tuple | list):
         return [_plain(item) for item in option]
     return option.item() if isinstance(option, Tensor) else option

@@ -20,12 +20,13 @@ except ImportError as error:
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import first_line, is_disk_full
 
-#: The file of a folder's lock. It is never deleted.
+#: Name of the lock file of a folder. The file is never deleted.
 LOCK = ".lock"
-#: What is wrong with a destination that nobody may replace, and what to do.
+#: Error about a destination that must not be replaced, with advice.
 EXISTS = "exists already; name another destination, or remove it"
+#: Age at which folders of killed processes are deleted, seconds.
 _STALE_SECONDS = 60
-#: What the system says of a file system without locks. Every other error is one of the lock's file.
+#: Errors of a file system that has no locks. Every other error is about the lock file.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -38,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode  # follows the umask
         yield temporary
-        # Some writers make files that their owner alone can read. Some file systems have no modes to change.
+        # Some writers make files that only the owner can read. Some file systems do not support modes.
         if temporary.stat().st_mode != mode:
             temporary.chmod(mode)
         with temporary.open("rb+") as file:
@@ -70,9 +71,9 @@ def atomic_folder(dest: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(dest: Path) -> Iterator[Path]:
-    """Yield a new folder beside dest; it takes the place of dest when the block succeeds, and is deleted otherwise.
+    """Yield a new folder beside dest; it replaces dest when the block succeeds, and is deleted otherwise.
 
-    A reader finds one of the two whole, or for a moment none.
+    A reader finds the old folder or the new one, or for a moment none, but never a mixture.
 
     Raises:
         UserError, Breakdown: nothing can be written there.
@@ -81,7 +82,7 @@ def replace_folder(dest: Path) -> Iterator[Path]:
     try:
         with folder_beside(dest) as new:
             if old.exists() and not dest.exists():
-                old.rename(dest)  # of a process that was killed in between
+                old.rename(dest)  # a process was killed between the two renames
             shutil.rmtree(old, ignore_errors=True)
             yield new
             if dest.exists():
@@ -99,9 +100,9 @@ def replace_folder(dest: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(dest: Path) -> Iterator[Path]:
-    """Yield a new folder beside dest, this process's alone; at the end it is deleted, unless it has another name then.
+    """Yield a new folder beside dest for this process alone. It is deleted at the end, unless it was renamed.
 
-    What killed processes have left there is deleted, too.
+    Folders that killed processes have left there are deleted, too.
     """
     ours = f".{dest.name}.{socket.gethostname()}."
     folder = dest.parent / f"{ours}{uuid.uuid4().hex[:12]}.part"
@@ -109,7 +110,7 @@ def folder_beside(dest: Path) -> Iterator[Path]:
     sweep(dest.parent, _STALE_SECONDS, glob.escape(ours) + "*.part")
     folder.mkdir()
     try:
-        # Held while this process lives, so that what a killed one left can be told from what is in use.
+        # The lock is held while this process lives. It tells folders in use from those of killed processes.
         with _locked(folder):
             yield folder
     finally:
@@ -118,9 +119,9 @@ def folder_beside(dest: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a new folder among the system's temporary files, for this user alone; at the end it is deleted.
+    """Yield a new temporary folder that only this user can read. It is deleted at the end.
 
-    What killed processes have left there is deleted, too.
+    Folders that killed processes have left there are deleted, too.
     """
     with folder_beside(Path(tempfile.gettempdir()) / "raytune_emotion") as folder:
         folder.chmod(0o700)
@@ -131,8 +132,8 @@ def scratch_folder() -> Iterator[Path]:
 def resumable_folder(dest: Path) -> Iterator[Path]:
     """Yield a folder beside dest; it becomes dest when the block succeeds.
 
-    A UserError deletes it. After any other error, or when the process is killed, it stays if it holds a file, and the
-    next attempt gets it. One process at a time is in the block; others wait.
+    A UserError deletes it. After any other error, or when the process is killed, a folder with files is kept for the
+    next attempt. Only one process at a time runs the block; others wait.
 
     Raises:
         UserError: dest exists, before or after the block or the wait; or nothing can be written beside it.
@@ -142,7 +143,7 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
         while True:
             with _destination_errors(dest):
                 folder.mkdir(parents=True, exist_ok=True)
-            # Whoever held the lock has renamed the folder, or removed it.
+            # FileNotFoundError: the previous holder of the lock has renamed or removed the folder.
             with contextlib.suppress(FileNotFoundError):
                 lock = stack.enter_context(_locked(folder))
                 if os.path.samestat(folder.stat(), os.fstat(lock)):
@@ -155,7 +156,7 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
             raise
         except BaseException:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # one without a file
+                folder.rmdir()  # succeeds only if the folder is empty
             raise
 
 
@@ -168,11 +169,11 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            # A file that is open for writing: of a folder, NFS keeps the lock to this machine.
+            # Lock a file that is open for writing: NFS shares a lock of a folder with no other machine.
             lock = stack.enter_context((folder / LOCK).open("ab"))
             _flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another process is at work in it; wait for its end, or end it") from None
+            raise UserError(f"{folder}: another process is using it; wait until it ends, or end it") from None
         except OSError as error:
             raise UserError(
                 f"{folder / LOCK}: cannot be locked ({error.strerror}); name a folder that you may write to"
@@ -181,12 +182,12 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 def is_taken(folder: Path) -> bool:
-    """Tell whether something has the name; a folder with its lock alone, as a killed process leaves it, has not."""
+    """Tell whether the name is taken. A folder with only its lock file, left by a killed process, does not count."""
     return os.path.lexists(folder) and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK})
 
 
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
-    """Delete the folders that killed processes have left and that nobody has touched for so many seconds."""
+    """Delete the folders of killed processes that are unchanged for at least this number of seconds."""
     for folder in parent.glob(pattern):
         with contextlib.suppress(OSError), _locked(folder, fcntl.LOCK_NB):
             if time.time() - folder.stat().st_mtime > seconds:
@@ -204,9 +205,9 @@ def _destination_errors(dest: Path) -> Iterator[None]:
 
 
 def destination_error(dest: Path, error: Exception) -> UserError | Breakdown:
-    """Return what to raise where a destination cannot be written."""
+    """Return the exception to raise if a destination cannot be written."""
     if is_disk_full(error):
-        return Breakdown(f"{dest}: no space left on the disk; make room, or name another destination")
+        return Breakdown(f"{dest}: no space left on the disk; free some space, or name another destination")
     where = getattr(error, "filename", None)
     said = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"{dest}: cannot be written ({said}{f': {where}' if where else ''}); name another destination")
@@ -232,7 +233,7 @@ def _locked(folder: Path, how: int = 0) -> Iterator[int]:
         if how:
             fcntl.flock(fd, fcntl.LOCK_EX | how)
         else:
-            # Without locks two processes at a time write the same to the folder, and nothing sweeps it.
+            # Without locks, two processes may write the same files to the folder, and `sweep` deletes nothing.
             _flock(fd, fcntl.LOCK_EX)
         yield fd
     finally:

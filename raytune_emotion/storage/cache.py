@@ -1,4 +1,4 @@
-"""Find the folder where this project keeps what it can make again."""
+"""Find the cache folder, which holds only files that can be made again."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from raytune_emotion.errors import UserError
 def cache_folder() -> Path:
     """Return the cache folder of this user, by the XDG base directory rules; it need not exist.
 
-    Without a home folder that can be written it is a folder of this user's alone for temporary files.
+    If no home folder can be written, it is a temporary folder that only this user can read.
 
     Raises:
-        UserError: somebody else has made that folder.
+        UserError: the temporary folder belongs to another user.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if base.is_absolute():
@@ -45,5 +45,5 @@ def _temporary_folder() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to somebody else; name a cache folder: export XDG_CACHE_HOME=/some/folder")
+        raise UserError(f"{folder}: belongs to another user; name a cache folder: export XDG_CACHE_HOME=/some/folder")
     return folder

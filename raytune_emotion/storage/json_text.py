@@ -1,4 +1,4 @@
-"""Read JSON that may be anything."""
+"""Parse JSON from untrusted files."""
 
 import json
 import sys
@@ -6,10 +6,10 @@ from typing import Any, TypeGuard
 
 
 def load_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is no valid JSON, or nested without end.
+        ValueError: the text is not valid JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -18,5 +18,5 @@ def load_json(text: str | bytes) -> Any:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Tell whether a value is a finite number that a float can hold; a truth value is none."""
+    """Tell whether a value is a finite number that a float can hold; a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,4 +1,4 @@
-"""Hold a folder on this machine or at a URI: one type for both, so that nobody else asks which it is.
+"""Represent a folder on this machine or at a URI by one type, so that callers need not distinguish them.
 
     results = parse_location("ray_results")               # or s3://bucket/prefix?region=eu-west-1
     study = results / "first"
@@ -6,10 +6,10 @@
         path.write_text("...")
     with study.copy_here("study.yaml", "trials/*/history.jsonl") as folder:
         ...                                               # a Path: the folder itself, or a temporary copy
-    study.push(folder, ["trials.csv"])                    # nothing to do where `folder` is the location itself
+    study.push(folder, ["trials.csv"])                    # does nothing if `folder` is the location itself
 
 A program that works in a folder and keeps a location up to date calls `push` and `pull` at every step. They do nothing
-where the folder is the location, so the program needs no branches. File names are relative, with slashes.
+if the folder is the location, so the program needs no branches. File names are relative, with slashes.
 """
 
 import contextlib
@@ -42,28 +42,28 @@ from raytune_emotion.storage.atomic import (
 from raytune_emotion.storage.cache import cache_folder
 from raytune_emotion.terminal import byte_size, short_path, warn
 
-#: After which what an attempt has left in the cache is removed.
+#: Age at which files of abandoned attempts are deleted from the cache, seconds.
 ABANDONED_S = 7 * 24 * 3600.0
-#: The file that tells, at a URI, that `build` has begun: what lies beside it is the block's own.
+#: Name of the file at a URI that marks a running `build`: the files beside it belong to the block.
 _BEGUN = ".begun"
 
 
 class File(NamedTuple):
     name: str  # relative to the location, with slashes
-    stamp: str  # at a URI, where the listing has it: see `Location.stamp`
+    stamp: str  # at a URI, from the listing; empty in a folder: see `Location.stamp`
 
 
 class Location(ABC):
     """A folder on this machine or at a URI. `str` shows it as the user wrote it.
 
-    It crosses processes and machines. A call to a URI that fails again and again raises Breakdown, one to a folder
-    OSError.
+    It can be sent to other processes and machines. A failed call raises OSError for a folder and, after several
+    attempts, Breakdown for a URI.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Return the folder's own name, the last part of its path where links lead."""
+        """Return the folder's own name: the last part of its path after links are resolved."""
 
     @property
     @abstractmethod
@@ -77,12 +77,12 @@ class Location(ABC):
 
     @abstractmethod
     def follow_links(self) -> "Location":
-        """Return the location that links lead to."""
+        """Return the location after links are resolved."""
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """Return the absolute path or the URI: what `parse_location` reads in any process, on any machine."""
+        """Return the absolute path or the URI, which `parse_location` can read in any process, on any machine."""
 
     @abstractmethod
     def __truediv__(self, name: str) -> "Location":
@@ -90,7 +90,11 @@ class Location(ABC):
 
     @abstractmethod
     def check(self, *, write: bool) -> None:
-        """Find out whether files can be read and, if asked for, written here; raise UserError if they cannot."""
+        """Check early whether files here can be read and, with `write`, written.
+
+        Raises:
+            UserError: they cannot.
+        """
 
     @abstractmethod
     def exists(self) -> bool:
@@ -98,19 +102,19 @@ class Location(ABC):
 
     @abstractmethod
     def split_file(self) -> "tuple[Location, str] | None":
-        """Return the folder and the name of the file that lies here; None where no file does."""
+        """Return the folder and the name of the file at this location; None if it is not a file."""
 
     @abstractmethod
     def is_folder(self) -> bool:
-        """Tell whether what exists here is a folder, and no file or link."""
+        """Tell whether this is a folder, and not a file or a link."""
 
     @abstractmethod
     def list_folders(self, folder: str = "") -> list[str]:
-        """List the names of the folders in a folder; none where it is missing."""
+        """List the names of the folders in a folder; return an empty list if it is missing."""
 
     @abstractmethod
     def list_files(self, folder: str = "") -> list[File]:
-        """List the files in a folder, in no order; a link that leads nowhere is a file that cannot be read."""
+        """List the files in a folder, in no order. A broken link counts as a file, which cannot be read."""
 
     @abstractmethod
     def find(self, *patterns: str) -> list[str]:
@@ -118,23 +122,23 @@ class Location(ABC):
 
     @abstractmethod
     def newest(self, file: str) -> str | None:
-        """Return the name of the folder in this one whose file of this name is the newest; None where none has it."""
+        """Return the name of the subfolder whose file of this name is the newest; None if no subfolder has it."""
 
     @abstractmethod
     def stamp(self, file: File) -> str:
-        """Return a file's size and modification time; empty where it is gone."""
+        """Return a file's size and modification time; an empty string if it is missing."""
 
     @abstractmethod
     def sizes(self, names: Iterable[str]) -> list[int | None]:
-        """Return the bytes of each file; None where it is missing."""
+        """Return the size of each file in bytes; None for a missing one."""
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """Read a small file; None where it is missing."""
+        """Read a small file; return None if it is missing."""
 
     @abstractmethod
     def read_all(self, names: Iterable[str]) -> Iterator[bytes | OSError]:
-        """Read small files in their order, or tell why one cannot be read."""
+        """Read small files in their order; yield the error of a file that cannot be read."""
 
     @abstractmethod
     def write(self, name: str) -> contextlib.AbstractContextManager[Path]:
@@ -142,37 +146,37 @@ class Location(ABC):
 
     @abstractmethod
     def push(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files of a folder of this machine to here, one after the other, each atomically."""
+        """Copy files from a folder of this machine to this location, one after the other, each atomically."""
 
     @abstractmethod
     def pull(self, folder: Path, names: Iterable[str]) -> None:
-        """Copy files from here into a folder of this machine; a missing file is skipped.
+        """Copy files from this location into a folder of this machine; skip missing files.
 
         Raises:
-            UserError: a name leads out of the folder.
+            UserError: a name points outside of the folder.
         """
 
     @abstractmethod
     def delete(self, names: Iterable[str]) -> None:
-        """Delete those of the files that exist."""
+        """Delete the files, as far as they exist."""
 
     @abstractmethod
     def delete_parts(self) -> None:
-        """Delete what uploads that broke off have left in this folder. Nobody else may be at work in it."""
+        """Delete the parts of interrupted uploads from this folder. No other process may use the folder meanwhile."""
 
     @abstractmethod
     def copy_here(self, *patterns: str) -> contextlib.AbstractContextManager[Path]:
         """Provide the files that match a pattern in a folder of this machine: the folder itself, or a temporary copy.
 
         Raises:
-            UserError: the location cannot be read; what the block raises, in words of the location.
+            UserError: the location cannot be read; or an error of the block, which then names this location.
         """
 
     @abstractmethod
     def work_here(self, *names: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to work in: the folder itself, or a temporary one with these files.
 
-        What is to stay at a URI has to be pushed.
+        The caller must push the results that are to stay at a URI.
         """
 
     @abstractmethod
@@ -180,10 +184,10 @@ class Location(ABC):
         """Tell whether a folder of this machine is the location itself, so that its lock is enough."""
 
     def replace(self, folder: Path, names: Iterable[str], last: str) -> None:
-        """Push files that belong together, if they are of another folder.
+        """Push files that belong together, unless the folder is this location.
 
-        The file `last`, without which the others are of no use, is deleted before and pushed after them, so that nobody
-        reads new files and old ones together.
+        The others are of no use without the file `last`. It is deleted before and pushed after them, so that no reader
+        mixes new files with old ones.
         """
         if not self.is_here(folder):
             self.delete([last])
@@ -193,61 +197,64 @@ class Location(ABC):
     def publish(self, last: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
-        They are copied when the block ends well, as by `replace`, with the file `last` at the end.
+        They are copied when the block succeeds, as by `replace`.
+
+        Args:
+            last: name of the file without which the others are of no use.
         """
 
     @abstractmethod
     def check_out(self, *patterns: str) -> Path:
         """Bring the working folder up to date with the files that match a pattern, and return it.
 
-        In the working folder of a URI nothing else is left. The caller holds its lock.
+        All other files in the working folder of a URI are deleted. The caller holds its lock.
         """
 
     @abstractmethod
     def set_aside_copy(self) -> None:
-        """Move what the working folder of a URI holds to a folder beside it, and tell so. The caller holds its lock."""
+        """Move the files of a URI's working folder to a folder beside it, and say so. The caller holds its lock."""
 
     @abstractmethod
     def free_working_folder(self) -> None:
-        """Let no working folder be there, so that it can be made anew; what the one of a URI holds is set aside.
+        """Remove the working folder of a URI, so that it can be made again. Its files are set aside.
 
         Raises:
-            UserError: another process is at work in it.
+            UserError: another process is using it.
         """
 
     @abstractmethod
     def can_be_built(self, first: str = _BEGUN, last: str = "") -> bool:
-        """Tell whether nothing is here, or at a URI only files, of which one is called `first` and none `last`."""
+        """Tell whether the location is empty, or at a URI holds only files, among them `first` but not `last`."""
 
     @abstractmethod
     def build(self) -> "contextlib.AbstractContextManager[Location]":
         """Make a new folder: the block writes its files at the location that it gets.
 
-        Here the folder appears at once, when the block ends well. At a URI its files appear one by one, so that the
-        block writes last what tells that the others are there. What breaks off is kept for the next attempt, but after
-        a UserError, which leaves nothing: at a URI, the block deletes its files.
+        On this machine the folder appears at once, when the block succeeds. At a URI its files appear one by one, so
+        the block must write last the file that marks the folder as complete. An interrupted build is kept for the next
+        attempt. A UserError leaves nothing: at a URI, the block deletes its files.
 
         Raises:
-            UserError: the folder exists; at a URI, there are files of somebody else.
+            UserError: the folder exists; at a URI, there are other files.
         """
 
     @abstractmethod
     def cache_here(self, key: str, check: Callable[[Path], object], fetch: Callable[[Path], None]) -> Path:
-        """Return the folder's path; of one at a URI, that of its copy in this machine's cache, which is made once.
+        """Return the folder's path; for a URI, the path of its copy in this machine's cache, which is made once.
 
         Args:
-            key: the name of the copy, another one for other content.
-            check: raises UserError for a copy that is to be made again.
-            fetch: fills a folder, in which an attempt that broke off has left its files.
+            key: the name of the copy, which differs for different content.
+            check: raises UserError for a copy that must be made again.
+            fetch: fills a folder, which may hold files of an interrupted attempt.
         """
 
     @abstractmethod
     def find_here(self, key: str) -> Path | None:
-        """Return what `cache_here` would, but fetch nothing: None where neither folder nor copy is on this machine."""
+        """Return the path as `cache_here` does, but fetch nothing; None if this machine has neither folder nor copy."""
 
     @abstractmethod
     def is_reachable(self) -> bool:
-        """Tell whether this machine sees the folder: all machines see a URI, and a folder those that share it."""
+        """Tell whether this machine can access the location. Every machine can access a URI."""
 
     @abstractmethod
     def working_folder(self) -> Path:
@@ -255,7 +262,11 @@ class Location(ABC):
 
     @abstractmethod
     def require_folder(self, advice: str) -> Path:
-        """Return the folder's path; of one at a URI, raise a UserError that ends with the advice."""
+        """Return the folder's path; refuse a URI.
+
+        Raises:
+            UserError: this is a URI; the sentence ends with the advice.
+        """
 
 
 @dataclass(frozen=True)
@@ -290,9 +301,9 @@ class Folder(Location):
     def check(self, *, write: bool) -> None:
         nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.lexists(parent))
         if not nearest.is_dir():
-            raise UserError(f"{nearest}: is not a folder; name another place")
+            raise UserError(f"{nearest}: is not a folder; name another path")
         if write and not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{nearest}: cannot be written to; name another place")
+            raise UserError(f"{nearest}: cannot be written to; name another path")
 
     def exists(self) -> bool:
         return os.path.lexists(self.path)
@@ -322,7 +333,7 @@ class Folder(Location):
     def newest(self, file: str) -> str | None:
         times: dict[str, int] = {}
         for path in self.path.glob(f"*/{glob.escape(file)}"):
-            with contextlib.suppress(FileNotFoundError):  # it may be deleted meanwhile
+            with contextlib.suppress(FileNotFoundError):  # the file may be deleted meanwhile
                 times[path.parent.name] = path.stat().st_mtime_ns
         return max(times, key=times.__getitem__, default=None)
 
@@ -372,7 +383,7 @@ class Folder(Location):
             (self.path / name).unlink(missing_ok=True)
 
     def delete_parts(self) -> None:
-        pass  # a folder here is written by `atomic_write`
+        pass  # files of a folder are written by `atomic_write`, which leaves no parts
 
     @contextlib.contextmanager
     def copy_here(self, *patterns: str) -> Iterator[Path]:
@@ -560,7 +571,7 @@ class Remote(Location):
             aside.mkdir(exist_ok=True)
             left.rename(aside / left.name)
         if aside.exists():
-            warn(f"{self.uri}: what earlier work of this name has left on this machine is kept in {aside}")
+            warn(f"{self.uri}: files of an earlier study of this name on this machine are kept in {aside}")
 
     def free_working_folder(self) -> None:
         folder = self.working_folder()
@@ -618,17 +629,17 @@ class Remote(Location):
         return cache_folder() / "studies" / hashlib.sha256(self.uri.encode()).hexdigest()[:20] / self.name
 
     def require_folder(self, advice: str) -> Path:
-        raise UserError(f"{self.uri}: is a URI, and a path of this machine is needed; {advice}")
+        raise UserError(f"{self.uri}: is a URI, but a path of this machine is needed; {advice}")
 
     def _below(self, folder: str) -> str:
         return remote.join(self.uri, folder) if folder else self.uri
 
 
 def parse_location(text: str) -> Location:
-    """Read what the user names: a folder or, where it has a scheme, the URI of one.
+    """Parse a path or, if the text has a scheme, a URI.
 
     Raises:
-        UserError: it can be no name of a folder, or the URI has credentials in it.
+        UserError: the text cannot name a folder, or the URI contains credentials.
     """
     try:
         bad = not text or b"\0" in os.fsencode(text)
@@ -640,17 +651,17 @@ def parse_location(text: str) -> Location:
 
 
 def location_of(place: Location | str | os.PathLike[str]) -> Location:
-    """Return a location as it is, or parse a path or a URI: for functions that people call from their own programs."""
+    """Return a location unchanged, or parse a path or a URI. Functions of the library's interface use it."""
     return place if isinstance(place, Location) else parse_location(os.fspath(place))
 
 
 def check_space(needed: Mapping[Location, int], advice: str) -> None:
-    """Find out whether there is room for so many bytes in each location, some of which may lie there already.
+    """Check that each location has room for these bytes. Files that it already holds count as part of them.
 
-    Folders on the same disk share its room. At URIs there is always room.
+    Folders on the same disk share its room. URIs are not checked.
 
     Raises:
-        Breakdown: a disk has not the room; the sentence ends with the advice. What lies there already is to stay.
+        Breakdown: a disk is too small; the sentence ends with the advice. Existing files are to be kept.
     """
     on_disk: dict[int, list[Folder]] = defaultdict(list)
     for location in needed:
@@ -662,7 +673,7 @@ def check_space(needed: Mapping[Location, int], advice: str) -> None:
         free = shutil.disk_usage(folders[0].path).free + there
         if wanted > free:
             place = folders[0].path.parent
-            raise Breakdown(f"{place}: {byte_size(wanted)} are needed and {byte_size(free)} are free; {advice}")
+            raise Breakdown(f"{place}: needs {byte_size(wanted)}, but only {byte_size(free)} are free; {advice}")
 
 
 def _cache_of(key: str) -> Path:
@@ -670,12 +681,12 @@ def _cache_of(key: str) -> Path:
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  # it is no path yet
+    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  # avoids making a Path of each entry
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Iterate over the files in a folder and below it. Files and folders may come and go meanwhile."""
-    for parent, _, names in os.walk(folder):  # `Path.rglob` fails where a folder goes
+    """Iterate over the files in a folder and below it. Files and folders may appear and disappear meanwhile."""
+    for parent, _, names in os.walk(folder):  # `Path.rglob` fails if a folder disappears
         yield from (file for name in names if (file := Path(parent, name)).is_file())
 
 

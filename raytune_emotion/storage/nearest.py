@@ -1,4 +1,4 @@
-"""Find the folder that somebody means who names one that is not there."""
+"""Suggest the folder that was probably meant when the named one does not exist."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from pathlib import Path
 from raytune_emotion.errors import did_you_mean
 from raytune_emotion.storage.locations import Folder, Location
 
-#: The folder of studies and runs, where no other is named.
+#: Default folder of studies and runs.
 RESULTS = Path("ray_results")
-#: The export in the folder of a study or a run.
+#: Name of the export folder in a study or a run.
 BEST_EXPORT = "best"
 _LISTED = 10
 
 
 def suggest_folder(place: Location, file: str, inner: Sequence[str] = ("",)) -> str:
-    """Say which folder may be meant in place of one that lacks a file: the nearest by its name, else all that have it.
+    """Suggest folders that have a file which the named folder lacks: the one with the closest name, else all.
 
     Args:
-        place: what was named. At a URI, nothing is looked for.
-        file: that the folder must have.
-        inner: paths of the folder in that of a study or a run, which has the name; "": it is that folder.
+        place: the named folder. For a URI, nothing is suggested.
+        file: the file that the folder must have.
+        inner: paths from the folder of a study or a run, whose name is compared; "": that folder itself.
 
     Returns:
-        "; did you mean ...?", "; there are ...", or "" where there is none.
+        "; did you mean ...?", "; choose one of ...", or "" if there is none.
     """
     if not isinstance(place, Folder):
         return ""
@@ -37,4 +37,4 @@ def suggest_folder(place: Location, file: str, inner: Sequence[str] = ("",)) -> 
     near = difflib.get_close_matches(named.name, found, n=1)
     if near or not found:
         return did_you_mean(str(found[name]) for name in near)
-    return f"; there are {', '.join(map(str, list(found.values())[:_LISTED]))}"
+    return f"; choose one of {', '.join(map(str, list(found.values())[:_LISTED]))}"

@@ -1,7 +1,7 @@
 """Read and write files at a URI: on S3, GCS, Azure or, as `file:`, in a folder.
 
-Each file is replaced in one step: a reader finds the old one or the new one. A request that fails for a reason that
-passes is tried again some time later, as servers are gone for a while and come back. What callers use is `Location`.
+Each file is replaced in one step: a reader finds the old file or the new one. A request that fails for a temporary
+reason is tried again after a wait, because servers fail and come back. Callers use these functions through `Location`.
 """
 
 import contextlib
@@ -28,23 +28,28 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import first_line, is_disk_full
 from raytune_emotion.storage.atomic import atomic_write
 
-_WAITS = (1.0, 5.0, 20.0)  # s, before another try; pyarrow itself has tried for some seconds each time
+#: Waits before each further attempt, seconds. In every attempt, pyarrow itself tries for some seconds.
+_WAITS = (1.0, 5.0, 20.0)
+#: Longest time for a check of a URI, seconds.
 _CHECK_S = 30.0
-_CHUNK = 16 * 2**20  # bytes
+#: Size of the pieces of a copy, bytes.
+_CHUNK = 16 * 2**20
+#: Number of parallel requests.
 _AT_ONCE = 16
-#: How each kind of file system puts a file in the place of another in one step: an object is copied, a file is moved.
+#: Types of file systems that replace a file in one step by a copy of an object, and by a move of a file.
 _COPY, _MOVE = ("s3", "gcs", "abfs"), ("local",)
-_LARGEST_COPY = 5 * 2**30  # bytes, of S3
-#: What is uploaded bears such a name until it is whole. An upload that breaks off may leave it.
+#: Largest object that S3 copies in one step, bytes.
+_LARGEST_COPY = 5 * 2**30
+#: Name of an upload until it is complete. An interrupted upload may leave such a file.
 _PART = re.compile(r".*\.[0-9a-f]{8}\.part")
-#: What the system, and a store of objects in words, say of a request that would fail again.
+#: Errors that would occur again: error numbers of the system, and words of object stores.
 _PERMANENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 _PERMANENT_WORDS = re.compile(
     r"\b(NO_SUCH_BUCKET|ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE"
     r"|SIGNATURE_DOES_NOT_MATCH|MISSING_AUTHENTICATION_TOKEN|UNRECOGNIZED_CLIENT|PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
 
-#: What to do about a URI that cannot be used.
+#: Advice on a URI that cannot be used.
 _ADVICE = (
     "name a folder, or a URI such as s3://bucket/prefix?region=eu-west-1 of a bucket that exists, with valid"
     " credentials"
@@ -62,7 +67,7 @@ def join(uri: str, *names: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    """Return the last part of a URI's path; of the root of a bucket, the bucket's name."""
+    """Return the last part of a URI's path; for the root of a bucket, the bucket's name."""
     parts = urlsplit(uri)
     return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.netloc
 
@@ -73,53 +78,54 @@ def parent_of(uri: str) -> str:
 
 
 def refuse_credentials(uri: str, instead: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
-    """Refuse a URI that holds a secret: it is written into studies, and every user of the machine sees it in `ps`.
+    """Refuse a URI with a secret: URIs are written into studies, and every user of the machine sees them in `ps`.
 
     Args:
-        uri: to look at.
+        uri: the URI to check.
         instead: environment variables that may hold the secret, for the message.
 
     Raises:
-        UserError: without the secret.
+        UserError: the URI contains a secret, which the message leaves out.
     """
     address, _, options = uri.partition("?")
-    hidden = re.sub("://[^/@]*:.*@", "://***@", address)  # not by its parts: a secret with a slash is no part
+    hidden = re.sub("://[^/@]*:.*@", "://***@", address)  # not by urlsplit, which breaks a secret at a slash
     if hidden != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
         raise UserError(
-            f"{hidden}: has credentials in it, which would be written into studies or logs; leave them to the"
+            f"{hidden}: contains credentials, which would be written into studies or logs; put them into the"
             f" environment, such as {instead}"
         )
 
 
 def refuse_odd_name(uri: str) -> None:
-    """Refuse a URI whose last part would be another folder where it names a folder of this machine.
+    """Refuse a URI whose last part cannot be the name of a folder on this machine.
 
     Raises:
-        UserError: it is such a one.
+        UserError: the last part is no such name.
     """
     if (name := name_of(uri)) and (not _is_inside(name) or "/" in name):
-        raise UserError(f"{uri}: its last part, {name!r}, is no name of a folder; name one")
+        raise UserError(f"{uri}: its last part, {name!r}, is not the name of a folder; name a folder")
 
 
 def refuse_outside(where: str, folder: Path, names: Iterable[str]) -> None:
-    """Refuse names that somebody else has chosen and that lead out of the folder they are to be written into.
+    """Refuse names of untrusted origin that point outside of the folder into which they would be written.
 
     Raises:
-        UserError: a sentence for each of them.
+        UserError: a sentence for each such name.
     """
     if outside := [name for name in names if not _is_inside(name)]:
         raise UserError(
-            f"{where}: holds {name!r}, which would be written outside of {folder}; remove it there" for name in outside
+            f"{where}: contains {name!r}, which would be written outside of {folder}; remove it there"
+            for name in outside
         )
 
 
 def check(uri: str, *, write: bool) -> None:
-    """Find out whether files can be read and, if asked for, written at a URI, before anything depends on it.
+    """Check early whether files at a URI can be read and, with `write`, written.
 
     Raises:
         UserError: they cannot, or there is no answer within half a minute.
     """
-    # In a process of its own: a call to a server that does not answer cannot be ended otherwise.
+    # Use a child process: a call to a server that does not answer cannot be ended otherwise.
     command = [sys.executable, "-c", "from raytune_emotion.storage.remote import _check; _check()"]
     try:
         found = subprocess.run(
@@ -141,12 +147,12 @@ def is_file(uri: str) -> bool:
 
 
 def list_folder(uri: str) -> list[FileInfo]:
-    """List what is in the folder at a URI, not below; nothing where there is none."""
+    """List the entries of the folder at a URI, without subfolders' content; return an empty list if it is missing."""
     return [info for info in _list_all(uri) if not _PART.fullmatch(info.base_name)]
 
 
 def delete_parts(uri: str) -> None:
-    """Delete what uploads that broke off have left in the folder at a URI. Nobody else may be at work in it."""
+    """Delete the parts of interrupted uploads from the folder at a URI. No other process may use it meanwhile."""
     delete(uri, [info.base_name for info in _list_all(uri) if _PART.fullmatch(info.base_name)])
 
 
@@ -157,15 +163,15 @@ def _list_all(uri: str) -> list[FileInfo]:
 
 
 def sizes(uri: str, names: Iterable[str]) -> list[int | None]:
-    """Return the bytes of each file at a URI; None where it is missing."""
-    names = list(names)  # for every attempt
+    """Return the size of each file at a URI in bytes; None for a missing one."""
+    names = list(names)  # a further attempt iterates again
     return _with_retries(
         uri, lambda filesystem, path: [i.size for i in filesystem.get_file_info([f"{path}/{name}" for name in names])]
     )
 
 
 def newest(uri: str, name: str) -> str | None:
-    """Return the folder at a URI whose file of this name is the newest; None where none has it."""
+    """Return the folder at a URI whose file of this name is the newest; None if no folder has it."""
 
     def look(filesystem: FileSystem, path: str) -> list[Any]:
         folders = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
@@ -177,7 +183,7 @@ def newest(uri: str, name: str) -> str | None:
 
 
 def names(uri: str, *patterns: str) -> list[str]:
-    """List the files at a URI and below that match a pattern, by their path from there; `*` matches `/` too."""
+    """List the files at a URI and below that match a pattern, as paths relative to it; `*` matches `/` too."""
 
     def look(filesystem: FileSystem, path: str) -> list[str]:
         infos = filesystem.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
@@ -189,7 +195,7 @@ def names(uri: str, *patterns: str) -> list[str]:
 
 
 def read(uri: str, name: str) -> bytes | None:
-    """Read a small file; None where it is missing."""
+    """Read a small file; return None if it is missing."""
 
     def get(filesystem: FileSystem, path: str) -> bytes:
         with filesystem.open_input_stream(f"{path}/{name}") as source:
@@ -203,17 +209,17 @@ def read(uri: str, name: str) -> bytes | None:
 
 
 def read_all(uri: str, names: Iterable[str]) -> Iterator[bytes | None]:
-    """Read small files as `read` does, in their order, several at once."""
+    """Read small files in parallel, as `read` does, and yield them in order."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         yield from pool.map(functools.partial(read, uri), names)
 
 
 def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
-    """Copy files from a URI into a folder; a missing file is skipped.
+    """Copy files from a URI into a folder; skip missing files.
 
     Raises:
-        UserError: a name leads out of the folder.
-        Breakdown: it fails again and again.
+        UserError: a name points outside of the folder.
+        Breakdown: all attempts failed.
     """
     names = list(names)
     refuse_outside(uri, folder, names)
@@ -233,7 +239,7 @@ def push(folder: Path, uri: str, names: Iterable[str]) -> None:
     """Copy files of a folder to a URI, one after the other, each in one step.
 
     Raises:
-        Breakdown: it fails again and again.
+        Breakdown: all attempts failed.
     """
 
     def put(name: str, filesystem: FileSystem, path: str) -> None:
@@ -244,42 +250,42 @@ def push(folder: Path, uri: str, names: Iterable[str]) -> None:
 
 
 def delete(uri: str, names: Iterable[str]) -> None:
-    """Delete those of the files at a URI that exist.
+    """Delete files at a URI, as far as they exist.
 
     Raises:
-        Breakdown: it fails again and again.
+        Breakdown: all attempts failed.
     """
     _for_each(uri, names, lambda name, filesystem, path: filesystem.delete_file(f"{path}/{name}"))
 
 
 def _refuse_mixture(filesystem: FileSystem, file: str, source: NativeFile) -> None:
-    """Fail where a file was replaced while it was read, so that it is read again.
+    """Raise an error if a file was replaced while it was read, so that it is read again.
 
-    A store of objects is asked for the size and then for ranges of bytes, each of the object that is there by then. A
-    file on a disk stays the one that was opened.
+    An object store is asked for the size and then for ranges of bytes. Each request gets the object of its moment. On a
+    disk, an open file stays the same.
     """
     if filesystem.type_name in _COPY:
         with filesystem.open_input_stream(file) as now:
             if now.metadata() != source.metadata():
-                raise OSError(f"{file}: was replaced while it was read")
+                raise OSError(f"{file}: replaced while it was read")
 
 
 def _put(file: Path, filesystem: FileSystem, target: str) -> None:
-    """Upload a file beside the target, then put it in the target's place.
+    """Upload a file beside the target, then replace the target by it.
 
-    A stream cannot be given up: whatever closes it, be it an exception or its destructor, completes an object of what
-    was written. So none is ever opened at the target.
+    A stream cannot be aborted: an exception or its destructor closes it, which completes an object from the part that
+    was written. Therefore no stream is opened at the target.
     """
     part = f"{target}.{uuid.uuid4().hex[:8]}.part"
     with file.open("rb") as source:
         if filesystem.type_name == "s3" and file.stat().st_size > _LARGEST_COPY:
             raise Breakdown(
-                f"{target}: S3 replaces no file of more than 5 GiB in one step; keep the results in a folder"
+                f"{target}: S3 cannot replace a file larger than 5 GiB in one step; keep the results in a folder"
             )
         if filesystem.type_name in _MOVE:
             filesystem.create_dir(target.rpartition("/")[0])
         try:
-            # Not by pyarrow's `copy_files`, which closes what it writes in a destructor, where errors are lost.
+            # pyarrow's `copy_files` is not used: it closes its output in a destructor, where errors are lost.
             with filesystem.open_output_stream(part) as stream:
                 shutil.copyfileobj(source, stream, _CHUNK)
             if filesystem.type_name in _MOVE:
@@ -315,7 +321,7 @@ def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
                 raise
             wait = None if _is_permanent(error) else next(waits, None)
             if wait is None:
-                times = f"failed {tries} times in a row, the last time by: " if tries > 1 else "failed: "
+                times = f"failed {tries} times in a row, the last time with: " if tries > 1 else "failed: "
                 raise Breakdown(f"{uri}: {times}{first_line(error)}") from error
         time.sleep(wait)
         tries += 1
@@ -329,7 +335,7 @@ def _open_or_refuse(uri: str) -> tuple[FileSystem, str]:
     """Open a URI.
 
     Raises:
-        UserError: no file system has such a scheme, or such options.
+        UserError: no file system supports the scheme or the options.
     """
     try:
         return _open(uri)
@@ -341,7 +347,7 @@ def _open_or_refuse(uri: str) -> tuple[FileSystem, str]:
 def _open(uri: str) -> tuple[FileSystem, str]:
     found = None
     if uri.startswith("s3://"):
-        # A small upload is then one request, and not three. The option is pyarrow's from version 21 on.
+        # With this option a small upload takes one request instead of three. pyarrow has it since version 21.
         with contextlib.suppress(ValueError):
             found = FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true")
     filesystem, path = found or FileSystem.from_uri(uri)
@@ -349,18 +355,18 @@ def _open(uri: str) -> tuple[FileSystem, str]:
 
 
 def _check() -> None:
-    """Print why the URI on standard input cannot be used; nothing where it can be."""
+    """Print why the URI on standard input cannot be used; print nothing if it can."""
     uri, write = json.load(sys.stdin)
     try:
         filesystem, path = _open(uri)
         if not path:
             raise ValueError("it names no bucket and no folder")
         if filesystem.type_name not in (*_COPY, *_MOVE):
-            raise ValueError(f"in a file system of type {filesystem.type_name} no file can replace another in one step")
+            raise ValueError(f"a file system of type {filesystem.type_name} cannot replace a file in one step")
         if not write:
             filesystem.get_file_info(FileSelector(path, allow_not_found=True))
             return
-        # A name of its own, so that no other command deletes it. Should it be left, readers pass it over as a part.
+        # The name is unique, so that no other command deletes the file. Readers skip a leftover file as a part.
         file = f"{path}/.check.{uuid.uuid4().hex[:8]}.part"
         _put(Path(__file__), filesystem, file)
         filesystem.delete_file(file)
@@ -369,5 +375,5 @@ def _check() -> None:
 
 
 def _is_inside(name: str) -> bool:
-    """Tell whether a relative name that somebody else has chosen stays in its folder."""
+    """Tell whether a relative name of untrusted origin stays in its folder."""
     return bool(name) and not name.startswith("/") and not {"", ".", ".."} & set(name.split("/")) and "\0" not in name

@@ -1,4 +1,4 @@
-"""Read YAML that may be anything: too large, nested without end, or grown by aliases."""
+"""Parse YAML from untrusted files: too large, nested too deeply, or expanded by aliases."""
 
 import itertools
 from pathlib import Path
@@ -9,17 +9,21 @@ from ruamel.yaml import YAML
 from raytune_emotion.errors import UserError
 
 _MOST_BYTES = 4_000_000
-#: A file of more values is no file of settings. Aliases can make billions of a few lines.
+#: Largest number of values in a file. Aliases can expand a few lines to billions of values.
 MOST_VALUES = 100_000
 NESTED = "is nested too deeply"
-TOO_MANY = f"holds more than {MOST_VALUES:,} values, counted where aliases repeat them"
+TOO_MANY = f"holds more than {MOST_VALUES:,} values, including those that aliases repeat"
 
 
 def read_text(file: Path, what: str) -> str:
-    """Read a file of text, such as "the search space".
+    """Read a text file.
+
+    Args:
+        file: the file.
+        what: name of its content for errors, such as "the search space".
 
     Raises:
-        UserError: it cannot be read, is larger than a text that people write, or no text.
+        UserError: the file cannot be read, is too large, or is not text in UTF-8.
     """
     try:
         with file.open("rb") as opened:
@@ -28,20 +32,20 @@ def read_text(file: Path, what: str) -> str:
             raise UserError(f"{file}: {what} is larger than {_MOST_BYTES / 1e6:.0f} MB; name another file")
         return content.decode("utf-8")
     except OSError as error:
-        raise UserError(f"{file}: {what} cannot be read: {error.strerror}") from None
+        raise UserError(f"{file}: {what} cannot be read: {error.strerror}; name a readable file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file}: {what} is not text in UTF-8") from None
+        raise UserError(f"{file}: {what} is not text in UTF-8; save it in UTF-8") from None
 
 
 def load_yaml(text: str | bytes, *, pure: bool = True) -> Any:
-    """Return what a YAML text holds, as plain values.
+    """Parse a YAML text into plain values.
 
     Args:
-        text: of one document.
-        pure: whether to read it as YAML 1.2, in which 1e-5 is a number; else by the faster parser.
+        text: one document.
+        pure: parse it as YAML 1.2, in which 1e-5 is a number; False: use the faster parser.
 
     Raises:
-        YAMLError, ValueError: it is no valid YAML, or holds too much.
+        YAMLError, ValueError: the text is not valid YAML, or holds too many values.
     """
     try:
         value = YAML(typ="safe", pure=pure).load(text)
@@ -53,7 +57,7 @@ def load_yaml(text: str | bytes, *, pure: bool = True) -> Any:
 
 
 def _values_in(value: Any) -> Any:
-    """Iterate over all values within a value, depth first; without an end where it contains itself."""
+    """Iterate over all values within a value, depth first. The iteration never ends if a value contains itself."""
     left = [value]
     while left:
         value = left.pop()

@@ -1,6 +1,6 @@
 """Search hyperparameters with Ray and Optuna.
 
-Ray reads the environment when it is imported. What it must find there is set here, since this runs first.
+Ray reads environment variables when it is imported. They are set here, because this module runs first.
 """
 
 import os
@@ -8,8 +8,8 @@ import tempfile
 
 from raytune_emotion.storage.cache import home_folder
 
-# Below `uv run` Ray would upload the working folder and start each worker by another `uv run`.
+# Under `uv run`, Ray would upload the working folder and start each worker with another `uv run`.
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-# Ray cannot be imported by a user without a home folder, though nothing is written there.
+# Ray cannot be imported by a user without a home folder, although it writes nothing there.
 if home_folder() is None:
     os.environ["HOME"] = tempfile.gettempdir()

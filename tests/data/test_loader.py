@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raytune_emotion.data import loader
-from raytune_emotion.data.loader import Resident, batches, cache_on_device, epoch_order, size_of
+from raytune_emotion.data.loader import DeviceSplit, batches, cache_on_device, epoch_order, size_of
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.data.synthetic import write_sample
@@ -70,7 +70,7 @@ class Device:
         self._copies: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
         copied = loader._copy_to_device
 
-        def watched(split: Split, device: torch.device) -> Resident:
+        def watched(split: Split, device: torch.device) -> DeviceSplit:
             resident = copied(split, device)
             self._copies.add(resident.x_NHWC)
             return resident
@@ -83,7 +83,7 @@ class Device:
         return sum(x_NHWC.numel() for x_NHWC in self._copies)
 
 
-@pytest.mark.parametrize(("more", "kind"), [(-1, Split), (1, Resident)])
+@pytest.mark.parametrize(("more", "kind"), [(-1, Split), (1, DeviceSplit)])
 def test_a_split_is_placed_where_it_may_take_up_so_much(
     store: Store, monkeypatch: pytest.MonkeyPatch, more: int, kind: type
 ) -> None:
@@ -92,7 +92,7 @@ def test_a_split_is_placed_where_it_may_take_up_so_much(
     Device(monkeypatch, size_of(store.train) / loader._SHARE + more)
     placed, _ = cache_on_device(store, CPU)
     assert type(placed) is kind
-    if isinstance(placed, Resident):
+    if isinstance(placed, DeviceSplit):
         np.testing.assert_array_equal(placed.x_NHWC.numpy(), store.train.gather(np.arange(N)))
         with pytest.raises(IndexError):
             next(batches(placed, [rows(-1)], CPU))
@@ -118,12 +118,12 @@ def test_trials_that_start_together_on_a_gpu_leave_room_for_each_other(
 def test_what_is_placed_stays_until_another_store_is(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(monkeypatch, size_of(store.train) / loader._SHARE + 1)
     placed, again = cache_on_device(store, CPU), cache_on_device(dataclasses.replace(store), CPU)
-    assert all(one is other and isinstance(one, Resident) for one, other in zip(placed, again, strict=True))
+    assert all(one is other and isinstance(one, DeviceSplit) for one, other in zip(placed, again, strict=True))
     del placed, again
     assert device.taken() == size_of(store.train) + size_of(store.val)
     # There is room for both parts of another only where these are gone.
     other = dataclasses.replace(store, fingerprint="other")
-    assert all(isinstance(part, Resident) for part in cache_on_device(other, CPU))
+    assert all(isinstance(part, DeviceSplit) for part in cache_on_device(other, CPU))
     # When the process may take less than before, they go back to their files.
     device.total = size_of(store.train)
     assert cache_on_device(other, CPU)[0] is store.train

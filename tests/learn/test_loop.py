@@ -222,7 +222,7 @@ def like_cuda(monkeypatch):
 
     def on_device(split):
         pixels = torch.empty((len(split), 32, 32, 3), dtype=torch.uint8, device=device)
-        return loader.Resident(pixels, torch.empty(split.prob_NK.shape, device=device))
+        return loader.DeviceSplit(pixels, torch.empty(split.prob_NK.shape, device=device))
 
     monkeypatch.setattr(loop, "cache_on_device", lambda store, device: (on_device(store.train), on_device(store.val)))
     monkeypatch.setattr(loop, "_randomness", lambda *key: contextlib.nullcontext())

@@ -2,11 +2,11 @@ import torch
 
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.metrics import distances_of, per_sample
-from raytune_emotion.learn.report import HEARD, OBJECTIVE, Report
+from raytune_emotion.learn.report import DRIVER_KEYS, OBJECTIVE, Report
 
 
 def test_the_driver_hears_the_objective():
-    assert OBJECTIVE in HEARD
+    assert OBJECTIVE in DRIVER_KEYS
 
 
 def test_the_type_of_a_report_names_every_metric():

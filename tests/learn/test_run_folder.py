@@ -5,10 +5,12 @@ import sys
 import pytest
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.report import HEARD
+from raytune_emotion.learn.report import DRIVER_KEYS
 from raytune_emotion.learn.run_folder import HISTORY, read_history
 
-REPORTS = [{**dict.fromkeys(HEARD, 0.5), "report": n, "finished": n == 2, "val_js": 0.5, "time": 1.5} for n in (1, 2)]
+REPORTS = [
+    {**dict.fromkeys(DRIVER_KEYS, 0.5), "report": n, "finished": n == 2, "val_js": 0.5, "time": 1.5} for n in (1, 2)
+]
 LINES = [json.dumps(report) + "\n" for report in REPORTS]
 
 

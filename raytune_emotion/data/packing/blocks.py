@@ -1,7 +1,7 @@
-"""Pack blocks of rows: a task makes whole shards, at every size, and then a record of what they were made of.
+"""Pack blocks of rows: each task writes whole shards at every size, and then a record of their sources.
 
-The record, `.<split>-<first row>.done`, lies beside the shards of the smallest size. Another attempt leaves the shards
-as they are if their record still fits the files. Tasks may run on any machine that sees the locations.
+The record, `.<split>-<first row>.done`, is beside the shards of the smallest size. A later attempt keeps the shards if
+their record still matches the files. Tasks may run on any machine that can access the locations.
 """
 
 import contextlib
@@ -26,12 +26,16 @@ from raytune_emotion.data.decode import (
 from raytune_emotion.data.shard_format import ShardEntry, write_shard
 from raytune_emotion.storage.locations import Location
 
-_SHARD_BYTES = 64 * 2**20  # pixels in a shard, at most: a task holds a shard of each size in memory
-_LEAST_ROWS = 128  # of a shard: fewer would not be worth a task
-_ENOUGH_SHARDS = 32  # of a split: more rows go into a shard only where there are so many, for as many cores
-_ROWS_READ = 128  # at once
+#: Largest size of the pixels of a shard, bytes. A task holds a shard of each size in memory.
+_SHARD_BYTES = 64 * 2**20
+#: Smallest number of rows in a shard, as far as _SHARD_BYTES allows: fewer are not worth a task.
+_LEAST_ROWS = 128
+#: Number of shards of a split, for as many cores, from which on shards get more rows.
+_ENOUGH_SHARDS = 32
+#: Number of rows that are read at once.
+_ROWS_READ = 128
 
-#: Of a row of the dataset: the digests of its pixels at every size, or what is wrong with its picture.
+#: Digests of a row's pixels at every size, or the fault of its picture.
 Digest = bytes | str
 
 
@@ -41,7 +45,7 @@ class Block:
 
     source: Location
     split: str
-    start: int  # of the split's rows
+    start: int  # number of its first row in the split
     rows: Sequence[Row]
     dests: Mapping[int, Location]  # by image size, px, the smallest first
     shard_rows: Mapping[int, int]  # by image size
@@ -51,7 +55,7 @@ class Block:
         return f".{self.split}-{self.start:08d}.done"
 
     def key(self) -> str:
-        """Hash all that the shards are made of."""
+        """Hash all sources of the shards."""
         files = files_key(self.source, [row.image for row in self.rows])
         made_of = [(row.id, row.probs) for row in self.rows], dict(self.shard_rows), files
         return hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
@@ -64,7 +68,7 @@ class PackedBlock:
 
 
 class _Record(BaseModel):
-    """What is kept of a block in which no picture is at fault."""
+    """Record of a block without faulty pictures."""
 
     key: str
     digests: str  # in hexadecimal digits
@@ -72,12 +76,12 @@ class _Record(BaseModel):
 
 
 def digest_at_size(digest: Digest, i: int) -> bytes:
-    """Return the part of a row's digests that is of the i-th size; empty for a row at fault."""
+    """Return the digest of a row at the i-th size; an empty string for a faulty row."""
     return digest[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES] if isinstance(digest, bytes) else b""
 
 
 def shard_rows(image_size: int, rows: int) -> int:
-    """Return how many of a split's rows make a shard: a power of two, so that shards of several sizes nest."""
+    """Return the number of rows in a shard: a power of two, so that shards of several sizes nest."""
     most = 1 << max(1, _SHARD_BYTES // picture_bytes(image_size)).bit_length() - 1
     return min(most, max(_LEAST_ROWS, 1 << (max(1, rows // _ENOUGH_SHARDS) - 1).bit_length()))
 
@@ -92,7 +96,7 @@ def split_into_blocks(
 
 
 def pack_block(block: Block) -> PackedBlock:
-    """Pack a block, unless an earlier attempt has."""
+    """Pack a block, unless an earlier attempt has done it."""
     key, first = block.key(), next(iter(block.dests.values()))
     if (before := _read_record(block, first.read(block.record), key)) is not None:
         return before
@@ -128,7 +132,7 @@ def _pack(block: Block) -> PackedBlock:
 
 @dataclass
 class _OpenShard:
-    """The shards of a block at one size, one after the other: its rows are gathered, and written when it is full."""
+    """Write the shards of a block at one size, one after the other: gather rows, and write each full shard."""
 
     image_size: int
     block: Block
@@ -144,7 +148,7 @@ class _OpenShard:
         self.rows.append(row)
 
     def end_row(self, done: int) -> None:
-        """Write the shard if the row was its last; `done` rows of the block are done."""
+        """Write the shard if its last row was added. `done` is the number of finished rows of the block."""
         block, of_shard = self.block, self.block.shard_rows[self.image_size]
         if (done % of_shard and done < len(block.rows)) or not self.rows:
             return
@@ -158,7 +162,7 @@ class _OpenShard:
 
 
 def _read_record(block: Block, raw: bytes | None, key: str) -> PackedBlock | None:
-    """Return what the record of an earlier attempt says if its shards are those of the block, and are there."""
+    """Return the result of an earlier attempt if its record matches the block and its shards exist."""
     with contextlib.suppress(ValueError):  # damaged
         found = _Record.model_validate_json(raw or b"")
         if (

@@ -1,7 +1,7 @@
-"""Tell what is in a set of annotated faces without packing it: counts, sizes, classes, labels, and duplicates.
+"""Describe a set of annotated faces without packing it: counts, sizes, classes, labels, and duplicates.
 
-Two images have the same content if they are the same at 32 px. An image that is in both splits leaks: a model is judged
-on what it was trained on.
+Two images have the same content if they are equal at 32 px. An image that is in both splits is a leak: a model is
+validated on an image on which it was trained.
 """
 
 import hashlib
@@ -28,43 +28,45 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
 from raytune_emotion.terminal import count, plain_console, plain_table, say
 
+#: Size at which images are compared, px.
 _COMPARED_PX = 32
 _FILES_PER_TASK = 128
-_NAMED = 10  # duplicates that are named
+#: Largest number of leaks that are named.
+_NAMED = 10
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in one split."""
+    """Description of one split."""
 
     images: int
     sides: Sequence[tuple[int, int]]  # width and height of each image, px
-    mean_K: npt.NDArray[np.float64]  # distribution
+    mean_K: npt.NDArray[np.float64]  # mean distribution
     entropy: float  # bits, mean over the images
-    duplicates: int  # images with the content of another in the same split
+    duplicates: int  # number of images with the content of another in the same split
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a set of faces."""
+    """Description of a set of faces."""
 
     source: str
     classes: tuple[str, ...]
     notes: Sequence[str]
     splits: Mapping[str, Contents]
-    leaks: Sequence[tuple[str, str]]  # files of the same content: of the training, and of the validation set
+    leaks: Sequence[tuple[str, str]]  # files of the same content: one of the training, one of the validation set
     faults: Sequence[str]  # sentences
 
 
 def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspection:
-    """Look at every annotation and every image of a folder or a table of faces.
+    """Inspect every annotation and every image of a folder or a table of faces.
 
     Args:
         place: the folder or the table.
-        classes: names of the values of an annotation, in order; None: those of the table, or of this project.
+        classes: names of the values of an annotation, in order; None: the classes of the table, or of this project.
 
     Raises:
-        UserError: there is no such folder or table, or its classes have no names of their own.
+        UserError: there is no such folder or table, or the names of its classes are invalid.
     """
     faces = list_unpacked(place)
     classes = classes or faces.own_classes or EMOTIONS
@@ -107,10 +109,10 @@ def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspecti
 
 
 def show(found: Inspection) -> None:
-    """Print what is in a set of faces.
+    """Print the description of a set of faces.
 
     Raises:
-        UserError: rows are at fault, which is told after all else.
+        UserError: rows are faulty. It is raised after everything is printed.
     """
     train, val = found.splits["train"], found.splits["val"]
     say(f"{found.source}: {count(train.images, 'image')} to train on and {val.images} to validate on")
@@ -130,7 +132,7 @@ def show(found: Inspection) -> None:
     if found.leaks:
         pairs = ", ".join(f"{val} is {train}" for train, val in found.leaks[:_NAMED])
         more = f", and {len(found.leaks) - _NAMED} more" if len(found.leaks) > _NAMED else ""
-        say(f"leaks: {count(len(found.leaks), 'validation image')} in train, too: {pairs}{more}; remove one of each")
+        say(f"leaks: {count(len(found.leaks), 'validation image')} also in train: {pairs}{more}; remove one of each")
     else:
         say("leaks: no validation image is in train")
     if found.faults:
@@ -144,7 +146,7 @@ class _Look:
 
 
 def _look(task: tuple[Location, Sequence[File]]) -> list[_Look | str]:
-    """Return the size and the content of each image, or what is wrong with it."""
+    """Return the size and the content hash of each image, or its fault."""
     location, files = task
     found: list[_Look | str] = []
     with ignore_decoder_warnings():

@@ -1,4 +1,4 @@
-"""Pack a folder of annotated faces into stores, each of one image size: every picture is decoded once, into shards."""
+"""Pack annotated faces into stores, each of one image size. Every picture is decoded only once."""
 
 import contextlib
 import re
@@ -25,9 +25,9 @@ from raytune_emotion.storage.atomic import EXISTS
 from raytune_emotion.storage.locations import Location, check_space, location_of
 from raytune_emotion.terminal import warn
 
-#: What to do about a disk that is full.
+#: Advice on a full disk.
 MORE_ROOM = "choose a disk with room (cache: XDG_CACHE_HOME; on the way to a URI: TMPDIR) or a smaller image size"
-#: What attempts may have left beside the files of a store.
+#: Pattern of files that interrupted attempts may have left in the folder of a store.
 _LEFT = re.compile(r"(train|val)-\d+\.arrow|\..*(done|tmp)")
 
 
@@ -40,23 +40,23 @@ def pack(
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Store:
-    """Check and decode every row of an AffectNetFused folder or of a table, once, and write them as a store.
+    """Check and decode every row of an AffectNetFused folder or of a table once, and write them as a store.
 
-    The content depends on the source alone, not on the number of workers. There is no store at dest unless all of it
-    is. What breaks off or is killed keeps whole shards, hidden beside a folder or at a URI, and the next attempt goes
-    on with them.
+    The content depends only on the source, not on the number of workers. The store at dest appears only when it is
+    complete. An interrupted or killed attempt keeps its whole shards, hidden beside a folder or at a URI. The next
+    attempt continues with them.
 
     Args:
         source: the folder or the table, or its URI.
         dest: the store, which must not exist yet.
         image_size: side of the square images, px.
         classes: names of the K values of an annotation, in order; None: those of the table, or the 13 of this project.
-        skip_bad: leave out the rows at fault, listed in rejected.csv, instead of refusing them all.
-        workers: processes; by default one a core, or none where there is little to do.
+        skip_bad: leave out faulty rows, and list them in rejected.csv, instead of refusing the source.
+        workers: number of processes; default: one per core, or none for few tasks.
 
     Raises:
         UserError: a sentence for every kind of fault; dest exists.
-        Breakdown: the disk is too small, or full; a URI fails again and again.
+        Breakdown: the disk is too small, or full; all requests to a URI failed.
     """
     location = location_of(dest)
     pack_sizes(location_of(source), {image_size: location}, classes=classes, skip_bad=skip_bad, workers=workers)
@@ -72,19 +72,19 @@ def pack_sizes(
     workers: int | None = None,
     pmap: Map | None = None,
 ) -> dict[int, Manifest]:
-    """Pack a folder or a table at several image sizes, px, in one pass over its images, each as `pack` does.
+    """Pack a folder or a table at several image sizes in one pass over its images, each as `pack` does.
 
     Args:
-        source: the folder or the table, maybe listed already.
-        dests: by image size.
+        source: the folder or the table, which may be listed already.
+        dests: destination of each image size, px.
         classes: as in `pack`.
         skip_bad: as in `pack`.
         workers: as in `pack`.
-        pmap: in place of workers, runs the tasks, on machines that all see the locations.
+        pmap: map that runs the tasks instead of workers, on machines that can all access the locations.
 
     Raises:
         UserError: see `pack`.
-        Breakdown: see `pack`; a machine does not see one of the folders.
+        Breakdown: see `pack`; a machine cannot access one of the folders.
     """
     for size in dests:
         RunConfig.from_flat({"data.image_size": size, **({"data.classes": classes} if classes else {})})
@@ -100,9 +100,9 @@ def pack_sizes(
     with contextlib.ExitStack() as stack:
         pmap = pmap or stack.enter_context(process_map(workers))
         with progress() as bars:
-            # First of all: a source or an option that is wrong by now costs nothing that attempts have packed.
+            # This comes before `build`: an error in the source or an option must not delete shards of earlier attempts.
             scan = read_rows(faces, classes, _check_on_each_node([faces.location], pmap), bars)
-        # In the same order by whoever packs: else two might wait for each other.
+        # All processes take the locks in the same order; otherwise two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
         run = _check_on_each_node([faces.location, *built.values()], pmap)
         try:
@@ -115,11 +115,12 @@ def pack_sizes(
             if not is_disk_full(error):
                 raise
             where = ", ".join(map(str, dests.values()))
-            # No UserError, which deletes what is packed.
+            # Not a UserError, which would delete the finished shards.
             raise Breakdown(
-                f"{where}: {error.strerror} while packing; make room, and the same command goes on; or {MORE_ROOM}"
+                f"{where}: {error.strerror} while packing; free some space, and the same command continues; or "
+                f"{MORE_ROOM}"
             ) from error
-    # Only now that the stores are ended: whatever broke off before is gone on with by the records.
+    # Delete the records last: an interrupted packing resumes from them.
     dests[min(dests)].delete(records)
     packed = {size: read_manifest(dest) for size, dest in dests.items()}
     for size, dest in dests.items():
@@ -136,23 +137,23 @@ def list_unpacked(source: Location) -> Faces:
     """List a source of faces.
 
     Raises:
-        UserError: there is none, or it is a packed store already.
+        UserError: it does not exist, or is already a packed store.
     """
     if not is_table(source):
         source.check(write=False)
         if find_stores(source):
-            raise UserError(f"{source}: is a packed store already")
+            raise UserError(f"{source}: is already a packed store; name a folder or a table of faces")
     return list_source(source)
 
 
 def _pack(
     faces: Faces, scan: Scan, dests: Mapping[int, Location], classes: tuple[str, ...], *, skip_bad: bool, pmap: Map
 ) -> list[str]:
-    """Pack the rows, and return the names of the records that lie beside the shards of the smallest size."""
+    """Pack the rows, and return the names of the records, which are beside the shards of the smallest size."""
     digests: dict[str, list[Digest]] = {}
     entries: dict[int, dict[str, list[ShardEntry]]] = {size: {} for size in dests}
     for dest in dests.values():
-        # An attempt may have broken off after it wrote these; nobody is to read a store that changes.
+        # An attempt may have been interrupted after it wrote these files. A changing store must not look complete.
         dest.delete([MANIFEST, REJECTED])
     with progress() as bars:
         rows = sum(map(len, scan.rows.values()))
@@ -176,14 +177,14 @@ def _pack(
 
 
 def _delete_leftovers(dest: Location, kept: Collection[str] = ()) -> None:
-    """Delete what attempts have left, but for files that are kept."""
+    """Delete files of interrupted attempts, except those to keep."""
     names = [file.name for file in dest.list_files()]
     dest.delete([name for name in names if _LEFT.fullmatch(name) and name not in kept])
     dest.delete_parts()
 
 
 def _check_on_each_node(locations: Sequence[Location], pmap: Map) -> Map:
-    """Return the same map, whose tasks break off on a machine that does not see one of the locations."""
+    """Return the same map, whose tasks raise Breakdown on a machine that cannot access one of the locations."""
     return lambda function, tasks: pmap(_check_and_run, ((locations, function, task) for task in tasks))
 
 
@@ -192,7 +193,7 @@ def _check_and_run(task: tuple[Sequence[Location], Callable[[Any], Any], Any]) -
     for location in locations:
         if not location.is_reachable():
             raise Breakdown(
-                f"{location}: is not there on {socket.gethostname()}; share it under this path with every node, or have"
-                " SRC and DEST at URIs"
+                f"{location}: not found on {socket.gethostname()}; share it under this path with every node, or use"
+                " URIs for SRC and DEST"
             )
     return function(own)

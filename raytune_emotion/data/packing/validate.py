@@ -1,4 +1,4 @@
-"""Validate the rows of a folder, and write what describes a store: its manifest and its rejected rows."""
+"""Validate the rows of a folder, and write a store's manifest and its list of rejected rows."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _FILES_PER_TASK = 128
 
 @dataclass(frozen=True)
 class Content:
-    """What the stores of a folder hold, and what was rejected."""
+    """Content of the stores of a folder, and rejected rows."""
 
     faces: Faces
     classes: tuple[str, ...]
@@ -36,7 +36,7 @@ def read_rows(faces: Faces, classes: tuple[str, ...], pmap: Map, bars: Progress)
     """Read the annotations of a folder.
 
     Raises:
-        UserError: a split has no row whose annotation is good.
+        UserError: a split has no row with a valid annotation.
     """
     scan = faces.scan(classes, count_results(pmap, bars, "reading annotations", faces.annotations))
     _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
@@ -53,10 +53,10 @@ def validate_rows(
     *,
     skip_bad: bool,
 ) -> Content:
-    """Collect all faults, those of images without a good annotation too, and return what is left to pack.
+    """Collect all faults, including those of images without a valid annotation, and return the content to pack.
 
     Raises:
-        UserError: there are faults, and they are not to be skipped; a split has no good row.
+        UserError: there are faults, and skip_bad is false; a split has no valid row.
     """
     found = [
         (split, row.image.name, digest)
@@ -76,7 +76,7 @@ def validate_rows(
         raise UserError(
             [
                 *affectnet.sentences(faces.source, faults, classes),
-                f"{faces.source}: nothing is packed while there are such faults; mend them, or leave these rows out"
+                f"{faces.source}: nothing is packed because of these faults; repair them, or leave these rows out"
                 " with --skip-bad",
             ]
         )
@@ -88,7 +88,7 @@ def validate_rows(
 def write_manifest(
     dest: Location, content: Content, i: int, image_size: int, entries: Mapping[str, Sequence[ShardEntry]]
 ) -> None:
-    """Write all of a store but its shards; it is that of the i-th size. The manifest comes last."""
+    """Write all files of the store of the i-th size except its shards. The manifest comes last."""
     if content.skip_bad:
         with dest.write(shard_format.REJECTED) as path, path.open("w", encoding="utf-8", newline="") as file:
             rejected = ((f.split, f.file, f.reason) for f in content.faults)
@@ -116,7 +116,7 @@ def write_manifest(
 
 
 def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
-    """Tell what is wrong with each image; None where nothing is."""
+    """Return the fault of each image; None for a valid one."""
     location, files = task
     found: list[str | None] = []
     with ignore_decoder_warnings():

@@ -1,4 +1,4 @@
-"""Know how many trials a cluster has room for at each moment, and have its autoscaler add nodes."""
+"""Count the trials for which a cluster has room at present, and ask its autoscaler for nodes."""
 
 import sys
 import time
@@ -11,12 +11,12 @@ from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, list_nodes
 from raytune_emotion.tuning.execution.placement import Placement, trials_on
 
-#: Between two looks at the nodes, and between two requests to the autoscaler.
+#: Seconds between two checks of the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
 
 
 class Capacity:
-    """Count the trials that may run at once. Nodes that join are used; those that leave or drain are not."""
+    """Count the trials that may run at once. New nodes are used; draining nodes are not."""
 
     def __init__(
         self,
@@ -28,19 +28,19 @@ class Capacity:
         request: Callable[..., Any] = request_resources,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Know a cluster's room for the trials of a study.
+        """Prepare to count a cluster's room for the trials of a study.
 
         Args:
-            placement: of the trials.
-            wanted: returns how many trials the study could run at once.
-            say: tells the user of nodes that come and go.
-            nodes: returns the nodes that live, by their ids.
-            request: asks the autoscaler for room for `bundles`, in place of what was asked for before, by whomever.
-            clock: in seconds.
+            placement: placement of the trials.
+            wanted: returns the number of trials that the study could run at once.
+            say: tells the user about nodes that join or leave.
+            nodes: returns the live nodes by their ids.
+            request: asks the autoscaler for room for `bundles`; it replaces all earlier requests, also of others.
+            clock: returns the time in seconds.
         """
         self._placement, self._wanted, self._say = placement, wanted, say
         self._nodes, self._request, self._clock = nodes, request, clock
-        self._known: dict[str, ClusterNode] | None = None  # those of the last look
+        self._known: dict[str, ClusterNode] | None = None  # nodes of the last check
         self._room = self._asked = 0
         self._look_at = self._request_at = clock()
 
@@ -55,7 +55,7 @@ class Capacity:
         return self._room
 
     def is_leaving(self, node: str) -> bool:
-        """Tell whether a node ends soon, so that its trials are to go on elsewhere."""
+        """Tell whether a node will end soon, so that its trials must continue elsewhere."""
         known = (self._known or {}).get(node)
         return known is not None and known.draining
 
@@ -66,7 +66,7 @@ class Capacity:
         before, self._known = self._known, nodes
         if before is None:
             return
-        elsewhere = "; its trials go on elsewhere from their checkpoints"
+        elsewhere = "; its trials continue elsewhere from their checkpoints"
         for number, node in before.items():
             if number not in nodes:
                 self._say(f"node {node.name} has left the cluster{'' if node.draining else elsewhere}")
@@ -74,10 +74,10 @@ class Capacity:
             if number not in before:
                 self._say(f"node {node.name} has joined the cluster")
             elif node.draining and not before[number].draining:
-                self._say(f"node {node.name} is drained{elsewhere}")
+                self._say(f"node {node.name} is draining{elsewhere}")
 
     def shortage(self) -> str:
-        """Say what a trial waits for."""
+        """Return a sentence on the resources for which a trial waits."""
         resources = self._placement.resources
         times = f" {resources.workers} times" if resources.workers > 1 else ""
         asked = f"; its autoscaler was asked for room for {count(self._asked, 'trial')}" if self._asked else ""
@@ -89,7 +89,7 @@ class Capacity:
 
     def _ask(self, trials: int) -> None:
         trials = min(trials, self._placement.limit or sys.maxsize)
-        # Repeated while there is one: the newest request takes the place of all others, also of another search's.
+        # Repeat the request while there is one, because the newest replaces all others, also of another search.
         if trials or self._asked:
             self._asked = trials
             resources = self._placement.resources

@@ -35,11 +35,11 @@ from raytune_emotion.tuning.execution.ray_patches import (
     quiet_errors,
 )
 
-#: Ray reads these when it starts, and has no arguments in their place.
+#: Environment variables that Ray reads when it starts. It has no arguments for them.
 _RAY_SETTINGS = {
-    # A node that does not answer counts as dead after 40 s, not 70.
+    # A node that does not answer counts as dead after 40 s instead of 70 s.
     "RAY_health_check_timeout_ms": "5000",
-    # Ray would kill this process after 60 s without its head, before a study is concluded.
+    # With its default, Ray kills this process after 60 s without a head node, before a study is concluded.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -49,8 +49,8 @@ _RAY_SETTINGS = {
 }
 
 _TOKEN_NEEDED = (
-    "the cluster asks for a token; export RAY_AUTH_MODE=token, with its token in ~/.ray/auth_token (there "
-    "`ray get-auth-token --generate` makes one)"
+    "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token "
+    "(`ray get-auth-token --generate` creates one on the cluster)"
 )
 
 
@@ -60,22 +60,22 @@ def ray_session(
 ) -> Iterator[ClusterWatch]:
     """Join the Ray cluster at an address, or start one on this machine, and leave it at the end.
 
-    What this changes in the process is as before when the block ends: environment, logging, warnings, signals.
+    When the block ends, environment, logging, warnings and signal handlers of the process are restored.
 
     Args:
-        address: of the cluster; None starts one.
-        job: the name that Ray's dashboard shows for this process.
+        address: address of the cluster; None starts one.
+        job: name of this process in Ray's dashboard.
         dashboard: whether a cluster of this machine has a dashboard.
-        local: more arguments of `ray.init`, for a cluster of this machine.
+        local: further arguments of `ray.init`, for a cluster of this machine.
 
     Yields:
-        What knows whether the cluster lives.
+        A watch that reports whether the cluster is alive.
 
     Raises:
-        UserError: the cluster cannot be joined, or Ray cannot be started on this machine as it is.
+        UserError: the cluster cannot be joined, or Ray cannot be started on this machine.
     """
     if ray.is_initialized():
-        raise UserError("Ray runs in this process already, and a session needs its own; call ray.shutdown() before")
+        raise UserError("Ray already runs in this process, but a session needs its own; call ray.shutdown() before")
     with contextlib.ExitStack() as stack:
         stack.enter_context(_silence())
         stack.enter_context(_own_environment())
@@ -86,16 +86,16 @@ def ray_session(
             own = stack.enter_context(local_ray())
             stack.enter_context(loopback_alone())
             node = local_node()
-            # Said to be local, lest it join a cluster that somebody has left on this machine. Ray itself would count
-            # cores that this process may not use, and GPUs that PyTorch cannot.
+            # "local" starts a new cluster; otherwise Ray would join one that already runs here. Ray itself would count
+            # cores that this process may not use, and GPUs that PyTorch cannot use.
             room = {"num_cpus": int(node["CPU"]), "num_gpus": int(node["GPU"])}
             arguments = {"address": "local", "include_dashboard": dashboard, **room, **own, **local}
             python = shlex.quote(sys.executable)
             if python != sys.executable:
-                # Ray starts workers through a shell, and quotes all but the interpreter (ray 5288, 33047).
+                # Ray starts workers through a shell, but does not quote the interpreter (ray 5288, 33047).
                 arguments["runtime_env"] = {"py_executable": python}
         if job is not None:
-            # The dashboard shows this key as the name of a job; jobs/submit.sh sets it, too.
+            # The dashboard shows this key as the name of a job. jobs/submit.sh sets it, too.
             arguments["job_config"] = JobConfig(metadata={"job_name": job})
         forget_token()
         stack.enter_context(quiet_errors())
@@ -122,15 +122,15 @@ def open_session(address: str | None, job: str) -> Iterator[ClusterWatch]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep Ray Tune and Optuna from printing what this project says itself."""
+    """Silence messages of Ray Tune and Optuna that this project prints itself."""
     tune = logging.getLogger("ray.tune")
     levels = tune.level, optuna.logging.get_verbosity()
-    # Its warnings are of result files that are not written, and of failed trials, whose reasons are in the tables.
+    # Tune warns about result files that are not written, and about failed trials, whose reasons are in the tables.
     tune.setLevel(logging.CRITICAL)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # Sampling in groups is called experimental since 2021; that it may change is what version pins are for.
+            # Sampling in groups is marked as experimental since 2021. Version pins protect against changes.
             warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
             yield
     finally:
@@ -140,7 +140,7 @@ def _silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_environment() -> Iterator[None]:
-    """Undo what the block does to the environment, and have Ray forget what it has read there."""
+    """Restore the environment after the block, and make Ray forget the values that it has read."""
     before = dict(os.environ)
     try:
         yield
@@ -166,45 +166,47 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _shut_down() -> None:
-    # Ray's core gives SIGTERM back to the system when it ends. Seconds follow, in which one would end this process.
+    # When Ray's core ends, it resets the handler of SIGTERM. In the seconds that follow, a SIGTERM would end this
+    # process.
     with keep_handlers() as restore, before_processes_end(restore):
         ray.shutdown()
 
 
 def _start_failure(address: str | None, error: Exception) -> Exception:
-    """Return the error to raise where Ray could not be started or joined, whatever it has raised."""
+    """Return the error to raise after Ray failed to start or to join a cluster."""
     why = first_line(error)
     if address is None:
         known = known_error(error)
         limits = low_limits()
         sentence = f"Ray cannot be started on this machine: {known[1] if known else why}"
-        return UserError(f"{sentence}; {limits}, which may be too few; raise it" if limits else sentence)
+        return UserError(f"{sentence}; {limits}, which may be too few; raise the limit" if limits else sentence)
     if isinstance(error, AuthenticationError):
         return UserError(f"--address {address}: {_TOKEN_NEEDED}")
     if "Version mismatch" in str(error):
         versions = " ".join(str(error).split())
         return UserError(f"--address {address}: {versions} Use the cluster's versions of Ray and Python here")
-    return UserError(f"--address {address}: the Ray cluster there cannot be joined ({why}); look whether it still runs")
+    return UserError(f"--address {address}: the Ray cluster there cannot be joined ({why}); check that it still runs")
 
 
+#: Longest wait for a connection to a cluster, seconds.
 _CONNECT_S = 10.0
 
 
 def check_cluster(address: str | None) -> None:
-    """Find out whether a Ray cluster of this version answers at an address, and lets this process in.
+    """Check that a Ray cluster of this version answers at an address, and accepts this process.
 
-    Asked first: Ray itself would try for a quarter of an hour.
+    This check comes first, because Ray itself would try for a quarter of an hour.
 
     Raises:
-        UserError: it does not, or it is the address of Ray's client.
+        UserError: it does not, or the address is one of Ray's client.
     """
     if address is None:
         return
     if address == "local":
-        raise UserError("--address local: names no cluster; leave --address out to start Ray on this machine")
+        raise UserError("--address local: does not name a cluster; leave --address out to start Ray on this machine")
     if "://" in address:
         raise UserError(
-            f"--address {address}: a study cannot be run over Ray's client; run it on a machine of the cluster with "
+            f"--address {address}: a study cannot run through Ray's client; run it on a machine of the cluster with "
             f"--address auto, or submit it with jobs/submit.sh"
         )
     try:
@@ -217,7 +219,7 @@ def check_cluster(address: str | None) -> None:
             f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "
             f"leave --address out to start Ray on this machine"
         ) from None
-    if os.environ.get("RAY_USE_TLS", "0") == "0":  # else it cannot be asked so simply
+    if os.environ.get("RAY_USE_TLS", "0") == "0":  # with TLS, this simple question does not work
         _check_answer(address, *found)
 
 
@@ -230,13 +232,13 @@ def _check_answer(address: str, host: str, port: int) -> None:
             raise UserError(f"--address {address}: {_TOKEN_NEEDED}")
         answer = ask_cluster(host, port, token)
         if answer.asks_for_token:
-            raise UserError(f"--address {address}: the token at hand is not that of the cluster; {_TOKEN_NEEDED}")
+            raise UserError(f"--address {address}: the cluster refuses this machine's token; {_TOKEN_NEEDED}")
     elif uses_token and not token:
-        raise UserError(f"--address {address}: the cluster asks for no token, and there is none; unset RAY_AUTH_MODE")
+        raise UserError(f"--address {address}: RAY_AUTH_MODE is set, but the cluster needs no token; unset it")
     if answer.version is None:
-        raise UserError(f"--address {address}: what answers there is no Ray cluster ({answer.fault}); name another")
+        raise UserError(f"--address {address}: no Ray cluster answers there ({answer.fault}); name another address")
     if answer.version != ray.__version__:
         raise UserError(
-            f"--address {address}: the cluster runs Ray {answer.version}, and this is Ray {ray.__version__}; use the "
+            f"--address {address}: the cluster runs Ray {answer.version}, but this is Ray {ray.__version__}; use the "
             f"cluster's version here"
         )

@@ -12,8 +12,11 @@ from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
 
-_AHEAD = 2  # tasks per core, so that no core waits for the driver
+#: Number of submitted tasks per core, so that no core waits for the driver.
+_AHEAD = 2
+#: Number of attempts per task.
 _TRIES = 4
+#: Longest wait for running tasks after an interruption, seconds.
 _END_S = 30.0
 
 
@@ -21,14 +24,14 @@ _END_S = 30.0
 def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    A task whose process or node dies is run again elsewhere. If the work is interrupted, tasks that were handed out end
-    by themselves, within half a minute or with the session.
+    A task whose process or node dies is run again elsewhere. If the work is interrupted, submitted tasks end by
+    themselves within half a minute, or with the session.
 
     Args:
         watch: of the cluster.
 
     Raises:
-        Breakdown: a task dies again and again.
+        Breakdown: all attempts of a task died.
         ClusterLost: the cluster has died.
     """
     with contextlib.ExitStack() as stack:
@@ -45,13 +48,13 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
     try:
         for task in tasks:
             ahead.append(_run.remote(function, task))
-            # Nodes may join and leave.
+            # The number of cores changes when nodes join and leave.
             if len(ahead) >= _AHEAD * ray.cluster_resources().get("CPU", 1):  # type: ignore[no-untyped-call]
                 yield _result(ahead.popleft())
         while ahead:
             yield _result(ahead.popleft())
     finally:
-        # Not cancelled: Ray aborts the whole process if a task ends at that moment.
+        # Tasks are not cancelled: Ray aborts the whole process if a task ends at that moment.
         if ahead:
             ray.wait([*ahead], num_returns=len(ahead), timeout=_END_S)
 
@@ -63,7 +66,7 @@ def _result(task: Any) -> Any:
         raise error.cause from None
     except RayError as error:
         why = str(error).strip().partition("\n")[0]
-        raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time by: {why}") from error
+        raise Breakdown(f"a task on the cluster died {_TRIES} times, the last time with: {why}") from error
 
 
 @ray.remote(num_cpus=1, max_retries=_TRIES - 1)

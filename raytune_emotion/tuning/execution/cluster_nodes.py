@@ -1,4 +1,4 @@
-"""Tell what the nodes of the cluster that this process has joined have, and fit trials to them."""
+"""List the nodes of the joined cluster with their resources, and fit trials to them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,11 @@ from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_aut
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """A node that lives."""
+    """A live node."""
 
     name: str  # for people
     resources: dict[str, float]
-    draining: bool = False  # whether it ends soon, as after a spot instance's notice, and takes nothing new
+    draining: bool = False  # whether it ends soon, as after a spot instance's notice, and accepts no new work
 
 
 def fit_to_cluster(
@@ -50,12 +50,12 @@ def check_fit(
 
 
 def cluster_nodes() -> Nodes:
-    """Return what each node of the cluster has that takes work: one that is being drained takes none."""
+    """Return the resources of each node of the cluster that accepts work. Draining nodes do not."""
     return [node.resources for node in list_nodes().values() if not node.draining]
 
 
 def list_nodes() -> dict[str, ClusterNode]:
-    """Return the nodes of the cluster that live, by their ids."""
+    """Return the live nodes of the cluster by their ids."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     draining = draining_nodes()
     return {

@@ -1,4 +1,4 @@
-"""Predict images on all nodes of a Ray cluster, through Ray Data."""
+"""Predict images on all nodes of a Ray cluster with Ray Data."""
 
 import logging
 from collections.abc import Generator, Mapping, Sequence
@@ -23,14 +23,14 @@ _BATCH = 64
 def predict_on_cluster(
     export: Path, sources: Sequence[PictureFiles], *, mirror: bool
 ) -> Generator[PredictedBatch, None, None]:
-    """Predict images on the cluster that this process has joined, and yield what comes back, in their order.
+    """Predict images on the joined cluster, and yield predictions in the order of the images.
 
-    Every node reads the images itself, so that all must see their folder or URI. The export is sent to them.
+    Every node reads the images itself, so all must be able to access their folder or URI. The export is sent to them.
 
     Args:
         export: folder of the export, on this machine.
         sources: images to predict.
-        mirror: whether to take the mean over each image and its mirror image.
+        mirror: whether to predict the mean of each image and its mirror image.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -47,13 +47,13 @@ def predict_on_cluster(
     predicted = ray.data.from_items(rows).map_batches(
         _Predictor,
         batch_size=_BATCH,
-        # In a list, so that the actor gets the reference, and fetches the export once.
+        # The reference is in a list, so that the actor gets the reference itself, and fetches the export once.
         fn_constructor_args=([held], mirror),
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, gpus or int(room.get("CPU", 1)))),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
     )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # what it says of its plans is of no use here
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # hide messages about execution plans
     for batch in predicted.iter_batches(batch_size=_BATCH, batch_format="numpy"):
         good_N = batch["error"] == ""
         yield PredictedBatch(

@@ -1,4 +1,4 @@
-"""Find out when a cluster dies or freezes: Ray itself then waits for ever (ray 9044, 23857, 46548)."""
+"""Detect a dead or frozen cluster, for which Ray itself waits for ever (ray 9044, 23857, 46548)."""
 
 import contextlib
 import os
@@ -17,18 +17,20 @@ from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.ray_patches import own_processes
 
+#: Seconds between two questions to the head, and between two checks of the processes.
 _EVERY_S = 3.0
+#: Pause between two calls of `failure`, seconds, after which this process counts as having been suspended.
 _SUSPENDED_S = 10.0
-#: Without an answer for so long, Ray's head counts as dead. A machine under load takes seconds.
+#: Seconds without an answer after which Ray's head counts as dead. A machine under load takes seconds to answer.
 _SILENCE_S = 40.0
-#: What was stopped for so long, as by SIGSTOP, counts as frozen: suspended machines and debuggers take less.
+#: Seconds after which a stopped process (SIGSTOP) counts as frozen. Suspended machines and debuggers take less.
 _FROZEN_S = 20.0
 
-#: A cluster of this machine without a process for work for so long, while it keeps some for every core, is broken.
+#: Seconds without a worker process after which a local cluster counts as broken. It normally keeps one per core.
 _NO_WORKER_S = 50.0
-#: Between two looks at whether the cluster lives.
+#: Seconds between two checks whether the cluster is alive.
 _LOOK_S = 0.5
-#: What runs on the cluster gets so long to end in order; what has not ended then ends with the session.
+#: Seconds that work on the cluster gets to end in order. Afterwards it ends with the session.
 _END_S = 30.0
 
 T = TypeVar("T")
@@ -37,13 +39,13 @@ _NAMES = {"gcs_server": "Ray's head process (gcs_server)", "raylet": "Ray's node
 
 
 class ClusterWatch:
-    """Know whether the cluster lives that this process has joined."""
+    """Watch whether the joined cluster is alive."""
 
     def __init__(self, *, own: bool) -> None:
         """Begin to watch.
 
         Args:
-            own: whether this process has started the cluster, and so sees its processes.
+            own: whether this process has started the cluster, and can see its processes.
         """
         self._processes = own_processes() if own else {}
         self._vital = {name: process for name, process in self._processes.items() if name in _NAMES}
@@ -53,14 +55,14 @@ class ClusterWatch:
         self._frozen_since: dict[int, float] = {}
         self._looked = self._asked = self._worker_seen = time.monotonic()
         self._end = threading.Event()
-        # Of its own, since a question to a head that has frozen never comes back.
+        # Ask in a separate thread, because a question to a frozen head never returns.
         self._ended = run_in_thread("cluster-watch", self._ask)
 
     def failure(self) -> str:
-        """Say what has died or frozen; empty while the cluster lives. It is to be asked all the time."""
+        """Say what has died or frozen; "" while the cluster is alive. Call it continually."""
         now = time.monotonic()
         if now - self._asked > _SUSPENDED_S:
-            # Nobody has looked, or this process itself was stopped, as by Ctrl-Z: nothing is known of that time.
+            # Nobody has called, or this process itself was stopped, as by Ctrl-Z. That time does not count.
             self._answered = self._worker_seen = now
             self._frozen_since.clear()
         self._asked = now
@@ -76,7 +78,7 @@ class ClusterWatch:
         return self._failure
 
     def close(self) -> None:
-        """End the watch, and what is left of a cluster that has died: only a live one can be left in order."""
+        """End the watch, and kill the remaining processes of a dead cluster, which cannot be left in order."""
         self._end.set()
         # The thread must not be inside Ray when this process leaves Ray, which would crash.
         while not self._ended.wait(_LOOK_S) and not self.failure():
@@ -88,21 +90,21 @@ class ClusterWatch:
 
     def _ask(self) -> None:
         while not self._end.wait(_EVERY_S):
-            with contextlib.suppress(Exception):  # of whatever class: no answer is none
+            with contextlib.suppress(Exception):  # any error counts as no answer
                 nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
                 if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
                     self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
                 self._answered = time.monotonic()
 
     def _look_for_workers(self) -> None:
-        """Give up a cluster that starts no process for any work, as where the system refuses it one."""
+        """Give up a cluster that starts no worker processes, for example because the system refuses them."""
         if any(_age_s(pid) > _EVERY_S for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)):
             self._worker_seen = self._looked
         elif not self._failure and self._looked - self._worker_seen > _NO_WORKER_S and Path("/proc").is_dir():
-            self._failure = f"Ray has started no process for work for {_NO_WORKER_S:.0f} s; its logs say why"
+            self._failure = f"Ray has started no worker process for {_NO_WORKER_S:.0f} s; the reason is in its logs"
 
     def _look_for_frozen(self) -> None:
-        """Give up a cluster whose own processes were stopped, and end processes of trials that were."""
+        """Give up a cluster whose own processes were stopped, and kill stopped processes of trials."""
         vital = {process.pid: name for name, process in self._vital.items()}
         workers = [pid for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)]
         stopped = [pid for pid in (*vital, *workers) if _is_stopped(pid)]
@@ -113,20 +115,20 @@ class ClusterWatch:
             if pid in vital:
                 self._failure = f"{_NAMES[vital[pid]]} was stopped for {_FROZEN_S:.0f} s"
             else:
-                warn(f"process {pid} of a trial was stopped for {_FROZEN_S:.0f} s: it is ended, and its trial goes on")
+                warn(f"process {pid} of a trial was stopped for {_FROZEN_S:.0f} s: it is killed, the trial continues")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
 
 class ClusterLost(Breakdown):
-    """The cluster has died or frozen. What was written until then is whole, and the work can be resumed."""
+    """Report that the cluster has died or frozen. Finished files are complete, and the work can be resumed."""
 
 
 def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Generator[T, None, None]:
-    """Iterate in a thread of its own, so that this one hears signals, and sees when the cluster has died.
+    """Iterate in a separate thread, so that this thread receives signals, and notices the death of the cluster.
 
     Raises:
-        ClusterLost: it has. The thread is left to itself.
+        ClusterLost: the cluster has died. The thread is abandoned.
     """
     found: queue.Queue[T | BaseException | None] = queue.Queue()
     stop = threading.Event()
@@ -145,7 +147,7 @@ def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> G
     ended = run_in_thread("reports", iterate)
     try:
         while True:
-            # Also while reports come: workers train on below a raylet that is frozen.
+            # Check also while reports arrive, because workers continue to train below a frozen raylet.
             if (lost := watch.failure()) and not ended.is_set():
                 raise ClusterLost(lost)
             try:
@@ -164,7 +166,7 @@ def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> G
 
 @contextlib.contextmanager
 def watch_cluster(*, own: bool) -> Iterator[ClusterWatch]:
-    """Watch the cluster that this process has joined until the block ends."""
+    """Watch the joined cluster until the block ends."""
     watch = ClusterWatch(own=own)
     try:
         yield watch
@@ -173,7 +175,7 @@ def watch_cluster(*, own: bool) -> Iterator[ClusterWatch]:
 
 
 def _children(pid: int) -> list[int]:
-    """List the processes that a process has started; none where the system does not tell."""
+    """List the child processes of a process; return an empty list if the system does not support it."""
     found: list[int] = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -182,7 +184,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _is_worker(pid: int) -> bool:
-    """Tell whether one of a raylet's processes is for work; the others are its agents, such as ray::DashboardAgent."""
+    """Tell whether a process of a raylet is a worker. The others are agents, such as ray::DashboardAgent."""
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         title = command.partition(b"\0")[0].rstrip()
@@ -191,7 +193,7 @@ def _is_worker(pid: int) -> bool:
 
 
 def _age_s(pid: int) -> float:
-    """Return for how long a process has run; 0 where the system does not tell."""
+    """Return the age of a process, seconds; 0 if the system does not tell it."""
     with contextlib.suppress(OSError, IndexError):
         started = int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
         return float(Path("/proc/uptime").read_text().split()[0]) - started
@@ -205,5 +207,5 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of `/proc/PID/stat` after the process's name, which may hold anything: proc(5)."""
+    """Return the fields of `/proc/PID/stat` after the process's name, which may contain anything: proc(5)."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

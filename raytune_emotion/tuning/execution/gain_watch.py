@@ -1,4 +1,4 @@
-"""Keep the gain that is expected of a study's further training, and tell when it is too little."""
+"""Keep the expected gain of a study's further training, and tell when it is too small."""
 
 import math
 from collections.abc import Callable
@@ -7,12 +7,12 @@ from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
-#: Share of the driver's time in which the expected gain is computed, at most.
+#: Largest share of the driver's time for the computation of the expected gain.
 _SHARE = 0.02
 
 
 class GainWatch:
-    """Know the expected gain of a running study."""
+    """Compute the expected gain of a running study from time to time."""
 
     def __init__(
         self,
@@ -26,16 +26,16 @@ class GainWatch:
 
         Args:
             searcher: keeps the gain in the study.
-            forecast: expects the gain; None where none is known, as in a confirmation.
-            until: bits per hour; less than that is too little. None: any gain will do.
-            clock: tells the time in seconds.
+            forecast: forecast of the gain; None if no gain is expected, as in a confirmation.
+            until: smallest sufficient gain, bits per hour. None: any gain is sufficient.
+            clock: returns the time in seconds.
         """
         self._searcher, self._forecast = searcher, forecast
         self._until, self._clock, self._due = until, clock, -math.inf
-        self.value: Gain | None = None  # None where it is not known
+        self.value: Gain | None = None  # None if unknown
 
     def update(self) -> None:
-        """Compute the gain anew, unless that would take too much of the driver's time."""
+        """Compute the gain again, unless that would take too much of the driver's time."""
         began = self._clock()
         if self._forecast is None or began < self._due:
             return
@@ -45,10 +45,10 @@ class GainWatch:
 
     @property
     def shortfall(self) -> str:
-        """Say that the gain is too little; empty while it is enough, or not known."""
+        """Say that the gain is too small; "" if it is sufficient or unknown."""
         if self._until is None or self.value is None or self.value.per_hour >= self._until:
             return ""
         return (
-            f"further training is expected to bring {self.value.per_hour:.2g} bits an hour ({self.value.bits:.2g} with "
-            f"the next trial), less than {self._until:g}: trials that run are left as they are"
+            f"further training is expected to gain {self.value.per_hour:.2g} bits an hour ({self.value.bits:.2g} with "
+            f"the next trial), less than {self._until:g}: running trials are left as they are"
         )

@@ -1,4 +1,4 @@
-"""Find out how many trials share a GPU, by trying it on one GPU of the cluster: `--gpus-per-worker auto`."""
+"""Measure on one GPU of the cluster how many trials should share a GPU: `--gpus-per-worker auto`."""
 
 import math
 from collections.abc import Callable
@@ -19,54 +19,55 @@ from raytune_emotion.tuning.space.space import draw
 from raytune_emotion.tuning.study.request import AUTO
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
+#: Number of configurations among which the one with the largest memory need is chosen.
 _DRAWN = 256
 
 
 def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], None]) -> float:
-    """Find the share of a GPU for each trial with which all trials of a study together are fastest.
+    """Find the share of a GPU per trial with which all trials of a study together are fastest.
 
-    Tried out with every backbone of the space, on a free GPU of the cluster with its share of the cores.
+    It is measured with every backbone of the space, on a free GPU of the cluster with its share of the cores.
 
     Args:
-        spec: of the study.
-        watch: of the cluster.
-        say: tells the user what is waited for, and what was seen.
+        spec: spec of the study.
+        watch: watch of the cluster.
+        say: tells the user about the wait and the results.
 
     Raises:
         UserError: the cluster has no GPU, or the workers of a trial need one each.
-        Breakdown: it could not be tried out, or the cluster has died.
+        Breakdown: the measurement failed, or the cluster has died.
     """
     nodes = cluster_nodes()
     check_sharing(nodes, "the cluster", spec.workers_per_trial)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     cores = max(1, int(cores_per_gpu(nodes)))
-    # At most as many as there will ever be on one GPU.
+    # More trials than this will never be on one GPU.
     most = math.ceil(spec.concurrency / gpus) if spec.concurrency else max(COUNTS)
     counts = [count for count in COUNTS if count <= most]
     on_one_gpu: Any = ray.remote(num_cpus=cores, num_gpus=1, max_retries=0)
     tried = on_one_gpu(measure).remote(
         heaviest_configurations(spec), spec.stores, torch.device("cuda"), cores=cores, counts=counts
     )
-    say("trying out how many trials share a GPU, as soon as one is free")
+    say("measuring how many trials should share a GPU, as soon as one is free")
     try:
         found: dict[str, dict[int, float]] = next(iterate_watched((ray.get(each) for each in [tried]), watch))
     except RayTaskError as error:
-        raise Breakdown(f"--gpus-per-worker {AUTO}: {error.cause}; give a number in its place") from error
+        raise Breakdown(f"--gpus-per-worker {AUTO}: {error.cause}; give a number instead") from error
     count = best_count([*found.values()])
     rates = "; ".join(
-        f"{name} {', '.join(f'{rate:.0f}' for rate in of_one.values()) or 'does not fit, not even alone'}"
+        f"{name} {', '.join(f'{rate:.0f}' for rate in of_one.values()) or 'does not fit even alone'}"
         for name, of_one in found.items()
     )
     of = ", ".join(map(str, counts))
     say(
-        f"trials a GPU: {count}; images a second in sum with {of} of them, as far as they fit, without the time of "
+        f"trials per GPU: {count}; total images per second with {of} trials, as far as they fit, without the time for "
         f"evaluations and checkpoints: {rates}"
     )
     return 1 / count
 
 
 def heaviest_configurations(spec: StudySpec) -> dict[str, dict[str, Any]]:
-    """Choose settings for each backbone of a study's space that take about as much memory as any others."""
+    """Choose for each backbone of a study's space settings that need about the most memory."""
     found: dict[str, tuple[float, dict[str, Any]]] = {}
     for chosen in draw(parse_space(spec.space, SPEC), _DRAWN, seed=0):
         settings = spec.settings(chosen)

@@ -1,8 +1,8 @@
-"""Describe a trial as a plain dict that any process can be sent, and train it there, without Ray.
+"""Describe a trial as a plain dict that can be sent to any process, and train it there, without Ray.
 
-Checkpoints and events of a trial lie in its own folder. `fit` goes on from the checkpoint there, so a trial that was
-interrupted is simply run again. Ray keeps no checkpoints. If a trial is kept at a URI, each process works in a
-temporary folder, and pushes what changes.
+Checkpoints and events of a trial are in its own folder. `fit` continues from the checkpoint there, so an interrupted
+trial is simply run again. Ray keeps no checkpoints. If a trial is kept at a URI, each process works in a temporary
+folder, and pushes changed files.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
-if TYPE_CHECKING:  # a trial's process needs none of what these import
+if TYPE_CHECKING:  # a trial's process does not need these imports
     from raytune_emotion.tuning.study.open_study import OpenStudy
     from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -51,18 +51,18 @@ class Job:
     settings: dict[str, Any]
     resources: Resources
     location: str | None = None  # address of the trial's files, if they are not kept in `folder`
-    mark: str | None = None  # file of whoever sends the job: a machine that does not see it does not see `folder`
-    resident: bool = True  # whether its images may lie on the GPU
-    may_start_anew: bool = False  # where its checkpoint is damaged; otherwise that is an error
+    mark: str | None = None  # file of the sender; a machine that cannot see this file cannot see `folder`
+    resident: bool = True  # whether its images may be kept on the GPU
+    may_start_anew: bool = False  # whether a damaged checkpoint is deleted; otherwise it is an error
 
     @property
     def kept_at(self) -> Location:
-        """Return the location with the trial's files; it is the same on every machine."""
+        """Return the location of the trial's files, which is the same on every machine."""
         return parse_location(self.location or self.folder)
 
     @property
     def accumulate(self) -> int:
-        """Return how many micro-batches a worker makes of its share of a step."""
+        """Return the number of micro-batches of each worker per step."""
         return int(self.settings.get("train.accumulate", TrainConfig().accumulate))
 
     @property
@@ -79,11 +79,11 @@ class Job:
 
 
 class TrialFailed(RuntimeError):
-    """The trial would fail again if it were run again, for example because it diverged."""
+    """Report a trial that would fail again if it were run again, for example because it diverged."""
 
 
 class InvalidForRun(TrialFailed):
-    """The configuration does not fit the data, the device, the workers or the run in the folder."""
+    """Report a configuration that does not fit the data, the device, the workers or the run in the folder."""
 
     def __init__(self, faults: tuple[str, ...]) -> None:
         self.faults = faults
@@ -95,15 +95,15 @@ class InvalidForRun(TrialFailed):
 
 
 class OutOfMemory(TrialFailed):
-    """The trial needs more memory than its device has."""
+    """Report a trial that needs more memory than its device has."""
 
 
 class DiskFull(Breakdown):
-    """The disk is full. The trial can go on once there is room."""
+    """Report a full disk. The trial can continue once there is room."""
 
 
 def train_here(job: Job) -> Generator[Report, None, None]:
-    """Train a job in this process, or go on with it, and yield its reports. Close the generator to stop it.
+    """Train or resume a job in this process, and yield its reports. Close the generator to stop it.
 
     Raises:
         TrialFailed: another attempt would fail too.
@@ -114,16 +114,16 @@ def train_here(job: Job) -> Generator[Report, None, None]:
 def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator[Report, None, None]:
     """Train a worker's share of a job. The first worker also writes the settings, and events for TensorBoard.
 
-    The process holds nothing of the trial once the generator is exhausted or closed.
+    When the generator is exhausted or closed, the process has freed all memory of the trial.
 
     Raises:
-        TrialFailed: another attempt would fail too; OutOfMemory is one of these.
+        TrialFailed: another attempt would fail too; OutOfMemory is a subclass.
         DiskFull: a checkpoint could not be written.
-        Breakdown: the location cannot be read or written, or this machine does not see it, the data or the weights.
+        Breakdown: the location cannot be read or written, or this machine cannot access it, the data or the weights.
     """
     refuse_unseen(job)
     location, pushed = job.kept_at, dict[str, tuple[int, int]]()
-    # Everything else follows from the last state. Each worker reads its own copy: machines need not share a disk.
+    # All other files follow from the last state. Each worker reads its own copy, so machines need not share a disk.
     with location.work_here(LAST) as folder:
         try:
             with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
@@ -136,18 +136,18 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
                 _push_changed(folder, location, pushed)
             raise
         except GeneratorExit:
-            # It is stopped: what it has written on leaving is for TensorBoard alone.
+            # The trial was stopped. The last files are only for TensorBoard.
             if first:
                 with contextlib.suppress(Breakdown):
                     _push_changed(folder, location, pushed)
             raise
         if first:
-            # Files that were repaired, of a run that ended before it had pushed all of them.
+            # Push repaired files of a run that ended before it had pushed all of them.
             _push_changed(folder, location, pushed)
 
 
 def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
-    """Go on from the state in a folder of this machine."""
+    """Train from the state in a folder of this machine."""
     config = RunConfig.from_flat(job.settings)
     torch.set_num_threads(job.resources.threads)
     malloc.keep_freed_memory()
@@ -155,8 +155,8 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
     limit_memory(device, job.resources.gpus_per_worker)
     with contextlib.ExitStack() as stack, _training_errors(folder):
         stack.callback(_free_memory)
-        # Momenta of parameters that no longer learn decay to denormal numbers, which are slow. Threads of a pool get
-        # this flag from the thread that creates the pool.
+        # Momenta of parameters that no longer change decay to denormal numbers, which are slow. Threads of a pool
+        # inherit this flag from the thread that creates the pool.
         torch.set_flush_denormal(True)
         stack.callback(torch.set_flush_denormal, False)
         if first:
@@ -169,12 +169,12 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
             events.write_settings(job.settings)
         store = _open_data(job.store)
         if events is not None:
-            # Once a trial, when it leaves its process: no training waits for it.
+            # This runs once per trial, when it leaves its process, so no training waits for it.
             stack.callback(write_samples, events, folder, store)
         for report in stack.enter_context(contextlib.closing(_fit(job, config, store, device, folder))):
             if events is not None:
                 if not described:
-                    # No earlier: with these settings and data the run may be refused to go on.
+                    # This comes after the first report, because `fit` may refuse these settings and data.
                     _describe(folder, job)
                     described = True
                 events.write_report(report, report["report"])
@@ -189,7 +189,7 @@ def _describe(folder: Path, job: Job) -> None:
 def _fit(
     job: Job, config: RunConfig, store: Store, device: torch.device, folder: Path
 ) -> Generator[Report, None, None]:
-    """Train as `fit` does. Where the checkpoint is damaged and the job may start anew, it repeats its reports."""
+    """Train as `fit` does. If the checkpoint is damaged and the job may start anew, its reports are repeated."""
 
     def reports() -> Generator[Report, None, None]:
         return fit(config, store, device=device, folder=folder, resident=job.resident)
@@ -200,45 +200,45 @@ def _fit(
     except DamagedCheckpointError:
         if not job.may_start_anew:
             raise
-        # Each worker deletes what it could not read, whichever of them is the first.
+        # All workers delete the unreadable files; the first one succeeds.
         for name in (LAST, BEST):
             (folder / name).unlink(missing_ok=True)
     yield from reports()
 
 
 def _open_data(address: str) -> Store:
-    """Open the packed data of a study, which were there when it began.
+    """Open the packed data of a study, which existed when it began.
 
     Raises:
-        Breakdown: they are not to be seen from this machine. No trial could be trained here.
+        Breakdown: this machine cannot access them, so it can train no trial.
     """
     try:
         return open_store(address)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
-            raise  # a disk or a server may be back for the next attempt
+            raise  # a disk or a server may work again at the next attempt
         raise _not_seen("data", error) from error
 
 
 def refuse_unseen(job: Job) -> None:
-    """Refuse to make a trial's folder on a machine that does not see it: what is written there would be lost.
+    """Refuse a machine that cannot see the trial's folder: files that are written there would be lost.
 
     Raises:
-        Breakdown: the machine does not see the mark.
+        Breakdown: the machine cannot see the mark.
     """
     if job.mark is not None and not (mark := Path(job.mark)).exists():
         raise _not_seen("results", UserError(f"{mark.parent}: there is no {mark.name} in it"))
 
 
 def _not_seen(what: str, error: UserError) -> Breakdown:
-    """Return the error of a machine that sees no data, weights or results: every trial there would fail."""
+    """Return the error of a machine that cannot access data, weights or results. Every trial there would fail."""
     faults = "; ".join(error.faults)
-    return Breakdown(f"{faults}; put the {what} where {platform.node()} sees them, such as a shared folder")
+    return Breakdown(f"{faults}; put the {what} where {platform.node()} can read them, such as a shared folder")
 
 
 @contextlib.contextmanager
 def _training_errors(folder: Path) -> Iterator[None]:
-    """Raise errors of the training as what they mean: another attempt would fail too, or it would not."""
+    """Translate errors of the training into those after which another attempt would fail, and others."""
     try:
         yield
     except RuntimeError as error:
@@ -250,7 +250,7 @@ def _training_errors(folder: Path) -> Iterator[None]:
     except AbsentWeightsError as error:
         raise _not_seen("weights", error) from error
     except UserError as error:
-        # A disk or a server may be back for the next attempt.
+        # A disk or a server may work again at the next attempt.
         if isinstance(error.__cause__, OSError):
             _raise_of_system(folder, error.__cause__)
         raise InvalidForRun(error.faults) from error
@@ -265,9 +265,9 @@ def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
 
 
 def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int, int]]) -> None:
-    """Push what has changed in a trial's folder since it was last pushed, in the order in which a run writes it.
+    """Push files of a trial's folder that have changed since the last push, in the order in which a run writes them.
 
-    If this is interrupted, the next attempt repairs missing or older files from `last`.
+    After an interruption, the next attempt repairs missing or older files from `last`.
     """
     stats = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
     states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
@@ -278,7 +278,7 @@ def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int,
 
 
 def newest_report(job: Job) -> Report | None:
-    """Return the last report that a trial has written, whether or not the driver heard it; None if there is none."""
+    """Return the last report that a trial has written, even if the driver did not receive it; None without one."""
     with job.kept_at.work_here(LAST) as folder:
         return _last_report(folder)
 
@@ -287,7 +287,7 @@ def _last_report(folder: Path) -> Report | None:
     try:
         progress = read_progress(folder)
     except UserError:
-        return None  # the error is raised when the trial goes on
+        return None  # the error is raised when the trial continues
     return progress.history[-1] if progress is not None and progress.history else None
 
 
@@ -295,7 +295,7 @@ def train_with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Ge
     """Train. If the device has too little memory, try once more with smaller micro-batches.
 
     Raises:
-        OutOfMemory: the second attempt needs too much memory too, or micro-batches already have one row.
+        OutOfMemory: the second attempt also needs too much memory, or micro-batches already have one row.
     """
     try:
         yield from attempt(job)
@@ -304,14 +304,14 @@ def train_with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Ge
         smaller = with_smaller_micro_batches(job)
         if smaller is None:
             raise
-    # Not inside the handler: until it ends, the frames of the failed attempt keep its tensors alive.
+    # This is outside of the handler: within it, the frames of the failed attempt keep its tensors alive.
     yield from attempt(smaller)
 
 
 def with_smaller_micro_batches(job: Job) -> Job | None:
-    """Return the job with micro-batches of half the size, and with its images not on the GPU; None for one row.
+    """Return the job with micro-batches of half the size, and without images on the GPU; None for one row.
 
-    It takes about half the memory. The effective batch stays the same, so the optimizer sees the same gradients, except
+    It needs about half the memory. The effective batch is unchanged, so the optimizer gets the same gradients, except
     for the statistics of BatchNorm.
     """
     if 2 * job.micro_batches > job.settings.get("train.batch_size", TrainConfig().batch_size):

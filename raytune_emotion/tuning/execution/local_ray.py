@@ -1,7 +1,7 @@
-"""Start Ray on this machine for this process alone: a folder, a token and limits of its own.
+"""Prepare a Ray session on this machine for this process alone, with its own folder, token and limits.
 
-By itself Ray would put its sockets below TMPDIR, whose path may be too long for one, or into /tmp/ray, which may be
-somebody else's; and since 2.59 it would leave a token in the user's home folder, where others may read it.
+By default, Ray puts its sockets below TMPDIR, whose path may be too long for a socket, or into /tmp/ray, which may
+belong to another user. Since 2.59, it also leaves a token in the user's home folder, where others may read it.
 """
 
 import contextlib
@@ -23,13 +23,14 @@ try:
 except ImportError:  # not on Windows, where the limits below do not exist either
     resource = None  # type: ignore[assignment]
 
-#: The system takes 107 bytes for the path of a socket; of these Ray's own names below its folder take up to 66.
+#: Largest length of the folder's path, bytes. A socket's path has at most 107 bytes; Ray's own names need up to 66.
 _LONGEST = 40
-#: Where Ray's files may lie, the best place first: folders, and the variables that name one. The last are in memory.
+#: Candidates for the folder of Ray's files, best first: folders, and variables that name one. The last are in memory.
 _BASES = ("RAY_TMPDIR", "TMPDIR", "/tmp", "/var/tmp", "XDG_RUNTIME_DIR", "/dev/shm")
 _PREFIX = "rte-"
-_RANDOM = 8  # letters that `mkdtemp` appends
-#: Limits of a process below which Ray may fail, with the shell's word for each.
+#: Number of letters that `mkdtemp` appends.
+_RANDOM = 8
+#: Limits of a process below which Ray may fail: name, shell command, unit, and smallest sufficient value.
 _LIMITS = (
     ("RLIMIT_NPROC", "ulimit -u", "processes and threads", 4096),
     ("RLIMIT_NOFILE", "ulimit -n", "open files", 4096),
@@ -41,10 +42,10 @@ _LIMITS = (
 def local_ray() -> Iterator[dict[str, object]]:
     """Prepare a local Ray session: yield arguments of `ray.init`, and clean up at the end.
 
-    The session's folder is removed at the end; where the block fails, it stays for its logs, without the token.
+    The session's folder is removed at the end. If the block fails, it is kept for its logs, without the token.
 
     Raises:
-        UserError: there is no folder for it.
+        UserError: there is no folder for the session.
     """
     raise_limits()
     base = base_folder()
@@ -74,12 +75,12 @@ def local_ray() -> Iterator[dict[str, object]]:
 
 @contextlib.contextmanager
 def _owned(folder: Path) -> Iterator[None]:
-    """Mark a session's folder as in use by this process. The mark stays behind only where the process is killed."""
+    """Mark a session's folder as in use by this process. The mark remains only if the process is killed."""
     hidden, mark = folder / ".owner", folder / _mark()
     with hidden.open("wb") as lock:
-        with contextlib.suppress(OSError):  # without locks, nothing is swept
+        with contextlib.suppress(OSError):  # without locks, no folder is deleted
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            hidden.rename(mark)  # locked before anybody can see it
+            hidden.rename(mark)  # it is locked before other processes can see it
         try:
             yield
         finally:
@@ -88,7 +89,7 @@ def _owned(folder: Path) -> Iterator[None]:
 
 
 def sweep_sessions(base: Path) -> None:
-    """Delete the folders of sessions whose process was killed: their marks are there, and nobody holds the locks."""
+    """Delete the folders of sessions whose process was killed: their marks exist, but are not locked."""
     for mark in base.glob(f"{_PREFIX}*/{glob.escape(_mark())}"):
         with contextlib.suppress(OSError), mark.open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,12 +98,12 @@ def sweep_sessions(base: Path) -> None:
 
 
 def _mark() -> str:
-    # Of this machine: a lock that another one holds may not be seen here.
+    # The name contains this machine, because a lock of another machine may be invisible here.
     return f"owner.{socket.gethostname()}"
 
 
 def base_folder() -> Path:
-    """Find a folder for Ray's files, the first of `_BASES` whose path is short enough and that can be written.
+    """Find a folder for Ray's files: the first of `_BASES` that is writable and has a short path.
 
     Raises:
         UserError: none can be used.
@@ -113,19 +114,19 @@ def base_folder() -> Path:
         if not value:
             continue
         shown = name if value == name else f"{name}={value}"
-        base = Path(value).absolute()  # Ray takes no relative path
+        base = Path(value).absolute()  # Ray accepts no relative path
         if len(os.fsencode(base)) + 1 + len(_PREFIX) + _RANDOM > _LONGEST:
             faults.append(f"{shown} has a path of more than {_LONGEST - len(_PREFIX) - _RANDOM - 1} bytes")
         elif not os.access(base, os.W_OK | os.X_OK) or not base.is_dir():
-            faults.append(f"{shown} is no folder that can be written to")
+            faults.append(f"{shown} is not a writable folder")
         else:
             return base
-    raise UserError(f"no folder for Ray's sockets: {'; '.join(faults)}; set RAY_TMPDIR to a short one of your own")
+    raise UserError(f"no folder for Ray's sockets: {'; '.join(faults)}; set RAY_TMPDIR to a writable, short path")
 
 
 def raise_limits() -> None:
-    """Raise this process's soft limits of processes and open files as far as Ray needs; its children inherit them."""
-    for name, _, _, enough in _LIMITS[:2]:  # a limit of memory is somebody's intention
+    """Raise this process's soft limits of processes and open files as far as Ray needs. Children inherit them."""
+    for name, _, _, enough in _LIMITS[:2]:  # a limit of memory was probably set on purpose
         with contextlib.suppress(ValueError, OSError, AttributeError):
             number = getattr(resource, name)
             soft, hard = resource.getrlimit(number)
@@ -135,7 +136,7 @@ def raise_limits() -> None:
 
 
 def low_limits() -> str:
-    """Name the limits of this process that are so low that Ray may fail by them; "" where none is."""
+    """Describe the limits of this process that may be too low for Ray; "" if there are none."""
     low = []
     for name, command, what, enough in _LIMITS:
         with contextlib.suppress(ValueError, OSError, AttributeError):

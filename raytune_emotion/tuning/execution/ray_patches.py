@@ -1,7 +1,7 @@
-"""Use the private interfaces of Ray's core, each for a reason: all such uses stand here.
+"""Contain all uses of private interfaces of Ray's core, each with its reason.
 
-`tests/tuning/execution/test_ray_contract.py` names each of them. Those of Ray Tune and of Ray Train are in modules of
-their own, since to import these takes a second.
+`tests/tuning/execution/test_ray_contract.py` names each of them. Those of Ray Tune and of Ray Train are in separate
+modules, because their import takes a second.
 """
 
 import contextlib
@@ -25,19 +25,20 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get as internal_kv_get
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+#: Longest wait for an answer of a cluster's head, seconds.
 _ANSWER_S = 5.0
 
 
 def forget_token() -> None:
-    """Have Ray read anew whether it is to use a token, and which: it keeps both for the whole process."""
+    """Make Ray read its authentication mode and its token again. It caches both for the whole process."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 
 def find_cluster(address: str) -> tuple[str, int] | None:
-    """Return the host and port of the cluster that an address such as `auto` stands for; None: that of this process.
+    """Return the host and port of the cluster of an address such as `auto`; None: the cluster of this process.
 
-    Asked before `ray.init`, which would try for a quarter of an hour.
+    Call it before `ray.init`, which would try for a quarter of an hour.
     """
     found = services.canonicalize_bootstrap_address(address)
     if found is None:
@@ -47,32 +48,32 @@ def find_cluster(address: str) -> tuple[str, int] | None:
 
 
 def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that finish what they run and take nothing new, as after a spot instance's notice."""
+    """Return the ids of the draining nodes, which accept no new work, as after a spot instance's notice."""
     return {*state.get_draining_nodes()}
 
 
 def has_autoscaler() -> bool:
-    """Tell whether an autoscaler may add nodes to the cluster that this process has joined."""
+    """Tell whether an autoscaler may add nodes to the joined cluster."""
     if internal_kv_get(b"__autoscaler_v2_enabled", namespace=b"__autoscaler") == b"1":
         return True
     status = internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
-    # A status without a report is one of the first seconds of a cluster.
+    # In the first seconds of a cluster, its status has no report.
     report = json.loads(status or b"{}").get("autoscaler_report") or {}
-    # Without an autoscaler, each node counts as a type of its own.
+    # Without an autoscaler, each node has a type of its own.
     return any(name != f"node_{node}" for node, name in (report.get("node_type_mapping") or {}).items())
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterAnswer:
-    """What a cluster's head said when it was asked whether it lives."""
+    """The answer of a cluster's head to the question whether it is alive."""
 
-    version: str | None  # of Ray; None: it has not said
+    version: str | None  # version of Ray; None: no answer
     asks_for_token: bool = False
-    fault: str = ""  # why there was no answer
+    fault: str = ""  # reason why there was no answer
 
 
 def ask_cluster(host: str, port: int, token: str | None) -> ClusterAnswer:
-    """Ask the head of a cluster whether it lives, by its own protocol; `ray.init` needs half a minute to be refused."""
+    """Ask the head of a cluster whether it is alive, by its own protocol. `ray.init` takes half a minute to fail."""
     headers = [("authorization", f"Bearer {token}")] if token else None
     with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
         head: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -86,7 +87,7 @@ def ask_cluster(host: str, port: int, token: str | None) -> ClusterAnswer:
 
 
 def own_token() -> str | None:
-    """Return the token that Ray would offer; None where there is none."""
+    """Return the token that Ray would send; None if there is none."""
     loader = AuthenticationTokenLoader.instance()
     loader.reset_cache()
     token: str = loader.get_raw_token(ignore_auth_mode=True)
@@ -95,14 +96,14 @@ def own_token() -> str | None:
 
 @contextlib.contextmanager
 def own_process_session(temporary: str | None) -> Iterator[None]:
-    """Start Ray's processes in process sessions of their own within the block.
+    """Start Ray's processes in separate process sessions within the block.
 
-    A signal to the process group of a search, as `timeout`, Slurm and systemd send it, would end them before the search
-    could end in order. They still end with the process that started them.
+    Otherwise a signal to the process group of a search, as `timeout`, Slurm and systemd send it, would end them before
+    the search can end in order. They still end with the process that started them.
 
     Args:
-        temporary: folder for the sockets of Ray's dashboard. Below TMPDIR, it would leave them behind, and they would
-            have no name where the path of TMPDIR is long. None: Ray is not started by this process.
+        temporary: folder for the sockets of Ray's dashboard. Below TMPDIR, the dashboard would not delete them, and
+            their path might be too long. None: this process does not start Ray.
     """
     before = services.ConsolePopen
 
@@ -111,7 +112,7 @@ def own_process_session(temporary: str | None) -> Iterator[None]:
             env = {**env, "TMPDIR": temporary}
         return before(command, env=env, start_new_session=True, **options)
 
-    setattr(services, "ConsolePopen", start)  # noqa: B010  # to mypy it is a type
+    setattr(services, "ConsolePopen", start)  # noqa: B010  # mypy takes it for a type
     try:
         yield
     finally:
@@ -120,9 +121,9 @@ def own_process_session(temporary: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_signal_handlers() -> Iterator[None]:
-    """Keep Ray from handling SIGTERM within the block.
+    """Prevent Ray from handling SIGTERM within the block.
 
-    While it starts, for seconds, it would end this process by an exit code of its own, and without a word.
+    During its start, which takes seconds, Ray would end this process silently with an exit code of its own.
     """
     before = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None
@@ -134,10 +135,10 @@ def no_signal_handlers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loopback_alone() -> Iterator[None]:
-    """Have a cluster that is started within the block listen on the loopback interface alone.
+    """Make a cluster that is started within the block listen only on the loopback interface.
 
-    Ray does so by itself on macOS and Windows. On Linux it turns any address of loopback into that of the machine, and
-    then listens on all of its interfaces.
+    Ray does this by default on macOS and Windows. On Linux, it replaces a loopback address by that of the machine, and
+    then listens on all interfaces.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -149,7 +150,7 @@ def loopback_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def before_processes_end(action: Callable[[], None]) -> Iterator[None]:
-    """Have something done, within the block, when Ray's core has ended here and its processes are to end next."""
+    """Within the block, run an action after Ray's core has ended and before Ray's processes are killed."""
     before = Node.kill_all_processes
 
     @functools.wraps(before)
@@ -157,7 +158,7 @@ def before_processes_end(action: Callable[[], None]) -> Iterator[None]:
         action()
         before(*args, **options)
 
-    setattr(Node, "kill_all_processes", act)  # noqa: B010  # to mypy it is a method
+    setattr(Node, "kill_all_processes", act)  # noqa: B010  # mypy takes it for a method
     try:
         yield
     finally:
@@ -166,9 +167,9 @@ def before_processes_end(action: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_errors() -> Iterator[None]:
-    """Keep Ray from printing what it says of processes that died: an essay for each, in colour codes.
+    """Prevent Ray from printing its long, coloured messages about dead processes.
 
-    `ray.init(log_to_driver=False)` does not keep it. The reasons are in the tables, and in Ray's logs.
+    `ray.init(log_to_driver=False)` does not prevent it. The reasons are in the tables, and in Ray's logs.
     """
     before = ray._private.worker.print_to_stdstream
 
@@ -185,10 +186,10 @@ def quiet_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_start_by_itself() -> Iterator[None]:
-    """Keep Ray from starting a cluster that nobody has asked for within the block, and after it where it fails.
+    """Prevent Ray from starting a cluster by itself within the block, and also afterwards if the block fails.
 
-    Ray starts one at the first call of its interface. A thread that still waits for a cluster that has died would start
-    the next one, and the process would not end.
+    Ray starts one at the first call of its interface. A thread that still waits for a dead cluster would start another
+    one, and the process would not end.
     """
     before = auto_init_hook.enable_auto_connect
     auto_init_hook.enable_auto_connect = False
@@ -197,7 +198,7 @@ def no_start_by_itself() -> Iterator[None]:
 
 
 def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:
-    """Return the processes of the cluster that this process has started, by what they are."""
+    """Return the processes of the cluster that this process has started, by their kind."""
     node = ray._private.worker._global_node
     every: dict[str, list[Any]] = {} if node is None else node.all_processes
     return {name: each.process for name, some in every.items() for each in some}

@@ -1,6 +1,6 @@
-"""Use the private interfaces of Ray Train, each for a reason: all such uses stand here.
+"""Contain all uses of private interfaces of Ray Train, each with its reason.
 
-Imported where a trial has several workers, and only there. `tests/tuning/execution/test_ray_contract.py` names each.
+It is imported only if a trial has several workers. `tests/tuning/execution/test_ray_contract.py` names each use.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.queue import Queue
 
-#: Kinds of messages about the workers themselves: with the actor, and with the id of the placement group. The messages
-#: are plain, so that the process of the queue need not import Ray Train.
+#: Kinds of messages about the workers: one has the controller's actor, the other the id of the placement group. The
+#: messages are plain tuples, so that the process of the queue need not import Ray Train.
 CONTROLLER, PLACE = "controller", "place"
 
 
@@ -33,18 +33,18 @@ class Controller:
     actor: ActorHandle[Any]
 
     def abort(self, timeout: float) -> None:
-        """End the workers at once; the public way is to wait for their end."""
-        # The controller leaves in the midst of the call, which is how it says that it is done.
+        """End the workers at once. The public interface can only wait for their end."""
+        # The controller exits during the call, and thus reports that it is done.
         with contextlib.suppress(RayError):
             ray.get(self.actor.abort.remote(), timeout=timeout)
 
 
 class PlainTrainer(TorchTrainer):
-    """Leave out two helpers of Ray Train, each a process.
+    """A trainer without two helper processes of Ray Train.
 
-    One hands out Ray datasets. The other frees the place of workers whose driver is gone (ray 54305, 53921, 58515). It
-    asks the dashboard of the cluster that was started last on this machine: where there is none it never learns
-    anything, and where that is another's cluster it takes the place away from workers that live.
+    One distributes Ray datasets. The other frees the resources of workers whose driver is gone (ray 54305, 53921,
+    58515). It asks the dashboard of the cluster that was started last on this machine. If there is none, it learns
+    nothing. If that cluster is another one, it frees the resources of live workers.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -54,12 +54,12 @@ class PlainTrainer(TorchTrainer):
 
 @dataclass
 class LoopbackConfig(TorchConfig):
-    """Have the workers of one machine meet in a file, and talk over loopback.
+    """Let the workers of one machine find each other through a file, and communicate over loopback.
 
-    Else the meeting place of PyTorch listens on every interface of the machine, and anybody may write to it.
+    Otherwise, PyTorch's meeting place listens on every interface of the machine, and anyone can write to it.
     """
 
-    meeting: str = ""  # the file, which does not exist
+    meeting: str = ""  # path of the file, which does not exist yet
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -90,7 +90,7 @@ def _talk_over_loopback() -> None:
 
 
 class Announcer(ControllerCallback, WorkerGroupCallback):
-    """Make known, from within Ray Train's controller, what must be ended when a trial is."""
+    """Report, from within Ray Train's controller, the controller and the placement group that a trial must end."""
 
     def __init__(self, messages: Queue) -> None:
         self._messages = messages

@@ -1,4 +1,4 @@
-"""Use the private interfaces of Ray Tune, each for a reason: all such uses stand here.
+"""Contain all uses of private interfaces of Ray Tune, each with its reason.
 
 `tests/tuning/execution/test_ray_contract.py` names each of them.
 """
@@ -19,44 +19,47 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.progress_reporter import TrialProgressCallback
 
-#: The mark of a trial of Ray Tune's whose process is not to run another one.
+#: Attribute that marks a Ray Tune trial whose process must not run another trial.
 _FORGET = "raytune_emotion_forget"
-#: Of what Ray says of a process that its memory monitor has killed.
+#: Part of Ray's message about a process that its memory monitor has killed.
 LOW_MEMORY = "running low on memory"
-#: Characters. Ray adds an essay to what has happened.
+#: Largest length of a reason, characters. Ray adds long advice to its messages.
 _LONGEST_REASON = 240
 
 
 class PlainTrainable(tune.Trainable):
-    """Stand in the driver for an actor that is no `Trainable`: to import Ray Tune takes 0.3 core-seconds and 90 MB."""
+    """Represent in the driver an actor that is not a `Trainable`, so that it need not import Ray Tune.
+
+    That import takes 0.3 core-seconds and 90 MB.
+    """
 
     actor: type
-    environment: ClassVar[dict[str, str]] = {}  # of the actor's process
+    environment: ClassVar[dict[str, str]] = {}  # environment variables of the actor's process
 
 
 class _ActorClasses:
-    """Take the place of Tune's cache of actor classes."""
+    """Replace Tune's cache of actor classes."""
 
     def __init__(self) -> None:
         self._found: dict[type[PlainTrainable], Any] = {}
 
     def get(self, trainable: type[PlainTrainable]) -> Any:
         if trainable not in self._found:
-            # A process with an environment of its own cannot be one of those that Ray has started already.
+            # A process with its own environment cannot be one that Ray has already started.
             options = {"runtime_env": {"env_vars": trainable.environment}} if trainable.environment else {"num_cpus": 0}
             self._found[trainable] = ray.remote(**options)(trainable.actor)
         return self._found[trainable]
 
 
 def _own_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what Tune adds, which only Ray Tune itself can read."""
+    """Leave out the entries that Tune adds, which only Ray Tune can read."""
     return {key: value for key, value in config.items() if not key.startswith("__")}
 
 
 class _ActorManager(RayActorManager):
     """Treat an actor that Ray's memory monitor has killed as one that died.
 
-    The monitor ends it with an error that Tune does not know, and at which it would end the study.
+    Tune does not know the monitor's error, and would end the study.
     """
 
     def add_actor(self, cls: Any, kwargs: dict[str, Any], resource_request: Any, **hooks: Any) -> Any:
@@ -64,7 +67,7 @@ class _ActorManager(RayActorManager):
 
     def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):
-            # The first line says it. The others, about where memory went, are in Ray's logs too.
+            # The first line is sufficient. The others, about the use of memory, are also in Ray's logs.
             exception = RayActorError(error_msg=str(exception).splitlines()[0])
         super()._actor_task_failed(tracked_actor_task, exception)
 
@@ -72,11 +75,11 @@ class _ActorManager(RayActorManager):
 class _Controller(TuneController):
     """Restart a trial whose process died before it began to run the trial, for example between two trials.
 
-    Tune hears of such a death twice, and takes the second message for the death of a trial that cannot be restarted.
+    Tune gets two messages about such a death, and takes the second for the death of a trial that cannot be restarted.
 
-    Also end the process of a trial whose node ends soon: Tune would give it the next trial.
+    This class also ends the process of a trial whose node ends soon; Tune would give it the next trial.
 
-    Also forget trials that have ended: Tune would keep 45 KiB of each, and walk through all of them at every event.
+    It also forgets ended trials; Tune would keep 45 KiB of each, and iterate over all of them at every event.
     """
 
     _newest_failure: Exception | None = None
@@ -109,16 +112,16 @@ class _Controller(TuneController):
         self._newest_failure = exception
         if trial in self._resetting_trials:
             self._resetting_trials.discard(trial)
-            # Tune does the same for a process that dies while it starts.
+            # Tune does the same for a process that dies during its start.
             self._set_trial_status(trial, Trial.RUNNING)
             if trial in self._staged_trials:
-                # Its process lives, and failed to leave the trial before. Else it would wait for that process for ever.
+                # The process is alive, but failed to leave its previous trial. Unstaging prevents an endless wait.
                 self._unstage_trial_with_resources(trial)
         super()._trial_task_failure(trial, exception)
 
 
 def forget_actor(trial: Trial) -> None:
-    """Have the process of a trial end with it."""
+    """Let the process of a trial end with the trial."""
     setattr(trial, _FORGET, True)
 
 
@@ -127,8 +130,8 @@ def patch_tune() -> Iterator[None]:
     """Let `tune.run` use these classes within the block."""
     places = [(tune_controller, "RayActorManager", _ActorManager), (ray.tune.tune, "TuneController", _Controller)]
     before = [getattr(module, name) for module, name, _ in places]
-    for module, name, mended in places:
-        setattr(module, name, mended)
+    for module, name, replacement in places:
+        setattr(module, name, replacement)
     try:
         yield
     finally:
@@ -137,7 +140,7 @@ def patch_tune() -> Iterator[None]:
 
 
 def make_trial(experiment: Experiment, trial_id: str, config: dict[str, Any], settings: Mapping[str, Any]) -> Trial:
-    """Make a trial of Ray Tune's with an id of ours; Tune itself draws ids at random."""
+    """Make a Ray Tune trial with this project's id. Tune itself draws ids at random."""
     trial: Trial = _create_trial_from_spec(
         {**experiment.spec, "config": config},
         _make_parser(),
@@ -149,8 +152,8 @@ def make_trial(experiment: Experiment, trial_id: str, config: dict[str, Any], se
 
 
 def newest_error(trial: Trial) -> str:
-    """Return the line that says why a trial's process ended the last time, without Ray's advice at its end."""
-    # Not by the trial's own method, which reads a copy that may be still to be made.
+    """Return the reason why a trial's process ended the last time, as one line without Ray's advice."""
+    # The trial's own method is not used: it reads a copy that may not exist yet.
     file = Path(trial.error_file) if trial.error_file else None
     text = file.read_text(encoding="utf-8") if file is not None and file.exists() else "killed"
     lines = text.rpartition("Failure #")[2].strip().splitlines()
@@ -162,7 +165,7 @@ def newest_error(trial: Trial) -> str:
 
 
 class QuietProgress(TrialProgressCallback):
-    """Take the place of Tune's own report of progress, which prints nothing here but would keep every trial."""
+    """Replace Tune's own progress report, which prints nothing here but would keep every trial in memory."""
 
     def log_result(self, trial: Trial, result: dict[str, Any], error: bool = False) -> None:
         pass

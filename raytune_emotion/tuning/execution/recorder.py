@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
@@ -47,7 +47,7 @@ MAX_FAILURES_IN_A_ROW = 10
 
 _STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
 
-#: What a decision of the policy makes of a trial.
+#: How a trial ends by each decision of the policy; None if it continues.
 _ENDINGS: dict[Decision, Ending | None] = {"go on": None, "pause": Paused(), "stop": Pruned()}
 _STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "failed", Paused: "paused"}
 
@@ -58,7 +58,7 @@ class Event:
 
     proposal: Proposal
     status: Status
-    report: Heard | None  # the part of the latest report that is sent to the driver
+    report: DriverReport | None  # the part of the latest report that is sent to the driver
     reason: str
     gain: Gain | None = None  # that is expected of further training; None where it is not known
     elsewhere: bool = False  # whether another driver has run the trial
@@ -96,7 +96,7 @@ class Recorder:
         self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
-        self._in_place = study.copy.location.is_here(study.folder)  # whether there is a study at its location
+        self._in_place = study.copy.location.is_here(study.folder)  # whether the study exists at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
@@ -106,7 +106,7 @@ class Recorder:
         """Take up what an earlier session has left."""
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
-            self._study.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: where it is, there is a study
+            self._study.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: it marks a study
             self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
@@ -145,23 +145,23 @@ class Recorder:
 
     @property
     def waits(self) -> bool:
-        """Tell whether nothing is to be done here until other drivers leave something."""
+        """Tell whether there is nothing to do here until other drivers leave something."""
         return self._backlog.waits
 
     @property
     def shortfall(self) -> str:
-        """Say that further training is expected to bring too little; empty while it is enough, or not known."""
+        """Say that the gain is too small; "" if it is sufficient or unknown."""
         return self._gain.shortfall
 
     def count_open(self) -> int:
-        """Return how many trials could run here at once, if there were room for all."""
+        """Return the number of trials that could run here at once if there were room for all of them."""
         return self._backlog.count_open()
 
     def next(self) -> Proposal | None:
         """Begin a trial, or take one up; None where there is nothing to run for now."""
         return self._run_or_break(self._next, None)
 
-    def report(self, trial_id: str, report: Heard) -> bool:
+    def report(self, trial_id: str, report: DriverReport) -> bool:
         """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
         return self._run_or_break(lambda: self._report(self._backlog.proposal_of(trial_id), report), False)
 
@@ -237,7 +237,7 @@ class Recorder:
         self._backlog.note_answer(answer)
         return answer
 
-    def _report(self, proposal: Proposal, report: Heard) -> bool:
+    def _report(self, proposal: Proposal, report: DriverReport) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
         self._backlog.wake()
         # A report that is heard twice, as after the death of a process, decides nothing.
@@ -251,7 +251,7 @@ class Recorder:
             self._watch(Event(proposal, "running", report, _STARTS_ANEW if anew else ""))
         return ending is None
 
-    def _end(self, proposal: Proposal, ending: Ending, report: Heard | None) -> None:
+    def _end(self, proposal: Proposal, ending: Ending, report: DriverReport | None) -> None:
         """Record an ending: the one place that does."""
         trial_id = proposal.trial_id
         if isinstance(ending, Broken):
@@ -282,7 +282,7 @@ class Recorder:
 
 
 def _what_next(study: OpenStudy, in_place: bool) -> str:
-    """Say what to do about a study that was broken off."""
+    """Tell the user how to continue an interrupted study."""
     return f"the study can be resumed: {study.copy}" if in_place else "type the same command again"
 
 
@@ -356,18 +356,18 @@ def _reason(error: Exception, study: OpenStudy) -> str:
 
 
 def _inputs_of(study: OpenStudy) -> PolicyInputs:
-    """Read what the policy of a study is made of."""
+    """Read the inputs of a study's policy."""
     spec, earlier = study.spec, read_earlier(study.folder)
     return PolicyInputs(study.space, spec.epochs, study.reports, spec.seed, study.objective, earlier)
 
 
 def _gain_forecast_of(study: OpenStudy, inputs: PolicyInputs) -> GainForecast | None:
-    """Make what expects the gain of further training; None for a confirmation, which chooses nothing."""
+    """Make the forecast of the gain of further training; None for a confirmation, which chooses nothing."""
     return GainForecast(inputs) if study.spec.confirms is None else None
 
 
 def _searcher_of(study: OpenStudy, inputs: PolicyInputs) -> Searcher:
-    """Make what decides about a study's trials."""
+    """Make the searcher that decides about a study's trials."""
     # A confirmation runs each configuration to its end.
     scheduler = study.spec.scheduler if study.spec.confirms is None else "none"
     policy = make_policy(inputs, sampler=study.spec.sampler, scheduler=scheduler)

@@ -1,4 +1,4 @@
-"""Say what a trial takes of a machine or a cluster."""
+"""Define the resources of a trial."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Resources:
 
     @property
     def need(self) -> str:
-        """Say what each worker takes."""
+        """Return the resources of each worker as text."""
         return " and ".join(f"{amount:g} {kind}" for kind, amount in self.per_worker.items())
 
     @property

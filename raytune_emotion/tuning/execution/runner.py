@@ -1,4 +1,4 @@
-"""Run the trials of a study on the Ray cluster that this process has joined."""
+"""Run the trials of a study on the joined Ray cluster."""
 
 import contextlib
 import sys
@@ -31,39 +31,40 @@ from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
-#: Between two looks at whether Ray Tune has ended, the cluster lives, and the time is over.
+#: Seconds between two checks whether Ray Tune has ended, the cluster is alive, and the time is over.
 _LOOK_S = 0.2
-#: Ray Tune gets so long to end trials in order; what it has not ended then ends with the session.
+#: Seconds that Ray Tune gets to end trials in order. Trials that still run then end with the session.
 _END_S = 30.0
+#: The same for a dead cluster, seconds.
 _END_OF_DEAD_S = 1.0
-_WAITS_FOR_OTHERS = "waiting for the trials that other drivers run; what they leave is taken up here"
+_WAITS_FOR_OTHERS = "waiting for the trials of other drivers; trials that they abandon are resumed here"
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """What is run of a study: where, until when, and who hears of it."""
+    """A session of a study: its trials' placement, when it ends, and who receives its events."""
 
-    #: With this process as its driver. Of a study at another location, nothing that it needs is in the folder alone
-    #: while a trial runs: the record is there at every beginning and ending of one.
+    #: The study, whose driver is this process. If its location is not the folder, the record is pushed at every
+    #: beginning and end of a trial, so the study never depends on the local folder alone.
     study: OpenStudy
-    placement: Placement  # of its trials
-    time_budget: timedelta | None = None  # after which the study is left as it is then
-    until_gain: float | None = None  # bits per hour; the study is left once less is expected of further training
-    watch: Watch = lambda event: None  # hears of all that happens to trials
+    placement: Placement  # placement of its trials
+    time_budget: timedelta | None = None  # time after which the study is left as it is
+    until_gain: float | None = None  # bits per hour; the study is left once the expected gain of training is smaller
+    watch: Watch = lambda event: None  # receives all events of trials
     say: Callable[[str], None] = lambda text: None  # tells the user why nothing happens
-    failure: Callable[[], str] = lambda: ""  # says what of the cluster has died; empty while it lives
+    failure: Callable[[], str] = lambda: ""  # says what part of the cluster has died; "" while it is alive
 
 
 def run_study(run: StudyRun) -> None:
-    """Run what is left to run of a study.
+    """Run the remaining trials of a study.
 
-    Trials that have ended stay as they are; those that had begun go on from their checkpoints; new ones are asked for
-    until the study has as many as its spec says, or its space as many as it has configurations.
+    Ended trials are unchanged. Trials that had begun continue from their checkpoints. New trials are added until the
+    study has the number of its spec, or until its space has no more configurations.
 
     Raises:
         ClusterLost: the cluster has died.
-        Breakdown: the record cannot be written, or one trial after the other has failed.
-        KeyboardInterrupt: all until then is recorded.
+        Breakdown: the record cannot be written, or many trials failed one after the other.
+        KeyboardInterrupt: the session was interrupted; everything until then is recorded.
     """
     recorder = Recorder(run.study, run.watch, until_gain=run.until_gain)
     try:
@@ -74,19 +75,19 @@ def run_study(run: StudyRun) -> None:
 
 
 def _run(recorder: Recorder, run: StudyRun) -> None:
-    """Have Ray Tune run trials in a thread of its own, until it has no more, or has to stop.
+    """Run trials with Ray Tune in a separate thread, until there are no more, or until it must stop.
 
-    So this thread hears signals, and sees when the cluster has died: Ray Tune then waits for ever.
+    Meanwhile this thread receives signals, and notices the death of the cluster, for which Ray Tune waits for ever.
     """
     stop, errors = threading.Event(), list[BaseException]()
     deadline = time.monotonic() + run.time_budget.total_seconds() if run.time_budget else float("inf")
-    # Ray Tune may still write into it when it is left.
+    # Ray Tune may still write into this folder after it was stopped.
     with scratch_folder() as scratch:
 
         def tune_trials() -> None:
             try:
                 _tune(recorder, run, stop, str(scratch))
-            except BaseException as error:  # else the study would seem to be over
+            except BaseException as error:  # without this, the study would seem to be over
                 errors.append(error)
 
         ended = run_in_thread("tune", tune_trials)
@@ -98,12 +99,12 @@ def _run(recorder: Recorder, run: StudyRun) -> None:
                 recorder.check()
                 ended.wait(_LOOK_S)
             if time.monotonic() >= deadline:
-                run.say("the time budget is spent: trials that run are left as they are")
+                run.say("the time budget is spent: running trials are left as they are")
             elif recorder.shortfall:
                 run.say(recorder.shortfall)
         finally:
             stop.set()
-            # It must not be inside Ray when this process leaves Ray, which would crash.
+            # The thread must not be inside Ray when this process leaves Ray, which would crash.
             ended.wait(_END_OF_DEAD_S if run.failure() else _END_S)
         if errors and not recorder.broken:
             of_ray = isinstance(errors[0], RayError | ConnectionError)
@@ -127,7 +128,7 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
     # The process that drives the workers of a trial runs at once, whether or not there is room for them.
     count_unplaced = count_waiting_groups if resources.workers > 1 else lambda: 0
     with contextlib.closing(room), environment(pending), patch_tune():
-        # Not through a Tuner, which adds but a pickle of everything to be restored from, as nothing is here.
+        # A Tuner is not used: it only adds a pickle for a restoration, which is not used here.
         tune.run(
             _trainable(resources),
             name=study.folder.name,
@@ -140,7 +141,7 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
             callbacks=[Recovery(), BetweenEvents(recorder, waiting, count_unplaced)],
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
-            # What Tune writes of its own is of no use to us: the study's folder is the record.
+            # Tune's own files are not needed: the record is in the study's folder.
             storage_path=scratch,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             raise_on_failed_trial=False,
@@ -153,5 +154,5 @@ def _trainable(resources: Resources) -> Any:
         own = type("Trial", (PlainTrainable,), {"actor": TrialActor})
         return tune.with_resources(own, resources.per_worker)
     own = type("Trial", (PlainTrainable,), {"actor": TrialActor, "environment": {"RAY_TRAIN_V2_ENABLED": "1"}})
-    # The process that drives the workers must not take a core that they need: it runs on the head node and takes none.
+    # The process that drives the workers must not take one of their cores: it runs on the head node without a core.
     return tune.with_resources(own, {"node:__internal_head__": 0.001})

@@ -1,6 +1,6 @@
-"""Train trials in an actor of Ray Tune, one after the other: each call trains until the next report.
+"""Train trials in a Ray Tune actor, one after the other: each call trains until the next report.
 
-This module, and what it imports, is all that such a process needs: neither Ray Tune nor Optuna, pandas or scipy.
+Such a process needs only this module and its imports: not Ray Tune, Optuna, pandas or scipy.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.report import HEARD, Report
+from raytune_emotion.learn.report import DRIVER_KEYS, Report
 from raytune_emotion.tuning.execution.job import (
     InvalidForRun,
     Job,
@@ -28,16 +28,16 @@ from raytune_emotion.tuning.study.endings import Broken, Failed
 if TYPE_CHECKING:
     from raytune_emotion.tuning.execution.worker_group import Workers
 
-#: The key of a result that has no report, but says how the trial ended.
+#: Key of the trial's ending in a result that has no report.
 ENDING = "ending"
-#: The key of the id of the node that the process runs on.
+#: Key of the id of the process's node.
 NODE = "node"
 
 
 class TrialActor:
-    """Train in this process, or drive workers that train together. Imports, maps and devices are kept.
+    """Train in this process, or drive workers that train together. Imports, mapped files and devices are kept.
 
-    Ray Tune calls `train`, `reset`, `stop` and `get_auto_filled_metrics`, as of its own `Trainable`.
+    Ray Tune calls `train`, `reset`, `stop` and `get_auto_filled_metrics`, as for its own `Trainable`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -47,27 +47,27 @@ class TrialActor:
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._job = Job.from_dict(config)
-        self._written: Report | None = None  # the newest report of those who ran the trial before
+        self._written: Report | None = None  # newest report of earlier attempts at the trial
         self._reports = self._train()
         print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
 
     def __repr__(self) -> str:
-        # The dashboard asks once, when the process starts, and many trials run in it: it is named for what stays.
+        # The dashboard asks only once, when the process starts, but many trials run in it. So the name is the study's.
         return f"trials of {Path(self._job.folder).parent.parent.name}"
 
     def train(self) -> dict[str, Any]:
-        """Train until the next report, which is the result; what ends a trial for good is a result too."""
+        """Train until the next report, and return it as the result. An error that ends the trial is also a result."""
         try:
             report = next(self._reports)
         except TrialFailed as error:
             return {ENDING: Failed(str(error)), NODE: self._node}
         except Breakdown as error:
             return {ENDING: Broken(str(error)), NODE: self._node}
-        heard = {name: value for name, value in report.items() if name in HEARD}
+        heard = {name: value for name, value in report.items() if name in DRIVER_KEYS}
         return {"pid": os.getpid(), "host": platform.node(), NODE: self._node, **heard}
 
     def reset(self, config: dict[str, Any]) -> bool:
-        """Leave the trial, and begin with another."""
+        """Leave the trial, and begin another one."""
         self._reports.close()
         self._begin(config)
         return True
@@ -80,19 +80,20 @@ class TrialActor:
         return {"pid": os.getpid()}
 
     def _train(self) -> Generator[Report, None, None]:
-        # A process may have died after it wrote a report and before that was heard; to hear it twice does no harm.
+        # A process may have died after it wrote a report and before the driver received it. A repeated report does no
+        # harm.
         self._written = written = newest_report(self._job)
         if written is not None and not written["finished"]:
             yield written
         yield from train_with_retry(self._job_that_fits(), self._attempt)
-        # Nothing was left to train: that the trial had ended was not heard.
+        # The trial had already ended, but the driver had not received its last report.
         if written is not None:
             yield written
 
     def _job_that_fits(self) -> Job:
-        """Return the job with micro-batches as small as those of its newest report, where memory has run out before it.
+        """Return the job with micro-batches as small as in its newest report, if memory ran out before that report.
 
-        A job begins with those of its configuration, whoever ran it before. With more workers they may be small enough.
+        A new attempt begins with the micro-batches of the configuration. With more workers they may be small enough.
         """
         job, written = self._job, self._written
         if written is None or written["accumulate"] <= job.accumulate:
@@ -108,18 +109,18 @@ class TrialActor:
         try:
             yield from train_here(job) if job.resources.workers == 1 else self._train_together(job)
         except InvalidForRun as error:
-            # A configuration that has trained is valid, so the machine is at fault. But where memory has run out, its
-            # micro-batches may have become too small.
+            # A configuration that has trained before is valid, so the machine is at fault. But after memory ran out,
+            # its micro-batches may have become too small.
             if self._written is None or job.accumulate > self._job_that_fits().accumulate:
                 raise
             raise Breakdown(
-                f"trial {job.name} has trained before, and {platform.node()} refuses it now: {'; '.join(error.faults)}"
+                f"trial {job.name} has trained before, but {platform.node()} refuses it now: {'; '.join(error.faults)}"
             ) from error
 
     def _train_together(self, job: Job) -> Generator[Report, None, None]:
         refuse_unseen(job)  # each worker does so too, but this process makes folders before
         if self._workers is None:
-            # Imported for several workers alone: Ray Train takes a second and 100 MB.
+            # Imported only for several workers, because Ray Train takes a second and 100 MB.
             from raytune_emotion.tuning.execution.worker_group import Workers
 
             self._workers = Workers(job)

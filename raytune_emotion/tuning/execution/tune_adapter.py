@@ -1,4 +1,4 @@
-"""Translate Ray Tune's events into calls of the recorder, and its answers into Ray Tune's trials."""
+"""Translate Ray Tune's events into calls of the recorder, and the recorder's answers into Ray Tune's trials."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from ray import tune
 from ray.tune.experiment import Experiment, Trial
 from ray.tune.search import SearchAlgorithm
 
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.job import Job, with_smaller_micro_batches
 from raytune_emotion.tuning.execution.ray_tune_patches import (
@@ -25,15 +25,16 @@ from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
-#: Between a trial's id and the number of its stretch: a paused trial that goes on is a new one to Ray Tune.
+#: Separator of a trial's id and the number of its stretch. For Ray Tune, a resumed trial is a new one.
 _STRETCH = "."
+#: Seconds without a running trial after which the user is told.
 _WAIT_S = 30.0
-#: Between two looks at whether the workers of trials have places.
+#: Seconds between two checks whether the workers of trials have places.
 _COUNT_S = 5.0
 
 
 class Waiting:
-    """Say once that no trial finds room, until one runs again."""
+    """Tell the user that no trial has room: once, until a trial runs again."""
 
     def __init__(self, say: Callable[[], None]) -> None:
         self._say = say
@@ -49,9 +50,9 @@ class Waiting:
 
 
 class Search(SearchAlgorithm):
-    """Give Ray Tune a trial whenever a place is free, and tell the recorder which ones died.
+    """Give Ray Tune a trial whenever a place is free, and tell the recorder which trials died.
 
-    Ray's trials bear the study's own ids, so that dashboard, logs and folders speak of the same things.
+    Ray's trials have the study's own ids, so that dashboard, logs and folders use the same names.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class Search(SearchAlgorithm):
         return self._finished or self._recorder.is_over or self._stop.is_set()
 
     def next_trial(self) -> Trial | None:
-        # Asked no earlier than a place is free: the policy then knows all that has ended until now. Where nothing is
-        # left, it is asked without a place, too, and says so: a cluster may have shrunk to none.
+        # The policy is asked only when a place is free, so that it knows all ended trials. If nothing runs or waits, it
+        # is asked without a place, too, because a cluster may have shrunk to nothing.
         full = len(self._running) >= self._room()
         if self.is_finished() or (full and (self._running or self._recorder.count_open())):
             if not self._running:
-                # Tune asks again and again, and does nothing else, while there is no trial.
+                # While there is no trial, Tune only calls this method again and again.
                 self._waiting.look(runs=False)
             return None
         proposal = self._recorder.next()
@@ -98,14 +99,14 @@ class Search(SearchAlgorithm):
         return trial
 
     def leaves_node(self, trial_id: str, node: str) -> bool:
-        """Tell whether the node of a running trial ends soon. If so, its process gets no other trial."""
+        """Tell whether the node of a running trial ends soon. If so, the trial's process gets no other trial."""
         leaves = self._room.is_leaving(node)
         if leaves:
             forget_actor(self._running[trial_id])
         return leaves
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        pass  # `Gate` has heard it
+        pass  # `Gate` has handled it
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._running.pop(trial_id)
@@ -115,12 +116,12 @@ class Search(SearchAlgorithm):
                 from raytune_emotion.tuning.execution.worker_group import release_workers
 
                 release_workers(Path(job.folder))
-            reason = f"its process ended {deaths} times without a new report, the last time by: {newest_error(trial)}"
+            reason = f"its process ended {deaths} times without a new report, the last time with: {newest_error(trial)}"
             self._recorder.end(_id_of(trial_id), Failed(reason))
 
 
 class Gate(tune.Stopper):
-    """Hear every result before the rest of Ray Tune does, and stop the trials that the recorder does not let go on."""
+    """Handle every result before the rest of Ray Tune does, and stop trials that the recorder ends."""
 
     def __init__(self, recorder: Recorder, search: Search, stop: threading.Event) -> None:
         self._recorder, self._search, self._stop = recorder, search, stop
@@ -130,7 +131,7 @@ class Gate(tune.Stopper):
         if ENDING in result:
             self._recorder.end(_id_of(trial_id), result[ENDING])
             return True
-        goes_on = self._recorder.report(_id_of(trial_id), cast("Heard", result))
+        goes_on = self._recorder.report(_id_of(trial_id), cast("DriverReport", result))
         if goes_on and leaves_node:
             self._recorder.give_back(_id_of(trial_id))
         return leaves_node or not goes_on
@@ -139,23 +140,23 @@ class Gate(tune.Stopper):
         return bool(self._recorder.broken) or self._stop.is_set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tune pickles it, into a file that nobody reads.
+        # Tune pickles this object into a file that is never read.
         return {}
 
 
 class Recovery(tune.Callback):
-    """Have a trial go on whose process has died: in smaller micro-batches, where it was killed for want of memory.
+    """Continue a trial whose process has died: with smaller micro-batches, if possible, after a lack of memory.
 
-    After a new report its deaths are counted anew: it makes progress.
+    The count of its deaths starts from 0 again after each new report, because the trial makes progress.
     """
 
     def __init__(self) -> None:
-        self._reports: dict[str, int] = {}  # the newest one of each trial
+        self._reports: dict[str, int] = {}  # newest report of each trial
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        # A process that takes a trial up says its newest report again.
+        # A process that resumes a trial sends its newest report again.
         if result.get("report", 0) > self._reports.get(trial.trial_id, 0):
             self._reports[trial.trial_id] = result["report"]
             trial.run_metadata.num_failures = 0
@@ -167,15 +168,15 @@ class Recovery(tune.Callback):
 
 
 class BetweenEvents(QuietProgress):
-    """Have the tables written between Tune's events, and say when no trial finds room."""
+    """Write the tables between Tune's events, and tell the user when no trial has room."""
 
     def __init__(self, recorder: Recorder, waiting: Waiting, count_unplaced: Callable[[], int] = lambda: 0) -> None:
-        """Begin to look.
+        """Start to watch the trials.
 
         Args:
-            recorder: of the study.
-            waiting: says that no trial finds room.
-            count_unplaced: returns how many trials that run, to Tune, have no places for their workers.
+            recorder: recorder of the study.
+            waiting: tells the user that no trial has room.
+            count_unplaced: function that returns how many of Tune's running trials have no places for their workers.
         """
         super().__init__()
         self._recorder, self._waiting, self._count_unplaced = recorder, waiting, count_unplaced

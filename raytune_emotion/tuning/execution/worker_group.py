@@ -1,7 +1,7 @@
-"""Train a trial on several workers together, in one run of Ray Train that lasts for many trials.
+"""Train trials on several workers together, in one Ray Train run for many trials.
 
-A run of Ray Train starts about ten processes and takes half a minute of a core, far more than a short trial. So the
-workers stay alive, and train one trial after the other as they are ordered. Only a failed trial ends them.
+A Ray Train run starts about ten processes and takes half a minute of a core, far more than a short trial. Therefore the
+workers stay alive, and train one trial after the other on request. Only a failed trial ends them.
 """
 
 import contextlib
@@ -41,49 +41,50 @@ from raytune_emotion.tuning.execution.ray_train_patches import (
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
 PLACEMENT_GROUP = "placement_group"
+#: Longest wait for the end of the workers, seconds.
 _ABORT_S = 5.0
-#: Longest wait for another worker within a step, in seconds. Anything longer, such as a GPU error, ends all workers.
+#: Longest wait for another worker within a step, seconds. A longer wait, as after a GPU error, ends all workers.
 _COLLECTIVE_S = 600
-#: Longest wait for the next order: the driver may be busy between two trials.
+#: Longest wait for the next order. The driver may be busy between two trials.
 _ORDER_WAIT = timedelta(days=7)
 
 _GO_ON, _STOP = "go on", "stop"
-#: Kinds of messages about a trial, and what comes with each: a report, nothing, and the name and arguments of an error.
+#: Kinds of messages about a trial. Their contents: a report; nothing; the name and the arguments of an error.
 _REPORT, _DONE, _FAILED = "report", "done", "failed"
 _ERRORS = {error.__name__: error for error in (TrialFailed, InvalidForRun, OutOfMemory, DiskFull, Breakdown)}
 
 
 class Workers:
-    """Own the workers of one driver: `train` runs a trial on them, `close` ends them."""
+    """The workers of one driver: `train` runs a trial on them, `close` ends them."""
 
     def __init__(self, first: Job) -> None:
         self._orders = Queue(actor_options={"num_cpus": 0})
         self._messages = Queue(actor_options={"num_cpus": 0})
         self._scratch = Path(first.folder) / "ray_train"
-        # Elsewhere than in the trial's folder: PyTorch takes its path for a URL.
+        # Not in the trial's folder, because PyTorch interprets the path as a URL.
         self._meeting = tempfile.TemporaryDirectory(prefix="raytune_emotion-")
         self._controller: Controller | None = None
         self._placement_group = ""
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
-        # Ray Train accepts internal callbacks too; its annotation does not say so.
+        # Ray Train also accepts internal callbacks, although its annotation does not say so.
         callbacks: list[Any] = [Announcer(self._messages)]
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},
-            # One worker needs no NCCL, whose thread would look at the GPU while a CUDA graph is captured.
+            # A single worker does not use NCCL, whose thread would access the GPU while a CUDA graph is captured.
             torch_config=self._torch_config("nccl" if gpu and resources.workers > 1 else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
             ),
-            # Ray Train does not restart the workers. Whoever runs the trial does, and counts per trial.
+            # Ray Train does not restart the workers. The caller does, and counts failures per trial.
             run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
         )
         # `fit` blocks until the workers have ended.
         self._run = run_in_background(trainer.fit)
 
     def _torch_config(self, backend: str) -> TorchConfig:
-        """Say how the workers meet: where no other machine can join, none can reach them either."""
+        """Return how the workers connect. If no other machine can join, no other machine can reach them either."""
         if not ip_address(ray.util.get_node_ip_address()).is_loopback:  # type: ignore[no-untyped-call]
             return TorchConfig(backend=backend, timeout_s=_COLLECTIVE_S)
         return LoopbackConfig(backend=backend, timeout_s=_COLLECTIVE_S, meeting=f"{self._meeting.name}/file")
@@ -96,7 +97,7 @@ class Workers:
             ray.train.TrainingFailedError: a worker has died. After either error the workers are gone.
         """
         Path(job.folder).mkdir(parents=True, exist_ok=True)
-        release_workers(Path(job.folder))  # those of an attempt whose driver was killed
+        release_workers(Path(job.folder))  # workers of an attempt whose driver was killed
         self._note_placement_group(job)
         self._orders.put(job.to_dict())
         try:
@@ -156,13 +157,14 @@ class Workers:
             self._placement_group = content
 
     def _note_placement_group(self, job: Job) -> None:
-        # In the trial's folder: if this process is killed, whoever takes the trial up can free the resources.
+        # The note is in the trial's folder: if this process is killed, the process that resumes the trial can free the
+        # resources.
         if self._placement_group:
             write_text(Path(job.folder) / PLACEMENT_GROUP, self._placement_group)
 
 
 def run_in_background(action: Callable[[], Any]) -> Future[Any]:
-    """Run an action in a thread that does not keep the process alive: Ray Train may never come back from an abort."""
+    """Run an action in a thread that does not keep the process alive, because Ray Train may hang after an abort."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -176,7 +178,7 @@ def run_in_background(action: Callable[[], Any]) -> Future[Any]:
 
 
 def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Report, None, None]:
-    """Train one job on workers of its own. If a worker dies, go on from the last checkpoint.
+    """Train one job on new workers. If a worker dies, continue from the last checkpoint.
 
     Raises:
         TrialFailed: another attempt would fail too.
@@ -201,7 +203,7 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
 
 
 def release_workers(folder: Path) -> None:
-    """End workers whose driver was killed, by the placement group that it noted in a trial's folder."""
+    """End workers whose driver was killed, by the placement group noted in a trial's folder."""
     file = folder / PLACEMENT_GROUP
     if file.exists():
         remove_group(file.read_text(encoding="utf-8"))
@@ -212,7 +214,7 @@ def _work(config: dict[str, Any]) -> None:
     """Run in each worker: train one trial after the other, in step with the other workers."""
     orders, messages = config["orders"], config["messages"]
     first = train.get_context().get_world_rank() == 0
-    # Not through NCCL: it takes a long wait for a hang, and kills the workers.
+    # Orders do not use NCCL, which takes a long wait for a hang, and kills the workers.
     ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
 
     def heard() -> Any:
@@ -238,7 +240,7 @@ def _work(config: dict[str, Any]) -> None:
 def _broadcast(value: Any, group: dist.ProcessGroup, *, first: bool) -> Any:
     """Return the plain value of the first worker on all of them.
 
-    It travels as JSON: PyTorch would pickle an object, and does not ask who is at the other end of its sockets.
+    It is sent as JSON: PyTorch would pickle an object, and does not check who is at the other end of its sockets.
     """
     text = json.dumps(value).encode()
     size_1 = torch.tensor([len(text)])

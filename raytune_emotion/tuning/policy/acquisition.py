@@ -1,4 +1,4 @@
-"""Compute acquisition functions: the improvement that is expected of each candidate."""
+"""Compute acquisition functions: the expected improvement of each candidate."""
 
 import numpy as np
 from scipy.special import log_ndtr, ndtr
@@ -6,7 +6,7 @@ from scipy.special import log_ndtr, ndtr
 from raytune_emotion.tuning.policy.gaussian_process import Floats
 
 _LOG_2PI = float(np.log(2 * np.pi))
-#: Below it, in standard deviations, the expected improvement is taken from its asymptote.
+#: Number of standard deviations below which the asymptote of the expected improvement is used.
 _TAIL = -25.0
 
 
@@ -16,34 +16,34 @@ def _density(z_M: Floats) -> Floats:
 
 
 def expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
-    """Return by how much a normal variable falls below the best in the mean, [M] (Jones et al., 1998)."""
+    """Return the expected amount by which a normal variable is below the best value, [M] (Jones et al., 1998)."""
     z_M = (best - mean_M) / std_M
     gain_M: Floats = std_M * (z_M * ndtr(z_M) + _density(z_M))
     return gain_M
 
 
 def expected_fall(mean_M: Floats, std_M: Floats, best: float) -> Floats:
-    """Return by how much a value falls below the best in the mean, [M], where its logarithm is a normal variable.
+    """Return the expected amount by which a log-normal variable is below the best value, [M].
 
     Args:
-        mean_M: of the logarithms.
-        std_M: of the logarithms.
-        best: the logarithm of the best.
+        mean_M: means of the logarithms.
+        std_M: standard deviations of the logarithms.
+        best: logarithm of the best value.
     """
     z_M = (best - mean_M) / std_M
-    # The mean of exp(x), where x is normal, below a bound: the price of a put option (Black & Scholes, 1973).
+    # This is the formula for the price of a put option (Black & Scholes, 1973).
     fall_M: Floats = np.exp(best) * ndtr(z_M) - np.exp(mean_M + 0.5 * std_M * std_M) * ndtr(z_M - std_M)
     return np.maximum(fall_M, 0.0)
 
 
 def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floats:
-    """Return the logarithm of the expected improvement, [M], which stays finite where the improvement is tiny.
+    """Return the logarithm of the expected improvement, [M], which is finite even for tiny improvements.
 
     After Ament et al., 2023, "Unexpected improvements to expected improvement for Bayesian optimization".
     """
     z_M = (best - mean_M) / std_M
     near_M = np.clip(z_M, _TAIL, 0.0)
-    # Of z Φ(z) + φ(z) = φ(z) (1 + z Φ(z) / φ(z)); far out, of its asymptote φ(z) / z².
+    # Logarithm of z Φ(z) + φ(z) = φ(z) (1 + z Φ(z) / φ(z)); in the tail, of the asymptote φ(z) / z².
     log_density_M = -0.5 * (z_M * z_M + _LOG_2PI)
     ratio_M = near_M * np.exp(log_ndtr(near_M) + 0.5 * (near_M * near_M + _LOG_2PI))
     inside_M = np.log(np.maximum(1 + ratio_M, 1e-300))
@@ -57,18 +57,18 @@ def log_expected_improvement(mean_M: Floats, std_M: Floats, best: float) -> Floa
 def expected_improvement_of_front(
     mean_M: Floats, std_M: Floats, cost_M: Floats, seen_N: Floats, cost_N: Floats, most: float
 ) -> Floats:
-    """Return by how much the area above a front of value and cost grows in the mean, [M].
+    """Return the expected growth of the area above a front of value and cost, [M].
 
-    The expected hypervolume improvement (Emmerich et al., 2006) where the cost is known: at every cost from the
-    candidate's own on it can better what was seen of as much cost.
+    This is the expected hypervolume improvement (Emmerich et al., 2006) for a known cost: a candidate can improve the
+    front at its own cost and at all higher costs.
 
     Args:
-        mean_M: of the candidates' values, normal variables, [M].
+        mean_M: means of the candidates' values, which are normal variables, [M].
         std_M: their standard deviations, [M].
-        cost_M: of the candidates, [M].
-        seen_N: values until now, [N], N > 0; below the least of their costs, the worst of them counts.
-        cost_N: of those, [N].
-        most: the cost up to which the area counts, at least that of all of those.
+        cost_M: costs of the candidates, [M].
+        seen_N: observed values, [N], N > 0; below the lowest observed cost, the front is at the worst of them.
+        cost_N: costs of the observed values, [N].
+        most: upper bound of the costs in the area; at least the largest of cost_N.
     """
     order = np.argsort(cost_N, kind="stable")
     least_N = np.minimum.accumulate(seen_N[order])

@@ -1,4 +1,4 @@
-"""Draw candidates from what a study chooses from: a search space, or the parameters of any study of Optuna's."""
+"""Draw candidates from a search space, or from the parameters of any Optuna study."""
 
 import itertools
 import json
@@ -25,42 +25,42 @@ from raytune_emotion.tuning.policy.encoding import (
 from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.space.space import Fixed, Simplex, Space
 
-#: Candidates drawn at random, and as many that change one of the best trials.
+#: Number of random candidates, and of candidates that are mutations of the best trials.
 CANDIDATES = 1000
-#: Of a trial's parameters, a change draws some anew and moves the other numbers, in parts of their range.
+#: Mutation: probability of redrawing a parameter; step of the other numbers as a share of their range.
 _ANEW, _STEP = 0.2, 0.1
-#: Configurations that are gone through, where all candidates were tried before.
+#: Largest number of configurations of a space that are enumerated if all candidates were tried before.
 _ENUMERABLE = 100_000
 
-#: Values of every parameter of M configurations.
+#: Values of every parameter for M configurations.
 Params = Mapping[str, Column]
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What a study chooses from, and how its trials differ."""
+    """The parameters of a study, and functions that map parameters and trials to settings."""
 
     parameters: Mapping[str, BaseDistribution]
     encoding: Encoding
-    #: Of values of all parameters: the settings.
+    #: Function from the values of all parameters to the settings.
     settings_of: Callable[[Params], Configurations]
-    #: Of a trial: its settings.
+    #: Function from a trial to its settings.
     settings: Callable[[FrozenTrial], Mapping[str, Any]]
-    #: Of a configuration's parameters: what tells it from others.
+    #: Function from a configuration's parameters to a key that is equal for equal settings.
     key: Callable[[Mapping[str, Any]], str]
-    #: Parameters that are drawn together: by what was decided before, if anything, those that follow.
+    #: Parameters that are drawn together, each with the values of the condition settings for which they apply.
     branches: Sequence[tuple[Mapping[str, Any], Mapping[str, BaseDistribution]]]
     _keys: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # by the numbers of trials
 
     def key_of(self, trial: FrozenTrial) -> str:
-        """Return what tells a trial from others of other settings."""
+        """Return the key of a trial, which is equal for equal settings."""
         if trial.number not in self._keys:
             self._keys[trial.number] = settings_key(self.settings(trial))
         return self._keys[trial.number]
 
 
 def domain_of(space: Space) -> Domain:
-    """Return what a study of this project chooses from; its trials carry their settings as an attribute."""
+    """Return the domain of a study of this project, whose trials have their settings as an attribute."""
 
     def key(params: Mapping[str, Any]) -> str:
         return settings_key(space.suggest(FixedTrial(dict(params))))
@@ -76,7 +76,7 @@ def domain_of(space: Space) -> Domain:
 
 
 def domain_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Domain:
-    """Return what any study of Optuna's chooses from: its parameters are the settings."""
+    """Return the domain of any Optuna study, whose parameters are the settings."""
     return Domain(
         parameters,
         encoding_of_parameters(parameters),
@@ -90,7 +90,7 @@ def domain_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Domain:
 def draw_candidates(
     parameters: Mapping[str, BaseDistribution], best: Sequence[FrozenTrial], rng: np.random.Generator
 ) -> dict[str, Column]:
-    """Draw values of every parameter, whether or not a branch has use for it: at random, then near the best trials."""
+    """Draw values of all parameters, including those of inactive branches: first at random, then near the best."""
     u_MP = rng.random((CANDIDATES, len(parameters)))
     if best:
         near_BP = [
@@ -105,12 +105,12 @@ def draw_candidates(
 
 
 def row_of(params: Params, number: int) -> dict[str, Any]:
-    """Return one of M configurations."""
+    """Return one configuration of M."""
     return {name: column[number : number + 1].tolist()[0] for name, column in params.items()}
 
 
 def first_untried(domain: Domain, tried: set[str]) -> dict[str, Any] | None:
-    """Return the first configuration, of a space that has few, that was not tried; chance need not have drawn it."""
+    """Return the first untried configuration of a small space, which random draws may miss; None if there is none."""
     for decided, drawn in domain.branches if _has_few(domain) else ():
         for point in itertools.product(*map(_all_values, drawn.values())):
             params = {**decided, **dict(zip(drawn, point, strict=True))}
@@ -120,18 +120,18 @@ def first_untried(domain: Domain, tried: set[str]) -> dict[str, Any] | None:
 
 
 def is_exhausted(domain: Domain, tried: set[str]) -> bool:
-    """Tell whether a space has few configurations, and all of them were tried."""
+    """Tell whether a space is small, and all of its configurations were tried."""
     return _has_few(domain) and first_untried(domain, tried) is None
 
 
 def _has_few(domain: Domain) -> bool:
-    """Tell whether all configurations of a space can be gone through."""
+    """Tell whether a space is small enough to enumerate all its configurations."""
     counts = [[len(_all_values(distribution)) for distribution in drawn.values()] for _, drawn in domain.branches]
     return all(all(its) for its in counts) and sum(map(math.prod, counts)) <= _ENUMERABLE
 
 
 def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
-    """Return the values that a parameter can have; none where they cannot be listed."""
+    """Return the values that a parameter can have; an empty sequence if they cannot be listed."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     if isinstance(distribution, IntDistribution):
@@ -144,7 +144,7 @@ def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
 
 
 def settings_of(space: Space, params: Params) -> Columns:
-    """Return what a space makes of parameters: every setting that can be encoded, as a trial has it."""
+    """Return the settings of parameters in a space: every setting that can be encoded, as a trial has it."""
     deciding = space.condition_keys()
     count = len(next(iter(params.values())))
     columns = {key: np.full(count, np.nan, object) for key in space.columns()}
@@ -155,7 +155,7 @@ def settings_of(space: Space, params: Params) -> Columns:
         for key, (name, setting) in space.active_settings(decided).items():
             if isinstance(setting, Simplex):
                 raw = setting.raw_names(name)
-                # Without a direction, where all are 1, they stand for the middle.
+                # If all are 1, the weights are undefined; equal weights are used.
                 parts = {loss: np.maximum(-np.log(params[raw[loss]][rows]), 1e-9) for loss in raw}
                 found[key] = {loss: part / sum(parts.values()) for loss, part in parts.items()}
             elif isinstance(setting, Fixed):
@@ -167,7 +167,7 @@ def settings_of(space: Space, params: Params) -> Columns:
         for key, value in space.flatten(found).items():
             if key in columns:
                 columns[key][rows] = value
-    # An earlier study may have searched what is fixed here. A list is searched by none.
+    # Include fixed settings, because an earlier study may have searched them. Lists are never searched.
     same = {key: value for key, value in space.fixed_settings.items() if not isinstance(value, list)}
     return Columns(
         {key: np.full(count, np.nan if value is None else value, object) for key, value in same.items()} | columns
@@ -175,6 +175,6 @@ def settings_of(space: Space, params: Params) -> Columns:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    # 0.3 and 3 * 0.1 are the same setting, and so are 5 and 5.0.
+    # 0.3 and 3 * 0.1 are equal settings, and so are 5 and 5.0.
     same = {key: f"{value:.9g}" if is_number(value) else value for key, value in settings.items()}
     return json.dumps(same, sort_keys=True, default=str)

@@ -1,4 +1,4 @@
-"""Place settings in the unit cube, and take values of parameters from it."""
+"""Map settings to the unit cube, and points of the cube to parameters."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,13 @@ from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.tuning.policy.gaussian_process import Floats
 from raytune_emotion.tuning.space.space import Space
 
-#: A value of each of M configurations.
+#: Values of a setting for M configurations.
 Column = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Settings of M configurations: by each setting's name its values, NaN where one lacks it."""
+    """Settings of M configurations: values by the name of the setting, NaN for a configuration without it."""
 
     of: Mapping[str, Column]
 
@@ -27,35 +27,35 @@ class Columns:
         return len(next(iter(self.of.values()), ()))
 
 
-#: Of M configurations: one after the other, or by columns.
+#: M configurations, as a sequence or by columns.
 Configurations = Sequence[Mapping[str, Any]] | Columns
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of numbers as the unit interval."""
+    """A linear or logarithmic map of a range of numbers to the unit interval."""
 
-    low: float  # the ends; of a logarithmic axis, their logarithms
+    low: float  # lower end; for a logarithmic axis, its logarithm
     high: float
     log: bool
 
     def unit(self, value_M: Floats) -> Floats:
-        """Return where values lie; what is missing lies in the middle."""
+        """Map values to the unit interval; a missing value to its middle."""
         if self.log:
-            # A branch, or another study, may switch off by 0 what is drawn by orders of magnitude elsewhere.
+            # A branch, or another study, may set to 0 (off) a setting that is drawn logarithmically elsewhere.
             off_M = value_M <= 0
             value_M = np.where(off_M, self.low, np.log(np.where(off_M, 1.0, value_M)))
         return np.nan_to_num((value_M - self.low) / (self.high - self.low), nan=0.5)
 
     def value(self, unit_M: Floats) -> Floats:
-        """Return the values at places of the unit interval."""
+        """Map points of the unit interval to values."""
         value_M = self.low + unit_M * (self.high - self.low)
         return np.exp(value_M) if self.log else value_M
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Settings as points of the unit cube: an axis for every number, and one for every word."""
+    """A map of settings to the unit cube, with an axis for every numeric setting and for every word of the others."""
 
     ranges: Mapping[str, Axis]
     choices: Mapping[str, tuple[Any, ...]]
@@ -66,7 +66,7 @@ class Encoding:
         return [*self.ranges, *(key for key, listed in self.choices.items() for _ in listed)]
 
     def __call__(self, settings: Configurations) -> Floats:
-        """Return the points, [M, D]; coordinates of what is not set lie in the middle."""
+        """Return the points, [M, D]. Missing numbers are mapped to the middle."""
         x_MD = np.zeros((len(settings), len(self.names)))
         place = 0
         for key, axis in self.ranges.items():
@@ -75,14 +75,14 @@ class Encoding:
         for key, listed in self.choices.items():
             column_M = _column(settings, key)
             for word in listed:
-                # A setting that is None counts as not set.
+                # A setting that is None counts as missing.
                 x_MD[:, place] = 0 if word is None else column_M == word
                 place += 1
         return x_MD
 
 
 def _column(settings: Configurations, key: str) -> Column:
-    """Return the values of a setting, [M], NaN where it is missing; a loss that is not in a mixture weighs 0."""
+    """Return the values of a setting, [M]; NaN if it is missing. A loss that is not in a mixture has weight 0."""
     if isinstance(settings, Columns):
         return settings.of[key] if key in settings.of else np.full(len(settings), _missing(settings.of, key))
     column_M = np.empty(len(settings), object)
@@ -96,20 +96,20 @@ def _missing(settings: Iterable[str], key: str) -> float:
 
 
 def encoding_of(space: Space) -> Encoding:
-    """Return the encoding of all that a space can suggest."""
+    """Return the encoding of all settings that a space can suggest."""
     listed = {key: (0.0, 1.0) if key.startswith("loss.") else space.values_of(key) for key in space.columns()}
     drawn = {key: [d for name, d in space.parameters.items() if name.partition(" ")[0] == key] for key in listed}
     return _encoding(listed, drawn)
 
 
 def encoding_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Encoding:
-    """Return the encoding of Optuna's parameters, each a setting of its own."""
+    """Return the encoding of Optuna's parameters, each as one setting."""
     listed = {name: d.choices if isinstance(d, CategoricalDistribution) else () for name, d in parameters.items()}
     return _encoding(listed, {name: [d] for name, d in parameters.items()})
 
 
 def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[BaseDistribution]]) -> Encoding:
-    """Give each setting its coordinates, by the values that are listed of it and the distributions it is drawn from."""
+    """Make the axes of each setting from its listed values and its distributions."""
     ranges: dict[str, Axis] = {}
     choices: dict[str, tuple[Any, ...]] = {}
     for key, values in listed.items():
@@ -118,7 +118,7 @@ def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[
             continue
         spans = [d for d in drawn[key] if isinstance(d, FloatDistribution | IntDistribution)]
         ends = [*values, *(d.low for d in spans), *(d.high for d in spans)]
-        # Listed numbers, as batch sizes, are steps of a ladder.
+        # Listed positive numbers, such as batch sizes, get a logarithmic axis.
         log = any(d.log for d in spans) if spans else min(ends) > 0
         if log:
             ends = [math.log(end) for end in ends if end > 0]
@@ -129,7 +129,7 @@ def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[
 
 
 def unit_of(distribution: BaseDistribution, value: Any) -> float:
-    """Return where a parameter's value lies in the unit interval from which it is drawn uniformly."""
+    """Map a parameter's value to the unit interval from which it is drawn uniformly."""
     if isinstance(distribution, CategoricalDistribution):
         return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
     (unit,) = _axis_of(distribution).unit(np.array([value], float))
@@ -137,7 +137,7 @@ def unit_of(distribution: BaseDistribution, value: Any) -> float:
 
 
 def values_at(distribution: BaseDistribution, unit_M: Floats) -> Column:
-    """Return the parameter's values at places of the unit interval, [M]: the inverse of `unit_of`."""
+    """Map points of the unit interval to values of a parameter, [M]: the inverse of `unit_of`."""
     if isinstance(distribution, CategoricalDistribution):
         count = len(distribution.choices)
         listed = np.empty(count, object)
@@ -153,7 +153,7 @@ def values_at(distribution: BaseDistribution, unit_M: Floats) -> Column:
 
 
 def _axis_of(distribution: BaseDistribution) -> Axis:
-    """Return the axis that is drawn from uniformly; the steps at both ends are as wide as others."""
+    """Return the axis on which a parameter is drawn uniformly. The steps at both ends are as wide as the others."""
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     half = (distribution.step or 0) / 2
     low, high = distribution.low - half, distribution.high + half

@@ -1,7 +1,7 @@
-"""Forecast what configurations will have reached at full length, from what trials have shown until now.
+"""Forecast the value of configurations at full length from the reports of trials so far.
 
-A Gaussian process over settings and the length trained: what a trial had reached when it was paused or stopped tells of
-what it would have reached, as far as other trials have shown what the rest of the way brings.
+The forecast is a Gaussian process over the settings and the trained length. The value of a paused or stopped trial is
+extrapolated by the improvement that longer trials have shown after that length.
 """
 
 import math
@@ -20,15 +20,16 @@ from raytune_emotion.tuning.policy.gaussian_process import Floats, Posterior, Pr
 
 Ints = npt.NDArray[np.intp]
 
-#: What is believed of a kernel before a trial is seen: of its variance and noise the logarithm, with a spread.
+#: Log-normal priors of the kernel's variance and noise: mean and standard deviation of the logarithm.
 _VARIANCE, _NOISE = (0.0, 1.0), (math.log(0.02), 1.5)
-#: Of its lengths, in parts of a setting's range and with the spread of their logarithms: of a setting that nothing is
-#: known of, times the root of the dimensions (after Hvarfner et al., 2024, "Vanilla Bayesian optimization performs
-#: great in high dimensions", but shorter: a kernel that starts from long lengths takes differences for noise for too
-#: long, `benchmarks/README.md`); of the logarithm of the length trained; and the spread of those in `LENGTHS`.
+#: Log-normal priors of the length scales, each as a share of a setting's range and a standard deviation of the
+#: logarithm. First, the prior of a setting without an entry in `LENGTHS`, times the root of the number of dimensions
+#: (after Hvarfner et al., 2024, "Vanilla Bayesian optimization performs great in high dimensions", but shorter: with
+#: long initial lengths, the kernel takes differences for noise for too long, `benchmarks/README.md`). Second, the prior
+#: of the logarithm of the trained length. Third, the standard deviation for the settings in `LENGTHS`.
 _UNKNOWN, _TRAINED, _SPREAD = (0.2, 1.0), (1.2, 0.4), 0.4
-#: How much settings matter to the JS, by how their names begin: the less, the longer. Read off the recorded curves in
-#: `benchmarks/curves`, on which the search is also judged there.
+#: Prior length scales by the first parts of the settings' names. A longer scale means less influence on the JS. They
+#: were read off the recorded curves in `benchmarks/curves`, on which the search is also evaluated.
 LENGTHS = {
     "optim.lr": 0.7,
     "train.batch_size": 1.6,
@@ -38,29 +39,29 @@ LENGTHS = {
     "optim": 5.0,
     "augment": 5.0,
 }
-#: The least value, as whose logarithm that of a perfect prediction counts.
+#: Lower bound of values before the logarithm is taken.
 _PERFECT = 1e-9
-#: The least standard deviation of log values that is told from none.
+#: Lower bound of the standard deviation of log values.
 _SAME = 1e-3
-#: Own values that weigh as much as the belief that an earlier study's ranking holds, and that values differ as there.
+#: Weight, in own values, of the prior that an earlier study's ranking and its scale of values hold.
 _TRUST = 4.0
-#: Points that are predicted from, in a time that grows with their cube; and how many of them may be failed trials, the
-#: newest.
+#: Largest number of points of the Gaussian process, whose time grows with the cube of it; and largest number of failed
+#: trials, the newest, among them.
 _POINTS, _FAILED = 400, 100
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What is known of a trial."""
+    """The settings and the reported values of a trial."""
 
     settings: Mapping[str, Any]
-    values: Mapping[int, float]  # as reported, by the report's number; none of a trial that failed
+    values: Mapping[int, float]  # by the report's number; empty for a failed trial
 
 
 class Forecast:
-    """Of the best value that a configuration will have reached at full length: its logarithm, if no value is negative.
+    """Forecast the best value of a configuration at full length; its logarithm, if no value is negative.
 
-    Full length is that of the longest trial until now.
+    Full length is the length of the longest trial so far.
     """
 
     def __init__(
@@ -75,15 +76,14 @@ class Forecast:
         """Learn from the trials of a study.
 
         Args:
-            encoding: of settings.
-            curves: of the study's trials; none of them has to have reported where there are earlier forecasts.
-            earlier: forecasts of other studies. This one is then of what they leave open, and they count as far as they
-                explain what is known here (after Golovin et al., 2017, "Google Vizier", section 3.3).
-            lengths: the parts of their ranges over which settings are believed to make a difference, by how their names
-                begin; of other settings nothing is believed.
-            reports: of a trial that is trained to its end, where that is known.
-            at_once: whether a study that starts from this one heeds it from its first trial on. If not, its first
-                trials begin as without it, and show what this one is worth.
+            encoding: encoding of settings.
+            curves: curves of the study's trials. They may be empty if there are earlier forecasts.
+            earlier: forecasts of other studies. This one then models the residual, and the others count as far as they
+                explain the values of this study (after Golovin et al., 2017, "Google Vizier", section 3.3).
+            lengths: prior length scales, as shares of the ranges of settings, by the first parts of their names.
+            reports: reports of a trial that is trained to its end, if known.
+            at_once: whether a study that starts from this forecast uses it from its first trial on. Otherwise its first
+                trials begin without it, and show how useful it is.
         """
         self._encoding, self._earlier, self.at_once = encoding, earlier, at_once
         points = _points(curves, reports)
@@ -101,23 +101,23 @@ class Forecast:
         kernel, failure = fit_kernel(x_ND, z_N, _kernel_prior(encoding, lengths))
         if failure:
             warnings.warn(
-                f"forecast: the kernel could not be fitted ({failure}); what is believed beforehand is used",
+                f"forecast: the kernel could not be fitted ({failure}); the prior is used",
                 RuntimeWarning,
                 stacklevel=2,
             )
         self._posterior = Posterior(kernel, x_ND, z_N)
 
     def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of M configurations, [M] each, without the luck of a single training."""
+        """Return mean and standard deviation for M configurations, [M] each, without the noise of a single training."""
         mean_M, std_M = self._posterior(self._encode(settings))
         return self._mean + self._slope * self._prior(settings) + self._scale * mean_M, self._scale * std_M
 
     def believe(self, settings: Configurations) -> None:
-        """Take what is predicted of configurations for true, as of those that run: others then promise more."""
+        """Treat the predictions for configurations that run as observed, so that other configurations promise more."""
         self._posterior.believe(self._encode(settings))
 
     def standard_scores(self, settings: Configurations) -> Floats:
-        """Return the means of M configurations in standard deviations of this study's values, [M]."""
+        """Return the standardised means of M configurations, in standard deviations of this study's values, [M]."""
         standard_M: Floats = (self(settings)[0] - self._mean) / self._scale
         return standard_M
 
@@ -126,7 +126,7 @@ class Forecast:
         return np.column_stack([x_MD, np.full(len(x_MD), self._share) if share_M is None else share_M])
 
     def _prior(self, settings: Configurations) -> Floats:
-        """Return what earlier studies say of M configurations, [M], in standard deviations of theirs."""
+        """Return the mean of the earlier studies' standard scores for M configurations, [M]."""
         if not len(settings) or not self._earlier:
             return np.zeros(len(settings))
         standard_M: Floats = np.mean([f.standard_scores(settings) for f in self._earlier], axis=0)
@@ -134,7 +134,7 @@ class Forecast:
 
 
 def _scale_of(y_N: Floats, earlier: Sequence[float]) -> float:
-    """Return the standard deviation that is expected of values like these, by those of earlier studies as well."""
+    """Estimate the standard deviation of the values, with those of earlier studies as a prior."""
     if not earlier:
         return max(float(y_N.std()), _SAME) if len(y_N) > 1 else 1.0
     squares = float(((y_N - y_N.mean()) ** 2).sum()) if len(y_N) else 0.0
@@ -143,9 +143,9 @@ def _scale_of(y_N: Floats, earlier: Sequence[float]) -> float:
 
 
 def curves_of(domain: Domain, trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[Curve]:
-    """Return what trials have shown until now, by the number of the report; those that failed have shown nothing.
+    """Return the curves of trials, by the number of the report. The curve of a failed trial is empty.
 
-    A trial without reports has shown its value alone, as at full length.
+    The value of a complete trial without reports counts as a value at full length.
     """
     reported = [trial for trial in trials if trial.intermediate_values]
     steps = sorted({step for trial in reported for step in trial.intermediate_values})
@@ -166,20 +166,20 @@ def curves_of(domain: Domain, trials: Sequence[FrozenTrial], *, maximize: bool =
 
 @dataclass(frozen=True)
 class _Points:
-    """What a forecast learns from: N points."""
+    """The N points from which a forecast learns."""
 
     settings: list[Mapping[str, Any]]
-    share_N: Floats  # of the full length, on a logarithmic scale
-    value_N: Floats  # as at the length of the longest trial
-    longest: float  # the share of the longest trial
-    best: float  # the lowest value that was reported
+    share_N: Floats  # trained share of the full length, on a logarithmic scale
+    value_N: Floats  # values, extrapolated to the length of the longest trial
+    longest: float  # share of the longest trial
+    best: float  # lowest reported value
 
 
 def _points(curves: Sequence[Curve], reports: int) -> _Points:
-    """Take a few reports of every trial, as if the rest of the way brought all trials the same.
+    """Choose a few reports of every trial, and extrapolate them by the mean remaining change of all trials.
 
-    The last report, and those at 2, 4, 8, … before it, as far as there is room. A trial that failed is as bad as the
-    worst.
+    These are the last report and, as far as there is room, reports 2, 4, 8, … before it. A failed trial counts as the
+    worst value.
     """
     seen = [curve for curve in curves if curve.values]
     if not seen:
@@ -207,10 +207,10 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
 
 
 def _choose_reports(value_NR: Floats, last_N: Ints, most: int) -> tuple[Ints, Ints]:
-    """Return which reports of which trials are learned from: the last ones, and others as far as there is room."""
+    """Choose the trials and reports to learn from: the last reports, and others as far as there is room."""
     lasts = [(number, int(last)) for number, last in enumerate(last_N)]
     if len(lasts) > most:
-        # The best, between which the next decisions are, and as many of the others.
+        # Keep the best trials, on which the next decisions depend, and equally many of the others.
         ranked = np.argsort(np.nanmin(value_NR, axis=1), kind="stable")
         best, others = ranked[: most // 2], ranked[most // 2 :]
         kept = {*best, *others[np.linspace(0, len(others) - 1, most // 2).astype(int)]}
@@ -229,7 +229,7 @@ def _choose_reports(value_NR: Floats, last_N: Ints, most: int) -> tuple[Ints, In
 
 
 def _remaining_change(value_NR: Floats) -> Floats:
-    """Return what is left to come after each report, [R], in the mean over the trials that have shown each step."""
+    """Return the mean remaining change after each report, [R]. Each step is averaged over the trials that made it."""
     step_NR = np.diff(value_NR, axis=1)
     known_NR = ~np.isnan(step_NR)
     mean_R = np.where(known_NR, step_NR, 0.0).sum(axis=0) / np.maximum(known_NR.sum(axis=0), 1)
@@ -238,13 +238,13 @@ def _remaining_change(value_NR: Floats) -> Floats:
 
 
 def _kernel_prior(encoding: Encoding, lengths: Mapping[str, float]) -> Prior:
-    """Return what is believed of the kernel; the share trained is the last coordinate."""
+    """Return the prior of the kernel. The trained share is the last coordinate."""
     unknown = _UNKNOWN[0] * math.sqrt(len(encoding.names) + 1), _UNKNOWN[1]
     believed = [*(length_prior(name, lengths) or unknown for name in encoding.names), _TRAINED]
     return Prior(_VARIANCE, tuple((math.log(length), spread) for length, spread in believed), _NOISE)
 
 
 def length_prior(name: str, lengths: Mapping[str, float]) -> tuple[float, float] | None:
-    """Return what is believed of the length of a setting, and with what spread; None where nothing is."""
+    """Return the prior length scale of a setting and the standard deviation of its logarithm; None if unknown."""
     found = max((key for key in lengths if f"{name}.".startswith(f"{key}.")), key=len, default=None)
     return (lengths[found], _SPREAD) if found else None

@@ -1,19 +1,20 @@
-"""Pause trials and take them up again: each stretch of training goes to the trial, new or paused, that promises most.
+"""Pause and resume trials: each stretch of training goes to the trial, new or paused, that promises most.
 
-After Swersky et al., 2014, "Freeze-thaw Bayesian optimization". A trial trains in stretches, each as long as all before
-it together. At the end of each, what every trial would reach at full length is forecast anew. The next stretch goes to
-the trial with the most expected improvement for the reports that are left to it.
+After Swersky et al., 2014, "Freeze-thaw Bayesian optimization". A trial trains in stretches, each as long as all
+earlier ones together. After each stretch, the value of every trial at full length is forecast again. The next stretch
+goes to the trial with the largest expected improvement per remaining report.
 
-The most promising of all new configurations promises more than it will hold, since it is chosen among thousands for
-that. So new trials have a share of the training at most, and the rest goes to those that were begun.
+The best of thousands of new candidates is overestimated, because it is selected by its forecast. Therefore new trials
+get at most a share of the training, and the rest goes to trials that have begun.
 
-The first start points of the space train to their end without a pause: whoever gave them believes in them. So do the
-first trials of any study whose trials have few reports. There, a first look takes a large part of a trial and says
-little of its end, so that a short study is better off with whole trials.
+The first start points of the space train to their end without a pause, because the user has chosen them. The first
+trials of a study whose trials have few reports do so, too. There, a first stretch is a large part of a trial and says
+little about its end, so a short study is better off with whole trials.
 
-Nothing is known of lengths that no trial has had. So the favourite, the paused trial of the best forecast, is trained
-further than any other before, as soon as that is half of what all trials have had together, and once no new trial may
-begin. A study thus has a finished model early, and never ends without one.
+No forecast is possible for lengths that no trial has reached. Therefore the favourite, the paused trial with the best
+forecast, is trained further than any trial before. This happens as soon as the new length is half of the training of
+all trials together, or when no new trial may begin. Thus a study has a finished model early, and never ends without
+one.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ import numpy as np
 from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
 from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Prune, Recorded, TakeUp
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
@@ -43,39 +44,39 @@ from raytune_emotion.tuning.policy.trial_attributes import (
     reports_left,
 )
 
-#: The first stretch, as a share of the full length, and in reports: the first report of a trial says little.
+#: Smallest length of the first stretch, as a share of the full length and in reports: the first report says little.
 _FIRST_SHARE, _FIRST_REPORTS = 0.03, 2
-#: A stretch that would leave less than this share of the full length goes on to the end.
+#: Smallest share of the full length that a stretch may leave. Otherwise it continues to the end.
 _REST_SHARE = 0.3
-#: The share of all training that the first stretches may take, while other trials could be taken up: so much for each
-#: stretch of a whole trial, but at least that. The more stretches there are, the cheaper is a first look.
+#: Largest share of all training for first stretches while other trials could be resumed: the first value times the
+#: number of stretches of a whole trial, but at least the second value. With more stretches, a first one is cheaper.
 _NEW_SHARE, _LEAST_NEW_SHARE = 0.1, 0.4
-#: The longest trial is continued as soon as all trials together have had so many times the length that it then has.
+#: The longest trial is continued once the training of all trials together is this multiple of its new length.
 _LONGEST_IN = 2
-#: The least chance to better the best that a paused trial is kept for, once no new trial may begin.
+#: Smallest probability of improving on the best for which a paused trial is kept once no new trial may begin.
 _HOPE = 0.02
-#: The first trials that may train to their end without a pause, and the least share of the full length at which a first
-#: stretch has them do so, start points or not.
+#: Number of first trials that train to their end without a pause if they are start points, or if the first stretch is
+#: at least this share of the full length.
 _STRAIGHT, _LONG_LOOK = 2, 1 / 16
-#: What it costs to take a trial up again, in seconds, and the share of the training that all of that may cost.
+#: Cost of resuming a trial, seconds; and largest share of the training time that all resumptions may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What follows from the past, until something happens."""
+    """The plan that follows from the past. It holds until the next event."""
 
     prunes: tuple[int, ...]  # paused trials that are ended for good
-    merits: Mapping[int, float]  # of the paused trials that are worth it, by number: the logarithm of what they promise
-    favourite: int | None  # the paused trial that goes before all, to learn of a length that no trial has had
-    #: Works out what to begin, None where the space has no other; None itself: no new trial may begin.
+    merits: Mapping[int, float]  # log merit of the paused trials that are worth resuming, by number
+    favourite: int | None  # the paused trial with priority, which explores a length that no trial has reached
+    #: Computes the trial to begin, None if the space has no other. If this is None, no new trial may begin.
     offer: Callable[[], Offer | None] | None
-    merit: float  # of what is begun
+    merit: float  # log merit of the trial to begin
 
     def best(self, number: int | None = None) -> int | None:
-        """Return the number of the trial that goes on: of all paused ones, or of this one alone.
+        """Return the number of the trial to continue, among all paused ones or only this one.
 
-        None where a new trial promises more.
+        None if a new trial promises more.
         """
         among = [number] if number is not None else [*self.merits]
         if self.favourite in among:
@@ -85,7 +86,7 @@ class _Plan:
 
 
 class FreezeThaw:
-    """Decide which trial trains next, and for how long. Nothing is kept that cannot be computed again."""
+    """Decide which trial trains next, and for how long. Its state is only a cache of computed plans."""
 
     def __init__(
         self,
@@ -98,10 +99,10 @@ class FreezeThaw:
         """Make a policy.
 
         Args:
-            inputs: of the study.
+            inputs: inputs of the policy from the study.
             proposes: whether the most promising new configuration is begun; if not, the study's own sampler draws it.
-            take_up_s: what it costs to take up a trial, in seconds.
-            draw: draws the candidates for a new trial.
+            take_up_s: cost of resuming a trial, seconds.
+            draw: function that draws the candidates for a new trial.
         """
         self._domain, self._seed, self._earlier = domain_of(inputs.space), inputs.seed, inputs.earlier
         self._aim = Aim(inputs.objective, reports=inputs.reports)
@@ -127,13 +128,13 @@ class FreezeThaw:
             return None
         with on_one_thread():
             offer = plan.offer()
-        if offer is None:  # the space has no other
+        if offer is None:  # all configurations of the space were tried
             self._remember(past, limits, dataclasses.replace(limits, new=False))
             return self.next(past, limits)
         return Begin(offer.params if self._proposes else {})
 
-    def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
-        """Answer for a report: at the end of a stretch, a trial pauses unless it would be taken up at once."""
+    def decide(self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
+        """Answer for a report: at the end of a stretch, a trial pauses unless it would be resumed at once."""
         if not self._ends_stretch(report):
             return "go on"
         number = int(trial_id)
@@ -143,28 +144,28 @@ class FreezeThaw:
         plan = self._plan_of(past, limits)
         if number in plan.prunes:
             return "stop"
-        # To go on costs nothing, while others would have to be taken up.
+        # This trial continues at no cost, but another one would have to be resumed.
         among = None if plan.offer is None or self._can_afford(past) else number
         return "go on" if plan.best(among) == number else "pause"
 
     def _plan_of(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
-        """Plan anew, unless nothing has happened since that a plan depends on."""
+        """Return the plan; make it again only if the past has changed."""
         plan = self._plan[1]
         return plan if plan is not None and self._plan[0] == _state(past, limits) else self._remember(past, limits)
 
     def _remember(self, past: Sequence[FrozenTrial], limits: Limits, tighter: Limits | None = None) -> _Plan:
-        """Plan for these limits, by tighter ones where they are known to hold, until something happens."""
+        """Make a plan for these limits, with tighter ones if they are known to hold, and keep it for this past."""
         with on_one_thread():
             plan = self._make_plan(past, tighter or limits)
         self._plan = _state(past, limits), plan
         return plan
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:
-        """Learn nothing: all that decides is in the study."""
+        """Learn nothing, because decisions depend only on the study's record."""
         return set()
 
-    def _ends_stretch(self, report: Heard) -> bool:
-        """Tell whether a stretch ends between the report before and this one. The clock is the epoch."""
+    def _ends_stretch(self, report: DriverReport) -> bool:
+        """Tell whether a stretch ends between the previous report and this one, in epochs."""
         epoch = report["epoch"]
         before = epoch - epoch / report["report"]
         return any(before + 1e-9 < end <= epoch + 1e-9 for end in self._ends)
@@ -172,12 +173,12 @@ class FreezeThaw:
     def _make_plan(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
         outlook = Outlook(self._domain, past, self._aim, self._earlier)
         paused = [trial for trial in past if is_paused(trial)]
-        # By the trials begun, so that candidates stay the same until one of them is.
+        # The seed depends on the number of trials, so that candidates stay the same until a trial begins.
         rng = np.random.default_rng([self._seed, len(past)])
-        # Worked out at most once, and only where it is needed: it takes half of the time of a decision.
+        # It is computed at most once, and only if needed, because it takes half of the time of a decision.
         offer = functools.cache(lambda: outlook.offer(rng, self._draw)) if limits.new else None
         if outlook.forecast is None:
-            # Too little is known to prefer one: new trials first, then the paused in their order.
+            # Too little is known for a forecast: new trials come first, then paused ones in their order.
             first = {trial.number: -float(trial.number) for trial in paused}
             return _Plan((), first, None, offer, -math.inf if offer is None else math.inf)
         merit = -math.inf
@@ -195,18 +196,18 @@ class FreezeThaw:
         return _Plan(tuple(ranked[limits.paused :]), worth, favourite, offer, merit)
 
     def _has_begun_enough(self, past: Sequence[FrozenTrial]) -> bool:
-        """Tell whether first stretches have had their share of the training."""
+        """Tell whether first stretches have used up their share of the training."""
         had = [count_reports(trial) for trial in past]
         return sum(min(reports, self._first) for reports in had) > self._new_share * sum(had)
 
     def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
-        """Tell whether the study has trained enough, or begins no new trial, for one that is longer than all before."""
+        """Tell whether a trial should now be trained further than any trial before."""
         ends = (*stretch_ends(self._reports), self._reports)
         had = [count_reports(trial) for trial in past]
         longer = next((end for end in ends if end > max(had, default=0)), None)
         if longer is None:
             return False
-        # Else every worker would train its first trial to the end.
+        # Without this check, every worker would train its first trial to the end.
         on_its_way = any(
             is_running(trial) and next((end for end in ends if end > length), longer) == longer
             for trial, length in zip(past, had, strict=True)
@@ -214,14 +215,14 @@ class FreezeThaw:
         return not on_its_way and (not new or sum(had) >= _LONGEST_IN * longer)
 
     def _favourite(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> int | None:
-        """Return the number of the paused trial that is expected to end best."""
+        """Return the number of the paused trial with the best forecast; None if there is none."""
         if not paused or outlook.forecast is None:
             return None
         mean_M, _ = outlook.forecast([self._domain.settings(trial) for trial in paused])
         return paused[int(mean_M.argmin())].number
 
     def _merits(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> dict[int, float]:
-        """Return what paused trials promise for each report that is left to them, as a logarithm, by their numbers."""
+        """Return the log merit of paused trials by number: the expected improvement per remaining report."""
         if not paused:
             return {}
         settings = [self._domain.settings(trial) for trial in paused]
@@ -230,9 +231,9 @@ class FreezeThaw:
         return {trial.number: float(merit) for trial, merit in zip(paused, merit_M, strict=True)}
 
     def _list_contenders(self, outlook: Outlook, paused: Sequence[FrozenTrial]) -> set[int]:
-        """Return the numbers of the paused trials that may better the best."""
+        """Return the numbers of the paused trials that may still improve on the best."""
         if not paused or self._aim.objective.front:
-            # Of a front, every trial may better its part.
+            # Every trial may improve its part of a front.
             return {trial.number for trial in paused}
         assert outlook.forecast is not None
         mean_M, std_M = outlook.forecast([self._domain.settings(trial) for trial in paused])
@@ -240,7 +241,7 @@ class FreezeThaw:
         return {trial.number for trial, hope in zip(paused, hope_M, strict=True) if hope >= _HOPE}
 
     def _can_afford(self, past: Sequence[FrozenTrial]) -> bool:
-        """Tell whether one more trial can be taken up, with all such costs a small share of the training."""
+        """Tell whether one more trial can be resumed with the cost of all resumptions in their share of the time."""
         trained_s = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in past)
         taken_up = sum(int(trial.user_attrs.get(TAKEN_UP, 0)) for trial in past)
         return (taken_up + 1) * self._take_up_s <= _TAKE_UP_SHARE * trained_s
@@ -251,13 +252,13 @@ def _is_start(past: Sequence[FrozenTrial], number: int) -> bool:
 
 
 def _state(past: Sequence[FrozenTrial], limits: Limits) -> object:
-    """Return all of the past that a plan depends on."""
-    # Neither a paused trial nor a failed one runs: the state tells them apart.
+    """Return the part of the past on which a plan depends."""
+    # Paused and failed trials do not run; they differ in their state.
     return limits, [(trial.number, trial.state, is_running(trial), len(trial.intermediate_values)) for trial in past]
 
 
 def stretch_ends(reports: int) -> list[int]:
-    """Return the reports at which stretches end before a trial's last one."""
+    """Return the reports at which the stretches of a trial end, except the last stretch."""
     end = max(_FIRST_REPORTS, math.ceil(_FIRST_SHARE * reports))
     ends = []
     while end <= (1 - _REST_SHARE) * reports:

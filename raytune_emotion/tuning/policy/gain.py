@@ -1,4 +1,4 @@
-"""Estimate by how much further training lowers a study's best JS, and how long that takes."""
+"""Estimate the decrease of a study's best JS by further training, and the time for it."""
 
 import math
 from collections.abc import Sequence
@@ -15,31 +15,31 @@ from raytune_emotion.tuning.policy.trial_attributes import SECONDS, as_paused, c
 
 
 class GainForecast:
-    """Expect the further gain of a study, whatever its sampler and scheduler are."""
+    """Forecast the further gain of a study, for any sampler and scheduler."""
 
     def __init__(self, inputs: PolicyInputs) -> None:
-        """Make what expects the gain of a study."""
+        """Make a forecast of the gain."""
         self._space, self._domain = inputs.space, domain_of(inputs.space)
         self._reports, self._seed, self._earlier = inputs.reports, inputs.seed, inputs.earlier
         self._aim, self._front = Aim(inputs.objective, reports=inputs.reports), inputs.objective.front
 
     def __call__(self, past: Sequence[FrozenTrial]) -> Gain | None:
-        """Return the gain of the best that can be trained next: a trial that has not ended, or a new configuration.
+        """Return the gain of the best next training: of an unfinished trial, or of a new configuration.
 
-        The gain of a trial is the expected fall of the study's best JS once the trial is trained to its end. The best
-        trial has the largest fall per hour of the training that is left to it. Beside it others may train, so a study
-        with several places gains more.
+        The gain of a trial is the expected decrease of the study's best JS if the trial is trained to its end. The best
+        trial has the largest decrease per hour of its remaining training. A study with several places gains more,
+        because other trials train at the same time.
 
         Args:
             past: every trial that has begun, by number.
 
         Returns:
-            Bits and seconds; 0 where nothing can be trained. None where nothing is known: before a forecast is
-            possible, before a trial was trained to its end and its time measured, and where a front is wanted.
+            Bits and seconds; both 0 if nothing can be trained. None if the gain is unknown: before a forecast is
+            possible, before a trial was trained to its end with its time, and for a front.
         """
         if self._front or not any(count_reports(trial) >= self._reports for trial in past):
             return None
-        # What runs promises as much as if it was paused: its end is what is asked for.
+        # Count running trials as paused ones: their remaining training is part of the gain.
         still = [as_paused(trial) if is_running(trial) else trial for trial in past]
         if not any(trial.user_attrs.get(SECONDS) for trial in still):
             return None

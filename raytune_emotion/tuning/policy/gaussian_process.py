@@ -1,7 +1,7 @@
-"""Regress values at points by a Gaussian process whose kernel is fitted to them.
+"""Predict values at points with a Gaussian process whose kernel is fitted to observed values.
 
-Formulas are those of Rasmussen & Williams, 2006, "Gaussian Processes for Machine Learning". N points were seen, M are
-asked for, each has D coordinates. The kernel is Matérn's of ν = 5/2, with a length for every coordinate.
+The formulas are those of Rasmussen & Williams, 2006, "Gaussian Processes for Machine Learning". N points are observed,
+M are predicted, and each has D coordinates. The kernel is Matérn's with ν = 5/2 and a length scale per coordinate.
 """
 
 import functools
@@ -18,24 +18,24 @@ from threadpoolctl import ThreadpoolController
 
 Floats = npt.NDArray[np.float64]
 
-#: Points that the kernel is fitted to, in a time that grows with their cube. All points are predicted from.
+#: Largest number of points for the fit of the kernel, whose time grows with its cube. Predictions use all points.
 FITTED = 80
-#: Steps of that fit.
+#: Largest number of iterations of the fit.
 _STEPS = 25
-#: Spreads from the centre that bound the fit.
+#: Bounds of the fit, in standard deviations of the prior.
 _FAR = 6.0
-#: What is added to the diagonal, as a share of the variance, when a covariance is not positive definite.
+#: Values added to the diagonal of a covariance that is not positive definite, as shares of the variance.
 _JITTERS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
-#: The loss of a kernel whose covariance cannot be decomposed.
+#: Loss of a kernel whose covariance cannot be decomposed.
 _IMPOSSIBLE = 1e25
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed of a kernel before a value is seen: normal distributions of logarithms, (mean, spread)."""
+    """Log-normal priors of a kernel: mean and standard deviation of each logarithm."""
 
     variance: tuple[float, float]
-    lengths: tuple[tuple[float, float], ...]  # one a coordinate
+    lengths: tuple[tuple[float, float], ...]  # one per coordinate
     noise: tuple[float, float]
 
     @property
@@ -49,7 +49,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Matérn's kernel of ν = 5/2, and the noise of the values."""
+    """Matérn's kernel with ν = 5/2, and the noise of the values."""
 
     variance: float
     length_D: Floats
@@ -58,11 +58,11 @@ class Kernel:
     def __call__(self, x_MD: Floats, y_ND: Floats) -> Floats:
         """Return the covariance without noise, [M, N]."""
         x_MD, y_ND = (math.sqrt(5) / self.length_D * each for each in (x_MD, y_ND))
-        # Rounding errors of squares do no harm: the kernel is flat where they are near 0.
+        # Rounding errors of the squared distances do no harm: near 0, the kernel is flat.
         k_MN: Floats = (x_MD * x_MD).sum(axis=1)[:, None] + (y_ND * y_ND).sum(axis=1) - 2 * x_MD @ y_ND.T
         np.maximum(k_MN, 0, out=k_MN)
         r_MN = np.sqrt(k_MN)
-        # In place, as memory takes most of the time: variance (1 + r + r² / 3) exp(-r).
+        # Compute variance (1 + r + r² / 3) exp(-r) in place, because memory takes most of the time.
         k_MN /= 3
         k_MN += r_MN
         k_MN += 1
@@ -76,12 +76,12 @@ def _kernel_of(theta: Floats) -> Kernel:
 
 
 def fit_kernel(x_ND: Floats, z_N: Floats, prior: Prior) -> tuple[Kernel, str]:
-    """Find the kernel of the highest posterior density. Returns it, and why it is the prior's centre if the fit failed.
+    """Find the kernel with the highest posterior density. If the fit fails, return the prior's centre and the reason.
 
     Args:
-        x_ND: the points; those beyond `FITTED` are left out, evenly.
-        z_N: their values, standardised.
-        prior: of the kernel.
+        x_ND: points; if there are more than `FITTED`, evenly spaced ones are used.
+        z_N: their standardised values.
+        prior: prior of the kernel.
     """
     if not len(x_ND):
         return _kernel_of(prior.centre), ""
@@ -98,7 +98,7 @@ def fit_kernel(x_ND: Floats, z_N: Floats, prior: Prior) -> tuple[Kernel, str]:
 
 
 class _Loss:
-    """The negative logarithm of likelihood times prior, and its slope."""
+    """The negative logarithm of likelihood times prior, and its gradient."""
 
     def __init__(self, x_ND: Floats, z_N: Floats, prior: Prior) -> None:
         self._z_N, self._centre, self._spread = z_N, prior.centre, prior.spread
@@ -117,7 +117,7 @@ class _Loss:
         weights_N = dpotrs(root_NN, self._z_N, lower=1)[0]
         lower_NN = np.tril(dpotri(root_NN, lower=1)[0])
         inverse_NN = lower_NN + np.tril(lower_NN, -1).T
-        # Half of it is the slope of the likelihood by the covariance (equation 5.9).
+        # Half of it is the gradient of the likelihood with respect to the covariance (equation 5.9).
         slope_NN = inverse_NN - np.outer(weights_N, weights_N)
         by_square_NN = slope_NN * variance * (1 + r_NN) * decay_NN
         slope = np.array([
@@ -131,7 +131,7 @@ class _Loss:
 
 
 class Posterior:
-    """What values at points say of values at others."""
+    """The posterior distribution of values at other points, given observed values."""
 
     def __init__(self, kernel: Kernel, x_ND: Floats, z_N: Floats) -> None:
         self.kernel, self._x_ND = kernel, x_ND
@@ -140,21 +140,21 @@ class Posterior:
         self._weights_N = weights_N
 
     def __call__(self, x_MD: Floats) -> tuple[Floats, Floats]:
-        """Return mean and standard deviation of the values without their noise, [M] each."""
+        """Return the mean and the standard deviation of the values without noise, [M] each."""
         similar_MN = self.kernel(x_MD, self._x_ND)
         explained_NM = self._explain(similar_MN)
         std_M = np.sqrt(np.maximum(self.kernel.variance - np.einsum("nm,nm->m", explained_NM, explained_NM), 1e-12))
         return similar_MN @ self._weights_N, std_M
 
     def mean(self, x_MD: Floats) -> Floats:
-        """Return the mean alone, [M], which takes a fraction of the time."""
+        """Return only the mean, [M], in a fraction of the time."""
         mean_M: Floats = self.kernel(x_MD, self._x_ND) @ self._weights_N
         return mean_M
 
     def believe(self, x_MD: Floats) -> None:
-        """Take what is predicted at points for true (the constant liar of Ginsbourger et al., 2010, at the mean).
+        """Treat the predicted means at points as observed (the constant liar of Ginsbourger et al., 2010, at the mean).
 
-        No mean changes by it, so the weights of these points are 0; the standard deviations around them shrink.
+        No mean changes, so the weights of these points are 0. The standard deviations around them shrink.
         """
         count, more = len(self._x_ND), len(x_MD)
         across_NM = self._explain(self.kernel(x_MD, self._x_ND))
@@ -167,20 +167,20 @@ class Posterior:
         self._weights_N = np.concatenate([self._weights_N, np.zeros(more)])
 
     def _explain(self, similar_MN: Floats) -> Floats:
-        """Solve for covariances with the points by the root of their own covariance, [N, M]."""
+        """Solve the triangular system of the Cholesky factor and the covariances with the points, [N, M]."""
         explained_NM: Floats = solve_triangular(self._root_NN, similar_MN.T, lower=True, check_finite=False)
         return explained_NM
 
 
 def _with_noise(kernel: Kernel, x_ND: Floats) -> Floats:
-    """Return the covariance of the values seen at points, [N, N]."""
+    """Return the covariance of the observed values at points, [N, N]."""
     k_NN = kernel(x_ND, x_ND)
     k_NN.flat[:: len(k_NN) + 1] += kernel.noise
     return k_NN
 
 
 def _cholesky(k_NN: Floats, variance: float) -> Floats:
-    """Decompose a covariance. The diagonal is raised as far as it must be where rounding has made it indefinite."""
+    """Decompose a covariance. If rounding has made it indefinite, its diagonal is raised as far as necessary."""
     for jitter in (0.0, *_JITTERS):
         try:
             return np.asarray(np.linalg.cholesky(k_NN + jitter * variance * np.eye(len(k_NN))), np.float64)
@@ -190,12 +190,12 @@ def _cholesky(k_NN: Floats, variance: float) -> Floats:
 
 
 def on_one_thread() -> AbstractContextManager[object]:
-    """Compute on one thread: matrices this small are slower on several, and other trials are training."""
+    """Compute on one thread: several threads are slower on such small matrices, and trials train meanwhile."""
     limited: AbstractContextManager[object] = _thread_pools().limit(limits=1, user_api="blas")
     return limited
 
 
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
-    # To look for them takes milliseconds. Those of NumPy and SciPy are there: this module has imported them.
+    # The search for thread pools takes milliseconds. NumPy's and SciPy's exist already: this module imports both.
     return ThreadpoolController()

@@ -1,43 +1,43 @@
-"""Define what a study is after: the least validation JS, alone, for its time, or for what a model costs."""
+"""Define the objective of a study: the lowest validation JS, alone, per hour, or for each cost of a model."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """JS, and what is weighed against it."""
+    """The JS, and a cost that is weighed against it."""
 
-    #: Of a trial that has reported, the less the better; None where JS alone counts.
-    cost: Callable[[Heard], float] | None = None
-    #: Whether the best JS at every cost is wanted, not the most JS for it.
+    #: Cost of a trial from its report, lower is better; None if only the JS counts.
+    cost: Callable[[DriverReport], float] | None = None
+    #: Whether the best JS at every cost is wanted, and not the largest decrease of the JS per cost.
     front: bool = False
-    #: How a trial of less cost is called.
+    #: Adjective for a cheaper model in tables: "smaller" or "faster".
     cheaper: str = ""
 
 
-def _seconds_per_epoch(report: Heard) -> float:
+def _seconds_per_epoch(report: DriverReport) -> float:
     return float(report["seconds"] / report["epoch"])
 
 
-def _params_millions(report: Heard) -> float:
+def _params_millions(report: DriverReport) -> float:
     return float(report["params_millions"])
 
 
-def _seconds_per_image(report: Heard) -> float:
+def _seconds_per_image(report: DriverReport) -> float:
     return float(1 / report["images_per_second"])
 
 
 JS_ALONE = Objective()
 DEFAULT_OBJECTIVE = "val_js"
 BY_SIZE = "val_js, params_millions"
-#: By the name that `--objective` takes.
+#: Objectives by their name in `--objective`.
 OBJECTIVES = {
     DEFAULT_OBJECTIVE: JS_ALONE,
     "val_js per hour": Objective(_seconds_per_epoch),
@@ -47,7 +47,7 @@ OBJECTIVES = {
 
 
 def pareto_front(best_first: Iterable[T], cost: Callable[[T], float]) -> list[T]:
-    """Return those trials that none of less cost has bettered, of trials in the order of their JS and in that order."""
+    """Return the Pareto front. `best_first` must be sorted by JS."""
     found: list[T] = []
     least = math.inf
     for trial in best_first:

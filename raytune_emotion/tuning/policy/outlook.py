@@ -1,4 +1,4 @@
-"""Score what a study could train next, new configurations and known ones, and choose the best of them."""
+"""Score the configurations that a study could train next, new and known ones, and choose the best of them."""
 
 import math
 import warnings
@@ -22,26 +22,26 @@ from raytune_emotion.tuning.policy.gaussian_process import Floats, Kernel, Poste
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective, pareto_front
 from raytune_emotion.tuning.policy.trial_attributes import COST, SECONDS, count_reports, is_running
 
-#: Trials that begin before any is modelled.
+#: Number of paused or ended trials from which a forecast is made.
 STARTUP = 4
-#: Trials whose neighbourhood is looked at.
+#: Number of best trials that are mutated.
 _BEST = 5
-#: What the standard deviation of a forecast is multiplied by: it turns out too sure (`benchmarks.calibration`).
+#: Factor on the standard deviation of a forecast, which is overconfident (`benchmarks.calibration`).
 STD_FACTOR = 1.4
-#: Of what a trial costs: the length of the kernel, in parts of a range, times the root of the dimensions; and its
-#: noise, as a share of its variance. Costs are all but free of noise, and simple.
+#: Kernel of the cost of a trial: length scale, as a share of a range, times the root of the number of dimensions; and
+#: noise, as a share of the variance. Costs have almost no noise and a simple form.
 _COST_LENGTH, _COST_NOISE = 0.5, 0.01
 
-#: How far a front is looked at beyond the largest cost that was seen, as a logarithm: up to twice that.
+#: Margin of a front beyond the largest observed cost, as a logarithm: up to twice that cost.
 _FRONT_MARGIN = math.log(2)
 
-#: Of the parameters, the best trials and a generator: configurations to choose from.
+#: Function from the parameters, the best trials and a generator to candidates.
 Draw = Callable[[Mapping[str, BaseDistribution], Sequence[FrozenTrial], np.random.Generator], Params]
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A configuration that was not tried, and the logarithm of what it promises."""
+    """An untried configuration with its log merit."""
 
     params: dict[str, Any]
     merit: float
@@ -49,23 +49,23 @@ class Offer:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a study is after."""
+    """The objective, the direction and the length of trials of a study."""
 
     objective: Objective = JS_ALONE
     maximize: bool = False
-    reports: int = 1  # of a trial that is trained to its end, where that is known
+    reports: int = 1  # reports of a trial that is trained to its end, if known
 
 
 class Outlook:
-    """What the trials of a study promise."""
+    """Forecasts for the configurations of a study, given its past."""
 
     def __init__(
         self, domain: Domain, past: Sequence[FrozenTrial], aim: Aim = Aim(), earlier: Sequence[Forecast] = ()
     ) -> None:
-        """Learn from the trials that have begun, and from what other studies say of configurations."""
+        """Learn from the trials that have begun, and from forecasts of other studies."""
         self._domain, self._past, self._aim = domain, past, aim
         self.reported = [trial for trial in past if trial.state != TrialState.FAIL and _values(trial)]
-        #: What is expected of configurations; None while too little is known, or where the numbers do not allow it.
+        #: Forecast of configurations; None while too little is known, or after a numerical failure.
         self.forecast: Forecast | None = None
         running = [domain.settings(trial) for trial in past if is_running(trial)]
         known = bool(self.reported) and len(past) - len(running) >= STARTUP
@@ -82,10 +82,10 @@ class Outlook:
             warnings.warn(f"forecast: failed ({error}); proposals are drawn at random", RuntimeWarning, stacklevel=2)
 
     def log_promise(self, settings: Configurations) -> Floats:
-        """Return by how much each of M configurations is expected to better what there is, as a logarithm, [M].
+        """Return the logarithm of the expected improvement of M configurations, [M].
 
-        It is divided by the seconds of a report only where the objective is: what is cheap is seldom best, and a study
-        that buys many small improvements never comes to the large ones (`benchmarks/README.md`).
+        It is divided by the seconds of a report only if the objective is per hour. Cheap configurations are seldom the
+        best, and a study that collects many small improvements never reaches the large ones (`benchmarks/README.md`).
         """
         assert self.forecast is not None
         objective = self._aim.objective
@@ -98,19 +98,19 @@ class Outlook:
         logs_N = np.log([float(trial.user_attrs[COST]) for trial in self.reported])
         cost_M = self._regress(known, logs_N, settings)
         if not objective.front:
-            # The cost is time already.
+            # The cost is a time.
             return log_expected_improvement(mean_M, std_M, best) - cost_M
-        # The same for new and for paused trials, which are compared.
+        # Use the same bound for new and for paused trials, because they are compared.
         most = float(logs_N.max()) + _FRONT_MARGIN
         gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N, most)
         return np.log(np.maximum(gain_M, 1e-300))
 
     def expect_fall(self, settings: Configurations, left_M: Floats) -> tuple[Floats, Floats]:
-        """Return by how many bits each of M configurations is expected to lower the best JS, and in how many seconds.
+        """Return the expected decrease of the best JS by each of M configurations, bits, and the seconds for it.
 
         Args:
-            settings: of the configurations.
-            left_M: reports that are left to each until its end.
+            settings: settings of the configurations.
+            left_M: number of remaining reports of each.
         """
         assert self.forecast is not None
         mean_M, std_M = self.forecast(settings)
@@ -119,7 +119,7 @@ class Outlook:
         return fall_M, seconds_M
 
     def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates) -> Offer | None:
-        """Return the most promising configuration that was not tried; None where the space has no other."""
+        """Return the most promising untried configuration; None if all were tried."""
         params = draw(self._domain.parameters, self._leaders(), rng)
         merit_M = np.zeros(len(next(iter(params.values()))))
         if self.forecast is not None:
@@ -133,7 +133,7 @@ class Outlook:
         return None if left is None else Offer(left, float(merit_M.min()))
 
     def _leaders(self) -> list[FrozenTrial]:
-        """Return the trials worth changing: the best, or those of a front that no cheaper one has bettered."""
+        """Return the trials to mutate: the best ones, or the best ones of the Pareto front."""
         sign = -1.0 if self._aim.maximize else 1.0
         ranked = sorted(self.reported, key=lambda trial: min(sign * value for value in _values(trial)))
         if self._aim.objective.front:
@@ -141,7 +141,7 @@ class Outlook:
         return ranked[:_BEST]
 
     def _log_seconds(self, settings: Configurations) -> Floats:
-        """Return the logarithm of the seconds that a report of each of M configurations takes, [M]."""
+        """Return the logarithm of the seconds per report of M configurations, [M]."""
         timed = [trial for trial in self.reported if trial.user_attrs.get(SECONDS)]
         if not timed:
             return np.zeros(len(settings))
@@ -149,7 +149,7 @@ class Outlook:
         return self._regress([self._domain.settings(trial) for trial in timed], logs_N, settings)
 
     def _regress(self, known: Configurations, log_N: Floats, settings: Configurations) -> Floats:
-        """Return the expected logarithm of what each of M configurations costs, [M], by what N others have cost."""
+        """Predict the logarithm of the costs of M configurations, [M], from those of N known ones."""
         variance = float(log_N.var())
         if variance < 1e-6:
             return np.full(len(settings), log_N.mean())
@@ -161,7 +161,7 @@ class Outlook:
 
 
 def _values(trial: FrozenTrial) -> list[float]:
-    """Return what a trial has shown that can be compared."""
+    """Return the finite values that a trial has reported."""
     shown = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
     if not shown and trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
         shown = [trial.value]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from raytune_emotion.learn.report import Heard
+from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.tuning.policy.candidates import domain_of, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
     FORECAST,
@@ -26,7 +26,7 @@ from raytune_emotion.tuning.space.space import Space
 
 
 class BeginAndStop:
-    """Begin trials as the study's sampler proposes them, and stop them by a scheduler for good."""
+    """Begin the trials that the study's sampler proposes, and stop trials for good by a scheduler."""
 
     def __init__(self, space: Space, scheduler: Scheduler) -> None:
         self._domain, self._scheduler = domain_of(space), scheduler
@@ -36,7 +36,7 @@ class BeginAndStop:
             return None
         return Begin({})
 
-    def decide(self, trial_id: str, report: Heard, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
+    def decide(self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         return "go on" if self._scheduler.keeps(trial_id, report) else "stop"
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:
@@ -44,7 +44,7 @@ class BeginAndStop:
 
 
 def make_sampler_of(inputs: PolicyInputs, name: str) -> Callable[[int], BaseSampler]:
-    """Return what makes the sampler of a trial by its number; the name is one of `SAMPLERS`."""
+    """Return a function that makes the sampler for a trial number. The name is one of `SAMPLERS`."""
     if name != FORECAST:
         return functools.partial(make_sampler, name, inputs.seed)
     sampler = ForecastSampler(
@@ -58,7 +58,13 @@ def make_sampler_of(inputs: PolicyInputs, name: str) -> Callable[[int], BaseSamp
 
 
 def make_policy(inputs: PolicyInputs, *, sampler: str = FORECAST, scheduler: str = FREEZE_THAW) -> Policy:
-    """Make what decides about a study's trials, by the names of `SAMPLERS` and `SCHEDULERS`."""
+    """Make the policy of a study.
+
+    Args:
+        inputs: the study's part of the policy.
+        sampler: name in `SAMPLERS`.
+        scheduler: name in `SCHEDULERS`.
+    """
     if scheduler != FREEZE_THAW:
         return BeginAndStop(inputs.space, STOPPING[scheduler](inputs.epochs, inputs.objective))
     return FreezeThaw(inputs, proposes=sampler == FORECAST)

@@ -1,7 +1,7 @@
-"""Know how configurations did that were recorded here, for a study that tries the same settings.
+"""Provide recorded results of configurations to a study that searches the same settings.
 
-`portfolio.json` holds them, a part per data set that they were trained on. `python -m benchmarks.curves.portfolio`
-chooses them from the recorded curves.
+`portfolio.json` holds them, with a part for each data set. `python -m benchmarks.curves.portfolio` chooses them from
+the recorded curves.
 """
 
 import json
@@ -17,9 +17,9 @@ from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 
 PORTFOLIO = Path(__file__).with_name("portfolio.json")
-#: The key that tells a part of the portfolio from an earlier study: the data that it was recorded on.
+#: Key of the name of the data in a part of the portfolio. Earlier studies do not have this key.
 RECORDED = "recorded"
-#: The least share of a range of the study that the portfolio must know.
+#: Smallest share of each range of the study that the portfolio must cover.
 _KNOWN = 0.5
 
 
@@ -27,25 +27,25 @@ _KNOWN = 0.5
 class Portfolio:
     """The parts of the portfolio that fit a space."""
 
-    recorded: tuple[str, ...]  # the data of each part
+    recorded: tuple[str, ...]  # name of the data of each part
     trials: int
-    text: str  # as `write_earlier` writes it
+    text: str  # in the format of `write_earlier`
 
     def __str__(self) -> str:
         return f"the portfolio, {self.trials} configurations recorded on {' and '.join(self.recorded)}"
 
 
-def portfolio_of(space: Space, but: Collection[str] = ()) -> Portfolio | None:
-    """Return what the portfolio knows of a space; None where it does not fit.
+def portfolio_of(space: Space, excluded_data: Collection[str] = ()) -> Portfolio | None:
+    """Return the parts of the portfolio that fit a space; None if there are none.
 
     Args:
-        space: of the study.
-        but: data whose parts are left out.
+        space: search space of the study.
+        excluded_data: names of data whose parts are left out.
     """
     parts = [
         part
         for part in load_json(PORTFOLIO.read_bytes())
-        if part[RECORDED] not in but and fits(space, parse_space(part["space"], PORTFOLIO.name))
+        if part[RECORDED] not in excluded_data and fits(space, parse_space(part["space"], PORTFOLIO.name))
     ]
     if not parts:
         return None
@@ -54,10 +54,11 @@ def portfolio_of(space: Space, but: Collection[str] = ()) -> Portfolio | None:
 
 
 def fits(space: Space, recorded: Space) -> bool:
-    """Tell whether what was recorded of one space says something of another.
+    """Tell whether records of one space are useful for another.
 
-    The other has to search all settings that were searched. Its choices must be among the recorded ones, and at least
-    half of each of its ranges within the recorded one. Further settings do no harm: nothing is said of them.
+    The other space must search all recorded settings. Its choices must be among the recorded ones, and at least half of
+    each of its ranges must be inside of the recorded range. It may search further settings, for which there are no
+    records.
     """
     its, known = encoding_of(space), encoding_of(recorded)
     return all(
@@ -66,6 +67,6 @@ def fits(space: Space, recorded: Space) -> bool:
 
 
 def _share(axis: Axis, known: Axis) -> float:
-    """Return the share of a range that is known."""
+    """Return the share of a range that the known range covers."""
     low, high = known.unit(axis.value(np.array([0.0, 1.0])))
     return float((min(high, 1.0) - max(low, 0.0)) / (high - low))

@@ -1,4 +1,4 @@
-"""Offer the search policy as a sampler for any study of Optuna's."""
+"""Provide the search policy as a sampler for any Optuna study."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +21,15 @@ from raytune_emotion.tuning.space.space import Space
 
 
 class ForecastSampler(BaseSampler):
-    """Propose what is expected to better the study's best value by the most.
+    """Propose the configuration with the largest expected improvement of the study's best value.
 
-    The forecast learns from complete, pruned, running and failed trials, from each as far as it went. Trials that run
-    count as if they had ended as forecast, so that many workers are not sent to one place.
+    The forecast learns from complete, pruned, running and failed trials, from each as far as it was trained. Running
+    trials count as if they had ended with their forecast, so that parallel workers get different configurations.
 
         study = optuna.create_study(sampler=ForecastSampler(seed=0))
         study.optimize(objective, n_trials=100)
 
-    What is proposed depends on the seed, the number of the trial and the past alone. The first trials are random.
+    The proposal depends only on the seed, the number of the trial and the past. The first trials are random.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class ForecastSampler(BaseSampler):
         """Make a sampler.
 
         Args:
-            space: of a study of this project. Without it, the parameters are those that the study's trials have had; a
-                trial that has no use for one, as a branch of an objective, passes it over.
-            seed: of the candidates; None for one by chance.
-            objective: of a study of this project.
-            earlier: what other studies say of configurations.
-            reports: of a trial that is trained to its end, where that is known.
-            draw: draws the candidates that are compared.
+            space: search space of a study of this project. Without it, the parameters are those of the study's trials;
+                a trial ignores parameters that its branch of the objective does not use.
+            seed: seed of the candidates; None for a random one.
+            objective: objective of a study of this project.
+            earlier: forecasts of other studies.
+            reports: reports of a trial that is trained to its end, if known.
+            draw: function that draws the candidates to compare.
         """
         self._space, self._earlier, self._draw = space, earlier, draw
         self._objective, self._reports = objective, reports
@@ -104,11 +104,11 @@ def _tpe(seed: int) -> BaseSampler:
 
 
 def _cmaes(seed: int) -> BaseSampler:
-    # Choices, which it cannot rank, are drawn at random; that is no news to whoever asked for it.
+    # CMA-ES cannot order choices, so they are drawn at random. Users of CMA-ES know this; suppress the warning.
     return CmaEsSampler(seed=seed, warn_independent_sampling=False)
 
 
-#: Optuna's samplers, by the names that `--sampler` takes.
+#: Factories of Optuna's samplers, by their names in `--sampler`.
 OPTUNA: Mapping[str, Callable[[int], BaseSampler]] = {
     "tpe": _tpe,
     "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
@@ -116,14 +116,14 @@ OPTUNA: Mapping[str, Callable[[int], BaseSampler]] = {
     "random": lambda seed: RandomSampler(seed=seed),
     "qmc": lambda seed: QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
 }
-#: Those whose seed must stay the same from trial to trial: it names a sequence.
+#: Samplers whose seed must be the same for all trials, because it selects a sequence.
 _SEQUENCES = {"qmc"}
 
 
 def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
-    """Make one of Optuna's samplers for a trial of a study, so that a study that is resumed proposes the same."""
+    """Make one of Optuna's samplers for a trial number, so that a resumed study makes the same proposals."""
     own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     with warnings.catch_warnings():
-        # Sampling in groups is called experimental since 2021.
+        # Sampling in groups is marked as experimental since 2021.
         warnings.simplefilter("ignore", ExperimentalWarning)
         return OPTUNA[name](seed if name in _SEQUENCES else own)

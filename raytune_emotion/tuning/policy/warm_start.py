@@ -1,6 +1,6 @@
-"""Keep what earlier studies have shown in a file of the study that starts from it, and make forecasts of it.
+"""Keep results of earlier studies in a file of the study that starts from them, and make forecasts from it.
 
-Kept, since a study that goes on proposes what it would have proposed, wherever the earlier ones are by then.
+A copy is kept, so that a resumed study makes the same proposals even if the earlier studies have moved.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from raytune_emotion.tuning.space.space import are_settings
 
 EARLIER = "earlier.json"
 NOTHING, OWN = "none", "the portfolio"
-#: The key of where an earlier study lay.
+#: Key of the location of an earlier study.
 STUDY = "study"
 
 
 def write_earlier(folder: Path, gathered: str) -> None:
-    """Write what was gathered from earlier studies to a study's folder."""
+    """Write the results of earlier studies to a study's folder."""
     write_text(folder / EARLIER, gathered)
 
 
 def name_earlier(folder: Path) -> str:
-    """Name what a study started from: `NOTHING`, `OWN`, or where the earlier studies lay."""
+    """Return the source of a study's warm start: `NOTHING`, `OWN`, or the locations of the earlier studies."""
     if not (folder / EARLIER).exists():
         return NOTHING
     with _damage_in_words(folder):
@@ -38,7 +38,7 @@ def name_earlier(folder: Path) -> str:
 
 
 def read_earlier(folder: Path) -> list[Forecast]:
-    """Read what the studies that a study started from say of any configuration; none where it started from none."""
+    """Return forecasts of the earlier studies from which a study started; an empty list if there are none."""
     if not (folder / EARLIER).exists():
         return []
     with _damage_in_words(folder):
@@ -47,7 +47,7 @@ def read_earlier(folder: Path) -> list[Forecast]:
 
 @contextlib.contextmanager
 def _damage_in_words(folder: Path) -> Iterator[None]:
-    """Say in a sentence what is wrong with the file of a study."""
+    """Turn errors of the block into a sentence about the file of earlier studies."""
     try:
         yield
     except UserError as error:
@@ -59,7 +59,7 @@ def _damage_in_words(folder: Path) -> Iterator[None]:
 
 
 def forecasts_of(gathered: str | bytes) -> list[Forecast]:
-    """Return what each of the studies says that were gathered."""
+    """Return a forecast of each earlier study."""
     return [
         Forecast(
             encoding_of(parse_space(study["space"], EARLIER)),
@@ -72,5 +72,5 @@ def forecasts_of(gathered: str | bytes) -> list[Forecast]:
 
 def _curve(kept: Any, values: Mapping[str, Any]) -> Curve:
     if not (are_settings(kept) and all(map(is_number, values.values()))):
-        raise ValueError("a trial is not as a search writes it")
+        raise ValueError("a trial does not have the format of a search")
     return Curve(kept, {int(n): float(js) for n, js in values.items()})

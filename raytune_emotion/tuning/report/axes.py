@@ -1,4 +1,4 @@
-"""Say how each searched setting is drawn: on the scale that the search space gives it."""
+"""Define the axis of each searched setting in plots, with the scale of the search space."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.study.records import TrialRecord
 from raytune_emotion.tuning.study.spec import StudySpec
 
-#: Numbers of a setting that the space does not name are drawn on a log scale if they span more than this ratio.
+#: Ratio of the largest to the smallest value above which a setting outside of the space gets a log scale.
 _LOG_RATIO = 30
 
 
@@ -23,7 +23,7 @@ class Axis:
 
     name: str
     kind: Literal["linear", "log", "choice"]
-    low: float = 0.0  # of numbers
+    low: float = 0.0  # only for numbers
     high: float = 0.0
     choices: tuple[str, ...] = ()  # as text, in the order of the space
 
@@ -33,19 +33,19 @@ class Axis:
         return any(not choice.replace(".", "", 1).isdigit() for choice in self.choices)
 
     def position(self, value: Any) -> float | str | None:
-        """Return a value as it is drawn: a number, or the text of a choice; None where there is none."""
+        """Return the position of a value on the axis: a number, or the text of a choice; None without a value."""
         if value is None and "None" not in self.choices:
             return None
         return choice_text(value) if self.kind == "choice" else float(value)
 
 
 def choice_text(value: Any) -> str:
-    """Write a choice as YAML writes it."""
+    """Write a choice as in YAML."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def space_of(spec: StudySpec) -> Space | None:
-    """Read a study's space; None where this version cannot: the trials show what they hold all the same."""
+    """Read a study's space; return None if this version cannot. The trials are shown nevertheless."""
     try:
         return parse_space(spec.space)
     except UserError:
@@ -65,7 +65,7 @@ def searched_axes(space: Space | None, records: Sequence[TrialRecord]) -> list[A
 
 
 def settings_of_name(space: Space, name: str) -> list[Setting]:
-    """Return what the space says of a setting, in itself and in its branches; of a loss, what it says of `loss`."""
+    """Return all definitions of a setting in the space and its branches; for a single loss, those of `loss`."""
     key = "loss" if name.startswith("loss.") else name
     layers = [space.settings, *(branch.settings for branch in space.when)]
     return [layer[key] for layer in layers if key in layer]

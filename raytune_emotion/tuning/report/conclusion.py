@@ -1,4 +1,4 @@
-"""Say what came out of a search or a confirmation, and what to type next."""
+"""Print the results of a search or a confirmation, and the next commands."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,17 +33,17 @@ from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 from raytune_emotion.tuning.study.trials import PARAMS
 
-_DRAWN = "\nnote        the faces of the sample are drawn: what this model says of a photo means nothing"
+_DRAWN = "\nnote        the faces of the sample are drawn: predictions of this model for photos are meaningless"
 
 
 def conclude(console: Console, study: OpenStudy, results: Location, address: str | None) -> None:
-    """Export the best trial, and say what came out and what to type next.
+    """Export the best trial, and print the results and the next commands.
 
     Args:
-        console: to say it on.
-        study: that has run.
+        console: console for the results.
+        study: the study, which has run.
         results: folder or URI of the studies.
-        address: of the cluster that it ran on; None for this machine's.
+        address: address of its cluster; None for this machine.
 
     Raises:
         Breakdown: every trial has failed.
@@ -66,18 +66,20 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
     resume = f"{typed_command('search')} --resume{typed_options(results=results, name=place.typed_name)}"
     if over:
-        # The best can be trained longer where nothing else is left to be tried.
+        # If every configuration was tried, only longer training of the best ones is left.
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)
     if best is None or best.best is None:
         if records and counts["failed"] == len(records):
-            raise Breakdown(f"{place}: every trial has failed; why is in the last column of {place / TRIALS}")
-        console.print(f"no trial has reported yet, or those that have failed\n\nnext:\n  {resume}")
+            raise Breakdown(f"{place}: every trial has failed; the reasons are in the last column of {place / TRIALS}")
+        console.print(
+            f"no trial has a result yet: none has reported, or all that reported have failed\n\nnext:\n  {resume}"
+        )
         return
     confirmation = advise_confirmation(place, rivals) if place.is_here(folder) else ""
     objective = OBJECTIVES[spec.objective]
     if objective.front:
-        front = plain_table(*FRONT, title=f"no {objective.cheaper} model has bettered")
+        front = plain_table(*FRONT, title=f"Pareto front: no {objective.cheaper} model has a lower JS")
         for row in front_rows(records, objective):
             front.add_row(*row)
         console.print(front)
@@ -97,7 +99,7 @@ next:
 
 
 def advise_confirmation(study: Location, rivals: Sequence[str]) -> str:
-    """Return the command that tells the best trial from others that may be as good; empty where there are none."""
+    """Return the command that compares the best trial with others that may be as good; "" if there are none."""
     if not rivals:
         return ""
     some = f"trial {rivals[0]}" if len(rivals) == 1 else f"trials {', '.join(rivals)}"
@@ -106,23 +108,21 @@ def advise_confirmation(study: Location, rivals: Sequence[str]) -> str:
 
 
 def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
-    """Say by how much the search has bettered the trials that it began with, before it had learned anything."""
+    """Return a text on the improvement over the first trials, which were chosen without a forecast."""
     first = [record for record in records if int(record.trial_id) < STARTUP]
     reached = [record.best["val_js"] for record in first if record.best is not None and record.status != "failed"]
     if not reached or len(records) <= STARTUP:
-        return (
-            f"not known yet: it counts from the best of the first {count(STARTUP, 'trial')}, which only begin a search"
-        )
+        return f"not known yet: it is measured from the best of the first {count(STARTUP, 'trial')} on"
     return f"{min(reached) - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({min(reached):.4f})"
 
 
 def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:
-    """Say how the configurations stand, and export the winner once all is done.
+    """Print the ranking of the configurations, and export the winner of a complete confirmation.
 
     Args:
-        console: to say it on.
+        console: console for the results.
         study: the confirmation.
-        whole: whether it has come to its end.
+        whole: whether it is complete.
     """
     folder, spec, records = study.folder, study.spec, study.records()
     found = rank_confirmed(spec, records)
@@ -136,18 +136,18 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
         return
     winner = found[0]
     if not winner.runs:
-        raise Breakdown(f"{folder}: no run has come to its end; why is in the last column of {folder / 'trials.csv'}")
+        raise Breakdown(f"{folder}: no run is complete; the reasons are in the last column of {folder / 'trials.csv'}")
     _export(folder, winner, len(found))
     console.print(
         f"""best mean   {winner.summary}, trial {winner.trial_id} of the search
-exported    {folder / "best"}, the run in the middle ({winner.median.trial_id})
+exported    {folder / "best"}, the median run ({winner.median.trial_id})
 table       {folder / CONFIRMED_TABLE}
 page        {folder / REPORT}"""
     )
 
 
 def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -> None:
-    """Export the run of the winner that is in the middle, lest the luck of a seed be exported."""
+    """Export the median run of the winner, so that the result does not depend on a lucky seed."""
     run = winner.median
     trained = trial_folder(folder, run.trial_id)
     best = read_best(trained / BEST)
@@ -158,8 +158,8 @@ def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -
     }
     notes = [
         f"The configuration of trial {winner.trial_id} of the study {folder.parent.name}, the best of {configurations} "
-        f"with fresh seeds: JS {winner.summary}.",
-        f"These weights are of the run in the middle, trial {run.trial_id} of the confirmation.",
+        f"with new seeds: JS {winner.summary}.",
+        f"These weights are from the median run, trial {run.trial_id} of the confirmation.",
     ]
     metrics = {**best.report, **confirmed}
     write_package(folder / "best", best, notes, metrics=metrics, store=store_of(trained, best))

@@ -1,4 +1,4 @@
-"""Show what a space holds and what its trials cost, before any of them runs."""
+"""Show a search space and the cost of its trials, before any trial runs."""
 
 import json
 import statistics
@@ -22,14 +22,17 @@ from raytune_emotion.tuning.study.creation import check_space, image_sizes
 from raytune_emotion.tuning.study.earlier import WarmStart
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
 
+#: Number of configurations to show.
 _DRAWN = 10
+#: Batch size of the measurement.
 _ROWS = 32
+#: Number of measured steps.
 _STEPS = 5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of training one backbone at one image size."""
+    """The cost of training one backbone at one image size."""
 
     backbone: str
     image_size: int  # px
@@ -38,12 +41,12 @@ class Cost:
 
 
 def show_dry_run(console: Console, request: SearchRequest, space: Space, data: Data, warm_start: WarmStart) -> None:
-    """Show what a study would choose from, and what its trials would cost with as many threads as this process has."""
+    """Show the space of a study, and the cost of its trials with the threads of this process."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
     check_space(space, data, workers=request.workers_per_trial or 1)
 
-    settings = plain_table("setting", "is", title="the space")
+    settings = plain_table("setting", "values", title="search space")
     for key, value in space.to_dict().items():
         if key == "when":
             for branch in value:
@@ -51,11 +54,11 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
         elif key != "start":
             settings.add_row(key, in_words(value))
     console.print(settings)
-    console.print("ten of its configurations\n")
+    console.print("ten configurations\n")
     for configuration in draw(space, _DRAWN, space.fixed_settings.get("train.seed", 0)):
         named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
         console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
-    console.print(f"\nthe search is guided by {warm_start.told}\n")
+    console.print(f"\nthe search is guided by {warm_start.description}\n")
     epochs, trials = space.fixed_settings["train.epochs"], request.trials or DEFAULT_TRIALS
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")
@@ -68,13 +71,13 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     console.print(cost)
     whole = _duration(trials * sum(seconds) / len(seconds))
     console.print(
-        f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}: {whole} of this device if "
-        f"none is stopped and all backbones are drawn alike; measured in a few steps, beside what else runs here now"
+        f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}: {whole} on this device if "
+        f"none is stopped and all backbones are equally frequent; measured in a few steps, beside other programs"
     )
 
 
 def in_words(value: Any) -> str:
-    """Say a value of a space, or how it is drawn, in the words of docs/search-space.md."""
+    """Describe a value or a distribution of a space, in the words of docs/search-space.md."""
     if not isinstance(value, dict):
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     ((kind, given),) = value.items()
@@ -88,7 +91,7 @@ def in_words(value: Any) -> str:
 
 
 def _branch(branch: Mapping[str, Any]) -> str:
-    """Say what holds for some choices only."""
+    """Describe settings that apply only for some choices."""
     given = {name: value if isinstance(value, list | tuple) else [value] for name, value in branch["if"].items()}
     conditions = [f"{name} is {' or '.join(map(str, values))}" for name, values in given.items()]
     settings = [f"{name}: {in_words(value)}" for name, value in branch.items() if name != "if"]
@@ -96,7 +99,7 @@ def _branch(branch: Mapping[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Say a time in the unit that it is some of."""
+    """Write a time in hours, minutes or seconds."""
     size, unit = next((each for each in ((3600, "h"), (60, "min")) if seconds >= each[0]), (1, "s"))
     return f"{seconds / size:.1f} {unit}"
 
@@ -106,14 +109,14 @@ def _short(value: Any) -> str:
 
 
 def costs(space: Space, sizes: tuple[int, ...], device: torch.device) -> list[Cost]:
-    """Train each backbone of a space for some steps on noise, with the threads that this process has, and time it."""
+    """Time some training steps of each backbone of a space on noise, with the threads of this process."""
     backbones = space.values_of("model.backbone") or (RunConfig().model.backbone,)
     weights_dir = space.fixed_settings.get("model.weights_dir")
     return [_cost(name, size, weights_dir, device) for name in backbones for size in sizes]
 
 
 def _cost(backbone: str, size: int, weights_dir: str | None, device: torch.device) -> Cost:
-    # What a backbone of the hub is may stand in the folder of weights alone.
+    # The configuration of a backbone of the hub may exist only in the folder of weights.
     settings = {"model.backbone": backbone, "data.image_size": size, "model.weights_dir": weights_dir}
     config = RunConfig.from_flat(settings)
     model = build_model(config, weights=False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -129,7 +132,7 @@ def _cost(backbone: str, size: int, weights_dir: str | None, device: torch.devic
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    step()  # the first one chooses kernels and takes memory
+    step()  # the first step chooses kernels and allocates memory
     seconds = []
     for _ in range(_STEPS):
         began = time.perf_counter()

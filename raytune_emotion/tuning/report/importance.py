@@ -1,4 +1,4 @@
-"""Estimate how much each setting matters for the validation JS, and how sure that is."""
+"""Estimate the importance of each setting for the validation JS, with its uncertainty."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,16 +13,17 @@ from optuna.trial import FrozenTrial, create_trial
 from raytune_emotion.tuning.report.axes import Axis
 from raytune_emotion.tuning.study.records import TrialRecord
 
-#: Fewer trials tell nothing of this.
+#: Smallest number of trials for an estimate.
 MIN_TRIALS = 10
+#: Number of bootstrap resamples.
 _RESAMPLES = 20
-#: More trials would take seconds, and change less than the uncertainty that is shown.
+#: Largest size of a resample. More trials would take seconds, and change less than the displayed uncertainty.
 _MOST_TRIALS = 300
 
 
 @dataclass(frozen=True)
 class Importance:
-    """The share of one setting in what all settings explain, over resamples of the trials."""
+    """The share of one setting in the variation that all settings explain, over resamples of the trials."""
 
     name: str
     mean: float
@@ -31,11 +32,11 @@ class Importance:
 
 
 def importances(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[Importance]:
-    """Return the importance of each setting, the greatest first; none where there are too few trials.
+    """Return the importance of each setting, the greatest first; an empty list for too few trials.
 
-    PED-ANOVA (Watanabe et al., IJCAI 2023; for conditional settings arXiv 2601.20800) asks in what the best tenth of
-    the trials differs from all. It needs no model of the scores, so a trial that was stopped early counts as what it
-    is: not among the best. It is repeated on bootstrap resamples of the trials.
+    PED-ANOVA (Watanabe et al., IJCAI 2023; for conditional settings arXiv 2601.20800) measures how the best tenth of
+    the trials differs from all trials. It needs no model of the scores: a trial that was stopped early simply counts as
+    not among the best. It is repeated on bootstrap resamples of the trials.
     """
     scored = [record for record in records if record.best and record.status != "failed"]
     if len(scored) < MIN_TRIALS or not axes:
@@ -59,17 +60,17 @@ def importances(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[Im
 
 def _evaluate(trials: Sequence[FrozenTrial], names: list[str]) -> dict[str, float]:
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # not that a study was created in memory
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # hide the message that a study was created
     try:
         study = optuna.create_study()
     finally:
         optuna.logging.set_verbosity(verbosity)
     study.add_trials(trials)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the evaluator is experimental
-        # Optuna advises at least five trials among the best.
+        warnings.simplefilter("ignore")  # the evaluator is experimental
+        # Optuna recommends at least five trials among the best.
         evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, min(0.5, 5 / len(trials))))
-        # A setting of a branch of the space may be in none of the trials, which Optuna refuses.
+        # Leave out settings that are in none of the trials, as in a branch of the space: Optuna refuses them.
         there = [name for name in names if any(name in trial.params for trial in trials)]
         return evaluator.evaluate(study, params=there)
 

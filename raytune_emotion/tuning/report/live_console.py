@@ -1,4 +1,4 @@
-"""Show a running study on the console: a view that is drawn again and again in a terminal, lines elsewhere."""
+"""Show a running study on the console: as a live view in a terminal, as lines elsewhere."""
 
 import contextlib
 import time
@@ -15,14 +15,14 @@ from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
 from raytune_emotion.tuning.report.summary import duration, gain_text, rate_text
 
-#: Between two lines on how a study stands, where nothing can be drawn again.
+#: Seconds between two lines on the progress of a study, on a console that cannot redraw.
 _EVERY_S = 60.0
 _REFRESHES_PER_S = 4
 
 
 @contextmanager
 def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
-    """Show a study until the block ends, with a line for each trial that has ended."""
+    """Show a study until the block ends, with a line for each ended trial."""
 
     def hear(event: Event) -> None:
         progress.watch(event)
@@ -46,14 +46,14 @@ def show_events(console: Console, progress: StudyProgress) -> Iterator[Watch]:
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line, if the console still takes one."""
-    # A terminal may have closed, or a log's disk be full: the study goes on.
+    """Print a line, as far as the console accepts it."""
+    # The study continues even if the terminal has closed, or the disk of the log is full.
     with contextlib.suppress(OSError):
         console.print(line)
 
 
 def line_of(event: Event) -> str:
-    """Say in a line how a trial has ended, or why it starts anew."""
+    """Return a line on the ending of a trial, or on the reason of its restart."""
     settings = event.proposal.settings
     what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
     what += [
@@ -63,7 +63,7 @@ def line_of(event: Event) -> str:
         f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005
     ]
     if event.report is None or event.status in ("running", "failed"):
-        outcome = event.reason or "was paused, and is not continued"
+        outcome = event.reason or "was paused, and was not resumed"
     else:
         outcome = f"JS {event.report[OBJECTIVE]:.4f} bits after {count(float(event.report['epoch']), 'epoch')}"
     if event.proposal.continues is not None:
@@ -72,7 +72,7 @@ def line_of(event: Event) -> str:
 
 
 def sum_up(snapshot: Snapshot) -> str:
-    """Say in a line how a study stands."""
+    """Return a line on the progress of a study."""
     summary, paused = snapshot.summary, snapshot.summary.trials["paused"]
     best = summary.best
     parts = [

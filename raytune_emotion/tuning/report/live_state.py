@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import get_args
 
-from raytune_emotion.learn.report import OBJECTIVE, Heard
+from raytune_emotion.learn.report import OBJECTIVE, DriverReport
 from raytune_emotion.storage.locations import files_below
 from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.report.summary import BestTrial, Summary, per_hour, summarize, time_left
@@ -28,7 +28,7 @@ class TrialAtWork:
 
     proposal: Proposal
     since: float  # when it was given to a process, in seconds of the session
-    report: Heard | None  # None before its first evaluation here
+    report: DriverReport | None  # None before its first evaluation here
     worker: str  # host and process; empty before the first evaluation
 
 
@@ -124,7 +124,7 @@ class StudyProgress:
             self._reached.pop(trial_id, None)
             self._points = [point for point in self._points if point[2] != trial_id]
 
-    def _reach(self, proposal: Proposal, status: Status, report: Heard, now: float) -> None:
+    def _reach(self, proposal: Proposal, status: Status, report: DriverReport, now: float) -> None:
         trial_id, js = proposal.trial_id, report[OBJECTIVE]
         known = self._reached.get(trial_id)
         if known is None or js < known.val_js:

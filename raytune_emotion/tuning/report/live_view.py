@@ -1,4 +1,4 @@
-"""Draw a running study in a terminal. Nothing in it is markup: texts come from spaces, names and machines."""
+"""Draw a running study in a terminal, without markup, because texts come from spaces, names and machines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,26 +13,28 @@ from raytune_emotion.tuning.report.live_state import Disk, Snapshot, StudyProgre
 from raytune_emotion.tuning.report.summary import Summary, duration, gain_text, rate_text, sparkline, value_text
 from raytune_emotion.tuning.study.optuna_study import ENDED
 
+#: Width of the labels, columns.
 _LABEL = 12
-#: Of a trial's row, in columns: the bar of its epochs.
+#: Width of the bar of a trial's epochs, columns.
 _BAR = 16
-#: From this width on, a trial's row also names its process.
+#: Width above which a trial's row also names its process, columns.
 _WIDE = 80
+#: Largest width of the sparkline, columns.
 _SPARKS = 48
-#: What a screen of this many lines has beside the rows of trials and settings, with a line to spare.
+#: Number of lines other than the rows of trials and settings, with one spare line.
 _OTHER_LINES = 14
 _COLOURS = {"complete": "green", "pruned": "yellow", "failed": "red", "paused": "blue", "running": "cyan"}
 
 
 class LiveView:
-    """What rich draws again and again while a study runs."""
+    """A renderable of rich, which is redrawn while a study runs."""
 
     def __init__(self, progress: StudyProgress) -> None:
         self._progress = progress
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         drawn = draw(self._progress.snapshot(), self._progress.disk(), options.max_width, console.height)
-        # A plain console lets the terminal break lines; a drawing has lines of its own.
+        # A plain console lets the terminal wrap lines, but this view has fixed lines.
         yield from console.render(drawn, options.update(no_wrap=False, overflow="ellipsis"))
 
 
@@ -40,10 +42,10 @@ def draw(snapshot: Snapshot, disk: Disk, width: int, height: int) -> Table:
     """Draw a study.
 
     Args:
-        snapshot: of the study.
-        disk: what it takes of its disk.
-        width: of the screen, in columns.
-        height: of the screen, in lines: rows of trials and settings are left out where it is short of them.
+        snapshot: snapshot of the study.
+        disk: disk space that the study uses, and free space.
+        width: width of the screen, columns.
+        height: height of the screen, lines. Rows of trials and settings that do not fit are left out.
     """
     body = max(20, width - _LABEL)
     view = Table.grid(padding=0)
@@ -60,7 +62,7 @@ def draw(snapshot: Snapshot, disk: Disk, width: int, height: int) -> Table:
 
 
 def _text(*parts: str | tuple[str, str]) -> Text:
-    """Join parts; each is a text, or a text with its style."""
+    """Join parts, each a text, or a text with its style."""
     text = Text(no_wrap=True, overflow="ellipsis")
     for part in parts:
         words, style = (part, "") if isinstance(part, str) else part
@@ -69,7 +71,7 @@ def _text(*parts: str | tuple[str, str]) -> Text:
 
 
 def _trials(snapshot: Snapshot, width: int) -> Text:
-    """Draw how many trials have ended, and how, as parts of a bar."""
+    """Draw the numbers of trials by status, as parts of a bar."""
     planned = max(1, snapshot.summary.trials_planned, sum(snapshot.summary.trials.values()))
     label = f"  {snapshot.ended} of {snapshot.summary.trials_planned} ended"
     cells = max(8, width - len(label) - 1)
@@ -122,7 +124,7 @@ def _add_best(view: Table, summary: Summary, width: int, height: int) -> None:
 
 
 def _settings(settings: Mapping[str, Any], width: int, most: int) -> Table:
-    """Lay settings out in as many columns as fit, in the order of the space. Losses without weight are left out."""
+    """Arrange settings in as many columns as fit, in the order of the space. Losses without weight are left out."""
     cells = [
         (name, value_text(value))
         for name, value in settings.items()
@@ -141,7 +143,7 @@ def _settings(settings: Mapping[str, Any], width: int, most: int) -> Table:
 
 
 def _columned(cells: Sequence[tuple[str, str]]) -> list[Text]:
-    """Write names and values of one column below each other."""
+    """Align the names and values of one column."""
     longest = max(len(name) for name, _ in cells)
     return [_text((f"{name:<{longest}} ", "bright_black"), value) for name, value in cells]
 
@@ -151,7 +153,7 @@ def _add_work(view: Table, snapshot: Snapshot, width: int, height: int) -> None:
         return
     view.add_row()
     most = max(2, (height - _OTHER_LINES) // 2)
-    # All rows, or one less than fit and a count of the others.
+    # Show all rows, or one less than fit and a count of the others.
     work = snapshot.at_work if len(snapshot.at_work) <= most else snapshot.at_work[: most - 1]
     hosts = {trial.worker.rpartition(":")[0] for trial in work if trial.worker}
     for number, trial in enumerate(work):
@@ -162,7 +164,7 @@ def _add_work(view: Table, snapshot: Snapshot, width: int, height: int) -> None:
 
 
 def _row(trial: TrialAtWork, snapshot: Snapshot, width: int, *, one_host: bool) -> Text:
-    """Write what a process does; what comes last is cut off where the screen is narrow."""
+    """Write the row of a running trial. Its last parts are cut off on a narrow screen."""
     backbone = (f"  {trial.proposal.settings.get('model.backbone', '')}", "bright_black")
     if trial.report is None:
         waits = f"  no evaluation yet, {duration(snapshot.session_seconds - trial.since)}"

@@ -1,6 +1,7 @@
-"""Log a running study to MLflow: a run of the study, and below it one for each trial. MLflow is imported here alone.
+"""Log a running study to MLflow: a run for the study with a child run for each trial.
 
-All of it happens in a thread of the driver. A server that is away is tried again, and never keeps the study waiting.
+Only this module imports MLflow. The log is written in a thread of the driver. A failed request is repeated later, and
+the study never waits for the server.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raytune_emotion.interruption import run_in_thread
-from raytune_emotion.learn.report import HEARD, OBJECTIVE
+from raytune_emotion.learn.report import DRIVER_KEYS, OBJECTIVE
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.recorder import Event, Watch
@@ -20,22 +21,22 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.spec import SPEC, created_at
 
 EXPERIMENT = "raytune_emotion"
-#: Tags by which a study that goes on finds its runs. Another study may have had the same name before.
+#: Tags by which a resumed study finds its runs. Another study may have had the same name before.
 STUDY_TAG, CREATED_TAG, TRIAL_TAG = "raytune_emotion.study", "raytune_emotion.created", "raytune_emotion.trial"
-#: Between two attempts at a server that is away; and what is left at the end gets so long.
+#: Seconds between two attempts at a failed request, and longest time for the remaining requests at the end.
 _AGAIN_S, _END_S = 5.0, 30.0
-#: MLflow takes so many metrics at once.
+#: Largest number of metrics that MLflow accepts at once.
 _BATCH = 1000
-#: MLflow reads these from the environment, and has no arguments in their place.
+#: Environment variables that MLflow reads. It has no arguments for them.
 _MLFLOW_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-#: Where a report belongs.
+#: Keys of the position of a report.
 _AT = ("report", "time", "epoch")
 _RUN_STATUS = {"complete": "FINISHED", "pruned": "KILLED", "failed": "FAILED", "paused": "SCHEDULED"}
 
 
 @contextlib.contextmanager
 def mlflow_log(uri: str, study: OpenStudy) -> Iterator[Watch]:
-    """Log a study until the block ends, and then the export that lies in its folder."""
+    """Log a study until the block ends, and then the export in its folder."""
     log = _Log(uri, study)
     thread = _Thread(uri)
     thread.do(log.begin)
@@ -47,7 +48,7 @@ def mlflow_log(uri: str, study: OpenStudy) -> Iterator[Watch]:
 
 
 class _Thread:
-    """Do one thing after the other in a thread; what fails is done again."""
+    """Run actions one after the other in a thread. A failed action is repeated."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -59,11 +60,11 @@ class _Thread:
         self._left.put(action)
 
     def close(self) -> None:
-        """Give what is left some time."""
+        """Give the remaining actions some time."""
         self._left.put(None)
         self._closes.set()
         if not self._ended.wait(_END_S) or not self._left.empty():
-            warn(f"--mlflow {self._uri}: not all was logged; the study itself is whole")
+            warn(f"--mlflow {self._uri}: the log is incomplete; the study itself is complete")
 
     def _work(self) -> None:
         said = False
@@ -76,26 +77,26 @@ class _Thread:
     def _try(self, action: Callable[[], None], *, said: bool) -> bool:
         try:
             action()
-        except Exception as error:  # of whatever class: it is MLflow's, and the study goes on
+        except Exception as error:  # any error of MLflow: the study continues
             if not said:
                 why = (str(error).splitlines() or [type(error).__name__])[0]
-                warn(f"--mlflow {self._uri}: {why}; the study goes on, and this is tried again")
+                warn(f"--mlflow {self._uri}: {why}; the study continues, and this request is repeated")
             return False
         return True
 
 
 class _Log:
-    """Write the runs of one study. It is called by one thread alone; a method that has failed can be called again."""
+    """Write the runs of one study. Only one thread calls it, and a failed method can be called again."""
 
     def __init__(self, uri: str, study: OpenStudy) -> None:
         self._uri, self._study, self._name = uri, study, study.folder.name
         self._client: Any = None
         self._experiment = self._parent = ""
-        self._runs: dict[str, str] = {}  # of trials whose parameters are logged
+        self._runs: dict[str, str] = {}  # run of each trial whose parameters are logged
         self._best = float("inf")
 
     def begin(self) -> None:
-        """Make the study's run, or go on with it."""
+        """Make the study's run, or continue it."""
         for name, value in _MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
@@ -112,7 +113,7 @@ class _Log:
             self._runs[trial_id] = run_id
 
     def take(self, event: Event) -> None:
-        """Log what happened to a trial."""
+        """Log an event of a trial."""
         if event.elsewhere:
             return
         trial_id = event.proposal.trial_id
@@ -120,7 +121,7 @@ class _Log:
             tags = {TRIAL_TAG: trial_id, "mlflow.parentRunId": self._parent}
             made = self._run({**tags, "study": self._name}, f"{self._name} {trial_id}")
             self._params(made, self._study.spec.settings_now(event.proposal.settings))
-            self._runs[trial_id] = made  # only now: else a retry would leave the parameters out
+            self._runs[trial_id] = made  # only after the parameters, so that a retry logs them again
         run_id = self._runs[trial_id]
         if event.report is not None:
             report: Mapping[str, Any] = event.report
@@ -131,10 +132,10 @@ class _Log:
             self._client.update_run(run_id, status="RUNNING")
             return
         if event.status != "paused":
-            # What the driver does not hear: every metric of every evaluation.
+            # Log the metrics that the driver does not receive, of every evaluation.
             history = read_history(self._study.trial_folder(trial_id))
             self._metrics(
-                run_id, [{k: v for k, v in report.items() if k in _AT or k not in HEARD} for report in history]
+                run_id, [{k: v for k, v in report.items() if k in _AT or k not in DRIVER_KEYS} for report in history]
             )
         self._tag(run_id, {"status": event.status, "reason": event.reason})
         self._client.set_terminated(run_id, _RUN_STATUS[event.status])
@@ -147,7 +148,7 @@ class _Log:
         self._client.set_terminated(self._parent, "FINISHED" if self._study.is_over() else "KILLED")
 
     def _log_best(self, js: float) -> None:
-        """Log a JS if it is the study's best: an earlier search, or another driver, may have had a better one."""
+        """Log a JS if it is the study's best. An earlier search, or another driver, may have had a better one."""
         if js >= self._best:
             return
         logged = self._client.get_run(self._parent).data.metrics.get(OBJECTIVE, float("inf"))
@@ -156,7 +157,7 @@ class _Log:
         self._best = min(js, logged)
 
     def _run(self, tags: dict[str, str], name: str) -> str:
-        """Return the run with these tags; make it where there is none."""
+        """Return the run with these tags; make it if there is none."""
         wanted = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
         for run in self._client.search_runs([self._experiment], wanted, max_results=1):
             self._client.update_run(run.info.run_id, status="RUNNING")
@@ -164,7 +165,7 @@ class _Log:
         return str(self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id)
 
     def _children(self) -> dict[str, str]:
-        """Return the runs of trials that an earlier search has logged with their parameters."""
+        """Return the runs of trials that an earlier search has logged completely, with their parameters."""
         found, token = dict[str, str](), None
         while True:
             wanted = f"tags.`mlflow.parentRunId` = '{self._parent}'"
@@ -184,7 +185,7 @@ class _Log:
             self._client.set_tag(run_id, name, str(value))
 
     def _metrics(self, run_id: str, reports: list[Any]) -> None:
-        """Log the numbers of reports, each at its number and its time."""
+        """Log the numbers of reports, each with the number and the time of its report."""
         from mlflow.entities import Metric
 
         now = time.time()

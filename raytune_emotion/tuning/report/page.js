@@ -1,4 +1,4 @@
-// Draws the plots of a study with Observable Plot, and makes them and the tables answer to pointer and keys.
+// Draws the plots of a study with Observable Plot, and makes plots and tables interactive.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -23,17 +23,17 @@ function shortNumber(value) {
 const seconds = (s) =>
   s === null ? "–" : s < 120 ? `${Number(s.toPrecision(2))} s` : s < 7200 ? `${(s / 60).toFixed(1)} min` : `${(s / 3600).toFixed(1)} h`;
 
-// How much of the room of a choice its trials are spread over, so that they can be told apart.
+// Share of a choice's room over which its trials are spread, so that they can be distinguished.
 const WIDE = 0.3;
 
-// A number in [-0.5, 0.5] that is the same for the same text.
+// A number in [-0.5, 0.5] that is a function of the text.
 function spread(text) {
   let hash = 2166136261;
   for (const character of text) hash = Math.imul(hash ^ character.charCodeAt(0), 16777619);
   return ((hash >>> 0) % 1000) / 1000 - 0.5;
 }
 
-// Where a trial stands on the axis of a setting: a number, or null where it has no such setting.
+// The position of a trial on the axis of a setting: a number, or null if it has no such setting.
 function place(axis, trial, wide) {
   const value = trial.settings[axis.name];
   if (value === null || value === undefined) return null;
@@ -67,7 +67,7 @@ function scaleOf(axis, width) {
   };
 }
 
-// Whether the names of choices do not fit side by side.
+// Whether the names of choices are too long to be side by side.
 const crowded = (axis, width) => axis.kind === "choice" && d3.max(axis.choices, (c) => c.length) * 7 + 4 > width / axis.choices.length;
 const fit = (text, most) => (text.length <= most ? text : `${text.slice(0, Math.max(2, Math.floor(most) - 1))}…`);
 
@@ -84,7 +84,7 @@ function jsDomain() {
 }
 const jsScale = () => ({ domain: jsDomain(), label: "JS, bits", grid: true, ticks: 5, clamp: true, tickFormat: shortNumber });
 
-// A constant array channel keeps Plot from taking colours for categories.
+// A constant array channel prevents Plot from taking colours for categories.
 const literal = (of) => ({ value: of, scale: null });
 const named = (trial) => `trial ${trial.id}`;
 
@@ -105,13 +105,13 @@ const baseline = () => [
   Plot.ruleY([data.baseline], { stroke: "currentColor", strokeOpacity: 0.55, strokeDasharray: "3,4" }),
 ];
 
-// The pixels of dots, by which the pointer finds the nearest.
+// The pixels of dots, which are used to find the dot closest to the pointer.
 const pixels = (svg, list, x, y) => {
   const sx = svg.scale("x"), sy = svg.scale("y");
   return list.map((d) => ({ id: d.id, x: sx.apply(x(d)), y: sy.apply(y(d)) })).filter((p) => isFinite(p.x) && isFinite(p.y));
 };
 
-// ---- the plots: each takes a width and returns an SVG and what the pointer can hit in it
+// ---- the plots: each takes a width and returns an SVG and the points that the pointer can hit
 
 const charts = {
   progress(width) {
@@ -200,7 +200,7 @@ const charts = {
     const list = data.importances, percent = (v) => `${Math.round(100 * v)} %`;
     const svg = plot(width, {
       height: 34 + 30 * list.length, marginTop: 4, marginLeft: Math.min(150, width * 0.36), marginRight: 24,
-      x: { domain: [0, Math.max(0.05, d3.max(list, (d) => d.high))], ticks: Math.max(3, width / 110), tickFormat: percent, label: "share of what all settings explain →", grid: true },
+      x: { domain: [0, Math.max(0.05, d3.max(list, (d) => d.high))], ticks: Math.max(3, width / 110), tickFormat: percent, label: "share in the variation that all settings explain →", grid: true },
       y: { domain: list.map((d) => d.name), label: null, tickSize: 0 },
       marks: [
         Plot.axisY({ tickSize: 0, label: null, tickFormat: shortName }),
@@ -298,7 +298,7 @@ const charts = {
   entropy(width) {
     const bins = data.analysis.entropy;
     const svg = plot(width, {
-      // Beside the confusion, as high as that.
+      // If it is beside the confusion, it has the same height.
       height: innerWidth > 900 ? Math.min(width, 640) : height(width), x: { label: "entropy of the target, bits →", inset: 10 },
       y: { label: "mean JS, bits", grid: true, zero: true, ticks: 5 },
       marks: [
@@ -320,7 +320,7 @@ function share(axis, value) {
   return scale(value);
 }
 
-// Points on the lines between axes too, so that a line can be hit anywhere.
+// Also points on the lines between axes, so that a line can be hit anywhere.
 function between(points) {
   const dense = [...points];
   for (let i = 1; i < points.length; i++) {
@@ -330,7 +330,7 @@ function between(points) {
   return dense;
 }
 
-// ---- drawing, and what belongs to a trial in every plot
+// ---- drawing, and the elements of a trial in every plot
 
 const elements = new Map(); // trial -> elements of all plots and rows
 const figures = [...document.querySelectorAll("[data-chart]")];
@@ -528,14 +528,14 @@ document.getElementById("cost")?.addEventListener("change", () => {
 });
 document.getElementById("copy")?.addEventListener("click", async ({ target }) => {
   const settings = document.getElementById("settings");
-  // With all digits, and as YAML has it.
+  // With all digits, as in YAML.
   for (const line of settings.children) line.textContent = `${line.textContent.split(":")[0]}: ${line.dataset.full}\n`;
-  getSelection().selectAllChildren(settings); // to be copied by hand where the browser refuses
+  getSelection().selectAllChildren(settings); // for a copy by hand if the browser refuses
   target.textContent = await navigator.clipboard.writeText(settings.textContent).then(() => "copied", () => "selected");
 });
 addEventListener("keydown", (event) => event.key === "Escape" && [...marked.keys()].forEach(toggle));
 
-// Each plot is drawn when it is first near the window, and again when its width changes.
+// Each plot is drawn when it first comes near the window, and again when its width changes.
 const sizes = new ResizeObserver((entries) => {
   for (const { target } of entries) if (drawn.has(target) && drawn.get(target).width !== Math.floor(target.clientWidth)) draw(target);
   index();

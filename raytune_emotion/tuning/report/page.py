@@ -1,4 +1,4 @@
-"""Write a study for people: `report.html`, one file that needs no network, with its plots and tables beside it."""
+"""Write the report of a study: `report.html`, one file that needs no network, with plots and tables beside it."""
 
 import base64
 import contextlib
@@ -56,15 +56,15 @@ from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 REPORT = "report.html"
 FRONT = ("trial", "backbone", "parameters, millions", "trained, images/s", "JS, bits")
 _RESULTS = ("model", "loss", "trials", "trial", "MSE", "KL", "TVD", "JS", "s/epoch")
-_CLASSES = ("class", "mean target", "mean prediction", "mean absolute error", "calibration error", "likeliest in",
-            "of these found")  # fmt: skip
+_CLASSES = ("class", "mean target", "mean prediction", "mean absolute error", "calibration error",
+            "images where it is most probable", "share of these predicted so")  # fmt: skip
 _METRICS = (
     ("val_js", "JS, bits"), ("val_kl", "KL, nats"), ("val_tvd", "total variation distance (TVD)"),
     ("val_mse", "mean squared error (MSE)"), ("val_emd", "earth mover's distance (EMD)"),
-    ("val_accuracy", "accuracy of the likeliest class"), ("params_millions", "parameters, millions"),
+    ("val_accuracy", "accuracy of the most probable class"), ("params_millions", "parameters, millions"),
     ("images_per_second", "training speed, images/s"),
 )  # fmt: skip
-#: Of the parts of the page, by their anchors; its list of contents has the same.
+#: Headings of the page's parts, by their anchors. The list of contents has the same headings.
 _HEADINGS = {
     "search": "What was searched", "winner": "The winner", "results": "Results", "time": "Best JS against time",
     "curves": "Learning curves", "parallel": "Settings, trial by trial", "importance": "Which settings matter",
@@ -73,7 +73,7 @@ _HEADINGS = {
 }  # fmt: skip
 _AIMS = {
     "val_js": "the lowest validation JS",
-    "val_js per hour": "the lowest validation JS for the time",
+    "val_js per hour": "the lowest validation JS per hour",
 }
 
 
@@ -83,14 +83,14 @@ def write_report(
     """Write the page of a study, and its plots and tables as PNG and CSV files.
 
     Args:
-        folder: of the study.
-        spec: of the study.
-        records: of its trials.
-        gain: that is expected of further training; None where it is not known.
-        here: whether the study lies in the folder, where it can be confirmed.
+        folder: folder of the study.
+        spec: spec of the study.
+        records: records of its trials.
+        gain: expected gain of further training; None if unknown.
+        here: whether the folder is the study's location, so that it can be confirmed.
 
     Returns:
-        The trials of other configurations that are as good as the best one, as far as the validation images tell.
+        The trials of other configurations that may be as good as the best one, judged by the validation images.
     """
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
@@ -117,7 +117,7 @@ def report_files(folder: Path) -> list[str]:
 
 
 def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[str]]:
-    """Return the cells of the table below `FRONT`: the trials that no cheaper one has bettered, best first."""
+    """Return the cells of the table with the headings `FRONT`: the trials of the Pareto front, best first."""
     rows = []
     for record in frontier(records, objective):
         best: Mapping[str, Any] = record.best or {}
@@ -146,7 +146,7 @@ def _render(
 
     def part(name: str) -> Markup:
         assert environment.loader is not None
-        # Files of this package: the only text that is markup.
+        # Only files of this package may contain markup.
         return Markup(environment.loader.get_source(environment, name)[0])
 
     scripts = [part(name) for name in ("vendor/d3.min.js", "vendor/plot.min.js", "page.js")]
@@ -201,7 +201,7 @@ def _seconds_trained(records: Sequence[TrialRecord]) -> float:
     reports_of = {record.trial_id: record.reports for record in records}
     seconds = 0.0
     for record in records:
-        # The first reports of a trial that went on from another are the other's own.
+        # The first reports of a continuation belong to the trial that it continues.
         others = reports_of.get(record.continues or "", ())
         seconds += max((report["seconds"] for report in record.reports), default=0.0)
         seconds -= max((report["seconds"] for report in record.reports if report in others), default=0.0)
@@ -231,9 +231,7 @@ def _winner_parts(
     return {
         "best": leader if best else None,
         "confirmed": confirmed,
-        "note": f"The run in the middle of the {len(found[0].runs)} of its configuration"
-        if found and found[0].runs
-        else "",
+        "note": f"The median of the {len(found[0].runs)} runs of its configuration" if found and found[0].runs else "",
         "settings": trained_settings(Folder(folder), leader) if leader else {},
         "epochs_of_best": count(best.get("epoch", 0), "epoch"),
         "interval": None if isinstance(predictions, str) else js_interval(predictions),
@@ -246,9 +244,9 @@ def _winner_parts(
 
 
 def _confirmed_mean(folder: Path, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
-    """Return the mean of the best configuration over seeds: of this confirmation, or of the one in a study's folder."""
+    """Return the mean of the best configuration over seeds, from this confirmation or the one in a study's folder."""
     if not found and (folder / CONFIRMED / SPEC).exists():
-        # Read from the record, not from its table, which people may edit. A damaged one is no fault of this study.
+        # Read the record, not its table, which people may edit. A damaged confirmation is not an error of this study.
         with contextlib.suppress(UserError):
             confirmation = load(folder / CONFIRMED)
             found = rank_confirmed(confirmation.spec, confirmation.records())
@@ -259,7 +257,7 @@ def _confirmed_mean(folder: Path, found: Sequence[ConfirmedConfiguration]) -> di
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Return a policy by which a browser runs these scripts alone and asks nobody for anything."""
+    """Return a content security policy that allows only these scripts, and no requests."""
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
@@ -279,7 +277,7 @@ def _contents(
 
 
 def _columns_of_plots(plots: int) -> int:
-    """Return in how many columns small plots of a setting each leave the least room empty."""
+    """Return the number of columns that leaves the fewest empty places among these small plots."""
     return min((4, 5, 3), key=lambda columns: -plots % columns / columns)
 
 
@@ -291,7 +289,7 @@ def _columns(data: StudyData) -> list[str]:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Leave out the section of settings whose own name is enough."""
+    """Leave out the section of settings whose own name is unique."""
     own = [name.rpartition(".")[2] for name in names]
     return [
         short if own.count(short) == 1 and short != "name" else name for short, name in zip(own, names, strict=True)
@@ -323,7 +321,7 @@ def _result_cells(result: Result) -> list[tuple[str, Any]]:
 
 
 def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
-    """Return the tables of the plots, as CSV, by their file's name; the trials have their own."""
+    """Return the tables of the plots as CSV, by file name. The table of trials is written elsewhere."""
     steps = pd.DataFrame(data.steps, columns=["seconds", OBJECTIVE, "trial_id"])
     tables = {"results": write_results(data.results), "progress": steps.to_csv(index=False)}
     if data.importances:
@@ -343,7 +341,7 @@ def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
 
 
 def _table_of_combinations(combinations: Sequence[Brought]) -> dict[str, str]:
-    """Return what combinations would bring, as CSV; empty where nothing was measured."""
+    """Return the gains of combinations as CSV; an empty dict if none was measured."""
     return {"combinations": pd.DataFrame(combinations).to_csv(index=False)} if combinations else {}
 
 

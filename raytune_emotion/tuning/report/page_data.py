@@ -1,4 +1,4 @@
-"""Gather what the plots of a study show, once for the page and for the PNG files."""
+"""Gather the data of a study's plots, once for the page and for the PNG files."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, best_js_steps
 from raytune_emotion.tuning.study.spec import CHANGEABLE, StudySpec
 
-#: Costs that JS is drawn against: key of a trial's record, its name, and whether more of it is better.
+#: Costs against which the JS is plotted: key in `costs_of`, name, and whether more is better.
 COSTS = (
     ("params", "parameters, millions", False),
     ("seconds_per_epoch", "seconds per epoch", False),
@@ -28,7 +28,7 @@ COSTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The winner's predictions, in numbers."""
+    """Statistics of the winner's predictions."""
 
     classes: tuple[ClassError, ...]
     confusion_KK: tuple[tuple[int, ...], ...]
@@ -37,7 +37,7 @@ class Analysis:
 
 @dataclasses.dataclass(frozen=True)
 class StudyData:
-    """All that the plots of a study show."""
+    """All data of a study's plots."""
 
     spec: StudySpec
     records: tuple[TrialRecord, ...]
@@ -46,22 +46,22 @@ class StudyData:
     winner: TrialRecord | None
     importances: tuple[Importance, ...]
     results: tuple[Result, ...]
-    losses: tuple[str, ...]  # that mixtures of the study have, where it has any
-    fronts: Mapping[str, tuple[str, ...]]  # by cost: the trials that none of less cost has bettered
-    steps: tuple[tuple[float, float, str], ...]  # s since the first trial began, best JS so far, its trial
+    losses: tuple[str, ...]  # losses in the study's mixtures; empty without mixtures
+    fronts: Mapping[str, tuple[str, ...]]  # trials of the Pareto front, by cost
+    steps: tuple[tuple[float, float, str], ...]  # seconds since the first trial began, best JS so far, its trial
     analysis: Analysis | None
 
 
 def gather(
     spec: StudySpec, records: Sequence[TrialRecord], leader: TrialRecord | None, predictions: Predictions | None
 ) -> StudyData:
-    """Compute what the plots show.
+    """Compute the data of the plots.
 
     Args:
-        spec: of the study.
-        records: of its trials.
-        leader: the trial that the page calls the winner; None where there is none.
-        predictions: of its best weights; None where they are not here.
+        spec: spec of the study.
+        records: records of its trials.
+        leader: the trial that the page calls the winner; None if there is none.
+        predictions: predictions of its best weights; None if they are not available.
     """
     space = space_of(spec)
     axes, begin = searched_axes(space, records), began_at(records)
@@ -81,7 +81,7 @@ def gather(
 
 
 def as_json(data: StudyData) -> dict[str, Any]:
-    """Return what the page's script draws, as plain values; numbers that are none are null."""
+    """Return the data of the page's script as plain values. Numbers that are not finite become null."""
     begin = began_at(data.records)
     value = {
         "baseline": data.spec.baseline["js"],
@@ -100,17 +100,17 @@ def as_json(data: StudyData) -> dict[str, Any]:
 
 
 def began_at(records: Sequence[TrialRecord]) -> float:
-    """Return when the first trial began, unix; 0 where no report tells a time."""
+    """Return the Unix time at which the first trial began; 0 if no report has a time."""
     return min((r["time"] - r["seconds"] for record in records for r in record.reports[:1] if "time" in r), default=0.0)
 
 
 def elapsed(report: Mapping[str, Any], begin: float) -> float | None:
-    """Return the seconds from the study's begin to a report; None where it tells no time."""
+    """Return the seconds from the beginning of the study to a report; None if the report has no time."""
     return report["time"] - begin if "time" in report else None
 
 
 def costs_of(record: TrialRecord) -> dict[str, float | None]:
-    """Return what a trial costs, by the keys of `COSTS`."""
+    """Return the costs of a trial, by the keys of `COSTS`."""
     last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
     return {
         "params": last.get("params_millions"),
@@ -120,7 +120,7 @@ def costs_of(record: TrialRecord) -> dict[str, float | None]:
 
 
 def searched_rows(space: Space | None) -> list[tuple[str, str, str]]:
-    """Describe a space in rows: setting, what is searched, and where that holds."""
+    """Describe a space in rows: setting, searched values, and conditions."""
     if space is None:
         return []
     rows = [(key, describe(setting), "") for key, setting in space.settings.items() if not isinstance(setting, Fixed)]
@@ -132,13 +132,13 @@ def searched_rows(space: Space | None) -> list[tuple[str, str, str]]:
 
 
 def fixed_rows(space: Space | None) -> list[tuple[str, str]]:
-    """Describe what is the same in every trial, whenever the study went on."""
+    """Return the settings that are equal in every trial, also after the study was resumed."""
     fixed = space.fixed_settings if space else {}
     return [(key, choice_text(value)) for key, value in fixed.items() if key not in CHANGEABLE]
 
 
 def describe(setting: Setting) -> str:
-    """Say in words what a setting may be."""
+    """Describe the possible values of a setting."""
     if isinstance(setting, Fixed):
         return choice_text(setting.value)
     if isinstance(setting, Simplex):
@@ -176,7 +176,7 @@ def _trial(record: TrialRecord, data: StudyData, begin: float) -> dict[str, Any]
 
 
 def _losses(records: Sequence[TrialRecord]) -> tuple[str, ...]:
-    """Return the losses that take part in mixtures; none where each trial has a single loss."""
+    """Return the losses in mixtures; an empty tuple if each trial has a single loss."""
     weights = [loss_weights(record) for record in records]
     if not any(len(some) > 1 for some in weights):
         return ()

@@ -22,12 +22,12 @@ COLOURS = {
 }  # fmt: skip
 _WINNER = "#d6336c"
 _JS = "validation JS, bits"
-#: So that a text can be read where it stands on lines.
+#: Style of the box behind text that is drawn over lines.
 _BEHIND_TEXT = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
 
 
 def draw_all(data: StudyData, predictions: Predictions | None) -> Iterator[tuple[str, Figure]]:
-    """Draw each plot for which there is something to show, with the name of its file."""
+    """Draw each plot that has data, and yield it with the name of its file."""
     yield "curves", draw_curves(data)
     yield "progress", draw_progress(data)
     if data.axes:
@@ -128,7 +128,7 @@ def draw_importance(data: StudyData) -> Figure:
     means = [importance.mean for importance in found]
     spans = [[max(0.0, i.mean - i.low) for i in found], [max(0.0, i.high - i.mean) for i in found]]
     axes.barh([i.name for i in found], means, xerr=spans, color=COLOURS["complete"], ecolor="black", capsize=2)
-    axes.set(xlabel="share of what all settings explain (PED-ANOVA)", title="Which settings matter")
+    axes.set(xlabel="share in the variation that all settings explain (PED-ANOVA)", title="Which settings matter")
     return figure
 
 
@@ -194,7 +194,7 @@ def draw_confusion(data: StudyData) -> Figure:
             axes.text(j, i, str(n), ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="likeliest class of the prediction", ylabel="likeliest class of the target")
+    axes.set(xlabel="most probable class of the prediction", ylabel="most probable class of the target")
     axes.set_title("Counts of images; the darker, the larger the share of its row", fontsize=9)
     return figure
 
@@ -223,7 +223,7 @@ def draw_faces(predictions: Predictions) -> Figure:
             bars.set_yticks(places, predictions.classes if column == 0 else [""] * len(places), fontsize=6)
             bars.invert_yaxis()
             bars.tick_params(axis="x", labelsize=6)
-    figure.suptitle("Predicted worst, and below predicted best: target (black) and prediction", fontsize=9)
+    figure.suptitle("Worst predictions, and below the best ones: target (black) and prediction", fontsize=9)
     return figure
 
 

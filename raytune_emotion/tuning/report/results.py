@@ -1,4 +1,4 @@
-"""Make the results table: what each model reached with each loss."""
+"""Make the results table: the best trial of each model with each loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 
 MIXTURE = "mixture"
-_SHOWN_FROM = 0.005  # a smaller weight would be shown as 0.00
+#: Smallest weight that is shown; a smaller one would appear as 0.00.
+_SHOWN_FROM = 0.005
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Result:
 
     model: str
     loss: str  # or `MIXTURE`
-    weights: str  # of the losses of that trial
+    weights: str  # weights of the losses of that trial
     trials: int
     trial_id: str
     val_mse: float | None
@@ -30,7 +31,7 @@ class Result:
 
 
 def results_of(records: Sequence[TrialRecord]) -> list[Result]:
-    """Return a row for each pair of model and loss that has run, the lowest JS first. Failed trials are left out."""
+    """Return a row for each tried pair of model and loss, the lowest JS first. Failed trials are left out."""
     groups: dict[tuple[str, str], list[TrialRecord]] = {}
     for record in best_first(record for record in records if record.best and record.status != "failed"):
         groups.setdefault((model_of(record), loss_of(record)), []).append(record)
@@ -47,19 +48,19 @@ def model_of(record: TrialRecord) -> str:
 
 
 def loss_weights(record: TrialRecord) -> dict[str, float]:
-    """Return the losses of a trial with their weights, those of weight 0 left out."""
+    """Return the losses of a trial with their weights, without those of weight 0."""
     given = {name.removeprefix("loss."): w for name, w in record.settings.items() if name.startswith("loss.") and w}
     return given or dict(RunConfig().loss.weights)
 
 
 def loss_of(record: TrialRecord) -> str:
-    """Name the single loss of a trial; all mixtures count as one."""
+    """Return the name of a trial's single loss, or `MIXTURE` for any mixture."""
     weights = loss_weights(record)
     return next(iter(weights)) if len(weights) == 1 else MIXTURE
 
 
 def mixture_of(record: TrialRecord) -> str:
-    """Write the losses of a trial with their weights, the greatest first; a single one without."""
+    """Write the losses of a trial with their weights, the greatest first; a single loss without its weight."""
     weights = sorted(loss_weights(record).items(), key=lambda item: -item[1])
     if len(weights) == 1:
         return weights[0][0]

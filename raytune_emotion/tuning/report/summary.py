@@ -1,4 +1,4 @@
-"""Sum up what a study has reached, finished or not: in numbers for programs, and in lines for people."""
+"""Summarise the state of a study, finished or not: as numbers for programs, and as lines for people."""
 
 import textwrap
 from collections import Counter
@@ -13,7 +13,7 @@ from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord, best_js_steps, trained_settings, winner
 from raytune_emotion.tuning.study.trials import trial_id_of
 
-#: Said of a study whose space has no more configurations.
+#: Text about a study whose space has no more configurations.
 ALL_TRIED = "every configuration of the space has been tried"
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -26,39 +26,39 @@ class BestTrial:
     trial_id: str
     status: Status
     val_js: float  # bits
-    epoch: float  # of the evaluation that it was reached at
-    settings: dict[str, Any]  # those that the space chose, as the trial was trained
+    epoch: float  # epoch of that evaluation
+    settings: dict[str, Any]  # settings that the space chose, with the values of the training
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a study has reached. Its fields are the keys of `status --json`; their names stay."""
+    """The state of a study. Its fields are the keys of `status --json`, whose names must not change."""
 
     study: str
     objective: str
-    finished: bool  # whether all trials that were asked for have ended, or all that the space has
+    finished: bool  # whether all planned trials have ended, or all configurations of the space
     trials_planned: int
     trials: dict[str, int]  # by status
     best: BestTrial | None
-    baseline_js: float | None  # of predicting the training mean, bits
-    started: float | None  # of the first trial, seconds since 1970
-    elapsed_seconds: float  # since then; of a finished study until its last trial ended
-    active_seconds: float  # of these, with a trial in work
+    baseline_js: float | None  # JS of predicting the training mean, bits
+    started: float | None  # start of the first trial, seconds since 1970
+    elapsed_seconds: float  # since then; for a finished study, until its last trial ended
+    active_seconds: float  # part of these in which a trial was running
     trials_per_hour: float | None  # see `per_hour`
     seconds_since_evaluation: float | None
     best_js_by_time: list[tuple[float, float]]  # seconds since the start, lowest JS so far in bits
-    expected_gain: Gain | None  # of further training; None where it is not known
+    expected_gain: Gain | None  # gain of further training; None if unknown
     expected_gain_per_hour: float | None  # the same as a rate, bits
 
 
 def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, name: str = "") -> Summary:
-    """Sum up a study.
+    """Summarise a study.
 
     Args:
-        study: that is read.
-        records: of its trials.
+        study: the study, opened to read it.
+        records: records of its trials.
         now: seconds since 1970.
-        name: of the study; its own where it is empty.
+        name: name of the study; "": its own name.
     """
     spec = study.spec
     spans = _spans(study, records)
@@ -84,7 +84,7 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
         elapsed_seconds=max(0.0, (last if finished else now) - began),
         active_seconds=active,
         trials_per_hour=per_hour(ended, active),
-        # The clock of the machine of a trial may be ahead, and a clock may be set back.
+        # The clock of a trial's machine may be ahead, and clocks may be set back.
         seconds_since_evaluation=max(0.0, now - max(heard)) if heard else None,
         best_js_by_time=[(max(0.0, time - began), js) for time, js, _ in best_js_steps(records)],
         expected_gain=gain,
@@ -93,25 +93,25 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
 
 
 def per_hour(ended: int, active_seconds: float) -> float | None:
-    """Return how many trials end in an hour in which trials are at work; None before the first."""
+    """Return the number of ended trials per active hour; None before the first has ended."""
     return ended / active_seconds * 3600 if ended and active_seconds > 0 else None
 
 
 def time_left(planned: int, ended: int, under_way: Iterable[float], active_seconds: float) -> float | None:
-    """Expect how long the trials that are left take, if they take as long as those before; None before one has ended.
+    """Estimate the time for the remaining trials from that of the trials so far; None before one has ended.
 
     Args:
-        planned: trials of the study.
-        ended: those that have ended.
-        under_way: of each of the others that has begun, the part that it has done of a whole trial.
-        active_seconds: in which trials were at work.
+        planned: number of trials of the study.
+        ended: number of ended trials.
+        under_way: trained share of each unfinished trial.
+        active_seconds: seconds in which trials were running.
     """
     done = ended + sum(under_way)
     return max(0.0, planned - done) * active_seconds / done if ended and active_seconds > 0 else None
 
 
 def describe(summary: Summary) -> list[str]:
-    """Say a summary in lines for people."""
+    """Write a summary as lines for people."""
     counts = ", ".join(f"{n} {status}" for status, n in summary.trials.items() if n) or "none yet"
     all_tried = summary.finished and sum(summary.trials.values()) < summary.trials_planned
     rate = f", {rate_text(summary.trials_per_hour)} an hour" if summary.trials_per_hour is not None else ""
@@ -133,14 +133,14 @@ def describe(summary: Summary) -> list[str]:
         lines.append(f"over time   {sparkline(summary.best_js_by_time)}  {first:.4f} to {lowest:.4f}")
     if summary.expected_gain is not None:
         lines.append(f"gain        {gain_text(summary.expected_gain)}")
-    # A space would be a place to break a line.
+    # Lines must not be broken at these spaces.
     settings = ", ".join(f"{name}\N{NO-BREAK SPACE}{value_text(value)}" for name, value in best.settings.items())
     lines += _LINES.wrap(f"settings    {settings}") if settings else []
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def sparkline(points: Sequence[tuple[float, float]], width: int = _WIDTH) -> str:
-    """Draw a value that only falls, against time: a bar for each part of the time, high where the value is high."""
+    """Draw a decreasing value over time, with a bar for each part of the time, higher for higher values."""
     end, highest, lowest = points[-1][0], points[0][1], points[-1][1]
     bars = []
     for part in range(width):
@@ -161,7 +161,7 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
 
 
 def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
-    """Return when each trial started, and when it ended or was last heard of."""
+    """Return the start of each trial, and its end or its last report."""
     last = {record.trial_id: record.reports[-1].get("time", 0.0) for record in records if record.reports}
     spans = []
     for trial in study.optuna.get_trials(deepcopy=False):
@@ -194,14 +194,14 @@ def rate_text(per_hour: float) -> str:
 
 
 def gain_text(gain: Gain) -> str:
-    """Say a gain as the fall of the best JS and the time of that training: a rate alone may be above the JS itself."""
+    """Write a gain as the decrease of the best JS and the time for it. A rate alone could exceed the JS itself."""
     if gain.bits == 0:
         return "nothing more is expected of further training"
     return f"{gain.bits:.2g} bits {gain_source(gain)}"
 
 
 def gain_source(gain: Gain) -> str:
-    """Say of what training a gain is expected."""
+    """Write the training for which a gain is expected."""
     return f"expected of {duration(gain.seconds)} more training ({gain.per_hour:.2g} an hour)"
 
 

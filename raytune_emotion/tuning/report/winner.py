@@ -1,4 +1,4 @@
-"""Look closely at the winner of a study: what it predicts for validation images, and where it is wrong."""
+"""Analyse the winner of a study: its predictions for validation images, and its errors."""
 
 import base64
 import io
@@ -20,10 +20,14 @@ from raytune_emotion.tuning.study.confirmation import best_configurations
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
 from raytune_emotion.tuning.study.spec import StudySpec
 
-_FACES = 6  # that are shown of the best, and of the worst
+#: Number of faces that are shown of the best, and of the worst predictions.
+_FACES = 6
+#: Side of the shown faces, px.
 _FACE_PX = 96
-_RIVALS = 3  # of the best trial, that are named
-_GROUPS = 10  # of images, by the entropy of their targets
+#: Largest number of rivals of the best trial that are named.
+_RIVALS = 3
+#: Number of groups of images by the entropy of their targets.
+_GROUPS = 10
 
 
 @dataclass(frozen=True)
@@ -33,33 +37,33 @@ class Face:
     image_id: str
     js: float  # bits
     picture: str  # JPEG, base64
-    rows: tuple[tuple[str, float, float], ...]  # class, target, prediction: those that matter, the likeliest first
+    rows: tuple[tuple[str, float, float], ...]  # class, target, prediction: the largest ones, by target
 
 
 def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions | str:
-    """Predict validation images with the best weights of a trial, or return why this cannot be done here."""
+    """Predict validation images with the best weights of a trial, or return the reason why this is impossible here."""
     try:
         best = read_best(trial_folder(folder, trial_id) / BEST)
         size = int(best.settings["data.image_size"])
         store = open_if_here(spec.stores[size], size, best.fingerprint)
         if store is None:
-            return f"its data of {size} px are not on this machine"
+            return f"the data of {size} px are not on this machine"
         if store.fingerprint != best.fingerprint:
-            return f"its data of {size} px have changed since the study began"
+            return f"the data of {size} px have changed since the study began"
         return predict_best(best, store.val, store.classes)
     except (UserError, Breakdown, OSError, KeyError, RuntimeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def js_interval(predictions: Predictions) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean JS over images, in bits, as the model card has it."""
+    """Return the 95 % bootstrap interval of the mean JS over images, bits, as in the model card."""
     return bootstrap_intervals({"js": predictions.js_N})["js"]
 
 
 def rivals_of(leader: TrialRecord, records: Iterable[TrialRecord], predictions: Predictions) -> list[str]:
-    """List the best trials of other configurations whose JS the interval of the best trial holds, at most a few.
+    """List a few best trials of other configurations whose JS is within the interval of the best trial.
 
-    Between them and the best, other images or seeds may decide otherwise.
+    With other images or seeds, one of them may be better than the best trial.
     """
     assert leader.best is not None
     margin = js_interval(predictions)[1] - float(predictions.js_N.mean())
@@ -68,14 +72,14 @@ def rivals_of(leader: TrialRecord, records: Iterable[TrialRecord], predictions: 
 
 
 def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:
-    """Count images by their likeliest class, [target, prediction]."""
+    """Count images by their most probable class, [target, prediction]."""
     count = len(predictions.classes)
     pairs = predictions.true_NK.argmax(axis=1) * count + predictions.predicted_NK.argmax(axis=1)
     return np.bincount(pairs, minlength=count * count).reshape(count, count).astype(np.int64)
 
 
 def errors_by_entropy(predictions: Predictions) -> list[Bin]:
-    """Return the mean JS of images in groups of equal size, from clear to mixed targets."""
+    """Return the mean JS of images in groups of equal size, from low to high entropy of the targets."""
     entropy_N = predictions.target_entropy
     rank_N = np.empty(len(entropy_N), np.int64)
     rank_N[np.argsort(entropy_N, kind="stable")] = np.arange(len(entropy_N))
@@ -84,13 +88,13 @@ def errors_by_entropy(predictions: Predictions) -> list[Bin]:
 
 
 def extreme_faces(predictions: Predictions) -> tuple[list[Face], list[Face]]:
-    """Return the images that are predicted best, and those that are predicted worst."""
+    """Return the images with the best and with the worst predictions."""
     best, worst = extreme_rows(predictions)
     return _faces(predictions, best), _faces(predictions, worst)
 
 
 def extreme_rows(predictions: Predictions) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return where the best and the worst predictions stand, each with the most extreme first."""
+    """Return the rows of the best and of the worst predictions, each with the most extreme first."""
     order = np.argsort(predictions.js_N, kind="stable")
     shown = min(_FACES, len(order) // 2)
     return order[:shown], order[::-1][:shown]

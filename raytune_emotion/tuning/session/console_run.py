@@ -1,4 +1,4 @@
-"""Run a study, and show on the console how it stands."""
+"""Run a study, and show its progress on the console."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from raytune_emotion.tuning.report.ray_metrics import study_metrics
 
 
 def run_with_progress(console: Console, run: StudyRun, watches: Sequence[Watch] = ()) -> None:
-    """Run a study as `run_study` does, and show on the console how it stands.
+    """Run a study as `run_study` does, and show its progress.
 
     Args:
-        console: to show it on.
-        run: of the study; `watch` and `say` of it are set here.
-        watches: what else hears of all that happens to trials.
+        console: console for the progress.
+        run: run of the study; its `watch` and `say` are set here.
+        watches: further receivers of all events of trials.
     """
     progress = StudyProgress(run.study, time_budget=run.time_budget)
     with show_events(console, progress) as show, study_metrics(progress):

@@ -1,4 +1,4 @@
-"""Run a confirmation from the request to what came out of it."""
+"""Run a confirmation from the request to its conclusion."""
 
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from raytune_emotion.tuning.study.spec import spec_of
 
 
 def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
-    """Run a confirmation, or what is left of it, and export the winner.
+    """Run the remaining runs of a confirmation, and export the winner.
 
     Args:
-        request: what is asked for.
-        advise: whether to say what goes on with one that was broken off; otherwise the caller says it.
+        request: the request.
+        advise: whether to print the command that continues an interrupted confirmation; otherwise the caller does it.
 
     Raises:
         UserError: there is nothing to confirm, or it cannot be run here.
     """
     study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
-    spec_of(request.study)  # whether it is a study shows at once
+    spec_of(request.study)  # raises an error at once if it is not a study
     refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
     from raytune_emotion.learn.export_folder import check_replaceable
@@ -55,7 +55,7 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     folder, console = study / CONFIRMED, plain_console()
     check_replaceable(Folder(folder / "best"))
     make_confirmation(folder, spec)
-    # Until all is written, the confirmation's folder is this process's alone.
+    # The confirmation's folder is locked until everything is written.
     with open_study(folder) as confirmation:
         ended = None
         try:
@@ -72,7 +72,7 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
         with finish_block():
             conclude_confirmation(console, confirmation, whole=ended is None)
             if ended is not None and advise:
-                console.print(f"the same command goes on: {_same_command(request, study)}")
+                console.print(f"the same command continues: {_same_command(request, study)}")
         if ended is not None:
             raise ended
 

@@ -1,7 +1,7 @@
-"""Run a search from the request to what came out of it, and finish the study if that is asked for.
+"""Run a search from the request to its conclusion, and finish the study with `--finish`.
 
-Ray of this machine starts first, and PyTorch is loaded meanwhile: each takes seconds. So what is slow to import is
-imported where it is needed.
+A local Ray starts first, and PyTorch is imported meanwhile, because each takes seconds. For the same reason, slow
+imports are in the functions that need them.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from raytune_emotion.tuning.execution.recorder import Watch
     from raytune_emotion.tuning.study.open_study import OpenStudy
 
-#: The file of a study whose search is over, so that its finish goes on. It holds the limits that ended the search.
+#: Name of the file that marks a study as searched, so that only its finish continues. It holds the search limits.
 _SEARCHED = ".searched"
-#: What takes seconds to be imported, in the order in which a search needs it.
+#: Slow imports, in the order in which a search needs them.
 _SLOW = ("raytune_emotion.tuning.study.creation", "raytune_emotion.tuning.report.conclusion")
 
 
 def run_search(request: SearchRequest) -> None:
-    """Run a search, and finish the study if that is asked for.
+    """Run a search, and finish the study with `--finish`.
 
     Raises:
-        UserError: something is wrong with what is asked for: one sentence for each error.
+        UserError: the request is wrong: one sentence for each error.
         Breakdown: the study broke off, and can be resumed.
         KeyboardInterrupt: it was interrupted, and can be resumed.
     """
@@ -59,16 +59,17 @@ def run_search(request: SearchRequest) -> None:
 
 
 def _limits(request: SearchRequest) -> dict[str, float]:
-    """Return the limits of a search that its study does not know, by their names."""
+    """Return the limits of a search that are not part of its study, by name."""
     budget = request.time_budget
     limits = {"time_budget": budget.total_seconds() if budget else None, "until_gain": request.until_gain}
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def _is_searched(request: SearchRequest, place: Location) -> bool:
-    """Tell whether a study is to go on with its finish, because its search is over and no more of it is asked for.
+    """Tell whether only the finish of a study remains.
 
-    The limits that ended the search are no more of it: the same command goes on, with `--resume` added.
+    This is the case once a search with --finish is over and no new limit is given. The limits that ended the search are
+    not new, so the same command with `--resume` continues with the finish.
     """
     text = place.read(_SEARCHED) if request.resume and request.finish else None
     if text is None:
@@ -76,7 +77,7 @@ def _is_searched(request: SearchRequest, place: Location) -> bool:
     spec = spec_of(place)
     try:
         ended_by = dict(load_json(text))
-    except (TypeError, ValueError):  # whatever somebody has written there
+    except (TypeError, ValueError):  # the file was edited
         ended_by = {}
     if (request.trials or 0) > spec.trials or (request.epochs or 0) > spec.epochs:
         return False
@@ -84,25 +85,25 @@ def _is_searched(request: SearchRequest, place: Location) -> bool:
 
 
 def _take_over(request: SearchRequest, place: Location) -> None:
-    """Give a study what it is asked to go on with, such as where its data are now, and search no further."""
+    """Update a searched study with the request, such as the new folder of its data, without searching further."""
     with ExitStack() as held:
         prepared = _prepare_resumed(request, place, held)
         study = prepared.open_with(prepared.spec)
-        left = "" if study.is_over() else ", without the trials that are left"
+        left = "" if study.is_over() else ", without the remaining trials"
         plain_console().print(
-            f"study {place}: its search is over, so its finish goes on{left}; to search on, ask for more by --trials, "
+            f"study {place}: the search is over, so only the finish continues{left}; to search further, use --trials, "
             f"--epochs, --time-budget or --until-gain"
         )
         if request.mlflow is not None:
-            plain_console().print("--mlflow: logs a search, and is passed over here")
+            plain_console().print("--mlflow: applies only to a search, and is ignored here")
         if request.gpus_per_worker == AUTO:
-            plain_console().print(f"--gpus-per-worker {AUTO}: measures for a search, and is passed over here")
-        # A process that was killed after the search may have left neither page nor export.
+            plain_console().print(f"--gpus-per-worker {AUTO}: applies only to a search, and is ignored here")
+        # If a process was killed after the search, the page and the export may be missing.
         _conclude(request, study)
 
 
 def _finish(request: SearchRequest, place: Location) -> None:
-    """Finish a study that has been searched; where this is broken off, say what to type."""
+    """Finish a searched study. After an interruption, print the command that continues."""
     folder = place.require_folder("leave --finish out, or name a folder with --results").absolute()
     try:
         from raytune_emotion.tuning.session.finish import finish_study
@@ -110,33 +111,33 @@ def _finish(request: SearchRequest, place: Location) -> None:
         finish_study(folder, request.address)
     except (KeyboardInterrupt, Breakdown, UserError):
         options = typed_options(results=folder.parent, name=folder.name, address=request.address)
-        plain_console().print(f"to go on: {typed_command('search')} --resume --finish{options}")
+        plain_console().print(f"to continue: {typed_command('search')} --resume --finish{options}")
         raise
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
-    """A study that is about to run."""
+    """A study that is ready to be opened."""
 
     spec: StudySpec
     space: Space
-    open_with: "Callable[[StudySpec], OpenStudy]"  # opens it with a spec; a new study is made then
-    guide: str | None  # what guides the search of a new study, for people
+    open_with: "Callable[[StudySpec], OpenStudy]"  # opens the study with a spec; a new study is made then
+    guide: str | None  # description of the warm start of a new study
 
 
 def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> None:
-    """Run a study: a new one, or one that goes on."""
+    """Run a new or a resumed study."""
     from raytune_emotion.tuning.execution.cluster import open_session
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 
-    # Until all is written, the study's folder is this process's alone, or this process one of its drivers.
+    # Until everything is written, this process holds the lock of the study's folder, or is one of its drivers.
     with ExitStack() as held:
         held.enter_context(import_meanwhile(*_SLOW))
 
         def prepare() -> _Prepared:
             return _prepare_resumed(request, place, held) if new is None else _prepare_new(request, place, new, held)
 
-        # A cluster is joined last: to pack may take hours, and nobody watches meanwhile whether it lives.
+        # A cluster is joined last, because packing may take hours, in which nothing watches the cluster.
         prepared = prepare() if request.address is not None else None
         study: OpenStudy | None = None
         ended: BaseException | None = None
@@ -180,12 +181,12 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
 
 
 def _prepare_new(request: SearchRequest, place: Location, new: NewStudy, held: ExitStack) -> _Prepared:
-    """Pack the data of a new study. It is made only when it is opened, which it is until `held` ends."""
+    """Pack the data of a new study. The study is made when it is opened, and stays open until `held` ends."""
     with announce("loading PyTorch"):
         from raytune_emotion.tuning.study.creation import new_spec
 
     def make_or_join(spec: StudySpec) -> "OpenStudy":
-        """Make the study; join it where another driver has made it meanwhile."""
+        """Make the study, or join it if another driver has made it meanwhile."""
         from raytune_emotion.tuning.study.open_study import make_study, open_study
 
         folder = place.working_folder()
@@ -199,12 +200,12 @@ def _prepare_new(request: SearchRequest, place: Location, new: NewStudy, held: E
             return joined.open_with(joined.spec)
         return held.enter_context(open_study(folder, place))
 
-    guide = new.warm_start.told if new.warm_start.gathered is not None else None
+    guide = new.warm_start.description if new.warm_start.gathered is not None else None
     return _Prepared(new_spec(request, place.name, new.space, new.data), new.space, make_or_join, guide)
 
 
 def _prepare_resumed(request: SearchRequest, place: Location, held: ExitStack) -> _Prepared:
-    """Open a study that goes on, until `held` ends, and check what it is asked for."""
+    """Open a study to resume, until `held` ends, and check the request."""
     with announce("loading PyTorch"):
         from raytune_emotion.tuning.study.creation import open_existing, resumed_spec
         from raytune_emotion.tuning.study.open_study import go_on
@@ -215,25 +216,25 @@ def _prepare_resumed(request: SearchRequest, place: Location, held: ExitStack) -
 
 
 def _describe_start(study: "OpenStudy", guide: str | None) -> list[str]:
-    """Say what guides a search, and what is left to run of a study that goes on."""
+    """Return lines on the warm start of a new study, or on the remaining trials of a resumed one."""
     from raytune_emotion.tuning.report.summary import ALL_TRIED
     from raytune_emotion.tuning.study.optuna_study import trials_to_continue
 
     lines = [f"the search is guided by {guide}"] if guide is not None else []
     if longer := sorted(trials_to_continue(study.optuna)):
-        lines.append(f"{', '.join(longer)}: trained on to epoch {study.spec.epochs}, each as a new trial")
+        lines.append(f"{', '.join(longer)}: continued to epoch {study.spec.epochs}, each as a new trial")
     if study.is_over():
         total = count(study.spec.trials, "trial")
         why = ALL_TRIED if study.has_tried_all() else f"ask for more than {total} with --trials"
-        lines.append(f"every trial has ended, and nothing is left to run; {why}")
+        lines.append(f"every trial has ended, so nothing remains to run; {why}")
     return lines
 
 
 def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
-    """Write what came out, and say it.
+    """Write and print the results.
 
     Raises:
-        Breakdown: a package that this needs cannot be imported. The study is whole.
+        Breakdown: a package that this needs cannot be imported. The study itself is complete.
     """
     with finish_block(), study.drivers.turn("files"):
         try:
@@ -242,14 +243,15 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
             name = study.copy.location.typed_name
             options = typed_options(results=request.results, name=name, address=request.address)
             raise Breakdown(
-                f"{study.copy}: is recorded, but its export and its page cannot be made ({first_line(error)}); once "
-                f"they can, `{typed_command('search')} --resume{options}` makes them"
+                f"{study.copy}: the study is recorded, but its export and its page cannot be made "
+                f"({first_line(error)}); repair the installation, and make them with "
+                f"`{typed_command('search')} --resume{options}`"
             ) from error
         conclude(plain_console(), study, request.results, request.address)
 
 
 def _other_watches(request: SearchRequest, study: "OpenStudy", held: ExitStack) -> "list[Watch]":
-    """Begin what else is told of a study, until its export is written."""
+    """Start further watches of a study, which run until its export is written."""
     if request.mlflow is None:
         return []
     from raytune_emotion.tuning.report.mlflow_log import mlflow_log

@@ -1,4 +1,4 @@
-"""Check all that a search is asked for, as far as that takes no time, and read what a new study begins with."""
+"""Check the request for a search, as far as that is quick, and read the inputs of a new study."""
 
 import dataclasses
 import importlib.util
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class NewStudy:
-    """What a new study begins with."""
+    """The inputs of a new study."""
 
     space: Space
     data: Data
@@ -33,10 +33,10 @@ class NewStudy:
 
 
 def check_resumed(request: SearchRequest, place: Location) -> None:
-    """Check what a study is asked for that goes on.
+    """Check the request to resume a study.
 
     Raises:
-        UserError: with every error at once.
+        UserError: all errors at once.
     """
     errors: list[str] = []
     with collect_errors(errors):
@@ -51,12 +51,12 @@ def check_resumed(request: SearchRequest, place: Location) -> None:
         _check_address(request)
     folder = place.working_folder()
     if not errors and folder.is_dir() and spec_of(place).storage is None:
-        # Locked for good when it is opened: here only so that no Ray starts beside that of the process at work. A
-        # study in a database has no such lock, and drivers that look at the same moment would refuse each other.
+        # The study is locked for good when it is opened. This early check prevents a second Ray beside that of a
+        # running search. A study in a database has no such lock: concurrent checks of drivers would refuse each other.
         with collect_errors(errors), exclusive_lock(folder):
             pass
     if errors:
-        # Looked at again when the study is open: here only so that all errors are told at once.
+        # The data are checked again when the study is open. This check reports their errors together with the others.
         if request.data is not None:
             with collect_errors(errors):
                 find_data(request.data)
@@ -64,18 +64,18 @@ def check_resumed(request: SearchRequest, place: Location) -> None:
 
 
 def check_new(request: SearchRequest, place: Location) -> NewStudy:
-    """Check what a new study is asked for, and read what it begins with.
+    """Check the request for a new study, and read its inputs.
 
     Raises:
-        UserError: with every error at once.
+        UserError: all errors at once.
     """
     errors: list[str] = []
     with collect_errors(errors):
         request.results.check(write=True)
         if not place.can_be_built(DRIVER, SPEC):
-            found = "a study of this name already; go on with it by --resume, or choose another"
-            other = "something of this name that is no study; choose another name"
-            raise UserError(f"{place}: there is {found if place.read(SPEC) is not None else other}")
+            found = "a study of this name exists already; continue it with --resume, or choose another name"
+            other = "this name is taken, but not by a study; choose another name"
+            raise UserError(f"{place}: {found if place.read(SPEC) is not None else other}")
     with collect_errors(errors):
         _check_room(request)
     with collect_errors(errors):
@@ -99,10 +99,10 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
 
 
 def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
-    """Read what a new study begins with.
+    """Read the inputs of a new study.
 
     Raises:
-        UserError: something is wrong with it, or errors are known already: with every error at once.
+        UserError: the inputs are wrong, or there are already errors: all errors at once.
     """
     space = Space({})
     with collect_errors(errors):
@@ -113,7 +113,7 @@ def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
     with collect_errors(errors):
         request.check_warm_start()
         if request.earlier_studies or not errors:
-            # Imported only now, as what is imported below: it takes seconds.
+            # Imported only now: it takes seconds.
             from raytune_emotion.tuning.study.earlier import gather_warm_start
 
             warm_start = gather_warm_start(request, space)
@@ -123,7 +123,7 @@ def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
 
 
 def list_obstacles(request: SearchRequest, study: "OpenStudy") -> list[str]:
-    """List what keeps a study from being exported, or finished, at the end."""
+    """List the errors that would prevent the export, or the finish, of a study at the end."""
     from raytune_emotion.learn.export_folder import check_replaceable
     from raytune_emotion.tuning.session.finish import FINISHED
     from raytune_emotion.tuning.study.confirmation import confirmation_before
@@ -146,7 +146,7 @@ def _check_address(request: SearchRequest) -> None:
 
 
 def _check_room(request: SearchRequest) -> None:
-    """Check that the cluster answers; or, where Ray is to be started here, that this machine has room for a trial."""
+    """Check that the cluster answers or, without a cluster, that this machine has room for a trial."""
     if request.address is not None:
         _check_address(request)
         return
@@ -159,7 +159,7 @@ def _check_mlflow(request: SearchRequest) -> None:
     if request.mlflow is None:
         return
     refuse_credentials(request.mlflow, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
-    # Asked without an import, which takes seconds.
+    # This check avoids an import, which takes seconds.
     if importlib.util.find_spec("mlflow") is None:
         raise UserError(
             "--mlflow: the package mlflow is missing; install it with pip install 'raytune_emotion[mlflow]'"

@@ -1,4 +1,4 @@
-"""Train one configuration, and say what came of it."""
+"""Train one configuration, and print its results."""
 
 import contextlib
 import shutil
@@ -31,7 +31,7 @@ from raytune_emotion.tuning.study.trials import refuse_taken
 
 @dataclass(frozen=True)
 class Workers:
-    """Who trains."""
+    """The processes that train."""
 
     count: int
     gpus_per_worker: float | None  # None: 1 if there are GPUs
@@ -39,7 +39,7 @@ class Workers:
 
 
 class TrainingFailed(Breakdown):
-    """A training failed, and would fail again."""
+    """Report that a training failed, and would fail again."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(f"{short_path(folder)}: the training failed: {reason}")
@@ -49,21 +49,21 @@ class TrainingFailed(Breakdown):
 def train_single(
     folder: Path, config: RunConfig, store: Store, workers: Workers, *, fresh: bool, advise: bool = True
 ) -> None:
-    """Train in a folder, export the best weights, and say what to type next.
+    """Train in a folder, export the best weights, and print the next commands.
 
     Args:
-        folder: of the run.
-        config: of the run.
-        store: to train on.
-        workers: who trains.
-        fresh: whether the run is new: nothing lies in its folder, which goes if nothing comes of it.
-        advise: whether to say what goes on with one that was broken off; otherwise the caller says it.
+        folder: folder of the run.
+        config: configuration of the run.
+        store: training data.
+        workers: processes that train.
+        fresh: whether the run is new, so that its folder is empty, and is deleted if the run has no checkpoint.
+        advise: whether to print the command that continues an interrupted run; otherwise the caller does it.
 
     Raises:
         UserError: the configuration and the data do not fit together, or another run has taken the folder.
-        TrainingFailed: another attempt would fail too.
+        TrainingFailed: the training failed, and another attempt would fail, too.
         Breakdown: the training broke off.
-        KeyboardInterrupt: it was interrupted; what was reached is exported.
+        KeyboardInterrupt: it was interrupted; the best weights so far are exported.
     """
     console = plain_console()
     images = f"{len(store.train)} training and {count(len(store.val), 'validation image')}"
@@ -88,9 +88,9 @@ def train_single(
 def _conclude(
     console: Console, folder: Path, store: Store, ended: BaseException | None, workers: Workers, *, advise: bool
 ) -> None:
-    """Export the best until now, and say what to type next."""
+    """Export the best weights so far, and print the next commands."""
     if ended is not None and not (folder / BEST).exists():
-        console.print("the run ended before its first evaluation; nothing is kept of it")
+        console.print("the run ended before its first evaluation; nothing is kept")
         return
     write_package(folder / "best", read_best(folder / BEST), store=store)
     mean = baseline(store)
@@ -109,14 +109,14 @@ baseline    {mean["js"]:.4f} bits, predicting the training mean
 exported    {short_path(folder / "best")}
 
 next: {typed_command("predict")} {shell_word(folder / "best")} FACE.jpg"""
-        + (f"\nto go on: {resume}" if ended is not None and advise else "")
+        + (f"\nto continue: {resume}" if ended is not None and advise else "")
     )
 
 
 def _train_on_cluster(
     console: Console, workers: Workers, folder: Path, config: RunConfig, store: str, *, fresh: bool
 ) -> None:
-    # Imported where it is needed alone: Ray Train takes a second and 100 MB.
+    # Imported only if needed, because Ray Train takes a second and 100 MB.
     from raytune_emotion.tuning.execution.worker_group import train_together
 
     with ray_session(workers.address) as cluster:
@@ -157,10 +157,10 @@ def _train(
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder of a new run, which is locked, and delete it if nothing comes of it: the name is then free.
+    """Delete the locked folder of a new run after the block if it has no checkpoint, so that its name is free.
 
     Raises:
-        UserError: another run has taken it since its name was looked at.
+        UserError: another run has taken the name since it was checked.
     """
     refuse_taken(folder)
     try:

@@ -11,7 +11,7 @@ from raytune_emotion.tuning.space.space import LOSSES
 
 
 def json_schema() -> dict[str, Any]:
-    """Make the JSON Schema of the format from the tree of settings; editors complete and check spaces by it."""
+    """Make the JSON Schema of the format from the tree of settings. Editors use it to complete and check spaces."""
     tree = TypeAdapter(RunConfig).json_schema()["$defs"]
     definitions: dict[str, Any] = {word: _range_schema(word) for word in RANGES}
     for key in SETTINGS:
@@ -52,7 +52,7 @@ def json_schema() -> dict[str, Any]:
                     "items": branch,
                 },
                 "start": {
-                    "description": "points that are tried first; what they leave out is sampled",
+                    "description": "points that are tried first; settings that a point omits are sampled",
                     "type": "array",
                     "items": {**point, "minProperties": 1},
                 },

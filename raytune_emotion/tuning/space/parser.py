@@ -1,15 +1,15 @@
-"""Read a search space: a YAML file, checked as a whole before anything starts, that proposes configurations.
+"""Read a search space from a YAML file, and check it completely before anything starts.
 
 optim.lr: {log_uniform: [1e-5, 3e-3]}       # a setting's dotted path: a distribution, or a plain value
 train.batch_size: {choice: [32, 64]}        # also uniform, int_uniform ([low, high] or [low, high, step]),
 loss: {simplex: [mse, kl, js]}              # int_log_uniform; weights of a mixture that sum to 1
-when:                                       # what holds for some choices only; the last that applies wins
+when:                                       # settings for some choices only; the last entry that applies wins
   - if: {train.batch_size: [64]}
     optim.lr: {log_uniform: [1e-4, 1e-2]}
-start:                                      # tried first; what is left out is sampled
+start:                                      # points tried first; omitted settings are sampled
   - {optim.lr: 1e-3, train.batch_size: 32, loss.kl: 1}
 
-The whole format is in `json_schema`, by which editors complete and check a space.
+`json_schema` describes the whole format; editors use it to complete and check a space.
 """
 
 import functools
@@ -34,14 +34,14 @@ from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
 from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
 
-#: What a trial cannot differ in from the others of its study, and why. A space may fix it.
+#: Settings that must be equal in all trials of a study, with the reason. A space may fix them.
 NEVER_SEARCHED: Mapping[str, str] = {
     "data.classes": "they belong to the data",
-    "model.weights_dir": "it says where files lie",
+    "model.weights_dir": "it names a folder of this machine",
     "train.epochs": "trials of unequal length cannot be compared",
     "train.evals_per_epoch": "trials are compared report by report",
-    "train.compile": "it changes how fast a trial is, and not what it learns",
-    "train.seed": "a lucky seed is no better setting",
+    "train.compile": "it changes only the speed of a trial",
+    "train.seed": "a lucky seed is not a better setting",
 }
 
 SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(RunConfig)}
@@ -56,10 +56,10 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
 
     Args:
         path: a YAML file (YAML 1.2, in which 1e-5 is a number).
-        overrides: settings fixed from outside, such as the number of epochs; what the file says of them is passed over.
+        overrides: settings fixed by the caller, such as the number of epochs. They replace those of the file.
 
     Raises:
-        UserError: with every fault at once, each as "FILE:LINE: setting: what is wrong".
+        UserError: all errors at once, each as "FILE:LINE: setting: what is wrong".
     """
     text = read_text(path, "the search space")
     source = _Source(str(path))
@@ -68,13 +68,13 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
         node = yaml.compose(text)
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: no valid YAML: {error.problem}") from None
+        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except YAMLError as error:
-        raise UserError(f"{path}: no valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise UserError(f"{path}: the search space {NESTED}") from None
     if not isinstance(node, MappingNode):
-        raise UserError(f"{path}:1: a search space is a mapping of settings, such as `optim.lr: 1e-3`")
+        raise UserError(f"{path}:1: expected a mapping of settings, such as `optim.lr: 1e-3`")
     space = _parse(_plain_values(node, (), source, yaml), source, overrides)
     _check_together(source, space, _without_weights())
     source.finish()
@@ -82,22 +82,22 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
 
 
 def parse_space(mapping: Mapping[str, Any], name: str = "the search space") -> Space:
-    """Parse plain dicts and lists, such as `Space.to_dict` gives, like `load_space`; `name` stands for the file.
+    """Parse plain dicts and lists, such as those of `Space.to_dict`, like `load_space`. Errors name the file `name`.
 
-    Whether pretrained weights are at hand is not asked: a study can be read where it cannot be run.
+    The existence of pretrained weights is not checked, because a machine may read a study that it cannot run.
     """
     return _parse(mapping, _Source(name), {})
 
 
 class _Source:
-    """Where everything stands in the file, and what is wrong with it."""
+    """The line numbers of a file's parts, and the errors in it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.lines: dict[_Path, int] = {}
         self.faults: dict[str, int] = {}
-        self.places: dict[str, _Path] = {}  # of settings, by the name that Optuna has for them
-        # Settings that could not be read: what refers to them has no fault of its own.
+        self.places: dict[str, _Path] = {}  # positions of settings, by their names in Optuna
+        # Settings that could not be read. References to them cause no further errors.
         self.broken: set[str] = set()
 
     def fault(self, at: _Path, sentence: str, *, line: int = 0) -> None:
@@ -110,7 +110,7 @@ class _Source:
 
 
 def _plain_values(node: Node, at: _Path, source: _Source, yaml: YAML, within: tuple[int, ...] = ()) -> Any:
-    """Return a node as dicts, lists and scalars, and note its lines in the source."""
+    """Convert a node to dicts, lists and scalars, and note its lines in the source."""
     source.lines.setdefault(at, node.start_mark.line + 1)
     if len(source.lines) > MOST_VALUES:
         raise UserError(f"{source.name}: the search space {TOO_MANY}")
@@ -124,7 +124,7 @@ def _plain_values(node: Node, at: _Path, source: _Source, yaml: YAML, within: tu
             key, line = str(key_node.value), key_node.start_mark.line + 1
             here = (*at, key)
             if key in result:
-                source.fault(here, f"{key}: is there already, in line {source.lines[here]}", line=line)
+                source.fault(here, f"{key}: repeats line {source.lines[here]}; remove one of them", line=line)
             else:
                 source.lines[here] = line
                 result[key] = _plain_values(value_node, here, source, yaml, within)
@@ -134,12 +134,12 @@ def _plain_values(node: Node, at: _Path, source: _Source, yaml: YAML, within: tu
     try:
         return yaml.constructor.construct_object(node)
     except (YAMLError, ValueError):
-        source.fault(at, f"{_setting_at(at)}: {node.value!r} with the tag {node.tag} is no plain value")
+        source.fault(at, f"{_setting_at(at)}: {node.value!r} with the tag {node.tag} is not a plain value")
         return None
 
 
 def _setting_at(at: _Path) -> str:
-    """Return the setting that a place in the file belongs to."""
+    """Return the setting at a position in the file."""
     if at[0] in ("when", "start"):
         return str(at[2]) if len(at) > 2 else str(at[0])
     return str(at[0])
@@ -153,7 +153,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
     source.places = {key: (key,) for key in settings}
 
     if not isinstance(when, list):
-        source.fault(("when",), "when: must be a list of entries, each with an `if` and settings")
+        source.fault(("when",), "when: expected a list of entries, each with an `if` and settings")
         when = []
     entries = _entries_without(overrides, when)
     deciding = {key for entry in entries.values() for key in _conditions_of(entry)}
@@ -163,15 +163,15 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
         if branch:
             for key in branch.settings:
                 if any(b.conditions == branch.conditions and key in b.settings for b in branches):
-                    source.fault(("when", i, key), f"{key}: is set already by an earlier entry with the same `if`")
+                    source.fault(("when", i, key), f"{key}: already set by an earlier entry with the same `if`")
                 source.places[branch.parameter(key)] = ("when", i, key)
             branches.append(branch)
     every = [*settings, *(key for branch in branches for key in branch.settings)]
     if "loss" in every and any(key.startswith("loss.") for key in every):
-        source.fault(("loss",), "loss: stands beside single weights (loss.…); give one or the other")
+        source.fault(("loss",), "loss: cannot be combined with single weights (loss.…); give one or the other")
 
     if not isinstance(start, list):
-        source.fault(("start",), "start: must be a list of points, each a mapping of settings to values")
+        source.fault(("start",), "start: expected a list of points, each a mapping of settings to values")
         start = []
     space = Space(settings, tuple(branches))
     points = _entries_without(overrides, start)
@@ -187,7 +187,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
 
 
 def _entries_without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any]:
-    """Return entries of `when` or `start` by their place, less what is fixed from outside and what is empty then."""
+    """Return entries of `when` or `start` by number, without overridden settings and without entries then empty."""
     result: dict[int, Any] = {}
     for i, entry in enumerate(entries):
         if isinstance(entry, Mapping) and not overrides.keys().isdisjoint(entry):
@@ -213,7 +213,7 @@ def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str,
             setting = _setting(source, (*at, key), key, value)
         else:
             known = [*SETTINGS, "loss", *(() if at else ("when", "start"))]
-            source.fault((*at, key), f"{key}: there is no such setting{suggest_setting(key, known)}")
+            source.fault((*at, key), f"{key}: unknown setting{suggest_setting(key, known)}")
             continue
         if setting is None:
             source.broken.add(key)
@@ -225,12 +225,12 @@ def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str,
 def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], words: Sequence[str]) -> str | None:
     """Return the word of a distribution, `{word: …}`."""
     if len(given) != 1:
-        source.fault(at, f"{key}: a distribution has one word, such as {{{words[0]}: …}}, got {len(given)}")
+        source.fault(at, f"{key}: expected one word of a distribution, such as {{{words[0]}: …}}, got {len(given)}")
         return None
     (word,) = given
     if word not in words:
         source.fault(
-            at, f"{key}: `{word}` is no distribution for it ({', '.join(words)}){suggest_setting(word, words)}"
+            at, f"{key}: expected a distribution ({', '.join(words)}), got `{word}`{suggest_setting(word, words)}"
         )
         return None
     return word
@@ -250,7 +250,7 @@ def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
     if not names or len(names) < len(given[word]):
         return None
     if word == "simplex" and len(names) == 1:
-        source.fault((*at, word), f"loss: a mixture takes two losses or more; write `loss: {names[0]}` for one alone")
+        source.fault((*at, word), f"loss: a mixture needs at least two losses; write `loss: {names[0]}` for only one")
         return None
     return Simplex(tuple(names)) if word == "simplex" else CategoricalDistribution(names)
 
@@ -259,7 +259,7 @@ def _is_loss(source: _Source, at: _Path, name: Any) -> bool:
     if name in LOSSES:
         return True
     near = suggest_setting(name, LOSSES) if isinstance(name, str) else ""
-    source.fault(at, f"loss: {name!r} is none of the losses {', '.join(LOSSES)}{near}")
+    source.fault(at, f"loss: expected one of the losses {', '.join(LOSSES)}, got {name!r}{near}")
     return False
 
 
@@ -267,13 +267,13 @@ def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None
     never = NEVER_SEARCHED.get(key)
     if not isinstance(given, Mapping):
         if never and at[0] == "when":
-            source.fault(at, f"{key}: must be the same in all trials: {never}")
+            source.fault(at, f"{key}: must be the same in all trials, because {never}")
         if isinstance(given, list) and key != "data.classes":
-            source.fault(at, f"{key}: a list is no value; write {{choice: [a, b]}} to search it")
+            source.fault(at, f"{key}: expected a single value, got a list; write {{choice: [a, b]}} to search it")
             return None
         return Fixed(_value(source, at, key, given))
     if never:
-        source.fault(at, f"{key}: cannot be searched, as {never}; give one value")
+        source.fault(at, f"{key}: cannot be searched, because {never}; give one value")
         return None
     if key.startswith("loss."):
         source.fault(at, f"{key}: a single weight cannot be searched; write loss: {{simplex: [mse, kl]}}")
@@ -286,22 +286,22 @@ def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None
         values = [_value(source, (*at, word, i), key, value) for i, value in items]
         return CategoricalDistribution(values) if values else None
     if key == "data.image_size":
-        source.fault(at, f"{key}: every size has a packed store of its own, so list the sizes with choice")
+        source.fault(at, f"{key}: each size needs its own packed store; list the sizes with choice")
         return None
     return _range(source, (*at, word), key, word, given[word])
 
 
 def _distinct_values(source: _Source, at: _Path, key: str, given: Any) -> list[tuple[int, Any]]:
-    """Return the values of a choice or simplex with their places; leave out those that are wrong."""
+    """Return the values of a choice or simplex with their positions. Wrong values are left out."""
     if not isinstance(given, list) or not given:
-        source.fault(at, f"{key}: {at[-1]} takes a list of values, such as [a, b], got {given!r}")
+        source.fault(at, f"{key}: {at[-1]} needs a list of values, such as [a, b], got {given!r}")
         return []
     result: list[tuple[int, Any]] = []
     for i, value in enumerate(given):
         if isinstance(value, list | dict):
-            source.fault((*at, i), f"{key}: {at[-1]} takes plain values, got {value!r}")
+            source.fault((*at, i), f"{key}: {at[-1]} needs plain values, got {value!r}")
         elif any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in given[:i]):
-            source.fault((*at, i), f"{key}: {value!r} is there twice")
+            source.fault((*at, i), f"{key}: {value!r} occurs twice")
         else:
             result.append((i, value))
     return result
@@ -313,13 +313,13 @@ def _range(source: _Source, at: _Path, key: str, word: str, given: Any) -> Setti
     form = "[low, high]" if log else "[low, high] or [low, high, step]"
     wanted = "whole numbers" if whole else "numbers"
     if kind not in (int, float):
-        source.fault(at, f"{key}: is no number; write {{choice: [a, b]}} to search it")
+        source.fault(at, f"{key}: not a number; write {{choice: [a, b]}} to search it")
     elif kind is int and not whole:
-        source.fault(at, f"{key}: is a whole number, so write int_{word} in place of {word}")
+        source.fault(at, f"{key}: a whole number; write int_{word} instead of {word}")
     elif not isinstance(given, list) or len(given) not in ((2,) if log else (2, 3)):
-        source.fault(at, f"{key}: {word} takes {form}, got {given!r}")
+        source.fault(at, f"{key}: {word} needs {form}, got {given!r}")
     elif not all(_is_number(x, whole) for x in given):
-        source.fault(at, f"{key}: {word} takes {wanted}, got {given!r}")
+        source.fault(at, f"{key}: {word} needs {wanted}, got {given!r}")
     elif given[0] >= given[1]:
         source.fault(at, f"{key}: the lower bound must be below the upper, got {given!r}")
     elif log and given[0] <= 0:
@@ -349,7 +349,7 @@ def _on_grid(value: float, low: float, step: float | None) -> bool:
 
 
 def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
-    """Return a value as the configuration holds it. `_check_together` looks at the rest of the configuration."""
+    """Return a value in the form of the configuration. `_check_together` checks it together with other settings."""
     section, _, name = key.partition(".")
     if isinstance(value, list):
         value = tuple(value)
@@ -364,7 +364,7 @@ def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
         try:
             check_architecture(value)
             if "." in value and not split_source(value)[0]:
-                # Tags can be had from timm alone, which takes seconds to import.
+                # Only timm knows the tags, and its import takes seconds.
                 from raytune_emotion.learn.model import check_backbone
 
                 check_backbone(value)
@@ -382,7 +382,7 @@ def _branch(
         return None
     body = {key: value for key, value in entry.items() if key != "if"}
     if not body:
-        source.fault(at, "when: an entry needs settings beside its `if`")
+        source.fault(at, "when: an entry needs settings in addition to its `if`")
     conditions: dict[str, tuple[Any, ...]] = {}
     for key, wanted in entry["if"].items():
         here = (*at, "if", key)
@@ -391,37 +391,37 @@ def _branch(
             continue
         if not isinstance(setting, CategoricalDistribution):
             hint = suggest_setting(key, [k for k, s in settings.items() if isinstance(s, CategoricalDistribution)])
-            source.fault(here, f"{key}: an `if` asks for a setting that is searched by choice; this is not{hint}")
+            source.fault(here, f"{key}: an `if` needs a setting that is searched by choice; this one is not{hint}")
             continue
         values = wanted if isinstance(wanted, list) else [wanted]
         unknown = [value for value in values if value not in setting.choices]
         for value in unknown:
             choices = [str(choice) for choice in setting.choices]
             near = suggest_setting(str(value), choices)
-            source.fault(here, f"{key}: {value!r} is none of its choices ({', '.join(choices)}){near}")
+            source.fault(here, f"{key}: expected one of its choices ({', '.join(choices)}), got {value!r}{near}")
         if not values:
-            source.fault(here, f"{key}: an `if` needs one of its choices")
-        # In the order of the choice, so that equal conditions have one name.
+            source.fault(here, f"{key}: an `if` needs at least one of its choices")
+        # Sort the values in the order of the choice, so that equal conditions have the same name.
         conditions[key] = tuple(choice for choice in setting.choices if choice in values)
     for key in body:
         if key in deciding:
-            source.fault((*at, key), f"{key}: a `when` asks for it, so it cannot depend on a `when` itself")
+            source.fault((*at, key), f"{key}: the `if` of an entry uses it, so it cannot depend on a `when` itself")
         elif key.startswith("loss."):
             source.fault((*at, key), f"{key}: in a `when`, write loss: with a name, a choice or a simplex")
     return Branch(conditions, _settings(source, at, body))
 
 
 def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[str, Any]:
-    """Return a start point's values as the configuration holds them, checked against the space."""
+    """Return a start point's values in the form of the configuration, checked against the space."""
     if not isinstance(point, Mapping) or not point:
-        source.fault(at, "start: a point is a mapping of settings to values")
+        source.fault(at, "start: expected a mapping of settings to values as a point")
         return {}
     for branch in space.when:
         depending = [key for key in point if key in branch.settings or key.partition(".")[0] in branch.settings]
         missing = [key for key in branch.conditions if key not in point]
         if depending and missing:
             key = depending[0]
-            source.fault((*at, key), f"{key}: depends on {missing[0]}, which this start point must give too")
+            source.fault((*at, key), f"{key}: depends on {missing[0]}; give that in this start point, too")
             return {}
     active = {key: setting for key, (_, setting) in space.active_settings(point).items()}
     mixture = active.get("loss")
@@ -436,15 +436,15 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
             if loss not in mixture.losses:
                 source.fault(here, f"{key}: is not in the mixture of {', '.join(mixture.losses)}")
             elif not _is_number(value, whole=False) or not 0 <= value <= 1:
-                source.fault(here, f"{key}: a weight is a number from 0 to 1, got {value!r}")
+                source.fault(here, f"{key}: expected a weight from 0 to 1, got {value!r}")
             else:
                 weights[loss] = float(value)
         elif key not in active:
-            absent = "is not in this space, so that it cannot be set here"
-            unknown = f"there is no such setting{suggest_setting(key, active)}"
+            absent = "not in this space, so it cannot be set here"
+            unknown = f"unknown setting{suggest_setting(key, active)}"
             source.fault(here, f"{key}: {absent if key in SETTINGS else unknown}")
         elif isinstance(active[key], Simplex):
-            source.fault(here, "loss: is a mixture here, so give weights, such as loss.kl: 1")
+            source.fault(here, "loss: a mixture in this space; give weights, such as loss.kl: 1")
         else:
             wrong = _why_outside(active[key], value)
             if wrong:
@@ -452,7 +452,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
                 continue
             result[key] = value if key == "loss" else _value(source, here, key, value)
             if isinstance(active[key], IntDistribution):
-                # Of a setting that takes fractions too, Optuna must get a whole number.
+                # Optuna needs an int, also if the setting accepts fractions.
                 result[key] = int(value)
     total = sum(weights.values())
     if weights and abs(total - 1) > 1e-6:
@@ -461,7 +461,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
 
 
 def _why_outside(setting: Setting, value: Any) -> str | None:
-    """Say why a value does not belong to a setting."""
+    """Return the reason why a value does not belong to a setting; None if it does."""
     if isinstance(setting, Fixed):
         same = value == (list(setting.value) if isinstance(setting.value, tuple) else setting.value)
         return None if same else f"is fixed to {setting.value!r} in this space"
@@ -481,7 +481,7 @@ def _invalid(config: FlatConfig) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=2**14)
 def _faults_of(config: str) -> tuple[str, ...]:
-    """Return what is wrong with a configuration, in JSON: a space has a thousand, and is read several times."""
+    """Return the errors of a configuration in JSON. Cached: a space has a thousand of them, and is read repeatedly."""
     try:
         RunConfig.from_flat(json.loads(config))
     except UserError as error:
@@ -490,7 +490,7 @@ def _faults_of(config: str) -> tuple[str, ...]:
 
 
 def _without_weights() -> Callable[[FlatConfig], tuple[str, ...]]:
-    """Return what says why a configuration has no weights to start from; it looks once for those of each model."""
+    """Return a function that reports missing pretrained weights of a configuration. It checks each model only once."""
     found = functools.cache(_faults_of_weights)
     return lambda config: found(json.dumps({k: v for k, v in config.items() if k.startswith("model.")}))
 
@@ -499,7 +499,7 @@ def _faults_of_weights(settings: str) -> tuple[str, ...]:
     try:
         model = RunConfig.from_flat(json.loads(settings)).model
         if model.pretrained or model.weights_dir is not None:
-            # Only now: it imports timm, which takes seconds.
+            # Imported only now: it imports timm, which takes seconds.
             from raytune_emotion.learn.model import check_weights
 
             check_weights(model)
@@ -509,10 +509,11 @@ def _faults_of_weights(settings: str) -> tuple[str, ...]:
 
 
 def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig], tuple[str, ...]] = _invalid) -> None:
-    """Find settings that are valid alone and not together, such as more warm-up than epochs.
+    """Find settings that are valid alone but not together, such as more warm-up than epochs.
 
-    For each combination of what `when` asks for, every pair of settings is judged at its ends. What fails so can be
-    suggested, hence is a fault of the space. Of rules on three settings, it sees what pairs show.
+    For each combination of the conditions of `when`, every pair of settings is checked at the ends of its ranges. The
+    space could suggest a combination that fails, so it is an error of the space. Rules on three settings are checked
+    only as far as pairs violate them.
     """
     for decided in space.decisions():
         names = {key: name for key, (name, _) in space.active_settings(decided).items()}
@@ -528,6 +529,6 @@ def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig],
         for change in (*singles, *pairs, {}):
             for sentence in judge(space.flatten({**first, **change})):
                 key = sentence.partition(":")[0]
-                # The sentence is on a setting, or on the section of several.
+                # The error concerns a setting, or a section with several settings.
                 place = next((source.places[names[k]] for k in names if k == key or k.startswith(f"{key}.")), ())
                 source.fault(place, sentence)

@@ -1,8 +1,8 @@
-"""Hold a search space once it is read: settings with distributions, and the configurations that they suggest.
+"""Represent a search space: settings with distributions, and the configurations that they suggest.
 
-Optuna sees a parameter under its setting's dotted path. In a branch of `when` it has a name of its own,
-`optim.lr [train.batch_size=64]`, so that each parameter has one distribution in a study. A loss of a mixture is the raw
-`loss.kl~`, uniform in (0, 1]; its weight follows from all of them.
+The name of a parameter in Optuna is its setting's dotted path. A branch of `when` has a separate parameter,
+`optim.lr [train.batch_size=64]`, so that each parameter has only one distribution in a study. A loss of a mixture is
+the raw parameter `loss.kl~`, uniform in (0, 1]. The weights are computed from all raw parameters.
 """
 
 import itertools
@@ -18,23 +18,23 @@ from optuna.samplers import RandomSampler
 from raytune_emotion.config import SETTINGS, FlatConfig
 from raytune_emotion.storage.json_text import is_number
 
-#: The losses that a mixture can have.
+#: Losses that can be in a mixture.
 LOSSES: tuple[str, ...] = tuple(key.removeprefix("loss.") for key in SETTINGS if key.startswith("loss."))
 
-# exp(-x) falls below this at x = 20; the weights of a start point need x of 5 at most.
+# Its lower bound is exp(-x) for x = 20. The weights of a start point need x of at most 5.
 _RAW_WEIGHT = FloatDistribution(2e-9, 1.0)
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """One value for every trial; of `loss`, the name of the only loss."""
+    """One value for every trial; for `loss`, the name of the only loss."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Simplex:
-    """Weights of losses: none below 0, one in sum, uniformly distributed over all such mixtures.
+    """Weights of losses: non-negative, with sum 1, uniformly distributed over all such mixtures.
 
     With u uniform in (0, 1], the weights -ln(u_i) / sum_j -ln(u_j) follow the flat Dirichlet distribution (Optuna FAQ,
     "How do I suggest variables which represent the proportion, that is, are in accordance with Dirichlet
@@ -54,7 +54,7 @@ class Simplex:
         return {loss: part / total if total > 0 else 1 / len(parts) for loss, part in parts.items()}
 
     def raw(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """Invert `weights`, with the exponentials' sum at its mean, the number of losses."""
+        """Invert `weights`, with the sum of the exponentials set to its mean, the number of losses."""
         return {loss: math.exp(-len(self.losses) * weights.get(loss, 0.0)) for loss in self.losses}
 
 
@@ -63,7 +63,7 @@ Setting = Fixed | Simplex | BaseDistribution
 
 @dataclass(frozen=True)
 class Branch:
-    """An entry of `when`: settings that hold where every condition does."""
+    """An entry of `when`: settings that apply if all conditions hold."""
 
     conditions: Mapping[str, tuple[Any, ...]]
     settings: Mapping[str, Setting]
@@ -72,7 +72,7 @@ class Branch:
         return all(key in decided and decided[key] in values for key, values in self.conditions.items())
 
     def parameter(self, key: str) -> str:
-        """Return the Optuna name that a setting has in this branch."""
+        """Return the name in Optuna of a setting in this branch."""
         conditions = (f"{name}={'|'.join(map(str, values))}" for name, values in self.conditions.items())
         return f"{key} [{', '.join(conditions)}]"
 
@@ -82,7 +82,7 @@ _RANGES = (IntDistribution, FloatDistribution)
 
 @dataclass(frozen=True)
 class Space:
-    """A valid search space. Whatever it suggests builds a `RunConfig`."""
+    """A valid search space. Every configuration that it suggests is a valid `RunConfig`."""
 
     settings: Mapping[str, Setting]
     when: tuple[Branch, ...] = ()
@@ -98,7 +98,7 @@ class Space:
 
     @property
     def parameters(self) -> dict[str, BaseDistribution]:
-        """Return every parameter that Optuna can see, by its name there."""
+        """Return every parameter of Optuna, by its name there."""
         return _parameters((name, setting) for name, _, setting in self._all_settings())
 
     def columns(self) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ class Space:
         )
 
     def values_of(self, key: str) -> tuple[Any, ...]:
-        """Return the values that a setting can take where they can be listed; none where it is not in the space."""
+        """Return the values that a setting can have, as far as they can be listed; none if it is not in the space."""
         values: list[Any] = []
         for _, name, setting in self._all_settings():
             if name == key and isinstance(setting, Fixed):
@@ -120,14 +120,14 @@ class Space:
         return tuple(dict.fromkeys(values))
 
     def largest_value(self, key: str) -> float | None:
-        """Return the largest value that a numeric setting can take; None where it is not in the space."""
+        """Return the largest value that a numeric setting can have; None if it is not in the space."""
         highs = [s.high for _, name, s in self._all_settings() if name == key and isinstance(s, _RANGES)]
         return max((*self.values_of(key), *highs), default=None)
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Any]:
-        """Return a configuration by dotted path: every setting of the space; what is searched as the trial suggests.
+        """Return every setting of the space by dotted path. The trial suggests those that are searched.
 
-        Settings that the space does not name are absent: they have their defaults.
+        Settings that the space does not name are absent and have their defaults.
         """
         decided = {key: _draw(trial, key, self.settings[key]) for key in self.condition_keys()}
         return self.flatten({key: _draw(trial, name, s) for key, (name, s) in self.active_settings(decided).items()})
@@ -137,7 +137,7 @@ class Space:
         return [self.params_of(start) for start in self.start]
 
     def params_of(self, settings: FlatConfig) -> dict[str, Any]:
-        """Return Optuna's parameters of a configuration, or of the part of it that is given."""
+        """Return Optuna's parameters of a whole or partial configuration."""
         params: dict[str, Any] = {}
         for key, (name, setting) in self.active_settings(settings).items():
             if isinstance(setting, Simplex):
@@ -154,11 +154,11 @@ class Space:
         return params
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the space as plain dicts and lists, to be kept; `parse_space` reads it back."""
+        """Return the space as plain dicts and lists, which `parse_space` can read."""
         return dict(self.source)
 
     def active_settings(self, decided: FlatConfig) -> dict[str, tuple[str, Setting]]:
-        """Return what holds where the settings that `when` asks for are as decided: setting, Optuna name, domain."""
+        """Return the settings that apply for these values of the condition settings, as (Optuna name, domain)."""
         result = {key: (key, setting) for key, setting in self.settings.items()}
         for branch in self.when:
             if branch.applies(decided):
@@ -166,27 +166,27 @@ class Space:
         return result
 
     def decisions(self) -> Iterator[dict[str, Any]]:
-        """Return each combination of the values that `when` asks for, by dotted path."""
+        """Yield each combination of values of the condition settings, by dotted path."""
         keys = self.condition_keys()
         for values in itertools.product(*map(self.values_of, keys)):
             yield dict(zip(keys, values, strict=True))
 
     def branches(self) -> Iterator[tuple[dict[str, Any], dict[str, BaseDistribution]]]:
-        """Return each combination of what `when` asks for, with the parameters that are drawn beside it."""
+        """Yield each combination of values of the condition settings, with the parameters that are drawn for it."""
         for decided in self.decisions():
             yield decided, _parameters(its for key, its in self.active_settings(decided).items() if key not in decided)
 
     def ends(self, decided: FlatConfig) -> dict[str, tuple[Any, ...]]:
-        """Return the values between which those of each setting lie where what `when` asks for is as decided."""
+        """Return the extreme values of each setting for these values of the condition settings."""
         active = {key: _ends(setting) for key, (_, setting) in self.active_settings(decided).items()}
         return active | {key: (value,) for key, value in decided.items()}
 
     def condition_keys(self) -> tuple[str, ...]:
-        """Return the settings that `when` asks for."""
+        """Return the condition settings: those in an `if` of `when`."""
         return tuple(dict.fromkeys(key for branch in self.when for key in branch.conditions))
 
     def flatten(self, values: FlatConfig) -> dict[str, Any]:
-        """Replace `loss`, a name or weights by name, by `loss.…`; the other losses of the space weigh 0."""
+        """Replace `loss`, a name or weights by name, by `loss.…`. The other losses of the space get weight 0."""
         result: dict[str, Any] = {}
         for key, value in values.items():
             if key == "loss":
@@ -208,7 +208,7 @@ class Space:
 
 
 def _parameters(settings: Iterable[tuple[str, Setting]]) -> dict[str, BaseDistribution]:
-    """Return the parameters of settings, which are given by their names in Optuna."""
+    """Return the parameters of settings, given with their names in Optuna."""
     result: dict[str, BaseDistribution] = {}
     for name, setting in settings:
         if isinstance(setting, Simplex):
@@ -219,7 +219,7 @@ def _parameters(settings: Iterable[tuple[str, Setting]]) -> dict[str, BaseDistri
 
 
 def _ends(setting: Setting) -> tuple[Any, ...]:
-    """Return the values of a setting between which all others lie, in order; of words, all."""
+    """Return the lowest and the highest value of a setting; for words, all values."""
     if isinstance(setting, Fixed):
         return (setting.value,)
     if isinstance(setting, Simplex):
@@ -246,7 +246,7 @@ def _draw(trial: optuna.trial.BaseTrial, name: str, setting: Setting) -> Any:
 
 
 def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the space's start points, and then random configurations of it, by dotted path."""
+    """Yield the start points of the space and then random configurations, `count` in total, by dotted path."""
     study = optuna.create_study(sampler=RandomSampler(seed=seed))
     for point in space.start_points():
         study.enqueue_trial(point)
@@ -255,7 +255,7 @@ def draw(space: Space, count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def is_setting(value: Any) -> bool:
-    """Tell whether a value is what a setting can be: text, a number, a truth value, nothing, or a list of these."""
+    """Tell whether a value can be that of a setting: text, a number, a boolean, None, or a list of these."""
     if isinstance(value, list):
         return all(is_setting(item) and not isinstance(item, list) for item in value)
     return value is None or isinstance(value, str | bool) or is_number(value)

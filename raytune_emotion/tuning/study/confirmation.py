@@ -1,6 +1,6 @@
 """Plan the confirmation of a study, and rank its configurations by their new runs.
 
-A confirmation is a study of its own, in the folder of the study that it confirms. All its trials are decided when it
+A confirmation is a separate study, in the folder of the study that it confirms. All its trials are fixed when it
 begins: each of the best configurations with several new seeds.
 """
 
@@ -68,7 +68,7 @@ class ConfirmedConfiguration:
 
     @property
     def row(self) -> dict[str, Any]:
-        """Return the row of `confirmed.csv`. In a table for people, `HEADINGS` stand above it."""
+        """Return the row of `confirmed.csv`. A table for people has the headings `HEADINGS`."""
         return {
             "trial_id": self.trial_id,
             "mean_js": self.mean,
@@ -85,7 +85,7 @@ class ConfirmedConfiguration:
 
     @property
     def median(self) -> TrialRecord:
-        """Return the median run; of an even number, the worse one in the middle."""
+        """Return the median run; for an even number, the worse one of the two in the middle."""
         return self.runs[len(self.runs) // 2]
 
     @property
@@ -94,7 +94,7 @@ class ConfirmedConfiguration:
 
 
 def best_configurations(records: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
-    """Return the best trial of each of the best configurations. A trial that continues another has the same one."""
+    """Return the best trial of each of the best configurations. A continued trial has the same configuration."""
     found: list[TrialRecord] = []
     for record in best_first([record for record in records if record.best and record.status != "failed"]):
         if len(found) < count and all(record.settings != other.settings for other in found):
@@ -103,9 +103,9 @@ def best_configurations(records: Iterable[TrialRecord], count: int) -> list[Tria
 
 
 def enqueue(study: optuna.Study, records: Sequence[TrialRecord], seeds: Iterable[int]) -> None:
-    """Enqueue each configuration with each seed, except those that are already there.
+    """Enqueue each configuration with each seed, except existing runs.
 
-    The order is seed by seed, so an interrupted confirmation has about the same number of runs for each configuration.
+    The order is seed by seed, so an interrupted confirmation has about the same number of runs per configuration.
     """
     known = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
     there = {(attributes[CONFIRMS], attributes[SETTINGS][_SEED]) for attributes in known}
@@ -147,30 +147,30 @@ def write_confirmed(folder: Path, found: Iterable[ConfirmedConfiguration]) -> No
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a confirmation runs."""
+    """The runs of a confirmation."""
 
-    chosen: tuple[TrialRecord, ...]  # trials of the search, of which each configuration runs again
-    spec: StudySpec  # of the confirmation
-    settings: tuple[dict[str, Any], ...]  # of all that will run, also of what an earlier confirmation has left
+    chosen: tuple[TrialRecord, ...]  # trials of the search whose configurations run again
+    spec: StudySpec  # spec of the confirmation
+    settings: tuple[dict[str, Any], ...]  # settings of all runs, including unfinished ones of an earlier confirmation
 
 
 def plan_confirmation(request: ConfirmRequest, study: Path) -> Plan:
     """Plan a confirmation of the best configurations of a study.
 
     Raises:
-        UserError: there is no such study, it has nothing to confirm, its data or weights are gone, or its batches are
-            too small for so many workers.
+        UserError: there is no such study, it has nothing to confirm, its data or weights are missing, or its batches
+            are too small for the number of workers.
     """
     searched = read_spec(study)
     if searched.confirms is not None:
-        raise UserError(f"{study}: is a confirmation itself; name the study that it lies in")
-    # For a second: a study that has ended by its time would else train all its trials first.
+        raise UserError(f"{study}: is a confirmation itself; name the study whose folder contains it")
+    # A budget of one second: without it, the command would first train all remaining trials of the study.
     options = typed_options(results=study.parent, name=study.name, time_budget="1s")
     resume = f"{typed_command('search')} --resume{options}"
-    stores = open_stores(searched, f"tell where they are by `{resume} --data DIR`")
+    stores = open_stores(searched, f"name their folder with `{resume} --data DIR`")
     chosen = best_configurations(load(study).records(), request.top)
     if not chosen:
-        raise UserError(f"{study}: no trial of this study has reported yet")
+        raise UserError(f"{study}: no trial of this study has reported yet; search longer")
     faults: list[str] = []
     workers = request.workers_per_trial or searched.workers_per_trial
     before = confirmation_before(study, searched.epochs)
@@ -180,7 +180,7 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> Plan:
         with collect_errors(faults):
             faults += batch_faults(config, len(stores[config.data.image_size].train), workers)
         with collect_errors(faults):
-            _check_weights(config.model, f"tell where they are by `{resume} --weights-dir DIR`")
+            _check_weights(config.model, f"name their folder with `{resume} --weights-dir DIR`")
     if faults:
         raise UserError(dict.fromkeys(faults))
     confirms = {record.trial_id: record.best["val_js"] for record in chosen if record.best}
@@ -197,36 +197,36 @@ def plan_confirmation(request: ConfirmRequest, study: Path) -> Plan:
 
 
 def _list_left(folder: Path) -> list[dict[str, Any]]:
-    """List the settings of the runs of a confirmation that have not ended."""
+    """List the settings of the unfinished runs of a confirmation."""
     trials = load_study(folder).get_trials(deepcopy=False)
     return [trial.user_attrs[SETTINGS] for trial in trials if not trial.state.is_finished()]
 
 
 def confirmation_before(study: Path, epochs: int) -> StudySpec | None:
-    """Return the spec of the confirmation that a study has already, if any.
+    """Return the spec of a study's existing confirmation; None if there is none.
 
     Args:
-        study: its folder.
-        epochs: of its trials.
+        study: folder of the study.
+        epochs: epochs of its trials.
 
     Raises:
-        UserError: the runs of the confirmation are of another length, so that new ones could not stand beside them.
+        UserError: the runs of the confirmation have another length, so new ones could not be compared with them.
     """
     folder = study / CONFIRMED
     before = read_spec(folder) if (folder / SPEC).exists() else None
     if before is not None and before.epochs != epochs:
         raise UserError(
-            f"{folder}: its runs are of {before.epochs} epochs, and trials of the study now of {epochs}; move it away "
-            f"to confirm the study anew"
+            f"{folder}: its runs have {before.epochs} epochs, but trials of the study now have {epochs}; move it away "
+            f"to confirm the study again"
         )
     return before
 
 
 def _check_weights(config: ModelConfig, advice: str) -> None:
-    """Check that the pretrained weights of a run, if any, are still there.
+    """Check that the pretrained weights of a run, if any, still exist.
 
     Raises:
-        UserError: they are not; the sentence ends with the advice, which is for weights that an option has named.
+        UserError: they do not. For weights that an option named, the sentence ends with the advice.
     """
     try:
         check_weights(config)
@@ -237,22 +237,22 @@ def _check_weights(config: ModelConfig, advice: str) -> None:
 
 
 def make_confirmation(folder: Path, spec: StudySpec) -> None:
-    """Make the folder of a confirmation, unless it is there.
+    """Make the folder of a confirmation, unless it exists.
 
     Raises:
-        UserError: there is something else in it, or another process is at work in it.
+        UserError: it contains other files, or another process is using it.
     """
     if (folder / SPEC).exists():
         return
     if folder.exists():
         with study_lock(folder):
             if others := sorted({path.name for path in folder.iterdir()} - {LOCK}):
-                raise UserError(f"{folder}: holds {', '.join(others[:5])} and is no confirmation; move that away")
+                raise UserError(f"{folder}: holds {', '.join(others[:5])}, but is not a confirmation; move it away")
             shutil.rmtree(folder)
     make_study(folder, spec)
 
 
 def enqueue_runs(study: OpenStudy, plan: Plan, seeds: int) -> OpenStudy:
-    """Enqueue the runs that a confirmation lacks, one for each of so many seeds; those that it has stay."""
+    """Enqueue the missing runs of a confirmation with this number of seeds. Existing runs are kept."""
     enqueue(study.optuna, plan.chosen, fresh_seeds(plan.spec.seed, seeds))
     return study.with_spec(dataclasses.replace(plan.spec, trials=len(study.optuna.get_trials(deepcopy=False))))

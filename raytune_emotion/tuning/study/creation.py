@@ -1,4 +1,4 @@
-"""Make the spec of a study: of a new one, or of one that goes on. All that can be is checked first."""
+"""Make the spec of a new or a resumed study, after all possible checks."""
 
 import dataclasses
 import uuid
@@ -29,7 +29,7 @@ from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, 
 from raytune_emotion.tuning.study.resume_check import refuse_confirmation, refused_changes
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, open_stores, read_spec
 
-#: The data of a study of the built-in sample.
+#: Value of `StudySpec.data` for the built-in sample.
 GENERATED = "generated faces"
 
 
@@ -62,16 +62,16 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
         weights_dir=space.fixed_settings.get("model.weights_dir"),
         space=space.to_dict(),
         baseline=baseline(first),
-        # Of its own, since a folder may be deleted and made again.
+        # The name in the database is unique, because a folder may be deleted and made again.
         storage=request.storage and join_address(request.storage, f"{name}-{uuid.uuid4().hex[:8]}"),
     )
 
 
 def open_existing(place: Location, held: ExitStack) -> OpenStudy:
-    """Load the study that goes on, as its driver until `held` ends; see `study_lock`.
+    """Load a study to resume it, and be its driver until `held` ends; see `study_lock`.
 
-    The folder is brought up to date first: another machine may have gone on with the study. What it holds of another
-    study of the same name is kept elsewhere.
+    The folder is first brought up to date, because another machine may have continued the study. Files of another study
+    of the same name are set aside.
     """
     folder = place.working_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,16 +85,16 @@ def open_existing(place: Location, held: ExitStack) -> OpenStudy:
 
 
 def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) -> StudySpec:
-    """Return the spec of a study that goes on: what it is stays; how much of it, and where it runs, may change.
+    """Return the spec of a resumed study. The search itself stays the same; its length and its resources may change.
 
     Args:
-        request: what is asked for.
-        study: that goes on.
-        faults: what is known to be wrong already.
+        request: the request.
+        study: the study to resume.
+        faults: errors that are already known.
 
     Raises:
-        UserError: there are such faults; what is asked for is of another study; its data or weights are gone; batches
-            are too small for so many workers.
+        UserError: there are such errors; the request does not fit the study; its data or weights are missing; batches
+            are too small for the number of workers.
     """
     spec, space = study.spec, study.space
     faults = refused_changes(request, spec, study.folder) + faults
@@ -105,12 +105,12 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
             opened = _stores(find_data(data), space, skip_bad=request.skip_bad)
             stores = {size: store.address for size, store in opened.items()}
             if {size: store.fingerprint for size, store in opened.items()} != spec.fingerprints:
-                faults.append(f"{data}: other data than the study began with; its trials could not be compared")
+                faults.append(f"{data}: not the data with which the study began; its trials could not be compared")
     else:
         with collect_errors(faults):
             opened = open_stores(spec, "name the data with --data")
     weights_dir = absolute_path(request.weights_dir) or spec.weights_dir
-    for store in list(opened.values())[:1]:  # all have the same rows
+    for store in list(opened.values())[:1]:  # all stores have the same rows
         outside = {"data.image_size": store.image_size, "model.weights_dir": weights_dir}
         workers = request.workers_per_trial or spec.workers_per_trial
         with collect_errors(faults):
@@ -134,7 +134,7 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
 
 
 def _find_data_again(spec: StudySpec) -> Location | None:
-    """Return where the data of a study lie, if its packed stores are not on this machine; None if they are."""
+    """Return the location of a study's data if its packed stores are not on this machine; None if they are."""
     if all(is_store(path) for path in spec.stores.values()):
         return None
     data = Folder(sample_folder()) if spec.data == GENERATED else parse_location(spec.data)
@@ -145,23 +145,23 @@ def _find_data_again(spec: StudySpec) -> Location | None:
 
 
 def _stores(data: Data, space: Space, *, skip_bad: bool) -> dict[int, Store]:
-    """Open or make the packed store for each image size of a space."""
+    """Open or make the packed store of each image size of a space."""
     classes = space.values_of("data.classes")
     named = tuple(classes[0]) if classes else None
     return prepare_sizes(data, image_sizes(data, space), classes=named, skip_bad=skip_bad)
 
 
 def image_sizes(data: Data, space: Space) -> tuple[int, ...]:
-    """Return the image sizes of a space; that of the data if it names none."""
+    """Return the image sizes of a space; the size of the data if the space names none."""
     return space.values_of("data.image_size") or (data.own_size(),)
 
 
 def check_space(space: Space, data: Data, *, workers: int) -> None:
-    """Check, before data are packed, that trials of a space can be trained on them, by so many workers each.
+    """Check, before data are packed, that trials of a space can be trained on them with this number of workers.
 
     Raises:
-        UserError: with an error for each backbone that cannot be built, for batches that are too small for the workers,
-            and for evaluations without a step.
+        UserError: an error for each backbone that cannot be built, for batches that are too small for the workers, and
+            for evaluations without a step.
     """
     faults: list[str] = []
     sizes, default, rows = image_sizes(data, space), RunConfig().train, data.count_rows()
@@ -183,10 +183,10 @@ def _batch_faults(space: Space, outside: FlatConfig, rows: int, workers: int) ->
     """List the batches of a space that are too small for the workers of a trial.
 
     Args:
-        space: of the study.
-        outside: settings that are not the space's own, by dotted path.
-        rows: to train on.
-        workers: of a trial.
+        space: search space of the study.
+        outside: settings that do not come from the space, by dotted path.
+        rows: number of training rows.
+        workers: number of workers of a trial.
     """
     default, found = RunConfig(), dict[tuple[str, int, int], None]()
     for ends in map(space.ends, space.decisions()):
@@ -202,10 +202,10 @@ def _batch_faults(space: Space, outside: FlatConfig, rows: int, workers: int) ->
 
 
 def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
-    """Build every backbone at every size once: a trial must not be where it shows that one cannot be had.
+    """Build every backbone at every size once, so that no trial fails because of a missing backbone.
 
     Raises:
-        UserError: with an error for each that cannot.
+        UserError: an error for each backbone that cannot be built.
     """
     faults: list[str] = []
     for model in _models(space, space.fixed_settings.get("model.weights_dir")):
@@ -216,14 +216,14 @@ def _check_backbones(space: Space, sizes: Sequence[int]) -> None:
             except UserError as error:
                 faults += error.faults
                 if isinstance(error, WeightsUnavailableError):
-                    # To try others, too, could take a minute each.
+                    # Each further attempt could take a minute.
                     raise UserError(dict.fromkeys(faults)) from None
     if faults:
         raise UserError(dict.fromkeys(faults))
 
 
 def _models(space: Space, weights_dir: str | None) -> list[ModelConfig]:
-    """List each backbone of a space, with pretrained weights and skipped blocks if a trial may have them."""
+    """List each backbone of a space, with pretrained weights and drop path if a trial may use them."""
     drop_paths: dict[str, float] = {}
     for ends in map(space.ends, space.decisions()):
         *_, drop_path = ends.get("model.drop_path", (0.0,))

@@ -1,4 +1,4 @@
-"""Reach the PostgreSQL database that several drivers of a study share."""
+"""Connect to the PostgreSQL database that several drivers of a study share."""
 
 import contextlib
 import importlib.util
@@ -12,12 +12,12 @@ from raytune_emotion.known_errors import first_line
 if TYPE_CHECKING:
     import psycopg
 
-#: No query: options of libpq, such as a file of passwords, are the user's and not a study's.
+#: Address of a study, without a query: options of libpq, such as a password file, belong to the user, not to a study.
 _ADDRESS = re.compile(
     r"(?P<url>postgresql://(?:[\w.~%-]+@)?(?:[\w.-]+|\[[0-9a-fA-F:.]+\])?(?::[0-9]{1,5})?/[\w.~%-]+)"
     r"(?:#(?P<study>[\w.=,+-]{1,200}))?"
 )
-#: A client gives up a silent server in about 15 s, which is before the server gives up the client.
+#: Options of the client. It gives up a silent server after about 15 s, which is before the server gives up the client.
 _CLIENT: dict[str, str | int] = {
     "connect_timeout": 10,
     "keepalives_idle": 5,
@@ -26,7 +26,7 @@ _CLIENT: dict[str, str | int] = {
     "tcp_user_timeout": 15_000,
     "application_name": "raytune_emotion",
 }
-#: The server gives up a silent client in about 40 s. A lock that is not had in ten minutes is an error.
+#: Options of the server. It gives up a silent client after about 40 s. A wait of ten minutes for a lock is an error.
 _SERVER = {
     "tcp_keepalives_idle": "20",
     "tcp_keepalives_interval": "5",
@@ -39,7 +39,7 @@ def check_url(text: str) -> str:
     """Check the URL of a database.
 
     Raises:
-        UserError: it is no such URL, or holds a password; the sentence does not repeat that.
+        UserError: it is not such a URL, or contains a password, which the message leaves out.
     """
     found = _ADDRESS.fullmatch(text)
     if found is not None and found["study"] is None:
@@ -47,7 +47,7 @@ def check_url(text: str) -> str:
     hidden = re.sub("://.*@", "://***@", text.partition("?")[0])
     if re.search("://[^/]*:.*@", text) or "password" in text:
         raise UserError(
-            f"{hidden}: has a password in it, which would be written into studies; leave it to ~/.pgpass or PGPASSWORD"
+            f"{hidden}: contains a password, which would be written into studies; put it into ~/.pgpass or PGPASSWORD"
         )
     raise UserError(f"expected postgresql://[USER@]HOST[:PORT]/DATABASE, without options, got {hidden!r}")
 
@@ -61,7 +61,7 @@ def split_address(address: str) -> tuple[str, str]:
     """Return the URL of the database and the name of the study there.
 
     Raises:
-        ValueError: it is no such address.
+        ValueError: it is not such an address.
     """
     found = _ADDRESS.fullmatch(address)
     if found is None or found["study"] is None:
@@ -79,15 +79,15 @@ def check_database(url: str) -> None:
     with contextlib.closing(connect(url)) as connection:
         if connection.execute(question).fetchone() != (True,):
             raise UserError(
-                f"{url}: this user may make no tables there; let it (GRANT CREATE ON SCHEMA public), or name another "
+                f"{url}: this user may not create tables; allow it (GRANT CREATE ON SCHEMA public), or name another "
                 f"database"
             )
 
 
 def connection_options() -> dict[str, str | int]:
-    """Return what each connection is opened with, besides the URL."""
+    """Return the options of each connection."""
     server = " ".join(f"-c {name}={value}" for name, value in _SERVER.items())
-    # The URL may be a stranger's: a server that asks for the password in plain text does not get it.
+    # The URL may come from a stranger: a server that asks for the password in plain text does not get it.
     return {**_CLIENT, "options": server, "require_auth": os.environ.get("PGREQUIREAUTH", "!password")}
 
 
@@ -95,7 +95,7 @@ def connect(url: str) -> "psycopg.Connection":
     """Connect to a database.
 
     Raises:
-        UserError: there is no such database, it lets this user not in, or psycopg is missing.
+        UserError: there is no such database, it refuses this user, or psycopg is missing.
     """
     if importlib.util.find_spec("psycopg") is None:
         raise UserError(
@@ -107,6 +107,6 @@ def connect(url: str) -> "psycopg.Connection":
         return psycopg.connect(url, autocommit=True, **connection_options())  # type: ignore[arg-type]
     except psycopg.Error as error:
         raise UserError(
-            f"{url}: cannot be opened ({first_line(error)}); start the server, make the database (createdb), or let "
-            f"this user in (~/.pgpass, PGPASSWORD)"
+            f"{url}: cannot be opened ({first_line(error)}); start the server, create the database (createdb), or give "
+            f"this user access (~/.pgpass, PGPASSWORD)"
         ) from error

@@ -1,7 +1,7 @@
-"""Let several drivers work on one study: each process that runs trials is one.
+"""Let several drivers, which are processes that run trials, work on one study.
 
-PostgreSQL itself keeps them apart, by advisory locks of a session. Each driver holds a lock of its own while its
-connection lasts: so the others know that it lives. Whoever changes what others read takes turns by a lock of the study.
+Advisory locks of PostgreSQL sessions separate them. Each driver holds a lock of its own while its connection lasts, so
+the others know that it is alive. A driver that changes shared data holds a lock of the study meanwhile.
 """
 
 import contextlib
@@ -18,39 +18,39 @@ from raytune_emotion.tuning.study.database import connect, split_address
 if TYPE_CHECKING:
     import psycopg
 
-#: What drivers do one after the other: decide which trials run, or write the files that they share.
+#: Actions that only one driver does at a time: decide which trials run, or write shared files.
 What = Literal["trials", "files"]
 
-#: Locks below this number are those of drivers.
+#: Upper bound of the numbers of drivers' locks.
 _DRIVERS = 2**48
-#: Between two questions whether this driver still counts as alive.
+#: Seconds between two checks whether this driver still counts as alive.
 _CHECK_S = 3.0
-#: Trials of a driver that is gone are left alone for so long: its processes may take some seconds to end.
+#: Seconds for which trials of a dead driver are not touched: its processes may take some seconds to end.
 _GRACE_S = 10.0
 
 
 class Drivers(Protocol):
-    """What one driver has to know of the others."""
+    """The interface of one driver to the others."""
 
     @property
     def own(self) -> int | None:
-        """Return what this driver's trials are marked with; None where there is no other driver."""
+        """Return the mark of this driver's trials; None if there are no other drivers."""
 
     def turn(self, what: What) -> contextlib.AbstractContextManager[None]:
-        """Let no other driver of the study do this during the block."""
+        """Prevent other drivers of the study from doing this during the block."""
 
     def others(self) -> set[int | None]:
-        """Return the drivers that live, without this one."""
+        """Return the live drivers without this one."""
 
     def abandoned(self, drivers: Collection[int | None]) -> set[int | None]:
-        """Return which of these drivers of trials, that do not run here, run them no more."""
+        """Return the drivers that are dead, whose trials may be taken over."""
 
     def failure(self) -> str:
-        """Say why this driver may not go on; empty while it may. It is to be asked all the time."""
+        """Say why this driver must stop; "" while it may continue. Call it continually."""
 
 
-class Alone:
-    """The only driver of a study: it has the lock of its folder."""
+class SingleDriver:
+    """The only driver of a study, which holds the lock of its folder."""
 
     own = None
 
@@ -68,7 +68,7 @@ class Alone:
 
 
 class SharedStudy:
-    """One of the drivers of a study in a database, which counts as alive as long as its connection lasts."""
+    """One of the drivers of a study in a database. It counts as alive as long as its connection lasts."""
 
     def __init__(
         self, connection: "psycopg.Connection", address: str, clock: Callable[[], float] = time.monotonic
@@ -76,7 +76,7 @@ class SharedStudy:
         self._connection, self._clock = connection, clock
         self._url, self._study = split_address(address)
         self.own: int | None = secrets.randbelow(_DRIVERS)
-        self._gone: dict[int | None, float] = {}  # since when drivers were seen to be gone
+        self._gone: dict[int | None, float] = {}  # time at which each driver was first found dead
         self._due = clock()
         self._ask("SELECT pg_advisory_lock(%s)", self.own)
 
@@ -87,7 +87,7 @@ class SharedStudy:
         try:
             yield
         finally:
-            # With the connection the lock is gone too. What the block raises says more.
+            # If the connection is lost, the lock is released, too. The error of the block is more informative.
             with contextlib.suppress(Breakdown):
                 self._ask("SELECT pg_advisory_unlock(%s)", key)
 
@@ -98,7 +98,7 @@ class SharedStudy:
         if not drivers:
             return set()
         alive, now = self.others(), self._clock()
-        # One that was taken for dead while the server was out of reach may be back.
+        # A driver that was taken for dead while the server was unreachable may be back.
         self._gone = {driver: self._gone.get(driver, now) for driver in drivers if driver not in alive}
         return {driver for driver, since in self._gone.items() if driver == self.own or now - since >= _GRACE_S}
 
@@ -110,8 +110,8 @@ class SharedStudy:
             alive = self.own in self._alive()
         except Breakdown as error:
             return str(error)
-        # As behind a pooler, which gives each question another session.
-        return "" if alive else f"{self._url}: the lock of this driver is gone; connect to the server itself"
+        # A pooler, for example, gives each query another session.
+        return "" if alive else f"{self._url}: the lock of this driver is lost; connect to the server directly"
 
     def _alive(self) -> set[int | None]:
         found = self._ask(
@@ -126,10 +126,10 @@ class SharedStudy:
         try:
             return self._connection.execute(question, values or None).fetchall()
         except psycopg.errors.LockNotAvailable as error:
-            raise Breakdown(f"{self._url}: another driver holds the study for ten minutes; end that one") from error
+            raise Breakdown(f"{self._url}: another driver has locked the study for ten minutes; end it") from error
         except psycopg.Error as error:
             raise Breakdown(
-                f"{self._url}: the connection was lost ({first_line(error)}), and other drivers may take up the trials "
+                f"{self._url}: the connection was lost ({first_line(error)}); other drivers may take over the trials "
                 f"of this one"
             ) from error
 
@@ -150,12 +150,12 @@ def join_study(address: str) -> Iterator[SharedStudy]:
 
 @contextlib.contextmanager
 def one_at_a_time(url: str, what: str) -> Iterator[None]:
-    """Let no other process do this to a database during the block."""
+    """Prevent other processes from doing this in a database during the block."""
     with contextlib.closing(connect(url)) as connection:
         connection.execute("SELECT pg_advisory_lock(%s)", (_lock_of(what),))
         yield
 
 
 def _lock_of(name: str) -> int:
-    """Return the number of a lock by its name, above those of drivers; one of 63 bits has no sign."""
+    """Return the number of a lock by its name: above those of drivers, and below 2**63, so that it is positive."""
     return int.from_bytes(hashlib.sha256(f"raytune_emotion/{name}".encode()).digest()[:7], "big") + _DRIVERS

@@ -1,4 +1,4 @@
-"""Gather what earlier studies have shown, for a study that starts from them."""
+"""Gather results of earlier studies for a study that starts from them."""
 
 import json
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
-#: Trials that must have reported before a study says anything about what is good.
+#: Smallest number of trials with reports from which an earlier study is useful.
 _LEAST = 4
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What guides the search of a new study."""
+    """The results of earlier studies that guide a new study."""
 
-    gathered: str | None  # as `write_earlier` writes it; None: nothing
-    told: str  # what it is, for people
+    gathered: str | None  # in the format of `write_earlier`; None: nothing
+    description: str  # for people
 
 
 def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
-    """Gather what guides the search of a study: earlier studies that are named, or else the portfolio.
+    """Gather the results that guide the search of a study: those of the named studies, or else the portfolio.
 
-    The portfolio guides a study whose space it fits, and whose sampler asks it.
+    The portfolio guides a study if it fits the space, and if the sampler uses it.
 
     Raises:
-        UserError: an earlier study that is named says nothing; all faults at once.
+        UserError: a named study has too few results; all errors at once.
     """
     studies = request.earlier_studies
     if studies:
@@ -48,15 +48,15 @@ def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
         return WarmStart(None, f"nothing (--sampler {request.sampler})")
     portfolio = portfolio_of(space)
     if portfolio is None:
-        return WarmStart(None, "nothing, as the portfolio does not fit this space")
+        return WarmStart(None, "nothing, because the portfolio does not fit this space")
     return WarmStart(portfolio.text, f"{portfolio} (--warm-start none leaves it out)")
 
 
 def gather_earlier(studies: Sequence[Location]) -> str:
-    """Gather the spaces and curves of studies, as `write_earlier` writes them.
+    """Gather the spaces and curves of studies, in the format of `write_earlier`.
 
     Raises:
-        UserError: one of them is no study, or too few of its trials have reported; all faults at once.
+        UserError: one of them is not a study, or too few of its trials have reported; all errors at once.
     """
     gathered: list[dict[str, Any]] = []
     faults: list[str] = []

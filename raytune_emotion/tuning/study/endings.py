@@ -1,14 +1,14 @@
-"""Name the ways in which a trial ends, or leaves its process for a while."""
+"""Define the ways in which a trial ends or pauses."""
 
 from dataclasses import dataclass
 
-#: Restarts of a trial whose processes died, where nothing else is asked for.
+#: Default number of restarts of a trial whose processes died.
 MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
 class Complete:
-    """The trial has trained to its last epoch, or stopped by itself for want of progress."""
+    """The trial has trained to its last epoch, or has stopped by early stopping."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Paused:
-    """The scheduler has stopped the trial; it can be taken up again from its checkpoint."""
+    """The scheduler has paused the trial; it can be resumed from its checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Broken:
-    """No fault of the trial: the study cannot go on now, and the trial goes on when the study does."""
+    """The study cannot continue now, for a reason outside of the trial. The trial continues when the study does."""
 
     reason: str
 

@@ -1,4 +1,4 @@
-"""Check what a journal says of its trials: Optuna takes any JSON, and the journal may be a stranger's."""
+"""Check the trials of a journal: Optuna accepts any JSON, and a journal may come from a stranger."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ def check_trials(trials: Sequence[FrozenTrial]) -> None:
     """Check the trials of a journal.
 
     Raises:
-        ValueError: one of them holds something else than this project writes.
+        ValueError: a trial contains values that this project does not write.
     """
     ids = {trial_id_of(number) for number in range(len(trials))}
     for number, trial in enumerate(trials):
@@ -61,4 +61,4 @@ def check_trials(trials: Sequence[FrozenTrial]) -> None:
         if not all(map(is_number, trial.values or ())):
             wrong.append("its value")
         if wrong:
-            raise ValueError(f"trial {number}: {wrong[0]}: not as a search writes it")
+            raise ValueError(f"trial {number}: {wrong[0]}: not in the format of a search")

@@ -1,4 +1,4 @@
-"""Open a study to read it or to work on it: its spec, space and trials are loaded once, as one value."""
+"""Open a study to read it or to work on it: its spec, space and trials are loaded once, as one object."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.policy.warm_start import write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
-from raytune_emotion.tuning.study.drivers import Alone, Drivers
+from raytune_emotion.tuning.study.drivers import Drivers, SingleDriver
 from raytune_emotion.tuning.study.optuna_study import (
     JOURNAL,
     count_due,
@@ -43,17 +43,17 @@ from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_
 
 @dataclasses.dataclass(frozen=True)
 class OpenStudy:
-    """A study that is loaded: what it was asked, and its record."""
+    """A loaded study: its spec and its record."""
 
     folder: Path
     spec: StudySpec
     optuna: optuna.Study
     copy: RemoteCopy
-    drivers: Drivers = dataclasses.field(default_factory=Alone)
+    drivers: Drivers = dataclasses.field(default_factory=SingleDriver)
 
     @functools.cached_property
     def space(self) -> Space:
-        """Return the search space; a study whose space this version cannot read can be looked at all the same.
+        """Return the search space. It is read late, so a study can be read even if this version cannot read its space.
 
         Raises:
             UserError: this version cannot read it.
@@ -66,26 +66,26 @@ class OpenStudy:
 
     @property
     def reports(self) -> int:
-        """Return how many reports a trial makes that is trained to its end."""
+        """Return the number of reports of a trial that is trained to its end."""
         return self.spec.epochs * int(self.space.fixed_settings.get("train.evals_per_epoch", 1))
 
     @property
     def mark(self) -> str | None:
-        """Return the file that a machine sees if it sees the study's folder; None for a study at a URI."""
+        """Return a file that every machine sees that can see the study's folder; None for a study at a URI."""
         return str(self.folder.absolute() / SPEC) if self.copy.location.is_here(self.folder) else None
 
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)
 
     def records(self, known: Collection[str] = ()) -> list[TrialRecord]:
-        """Read the trials in the order of their start, but for those that are known already."""
+        """Read the trials in the order of their start, except those in `known`."""
         return read_records(self.folder, self.optuna, known)
 
     def record(self, trial_id: str) -> TrialRecord:
         return read_record(self.folder, self.optuna, trial_id)
 
     def is_over(self) -> bool:
-        """Tell whether as many trials have ended as were asked for, or as the space has configurations."""
+        """Tell whether all trials of the spec have ended, or all configurations of the space."""
         trials = list_trials(self.optuna)
         if any(trial.status in ("running", "paused") for trial in trials):
             return False
@@ -99,11 +99,13 @@ class OpenStudy:
         """Return the best trial.
 
         Raises:
-            UserError: no trial has reported, or those that have failed.
+            UserError: no trial has a result.
         """
         best = winner(self.records())
         if best is None:
-            raise UserError(f"{self.copy}: no trial of this study has reported yet, or those that have failed")
+            raise UserError(
+                f"{self.copy}: no trial has a result yet: none has reported, or all that reported have failed"
+            )
         return best
 
     def with_spec(self, spec: StudySpec) -> "OpenStudy":
@@ -114,12 +116,12 @@ class OpenStudy:
 
 
 def make_study(folder: Path, spec: StudySpec, earlier: str | None = None) -> None:
-    """Make a study's folder: all of it, or nothing.
+    """Make a study's folder atomically.
 
     Args:
-        folder: of the study, which must not exist.
-        spec: of the study.
-        earlier: what earlier studies have shown, as `gather_earlier` returns it.
+        folder: folder of the study, which must not exist.
+        spec: spec of the study.
+        earlier: results of earlier studies, as `gather_earlier` returns them.
 
     Raises:
         UserError: the folder exists, or cannot be made.
@@ -136,25 +138,25 @@ def make_study(folder: Path, spec: StudySpec, earlier: str | None = None) -> Non
 
 
 def load(folder: Path, location: Location | None = None, drivers: Drivers | None = None) -> OpenStudy:
-    """Load a study: to read it, or as one of its drivers.
+    """Load a study, to read it, or as one of its drivers.
 
     Raises:
-        UserError: there is none in the folder, or it is damaged.
+        UserError: there is no study in the folder, or it is damaged.
     """
     copy = RemoteCopy(folder, location or Folder(folder))
-    return OpenStudy(folder, read_spec(folder), load_study(folder), copy, drivers or Alone())
+    return OpenStudy(folder, read_spec(folder), load_study(folder), copy, drivers or SingleDriver())
 
 
 @contextlib.contextmanager
 def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
-    """Load a study to read it, also while it runs: it is not locked, and nothing is written.
+    """Load a study to read it, also while it runs. It is not locked, and nothing is written.
 
     Args:
-        place: of the study.
-        patterns: of files that are read beside its spec, its trials and their histories.
+        place: location of the study.
+        patterns: patterns of files that are read in addition to its spec, its trials and their histories.
 
     Raises:
-        UserError: there is none, or it is damaged; and what the block raises, in words of the location.
+        UserError: there is no study, or it is damaged; or an error of the block, which then names the location.
     """
     with place.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}", *patterns) as folder:
         yield load(folder, place)
@@ -162,28 +164,28 @@ def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
 
 @contextlib.contextmanager
 def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenStudy]:
-    """Load a study to work on it. Unless it is in a database, its folder is this process's alone until the block ends.
+    """Load a study to work on it. Unless it is in a database, its folder is locked until the block ends.
 
     Args:
-        folder: to work in, with the study's record.
-        location: of the study, where that is not the folder.
+        folder: folder to work in, with the study's record.
+        location: location of the study, if it is not the folder.
 
     Raises:
-        UserError: there is no study, it is damaged, or another process is at work on it.
+        UserError: there is no study, it is damaged, or another process is working on it.
     """
-    read_spec(folder)  # before a lock is made in a folder that is no study
+    read_spec(folder)  # raises an error before a lock file is made in a folder without a study
     with study_lock(folder) as drivers:
         yield load(folder, location, drivers)
 
 
 def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:
-    """Give a study the spec that it goes on with.
+    """Give a resumed study its new spec.
 
-    Trials that wait to go on to a later end are run, however many trials are asked for: the command that has raised the
-    epochs may be typed again, with the number of trials that it named.
+    Trials that wait to be trained to a later end are run, whatever number of trials the spec has. Thus the command that
+    raised the epochs can be repeated with the same number of trials.
 
     Raises:
-        UserError: other drivers are at work with other epochs.
+        UserError: other drivers are working with other epochs.
     """
     with study.drivers.turn("trials"):
         # Another driver may have raised them since the study was loaded.
@@ -192,8 +194,8 @@ def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:
         others = running & study.drivers.others()
         if epochs not in (study.spec.epochs, spec.epochs) or (spec.epochs > epochs and others):
             raise UserError(
-                f"{study.folder}: another driver is at work on {epochs} epochs; ask for as many with --epochs, or wait "
-                f"for its end"
+                f"{study.folder}: another driver works with {epochs} epochs; use the same number with --epochs, or "
+                f"wait until it ends"
             )
         if spec.epochs > epochs:
             return raise_epochs(study, spec)
@@ -201,17 +203,17 @@ def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:
 
 
 def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
-    """Have the best complete trials go on to a new, later end, as trials of their own.
+    """Continue the best complete trials to a later end, as new trials.
 
-    To call it twice does no more than to call it once: a process may be killed in the midst of it.
+    A second call changes nothing, because a process may be killed during the first one.
 
     Args:
-        study: with the spec that it had.
-        spec: with more epochs.
+        study: the study with its old spec.
+        spec: the spec with more epochs.
     """
     records = study.records()
     lost = {*trials_to_strip(records, study.objective)}
-    # Those whose weights are kept, and that have run to the end that was, not out of patience.
+    # Trials whose weights are kept, and that have run to the old end without early stopping.
     can = [
         record.trial_id
         for record in best_first(records)

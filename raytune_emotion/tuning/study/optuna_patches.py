@@ -1,4 +1,4 @@
-"""Use the private interfaces of Optuna, each for a reason: all such uses stand here.
+"""Contain all uses of private interfaces of Optuna, each with its reason.
 
 `tests/tuning/study/test_optuna_contract.py` names each of them.
 """
@@ -16,26 +16,26 @@ from raytune_emotion.storage.json_text import load_json
 
 
 def reopen(study: optuna.Study, trial: FrozenTrial) -> optuna.Trial:
-    """Return the handle of a trial that was asked for by another process; `ask` gives handles of new trials alone."""
+    """Return the handle of a trial that another process has asked for. `ask` gives handles only of new trials."""
     return optuna.Trial(study, trial._trial_id)
 
 
 def stored_trial(trial: optuna.Trial) -> FrozenTrial:
-    """Return a trial as the storage has it; the public way lists all trials, and takes longer with each of them."""
+    """Return a trial from the storage. The public interface lists all trials, and takes longer with each of them."""
     return trial.storage.get_trial(trial._trial_id)
 
 
 def close_when_unused(storage: RDBStorage) -> RDBStorage:
-    """Have a storage close its connections once nobody uses it; Optuna leaves them to the garbage collector."""
+    """Close the connections of a storage when it is no longer used. Optuna leaves them to the garbage collector."""
     weakref.finalize(storage, storage.engine.dispose)
     return storage
 
 
 def check_end(journal: Path) -> None:
-    """Check the last line of a journal: Optuna reads on without a damaged one, and fails at the next that is written.
+    """Check the last line of a journal. Optuna ignores a damaged last line, and fails after the next line is written.
 
     Raises:
-        ValueError: the line is whole, and no JSON.
+        ValueError: the line is complete, but not JSON.
     """
     content = journal.read_bytes()
     end = content.rfind(b"\n")
@@ -44,10 +44,10 @@ def check_end(journal: Path) -> None:
 
 
 def mend_journal(journal: Path) -> None:
-    """Undo what a process that was killed has left in a journal. Nobody else may be at work on it.
+    """Repair a journal after a process was killed. No other process may use it meanwhile.
 
-    Optuna would wait for the lock that the process held. A full disk, or a power cut, leaves a torn line: with what is
-    written behind it, Optuna could read neither.
+    Optuna would wait for the lock of the killed process. A full disk, or a power cut, leaves an incomplete line. Optuna
+    could read neither this line nor the text that is appended to it.
     """
     with contextlib.suppress(RuntimeError):
         JournalFileOpenLock(str(journal)).release()

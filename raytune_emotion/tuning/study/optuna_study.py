@@ -1,7 +1,7 @@
-"""Make and load the Optuna study that holds a study's trials, count them, and ask its policy for the next one.
+"""Make and load the Optuna study with a study's trials, count them, and ask the policy for the next one.
 
-Ray's own `OptunaSearch` tells each stopped trial as complete, with its last value. Values of a few epochs then mix with
-those of full trials in the sampler's model. Here every ending keeps its name: complete, pruned or failed.
+Ray's own `OptunaSearch` records each stopped trial as complete, with its last value. The sampler's model then mixes
+values after a few epochs with those of full trials. Here every ending keeps its name: complete, pruned or failed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import first_line
-from raytune_emotion.learn.report import OBJECTIVE, Heard
+from raytune_emotion.learn.report import OBJECTIVE, DriverReport
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.candidates import domain_of, is_exhausted
 from raytune_emotion.tuning.policy.decisions import (
@@ -52,14 +52,14 @@ from raytune_emotion.tuning.policy.trial_attributes import (
 )
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import connect, connection_options, split_address
-from raytune_emotion.tuning.study.drivers import Alone, Drivers, join_study, one_at_a_time
+from raytune_emotion.tuning.study.drivers import Drivers, SingleDriver, join_study, one_at_a_time
 from raytune_emotion.tuning.study.journal_check import check_trials
 from raytune_emotion.tuning.study.optuna_patches import check_end, close_when_unused, mend_journal, reopen, stored_trial
 from raytune_emotion.tuning.study.spec import SPEC, read_spec
 from raytune_emotion.tuning.study.trials import trial_id_of
 
 Status = Literal["complete", "pruned", "failed", "running", "paused"]
-#: Of trials that run no more.
+#: Statuses of ended trials.
 ENDED: tuple[Status, ...] = ("complete", "pruned", "failed")
 
 _STATES: dict[Status, TrialState] = {
@@ -71,37 +71,37 @@ _STATES: dict[Status, TrialState] = {
 _STATUSES: dict[TrialState, Status] = {state: status for status, state in _STATES.items()}
 
 JOURNAL = "optuna.journal"
-#: What Optuna's dashboard calls the value of a trial.
+#: Name of a trial's value in Optuna's dashboard.
 _METRIC = "best validation JS, bits"
 
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """A trial to be run."""
+    """A trial to run."""
 
     trial_id: str
-    settings: dict[str, Any]  # by dotted path; together with the study's own they make a RunConfig
-    continues: str | None  # the trial whose checkpoint it goes on from
+    settings: dict[str, Any]  # by dotted path; with the study's own settings, they make a RunConfig
+    continues: str | None  # id of the trial from whose checkpoint it continues
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyTrial:
-    """A trial that Optuna knows of."""
+    """A trial as recorded by Optuna."""
 
     trial_id: str
     status: Status
     settings: dict[str, Any]
     reason: str  # why it failed, or ""
     continues: str | None
-    confirms: str | None  # the trial of another study whose configuration it repeats
-    driver: int | None  # that runs it, or ran it last, where a study has several
+    confirms: str | None  # id of the trial of another study whose configuration it repeats
+    driver: int | None  # driver that runs it, or ran it last, if a study has several
 
 
 class Searcher:
-    """Ask an Optuna study for trials, and tell it of their reports and endings.
+    """Ask an Optuna study for trials, and record their reports and endings.
 
-    Each trial has a sampler of its own, made from the trial's number. Proposals depend only on the recorded history,
-    so an interrupted study makes the same proposals as an uninterrupted one.
+    Each trial has its own sampler, made from the trial's number. Proposals depend only on the recorded history, so an
+    interrupted study makes the same proposals as an uninterrupted one.
     """
 
     def __init__(
@@ -111,18 +111,19 @@ class Searcher:
         policy: Policy,
         *,
         sampler: Callable[[int], BaseSampler],
-        cost: Callable[[Heard], float] | None = None,
+        cost: Callable[[DriverReport], float] | None = None,
         driver: int | None = None,
     ) -> None:
-        """Take up a study.
+        """Connect to a study.
 
         Args:
-            study: in Optuna.
-            space: of the study.
-            policy: decides what runs.
-            sampler: of a trial's number, makes what draws its parameters that the policy and start points leave out.
-            cost: of a trial, by its latest report, where one counts.
-            driver: that trials are marked with, where the study has several; it then asks and resumes in its turn.
+            study: the Optuna study.
+            space: search space of the study.
+            policy: decides which trials run.
+            sampler: makes the Optuna sampler for a trial number; it draws parameters that neither policy nor start
+                point sets.
+            cost: computes the cost of a trial from its latest report, if the objective has one.
+            driver: mark of this driver's trials, if the study has several; it then asks and resumes only in its turn.
         """
         self._study = study
         self._space = space
@@ -133,10 +134,10 @@ class Searcher:
         self._handles: dict[str, optuna.Trial] = {}
 
     def ask(self, limits: Limits = NO_LIMITS) -> Proposal | Prune | None:
-        """Answer what takes a free place: first the trials that wait, such as the space's `start` list.
+        """Answer for a free place: first come waiting trials, such as those of the space's `start` list.
 
         Returns:
-            A trial to run; a paused one to prune; None where there is nothing to run for now.
+            A trial to run; a paused one to prune; None if there is nothing to run for now.
         """
         waits = any(trial.state == TrialState.WAITING for trial in self._study.get_trials(deepcopy=False))
         if not (limits.new and waits):
@@ -149,12 +150,12 @@ class Searcher:
                 self._study.enqueue_trial(dict(answer.params))
         return self._sample_settings(self._study.ask())
 
-    def decide(self, trial_id: str, report: Heard, limits: Limits) -> Decision:
-        """Answer what becomes of a trial after a report that was observed."""
+    def decide(self, trial_id: str, report: DriverReport, limits: Limits) -> Decision:
+        """Decide about a trial after an observed report."""
         return self._policy.decide(trial_id, report, self._past(), limits)
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:
-        """Have the policy learn what was reported before; see `decisions.Policy`."""
+        """Let the policy learn from earlier reports; see `decisions.Policy`."""
         return self._policy.replay(trials)
 
     def note_gain(self, gain: Callable[[Sequence[FrozenTrial]], Gain | None]) -> Gain | None:
@@ -170,37 +171,37 @@ class Searcher:
         return [trial for trial in trials if SETTINGS in trial.user_attrs and trial.state != TrialState.WAITING]
 
     def finish_asking(self) -> None:
-        """Complete the trials whose asking was interrupted before they could run."""
+        """Complete the proposals of trials that were interrupted before they had settings."""
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING and SETTINGS not in trial.user_attrs:
                 self._sample_settings(reopen(self._study, trial))
 
     def _sample_settings(self, trial: optuna.Trial) -> Proposal:
-        # In a confirmation they are there already.
+        # In a confirmation, the trial already has its settings.
         settings = trial.user_attrs.get(SETTINGS)
         if settings is None:
             self._study.sampler = self._sampler(trial.number)
             settings = self._space.suggest(trial)
             for name in settings:
-                # The parameters of a mixture are no weights. Optuna's dashboard shows these beside them.
+                # The raw parameters of a mixture are not its weights. Optuna's dashboard shows the weights, too.
                 if any(parameter.startswith(f"{name}~") for parameter in trial.params):
                     trial.set_user_attr(name, settings[name])
             trial.set_user_attr(SETTINGS, settings)
         return self._proposal_of(trial, settings)
 
     def resume(self, trial_id: str, *, to_train: bool = True) -> Proposal:
-        """Take up a trial that has begun, and has not ended: to train it, or only to tell its ending."""
+        """Resume an unfinished trial: to train it, or only to record its ending."""
         frozen = self._stored_trial(trial_id)
         trial = reopen(self._study, frozen)
-        # Marked before it runs: a driver that is killed in between leaves it paused, or as its own.
+        # The driver is marked first: if this process is killed in between, the trial is paused, or belongs to it.
         proposal = self._proposal_of(trial, frozen.user_attrs[SETTINGS])
         if frozen.user_attrs.get(PAUSED):
             trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + to_train)
             trial.set_user_attr(PAUSED, False)
         return proposal
 
-    def observe(self, trial_id: str, report: Heard) -> bool:
-        """Tell a report of a running trial. Returns whether it was new."""
+    def observe(self, trial_id: str, report: DriverReport) -> bool:
+        """Record a report of a running trial, and return whether it was new."""
         trial = self._handles[trial_id]
         step = int(report["report"])
         if step in stored_trial(trial).intermediate_values:
@@ -215,14 +216,14 @@ class Searcher:
         return count_reports(stored_trial(self._handles[trial_id]))
 
     def pause(self, trial_id: str, seconds: float) -> None:
-        """Tell that a trial has left its process after some seconds of training, and can be taken up again."""
+        """Record that a trial has paused after these seconds of training."""
         trial = self._handles[trial_id]
         trial.set_user_attr(SECONDS, seconds)
         trial.set_user_attr(PAUSED, True)
         del self._handles[trial_id]
 
     def tell(self, trial_id: str, status: Status, *, reason: str = "", seconds: float | None = None) -> None:
-        """Tell how a trial ended; its value is the best that was observed."""
+        """Record how a trial ended. Its value is the best observed one."""
         trial = self._handles[trial_id]
         if reason:
             trial.set_user_attr(REASON, reason)
@@ -244,7 +245,7 @@ class Searcher:
 
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
-    """Enqueue continuations of complete trials, which go on from their last epoch. Skip trials that have one."""
+    """Enqueue continuations of complete trials, from their last epoch. Skip trials that already have one."""
     waiting = trials_to_continue(study)
     for trial_id in trial_ids:
         if trial_id not in waiting:
@@ -253,13 +254,13 @@ def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
 
 
 def expected_gain(study: optuna.Study) -> Gain | None:
-    """Return the expected further gain that was noted last; None where it is not known."""
+    """Return the expected further gain that was recorded last; None if it is unknown."""
     noted: list[float] | None = study.user_attrs.get(GAIN)
     return None if noted is None else Gain(*noted)
 
 
 def list_trials(study: optuna.Study) -> list[StudyTrial]:
-    """Return every trial that was ever asked for, in order."""
+    """Return every trial that was asked for, in order."""
     trials = study.get_trials(deepcopy=False)
     return [_study_trial(trial) for trial in trials if trial.state != TrialState.WAITING]
 
@@ -273,7 +274,7 @@ def _study_trial(trial: FrozenTrial) -> StudyTrial:
     return StudyTrial(
         trial_id_of(trial.number),
         "paused" if is_paused(trial) else _STATUSES[trial.state],
-        # A trial without settings is one whose asking was interrupted.
+        # The proposal of a trial without settings was interrupted.
         trial.user_attrs.get(SETTINGS, {}),
         trial.user_attrs.get(REASON, ""),
         trial.user_attrs.get(CONTINUES),
@@ -283,16 +284,16 @@ def _study_trial(trial: FrozenTrial) -> StudyTrial:
 
 
 def has_tried_all(study: optuna.Study, space: Space) -> bool:
-    """Tell whether a space has few configurations, and a trial of each has begun."""
+    """Tell whether a space is small, and a trial of each configuration has begun."""
     domain, trials = domain_of(space), study.get_trials(deepcopy=False)
     tried = {domain.key_of(trial) for trial in trials if SETTINGS in trial.user_attrs}
     return all(trial.state != TrialState.WAITING for trial in trials) and is_exhausted(domain, tried)
 
 
 def count_due(study: optuna.Study) -> int:
-    """Return how many trials there are once all have begun that go on from another.
+    """Return the number of trials after all continuations have begun.
 
-    Optuna asks for the trials that wait in the order of their numbers: start points before continuations.
+    Optuna takes waiting trials in the order of their numbers: start points before continuations.
     """
     trials = study.get_trials(deepcopy=False)
     due = [trial for trial in trials if trial.state != TrialState.WAITING or CONTINUES in trial.user_attrs]
@@ -300,7 +301,7 @@ def count_due(study: optuna.Study) -> int:
 
 
 def trials_to_continue(study: optuna.Study) -> set[str]:
-    """Return the trials that a waiting or running trial goes on from."""
+    """Return the ids of the trials that waiting or running trials continue."""
     open_ones = study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
     return {trial.user_attrs[CONTINUES] for trial in open_ones if CONTINUES in trial.user_attrs}
 
@@ -309,15 +310,15 @@ def create_study(folder: Path, space: Space, name: str | None = None, address: s
     """Make an Optuna study, with the space's `start` list enqueued.
 
     Args:
-        folder: of the study.
-        space: of the study.
-        name: of the study; that of the folder where none is given.
-        address: of the study in a database, where its trials are not kept in a journal in the folder.
+        folder: folder of the study.
+        space: search space of the study.
+        name: name of the study; default: the folder's name.
+        address: address of the study in a database; None: its trials are in a journal in the folder.
     """
     storage = _journal_in(folder) if address is None else _make_tables(address)
     name = split_address(address)[1] if address is not None else name or folder.name
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would say that there is a study
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # hide the message that a study was created
     study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
     optuna.logging.set_verbosity(verbosity)
     with warnings.catch_warnings():
@@ -331,7 +332,7 @@ def create_study(folder: Path, space: Space, name: str | None = None, address: s
 def delete_study(address: str | None) -> None:
     """Delete a study from its database. A journal is deleted with its folder."""
     if address is not None:
-        with contextlib.suppress(Exception):  # of whatever class: a study without a folder harms nobody
+        with contextlib.suppress(Exception):  # any error: a study without a folder does no harm
             optuna.delete_study(study_name=split_address(address)[1], storage=_database(address))
 
 
@@ -343,14 +344,14 @@ def load_study(folder: Path) -> optuna.Study:
     """
     address = _address_of(folder)
     if address is None and not (folder / JOURNAL).is_file():
-        raise UserError(f"{folder}: no {JOURNAL} in it, so it is no study; name a folder that a search has made")
+        raise UserError(f"{folder}: not a study, because it has no {JOURNAL}; name a folder that a search has made")
     if address is not None:
-        connect(split_address(address)[0]).close()  # what is wrong with it is said in a sentence
+        connect(split_address(address)[0]).close()  # raises an error in one sentence if it fails
     try:
         if address is None:
             check_end(folder / JOURNAL)
             storage = _journal_in(folder)
-            # Not by the name of the folder: people rename folders.
+            # The name of the folder is not used, because people rename folders.
             (name,) = optuna.get_all_study_names(storage)
         else:
             storage, name = _database(address), split_address(address)[1]
@@ -361,17 +362,17 @@ def load_study(folder: Path) -> optuna.Study:
         raise
     except Exception as error:  # Optuna raises errors of all kinds for a damaged line
         raise UserError(
-            f"{folder / JOURNAL if address is None else address}: is damaged ({type(error).__name__}: {error}); put "
-            f"back a copy of it, or begin a new study with the same options: what trials have reached is in "
+            f"{folder / JOURNAL if address is None else address}: damaged ({type(error).__name__}: {error}); restore "
+            f"it from a copy, or begin a new study with the same options; the results of the trials are in "
             f"{folder / 'trials'}"
         ) from error
 
 
 @contextlib.contextmanager
 def study_lock(folder: Path) -> Iterator[Drivers]:
-    """Lock a study's folder for this process: two processes that run its trials would overwrite each other's files.
+    """Lock a study's folder for this process, because two processes would overwrite each other's files.
 
-    A study in a database is not locked: this process becomes one of its drivers.
+    A study in a database is not locked. This process becomes one of its drivers.
 
     Raises:
         UserError: another process has the lock, or the database cannot be opened.
@@ -383,18 +384,18 @@ def study_lock(folder: Path) -> Iterator[Drivers]:
         return
     with exclusive_lock(folder):
         mend_journal(folder / JOURNAL)
-        yield Alone()
+        yield SingleDriver()
 
 
 def _address_of(folder: Path) -> str | None:
-    """Return where a database keeps the trials of a study; None where a journal in its folder does."""
+    """Return the address of a study's trials in a database; None if they are in a journal in its folder."""
     if (folder / JOURNAL).is_file() or not (folder / SPEC).exists():
         return None
     return read_spec(folder).storage
 
 
 def _journal_in(folder: Path) -> BaseStorage:
-    # Optuna's own lock is a symbolic link, which not every file system has. Both kinds respect each other.
+    # Optuna's default lock is a symbolic link, which not every file system supports. Both locks respect each other.
     file = str(folder.absolute() / JOURNAL)
     return JournalStorage(JournalFileBackend(file, lock_obj=JournalFileOpenLock(file)))
 
@@ -404,11 +405,11 @@ def _database(address: str, *, tables: bool = False) -> BaseStorage:
     options = {"connect_args": connection_options()}
     try:
         return close_when_unused(RDBStorage(url, engine_kwargs=options, skip_table_creation=not tables))
-    except RuntimeError as error:  # of another version
+    except RuntimeError as error:  # tables of another version of Optuna
         raise UserError(f"{address}: {first_line(error)}") from error
 
 
 def _make_tables(address: str) -> BaseStorage:
-    """Make Optuna's tables in a database, where it has none."""
+    """Make Optuna's tables in a database if it has none."""
     with one_at_a_time(split_address(address)[0], "tables"):
         return _database(address, tables=True)

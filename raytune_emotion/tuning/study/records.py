@@ -1,7 +1,7 @@
-"""Read the record of a study: its trials, and what became of them.
+"""Read the record of a study: its trials, their reports and their endings.
 
-The record is the Optuna journal (the trials and how they ended) together with each trial's history (what it reported).
-Tables and pages are made from it, and can be made again at any time.
+The record consists of the Optuna journal (the trials and their endings) and each trial's history (its reports). Tables
+and pages are made from it, and can be made again at any time.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ class TrialRecord:
 
     trial_id: str
     status: Status
-    settings: dict[str, Any]  # those that the space chose; see `trained_settings`
+    settings: dict[str, Any]  # settings that the space chose; see `trained_settings`
     reason: str
     reports: tuple[Report, ...]
-    continues: str | None = None  # the trial that it went on from, whose reports are its own first
-    confirms: str | None = None  # the trial of another study whose configuration it repeats
+    continues: str | None = None  # id of the trial that it continues, whose reports are its first ones
+    confirms: str | None = None  # id of the trial of another study whose configuration it repeats
 
     @property
     def ended(self) -> bool:
@@ -70,9 +70,9 @@ def _read_record(folder: Path, trial: StudyTrial) -> TrialRecord:
 
 
 def trained_settings(study: Location, record: TrialRecord) -> dict[str, Any]:
-    """Return the settings that the space chose for a trial, with the values that it was last trained with.
+    """Return the settings that the space chose for a trial, with the values of its latest training.
 
-    Some may have changed since the trial was proposed: a study goes on with more epochs, memory runs out.
+    They may have changed since the proposal, because a study was resumed with more epochs, or memory ran out.
     """
     text = study.read(f"trials/{record.trial_id}/{PARAMS}")
     try:
@@ -83,13 +83,13 @@ def trained_settings(study: Location, record: TrialRecord) -> dict[str, Any]:
 
 
 def copy_checkpoint(source: Path, target: Path) -> list[str]:
-    """Copy the checkpoint of one trial to another, which then goes on from it. An interrupted copy is replaced.
+    """Copy the checkpoint of one trial to another, which then continues from it. An interrupted copy is replaced.
 
     Returns:
-        The names of the files. The newest state comes last: a folder without it is a trial that has not begun.
+        The names of the files. The newest state is the last one: a trial without it has not begun.
     """
     target.mkdir(parents=True, exist_ok=True)
-    predictions = [PREDICTIONS] if (source / PREDICTIONS).exists() else []  # a trial can do without
+    predictions = [PREDICTIONS] if (source / PREDICTIONS).exists() else []  # a trial does not need them
     names = [HISTORY, *predictions, BEST, LAST]
     for name in names:
         with atomic_write(target / name) as temporary:
@@ -105,7 +105,7 @@ def best_first(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
-    """Return the best trial of a study; None if no trial has reported, apart from failed ones."""
+    """Return the best trial of a study; None if no trial except failed ones has reported."""
     reported = [record for record in records if record.best and record.status != "failed"]
     return best_first(reported)[0] if reported else None
 
@@ -114,7 +114,7 @@ def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, st
     """Return the lowest JS so far at every evaluation that lowered it, and at the last one. Failed trials do not count.
 
     Returns:
-        The time of each such evaluation, seconds since 1970; the JS, bits; and the trial that it is of.
+        For each such evaluation its time (seconds since 1970), the JS (bits), and the id of the trial with this JS.
     """
     reports = sorted(
         (report["time"], report["val_js"], record.trial_id)
@@ -138,9 +138,9 @@ def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialReco
 
 
 def trials_to_strip(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
-    """List the ended trials whose weights are deleted, so that the disk does not fill up.
+    """List the ended trials whose weights can be deleted to save space.
 
-    The best trials keep theirs, as do those on a Pareto front that the study searches for, and those in `spared`.
+    Weights are kept for the best trials, for those on the Pareto front of the objective, and for those in `spared`.
     """
     ended = [record for record in best_first(records) if record.ended]
     front = {record.trial_id for record in frontier(ended, objective)} if objective.front else set()

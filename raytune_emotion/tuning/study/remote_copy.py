@@ -1,4 +1,4 @@
-"""Keep the study at its location up to date with the folder in which this process works on it."""
+"""Keep a study's location up to date with the folder in which this process works."""
 
 import dataclasses
 import uuid
@@ -9,13 +9,13 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location
 
-#: Says which driver a study has that is worked on elsewhere: the one that began last. Locks do not reach it.
+#: Name of the file with the driver of a study at a URI, where locks do not work: the driver that began last.
 DRIVER = "driver"
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteCopy:
-    """A study's location. Where that is the folder itself, nothing is copied."""
+    """A study's location. If it is the folder itself, nothing is copied."""
 
     folder: Path
     location: Location
@@ -41,14 +41,14 @@ class RemoteCopy:
         """Push files.
 
         Raises:
-            Breakdown: another driver has become the study's; or the location fails again and again.
+            Breakdown: another driver has claimed the study; or all requests to the location failed.
         """
         if self.location.is_here(self.folder):
             return
-        # A driver that was thought dead must not undo what the next one has written.
+        # A driver that was taken for dead must not overwrite files of its successor.
         driver = self.location.read(DRIVER)
         if driver != self.token.encode():
-            why = "the study is no longer there" if driver is None else "another search has gone on with this study"
+            why = "the study no longer exists" if driver is None else "another search has continued this study"
             raise Breakdown(f"{self}: {why}")
         self.location.push(self.folder, names)
 

@@ -1,4 +1,4 @@
-"""Hold what the command line asks of a search or a confirmation. None stands for what it leaves open."""
+"""Represent a request for a search or a confirmation; None stands for options that are not given."""
 
 import re
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from raytune_emotion.tuning.study.database import check_database
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC, studies_in
 
-#: Said in place of a number of GPUs: what is fastest is tried out.
+#: Value of `--gpus-per-worker` for a measurement of the fastest share.
 AUTO = "auto"
-#: Said in place of earlier studies: not even the portfolio guides the search.
+#: Value of `--warm-start` for no guidance, not even by the portfolio.
 NONE = "none"
 DEFAULT_TRIALS = 32
 DEFAULT_EPOCHS = 20
-#: Characters of a space's name in that of a study: names of folders have at most 255 bytes, also in other scripts.
+#: Largest number of characters of a space's name in a study's name. Folder names have at most 255 bytes, in any script.
 _LONGEST = 50
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What a search is to do; the names are those of the options."""
+    """A request for a search. The names are those of the options."""
 
     results: Location
     data: Location | None = None
@@ -44,7 +44,7 @@ class SearchRequest:
     warm_start: list[Location | str] | None = None  # earlier studies, or `NONE`
     name: str | None = None
     resume: bool = False
-    storage: str | None = None  # URL of the database that drivers of the study share
+    storage: str | None = None  # URL of the database that the drivers of the study share
     seed: int | None = None
     time_budget: timedelta | None = None
     until_gain: float | None = None  # bits per hour
@@ -58,7 +58,7 @@ class SearchRequest:
 
     @property
     def gpu_share(self) -> float | None:
-        """Return the GPUs of a worker; None if none are named, or if they are to be found out."""
+        """Return the GPUs per worker; None if no number is given, or if the share will be measured."""
         return self.gpus_per_worker if isinstance(self.gpus_per_worker, float) else None
 
     @property
@@ -66,10 +66,10 @@ class SearchRequest:
         return self.space or find_space(DEFAULT)
 
     def load_space(self) -> Space:
-        """Read the space of a new study, with what the command line says of its settings.
+        """Read the space of a new study, with the settings from the command line.
 
         Raises:
-            UserError: with every error of the file.
+            UserError: all errors of the file.
         """
         given = {
             "train.epochs": self.epochs,
@@ -88,51 +88,54 @@ class SearchRequest:
 
     @property
     def earlier_studies(self) -> list[Location]:
-        """Return the studies that are to guide the search."""
+        """Return the studies that guide the search."""
         return [each for each in self.warm_start or [] if isinstance(each, Location)]
 
     def check_warm_start(self) -> None:
-        """Check that studies are to guide the search, or nothing is.
+        """Check that `--warm-start` names either studies or `NONE`.
 
         Raises:
-            UserError: both are asked for.
+            UserError: it names both.
         """
         if 0 < len(self.earlier_studies) < len(self.warm_start or []):
-            raise UserError(f"--warm-start: {NONE!r} stands alone; leave it out, or the studies (a folder: ./{NONE})")
+            raise UserError(
+                f"--warm-start: {NONE!r} cannot be combined with studies; leave one of them out (a folder of this "
+                f"name: ./{NONE})"
+            )
 
     def check_until_gain(self, objective: str) -> None:
-        """Check that a gain can be expected of a study with this objective, if the search ends by one.
+        """Check that the objective has an expected gain, if the search ends by one.
 
         Raises:
-            UserError: it cannot.
+            UserError: it has none.
         """
         if self.until_gain is not None and OBJECTIVES[objective].front:
             raise UserError(
-                f"--until-gain: is a gain in JS alone, and {objective!r} asks for a front; leave the option out, or "
-                f"search for {DEFAULT_OBJECTIVE!r}"
+                f"--until-gain: a gain is only defined for the JS alone, not for a front ({objective!r}); leave the "
+                f"option out, or search for {DEFAULT_OBJECTIVE!r}"
             )
 
     def joins(self, place: Location) -> bool:
-        """Tell whether another driver has made the study, which this one is to work on with it."""
+        """Tell whether another driver has already made the study, so that this one joins it."""
         return self.storage is not None and place.read(SPEC) is not None
 
     def check_storage(self) -> None:
-        """Check that drivers on several machines find the study, and reach the database that they share, if any.
+        """Check that drivers on several machines find the study and the shared database, if there is one.
 
         Raises:
-            UserError: with every error.
+            UserError: all errors.
         """
         if self.storage is None:
             return
         faults: list[str] = []
         with collect_errors(faults):
-            self.results.require_folder("with --storage, name a folder that every driver sees")
+            self.results.require_folder("with --storage, name a folder that every driver can access")
         if self.name is None:
             faults.append("--storage: drivers find their study by its name; give one with --name")
         if self.finish:
             faults.append(
-                "--finish: is the work of one process; leave it out, and in the end type --resume --finish without "
-                "--storage"
+                "--finish: only one process can finish a study; leave it out, and at the end type --resume --finish "
+                "without --storage"
             )
         with collect_errors(faults):
             check_database(self.storage)
@@ -140,32 +143,32 @@ class SearchRequest:
             raise UserError(faults)
 
     def find_study(self) -> Location:
-        """Return where the study lies: a new one's place, or that of one that goes on.
+        """Return the location of the study, new or to resume.
 
         Raises:
-            UserError: there is no such study to go on with; the place cannot be read.
+            UserError: there is no such study to resume; the location cannot be read.
         """
         if not self.resume:
             return self.results / (self.name or name_study(self.space_file))
         self.results.check(write=True)
         name = self.name or self.results.newest(SPEC)
         if name is None:
-            raise UserError(f"{self.results}: there is no study in it to resume; name its folder with --results")
+            raise UserError(f"{self.results}: contains no study to resume; name its folder with --results")
         study = self.results / name
         if study.read(SPEC) is None:
             if study.exists():
                 if study.can_be_built(DRIVER, SPEC):
                     raise UserError(f"{study}: its search broke off before there was a study; leave --resume out")
-                raise UserError(f"{study}: no {SPEC} in it, so it is no study; name its folder with --results")
+                raise UserError(f"{study}: not a study, because it has no {SPEC}; name its folder with --results")
             others = studies_in(self.results)
-            advice = f"; there are {', '.join(others)}" if others else "; name its folder with --results"
-            raise UserError(f"{study}: there is no study of this name to resume{suggest(name, others) or advice}")
+            advice = f"; choose one of {', '.join(others)}" if others else "; name its folder with --results"
+            raise UserError(f"{study}: no study of this name to resume{suggest(name, others) or advice}")
         return study
 
 
 @dataclass(frozen=True)
 class ConfirmRequest:
-    """What a confirmation is to do. None stands for what the search had."""
+    """A request for a confirmation. None stands for the value of the search."""
 
     study: Location
     top: int = 3
@@ -177,7 +180,7 @@ class ConfirmRequest:
 
 
 def name_study(space: Path) -> str:
-    """Name a new study by the file of its space and the time; `--name` takes it whatever the file is called."""
+    """Name a new study by the file of its space and the time. The result is always valid for `--name`."""
     stem = re.sub(r"[^\w.=,+-]", "_", space.stem).lstrip(".=,+-")[:_LONGEST]
     return f"{stem or 'study'}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
 

@@ -1,4 +1,4 @@
-"""Check whether a study can be resumed as it is asked to, from its spec alone: nothing heavy is imported."""
+"""Check a request to resume a study against its spec, without slow imports."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ from raytune_emotion.tuning.study.request import SearchRequest, absolute_path
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec
 
 _WEIGHTS = "model.weights_dir"
-#: Settings of a study that come from the command line where it names them, so that a space may have others.
+#: Settings that the command line may set, so that a study may have other values than its space.
 _OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", _WEIGHTS)
 
 
 def check_continuation(request: SearchRequest, place: Location) -> None:
-    """Check, before anything of a study is loaded, that it can go on as it is asked to.
+    """Check, before a study is loaded, that it can be resumed as requested.
 
     Raises:
-        UserError: with every error that its spec shows.
+        UserError: all errors that its spec shows.
     """
     names = [SPEC]
     if request.warm_start:
@@ -38,24 +38,24 @@ def check_continuation(request: SearchRequest, place: Location) -> None:
 
 
 def refuse_confirmation(spec: StudySpec, folder: Path, place: Location) -> None:
-    """Refuse to go on with a confirmation as with a search.
+    """Refuse to resume a confirmation as a search.
 
     Raises:
-        UserError: it is one.
+        UserError: the study is a confirmation.
     """
     if spec.confirms is not None:
         raise UserError(
-            f"{place}: is a confirmation; go on with it by `{typed_command('confirm')} {shell_word(folder.parent)}`"
+            f"{place}: is a confirmation; continue it with `{typed_command('confirm')} {shell_word(folder.parent)}`"
         )
 
 
 def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> list[str]:
-    """List what is asked for and a study does not allow when it goes on. To repeat what it has is no error.
+    """List the errors of options that a resumed study cannot change. Repeated values of the study are no errors.
 
     Args:
-        request: what is asked for.
-        spec: of the study.
-        folder: of the study, with what it started from.
+        request: the request.
+        spec: spec of the study.
+        folder: folder of the study, with its warm start.
     """
     kept = ("objective", "sampler", "scheduler", "seed")
     wanted, has = ({name: getattr(its, name) for name in kept} for its in (request, spec))
@@ -64,11 +64,11 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
     ]
     if request.space is not None:
         space = parse_space(spec.space, SPEC)
-        # What the study has of these is from the command line, or may change.
+        # These settings of the study come from the command line, or may change.
         own = {key: value for key, value in space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
         began_with = space.to_dict()
         if (weights := absolute_path(request.weights_dir) or spec.weights_dir) is not None:
-            # They are looked for where they are now: the folder that the study began with may be gone.
+            # Use the present folder of the weights: the original folder may be missing.
             own[_WEIGHTS] = began_with[_WEIGHTS] = weights
         if load_space(request.space, overrides=own).to_dict() != began_with:
             changed.append("space that it began with")
@@ -89,7 +89,7 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
     with collect_errors(errors):
         request.check_warm_start()
     if request.epochs is not None and request.epochs < spec.epochs:
-        errors.append(f"--epochs: may be raised when a study goes on, not lowered (it has {spec.epochs})")
+        errors.append(f"--epochs: a resumed study cannot have fewer epochs than before ({spec.epochs}); raise them")
     with collect_errors(errors):
         request.check_until_gain(spec.objective)
     return errors

@@ -1,4 +1,4 @@
-"""Hold the complete resolved configuration of a study, and keep it in `study.yaml`."""
+"""Define the complete resolved configuration of a study, and keep it in `study.yaml`."""
 
 import dataclasses
 import importlib.metadata
@@ -31,10 +31,10 @@ from raytune_emotion.tuning.study.database import split_address
 
 SPEC = "study.yaml"
 
-#: Settings that may change when a study goes on: a trial's proposal does not tell what it was trained with.
+#: Settings that may change when a study is resumed, so that a trial's proposal may have other values than its training.
 CHANGEABLE = ("train.epochs", "model.weights_dir")
 
-#: Number of studies that an error message lists.
+#: Largest number of studies that an error message lists.
 _LISTED = 10
 #: Environment variable with the commit of the code, for jobs that have the code without its repository.
 _COMMIT = "RAYTUNE_EMOTION_COMMIT"
@@ -42,27 +42,27 @@ _COMMIT = "RAYTUNE_EMOTION_COMMIT"
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class StudySpec:
-    """Hold the complete resolved configuration of a study, as in `study.yaml`. Values are validated."""
+    """The complete resolved configuration of a study, as in `study.yaml`. Values are validated."""
 
     name: str
     seed: int = Field(ge=0)
-    objective: str  # of `OBJECTIVES`
-    sampler: str  # of `SAMPLERS`
-    scheduler: str  # of `SCHEDULERS`
+    objective: str  # name in `OBJECTIVES`
+    sampler: str  # name in `SAMPLERS`
+    scheduler: str  # name in `SCHEDULERS`
     trials: int = Field(ge=0)
     epochs: int = Field(ge=1)
     concurrency: int | None = Field(ge=1)  # trials at once; None: as many as fit
     workers_per_trial: int = Field(ge=1)
-    gpus_per_worker: float | None = Field(ge=0)  # None: one where there are GPUs
-    max_failures: int = Field(ge=0)  # of a trial's processes, between two reports, before it is given up
-    data: str  # what was given: a folder or a store
+    gpus_per_worker: float | None = Field(ge=0)  # None: one if there are GPUs
+    max_failures: int = Field(ge=0)  # restarts of a trial's process between two new reports
+    data: str  # as given: a folder or a store
     stores: dict[int, str] = Field(min_length=1)  # image size, px: packed store
     fingerprints: dict[int, str]  # image size, px: hash of the store's content
     classes: tuple[str, ...] = Field(min_length=2)
     weights_dir: str | None
-    space: dict[str, Any]  # the YAML space, whole
+    space: dict[str, Any]  # the whole YAML space
     baseline: dict[str, float]  # metrics of predicting the training mean
-    confirms: dict[str, float] | None = None  # of a confirmation: trials of the study above it, and their best JS, bits
+    confirms: dict[str, float] | None = None  # only of a confirmation: trials of the search with their best JS, bits
     storage: str | None = None  # address of the study in a database; None: its trials are in the journal
 
     @model_validator(mode="after")
@@ -73,15 +73,15 @@ class StudySpec:
             ("scheduler", self.scheduler, SCHEDULERS),
         ):
             if value not in names:
-                raise ValueError(f"{what} is one of {', '.join(names)}, got {value!r}")
+                raise ValueError(f"{what}: expected one of {', '.join(names)}, got {value!r}")
         if self.storage is not None:
             split_address(self.storage)
         if self.stores.keys() != self.fingerprints.keys():
-            raise ValueError("stores and fingerprints are of other image sizes")
+            raise ValueError("stores and fingerprints have different image sizes")
         return self
 
     def settings(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the complete settings of a trial, given those that the space chose."""
+        """Return the complete settings of a trial from those that the space chose."""
         own = {
             "data.image_size": chosen.get("data.image_size", min(self.stores)),
             "data.classes": list(self.classes),
@@ -91,13 +91,13 @@ class StudySpec:
         return {**chosen, **own, **({"model.weights_dir": self.weights_dir} if self.weights_dir else {})}
 
     def settings_now(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the space chose for a trial, with the values that it is trained with now."""
+        """Return the settings that the space chose for a trial, with their present values."""
         complete = self.settings(chosen)
         return {name: complete[name] for name in chosen}
 
 
 def write_spec(folder: Path, spec: StudySpec) -> None:
-    """Write `study.yaml`, with the versions of what runs and the time of its beginning."""
+    """Write `study.yaml`, with the versions of the packages and the time of its creation."""
     text = io.StringIO()
     before = (folder / SPEC).read_bytes() if (folder / SPEC).exists() else None
     created = created_at(before) or datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -106,15 +106,15 @@ def write_spec(folder: Path, spec: StudySpec) -> None:
 
 
 def spec_of(study: Location) -> StudySpec:
-    """Read the spec of a study that somebody names.
+    """Read the spec of a named study.
 
     Raises:
-        UserError: there is no study, and the sentence names the nearest; or its spec is damaged.
+        UserError: there is no study, and the error suggests others; or its spec is damaged.
     """
     if study.read(SPEC) is None:
-        what = f"no {SPEC} in it, so it is no study" if study.exists() else "there is no such folder"
+        what = f"not a study, because it has no {SPEC}" if study.exists() else "no such folder"
         if inside := studies_in(study):
-            raise UserError(f"{study}: {what}; there are studies in it: {', '.join(inside)}")
+            raise UserError(f"{study}: {what}; choose one of the studies in it: {', '.join(inside)}")
         near = suggest_folder(study, SPEC) or "; name a folder that a search has made"
         raise UserError(f"{study}: {what}{near}")
     with study.copy_here(SPEC) as folder:
@@ -125,19 +125,21 @@ def read_spec(folder: Path) -> StudySpec:
     """Read `study.yaml` in the folder of a study.
 
     Raises:
-        UserError: it is missing, or damaged: with a sentence for every value that is wrong.
+        UserError: it is missing or damaged, with a sentence for every wrong value.
     """
     file = folder / SPEC
     try:
         values = load_yaml(file.read_bytes(), pure=False)
         if not isinstance(values, dict):
-            raise TypeError("no names with values")
+            raise TypeError("not a mapping")
         fields = dataclasses.fields(StudySpec)
         names = [field.name for field in fields if field.name in values or field.default is not None]
         known: dict[str, Any] = {name: tuple(v) if isinstance(v := values[name], list) else v for name in names}
         return StudySpec(**known)
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {SPEC} in it, so it is no study; name a folder that a search has made") from None
+        raise UserError(
+            f"{folder}: not a study, because it has no {SPEC}; name a folder that a search has made"
+        ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; name a folder of your own studies") from None
     except ValidationError as error:
@@ -147,14 +149,14 @@ def read_spec(folder: Path) -> StudySpec:
             for e in error.errors()
         ) from None
     except KeyError as error:
-        raise UserError(f"{file}: damaged (it names no {error.args[0]}); restore it from a copy") from None
+        raise UserError(f"{file}: damaged (it has no {error.args[0]}); restore it from a copy") from None
     except (YAMLError, TypeError, ValueError) as error:
-        why = " ".join(str(error).split())  # of YAML it has several lines
+        why = " ".join(str(error).split())  # errors of YAML have several lines
         raise UserError(f"{file}: damaged ({why}); restore it from a copy") from None
 
 
 def studies_in(results: Location) -> list[str]:
-    """List the names of the studies in a folder or at a URI; of many, the first."""
+    """List the names of the first studies in a folder or at a URI, at most `_LISTED`."""
     names = sorted(results.list_folders())
     found = zip(names, results.sizes(f"{name}/{SPEC}" for name in names), strict=True)
     return [name for name, size in found if size is not None][:_LISTED]
@@ -166,7 +168,7 @@ def _excerpt(value: object) -> str:
 
 
 def created_at(text: bytes | None) -> object:
-    """Return when the study of a `study.yaml` began, which tells it from another one of its name; None if unknown."""
+    """Return the creation time in a `study.yaml`, which distinguishes studies of the same name; None if unknown."""
     try:
         return load_yaml(text or b"", pure=False)["created"]
     except (YAMLError, KeyError, TypeError, ValueError):
@@ -174,32 +176,32 @@ def created_at(text: bytes | None) -> object:
 
 
 def open_stores(spec: StudySpec, advice: str) -> dict[int, Store]:
-    """Open the packed data of a study, which are still there, and unchanged.
+    """Open the packed data of a study, and check that they are unchanged.
 
     Raises:
-        UserError: they are not; each sentence ends with the advice.
+        UserError: they are missing or changed; each sentence ends with the advice.
     """
     faults: list[str] = []
     stores: dict[int, Store] = {}
     for size, path in spec.stores.items():
         if not is_store(path):
-            faults.append(f"{path}: the packed data of the study are gone; {advice}")
+            faults.append(f"{path}: the packed data of the study are missing; {advice}")
             continue
         stores[size] = open_store(path, verify=True)
         if stores[size].fingerprint != spec.fingerprints[size]:
-            faults.append(f"{path}: has changed since the study began; {advice}")
+            faults.append(f"{path}: the packed data have changed since the study began; {advice}")
     if faults:
         raise UserError(faults)
     return stores
 
 
 def find_store(spec: StudySpec, fingerprint: str, *, fetch: bool) -> Store | None:
-    """Open the packed data of a study that have a fingerprint; None where it has none such, or they are away.
+    """Open the packed data of a study with this fingerprint; None if the study has none, or they are not available.
 
     Args:
-        spec: of the study.
-        fingerprint: of the data, as a checkpoint names it.
-        fetch: whether data at a URI are fetched if the cache of this machine has them not.
+        spec: spec of the study.
+        fingerprint: fingerprint of the data, from a checkpoint.
+        fetch: whether data at a URI are fetched if they are not in the cache of this machine.
     """
     size = next((size for size, known in spec.fingerprints.items() if known == fingerprint), None)
     if size is None:
@@ -220,7 +222,7 @@ def _plain_values(value: Any) -> Any:
 
 def _environment() -> dict[str, Any]:
     packages = ("torch", "timm", "ray", "optuna", "numpy", "pyarrow", "pillow")
-    # The package itself need not be installed: its folder on the path is enough.
+    # The package itself need not be installed; its folder on the path is sufficient.
     own = {"raytune_emotion": __version__}
     return {
         "python": platform.python_version(),
@@ -230,7 +232,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code that runs, with `-dirty` if it was edited; None outside a repository of its own."""
+    """Return the commit of the running code, with `-dirty` if it was edited; None outside of its own repository."""
     here, git = Path(__file__), shutil.which("git")
     if git is None:
         return None
@@ -239,7 +241,7 @@ def _commit() -> str | None:
         command = [git, "-C", str(here.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    # The repository around it may be somebody else's, with the package in its environment.
+    # The surrounding repository may be another project whose environment contains this package.
     return (
         ask_git("ls-files", here.name) and ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     ) or None

@@ -1,4 +1,4 @@
-"""Write the tables of a study, which people read; the record is elsewhere."""
+"""Write the tables of a study for people; the record is separate."""
 
 import dataclasses
 import time
@@ -18,7 +18,7 @@ from raytune_emotion.tuning.study.spec import CHANGEABLE
 
 TRIALS, CURVES = "trials.csv", "curves.parquet"
 
-#: Wait this many times the duration of the last write before writing the tables again.
+#: Pause between two writes of the tables, as a multiple of the duration of the last write.
 _REST = 20
 
 _FIRST_COLUMNS = (
@@ -28,16 +28,16 @@ _FIRST_COLUMNS = (
 
 
 class Tables:
-    """Keep the tables of a running study up to its record.
+    """Keep the tables of a running study up to date with its record.
 
-    Of a trial that has ended, the driver keeps its curve and two reports: it must not grow with what is reported.
+    For an ended trial, the driver keeps only the curve and two reports, so that its memory hardly grows with reports.
     """
 
     def __init__(self, study: OpenStudy) -> None:
         self._study = study
         self._ended: dict[str, TrialRecord] = {}  # with two reports each
-        self._curves = [curves_of(())]  # of the ended; concatenated when they are written, as each copy takes time
-        self._stale = False  # whether the tables lack an ending
+        self._curves = [curves_of(())]  # curves of ended trials; concatenated only for a write, because a copy is slow
+        self._stale = False  # whether an ending is missing in the tables
         self._due = 0.0
 
     @property
@@ -45,8 +45,8 @@ class Tables:
         return [*self._ended.values()]
 
     def read(self) -> list[TrialRecord]:
-        """Read the trials that are not kept yet. Some of other drivers may have ended, and are yet to be heard of."""
-        # What trials of this or other machines have reported.
+        """Read the trials that are not kept yet. Trials of other drivers may have ended meanwhile."""
+        # Pull the reports of trials on this and other machines.
         unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in self._ended]
         self._study.copy.pull(f"trials/{trial_id}/{HISTORY}" for trial_id in unknown)
         return self._study.records(self._ended)
@@ -60,14 +60,14 @@ class Tables:
         return record
 
     def write_in_time(self) -> None:
-        """Write the tables if they lack an ending, unless they were written just now."""
+        """Write the tables if an ending is missing in them, unless they were written just before."""
         if self._stale and time.monotonic() >= self._due:
             self.write()
 
     def write(self) -> None:
         """Bring the tables of the study, and their remote copy, up to date."""
         began = time.monotonic()
-        # Read in the same turn: nobody overwrites what is newer.
+        # Read and write in the same turn, so that no driver overwrites newer tables.
         with self._study.drivers.turn("files"):
             others = self.read()
             self._curves = [concatenate(*self._curves)]
@@ -83,19 +83,19 @@ class Tables:
 
 
 def curves_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
-    """Make the table of all reports, one row each. It takes a tenth of the memory of the reports themselves."""
+    """Make the table of all reports, one row each. It needs a tenth of the memory of the reports themselves."""
     return pd.DataFrame([{"trial_id": record.trial_id, **report} for record in records for report in record.reports])
 
 
 def trials_of(records: Iterable[TrialRecord]) -> pd.DataFrame:
-    """Make the table `trials.csv`: a row a trial, the best first."""
+    """Make the table `trials.csv`: one row per trial, the best first."""
     table = pd.DataFrame([_row(record) for record in best_first(records)])
     rest = [column for column in table.columns if column not in _FIRST_COLUMNS]
     return table.reindex(columns=[*_FIRST_COLUMNS, *rest])
 
 
 def concatenate(*frames: pd.DataFrame) -> pd.DataFrame:
-    """Concatenate frames. Empty frames are left out: they have no types, and would change those of the others."""
+    """Concatenate frames. Empty frames are left out, because their missing types would change those of the others."""
     return pd.concat([frame for frame in frames if len(frame)] or [pd.DataFrame()], ignore_index=True)
 
 
@@ -109,9 +109,9 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
     """Write `trials.csv`, best trial first, and `curves.parquet`.
 
     Args:
-        folder: of the study.
-        records: of its trials; two reports of each suffice if `curves` are given.
-        curves: of the same trials.
+        folder: folder of the study.
+        records: records of its trials; two reports of each are sufficient if `curves` are given.
+        curves: curves of the same trials.
     """
     write_text(folder / TRIALS, trials_of(records).to_csv(index=False))
     with atomic_write(folder / CURVES) as temporary:
@@ -119,7 +119,7 @@ def write_tables(folder: Path, records: list[TrialRecord], curves: pd.DataFrame 
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    # All metrics are from the report with the best JS, which the best checkpoint is from.
+    # All metrics are from the report with the best JS, as is the best checkpoint.
     best: Mapping[str, Any] = record.best or {}
     last: Mapping[str, Any] = record.reports[-1] if record.reports else {}
     return {

@@ -19,18 +19,16 @@ def check_kept(study: Location, trial_id: str) -> None:
     """Check that a study has the weights of a trial.
 
     Raises:
-        UserError: it has none; with the trials of which it has weights.
+        UserError: it has none; the error lists the trials that have weights.
     """
     kept = [name.split("/")[1] for name in study.find(f"trials/*/{BEST}")]
     if trial_id not in kept:
-        those = (
-            f"there are those of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
-        )
-        raise UserError(f"{study}: has no weights of trial {trial_id}, as only those of the best are kept; {those}")
+        those = f"choose one of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
+        raise UserError(f"{study}: no weights of trial {trial_id}, because only the best ones are kept; {those}")
 
 
 def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequence[str] = (TIMM,)) -> None:
-    """Export the best weights of a trial; an earlier export at dest is replaced.
+    """Export the best weights of a trial, and replace an earlier export at dest.
 
     Raises:
         UserError: the study has no weights of that trial, dest cannot be written, or a format cannot be made.
@@ -44,14 +42,14 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
 
 
 def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) -> None:
-    """Export the best weights that a run of `train` has until now; an earlier export at dest is replaced.
+    """Export the best weights so far of a run of `train`, and replace an earlier export at dest.
 
     Raises:
         UserError: the run has not been evaluated yet, dest cannot be written, or a format cannot be made.
     """
     if run.sizes([BEST]) == [None]:
         command = f"{typed_command('train')} --resume --name {shell_word(run.name)}"
-        raise UserError(f"{run}: the run has no evaluation yet; go on with it by {command}, and its --results")
+        raise UserError(f"{run}: the run has no evaluation yet; continue it with {command}, and its --results")
     check_replaceable(dest)
     with run.copy_here(BEST, DATA) as folder, dest.publish(CONFIG) as package:
         _write(package, folder, f"The run {run.name}.", formats)
@@ -64,11 +62,11 @@ def _write(dest: Path, run: Path, note: str, formats: Sequence[str]) -> None:
 
 
 def store_of(run: Path, best: Best) -> Store | None:
-    """Return the packed data that a run or a trial was trained on; None where they are not on this machine."""
+    """Return the packed data of a run or a trial; None if they are not on this machine."""
     address = data_of(run)
     return open_if_here(address, best.settings["data.image_size"], best.fingerprint) if address is not None else None
 
 
 def delete_other_formats(dest: Location, formats: Sequence[str]) -> None:
-    """Delete what an earlier export has left in other formats: at a URI, files are replaced one by one."""
+    """Delete files of an earlier export in other formats, because at a URI files are replaced one by one."""
     dest.delete(file for name, file in FORMATS.items() if name not in formats)

@@ -1,4 +1,4 @@
-"""Name trials and the files of one, and find the trial that somebody means."""
+"""Name trials and their files, and find a trial by the id that the user typed."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,31 +7,31 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import is_taken
 
 PARAMS = "params.json"
-#: Number of trials that an error message lists; of more it says the first and the last.
+#: Largest number of trials that an error message lists. Of more, it names the first and the last.
 _LISTED = 10
-#: The packed data that a trial trains on; with its settings, all that its numbers depend on.
+#: Name of the file with the address of a trial's packed data. Its results depend only on these and the settings.
 DATA = "data.txt"
 
 
 def data_of(run: Path) -> str | None:
-    """Return the address of the packed data of a run, or of a trial; None where it has not been written."""
+    """Return the address of the packed data of a run or of a trial; None if it was not written."""
     try:
-        # Text that is not UTF-8 names no store.
+        # Text that is not UTF-8 cannot be the address of a store.
         return (run / DATA).read_text(encoding="utf-8", errors="replace").strip() or None
     except (FileNotFoundError, IsADirectoryError):
         return None
 
 
 def refuse_taken(run: Path) -> None:
-    """Refuse a new run of `train` where there is one of its name.
+    """Refuse a new run of `train` if its name is taken.
 
     Raises:
-        UserError: there is.
+        UserError: the name is taken.
     """
     if is_taken(run):
-        found = "a run of this name already; go on with it by --resume, or choose --name"
-        other = "something of this name that is no run of train; choose --name"
-        raise UserError(f"{run}: there is {found if (run / PARAMS).exists() else other}")
+        found = "a run of this name exists already; continue it with --resume, or choose another --name"
+        other = "this name is taken, but not by a run of train; choose another --name"
+        raise UserError(f"{run}: {found if (run / PARAMS).exists() else other}")
 
 
 def trial_id_of(number: int) -> str:
@@ -39,7 +39,7 @@ def trial_id_of(number: int) -> str:
 
 
 def as_trial_id(text: str) -> str:
-    """Return what was said as an id: `2` is `0002`."""
+    """Convert a typed number to an id: `2` is `0002`."""
     return trial_id_of(int(text)) if text.isascii() and text.isdigit() else text
 
 
@@ -47,22 +47,22 @@ def find_trial(text: str, known: Iterable[str], study: object) -> str:
     """Return the id of a trial.
 
     Args:
-        text: what was said.
-        known: the ids of the study's trials.
-        study: a name for it in messages.
+        text: the typed id.
+        known: ids of the study's trials.
+        study: name of the study for messages.
 
     Raises:
-        UserError: there is no such trial; the sentence names those that there are.
+        UserError: there is no such trial; the error names the existing ones.
     """
     known = sorted(filter(str.isdecimal, known), key=int)
     wanted = as_trial_id(text)
     if wanted not in known:
-        raise UserError(f"{study}: there is no trial {text}; {describe_ids(known)}")
+        raise UserError(f"{study}: no trial {text}; {describe_ids(known)}")
     return wanted
 
 
 def describe_ids(ids: list[str]) -> str:
-    """Say which trials there are, in their order; a row of them by its ends, as well as many with gaps."""
+    """Say which trials exist, in order. Consecutive ones, and many with gaps, are named by the first and the last."""
     if not ids:
         return "no trial has begun"
     whole = [trial_id_of(number) for number in range(int(ids[0]), int(ids[0]) + len(ids))]

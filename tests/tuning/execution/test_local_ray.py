@@ -53,19 +53,19 @@ def test_no_folder_that_can_be_used_is_one_sentence(monkeypatch):
         base_folder()
     (told,) = caught.value.faults
     assert told.startswith("no folder for Ray's sockets: TMPDIR=/scratch/jobjob")
-    assert told.endswith("/dev/shm is no folder that can be written to; set RAY_TMPDIR to a short one of your own")
+    assert told.endswith("/dev/shm is not a writable folder; set RAY_TMPDIR to a writable, short path")
 
 
 @pytest.mark.parametrize("writable", ["/var/tmp", "/run", "/dev/shm"])
-def test_another_folder_is_taken_where_the_usual_one_cannot_be_written(monkeypatch, writable):
+def test_another_folder_is_used_if_the_usual_one_is_not_writable(monkeypatch, writable):
     monkeypatch.setenv("TMPDIR", "/scratch/" + "job" * 20)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run")
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) == writable)
     assert base_folder() == Path(writable)
 
 
-def test_folder_that_is_named_from_here_is_named_in_full(monkeypatch, short):
-    """Ray refuses a path that is not."""
+def test_a_relative_path_becomes_absolute(monkeypatch, short):
+    """Ray refuses a relative path."""
     monkeypatch.chdir(short.parent)
     monkeypatch.setenv("RAY_TMPDIR", short.name)
     assert base_folder() == short
@@ -160,7 +160,7 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
     (told,) = caught.value.faults
     assert told.startswith(f"Ray cannot be started on this machine: {said}")
     assert told.endswith(
-        "; this process may have 300 processes and threads (`ulimit -u`), which may be too few; raise it"
+        "; this process may have 300 processes and threads (`ulimit -u`), which may be too few; raise the limit"
     )
     assert dict(os.environ) == before
     assert list(short.iterdir()) == []
@@ -193,7 +193,7 @@ def test_a_cluster_that_cannot_be_joined_is_a_sentence(monkeypatch, raised, said
 
 def test_ray_that_runs_in_this_process_already_is_a_sentence(monkeypatch):
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
-    with pytest.raises(UserError, match="Ray runs in this process already"), cluster.ray_session(None):
+    with pytest.raises(UserError, match="Ray already runs in this process"), cluster.ray_session(None):
         pass
 
 

@@ -116,9 +116,9 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     first, second, third = search(), search(), search()
     for stale in (first, second):
         assert stale.next() is None
-        with pytest.raises(Breakdown, match="another search has gone on with this study"):
+        with pytest.raises(Breakdown, match="another search has continued this study"):
             stale.close()
     shutil.rmtree(place)
     assert third.next() is None
-    with pytest.raises(Breakdown, match="no longer there"):
+    with pytest.raises(Breakdown, match="no longer exists"):
         third.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.learn.report import HEARD
+from raytune_emotion.learn.report import DRIVER_KEYS
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.tuning.execution import trial_actor
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed, job_of
@@ -32,7 +32,7 @@ def job(tmp_path, store):
 def test_a_result_is_what_the_driver_hears(job):
     actor = TrialActor(job.to_dict())
     results = [actor.train(), actor.train()]
-    assert [set(result) for result in results] == [{"pid", "host", "node", *HEARD}] * 2
+    assert [set(result) for result in results] == [{"pid", "host", "node", *DRIVER_KEYS}] * 2
     assert [result["finished"] for result in results] == [False, True]
     actor.stop()
 
@@ -87,7 +87,8 @@ def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, t
     away = dataclasses.replace(job, store=str(tmp_path / "elsewhere"))
     ending = TrialActor(away.to_dict()).train()[ENDING]
     assert isinstance(ending, Broken)
-    assert ending.reason.startswith(f"{tmp_path / 'elsewhere'}: no packed store, for it has no manifest.json; put the")
+    what = f"{tmp_path / 'elsewhere'}: not a packed store, because it has no manifest.json; name a store"
+    assert ending.reason.startswith(f"{what}; put the data where ")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -115,7 +116,7 @@ def test_a_machine_that_refuses_what_has_trained_ends_the_study_and_not_the_tria
     assert actor.train() == report
     ending = actor.train()[ENDING]
     assert isinstance(ending, Broken)
-    assert ending.reason.startswith("trial a trial has trained before, and ")
+    assert ending.reason.startswith("trial a trial has trained before, but ")
     assert ending.reason.endswith(f" refuses it now: {refusal}")
 
 
@@ -166,7 +167,7 @@ def test_micro_batches_have_as_few_rows_as_fitted_before_on_however_many_workers
             attempts.append(job.accumulate)
             yield from ()
 
-    report = {**dict.fromkeys(HEARD, 0), "workers": before[0], "accumulate": before[1]}
+    report = {**dict.fromkeys(DRIVER_KEYS, 0), "workers": before[0], "accumulate": before[1]}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trial_actor, "newest_report", lambda job: report)
         actor = Actor(dataclasses.replace(job, resources=Resources(workers, 1.0, 0.0)).to_dict())

@@ -5,7 +5,7 @@ import pytest
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.study.database import connect, join_address
-from raytune_emotion.tuning.study.drivers import Alone, SharedStudy, join_study
+from raytune_emotion.tuning.study.drivers import SharedStudy, SingleDriver, join_study
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_lost_connection_is_a_sentence(postgres, address, clock):
         assert driver.failure() == "", "it does not ask all the time"
         clock.now += 10
         assert "the connection was lost (" in driver.failure()
-        with pytest.raises(Breakdown, match="other drivers may take up the trials of this one"), driver.turn("trials"):
+        with pytest.raises(Breakdown, match="other drivers may take over the trials of this"), driver.turn("trials"):
             pass
 
 
@@ -108,11 +108,11 @@ def test_lock_that_is_gone_while_the_connection_lasts_is_noticed(address, clock)
         driver._clock = clock
         clock.now = driver._due + 1
         driver._connection.execute("SELECT pg_advisory_unlock_all()")
-        assert driver.failure().endswith("the lock of this driver is gone; connect to the server itself")
+        assert driver.failure().endswith("the lock of this driver is lost; connect to the server directly")
 
 
 def test_only_driver_finds_all_abandoned_and_waits_for_nobody():
-    assert Alone().abandoned({None, 3}) == {None, 3}
-    assert Alone().others() == set()
-    with Alone().turn("trials"):
-        assert Alone().failure() == ""
+    assert SingleDriver().abandoned({None, 3}) == {None, 3}
+    assert SingleDriver().others() == set()
+    with SingleDriver().turn("trials"):
+        assert SingleDriver().failure() == ""
