@@ -78,7 +78,7 @@ def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatc
     shutil.copytree(store.path, tmp_path / "faces")
     uri = (tmp_path / "faces").as_uri()
     (study / "trials" / best_of(study) / "data.txt").write_text(uri + "\n")
-    away = "since the data of the run are not on this machine"
+    away = "because the data of the run are not on this machine"
     assert exit_code(["export", study, tmp_path / "x"]) == 0
     assert away in (tmp_path / "x" / "README.md").read_text()
     open_store(uri)

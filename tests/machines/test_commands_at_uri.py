@@ -107,7 +107,7 @@ def test_a_trial_at_a_uri_goes_on_with_several_workers_and_one_that_they_cannot_
     record, refused = load(folder).records()
     assert refused.status == "failed"
     assert refused.reason.startswith(
-        "train.batch_size: 1 rows make no 1 micro-batches (train.accumulate) for each of 2 workers"
+        "train.batch_size: 1 rows are too few for 1 micro-batches (train.accumulate) for each of 2 workers"
     )
     check_went_on(record, job, before, tmp_path)
     assert held_resources() == (0.0, [])

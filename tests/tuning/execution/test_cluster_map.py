@@ -92,7 +92,7 @@ def test_pack_whose_cluster_has_died_says_that_the_same_command_goes_on(tmp_path
     monkeypatch.setattr(cluster_map_module, "cluster_map", lost_map)
     folder = write_folder(tmp_path / "faces")
     assert exit_code(["pack", folder, tmp_path / "store", "--address", "auto"]) == 1
-    said = "error: Ray has died; what is packed is kept; the same command goes on with it\n"
+    said = "error: Ray has died; the packed images are kept; the same command continues\n"
     assert capsys.readouterr().err.endswith(said)
 
 

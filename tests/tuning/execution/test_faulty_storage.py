@@ -122,7 +122,7 @@ def test_search_whose_study_never_came_to_its_place_is_typed_again(
     assert f"{remote.join(results, 's')}: {said}" in capsys.readouterr().err
     assert exit_code(command) == 0
     assert exit_code(command) == 2
-    assert "there is a study of this name already" in capsys.readouterr().err
+    assert "a study of this name exists already" in capsys.readouterr().err
 
 
 def test_study_leaves_nothing_of_one_that_never_came_to_its_place(bucket, faults, study):

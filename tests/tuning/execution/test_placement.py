@@ -66,7 +66,7 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
         "--gpus-per-worker 0 to train on cores"
     )
     # On the cores of the head nobody would ask for a GPU any more.
-    assert refusal([{"CPU": 8.0}], grows=True).startswith("the cluster has no node with a GPU yet, so say what its ")
+    assert refusal([{"CPU": 8.0}], grows=True).startswith("the cluster has no node with a GPU yet; say what its ")
 
 
 @pytest.mark.parametrize(

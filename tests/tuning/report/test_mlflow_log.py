@@ -161,5 +161,5 @@ def test_a_missing_package_is_said_at_once(monkeypatch, tmp_path, capsys):
 def test_credentials_in_the_address_are_refused_without_telling_them(tmp_path, capsys):
     assert exit_code(["search", "--mlflow", "http://me:secret@host", "--results", tmp_path, "--name", "s"]) == 2
     (told,) = capsys.readouterr().err.rstrip().splitlines()[-1:]
-    assert told.startswith("error: http://***@host: has credentials in it, ")
+    assert told.startswith("error: http://***@host: contains credentials, ")
     assert told.endswith("such as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")

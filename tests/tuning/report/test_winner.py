@@ -87,7 +87,7 @@ def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatc
     shutil.copytree(store.path, tmp_path / "faces")
     uri, trial_id = (tmp_path / "faces").as_uri(), winner(read_records(study, load_study(study))).trial_id
     spec = dataclasses.replace(read_spec(study), stores={32: uri})
-    assert predict_winner(study, spec, trial_id) == "its data of 32 px are not on this machine"
+    assert predict_winner(study, spec, trial_id) == "the data of 32 px are not on this machine"
     open_store(uri)
     shutil.rmtree(tmp_path / "faces")
     assert predict_winner(study, spec, trial_id).ids == predict_winner(study, read_spec(study), trial_id).ids
