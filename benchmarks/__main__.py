@@ -69,7 +69,7 @@ def main() -> int:
     )
     names = parser.parse_args().names or sorted({*NAMES} - _WITH_GPU, key=lambda name: (name != _FIRST, name))
     if unknown := sorted({*names} - {*NAMES}):
-        parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(NAMES)}")
     failed = []
     for name in names:
         command = shlex.join(["python", "-m", "benchmarks", name])

@@ -89,29 +89,29 @@ def test_a_configuration_is_confirmed_once():
 
 
 def test_what_cannot_be_confirmed(refused, study, store, tmp_path, no_other_studies):
-    assert refused(of="none") == [f"{tmp_path / 'none'}: there is no such folder; there are {tmp_path / 'study'}"]
+    assert refused(of="none") == [f"{tmp_path / 'none'}: no such folder; choose one of {tmp_path / 'study'}"]
     assert refused("--top=0")[0].startswith("--top: expected an integer")
     assert refused("--address=nonsense")[0].startswith("--address nonsense: no Ray cluster answers there")
     spec = read_spec(study)
     write_spec(tmp_path / "study", dataclasses.replace(spec, stores={32: "/gone"}))
     (told,) = refused()
-    assert told.startswith("/gone: the packed data of the study are gone; tell where they are by `python -m raytune_em")
+    assert told.startswith("/gone: the packed data of the study are missing; name their folder with `python -m raytune")
     write_spec(tmp_path / "study", dataclasses.replace(spec, weights_dir="/gone"))
     (told,) = refused("--top=1")
-    what, _, advice = told.partition("; tell where they are by `")
-    assert re.fullmatch(r"model.weights_dir: there is no file /gone/test_\w+\.safetensors", what)
+    what, _, advice = told.partition("; name their folder with `")
+    assert re.fullmatch(r"model.weights_dir: no file /gone/test_\w+\.safetensors", what)
     assert advice.startswith("python -m raytune_emotion.search --resume --results ")
     assert advice.endswith(" --name study --time-budget 1s --weights-dir DIR`"), "not: train all that is left"
     write_spec(tmp_path / "study", dataclasses.replace(spec, confirms={"0000": 0.3}))
-    assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study that it lies in"]
+    assert refused() == [f"{tmp_path / 'study'}: is a confirmation itself; name the study whose folder contains it"]
     write_spec(tmp_path / "study", spec)
     (tmp_path / "study" / "confirmed").mkdir()
     write_spec(tmp_path / "study" / "confirmed", dataclasses.replace(spec, epochs=1, confirms={}))
     (told,) = refused()
-    assert "confirmed: its runs are of 1 epochs, and trials of the study now of 2; move it away to confirm" in told
+    assert "confirmed: its runs have 1 epochs, but trials of the study now have 2; move it away to confirm" in told
     begun = tmp_path / "begun"
     make_study(begun, spec)
-    assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet"]
+    assert refused(of="begun") == [f"{begun}: no trial of this study has reported yet; search longer"]
 
 
 def test_a_backbone_whose_folder_is_gone_is_not_looked_for_by_an_option(refused, tmp_path, monkeypatch):
@@ -122,15 +122,14 @@ def test_a_backbone_whose_folder_is_gone_is_not_looked_for_by_an_option(refused,
     monkeypatch.setattr(confirmation, "best_configurations", of_a_folder)
     write_spec(tmp_path / "study", dataclasses.replace(read_spec(tmp_path / "study"), weights_dir="/elsewhere"))
     assert refused() == [
-        "model.backbone: there is no file /gone/model.safetensors; it and config.json make a backbone, as timm saves "
-        "them"
+        "model.backbone: no file /gone/model.safetensors; a backbone consists of it and config.json, as timm saves them"
     ]
 
 
 def test_more_workers_than_a_batch_has_rows(refused):
     (told,) = refused("--workers-per-trial=33")
     assert told.startswith(
-        "train.batch_size: 32 rows make no 1 micro-batches (train.accumulate) for each of 33 workers"
+        "train.batch_size: 32 rows are too few for 1 micro-batches (train.accumulate) for each of 33 workers"
     )
 
 
@@ -153,7 +152,7 @@ def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
     monkeypatch.setattr(confirmation, "best_configurations", in_fp16)
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     (told,) = refused()
-    assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
+    assert told.startswith("train.precision: fp16 needs a GPU, but trials on this machine get none; ")
 
 
 def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tmp_path, monkeypatch):
@@ -165,9 +164,9 @@ def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tm
     enqueue(load_study(folder), [dataclasses.replace(plan.chosen[-1], settings=left)], [7])
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     (told,) = refused("--top=1")
-    assert told.startswith("train.precision: fp16 needs a GPU, and trials on this machine get none; ")
+    assert told.startswith("train.precision: fp16 needs a GPU, but trials on this machine get none; ")
     (told,) = refused("--top=1", "--workers-per-trial=3")
-    assert told.startswith("train.batch_size: 2 rows make no 1 micro-batches (train.accumulate) for each of 3 workers")
+    assert told.startswith("train.batch_size: 2 rows are too few for 1 micro-batches (train.accumulate) for each of 3")
 
 
 def test_an_export_that_could_not_be_written_at_the_end(refused, tmp_path):
@@ -175,19 +174,19 @@ def test_an_export_that_could_not_be_written_at_the_end(refused, tmp_path):
     folder.mkdir(parents=True)
     (folder / "thesis.tex").touch()
     (told,) = refused()
-    assert told.startswith(f"{folder}: holds files that are not of an export (thesis.tex)")
+    assert told.startswith(f"{folder}: holds files that do not belong to an export (thesis.tex)")
 
 
 def test_one_that_is_at_work(refused, tmp_path):
     folder = tmp_path / "study" / "confirmed"
     folder.mkdir()
     with study_lock(folder):
-        assert refused() == [f"{folder}: another process is at work in it; wait for its end, or end it"]
+        assert refused() == [f"{folder}: another process is using it; wait until it ends, or end it"]
 
 
 def test_a_study_at_a_uri_is_refused(capsys):
     assert refusal(capsys, [], "confirm", "s3://bucket/results/first") == [
-        "s3://bucket/results/first: is a URI, and a path of this machine is needed; copy the study to a folder, "
+        "s3://bucket/results/first: is a URI, but a path of this machine is needed; copy the study to a folder, "
         "and confirm it there"
     ]
 
@@ -219,7 +218,7 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, 
     with monkeypatch.context() as interrupted:
         interrupted.setattr(console_run, "run_with_progress", run_one_epoch)
         assert exit_code(["confirm", study, "--top", 2, "--seeds", 1, "--concurrency", 1]) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     begun = {file.parent.name: file.read_bytes() for file in folder.glob("trials/*/history.jsonl")}
     assert not (folder / "best").exists()
 
@@ -249,10 +248,10 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, 
     assert winner.mean_js == table.mean_js.min()
     assert winner.searched_js == searched[winner.trial_id].best["val_js"]
     exported = json.loads((folder / "best" / "metrics.json").read_text())
-    assert exported["val_js"] == runs[1].best["val_js"], "the one in the middle"
+    assert exported["val_js"] == runs[1].best["val_js"], "the median run"
     assert (exported["confirmed_mean_js"], exported["confirmed_seeds"]) == (winner.mean_js, 2)
     (told,) = refusal(capsys, [], "export", folder, folder.parent / "exported")
-    assert told == f"{folder}: its winner is in {folder / 'best'}; name another of its runs with --trial"
+    assert told == f"{folder}: the winner is in {folder / 'best'}; name another run with --trial"
     words = f"{winner.mean_js:.4f} ± {winner.standard_error:.4f} bits (mean and standard error over 2 seeds)"
     assert words in (folder / "best" / "README.md").read_text()
     assert f"best mean   {words}, trial {winner.trial_id} of the search" in out
@@ -271,7 +270,7 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, 
     assert exit_code(["report", folder]) == 0
     assert (folder / "confirmed.csv").read_bytes() == before
     (told,) = refusal(capsys, [study], "search", "--resume", "--results", study, "--name", "confirmed")
-    assert told == f"{folder}: is a confirmation; go on with it by `python -m raytune_emotion.confirm {study}`"
+    assert told == f"{folder}: is a confirmation; continue it with `python -m raytune_emotion.confirm {study}`"
     # Nothing is left to do, and nothing is done.
     assert exit_code(["confirm", study, "--top", 1, "--seeds", 1]) == 0
     assert read_records(folder, load_study(folder)) == records

@@ -77,7 +77,7 @@ def test_other_sites_get_nothing(server, face, headers):
 def test_port_that_is_taken_is_a_sentence(server, package, tmp_path, capsys):
     write_package(tmp_path / "best", untrained_best("test_resnet", 32))
     assert command_main("demo", [str(tmp_path / "best"), "--port", str(server.server_port)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: --port {server.server_port}: cannot be opened (")
+    assert capsys.readouterr().err.startswith(f"error: --port {server.server_port}: cannot open the port (")
 
 
 @needs_chromium

@@ -47,25 +47,25 @@ def answers(commands: Sequence[Sequence[str]], cwd: Path) -> list[Answer]:
     return [Answer(code, said, tuple(names)) for code, said, names in map(json.loads, done.stdout.splitlines())]
 
 
-_NO_STUDY = "none: there is no such folder; name a folder that a search has made"
-_NO_EXPORT = "none: there is no such folder; name a folder that export, search or train wrote"
+_NO_STUDY = "none: no such folder; name a folder that a search has made"
+_NO_EXPORT = "none: no such folder; name a folder that export, search or train wrote"
 WRONG = [
     (("search", "--space", "none.yaml"), "none.yaml: the search space cannot be read"),
-    (("search", "--space", "nobody"), "nobody: there is no such search space; there are "),
-    (("search", "--space", "bad.yaml"), "bad.yaml:1: model.backbone: resnet81: there is no such timm model"),
-    (("search", "--data", "none"), "none: there is no such folder"),
+    (("search", "--space", "nobody"), "nobody: no such search space; choose one of "),
+    (("search", "--space", "bad.yaml"), "bad.yaml:1: model.backbone: resnet81: no such timm model"),
+    (("search", "--data", "none"), "none: no such folder"),
     (("search", "--gpus-per-worker", "2"), "a worker trains on one GPU; ask for more --workers-per-trial"),
-    (("search", "--resume"), "ray_results: there is no study in it to resume"),
+    (("search", "--resume"), "ray_results: contains no study to resume"),
     (("search", "--resume", "--dry-run"), "--resume: --dry-run shows what a new study would do"),
-    (("train", "--data", "none"), "none: there is no such folder"),
-    (("train", "--set", "lr=1"), "lr: there is no such setting; did you mean optim.lr?"),
-    (("train", "--set", "optim.wd=1"), "optim.wd: there is no such setting; did you mean optim.weight_decay?"),
-    (("train", "--data", "none", "--set", "model.backbone=resnet81"), "resnet81: there is no such timm model"),
-    (("pack", "none", "store"), "none: there is no such folder"),
+    (("train", "--data", "none"), "none: no such folder"),
+    (("train", "--set", "lr=1"), "lr: unknown setting; did you mean optim.lr?"),
+    (("train", "--set", "optim.wd=1"), "optim.wd: unknown setting; did you mean optim.weight_decay?"),
+    (("train", "--data", "none", "--set", "model.backbone=resnet81"), "resnet81: no such timm model"),
+    (("pack", "none", "store"), "none: no such folder"),
     (("confirm", "none"), _NO_STUDY),
     (("report", "none"), _NO_STUDY),
     (("export", "none", "dest"), _NO_STUDY),
-    (("export", "none", "dest", "--format", "timm,tflite"), "--format tflite: there is no such format; there are "),
+    (("export", "none", "dest", "--format", "timm,tflite"), "--format tflite: unknown format; choose one of "),
     (("status", "none"), _NO_STUDY),
     (("predict", "none", "face.jpg"), _NO_EXPORT),
     (("demo", "none"), _NO_EXPORT),
@@ -78,11 +78,11 @@ WRONG_FOR_STUDIES = [
         (*_RESUME, "study", "--space", "demo"),
         "--space: a study keeps the space that it began with; leave the option out",
     ),
-    ((*_RESUME, "study", "--epochs", "1"), "--epochs: may be raised when a study goes on, not lowered (it has 2)"),
-    ((*_RESUME, "confirmation"), "is a confirmation; go on with it by `python -m raytune_emotion.confirm "),
+    ((*_RESUME, "study", "--epochs", "1"), "--epochs: a resumed study cannot have fewer epochs than before (2); raise"),
+    ((*_RESUME, "confirmation"), "is a confirmation; continue it with `python -m raytune_emotion.confirm "),
     ((*_RESUME, "damaged"), "damaged (epochs: Input should be a valid integer, got 'many'); restore it from a copy"),
-    (("train", "--study", "r/study", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
-    (("export", "r/study", "dest", "--trial", "7"), "r/study: there is no trial 7; no trial has begun"),
+    (("train", "--study", "r/study", "--trial", "7"), "r/study: no trial 7; no trial has begun"),
+    (("export", "r/study", "dest", "--trial", "7"), "r/study: no trial 7; no trial has begun"),
 ]
 HELP = {(verb, option): code for verb in COMMANDS for option, code in (("--help", 0), ("--mistyped", 2))}
 ABSENT_GPU = [
@@ -119,7 +119,7 @@ def test_help_and_a_mistyped_option_answer_at_once(answered):
 def test_a_gpu_is_refused_without_pytorch_where_there_is_none(answered, argv):
     answer = answered[argv]
     assert (answer.code, answer.imported) == (2, ())
-    assert "this machine has no GPU that PyTorch can use; ask for --gpus-per-worker 0 to" in answer.said
+    assert "this machine has no GPU that PyTorch can use; use --gpus-per-worker 0 to" in answer.said
 
 
 def test_a_gpu_is_left_to_pytorch_where_a_driver_is_installed(monkeypatch):

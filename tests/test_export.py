@@ -35,11 +35,9 @@ def test_the_weights_of_the_trial_are_gone(study, tmp_path, capsys):
     (study / "trials" / best / "best.safetensors").unlink()
     other = "0001" if best == "0000" else "0000"
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
-    assert told == (
-        f"{study}: has no weights of trial {best}, as only those of the best are kept; there are those of {other}"
-    )
+    assert told == (f"{study}: no weights of trial {best}, because only the best ones are kept; choose one of {other}")
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x", "--trial", "0009")
-    assert told == f"{study}: there is no trial 0009; there are 0000, 0001"
+    assert told == f"{study}: no trial 0009; there are 0000, 0001"
     assert exit_code(["export", study, tmp_path / "x", "--trial", str(int(other))]) == 0
 
 
@@ -58,7 +56,7 @@ def test_destinations_that_are_taken(study, tmp_path, capsys):
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "file" / "below")
     assert told.startswith(f"{tmp_path / 'file' / 'below'}: cannot be written (")
     (told,) = refusal(capsys, [tmp_path], "export", study, study)
-    assert told.startswith(f"{study}: holds files that are not of an export (")
+    assert told.startswith(f"{study}: holds files that do not belong to an export (")
 
 
 def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys):
@@ -71,14 +69,14 @@ def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys)
     assert not (dest / "model.pt2").exists()
     (dest / "thesis.tex").touch()
     (told,) = refusal(capsys, [tmp_path], "export", study, dest.as_uri())
-    assert told.startswith(f"{dest.as_uri()}: holds files that are not of an export (thesis.tex)")
+    assert told.startswith(f"{dest.as_uri()}: holds files that do not belong to an export (thesis.tex)")
 
 
 def test_a_study_without_results(tmp_path, store, capsys):
     study = tmp_path / "begun"
     make_study(study, spec_of(store))
     (told,) = refusal(capsys, [tmp_path], "export", study, tmp_path / "x")
-    assert told == f"{study}: no trial of this study has reported yet, or those that have failed"
+    assert told == f"{study}: no trial has a result yet: none has reported, or all that reported have failed"
 
 
 @pytest.mark.parametrize("text", ["", "trial_id,status,best_val_js\n0000,complete,0.1\n0001,complete,0.2\n"])
@@ -103,7 +101,7 @@ def test_a_run_of_train_is_exported_as_it_is(tmp_path, store, capsys):
     (run / "best.safetensors").unlink()
     (told,) = refusal(capsys, [tmp_path], "export", run, tmp_path / "y")
     command = "python -m raytune_emotion.train --resume --name run"
-    assert told == f"{run}: the run has no evaluation yet; go on with it by {command}, and its --results"
+    assert told == f"{run}: the run has no evaluation yet; continue it with {command}, and its --results"
 
 
 def test_the_studies_in_a_folder_are_named_where_one_was_meant(tmp_path, capsys):
@@ -111,4 +109,5 @@ def test_the_studies_in_a_folder_are_named_where_one_was_meant(tmp_path, capsys)
         (tmp_path / name).mkdir()
         (tmp_path / name / "study.yaml").touch()
     (told,) = refusal(capsys, [tmp_path], "export", tmp_path, tmp_path / "x")
-    assert told == f"{tmp_path}: no study.yaml in it, so it is no study; there are studies in it: first, second"
+    what = "not a study, because it has no study.yaml"
+    assert told == f"{tmp_path}: {what}; choose one of the studies in it: first, second"

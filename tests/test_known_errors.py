@@ -59,16 +59,20 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
         (
             OSError(errno.ENOMEM, "Cannot allocate memory"),
             2,
-            "out of memory: Cannot allocate memory; ask for a smaller train.batch",
+            "out of memory: Cannot allocate memory; use a smaller train.batch",
         ),
-        (MemoryError(), 2, "out of memory; ask for"),
+        (MemoryError(), 2, "out of memory; use a smaller"),
         (
             BrokenProcessPool("A process in the process pool was terminated abruptly"),
             1,
-            "a worker process was killed, as the system does where memory is short; end other programs, and try again: "
-            "packing goes on where it was",
+            "a worker process was killed, probably because memory is short; end other programs, and try again: "
+            "packing continues where it stopped",
         ),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "out of memory: CUDA out of memory. Tried; ask for"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            2,
+            "out of memory: CUDA out of memory. Tried; use a smaller",
+        ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
             2,
@@ -84,10 +88,10 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
         (
             IsADirectoryError(errno.EISDIR, "Is a directory", ".trials.csv.tmp", None, "r/trials.csv"),
             2,
-            "r/trials.csv: Is a directory; move away what is there, or name another place",
+            "r/trials.csv: Is a directory; move it away, or name another path",
         ),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "trials/a"), 2, "trials/a: Not a directory; move away"),
-        (PermissionError(errno.EACCES, "Permission denied", b"/a"), 2, "/a: Permission denied; name another place"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "trials/a"), 2, "trials/a: Not a directory; move it"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/a"), 2, "/a: Permission denied; name another path"),
         (
             httpx2.ProxyError("407 Proxy Authentication Required"),
             2,
@@ -99,8 +103,8 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
             "the Hugging Face hub: Cannot find the file; con",
         ),
         (SafetensorError("Error while deserializing header"), 2, "a file of weights is damaged: Error while"),
-        (RuntimeError("Symlink loop from 'a'"), 2, "Symlink loop from 'a': a link that leads to itself; name another"),
-        (RuntimeError("Could not determine home directory."), 2, "this user has no home folder; name one"),
+        (RuntimeError("Symlink loop from 'a'"), 2, "Symlink loop from 'a': a link that points to itself; name another"),
+        (RuntimeError("Could not determine home directory."), 2, "this user has no home folder; set one"),
         (ray.exceptions.AuthenticationError("no token"), 2, "the Ray cluster asks for a token: no token"),
         (
             ray.exceptions.NodeDiedError("The node died.\nThe cause is unknown."),

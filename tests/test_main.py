@@ -55,7 +55,7 @@ def test_a_place_that_the_system_refuses_is_a_sentence(number, capsys):
 
     assert run_guarded(action) == 2
     assert capsys.readouterr().err == (
-        "error: faces/train_set: No, it says; name another place, or change who may use it\n"
+        "error: faces/train_set: No, it says; name another path, or change its permissions\n"
     )
 
 
@@ -73,21 +73,21 @@ def test_every_verb_explains_itself_in_the_words_that_it_was_started_by(verb, ca
 @pytest.mark.parametrize(
     ("argv", "sentences"),
     [
-        (["serach"], ["VERB: there is no 'serach'; did you mean search?"]),
+        (["serach"], ["VERB: unknown value 'serach'; did you mean search?"]),
         (
             ["search", "--spaec", "demo", "--trils=3"],
             [
-                "--spaec: there is no such option; did you mean --space?",
-                "--trils: there is no such option; did you mean --trials?",
+                "--spaec: unknown option; did you mean --space?",
+                "--trils: unknown option; did you mean --trials?",
             ],
         ),
-        (["search", "--sampler", "tpee"], ["--sampler: there is no 'tpee'; did you mean tpe?"]),
-        (["search", "--scheduler", "x"], ["--scheduler: there is no 'x'; there are {SCHEDULERS}"]),
+        (["search", "--sampler", "tpee"], ["--sampler: unknown value 'tpee'; did you mean tpe?"]),
+        (["search", "--scheduler", "x"], ["--scheduler: unknown value 'x'; choose one of {SCHEDULERS}"]),
         (["search", "--trials", "0"], ["--trials: expected an integer from 1 to 1000000, got '0'"]),
-        (["search", "--space", "dmeo"], ["--space: dmeo: there is no such search space; did you mean demo?"]),
-        (["predict", "x", "y", "--format", "json"], ["--format: there is no 'json'; did you mean jsonl?"]),
+        (["search", "--space", "dmeo"], ["--space: dmeo: no such search space; did you mean demo?"]),
+        (["predict", "x", "y", "--format", "json"], ["--format: unknown value 'json'; did you mean jsonl?"]),
         (["predict"], ["the following arguments are required: EXPORT, IMAGE"]),
-        (["status", "a", "b"], ["b: is one word too many; leave it out"]),
+        (["status", "a", "b"], ["b: unexpected argument; leave it out"]),
     ],
 )
 def test_a_mistyped_command_is_a_sentence_each_and_where_help_is(argv, sentences, capsys):
@@ -101,7 +101,7 @@ def test_a_mistyped_command_is_a_sentence_each_and_where_help_is(argv, sentences
 
 def test_a_mistyped_format_of_an_export_has_a_suggestion(capsys, tmp_path):
     assert exit_code(["export", tmp_path, tmp_path / "x", "--format", "onx", "--trial", "1"]) == 2
-    assert "error: --format onx: there is no such format; did you mean onnx?\n" in capsys.readouterr().err
+    assert "error: --format onx: unknown format; did you mean onnx?\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("verb", "words"), [("train", SETTINGS), ("pack", EMOTIONS)])
@@ -150,7 +150,7 @@ def test_uri_where_a_path_is_needed_is_refused_and_makes_no_folder(argv, uri, tm
     monkeypatch.chdir(tmp_path)
     assert exit_code([part.format(uri=uri) for part in argv]) == 2
     said = capsys.readouterr().err
-    assert f"{uri}: is a URI, and a path of this machine is needed; " in said
+    assert f"{uri}: is a URI, but a path of this machine is needed; " in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +178,7 @@ def test_credentials_in_a_uri_are_refused_by_every_command(argv, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert exit_code([part.format(uri="s3://key:wJalrXUtnFEMI@bucket/a") for part in argv]) == 2
     said = capsys.readouterr().err
-    assert "s3://***@bucket/a: has credentials in it, which would be written into studies" in said
+    assert "s3://***@bucket/a: contains credentials, which would be written into studies" in said
     assert "wJalrXUtnFEMI" not in said
     assert list(tmp_path.iterdir()) == []
 

@@ -29,7 +29,7 @@ from tests.support.commands import heed_ctrl_c
 from tests.support.faces import write_folder, write_row
 
 #: What is said behind a command that takes long.
-ASKED_FIRST = "  # --dry-run says how long it may take"
+ASKED_FIRST = "  # --dry-run estimates how long it takes"
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_store_can_be_verified(folder, tmp_path, capsys):
     assert command_main("pack", [str(folder), str(dest), "--image-size", "16", "24"]) == 0
     capsys.readouterr()
     assert command_main("pack", [str(dest), "--check"]) == 0
-    said = "all images and labels are those that were packed"
+    said = "all images and labels are unchanged since packing"
     assert capsys.readouterr().out.splitlines() == [f"{dest / size}: {said}" for size in ("16px", "24px")]
     shard = dest / "24px" / "val-00000.arrow"
     before, whole = shard.stat(), bytearray(shard.read_bytes())
@@ -119,8 +119,8 @@ def test_a_store_can_be_verified(folder, tmp_path, capsys):
         file.write(whole)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))  # a disk leaves no trace of it
     assert command_main("pack", [str(dest), "--check"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {dest / '24px'}: its files are not those of its manifest.json")
-    with pytest.raises(UserError, match="its files are not those of its manifest"):
+    assert capsys.readouterr().err.startswith(f"error: {dest / '24px'}: the files do not match manifest.json")
+    with pytest.raises(UserError, match="the files do not match manifest"):
         prepare(dest, image_size=24)
 
 
@@ -129,7 +129,7 @@ def test_a_store_at_a_uri_is_verified_as_it_lies_there(folder, tmp_path, capsys,
     there = tmp_path / "there"
     pack(folder, there.as_uri(), image_size=16)  # a sound copy is in the cache now
     assert command_main("pack", [there.as_uri(), "--check"]) == 0
-    said = "all images and labels are those that were packed"
+    said = "all images and labels are unchanged since packing"
     assert capsys.readouterr().out == f"{there.as_uri()}: {said}\n"
     assert len(list((tmp_path / "cache" / "raytune_emotion" / "verified").iterdir())) == 1  # of the copy that stays
     shard = there / "val-00000.arrow"
@@ -139,12 +139,12 @@ def test_a_store_at_a_uri_is_verified_as_it_lies_there(folder, tmp_path, capsys,
     shard.write_bytes(whole)
     assert command_main("pack", [there.as_uri(), "--check"]) == 2
     assert capsys.readouterr().err == (
-        f"error: {there.as_uri()}: its files are not those of its manifest.json, as after a copy that failed or a disk "
-        "that does; copy the store there again, or pack the folder again\n"
+        f"error: {there.as_uri()}: the files do not match manifest.json; a copy or a disk may have failed; "
+        "copy the store there again, or pack the folder again\n"
     )
     shard.unlink()
     assert command_main("pack", [there.as_uri(), "--check"]) == 2
-    missing = f"error: {there.as_uri()}/val-00000.arrow: is missing; the store is damaged, pack the folder again\n"
+    missing = f"error: {there.as_uri()}/val-00000.arrow: is missing; the store is damaged; pack the folder again\n"
     assert capsys.readouterr().err == missing
 
 
@@ -154,7 +154,7 @@ def test_a_disk_too_small_for_a_copy_to_be_verified_is_told_before_it_is_full(fo
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     monkeypatch.setattr(remote, "pull", lambda uri, folder, names: names and pytest.fail("it is copied"))
     assert command_main("pack", [there, "--check"]) == 1
-    said = f"{tempfile.gettempdir()}: [0-9.]+ kB are needed and .* are free; choose another disk by TMPDIR\n"
+    said = f"{tempfile.gettempdir()}: needs [0-9.]+ kB, but only .* are free; choose another disk with TMPDIR\n"
     assert re.fullmatch(f"error: {said}", capsys.readouterr().err)
 
 
@@ -199,7 +199,7 @@ def test_ctrl_c_ends_it_and_another_attempt_goes_on(tmp_path):
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-    said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
+    said = "the packed images are kept; the same command continues\ninterrupted\n"
     assert (process.returncode, out, err) == (130, "", said)
     assert list((tmp_path / "out").iterdir()) == [part]
 

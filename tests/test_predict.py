@@ -70,13 +70,13 @@ class TestExport:
     @pytest.mark.parametrize("trial", ["0004", "../trials/0003", ""])
     def test_a_trial_that_is_not_there(self, study, tmp_path, capsys, trial):
         assert command_main("export", [str(study), str(tmp_path / "x"), f"--trial={trial or 'x'}"]) == 2
-        assert f"there is no trial {trial or 'x'}; there are 0003, 0005" in capsys.readouterr().err
+        assert f"no trial {trial or 'x'}; there are 0003, 0005" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
 
     def test_a_folder_that_is_no_study(self, tmp_path, capsys):
         assert command_main("export", [str(tmp_path), str(tmp_path / "x")]) == 2
         assert command_main("export", [str(tmp_path), str(tmp_path / "x"), "--trial", "0001"]) == 2
-        assert capsys.readouterr().err.count("no study.yaml in it, so it is no study; ") == 2
+        assert capsys.readouterr().err.count("not a study, because it has no study.yaml; ") == 2
 
 
 class TestPredict:
@@ -137,9 +137,9 @@ class TestPredict:
         assert [row[0] for row in rows_of(out)] == ["image", *many]
         *named, last = err.splitlines()
         assert [line.partition(str(tmp_path))[2][:7] for line in named] == ["/a.jpg:", "/b.jpg:"]
-        assert last == "2 images could not be read; all others are predicted"
+        assert last == "2 images could not be read; all others were predicted"
         assert command_main("predict", [str(export), str(text)]) == 3
-        assert capsys.readouterr().err.endswith("\n1 image could not be read; nothing is predicted\n")
+        assert capsys.readouterr().err.endswith("\n1 image could not be read; nothing was predicted\n")
 
     def test_a_link_in_a_folder_that_leads_nowhere_is_named(self, export, tmp_path, capsys):
         picture(1).save(tmp_path / "a.png")
@@ -158,9 +158,9 @@ class TestPredict:
         out, err = capsys.readouterr()
         assert [row[0] for row in rows_of(out)] == ["image", str(good)]
         assert err.splitlines() == [
-            f"error: {missing[0]}: there is no image in this folder; name the images, or their folder",
-            f"error: {missing[1]}: there is no such image",
-            "2 images could not be read; all others are predicted",
+            f"error: {missing[0]}: no image in this folder; name the images, or their folder",
+            f"error: {missing[1]}: no such image; name an existing one",
+            "2 images could not be read; all others were predicted",
         ]
 
     def test_one_image_in_a_terminal_is_a_list_with_the_likeliest_first(self, export, faces, capsys, monkeypatch):
@@ -229,7 +229,7 @@ class TestPredict:
         pack(faces, tmp_path / "store", image_size=16)
         assert command_main("predict", [str(export), str(tmp_path / "store")]) == 2
         assert capsys.readouterr().err.startswith(
-            f"error: {tmp_path / 'store'}: holds images of 16 px, and the model takes 32 px; name the folder"
+            f"error: {tmp_path / 'store'}: holds images of 16 px, but the model takes 32 px; name the folder"
         )
 
     def test_files_and_folders_at_uris(self, export, faces, capsys):
@@ -241,7 +241,7 @@ class TestPredict:
         assert first == rows[0]
         assert first[0] == face.as_uri()
         assert command_main("predict", [str(export), f"{folder.as_uri()}/none.jpg"]) == 2
-        assert capsys.readouterr().err == f"error: {folder.as_uri()}/none.jpg: there is no such image\n"
+        assert capsys.readouterr().err == f"error: {folder.as_uri()}/none.jpg: no such image; name an existing one\n"
 
     def test_as_a_module_without_ray_a_closed_pipe_is_no_traceback(self, export, faces, tmp_path):
         for name in ("ray", "optuna"):
@@ -262,15 +262,15 @@ class TestPredict:
         assert command_main("predict", [str(export), str(tmp_path), str(tmp_path / "x.jpg")]) == 2
         assert capsys.readouterr() == (
             "",
-            f"error: {tmp_path}: there is no image in this folder; name the images, or their folder\n"
-            f"error: {tmp_path / 'x.jpg'}: there is no such image\n",
+            f"error: {tmp_path}: no image in this folder; name the images, or their folder\n"
+            f"error: {tmp_path / 'x.jpg'}: no such image; name an existing one\n",
         )
 
     @pytest.mark.parametrize("device", ["cuda:7", "mars", "meta"])
     def test_a_device_that_is_not_here(self, export, tmp_path, capsys, device):
         (tmp_path / "face.jpg").touch()
         assert command_main("predict", [str(export), str(tmp_path / "face.jpg"), "--device", device]) == 2
-        assert f"--device {device}: is not " in capsys.readouterr().err
+        assert f"--device {device}: not a" in capsys.readouterr().err
 
 
 def test_json_lines_are_valid_in_any_encoding_of_the_output():

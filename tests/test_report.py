@@ -132,14 +132,14 @@ def test_a_folder_that_was_moved_can_be_reported(study, tmp_path, no_plots):
 class TestBadStudies:
     def test_what_is_no_study(self, tmp_path, capsys, no_other_studies):
         (tmp_path / "empty").mkdir()
-        for name, what in (("empty", "no study.yaml in it, so it is no study"), ("none", "there is no such folder")):
+        for name, what in (("empty", "not a study, because it has no study.yaml"), ("none", "no such folder")):
             (told,) = refusal(capsys, [tmp_path], "report", tmp_path / name)
             assert told == f"{tmp_path / name}: {what}; name a folder that a search has made"
 
     def test_a_study_without_its_journal(self, study, capsys):
         (study / "optuna.journal").unlink()
         (told,) = refusal(capsys, [study], "report", study)
-        assert told == f"{study}: no optuna.journal in it, so it is no study; name a folder that a search has made"
+        assert told == f"{study}: not a study, because it has no optuna.journal; name a folder that a search has made"
 
     @pytest.mark.parametrize("line", ["{", "{}", "[]", "3", '{"report": "one"}', {"epoch": True}, {"finished": 1}])
     def test_a_damaged_history(self, study, capsys, line):

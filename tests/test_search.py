@@ -135,7 +135,7 @@ class TestBadData:
         told = refusal(capsys, [tmp_path, own_cache / "raytune_emotion"], *argv)
         assert len(told) == 2
         assert told[0].startswith(sentence)
-        assert told[1].startswith(f"{data}: nothing is packed while there are such faults")
+        assert told[1].startswith(f"{data}: nothing is packed because of these faults")
 
     @pytest.mark.parametrize("verb", ["pack", "search", "train"])
     def test_all_faulty_rows_are_named_at_once(self, tmp_path, own_cache, space, capsys, verb):
@@ -154,12 +154,12 @@ class TestBadData:
         assert len(told) == 1
         assert "not a folder in the layout of AffectNetFused, which has train_set/annotations" in told[0]
         told = refusal(capsys, folders, *command_on(verb, tmp_path / "none", tmp_path / "results", space()))
-        assert told == [f"{tmp_path / 'none'}: there is no such folder"]
+        assert told == [f"{tmp_path / 'none'}: no such folder; name an existing one"]
 
     def test_classes_that_are_not_those_of_the_data(self, refused, space):
         told = refused(space=space(f"{SMALL_SPACE}data.classes: [calm, tense]\n"))
         assert "(13 values for 2 classes)" in told[0]
-        assert "expected are the 2 classes calm, tense" in told[0]
+        assert "expected one value for each of the 2 classes calm, tense" in told[0]
         for classes in ("calm", "[calm]", "[1, 2]"):
             told = refused(space=space(f"{SMALL_SPACE}data.classes: {classes}\n"))
             assert told
@@ -168,7 +168,7 @@ class TestBadData:
     def test_a_store_of_another_size(self, refused, space, store):
         told = refused(data=store.path, space=space(SMALL_SPACE.replace("32", "48")))
         assert len(told) == 1
-        assert "holds images of 32 px, and data.image_size is 48; set data.image_size to 32" in told[0]
+        assert "holds images of 32 px, but data.image_size is 48; set data.image_size to 32" in told[0]
 
 
 class TestBadStorage:
@@ -181,20 +181,20 @@ class TestBadStorage:
         told = refused("--finish", storage=away, data=tmp_path / "none")
         assert len(told) == 4
         assert told[0].startswith("--storage: drivers find their study by its name")
-        assert told[1].startswith("--finish: is the work of one process")
-        assert told[1].endswith("; leave it out, and in the end type --resume --finish without --storage")
+        assert told[1].startswith("--finish: only one process can finish a study")
+        assert told[1].endswith("; leave it out, and at the end type --resume --finish without --storage")
         assert told[2].startswith(f"{away}: cannot be opened (")
-        assert told[3] == f"{tmp_path / 'none'}: there is no such folder"
+        assert told[3] == f"{tmp_path / 'none'}: no such folder; name an existing one"
 
     def test_results_at_a_uri_are_refused(self, url):
         request = SearchRequest(results=parse_location("s3://bucket/results"), name="s", storage=url)
-        with pytest.raises(UserError, match="with --storage, name a folder that every driver sees"):
+        with pytest.raises(UserError, match="with --storage, name a folder that every driver can access"):
             request.check_storage()
 
     def test_password_in_the_url_is_refused(self, capsys):
         assert exit_code(["search", "--storage=postgresql://me:hunter2@db/studies"]) == 2
         err = capsys.readouterr().err
-        assert "--storage: postgresql://***@db/studies: has a password in it" in err
+        assert "--storage: postgresql://***@db/studies: contains a password" in err
         assert "hunter2" not in err
 
     def test_study_keeps_its_storage(self, refused, tmp_path, store, url, postgres):
@@ -218,10 +218,10 @@ class TestBadSpaces:
         ("line", "said"),
         [
             ("optim.momentum: {uniform: [0.9, 0.1]}", "optim.momentum: the lower bound must be below the upper"),
-            ("optim.lrr: 3", "optim.lrr: there is no such setting; did you mean optim.lr?"),
-            ("optim.name: {choice: []}", "optim.name: choice takes a list of values"),
-            ("model.pretrained: {choices: [true]}", "`choices` is no distribution for it"),
-            ("train.batch_size: {uniform: [1, 2]}", "train.batch_size: is a whole number, so write int_uniform"),
+            ("optim.lrr: 3", "optim.lrr: unknown setting; did you mean optim.lr?"),
+            ("optim.name: {choice: []}", "optim.name: choice needs a list of values"),
+            ("model.pretrained: {choices: [true]}", "got `choices`"),
+            ("train.batch_size: {uniform: [1, 2]}", "train.batch_size: a whole number; write int_uniform"),
             ("model.dropout: 2", "model.dropout: should be less than 1, got 2"),
             ("optim.warmup_epochs: 40", "optim.warmup_epochs: less than train.epochs ("),
         ],
@@ -241,8 +241,8 @@ class TestBadSpaces:
         file = space("\n".join(lines))
         told = refused(space=file)
         assert [line.removeprefix(f"{file}:").partition(" ")[0] for line in told] == ["1:", "2:", "3:"]
-        assert "resnet81: there is no such timm model; did you mean" in told[0]
-        assert "'fancy' is none of the losses mse, l1, kl, ce, js" in told[1]
+        assert "resnet81: no such timm model; did you mean" in told[0]
+        assert "expected one of the losses mse, l1, kl, ce, js, got 'fancy'" in told[1]
 
     @pytest.mark.parametrize("text", ["", "optim.lr: [\n", "- a\n- b\n", "optim.lr: 1e-3\n", "\0"])
     def test_what_is_no_space(self, refused, space, tmp_path, text):
@@ -251,9 +251,8 @@ class TestBadSpaces:
         assert told[0].startswith(f"{tmp_path / 'space.yaml'}")
 
     def test_a_space_that_is_not_there(self, refused, tmp_path):
-        assert refused(space=tmp_path / "none.yaml") == [
-            f"{tmp_path / 'none.yaml'}: the search space cannot be read: No such file or directory"
-        ]
+        what = "the search space cannot be read: No such file or directory"
+        assert refused(space=tmp_path / "none.yaml") == [f"{tmp_path / 'none.yaml'}: {what}; name a readable file"]
 
     def test_a_backbone_that_cannot_take_the_size(self, refused, space):
         told = refused(space=space(SMALL_SPACE.replace("test_resnet", "efficientformer_l1")))
@@ -265,7 +264,7 @@ class TestBadSpaces:
             "image_size: 32", "image_size: 64"
         )
         told = refused(space=space(f"{skipped}model.drop_path: {{uniform: [0, 0.2]}}\n"))
-        assert told == ["model.drop_path: vgg11 has no blocks to skip; set it to 0, or choose another"]
+        assert told == ["model.drop_path: vgg11 has no blocks to skip; set it to 0, or choose another backbone"]
 
     def test_batches_too_small_for_the_workers(self, refused, space):
         """Also where only one branch of the space has them."""
@@ -275,7 +274,7 @@ class TestBadSpaces:
         )
         assert len(told) == 1
         assert told[0].startswith(
-            "train.batch_size: 16 rows make no 16 micro-batches (train.accumulate) for each of 2 w"
+            "train.batch_size: 16 rows are too few for 16 micro-batches (train.accumulate) for each of 2 w"
         )
 
     def test_one_row_for_each_worker_where_a_model_has_batchnorm(self, refused, space):
@@ -292,7 +291,7 @@ class TestBadSpaces:
         ):
             assert len(told) == 2
             for name, line in zip(("test_resnet", "test_vit"), told, strict=True):
-                assert f"model.weights_dir: there is no file {weights / name}.safetensors; on a machine with" in line
+                assert f"model.weights_dir: no file {weights / name}.safetensors; on a machine with" in line
 
     @pytest.mark.parametrize("by_option", [False, True])
     def test_weights_of_another_architecture(self, refused, space, tmp_path, by_option):
@@ -326,20 +325,18 @@ class TestBadRequests:
 
     def test_a_front_that_is_to_end_by_its_gain(self, refused):
         assert refused("--until-gain=0.001/h", objective="val_js, params_millions") == [
-            "--until-gain: is a gain in JS alone, and 'val_js, params_millions' asks for a front; leave the option "
-            "out, or search for 'val_js'"
+            "--until-gain: a gain is only defined for the JS alone, not for a front ('val_js, params_millions'); leave "
+            "the option out, or search for 'val_js'"
         ]
 
     def test_a_name_that_is_taken(self, refused, tmp_path):
         taken = tmp_path / "results" / "mine"
         taken.mkdir(parents=True)
         (taken / "params.json").touch()  # of a run of train
-        assert refused(name="mine") == [
-            f"{taken}: there is something of this name that is no study; choose another name"
-        ]
+        assert refused(name="mine") == [f"{taken}: this name is taken, but not by a study; choose another name"]
         (taken / "study.yaml").touch()
         assert refused(name="mine") == [
-            f"{taken}: there is a study of this name already; go on with it by --resume, or choose another"
+            f"{taken}: a study of this name exists already; continue it with --resume, or choose another name"
         ]
 
     @example("my space")
@@ -358,12 +355,12 @@ class TestBadRequests:
     def test_results_that_are_a_file(self, refused, tmp_path, below):
         (tmp_path / "results").touch()
         assert refused(results=tmp_path / "results" / below) == [
-            f"{tmp_path / 'results'}: is not a folder; name another place"
+            f"{tmp_path / 'results'}: is not a folder; name another path"
         ]
 
     def test_a_cluster_by_way_of_its_client(self, refused):
         (told,) = refused(address="ray://127.0.0.1:10001")
-        assert told.startswith("--address ray://127.0.0.1:10001: a study cannot be run over Ray's client; run it on a")
+        assert told.startswith("--address ray://127.0.0.1:10001: a study cannot run through Ray's client; run it on a")
 
     @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "nobody.invalid:{port}", "nonsense"])
     def test_a_cluster_that_is_not_there(self, refused, address):
@@ -377,7 +374,8 @@ class TestBadRequests:
 
     def test_nothing_to_start_from_beside_studies(self, refused, space, tmp_path):
         told = refused("--warm-start", "none", str(tmp_path))
-        assert told == ["--warm-start: 'none' stands alone; leave it out, or the studies (a folder: ./none)"]
+        advice = "leave one of them out (a folder of this name: ./none)"
+        assert told == [f"--warm-start: 'none' cannot be combined with studies; {advice}"]
         both = refused("--warm-start", "none", str(tmp_path), space=space("optim.lr: {uniform: [2, 1]}\n"))
         assert len(both) == 2
         assert both[1:] == told
@@ -400,9 +398,9 @@ class TestBadRequests:
         assert told.startswith("--gpus-per-worker 1: the cluster has no GPU")
         told = refused(gpus_per_worker="auto", workers_per_trial=2)
         assert told == [
-            "--gpus-per-worker auto: the cluster has no GPU that PyTorch can use; ask for "
+            "--gpus-per-worker auto: the cluster has no GPU that PyTorch can use; use "
             "--gpus-per-worker 0 to train on cores",
-            "--gpus-per-worker auto: the workers of a trial share no GPU; leave it out",
+            "--gpus-per-worker auto: the workers of a trial cannot share a GPU; leave it out",
         ]
 
 
@@ -430,20 +428,18 @@ class TestBadResuming:
     def test_what_is_no_study(self, resumed, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "file").touch()
-        assert resumed(name="none") == [
-            f"{tmp_path / 'none'}: there is no study of this name to resume; there are study"
-        ]
-        assert "no study.yaml in it, so it is no study" in resumed(name="file")[0]
-        assert "no study.yaml in it, so it is no study" in resumed(name="empty")[0]
+        assert resumed(name="none") == [f"{tmp_path / 'none'}: no study of this name to resume; choose one of study"]
+        assert "not a study, because it has no study.yaml" in resumed(name="file")[0]
+        assert "not a study, because it has no study.yaml" in resumed(name="empty")[0]
         (resumed.folder / "optuna.journal").unlink()
-        assert "no optuna.journal in it, so it is no study" in resumed()[0]
+        assert "not a study, because it has no optuna.journal" in resumed()[0]
         (resumed.folder / "study.yaml").unlink()
-        assert resumed(name=None) == [f"{tmp_path}: there is no study in it to resume; name its folder with --results"]
+        assert resumed(name=None) == [f"{tmp_path}: contains no study to resume; name its folder with --results"]
 
     def test_one_that_is_at_work(self, resumed):
         with study_lock(resumed.folder):
             told = resumed()
-        assert told == [f"{resumed.folder}: another process is at work in it; wait for its end, or end it"]
+        assert told == [f"{resumed.folder}: another process is using it; wait until it ends, or end it"]
 
     def test_an_export_that_could_not_be_written_at_the_end(self, resumed):
         for name in ("best", "finished"):
@@ -451,14 +447,14 @@ class TestBadResuming:
             (resumed.folder / name / "thesis.tex").touch()
         told = resumed("--finish")
         assert [line.partition(" (thesis.tex)")[0] for line in told] == [
-            f"{resumed.folder / name}: holds files that are not of an export" for name in ("best", "finished")
+            f"{resumed.folder / name}: holds files that do not belong to an export" for name in ("best", "finished")
         ]
 
     def test_a_confirmation_of_another_length_that_a_finish_would_meet(self, resumed):
         make_study(resumed.folder / "confirmed", read_spec(resumed.folder))
         assert resumed("--finish", "--epochs=40") == [
-            f"{resumed.folder / 'confirmed'}: its runs are of 2 epochs, and trials of the study now of 40; move it "
-            f"away to confirm the study anew"
+            f"{resumed.folder / 'confirmed'}: its runs have 2 epochs, but trials of the study now have 40; move it "
+            f"away to confirm the study again"
         ]
 
     def test_what_may_not_change(self, resumed, tmp_path, space):
@@ -521,31 +517,30 @@ class TestBadResuming:
     def test_a_front_that_is_to_end_by_its_gain(self, resumed):
         write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), objective="val_js, params_millions"))
         (told,) = resumed("--until-gain=0.001/h")
-        assert told.startswith("--until-gain: is a gain in JS alone")
+        assert told.startswith("--until-gain: a gain is only defined for the JS alone")
 
     def test_other_data(self, resumed, tmp_path, own_cache, capsys):
         others = write_folder(tmp_path / "others")
         argv = ["search", "--resume", f"--results={tmp_path}", "--name=study", f"--data={others}"]
         (told,) = refusal(capsys, [tmp_path], *argv)  # but packed they are
-        assert told == f"{others}: other data than the study began with; its trials could not be compared"
+        assert told == f"{others}: not the data with which the study began; its trials could not be compared"
 
     def test_data_that_are_gone(self, resumed):
         write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), stores={32: "/gone"}, data="/gone"))
-        assert resumed() == ["/gone: the packed data of the study are gone; name the data with --data"]
+        assert resumed() == ["/gone: the packed data of the study are missing; name the data with --data"]
 
     def test_weights_that_are_gone(self, resumed, tmp_path):
         write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), weights_dir="/gone"))
         for told, place in ((resumed(), "/gone"), (resumed(f"--weights-dir={tmp_path}"), tmp_path)):
             assert [line.partition(";")[0] for line in told] == [
-                f"model.weights_dir: there is no file {place}/{name}.safetensors"
-                for name in ("test_resnet", "test_vit")
+                f"model.weights_dir: no file {place}/{name}.safetensors" for name in ("test_resnet", "test_vit")
             ]
 
     def test_more_workers_than_a_batch_has_rows(self, resumed):
         """Every trial would fail, for good."""
         assert resumed("--workers-per-trial=33") == [
-            "train.batch_size: 32 rows make no 1 micro-batches (train.accumulate) for each of 33 workers; choose a "
-            "larger batch or fewer of the others"
+            "train.batch_size: 32 rows are too few for 1 micro-batches (train.accumulate) for each of 33 workers; "
+            "choose a larger batch or fewer of the others"
         ]
 
     def test_one_row_for_each_worker_where_a_model_has_batchnorm(self, resumed):
@@ -559,7 +554,7 @@ class TestBadResuming:
         on_cores = functools.partial(placement.fit, [{"CPU": 2.0}], "the cluster")
         monkeypatch.setattr(cluster_nodes, "fit_to_cluster", on_cores)
         assert resumed() == [
-            "train.precision: fp16 needs a GPU, and trials on the cluster get none; ask for --gpus-per-worker 1 where "
+            "train.precision: fp16 needs a GPU, but trials on the cluster get none; use --gpus-per-worker 1 if "
             "there are GPUs, or search with bf16 or fp32"
         ]
 
@@ -612,7 +607,7 @@ class TestFinishing:
     def test_and_not_with_its_search(self, resumed, study, capsys):
         assert resumed("--concurrency=7") == (0, ["concluded", "finished"])
         assert read_spec(study).concurrency == 7
-        assert "its search is over, so its finish goes on; to search on, ask" in capsys.readouterr().out
+        assert "the search is over, so only the finish continues; to search further, use" in capsys.readouterr().out
 
     def test_and_says_what_it_passes_over(self, resumed, study, capsys, monkeypatch):
         write_spec(study, dataclasses.replace(read_spec(study), trials=9))
@@ -620,8 +615,9 @@ class TestFinishing:
         monkeypatch.setattr(search_inputs, "refuse_absent_gpu", lambda *_: None)
         assert resumed("--mlflow=logs", "--gpus-per-worker=auto") == (0, ["concluded", "finished"])
         out = capsys.readouterr().out
-        assert "its search is over, so its finish goes on, without the trials that are left; to sea" in out
-        assert "--mlflow: logs a search, and is passed over here\n--gpus-per-worker auto: measures for a sea" in out
+        assert "the search is over, so only the finish continues, without the remaining trials; to sea" in out
+        ignored = "applies only to a search, and is ignored here"
+        assert f"--mlflow: {ignored}\n--gpus-per-worker auto: {ignored}\n" in out
 
     @pytest.mark.parametrize("more", ["--trials=9", "--epochs=9", "--time-budget=1h", "--until-gain=0.1/h"])
     def test_unless_more_of_the_search_is_asked_for(self, resumed, more):
@@ -675,7 +671,7 @@ class TestFinishing:
     def test_says_what_to_type_where_it_is_broken_off(self, resumed, study, capsys, why, code):
         assert resumed(broken_by=why) == (code, ["concluded", "finished"])
         assert capsys.readouterr().out.endswith(
-            f"\nto go on: python -m raytune_emotion.search --resume --finish --results {study.parent} --name study\n"
+            f"\nto continue: python -m raytune_emotion.search --resume --finish --results {study.parent} --name study\n"
         )
 
 
@@ -688,10 +684,10 @@ def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monke
     argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
     assert exit_code([*argv, "--trials", 2]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
-    assert told == "every trial has ended, and nothing is left to run; ask for more than 3 trials with --trials"
+    assert told == "every trial has ended, so nothing remains to run; ask for more than 3 trials with --trials"
     assert exit_code([*argv, "--epochs", 9]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(r"(\d{4}, )*\d{4}: trained on to epoch 9, each as a new trial", told)
+    assert re.fullmatch(r"(\d{4}, )*\d{4}: continued to epoch 9, each as a new trial", told)
 
 
 @pytest.mark.parametrize("how", [None, KeyboardInterrupt, ClusterLost("Ray has died")])
@@ -704,7 +700,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
             raise how
 
     def conclude(*_):
-        with pytest.raises(UserError, match="another process is at work in it"), study_lock(folder):
+        with pytest.raises(UserError, match="another process is using it"), study_lock(folder):
             pass
         concluded.append(True)
 
@@ -730,8 +726,8 @@ def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
     assert exit_code(argv) == 1
     told = capsys.readouterr().err.splitlines()[-1]
-    assert f"{folder}: is recorded, but its export and its page cannot be made (" in told
-    assert told.endswith(f"search --resume --results {folder.parent} --name s` makes them")
+    assert f"{folder}: the study is recorded, but its export and its page cannot be made (" in told
+    assert told.endswith(f"search --resume --results {folder.parent} --name s`")
     with study_lock(folder):
         read_spec(folder)
 
@@ -741,7 +737,7 @@ def test_a_study_whose_folder_was_renamed_goes_on_by_the_name_of_the_folder(tmp_
     shutil.copytree(finished, tmp_path / "renamed")
     (tmp_path / "link").symlink_to(tmp_path / "renamed")
     for name in ("renamed", "link"):
-        with pytest.raises(Breakdown, match=f"search --resume --results {tmp_path} --name {name}` makes them"):
+        with pytest.raises(Breakdown, match=f"search --resume --results {tmp_path} --name {name}`"):
             run_search._conclude(request_of("--results", tmp_path), load(tmp_path / name))
 
 
@@ -794,7 +790,7 @@ def test_a_search_that_is_interrupted_before_any_report_says_how_it_goes_on(
     assert exit_code([*argv, "--results", tmp_path]) == 130
     assert capsys.readouterr().out.endswith(
         f"""
-no trial has reported yet, or those that have failed
+no trial has a result yet: none has reported, or all that reported have failed
 
 next:
   python -m raytune_emotion.search --resume --results {tmp_path} --name first
@@ -811,7 +807,7 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
         before = tree(local)
         assert local / "study.yaml" in map(Path, before)
         assert exit_code(["search", *argv]) == 2
-        assert f"error: {local}: another process is at work in it" in capsys.readouterr().err
+        assert f"error: {local}: another process is using it" in capsys.readouterr().err
         assert tree(local) == before
         assert sessions == []
 
@@ -829,7 +825,7 @@ def test_local_copy_of_another_study_is_kept_when_the_one_at_a_uri_goes_on(tmp_p
     assert not (folder / "trials.csv").exists()
     (aside,) = set(folder.parent.iterdir()) - {folder}
     assert (aside / "trials.csv").read_text() == "of days of work"
-    assert f"is kept in {aside}" in capsys.readouterr().err
+    assert f"are kept in {aside}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "seed"), [((), 5), (("--seed", "3"), 3)])
@@ -867,9 +863,9 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     assert len([line for line in lines if re.match(r"backbone test_\w+  lr 0\.\d+  kl ", line)]) == 10
     for backbone in ("test_resnet", "test_vit"):
         assert any(re.match(rf"\s*{backbone}\s+32\s+\d+\.\d\d\s+\d+\s+\d+\.\d", line) for line in lines), backbone
-    assert "the search is guided by nothing, as the portfolio does not fit this space" in lines
-    assert re.match(r"8 trials of 3 epochs on 96 images: \d+\.\d (s|min) of this device if none is stopped", lines[-1])
-    assert lines[-1].endswith("; measured in a few steps, beside what else runs here now")
+    assert "the search is guided by nothing, because the portfolio does not fit this space" in lines
+    assert re.match(r"8 trials of 3 epochs on 96 images: \d+\.\d (s|min) on this device if none is stopped", lines[-1])
+    assert lines[-1].endswith("; measured in a few steps, beside other programs")
     (rate,) = (line.split(None, 1)[1].strip() for line in lines if line.startswith("  optim.lr"))
     assert rate == "real number from 0.001 to 0.01, uniform in its logarithm"
     assert tree(tmp_path) == before
@@ -965,7 +961,7 @@ class TestAStudy:
             "  python -m raytune_emotion.search --resume --results ray_results --name first --trials 8",
         ]
         assert len([line for line in lines if re.match(r"000\d  (complete|pruned)  ", line)]) == 4
-        printed = out.partition("no smaller model has bettered")[2]
+        printed = out.partition("Pareto front: no smaller model has a lower JS")[2]
         assert re.findall(r"^ +(\d{4}) +test_", printed, re.MULTILINE) == [row.trial_id for row in front_of(table)]
         assert "Traceback" not in err
 

@@ -93,11 +93,11 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     folder = tmp_path / "results" / "mine"
     first = read_history(folder)
     assert refused("--name", "mine") == [
-        f"{folder}: there is a run of this name already; go on with it by --resume, or choose --name"
+        f"{folder}: a run of this name exists already; continue it with --resume, or choose another --name"
     ]
     with exclusive_lock(folder):
         assert refused("--resume", "--name", "mine") == [
-            f"{folder}: another process is at work in it; wait for its end, or end it"
+            f"{folder}: another process is using it; wait until it ends, or end it"
         ]
     # Its settings and its data are its own: none need be said again, and none can be changed.
     assert trained("--resume", "--name", "mine", "--epochs", 3, data=False) == 0
@@ -109,10 +109,10 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert trained("--resume", "--name", "mine", "--set", "optim.lr=0.5", "--set", "optim.name=sgd") == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
-    assert told[0].startswith(f"error: {folder}: the run there began with optim.name = adamw, and sgd is asked for")
+    assert told[0].startswith(f"error: {folder}: the run there began with optim.name = adamw, not sgd")
     (folder / "data.txt").write_text(f"{tmp_path / 'gone'}\n")
     assert trained("--resume", "--name", "mine", data=False) == 2
-    assert "gone: the packed data of the run are gone; name the data with --data" in capsys.readouterr().err
+    assert "gone: the packed data of the run are missing; name the data with --data" in capsys.readouterr().err
     # A run that has ended ends again.
     assert trained("--resume", "--name", "mine") == 0
     assert read_history(folder) == history
@@ -122,7 +122,7 @@ def test_a_run_that_was_killed_before_it_noted_its_data_asks_for_them(trained, r
     (tmp_path / "results" / "mine").mkdir(parents=True)
     (tmp_path / "results" / "mine" / "params.json").write_text('{"model.backbone": "test_resnet", "train.epochs": 1}')
     (sentence,) = refused("--name", "mine", "--resume", data=None)
-    assert sentence.endswith("mine: the packed data of the run are gone; name the data with --data")
+    assert sentence.endswith("mine: the packed data of the run are missing; name the data with --data")
     assert trained("--name", "mine", "--resume") == 0
 
 
@@ -163,18 +163,18 @@ class TestFromAStudy:
 
     def test_what_it_does_not_have(self, refused, study, tmp_path, no_other_studies):
         (told,) = refused("--study", study, "--trial", "0009")
-        assert told == f"{study}: there is no trial 0009; there are 0000 to 0002"
+        assert told == f"{study}: no trial 0009; there are 0000 to 0002"
         (told,) = refused("--trial", "0009")
-        assert told == "--trial 0009: of which study? name its folder with --study"
+        assert told == "--trial 0009: requires --study; name the folder of the study"
         (told,) = refused("--study", tmp_path)
-        assert told == f"{tmp_path}: no study.yaml in it, so it is no study; name a folder that a search has made"
+        assert told == f"{tmp_path}: not a study, because it has no study.yaml; name a folder that a search has made"
 
     def test_its_data_are_gone(self, study, tmp_path, capsys):
         copy = tmp_path / "study"
         shutil.copytree(study, copy)
         options = ["--study", copy, "--set", "data.image_size=48", "--results", tmp_path / "results"]
         (told,) = refusal(capsys, [tmp_path], "train", *options)
-        assert told.endswith("its packed images of 48 px are not to be found; name the data with --data")
+        assert told.endswith("the packed images of 48 px are missing; name the data with --data")
 
 
 class TestBadSettings:
@@ -186,13 +186,13 @@ class TestBadSettings:
             ("optim.lr=", "optim.lr: should be a valid number, got None"),
             ("optim.lr=fast", "optim.lr: should be a valid number, got 'fast'"),
             ("optim.lr=.nan", "optim.lr: should be"),
-            ("optim.lr=[", "--set optim.lr=[: '[' is no plain value"),
-            ("optim.lr=2026-99-99", "--set optim.lr=2026-99-99: '2026-99-99' is no plain value"),
-            ("optim.lr=!!python/name:os.system", "is no plain value"),
-            ("optim.momentun=0.9", "optim.momentun: there is no such setting; did you mean optim.momentum?"),
-            ("loss.hinge=1", "loss.hinge: there is no such setting"),
+            ("optim.lr=[", "--set optim.lr=[: '[' is not a plain value"),
+            ("optim.lr=2026-99-99", "--set optim.lr=2026-99-99: '2026-99-99' is not a plain value"),
+            ("optim.lr=!!python/name:os.system", "is not a plain value"),
+            ("optim.momentun=0.9", "optim.momentun: unknown setting; did you mean optim.momentum?"),
+            ("loss.hinge=1", "loss.hinge: unknown setting"),
             ("loss.kl=0.5", "loss: the weights of the mixture must sum to 1, but their sum is 0.5"),
-            ("model.backbone=resnet81", "resnet81: there is no such timm model; did you mean"),
+            ("model.backbone=resnet81", "resnet81: no such timm model; did you mean"),
             ("data.classes=happy", "data.classes: should be a valid tuple, got 'happy'"),
             ("data.image_size=8", "data.image_size: should be greater than or equal to 16, got 8"),
             ("optim.warmup_epochs=40", "optim.warmup_epochs: less than train.epochs (30), got 40"),
@@ -224,19 +224,19 @@ class TestBadSettings:
 class TestBadRequests:
     def test_results_that_are_a_file(self, refused, tmp_path):
         (tmp_path / "results").touch()
-        assert refused() == [f"{tmp_path / 'results'}: is not a folder; name another place"]
+        assert refused() == [f"{tmp_path / 'results'}: is not a folder; name another path"]
 
     def test_what_is_no_run_cannot_go_on(self, refused, tmp_path):
         (tmp_path / "results" / "empty").mkdir(parents=True)
         for name in ("empty", "none"):
             assert refused("--resume", "--name", name) == [
-                f"{tmp_path / 'results' / name}: there is no run of this name to resume; name its folder with --results"
+                f"{tmp_path / 'results' / name}: no run of this name to resume; name its folder with --results"
             ]
 
     def test_a_gpu_that_is_not_here(self, refused, monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         assert refused("--gpus-per-worker", "1") == [
-            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; ask for "
+            "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; use "
             "--gpus-per-worker 0 to train on cores"
         ]
 
@@ -253,7 +253,7 @@ class TestBadRequests:
 
     def test_pretrained_weights_that_do_not_do(self, refused, tmp_path):
         (told,) = refused("--weights-dir", tmp_path)
-        assert told.startswith(f"model.weights_dir: there is no file {tmp_path / 'test_resnet.safetensors'}")
+        assert told.startswith(f"model.weights_dir: no file {tmp_path / 'test_resnet.safetensors'}")
         save_file(timm.create_model("test_vit").state_dict(), tmp_path / "test_resnet.safetensors")
         told = refused("--weights-dir", tmp_path)
         assert told
@@ -289,7 +289,7 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(traine
     asked = ["--workers", 2, "--set", "train.batch_size=3", "--set", "train.accumulate=2"]
     assert trained(*TINY, 1, *asked) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: train.batch_size: 3 rows make no 2 micro-batches (train.accumulate) for ")
+    assert err.startswith("error: train.batch_size: 3 rows are too few for 2 micro-batches (train.accumulate) for ")
     assert err.count("\n") == 1
     assert not [*(tmp_path / "results").iterdir()]
     assert closed
@@ -315,7 +315,7 @@ def test_an_interrupted_run_says_how_it_goes_on_unless_its_caller_does(tmp_path,
     monkeypatch.setattr(single_run, "train_here", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_single(tmp_path / "run", run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
-    assert ("to go on: " in capsys.readouterr().out) == advise
+    assert ("to continue: " in capsys.readouterr().out) == advise
 
 
 def test_a_cluster_that_is_named_trains_one_worker_too(tmp_path, store, monkeypatch):
@@ -336,7 +336,7 @@ def test_a_run_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path, stor
     (folder / "params.json").write_text("{}")
     with exclusive_lock(folder) if at_work else contextlib.nullcontext(), pytest.raises(UserError) as raised:
         train_single(folder, run_config(), store, Workers(1, 0.0, None), fresh=True)
-    said = "another process is at work in it" if at_work else "there is a run of this name already"
+    said = "another process is using it" if at_work else "a run of this name exists already"
     assert str(raised.value).startswith(f"{folder}: {said}")
     assert (folder / "params.json").exists()
 

@@ -160,7 +160,7 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
 
 
 def test_the_layout_is_told_where_it_is_missed(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         scan(listed(tmp_path / "nowhere"))
     write_row(tmp_path, "train", 1)
     (tmp_path / "val_set" / "images").mkdir(parents=True)
@@ -178,8 +178,9 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
         (tmp_path / f"train_set/annotations/{id_}_prob_rank.txt").write_text(",".join([repr(1 / count)] * count))
     assert sentences(str(tmp_path), scan(listed(tmp_path)).faults) == [
         f"{tmp_path}: wrong number of values (2 files): train_set/annotations/1_prob_rank.txt (8 values for 13"
-        " classes), train_set/annotations/4_prob_rank.txt (14 values for 13 classes); expected are the 13 classes"
-        f" {', '.join(EMOTIONS)}: if the folder was made with another list, name it in data.classes"
+        " classes), train_set/annotations/4_prob_rank.txt (14 values for 13 classes); expected one value for each of"
+        f" the 13 classes {', '.join(EMOTIONS)}: if the folder was made with another list of classes, set data.classes"
+        " to it"
     ]
     eight = EMOTIONS[:8]
     assert [row.id for row in scan(listed(tmp_path), eight).rows["train"]] == ["1"]

@@ -130,18 +130,18 @@ def refused(pixels, votes, tmp_path):
 def test_files_that_do_not_belong_together_are_refused(votes, tmp_path):
     shorter = write_pixels(tmp_path / "fer2013.csv", ROWS[:-1])
     assert refused(shorter, votes, tmp_path) == (
-        f"{shorter} and {votes}: have not the same number of rows, as files of one release do",
+        f"{shorter} and {votes}: the numbers of rows differ; use files of the same release",
     )
     shuffled = write_pixels(tmp_path / "fer2013.csv", ROWS[::-1])
     faults = refused(shuffled, votes, tmp_path)
-    assert f"{shuffled}: line 2: Usage is 'PrivateTest', and in the same row of {votes} 'Training'" in faults
+    assert f"{shuffled}: line 2: Usage is 'PrivateTest', but 'Training' in the same row of {votes}" in faults
 
 
 def test_pictures_that_are_missing_or_damaged_are_named(votes, tmp_path):
     (tmp_path / "png").mkdir()
     Image.fromarray(face(0)).save(tmp_path / "png/fer0000000.png")
     (fault,) = refused(tmp_path / "png", votes, tmp_path)
-    assert "8 of the pictures with votes are neither here nor in FER2013Test, FER2013Valid, FER2013Train" in fault
+    assert "8 pictures with votes are missing, here and in FER2013Test, FER2013Valid, FER2013Train" in fault
     assert "fer0000001.png, fer0000004.png" in fault
     for _, name, _, _ in ROWS:
         if name:
@@ -152,9 +152,9 @@ def test_pictures_that_are_missing_or_damaged_are_named(votes, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ("Training,fer0000001", "Other,fer0000001", "line 3: Usage is one of PrivateTest, PublicTest, Training"),
-        (",10,", ",ten,", "line 3: votes are whole numbers, got 0, 0, 0, 0, ten"),
-        ("fer0000001.png", "../1.png", "line 3: Image name is a file name without a folder, got '../1.png'"),
+        ("Training,fer0000001", "Other,fer0000001", "line 3: Usage: expected one of PrivateTest, PublicTest, Training"),
+        (",10,", ",ten,", "line 3: votes: expected whole numbers, got 0, 0, 0, 0, ten"),
+        ("fer0000001.png", "../1.png", "line 3: Image name: expected a file name without a folder, got '../1.png'"),
         ("contempt,", "", "has no column contempt; its columns are Usage, Image name, neutral"),
         ("fer0000001.png,", "", "line 3: 11 values for 12 columns"),
     ],
@@ -173,19 +173,19 @@ def test_pixels_that_are_wrong_are_named_by_line(pixels, votes, tmp_path, wrong)
     rows[2][1] = wrong
     with pixels.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    assert refused(pixels, votes, tmp_path) == (f"{pixels}: line 3: pixels are 2304 whole numbers from 0 to 255",)
+    assert refused(pixels, votes, tmp_path) == (f"{pixels}: line 3: pixels: expected 2304 whole numbers from 0 to 255",)
 
 
 def test_files_that_are_no_csv_are_refused(pixels, votes, tmp_path):
     assert "cannot be read (No such file or directory)" in refused(pixels, tmp_path / "none.csv", tmp_path)[0]
     votes.write_bytes(b"\xff\xfe\x00")
-    assert "no CSV file in UTF-8" in refused(pixels, votes, tmp_path)[0]
+    assert "not a CSV file in UTF-8" in refused(pixels, votes, tmp_path)[0]
 
 
 def test_a_split_without_faces_is_refused(tmp_path):
     rows = [r for r in ROWS if r[0] != "PublicTest"]
     pixels, votes = write_pixels(tmp_path / "fer2013.csv", rows), write_votes(tmp_path / "fer2013new.csv", rows)
-    assert refused(pixels, votes, tmp_path) == (f"{votes}: not one face with a voted emotion in PublicTest",)
+    assert refused(pixels, votes, tmp_path) == (f"{votes}: no face with votes for an emotion in PublicTest",)
 
 
 def test_it_runs_from_the_command_line(pixels, votes, tmp_path, capsys):

@@ -28,7 +28,7 @@ def test_a_folder_is_packed_once(folder, cache, capsys):
     first = prepare(folder, image_size=16)
     packed = written(first)
     assert first.path.parent == cache
-    assert capsys.readouterr().err == f"{folder}: packed once, at 16 px, into {first.path}\n"
+    assert capsys.readouterr().err == f"{folder}: packing once, at 16 px, into {first.path}\n"
     again = prepare(folder, image_size=16)
     assert (again.path, written(again)) == (first.path, packed)
     assert capsys.readouterr().err == ""
@@ -62,7 +62,7 @@ def test_a_store_is_used_as_it_is_or_refused(folder, tmp_path, cache):
     with pytest.raises(UserError) as raised:
         prepare(packed.path, image_size=32, classes=("a", "b"))
     size, classes = raised.value.faults
-    assert "holds images of 16 px, and data.image_size is 32" in size
+    assert "holds images of 16 px, but data.image_size is 32" in size
     assert "data.classes is a, b" in classes
     assert not cache.exists()
 
@@ -110,9 +110,9 @@ def test_stores_side_by_side_are_chosen_by_size(folder, tmp_path, cache):
     }
     assert prepare(place, image_size=32).path == place / "32px"
     assert {size: store.image_size for size, store in prepare_sizes(data, (32, 16)).items()} == {16: 16, 32: 32}
-    with pytest.raises(UserError, match=r"holds stores of 16, 32 px; choose by data\.image_size"):
+    with pytest.raises(UserError, match=r"holds stores of 16, 32 px; choose one with data\.image_size"):
         prepare(place, image_size=None)
-    with pytest.raises(UserError, match=r"holds images of 16, 32 px, and data\.image_size is 24; set .* to 16 or 32"):
+    with pytest.raises(UserError, match=r"holds images of 16, 32 px, but data\.image_size is 24; set .* to 16 or 32"):
         prepare_sizes(data, (16, 24))
     assert not cache.exists()
 
@@ -181,20 +181,20 @@ def test_a_folder_at_a_uri_is_packed_as_one_on_a_disk(folder, tmp_path, upload, 
     assert find_data(uri).count_rows() == 8
     prepared = prepare(uri, image_size=None, skip_bad=True)
     assert (prepared.image_size, prepared.fingerprint) == (20, here.fingerprint)
-    assert capsys.readouterr().err.startswith(f"{uri}: packed once, at 20 px, into {prepared.path}\n")
+    assert capsys.readouterr().err.startswith(f"{uri}: packing once, at 20 px, into {prepared.path}\n")
     assert prepare(uri, image_size=None, skip_bad=True).path == prepared.path
     assert capsys.readouterr().err == f"{prepared.path}: rejected rows: 2, see {prepared.path / 'rejected.csv'}\n"
 
 
 def test_a_uri_without_a_store_or_with_credentials_is_one_clear_sentence(bucket, stored):
     store, uri = stored
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         prepare(bucket / "nothing", image_size=None)
     with pytest.raises(UserError, match="exists already"):
         pack(store.path.parent / "faces", uri, image_size=16)
-    with pytest.raises(UserError, match=r"holds images of 16 px, and data\.image_size is 32"):
+    with pytest.raises(UserError, match=r"holds images of 16 px, but data\.image_size is 32"):
         prepare(uri, image_size=32)
     assert prepare(uri, image_size=None).fingerprint == store.fingerprint
-    with pytest.raises(UserError, match="has credentials in it") as raised:
+    with pytest.raises(UserError, match="contains credentials") as raised:
         is_store(uri.replace("s3://", f"s3://key:{SECRET}@"))
     assert SECRET not in str(raised.value)

@@ -69,7 +69,7 @@ def damage_truncated(path):
     whole = shard.read_bytes()
     shard.unlink()  # what is mapped stays whole
     shard.write_bytes(whole[:-100])
-    return [f"train-00000.arrow: holds {len(whole) - 100} bytes of {len(whole)}; the store is damaged, pack the folder"]
+    return [f"train-00000.arrow: holds {len(whole) - 100} bytes of {len(whole)}; the store is damaged; pack the folder"]
 
 
 def damage_overwritten(path):
@@ -77,7 +77,7 @@ def damage_overwritten(path):
     whole = shard.read_bytes()
     shard.unlink()  # what is mapped stays whole
     shard.write_bytes(whole[:-400] + bytes(400))
-    return ["train-00000.arrow: no readable Arrow file"]
+    return ["train-00000.arrow: not a readable Arrow file"]
 
 
 def damage_rows(path):
@@ -91,7 +91,7 @@ def damage_count(path):
     splits = json.loads((path / "manifest.json").read_text())["splits"]
     splits["val"]["rows"] = 10**9
     edit_manifest(path, splits=splits)
-    return ["(splits.val: Value error, 1000000000 rows, and 3 in its shards); pack the folder again"]
+    return ["(splits.val: Value error, 1000000000 rows, but 3 in its shards); pack the folder again"]
 
 
 def damage_labels(path):
@@ -101,7 +101,7 @@ def damage_labels(path):
     assert whole.count(probs) == 1
     shard.unlink()  # what is mapped stays whole
     shard.write_bytes(whole.replace(probs, np.full(3 * 13, np.nan, np.float32).tobytes()))
-    return ["val-00000.arrow: holds probabilities that do not sum to 1; the store is damaged, pack the folder again"]
+    return ["val-00000.arrow: holds probabilities that do not sum to 1; the store is damaged; pack the folder again"]
 
 
 def damage_size(path):
@@ -111,18 +111,18 @@ def damage_size(path):
 
 def damage_version(path):
     edit_manifest(path, version=2)
-    return ["no description of a store that this version reads (version: Input should be 1); pack the folder again"]
+    return ["not a description of a store that this version can read (version: Input should be 1); pack the folder"]
 
 
 def damage_classes(path):
     classes = json.loads((path / "manifest.json").read_text())["classes"]
     edit_manifest(path, classes=["a\nb", *classes[1:]])
-    return ["(classes: Value error, each class needs a name of letters that can be printed, got 'a\\nb'); pack"]
+    return ["(classes: Value error, each class needs a name of printable characters, got 'a\\nb'); pack"]
 
 
 def damage_manifest(path):
     (path / "manifest.json").write_text("{")
-    return ["no description of a store that this version reads (the file: Invalid JSON"]
+    return ["not a description of a store that this version can read (the file: Invalid JSON"]
 
 
 def damage_path(path):
@@ -134,7 +134,7 @@ def damage_path(path):
 
 def damage_gone(path):
     (path / "manifest.json").unlink()
-    return ["no packed store, for it has no manifest.json"]
+    return ["not a packed store, because it has no manifest.json; name a store"]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_what_is_not_what_its_manifest_says_is_not_kept(stored, cache):
     store, uri = stored
     flip_bit(store.path / "val-00000.arrow", store.val.gather(np.array([1])).tobytes())
     remote.push(store.path, uri, ["val-00000.arrow"])
-    with pytest.raises(UserError, match=r": its files are not those of its manifest\.json, .*; copy the store there"):
+    with pytest.raises(UserError, match=r": the files do not match manifest\.json; .*; copy the store there"):
         open_store(uri)
     assert list(cache.iterdir()) == []
 
@@ -318,7 +318,7 @@ def test_a_flipped_bit_is_found_before_anything_is_trained(stored, cache, part):
     }
     flip_bit(path / "train-00000.arrow", where[part])
     assert open_store(path).fingerprint == store.fingerprint  # the Arrow file is sound
-    with pytest.raises(UserError, match=f"^{path}: its files are not those of its manifest.json"):
+    with pytest.raises(UserError, match=f"^{path}: the files do not match manifest.json"):
         prepare(path, image_size=None)
 
 

@@ -82,7 +82,7 @@ def test_votes_are_divided_by_their_sum_and_that_is_said(folder, capsys):
     store = pack(write(folder, lines), folder / "store", image_size=16)
     assert np.allclose(store.train.prob_NK, [0.8, 0.2, 0])
     assert store.val.prob_NK.tolist() == [[1, 0, 0]]
-    assert capsys.readouterr().err == f"{folder}/faces.csv: its numbers are votes; each row is divided by its sum\n"
+    assert capsys.readouterr().err == f"{folder}/faces.csv: the numbers are votes; each row is divided by its sum\n"
 
 
 def test_probabilities_that_do_not_sum_to_one_are_no_votes(folder):
@@ -119,7 +119,7 @@ def test_split_by_hash_of_the_path_is_stated_and_depends_on_the_path_alone(folde
     wanted = sorted(path for number in range(60) if share(path := f"faces/{number}.png") < 0.1)
     assert list(store.val.ids) == wanted
     assert capsys.readouterr().err == (
-        f"{place}: has no column split; 10% of the rows, chosen by a hash of the path, are validation "
+        f"{place}: has no column split; 10% of the rows, chosen by a hash of the path, are used for validation "
         f"({len(wanted)} of 60)\n"
     )
 
@@ -128,15 +128,15 @@ def test_table_without_splits_and_too_small_for_a_validation_set_is_told_to_name
     lines = [f"faces/{number}.png,0.5,0.25,0.25" for number in range(1, 4)]  # of training, by their hashes
     advice = "add a column split, with train or val in each row"
     (told,) = faults_of(write(folder, lines, "image,happy,sad,calm"))
-    assert told == f"{folder}/faces.csv, split val: not one good row; {advice}"
+    assert told == f"{folder}/faces.csv, split val: no valid row; {advice}"
     (told,) = faults_of(write(folder, rows()[:3]))
-    assert told == f"{folder}/faces.csv, split val: not one good row"
+    assert told == f"{folder}/faces.csv, split val: no valid row"
 
 
 def test_rows_of_a_test_split_are_left_out(folder, capsys):
     lines = [*rows(), "faces/none.png,test,9,9,9"]
     assert len(pack(write(folder, lines), folder / "store", image_size=16).train) == 3
-    assert "1 row of the split test are left out" in capsys.readouterr().err
+    assert "leaving out 1 row of the split test" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["/etc/face.png", "../face.png", "faces/../../face.png", "", "faces//1.png"])
@@ -189,7 +189,7 @@ def test_all_faults_of_rows_are_named_at_once(folder):
         "image is missing (1 row): faces/none.png (line 6)",
         "image is named twice (1 row): faces/1.png (line 7)",
         "split is neither train nor val nor test (1 row): faces/b.png (line 11: 'holdout')",
-        "nothing is packed while there are such faults; mend them, or leave these rows out with --skip-bad",
+        "nothing is packed because of these faults; repair them, or leave these rows out with --skip-bad",
     ]
     store = pack(folder / "faces.csv", folder / "store", image_size=16, skip_bad=True)
     assert (len(store.train), len(store.val)) == (3, 1)
@@ -216,13 +216,13 @@ def test_rejected_rows_are_counted_by_their_lines(folder):
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ("picture,happy,sad", "has the columns picture, happy, sad, of which one must be named image"),
-        ("image,path,happy,sad", "of which one must be named image"),
-        ("image,happy,happy", "has columns without a name of their own: 'happy'; give each its own"),
+        ("picture,happy,sad", "has the columns picture, happy, sad; exactly one must be named image"),
+        ("image,path,happy,sad", "exactly one must be named image"),
+        ("image,happy,happy", "column names are empty or repeated: 'happy'; give each column its own name"),
         ("image,happy", "has fewer than two classes; each column beside image and split is one"),
-        ("image,split,Split,happy,sad", "has several columns named split, in whatever case; leave one"),
+        ("image,split,Split,happy,sad", "has several columns named split, ignoring case; keep one"),
         ("image,split,happy,sad", "has no row below its header"),
-        ("", "faces.csv: has no header; its first line must name the columns, one of them image"),
+        ("", "faces.csv: has no header; the first line must name the columns, one of them image"),
     ],
 )
 def test_table_without_the_right_columns_is_refused_at_once(folder, header, said):
@@ -232,7 +232,7 @@ def test_table_without_the_right_columns_is_refused_at_once(folder, header, said
 
 
 def test_files_that_are_no_table(folder):
-    with pytest.raises(UserError, match=r"none\.csv: there is no such file"):
+    with pytest.raises(UserError, match=r"none\.csv: no such file"):
         list_table(Folder(folder / "none.csv"))
     (folder / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"bad\.parquet: cannot be read as a table \("):
@@ -260,10 +260,10 @@ def test_folder_with_the_name_of_a_table_is_told_as_such(folder):
     (folder / "link.csv").symlink_to("real.parquet")
     here, there = Folder(folder), Remote(folder.as_uri())
     for place in (here / "real.parquet", here / "link.csv", there / "real.parquet"):
-        with pytest.raises(UserError, match="is a folder with the name of a table; name a file, or rename the folder"):
+        with pytest.raises(UserError, match="is a folder with the extension of a table; name a file, or rename the"):
             find_data(place)
     (folder / "dangling.csv").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"dangling\.csv: there is no such file"):
+    with pytest.raises(UserError, match=r"dangling\.csv: no such file"):
         find_data(folder / "dangling.csv")
 
 
@@ -271,7 +271,7 @@ def test_classes_may_be_reordered_but_not_renamed(folder):
     place = write(folder, rows("0.5,0.1,0.4"))
     store = pack(place, folder / "store", image_size=16, classes=("calm", "happy", "sad"))
     assert np.allclose(store.train.prob_NK, [0.4, 0.5, 0.1])
-    with pytest.raises(UserError, match="its columns name the classes happy, sad, calm, and calm, glad, sad are asked"):
+    with pytest.raises(UserError, match="columns are the classes happy, sad, calm, but the classes calm, glad, sad"):
         pack(place, folder / "other", image_size=16, classes=("calm", "glad", "sad"))
 
 
@@ -279,7 +279,7 @@ def test_study_is_trained_on_a_table_which_is_packed_once(folder, capsys):
     place = write(folder, rows("0.5,0.1,0.4"))
     store = prepare(place, image_size=None)
     assert (store.image_size, store.classes) == (20, ("happy", "sad", "calm"))
-    assert "packed once, at 20 px" in capsys.readouterr().err
+    assert "packing once, at 20 px" in capsys.readouterr().err
     assert prepare(place, image_size=None).path == store.path
     picture(9, (30, 30)).save(folder / "faces/0.png")
     assert prepare(place, image_size=20).path != store.path

@@ -42,4 +42,4 @@ def test_a_space_is_checked_without_torch(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "a.yaml")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "resnet81: there is no such timm model; did you mean resnet18" in done.stdout
+    assert "resnet81: no such timm model; did you mean resnet18" in done.stdout

@@ -149,7 +149,7 @@ class TestReplacing:
         target = "atomic_write" if name == "model.safetensors" else "write_text"
         original = getattr(export_folder, target)
         monkeypatch.setattr(export_folder, target, full)
-        with pytest.raises(Breakdown, match="best: no space left on the disk; make room"):
+        with pytest.raises(Breakdown, match="best: no space left on the disk; free some space"):
             write_package(dest, self.new)
         assert self.shows(dest, self.old)
         assert [path.name for path in tmp_path.iterdir()] == ["best"]
@@ -198,7 +198,7 @@ class TestReplacing:
         dest = tmp_path / "best"
         write_package(dest, self.old)
         (dest / "thesis.tex").touch()
-        with pytest.raises(UserError, match=r"holds files that are not of an export \(thesis.tex\)"):
+        with pytest.raises(UserError, match=r"holds files that do not belong to an export \(thesis.tex\)"):
             write_package(dest, self.new)
         assert self.shows(dest, self.old)
         (tmp_path / "file").touch()
@@ -220,7 +220,7 @@ class TestFaults:
     def test_a_folder_that_is_no_export(self, dest, tmp_path):
         with pytest.raises(UserError, match=f"did you mean {dest}"):
             load_package(tmp_path)
-        with pytest.raises(UserError, match="none: there is no such folder"):
+        with pytest.raises(UserError, match="none: no such folder"):
             load_package(tmp_path / "none")
 
     @pytest.mark.parametrize(

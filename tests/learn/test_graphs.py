@@ -57,13 +57,13 @@ def test_card_says_how_near_the_formats_are_and_on_what(package, tmp_path):
         assert f"{file} differs from the model by " in card
     assert "on 33 validation images; up to 0.0001 is accepted" in card
     write_package(tmp_path / "elsewhere", untrained_best("test_resnet", 32))
-    assert "on 8 drawn faces, since the data of the run are not" in (tmp_path / "elsewhere/README.md").read_text()
+    assert "on 8 drawn faces, because the data of the run are not" in (tmp_path / "elsewhere/README.md").read_text()
 
 
 def test_format_alone_has_no_weights_for_predict(tmp_path):
     write_package(tmp_path / "best", untrained_best("test_resnet", 32), formats=("pt2",))
     assert not (tmp_path / "best/model.safetensors").exists()
-    with pytest.raises(UserError, match="best: is an export as pt2 alone; export it again as timm, too"):
+    with pytest.raises(UserError, match="best: contains only the format pt2; export it again also as timm"):
         check_export(tmp_path / "best")
 
 
@@ -120,7 +120,7 @@ def test_full_disk_is_no_fault_of_a_format(tmp_path, monkeypatch, name, writes, 
         raise error
 
     monkeypatch.setattr(export_folder, writes, full)
-    with pytest.raises(Breakdown, match="best: no space left on the disk; make room, or name another destination"):
+    with pytest.raises(Breakdown, match="best: no space left on the disk; free some space, or name another"):
         write_package(tmp_path / "best", untrained_best("test_resnet", 32), formats=(name,))
     assert not list(tmp_path.iterdir())
 
@@ -145,6 +145,6 @@ def test_what_a_format_needs_is_named_where_it_is_missing(monkeypatch):
     with pytest.raises(UserError) as error:
         check_formats(["pt2", "onnx", "tflite"])
     assert error.value.faults == (
-        "--format onnx: needs onnxruntime, not installed here; install them by pip install 'raytune_emotion[onnx]'",
-        "--format tflite: there is no such format; there are timm, onnx, pt2",
+        "--format onnx: needs onnxruntime, not installed here; install them with pip install 'raytune_emotion[onnx]'",
+        "--format tflite: unknown format; choose one of timm, onnx, pt2",
     )

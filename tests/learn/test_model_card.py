@@ -70,7 +70,7 @@ def test_temperature_that_helps_is_in_weights_and_card(export, card, sharp, stor
     cooled = load_package(export).predict(images)
     assert np.abs(cooled - at_temperature(raw, temperature).predicted_NK).max() < 1e-5
     assert f"A temperature of {temperature:.4f} was fitted on the soft labels of " in card
-    assert "It is kept: the last layer of the weights here is divided by it, in all formats." in card
+    assert "It is applied: in all formats, the last layer of the weights is divided by it." in card
     calibrated = at_temperature(raw, temperature).metrics()
     assert (
         f"| Kullback-Leibler divergence of the prediction from the target, nats | {calibrated['kl'].mean():.4f} |"
@@ -128,13 +128,13 @@ def test_card_without_the_data_says_so(trained, tmp_path):
     write_package(tmp_path / "best", trained)
     card = (tmp_path / "best" / "README.md").read_text()
     assert f"| Jensen-Shannon divergence, bits | {trained.report['val_js']:.4f} |" in card
-    assert "not calibrated, since the data of the run are not on the machine" in card
+    assert "not calibrated, because the data of the run are not on the machine" in card
     assert "onnxruntime" not in card
 
 
 def test_licence_of_the_starting_weights_is_named():
     config = ModelConfig(backbone="resnet18.a1_in1k", pretrained=True)
-    said = "Training began from the pretrained weights of `resnet18.a1_in1k`. Their licence: apache-2.0."
+    said = "Training began with the pretrained weights of `resnet18.a1_in1k`. Their licence: apache-2.0."
     assert model_card._starting_weights(config, {"license": "apache-2.0"}) == said
 
 

@@ -157,6 +157,6 @@ def test_a_process_that_has_ended_is_told_of():
     process._popen.kill()
     process._popen.wait()
     process.rest()
-    with pytest.raises(Breakdown, match="has ended with code -9"):
+    with pytest.raises(Breakdown, match="ended with code -9"):
         process.answer()
     process.end()

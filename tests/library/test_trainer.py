@@ -192,19 +192,19 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     (tmp_path / "best.safetensors").write_bytes(pickle.dumps(Evil()))
     torch.save({"model": Evil()}, tmp_path / "model.pt")
     for name in ("best.safetensors", "model.pt"):
-        with pytest.raises(UserError, match="is no checkpoint in safetensors"):
+        with pytest.raises(UserError, match="not a checkpoint in safetensors"):
             load_checkpoint(tmp_path / name, Linear())
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_checkpoint_that_is_missing_or_of_something_else_is_refused(make, tmp_path):
-    with pytest.raises(UserError, match="there is no such checkpoint"):
+    with pytest.raises(UserError, match="no such checkpoint"):
         load_checkpoint(tmp_path, Linear())
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         load_checkpoint(tmp_path / "other.safetensors", Linear())
     make().train(1)
-    with pytest.raises(UserError, match="not those of the model"):
+    with pytest.raises(UserError, match="do not match the model"):
         load_checkpoint(tmp_path / "checkpoints", nn.Linear(2, 2))
 
 

@@ -116,7 +116,7 @@ def await_reports(folder, count, going):
 
 
 def check_continued(before, after, records):
-    """What was recorded at some time is the beginning of what is recorded now, and no report is there twice."""
+    """What was recorded at some time is the beginning of what is recorded now, and no report occurs twice."""
     for record in records:
         assert after[record.trial_id].startswith(before.get(record.trial_id, b"")), record.trial_id
         assert [r["report"] for r in record.reports] == list(range(1, len(record.reports) + 1)), record.trial_id

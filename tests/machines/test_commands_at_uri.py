@@ -69,7 +69,7 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
     assert command_main("export", [uri, str(tmp_path / "second"), "--trial", table["trial_id"][1]]) == 0
     assert json.loads((tmp_path / "second" / "metrics.json").read_text())["val_js"] == table["val_js"][1]
     assert command_main("export", [uri, str(tmp_path / "none"), "--trial", "0009"]) == 2
-    assert f"error: {uri}: there is no trial 0009; there are 0000, 0001" in capsys.readouterr().err
+    assert f"error: {uri}: no trial 0009; there are 0000, 0001" in capsys.readouterr().err
     assert command_main("export", [uri, remote.join(results, "exported")]) == 0
     assert remote.names(remote.join(results, "exported"), "*") == [
         "README.md", "config.json", "metrics.json", "model.safetensors"

@@ -73,7 +73,7 @@ def test_a_trial_that_freezes_is_ended_and_goes_on(folder, search):
     running.part("ray::TrialActor").send_signal(signal.SIGSTOP)
     code, out = running.ended(limit=240)
     assert code == 0, out
-    assert "was stopped for 20 s: it is ended, and its trial goes on" in out
+    assert "was stopped for 20 s: it is killed, the trial continues" in out
     assert set(pd.read_csv(folder / "r" / "s" / "trials.csv").status) <= {"complete", "pruned"}
 
 
@@ -84,7 +84,7 @@ def test_train_on_several_workers_ends_when_ray_dies(train, name):
     code, out = running.ended()
     assert code == 1
     assert "error: Ray's node process (raylet)" in out
-    assert "to go on: python -m raytune_emotion.train --resume --results r --name t --workers 2" in out
+    assert "to continue: python -m raytune_emotion.train --resume --results r --name t --workers 2" in out
 
 
 #: Has the second worker fail once, in its third epoch, as after an illegal access to the memory of a GPU.
@@ -136,7 +136,7 @@ def test_confirm_ends_when_ray_dies(confirm, part):
     code, out = running.ended()
     assert code == 1
     assert f"({part}) has ended (code -9); the study can be resumed: r/s/confirmed" in out
-    assert "the same command goes on: python -m raytune_emotion.confirm r/s --top 1 --seeds 2" in out
+    assert "the same command continues: python -m raytune_emotion.confirm r/s --top 1 --seeds 2" in out
 
 
 def test_a_search_runs_in_a_thread(folder):

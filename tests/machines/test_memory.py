@@ -35,7 +35,7 @@ def test_a_study_outlives_what_the_memory_monitor_kills(study):
     )
     status, _, reason = done.stdout.strip().partition(": ")
     assert status == "failed"
-    assert reason.startswith("its process ended 2 times, the last time by: ")
+    assert reason.startswith("its process ended 2 times, the last time with: ")
     assert "killed due to the node running low on memory" in reason
     assert "\n" not in reason
 

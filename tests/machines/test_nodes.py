@@ -42,7 +42,7 @@ def test_trials_of_a_node_that_is_lost_go_on_elsewhere_and_are_counted_once(addr
     assert reports_of(tmp_path) == {f"{number:04d}": 600 for number in range(5)}
     table = pd.read_csv(tmp_path / "r/s/trials.csv")
     assert [*table.status] == ["complete"] * 5
-    assert len(said(tmp_path, "has left the cluster; its trials go on elsewhere from their checkpoints")) == 1
+    assert len(said(tmp_path, "has left the cluster; its trials continue elsewhere from their checkpoints")) == 1
     assert len(said(tmp_path, "has joined the cluster")) == 1
 
 
@@ -72,7 +72,7 @@ def test_a_drained_node_gives_its_trials_back_before_it_dies(address, tmp_path):
         drain = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
         subprocess.run([RAY, "drain-node", "--address", address, "--node-id", node, *drain], check=True, timeout=60)
         wait_until(lambda: not any("TrialActor" in child.name() for child in raylet.children()), seconds=60)
-        assert len(said(tmp_path, "is drained; its trials go on elsewhere from their checkpoints")) == 1
+        assert len(said(tmp_path, "is draining; its trials continue elsewhere from their checkpoints")) == 1
         raylet.kill()
         wait_until(lambda: said(tmp_path, "has left the cluster"), seconds=60)
         # The trial that was given back waits for a place, and goes on from where it was.

@@ -48,7 +48,7 @@ def test_a_signal_ends_train_in_order(folder, train, name, workers):
     assert code == 130
     assert (folder / "r" / "t" / "best" / "model.safetensors").exists()
     resume = "python -m raytune_emotion.train --resume --results r --name t"
-    assert f"to go on: {resume}" in out
+    assert f"to continue: {resume}" in out
     assert "Traceback" not in out
 
 
@@ -62,7 +62,7 @@ def test_a_signal_ends_confirm_in_order(folder, confirm, names):
     assert code == 130
     for name in ("trials.csv", "curves.parquet", "confirmed.csv", "report.html"):
         assert (folder / "r" / "s" / "confirmed" / name).exists()
-    assert "the same command goes on: python -m raytune_emotion.confirm r/s --top 1 --seeds 2" in out
+    assert "the same command continues: python -m raytune_emotion.confirm r/s --top 1 --seeds 2" in out
     assert "Traceback" not in out
 
 

@@ -70,7 +70,7 @@ def test_file_is_written_where_modes_cannot_change(tmp_path, monkeypatch):
 def test_only_one_process_holds_the_lock_of_a_folder(tmp_path):
     with (
         exclusive_lock(tmp_path),
-        pytest.raises(UserError, match="another process is at work in it"),
+        pytest.raises(UserError, match="another process is using it"),
         exclusive_lock(tmp_path),
     ):
         pass

@@ -46,5 +46,5 @@ def test_a_folder_that_somebody_else_has_laid_there_is_refused(monkeypatch, tmp_
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     (tmp_path / "theirs").mkdir()
     own_folder(tmp_path).symlink_to(tmp_path / "theirs") if kind == "link" else own_folder(tmp_path).touch()
-    with pytest.raises(UserError, match="belongs to somebody else; name a cache folder"):
+    with pytest.raises(UserError, match="belongs to another user; name a cache folder"):
         cache_folder()

@@ -157,5 +157,5 @@ def test_a_file_that_is_replaced_all_the_time_is_a_breakdown(uri, faults):
 
     backend().put_object("bucket", name_at(uri), OLD)
     faults.plan = replace
-    with pytest.raises(Breakdown, match=r"failed 2 times in a row, the last time by: .*file: was replaced while"):
+    with pytest.raises(Breakdown, match=r"failed 2 times in a row, the last time with: .*file: replaced while"):
         remote.read(uri, "file")

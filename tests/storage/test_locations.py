@@ -200,7 +200,7 @@ def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
     assert uri.working_folder().is_relative_to(tmp_path / "cache")
     assert uri.working_folder() != (parse_location("s3://other") / "first").working_folder()
     assert folder.require_folder("copy it") == Path("ray_results")
-    with pytest.raises(UserError, match=r"first%20one.*: is a URI, and a path of this machine is needed; copy it"):
+    with pytest.raises(UserError, match=r"first%20one.*: is a URI, but a path of this machine is needed; copy it"):
         uri.require_folder("copy it")
     for location in (folder, uri):
         assert pickle.loads(pickle.dumps(location)) == location
@@ -217,7 +217,7 @@ def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
     ],
 )
 def test_uri_with_credentials_is_refused_without_telling_them(uri):
-    with pytest.raises(UserError, match="has credentials in it") as raised:
+    with pytest.raises(UserError, match="contains credentials") as raised:
         parse_location(uri)
     assert SECRET not in str(raised.value)
 
@@ -230,7 +230,7 @@ def test_text_that_can_be_no_path_is_refused(text):
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa", "s3://.."])
 def test_uri_that_ends_in_no_name_is_refused(uri):
-    with pytest.raises(UserError, match="is no name of a folder"):
+    with pytest.raises(UserError, match="is not the name of a folder"):
         parse_location(uri)
 
 
@@ -267,7 +267,7 @@ def test_new_study_at_a_uri_deletes_no_local_copy(elsewhere, capsys):
     assert not folder.exists()
     (aside,) = folder.parent.iterdir()
     assert (aside / "trials.csv").read_text() == "of days of work"
-    said = f"{study}: what earlier work of this name has left on this machine is kept in {aside}\n"
+    said = f"{study}: files of an earlier study of this name on this machine are kept in {aside}\n"
     assert capsys.readouterr().err == said
     study.free_working_folder()
     assert list(folder.parent.iterdir()) == [aside]
@@ -275,7 +275,7 @@ def test_new_study_at_a_uri_deletes_no_local_copy(elsewhere, capsys):
 
 def test_working_folder_in_use_is_not_freed(elsewhere):
     study, folder = elsewhere
-    with exclusive_lock(folder), pytest.raises(UserError, match="another process is at work in it"):
+    with exclusive_lock(folder), pytest.raises(UserError, match="another process is using it"):
         study.free_working_folder()
     assert (folder / "trials.csv").exists()
 

@@ -250,7 +250,7 @@ def test_two_ctrl_c_in_an_upload_keep_the_old_object(uri, tmp_path):
 def test_file_that_s3_cannot_replace_in_one_step_is_refused_before_it_is_sent(bucket, folder, monkeypatch):
     monkeypatch.setattr(remote, "_LARGEST_COPY", 1000)
     uri = remote.join(bucket, "large")
-    with pytest.raises(Breakdown, match=r"last\.safetensors: S3 replaces no file of more than 5 GiB in one step"):
+    with pytest.raises(Breakdown, match=r"last\.safetensors: S3 cannot replace a file larger than 5 GiB in one step"):
         remote.push(folder, uri, ["a.txt", "trials/0000/last.safetensors"])
     assert remote.names(uri, "*") == ["a.txt"]
 
@@ -267,7 +267,7 @@ def test_name_that_leads_out_of_the_folder_is_refused(bucket, tmp_path):
     found = remote.names(uri, "*study.yaml", "trials/*/history.jsonl")
     assert "trials/../../other/history.jsonl" in found
     with pytest.raises(
-        UserError, match=r"names.*: holds 'trials/\.\./\.\./other/history\.jsonl', which would be written"
+        UserError, match=r"names.*: contains 'trials/\.\./\.\./other/history\.jsonl', which would be written"
     ):
         remote.pull(uri, tmp_path / "deep" / "folder", found)
     assert content(tmp_path) == {}
@@ -317,7 +317,7 @@ def test_error_that_passes_is_tried_again(monkeypatch, error):
 
     monkeypatch.setattr(remote, "_open", fail)
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
-    with pytest.raises(Breakdown, match="failed 3 times in a row, the last time by: "):
+    with pytest.raises(Breakdown, match="failed 3 times in a row, the last time with: "):
         remote.exists("s3://bucket/a")
     assert len(tries) == 3
 
@@ -335,7 +335,7 @@ def test_full_disk_is_told_as_such(tmp_path, monkeypatch):
 
 
 def test_file_system_that_cannot_replace_a_file_is_refused():
-    with pytest.raises(UserError, match="in a file system of type mock no file can replace another in one step"):
+    with pytest.raises(UserError, match="a file system of type mock cannot replace a file in one step"):
         remote.check("mock:///a/b", write=True)
 
 
@@ -349,7 +349,7 @@ def test_an_upload_that_fails_is_never_silent(bucket, folder, monkeypatch):
 def test_a_server_that_stays_away_is_a_breakdown(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
     (tmp_path / "disk").touch()
-    with pytest.raises(Breakdown, match=r"disk: failed 3 times in a row, the last time by: .*exists"):
+    with pytest.raises(Breakdown, match=r"disk: failed 3 times in a row, the last time with: .*exists"):
         remote.push(folder, (tmp_path / "disk").as_uri(), ["a.txt"])
 
 

@@ -43,7 +43,7 @@ def test_command_prints_it_and_packs_nothing(faces, tmp_path, capsys):
     assert lines[1] == "sizes: median 20 x 20 px, smallest 20 x 20, largest 20 x 20"
     assert "duplicates: 1 in train, 0 in val" in lines
     assert lines[-1] == (
-        "leaks: 1 validation image in train, too: val_set/images/leak.bmp is train_set/images/2.png; remove one of each"
+        "leaks: 1 validation image also in train: val_set/images/leak.bmp is train_set/images/2.png; remove one of each"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["faces"]
 
@@ -52,7 +52,7 @@ def test_classes_that_cannot_be_packed_are_refused_here_too(tmp_path, capsys):
     picture(1).save(tmp_path / "1.png")
     (tmp_path / "faces.csv").write_text("image,split,calm,\x1b[31mred\n1.png,train,0.5,0.5\n1.png,val,0.5,0.5\n")
     assert command_main("pack", [str(tmp_path / "faces.csv"), "--check"]) == 2
-    said = "error: data: each class needs a name of letters that can be printed, got '\\x1b[31mred'\n"
+    said = "error: data: each class needs a name of printable characters, got '\\x1b[31mred'\n"
     assert capsys.readouterr() == ("", said)
 
 
@@ -69,4 +69,4 @@ def test_rows_at_fault_are_told_after_all_else(faces, capsys):
 
 def test_destination_is_needed_to_pack(faces, capsys):
     assert command_main("pack", [str(faces)]) == 2
-    assert capsys.readouterr().err == "error: DEST: name the store to write, or look at SRC alone with --check\n"
+    assert capsys.readouterr().err == "error: DEST: name the store to write, or only inspect SRC with --check\n"

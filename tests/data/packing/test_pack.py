@@ -196,8 +196,8 @@ def test_all_faults_are_told_at_once_and_nothing_is_left(folder, tmp_path):
     for sentence, (kind, files) in zip(told, expected.items(), strict=True):
         assert sentence.startswith(f"{folder}: {kind.value} ({len(files)} file")
         assert all(f"train_set/{file}" in sentence for file in files)
-    advice = "mend them, or leave these rows out with --skip-bad"
-    assert last == f"{folder}: nothing is packed while there are such faults; {advice}"
+    advice = "repair them, or leave these rows out with --skip-bad"
+    assert last == f"{folder}: nothing is packed because of these faults; {advice}"
     assert list((tmp_path / "there").iterdir()) == []
 
 
@@ -240,7 +240,7 @@ def test_a_split_without_a_good_row_is_refused(folder, tmp_path, what):
         file.write_bytes(b"")
     with pytest.raises(UserError) as raised:
         pack(folder, tmp_path / "store", image_size=16, skip_bad=True)
-    assert raised.value.faults[-1] == f"{folder / 'val_set'}: not one good row"
+    assert raised.value.faults[-1] == f"{folder / 'val_set'}: no valid row"
     assert "(3 files)" in raised.value.faults[0]
     assert not (tmp_path / "store").exists()
 
@@ -249,7 +249,7 @@ def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
     packed = pack(folder, tmp_path / "store", image_size=16)
     with pytest.raises(UserError, match="exists already"):
         pack(folder, tmp_path / "store", image_size=16)
-    with pytest.raises(UserError, match="packed store already"):
+    with pytest.raises(UserError, match="already a packed store"):
         pack(packed.path, tmp_path / "other", image_size=16)
     with pytest.raises(UserError, match="image_size"):
         pack(folder, tmp_path / "other", image_size=0)
@@ -265,7 +265,7 @@ def test_a_disk_too_small_for_all_sizes_together_is_told_before_it_is_full(folde
     dests = {size: Folder(tmp_path / "stores" / f"{size}px") for size in (16, 24)}
     # Of 11 images, 8.4 kB at 16 px and 19 kB at 24 px.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000))
-    said = rf"^{tmp_path}/stores: 27\.5 kB are needed and 20 kB are free; choose a disk with room"
+    said = rf"^{tmp_path}/stores: needs 27\.5 kB, but only 20 kB are free; choose a disk with room"
     with pytest.raises(Breakdown, match=said):
         pack_sizes(Folder(folder), dests, workers=1)
     assert list((tmp_path / "stores").iterdir()) == []
@@ -278,7 +278,7 @@ def test_what_lies_on_a_disk_already_needs_no_more_room(tmp_path, monkeypatch):
     write_text(tmp_path / "there" / "shard", "." * 100_000)
     needed = {Folder(tmp_path): 0, Folder(tmp_path / "there"): 100_000, Remote("s3://bucket/a"): 10**15}
     check_space(needed, "choose another disk")
-    with pytest.raises(Breakdown, match=r": 600 kB are needed and .* are free; choose another disk"):
+    with pytest.raises(Breakdown, match=r": needs 600 kB, but only .* are free; choose another disk"):
         check_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
 
 
@@ -292,7 +292,7 @@ def test_packing_goes_on_after_a_disk_was_full(folder, tmp_path, small_shards, m
         real(path, *args)
 
     monkeypatch.setattr(blocks, "write_shard", write_shard)
-    said = "store: No space left on device while packing; make room, and the same command goes on; or choose a disk"
+    said = "store: No space left on device while packing; free some space, and the same command continues; or choose"
     with pytest.raises(Breakdown, match=said):
         pack(folder, tmp_path / "store", image_size=16, workers=1)
     room = 1000
@@ -318,7 +318,7 @@ def test_a_machine_without_the_folder_is_one_clear_sentence(folder, tmp_path):
         folder.rename(tmp_path / "not shared")
         return map(function, tasks)
 
-    with pytest.raises(Breakdown, match=r"faces: is not there on .*; share it under this path with every node, or"):
+    with pytest.raises(Breakdown, match=r"faces: not found on .*; share it under this path with every node, or"):
         pack_sizes(Folder(folder), {16: Folder(tmp_path / "store")}, pmap=elsewhere)
 
 
@@ -416,7 +416,7 @@ def test_source_that_is_wrong_by_now_leaves_nothing_at_a_uri(folder, tmp_path, s
             pack_sizes(Folder(folder), {16: dest}, workers=1)
     assert dest.find("*.done", "manifest.json")
     next((folder / "val_set" / "annotations").iterdir()).write_bytes(b"")
-    with pytest.raises(UserError, match="nothing is packed while there are such faults"):
+    with pytest.raises(UserError, match="nothing is packed because of these faults"):
         pack_sizes(Folder(folder), {16: dest}, workers=1)
     assert dest.find("*") == []
 
@@ -453,7 +453,7 @@ def test_place_of_a_file_below_a_uri_keeps_the_query_at_its_end(bucket, capsys):
     assert capsys.readouterr().err.endswith(f" rejected rows: 3, see {uri}/store/rejected.csv?{query}\n")
     with (bucket / "damaged").write("manifest.json") as path:
         path.write_text("{")
-    with pytest.raises(UserError, match=f"^{re.escape(f'{uri}/damaged/manifest.json?{query}')}: no description of a"):
+    with pytest.raises(UserError, match=f"^{re.escape(f'{uri}/damaged/manifest.json?{query}')}: not a description of"):
         read_manifest(bucket / "damaged")
 
 

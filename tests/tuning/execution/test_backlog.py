@@ -268,12 +268,12 @@ def test_epochs_are_not_raised_while_another_driver_is_at_work(make):
     one.work()
     with open_study(folder) as study, open_study(folder) as late:
         longer = dataclasses.replace(study.spec, epochs=5)
-        with pytest.raises(UserError, match="another driver is at work on 3 epochs"):
+        with pytest.raises(UserError, match="another driver works with 3 epochs"):
             go_on(study, longer)
         while one.work():
             pass
         one.end()
         raised = go_on(study, longer)
         assert (raised.spec.epochs, raised.spec.trials) == (5, 4)
-        with pytest.raises(UserError, match="another driver is at work on 5 epochs"):
+        with pytest.raises(UserError, match="another driver works with 5 epochs"):
             go_on(late, late.spec)

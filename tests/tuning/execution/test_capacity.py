@@ -61,10 +61,10 @@ def test_a_drained_node_takes_nothing_and_what_comes_and_goes_is_said_once():
     cluster.nodes[:] = [c]
     assert cluster.after(60, room) == 1
     assert cluster.said == [
-        "node b is drained; its trials go on elsewhere from their checkpoints",
+        "node b is draining; its trials continue elsewhere from their checkpoints",
         "node c has joined the cluster",
         "node b has left the cluster",
-        "node a has left the cluster; its trials go on elsewhere from their checkpoints",
+        "node a has left the cluster; its trials continue elsewhere from their checkpoints",
     ]
 
 

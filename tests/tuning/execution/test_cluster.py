@@ -77,48 +77,48 @@ def test_a_cluster_that_lets_this_process_in_is_no_error(monkeypatch):
 def test_a_cluster_that_asks_for_a_token_says_how_to_offer_it(monkeypatch):
     with head(token=TOKEN) as address:
         assert refusal(address).startswith(
-            "the cluster asks for a token; export RAY_AUTH_MODE=token, with its token in"
+            "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into"
         )
         # Ray offers a token to an address only when it is told to.
         monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
         assert refusal(address).startswith(
-            "the cluster asks for a token; export RAY_AUTH_MODE=token, with its token in"
+            "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into"
         )
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         check_cluster(address)
         monkeypatch.setenv("RAY_AUTH_TOKEN", "of another cluster")
-        assert refusal(address).startswith("the token at hand is not that of the cluster; ")
+        assert refusal(address).startswith("the cluster refuses this machine's token; ")
 
 
 def test_a_token_that_is_asked_for_here_alone_is_said(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with head() as address:
-        assert refusal(address) == "the cluster asks for no token, and there is none; unset RAY_AUTH_MODE"
+        assert refusal(address) == "RAY_AUTH_MODE is set, but the cluster needs no token; unset it"
 
 
 def test_a_cluster_of_another_version_is_refused_with_both():
     with head(version="2.48.0") as address:
         assert refusal(address) == (
-            f"the cluster runs Ray 2.48.0, and this is Ray {ray.__version__}; use the cluster's version here"
+            f"the cluster runs Ray 2.48.0, but this is Ray {ray.__version__}; use the cluster's version here"
         )
 
 
 def test_what_answers_and_is_no_cluster_is_refused(monkeypatch):
     with monkeypatch.context() as patched, socket.create_server(("0.0.0.0", 0)) as listener:
         patched.setattr(ray_patches, "_ANSWER_S", 0.3)  # it never answers
-        assert refusal(f"127.0.0.1:{listener.getsockname()[1]}").startswith("what answers there is no Ray cluster (")
+        assert refusal(f"127.0.0.1:{listener.getsockname()[1]}").startswith("no Ray cluster answers there (")
     monkeypatch.setattr(ray_patches, "_ANSWER_S", 60.0)
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for the address of the node
     server.start()
     try:
-        assert refusal(f"127.0.0.1:{port}") == "what answers there is no Ray cluster (unimplemented); name another"
+        assert refusal(f"127.0.0.1:{port}") == "no Ray cluster answers there (unimplemented); name another address"
     finally:
         server.stop(None)
 
 
 def test_this_machine_is_no_address_of_a_cluster():
-    assert refusal("local") == "names no cluster; leave --address out to start Ray on this machine"
+    assert refusal("local") == "does not name a cluster; leave --address out to start Ray on this machine"
 
 
 def test_sigterm_while_ray_starts_interrupts_as_at_any_other_time(monkeypatch):

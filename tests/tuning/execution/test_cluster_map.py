@@ -70,7 +70,7 @@ def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path, monkeypatch,
         over.set()
         interrupter.join()
     out, err = capsys.readouterr()
-    said = "what is packed is kept; the same command goes on with it\ninterrupted\n"
+    said = "the packed images are kept; the same command continues\ninterrupted\n"
     assert (code, out, err) == (130, "", said)
     assert list(dest.parent.iterdir()) == [part]
     deadline = time.monotonic() + 60

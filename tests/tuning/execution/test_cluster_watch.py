@@ -118,7 +118,7 @@ def test_an_agent_is_no_process_for_work(watch, parts, capsys):
     os.kill(worker, signal.SIGKILL)
     while cluster_watch._is_worker(worker):
         time.sleep(0.01)
-    assert "started no process for work for 50 s" in watch.after(60)
+    assert "started no worker process for 50 s" in watch.after(60)
 
 
 def test_a_head_that_does_not_answer_is_given_up(watch):
@@ -130,7 +130,7 @@ def test_a_head_that_does_not_answer_is_given_up(watch):
 def test_a_cluster_that_starts_no_process_is_given_up(watch, monkeypatch):
     monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 0.5)  # they end as soon as they begin
     assert watch.after(45) == ""
-    assert "started no process for work for 50 s" in watch.after(10)
+    assert "started no worker process for 50 s" in watch.after(10)
 
 
 def test_the_time_for_which_the_watch_itself_was_stopped_does_not_count(watch, parts):

@@ -60,8 +60,8 @@ def test_a_study_ends_once_little_is_expected_and_goes_on_when_it_is_asked_to(ma
     gain = expected_gain(load(folder).optuna)
     assert 0 < gain.per_hour < MUCH
     assert recorder.gain.shortfall == (
-        f"further training is expected to bring {gain.per_hour:.2g} bits an hour ({gain.bits:.2g} with the next "
-        f"trial), less than 1e+09: trials that run are left as they are"
+        f"further training is expected to gain {gain.per_hour:.2g} bits an hour ({gain.bits:.2g} with the next "
+        f"trial), less than 1e+09: running trials are left as they are"
     )
     assert run(Recorder(load(folder), until_gain=MUCH, clock=clock)) == []
     goes_on = Recorder(load(folder), until_gain=1e-9, clock=clock)
@@ -130,4 +130,4 @@ def test_a_run_ends_in_order_and_says_why(make, monkeypatch):
     assert stopped.is_set()
     assert len(records) < 12
     (sentence,) = said
-    assert sentence.startswith("further training is expected to bring ")
+    assert sentence.startswith("further training is expected to gain ")

@@ -123,8 +123,8 @@ def test_weights_that_a_machine_does_not_see_are_no_fault_of_the_trial(store, tm
     with pytest.raises(Breakdown) as raised:
         next(train_here(job_at(tmp_path, store, **{"model.weights_dir": "/gone"})))
     what, _, advice = str(raised.value).partition("; ")
-    assert what == "model.weights_dir: there is no file /gone/test_resnet.safetensors"
-    assert advice.endswith(f"; put the weights where {platform.node()} sees them, such as a shared folder")
+    assert what == "model.weights_dir: no file /gone/test_resnet.safetensors"
+    assert advice.endswith(f"; put the weights where {platform.node()} can read them, such as a shared folder")
 
 
 def test_a_hub_that_does_not_answer_is_no_fault_of_the_trial(store, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_no_folder_that_can_be_used_is_one_sentence(monkeypatch):
         base_folder()
     (told,) = caught.value.faults
     assert told.startswith("no folder for Ray's sockets: TMPDIR=/scratch/jobjob")
-    assert told.endswith("/tmp is no folder that can be written to; set RAY_TMPDIR to a short one of your own")
+    assert told.endswith("/tmp is not a writable folder; set RAY_TMPDIR to a writable, short path")
 
 
 def test_a_token_is_for_its_owner_alone_and_lives_with_the_session(short):
@@ -145,7 +145,7 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
     (told,) = caught.value.faults
     assert told.startswith(f"Ray cannot be started on this machine: {said}")
     assert told.endswith(
-        "; this process may have 300 processes and threads (`ulimit -u`), which may be too few; raise it"
+        "; this process may have 300 processes and threads (`ulimit -u`), which may be too few; raise the limit"
     )
     assert dict(os.environ) == before
     assert list(short.iterdir()) == []
@@ -178,7 +178,7 @@ def test_a_cluster_that_cannot_be_joined_is_a_sentence(monkeypatch, raised, said
 
 def test_ray_that_runs_in_this_process_already_is_a_sentence(monkeypatch):
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
-    with pytest.raises(UserError, match="Ray runs in this process already"), cluster.ray_session(None):
+    with pytest.raises(UserError, match="Ray already runs in this process"), cluster.ray_session(None):
         pass
 
 

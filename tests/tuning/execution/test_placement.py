@@ -18,14 +18,14 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic():
     two = [{"CPU": 2.0}]
     assert refusal(two, workers=3) == (
         "a trial of 3 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, room for 2 such workers; "
-        "ask for fewer workers a trial"
+        "ask for fewer workers per trial"
     )
     gpus = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
     assert refusal(gpus, workers=3, gpus_per_worker=1.0) == (
         "a trial of 3 workers with 4 CPU and 1 GPU each does not fit: the cluster has 8 CPU and 2 GPU on 2 nodes, room "
-        "for 2 such workers; ask for fewer workers a trial, or a smaller --gpus-per-worker"
+        "for 2 such workers; ask for fewer workers per trial, or a smaller --gpus-per-worker"
     )
-    assert "NCCL joins no two workers" in refusal(gpus, workers=2, gpus_per_worker=0.5)
+    assert "NCCL cannot join two workers" in refusal(gpus, workers=2, gpus_per_worker=0.5)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,7 @@ def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
     with pytest.raises(UserError) as caught:
         fit_here(workers=1, gpus_per_worker=1.0, concurrency=None)
     assert str(caught.value) == (
-        "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; ask for "
-        "--gpus-per-worker 0 to train on cores"
+        "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; use --gpus-per-worker 0 to train on cores"
     )
     assert fit_here(workers=1, gpus_per_worker=0.0, concurrency=None).resources.gpus_per_worker == 0
 
@@ -63,7 +62,7 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
         "the cluster has no core to train on: 2 nodes with 0 CPU, and no autoscaler; start its worker nodes"
     )
     assert refusal(head, grows=True) == (
-        "the cluster has no node to train on yet, so say what its autoscaler is to start: --gpus-per-worker 1, or "
+        "the cluster has no node to train on yet; say what its autoscaler should start: --gpus-per-worker 1, or "
         "--gpus-per-worker 0 to train on cores"
     )
 

@@ -114,7 +114,7 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint_on_several_workers_and_one
     record, refused = run_study(load(folder, Remote(uri)), placement)
     assert refused.status == "failed"
     assert refused.reason.startswith(
-        "train.batch_size: 1 rows make no 1 micro-batches (train.accumulate) for each of 2 workers"
+        "train.batch_size: 1 rows are too few for 1 micro-batches (train.accumulate) for each of 2 workers"
     )
     # To the clocks the same: they were not trained again.
     assert list(record.reports[:2]) == before
@@ -161,9 +161,9 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     first, second, third = search(), search(), search()
     for stale in (first, second):
         assert stale.next() is None
-        with pytest.raises(Breakdown, match="another search has gone on with this study"):
+        with pytest.raises(Breakdown, match="another search has continued this study"):
             stale.close()
     shutil.rmtree(place)
     assert third.next() is None
-    with pytest.raises(Breakdown, match="no longer there"):
+    with pytest.raises(Breakdown, match="no longer exists"):
         third.close()

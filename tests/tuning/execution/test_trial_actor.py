@@ -87,7 +87,8 @@ def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, t
     away = dataclasses.replace(job, store=str(tmp_path / "elsewhere"))
     ending = TrialActor(away.to_dict()).train()[ENDING]
     assert isinstance(ending, Broken)
-    assert ending.reason.startswith(f"{tmp_path / 'elsewhere'}: no packed store, for it has no manifest.json; put the")
+    what = f"{tmp_path / 'elsewhere'}: not a packed store, because it has no manifest.json; name a store"
+    assert ending.reason.startswith(f"{what}; put the data where ")
 
 
 def test_a_machine_that_refuses_what_has_trained_ends_the_study_and_not_the_trial(job):
@@ -102,7 +103,7 @@ def test_a_machine_that_refuses_what_has_trained_ends_the_study_and_not_the_tria
     assert actor.train() == report
     ending = actor.train()[ENDING]
     assert isinstance(ending, Broken)
-    assert ending.reason.startswith("trial a trial has trained before, and ")
+    assert ending.reason.startswith("trial a trial has trained before, but ")
     assert ending.reason.endswith(f" refuses it now: {refusal}")
 
 

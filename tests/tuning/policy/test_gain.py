@@ -1,4 +1,4 @@
-"""What further training is expected to bring: on past trials that are made up."""
+"""What further training is expected to gain: on past trials that are made up."""
 
 import numpy as np
 import optuna

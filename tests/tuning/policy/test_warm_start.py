@@ -62,7 +62,7 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
         gather_earlier([Folder(short), Folder(tmp_path / "none")])
     assert len(refused.value.faults) == 2
     assert refused.value.faults[0] == f"--warm-start {short}: fewer than 4 of its trials have reported; leave it out"
-    assert "there is no such folder" in refused.value.faults[1]
+    assert "no such folder" in refused.value.faults[1]
 
 
 def test_a_study_that_goes_on_keeps_the_earlier_studies_that_it_began_with(tmp_path, store):

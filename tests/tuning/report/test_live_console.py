@@ -185,4 +185,4 @@ def test_work_is_said_as_a_line_where_nothing_can_be_drawn_again(capsys):
 
 
 def test_the_line_of_a_paused_trial_that_is_ended_says_so():
-    assert "0000  pruned    was paused, and is not continued" in line_of(event("0000", "pruned"))
+    assert "0000  pruned    was paused, and was not resumed" in line_of(event("0000", "pruned"))

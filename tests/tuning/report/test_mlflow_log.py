@@ -133,7 +133,7 @@ def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
             watch(each)
         assert time.monotonic() - began < mlflow_module._END_S, "nothing waits for the server"
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == f"--mlflow {address}: not all was logged; the study itself is whole"
+    assert said[-1] == f"--mlflow {address}: the log is incomplete; the study itself is complete"
     assert all(line.startswith(f"--mlflow {address}: ") for line in said)
     assert len(said) <= 2, "it is said once"
 

@@ -92,7 +92,7 @@ def test_the_winner_has_the_settings_that_it_was_trained_with(tmp_path, store, n
     text = Page(tmp_path).text
     assert "optim.lr: 0.01 train.epochs: 3 Results" in text
     assert "train.epochs: 2" not in text
-    assert "1 setting the same in every trial augment. flip 0.5" in text
+    assert "1 setting equal in every trial augment. flip 0.5" in text
     head, row = Page(tmp_path).tables["trials"]
     assert dict(zip(head, row, strict=True))["continues"] == "0001"
 
@@ -156,7 +156,7 @@ def test_a_confirmation_has_one_winner_everywhere(tmp_path, store, no_plots):
     page = Page(tmp_path)
     assert page.data["winner"] == "0001"
     assert "The winner: trial 0001" in page.text
-    assert "0.3000 validation JS of the run in the middle, bits (trial 0001)" in " ".join(page.text.split())
+    assert "0.3000 validation JS of the median run, bits (trial 0001)" in " ".join(page.text.split())
     assert "best validation JS" not in page.text
 
 
@@ -170,7 +170,7 @@ def test_one_is_singular(tmp_path, store, no_plots):
     record = TrialRecord("0000", "complete", {"optim.lr": 1e-3}, "", (make_report(1, 0.4),))
     write_report(tmp_path, spec_of(store, trials=1, epochs=1), [record])
     text = Page(tmp_path).text
-    assert "1 trial of at most 1 epoch on faces, in search of the lowest validation JS." in text
+    assert "1 trial of at most 1 epoch on faces. Objective: the lowest validation JS." in text
     assert "After 1 epoch." in text
     assert not re.search(r"\b1 (trials|epochs|seeds|settings)\b", text)
 
@@ -211,7 +211,7 @@ def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_
 
 def test_why_the_winner_is_not_looked_at_more_closely_is_said(written):
     assert "Not shown: " in Page(written).text
-    assert "there is no such checkpoint" in Page(written).text
+    assert "no such checkpoint" in Page(written).text
 
 
 def test_what_is_pushed_are_the_page_the_pictures_and_the_tables(written):

@@ -74,11 +74,11 @@ def test_rivals_are_other_settings_within_the_interval_of_the_best_trial(predict
 def test_why_it_cannot_be_done_is_said(study, tmp_path):
     spec = read_spec(study)
     trial_id = winner(read_records(study, load_study(study))).trial_id
-    assert "there is no such checkpoint" in predict_winner(study, spec, "0099")
+    assert "no such checkpoint" in predict_winner(study, spec, "0099")
     gone = dataclasses.replace(spec, stores={32: str(tmp_path / "gone")})
-    assert predict_winner(study, gone, trial_id) == "its data of 32 px are not on this machine"
+    assert predict_winner(study, gone, trial_id) == "the data of 32 px are not on this machine"
     away = dataclasses.replace(spec, stores={32: "s3://bucket/faces"})
-    assert predict_winner(study, away, trial_id) == "its data of 32 px are not on this machine"
+    assert predict_winner(study, away, trial_id) == "the data of 32 px are not on this machine"
 
 
 def test_errors_of_classes(predictions):

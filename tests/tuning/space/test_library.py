@@ -26,9 +26,9 @@ def test_a_file_is_taken_as_it_is(tmp_path, monkeypatch, text):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("gpus", "--space gpus: there is no such search space; did you mean gpu?"),
-        ("mine", "--space mine: there is no such search space; there are comparison, demo, faces, gpu, "),
-        ("search_spaces/gpu.yaml", "--space search_spaces/gpu.yaml: there is no such file; did you mean "),
+        ("gpus", "--space gpus: no such search space; did you mean gpu?"),
+        ("mine", "--space mine: no such search space; choose one of comparison, demo, faces, gpu, "),
+        ("search_spaces/gpu.yaml", "--space search_spaces/gpu.yaml: no such file; did you mean "),
     ],
 )  # fmt: skip
 def test_a_name_that_is_none_is_refused_with_those_that_are(tmp_path, monkeypatch, text, said):

@@ -109,12 +109,12 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "fault"),
         [
-            ("a: [1\nb: 2\n", "2: no valid YAML: expected ',' or ']', but got ':'"),
-            ("optim.lr: 1\n---\nb: 2\n", "2: no valid YAML: but found another document"),
-            ("optim.lr: *x\n", "1: no valid YAML: found undefined alias 'x'"),
-            ("- 1\n", "1: a search space is a mapping of settings, such as `optim.lr: 1e-3`"),
-            ("", "1: a search space is a mapping of settings, such as `optim.lr: 1e-3`"),
-            ("optim.lr: !x 3\n", "1: optim.lr: '3' with the tag !x is no plain value"),
+            ("a: [1\nb: 2\n", "2: not valid YAML: expected ',' or ']', but got ':'"),
+            ("optim.lr: 1\n---\nb: 2\n", "2: not valid YAML: but found another document"),
+            ("optim.lr: *x\n", "1: not valid YAML: found undefined alias 'x'"),
+            ("- 1\n", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
+            ("", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
+            ("optim.lr: !x 3\n", "1: optim.lr: '3' with the tag !x is not a plain value"),
             ("optim.lr: &a [*a]\n", "1: optim.lr: contains itself by an alias"),
             ("optim.lr: 1e-3\n", "1: nothing is searched; give a setting a distribution, such as {choice: [a, b]}"),
         ],
@@ -177,60 +177,61 @@ class TestFaults:
         """
         assert [fault.partition(": ")[::2] for fault in faults_of(tmp_path, text)] == [
             ("4", "model.backbone: " + unknown_backbone("resnet51")),
-            ("5", "model.backbone: 'resnet18' is there twice"),
+            ("5", "model.backbone: 'resnet18' occurs twice"),
             ("6", "model.dropout: the lower bound must be below the upper, got [0.5, 0.0]"),
-            ("7", "optim.name: choice takes a list of values, such as [a, b], got []"),
+            ("7", "optim.name: choice needs a list of values, such as [a, b], got []"),
             (
                 "8",
-                "optim.lr: `log_unifrm` is no distribution for it (choice, uniform, log_uniform, int_uniform, "
-                "int_log_uniform); did you mean log_uniform?",
+                "optim.lr: expected a distribution (choice, uniform, log_uniform, int_uniform, int_log_uniform), "
+                "got `log_unifrm`; did you mean log_uniform?",
             ),
             ("9", "optim.weight_decay: the bounds of log_uniform must be above 0, got [0, 0.1]"),
-            ("10", "train.batch_size: is a whole number, so write int_uniform in place of uniform"),
-            ("11", "loss: 'l2' is none of the losses mse, l1, kl, ce, js"),
+            ("10", "train.batch_size: a whole number; write int_uniform instead of uniform"),
+            ("11", "loss: expected one of the losses mse, l1, kl, ce, js, got 'l2'"),
             ("12", "data.image_size: should be greater than or equal to 16, got 8"),
-            ("13", "train.epocs: there is no such setting; did you mean train.epochs?"),
-            ("14", "optim.lr: is there already, in line 8"),
+            ("13", "train.epocs: unknown setting; did you mean train.epochs?"),
+            ("14", "optim.lr: repeats line 8; remove one of them"),
             (
                 "15",
                 "augment.flip: the step must be above 0 and lead from the lower bound to the upper, got [0, 1, 0.3]",
             ),
             ("16", "augment.grey: should be less than or equal to 1, got 1.5"),
-            ("17", "optim.schedule: a list is no value; write {choice: [a, b]} to search it"),
-            ("18", "train.seed: cannot be searched, as a lucky seed is no better setting; give one value"),
-            ("19", "optim.momentum: a distribution has one word, such as {choice: …}, got 2"),
+            ("17", "optim.schedule: expected a single value, got a list; write {choice: [a, b]} to search it"),
+            ("18", "train.seed: cannot be searched, because a lucky seed is not a better setting; give one value"),
+            ("19", "optim.momentum: expected one word of a distribution, such as {choice: …}, got 2"),
             ("20", "model.pretrained: should be a valid boolean, got 'yes'"),
-            ("21", "train.accumulate: int_uniform takes whole numbers, got [1, 2.0]"),
-            ("22", "train.precision: is no number; write {choice: [a, b]} to search it"),
-            ("23", "augment.erase: uniform takes numbers, got [0, inf]"),
-            ("24", "train.grad_clip: choice takes plain values, got [2]"),
-            ("25", "augment.colour: uniform takes [low, high] or [low, high, step], got 0.5"),
-            ("26", "augment.mixup: log_uniform takes [low, high], got [0.1, 0.2, 0.3]"),
-            ("28", "train.patience: an `if` asks for a setting that is searched by choice; this is not"),
+            ("21", "train.accumulate: int_uniform needs whole numbers, got [1, 2.0]"),
+            ("22", "train.precision: not a number; write {choice: [a, b]} to search it"),
+            ("23", "augment.erase: uniform needs numbers, got [0, inf]"),
+            ("24", "train.grad_clip: choice needs plain values, got [2]"),
+            ("25", "augment.colour: uniform needs [low, high] or [low, high, step], got 0.5"),
+            ("26", "augment.mixup: log_uniform needs [low, high], got [0.1, 0.2, 0.3]"),
+            ("28", "train.patience: an `if` needs a setting that is searched by choice; this one is not"),
             (
                 "30",
-                "model.backbone: 'resnet188' is none of its choices (resnet18, resnet51); did you mean resnet18?",
+                "model.backbone: expected one of its choices (resnet18, resnet51), got 'resnet188'; did you mean "
+                "resnet18?",
             ),
             ("31", "optim.lr: the lower bound must be below the upper, got [1e-06, -0.0003]"),
-            ("32", "model.backbone: a `when` asks for it, so it cannot depend on a `when` itself"),
-            ("33", "train.epochs: must be the same in all trials: trials of unequal length cannot be compared"),
-            ("34", "augment.crop: there is no such setting; did you mean augment.crop_scale?"),
+            ("32", "model.backbone: the `if` of an entry uses it, so it cannot depend on a `when` itself"),
+            ("33", "train.epochs: must be the same in all trials, because trials of unequal length cannot be compared"),
+            ("34", "augment.crop: unknown setting; did you mean augment.crop_scale?"),
             ("35", "when: an entry needs an `if`, such as {model.backbone: [resnet18]}"),
-            ("36", "when: an entry needs settings beside its `if`"),
+            ("36", "when: an entry needs settings in addition to its `if`"),
             ("38", "model.backbone: must be one of resnet18, resnet51, got 'resnet19'"),
             ("38", "augment.grey: must lie from 0 to 1.5, got 7"),
-            ("38", "foo: there is no such setting"),
-            ("38", "train.patience: is not in this space, so that it cannot be set here"),
-            ("39", "start: a point is a mapping of settings to values"),
+            ("38", "foo: unknown setting"),
+            ("38", "train.patience: not in this space, so it cannot be set here"),
+            ("39", "start: expected a mapping of settings to values as a point"),
         ]
 
     @pytest.mark.parametrize(
         ("line", "fault"),
         [
-            ("optim.lr: {}", "optim.lr: a distribution has one word, such as {choice: …}, got 0"),
+            ("optim.lr: {}", "optim.lr: expected one word of a distribution, such as {choice: …}, got 0"),
             ("optim.lr: .nan", "optim.lr: should be a finite number, got nan"),
             ("optim.lr: null", "optim.lr: should be a valid number, got None"),
-            ("optim.lr: {uniform: [true, 2]}", "optim.lr: uniform takes numbers, got [True, 2]"),
+            ("optim.lr: {uniform: [true, 2]}", "optim.lr: uniform needs numbers, got [True, 2]"),
             ("optim.lr: {uniform: [0, 1]}", "optim.lr: should be greater than 0, got 0"),
             ("optim.lr: {uniform: [0.1, 0.1]}", "optim.lr: the lower bound must be below the upper, got [0.1, 0.1]"),
             ("model.dropout: {uniform: [0, 1]}", "model.dropout: should be less than 1, got 1"),
@@ -242,31 +243,31 @@ class TestFaults:
             ),
             (
                 "data.image_size: {int_uniform: [32, 64]}",
-                "data.image_size: every size has a packed store of its own, so list the sizes with choice",
+                "data.image_size: each size needs its own packed store; list the sizes with choice",
             ),
             (
                 "data.classes: [a]",
                 "data.classes: Tuple should have at least 2 items after validation, not 1, got ('a',)",
             ),
-            ("loss: huber", "loss: 'huber' is none of the losses mse, l1, kl, ce, js"),
-            ("loss: [kl]", "loss: ['kl'] is none of the losses mse, l1, kl, ce, js"),
-            ("loss: {choice: [kl, kl]}", "loss: 'kl' is there twice"),
-            ("loss: {simplex: [kl]}", "loss: a mixture takes two losses or more; write `loss: kl` for one alone"),
+            ("loss: huber", "loss: expected one of the losses mse, l1, kl, ce, js, got 'huber'"),
+            ("loss: [kl]", "loss: expected one of the losses mse, l1, kl, ce, js, got ['kl']"),
+            ("loss: {choice: [kl, kl]}", "loss: 'kl' occurs twice"),
+            ("loss: {simplex: [kl]}", "loss: a mixture needs at least two losses; write `loss: kl` for only one"),
             (
                 "loss: {uniform: [0, 1]}",
-                "loss: `uniform` is no distribution for it (simplex, choice)",
+                "loss: expected a distribution (simplex, choice), got `uniform`",
             ),
             (
                 "loss.kl: {uniform: [0, 1]}",
                 "loss.kl: a single weight cannot be searched; write loss: {simplex: [mse, kl]}",
             ),
             ("loss.kl: 0.5", "loss: the weights of the mixture must sum to 1, but their sum is 0.5"),
-            ("{loss: kl, loss.kl: 1}", "loss: stands beside single weights (loss.…); give one or the other"),
-            ("when: 3", "when: must be a list of entries, each with an `if` and settings"),
+            ("{loss: kl, loss.kl: 1}", "loss: cannot be combined with single weights (loss.…); give one or the other"),
+            ("when: 3", "when: expected a list of entries, each with an `if` and settings"),
             ("when: [3]", "when: an entry needs an `if`, such as {model.backbone: [resnet18]}"),
             (
                 "when: [{if: {augment.flip: []}, loss: kl}]",
-                "augment.flip: an `if` needs one of its choices",
+                "augment.flip: an `if` needs at least one of its choices",
             ),
             (
                 "when: [{if: {augment.flip: 1}, loss.kl: 1}]",
@@ -274,9 +275,9 @@ class TestFaults:
             ),
             (
                 "when: [{if: {augment.flip: 1}, loss: kl}, {if: {augment.flip: [1.0]}, loss: js}]",
-                "loss: is set already by an earlier entry with the same `if`",
+                "loss: already set by an earlier entry with the same `if`",
             ),
-            ("start: 3", "start: must be a list of points, each a mapping of settings to values"),
+            ("start: 3", "start: expected a list of points, each a mapping of settings to values"),
             ("start: [{augment.flip: 0.5}]", "augment.flip: must be one of 0.0, 1.0, got 0.5"),
         ],
     )
@@ -288,10 +289,10 @@ class TestFaults:
         ("point", "fault"),
         [
             ("{loss.kl: 0.5}", "start: the weights of the mixture must sum to 1, but their sum is 0.5"),
-            ("{loss.kl: 2}", "loss.kl: a weight is a number from 0 to 1, got 2"),
+            ("{loss.kl: 2}", "loss.kl: expected a weight from 0 to 1, got 2"),
             ("{loss.l1: 1}", "loss.l1: is not in the mixture of kl, js"),
-            ("{loss: kl}", "loss: is a mixture here, so give weights, such as loss.kl: 1"),
-            ("{optim.lr: 1}", "optim.lr: depends on optim.name, which this start point must give too"),
+            ("{loss: kl}", "loss: a mixture in this space; give weights, such as loss.kl: 1"),
+            ("{optim.lr: 1}", "optim.lr: depends on optim.name; give that in this start point, too"),
             ("{optim.lr: 1, optim.name: sgd}", "optim.lr: must lie from 0.1 to 0.5, got 1"),
             ("{augment.erase: 0.25}", "augment.erase: must lie on the grid from 0 by 0.1, got 0.25"),
             ("{augment.erase: a}", "augment.erase: must lie from 0 to 0.5, got 'a'"),
@@ -380,7 +381,7 @@ class TestTogether:
     def test_weights_that_are_not_at_hand_are_a_fault_of_a_file_alone(self, tmp_path: Path) -> None:
         text = f"model.weights_dir: {tmp_path}\nmodel.backbone: {{choice: [resnet18, test_resnet]}}\n"
         for fault, name in zip(faults_of(tmp_path, text), ("resnet18", "test_resnet"), strict=True):
-            assert fault.startswith(f"1: model.weights_dir: there is no file {tmp_path}/{name}.safetensors")
+            assert fault.startswith(f"1: model.weights_dir: no file {tmp_path}/{name}.safetensors")
             (tmp_path / f"{name}.safetensors").touch()
         load_space(tmp_path / "a.yaml")
 

@@ -141,7 +141,7 @@ def test_a_trial_that_no_other_helps_is_exported_as_what_it_is(study, store, tmp
     write_ensemble(tmp_path / "ensemble", alone, "three", [])
     assert command_main("export", [str(study), str(tmp_path / "soup"), "--soup"]) == 0
     (trial_id,) = alone.trial_ids
-    said = f"trial {trial_id} alone is exported to {tmp_path / 'soup'}, as no other trial helps it\n"
+    said = f"trial {trial_id} alone is exported to {tmp_path / 'soup'}: no other trial improves it\n"
     assert capsys.readouterr().out == said
     for dest in (tmp_path / "ensemble", tmp_path / "soup"):
         assert "members" not in json.loads((dest / "config.json").read_text())
@@ -163,8 +163,8 @@ def test_where_no_trial_has_weights_it_is_said(study):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ensemble", "3", "--soup"], "--ensemble: stands beside --soup; name one of them"),
-        (["--trial", "1", "--soup"], "--trial: stands beside --soup"),
+        (["--ensemble", "3", "--soup"], "--ensemble: cannot be combined with --soup; leave one of them out"),
+        (["--trial", "1", "--soup"], "--trial: cannot be combined with --soup"),
         (["--ensemble", "2", "--format", "timm"], "--format timm: timm loads one network, and an ensemble is several"),
     ],
 )

@@ -98,7 +98,7 @@ def test_lost_connection_is_a_sentence(postgres, address, clock):
         assert driver.failure() == "", "it does not ask all the time"
         clock.now += 10
         assert "the connection was lost (" in driver.failure()
-        with pytest.raises(Breakdown, match="other drivers may take up the trials of this one"), driver.turn("trials"):
+        with pytest.raises(Breakdown, match="other drivers may take over the trials of this"), driver.turn("trials"):
             pass
 
 
@@ -108,7 +108,7 @@ def test_lock_that_is_gone_while_the_connection_lasts_is_noticed(address, clock)
         driver._clock = clock
         clock.now = driver._due + 1
         driver._connection.execute("SELECT pg_advisory_unlock_all()")
-        assert driver.failure().endswith("the lock of this driver is gone; connect to the server itself")
+        assert driver.failure().endswith("the lock of this driver is lost; connect to the server directly")
 
 
 def test_only_driver_finds_all_abandoned_and_waits_for_nobody():

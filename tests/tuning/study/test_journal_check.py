@@ -48,10 +48,10 @@ def test_what_a_search_writes_is_taken():
     ],
 )
 def test_an_attribute_of_another_kind_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"trial 0: {name}: not as a search writes it"):
+    with pytest.raises(ValueError, match=f"trial 0: {name}: not in the format of a search"):
         check_trials([make_trial({name: value}), make_trial()])
 
 
 def test_a_report_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="its reports: not as a search writes it"):
+    with pytest.raises(ValueError, match="its reports: not in the format of a search"):
         check_trials([make_trial(intermediate_values={1: float("nan")})])

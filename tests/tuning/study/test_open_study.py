@@ -33,7 +33,7 @@ def test_a_study_is_one_process_alone(tmp_path, store):
     make_study(tmp_path / "study", spec_of(store))
     with (
         open_study(tmp_path / "study") as study,
-        pytest.raises(UserError, match="another process is at work in it"),
+        pytest.raises(UserError, match="another process is using it"),
         open_study(tmp_path / "study"),
     ):
         pass
@@ -41,7 +41,7 @@ def test_a_study_is_one_process_alone(tmp_path, store):
 
 
 def test_what_is_no_study_is_not_locked(tmp_path):
-    with pytest.raises(UserError, match="it is no study"), open_study(tmp_path):
+    with pytest.raises(UserError, match="not a study"), open_study(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 

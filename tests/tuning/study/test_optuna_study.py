@@ -180,7 +180,7 @@ def test_a_renamed_folder_is_still_its_study(tmp_path, space):
 
 
 def test_a_folder_without_a_study_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match="it is no study"):
+    with pytest.raises(UserError, match="not a study"):
         load_study(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_study_that_its_database_does_not_have_is_a_clear_error(tmp_path, store,
     address = join_address(postgres.new_database(), "first")
     create_study(tmp_path, space, address=address)
     write_spec(tmp_path, spec_of(store, storage=address.replace("first", "second")))
-    with pytest.raises(UserError, match=r"#second: is damaged \(KeyError"):
+    with pytest.raises(UserError, match=r"#second: damaged \(KeyError"):
         load_study(tmp_path)
     write_spec(tmp_path, spec_of(store, storage=address))
     assert load_study(tmp_path).study_name == "first"
@@ -226,7 +226,7 @@ def test_a_study_is_driven_by_one_process(tmp_path, space):
     with study_lock(tmp_path):
         assert not lock.is_symlink()
         searcher_of(study, space, seed=0).ask()
-        with pytest.raises(UserError, match="another process is at work in it"), study_lock(tmp_path):
+        with pytest.raises(UserError, match="another process is using it"), study_lock(tmp_path):
             pass
     with study_lock(tmp_path):
         assert len(list_trials(study)) == 1
@@ -260,7 +260,7 @@ def test_a_damaged_journal_is_a_clear_error(tmp_path, space, damage):
     searcher_of(create_study(tmp_path, space), space, seed=0).ask()
     journal = tmp_path / JOURNAL
     journal.write_bytes(b"".join(damage(journal.read_bytes().splitlines(keepends=True))))
-    with pytest.raises(UserError, match=r"is damaged .*put back a copy of it"):
+    with pytest.raises(UserError, match=r"damaged .*restore it from a copy"):
         load_study(tmp_path)
 
 

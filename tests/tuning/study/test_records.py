@@ -66,7 +66,7 @@ def test_the_spec_survives_its_file(tmp_path, store, monkeypatch):
 
 
 def test_a_damaged_spec_is_a_clear_error(tmp_path):
-    with pytest.raises(UserError, match="it is no study"):
+    with pytest.raises(UserError, match="not a study"):
         read_spec(tmp_path)
     (tmp_path / SPEC).write_text("name: only")
     with pytest.raises(UserError, match="damaged"):
@@ -89,7 +89,7 @@ def test_every_wrong_value_of_a_spec_is_a_sentence(tmp_path, store):
         )
     ]
     YAML().dump(values | {"epochs": 1, "trials": 2, "baseline": {}}, tmp_path / SPEC)
-    with pytest.raises(UserError, match=r"objective is one of .*, got 'beauty'"):
+    with pytest.raises(UserError, match=r"objective: expected one of .*, got 'beauty'"):
         read_spec(tmp_path)
 
 

@@ -14,7 +14,7 @@ def test_a_number_is_an_id():
 def test_a_trial_that_is_not_there_is_refused_with_those_that_are(text):
     with pytest.raises(UserError) as caught:
         find_trial(text, ["0000", "0001", "0002"], "results/first")
-    assert str(caught.value) == f"results/first: there is no trial {text}; there are 0000 to 0002"
+    assert str(caught.value) == f"results/first: no trial {text}; there are 0000 to 0002"
 
 
 def test_trials_are_in_the_order_of_their_numbers():
