@@ -70,7 +70,7 @@ VARIANTS = {
     "recipe-1": Variant(1, 1, 4, 1),
     "recipe-2": Variant(2, 1, 4, 1),
 }
-#: Of the studies whose trials are stopped.
+#: Numbers of trials and epochs of the studies whose trials are stopped.
 STOPPED_TRIALS, STOPPED_EPOCHS = 5, 3
 SETTLED_S = 5.0
 

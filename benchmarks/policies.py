@@ -111,9 +111,9 @@ def warm_started(earlier: Forecast, market: Market, seed: int) -> Searcher:
 def run() -> Table:
     notes = [
         f"Medians over the seeds named. Every study has 1/{1 / SHARE:g} of the time of {BUDGET} full trials, "
-        f"which random search had. Of this project, the first {SEEDS_LONGER} seeds (with the nearest, all) that have "
-        f"not reached random's JS by then go on, up to {LONGER:g} of that time: when a JS is reached that most had not "
-        f"come to, is the median of those. A ratio of 0, and a dash: not reached."
+        f"which random search had. For this project, the first {SEEDS_LONGER} seeds (with the nearest, all) that have "
+        f"not reached random's JS by then continue, up to {LONGER:g} of that time. The median time to a JS that most "
+        f"had not reached is computed from those. A ratio of 0, and a dash: not reached."
     ]
     rows: list[tuple[Any, ...]] = []
     with pool() as processes:

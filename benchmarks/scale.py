@@ -165,7 +165,7 @@ def run() -> Table:
         rows,
         [
             f"A trial reports up to {EPOCHS} times. Milliseconds are the driver's processor time, over all reports.",
-            f"After {LIMIT_S:.0f} s of that a study is left with the trials that it has begun by then.",
+            f"After {LIMIT_S:.0f} s of that, a study ends with the trials that have begun.",
         ],
     )  # fmt: skip
 

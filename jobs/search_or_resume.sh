@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts a search, or continues it if its study exists. For jobs that their platform starts again after a stop:
-# the command stays the same each time.
+# Starts a search, or continues it if its study exists. For platforms that start a stopped job again with the same
+# command.
 #
 #   jobs/search_or_resume.sh --results URI --name NAME [options of `python -m raytune_emotion.search`]
 set -euo pipefail
@@ -20,7 +20,7 @@ if [[ ! $results || ! $name ]]; then
   exit 2
 fi
 
-# If the place cannot be read, the search itself says why.
+# If the results cannot be read, the search itself reports the error.
 resume=$(python -c '
 import sys
 from raytune_emotion.storage.locations import parse_location

@@ -3,8 +3,8 @@
 #
 #   sbatch jobs/slurm.sh --data /shared/affectnet-224 --results /shared/ray_results --space gpu --name affectnet
 #
-# Before: run `make setup` in the folder of the project, and submit from there. Folder, data and results lie on a file
-# system that all nodes see. Give --results and --name. If the nodes do not reach the Hugging Face hub, give
+# Before: run `make setup` in the folder of the project, and submit from there. Folder, data and results must be on a
+# file system that all nodes share. Give --results and --name. If the nodes cannot reach the Hugging Face hub, give
 # --weights-dir. For nodes without GPUs, delete the line --gpus-per-node, and choose --space quick.
 #
 # Five minutes before the time limit the search ends in order. The job then goes back to the queue, and continues the
@@ -34,7 +34,7 @@ stop() {
 finish() {
   code=$?
   trap '' USR1 TERM INT
-  # Ray's processes of this job, and of no other.
+  # Only Ray's processes of this job.
   kill $(jobs -p) 2> /dev/null || true
   # 143: the signal came before the search could handle it.
   if [[ $requeue && ($code == 130 || $code == 143) ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
@@ -50,7 +50,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 port=$((20000 + SLURM_JOB_ID % 2000 * 4))
 ip=$(hostname -I | cut -d ' ' -f 1)
 address=$ip:$port
-# Ray does not see the limits of Slurm: it would count all cores of the node.
+# Ray does not know the limits of Slurm: it would count all cores of the node.
 node=(--num-cpus="${SLURM_CPUS_PER_TASK:-1}" --dashboard-agent-listen-port=$((port + 1)) --disable-usage-stats --block)
 
 ray start --head --node-ip-address="$ip" --port="$port" --ray-client-server-port=$((port + 2)) \
@@ -70,7 +70,7 @@ if ((others)); then
   srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${names[0]}" \
     --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 ray start --address="$address" "${node[@]}" &
 fi
-# What each trial takes is computed when the search begins, from the nodes that are there. So wait for all of them.
+# The search computes the resources of a trial from the nodes that are present when it begins. So wait for all of them.
 python - "$address" "$SLURM_JOB_NUM_NODES" << 'END'
 import sys
 import time

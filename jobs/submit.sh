@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Submits a search to a Ray cluster that runs, and follows its log.
+# Submits a search to a running Ray cluster, and follows its log.
 #
 #   RAY_API_SERVER_ADDRESS=http://HEAD:8265 jobs/submit.sh \
 #     --data /shared/affectnet-224 --results /shared/ray_results --space gpu --name affectnet
 #
-# The arguments are those of `python -m raytune_emotion.search`. Without RAY_API_SERVER_ADDRESS the cluster is looked for
-# on this machine. Only the package and the search spaces are uploaded. All paths are those of the cluster: data and
-# results lie on a file system that all nodes see, or at a URI. Without --results they go to ray_results in this folder.
-# The nodes need the project's dependencies: in the environment of `ray start`, or in .venv of this folder if they see it.
+# The arguments are those of `python -m raytune_emotion.search`. Without RAY_API_SERVER_ADDRESS the cluster must run on
+# this machine. Only the package and the search spaces are uploaded. All paths are those of the cluster: data and
+# results must be on a file system that all nodes share, or at a URI. The default of --results is ray_results in this
+# folder. The nodes need the project's dependencies: in the environment of `ray start`, or in .venv of this folder if
+# they share it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# `ray job` sends a token only if told so, and fails if there is none.
+# `ray job` sends a token only with RAY_AUTH_MODE=token, and then fails if there is none.
 if [[ ${RAY_AUTH_TOKEN-}${RAY_AUTH_TOKEN_PATH-} || -e ~/.ray/auth_token ]]; then
   export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 fi
@@ -54,15 +55,15 @@ trap 'rm -rf "$package"' EXIT
 cp -r raytune_emotion search_spaces "$package"
 find "$package" -name __pycache__ -prune -exec rm -rf {} +
 
-# Empty if this folder lies in the repository of another project.
+# Empty if this folder is in the repository of another project.
 commit=
 if git ls-files --error-unmatch jobs/submit.sh &> /dev/null; then
   commit=$(git describe --always --dirty --abbrev=40 '--exclude=*')
 fi
 
-# A job runs the first python in the PATH of `ray start`. Where the nodes see .venv of this folder, its python comes
-# first. Ray replaces ${PATH} by the PATH of the node. `ray job stop` would kill the search after three seconds: it gets
-# five minutes to end in order.
+# A job runs the first python in the PATH of `ray start`. If the nodes share .venv of this folder, its python comes
+# first. Ray replaces ${PATH} by the PATH of the node. By default `ray job stop` kills a job after three seconds: the
+# search gets five minutes to end in order.
 "$ray" job submit \
   --submission-id "$name-$(date +%Y%m%d-%H%M%S)" \
   --metadata-json "{\"job_name\": \"$name\"}" \

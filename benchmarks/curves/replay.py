@@ -181,9 +181,9 @@ def read_markets(notes: list[str]) -> list[Market]:
         found = fit_responses(recorded)
         notes.append(
             f"{file.stem}: {len(recorded.settings)} configurations of {recorded.js_NR.shape[1]} reports, "
-            f"{recorded.mean_seconds:.0f} core-seconds each. Of a configuration that it has not seen, the surrogate is "
+            f"{recorded.mean_seconds:.0f} core-seconds each. For an unseen configuration, the surrogate is "
             f"off by {found.surrogate_error:.4f} bits in the median (rank correlation {found.rank_correlation:.2f}), "
-            f"the nearest by {found.nearest_error:.4f}. The shortest of its lengths, in parts of a setting's range: "
+            f"the nearest by {found.nearest_error:.4f}. Its shortest length scales, in parts of a setting's range: "
             f"{_shortest(recorded.encoding.names, 1 / found.nearest.scales_D)}."
         )
         markets.append(Market(file.stem, "surrogate", space, found.surrogate))

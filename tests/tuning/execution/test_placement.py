@@ -101,7 +101,7 @@ def test_what_runs_alone_takes_the_cores_that_are_there_also_where_an_autoscaler
         (None, 1.0, "2 at once"),
         (1, 2.0, "1 at once"),
         (2, 1.0, "2 at once"),
-        (8, 0.2, "8 at once, each on 0.2 of a core"),
+        (8, 0.2, "8 at once, each on 0.2 core"),
     ],
 )
 def test_trials_share_the_cores(concurrency, cpus, said):
