@@ -183,21 +183,11 @@ class Location(ABC):
     def is_here(self, folder: Path) -> bool:
         """Tell whether a folder of this machine is the location itself, so that its lock is enough."""
 
-    def replace(self, folder: Path, names: Iterable[str], last: str) -> None:
-        """Push files that belong together, unless the folder is this location.
-
-        The others are of no use without the file `last`. It is deleted before and pushed after them, so that no reader
-        mixes new files with old ones.
-        """
-        if not self.is_here(folder):
-            self.delete([last])
-            self.push(folder, sorted(names, key=lambda name: name == last))
-
     @abstractmethod
     def publish(self, last: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
-        They are copied when the block succeeds, as by `replace`.
+        They are copied when the block succeeds, as by `replace_files`.
 
         Args:
             last: name of the file without which the others are of no use.
@@ -550,7 +540,7 @@ class Remote(Location):
         with scratch_folder() as scratch:
             folder = scratch / self.name
             yield folder
-            self.replace(folder, Folder(folder).find("*"), last)
+            replace_files(self, folder, Folder(folder).find("*"), last)
             self.delete_parts()
 
     def check_out(self, *patterns: str) -> Path:
@@ -648,6 +638,17 @@ def parse_location(text: str) -> Location:
     if bad:
         raise UserError(f"expected a folder or a URI, got {text!r}; name one")
     return Remote(text) if "://" in text else Folder(Path(text))
+
+
+def replace_files(location: Location, folder: Path, names: Iterable[str], last: str) -> None:
+    """Push files that belong together, unless the folder is the location.
+
+    The others are of no use without the file `last`. It is deleted before and pushed after them, so that no reader
+    mixes new files with old ones.
+    """
+    if not location.is_here(folder):
+        location.delete([last])
+        location.push(folder, sorted(names, key=lambda name: name == last))
 
 
 def location_of(place: Location | str | os.PathLike[str]) -> Location:

@@ -11,7 +11,7 @@ from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.run_folder import BEST
-from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.locations import Folder, Location, replace_files
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
@@ -59,7 +59,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         export_trial(place, Folder(folder / "best"), best.trial_id)
     place.push(folder, report_files(folder))
     if best is not None:
-        (place / "best").replace(folder / "best", [file.name for file in folder.glob("best/*")], CONFIG)
+        replace_files(place / "best", folder / "best", [file.name for file in folder.glob("best/*")], CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
     told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)

@@ -117,7 +117,7 @@ def test_search_whose_study_never_came_to_its_place_is_typed_again(
     assert capsys.readouterr().err.rstrip().endswith("; type the same command again")
     faults.reset()
     assert exit_code([*command, "--resume"]) == 2
-    known = {DRIVER: "there is no study of this name to resume"}
+    known = {DRIVER: "no study of this name to resume"}
     said = known.get(lost, "its search broke off before there was a study; leave --resume out")
     assert f"{remote.join(results, 's')}: {said}" in capsys.readouterr().err
     assert exit_code(command) == 0

@@ -124,7 +124,7 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
     assert not of_one_run & metrics.keys()
     card = (dest / "README.md").read_text()
     for trial_id, backbone in zip(chosen.trial_ids, ("test_vit", "test_resnet"), strict=True):
-        start = "Training began from random weights, so no licence of other weights applies."
+        start = "Training began with random weights, so no licence of other weights applies."
         assert f"- Trial {trial_id}, {backbone}: {start}\n" in card
     assert "The trials and their epochs were selected on the whole set." in card
     assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
@@ -225,7 +225,7 @@ def test_the_card_of_an_ensemble_names_the_licence_of_pretrained_members(study, 
     found = combine_ensemble(dataclasses.replace(candidates, bests=tuple(pretrained)), 2)
     write_ensemble(tmp_path / "best", dataclasses.replace(found, members=(0, 1)), "three", [])
     card = (tmp_path / "best" / "README.md").read_text()
-    assert card.count(": Training began from the pretrained weights of `test_") == 2
+    assert card.count(": Training began with the pretrained weights of `test_") == 2
     assert card.count("`. Their licence: ") == 2
 
 
