@@ -134,8 +134,8 @@ def test_results_that_a_machine_does_not_see_are_no_fault_of_the_trial_and_no_fo
     with pytest.raises(Breakdown) as raised:
         next(train_here(job))
     assert str(raised.value) == (
-        f"{study}: there is no study.yaml in it; put the results where {platform.node()} can read them, such as a shared "
-        "folder"
+        f"{study}: there is no study.yaml in it; put the results where {platform.node()} can read them, such as a "
+        "shared folder"
     )
     assert not study.exists()
 
