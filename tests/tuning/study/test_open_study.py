@@ -65,7 +65,8 @@ def test_a_study_is_read_at_a_uri_as_in_its_folder(tmp_path, store):
         assert there.records() == here.records() != []
         assert there.space.columns() == here.space.columns()
     (folder / JOURNAL).unlink()
-    with pytest.raises(UserError, match=f"^{folder.as_uri()}: not a study, because it has no {JOURNAL}"), read_study(there.copy.location):
+    said = f"^{folder.as_uri()}: not a study, because it has no {JOURNAL}"
+    with pytest.raises(UserError, match=said), read_study(there.copy.location):
         pass
 
 
