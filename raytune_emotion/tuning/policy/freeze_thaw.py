@@ -7,9 +7,10 @@ goes to the trial with the largest expected improvement per remaining report.
 The best of thousands of new candidates is overestimated, because it is selected by its forecast. Therefore new trials
 get at most a share of the training, and the rest goes to trials that have begun.
 
-The first start points of the space train to their end without a pause, because the user has chosen them. The first
-trials of a study whose trials have few reports do so, too. There, a first stretch is a large part of a trial and says
-little about its end, so a short study is better off with whole trials.
+The first start points of the space train to their end without a pause, because the user has chosen them. Where trials
+have few reports and few run at once, the first ones do so, too. There, a first stretch is a large part of a trial and
+says little about its end, so a short study is better off with whole trials. With many workers, one trains further than
+all others anyway, see below.
 
 No forecast is possible for lengths that no trial has reached. Therefore the favourite, the paused trial with the best
 forecast, is trained further than any trial before. This happens as soon as the new length is half of the training of
@@ -55,8 +56,8 @@ _NEW_SHARE, _LEAST_NEW_SHARE = 0.1, 0.4
 _LONGEST_IN = 2
 #: Smallest probability of improving on the best for which a paused trial is kept once no new trial may begin.
 _HOPE = 0.02
-#: Number of first trials that train to their end without a pause if they are start points, or if the first stretch is
-#: at least this share of the full length.
+#: Number of first trials that train to their end without a pause if they are start points, or if no more than so many
+#: run at once and the first stretch is at least this share of the full length.
 _STRAIGHT, _LONG_LOOK = 2, 1 / 16
 #: Cost of resuming a trial, seconds; and largest share of the training time that all resumptions may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
@@ -138,7 +139,7 @@ class FreezeThaw:
         if not self._ends_stretch(report):
             return "go on"
         number = int(trial_id)
-        if number < _STRAIGHT and (self._looks_are_long or _is_start(past, number)):
+        if number < _STRAIGHT and (self._runs_whole_trials(past) or _is_start(past, number)):
             return "go on"
         past = [as_paused(trial, report["seconds"]) if trial.number == number else trial for trial in past]
         plan = self._plan_of(past, limits)
@@ -147,6 +148,10 @@ class FreezeThaw:
         # This trial continues at no cost, but another one would have to be resumed.
         among = None if plan.offer is None or self._can_afford(past) else number
         return "go on" if plan.best(among) == number else "pause"
+
+    def _runs_whole_trials(self, past: Sequence[FrozenTrial]) -> bool:
+        """Tell whether the first trials train to their end, start points or not."""
+        return self._looks_are_long and sum(map(is_running, past)) <= _STRAIGHT
 
     def _plan_of(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
         """Return the plan; make it again only if the past has changed."""

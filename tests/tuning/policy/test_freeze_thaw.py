@@ -144,13 +144,15 @@ def test_a_first_trial_that_is_no_start_point_pauses():
 
 
 @pytest.mark.usefixtures("long_looks")
-@pytest.mark.parametrize(("reports", "straight"), [(8, 2), (16, 2), (32, 2), (51, 0)])
-def test_the_first_two_trials_train_to_their_end_where_a_first_look_takes_a_large_part_of_one(reports, straight):
+@pytest.mark.parametrize(
+    ("reports", "workers", "straight"), [(8, 1, 2), (16, 2, 2), (32, 1, 2), (51, 1, 0), (51, 2, 0), (16, 3, 0)]
+)
+def test_the_first_two_trials_train_to_their_end_where_looks_are_long_and_few_run(reports, workers, straight):
     policy = FreezeThaw(PolicyInputs(SPACE, reports, reports, 0))
     study = optuna.create_study()
     searcher = Searcher(study, SPACE, policy, sampler=make_sampler_of(inputs_of(0), "random"))
-    simulation = Simulation(searcher, lambda settings: (np.linspace(0.5, 0.4, reports), np.ones(reports)), 1, 0.0)
-    simulation.run((straight + 0.5) * reports)
+    simulation = Simulation(searcher, lambda settings: (np.linspace(0.5, 0.4, reports), np.ones(reports)), workers, 0.0)
+    simulation.run((straight / workers + 0.5) * reports)
     had = [len(trial.intermediate_values) for trial in study.trials]
     assert had[:straight] == [reports] * straight
     assert had[straight] < reports
