@@ -142,6 +142,10 @@ def run_timed(command: Sequence[str], seconds: float | None = None) -> tuple[int
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.terminate()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
     return process.returncode, time.monotonic() - began
 
 

@@ -607,7 +607,7 @@ class TestFinishing:
     def test_and_not_with_its_search(self, resumed, study, capsys):
         assert resumed("--concurrency=7") == (0, ["concluded", "finished"])
         assert read_spec(study).concurrency == 7
-        assert "the search is over, so only the finish continues; to search further, use" in capsys.readouterr().out
+        assert "the search is over, so only the finish continues; to search further, ra" in capsys.readouterr().out
 
     def test_and_says_what_it_passes_over(self, resumed, study, capsys, monkeypatch):
         write_spec(study, dataclasses.replace(read_spec(study), trials=9))

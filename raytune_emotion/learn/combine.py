@@ -37,7 +37,7 @@ from raytune_emotion.learn.predictions import half_of
 #: A class without probability is predicted at this, so that a logarithm is finite.
 _LEAST = 1e-12
 #: Training images that BatchNorm's statistics are estimated on, at most.
-_STATISTICS_ROWS = 512
+STATISTICS_ROWS = 512
 
 Rows = npt.NDArray[np.bool_]
 #: Of chosen members, by their numbers, what they predict together, [N, K].
@@ -182,7 +182,7 @@ def estimate_statistics(best: Best, train: Split, device: torch.device) -> Best:
         layer.reset_running_stats()
         layer.momentum = None  # every batch counts alike
         layer.train()
-    rows_N = np.random.default_rng(0).permutation(len(train))[:_STATISTICS_ROWS]
+    rows_N = np.random.default_rng(0).permutation(len(train))[:STATISTICS_ROWS]
     rows = np.array_split(rows_N, math.ceil(len(rows_N) / ROWS))  # of about the same length: none has one row alone
     with torch.no_grad(), exact_fp32():
         for batch in batches(train, rows, device):

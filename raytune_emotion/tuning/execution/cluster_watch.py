@@ -32,6 +32,8 @@ _NO_WORKER_S = 50.0
 _LOOK_S = 0.5
 #: Seconds that work on the cluster gets to end in order. Afterwards it ends with the session.
 _END_S = 30.0
+#: Results that may wait for their use, so that they do not fill the memory.
+_AHEAD = 64
 
 T = TypeVar("T")
 
@@ -124,25 +126,38 @@ class ClusterLost(Breakdown):
     """Report that the cluster has died or frozen. Finished files are complete, and the work can be resumed."""
 
 
-def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> Generator[T, None, None]:
+def iterate_watched(
+    reports: Generator[T, None, None], watch: ClusterWatch, end_s: float = _END_S
+) -> Generator[T, None, None]:
     """Iterate in a separate thread, so that this thread receives signals, and notices the death of the cluster.
+
+    Args:
+        reports: to iterate over, at most a few ahead of their use.
+        watch: of the cluster.
+        end_s: seconds that the thread gets for its end, if the caller stops early.
 
     Raises:
         ClusterLost: the cluster has died. The thread is abandoned.
     """
-    found: queue.Queue[T | BaseException | None] = queue.Queue()
+    found: queue.Queue[T | BaseException | None] = queue.Queue(_AHEAD)
     stop = threading.Event()
+
+    def put(item: T | BaseException | None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                found.put(item, timeout=_LOOK_S)
+                return
 
     def iterate() -> None:
         try:
             with contextlib.closing(reports):
                 for report in reports:
-                    found.put(report)
+                    put(report)
                     if stop.is_set():
                         break
-            found.put(None)
+            put(None)
         except BaseException as error:
-            found.put(error)
+            put(error)
 
     ended = run_in_thread("reports", iterate)
     try:
@@ -161,7 +176,7 @@ def iterate_watched(reports: Generator[T, None, None], watch: ClusterWatch) -> G
             yield item
     finally:
         stop.set()
-        ended.wait(0.0 if watch.failure() else _END_S)
+        ended.wait(0.0 if watch.failure() else end_s)
 
 
 @contextlib.contextmanager

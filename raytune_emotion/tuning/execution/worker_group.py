@@ -7,7 +7,6 @@ workers stay alive, and train one trial after the other on request. Only a faile
 import contextlib
 import json
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -27,7 +26,7 @@ from ray.util.queue import Empty, Queue
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import Report
-from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.atomic import scratch_folder, write_text
 from raytune_emotion.tuning.execution.job import DiskFull, InvalidForRun, Job, OutOfMemory, TrialFailed, train_on
 from raytune_emotion.tuning.execution.ray_patches import free_abandoned_groups, remove_group
 from raytune_emotion.tuning.execution.ray_train_patches import (
@@ -62,7 +61,8 @@ class Workers:
         self._messages = Queue(actor_options={"num_cpus": 0})
         self._scratch = Path(first.folder) / "ray_train"
         # Not in the trial's folder, because PyTorch interprets the path as a URL.
-        self._meeting = tempfile.TemporaryDirectory(prefix="raytune_emotion-")
+        self._ending = contextlib.ExitStack()
+        self._meeting = self._ending.enter_context(scratch_folder()) / "meeting"
         self._controller: Controller | None = None
         self._placement_group = ""
         resources = first.resources
@@ -87,7 +87,7 @@ class Workers:
         """Return how the workers connect. If no other machine can join, no other machine can reach them either."""
         if not ip_address(ray.util.get_node_ip_address()).is_loopback:  # type: ignore[no-untyped-call]
             return TorchConfig(backend=backend, timeout_s=_COLLECTIVE_S)
-        return LoopbackConfig(backend=backend, timeout_s=_COLLECTIVE_S, meeting=f"{self._meeting.name}/file")
+        return LoopbackConfig(backend=backend, timeout_s=_COLLECTIVE_S, meeting=str(self._meeting))
 
     def train(self, job: Job) -> Generator[Report, None, None]:
         """Train a job on the workers and yield its reports. Close the generator to stop the trial.
@@ -127,7 +127,7 @@ class Workers:
         for queue in (self._orders, self._messages):
             queue.shutdown(force=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
-        self._meeting.cleanup()
+        self._ending.close()
 
     def _receive(self, job: Job) -> Report | None:
         """Return the next report of a trial; None: it has ended."""

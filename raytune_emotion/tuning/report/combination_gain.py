@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.combine import js_of, list_compatible
+from raytune_emotion.learn.combine import STATISTICS_ROWS, js_of, list_compatible
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import PREDICTIONS
@@ -31,8 +31,8 @@ from raytune_emotion.tuning.study.spec import find_store, read_spec
 
 #: Models of a soup at most.
 _MIXED = 3
-#: A soup of so many models takes so many times as long as the mirror images: four mixtures, and their BatchNorm.
-_MIXTURES = 5
+#: Mixtures that are predicted for a soup of so many models, at most.
+_MIXTURES = 4
 #: For so long models are run at most: a report is no evaluation of its own.
 _MOST_SECONDS = 15.0
 _BATCH = 64
@@ -88,7 +88,9 @@ def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: 
         candidates = read_candidates(kept, find, _CPU)
         began = time.monotonic()
         mirrored_NK = _predict_mirrored(candidates, began + _MOST_SECONDS)
-        is_fast = mirrored_NK is not None and _MIXTURES * (time.monotonic() - began) < _MOST_SECONDS
+        # A mixture predicts as many images as the mirror took, after those for the statistics of its BatchNorm.
+        images = 1 + min(STATISTICS_ROWS, len(candidates.store.train)) / len(candidates.store.val)
+        is_fast = mirrored_NK is not None and _MIXTURES * images * (time.monotonic() - began) < _MOST_SECONDS
         found = [
             _ensemble(candidates, export_of_all),
             _soup(candidates, export_of_all, is_fast=is_fast),

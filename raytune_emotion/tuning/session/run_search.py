@@ -20,7 +20,7 @@ from raytune_emotion.terminal import announce, count, plain_console, typed_comma
 from raytune_emotion.tuning.session.search_inputs import NewStudy, check_new, check_resumed, list_obstacles
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.request import AUTO, SearchRequest
-from raytune_emotion.tuning.study.spec import StudySpec, spec_of
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, spec_of
 
 if TYPE_CHECKING:
     from raytune_emotion.tuning.execution.recorder import Watch
@@ -91,8 +91,8 @@ def _take_over(request: SearchRequest, place: Location) -> None:
         study = prepared.open_with(prepared.spec)
         left = "" if study.is_over() else ", without the remaining trials"
         plain_console().print(
-            f"study {place}: the search is over, so only the finish continues{left}; to search further, use --trials, "
-            f"--epochs, --time-budget or --until-gain"
+            f"study {place}: the search is over, so only the finish continues{left}; to search further, raise --trials "
+            f"or --epochs, or name another --time-budget or --until-gain"
         )
         if request.mlflow is not None:
             plain_console().print("--mlflow: applies only to a search, and is ignored here")
@@ -171,7 +171,8 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 if request.finish and any(record.best for record in study.records()):
                     write_text(study.folder / _SEARCHED, json.dumps(_limits(request)))
         except (KeyboardInterrupt, ClusterLost) as why:
-            if study is None:
+            # An interruption before the recorder has claimed a URI leaves no study there.
+            if study is None or place.read(SPEC) is None:
                 raise
             ended = why
         assert study is not None

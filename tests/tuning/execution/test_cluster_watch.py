@@ -181,3 +181,19 @@ def test_a_death_is_raised_though_reports_go_on():
     reports = iterate_watched(endless(), SimpleNamespace(failure=failure))
     with contextlib.closing(reports), pytest.raises(ClusterLost, match="frozen"):
         assert sum(itertools.islice(reports, 100)) < 100
+
+
+def test_results_wait_for_their_use(monkeypatch):
+    """Else those of a fast cluster fill the memory of a slow reader."""
+    made = []
+
+    def results():
+        for number in range(1000):
+            made.append(number)
+            yield number
+
+    watched = iterate_watched(results(), SimpleNamespace(failure=lambda: ""))
+    assert [next(watched) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.2)
+    assert len(made) < 100
+    assert [*watched] == [*range(3, 1000)]
