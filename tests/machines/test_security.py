@@ -19,6 +19,9 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_local_search_listens_on_loopback_alone_and_tells_no_secret(folder, search, monkeypatch, workers):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    # Those of a session that this process has.
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
     running = search("--workers-per-trial", workers)
     driver = psutil.Process(running.process.pid)
     processes = [driver, *driver.children(recursive=True)]
