@@ -34,15 +34,15 @@ from raytune_emotion.learn.evaluation import ROWS, predict_share
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.predictions import half_of
 
-#: A class without probability is predicted at this, so that a logarithm is finite.
+#: Smallest predicted probability, so that logarithms are finite.
 _LEAST = 1e-12
-#: Training images that BatchNorm's statistics are estimated on, at most.
+#: Largest number of training images for the statistics of BatchNorm.
 STATISTICS_ROWS = 512
 
 Rows = npt.NDArray[np.bool_]
-#: Of chosen members, by their numbers, what they predict together, [N, K].
+#: Returns the joint prediction of members with these numbers, [N, K].
 Predict = Callable[[tuple[int, ...]], Tensor]
-#: Choose members by the predictions of these rows.
+#: Chooses members by the predictions of these rows.
 Choose = Callable[[Rows], tuple[int, ...]]
 
 
@@ -64,7 +64,7 @@ def js_of(predicted_NK: Tensor, true_NK: Tensor) -> npt.NDArray[np.float64]:
 
 
 def choose_ensemble(predictions: Sequence[Tensor], true_NK: Tensor, rows: Rows, most: int) -> tuple[int, ...]:
-    """Choose the members of an ensemble: fewer than `most` where no other lowers the JS.
+    """Choose the members of an ensemble: fewer than `most` if no other model lowers the JS.
 
     Args:
         predictions: of each model, [N, K].
@@ -88,7 +88,7 @@ def choose_ensemble(predictions: Sequence[Tensor], true_NK: Tensor, rows: Rows, 
 
 
 def choose_soup(predict: Predict, count: int, true_NK: Tensor, rows: Rows) -> tuple[int, ...]:
-    """Choose the members of a soup: from the best model on, each is added unless the JS rises.
+    """Choose the members of a soup: starting with the best model, add each next one unless the JS rises.
 
     Args:
         predict: with the mean of the members' weights.
@@ -107,7 +107,7 @@ def choose_soup(predict: Predict, count: int, true_NK: Tensor, rows: Rows) -> tu
 
 
 def measure_gain(choose: Choose, predict: Predict, count: int, ids: Sequence[str], true_NK: Tensor) -> Gain | None:
-    """Measure what a combination brings, chosen on one half and measured on the other; None if a half is empty.
+    """Measure the gain of a combination that is chosen on one half and measured on the other; None if a half is empty.
 
     Args:
         choose: the members, by the rows of a half.
@@ -128,21 +128,21 @@ def measure_gain(choose: Choose, predict: Predict, count: int, ids: Sequence[str
 
 
 def mean_of(predictions: Sequence[Tensor]) -> Predict:
-    """Return what predicts with the mean of members' predictions."""
+    """Return a function that predicts with the mean of the members' predictions."""
     return lambda members: _mean_of(predictions, members)
 
 
 def predict_whole(best: Best, split: Split, device: torch.device) -> Tensor:
-    """Predict every image of a split with a checkpoint, on a device. Return [N, K], float64, on the CPU."""
+    """Predict all images of a split with a checkpoint, on a device. Return [N, K], float64, on the CPU."""
     logits_NK, _ = predict_share(load_model(best).to(device), split, device=device)
     return logits_NK.cpu().double().softmax(-1)
 
 
 class Soup:
-    """Mean weights of models of one backbone, and what they predict for validation. Each mixture is predicted once."""
+    """Mean weights of models of one backbone, and their predictions for validation. Each mixture is predicted once."""
 
     def __init__(self, bests: Sequence[Best], store: Store, known: Sequence[Tensor], device: torch.device) -> None:
-        """Take the models.
+        """Start without a mixture.
 
         Args:
             bests: their checkpoints, of one backbone, image size and list of classes.
@@ -170,7 +170,7 @@ class Soup:
 
 
 def estimate_statistics(best: Best, train: Split, device: torch.device) -> Best:
-    """Estimate the statistics of a checkpoint's BatchNorm layers, if it has any, on images that are not augmented.
+    """Estimate the statistics of a checkpoint's BatchNorm layers, if it has any, on images without augmentation.
 
     They are the mean over batches of training images, always the same ones. All other layers stay in evaluation mode.
     """
@@ -191,7 +191,7 @@ def estimate_statistics(best: Best, train: Split, device: torch.device) -> Best:
 
 
 def mean_weights(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Average the tensors of several models. Counters, which are integers, are those of the first."""
+    """Average the tensors of several models. Integer counters are copied from the first model."""
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0).to(tensor.dtype)
         if tensor.is_floating_point()
@@ -218,7 +218,7 @@ def _kind_of(best: Best) -> tuple[Any, ...]:
 
 
 def images_per_second(model: nn.Module, image_size: int, *, rows: int = 32, seconds: float = 1.0) -> float:
-    """Measure how many images a model from pixels to probabilities predicts in a second on this machine's CPU."""
+    """Measure the images per second of a model from pixels to probabilities on the CPU of this machine."""
     images_NHWC = torch.zeros(rows, image_size, image_size, 3, dtype=torch.uint8)
     with torch.inference_mode():
         model(images_NHWC)

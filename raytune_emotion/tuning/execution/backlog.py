@@ -1,4 +1,4 @@
-"""Know what is left to run of a study: the trials that wait for a process, and how many may begin."""
+"""The trials of a study that are still to run: those that wait for a process, and how many may begin."""
 
 import time
 from collections import deque
@@ -9,18 +9,18 @@ from raytune_emotion.tuning.policy.decisions import Limits
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Proposal, StudyTrial, list_trials
 
-#: Trials that may be paused at once, and the bytes of their checkpoints.
+#: Largest number of paused trials, and of bytes of their checkpoints.
 PAUSED_TRIALS, PAUSED_BYTES = 32, 16 * 2**30
 
-#: While other drivers run trials, a driver that has nothing to do asks so often for what they leave.
+#: Seconds between two questions of an idle driver whether other drivers have abandoned trials.
 _ASK_AGAIN_S = 2.0
 
 
 class Backlog:
-    """What is left to run of a study."""
+    """The trials of a study that are still to run."""
 
     def __init__(self, study: OpenStudy, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin without knowing of any trial."""
+        """Start with an empty backlog."""
         self._study, self._clock = study, clock
         self._running: dict[str, Proposal] = {}  # by this driver
         self._queue: deque[str] = deque()  # trials that ran, and go on in this driver
@@ -31,7 +31,7 @@ class Backlog:
         self._ask_again = clock()
 
     def look(self, ended: Collection[str]) -> tuple[list[StudyTrial], list[StudyTrial]]:
-        """Look at all trials anew. No other driver may begin or take up one meanwhile.
+        """Read all trials again. No other driver may begin or resume one meanwhile.
 
         Args:
             ended: trials that are known to have ended.
@@ -56,12 +56,12 @@ class Backlog:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nothing runs or is left to run, and no other driver runs what could be left to this one."""
+        """Tell whether no trial runs or can run here, and no other driver runs a trial."""
         return self._rests and not self._elsewhere
 
     @property
     def waits(self) -> bool:
-        """Tell whether nothing runs here, and nothing is to be done until other drivers leave something."""
+        """Tell whether no trial runs or can run here, but other drivers run trials."""
         return self._rests and self._elsewhere > 0
 
     @property
@@ -70,7 +70,7 @@ class Backlog:
 
     @property
     def has_queue(self) -> bool:
-        """Tell whether a trial that ran waits to go on in this driver."""
+        """Tell whether an interrupted trial waits to continue in this driver."""
         return bool(self._queue)
 
     @property
@@ -80,31 +80,31 @@ class Backlog:
 
     @property
     def limits(self) -> Limits:
-        """Return what the study allows now."""
+        """Return the present limits of the study."""
         largest = max(self._paused.values(), default=0)
         most = min(PAUSED_TRIALS, max(1, PAUSED_BYTES // largest)) if largest else PAUSED_TRIALS
         return Limits(new=self._begun < self._study.spec.trials, paused=most)
 
     def count_open(self) -> int:
-        """Return how many trials could run here at once, if there were room for all: none of them has ended."""
+        """Return the number of trials that have not ended, and could run here if there were room for all."""
         begun = len(self._running) + len(self._queue) + len(self._paused)
         return begun + max(0, self._study.spec.trials - self._begun)
 
     def requeue(self, trial_id: str) -> None:
-        """Have a trial that nobody runs any more go on in this driver, after those that wait already."""
+        """Queue an abandoned trial, so that it continues in this driver after those that wait already."""
         self._queue.append(trial_id)
 
     def give_back(self, trial_id: str) -> None:
-        """Have a running trial go on in another process of this driver, before any other."""
+        """Queue a running trial first, so that it continues in another process of this driver."""
         del self._running[trial_id]
         self._queue.appendleft(trial_id)
 
     def take(self) -> str | None:
-        """Take the first trial from the queue; None where it is empty."""
+        """Return the first trial of the queue, and remove it; None if the queue is empty."""
         return self._queue.popleft() if self._queue else None
 
     def note_answer(self, answer: Proposal | None) -> None:
-        """Note what the policy has to run; None: nothing for now."""
+        """Note the answer of the policy; None if it has nothing to run now."""
         if answer is None:
             self._idle, self._ask_again = True, self._clock() + _ASK_AGAIN_S
             return
@@ -116,11 +116,11 @@ class Backlog:
         self._running[proposal.trial_id] = proposal
 
     def proposal_of(self, trial_id: str) -> Proposal:
-        """Return what a trial that runs here was begun with."""
+        """Return the proposal of a trial that runs here."""
         return self._running[trial_id]
 
     def wake(self) -> None:
-        """Note that something has happened here, so that the policy may have something to run."""
+        """Note an event here, after which the policy may have a trial to run."""
         self._idle = False
 
     def pause(self, trial_id: str) -> None:
@@ -136,5 +136,5 @@ class Backlog:
         self._paused.pop(trial_id, None)
 
     def paused(self) -> list[str]:
-        """Return the trials that are paused, if no other driver could take them up."""
+        """Return the paused trials, if no other driver could resume them."""
         return [] if self._elsewhere else [*self._paused]

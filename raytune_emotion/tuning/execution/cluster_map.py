@@ -37,6 +37,7 @@ def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     with contextlib.ExitStack() as stack:
 
         def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+            # Before it waits for the tasks, the thread finishes the one whose result it is waiting for.
             results = iterate_watched(_results(function, tasks), watch, 4 * _END_S)
             return stack.enter_context(contextlib.closing(results))
 

@@ -1,4 +1,4 @@
-"""Record what becomes of a study's trials, and decide what runs next. Knows nothing of Ray.
+"""Record the results of a study's trials, and decide what runs next, without Ray.
 
 Whoever runs trials calls `next` for each free place, `report` for each report and `end` for a trial that failed. Nobody
 else writes the record of a running study.
@@ -42,7 +42,7 @@ from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import Tables
 from raytune_emotion.tuning.study.trials import trial_id_of
 
-#: So many trials that fail one after the other end a study.
+#: Number of consecutive failed trials that ends a study.
 MAX_FAILURES_IN_A_ROW = 10
 
 _STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
@@ -54,7 +54,7 @@ _STATUS: dict[type, Status] = {Complete: "complete", Pruned: "pruned", Failed: "
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a trial, for whoever watches."""
+    """An event of a trial, for watches."""
 
     proposal: Proposal
     status: Status
@@ -65,7 +65,7 @@ class Event:
 
     @property
     def worker(self) -> str:
-        """Name the process that has sent the report, `host:pid`; empty where it is not known."""
+        """Return the process that sent the report, as `host:pid`; an empty string if it is unknown."""
         sent: Mapping[str, object] = self.report or {}
         return f"{sent['host']}:{sent['pid']}" if "host" in sent and "pid" in sent else ""
 
@@ -89,7 +89,7 @@ class Recorder:
         until_gain: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take up the record where it was left. No trial begins once less than `until_gain` is expected."""
+        """Continue the record. No trial begins once the expected gain is below `until_gain`."""
         self._study, self._watch, self._lock = study, watch, threading.RLock()
         inputs = _inputs_of(study)
         self._tables, self._weights = Tables(study), _Weights(study)
@@ -103,7 +103,7 @@ class Recorder:
         self._run_or_break(self._take_up, None)
 
     def _take_up(self) -> None:
-        """Take up what an earlier session has left."""
+        """Continue the trials of an earlier session."""
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
             self._study.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: it marks a study
@@ -114,7 +114,7 @@ class Recorder:
         self._gain.update()
 
     def _look_around(self, stopped: Collection[str] | None = None) -> None:
-        """Take in what other drivers have ended. Queue what nobody runs: at the start all of it, later one trial."""
+        """Read the trials that other drivers have ended. Queue abandoned trials: at the start all, later one."""
         self._searcher.finish_asking()
         ended_elsewhere, abandoned = self._backlog.look({record.trial_id for record in self._tables.ended})
         for trial in ended_elsewhere:
@@ -140,12 +140,12 @@ class Recorder:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether no trial runs, and none is left to run now."""
+        """Tell whether no trial runs and none can run now."""
         return bool(self.broken) or self._closed or self._backlog.is_over
 
     @property
     def waits(self) -> bool:
-        """Tell whether there is nothing to do here until other drivers leave something."""
+        """Tell whether this driver waits for trials of other drivers."""
         return self._backlog.waits
 
     @property
@@ -158,11 +158,11 @@ class Recorder:
         return self._backlog.count_open()
 
     def next(self) -> Proposal | None:
-        """Begin a trial, or take one up; None where there is nothing to run for now."""
+        """Begin or resume a trial; return None if there is nothing to run now."""
         return self._run_or_break(self._next, None)
 
     def report(self, trial_id: str, report: DriverReport) -> bool:
-        """Record a report. Returns whether the trial goes on; if not, its ending, or its pause, is recorded."""
+        """Record a report. Return whether the trial continues; if not, its ending or its pause is recorded."""
         return self._run_or_break(lambda: self._report(self._backlog.proposal_of(trial_id), report), False)
 
     def end(self, trial_id: str, ending: Failed | Broken) -> None:
@@ -170,7 +170,7 @@ class Recorder:
         self._run_or_break(lambda: self._end(self._backlog.proposal_of(trial_id), ending, None), None)
 
     def give_back(self, trial_id: str) -> None:
-        """Have a running trial go on in another process: it is the next one that `next` returns."""
+        """Let a running trial continue in another process: `next` returns it first."""
         self._run_or_break(lambda: self._backlog.give_back(trial_id), None)
 
     def write_in_time(self) -> None:
@@ -178,13 +178,13 @@ class Recorder:
         self._run_or_break(self._tables.write_in_time, None)
 
     def check(self) -> None:
-        """End the study here if its other drivers take this one for dead: its trials may be theirs by now."""
+        """Stop here if the other drivers consider this one dead, because they may have taken its trials."""
         if fault := self._study.drivers.failure():
             with self._lock:
                 self.broken = self.broken or fault
 
     def close(self) -> None:
-        """Write the tables; from here on nothing is recorded. Where the study is over, paused trials end as pruned.
+        """Write the tables, and record nothing any more. If the study is over, its paused trials end as pruned.
 
         Raises:
             Breakdown: why the study cannot go on, and how it is resumed.
@@ -195,7 +195,7 @@ class Recorder:
             if not self.broken:
                 self._run_or_break(self._tables.write, None)
             elif isinstance(self.error, _StudyEnds):
-                # The record is whole, but the disk may be full, or the URI away.
+                # The record is complete, but the disk may be full, or the URI unreachable.
                 with contextlib.suppress(OSError, Breakdown):
                     self._tables.write()
             self._closed = True
@@ -212,7 +212,7 @@ class Recorder:
             try:
                 return action()
             except Exception as error:
-                # Raised here it would reach whoever runs trials, which takes it for a failure of the trial.
+                # If it were raised here, Ray Tune would take it for a failure of the trial.
                 self.broken, self.error = _reason(error, self._study), error
                 return otherwise
 
@@ -226,7 +226,7 @@ class Recorder:
         return proposal
 
     def _ask(self) -> Proposal | None:
-        """Find what takes a free place; no other driver of the study does so at the same time."""
+        """Choose the trial for a free place, while no other driver of the study chooses."""
         with self._study.drivers.turn("trials"):
             if self._study.drivers.own is not None:
                 self._look_around()
@@ -240,7 +240,7 @@ class Recorder:
     def _report(self, proposal: Proposal, report: DriverReport) -> bool:
         new = self._searcher.observe(proposal.trial_id, report)
         self._backlog.wake()
-        # A report that is heard twice, as after the death of a process, decides nothing.
+        # A report that arrives twice, as after the death of a process, leads to no decision.
         asks = new and not report["finished"]
         decision = self._searcher.decide(proposal.trial_id, report, self._backlog.limits) if asks else "go on"
         ending = Complete() if report["finished"] else _ENDINGS[decision]
@@ -252,10 +252,10 @@ class Recorder:
         return ending is None
 
     def _end(self, proposal: Proposal, ending: Ending, report: DriverReport | None) -> None:
-        """Record an ending: the one place that does."""
+        """Record an ending. All endings are recorded here."""
         trial_id = proposal.trial_id
         if isinstance(ending, Broken):
-            # Not told to Optuna: the trial goes on when the study does.
+            # Optuna is not told, because the trial continues when the study is resumed.
             raise _StudyEnds(ending.reason)
         status, reason = _STATUS[type(ending)], getattr(ending, "reason", "")
         if isinstance(ending, Paused):
@@ -287,23 +287,23 @@ def _what_next(study: OpenStudy, in_place: bool) -> str:
 
 
 def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:
-    """Say how a trial ended that another driver ran."""
+    """Return the event of a trial that another driver has ended."""
     proposal = Proposal(trial.trial_id, trial.settings, trial.continues)
     last = record.reports[-1] if record.reports else None
     return Event(proposal, trial.status, last, trial.reason, gain, elsewhere=True)
 
 
 def _unrecorded_ending(record: TrialRecord, *, stopped: bool) -> Complete | Pruned | None:
-    """Return how a trial ended whose driver ended before it could record that; None if the trial goes on."""
+    """Return the ending that a dead driver did not record; None if the trial has not ended."""
     finished = bool(record.reports) and record.reports[-1]["finished"]
-    # What has finished may be the trial that it goes on from.
+    # The finished report may be that of the trial that this one continues.
     if finished and record.continues is None:
         return Complete()
     return Pruned() if stopped and not finished else None
 
 
 def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
-    """Give a trial that goes on from another what that has reached, unless it has begun.
+    """Copy the checkpoint of the continued trial to the trial that continues it, unless that has begun.
 
     Returns:
         Why it starts anew instead; empty where it does not.
@@ -323,7 +323,7 @@ def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
 
 
 class _Weights:
-    """Delete the weights that nobody needs any more."""
+    """Delete the weights that are not needed any more."""
 
     def __init__(self, study: OpenStudy) -> None:
         self._study = study
@@ -341,7 +341,7 @@ class _Weights:
 
 
 class _StudyEnds(Breakdown):
-    """The study cannot go on, though its record is whole."""
+    """Report that the study cannot continue, although its record is complete."""
 
 
 def _reason(error: Exception, study: OpenStudy) -> str:

@@ -1,4 +1,4 @@
-"""Name the attributes that this project gives to Optuna's trials, and tell by them how a trial stands."""
+"""The attributes that this project sets on Optuna's trials, and what follows from them."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ START = "start"  # whether it is a start point of the study's space
 CONTINUES = "continues"  # the trial that it goes on from
 CONFIRMS = "confirms"  # of a confirmation: the trial of the other study that had its configuration first
 REASON = "reason"  # why it failed
-#: Attribute of an Optuna study: the expected further gain, as bits and seconds.
+#: Attribute of an Optuna study: the expected further gain, in bits and seconds.
 GAIN = "expected_gain"
 
 
@@ -25,7 +25,7 @@ def is_running(trial: FrozenTrial) -> bool:
 
 
 def is_paused(trial: FrozenTrial) -> bool:
-    """Tell whether a trial has left its process, and can be taken up again."""
+    """Tell whether a trial is paused, so that it can be resumed."""
     return trial.state == TrialState.RUNNING and bool(trial.user_attrs.get(PAUSED))
 
 
@@ -35,12 +35,12 @@ def count_reports(trial: FrozenTrial) -> int:
 
 
 def reports_left(trial: FrozenTrial, reports: int) -> int:
-    """Return how many of the reports of a whole trial are left to one that has not ended: at least one."""
+    """Return the number of reports that a trial lacks to its end, at least one."""
     return max(1, reports - count_reports(trial))
 
 
 def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
-    """Return a trial as it would be recorded if it paused now, after seconds of training where they are known.
+    """Return a trial as it would be recorded if it paused now, with its seconds of training if they are known.
 
     What is recorded of a trial that runs are the seconds until it last paused, and it has reported since.
     """
@@ -51,5 +51,5 @@ def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
 
 
 def best_js(trial: FrozenTrial) -> float:
-    """Return the lowest validation JS that a trial has reported, bits; infinite where it has not."""
+    """Return the lowest validation JS that a trial has reported, bits; infinity before its first report."""
     return min(trial.intermediate_values.values(), default=math.inf)

@@ -1,4 +1,4 @@
-"""Measure what an ensemble, a soup, and the mirror image would bring to a study, as far as that takes little time."""
+"""Measure the gain of an ensemble, a soup and mirror images for a study, as far as that is quick."""
 
 import functools
 import time
@@ -29,20 +29,20 @@ from raytune_emotion.tuning.study.combination import (
 from raytune_emotion.tuning.study.records import TrialRecord
 from raytune_emotion.tuning.study.spec import find_store, read_spec
 
-#: Models of a soup at most.
+#: Largest number of models of a soup here.
 _MIXED = 3
-#: Mixtures that are predicted for a soup of so many models, at most.
+#: Largest number of mixtures to predict for a soup of so many models.
 _MIXTURES = 4
-#: For so long models are run at most: a report is no evaluation of its own.
+#: Longest time for which a report runs models, seconds.
 _MOST_SECONDS = 15.0
 _BATCH = 64
-#: A GPU is left to trials: those of this study's confirmation run while the process of the search lives.
+#: The GPU is left to trials: those of a confirmation run while the process of the search is alive.
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Brought:
-    """What one way to use the kept trials would bring."""
+class MeasuredCombination:
+    """The gain of one way to use the kept trials."""
 
     way: str
     measured_on: str
@@ -62,13 +62,15 @@ class Brought:
 HEADINGS = (
     "combination", "measured on", "best single model, bits", "combination, bits", "gain, bits", "cost", "command",
 )  # fmt: skip
-#: Those of them whose cells are words.
+#: Headings of columns of text.
 TEXTS = ("combination", "measured on", "cost", "command")
 _UNSEEN, _ALL = "the half that did not choose, for each half", "the whole validation set"
 
 
-def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: bool = True) -> list[Brought]:
-    """Measure what each way would bring; say of those that would take long that they are not measured.
+def measure_combinations(
+    folder: Path, records: Sequence[TrialRecord], *, here: bool = True
+) -> list[MeasuredCombination]:
+    """Measure the gain of each way. A way that would take long gets a row that says so.
 
     Args:
         folder: of the study.
@@ -81,14 +83,14 @@ def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: 
     with_weights = list_kept(folder, records)
     kept = [(name, trial) for name, trial in with_weights if (trial / PREDICTIONS).exists()]
     export = f"raytune-emotion export {shell_word(folder)}" if here else ""
-    # Where nobody names a trial, all that have weights are chosen from.
+    # Without `--trial`, the command chooses among all trials with weights.
     export_of_all = export if len(kept) == len(with_weights) else ""
     try:
         find = functools.partial(find_store, read_spec(folder), fetch=False)
         candidates = read_candidates(kept, find, _CPU)
         began = time.monotonic()
         mirrored_NK = _predict_mirrored(candidates, began + _MOST_SECONDS)
-        # A mixture predicts as many images as the mirror took, after those for the statistics of its BatchNorm.
+        # A mixture predicts the validation set, after the images for the statistics of its BatchNorm.
         images = 1 + min(STATISTICS_ROWS, len(candidates.store.train)) / len(candidates.store.val)
         is_fast = mirrored_NK is not None and _MIXTURES * images * (time.monotonic() - began) < _MOST_SECONDS
         found = [
@@ -96,21 +98,21 @@ def measure_combinations(folder: Path, records: Sequence[TrialRecord], *, here: 
             _soup(candidates, export_of_all, is_fast=is_fast),
             _mirror(candidates, export, mirrored_NK),
         ]
-        return [brought for brought in found if brought is not None]
+        return [each for each in found if each is not None]
     except (UserError, OSError, RuntimeError):
         return []
 
 
-def _ensemble(candidates: Candidates, export: str) -> Brought | None:
+def _ensemble(candidates: Candidates, export: str) -> MeasuredCombination | None:
     chosen = combine_ensemble(candidates, MEMBERS)
     if len(candidates.trial_ids) == 1:
         return None
     members = len(chosen.members)
     command = f"{export} ensemble --ensemble {members}" if export else ""
-    return _brought("ensemble", chosen, f"{members} times the time", command)
+    return _measured("ensemble", chosen, f"{members} times the time", command)
 
 
-def _soup(candidates: Candidates, export: str, *, is_fast: bool) -> Brought | None:
+def _soup(candidates: Candidates, export: str, *, is_fast: bool) -> MeasuredCombination | None:
     compatible = list_compatible(candidates.bests)
     few = candidates.only(compatible[:_MIXED])
     if len(few.trial_ids) == 1:
@@ -120,27 +122,29 @@ def _soup(candidates: Candidates, export: str, *, is_fast: bool) -> Brought | No
         return _not_measured("mean weights", "none", command)
     chosen, _ = combine_soup(few, _CPU)
     # `export --soup` chooses among all models that can be averaged.
-    return _brought("mean weights", chosen, "none", command if len(few.trial_ids) == len(compatible) else "")
+    return _measured("mean weights", chosen, "none", command if len(few.trial_ids) == len(compatible) else "")
 
 
-def _brought(what: str, chosen: Combination, cost: str, command: str) -> Brought | None:
+def _measured(what: str, chosen: Combination, cost: str, command: str) -> MeasuredCombination | None:
     if chosen.gain is None:
         return None
     if len(chosen.members) == 1:
         what, cost, command = f"{what}: no other trial helps {chosen.trial_ids[0]}", "", ""
     else:
         what = f"{what} of {', '.join(chosen.trial_ids)}"
-    return Brought(what, _UNSEEN, chosen.gain.single, chosen.gain.combined, cost, command)
+    return MeasuredCombination(what, _UNSEEN, chosen.gain.single, chosen.gain.combined, cost, command)
 
 
-def _not_measured(what: str, cost: str, command: str) -> Brought:
-    return Brought(what, f"not measured: would take longer than {_MOST_SECONDS:g} s", None, None, cost, command)
+def _not_measured(what: str, cost: str, command: str) -> MeasuredCombination:
+    return MeasuredCombination(
+        what, f"not measured: would take longer than {_MOST_SECONDS:g} s", None, None, cost, command
+    )
 
 
-def _mirror(candidates: Candidates, export: str, mirrored_NK: Tensor | None) -> Brought:
-    """Measure the mean over images and their mirror images; None: to predict these takes too long."""
+def _mirror(candidates: Candidates, export: str, mirrored_NK: Tensor | None) -> MeasuredCombination:
+    """Measure the mean of the predictions of images and mirror images."""
     trial_id = candidates.trial_ids[0]
-    # What lies in `best` may be another trial, as after a confirmation.
+    # The folder `best` may hold another trial, as after a confirmation.
     dest = f"trial_{trial_id}"
     command = f"{export} {dest} --trial {trial_id} && raytune-emotion predict --mirror {dest} FACE.jpg"
     what, cost, command = f"mirror image, trial {trial_id}", "2 times the time", command if export else ""
@@ -149,11 +153,11 @@ def _mirror(candidates: Candidates, export: str, mirrored_NK: Tensor | None) -> 
     plain_NK, targets = candidates.predictions[0], candidates.targets
     both_NK = (plain_NK + mirrored_NK) / 2
     single, combined = (float(js_of(predicted_NK, targets).mean()) for predicted_NK in (plain_NK, both_NK))
-    return Brought(what, _ALL, single, combined, cost, command)
+    return MeasuredCombination(what, _ALL, single, combined, cost, command)
 
 
 def _predict_mirrored(candidates: Candidates, until: float) -> Tensor | None:
-    """Predict the mirror images of the validation set with the best model, [N, K]; None where that takes too long."""
+    """Predict the mirror images of the validation set with the best model, [N, K]; None if that takes too long."""
     model, split = load_model(candidates.bests[0]), candidates.store.val
     parts = []
     with torch.inference_mode(), exact_fp32():

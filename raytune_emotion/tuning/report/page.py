@@ -21,7 +21,7 @@ from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
 from raytune_emotion.tuning.report.combination_gain import HEADINGS as COMBINATIONS
 from raytune_emotion.tuning.report.combination_gain import TEXTS as COMBINATION_TEXTS
-from raytune_emotion.tuning.report.combination_gain import Brought, measure_combinations
+from raytune_emotion.tuning.report.combination_gain import MeasuredCombination, measure_combinations
 from raytune_emotion.tuning.report.importance import MIN_TRIALS
 from raytune_emotion.tuning.report.page_data import (
     COSTS,
@@ -132,7 +132,7 @@ def _render(
     leader: TrialRecord | None,
     found: Sequence[ConfirmedConfiguration],
     predictions: Predictions | str,
-    combinations: Sequence[Brought],
+    combinations: Sequence[MeasuredCombination],
     gain: Gain | None,
     rivals: Sequence[str],
     *,
@@ -264,7 +264,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 
 def _contents(
-    data: StudyData, predictions: Predictions | str, combinations: Sequence[Brought]
+    data: StudyData, predictions: Predictions | str, combinations: Sequence[MeasuredCombination]
 ) -> list[tuple[str, str]]:
     best, axes, closer = data.winner is not None, bool(data.axes), not isinstance(predictions, str)
     there = {
@@ -340,7 +340,7 @@ def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
     return tables
 
 
-def _table_of_combinations(combinations: Sequence[Brought]) -> dict[str, str]:
+def _table_of_combinations(combinations: Sequence[MeasuredCombination]) -> dict[str, str]:
     """Return the gains of combinations as CSV; an empty dict if none was measured."""
     return {"combinations": pd.DataFrame(combinations).to_csv(index=False)} if combinations else {}
 

@@ -10,7 +10,7 @@ from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
 
-#: Ray forgets a gauge that was not set for a minute: so do the charts, once a trial has ended.
+#: Ray drops a gauge after a minute without an update. So the values of an ended trial leave the charts.
 _EVERY_S = 5.0
 
 #: Name: what it says, and its tags. Ray writes `ray_` before each name.

@@ -1,6 +1,6 @@
 """Finish a study: confirm its best configurations, train the winner longer, combine models where that helps, export.
 
-Every step can be repeated: what an interrupted one has reached is kept, and it goes on from there.
+Every step can be repeated. An interrupted step keeps its results and continues from there.
 """
 
 import functools
@@ -38,27 +38,27 @@ from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import find_store
 
-#: Folders of the final fits, each named by its trial, and of the final export in the folder of a study.
+#: Folder of the final fits, each in a folder with the id of its trial; and folder of the final export.
 FINAL, FINISHED = "final", "finished"
-#: Configurations and seeds that are confirmed.
+#: Number of configurations to confirm, and of seeds for each.
 TOP, SEEDS = 3, 3
-#: The final fit trains this many times the epochs of a trial.
+#: Epochs of the final fit, as a multiple of those of a trial.
 LONGER = 2
-#: Rows of a micro-batch that a GPU of the final fit has at least: BatchNorm takes its statistics of them.
+#: Smallest micro-batch per GPU in the final fit, because BatchNorm estimates its statistics from it.
 _LEAST_ROWS = 16
 #: Key of the steps in `metrics.json`.
 STEPS = "finish_steps"
-#: How the JS of a step is measured, in words.
+#: Description of how the JS of a step is measured.
 _MEASURED = (
     "Each combination, and each choice among the models, was made on one half of the validation set and measured on "
     "the other, both ways round. The trials, their epochs and the confirmed winner were selected on the whole set. The "
-    "export is what has the lowest of these numbers."
+    "export is the model with the lowest of these numbers."
 )
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the way, and what the best model after it reaches."""
+    """A step of a finish, and the JS of the best model after it."""
 
     name: str
     js: float | None  # bits, on the half that did not choose; None: not measured
@@ -67,18 +67,18 @@ class Step:
 
     @property
     def gain(self) -> float | None:
-        """Return by how much the step lowers the JS, bits."""
+        """Return the decrease of the JS by the step, bits."""
         return None if self.js is None or self.before is None else self.before - self.js
 
     @property
     def cells(self) -> list[str]:
-        """Return the row of a table for people."""
+        """Return the cells of the step in the printed table."""
         what = f"{self.name}: failed ({self.failure})" if self.failure else self.name
         return [what, *("" if number is None else f"{number:.4f}" for number in (self.js, self.gain))]
 
     @property
     def entry(self) -> dict[str, Any]:
-        """Return what `metrics.json` says of the step."""
+        """Return the entry of the step in `metrics.json`."""
         return {"step": self.name, "js": self.js, "gain": self.gain, "failure": self.failure}
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Step:
 def finish_study(folder: Path, address: str | None) -> None:
     """Finish a study that has been searched, and export its best model.
 
-    A final fit that fails, and a format that cannot be written, are noted among the steps.
+    A failed final fit and a failed pt2 file of an ensemble are noted among the steps.
 
     Args:
         folder: of the study.
@@ -97,7 +97,7 @@ def finish_study(folder: Path, address: str | None) -> None:
 
     Raises:
         UserError: no trial has reported, or the data are gone.
-        KeyboardInterrupt: it was interrupted, and goes on when it is called again.
+        KeyboardInterrupt: it was interrupted; another call continues it.
     """
     console = plain_console()
     run_confirmation(ConfirmRequest(study=Folder(folder), top=TOP, seeds=SEEDS, address=address), advise=False)
@@ -108,12 +108,11 @@ def finish_study(folder: Path, address: str | None) -> None:
 
     searched = list_kept(folder, study.records())
     confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
-    # Also that of an earlier winner, and one that failed after its first evaluation.
+    # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.
     fits = [(f"{FINAL}/{best.parent.name}", best.parent) for best in sorted((folder / FINAL).glob(f"*/{BEST}"))]
-    groups = read_groups(
-        [*searched, *confirmed, *fits], functools.partial(find_store, study.spec, fetch=True), find_device()
-    )
-    names = [name for name, _ in (*searched, *confirmed, *fits)]
+    trials = [*searched, *confirmed, *fits]
+    groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), find_device())
+    names = [name for name, _ in trials]
     ends = (len(searched), len(searched) + len(confirmed), len(names))
     first, second, third = (_unseen_js(groups, names[:end]) for end in ends)
     steps = [
@@ -129,10 +128,10 @@ def finish_study(folder: Path, address: str | None) -> None:
 
 
 def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | None) -> str:
-    """Train the configuration of a trial for longer on all GPUs, or go on with that.
+    """Train the configuration of a trial for longer on all GPUs, or continue that training.
 
     Returns:
-        Why it failed; empty where it did not.
+        The reason if it failed; otherwise an empty string.
     """
     settings = {**study.spec.settings(study.record(trial_id).settings), "train.epochs": epochs}
     store = open_store(study.spec.stores[RunConfig.from_flat(settings).data.image_size])
@@ -142,7 +141,7 @@ def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | Non
     gpus = 0 if share == 0 else _count_gpus(address)
     most = min(config.train.batch_size, len(store.train)) // (_LEAST_ROWS * config.train.accumulate)
     workers = Workers(max(1, min(gpus, most)), None if share is None else float(math.ceil(share)), address)
-    # One folder for each: a study that goes on may have another winner.
+    # Each winner has a folder of its own, because a resumed study may have another winner.
     fit = study.folder / FINAL / trial_id
     try:
         train_single(fit, config, store, workers, fresh=not is_taken(fit), advise=False)
@@ -164,11 +163,11 @@ def _count_gpus(address: str | None) -> int:
 
 
 def _unseen_js(groups: Sequence[Candidates], names: Collection[str]) -> float | None:
-    """Return the JS of the best single one of some models, on images that did not choose it.
+    """Return the JS of the best of some models, on images that were not used to choose it.
 
     Args:
-        groups: all models, those of one image size together: only such can be combined, but all can be compared.
-        names: of the models.
+        groups: all models, grouped by image size. Models of one group can be combined; all can be compared.
+        names: names of the models to compare.
     """
     predictions = [
         predicted_NK
@@ -195,13 +194,13 @@ def _name_members(found: Combination, what: str) -> str:
 
 
 def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step]) -> Sequence[Step]:
-    """Export an ensemble, a soup, or the best single model: what is best where it was not chosen.
+    """Export the best of ensemble, soup and single model, by the JS on images that were not used to choose it.
 
     Args:
         dest: the folder.
-        candidates: the models of the best one's image size.
-        study: its name.
-        steps: until now, the last of which compares single models.
+        candidates: models with the image size of the best one.
+        study: name of the study.
+        steps: earlier steps; the last one compares single models.
 
     Returns:
         All steps.
@@ -210,7 +209,7 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
     ensemble, (soup, mixed) = combine_ensemble(candidates, MEMBERS), combine_soup(candidates, find_device())
     found = {"soup": soup, "ensemble": ensemble}
     steps = [*steps, *(Step(_name_members(its, what), its.js, single) for what, its in found.items())]
-    # A combination of one member is a single model, and no reason to leave the other combination out.
+    # A combination with one member is a single model. The other combination may still be better.
     js = {what: its.js for what, its in found.items() if its.js is not None and len(its.members) > 1}
     best = min(js, key=js.__getitem__, default=None)
     if best is None or single is None or js[best] >= single:
@@ -226,17 +225,17 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
         try:
             write_ensemble(dest, ensemble, study, ["pt2"], [_describe(steps)], _entries(steps))
         except FormatError as error:
-            # Its weights, which `predict` loads, are enough.
+            # `predict` only needs the weights.
             steps = [*steps, Step("the ensemble as pt2", None, failure=error.reason)]
             write_ensemble(dest, ensemble, study, [], [_describe(steps)], _entries(steps))
     return steps
 
 
 def _describe(steps: Sequence[Step]) -> str:
-    """Return the sentences on the way to a model for its card."""
+    """Return the sentences about the steps for the model card."""
     return f"The way to this model, by its JS in bits: {'; '.join(map(str, steps))}. {_MEASURED}"
 
 
 def _entries(steps: Sequence[Step]) -> dict[str, Any]:
-    """Return what `metrics.json` says of the way to a model."""
+    """Return the entries of the steps in `metrics.json`."""
     return {STEPS: [step.entry for step in steps]}

@@ -1,4 +1,4 @@
-"""Choose which kept trials of a study together are better than its best: an ensemble, or a soup."""
+"""Choose kept trials of a study for an ensemble or a soup that is better than the best trial."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -27,16 +27,16 @@ from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
 from raytune_emotion.tuning.study.trials import DATA
 
-#: Members of an ensemble at most, where nobody says how many.
+#: Largest number of members of an ensemble, by default.
 MEMBERS = 3
 
-#: Find the packed data with a fingerprint: they may have moved since a trial was trained. None: they are not there.
+#: Finds the packed data of a fingerprint, which may have moved since the training; None if they are not there.
 FindStore = Callable[[str], Store | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Trials whose weights are kept, the best first, with what each predicts for the validation split."""
+    """Trials whose weights are kept, the best first, with their predictions of the validation split."""
 
     trial_ids: tuple[str, ...]
     bests: tuple[Best, ...]
@@ -49,7 +49,7 @@ class Candidates:
         return torch.from_numpy(self.store.val.prob_NK.copy()).double()
 
     def only(self, numbers: Sequence[int]) -> "Candidates":
-        """Return some of them."""
+        """Return the candidates with these numbers."""
         return Candidates(
             tuple(self.trial_ids[number] for number in numbers),
             tuple(self.bests[number] for number in numbers),
@@ -60,7 +60,7 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """Trials that were chosen to be combined, and what that brings."""
+    """Trials that were chosen to be combined, and the gain of that."""
 
     candidates: Candidates
     members: tuple[int, ...]  # numbers of candidates, the best first
@@ -73,7 +73,7 @@ class Combination:
         return [self.candidates.trial_ids[number] for number in self.members]
 
     def sentence(self, what: str) -> str:
-        """Say what the combination brings."""
+        """Describe the gain of the combination."""
         if self.gain is None:
             return f"What the {what} brings was not measured: there are too few validation images."
         return (
@@ -84,14 +84,17 @@ class Combination:
 
     @property
     def js(self) -> float | None:
-        """Return the JS on the half that did not choose, bits; None: not measured. A member alone is a single model."""
+        """Return the JS on the half that did not choose, bits; None if not measured.
+
+        A lone member counts as a single model.
+        """
         if self.gain is None:
             return None
         return self.gain.combined if len(self.members) > 1 else self.gain.single
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Return the metrics on the whole validation set, with the size of one member and what the combination brings.
+        """Return the metrics on the whole validation set, with the size of one member and the gain of the combination.
 
         What a report of a run says of its training is left out: each member had its own.
         """
@@ -110,7 +113,7 @@ class Combination:
 
 
 def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
-    """Copy the models that a report looks at into the folder of a study, if its weights lie elsewhere.
+    """Copy the models that a report needs into the folder of a study, if its weights are elsewhere.
 
     They are those of trials that have reported and not failed.
 
@@ -131,7 +134,7 @@ def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:
-    """List the trials of a study that can be combined: those with weights that have not failed. Each with its folder.
+    """List the trials of a study that can be combined, with their folders: those that have weights and did not fail.
 
     Trials that run, or were left before their end, count too: the best of a study may be one of them.
 
@@ -146,7 +149,7 @@ def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") ->
 
 
 def read_candidates(trials: Sequence[tuple[str, Path]], find: FindStore, device: torch.device) -> Candidates:
-    """Read trials to be combined, those of the best one's data and image size.
+    """Read the candidates for a combination: trials with the data and the image size of the best one.
 
     Args:
         trials: names, and the folders of the runs.
@@ -161,7 +164,7 @@ def read_candidates(trials: Sequence[tuple[str, Path]], find: FindStore, device:
 
 
 def read_groups(trials: Sequence[tuple[str, Path]], find: FindStore, device: torch.device) -> list[Candidates]:
-    """Read trials of any image size, those of one size together, the best one's first; see `read_candidates`."""
+    """Read candidates of all image sizes, grouped by size; the group of the best trial comes first."""
     bests = _read_bests(trials)
     fingerprints = dict.fromkeys(best.fingerprint for best in bests.values())
     return [_candidates_of(fingerprint, bests, dict(trials), find, device) for fingerprint in fingerprints]
@@ -178,7 +181,7 @@ def _read_bests(trials: Sequence[tuple[str, Path]]) -> dict[str, Best]:
 def _candidates_of(
     fingerprint: str, bests: Mapping[str, Best], folders: Mapping[str, Path], find: FindStore, device: torch.device
 ) -> Candidates:
-    """Read what the trials of one store predict."""
+    """Read the candidates that were trained on one store."""
     names = tuple(name for name, best in bests.items() if best.fingerprint == fingerprint)
     store = find(fingerprint)
     if store is None:
@@ -194,7 +197,7 @@ def _candidates_of(
 
 
 def combine_ensemble(candidates: Candidates, most: int) -> Combination:
-    """Choose an ensemble of at most so many trials."""
+    """Choose the members of an ensemble."""
     predictions, true_NK = candidates.predictions, candidates.targets
     predict = mean_of(predictions)
     members = choose_ensemble(predictions, true_NK, _all(candidates), most)
@@ -209,7 +212,7 @@ def combine_ensemble(candidates: Candidates, most: int) -> Combination:
 
 
 def combine_soup(candidates: Candidates, device: torch.device) -> tuple[Combination, Best]:
-    """Choose trials of the best one's backbone whose mean weights are better, and return these weights, too.
+    """Choose trials with the backbone of the best one for a soup, and return its weights, too.
 
     Args:
         candidates: to choose from.

@@ -84,7 +84,7 @@ Means over the validation set, on which the members and their epochs were chosen
 
 
 def export_ensemble(study: Location, dest: Location, most: int, formats: Sequence[str]) -> Combination:
-    """Export an ensemble of a study's trials as one model; an earlier export at dest is replaced.
+    """Export an ensemble of a study's trials as one model, and replace an earlier export at dest.
 
     The weights of its members, which `predict` loads, are always among the files.
 
@@ -100,7 +100,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
 
 
 def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Combination:
-    """Export the mean weights of a study's trials; an earlier export at dest is replaced.
+    """Export the mean weights of a study's trials, and replace an earlier export at dest.
 
     Raises:
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
@@ -121,7 +121,7 @@ def write_ensemble(
     notes: Sequence[str] = (),
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the export folder of an ensemble; one of a single member is exported as the model that it is.
+    """Write the export folder of an ensemble; a lone member is exported as a single model.
 
     Args:
         dest: the folder.
@@ -193,7 +193,7 @@ def write_ensemble(
 
 
 def _list_starts(trial_ids: Sequence[str], configs: Sequence[RunConfig], models: Sequence[nn.Module]) -> list[str]:
-    """Say of each member what its training began from, and the licence of that, as the card of one model does."""
+    """Describe the start of each member's training with its licence, as the card of one model does."""
     starts = []
     for trial_id, config, model in zip(trial_ids, configs, models, strict=True):
         known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
