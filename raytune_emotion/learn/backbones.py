@@ -1,37 +1,19 @@
-"""Parse and check names of backbones without the slow import of timm, by reading the names from its source.
+"""Parse and check names of backbones without the slow import of timm.
 
 A backbone is a model of timm (`resnet18`, `resnet18.a1_in1k`), a repository of the Hugging Face hub
 (`hf-hub:OWNER/NAME`, optionally with `@REVISION`), or a folder with the files of such a repository (`local-dir:/path`).
 """
 
-import functools
-import importlib.util
 import re
 from pathlib import Path
 
 from raytune_emotion.errors import UserError, suggest
+from raytune_emotion.learn.timm_patches import architectures
 
 #: Prefixes, as in timm, of the sources of backbones other than timm's own models.
 HUB, FOLDER = "hf-hub", "local-dir"
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_MODEL = re.compile(r"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
-_OLD_NAMES = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", re.MULTILINE | re.DOTALL)
-_OLD_NAME = re.compile(r"^\s*['\"](\w+)['\"]\s*:", re.MULTILINE)
-
-
-@functools.cache
-def architectures() -> frozenset[str]:
-    """Return the names of timm's architectures, including old names that timm still accepts."""
-    found = importlib.util.find_spec("timm")
-    names: set[str] = set()
-    for folder in (found.submodule_search_locations if found else None) or ():
-        for file in (Path(folder) / "models").glob("*.py"):
-            text = file.read_text(encoding="utf-8")
-            names.update(_MODEL.findall(text))
-            for old in _OLD_NAMES.findall(text):
-                names.update(_OLD_NAME.findall(old))
-    return frozenset(names)
 
 
 def split_source(backbone: str) -> tuple[str, str]:

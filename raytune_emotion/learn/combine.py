@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.loader import batches
@@ -31,7 +30,7 @@ from raytune_emotion.learn import losses
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.evaluation import ROWS, predict_share
-from raytune_emotion.learn.model import load_model, mean_std
+from raytune_emotion.learn.model import batchnorm_layers, load_model, mean_std
 from raytune_emotion.learn.predictions import half_of
 
 #: Smallest predicted probability, so that logarithms are finite.
@@ -175,7 +174,7 @@ def estimate_statistics(best: Best, train: Split, device: torch.device) -> Best:
     They are the mean over batches of training images, always the same ones. All other layers stay in evaluation mode.
     """
     model = load_model(best).to(device)
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    layers = [layer for layer in batchnorm_layers(model) if layer.track_running_stats]
     if not layers:
         return best
     for layer in layers:

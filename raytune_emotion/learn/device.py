@@ -8,16 +8,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from raytune_emotion.learn.torch_patches import OUT_OF_MEMORY, suppress_compile_errors
+
 #: GPU memory that CUDA uses for a process in addition to torch's: context, kernels and libraries; bytes.
 _CONTEXT = 600 * 2**20
-
-#: Parts of out-of-memory messages of CUDA, its libraries, and torch's allocator on a CPU.
-_OUT_OF_MEMORY = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-)
 
 
 def find_device() -> torch.device:
@@ -45,7 +39,7 @@ def reduce_fragmentation() -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that a device had too little memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 
@@ -53,15 +47,16 @@ def compile_model(model: nn.Module) -> nn.Module:
     """Compile a model for batches of one shape. Parts that cannot be compiled run uncompiled, with a warning."""
     # Without a reset, earlier runs of this process count against torch's limit of shapes. The cache on disk is kept.
     torch.compiler.reset()
-    torch._dynamo.config.suppress_errors = True
+    suppress_compile_errors()
     return cast("nn.Module", torch.compile(model, dynamic=False))
 
 
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
     """Switch off TF32 within the block. cuDNN uses it for fp32 convolutions on a GPU, with 10 of 23 mantissa bits."""
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    ):
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
         yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from raytune_emotion.learn.report import OBJECTIVE
+from raytune_emotion.learn.torch_patches import write_hparams
 
 _GROUPS = ("val", "train")
 
@@ -39,11 +39,7 @@ class EventWriter:
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of a run for the page HParams. Lists and settings without a value are left out."""
         plain = {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
-        # The first of the three summaries lists the page's columns. TensorBoard would use the columns of one run for
-        # all, but runs differ in their conditional settings. Without it, TensorBoard collects the columns of all runs.
-        _, begin, end = hparams(plain, {OBJECTIVE: None})  # type: ignore[no-untyped-call]
-        for summary in (begin, end):
-            self._writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+        write_hparams(self._writer, plain, OBJECTIVE)
         self._writer.flush()
 
     def write_report(self, report: Mapping[str, object], step: int) -> None:

@@ -77,7 +77,7 @@ def write_graph(name: str, file: Path, model: nn.Module, image_size: int, classe
         batch = {INPUT: {0: torch.export.Dim("batch")}}
         program = torch.export.export(model.eval(), (images_NHWC,), dynamic_shapes=batch)
         if name == "pt2":
-            # Write to memory first: torch ends the process if it cannot write, as on a full disk.
+            # Write to memory first: torch ends the process if it cannot write, as on a full disk (pytorch 156955).
             stream = io.BytesIO()
             torch.export.save(program, stream, extra_files={_CLASSES: json.dumps(list(classes))})
             file.write_bytes(stream.getbuffer())

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from raytune_emotion.config import RunConfig
@@ -33,7 +32,7 @@ from raytune_emotion.learn import checkpoint, losses
 from raytune_emotion.learn.checkpoint import Progress
 from raytune_emotion.learn.device import compile_model
 from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
-from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.model import batchnorm_layers, build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.origin import WeightsUnavailableError, find_origin
 from raytune_emotion.learn.report import Report
@@ -216,7 +215,7 @@ def batch_faults(config: RunConfig, rows: int, workers: int) -> list[str]:
     micro_rows = batch_rows // (workers * accumulate)
     if micro_rows == 0:
         what = f"are too few for {accumulate} micro-batches (train.accumulate) for each of {workers} workers"
-    elif micro_rows == 1 and _batchnorm_layers(build_model(config, weights=False)):
+    elif micro_rows == 1 and batchnorm_layers(build_model(config, weights=False)):
         what = (
             f"make micro-batches of one row, {accumulate} (train.accumulate) for each of {count(workers, 'worker')}, "
             f"and the BatchNorm layers of {config.model.backbone} see no variance in one row"
@@ -389,7 +388,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
 
 def share_batchnorm(model: nn.Module, workers: int) -> None:
     """Average the running statistics of BatchNorm over the workers, since each worker computes its own."""
-    layers = _batchnorm_layers(model)
+    layers = batchnorm_layers(model)
     buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     if workers > 1 and buffers:
         flat = torch.cat(buffers)
@@ -397,10 +396,6 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
         flat /= workers
         for buffer, mean in zip(buffers, torch.split(flat, [len(buffer) for buffer in buffers]), strict=True):
             buffer.copy_(mean)
-
-
-def _batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def rows_to_evaluate(run: Run) -> int:

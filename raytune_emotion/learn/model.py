@@ -1,7 +1,7 @@
 """Build any timm backbone with a head of K classes, from scratch or from pretrained weights."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from raytune_emotion.learn.hub import hub_client
 from raytune_emotion.learn.origin import (
     Origin,
     WeightsUnavailableError,
+    describe_weights,
     find_origin,
     is_absent,
     safe_file,
@@ -25,8 +26,11 @@ from raytune_emotion.learn.origin import (
     weights_folder,
     weights_setting,
 )
+from raytune_emotion.learn.torch_patches import misfits_of
 
 Colour = tuple[float, float, float]
+#: Layers with statistics of batches; those of timm are subclasses.
+BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 
@@ -67,7 +71,7 @@ def build_model(config: RunConfig, *, weights: bool = True, description: Mapping
         if origin.weights is not None:
             return _create(config, origin, options | _from_file(config.model, origin))
         try:
-            with hub_client(vars(timm.get_pretrained_cfg(origin.architecture)).get("hf_hub_id") or ""):
+            with hub_client(describe_weights(origin.architecture).get("hf_hub_id") or ""):
                 overlay = {"hf_hub_filename": safe_file(origin.architecture)}
                 return _create(config, origin, options | {"pretrained": True, "pretrained_cfg_overlay": overlay})
         except Exception as error:
@@ -97,10 +101,9 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
             raise UserError(
                 f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another backbone"
             ) from error
-        if "loading state_dict" in str(error) and origin.weights is not None:
+        if (misfits := misfits_of(error)) and origin.weights is not None:
             raise UserError(
-                f"{weights_setting(config.model)}: {origin.weights} does not fit {name}: {line.strip()}"
-                for line in str(error).splitlines()[1:]
+                f"{weights_setting(config.model)}: {origin.weights} does not fit {name}: {misfit}" for misfit in misfits
             ) from error
         raise UserError(
             f"model.backbone: {name} cannot take images of {size} px (data.image_size): {_first_line(error)}"
@@ -166,9 +169,14 @@ def mean_std(model: nn.Module) -> tuple[Colour, Colour]:
     return tuple(known.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(known.get("std", IMAGENET_DEFAULT_STD))
 
 
+def batchnorm_layers(model: nn.Module) -> list[BatchNorm]:
+    """Return the BatchNorm layers of a model."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+
+
 def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
     """Return the options with which timm loads a file strictly: with the file's number of classes, 0 for none."""
-    classifier = (origin.known or vars(timm.get_pretrained_cfg(origin.architecture))).get("classifier") or ""
+    classifier = (origin.known or describe_weights(origin.architecture)).get("classifier") or ""
     head = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     file = origin.weights
     assert file is not None

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from raytune_emotion.config import OptimConfig
+from raytune_emotion.learn.torch_patches import zero_momentum
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -32,10 +32,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     groups = _with_head_apart(model, groups)
     if config.name == "sgd":
         sgd = SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-        # If a scaler skips the first step, as it often does, the kernel would leave an uninitialised momentum. A
-        # momentum of zero does not change the first step.
-        for parameter in model.parameters() if config.momentum else ():
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        zero_momentum(sgd)
         return sgd
     kind = AdamW if config.name == "adamw" else Adam
     return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)

@@ -14,7 +14,8 @@ from timm.models import get_deprecated_models
 
 from raytune_emotion.config import ModelConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.backbones import FOLDER, HUB, architectures, short_name, split_source
+from raytune_emotion.learn.backbones import FOLDER, HUB, short_name, split_source
+from raytune_emotion.learn.timm_patches import architectures
 from raytune_emotion.storage.json_text import load_json
 
 #: Arguments of a model's shape that a `config.json` may contain. Other arguments could make timm load a file.
@@ -61,7 +62,7 @@ class Origin:
     @property
     def fixed_input_size(self) -> bool:
         """Return whether the parameters depend on the image size."""
-        return bool((self.known or _registered(self.architecture)).get("fixed_input_size"))
+        return bool((self.known or describe_weights(self.architecture)).get("fixed_input_size"))
 
     @property
     def description(self) -> dict[str, Any] | None:
@@ -158,7 +159,7 @@ def safe_file(architecture: str) -> str | None:
 
     If this file is missing, timm itself would unpickle another one.
     """
-    known = _registered(architecture)
+    known = describe_weights(architecture)
     name = known.get("hf_hub_filename") or _WEIGHTS
     return name if known.get("hf_hub_id") and name.endswith(".safetensors") else None
 
@@ -175,6 +176,12 @@ def weights_setting(config: ModelConfig) -> str:
     return "model.backbone" if config.weights_dir is None else "model.weights_dir"
 
 
+def describe_weights(architecture: str) -> dict[str, Any]:
+    """Return timm's own description of an architecture's weights; an empty dict if it has none."""
+    found = timm.get_pretrained_cfg(architecture)
+    return vars(found) if found is not None else {}
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model's shape among those of a `config.json`.
 
@@ -187,12 +194,6 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if wrong or arguments.get("in_chans") not in (None, 3):
         raise ValueError(f"{', '.join(wrong) or 'in_chans'}: not supported as arguments of a model here")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}
-
-
-def _registered(architecture: str) -> dict[str, Any]:
-    """Return timm's own description of an architecture's weights; an empty dict if it has none."""
-    found = timm.get_pretrained_cfg(architecture)
-    return vars(found) if found is not None else {}
 
 
 def _is_plain(value: Any) -> bool:
@@ -210,8 +211,8 @@ def _read_config(
         if architecture not in architectures():
             raise ValueError(f"timm has no architecture {architecture}")
         arguments = check_arguments(content.get("model_args", {}))
-        registered = _registered(architecture)
-        layers = {key: registered.get(key) for key in ("first_conv", "classifier", "fixed_input_size")}
+        own = describe_weights(architecture)
+        layers = {key: own.get(key) for key in ("first_conv", "classifier", "fixed_input_size")}
         known = {key: value for key in _KNOWN if (value := given.get(key) or layers.get(key)) is not None}
         return architecture, arguments, known
     except FileNotFoundError:

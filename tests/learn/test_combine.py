@@ -6,7 +6,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import BatchNorm2d
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.emotions import EMOTIONS
@@ -158,7 +158,7 @@ def test_batchnorm_of_a_soup_has_the_statistics_of_what_it_sees_in_training_imag
     _, mean, soup = soup_of("test_resnet", store)
     mixed = soup.best((0, 1))
     model = load_model(mean)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchNorm2d)}
     assert len(layers) > 1
     seen = {}
     for name, layer in layers.items():

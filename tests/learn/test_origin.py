@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig
 from raytune_emotion.errors import UserError
