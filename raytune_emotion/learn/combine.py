@@ -30,11 +30,10 @@ from raytune_emotion.learn import losses
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.evaluation import ROWS, predict_share
+from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.model import batchnorm_layers, load_model, mean_std
 from raytune_emotion.learn.predictions import half_of
 
-#: Smallest predicted probability, so that logarithms are finite.
-_LEAST = 1e-12
 #: Largest number of training images for the statistics of BatchNorm.
 STATISTICS_ROWS = 512
 
@@ -58,7 +57,7 @@ class Gain:
 
 def js_of(predicted_NK: Tensor, true_NK: Tensor) -> npt.NDArray[np.float64]:
     """Return the JS of each row, bits."""
-    js_N: npt.NDArray[np.float64] = losses.js(predicted_NK.clamp_min(_LEAST).log(), true_NK.double()).numpy()
+    js_N: npt.NDArray[np.float64] = losses.js(logits_of(predicted_NK), true_NK.double()).numpy()
     return js_N
 
 

@@ -1,6 +1,11 @@
 """Evaluate a model on a split: compute predictions and the means of all metrics, also over several workers."""
 
+import contextlib
+import math
+import time
+
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,7 +14,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.loader import DeviceSplit, batches
 from raytune_emotion.data.store import Split, Store
 from raytune_emotion.learn.device import exact_fp32
-from raytune_emotion.learn.metrics import MetricSums, distances_of, per_sample
+from raytune_emotion.learn.metrics import MetricSums, distances_of, logits_of, per_sample
 from raytune_emotion.learn.model import mean_std
 
 #: Default number of rows that are predicted at once.
@@ -48,16 +53,50 @@ def predict_share(
         Logits and targets of these rows, [B, K] each.
     """
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows_N = np.arange(rank, len(split), workers)
+    return predict_rows(model, split, np.arange(rank, len(split), workers), device=device, rows=rows)
+
+
+def predict_rows(
+    model: nn.Module,
+    split: Split | DeviceSplit,
+    rows_N: npt.NDArray[np.int64],
+    *,
+    device: torch.device,
+    rows: int = ROWS,
+    until: float = math.inf,
+    mirror: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict rows of a split, in their order. See `evaluate`.
+
+    Args:
+        model: the bare model.
+        split: the split.
+        rows_N: numbers of the rows.
+        device: device of the model.
+        rows: number of rows per batch.
+        until: moment of `time.monotonic` after which no further batch begins, except the first one.
+        mirror: whether to predict the mirror images.
+
+    Returns:
+        Logits and targets of the predicted rows, [N, K] each.
+    """
     mean, std = mean_std(model)
     # The empty tensors serve a worker without rows.
     n_classes = split.prob_NK.shape[1]
     logits, probs = [torch.empty(0, n_classes, device=device)], [torch.empty(0, n_classes, device=device)]
     model.eval()
-    with torch.inference_mode(), exact_fp32():
-        for batch in batches(split, (rows_N[i : i + rows] for i in range(0, len(rows_N), rows)), device):
-            logits.append(model(normalise(batch.x_BHWC, mean, std)))
+    parts = (rows_N[i : i + rows] for i in range(0, len(rows_N), rows))
+    with (
+        torch.inference_mode(),
+        exact_fp32(),
+        contextlib.closing(batches(split, parts, device)) as stream,  # type: ignore[type-var]
+    ):
+        for batch in stream:
+            x_BHWC = batch.x_BHWC.flip(2) if mirror else batch.x_BHWC
+            logits.append(model(normalise(x_BHWC, mean, std)))
             probs.append(batch.prob_BK)
+            if time.monotonic() > until:
+                break
         return torch.cat(logits), torch.cat(probs)
 
 
@@ -74,9 +113,9 @@ def means_of_metrics(logits_BK: torch.Tensor, prob_BK: torch.Tensor, classes: tu
 def baseline(store: Store) -> dict[str, float]:
     """Return the validation metrics of a model that always predicts the mean of the training targets.
 
-    A class without mass in training gets probability 1e-12, so that every metric is finite.
+    Every metric is finite, also if a class has no mass in training.
     """
     mean_K = torch.from_numpy(store.train.prob_NK.mean(axis=0, dtype=np.float64))
     prob_NK = torch.from_numpy(np.array(store.val.prob_NK))
-    values = per_sample(mean_K.clamp_min(1e-12).log().expand(prob_NK.shape), prob_NK, distances_of(store.classes))
+    values = per_sample(logits_of(mean_K).expand(prob_NK.shape), prob_NK, distances_of(store.classes))
     return {name: value_N.mean().item() for name, value_N in values.items()}

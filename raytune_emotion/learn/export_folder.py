@@ -182,8 +182,7 @@ def write_model(
     """
     config = RunConfig.from_flat(best.settings)
     sample = _sample_of(store, best, config)
-    with torch.inference_mode(), exact_fp32():
-        prob_NK = whole(torch.from_numpy(sample.images_NHWC)).double().numpy()
+    prob_NK = Package(whole, config.data.classes, config.data.image_size).predict(sample.images_NHWC)
     formats = list(dict.fromkeys(formats))
 
     check_replaceable(Folder(dest))

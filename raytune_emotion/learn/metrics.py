@@ -12,6 +12,14 @@ from raytune_emotion.emotions import class_distances
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.transport import transport_cost
 
+#: Lower bound of predicted probabilities, so that every metric is finite.
+_LEAST = 1e-12
+
+
+def logits_of(prob_NK: Tensor) -> Tensor:
+    """Return logits of predicted probabilities, with a lower bound of these, so that every metric is finite."""
+    return prob_NK.clamp_min(_LEAST).log()
+
 
 def per_sample(logits_BK: Tensor, prob_BK: Tensor, distances_KK: Tensor | None) -> dict[str, Tensor]:
     """Compute every metric of every row, in float64.

@@ -11,12 +11,11 @@ import torch
 from scipy.special import entr
 from torch import nn
 
-from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Split
 from raytune_emotion.learn.checkpoint import Best
-from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.evaluation import predict_rows
 from raytune_emotion.learn.metrics import distances_of, per_sample
-from raytune_emotion.learn.model import load_model, mean_std
+from raytune_emotion.learn.model import load_model
 
 #: Largest number of validation images that are predicted for a report.
 MOST_IMAGES = 2000
@@ -86,19 +85,11 @@ def predict_best(best: Best, split: Split, classes: tuple[str, ...]) -> Predicti
 
 def predict_split(model: nn.Module, split: Split, classes: tuple[str, ...]) -> Predictions:
     """Predict images of a split with a model that is in evaluation mode on the CPU."""
-    mean, std = mean_std(model)
     order = np.random.default_rng(0).permutation(len(split))[:MOST_IMAGES].astype(np.int64)
-    began = time.monotonic()
-    parts: list[torch.Tensor] = []
-    with torch.inference_mode(), exact_fp32():
-        for start in range(0, len(order), _BATCH):
-            if parts and time.monotonic() - began > _MOST_SECONDS:
-                break
-            x_BHWC = torch.from_numpy(split.gather(order[start : start + _BATCH]))
-            parts.append(model(normalise(x_BHWC, mean, std)).double())
-    logits_NK = torch.cat(parts)
+    until = time.monotonic() + _MOST_SECONDS
+    predicted = predict_rows(model, split, order, device=torch.device("cpu"), rows=_BATCH, until=until)
+    logits_NK, true_NK = (each_NK.double() for each_NK in predicted)
     rows_N = order[: len(logits_NK)]
-    true_NK = torch.from_numpy(np.asarray(split.prob_NK)[rows_N].astype(np.float64))
     js_N = per_sample(logits_NK, true_NK, None)["js"]
     return Predictions(
         classes,
@@ -112,7 +103,7 @@ def predict_split(model: nn.Module, split: Split, classes: tuple[str, ...]) -> P
 
 
 def log_of(prob_NK: npt.NDArray[np.float64]) -> torch.Tensor:
-    """Return finite logits of probabilities."""
+    """Return finite logits of probabilities. Unlike `logits_of`, it changes only zeros."""
     return torch.from_numpy(prob_NK).clamp_min(torch.finfo(torch.float64).tiny).log()
 
 

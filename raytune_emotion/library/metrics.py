@@ -11,7 +11,7 @@ from torch import Tensor
 from raytune_emotion.config import suggest_setting
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.metrics import distances_of, per_sample
+from raytune_emotion.learn.metrics import distances_of, logits_of, per_sample
 
 Probabilities: TypeAlias = Tensor | npt.NDArray[np.floating]
 
@@ -21,8 +21,6 @@ METRICS = (
     "accuracy",
 )  # fmt: skip
 _DISTANCE = "emd_va"
-#: Lower bound of predicted probabilities, so that every metric is finite.
-_LEAST = 1e-12
 
 
 class MetricsCalculator:
@@ -85,7 +83,7 @@ class MetricsCalculator:
             raise UserError(
                 f"predictions: expected {len(distances_KK)} columns, one a class, got {q_NK.shape[1]}; name the classes"
             )
-        values = per_sample(q_NK.clamp_min(_LEAST).log(), p_NK, distances_KK)
+        values = per_sample(logits_of(q_NK), p_NK, distances_KK)
         return {name: values[name] for name in self.metrics}
 
 

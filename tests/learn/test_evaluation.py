@@ -2,9 +2,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from raytune_emotion.learn.evaluation import baseline
-from tests.support.training import shortened
+from raytune_emotion.learn.evaluation import baseline, predict_rows
+from raytune_emotion.learn.model import build_model
+from tests.support.training import CPU, run_config, shortened
+
+
+def test_rows_are_predicted_in_the_order_that_is_asked_until_the_time_is_over(store):
+    model, rows_N = build_model(run_config()), np.arange(len(store.val))[::-1].copy()
+    logits_NK, true_NK = predict_rows(model, store.val, rows_N, device=CPU)
+    assert torch.equal(true_NK, torch.from_numpy(store.val.prob_NK[rows_N]))
+    first_BK, _ = predict_rows(model, store.val, rows_N, device=CPU, rows=5, until=0.0)
+    torch.testing.assert_close(first_BK, logits_NK[:5])
+    mirrored_NK, _ = predict_rows(model, store.val, rows_N, device=CPU, mirror=True)
+    assert not torch.allclose(mirrored_NK, logits_NK)
 
 
 def test_the_baseline_is_that_of_the_training_mean(store):

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytune_emotion.data.augment import normalise
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.combine import STATISTICS_ROWS, js_of, list_compatible
-from raytune_emotion.learn.device import exact_fp32
-from raytune_emotion.learn.model import load_model, mean_std
+from raytune_emotion.learn.evaluation import predict_rows
+from raytune_emotion.learn.model import load_model
 from raytune_emotion.learn.run_folder import PREDICTIONS
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (
@@ -159,12 +158,6 @@ def _mirror(candidates: Candidates, export: str, mirrored_NK: Tensor | None) -> 
 def _predict_mirrored(candidates: Candidates, until: float) -> Tensor | None:
     """Predict the mirror images of the validation set with the best model, [N, K]; None if that takes too long."""
     model, split = load_model(candidates.bests[0]), candidates.store.val
-    parts = []
-    with torch.inference_mode(), exact_fp32():
-        for start in range(0, len(split), _BATCH):
-            if time.monotonic() > until:
-                return None
-            rows_B = np.arange(start, min(start + _BATCH, len(split)))
-            x_BHWC = torch.from_numpy(split.gather(rows_B)).flip(2)
-            parts.append(model(normalise(x_BHWC, *mean_std(model))).double().softmax(-1))
-    return torch.cat(parts)
+    rows_N = np.arange(len(split))
+    logits_NK, _ = predict_rows(model, split, rows_N, device=_CPU, rows=_BATCH, until=until, mirror=True)
+    return None if time.monotonic() > until else logits_NK.double().softmax(-1)

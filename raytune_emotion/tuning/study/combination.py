@@ -22,6 +22,7 @@ from raytune_emotion.learn.combine import (
     predict_whole,
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
+from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
@@ -99,7 +100,7 @@ class Combination:
         What a report of a run says of its training is left out: each member had its own.
         """
         best, store = self.candidates.bests[self.members[0]], self.candidates.store
-        logits_NK = self.predicted_NK.clamp_min(1e-12).log()
+        logits_NK = logits_of(self.predicted_NK)
         metrics = means_of_metrics(logits_NK, self.candidates.targets, store.classes)
         values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
         values |= {
