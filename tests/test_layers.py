@@ -1,4 +1,6 @@
-"""Imports run one way: vocabulary <- storage <- data <- learn <- tuning <- commands; in tuning, from wing to wing."""
+"""Imports run one way: vocabulary <- storage <- data <- learn <- tuning <- library <- commands; in tuning, from wing to
+wing. Imports within functions, for type checkers alone and by `import_module` count, too.
+"""
 
 import ast
 from pathlib import Path
@@ -8,9 +10,21 @@ import pytest
 import raytune_emotion
 
 ROOT = Path(raytune_emotion.__file__).parent
-LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "cli", "commands", "entry")
+LAYERS = ("vocabulary", "storage", "data", "learn", "tuning", "library", "cli", "commands", "entry")
 WINGS = ("space", "policy", "study", "execution", "report", "session")
-VOCABULARY = {"emotions", "config", "errors", "interruption", "known_errors", "terminal", "__version__"}
+VOCABULARY = {"__init__", "emotions", "config", "errors", "interruption", "known_errors", "terminal", "__version__"}
+#: Imports that are no part of the order, and why.
+EXCEPTIONS = {
+    ("raytune_emotion", "raytune_emotion.library"): "for type checkers; a name is imported at its first use",
+    ("raytune_emotion.library.studies", "raytune_emotion.search"): "the function `search` runs the command, and the "
+    "module of the command, which has the same name, calls the function",
+}
+#: Modules that import what a variable names, and what that is.
+IMPORT_BY_NAME = {
+    "raytune_emotion": "the module of a name of the library, at its first use",
+    "raytune_emotion.cli": "the command that the user typed",
+    "raytune_emotion.interruption": "slow modules that a command will need",
+}
 MODULES = sorted(ROOT.rglob("*.py"))
 TESTS = Path(__file__).parent
 #: Modules without a test module of their own: where they are tested, and why there.
@@ -18,6 +32,7 @@ TESTED_ELSEWHERE = {
     "__main__": ("test_main", "both are the console script; the test module has its plain name"),
     "cli": ("test_main", "what commands share is tested as they use it"),
     "errors": ("test_main", "errors are seen as a command says them"),
+    "ferplus": ("data/test_ferplus", "it is how the user runs the conversion"),
     "data/parallel": ("data/packing/test_pack", "packing is its only user"),
     "data/pictures": ("test_predict", "it lists and reads what `predict` is given"),
     "data/progress": ("test_predict", "it is the bar beside what `predict` and `pack` write"),
@@ -94,17 +109,26 @@ def floor_of(parts: tuple[str, ...]) -> tuple[int, int]:
     """Where a module stands: its layer, and within `tuning` its wing."""
     if not parts or parts[0] in VOCABULARY:
         return 0, 0
-    if parts[0] in ("__main__", "__init__"):  # the package itself names the library, for type checkers alone
+    if parts[0] == "__main__":
         return LAYERS.index("entry"), 0
-    if parts[:2] == ("data", "ferplus"):  # a command that lies with the data
-        return LAYERS.index("commands"), 0
     if parts[0] not in LAYERS:
         return LAYERS.index("commands"), 0
     return LAYERS.index(parts[0]), WINGS.index(parts[1]) if parts[0] == "tuning" and parts[1] in WINGS else 0
 
 
+def name_of(module: Path) -> str:
+    parts = module.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def named_imports(tree: ast.AST) -> list[ast.expr]:
+    """Return what is given to `import_module`."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [call.args[0] for call in calls if ast.unparse(call.func).endswith("import_module")]
+
+
 def imported(tree: ast.AST) -> set[str]:
-    names = set()
+    names = {node.value for node in named_imports(tree) if isinstance(node, ast.Constant)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -114,15 +138,27 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
+def imports_of(module: Path) -> set[str]:
+    """Return what a module imports, but for the exceptions."""
+    excepted = tuple(name for importer, name in EXCEPTIONS if importer == name_of(module))
+    return {name for name in imported(ast.parse(module.read_text())) if not name.startswith(excepted)}
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_module_imports_nothing_from_above(module):
     floor = floor_of(module.relative_to(ROOT).with_suffix("").parts)
-    for name in imported(ast.parse(module.read_text())):
+    for name in imports_of(module):
         package, *inner = name.split(".")
         if package == "raytune_emotion":
             assert floor_of(tuple(inner)) <= floor, f"{module} imports {name}"
         if floor < (LAYERS.index("tuning"), 0):
             assert package not in ("ray", "optuna"), f"{module} imports {name}"
+
+
+def test_what_a_variable_names_is_imported_by_few():
+    trees = {name_of(module): ast.parse(module.read_text()) for module in MODULES}
+    by_name = {name for name, tree in trees.items() if {type(node) for node in named_imports(tree)} - {ast.Constant}}
+    assert by_name == IMPORT_BY_NAME.keys()
 
 
 def test_every_layer_and_wing_was_seen():
@@ -146,16 +182,10 @@ def test_no_function_and_no_class_is_too_long_to_read(module):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    def name_of(module: Path) -> str:
-        parts = module.relative_to(ROOT.parent).with_suffix("").parts
-        return ".".join(part for part in parts if part != "__init__")
-
-    graph: dict[str, set[str]] = {}
     names = {name_of(module) for module in MODULES}
+    graph: dict[str, set[str]] = {}
     for module in MODULES:
-        body = ast.Module([node for node in ast.parse(module.read_text()).body if not isinstance(node, ast.If)], [])
-        top = ast.Module([node for node in body.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-        found = {name if name in names else name.rpartition(".")[0] for name in imported(top)}
+        found = {name if name in names else name.rpartition(".")[0] for name in imports_of(module)}
         graph[name_of(module)] = found & names - {name_of(module)}
     while leaves := {name for name, others in graph.items() if not others}:
         graph = {name: others - leaves for name, others in graph.items() if name not in leaves}

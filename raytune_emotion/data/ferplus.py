@@ -1,4 +1,4 @@
-"""Convert FER+ to the layout of AffectNetFused: python -m raytune_emotion.data.ferplus PIXELS VOTES DEST.
+"""Convert FER+ to the layout of AffectNetFused.
 
 FER+ gives each face of FER2013 the votes of ten people for eight emotions, `unknown` and `NF` (not a face). The votes
 for emotions become probabilities; the other five classes are zero. Two kinds of faces are left out: those for which
@@ -9,9 +9,7 @@ of the chosen model. For the same reason, a picture that occurs in several parts
 from validation.
 """
 
-import argparse
 import csv
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from raytune_emotion.data.affectnet import SPLITS
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import atomic_folder
-from raytune_emotion.terminal import say, shell_word, typed_command
 
 #: Name of each emotion in this project, by FER+'s name, in the order of FER+'s columns.
 NAMES = {
@@ -40,7 +37,7 @@ NAMES = {
     "contempt": "contempt",
 }
 _NO_EMOTION = ("unknown", "NF")
-_SIDE = 48  # px
+SIDE = 48  # px
 #: Split of each part of FER2013. A repeated picture is kept in the first of these parts.
 _SPLIT_OF: dict[str, str | None] = {"PrivateTest": None, "PublicTest": "val", "Training": "train"}
 _Picture = npt.NDArray[np.uint8]  # [H, W]
@@ -154,9 +151,9 @@ def _from_csv(path: Path, votes: Sequence[Votes], votes_csv: Path) -> list[_Pict
         else:
             try:
                 flat = np.frombuffer(bytes(map(int, pixels.split())), np.uint8)
-                pictures.append(flat.reshape(_SIDE, _SIDE))
+                pictures.append(flat.reshape(SIDE, SIDE))
             except ValueError:
-                faults.append(f"{path}: line {line}: pixels: expected {_SIDE * _SIDE} whole numbers from 0 to 255")
+                faults.append(f"{path}: line {line}: pixels: expected {SIDE * SIDE} whole numbers from 0 to 255")
     _refuse(faults)
     return pictures
 
@@ -208,28 +205,3 @@ def _refuse(faults: Sequence[str]) -> None:
     if faults:
         more = [f"and {len(faults) - _NAMED} more such lines"] if len(faults) > _NAMED else []
         raise UserError([*faults[:_NAMED], *more])
-
-
-def run(args: argparse.Namespace) -> None:
-    counts = convert(args.pixels, args.votes, args.dest)
-    say(f"{args.dest}: {', '.join(f'{count} {what}' for what, count in counts.items())}")
-    say(f"next: {typed_command('pack')} {shell_word(args.dest)} DEST --image-size {_SIDE}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the conversion from the command line."""
-    from raytune_emotion.cli import local_path, run_guarded
-
-    parser = argparse.ArgumentParser(
-        prog="python -m raytune_emotion.data.ferplus",
-        description="convert FER+ to a folder in the layout of AffectNetFused",
-    )
-    parser.add_argument("pixels", type=local_path, help="fer2013.csv, or the folder of FER+'s PNG files")
-    parser.add_argument("votes", type=local_path, help="fer2013new.csv")
-    parser.add_argument("dest", type=local_path, help="the new folder")
-    args = parser.parse_args(argv)
-    return run_guarded(lambda: run(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

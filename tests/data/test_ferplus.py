@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raytune_emotion.data.affectnet import list_faces, scan
-from raytune_emotion.data.ferplus import NAMES, convert, main, probabilities
+from raytune_emotion.data.ferplus import NAMES, convert, probabilities
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
+from raytune_emotion.ferplus import main
 from raytune_emotion.storage.locations import Folder
 
 FOLDER_OF = {"Training": "FER2013Train", "PublicTest": "FER2013Valid", "PrivateTest": "FER2013Test"}
@@ -194,7 +195,7 @@ def test_it_runs_from_the_command_line(pixels, votes, tmp_path, capsys):
     assert out.startswith(f"{tmp_path / 'faces'}: 3 train, 1 val, 2 no emotion,")
     assert f"next: python -m raytune_emotion.pack {tmp_path / 'faces'} DEST --image-size 48" in out
 
-    command = [sys.executable, "-m", "raytune_emotion.data.ferplus", str(pixels), str(votes), str(tmp_path / "faces")]
+    command = [sys.executable, "-m", "raytune_emotion.ferplus", str(pixels), str(votes), str(tmp_path / "faces")]
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert again.stderr == (f"error: {tmp_path / 'faces'}: exists already; name another destination, or remove it\n")
