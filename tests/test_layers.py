@@ -30,6 +30,7 @@ TESTED_ELSEWHERE = {
     "learn/transport": ("learn/test_metrics", "optimal transport is one of the metrics"),
     "learn/predictions": ("learn/test_model_card", "the card shows all its numbers"),
     "tuning/space/json_schema": ("tuning/space/test_parser", "schema and parser must agree on the same files"),
+    "tuning/space/words": ("tuning/space/test_parser", "words are read as those of a file"),
     "tuning/space/space": ("tuning/space/test_parser", "a space is what a file is parsed to"),
     "tuning/policy/acquisition": ("tuning/policy/test_objective", "each objective has its acquisition function"),
     "tuning/policy/decisions": ("tuning/policy/test_freeze_thaw", "names only; the policy that takes all decisions"),
