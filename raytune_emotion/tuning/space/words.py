@@ -41,7 +41,8 @@ def value_type(key: str) -> Any:
     return Annotated[(setting.type, *checks)] if checks else setting.type
 
 
-def word_types(key: str) -> dict[str, Any]:
+@cache
+def word_types(key: str) -> Mapping[str, Any]:
     """Return the words that a setting takes, each with the type of what follows it; its description says its form."""
     if key in NEVER_SEARCHED or key.startswith("loss."):
         return {}
