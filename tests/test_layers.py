@@ -29,6 +29,7 @@ TESTED_ELSEWHERE = {
     "learn/prediction_table": ("test_predict", "it is what `predict` writes"),
     "learn/transport": ("learn/test_metrics", "optimal transport is one of the metrics"),
     "learn/predictions": ("learn/test_model_card", "the card shows all its numbers"),
+    "tuning/space/joint_check": ("tuning/space/test_parser", "it checks a space that was parsed"),
     "tuning/space/json_schema": ("tuning/space/test_parser", "schema and parser must agree on the same files"),
     "tuning/space/words": ("tuning/space/test_parser", "words are read as those of a file"),
     "tuning/space/space": ("tuning/space/test_parser", "a space is what a file is parsed to"),

@@ -12,10 +12,7 @@ start:                                      # points tried first; omitted settin
 `json_schema` describes the whole format; editors use it to complete and check a space.
 """
 
-import functools
-import itertools
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +22,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, suggest_setting
+from raytune_emotion.config import SETTINGS, FlatConfig, suggest_setting
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
+from raytune_emotion.tuning.space.joint_check import conflicts, missing_weights
 from raytune_emotion.tuning.space.space import Branch, Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.space.words import NEVER_SEARCHED, Errors, is_on_grid, read_setting, read_value
 
@@ -62,8 +60,7 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
     if not isinstance(node, MappingNode):
         raise UserError(f"{path}:1: expected a mapping of settings, such as `optim.lr: 1e-3`")
     space = _parse(_plain_values(node, (), source, yaml), source, overrides)
-    _check_together(source, space, _without_weights())
-    source.finish()
+    source.finish(missing_weights(space))
     return space
 
 
@@ -94,7 +91,10 @@ class _Source:
         for below, sentence in errors.items():
             self.fault((*at, *below), f"{key}: {sentence}")
 
-    def finish(self) -> None:
+    def finish(self, found: Iterable[tuple[str, str]] = ()) -> None:
+        """Raise all errors, also those that are found now; each is given with its setting's name in Optuna."""
+        for parameter, sentence in found:
+            self.fault(self.places.get(parameter, ()), sentence)
         if self.faults:
             raise UserError(sorted(self.faults, key=self.faults.__getitem__))
 
@@ -169,8 +169,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
     if not space.parameters and not source.faults:
         source.fault((), "nothing is searched; give a setting a distribution, such as {choice: [a, b]}")
     source.finish()
-    _check_together(source, space)
-    source.finish()
+    source.finish(conflicts(space))
 
     kept |= {key: list(part.values()) for key, part in (("when", entries), ("start", points)) if part}
     return Space(settings, space.when, parsed, kept)
@@ -180,12 +179,9 @@ def _entries_without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any
     """Return entries of `when` or `start` by number, without overridden settings and without entries then empty."""
     result: dict[int, Any] = {}
     for i, entry in enumerate(entries):
-        if isinstance(entry, Mapping) and not overrides.keys().isdisjoint(entry):
-            left = {key: value for key, value in entry.items() if key not in overrides}
-            if left.keys() - {"if"}:
-                result[i] = left
-        else:
-            result[i] = entry
+        left = {k: v for k, v in entry.items() if k not in overrides} if isinstance(entry, Mapping) else entry
+        if left == entry or left.keys() - {"if"}:
+            result[i] = left
     return result
 
 
@@ -312,62 +308,3 @@ def _why_outside(setting: Setting, value: Any) -> str | None:
     if not is_on_grid(value, setting.low, setting.step):
         return f"must lie on the grid from {setting.low:g} by {setting.step:g}"
     return None
-
-
-def _invalid(config: FlatConfig) -> tuple[str, ...]:
-    return _faults_of(json.dumps(config))
-
-
-@functools.lru_cache(maxsize=2**14)
-def _faults_of(config: str) -> tuple[str, ...]:
-    """Return the errors of a configuration in JSON. Cached: a space has a thousand of them, and is read repeatedly."""
-    try:
-        RunConfig.from_flat(json.loads(config))
-    except UserError as error:
-        return error.faults
-    return ()
-
-
-def _without_weights() -> Callable[[FlatConfig], tuple[str, ...]]:
-    """Return a function that reports missing pretrained weights of a configuration. It checks each model only once."""
-    found = functools.cache(_faults_of_weights)
-    return lambda config: found(json.dumps({k: v for k, v in config.items() if k.startswith("model.")}))
-
-
-def _faults_of_weights(settings: str) -> tuple[str, ...]:
-    try:
-        model = RunConfig.from_flat(json.loads(settings)).model
-        if model.pretrained or model.weights_dir is not None:
-            # Imported only now: it imports timm, which takes seconds.
-            from raytune_emotion.learn.model import check_weights
-
-            check_weights(model)
-    except UserError as error:
-        return error.faults
-    return ()
-
-
-def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig], tuple[str, ...]] = _invalid) -> None:
-    """Find settings that are valid alone but not together, such as more warm-up than epochs.
-
-    For each combination of the conditions of `when`, every pair of settings is checked at the ends of its ranges. The
-    space could suggest a combination that fails, so it is an error of the space. Rules on three settings are checked
-    only as far as pairs violate them.
-    """
-    for decided in space.decisions():
-        names = {key: name for key, (name, _) in space.active_settings(decided).items()}
-        ends = space.ends(decided)
-        first = {key: end[0] for key, end in ends.items()}
-        several = {key: end for key, end in ends.items() if len(end) > 1}
-        pairs = [
-            {one: a, other: b}
-            for (one, ends_one), (other, ends_other) in itertools.combinations(several.items(), 2)
-            for a, b in itertools.product(ends_one, ends_other)
-        ]
-        singles = [{key: a} for key, end in several.items() for a in end]
-        for change in (*singles, *pairs, {}):
-            for sentence in judge(space.flatten({**first, **change})):
-                key = sentence.partition(":")[0]
-                # The error concerns a setting, or a section with several settings.
-                place = next((source.places[names[k]] for k in names if k == key or k.startswith(f"{key}.")), ())
-                source.fault(place, sentence)

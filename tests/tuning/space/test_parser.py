@@ -670,7 +670,9 @@ def guesses(draw: st.DrawFn) -> dict[str, Any]:
     """A setting as it is or may be meant: a good half of the values is right, most lists are no words of it."""
     key = draw(st.sampled_from(["loss", *(key for key in SETTINGS if key not in NEVER_SEARCHED)]))
     right = st.sampled_from(LOSSES) if key == "loss" else values(key)
-    odd = st.sampled_from([None, True, 0, 1, 2, 0.5, -1, 1e305, 10**400, "", "light", [], {}, ["a"]])
+    odd: st.SearchStrategy[Any] = st.sampled_from(
+        [None, True, 0, 1, 2, 0.5, -1, 1e305, 10**400, "", "light", [], {}, ["a"]]
+    )
     one = st.one_of(right, right, right, odd)
     words = st.sampled_from(["choice", "choice", "uniform", "log_uniform", "int_uniform", "int_log_uniform", "simplex"])
     lists = st.one_of(
