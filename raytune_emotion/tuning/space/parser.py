@@ -179,9 +179,12 @@ def _entries_without(overrides: FlatConfig, entries: list[Any]) -> dict[int, Any
     """Return entries of `when` or `start` by number, without overridden settings and without entries then empty."""
     result: dict[int, Any] = {}
     for i, entry in enumerate(entries):
-        left = {k: v for k, v in entry.items() if k not in overrides} if isinstance(entry, Mapping) else entry
-        if left == entry or left.keys() - {"if"}:
-            result[i] = left
+        if isinstance(entry, Mapping) and not overrides.keys().isdisjoint(entry):
+            left = {key: value for key, value in entry.items() if key not in overrides}
+            if left.keys() - {"if"}:
+                result[i] = left
+        else:
+            result[i] = entry
     return result
 
 
