@@ -242,7 +242,7 @@ class TestBadSpaces:
         told = refused(space=file)
         assert [line.removeprefix(f"{file}:").partition(" ")[0] for line in told] == ["1:", "2:", "3:"]
         assert "resnet81: no such timm model; did you mean" in told[0]
-        assert "expected one of the losses mse, l1, kl, ce, js, got 'fancy'" in told[1]
+        assert "loss: should be 'mse', 'l1', 'kl', 'ce' or 'js', got 'fancy'" in told[1]
 
     @pytest.mark.parametrize("text", ["", "optim.lr: [\n", "- a\n- b\n", "optim.lr: 1e-3\n", "\0"])
     def test_what_is_no_space(self, refused, space, tmp_path, text):

@@ -1,81 +1,49 @@
-"""Write the JSON Schema of search spaces, from the tree of settings."""
+"""Write the JSON Schema of search spaces, from the types of the settings and of the words."""
 
 import json
-from typing import Any
+from typing import Annotated, Any, Union
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, Field, WithJsonSchema, conlist, create_model
+from pydantic.json_schema import GenerateJsonSchema
+from typing_extensions import TypeAliasType
 
-from raytune_emotion.config import SETTINGS, RunConfig
-from raytune_emotion.tuning.space.parser import NEVER_SEARCHED, RANGES, SECTIONS
-from raytune_emotion.tuning.space.space import LOSSES
+from raytune_emotion.config import SETTINGS
+from raytune_emotion.tuning.space.words import RANGES, value_type, word_types
+
+
+class _WithoutTitles(GenerateJsonSchema):
+    def field_title_should_be_set(self, schema: object) -> bool:
+        return False
 
 
 def json_schema() -> dict[str, Any]:
-    """Make the JSON Schema of the format from the tree of settings. Editors use it to complete and check spaces."""
-    tree = TypeAdapter(RunConfig).json_schema()["$defs"]
-    definitions: dict[str, Any] = {word: _range_schema(word) for word in RANGES}
-    for key in SETTINGS:
-        section, _, name = key.partition(".")
-        value = dict(tree[SECTIONS[section].__name__]["properties"][name])
-        described = {"description": value.pop("description"), "default": value.pop("default", None)}
-        del value["title"]
-        reference = {"$ref": f"#/$defs/one {key}"}
-        forms = [reference]
-        if key not in NEVER_SEARCHED and not key.startswith("loss."):
-            forms.append(_object({"choice": _list(reference)}))
-            if value.get("type") in ("number", "integer") and key != "data.image_size":
-                whole = value["type"] == "integer"
-                forms += [{"$ref": f"#/$defs/{word}"} for word in RANGES if word.startswith("int") or not whole]
-        definitions |= {f"one {key}": value, key: {**described, "anyOf": forms}}
-    definitions["one loss"] = {"enum": list(LOSSES)}
-    one_loss = {"$ref": "#/$defs/one loss"}
-    mixture = _object({"simplex": _list(one_loss, least=2)})
-    definitions["loss"] = {
-        "description": "one loss, or the weights of a mixture",
-        "anyOf": [one_loss, _object({"choice": _list(one_loss)}), mixture],
-    }
-
-    settings = {key: {"$ref": f"#/$defs/{key}"} for key in ("loss", *SETTINGS)}
-    varying = {key: ref for key, ref in settings.items() if key not in NEVER_SEARCHED and not key.startswith("loss.")}
-    condition = {"type": "object", "minProperties": 1, "propertyNames": {"enum": list(varying)}}
-    branch = {**_object({"if": condition, **varying}, required=["if"]), "minProperties": 2}
-    point = _object({key: {"$ref": f"#/$defs/one {key}"} for key in settings}, required=[])
-    return {
-        "$schema": "http://json-schema.org/draft-07/schema#",
-        "title": "Search space of raytune_emotion",
-        **_object(
-            {
-                **settings,
-                "when": {
-                    "description": "settings that depend on a choice; the last entry that applies wins",
-                    "type": "array",
-                    "items": branch,
-                },
-                "start": {
-                    "description": "points that are tried first; settings that a point omits are sampled",
-                    "type": "array",
-                    "items": {**point, "minProperties": 1},
-                },
-            },
-            required=[],
-        ),
-        "$defs": definitions,
-    }
+    """Make the JSON Schema of the format. Editors use it to complete and check spaces."""
+    ranges = {word: _model(word, {word: (kind, ...)}) for word, kind in RANGES.items()}
+    described: dict[str, Any] = {key: setting.default for key, setting in SETTINGS.items()}
+    described["loss"] = Field("kl", description="one loss, or the weights of a mixture")
+    settings, values, varying = {}, {}, {}
+    for key, field in described.items():
+        value, words = value_type(key), word_types(key)
+        models = [ranges.get(word) or _model(f"{key} {word}", {word: (kind, ...)}) for word, kind in words.items()]
+        setting: Any = Annotated[(Union[(value, *models)], Field(description=field.description))]
+        settings[key] = (TypeAliasType(key.replace(".", " "), setting), field.default)
+        values[key] = (value, field.default)
+        if words:
+            varying[key] = settings[key]
+    condition = {"type": "object", "minProperties": 1, "propertyNames": {"enum": [*varying]}}
+    entry = _model("entry", {"if": (Annotated[Any, WithJsonSchema(condition)], ...), **varying}, least=2)
+    when: Any = Field([], description="settings that depend on a choice; the last entry that applies wins")
+    start: Any = Field([], description="points that are tried first; settings that a point omits are sampled")
+    point = _model("point", values, least=1)
+    lists = {"when": (conlist(entry), when), "start": (conlist(point), start)}
+    space = _model("Search space of raytune_emotion", {**settings, **lists})
+    schema = space.model_json_schema(schema_generator=_WithoutTitles)
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **schema}
 
 
-def _object(properties: dict[str, Any], *, required: list[str] | None = None) -> dict[str, Any]:
-    needed = list(properties) if required is None else required
-    return {"type": "object", "required": needed, "additionalProperties": False, "properties": properties}
-
-
-def _list(items: dict[str, Any], *, least: int = 1) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": least, "uniqueItems": True}
-
-
-def _range_schema(word: str) -> dict[str, Any]:
-    items = {"type": "integer" if word.startswith("int") else "number"}
-    most = 2 if "log" in word else 3
-    return _object({word: {"type": "array", "items": items, "minItems": 2, "maxItems": most}})
+def _model(name: str, fields: dict[str, Any], least: int = 0) -> Any:
+    config = ConfigDict(extra="forbid", json_schema_extra={"minProperties": least} if least else {})
+    return create_model(name.replace(".", " "), __config__=config, **fields)
 
 
 if __name__ == "__main__":

@@ -12,40 +12,24 @@ start:                                      # points tried first; omitted settin
 `json_schema` describes the whole format; editors use it to complete and check a space.
 """
 
-import functools
-import itertools
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from raytune_emotion.config import SETTINGS, FlatConfig, RunConfig, suggest_setting
+from raytune_emotion.config import SETTINGS, FlatConfig, suggest_setting
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.backbones import check_architecture, split_source
+from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
-from raytune_emotion.tuning.space.space import LOSSES, Branch, Fixed, Setting, Simplex, Space
+from raytune_emotion.tuning.space.joint_check import conflicts, missing_weights
+from raytune_emotion.tuning.space.space import Branch, Fixed, Setting, Simplex, Space
+from raytune_emotion.tuning.space.words import NEVER_SEARCHED, Errors, is_on_grid, read_setting, read_value
 
-#: Settings that must be equal in all trials of a study, with the reason. A space may fix them.
-NEVER_SEARCHED: Mapping[str, str] = {
-    "data.classes": "they belong to the data",
-    "model.weights_dir": "it names a folder of this machine",
-    "train.epochs": "trials of unequal length cannot be compared",
-    "train.evals_per_epoch": "trials are compared report by report",
-    "train.compile": "it changes only the speed of a trial",
-    "train.seed": "a lucky seed is not a better setting",
-}
-
-SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(RunConfig)}
-RANGES = ("uniform", "log_uniform", "int_uniform", "int_log_uniform")
 _NO_OVERRIDES: FlatConfig = MappingProxyType({})
 
 _Path = tuple[str | int, ...]
@@ -76,8 +60,7 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
     if not isinstance(node, MappingNode):
         raise UserError(f"{path}:1: expected a mapping of settings, such as `optim.lr: 1e-3`")
     space = _parse(_plain_values(node, (), source, yaml), source, overrides)
-    _check_together(source, space, _without_weights())
-    source.finish()
+    source.finish(missing_weights(space))
     return space
 
 
@@ -104,7 +87,14 @@ class _Source:
         line = line or self.lines.get(at, 0)
         self.faults[f"{self.name}:{line}: {sentence}" if line else f"{self.name}: {sentence}"] = line
 
-    def finish(self) -> None:
+    def faults_of(self, at: _Path, key: str, errors: Errors) -> None:
+        for below, sentence in errors.items():
+            self.fault((*at, *below), f"{key}: {sentence}")
+
+    def finish(self, found: Iterable[tuple[str, str]] = ()) -> None:
+        """Raise all errors, also those that are found now; each is given with its setting's name in Optuna."""
+        for parameter, sentence in found:
+            self.fault(self.places.get(parameter, ()), sentence)
         if self.faults:
             raise UserError(sorted(self.faults, key=self.faults.__getitem__))
 
@@ -179,8 +169,7 @@ def _parse(mapping: Mapping[str, Any], source: _Source, overrides: FlatConfig) -
     if not space.parameters and not source.faults:
         source.fault((), "nothing is searched; give a setting a distribution, such as {choice: [a, b]}")
     source.finish()
-    _check_together(source, space)
-    source.finish()
+    source.finish(conflicts(space))
 
     kept |= {key: list(part.values()) for key, part in (("when", entries), ("start", points)) if part}
     return Space(settings, space.when, parsed, kept)
@@ -207,170 +196,16 @@ def _conditions_of(entry: Any) -> Iterable[str]:
 def _settings(source: _Source, at: _Path, given: Mapping[str, Any]) -> dict[str, Setting]:
     result: dict[str, Setting] = {}
     for key, value in given.items():
-        if key == "loss":
-            setting = _loss(source, (*at, key), value)
-        elif key in SETTINGS:
-            setting = _setting(source, (*at, key), key, value)
-        else:
+        if key != "loss" and key not in SETTINGS:
             known = [*SETTINGS, "loss", *(() if at else ("when", "start"))]
             source.fault((*at, key), f"{key}: unknown setting{suggest_setting(key, known)}")
             continue
-        if setting is None:
+        setting, errors = read_setting(key, value)
+        source.faults_of((*at, key), key, errors)
+        if setting is None or (errors and key == "loss"):
             source.broken.add(key)
         else:
             result[key] = setting
-    return result
-
-
-def _one_word(source: _Source, at: _Path, key: str, given: Mapping[str, Any], words: Sequence[str]) -> str | None:
-    """Return the word of a distribution, `{word: …}`."""
-    if len(given) != 1:
-        source.fault(at, f"{key}: expected one word of a distribution, such as {{{words[0]}: …}}, got {len(given)}")
-        return None
-    (word,) = given
-    if word not in words:
-        source.fault(
-            at, f"{key}: expected a distribution ({', '.join(words)}), got `{word}`{suggest_setting(word, words)}"
-        )
-        return None
-    return word
-
-
-def _loss(source: _Source, at: _Path, given: Any) -> Setting | None:
-    """Parse `loss`: a name, `{choice: names}`, or `{simplex: names}`."""
-    if not isinstance(given, Mapping):
-        if _is_loss(source, at, given):
-            return Fixed(given)
-        return None
-    word = _one_word(source, at, "loss", given, ("simplex", "choice"))
-    if not word:
-        return None
-    items = _distinct_values(source, (*at, word), "loss", given[word])
-    names = [name for i, name in items if _is_loss(source, (*at, word, i), name)]
-    if not names or len(names) < len(given[word]):
-        return None
-    if word == "simplex" and len(names) == 1:
-        source.fault((*at, word), f"loss: a mixture needs at least two losses; write `loss: {names[0]}` for only one")
-        return None
-    return Simplex(tuple(names)) if word == "simplex" else CategoricalDistribution(names)
-
-
-def _is_loss(source: _Source, at: _Path, name: Any) -> bool:
-    if name in LOSSES:
-        return True
-    near = suggest_setting(name, LOSSES) if isinstance(name, str) else ""
-    source.fault(at, f"loss: expected one of the losses {', '.join(LOSSES)}, got {name!r}{near}")
-    return False
-
-
-def _setting(source: _Source, at: _Path, key: str, given: Any) -> Setting | None:
-    never = NEVER_SEARCHED.get(key)
-    if not isinstance(given, Mapping):
-        if never and at[0] == "when":
-            source.fault(at, f"{key}: must be the same in all trials, because {never}")
-        if isinstance(given, list) and key != "data.classes":
-            source.fault(at, f"{key}: expected a single value, got a list; write {{choice: [a, b]}} to search it")
-            return None
-        return Fixed(_value(source, at, key, given))
-    if never:
-        source.fault(at, f"{key}: cannot be searched, because {never}; give one value")
-        return None
-    if key.startswith("loss."):
-        source.fault(at, f"{key}: a single weight cannot be searched; write loss: {{simplex: [mse, kl]}}")
-        return None
-    word = _one_word(source, at, key, given, ("choice", *RANGES))
-    if word is None:
-        return None
-    if word == "choice":
-        items = _distinct_values(source, (*at, word), key, given[word])
-        values = [_value(source, (*at, word, i), key, value) for i, value in items]
-        return CategoricalDistribution(values) if values else None
-    if key == "data.image_size":
-        source.fault(at, f"{key}: each size needs its own packed store; list the sizes with choice")
-        return None
-    return _range(source, (*at, word), key, word, given[word])
-
-
-def _distinct_values(source: _Source, at: _Path, key: str, given: Any) -> list[tuple[int, Any]]:
-    """Return the values of a choice or simplex with their positions. Wrong values are left out."""
-    if not isinstance(given, list) or not given:
-        source.fault(at, f"{key}: {at[-1]} needs a list of values, such as [a, b], got {given!r}")
-        return []
-    result: list[tuple[int, Any]] = []
-    for i, value in enumerate(given):
-        if isinstance(value, list | dict):
-            source.fault((*at, i), f"{key}: {at[-1]} needs plain values, got {value!r}")
-        elif any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in given[:i]):
-            source.fault((*at, i), f"{key}: {value!r} occurs twice")
-        else:
-            result.append((i, value))
-    return result
-
-
-def _range(source: _Source, at: _Path, key: str, word: str, given: Any) -> Setting | None:
-    kind = SETTINGS[key].type
-    whole, log = word.startswith("int"), "log" in word
-    form = "[low, high]" if log else "[low, high] or [low, high, step]"
-    wanted = "whole numbers" if whole else "numbers"
-    if kind not in (int, float):
-        source.fault(at, f"{key}: not a number; write {{choice: [a, b]}} to search it")
-    elif kind is int and not whole:
-        source.fault(at, f"{key}: a whole number; write int_{word} instead of {word}")
-    elif not isinstance(given, list) or len(given) not in ((2,) if log else (2, 3)):
-        source.fault(at, f"{key}: {word} needs {form}, got {given!r}")
-    elif not all(_is_number(x, whole) for x in given):
-        source.fault(at, f"{key}: {word} needs {wanted}, got {given!r}")
-    elif given[0] >= given[1]:
-        source.fault(at, f"{key}: the lower bound must be below the upper, got {given!r}")
-    elif log and given[0] <= 0:
-        source.fault(at, f"{key}: the bounds of {word} must be above 0, got {given!r}")
-    elif len(given) == 3 and not _on_grid(given[1], given[0], given[2]):
-        source.fault(at, f"{key}: the step must be above 0 and lead from the lower bound to the upper, got {given!r}")
-    else:
-        for i, end in enumerate(given[:2]):
-            _value(source, (*at, i), key, end)
-        low, high, *step = given
-        if whole:
-            return IntDistribution(low, high, log=log, step=step[0] if step else 1)
-        return FloatDistribution(float(low), float(high), log=log, step=float(step[0]) if step else None)
-    return None
-
-
-def _is_number(value: Any, whole: bool) -> bool:
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _on_grid(value: float, low: float, step: float | None) -> bool:
-    if step is None:
-        return True
-    steps = (value - low) / step if step > 0 else math.nan
-    return math.isfinite(steps) and abs(steps - round(steps)) < 1e-8
-
-
-def _value(source: _Source, at: _Path, key: str, value: Any) -> Any:
-    """Return a value in the form of the configuration. `_check_together` checks it together with other settings."""
-    section, _, name = key.partition(".")
-    if isinstance(value, list):
-        value = tuple(value)
-    try:
-        result = getattr(SECTIONS[section](**{name: value}), name)
-    except ValidationError as error:
-        for fault in error.errors():
-            if fault["loc"][:1] == (name,):
-                source.fault(at, f"{key}: {fault['msg'].replace('Input should', 'should')}, got {value!r}")
-        return value
-    if key == "model.backbone":
-        try:
-            check_architecture(value)
-            if "." in value and not split_source(value)[0]:
-                # Only timm knows the tags, and its import takes seconds.
-                from raytune_emotion.learn.model import check_backbone
-
-                check_backbone(value)
-        except UserError as error:
-            for sentence in error.faults:
-                source.fault(at, sentence)
     return result
 
 
@@ -408,6 +243,8 @@ def _branch(
             source.fault((*at, key), f"{key}: the `if` of an entry uses it, so it cannot depend on a `when` itself")
         elif key.startswith("loss."):
             source.fault((*at, key), f"{key}: in a `when`, write loss: with a name, a choice or a simplex")
+        elif key in NEVER_SEARCHED and not isinstance(body[key], Mapping):
+            source.fault((*at, key), f"{key}: must be the same in all trials, because {NEVER_SEARCHED[key]}")
     return Branch(conditions, _settings(source, at, body))
 
 
@@ -435,7 +272,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
             loss = key.removeprefix("loss.")
             if loss not in mixture.losses:
                 source.fault(here, f"{key}: is not in the mixture of {', '.join(mixture.losses)}")
-            elif not _is_number(value, whole=False) or not 0 <= value <= 1:
+            elif not is_number(value) or not 0 <= value <= 1:
                 source.fault(here, f"{key}: expected a weight from 0 to 1, got {value!r}")
             else:
                 weights[loss] = float(value)
@@ -450,7 +287,8 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
             if wrong:
                 source.fault(here, f"{key}: {wrong}, got {value!r}")
                 continue
-            result[key] = value if key == "loss" else _value(source, here, key, value)
+            result[key], errors = read_value(key, value)
+            source.faults_of(here, key, errors)
             if isinstance(active[key], IntDistribution):
                 # Optuna needs an int, also if the setting accepts fractions.
                 result[key] = int(value)
@@ -468,67 +306,8 @@ def _why_outside(setting: Setting, value: Any) -> str | None:
     if isinstance(setting, CategoricalDistribution):
         return None if value in setting.choices else f"must be one of {', '.join(map(str, setting.choices))}"
     assert isinstance(setting, FloatDistribution | IntDistribution)
-    if not _is_number(value, whole=False) or not setting.low <= value <= setting.high:
+    if not is_number(value) or not setting.low <= value <= setting.high:
         return f"must lie from {setting.low:g} to {setting.high:g}"
-    if not _on_grid(value, setting.low, setting.step):
+    if not is_on_grid(value, setting.low, setting.step):
         return f"must lie on the grid from {setting.low:g} by {setting.step:g}"
     return None
-
-
-def _invalid(config: FlatConfig) -> tuple[str, ...]:
-    return _faults_of(json.dumps(config))
-
-
-@functools.lru_cache(maxsize=2**14)
-def _faults_of(config: str) -> tuple[str, ...]:
-    """Return the errors of a configuration in JSON. Cached: a space has a thousand of them, and is read repeatedly."""
-    try:
-        RunConfig.from_flat(json.loads(config))
-    except UserError as error:
-        return error.faults
-    return ()
-
-
-def _without_weights() -> Callable[[FlatConfig], tuple[str, ...]]:
-    """Return a function that reports missing pretrained weights of a configuration. It checks each model only once."""
-    found = functools.cache(_faults_of_weights)
-    return lambda config: found(json.dumps({k: v for k, v in config.items() if k.startswith("model.")}))
-
-
-def _faults_of_weights(settings: str) -> tuple[str, ...]:
-    try:
-        model = RunConfig.from_flat(json.loads(settings)).model
-        if model.pretrained or model.weights_dir is not None:
-            # Imported only now: it imports timm, which takes seconds.
-            from raytune_emotion.learn.model import check_weights
-
-            check_weights(model)
-    except UserError as error:
-        return error.faults
-    return ()
-
-
-def _check_together(source: _Source, space: Space, judge: Callable[[FlatConfig], tuple[str, ...]] = _invalid) -> None:
-    """Find settings that are valid alone but not together, such as more warm-up than epochs.
-
-    For each combination of the conditions of `when`, every pair of settings is checked at the ends of its ranges. The
-    space could suggest a combination that fails, so it is an error of the space. Rules on three settings are checked
-    only as far as pairs violate them.
-    """
-    for decided in space.decisions():
-        names = {key: name for key, (name, _) in space.active_settings(decided).items()}
-        ends = space.ends(decided)
-        first = {key: end[0] for key, end in ends.items()}
-        several = {key: end for key, end in ends.items() if len(end) > 1}
-        pairs = [
-            {one: a, other: b}
-            for (one, ends_one), (other, ends_other) in itertools.combinations(several.items(), 2)
-            for a, b in itertools.product(ends_one, ends_other)
-        ]
-        singles = [{key: a} for key, end in several.items() for a in end]
-        for change in (*singles, *pairs, {}):
-            for sentence in judge(space.flatten({**first, **change})):
-                key = sentence.partition(":")[0]
-                # The error concerns a setting, or a section with several settings.
-                place = next((source.places[names[k]] for k in names if k == key or k.startswith(f"{key}.")), ())
-                source.fault(place, sentence)
