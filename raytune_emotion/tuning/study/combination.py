@@ -25,7 +25,7 @@ from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
-from raytune_emotion.tuning.study.trials import DATA
+from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 #: Largest number of members of an ensemble, by default.
 MEMBERS = 3
@@ -113,7 +113,7 @@ class Combination:
 
 
 def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
-    """Copy the models that a report needs into the folder of a study, if its weights are elsewhere.
+    """Copy the models that a report needs, with their settings, into the folder of a study at a URI.
 
     They are those of trials that have reported and not failed.
 
@@ -130,7 +130,7 @@ def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -
     looked_at = {record.trial_id for record in records if record.best and record.status != "failed"}
     weights = place.find(f"trials/*/{BEST}")
     trials = [name.removesuffix(BEST) for name in weights if Path(name).parent.name in looked_at]
-    place.pull(folder, [f"{trial}{name}" for trial in trials for name in (BEST, PREDICTIONS, DATA)])
+    place.pull(folder, [f"{trial}{name}" for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS)])
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:
