@@ -21,7 +21,7 @@ from raytune_emotion.tuning.study import confirmation
 from raytune_emotion.tuning.study.confirmation import (
     best_configurations,
     enqueue,
-    make_confirmation,
+    open_confirmation,
     plan_confirmation,
     rank_confirmed,
 )
@@ -158,8 +158,9 @@ def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
 def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tmp_path, monkeypatch):
     """It runs also where fewer configurations are asked for now."""
     study, folder = tmp_path / "study", tmp_path / "study" / "confirmed"
-    plan = plan_confirmation(ConfirmRequest(Folder(study)), study)
-    make_confirmation(folder, plan.spec)
+    plan = plan_confirmation(ConfirmRequest(Folder(study)))
+    with open_confirmation(Folder(folder), plan.spec):
+        pass
     left = {**plan.chosen[-1].settings, "train.precision": "fp16", "train.batch_size": 2}
     enqueue(load_study(folder), [dataclasses.replace(plan.chosen[-1], settings=left)], [7])
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
@@ -182,13 +183,6 @@ def test_one_that_is_at_work(refused, tmp_path):
     folder.mkdir()
     with study_lock(folder):
         assert refused() == [f"{folder}: another process is using it; wait until it ends, or end it"]
-
-
-def test_a_study_at_a_uri_is_refused(capsys):
-    assert refusal(capsys, [], "confirm", "s3://bucket/results/first") == [
-        "s3://bucket/results/first: is a URI, but a path of this machine is needed; copy the study to a folder, "
-        "and confirm it there"
-    ]
 
 
 def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, tmp_path, monkeypatch, capsys, no_plots):

@@ -38,8 +38,8 @@ from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.session import run_search, search_inputs
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
-from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.creation import new_spec, resumed_spec
+from raytune_emotion.tuning.study.open_study import load, make_study, open_existing
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest, name_study

@@ -16,13 +16,15 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.run_folder import read_history
-from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
+from raytune_emotion.storage.atomic import LOCK, exclusive_lock
+from raytune_emotion.storage.locations import Folder
 from raytune_emotion.tuning.execution import cluster, cluster_nodes, worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.session import single_run
 from raytune_emotion.tuning.session.single_run import Workers, train_single
+from raytune_emotion.tuning.study.trials import is_taken
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
 from tests.support.studies import write_study
@@ -349,7 +351,7 @@ def test_an_interrupted_run_says_how_it_goes_on_unless_its_caller_does(tmp_path,
 
     monkeypatch.setattr(single_run, "train_here", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_single(tmp_path / "run", run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
+        train_single(Folder(tmp_path / "run"), run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
     assert ("to continue: " in capsys.readouterr().out) == advise
 
 
@@ -359,7 +361,7 @@ def test_a_cluster_that_is_named_trains_one_worker_too(tmp_path, store, monkeypa
     monkeypatch.setattr(single_run, "_train_on_cluster", lambda console, workers, *_, **__: asked.append(workers))
     monkeypatch.setattr(single_run, "train_here", lambda job: pytest.fail("it is trained here"))
     monkeypatch.setattr(single_run, "_conclude", lambda *_, **__: None)
-    train_single(tmp_path / "run", run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
+    train_single(Folder(tmp_path / "run"), run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
     assert asked == [Workers(1, 1.0, "auto")]
 
 
@@ -370,7 +372,7 @@ def test_a_run_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path, stor
     folder.mkdir()
     (folder / "params.json").write_text("{}")
     with exclusive_lock(folder) if at_work else contextlib.nullcontext(), pytest.raises(UserError) as raised:
-        train_single(folder, run_config(), store, Workers(1, 0.0, None), fresh=True)
+        train_single(Folder(folder), run_config(), store, Workers(1, 0.0, None), fresh=True)
     said = "another process is using it" if at_work else "a run of this name exists already"
     assert str(raised.value).startswith(f"{folder}: {said}")
     assert (folder / "params.json").exists()
@@ -397,14 +399,14 @@ def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_p
 
 
 def test_run_that_was_killed_before_it_wrote_anything_holds_no_name(tmp_path):
-    assert not is_taken(tmp_path / "run")
+    assert not is_taken(Folder(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).touch()
-    assert not is_taken(tmp_path / "run")
+    assert not is_taken(Folder(tmp_path / "run"))
     (tmp_path / "run" / "params.json").touch()
-    assert is_taken(tmp_path / "run")
+    assert is_taken(Folder(tmp_path / "run"))
     (tmp_path / "file").touch()
-    assert is_taken(tmp_path / "file")
+    assert is_taken(Folder(tmp_path / "file"))
 
 
 def test_a_run_that_cannot_be_made_is_one_sentence(tmp_path, faces, capsys):
