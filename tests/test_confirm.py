@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.job import job_of, train_here
+from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.session import console_run
 from raytune_emotion.tuning.session.run_confirmation import run_confirmation
 from raytune_emotion.tuning.study import confirmation
@@ -183,6 +185,55 @@ def test_one_that_is_at_work(refused, tmp_path):
     folder.mkdir()
     with study_lock(folder):
         assert refused() == [f"{folder}: another process is using it; wait until it ends, or end it"]
+
+
+@pytest.mark.usefixtures("without_ray", "no_plots")
+def test_one_at_a_uri_is_interrupted_and_gone_on_with_on_another_machine(study, tmp_path, monkeypatch, capsys):
+    shutil.copytree(study, tmp_path / "place" / "study", ignore=shutil.ignore_patterns(LOCK, "confirmed"))
+    place = Remote((tmp_path / "place" / "study").as_uri())
+    command = ["confirm", place, "--top", 1, "--seeds", 1, "--concurrency", 1]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one machine"))
+
+    def interrupt(console, run):
+        raise KeyboardInterrupt
+
+    def interrupt_after_an_epoch(console, run):
+        recorder = Recorder(run.study, run.watch)
+        with contextlib.closing(train_here(job_of(run.study, run.placement.resources, recorder.next()))) as reports:
+            next(reports)
+        recorder.close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(console_run, "run_with_progress", interrupt)
+        assert exit_code(command) == 130
+        assert (place / "confirmed").find("*") == [], "it had not begun there"
+        interrupted.setattr(console_run, "run_with_progress", interrupt_after_an_epoch)
+        assert exit_code(command) == 130
+    said = capsys.readouterr().out
+    assert f"the same command continues: python -m raytune_emotion.confirm {place} --top 1 --seeds 1" in said
+    before = place.read("confirmed/trials/0000/history.jsonl")
+    assert before.count(b"\n") == 1
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    assert exit_code(command) == 0
+    assert f"exported    {place / 'confirmed' / 'best'}, the median run (0000)" in capsys.readouterr().out
+    assert place.read("confirmed/trials/0000/history.jsonl").startswith(before)
+    folder = tmp_path / "place" / "study" / "confirmed"
+    names = {path.name for path in folder.iterdir() if path.suffix not in (".png", ".csv")}
+    assert names == {"study.yaml", "optuna.journal", "curves.parquet", "report.html", "trials", "best", "driver"}
+    (row,) = pd.read_csv(folder / "confirmed.csv").itertuples()
+    metrics = json.loads((folder / "best" / "metrics.json").read_text())
+    assert metrics["confirmed_mean_js"] == metrics["val_js"] == pytest.approx(row.mean_js)
+    assert load_package(folder / "best").image_size == 32
+    card = (folder / "best" / "README.md").read_text()
+    assert f"trial {row.trial_id:04d} of the study study, the best of 1 with new seeds" in card
+    # The page of the study shows it, too.
+    assert exit_code(["report", place]) == 0
+    page = (tmp_path / "place" / "study" / "report.html").read_text()
+    assert f"<b>{row.mean_js:.4f}</b>JS, bits: mean over 1 seed, trial {row.trial_id:04d} of the search" in page
+    (told,) = refusal(capsys, [folder], "search", "--resume", "--results", place, "--name", "confirmed")
+    assert told.endswith(f"is a confirmation; continue it with `python -m raytune_emotion.confirm {place}`")
 
 
 def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, tmp_path, monkeypatch, capsys, no_plots):
