@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     place: Location = args.results / (args.name or _default_name(settings))
     if args.resume:
+        place.check(write=True)
         if place.read(PARAMS) is None:
             raise UserError(f"{place}: no run of this name to resume{_other_runs(args.results)}")
         settings = _merge_settings(_settings_of_run(place), settings)
@@ -140,10 +141,10 @@ def run(args: argparse.Namespace) -> None:
             from raytune_emotion.learn.model import check_weights
 
             check_weights(checked.model)
-    with collect_errors(faults):
-        if not args.resume:
+    if not args.resume:
+        with collect_errors(faults):
+            place.check(write=True)
             refuse_taken(place)
-        place.check(write=True)
     with collect_errors(faults):
         _check_machine(args)
     with collect_errors(faults):

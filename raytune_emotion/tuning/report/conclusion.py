@@ -16,11 +16,10 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.report.summary import ALL_TRIED
-from raytune_emotion.tuning.study.combination import pull_models
+from raytune_emotion.tuning.study.combination import pull_for_report
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
-    RECORD_OF_CONFIRMATION,
     ConfirmedConfiguration,
     rank_confirmed,
     write_confirmed,
@@ -50,8 +49,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
-    pull_models(place, folder, records)
-    place.pull(folder, place.find(*RECORD_OF_CONFIRMATION))
+    pull_for_report(place, folder, records)
     rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), place=place)
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
@@ -124,7 +122,7 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
     """
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     found = rank_confirmed(spec, records)
-    pull_models(place, folder, records)
+    pull_for_report(place, folder, records)
     write_confirmed(folder, found)
     write_report(folder, spec, records, place=place)
     place.push(folder, report_files(folder))
