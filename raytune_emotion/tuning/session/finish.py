@@ -112,29 +112,44 @@ def finish_study(place: Location, address: str | None) -> None:
         winner = rank_confirmed(confirmation.spec, confirmation.records())[0].trial_id
         epochs = LONGER * study.spec.epochs
         failure = _fit_longer(study, winner, epochs, address)
-        with place.copy_here(*_WEIGHTS) as folder, (place / FINISHED).publish(CONFIG) as dest:
-            searched = list_kept(folder, study.records())
-            confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
-            # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.
-            fits = [(f"{FINAL}/{best.parent.name}", best.parent) for best in sorted((folder / FINAL).glob(f"*/{BEST}"))]
-            trials = [*searched, *confirmed, *fits]
-            groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), find_device())
-            names = [name for name, _ in trials]
-            ends = (len(searched), len(searched) + len(confirmed), len(names))
-            first, second, third = (_unseen_js(groups, names[:end]) for end in ends)
-            fit = f"best of these and the final fit of trial {winner} ({count(epochs, 'epoch')})"
-            steps = [
-                Step("best trial of the search", first),
-                Step(f"best of it and {count(len(confirmed), 'confirmed run')}", second, first),
-                Step(fit, third, second, failure),
-            ]
-            table = plain_table("step", "JS, bits", "gain, bits")
-            for step in _export(dest, groups[0], place.name, steps):
-                table.add_row(*step.cells)
-            formats = [name for name, file in FORMATS.items() if (dest / file).exists()]
-    delete_other_formats(place / FINISHED, formats)
+        fit = f"the final fit of trial {winner} ({count(epochs, 'epoch')})"
+        steps = _compare_and_export(study, confirmation, fit, failure)
+    table = plain_table("step", "JS, bits", "gain, bits")
+    for step in steps:
+        table.add_row(*step.cells)
     console.print(table)
     console.print(f"{_MEASURED}\nexported    {shell_word(str(place / FINISHED))}")
+
+
+def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, failure: str) -> Sequence[Step]:
+    """Compare all models of a study, and export the best one or the best combination.
+
+    Args:
+        study: the study.
+        confirmation: its confirmation.
+        fit: description of the final fit.
+        failure: why that failed, or "".
+    """
+    place = study.copy.location
+    with place.copy_here(*_WEIGHTS) as folder, (place / FINISHED).publish(CONFIG) as dest:
+        searched = list_kept(folder, study.records())
+        confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
+        # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.
+        fits = [(f"{FINAL}/{best.parent.name}", best.parent) for best in sorted((folder / FINAL).glob(f"*/{BEST}"))]
+        trials = [*searched, *confirmed, *fits]
+        groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), find_device())
+        names = [name for name, _ in trials]
+        ends = (len(searched), len(searched) + len(confirmed), len(names))
+        first, second, third = (_unseen_js(groups, names[:end]) for end in ends)
+        steps = [
+            Step("best trial of the search", first),
+            Step(f"best of it and {count(len(confirmed), 'confirmed run')}", second, first),
+            Step(f"best of these and {fit}", third, second, failure),
+        ]
+        taken = _export(dest, groups[0], place.name, steps)
+        formats = [name for name, file in FORMATS.items() if (dest / file).exists()]
+    delete_other_formats(place / FINISHED, formats)
+    return taken
 
 
 def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | None) -> str:
