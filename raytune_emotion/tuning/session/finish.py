@@ -20,7 +20,7 @@ from raytune_emotion.learn.export_files import CONFIG, FORMATS
 from raytune_emotion.learn.export_folder import FormatError, write_package
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
-from raytune_emotion.terminal import count, plain_console, plain_table, shell_word
+from raytune_emotion.terminal import count, plain_console, plain_table
 from raytune_emotion.tuning.session.run_confirmation import run_confirmation
 from raytune_emotion.tuning.session.single_run import TrainingFailed, Workers, train_single
 from raytune_emotion.tuning.study.combination import (
@@ -118,7 +118,7 @@ def finish_study(place: Location, address: str | None) -> None:
     for step in steps:
         table.add_row(*step.cells)
     console.print(table)
-    console.print(f"{_MEASURED}\nexported    {shell_word(str(place / FINISHED))}")
+    console.print(f"{_MEASURED}\nexported    {place / FINISHED}")
 
 
 def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, failure: str) -> Sequence[Step]:
