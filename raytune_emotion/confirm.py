@@ -10,7 +10,7 @@ from raytune_emotion.tuning.study.request import ConfirmRequest
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("study", type=location, metavar="STUDY", help="folder of a study")
+    add("study", type=location, metavar="STUDY", help="folder or URI of a study")
     add(
         "--top",
         type=positive_integer,

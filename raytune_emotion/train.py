@@ -22,13 +22,13 @@ from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.backbones import check_architecture, short_name
-from raytune_emotion.storage.atomic import is_taken
+from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
-from raytune_emotion.tuning.study.spec import SPEC, spec_of
-from raytune_emotion.tuning.study.trials import PARAMS, data_of, find_trial, refuse_taken
+from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
+from raytune_emotion.tuning.study.trials import DATA, PARAMS, data_of, find_trial, is_taken, refuse_taken
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--results",
-        type=local_path,
-        default=RESULTS,
+        type=location,
+        default=Folder(RESULTS),
         metavar="DIR",
-        help="folder of the run's folder (default: ray_results)",
+        help="folder of the run's folder, or a URI such as s3://bucket/prefix (default: ray_results)",
     )
     add("--name", type=folder_name, metavar="NAME", help="name of the run (default: {backbone}_{loss})")
     add("--resume", action="store_true", help="continue the run of this name, also with more --epochs")
@@ -127,11 +127,12 @@ def _best_trial(place: Location) -> str:
 
 def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
-    folder: Path = args.results.absolute() / (args.name or _default_name(settings))
+    place: Location = args.results / (args.name or _default_name(settings))
     if args.resume:
-        if not (folder / PARAMS).is_file():
-            raise UserError(f"{folder}: no run of this name to resume{_other_runs(folder.parent)}")
-        settings = _merge_settings(_settings_of_run(folder), settings)
+        place.check(write=True)
+        if place.read(PARAMS) is None:
+            raise UserError(f"{place}: no run of this name to resume{_other_runs(args.results)}")
+        settings = _merge_settings(_settings_of_run(place), settings)
     checked = RunConfig.from_flat(settings)
     faults: list[str] = []
     with collect_errors(faults):
@@ -142,12 +143,12 @@ def run(args: argparse.Namespace) -> None:
             check_weights(checked.model)
     if not args.resume:
         with collect_errors(faults):
-            refuse_taken(folder)
-            Folder(folder).check(write=True)
+            place.check(write=True)
+            refuse_taken(place)
     with collect_errors(faults):
         _check_machine(args)
     with collect_errors(faults):
-        data = _data(args, settings, folder)
+        data = _data(args, settings, place)
     if faults:
         raise UserError(faults)
 
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.resume:
         build_model(config)  # raises an error before Ray is started and the folder is made
     workers = Workers(args.workers, args.gpus_per_worker, args.address)
-    train_single(folder, config, store, workers, fresh=not is_taken(folder))
+    train_single(place, config, store, workers, fresh=not is_taken(place))
 
 
 def _check_machine(args: argparse.Namespace) -> None:
@@ -190,17 +191,18 @@ def _check_machine(args: argparse.Namespace) -> None:
         fit_here(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
 
 
-def _other_runs(results: Path) -> str:
-    runs = sorted(file.parent.name for file in results.glob(f"*/{PARAMS}"))
+def _other_runs(results: Location) -> str:
+    runs = subfolders_with(PARAMS, results)
     return f"; choose one of {', '.join(runs)}" if runs else "; name its folder with --results"
 
 
-def _settings_of_run(folder: Path) -> dict[str, Any]:
+def _settings_of_run(place: Location) -> dict[str, Any]:
     """Read the settings of a run to resume: from its checkpoint or, before the first one, from its parameters."""
     from raytune_emotion.learn.checkpoint import read_progress
 
-    progress = read_progress(folder)
-    return progress.settings if progress is not None else _read(folder / PARAMS)
+    with place.copy_here(LAST, PARAMS) as folder:
+        progress = read_progress(folder)
+        return progress.settings if progress is not None else _read(folder / PARAMS)
 
 
 def _default_name(settings: dict[str, Any]) -> str:
@@ -208,14 +210,15 @@ def _default_name(settings: dict[str, Any]) -> str:
     return f"{short_name(config.model.backbone)}_{config.loss.label}"
 
 
-def _data(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> Data:
+def _data(args: argparse.Namespace, settings: dict[str, Any], place: Location) -> Data:
     """Find the data to train on: the named data, else those of the run or the study, else the built-in sample."""
     if args.data is not None:
         return find_data(args.data)
     if args.resume:
-        before = data_of(folder)
+        with place.work_here(DATA) as folder:
+            before = data_of(folder)
         if before is None or not is_store(before):
-            raise UserError(f"{before or folder}: the packed data of the run are missing; name the data with --data")
+            raise UserError(f"{before or place}: the packed data of the run are missing; name the data with --data")
         return find_data(before)
     if args.study is None:
         return find_data(sample_folder())

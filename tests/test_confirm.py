@@ -11,17 +11,19 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.job import job_of, train_here
+from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.session import console_run
 from raytune_emotion.tuning.session.run_confirmation import run_confirmation
 from raytune_emotion.tuning.study import confirmation
 from raytune_emotion.tuning.study.confirmation import (
     best_configurations,
     enqueue,
-    make_confirmation,
+    open_confirmation,
     plan_confirmation,
     rank_confirmed,
 )
@@ -158,8 +160,9 @@ def test_half_precision_where_there_is_no_gpu(refused, monkeypatch):
 def test_what_an_earlier_confirmation_has_left_to_run_is_checked_too(refused, tmp_path, monkeypatch):
     """It runs also where fewer configurations are asked for now."""
     study, folder = tmp_path / "study", tmp_path / "study" / "confirmed"
-    plan = plan_confirmation(ConfirmRequest(Folder(study)), study)
-    make_confirmation(folder, plan.spec)
+    plan = plan_confirmation(ConfirmRequest(Folder(study)))
+    with open_confirmation(Folder(folder), plan.spec):
+        pass
     left = {**plan.chosen[-1].settings, "train.precision": "fp16", "train.batch_size": 2}
     enqueue(load_study(folder), [dataclasses.replace(plan.chosen[-1], settings=left)], [7])
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
@@ -184,11 +187,53 @@ def test_one_that_is_at_work(refused, tmp_path):
         assert refused() == [f"{folder}: another process is using it; wait until it ends, or end it"]
 
 
-def test_a_study_at_a_uri_is_refused(capsys):
-    assert refusal(capsys, [], "confirm", "s3://bucket/results/first") == [
-        "s3://bucket/results/first: is a URI, but a path of this machine is needed; copy the study to a folder, "
-        "and confirm it there"
-    ]
+@pytest.mark.usefixtures("without_ray", "no_plots")
+def test_one_at_a_uri_is_interrupted_and_gone_on_with_on_another_machine(study, tmp_path, monkeypatch, capsys):
+    shutil.copytree(study, tmp_path / "place" / "study", ignore=shutil.ignore_patterns(LOCK, "confirmed"))
+    place = Remote((tmp_path / "place" / "study").as_uri())
+    command = ["confirm", place, "--top", 1, "--seeds", 1, "--concurrency", 1]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one machine"))
+
+    def interrupt(console, run):
+        raise KeyboardInterrupt
+
+    def interrupt_after_an_epoch(console, run):
+        recorder = Recorder(run.study, run.watch)
+        with contextlib.closing(train_here(job_of(run.study, run.placement.resources, recorder.next()))) as reports:
+            next(reports)
+        recorder.close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(console_run, "run_with_progress", interrupt)
+        assert exit_code(command) == 130
+        assert (place / "confirmed").find("*") == [], "it had not begun there"
+        interrupted.setattr(console_run, "run_with_progress", interrupt_after_an_epoch)
+        assert exit_code(command) == 130
+    said = capsys.readouterr().out
+    assert f"the same command continues: python -m raytune_emotion.confirm {place} --top 1 --seeds 1" in said
+    before = place.read("confirmed/trials/0000/history.jsonl")
+    assert before.count(b"\n") == 1
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    assert exit_code(command) == 0
+    assert f"exported    {place / 'confirmed' / 'best'}, the median run (0000)" in capsys.readouterr().out
+    assert place.read("confirmed/trials/0000/history.jsonl").startswith(before)
+    folder = tmp_path / "place" / "study" / "confirmed"
+    names = {path.name for path in folder.iterdir() if path.suffix not in (".png", ".csv")}
+    assert names == {"study.yaml", "optuna.journal", "curves.parquet", "report.html", "trials", "best", "driver"}
+    (row,) = pd.read_csv(folder / "confirmed.csv").itertuples()
+    metrics = json.loads((folder / "best" / "metrics.json").read_text())
+    assert metrics["confirmed_mean_js"] == metrics["val_js"] == pytest.approx(row.mean_js)
+    assert load_package(folder / "best").image_size == 32
+    card = (folder / "best" / "README.md").read_text()
+    assert f"trial {row.trial_id:04d} of the study study, the best of 1 with new seeds" in card
+    # The page of the study shows it, too.
+    assert exit_code(["report", place]) == 0
+    page = (tmp_path / "place" / "study" / "report.html").read_text()
+    assert f"<b>{row.mean_js:.4f}</b>JS, bits: mean over 1 seed, trial {row.trial_id:04d} of the search" in page
+    (told,) = refusal(capsys, [folder], "search", "--resume", "--results", place, "--name", "confirmed")
+    assert told.endswith(f"is a confirmation; continue it with `python -m raytune_emotion.confirm {place}`")
 
 
 def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, tmp_path, monkeypatch, capsys, no_plots):

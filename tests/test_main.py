@@ -137,12 +137,10 @@ def test_a_share_of_a_gpu_is_one_at_most(capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["train", "--results", "{uri}"],
         ["train", "--weights-dir", "{uri}"],
         ["train", "--config", "{uri}"],
         ["search", "--space", "{uri}"],
         ["search", "--weights-dir", "{uri}"],
-        ["confirm", "{uri}"],
     ],
 )
 @pytest.mark.parametrize("uri", ["s3://bucket/prefix", "file:///nowhere/at/all"])

@@ -38,8 +38,8 @@ from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.session import run_search, search_inputs
 from raytune_emotion.tuning.space.parser import parse_space
-from raytune_emotion.tuning.study.creation import new_spec, open_existing, resumed_spec
-from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.creation import new_spec, resumed_spec
+from raytune_emotion.tuning.study.open_study import load, make_study, open_existing
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.request import SearchRequest, name_study
@@ -663,6 +663,27 @@ class TestFinishing:
         assert resumed("--trials=9") == (0, ["concluded", "finished"])
         assert resumed("--time-budget=1h") == (0, ["searched", "concluded", "finished"])
         assert resumed("--time-budget=2h") == (0, ["searched", "concluded", "finished"])
+
+    def test_and_knows_it_at_a_uri(self, study, monkeypatch):
+        (study / ".searched").unlink()
+        done, results = [], study.parent.as_uri()
+        monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+        monkeypatch.setattr(
+            "raytune_emotion.tuning.session.console_run.run_with_progress", lambda console, run, _: run.study.claim()
+        )
+        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: done.append("concluded"))
+        monkeypatch.setattr(
+            "raytune_emotion.tuning.session.finish.finish_study", lambda place, _: done.append(f"{place} is finished")
+        )
+        command = ["search", "--resume", "--finish", "--results", results, "--name", "study"]
+        assert exit_code([*command, "--time-budget=1h"]) == 0
+        assert json.loads((study / ".searched").read_text()) == {"time_budget": 3600.0}
+        monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", None)
+        # The search is over, and what is asked for now is kept at the URI.
+        assert exit_code([*command, "--concurrency=7"]) == 0
+        assert done == ["concluded", f"{results}/study is finished"] * 2
+        assert read_spec(study).concurrency == 7
 
     @pytest.mark.parametrize(
         ("why", "code"),

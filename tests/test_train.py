@@ -10,21 +10,25 @@ import socket
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.loop import batch_faults
-from raytune_emotion.learn.run_folder import read_history
-from raytune_emotion.storage.atomic import LOCK, exclusive_lock, is_taken
+from raytune_emotion.learn.run_folder import BEST, LAST, read_history
+from raytune_emotion.storage.atomic import LOCK, exclusive_lock
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.execution import cluster, cluster_nodes, worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.session import single_run
 from raytune_emotion.tuning.session.single_run import Workers, train_single
+from raytune_emotion.tuning.study.remote_copy import DRIVER, RemoteCopy
+from raytune_emotion.tuning.study.trials import is_taken
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code, refusal
+from tests.support.reports import without_clocks
 from tests.support.studies import write_study
 from tests.support.training import run_config
 
@@ -116,6 +120,71 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     # A run that has ended ends again.
     assert trained("--resume", "--name", "mine") == 0
     assert read_history(folder) == history
+
+
+def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeypatch, capsys):
+    assert trained(*TINY, 3, "--name", "mine") == 0
+    expected = tmp_path / "results" / "mine"
+    results = Remote((tmp_path / "place").as_uri())
+    run = results / "mine"
+    at_uri = ["--results", results, "--name", "mine"]
+
+    def interrupted(job):
+        yield next(train_here(job))
+        raise KeyboardInterrupt
+
+    def continued_elsewhere(job):
+        for report in train_here(job):
+            RemoteCopy(tmp_path, run).claim([])
+            yield report
+
+    with monkeypatch.context() as patched:
+        patched.setattr(single_run, "train_here", interrupted)
+        assert trained(*TINY, 3, *at_uri) == 130
+        out = capsys.readouterr().out
+        assert f"exported    {run / 'best'}\n" in out
+        assert out.endswith(f"to continue: python -m raytune_emotion.train --resume --results {results} --name mine\n")
+        after_one = {name for name in run.find("*") if "tfevents" not in name}
+        assert trained(*TINY, 3, *at_uri) == 2
+        assert f"{run}: a run of this name exists already; continue it with" in capsys.readouterr().err
+        with exclusive_lock(run.working_folder()):
+            assert trained("--resume", *at_uri, data=False) == 2
+        assert "another process is using it" in capsys.readouterr().err
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+        patched.setattr(single_run, "train_here", continued_elsewhere)
+        assert trained("--resume", *at_uri, data=False) == 1
+        assert f"error: {run}: another process has continued it" in capsys.readouterr().err
+    assert trained("--resume", *at_uri, data=False) == 0
+    assert {name for name in run.find("*") if "tfevents" not in name} == after_one
+    with run.copy_here("*") as found:
+        assert without_clocks(read_history(found)) == without_clocks(read_history(expected))
+        for name in (LAST, BEST, "best/model.safetensors"):
+            weights, wanted = load_file(found / name), load_file(expected / name)
+            assert weights.keys() == wanted.keys()
+            assert all(torch.equal(weights[key], wanted[key]) for key in wanted), name
+    assert trained("--resume", "--results", results, "--name", "none") == 2
+    assert f"{results / 'none'}: no run of this name to resume; choose one of mine" in capsys.readouterr().err
+
+
+def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_alone(tmp_path):
+    run = Remote((tmp_path / "place").as_uri())
+    first, second = (RemoteCopy(tmp_path / name, run) for name in ("first", "second"))
+    for copy in (first, second):
+        copy.folder.mkdir()
+    with single_run._new_run(first):
+        first.claim([])
+        assert not is_taken(run), "a killed process would hold no name"
+        with run.write("params.json") as file:
+            file.write_text("{}")
+        assert is_taken(run)
+    assert run.find("*") == []
+    assert not first.folder.exists()
+    first.folder.mkdir()
+    with single_run._new_run(first):
+        first.claim([])
+        second.claim([])
+    assert run.find("*") == [DRIVER]
 
 
 def test_a_run_that_was_killed_before_it_noted_its_data_asks_for_them(trained, refused, tmp_path):
@@ -349,7 +418,7 @@ def test_an_interrupted_run_says_how_it_goes_on_unless_its_caller_does(tmp_path,
 
     monkeypatch.setattr(single_run, "train_here", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_single(tmp_path / "run", run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
+        train_single(Folder(tmp_path / "run"), run_config(), store, Workers(1, 0.0, None), fresh=True, advise=advise)
     assert ("to continue: " in capsys.readouterr().out) == advise
 
 
@@ -359,7 +428,7 @@ def test_a_cluster_that_is_named_trains_one_worker_too(tmp_path, store, monkeypa
     monkeypatch.setattr(single_run, "_train_on_cluster", lambda console, workers, *_, **__: asked.append(workers))
     monkeypatch.setattr(single_run, "train_here", lambda job: pytest.fail("it is trained here"))
     monkeypatch.setattr(single_run, "_conclude", lambda *_, **__: None)
-    train_single(tmp_path / "run", run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
+    train_single(Folder(tmp_path / "run"), run_config(), store, Workers(1, 1.0, "auto"), fresh=True)
     assert asked == [Workers(1, 1.0, "auto")]
 
 
@@ -370,7 +439,7 @@ def test_a_run_that_has_taken_the_name_meanwhile_is_left_as_it_is(tmp_path, stor
     folder.mkdir()
     (folder / "params.json").write_text("{}")
     with exclusive_lock(folder) if at_work else contextlib.nullcontext(), pytest.raises(UserError) as raised:
-        train_single(folder, run_config(), store, Workers(1, 0.0, None), fresh=True)
+        train_single(Folder(folder), run_config(), store, Workers(1, 0.0, None), fresh=True)
     said = "another process is using it" if at_work else "a run of this name exists already"
     assert str(raised.value).startswith(f"{folder}: {said}")
     assert (folder / "params.json").exists()
@@ -397,14 +466,14 @@ def test_a_training_that_diverges_is_no_fault_of_the_command_line(trained, tmp_p
 
 
 def test_run_that_was_killed_before_it_wrote_anything_holds_no_name(tmp_path):
-    assert not is_taken(tmp_path / "run")
+    assert not is_taken(Folder(tmp_path / "run"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).touch()
-    assert not is_taken(tmp_path / "run")
+    assert not is_taken(Folder(tmp_path / "run"))
     (tmp_path / "run" / "params.json").touch()
-    assert is_taken(tmp_path / "run")
+    assert is_taken(Folder(tmp_path / "run"))
     (tmp_path / "file").touch()
-    assert is_taken(tmp_path / "file")
+    assert is_taken(Folder(tmp_path / "file"))
 
 
 def test_a_run_that_cannot_be_made_is_one_sentence(tmp_path, faces, capsys):

@@ -181,11 +181,6 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def is_taken(folder: Path) -> bool:
-    """Tell whether the name is taken. A folder with only its lock file, left by a killed process, does not count."""
-    return os.path.lexists(folder) and not (folder.is_dir() and {file.name for file in folder.iterdir()} <= {LOCK})
-
-
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
     """Delete the folders of killed processes that are unchanged for at least this number of seconds."""
     for folder in parent.glob(pattern):

@@ -640,6 +640,14 @@ def parse_location(text: str) -> Location:
     return Remote(text) if "://" in text else Folder(Path(text))
 
 
+def parent_of(location: Location) -> Location:
+    """Return the folder that contains a location."""
+    if isinstance(location, Remote):
+        return Remote(remote.parent_of(location.uri))
+    assert isinstance(location, Folder)
+    return Folder(location.path.absolute().parent)
+
+
 def replace_files(location: Location, folder: Path, names: Iterable[str], last: str) -> None:
     """Push files that belong together, unless the folder is the location.
 

@@ -17,7 +17,7 @@ import ray
 
 from raytune_emotion.cli import command_main
 from raytune_emotion.learn.export_folder import load_package
-from raytune_emotion.learn.run_folder import HISTORY
+from raytune_emotion.learn.run_folder import HISTORY, read_history
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
@@ -25,9 +25,10 @@ from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
+from raytune_emotion.tuning.session import finish
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.tables import TRIALS
-from tests.support.cluster import RUN_SPACE, held_resources, joined_session
+from tests.support.cluster import RUN_SPACE, held_resources, joined_session, trials_in_this_process
 from tests.support.s3 import SECRET
 from tests.support.studies_at_uri import begin_study, break_off, check_went_on
 
@@ -93,6 +94,21 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
     assert command_main("report", [remote.join(results, "never")]) == 2
     assert command_main("search", ["--results", results, "--name", "killed"]) == 2
     assert command_main("search", ["--results", results, "--name", "never", "--resume"]) == 2
+
+    monkeypatch.setattr(finish, "TOP", 1)
+    monkeypatch.setattr(finish, "SEEDS", 1)
+    monkeypatch.setattr(finish, "LONGER", 1)
+    with trials_in_this_process():
+        code = command_main("search", ["--results", results, "--resume", "--finish"])
+    output, errors = capsys.readouterr()
+    assert code == 0, errors
+    assert SECRET not in output + errors
+    assert output.endswith(f"exported    {remote.join(uri, 'finished')}\n")
+    remote.pull(uri, tmp_path / "there", remote.names(uri, "finished/*", "confirmed/*", f"final/*/{HISTORY}"))
+    (fit,) = (tmp_path / "there" / "final").iterdir()
+    assert [report["epoch"] for report in read_history(fit)] == [*range(1, 9)]
+    assert load_package(tmp_path / "there" / "confirmed" / "best").image_size == 32
+    assert load_package(tmp_path / "there" / "finished").image_size == 32
 
 
 def test_a_trial_at_a_uri_goes_on_with_several_workers_and_one_that_they_cannot_train_fails(

@@ -13,7 +13,7 @@ import raytune_emotion
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import exclusive_lock, write_text
-from raytune_emotion.storage.locations import File, Folder, Remote, location_of, parse_location
+from raytune_emotion.storage.locations import File, Folder, Remote, location_of, parent_of, parse_location
 from tests.support.s3 import SECRET
 
 
@@ -51,6 +51,12 @@ def test_what_is_written_is_read_and_found(location):
     assert contents[0] == b"a"
     assert isinstance(contents[1], OSError)
     assert contents[1].errno == errno.ENOENT
+
+
+def test_parent_of_a_location_contains_it(location, tmp_path, monkeypatch):
+    assert parent_of(location / "a b") == location
+    monkeypatch.chdir(tmp_path)
+    assert parent_of(Folder(Path())) == Folder(tmp_path.parent)
 
 
 def test_folder_in_the_place_of_a_file_is_no_file(tmp_path):

@@ -271,7 +271,7 @@ def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int,
     """
     stats = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
     states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
-    order = [name for name in (LAST, BEST, HISTORY) if name in states]
+    order = [name for name in (PARAMS, DATA, LAST, BEST, HISTORY) if name in states]
     changed = [name for name in dict.fromkeys([*order, *states]) if pushed.get(name) != states[name]]
     location.push(folder, changed)
     pushed.update(states)

@@ -21,7 +21,7 @@ from raytune_emotion.tuning.policy.decisions import Decision, Gain, Prune
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
-from raytune_emotion.tuning.policy.warm_start import EARLIER, read_earlier
+from raytune_emotion.tuning.policy.warm_start import read_earlier
 from raytune_emotion.tuning.study.endings import Broken, Complete, Ending, Failed, Paused, Pruned
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import (
@@ -38,7 +38,6 @@ from raytune_emotion.tuning.study.records import (
     delete_weights,
     trials_to_strip,
 )
-from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import Tables
 from raytune_emotion.tuning.study.trials import trial_id_of
 
@@ -106,7 +105,7 @@ class Recorder:
         """Continue the trials of an earlier session."""
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
-            self._study.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: it marks a study
+            self._study.claim()
             self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])

@@ -15,6 +15,7 @@ from raytune_emotion.learn.combine import STATISTICS_ROWS, js_of, list_compatibl
 from raytune_emotion.learn.evaluation import predict_rows
 from raytune_emotion.learn.model import load_model
 from raytune_emotion.learn.run_folder import PREDICTIONS
+from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import shell_word
 from raytune_emotion.tuning.study.combination import (
     MEMBERS,
@@ -67,21 +68,21 @@ _UNSEEN, _ALL = "the half that did not choose, for each half", "the whole valida
 
 
 def measure_combinations(
-    folder: Path, records: Sequence[TrialRecord], *, here: bool = True
+    folder: Path, records: Sequence[TrialRecord], study: Location | None = None
 ) -> list[MeasuredCombination]:
     """Measure the gain of each way. A way that would take long gets a row that says so.
 
     Args:
         folder: of the study.
         records: of its trials.
-        here: whether the study lies in the folder, so that commands can name it.
+        study: location of the study, for the commands; None: the folder.
 
     Returns:
         A row for each way; those that cannot be measured here are left out.
     """
     with_weights = list_kept(folder, records)
     kept = [(name, trial) for name, trial in with_weights if (trial / PREDICTIONS).exists()]
-    export = f"raytune-emotion export {shell_word(folder)}" if here else ""
+    export = f"raytune-emotion export {shell_word(str(study or Folder(folder)))}"
     # Without `--trial`, the command chooses among all trials with weights.
     export_of_all = export if len(kept) == len(with_weights) else ""
     try:
@@ -146,7 +147,7 @@ def _mirror(candidates: Candidates, export: str, mirrored_NK: Tensor | None) -> 
     # The folder `best` may hold another trial, as after a confirmation.
     dest = f"trial_{trial_id}"
     command = f"{export} {dest} --trial {trial_id} && raytune-emotion predict --mirror {dest} FACE.jpg"
-    what, cost, command = f"mirror image, trial {trial_id}", "2 times the time", command if export else ""
+    what, cost = f"mirror image, trial {trial_id}", "2 times the time"
     if mirrored_NK is None:
         return _not_measured(what, cost, command)
     plain_NK, targets = candidates.predictions[0], candidates.targets

@@ -1,7 +1,6 @@
 """Print the results of a search or a confirmation, and the next commands."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import get_args
 
 from rich.console import Console
@@ -11,13 +10,13 @@ from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.run_folder import BEST
-from raytune_emotion.storage.locations import Folder, Location, replace_files
+from raytune_emotion.storage.locations import Folder, Location, parent_of, replace_files
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
 from raytune_emotion.tuning.report.summary import ALL_TRIED
-from raytune_emotion.tuning.study.combination import pull_models
+from raytune_emotion.tuning.study.combination import pull_for_report
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
@@ -28,10 +27,9 @@ from raytune_emotion.tuning.study.confirmation import (
 from raytune_emotion.tuning.study.creation import GENERATED
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
-from raytune_emotion.tuning.study.records import TrialRecord, trial_folder, winner
+from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
-from raytune_emotion.tuning.study.trials import PARAMS
 
 _DRAWN = "\nnote        the faces of the sample are drawn: predictions of this model for photos are meaningless"
 
@@ -51,10 +49,8 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
-    if best is not None:
-        study.copy.pull([f"trials/{best.trial_id}/{PARAMS}"])
-    pull_models(place, folder, records)
-    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), here=place.is_here(folder))
+    pull_for_report(place, folder, records)
+    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), place=place)
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
     place.push(folder, report_files(folder))
@@ -76,7 +72,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
             f"no trial has a result yet: none has reported, or all that reported have failed\n\nnext:\n  {resume}"
         )
         return
-    confirmation = advise_confirmation(place, rivals) if place.is_here(folder) else ""
+    confirmation = advise_confirmation(place, rivals)
     objective = OBJECTIVES[spec.objective]
     if objective.front:
         front = plain_table(*FRONT, title=f"Pareto front: no {objective.cheaper} model has a lower JS")
@@ -124,10 +120,12 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
         study: the confirmation.
         whole: whether it is complete.
     """
-    folder, spec, records = study.folder, study.spec, study.records()
+    folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     found = rank_confirmed(spec, records)
+    pull_for_report(place, folder, records)
     write_confirmed(folder, found)
-    write_report(folder, spec, records)
+    write_report(folder, spec, records, place=place)
+    place.push(folder, report_files(folder))
     table = plain_table(*HEADINGS)
     for configuration in found:
         table.add_row(*configuration.cells)
@@ -136,20 +134,20 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
         return
     winner = found[0]
     if not winner.runs:
-        raise Breakdown(f"{folder}: no run is complete; the reasons are in the last column of {folder / 'trials.csv'}")
-    _export(folder, winner, len(found))
+        raise Breakdown(f"{place}: no run is complete; the reasons are in the last column of {place / TRIALS}")
+    _export(study, winner, len(found))
     console.print(
         f"""best mean   {winner.summary}, trial {winner.trial_id} of the search
-exported    {folder / "best"}, the median run ({winner.median.trial_id})
-table       {folder / CONFIRMED_TABLE}
-page        {folder / REPORT}"""
+exported    {place / "best"}, the median run ({winner.median.trial_id})
+table       {place / CONFIRMED_TABLE}
+page        {place / REPORT}"""
     )
 
 
-def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -> None:
+def _export(study: OpenStudy, winner: ConfirmedConfiguration, configurations: int) -> None:
     """Export the median run of the winner, so that the result does not depend on a lucky seed."""
-    run = winner.median
-    trained = trial_folder(folder, run.trial_id)
+    run, place = winner.median, study.copy.location
+    trained = study.trial_folder(run.trial_id)
     best = read_best(trained / BEST)
     confirmed = {
         "confirmed_mean_js": winner.mean,
@@ -157,9 +155,10 @@ def _export(folder: Path, winner: ConfirmedConfiguration, configurations: int) -
         "confirmed_seeds": len(winner.runs),
     }
     notes = [
-        f"The configuration of trial {winner.trial_id} of the study {folder.parent.name}, the best of {configurations} "
-        f"with new seeds: JS {winner.summary}.",
+        f"The configuration of trial {winner.trial_id} of the study {parent_of(place).name}, the best of "
+        f"{configurations} with new seeds: JS {winner.summary}.",
         f"These weights are from the median run, trial {run.trial_id} of the confirmation.",
     ]
     metrics = {**best.report, **confirmed}
-    write_package(folder / "best", best, notes, metrics=metrics, store=store_of(trained, best))
+    with (place / "best").publish(CONFIG) as dest:
+        write_package(dest, best, notes, metrics=metrics, store=store_of(trained, best))

@@ -15,7 +15,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.storage.atomic import atomic_write, write_text
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.terminal import count, shell_word
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
@@ -78,7 +78,12 @@ _AIMS = {
 
 
 def write_report(
-    folder: Path, spec: StudySpec, records: list[TrialRecord], *, gain: Gain | None = None, here: bool = True
+    folder: Path,
+    spec: StudySpec,
+    records: list[TrialRecord],
+    *,
+    gain: Gain | None = None,
+    place: Location | None = None,
 ) -> list[str]:
     """Write the page of a study, and its plots and tables as PNG and CSV files.
 
@@ -87,11 +92,12 @@ def write_report(
         spec: spec of the study.
         records: records of its trials.
         gain: expected gain of further training; None if unknown.
-        here: whether the folder is the study's location, so that it can be confirmed.
+        place: location of the study, for its commands; None: the folder.
 
     Returns:
         The trials of other configurations that may be as good as the best one, judged by the validation images.
     """
+    place = place or Folder(folder)
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
     predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
@@ -99,15 +105,13 @@ def write_report(
     rivals: list[str] = []
     if leader is not None and not isinstance(predictions, str) and spec.confirms is None:
         rivals = rivals_of(leader, records, predictions)
-    combinations = measure_combinations(folder, records, here=here)
+    combinations = measure_combinations(folder, records, place)
     for name, table in (_tables(data, predictions) | _table_of_combinations(combinations)).items():
         write_text(folder / f"{name}.csv", table)
     for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
         with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    write_text(
-        folder / REPORT, _render(folder, data, leader, found, predictions, combinations, gain, rivals, here=here)
-    )
+    write_text(folder / REPORT, _render(folder, place, data, leader, found, predictions, combinations, gain, rivals))
     return rivals
 
 
@@ -128,6 +132,7 @@ def front_rows(records: list[TrialRecord], objective: Objective) -> list[list[st
 
 def _render(
     folder: Path,
+    place: Location,
     data: StudyData,
     leader: TrialRecord | None,
     found: Sequence[ConfirmedConfiguration],
@@ -135,8 +140,6 @@ def _render(
     combinations: Sequence[MeasuredCombination],
     gain: Gain | None,
     rivals: Sequence[str],
-    *,
-    here: bool,
 ) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("raytune_emotion.tuning.report", "."),
@@ -192,7 +195,7 @@ def _render(
         contents=_contents(data, predictions, combinations),
         rivals=rivals,
         slice_columns=_columns_of_plots(len(data.axes)),
-        confirm=f"raytune-emotion confirm {shell_word(folder)}" if here else "",
+        confirm=f"raytune-emotion confirm {shell_word(str(place))}",
     )
 
 

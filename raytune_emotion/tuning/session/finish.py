@@ -16,11 +16,11 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import choose_ensemble, mean_of, measure_gain
 from raytune_emotion.learn.device import find_device
+from raytune_emotion.learn.export_files import CONFIG, FORMATS
 from raytune_emotion.learn.export_folder import FormatError, write_package
-from raytune_emotion.learn.run_folder import BEST
-from raytune_emotion.storage.atomic import is_taken
-from raytune_emotion.storage.locations import Folder
-from raytune_emotion.terminal import count, plain_console, plain_table, shell_word
+from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.terminal import count, plain_console, plain_table
 from raytune_emotion.tuning.session.run_confirmation import run_confirmation
 from raytune_emotion.tuning.session.single_run import TrainingFailed, Workers, train_single
 from raytune_emotion.tuning.study.combination import (
@@ -33,13 +33,19 @@ from raytune_emotion.tuning.study.combination import (
     read_groups,
 )
 from raytune_emotion.tuning.study.combined_export import write_ensemble, write_soup
-from raytune_emotion.tuning.study.confirmation import CONFIRMED, rank_confirmed
-from raytune_emotion.tuning.study.open_study import OpenStudy, load
+from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFIRMATION, rank_confirmed
+from raytune_emotion.tuning.study.open_study import OpenStudy, load, read_study
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import find_store
+from raytune_emotion.tuning.study.trial_export import delete_other_formats
+from raytune_emotion.tuning.study.trials import is_taken
 
 #: Folder of the final fits, each in a folder with the id of its trial; and folder of the final export.
 FINAL, FINISHED = "final", "finished"
+#: Patterns of the models of a study.
+_WEIGHTS = tuple(
+    f"{runs}/*/{name}" for runs in ("trials", f"{CONFIRMED}/trials", FINAL) for name in (BEST, PREDICTIONS)
+)
 #: Number of configurations to confirm, and of seeds for each.
 TOP, SEEDS = 3, 3
 #: Epochs of the final fit, as a multiple of those of a trial.
@@ -86,13 +92,13 @@ class Step:
         return f"{what}: {js or 'not measured'}" + (f" (gain {gain})" if gain else "")
 
 
-def finish_study(folder: Path, address: str | None) -> None:
+def finish_study(place: Location, address: str | None) -> None:
     """Finish a study that has been searched, and export its best model.
 
     A failed final fit and a failed pt2 file of an ensemble are noted among the steps.
 
     Args:
-        folder: of the study.
+        place: location of the study.
         address: of a cluster; None for this machine.
 
     Raises:
@@ -100,31 +106,50 @@ def finish_study(folder: Path, address: str | None) -> None:
         KeyboardInterrupt: it was interrupted; another call continues it.
     """
     console = plain_console()
-    run_confirmation(ConfirmRequest(study=Folder(folder), top=TOP, seeds=SEEDS, address=address), advise=False)
-    study, confirmation = load(folder), load(folder / CONFIRMED)
-    winner = rank_confirmed(confirmation.spec, confirmation.records())[0].trial_id
-    epochs = LONGER * study.spec.epochs
-    failure = _fit_longer(study, winner, epochs, address)
-
-    searched = list_kept(folder, study.records())
-    confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
-    # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.
-    fits = [(f"{FINAL}/{best.parent.name}", best.parent) for best in sorted((folder / FINAL).glob(f"*/{BEST}"))]
-    trials = [*searched, *confirmed, *fits]
-    groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), find_device())
-    names = [name for name, _ in trials]
-    ends = (len(searched), len(searched) + len(confirmed), len(names))
-    first, second, third = (_unseen_js(groups, names[:end]) for end in ends)
-    steps = [
-        Step("best trial of the search", first),
-        Step(f"best of it and {count(len(confirmed), 'confirmed run')}", second, first),
-        Step(f"best of these and the final fit of trial {winner} ({count(epochs, 'epoch')})", third, second, failure),
-    ]
+    run_confirmation(ConfirmRequest(study=place, top=TOP, seeds=SEEDS, address=address), advise=False)
+    with read_study(place, *RECORD_OF_CONFIRMATION) as study:
+        confirmation = load(study.folder / CONFIRMED)
+        winner = rank_confirmed(confirmation.spec, confirmation.records())[0].trial_id
+        epochs = LONGER * study.spec.epochs
+        failure = _fit_longer(study, winner, epochs, address)
+        fit = f"the final fit of trial {winner} ({count(epochs, 'epoch')})"
+        steps = _compare_and_export(study, confirmation, fit, failure)
     table = plain_table("step", "JS, bits", "gain, bits")
-    for step in _export(folder / FINISHED, groups[0], folder.name, steps):
+    for step in steps:
         table.add_row(*step.cells)
     console.print(table)
-    console.print(f"{_MEASURED}\nexported    {shell_word(folder / FINISHED)}")
+    console.print(f"{_MEASURED}\nexported    {place / FINISHED}")
+
+
+def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, failure: str) -> Sequence[Step]:
+    """Compare all models of a study, and export the best one or the best combination.
+
+    Args:
+        study: the study.
+        confirmation: its confirmation.
+        fit: description of the final fit.
+        failure: why that failed, or "".
+    """
+    place = study.copy.location
+    with place.copy_here(*_WEIGHTS) as folder, (place / FINISHED).publish(CONFIG) as dest:
+        searched = list_kept(folder, study.records())
+        confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
+        # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.
+        fits = [(f"{FINAL}/{best.parent.name}", best.parent) for best in sorted((folder / FINAL).glob(f"*/{BEST}"))]
+        trials = [*searched, *confirmed, *fits]
+        groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), find_device())
+        names = [name for name, _ in trials]
+        ends = (len(searched), len(searched) + len(confirmed), len(names))
+        first, second, third = (_unseen_js(groups, names[:end]) for end in ends)
+        steps = [
+            Step("best trial of the search", first),
+            Step(f"best of it and {count(len(confirmed), 'confirmed run')}", second, first),
+            Step(f"best of these and {fit}", third, second, failure),
+        ]
+        taken = _export(dest, groups[0], place.name, steps)
+        formats = [name for name, file in FORMATS.items() if (dest / file).exists()]
+    delete_other_formats(place / FINISHED, formats)
+    return taken
 
 
 def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | None) -> str:
@@ -142,7 +167,7 @@ def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | Non
     most = min(config.train.batch_size, len(store.train)) // (_LEAST_ROWS * config.train.accumulate)
     workers = Workers(max(1, min(gpus, most)), None if share is None else float(math.ceil(share)), address)
     # Each winner has a folder of its own, because a resumed study may have another winner.
-    fit = study.folder / FINAL / trial_id
+    fit = study.copy.location / FINAL / trial_id
     try:
         train_single(fit, config, store, workers, fresh=not is_taken(fit), advise=False)
     except TrainingFailed as error:

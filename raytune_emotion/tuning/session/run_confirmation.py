@@ -1,14 +1,12 @@
 """Run a confirmation from the request to its conclusion."""
 
-from pathlib import Path
 from typing import Any
 
 from raytune_emotion.interruption import finish_block
-from raytune_emotion.storage.locations import Folder
-from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
+from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import spec_of
+from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
 
 def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
@@ -21,7 +19,6 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     Raises:
         UserError: there is nothing to confirm, or it cannot be run here.
     """
-    study: Path = request.study.require_folder("copy the study to a folder, and confirm it there").absolute()
     spec_of(request.study)  # raises an error at once if it is not a study
     refuse_absent_gpu(request.gpus_per_worker, request.address)
     # Imported only now: it takes seconds.
@@ -36,13 +33,12 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     from raytune_emotion.tuning.study.confirmation import (
         CONFIRMED,
         enqueue_runs,
-        make_confirmation,
+        open_confirmation,
         plan_confirmation,
     )
-    from raytune_emotion.tuning.study.open_study import open_study
 
     check_cluster(request.address)
-    plan = plan_confirmation(request, study)
+    plan = plan_confirmation(request)
     spec = plan.spec
     needs: dict[str, Any] = {
         "workers": spec.workers_per_trial,
@@ -52,31 +48,32 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     }
     if request.address is None:
         fit_here(**needs)
-    folder, console = study / CONFIRMED, plain_console()
-    check_replaceable(Folder(folder / "best"))
-    make_confirmation(folder, spec)
+    place, console = request.study / CONFIRMED, plain_console()
+    place.check(write=True)
+    check_replaceable(place / "best")
     # The confirmation's folder is locked until everything is written.
-    with open_study(folder) as confirmation:
+    with open_confirmation(place, spec) as confirmation:
         ended = None
         try:
-            with open_session(request.address, f"{study.name} {CONFIRMED}") as cluster:
+            with open_session(request.address, f"{request.study.name} {CONFIRMED}") as cluster:
                 placement = fit_to_cluster(**needs)
                 confirmation = enqueue_runs(confirmation, plan, request.seeds)
                 runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
-                console.print(
-                    f"confirmation {short_path(folder)}: {runs} of {count(spec.epochs, 'epoch')}, {placement}"
-                )
+                console.print(f"confirmation {place}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")
                 run_with_progress(console, StudyRun(confirmation, placement, failure=cluster.failure))
         except (KeyboardInterrupt, ClusterLost) as why:
+            # An interruption before the recorder has claimed a URI leaves no confirmation there.
+            if place.read(SPEC) is None:
+                raise
             ended = why
         with finish_block():
             conclude_confirmation(console, confirmation, whole=ended is None)
             if ended is not None and advise:
-                console.print(f"the same command continues: {_same_command(request, study)}")
+                console.print(f"the same command continues: {_same_command(request)}")
         if ended is not None:
             raise ended
 
 
-def _same_command(request: ConfirmRequest, study: Path) -> str:
+def _same_command(request: ConfirmRequest) -> str:
     options = {name: value for name, value in vars(request).items() if name != "study"}
-    return f"{typed_command('confirm')} {shell_word(study)}{typed_options(**options)}"
+    return f"{typed_command('confirm')} {shell_word(str(request.study))}{typed_options(**options)}"

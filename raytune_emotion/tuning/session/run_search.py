@@ -40,8 +40,6 @@ def run_search(request: SearchRequest) -> None:
         Breakdown: the study broke off, and can be resumed.
         KeyboardInterrupt: it was interrupted, and can be resumed.
     """
-    if request.finish:
-        request.results.require_folder("leave --finish out, or name a folder with --results")
     with announce("reading the study" if request.resume else "reading the search space and the data"):
         place = request.find_study()
         if request.joins(place):
@@ -89,6 +87,7 @@ def _take_over(request: SearchRequest, place: Location) -> None:
     with ExitStack() as held:
         prepared = _prepare_resumed(request, place, held)
         study = prepared.open_with(prepared.spec)
+        study.claim()
         left = "" if study.is_over() else ", without the remaining trials"
         plain_console().print(
             f"study {place}: the search is over, so only the finish continues{left}; to search further, raise --trials "
@@ -104,13 +103,12 @@ def _take_over(request: SearchRequest, place: Location) -> None:
 
 def _finish(request: SearchRequest, place: Location) -> None:
     """Finish a searched study. After an interruption, print the command that continues."""
-    folder = place.require_folder("leave --finish out, or name a folder with --results").absolute()
     try:
         from raytune_emotion.tuning.session.finish import finish_study
 
-        finish_study(folder, request.address)
+        finish_study(place, request.address)
     except (KeyboardInterrupt, Breakdown, UserError):
-        options = typed_options(results=folder.parent, name=folder.name, address=request.address)
+        options = typed_options(results=request.results, name=place.typed_name, address=request.address)
         plain_console().print(f"to continue: {typed_command('search')} --resume --finish{options}")
         raise
 
@@ -160,7 +158,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                     fp16="fp16" in prepared.space.values_of("train.precision"),
                 )
                 study = prepared.open_with(spec)
-                (study.folder / _SEARCHED).unlink(missing_ok=True)
+                study.copy.delete([_SEARCHED])
                 console.print(
                     f"study {place}: {count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}, {placement}"
                 )
@@ -170,6 +168,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 run_with_progress(console, run, _other_watches(request, study, held))
                 if request.finish and any(record.best for record in study.records()):
                     write_text(study.folder / _SEARCHED, json.dumps(_limits(request)))
+                    study.copy.push(_SEARCHED)
         except (KeyboardInterrupt, ClusterLost) as why:
             # An interruption before the recorder has claimed a URI leaves no study there.
             if study is None or place.read(SPEC) is None:
@@ -208,8 +207,8 @@ def _prepare_new(request: SearchRequest, place: Location, new: NewStudy, held: E
 def _prepare_resumed(request: SearchRequest, place: Location, held: ExitStack) -> _Prepared:
     """Open a study to resume, until `held` ends, and check the request."""
     with announce("loading PyTorch"):
-        from raytune_emotion.tuning.study.creation import open_existing, resumed_spec
-        from raytune_emotion.tuning.study.open_study import go_on
+        from raytune_emotion.tuning.study.creation import resumed_spec
+        from raytune_emotion.tuning.study.open_study import go_on, open_existing
 
     study = open_existing(place, held)
     spec = resumed_spec(request, study, list_obstacles(request, study))

@@ -8,7 +8,7 @@ from raytune_emotion.data.prepare import Data, find_data
 from raytune_emotion.data.synthetic import sample_folder
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.atomic import exclusive_lock
-from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.storage.locations import Location
 from raytune_emotion.storage.remote import refuse_credentials
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
@@ -131,10 +131,10 @@ def list_obstacles(request: SearchRequest, study: "OpenStudy") -> list[str]:
     found: list[str] = []
     for name in ("best", FINISHED) if request.finish else ("best",):
         with collect_errors(found):
-            check_replaceable(Folder(study.folder / name))
+            check_replaceable(study.copy.location / name)
     if request.finish:
         with collect_errors(found):
-            confirmation_before(study.folder, request.epochs or study.spec.epochs)
+            confirmation_before(study.copy.location, request.epochs or study.spec.epochs)
     return found
 
 

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -16,16 +15,19 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import finish_block
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
+from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
-from raytune_emotion.learn.run_folder import BEST, LAST, read_history
+from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock
-from raytune_emotion.terminal import count, plain_console, shell_word, short_path, typed_command, typed_options
+from raytune_emotion.storage.locations import Location, parent_of
+from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, TrialFailed, train_here, train_with_retry
 from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.study.remote_copy import RemoteCopy
 from raytune_emotion.tuning.study.trials import refuse_taken
 
 
@@ -41,63 +43,64 @@ class Workers:
 class TrainingFailed(Breakdown):
     """Report that a training failed, and would fail again."""
 
-    def __init__(self, folder: Path, reason: str) -> None:
-        super().__init__(f"{short_path(folder)}: the training failed: {reason}")
+    def __init__(self, run: Location, reason: str) -> None:
+        super().__init__(f"{run}: the training failed: {reason}")
         self.reason = reason
 
 
 def train_single(
-    folder: Path, config: RunConfig, store: Store, workers: Workers, *, fresh: bool, advise: bool = True
+    run: Location, config: RunConfig, store: Store, workers: Workers, *, fresh: bool, advise: bool = True
 ) -> None:
-    """Train in a folder, export the best weights, and print the next commands.
+    """Train at a location, export the best weights, and print the next commands.
 
     Args:
-        folder: folder of the run.
+        run: location of the run.
         config: configuration of the run.
         store: training data.
         workers: processes that train.
-        fresh: whether the run is new, so that its folder is empty, and is deleted if the run has no checkpoint.
+        fresh: whether the run is new, so that its location is empty, and is emptied if the run has no checkpoint.
         advise: whether to print the command that continues an interrupted run; otherwise the caller does it.
 
     Raises:
-        UserError: the configuration and the data do not fit together, or another run has taken the folder.
+        UserError: the configuration and the data do not fit together, or another run has taken the location.
         TrainingFailed: the training failed, and another attempt would fail, too.
         Breakdown: the training broke off.
         KeyboardInterrupt: it was interrupted; the best weights so far are exported.
     """
     console = plain_console()
     images = f"{len(store.train)} training and {count(len(store.val), 'validation image')}"
-    console.print(f"run {short_path(folder)}: {images}")
+    console.print(f"run {run}: {images}")
     ended = None
     try:
         if workers.count == 1 and workers.address is None:
             gpus = workers.gpus_per_worker
             gpus = float(torch.cuda.is_available()) if gpus is None else gpus
             resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
-            _train(console, folder, config, store.address, resources, train_here, fresh=fresh)
+            _train(console, run, config, store.address, resources, train_here, fresh=fresh)
         else:
-            _train_on_cluster(console, workers, folder, config, store.address, fresh=fresh)
+            _train_on_cluster(console, workers, run, config, store.address, fresh=fresh)
     except (KeyboardInterrupt, ClusterLost) as why:
         ended = why
     with finish_block():
-        _conclude(console, folder, store, ended, workers, advise=advise)
+        _conclude(console, run, store, ended, workers, advise=advise)
     if ended is not None:
         raise ended
 
 
 def _conclude(
-    console: Console, folder: Path, store: Store, ended: BaseException | None, workers: Workers, *, advise: bool
+    console: Console, run: Location, store: Store, ended: BaseException | None, workers: Workers, *, advise: bool
 ) -> None:
     """Export the best weights so far, and print the next commands."""
-    if ended is not None and not (folder / BEST).exists():
+    if ended is not None and run.sizes([BEST]) == [None]:
         console.print("the run ended before its first evaluation; nothing is kept")
         return
-    write_package(folder / "best", read_best(folder / BEST), store=store)
-    mean = baseline(store)
-    best = min(read_history(folder), key=lambda report: report["val_js"])
+    with run.copy_here(BEST) as folder, (run / "best").publish(CONFIG) as package:
+        kept = read_best(folder / BEST)
+        write_package(package, kept, store=store)
+    best, mean = kept.report, baseline(store)
     resume = f"{typed_command('train')} --resume" + typed_options(
-        results=short_path(folder.parent),
-        name=folder.name,
+        results=parent_of(run),
+        name=run.typed_name,
         workers=workers.count if workers.count > 1 else None,
         gpus_per_worker=workers.gpus_per_worker,
         address=workers.address,
@@ -106,15 +109,15 @@ def _conclude(
         f"""
 best JS     {best["val_js"]:.4f} bits (KL {best["val_kl"]:.4f} nats, accuracy {best["val_accuracy"]:.3f})
 baseline    {mean["js"]:.4f} bits, predicting the training mean
-exported    {short_path(folder / "best")}
+exported    {run / "best"}
 
-next: {typed_command("predict")} {shell_word(folder / "best")} FACE.jpg"""
+next: {typed_command("predict")} {shell_word(str(run / "best"))} FACE.jpg"""
         + (f"\nto continue: {resume}" if ended is not None and advise else "")
     )
 
 
 def _train_on_cluster(
-    console: Console, workers: Workers, folder: Path, config: RunConfig, store: str, *, fresh: bool
+    console: Console, workers: Workers, run: Location, config: RunConfig, store: str, *, fresh: bool
 ) -> None:
     # Imported only if needed, because Ray Train takes a second and 100 MB.
     from raytune_emotion.tuning.execution.worker_group import train_together
@@ -125,12 +128,12 @@ def _train_on_cluster(
         def together(job: Job) -> Iterator[Report]:
             return iterate_watched(train_together(job), cluster)
 
-        _train(console, folder, config, store, place.resources, together, fresh=fresh)
+        _train(console, run, config, store, place.resources, together, fresh=fresh)
 
 
 def _train(
     console: Console,
-    folder: Path,
+    run: Location,
     config: RunConfig,
     store: str,
     resources: Resources,
@@ -138,11 +141,15 @@ def _train(
     *,
     fresh: bool,
 ) -> None:
-    job = Job(folder.name, str(folder), store, config.to_flat(), resources, mark=str(folder / LOCK))
+    # As in a study at a URI, the training itself pushes its files, and this process only watches over them.
+    copy = RemoteCopy(run.working_folder(), run)
+    job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, copy.mark(LOCK))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder), _new_folder(folder) if fresh else contextlib.nullcontext():
+        copy.folder.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(copy.folder), _new_run(copy) if fresh else contextlib.nullcontext():
+            copy.claim([])
             for report in train_with_retry(job, train):
+                copy.push()
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
@@ -150,21 +157,23 @@ def _train(
     except InvalidForRun as error:
         raise UserError(error.faults) from None
     except TrialFailed as error:
-        raise TrainingFailed(folder, str(error)) from None
+        raise TrainingFailed(run, str(error)) from None
     except OSError as error:
-        raise Breakdown(f"{short_path(folder)}: the training broke off: {error}") from error
+        raise Breakdown(f"{run}: the training broke off: {error}") from error
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[None]:
-    """Delete the locked folder of a new run after the block if it has no checkpoint, so that its name is free.
+def _new_run(copy: RemoteCopy) -> Iterator[None]:
+    """Delete the files of a new run after the block if it has no checkpoint, so that its name is free.
 
     Raises:
         UserError: another run has taken the name since it was checked.
     """
-    refuse_taken(folder)
+    run = copy.location
+    refuse_taken(run)
     try:
         yield
     finally:
-        if not (folder / LAST).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if run.sizes([LAST]) == [None] and not copy.failure():
+            run.delete(run.find("*"))
+            shutil.rmtree(copy.folder, ignore_errors=True)

@@ -25,8 +25,9 @@ from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFIRMATION
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
-from raytune_emotion.tuning.study.trials import DATA
+from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 #: Largest number of members of an ensemble, by default.
 MEMBERS = 3
@@ -113,10 +114,10 @@ class Combination:
         return values
 
 
-def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
-    """Copy the models that a report needs into the folder of a study, if its weights are elsewhere.
+def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
+    """Copy what a report needs into the folder of a study at a URI: models, and the record of its confirmation.
 
-    They are those of trials that have reported and not failed.
+    The models are those of trials that have reported and not failed.
 
     Args:
         place: where the study lies.
@@ -129,9 +130,11 @@ def pull_models(place: Location, folder: Path, records: Sequence[TrialRecord]) -
     if place.is_here(folder):
         return
     looked_at = {record.trial_id for record in records if record.best and record.status != "failed"}
-    weights = place.find(f"trials/*/{BEST}")
-    trials = [name.removesuffix(BEST) for name in weights if Path(name).parent.name in looked_at]
-    place.pull(folder, [f"{trial}{name}" for trial in trials for name in (BEST, PREDICTIONS, DATA)])
+    found = place.find(f"trials/*/{BEST}", *RECORD_OF_CONFIRMATION)
+    confirmation = [name for name in found if name.startswith(f"{CONFIRMED}/")]
+    trials = [Path(name).parent for name in found if name not in confirmation]
+    models = [trial / name for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS) if trial.name in looked_at]
+    place.pull(folder, [*confirmation, *map(str, models)])
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:

@@ -4,11 +4,12 @@ A confirmation is a separate study, in the folder of the study that it confirms.
 begins: each of the best configurations with several new seeds.
 """
 
+import contextlib
 import dataclasses
 import math
 import shutil
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,23 @@ from raytune_emotion.learn.backbones import FOLDER, split_source
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.model import check_weights
 from raytune_emotion.learn.origin import AbsentWeightsError
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage.atomic import LOCK, write_text
+from raytune_emotion.storage.locations import Location, parent_of
 from raytune_emotion.terminal import typed_command, typed_options
 from raytune_emotion.tuning.policy.trial_attributes import CONFIRMS, SETTINGS
-from raytune_emotion.tuning.study.open_study import OpenStudy, load, make_study
-from raytune_emotion.tuning.study.optuna_study import load_study, study_lock
+from raytune_emotion.tuning.study.open_study import OpenStudy, make_study, open_existing, open_study, read_study
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
+from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, read_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, spec_of
 
 #: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
 CONFIRMED_TABLE = "confirmed.csv"
+#: Patterns of the files of a study with the record of its confirmation.
+RECORD_OF_CONFIRMATION = (f"{CONFIRMED}/{SPEC}", f"{CONFIRMED}/{JOURNAL}", f"{CONFIRMED}/trials/*/{HISTORY}")
 
 HEADINGS = ("trial", "mean JS, bits", "standard error", "seeds", "failed", "JS in the search")
 
@@ -154,27 +160,32 @@ class Plan:
     settings: tuple[dict[str, Any], ...]  # settings of all runs, including unfinished ones of an earlier confirmation
 
 
-def plan_confirmation(request: ConfirmRequest, study: Path) -> Plan:
+def plan_confirmation(request: ConfirmRequest) -> Plan:
     """Plan a confirmation of the best configurations of a study.
 
     Raises:
         UserError: there is no such study, it has nothing to confirm, its data or weights are missing, or its batches
             are too small for the number of workers.
     """
-    searched = read_spec(study)
+    with read_study(request.study, *RECORD_OF_CONFIRMATION) as study:
+        return _plan(request, study)
+
+
+def _plan(request: ConfirmRequest, study: OpenStudy) -> Plan:
+    place, searched = request.study, study.spec
     if searched.confirms is not None:
-        raise UserError(f"{study}: is a confirmation itself; name the study whose folder contains it")
+        raise UserError(f"{place}: is a confirmation itself; name the study whose folder contains it")
     # A budget of one second: without it, the command would first train all remaining trials of the study.
-    options = typed_options(results=study.parent, name=study.name, time_budget="1s")
+    options = typed_options(results=parent_of(place), name=place.typed_name, time_budget="1s")
     resume = f"{typed_command('search')} --resume{options}"
     stores = open_stores(searched, f"name their folder with `{resume} --data DIR`")
-    chosen = best_configurations(load(study).records(), request.top)
+    chosen = best_configurations(study.records(), request.top)
     if not chosen:
-        raise UserError(f"{study}: no trial of this study has reported yet; search longer")
+        raise UserError(f"{place}: no trial of this study has reported yet; search longer")
     faults: list[str] = []
     workers = request.workers_per_trial or searched.workers_per_trial
-    before = confirmation_before(study, searched.epochs)
-    left = _list_left(study / CONFIRMED) if before else []
+    before = confirmation_before(place, searched.epochs)
+    left = _list_left(study.folder / CONFIRMED) if before else []
     settings = [searched.settings(its) for its in (*(record.settings for record in chosen), *left)]
     for config in map(RunConfig.from_flat, settings):
         with collect_errors(faults):
@@ -202,21 +213,21 @@ def _list_left(folder: Path) -> list[dict[str, Any]]:
     return [trial.user_attrs[SETTINGS] for trial in trials if not trial.state.is_finished()]
 
 
-def confirmation_before(study: Path, epochs: int) -> StudySpec | None:
+def confirmation_before(study: Location, epochs: int) -> StudySpec | None:
     """Return the spec of a study's existing confirmation; None if there is none.
 
     Args:
-        study: folder of the study.
+        study: location of the study.
         epochs: epochs of its trials.
 
     Raises:
         UserError: the runs of the confirmation have another length, so new ones could not be compared with them.
     """
-    folder = study / CONFIRMED
-    before = read_spec(folder) if (folder / SPEC).exists() else None
+    place = study / CONFIRMED
+    before = spec_of(place) if place.read(SPEC) is not None else None
     if before is not None and before.epochs != epochs:
         raise UserError(
-            f"{folder}: its runs have {before.epochs} epochs, but trials of the study now have {epochs}; move it away "
+            f"{place}: its runs have {before.epochs} epochs, but trials of the study now have {epochs}; move it away "
             f"to confirm the study again"
         )
     return before
@@ -236,20 +247,40 @@ def _check_weights(config: ModelConfig, advice: str) -> None:
         raise UserError(f"{fault.partition(';')[0]}; {advice}" for fault in error.faults) from None
 
 
-def make_confirmation(folder: Path, spec: StudySpec) -> None:
-    """Make the folder of a confirmation, unless it exists.
+@contextlib.contextmanager
+def open_confirmation(place: Location, spec: StudySpec) -> Iterator[OpenStudy]:
+    """Load a confirmation to work on it, and make it first if there is none. It is locked until the block ends.
+
+    Args:
+        place: location of the confirmation.
+        spec: spec of a new one.
 
     Raises:
-        UserError: it contains other files, or another process is using it.
+        UserError: there are other files, or another process is using it.
     """
-    if (folder / SPEC).exists():
-        return
-    if folder.exists():
+    with contextlib.ExitStack() as held:
+        if place.read(SPEC) is not None:
+            yield open_existing(place, held)
+        else:
+            folder = place.working_folder()
+            _free_name(place, folder)
+            make_study(folder, spec)
+            yield held.enter_context(open_study(folder, place))
+
+
+def _free_name(place: Location, folder: Path) -> None:
+    """Delete the lock file of a killed process at the location of a new confirmation, and set aside its working copy.
+
+    Raises:
+        UserError: there are other files, or another process is using the folder.
+    """
+    if not place.can_be_built(DRIVER, SPEC):
+        folder.mkdir(parents=True, exist_ok=True)
         with study_lock(folder):
-            if others := sorted({path.name for path in folder.iterdir()} - {LOCK}):
-                raise UserError(f"{folder}: holds {', '.join(others[:5])}, but is not a confirmation; move it away")
+            if others := sorted({name.partition("/")[0] for name in place.find("*")} - {LOCK}):
+                raise UserError(f"{place}: holds {', '.join(others[:5])}, but is not a confirmation; move it away")
             shutil.rmtree(folder)
-    make_study(folder, spec)
+    place.free_working_folder()
 
 
 def enqueue_runs(study: OpenStudy, plan: Plan, seeds: int) -> OpenStudy:

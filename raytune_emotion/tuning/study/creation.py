@@ -3,7 +3,7 @@
 import dataclasses
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 from raytune_emotion.config import FlatConfig, ModelConfig, RunConfig
@@ -15,19 +15,16 @@ from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.loop import batch_faults, evaluation_faults
 from raytune_emotion.learn.model import build_model, check_weights
 from raytune_emotion.learn.origin import WeightsUnavailableError
-from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage.locations import Folder, Location, parse_location
 from raytune_emotion.tuning.policy.decisions import FORECAST, default_scheduler
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
-from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
-from raytune_emotion.tuning.study.open_study import OpenStudy, load
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
+from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute_path
-from raytune_emotion.tuning.study.resume_check import refuse_confirmation, refused_changes
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, open_stores, read_spec
+from raytune_emotion.tuning.study.resume_check import refused_changes
+from raytune_emotion.tuning.study.spec import StudySpec, open_stores
 
 #: Value of `StudySpec.data` for the built-in sample.
 GENERATED = "generated faces"
@@ -65,23 +62,6 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
         # The name in the database is unique, because a folder may be deleted and made again.
         storage=request.storage and join_address(request.storage, f"{name}-{uuid.uuid4().hex[:8]}"),
     )
-
-
-def open_existing(place: Location, held: ExitStack) -> OpenStudy:
-    """Load a study to resume it, and be its driver until `held` ends; see `study_lock`.
-
-    The folder is first brought up to date, because another machine may have continued the study. Files of another study
-    of the same name are set aside.
-    """
-    folder = place.working_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    drivers = held.enter_context(study_lock(folder))
-    if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
-        place.set_aside_copy()
-    place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
-    spec = read_spec(folder)
-    refuse_confirmation(spec, folder, place)
-    return load(folder, place, drivers)
 
 
 def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) -> StudySpec:

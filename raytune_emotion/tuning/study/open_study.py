@@ -13,7 +13,7 @@ from raytune_emotion.learn.run_folder import HISTORY, LAST
 from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
-from raytune_emotion.tuning.policy.warm_start import write_earlier
+from raytune_emotion.tuning.policy.warm_start import EARLIER, write_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.drivers import Drivers, SingleDriver
@@ -38,7 +38,7 @@ from raytune_emotion.tuning.study.records import (
     winner,
 )
 from raytune_emotion.tuning.study.remote_copy import RemoteCopy
-from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
+from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, read_spec, write_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,11 @@ class OpenStudy:
     @property
     def mark(self) -> str | None:
         """Return a file that every machine sees that can see the study's folder; None for a study at a URI."""
-        return str(self.folder.absolute() / SPEC) if self.copy.location.is_here(self.folder) else None
+        return self.copy.mark(SPEC)
+
+    def claim(self) -> None:
+        """Become the driver of a study at a URI, and push its record."""
+        self.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: it marks a study
 
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)
@@ -176,6 +180,21 @@ def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenS
     read_spec(folder)  # raises an error before a lock file is made in a folder without a study
     with study_lock(folder) as drivers:
         yield load(folder, location, drivers)
+
+
+def open_existing(place: Location, held: contextlib.ExitStack) -> OpenStudy:
+    """Load a study to resume it, and be its driver until `held` ends; see `study_lock`.
+
+    The folder is first brought up to date, because another machine may have continued the study. Files of another study
+    of the same name are set aside.
+    """
+    folder = place.working_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    drivers = held.enter_context(study_lock(folder))
+    if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
+        place.set_aside_copy()
+    place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
+    return load(folder, place, drivers)
 
 
 def go_on(study: OpenStudy, spec: StudySpec) -> OpenStudy:

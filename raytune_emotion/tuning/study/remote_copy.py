@@ -1,4 +1,4 @@
-"""Keep a study's location up to date with the folder in which this process works."""
+"""Keep the location of a study or a run up to date with the folder in which this process works."""
 
 import dataclasses
 import uuid
@@ -9,13 +9,13 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location
 
-#: Name of the file with the driver of a study at a URI, where locks do not work: the driver that began last.
+#: Name of the file with the driver of a study or a run at a URI, where locks do not work: the driver that began last.
 DRIVER = "driver"
 
 
 @dataclasses.dataclass(frozen=True)
 class RemoteCopy:
-    """A study's location. If it is the folder itself, nothing is copied."""
+    """The location of a study or a run. If it is the folder itself, nothing is copied."""
 
     folder: Path
     location: Location
@@ -27,7 +27,7 @@ class RemoteCopy:
     def claim(self, names: Iterable[str]) -> None:
         """Become the driver, and push those of these files that there are, in their order.
 
-        The others are deleted at the location: they are of a study that was never whole.
+        The others are deleted at the location: they are of a study that was never whole. The folder must exist.
         """
         if self.location.is_here(self.folder):
             return
@@ -37,18 +37,23 @@ class RemoteCopy:
         self.location.delete([name for name in here if not here[name]])
         self.location.push(self.folder, [name for name in here if here[name]])
 
+    def failure(self) -> str:
+        """Say why this process is no longer the driver; "" while it is."""
+        if self.location.is_here(self.folder):
+            return ""
+        driver = self.location.read(DRIVER)
+        if driver is None:
+            return "its files no longer exist"
+        return "" if driver == self.token.encode() else "another process has continued it"
+
     def push(self, *names: str) -> None:
-        """Push files.
+        """Push files; without names, only check that this process is still the driver.
 
         Raises:
-            Breakdown: another driver has claimed the study; or all requests to the location failed.
+            Breakdown: another driver has claimed the location; or all requests to it failed.
         """
-        if self.location.is_here(self.folder):
-            return
         # A driver that was taken for dead must not overwrite files of its successor.
-        driver = self.location.read(DRIVER)
-        if driver != self.token.encode():
-            why = "the study no longer exists" if driver is None else "another search has continued this study"
+        if why := self.failure():
             raise Breakdown(f"{self}: {why}")
         self.location.push(self.folder, names)
 
@@ -58,6 +63,10 @@ class RemoteCopy:
     def delete(self, names: Iterable[str]) -> None:
         if names := list(names):
             self.location.delete(names)
+
+    def mark(self, name: str) -> str | None:
+        """Return a file of the folder, which every machine sees that can see the folder; None for a URI."""
+        return str(self.folder.absolute() / name) if self.location.is_here(self.folder) else None
 
     def has(self, name: str) -> bool:
         return self.location.sizes([name]) != [None]

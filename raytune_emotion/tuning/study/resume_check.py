@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from raytune_emotion.errors import UserError, collect_errors
-from raytune_emotion.storage.locations import Location
+from raytune_emotion.storage.locations import Location, parent_of
 from raytune_emotion.terminal import shell_word, typed_command
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.study.database import split_address
@@ -29,7 +29,7 @@ def check_continuation(request: SearchRequest, place: Location) -> None:
     with place.work_here(*names) as folder:
         try:
             spec = read_spec(folder)
-            refuse_confirmation(spec, folder, place)
+            refuse_confirmation(spec, place)
             errors = refused_changes(request, spec, folder)
         except UserError as error:
             raise UserError(fault.replace(str(folder), str(place)) for fault in error.faults) from None
@@ -37,15 +37,16 @@ def check_continuation(request: SearchRequest, place: Location) -> None:
         raise UserError(errors)
 
 
-def refuse_confirmation(spec: StudySpec, folder: Path, place: Location) -> None:
+def refuse_confirmation(spec: StudySpec, place: Location) -> None:
     """Refuse to resume a confirmation as a search.
 
     Raises:
         UserError: the study is a confirmation.
     """
     if spec.confirms is not None:
+        study = str(parent_of(place))
         raise UserError(
-            f"{place}: is a confirmation; continue it with `{typed_command('confirm')} {shell_word(folder.parent)}`"
+            f"{place}: is a confirmation; continue it with `{typed_command('confirm')} {shell_word(study)}`"
         )
 
 

@@ -157,8 +157,13 @@ def read_spec(folder: Path) -> StudySpec:
 
 def studies_in(results: Location) -> list[str]:
     """List the names of the first studies in a folder or at a URI, at most `_LISTED`."""
-    names = sorted(results.list_folders())
-    found = zip(names, results.sizes(f"{name}/{SPEC}" for name in names), strict=True)
+    return subfolders_with(SPEC, results)
+
+
+def subfolders_with(file: str, location: Location) -> list[str]:
+    """List the names of the first subfolders that have a file of this name, at most `_LISTED`."""
+    names = sorted(location.list_folders())
+    found = zip(names, location.sizes(f"{name}/{file}" for name in names), strict=True)
     return [name for name, size in found if size is not None][:_LISTED]
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.atomic import is_taken
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.study.remote_copy import DRIVER
 
 PARAMS = "params.json"
 #: Largest number of trials that an error message lists. Of more, it names the first and the last.
@@ -22,7 +24,12 @@ def data_of(run: Path) -> str | None:
         return None
 
 
-def refuse_taken(run: Path) -> None:
+def is_taken(run: Location) -> bool:
+    """Tell whether the name of a run is taken. The lock file or the claim of a killed process does not count."""
+    return run.exists() and not (run.follow_links().is_folder() and {*run.find("*")} <= {LOCK, DRIVER})
+
+
+def refuse_taken(run: Location) -> None:
     """Refuse a new run of `train` if its name is taken.
 
     Raises:
@@ -31,7 +38,7 @@ def refuse_taken(run: Path) -> None:
     if is_taken(run):
         found = "a run of this name exists already; continue it with --resume, or choose another --name"
         other = "this name is taken, but not by a run of train; choose another --name"
-        raise UserError(f"{run}: {found if (run / PARAMS).exists() else other}")
+        raise UserError(f"{run}: {found if run.read(PARAMS) is not None else other}")
 
 
 def trial_id_of(number: int) -> str:

@@ -114,7 +114,7 @@ def test_drivers_in_turns_make_exactly_the_trials_that_were_asked_for(make, sche
     for record in load(folder).records():
         assert [report["report"] for report in record.reports] == [*range(1, len(record.reports) + 1)]
     # A confirmation is the work of one process.
-    assert plan_confirmation(ConfirmRequest(Folder(folder)), folder).spec.storage is None
+    assert plan_confirmation(ConfirmRequest(Folder(folder))).spec.storage is None
 
 
 def test_drivers_at_the_same_time_make_exactly_the_trials_that_were_asked_for(make):

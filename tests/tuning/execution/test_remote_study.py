@@ -116,9 +116,9 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     first, second, third = search(), search(), search()
     for stale in (first, second):
         assert stale.next() is None
-        with pytest.raises(Breakdown, match="another search has continued this study"):
+        with pytest.raises(Breakdown, match="another process has continued it"):
             stale.close()
     shutil.rmtree(place)
     assert third.next() is None
-    with pytest.raises(Breakdown, match="no longer exists"):
+    with pytest.raises(Breakdown, match="its files no longer exist"):
         third.close()

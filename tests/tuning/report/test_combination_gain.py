@@ -13,6 +13,7 @@ import pytest
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.run_folder import PREDICTIONS
+from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.report import combination_gain
 from raytune_emotion.tuning.report.combination_gain import measure_combinations
 from raytune_emotion.tuning.report.page import write_report
@@ -149,8 +150,9 @@ def test_a_command_that_would_choose_among_other_trials_is_not_named(study, comb
     assert [bool(brought.command) for brought in found] == [False, False, True]
 
 
-def test_a_study_that_lies_elsewhere_has_no_commands(study, combined):
-    assert not any(brought.command for brought in measure_combinations(study, load(study).records(), here=False))
+def test_the_commands_of_a_study_at_a_uri_name_it(study, combined):
+    found = measure_combinations(study, load(study).records(), Remote("s3://bucket/first"))
+    assert all(brought.command.startswith("raytune-emotion export s3://bucket/first ") for brought in found)
 
 
 def test_where_nothing_can_be_measured_nothing_is_shown(study, monkeypatch):

@@ -63,7 +63,7 @@ def test_an_export_at_a_uri_is_whole_or_none(tmp_path, store, no_plots, capsys, 
     study = load(tmp_path / "study", place)
     results = Remote((tmp_path / "place").as_uri())
     conclude(plain_console(), study, results, None)
-    assert "confirm" not in capsys.readouterr().out, "it needs a folder"
+    assert f"  python -m raytune_emotion.confirm {place}  # trial" in capsys.readouterr().out
     assert load_package(tmp_path / "place" / "study" / "best").image_size == 32
 
     push = Remote.push

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.errors import Breakdown
@@ -12,8 +14,10 @@ from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.graphs import Ensemble
-from raytune_emotion.learn.run_folder import read_history
-from raytune_emotion.tuning.execution.job import DiskFull, Job, TrialFailed, job_of, train_here
+from raytune_emotion.learn.run_folder import HISTORY, LAST, read_history
+from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.execution.job import DiskFull, Job, TrialFailed, train_here
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.session import finish, single_run
 from raytune_emotion.tuning.session.finish import FINAL, FINISHED, STEPS, Step, finish_study
@@ -29,28 +33,22 @@ from raytune_emotion.tuning.study.combination import (
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     enqueue_runs,
-    make_confirmation,
+    open_confirmation,
     plan_confirmation,
 )
-from raytune_emotion.tuning.study.open_study import load, open_study
-from tests.support.studies import forget_last_ending, searcher_of, write_study
+from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.remote_copy import DRIVER
+from tests.support.reports import without_clocks
+from tests.support.studies import forget_last_ending, run_here, write_study
 
 CPU = torch.device("cpu")
 
 
 def confirm_here(request, **_):
     """Do what confirm does, without Ray: run what is left of a confirmation."""
-    study = request.study.path
-    plan = plan_confirmation(request, study)
-    make_confirmation(study / CONFIRMED, plan.spec)
-    with open_study(study / CONFIRMED) as confirmation:
-        confirmation = enqueue_runs(confirmation, plan, request.seeds)
-        searcher = searcher_of(confirmation.optuna, confirmation.space, seed=plan.spec.seed)
-        while sum(record.ended for record in confirmation.records()) < confirmation.spec.trials:
-            proposal = searcher.ask()
-            for report in train_here(job_of(confirmation, Resources(1, 1, 0), proposal)):
-                searcher.observe(proposal.trial_id, report)
-            searcher.tell(proposal.trial_id, "complete")
+    plan = plan_confirmation(request)
+    with open_confirmation(request.study / CONFIRMED, plan.spec) as confirmation:
+        run_here(enqueue_runs(confirmation, plan, request.seeds))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +77,7 @@ def compared_models(monkeypatch):
 
 
 def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     assert [report["epoch"] for report in read_history(study / FINAL / "0000")] == [1, 2]
     metrics = json.loads((study / FINISHED / "metrics.json").read_text())
     assert 0 < metrics["val_js"] < 1
@@ -106,8 +104,43 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
 
     # The same again trains nothing anew.
     before = {file: file.read_bytes() for file in study.rglob("history.jsonl")}
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     assert {file: file.read_bytes() for file in study.rglob("history.jsonl")} == before
+
+
+def test_a_study_at_a_uri_is_finished_as_one_in_a_folder_also_on_another_machine(study, tmp_path, monkeypatch, capsys):
+    shutil.copytree(study, tmp_path / "place" / "study", ignore=shutil.ignore_patterns(LOCK))
+    finish_study(Folder(study), None)
+    place = Remote((tmp_path / "place" / "study").as_uri())
+
+    def interrupted(job):
+        yield next(train_here(job))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(single_run, "train_here", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish_study(place, None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    with (place / FINISHED).write("model.pt2") as file:
+        file.write_text("of another combination, which was the best before")
+    capsys.readouterr()
+    finish_study(place, None)
+    assert capsys.readouterr().out.endswith(f"exported    {place / FINISHED}\n")
+
+    models = {FINAL, CONFIRMED, FINISHED}
+    here, there = ({name for name in its.find("*") if name.split("/")[0] in models} for its in (Folder(study), place))
+    events = {name for name in here | there if ".tfevents." in name}
+    marks = {f"{runs}/{name}" for runs in (f"{FINAL}/0000", CONFIRMED) for name in (LOCK, DRIVER)}
+    assert here - events - marks == there - events - marks
+    for name in (f"{CONFIRMED}/trials/0000", f"{FINAL}/0000"):
+        with (place / name).copy_here(HISTORY, LAST) as copy:
+            assert without_clocks(read_history(copy)) == without_clocks(read_history(study / name))
+            trained, expected = load_file(copy / LAST), load_file(study / name / LAST)
+        assert trained.keys() == expected.keys()
+        assert all(torch.equal(trained[key], expected[key]) for key in expected)
+    expected, found = (json.loads(its.read(f"{FINISHED}/metrics.json")) for its in (Folder(study), place))
+    assert found[STEPS] == expected[STEPS]
 
 
 def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tmp_path, monkeypatch, capsys):
@@ -115,13 +148,13 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
     monkeypatch.setattr(finish, "SEEDS", 1)
     study = tmp_path / "study"
     write_study(study, store, trials=2, epochs=1)
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     (before,) = (study / FINAL).iterdir()
     rank = finish.rank_confirmed
     monkeypatch.setattr(finish, "rank_confirmed", lambda *args: rank(*args)[::-1])
     capsys.readouterr()
     compared = compared_models(monkeypatch)
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     (other,) = {*(study / FINAL).iterdir()} - {before}
     assert f"the final fit of trial {other.name}" in " ".join(capsys.readouterr().out.split())
     assert len(read_history(other)) == 2
@@ -129,10 +162,10 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
 
 
 def test_a_study_whose_data_have_moved_is_finished_with_them_where_they_are_now(study):
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     for told in study.rglob("data.txt"):  # where they were when the run was trained
         told.write_text("/gone\n")
-    finish_study(study, None)
+    finish_study(Folder(study), None)
 
 
 def test_models_of_all_image_sizes_are_compared(study, store, faces):
@@ -153,7 +186,7 @@ def test_a_trial_that_was_left_before_its_end_counts(study):
     """As by a time budget: the record then says that it runs."""
     forget_last_ending(study)
     assert [record.status for record in load(study).records()] == ["running"]
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     assert "best trial of the search: 0." in (study / FINISHED / "README.md").read_text()
 
 
@@ -186,9 +219,9 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(finish, "train_single", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            finish_study(study, None)
+            finish_study(Folder(study), None)
     assert not (study / FINISHED).exists()
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     assert (study / FINISHED / "config.json").is_file()
 
 
@@ -197,7 +230,7 @@ def test_a_final_fit_that_fails_is_noted_and_the_finish_goes_on(study, monkeypat
         raise TrialFailed("diverged before report 1")
 
     monkeypatch.setattr(single_run, "train_here", diverge)
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     assert not (study / FINAL / "0000").exists()
     metrics = json.loads((study / FINISHED / "metrics.json").read_text())
     _, confirmed, fit, *_ = metrics[STEPS]
@@ -219,7 +252,7 @@ def test_a_final_fit_that_fails_after_a_report_counts_until_then(study, monkeypa
     monkeypatch.setattr(
         finish, "read_groups", lambda trials, *found: compared.extend(trials) or read_groups(trials, *found)
     )
-    finish_study(study, None)
+    finish_study(Folder(study), None)
     assert (f"{FINAL}/0000", study / FINAL / "0000") in compared
 
 
@@ -230,8 +263,8 @@ def test_a_final_fit_that_broke_off_goes_on_when_it_is_called_again(study, monke
     with monkeypatch.context() as patched:
         patched.setattr(single_run, "train_here", break_off)
         with pytest.raises(Breakdown, match="no space left"):
-            finish_study(study, None)
-    finish_study(study, None)
+            finish_study(Folder(study), None)
+    finish_study(Folder(study), None)
     assert [report["epoch"] for report in read_history(study / FINAL / "0000")] == [1, 2]
 
 

@@ -22,7 +22,7 @@ from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.study import combination, combined_export
-from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, pull_models, read_candidates
+from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, pull_for_report, read_candidates
 from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
@@ -67,7 +67,7 @@ def test_trials_that_were_left_before_their_end_count(study, store, tmp_path):
     assert [record.status for record in records] == ["complete", "complete", "running"]
     assert len(candidates_of(tmp_path / "study", store).trial_ids) == 3
     assert len(combined_export._candidates(load(tmp_path / "study")).trial_ids) == 3
-    pull_models(Remote((tmp_path / "study").as_uri()), tmp_path / "here", records)
+    pull_for_report(Remote((tmp_path / "study").as_uri()), tmp_path / "here", records)
     assert [name for name, _ in list_kept(tmp_path / "here", records)] == [record.trial_id for record in records]
     failed = [dataclasses.replace(record, status="failed") for record in records]
     assert list_kept(tmp_path / "study", failed) == []
