@@ -736,6 +736,21 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
         pass
 
 
+def test_a_study_that_another_search_makes_while_ray_starts_is_refused(tmp_path, store, space, monkeypatch, capsys):
+    folder = tmp_path / "results" / "s"
+
+    def start_slowly(address, **options):
+        make_study(folder, spec_of(store))
+        return joined_session(address, **options)
+
+    monkeypatch.setattr(cluster_module, "ray_session", start_slowly)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
+    assert exit_code(argv) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == f"error: {folder}: another search has just made this study; choose another name"
+
+
 def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_so(
     tmp_path, store, space, monkeypatch, capsys
 ):

@@ -1,13 +1,11 @@
 """Run a study as the command `search` does, and load a study, also while it runs."""
 
-import argparse
 import contextlib
-import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 from ruamel.yaml import YAML
@@ -17,6 +15,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.model import load_model
 from raytune_emotion.learn.run_folder import BEST
+from raytune_emotion.library.command import run_command
 from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import Location, location_of
@@ -116,7 +115,9 @@ def search(
     address: str | None = None,
     finish: bool = False,
 ) -> Study:
-    """Run a study, exactly as the command `python -m raytune_emotion.search` does, and load it.
+    """Run a study by the command `python -m raytune_emotion.search` in a child process, and load it.
+
+    Ray may run in this process, and several threads may search at once.
 
     Args:
         data: a folder in the layout of AffectNetFused, a table of faces, or a packed store; on a disk or at a URI.
@@ -144,7 +145,8 @@ def search(
         mlflow: address of an MLflow server or folder to which the study is logged.
         weights_dir: folder with pretrained weights, for machines without access to the hub.
         skip_bad: whether faulty rows of a folder are left out; otherwise they are an error.
-        address: address of a running Ray cluster, or `auto`; None: start Ray here.
+        address: address of a running Ray cluster, or `auto`: the cluster to which this process is connected, else one
+            of this machine; None: start Ray here.
         finish: whether the study is then confirmed, its winner trained longer, and the best model exported.
 
     Returns:
@@ -157,7 +159,6 @@ def search(
     """
     if resume and name is None:
         raise UserError("name: expected the name of the study to resume, got None")
-    command = importlib.import_module("raytune_emotion.search")
     with _space_file(space) as file:
         name = name or name_study(file)
         given: dict[str, Any] = {
@@ -188,17 +189,8 @@ def search(
         argv += ["--finish"] if finish else []
         if warm_start is not None:
             argv += ["--warm-start", *(map(_text, warm_start) if warm_start else ["none"])]
-        parser = _Parser(prog="search", add_help=False)
-        command.add_arguments(parser)
-        command.run(parser.parse_args(argv))
+        run_command("search", argv)
     return load_study(location_of(results) / name)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raise errors instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _text(value: Any) -> str:

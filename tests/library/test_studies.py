@@ -12,6 +12,7 @@ import torch
 
 import raytune_emotion
 from raytune_emotion import load_study
+from raytune_emotion.cli import command_main
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.evaluation import evaluate
 from raytune_emotion.library import studies
@@ -77,42 +78,52 @@ def test_a_search_takes_the_options_of_the_command():
 
 
 def test_all_that_the_command_refuses_is_an_error(tmp_path):
-    search = raytune_emotion.search
-    with pytest.raises(UserError, match="no such"):
-        search(tmp_path, "no_such_space", results=tmp_path)
-    with pytest.raises(UserError, match=r"optim\.lrr"):
-        search(space={"optim.lrr": 1.0}, results=tmp_path / "results")
-    with pytest.raises(UserError, match="--trials"):
-        search(trials=0, results=tmp_path / "results")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study.yaml").touch()
+    with pytest.raises(UserError) as caught:
+        raytune_emotion.search(tmp_path / "faces", {"optim.lrr": 1.0}, results=tmp_path, name="mine")
+    taken, space, data = caught.value.faults
+    assert taken.endswith("a study of this name exists already; continue it with --resume, or choose another name")
+    assert "optim.lrr" in space
+    assert data.startswith(f"{tmp_path / 'faces'}: no such")
     with pytest.raises(UserError, match="name: expected"):
-        search(resume=True)
-    assert not [*tmp_path.iterdir()]
-    (tmp_path / "results" / "mine").mkdir(parents=True)
-    (tmp_path / "results" / "mine" / "study.yaml").touch()
-    with pytest.raises(UserError, match="a study of this name exists already; continue it with --resume"):
-        search(results=tmp_path / "results", name="mine")
+        raytune_emotion.search(resume=True)
 
 
-@pytest.mark.parametrize(("given", "asked"), [(None, None), ((), ["none"]), (["first"], [Folder(Path("first"))])])
-def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, monkeypatch, given, asked):
+@pytest.fixture
+def asked(monkeypatch):
+    """The requests of searches; nothing is run."""
     requests = []
-    monkeypatch.setattr(importlib.import_module("raytune_emotion.search"), "run", requests.append)
+
+    def parse(verb, argv):
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"raytune_emotion.{verb}").add_arguments(parser)
+        requests.append(parser.parse_args(argv))
+
+    monkeypatch.setattr(studies, "run_command", parse)
+    return requests
+
+
+@pytest.mark.parametrize(("given", "meant"), [(None, None), ((), ["none"]), (["first"], [Folder(Path("first"))])])
+def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, asked, given, meant):
     with pytest.raises(UserError):  # no study is made
         raytune_emotion.search(results=tmp_path, warm_start=given)
-    assert requests[0].warm_start == asked
+    assert asked[0].warm_start == meant
 
 
-def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, monkeypatch):
-    requests = []
-    monkeypatch.setattr(importlib.import_module("raytune_emotion.search"), "run", requests.append)
+def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, asked):
     (tmp_path / "my space.yaml").touch()
-    with pytest.raises(UserError, match="my_space_"):  # no study is made
-        raytune_emotion.search(space=tmp_path / "my space.yaml", results=tmp_path)
-    assert requests[0].name.startswith("my_space_2")
+    for _ in range(2):
+        with pytest.raises(UserError, match="my_space_"):  # no study is made
+            raytune_emotion.search(space=tmp_path / "my space.yaml", results=tmp_path)
+    first, second = (request.name for request in asked)
+    assert first.startswith("my_space_2")
+    assert first != second, "searches that begin at once have names of their own"
 
 
 @pytest.mark.usefixtures("without_ray", "no_plots")
-def test_a_search_returns_its_study_and_goes_on(faces, tmp_path):
+def test_a_search_returns_its_study_and_goes_on(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "run_command", command_main)  # in this process, which has no Ray
     space = {"model.backbone": "test_resnet", "optim.lr": {"log_uniform": [1e-3, 1e-2]}, "data.image_size": 32}
     options = {"results": tmp_path, "name": "small", "concurrency": 2}
     study = raytune_emotion.search(faces, space, trials=2, epochs=1, **options)

@@ -195,7 +195,9 @@ def _prepare_new(request: SearchRequest, place: Location, new: NewStudy, held: E
             make_study(folder, spec, new.warm_start.gathered)
         except UserError:
             if not request.joins(place):
-                raise
+                if place.read(SPEC) is None:
+                    raise
+                raise UserError(f"{place}: another search has just made this study; choose another name") from None
             joined = _prepare_resumed(request, place, held)
             return joined.open_with(joined.spec)
         return held.enter_context(open_study(folder, place))

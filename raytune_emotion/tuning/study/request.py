@@ -180,9 +180,12 @@ class ConfirmRequest:
 
 
 def name_study(space: Path) -> str:
-    """Name a new study by the file of its space and the time. The result is always valid for `--name`."""
+    """Name a new study by the file of its space and the time. The result is always valid for `--name`.
+
+    The time has microseconds, because two searches may start at once.
+    """
     stem = re.sub(r"[^\w.=,+-]", "_", space.stem).lstrip(".=,+-")[:_LONGEST]
-    return f"{stem or 'study'}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return f"{stem or 'study'}_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
 
 
 def absolute_path(path: Path | None) -> str | None:
