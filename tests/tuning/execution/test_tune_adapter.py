@@ -131,7 +131,7 @@ def test_a_trial_on_a_node_that_ends_soon_leaves_it_after_its_report(made):
     search.next_trial()
     assert made == ["0000", "0000.2"]
     assert gate("0000.2", {"report": 3, NODES: ["a", "b"]})
-    assert recorder.heard[3:] == [("0000", {"report": 3, NODES: ["a", "b"]})], "it has ended, so that nothing is given back"
+    assert recorder.heard[3:] == [("0000", {"report": 3, NODES: ["a", "b"]})], "it has ended and is not given back"
 
 
 @pytest.mark.parametrize("last", [{"report": 1, NODES: ["a", "b"]}, {ENDING: Failed("why"), NODES: ["a", "b"]}])
