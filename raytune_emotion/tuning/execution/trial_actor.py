@@ -72,7 +72,7 @@ class TrialActor:
 
     @property
     def _nodes(self) -> list[str]:
-        return [self._node] if self._workers is None else sorted(self._workers.nodes)
+        return [self._node] if self._workers is None else self._workers.nodes
 
     def reset(self, config: dict[str, Any]) -> bool:
         """Leave the trial, and begin another one."""

@@ -52,8 +52,6 @@ _ORDER_WAIT = timedelta(days=7)
 _GO_ON, _STOP = "go on", "stop"
 #: Kinds of messages about a trial. Their contents: a report; nothing; the name and the arguments of an error.
 _REPORT, _DONE, _FAILED = "report", "done", "failed"
-#: Kind of a message about a worker: the id of its node.
-_NODE = "node"
 _ERRORS = {error.__name__: error for error in (TrialFailed, InvalidForRun, OutOfMemory, DiskFull, Breakdown)}
 
 
@@ -69,7 +67,7 @@ class Workers:
         self._meeting = self._ending.enter_context(scratch_folder()) / "meeting"
         self._controller: Controller | None = None
         self._placement_group = ""
-        self.nodes: set[str] = set()  # ids of the workers' nodes, as far as they are known
+        self.nodes: list[str] = []  # ids of the workers' nodes
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
         # Ray Train also accepts internal callbacks, although its annotation does not say so.
@@ -163,9 +161,7 @@ class Workers:
         if kind == CONTROLLER:
             self._controller = Controller(content)
         elif kind == PLACE:
-            self._placement_group = content
-        elif kind == _NODE:
-            self.nodes.add(content)
+            self._placement_group, self.nodes = content
 
     def _note_placement_group(self, job: Job) -> None:
         # The note is in the trial's folder: if this process is killed, the process that resumes the trial can free the
@@ -225,7 +221,6 @@ def _work(config: dict[str, Any]) -> None:
     """Run in each worker: train one trial after the other, in step with the other workers."""
     orders, messages = config["orders"], config["messages"]
     first = train.get_context().get_world_rank() == 0
-    messages.put((_NODE, ray.get_runtime_context().get_node_id()))
     # Orders do not use NCCL, which takes a long wait for a hang, and kills the workers.
     ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
 
