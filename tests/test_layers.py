@@ -73,6 +73,10 @@ TESTED_ELSEWHERE = {
     "tuning/execution/ray_train_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray Train"),
     "tuning/execution/ray_tune_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray Tune"),
     "tuning/execution/resources": ("tuning/execution/test_placement", "it is what is fitted to nodes"),
+    "tuning/execution/worker_nodes": (
+        "tuning/execution/test_cluster_nodes",
+        "it tells which of these nodes a worker takes",
+    ),
     "tuning/report/dry_run": ("test_search", "it is `search --dry-run`"),
     "tuning/report/live_state": ("tuning/report/test_live_view", "the view draws the state; events go through both"),
     "tuning/report/page_data": ("tuning/report/test_page", "the page holds the data"),

@@ -1,13 +1,22 @@
-"""Searches on a real cluster of three nodes that are lost, drained and added: every trial is counted once.
+"""Searches on a real cluster whose nodes differ, and are lost, drained and added: every trial is counted once.
 
 Not part of `make test`; run it by `.venv/bin/python -m pytest tests/machines/test_nodes.py`.
 """
 
+import contextlib
 import subprocess
 
 import pandas as pd
+import psutil
 import pytest
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytune_emotion.tuning.execution.cluster import ray_session
+from raytune_emotion.tuning.execution.cluster_map import cluster_map
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+from raytune_emotion.tuning.execution.runner import place_of
+from raytune_emotion.tuning.execution.worker_nodes import live_nodes, resources_here
 from tests.machines.nodes import RAY, head_of, nodes_of, reports_of, search, start_ray, wait_until
 
 pytestmark = pytest.mark.timeout(700)
@@ -20,6 +29,22 @@ def address(start_head):
     for _ in range(2):
         start_ray(f"--address={address}", "--num-cpus=1")
     return address
+
+
+@pytest.fixture
+def uneven(start_head):
+    """The address of a cluster of two nodes with two cores each, and of one with four cores and two GPUs."""
+    address = start_head(cpus=0)
+    for node in (["--num-cpus=2"], ["--num-cpus=2"], ["--num-cpus=4", "--num-gpus=2"]):
+        start_ray(f"--address={address}", *node)
+    return address
+
+
+def count_on(node: psutil.Process, name: str) -> int:
+    """Count the processes of this name on the node of a raylet, which ends by itself once it is drained."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return sum(name in " ".join(child.cmdline()) for child in node.children())
+    return 0
 
 
 def said(folder, *words):
@@ -85,3 +110,61 @@ def test_a_drained_node_gives_its_trials_back_before_it_dies(address, tmp_path):
     for file in (tmp_path / "r/s/trials").glob("*/history.jsonl"):
         lines = file.read_text().splitlines()
         assert [*pd.read_json(file, lines=True).report] == [*range(1, len(lines) + 1)]
+
+
+def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_off_them(uneven):
+    with ray_session(uneven) as watch:
+        place = fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
+        assert (place.concurrency, place.resources.per_worker) == (2, {"CPU": 1.0, "GPU": 1.0})
+
+        @ray.remote
+        def threads():
+            return resources_here(place.resources).threads
+
+        def begin():
+            group = place_of(place.resources).to_placement_group()
+            ray.get(group.ready(), timeout=60)
+            at = PlacementGroupSchedulingStrategy(group)
+            return ray.get(threads.options(num_cpus=1, num_gpus=1, scheduling_strategy=at).remote(), timeout=60)
+
+        def node_of(task):
+            return ray.get_runtime_context().get_node_id()
+
+        assert [begin(), begin()] == [2, 2]
+        start_ray(f"--address={uneven}", "--num-cpus=1", "--num-gpus=1")
+        assert begin() == 1
+        with cluster_map(watch) as pmap:
+            used = {*pmap(node_of, range(16))}
+        assert used == {number for number, node in live_nodes().items() if node.get("CPU") == 2}
+
+
+def test_trials_spread_over_nodes_without_gpus_and_the_workers_of_one_trial_stand_together(uneven, tmp_path):
+    options = ("--gpus-per-worker", 0, "--epochs", 100_000, "--scheduler", "none")
+    _, *nodes, gpus = nodes_of(uneven).values()
+    for folder, name, more, expected in (
+        (tmp_path / "spread", "ray::TrialActor", ("--trials", 2), [1, 1]),
+        (tmp_path / "packed", "RayTrainWorker", ("--trials", 1, "--workers-per-trial", 2), [0, 2]),
+    ):
+        folder.mkdir()
+        with search(folder, uneven, *options, *more) as process:
+            wait_until(lambda folder=folder, some=more[1]: all_have_reported(folder, some), seconds=300)
+            assert sorted(count_on(node, name) for node in nodes) == expected
+            assert count_on(gpus, name) == 0
+            process.terminate()
+            assert process.wait(90) == 130, (folder / "out").read_text()
+
+
+def test_a_trial_of_several_workers_leaves_a_drained_node_before_it_dies(address, tmp_path):
+    options = ("--trials", 1, "--workers-per-trial", 2, "--epochs", 100_000, "--scheduler", "none")
+    with search(tmp_path, address, *options) as process:
+        wait_until(lambda: all_have_reported(tmp_path, 1), seconds=300)
+        _, *others = nodes_of(address).items()  # the head drives the trials, so it does not drain
+        node, raylet = next(item for item in others if count_on(item[1], "RayTrainWorker"))
+        drain = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+        subprocess.run([RAY, "drain-node", "--address", address, "--node-id", node, *drain], check=True, timeout=60)
+        wait_until(lambda: not count_on(raylet, "RayTrainWorker"), seconds=60)
+        # Two of three nodes have room for it.
+        before = reports_of(tmp_path)["0000"]
+        wait_until(lambda: reports_of(tmp_path)["0000"] > before, seconds=300)
+        process.terminate()
+        assert process.wait(90) == 130, (tmp_path / "out").read_text()

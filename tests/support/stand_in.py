@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
-from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES
 from tests.support.reports import make_report
 
 
@@ -16,7 +16,7 @@ def stand_in():
     The class is local, so Ray sends it by value: its process imports nothing of the tests. A subclass says by
     `ending(trial_id, report)` how a trial ends for good, before its report of this number; None: it goes on.
     """
-    template, history, weights, ending_key, node_key = make_report(1, 1.0), HISTORY, (BEST, LAST), ENDING, NODE
+    template, history, weights, ending_key, node_key = make_report(1, 1.0), HISTORY, (BEST, LAST), ENDING, NODES
 
     class StandIn:
         def __init__(self, config):
@@ -38,7 +38,7 @@ def stand_in():
             epochs = self.settings["train.epochs"]
             for number in range(len(written) + 1, epochs + 1):
                 if (end := self.ending(trial_id, number)) is not None:
-                    yield {ending_key: end, node_key: ""}
+                    yield {ending_key: end, node_key: []}
                 js = 0.5 + 0.01 * int(trial_id) - 0.01 * number
                 report = template | {
                     "report": number, "epoch": float(number), "val_js": js, "best_val_js": js, "seconds": 0.1 * number,
@@ -52,7 +52,7 @@ def stand_in():
                 yield report
 
         def train(self):
-            return {"pid": os.getpid(), "host": platform.node(), node_key: "", **next(self._reports)}
+            return {"pid": os.getpid(), "host": platform.node(), node_key: [], **next(self._reports)}
 
         def reset(self, config):
             self._reports.close()

@@ -10,6 +10,7 @@ from ray.autoscaler.sdk import request_resources
 from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, list_nodes
 from raytune_emotion.tuning.execution.placement import Placement, trials_on
+from raytune_emotion.tuning.execution.worker_nodes import label_selector
 
 #: Seconds between two checks of the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
@@ -93,4 +94,7 @@ class Capacity:
         if trials or self._asked:
             self._asked = trials
             resources = self._placement.resources
-            self._request(bundles=[dict(resources.per_worker)] * (resources.workers * trials))
+            workers = resources.workers * trials
+            nodes = {number: node.resources for number, node in (self._known or {}).items()}
+            selector = label_selector(nodes, off_gpus=resources.off_gpus)
+            self._request(bundles=[dict(resources.per_worker)] * workers, bundle_label_selectors=[selector] * workers)

@@ -11,8 +11,10 @@ from ray.exceptions import RayError, RayTaskError
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
+from raytune_emotion.tuning.execution.placement import without_gpus
+from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
 
-#: Number of submitted tasks per core, so that no core waits for the driver.
+#: Number of submitted tasks per core that takes them, so that no core waits for the driver.
 _AHEAD = 2
 #: Number of attempts per task.
 _TRIES = 4
@@ -24,8 +26,8 @@ _END_S = 30.0
 def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    A task whose process or node dies is run again elsewhere. If the work is interrupted, submitted tasks end by
-    themselves within half a minute, or with the session.
+    Tasks keep off nodes with GPUs, if there are others. A task whose process or node dies is run again elsewhere. If
+    the work is interrupted, submitted tasks end by themselves within half a minute, or with the session.
 
     Args:
         watch: of the cluster.
@@ -48,9 +50,13 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
     ahead: deque[Any] = deque()
     try:
         for task in tasks:
-            ahead.append(_run.remote(function, task))
-            # The number of cores changes when nodes join and leave.
-            if len(ahead) >= _AHEAD * ray.cluster_resources().get("CPU", 1):  # type: ignore[no-untyped-call]
+            # Nodes join and leave meanwhile.
+            nodes = live_nodes()
+            free = without_gpus([*nodes.values()])
+            selector = label_selector(nodes, off_gpus=bool(free))
+            ahead.append(_run.options(label_selector=selector).remote(function, task))
+            cores = sum(node.get("CPU", 0.0) for node in free or nodes.values())
+            if len(ahead) >= _AHEAD * max(1.0, cores):
                 yield _result(ahead.popleft())
         while ahead:
             yield _result(ahead.popleft())

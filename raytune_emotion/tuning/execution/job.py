@@ -292,20 +292,26 @@ def _last_report(folder: Path) -> Report | None:
 
 
 def train_with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generator[Report, None, None]:
-    """Train. If the device has too little memory, try once more with smaller micro-batches.
+    """Train. While the device has too little memory, try again with micro-batches of half the size.
 
     Raises:
-        OutOfMemory: the second attempt also needs too much memory, or micro-batches already have one row.
+        OutOfMemory: the smallest micro-batches also need too much memory.
     """
-    try:
-        yield from attempt(job)
-        return
-    except OutOfMemory:
-        smaller = with_smaller_micro_batches(job)
-        if smaller is None:
-            raise
-    # This is outside of the handler: within it, the frames of the failed attempt keep its tensors alive.
-    yield from attempt(smaller)
+    lack = ""  # text, because the error keeps the tensors of the failed attempt alive
+    while True:
+        try:
+            yield from attempt(job)
+            return
+        except OutOfMemory as error:
+            smaller, lack = with_smaller_micro_batches(job), str(error)
+            if smaller is None:
+                raise
+        except InvalidForRun as error:
+            # BatchNorm refuses a micro-batch of one row.
+            if not lack:
+                raise
+            raise OutOfMemory(lack) from error
+        job = smaller
 
 
 def with_smaller_micro_batches(job: Job) -> Job | None:

@@ -83,7 +83,9 @@ def fit(
 ) -> Placement:
     """Fit trials to nodes.
 
-    Without GPUs, a trial's worker gets one core, or more if fewer trials run at once than there are cores.
+    With a GPU, a trial's worker reserves one core for each GPU; it uses more of its node, see `Resources.on_node`.
+    Without GPUs, it gets one core, or more if fewer trials run at once than there are cores. It keeps off nodes with
+    GPUs, if there are others.
 
     Args:
         nodes: resources of the nodes.
@@ -121,25 +123,36 @@ def fit(
             f"{where} has no core to train on: {count(len(nodes), 'node')} with 0 CPU, and no autoscaler; start its "
             f"worker nodes"
         )
-    if gpu:
-        cpu = (cores_per_gpu(nodes) or 1.0) * gpu
-    elif concurrency and not grows:
-        cpu = _cores_for(nodes, concurrency * workers)
-    else:
-        # Nodes of the future may have few cores. A single trial uses the cores that exist.
-        cpu = max(1.0, _cores_for(nodes, workers)) if concurrency == 1 else 1.0
-    # Use whole cores, except for a fraction of a GPU with less than a core.
-    cpu = float(math.floor(cpu)) if cpu >= 1 else max(0.1, math.floor(cpu * 10) / 10)
-    resources = Resources(workers, cpu, gpu)
+    free = [] if gpu else without_gpus(nodes)
+    cpu = _cores_per_worker(free or nodes, gpu, workers=workers, concurrency=concurrency, grows=grows)
+    resources = Resources(workers, cpu, gpu, off_gpus=bool(free))
     fitting = trials_on(nodes, resources)
     if not fitting and not grows:
-        there = f"{cpus:g} CPU and {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
         advice = "ask for fewer workers per trial" + (", or a smaller --gpus-per-worker" if gpu else "")
         raise UserError(
-            f"a trial of {count(workers, 'worker')} with {resources.need} each does not fit: {where} has {there} on "
-            f"{count(len(nodes), 'node')}, room for {count(workers_on(nodes, resources), 'such worker')}; {advice}"
+            f"a trial of {count(workers, 'worker')} with {resources.need} each does not fit: {where} has "
+            f"{_describe(free or nodes)}{' without GPUs' if free and gpus else ''}, room for "
+            f"{count(workers_on(nodes, resources), 'such worker')}; {advice}"
         )
     return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows)
+
+
+def _describe(nodes: Nodes) -> str:
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    return f"{cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''} on {count(len(nodes), 'node')}"
+
+
+def _cores_per_worker(nodes: Nodes, gpu: float, *, workers: int, concurrency: int | None, grows: bool) -> float:
+    """Return the number of cores that each worker reserves."""
+    if gpu:
+        cores = min(1.0, cores_per_gpu(nodes) or 1.0) * gpu
+    elif concurrency and not grows:
+        cores = _cores_for(nodes, concurrency * workers)
+    else:
+        # Nodes of the future may have few cores. A single trial uses the cores that exist.
+        cores = max(1.0, _cores_for(nodes, workers)) if concurrency == 1 else 1.0
+    # Use whole cores, except where workers share a core.
+    return float(math.floor(cores)) if cores >= 1 else max(0.1, math.floor(cores * 10) / 10)
 
 
 def _cores_for(nodes: Nodes, workers: int) -> float:
@@ -158,7 +171,13 @@ def trials_on(nodes: Nodes, resources: Resources) -> int:
 
 def workers_on(nodes: Nodes, resources: Resources) -> int:
     """Return how many workers fit on nodes."""
-    return sum(places_on(node, resources.per_worker) for node in nodes)
+    taking = without_gpus(nodes) if resources.off_gpus else nodes
+    return sum(places_on(node, resources.per_worker) for node in taking)
+
+
+def without_gpus(nodes: Nodes) -> Nodes:
+    """Return the nodes with cores and without GPUs."""
+    return [node for node in nodes if node.get("CPU") and not node.get("GPU")]
 
 
 def local_node() -> dict[str, float]:

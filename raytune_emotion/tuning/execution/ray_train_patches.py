@@ -21,8 +21,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.queue import Queue
 
-#: Kinds of messages about the workers: one has the controller's actor, the other the id of the placement group. The
-#: messages are plain tuples, so that the process of the queue need not import Ray Train.
+#: Kinds of messages about the workers: one has the controller's actor, the other the id of the placement group and the
+#: ids of the workers' nodes. The messages are plain tuples, so that the process of the queue need not import Ray Train.
 CONTROLLER, PLACE = "controller", "place"
 
 
@@ -90,7 +90,7 @@ def _talk_over_loopback() -> None:
 
 
 class Announcer(ControllerCallback, WorkerGroupCallback):
-    """Report, from within Ray Train's controller, the controller and the placement group that a trial must end."""
+    """Report, from within Ray Train's controller, what a trial must end or leave: controller, workers, nodes."""
 
     def __init__(self, messages: Queue) -> None:
         self._messages = messages
@@ -99,5 +99,6 @@ class Announcer(ControllerCallback, WorkerGroupCallback):
         self._messages.put((CONTROLLER, ray.get_runtime_context().current_actor))
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        self._messages.put((PLACE, group.id.hex()))
+        state = worker_group.get_worker_group_state()
+        nodes = {worker.metadata.node_id for worker in state.workers}
+        self._messages.put((PLACE, (state.placement_group_handle.placement_group.id.hex(), sorted(nodes))))

@@ -29,6 +29,7 @@ from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
+from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
 #: Seconds between two checks whether Ray Tune has ended, the cluster is alive, and the time is over.
@@ -152,7 +153,13 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
 def _trainable(resources: Resources) -> Any:
     if resources.workers == 1:
         own = type("Trial", (PlainTrainable,), {"actor": TrialActor})
-        return tune.with_resources(own, resources.per_worker)
+        return tune.with_resources(own, lambda config: place_of(resources))
     own = type("Trial", (PlainTrainable,), {"actor": TrialActor, "environment": {"RAY_TRAIN_V2_ENABLED": "1"}})
     # The process that drives the workers must not take one of their cores: it runs on the head node without a core.
     return tune.with_resources(own, {"node:__internal_head__": 0.001})
+
+
+def place_of(resources: Resources) -> tune.PlacementGroupFactory:
+    """Return what a trial of one worker asks for. The place is on the node with the largest part of its cores free."""
+    selector = label_selector(live_nodes(), off_gpus=resources.off_gpus)
+    return tune.PlacementGroupFactory([resources.per_worker], "SPREAD", bundle_label_selector=[selector])

@@ -3,6 +3,7 @@
 Such a process needs only this module and its imports: not Ray Tune, Optuna, pandas or scipy.
 """
 
+import dataclasses
 import os
 import platform
 from collections.abc import Generator
@@ -23,6 +24,7 @@ from raytune_emotion.tuning.execution.job import (
     train_with_retry,
     with_smaller_micro_batches,
 )
+from raytune_emotion.tuning.execution.worker_nodes import resources_here
 from raytune_emotion.tuning.study.endings import Broken, Failed
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 
 #: Key of the trial's ending in a result that has no report.
 ENDING = "ending"
-#: Key of the id of the process's node.
-NODE = "node"
+#: Key of the ids of the nodes on which the trial trains.
+NODES = "nodes"
 
 
 class TrialActor:
@@ -46,7 +48,9 @@ class TrialActor:
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._job = Job.from_dict(config)
+        job = Job.from_dict(config)
+        alone = job.resources.workers == 1
+        self._job = dataclasses.replace(job, resources=resources_here(job.resources)) if alone else job
         self._written: Report | None = None  # newest report of earlier attempts at the trial
         self._reports = self._train()
         print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
@@ -60,11 +64,15 @@ class TrialActor:
         try:
             report = next(self._reports)
         except TrialFailed as error:
-            return {ENDING: Failed(str(error)), NODE: self._node}
+            return {ENDING: Failed(str(error)), NODES: self._nodes}
         except Breakdown as error:
-            return {ENDING: Broken(str(error)), NODE: self._node}
+            return {ENDING: Broken(str(error)), NODES: self._nodes}
         heard = {name: value for name, value in report.items() if name in DRIVER_KEYS}
-        return {"pid": os.getpid(), "host": platform.node(), NODE: self._node, **heard}
+        return {"pid": os.getpid(), "host": platform.node(), NODES: self._nodes, **heard}
+
+    @property
+    def _nodes(self) -> list[str]:
+        return [self._node] if self._workers is None else self._workers.nodes
 
     def reset(self, config: dict[str, Any]) -> bool:
         """Leave the trial, and begin another one."""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from raytune_emotion.tuning.execution.ray_tune_patches import (
     newest_error,
 )
 from raytune_emotion.tuning.execution.recorder import Recorder
-from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -98,9 +98,9 @@ class Search(SearchAlgorithm):
         self._running[trial_id] = trial
         return trial
 
-    def leaves_node(self, trial_id: str, node: str) -> bool:
-        """Tell whether the node of a running trial ends soon. If so, the trial's process gets no other trial."""
-        leaves = self._room.is_leaving(node)
+    def leaves_node(self, trial_id: str, nodes: Iterable[str]) -> bool:
+        """Tell whether one of a running trial's nodes ends soon. If so, the trial's process gets no other trial."""
+        leaves = any(map(self._room.is_leaving, nodes))
         if leaves:
             forget_actor(self._running[trial_id])
         return leaves
@@ -127,7 +127,7 @@ class Gate(tune.Stopper):
         self._recorder, self._search, self._stop = recorder, search, stop
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        leaves_node = self._search.leaves_node(trial_id, result.get(NODE, ""))
+        leaves_node = self._search.leaves_node(trial_id, result.get(NODES, ()))
         if ENDING in result:
             self._recorder.end(_id_of(trial_id), result[ENDING])
             return True

@@ -5,6 +5,7 @@ workers stay alive, and train one trial after the other on request. Only a faile
 """
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import threading
@@ -37,6 +38,7 @@ from raytune_emotion.tuning.execution.ray_train_patches import (
     LoopbackConfig,
     PlainTrainer,
 )
+from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes, resources_here
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 
 PLACEMENT_GROUP = "placement_group"
@@ -65,6 +67,7 @@ class Workers:
         self._meeting = self._ending.enter_context(scratch_folder()) / "meeting"
         self._controller: Controller | None = None
         self._placement_group = ""
+        self.nodes: list[str] = []  # ids of the workers' nodes
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
         # Ray Train also accepts internal callbacks, although its annotation does not say so.
@@ -75,7 +78,11 @@ class Workers:
             # A single worker does not use NCCL, whose thread would access the GPU while a CUDA graph is captured.
             torch_config=self._torch_config("nccl" if gpu and resources.workers > 1 else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=resources.workers, use_gpu=gpu, resources_per_worker=resources.per_worker
+                num_workers=resources.workers,
+                use_gpu=gpu,
+                resources_per_worker=resources.per_worker,
+                placement_strategy="PACK",  # on one node, if one has room for all of them
+                label_selector=label_selector(live_nodes(), off_gpus=resources.off_gpus) or None,
             ),
             # Ray Train does not restart the workers. The caller does, and counts failures per trial.
             run_config=RunConfig(name=first.name, storage_path=str(self._scratch), callbacks=callbacks),
@@ -154,7 +161,7 @@ class Workers:
         if kind == CONTROLLER:
             self._controller = Controller(content)
         elif kind == PLACE:
-            self._placement_group = content
+            self._placement_group, self.nodes = content
 
     def _note_placement_group(self, job: Job) -> None:
         # The note is in the trial's folder: if this process is killed, the process that resumes the trial can free the
@@ -222,6 +229,7 @@ def _work(config: dict[str, Any]) -> None:
 
     while True:
         job = Job.from_dict(heard())
+        job = dataclasses.replace(job, resources=resources_here(job.resources))
         try:
             with contextlib.closing(train_on(job, get_device(), first=first)) as reports:
                 for report in reports:

@@ -7,12 +7,24 @@ import pytest
 from raytune_emotion.tuning.execution import ray_patches
 from raytune_emotion.tuning.execution.cluster_nodes import cluster_nodes, fit_to_cluster
 from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
+from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes, resources_here
 
 
 def test_a_cluster_of_this_machine_does_not_grow(cluster):
     assert not has_autoscaler()
     assert [node["CPU"] for node in cluster_nodes()] == [2.0]
     assert str(fit_to_cluster(workers=1, gpus_per_worker=None, concurrency=None)) == "2 at once"
+
+
+def test_work_for_cores_keeps_off_the_nodes_that_have_gpus(cluster):
+    nodes = {"a": {"CPU": 8.0, "GPU": 1.0}, "b": {"CPU": 2.0}, "c": {"GPU": 2.0}}
+    assert label_selector(nodes, off_gpus=True) == {"ray.io/node-id": "!in(a,c)"}
+    assert label_selector(nodes, off_gpus=False) == {}
+    assert label_selector(live_nodes(), off_gpus=True) == {}
+    # On cores, results depend on the number of threads, so it does not depend on the node.
+    on_cores = Resources(1, 1.0, 0.0)
+    assert on_cores.on_node(nodes["a"]) == resources_here(on_cores) == on_cores
 
 
 @pytest.mark.parametrize(

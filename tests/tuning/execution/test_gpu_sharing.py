@@ -1,4 +1,4 @@
-from raytune_emotion.tuning.execution.gpu_sharing import heaviest_configurations
+from raytune_emotion.tuning.execution.gpu_sharing import gpu_types, heaviest_configurations
 from tests.support.studies import spec_of
 
 SPACE = {
@@ -22,3 +22,10 @@ def test_each_backbone_is_tried_where_it_takes_the_most_memory(store):
     assert found["test_resnet"]["train.batch_size"] == 128
     # Of a range, nearly the end.
     assert 22 <= found["test_vit"]["train.batch_size"] <= 24
+
+
+def test_each_type_of_gpu_is_measured_once():
+    small, large = ({"CPU": 8.0, "GPU": 2.0, f"accelerator_type:{name}": 1.0} for name in ("T4", "A100"))
+    cores = {"CPU": 8.0, "accelerator_type:TPU-V4": 1.0}
+    assert gpu_types([small, large, small, cores]) == ["A100", "T4"]
+    assert gpu_types([{"CPU": 8.0, "GPU": 2.0}]) == [None]

@@ -15,6 +15,7 @@ from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.tuning.execution import job
 from raytune_emotion.tuning.execution.job import (
     DiskFull,
+    InvalidForRun,
     Job,
     OutOfMemory,
     TrialFailed,
@@ -53,17 +54,23 @@ def test_the_second_attempt_has_the_memory_of_the_first():
     assert accumulated == [1, 2]
 
 
-def test_there_is_no_third_attempt():
+@pytest.mark.parametrize("refusal", [OutOfMemory("out of memory"), InvalidForRun(("a micro-batch of one row",))])
+def test_micro_batches_are_halved_until_they_fit_or_have_one_row(refusal):
+    """A trial may begin on a card with little memory."""
     accumulated = []
 
     def attempt(job):
-        accumulated.append(job.settings.get("train.accumulate", 1))
-        raise OutOfMemory("out of memory")
-        yield
+        accumulated.append(job.accumulate)
+        if job.accumulate < fitting:
+            raise OutOfMemory("out of memory") if job.accumulate < 4 else refusal
+        yield {}
 
-    with pytest.raises(OutOfMemory):
+    fitting = 4
+    assert list(train_with_retry(JOB, attempt)) == [{}]
+    fitting = 8
+    with pytest.raises(OutOfMemory, match="out of memory"):
         list(train_with_retry(JOB, attempt))
-    assert accumulated == [1, 2]
+    assert accumulated == [1, 2, 4] * 2
 
 
 def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):

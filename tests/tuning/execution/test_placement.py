@@ -4,7 +4,8 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution import placement
-from raytune_emotion.tuning.execution.placement import cores_per_gpu, fit, fit_here, places_on
+from raytune_emotion.tuning.execution.placement import cores_per_gpu, fit, fit_here, places_on, trials_on
+from raytune_emotion.tuning.execution.resources import Resources
 
 
 def refusal(nodes, workers=1, gpus_per_worker=None, **options) -> str:
@@ -22,8 +23,12 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic():
     )
     gpus = [{"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}]
     assert refusal(gpus, workers=3, gpus_per_worker=1.0) == (
-        "a trial of 3 workers with 4 CPU and 1 GPU each does not fit: the cluster has 8 CPU and 2 GPU on 2 nodes, room "
+        "a trial of 3 workers with 1 CPU and 1 GPU each does not fit: the cluster has 8 CPU and 2 GPU on 2 nodes, room "
         "for 2 such workers; ask for fewer workers per trial, or a smaller --gpus-per-worker"
+    )
+    assert refusal([*gpus, {"CPU": 2.0}], workers=3, gpus_per_worker=0.0) == (
+        "a trial of 3 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node without GPUs, room for 2 "
+        "such workers; ask for fewer workers per trial"
     )
     assert "NCCL cannot join two workers" in refusal(gpus, workers=2, gpus_per_worker=0.5)
 
@@ -77,7 +82,8 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
         ([{"CPU": 3.0}], 0.0, {"CPU": 1.0}, 1),
         ([{"CPU": 3.0}], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
-        ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}], None, {"CPU": 4.0, "GPU": 1.0}, 2),
+        ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}], None, {"CPU": 1.0, "GPU": 1.0}, 2),
+        ([{"CPU": 64.0, "GPU": 1.0}, {"CPU": 4.0}], 0.0, {"CPU": 1.0}, 2),
     ],
 )
 def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(nodes, gpus, need, at_once):
@@ -109,10 +115,36 @@ def test_trials_share_the_cores(concurrency, cpus, said):
     assert (found.resources.cpus_per_worker, str(found)) == (cpus, said)
 
 
+@pytest.mark.parametrize(
+    ("node", "share", "reserved", "threads"),
+    [
+        ({"CPU": 16.0, "GPU": 4.0}, None, 1.0, 4),
+        ({"CPU": 8.0, "GPU": 1.0}, 1 / 4, 0.2, 2),
+        ({"CPU": 12.0, "GPU": 1.0}, 1 / 3, 0.3, 4),
+        ({"CPU": 4.0, "GPU": 8.0}, None, 0.5, 1),
+        ({"CPU": 4.0, "GPU": 1.0}, 0.0, 1.0, 1),
+    ],
+)
+def test_a_worker_on_a_gpu_reserves_a_core_and_uses_those_of_its_node(node, share, reserved, threads):
+    place = fit([node], "the cluster", workers=1, gpus_per_worker=share, concurrency=None)
+    assert place.resources.cpus_per_worker == reserved
+    assert place.resources.on_node(node).threads == threads
+    # What a node that joins later has beside its GPU does not matter.
+    assert trials_on([{"CPU": 1.0, "GPU": 1.0}], place.resources) == int(1 / (share or 1))
+
+
 def test_cores_are_those_of_the_nodes_with_gpus():
     nodes = [{"CPU": 64.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 12.0, "GPU": 1.0}]
     assert cores_per_gpu(nodes) == 8
     assert cores_per_gpu(nodes[:1]) == 0
+
+
+def test_trials_on_cores_keep_off_nodes_with_gpus_if_there_are_others():
+    nodes = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0}, {"CPU": 0.0}]
+    found = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
+    assert (found.resources, found.concurrency) == (Resources(1, 2.0, 0.0, off_gpus=True), 2)
+    alone = fit(nodes[::2], "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
+    assert (alone.resources, alone.concurrency) == (Resources(1, 32.0, 0.0), 2)
 
 
 @pytest.mark.parametrize(

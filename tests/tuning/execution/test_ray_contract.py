@@ -72,6 +72,12 @@ _PRIVATE = {
     ),
     "ray.train.v2._internal.execution.callback:WorkerGroupCallback.after_worker_group_start": ("self", "worker_group"),
     "ray.train.v2._internal.execution.worker_group:WorkerGroup.get_worker_group_state": ("self",),
+    "ray.train.v2._internal.execution.worker_group.state:WorkerGroupState": (
+        "start_time", "placement_group_handle", "workers", "sync_actor",
+    ),
+    "ray.train.v2._internal.execution.worker_group.worker:ActorMetadata": (
+        "hostname", "node_id", "node_ip", "pid", "accelerator_ids",
+    ),
     "ray.train.v2._internal.execution.controller:TrainController.abort": ("self",),
     "ray.train.v2.torch.torch_trainer:TorchTrainer._create_default_callbacks": ("self",),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from raytune_emotion.tuning.execution import trial_actor
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed, job_of
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE, TrialActor
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES, TrialActor
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import load, make_study
 from tests.support.studies import ONE_CORE, run_here, spec_of
@@ -32,7 +32,7 @@ def job(tmp_path, store):
 def test_a_result_is_what_the_driver_hears(job):
     actor = TrialActor(job.to_dict())
     results = [actor.train(), actor.train()]
-    assert [set(result) for result in results] == [{"pid", "host", "node", *DRIVER_KEYS}] * 2
+    assert [set(result) for result in results] == [{"pid", "host", "nodes", *DRIVER_KEYS}] * 2
     assert [result["finished"] for result in results] == [False, True]
     actor.stop()
 
@@ -177,7 +177,7 @@ def test_micro_batches_have_as_few_rows_as_fitted_before_on_however_many_workers
 
 
 def test_micro_batches_that_become_too_small_fail_a_trial_that_has_trained(job):
-    """They would be refused again, whenever memory runs out again."""
+    """They would be refused again, whenever memory runs out again. The lack of memory is the reason."""
 
     class Actor(TrialActor):
         def _train_together(self, job):
@@ -192,7 +192,7 @@ def test_micro_batches_that_become_too_small_fail_a_trial_that_has_trained(job):
     two = dataclasses.replace(job, resources=Resources(2, 1.0, 0.0))
     actor = Actor(two.to_dict())
     actor.train()
-    assert actor.train()[ENDING] == Failed("a micro-batch of one row")
+    assert actor.train()[ENDING] == Failed("out of memory on the device")
 
 
 @pytest.mark.parametrize(
@@ -210,4 +210,4 @@ def test_what_ends_a_trial_is_a_result_with_a_type(job, error, ending):
             yield
 
     actor = Actor(job.to_dict())
-    assert actor.train() == {ENDING: ending, NODE: actor._node}
+    assert actor.train() == {ENDING: ending, NODES: actor._nodes}

@@ -7,7 +7,7 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
-from raytune_emotion.tuning.execution.trial_actor import ENDING, NODE
+from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES
 from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
@@ -123,18 +123,18 @@ def test_a_trial_on_a_node_that_ends_soon_leaves_it_after_its_report(made):
     search = search_of(recorder, room)
     gate = Gate(recorder, search, threading.Event())
     trial = search.next_trial()
-    assert not gate("0000", {"report": 1, NODE: "a"})
-    assert gate("0000", {"report": 2, NODE: "b"})
-    assert recorder.heard == [("0000", {"report": 1, NODE: "a"}), ("0000", {"report": 2, NODE: "b"}), "0000"]
+    assert not gate("0000", {"report": 1, NODES: ["a"]})
+    assert gate("0000", {"report": 2, NODES: ["a", "b"]})
+    assert recorder.heard == [("0000", {"report": 1, NODES: ["a"]}), ("0000", {"report": 2, NODES: ["a", "b"]}), "0000"]
     assert vars(trial) == {"config": {}, "raytune_emotion_forget": True}, "its process gets no other trial"
     search.on_trial_complete("0000", {"report": 2})
     search.next_trial()
     assert made == ["0000", "0000.2"]
-    assert gate("0000.2", {"report": 3, NODE: "b"})
-    assert recorder.heard[3:] == [("0000", {"report": 3, NODE: "b"})], "it has ended, so that nothing is given back"
+    assert gate("0000.2", {"report": 3, NODES: ["a", "b"]})
+    assert recorder.heard[3:] == [("0000", {"report": 3, NODES: ["a", "b"]})], "it has ended and is not given back"
 
 
-@pytest.mark.parametrize("last", [{"report": 1, NODE: "b"}, {ENDING: Failed("why"), NODE: "b"}])
+@pytest.mark.parametrize("last", [{"report": 1, NODES: ["a", "b"]}, {ENDING: Failed("why"), NODES: ["a", "b"]}])
 def test_process_on_node_that_ends_soon_gets_no_other_trial_however_its_own_ends(made, last):
     recorder = Recorder(False, proposals=[Proposal("0000", {}, None)])
     search = search_of(recorder, Room(1, {"b"}))
