@@ -44,6 +44,8 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: Number of consecutive failed trials that ends a study.
 MAX_FAILURES_IN_A_ROW = 10
+#: Longest time for which the location of a study lacks an ending, seconds.
+_SAVE_S = 5.0
 
 _STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
 
@@ -96,7 +98,9 @@ class Recorder:
         self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
-        self._in_place = study.copy.location.is_here(study.folder)  # whether the study exists at its location
+        self._clock = clock
+        self._unsaved_since: float | None = None  # time of the first ending that the study's location lacks
+        self._in_place = study.copy.is_here  # whether the study exists at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
@@ -106,7 +110,7 @@ class Recorder:
         """Continue the trials of an earlier session."""
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
-            self._study.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: it marks a study
+            self._study.copy.claim(JOURNAL, [EARLIER, SPEC])  # the spec last: it marks a study
             self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
@@ -174,8 +178,8 @@ class Recorder:
         self._run_or_break(lambda: self._backlog.give_back(trial_id), None)
 
     def write_in_time(self) -> None:
-        """Write the tables if they lack an ending, unless they were written just now."""
-        self._run_or_break(self._tables.write_in_time, None)
+        """Save an ending after a few seconds. Write the tables if they lack one, unless they were written just now."""
+        self._run_or_break(self._write_in_time, None)
 
     def check(self) -> None:
         """Stop here if the other drivers consider this one dead, because they may have taken its trials."""
@@ -193,11 +197,11 @@ class Recorder:
             if self.is_over:
                 self._run_or_break(self._prune_paused, None)
             if not self.broken:
-                self._run_or_break(self._tables.write, None)
+                self._run_or_break(self._write, None)
             elif isinstance(self.error, _StudyEnds):
                 # The record is complete, but the disk may be full, or the URI unreachable.
                 with contextlib.suppress(OSError, Breakdown):
-                    self._tables.write()
+                    self._write()
             self._closed = True
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
@@ -207,6 +211,8 @@ class Recorder:
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
         with self._lock:
+            if not self._closed:
+                self.check()
             if self.broken or self._closed:
                 return otherwise
             try:
@@ -219,7 +225,7 @@ class Recorder:
     def _next(self) -> Proposal | None:
         if self.shortfall or not self._backlog.may_ask or (proposal := self._ask()) is None:
             return None
-        self._study.copy.push(JOURNAL)
+        self._save()  # a trial at a URI must not have begun in a place that the journal there does not know
         why_anew = _take_over(self._study, self._searcher, proposal)
         self._backlog.start(proposal)
         self._watch(Event(proposal, "running", None, why_anew))
@@ -267,12 +273,33 @@ class Recorder:
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
         self._gain.update()
-        self._study.copy.push(JOURNAL)
-        self._weights.delete_needless(self._tables.ended)
+        self._unsaved_since = self._clock() if self._unsaved_since is None else self._unsaved_since
+        self._save_in_time()
         self._watch(Event(proposal, status, report, reason, self._gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
+
+    def _save(self) -> None:
+        """Bring the journal at the study's location up to date, then delete weights that are not needed any more."""
+        self._study.copy.push_journal()
+        if self._unsaved_since is not None:
+            self._unsaved_since = None
+            self._weights.delete_needless(self._tables.ended)
+
+    def _save_in_time(self) -> None:
+        since = self._unsaved_since
+        if since is not None and (self._study.copy.is_here or self._clock() >= since + _SAVE_S):
+            self._save()
+
+    def _write_in_time(self) -> None:
+        self._save_in_time()
+        self._tables.write_in_time()
+
+    def _write(self) -> None:
+        self._save()
+        self._tables.write()
+        self._study.copy.push(JOURNAL)  # as one file, for people and other programs
 
     def _prune_paused(self) -> None:
         with self._study.drivers.turn("trials"):

@@ -25,6 +25,7 @@ from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
 from raytune_emotion.tuning.study.open_study import OpenStudy, load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, study_lock
+from raytune_emotion.tuning.study.remote_copy import PIECES, join_pieces
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest, absolute_path
 from raytune_emotion.tuning.study.resume_check import refuse_confirmation, refused_changes
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, open_stores, read_spec
@@ -78,7 +79,8 @@ def open_existing(place: Location, held: ExitStack) -> OpenStudy:
     drivers = held.enter_context(study_lock(folder))
     if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
         place.set_aside_copy()
-    place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
+    place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, f"trials/*/{HISTORY}")
+    join_pieces(place, folder, JOURNAL)
     spec = read_spec(folder)
     refuse_confirmation(spec, folder, place)
     return load(folder, place, drivers)

@@ -37,7 +37,7 @@ from raytune_emotion.tuning.study.records import (
     trials_to_strip,
     winner,
 )
-from raytune_emotion.tuning.study.remote_copy import RemoteCopy
+from raytune_emotion.tuning.study.remote_copy import PIECES, RemoteCopy, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
 
 
@@ -72,7 +72,7 @@ class OpenStudy:
     @property
     def mark(self) -> str | None:
         """Return a file that every machine sees that can see the study's folder; None for a study at a URI."""
-        return str(self.folder.absolute() / SPEC) if self.copy.location.is_here(self.folder) else None
+        return str(self.folder.absolute() / SPEC) if self.copy.is_here else None
 
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)
@@ -158,7 +158,8 @@ def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
     Raises:
         UserError: there is no study, or it is damaged; or an error of the block, which then names the location.
     """
-    with place.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}", *patterns) as folder:
+    with place.copy_here(SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}", *patterns) as folder:
+        join_pieces(place, folder, JOURNAL)
         yield load(folder, place)
 
 
