@@ -45,7 +45,6 @@ TESTED_ELSEWHERE = {
     "tuning/study/earlier": ("tuning/policy/test_warm_start", "what is gathered is what a warm start reads"),
     "tuning/study/endings": ("tuning/execution/test_recorder", "types only; the recorder decides each ending"),
     "tuning/study/optuna_patches": ("tuning/study/test_optuna_contract", "private interfaces of Optuna"),
-    "tuning/study/remote_copy": ("tuning/execution/test_remote_study", "a copy is kept while a study runs"),
     "tuning/study/request": ("test_search", "it is what the options of `search` become"),
     "tuning/study/tables": ("tuning/study/test_records", "tables are made of records"),
     "tuning/study/trial_export": ("test_export", "it is what the command `export` does"),

@@ -79,8 +79,7 @@ Watch = Callable[[Event], None]
 class Recorder:
     """Keep the record of one running study.
 
-    An error of the record ends the study: `broken` then says why, and nothing more is written, since nothing may be
-    written behind a torn line of the journal.
+    An error of the record ends the study, and `broken` says why: nothing may be written behind a torn line of a journal.
     """
 
     def __init__(
@@ -94,12 +93,11 @@ class Recorder:
         """Continue the record. No trial begins once the expected gain is below `until_gain`."""
         self._study, self._watch, self._lock = study, watch, threading.RLock()
         inputs = _inputs_of(study)
-        self._tables, self._weights = Tables(study), _Weights(study)
+        self._tables = Tables(study)
+        self._saving = _Saving(study, self._tables, clock)
         self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
-        self._clock = clock
-        self._unsaved_since: float | None = None  # time of the first ending that the study's location lacks
         self._in_place = study.copy.is_here  # whether the study exists at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self.broken = ""  # why the study cannot go on
@@ -126,7 +124,7 @@ class Recorder:
             self._searcher.replay([record])
             self._watch(_event_elsewhere(trial, record, self._gain.value))
         if ended_elsewhere:
-            self._weights.delete_needless(self._tables.ended)
+            self._saving.delete_needless()
         for trial in abandoned:
             if stopped is not None or not self._backlog.has_queue:
                 record = self._study.record(trial.trial_id)
@@ -179,11 +177,11 @@ class Recorder:
 
     def write_in_time(self) -> None:
         """Save an ending after a few seconds. Write the tables if they lack one, unless they were written just now."""
-        self._run_or_break(self._write_in_time, None)
+        self._run_or_break(self._saving.write_in_time, None)
 
     def check(self) -> None:
         """Stop here if the other drivers consider this one dead, because they may have taken its trials."""
-        if fault := self._study.drivers.failure():
+        if not self._closed and (fault := self._study.drivers.failure()):
             with self._lock:
                 self.broken = self.broken or fault
 
@@ -197,11 +195,11 @@ class Recorder:
             if self.is_over:
                 self._run_or_break(self._prune_paused, None)
             if not self.broken:
-                self._run_or_break(self._write, None)
+                self._run_or_break(self._saving.write, None)
             elif isinstance(self.error, _StudyEnds):
                 # The record is complete, but the disk may be full, or the URI unreachable.
                 with contextlib.suppress(OSError, Breakdown):
-                    self._write()
+                    self._saving.write()
             self._closed = True
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
@@ -211,8 +209,7 @@ class Recorder:
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
         with self._lock:
-            if not self._closed:
-                self.check()
+            self.check()
             if self.broken or self._closed:
                 return otherwise
             try:
@@ -225,7 +222,7 @@ class Recorder:
     def _next(self) -> Proposal | None:
         if self.shortfall or not self._backlog.may_ask or (proposal := self._ask()) is None:
             return None
-        self._save()  # a trial at a URI must not have begun in a place that the journal there does not know
+        self._saving.save()  # the journal at a URI must know a trial before files of the trial are there
         why_anew = _take_over(self._study, self._searcher, proposal)
         self._backlog.start(proposal)
         self._watch(Event(proposal, "running", None, why_anew))
@@ -273,33 +270,11 @@ class Recorder:
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
         self._gain.update()
-        self._unsaved_since = self._clock() if self._unsaved_since is None else self._unsaved_since
-        self._save_in_time()
+        self._saving.note_ending()
         self._watch(Event(proposal, status, report, reason, self._gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
-
-    def _save(self) -> None:
-        """Bring the journal at the study's location up to date, then delete weights that are not needed any more."""
-        self._study.copy.push_journal()
-        if self._unsaved_since is not None:
-            self._unsaved_since = None
-            self._weights.delete_needless(self._tables.ended)
-
-    def _save_in_time(self) -> None:
-        since = self._unsaved_since
-        if since is not None and (self._study.copy.is_here or self._clock() >= since + _SAVE_S):
-            self._save()
-
-    def _write_in_time(self) -> None:
-        self._save_in_time()
-        self._tables.write_in_time()
-
-    def _write(self) -> None:
-        self._save()
-        self._tables.write()
-        self._study.copy.push(JOURNAL)  # as one file, for people and other programs
 
     def _prune_paused(self) -> None:
         with self._study.drivers.turn("trials"):
@@ -349,18 +324,47 @@ def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
     return ""
 
 
-class _Weights:
-    """Delete the weights that are not needed any more."""
+class _Saving:
+    """Bring a study's location up to date, and then delete weights that are not needed any more."""
 
-    def __init__(self, study: OpenStudy) -> None:
-        self._study = study
+    def __init__(self, study: OpenStudy, tables: Tables, clock: Callable[[], float]) -> None:
+        self._study, self._tables, self._clock = study, tables, clock
+        self._since: float | None = None  # time of the first ending that the location lacks
         self._deleted: set[str] = set()  # trials without weights
 
-    def delete_needless(self, ended: list[TrialRecord]) -> None:
+    def note_ending(self) -> None:
+        """Note that a trial ended or paused. At a URI, the ending is saved with others."""
+        self._since = self._clock() if self._since is None else self._since
+        self._save_in_time()
+
+    def save(self) -> None:
+        """Save the journal. Weights are deleted after that, because a killed driver's trials are resumed from it."""
+        self._study.copy.push_journal()
+        if self._since is not None:
+            self._since = None
+            self.delete_needless()
+
+    def _save_in_time(self) -> None:
+        if self._since is not None and (self._study.copy.is_here or self._clock() >= self._since + _SAVE_S):
+            self.save()
+
+    def write_in_time(self) -> None:
+        """Save an ending, and write the tables, if that is due."""
+        self._save_in_time()
+        self._tables.write_in_time()
+
+    def write(self) -> None:
+        """Save and write everything."""
+        self.save()
+        self._tables.write()
+        self._study.copy.push(JOURNAL)  # as one file, for people and other programs
+
+    def delete_needless(self) -> None:
+        """Delete the weights that are not needed any more."""
         study = self._study
         if study.spec.confirms:
             return  # a confirmation chooses in the end; its trials are few
-        lost = trials_to_strip(ended, study.objective, trials_to_continue(study.optuna))
+        lost = trials_to_strip(self._tables.ended, study.objective, trials_to_continue(study.optuna))
         gone = [trial_id for trial_id in lost if trial_id not in self._deleted]
         delete_weights(study.folder, gone)
         study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)])
