@@ -79,7 +79,7 @@ Watch = Callable[[Event], None]
 class Recorder:
     """Keep the record of one running study.
 
-    An error of the record ends the study, and `broken` says why: nothing may be written behind a torn line of a journal.
+    An error of the record ends the study, and `broken` says why: nothing may be written behind a journal's torn line.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class Recorder:
         self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
-        self._in_place = study.copy.is_here  # whether the study exists at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
@@ -109,7 +108,6 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
             self._study.copy.claim(JOURNAL, [EARLIER, SPEC])  # the spec last: it marks a study
-            self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
             self._look_around(self._searcher.replay(records))
@@ -204,7 +202,7 @@ class Recorder:
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
             if self.broken:
-                raise Breakdown(f"{self.broken}; {_what_next(self._study, self._in_place)}") from self.error
+                raise Breakdown(f"{self.broken}; {_what_next(self._study)}") from self.error
 
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
@@ -283,9 +281,9 @@ class Recorder:
                 self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
 
 
-def _what_next(study: OpenStudy, in_place: bool) -> str:
+def _what_next(study: OpenStudy) -> str:
     """Tell the user how to continue an interrupted study."""
-    return f"the study can be resumed: {study.copy}" if in_place else "type the same command again"
+    return f"the study can be resumed: {study.copy}" if study.copy.is_whole else "type the same command again"
 
 
 def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:

@@ -28,7 +28,7 @@ PIECES = (DRIVER, f"{_PIECES}/*")
 #: Size from which a piece is not replaced any more, bytes.
 _PIECE = 64 * 2**10
 #: Name of a driver: drivers are counted.
-_NAME = re.compile(r"(\d{6})-[0-9a-f]{12}")
+_NAME = re.compile(r"[0-9]{6}-[0-9a-f]{12}")
 
 
 class RemoteCopy:
@@ -36,6 +36,7 @@ class RemoteCopy:
 
     def __init__(self, folder: Path, location: Location) -> None:
         self.folder, self.location = folder, location
+        self.is_whole = self.is_here  # whether the study exists at its location
         self._driver = ""  # name of this driver, once it has claimed the study
         self._journal, self._start = folder, 0  # the journal, and the byte at which its last piece begins
 
@@ -55,7 +56,7 @@ class RemoteCopy:
         if self.is_here:
             return
         drivers = sorted(filter(_NAME.fullmatch, self.location.list_folders(_PIECES)))
-        number = 1 + max((int(name.partition("-")[0]) for name in drivers), default=0)
+        number = 1 + max((int(name[:6]) for name in drivers), default=0)
         self._driver = f"{number:06d}-{uuid.uuid4().hex[:12]}"
         write_text(self.folder / DRIVER, self._driver)
         self._journal = self.folder / journal
@@ -67,6 +68,7 @@ class RemoteCopy:
         if drivers:
             self._put_piece(b"")  # else readers would still end the journal with the pieces of the driver before
         self.location.push(self.folder, [name for name in here if here[name]])
+        self.is_whole = True
         for name in drivers[:-1]:  # a reader may be reading the newest ones
             folder = f"{_PIECES}/{name}"
             self.location.delete([file.name for file in self.location.list_files(folder)])
