@@ -20,13 +20,20 @@ if [[ ! $results || ! $name ]]; then
   exit 2
 fi
 
-# If the results cannot be read, the search itself reports the error.
+# If the results cannot be read now, end with exit code 1, so that the platform tries again. The search itself reports a
+# wrong option.
 resume=$(python -c '
 import sys
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage.locations import parse_location
-study = parse_location(sys.argv[1]) / sys.argv[2]
-print("" if study.read("study.yaml") is None else "--resume")
-' "$results" "$name" 2> /dev/null) || resume=
+try:
+    study = parse_location(sys.argv[1]) / sys.argv[2]
+    print("" if study.read("study.yaml") is None else "--resume")
+except UserError:
+    pass
+except (Breakdown, OSError) as error:
+    sys.exit(f"error: {error}")
+' "$results" "$name")
 
 # `exec`: signals reach the search.
 exec python -m raytune_emotion.search "$@" $resume

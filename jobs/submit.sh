@@ -5,8 +5,8 @@
 #     --data /shared/affectnet-224 --results /shared/ray_results --space gpu --name affectnet
 #
 # The arguments are those of `python -m raytune_emotion.search`. Without RAY_API_SERVER_ADDRESS the cluster must run on
-# this machine. Only the package and the search spaces are uploaded. All paths are those of the cluster: data and
-# results must be on a file system that all nodes share, or at a URI. The default of --results is ray_results in this
+# this machine. Only the package and the search spaces are uploaded, and a file of this machine that --space names. All
+# other paths are those of the cluster: data and results must be on a file system that all nodes share, or at a URI. The default of --results is ray_results in this
 # folder. The nodes need the project's dependencies: in the environment of `ray start`, or in .venv of this folder if
 # they share it.
 set -euo pipefail
@@ -55,6 +55,25 @@ trap 'rm -rf "$package"' EXIT
 cp -r raytune_emotion search_spaces "$package"
 find "$package" -name __pycache__ -prune -exec rm -rf {} +
 
+# A search space of one's own goes along.
+options=("$@")
+for i in "${!options[@]}"; do
+  case ${options[i]} in
+    --sp*=*) before=${options[i]%%=*}= ;;
+    --sp*) before= i=$((i + 1)) ;;
+    *) continue ;;
+  esac
+  space=${options[i]-}
+  space=${space#"$before"}
+  file=$space
+  [[ $file == /* ]] || file=$OLDPWD/$file
+  if [[ -f $file ]]; then
+    mkdir -p "$package/space"
+    cp "$file" "$package/space"
+    options[i]=${before}space/${space##*/}
+  fi
+done
+
 # Empty if this folder is in the repository of another project.
 commit=
 if git ls-files --error-unmatch jobs/submit.sh &> /dev/null; then
@@ -71,4 +90,4 @@ fi
   "{\"env_vars\": {\"PATH\": \"$PWD/.venv/bin:\${PATH}\", \"RAYTUNE_EMOTION_COMMIT\": \"$commit\", \
 \"RAY_JOB_STOP_WAIT_TIME_S\": \"300\"}}" \
   --working-dir "$package" \
-  -- python -m raytune_emotion.search --address auto "$@"
+  -- python -m raytune_emotion.search --address auto ${options[@]+"${options[@]}"}

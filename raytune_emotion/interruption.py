@@ -12,6 +12,7 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -25,6 +26,8 @@ _INSISTS = 3
 _IMPORTER, _AGAIN_S = "<frozen importlib._bootstrap>", 0.05
 #: Longest wait for imports in a thread, seconds.
 _IMPORT_S = 30.0
+#: Seconds between two looks for a signal while a thread waits.
+_LOOK_S = 0.2
 
 
 class _State:
@@ -184,6 +187,14 @@ def check_interrupted() -> None:
     """Raise KeyboardInterrupt if a signal has come whose own was lost: Python ignores exceptions in destructors."""
     if _state.interrupted and not _state.held:
         raise KeyboardInterrupt
+
+
+def wait_unless_interrupted(seconds: float) -> bool:
+    """Wait in any thread, and tell whether no signal has come until then."""
+    deadline = time.monotonic() + seconds
+    while not _state.interrupted and (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK_S))
+    return not _state.interrupted
 
 
 @contextlib.contextmanager

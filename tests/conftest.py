@@ -173,6 +173,7 @@ def faults(s3, monkeypatch):
 
     monkeypatch.setattr(remote, "_open", open_with_one_attempt)
     monkeypatch.setattr(remote, "_WAITS", (0.001,))
+    monkeypatch.setattr(remote, "_OUTAGE_WAITS", ())
     yield s3[1]
     s3[1].reset()
 

@@ -117,6 +117,14 @@ def test_search_that_could_not_be_resumed_is_refused(programs, tmp_path, argv):
     assert calls_in(tmp_path, "python") == []
 
 
+def test_study_that_cannot_be_looked_for_is_no_new_one(programs, tmp_path):
+    """The search would refuse the name of a study that exists, and the platform would not try again."""
+    done = search_or_resume(programs, "--results", str(tmp_path), "--name", "x" * 300)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*File name too long.*\n", done.stderr)
+    assert calls_in(tmp_path, "python -m") == []
+
+
 # jobs/slurm.sh: Slurm, Ray and the search are stand-ins.
 
 
@@ -197,7 +205,7 @@ def test_slurm_job_starts_ray_on_all_nodes_and_runs_the_search(start_job, tmp_pa
     (other,) = map(parse_ray, others)  # once, by srun on two nodes
     assert (other["address"], other["head"], other["num_cpus"]) == (address, False, 8)
     (step,) = calls_in(tmp_path, "srun")
-    assert {"--nodes=2", "--ntasks=2", "--exclude=node1", "--cpus-per-task=8"} < {*step.split()}
+    assert {"--nodes=2", "--ntasks=2", "--exclude=node1", "--cpus-per-task=8", "--no-kill"} < {*step.split()}
 
     (called,) = calls_in(tmp_path, "python -m")
     asked = parse_search(shlex.split(called)[3:])
@@ -240,55 +248,32 @@ def test_slurm_asks_for_the_signal_that_the_script_handles():
     name, seconds = re.fullmatch(r"B:(\w+)@(\d+)", directives["signal"]).groups()
     assert f"' {name}\n" in text  # a trap
     assert int(seconds) >= 120
-    assert directives.keys() >= {"requeue", "nodes", "time"}
+    assert directives.keys() >= {"requeue", "nodes", "time", "no-kill"}
     assert directives["ntasks-per-node"] == "1"
 
 
-# Kubernetes. The names are those of RayJob (ray.io/v1) that may stand at each place, as far as this project uses them.
-
-POD = {"spec": {"securityContext": {"fsGroup": int}, "terminationGracePeriodSeconds": int, "volumes": list,
-                "tolerations": list, "containers": list}}  # fmt: skip
-GROUP = {"rayStartParams": dict, "template": POD}
-RAY_JOB = {
-    "apiVersion": str, "kind": str, "metadata": {"name": str},
-    "spec": {
-        "entrypoint": str, "backoffLimit": int, "shutdownAfterJobFinishes": bool, "ttlSecondsAfterFinished": int,
-        "rayClusterSpec": {
-            "rayVersion": str, "authOptions": {"mode": str}, "headGroupSpec": GROUP, "workerGroupSpecs": list,
-        },
-    },
-}  # fmt: skip
-WORKERS = {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, **GROUP}
-CONTAINER = {"name": str, "image": str, "ports": list, "resources": {"requests": dict, "limits": dict},
-             "volumeMounts": list}  # fmt: skip
+# Kubernetes, with the schema of the operator.
 
 
-def check_names(value: object, form: object, where: str = "") -> None:
-    """Check that a tree has no names but those of its form, and values of its types."""
-    if not isinstance(form, dict):
-        assert isinstance(value, form), where
-        return
-    assert isinstance(value, dict), where
-    for name, below in value.items():
-        assert name in form, f"{where}.{name}"
-        check_names(below, form[name], f"{where}.{name}")
+@pytest.fixture(scope="module")
+def ray_job() -> jsonschema.Draft202012Validator:
+    schema = json.loads((Path(__file__).parent / "support" / "ray_job_schema.json").read_text(encoding="utf-8"))
+    return jsonschema.Draft202012Validator(schema)
 
 
-def test_ray_job_has_the_names_of_its_kind():
+def test_operator_takes_the_ray_job(ray_job):
     job = read_yaml("kuberay.yaml")
-    check_names(job, RAY_JOB)
+    ray_job.validate(job)
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == ray.__version__
     assert cluster["authOptions"] == {"mode": "token"}
     for group in cluster["workerGroupSpecs"]:
-        check_names(group, WORKERS)
         assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
-        check_names(container, CONTAINER)
         resources = container["resources"]
         assert resources["requests"] == resources["limits"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -299,11 +284,16 @@ def test_ray_job_has_the_names_of_its_kind():
     assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
 
 
-def test_mistyped_name_in_a_ray_job_is_noticed():
+def test_operator_refuses_a_mistyped_name_and_a_wrong_value(ray_job):
     job = read_yaml("kuberay.yaml")
-    job["spec"]["rayClusterSpec"]["workerGroupSpec"] = []
-    with pytest.raises(AssertionError, match="workerGroupSpec"):
-        check_names(job, RAY_JOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    cluster["workerGroupSpec"] = []
+    cluster["authOptions"]["mode"] = "password"
+    container = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    container["resources"]["limits"]["memory"] = "much"
+    assert {error.json_path.rpartition(".")[2] for error in ray_job.iter_errors(job)} == {
+        "rayClusterSpec", "mode", "memory"
+    }  # fmt: skip
 
 
 def test_ray_job_runs_a_search_that_can_be_resumed():
@@ -363,6 +353,17 @@ def test_launched_nodes_start_ray_with_a_token(launched):
 
 
 # SkyPilot. Its names: https://docs.skypilot.co/en/latest/reference/yaml-spec.html
+
+
+def check_names(value: object, form: object, where: str = "") -> None:
+    """Check that a tree has no names but those of its form, and values of its types."""
+    if not isinstance(form, dict):
+        assert isinstance(value, form), where
+        return
+    assert isinstance(value, dict), where
+    for name, below in value.items():
+        assert name in form, f"{where}.{name}"
+        check_names(below, form[name], f"{where}.{name}")
 
 
 def test_skypilot_task_has_the_names_of_its_kind():

@@ -16,8 +16,7 @@ VOCABULARY = {"__init__", "emotions", "config", "errors", "interruption", "known
 #: Imports that are no part of the order, and why.
 EXCEPTIONS = {
     ("raytune_emotion", "raytune_emotion.library"): "for type checkers; a name is imported at its first use",
-    ("raytune_emotion.library.studies", "raytune_emotion.search"): "the function `search` runs the command, and the "
-    "module of the command, which has the same name, calls the function",
+    ("raytune_emotion.library.command", "raytune_emotion.cli"): "its child process runs a command",
 }
 #: Modules that import what a variable names, and what that is.
 IMPORT_BY_NAME = {
@@ -64,7 +63,6 @@ TESTED_ELSEWHERE = {
     "tuning/study/earlier": ("tuning/policy/test_warm_start", "what is gathered is what a warm start reads"),
     "tuning/study/endings": ("tuning/execution/test_recorder", "types only; the recorder decides each ending"),
     "tuning/study/optuna_patches": ("tuning/study/test_optuna_contract", "private interfaces of Optuna"),
-    "tuning/study/remote_copy": ("tuning/execution/test_remote_study", "a copy is kept while a study runs"),
     "tuning/study/request": ("test_search", "it is what the options of `search` become"),
     "tuning/study/tables": ("tuning/study/test_records", "tables are made of records"),
     "tuning/study/trial_export": ("test_export", "it is what the command `export` does"),

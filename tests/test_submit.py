@@ -1,5 +1,6 @@
 """What jobs/submit.sh refuses by itself; tests/machines has it on a cluster."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +30,31 @@ def test_results_that_would_go_to_the_folder_of_the_job_are_refused(options):
     assert done.stderr == (
         f"error: --results: expected an absolute path that every node sees, or a URI, got '{named}'\n"
     )
+
+
+@pytest.mark.parametrize("options", [["--space", "own.yaml"], ["--space={folder}/own.yaml"], ["--space", "gpu"]])
+def test_space_of_ones_own_goes_along(tmp_path, options):
+    options = [option.format(folder=tmp_path / "work") for option in options]
+    for folder in ("project/raytune_emotion", "project/search_spaces", "programs", "work"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copytree(ROOT / "jobs", tmp_path / "project" / "jobs")
+    (tmp_path / "work" / "own.yaml").write_text("optim.lr: 0.001\n")
+    ray = tmp_path / "programs" / "ray"
+    ray.write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\n" "${@: -2}" > ../called\n'
+        'while [[ $1 != --working-dir ]]; do shift; done\ncp -r "$2" ../uploaded\n'
+    )
+    ray.chmod(0o755)
+    subprocess.run(
+        ["bash", tmp_path / "project" / "jobs" / "submit.sh", "--name", "first", "--results", "/r", *options],
+        cwd=tmp_path / "work", env=os.environ | {"PATH": f"{ray.parent}{os.pathsep}{os.environ['PATH']}"}, check=True,
+    )  # fmt: skip
+    called = " ".join((tmp_path / "called").read_text().split()[-len(options) :])
+    if "gpu" in options:
+        assert called == "--space gpu"
+    else:
+        assert called in ("--space space/own.yaml", "--space=space/own.yaml")
+        assert (tmp_path / "uploaded" / "space" / "own.yaml").read_text() == "optim.lr: 0.001\n"
 
 
 def test_missing_ray_is_named(tmp_path):

@@ -135,7 +135,7 @@ def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeyp
 
     def continued_elsewhere(job):
         for report in train_here(job):
-            RemoteCopy(tmp_path, run).claim([])
+            RemoteCopy(tmp_path, run).claim()
             yield report
 
     with monkeypatch.context() as patched:
@@ -173,7 +173,7 @@ def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_al
     for copy in (first, second):
         copy.folder.mkdir()
     with single_run._new_run(first):
-        first.claim([])
+        first.claim()
         assert not is_taken(run), "a killed process would hold no name"
         with run.write("params.json") as file:
             file.write_text("{}")
@@ -182,8 +182,8 @@ def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_al
     assert not first.folder.exists()
     first.folder.mkdir()
     with single_run._new_run(first):
-        first.claim([])
-        second.claim([])
+        first.claim()
+        second.claim()
     assert run.find("*") == [DRIVER]
 
 

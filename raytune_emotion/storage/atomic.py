@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -161,8 +161,13 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Hold the exclusive lock of a folder during the block, if its file system has locks.
+def exclusive_lock(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Hold the exclusive lock of a folder during the block.
+
+    A file system without locks, such as Lustre mounted without flock, gives the lock to the process that asked last.
+
+    Yields:
+        A function that tells whether this process still holds the lock.
 
     Raises:
         UserError: another process holds it, or the lock's file cannot be written.
@@ -171,14 +176,31 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         try:
             # Lock a file that is open for writing: NFS shares a lock of a folder with no other machine.
             lock = stack.enter_context((folder / LOCK).open("ab"))
-            _flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = _holds_always if _flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB) else _sign(folder / LOCK)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is using it; wait until it ends, or end it") from None
         except OSError as error:
             raise UserError(
                 f"{folder / LOCK}: cannot be locked ({error.strerror}); name a folder that you may write to"
             ) from error
-        yield
+        yield is_held
+
+
+def _holds_always() -> bool:
+    return True
+
+
+def _sign(lock: Path) -> Callable[[], bool]:
+    """Write a token into a lock file. Return a function that tells whether it is still there."""
+    token = uuid.uuid4().hex
+    write_text(lock, token)
+
+    def is_there() -> bool:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            return lock.read_bytes() == token.encode()
+        return False
+
+    return is_there
 
 
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:
@@ -235,9 +257,12 @@ def _locked(folder: Path, how: int = 0) -> Iterator[int]:
         os.close(fd)
 
 
-def _flock(fd: int, how: int) -> None:
+def _flock(fd: int, how: int) -> bool:
+    """Lock a file, and tell whether its file system has locks."""
     try:
         fcntl.flock(fd, how)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False
+    return True

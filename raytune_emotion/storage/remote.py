@@ -25,11 +25,15 @@ from pyarrow import NativeFile
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.interruption import wait_unless_interrupted
 from raytune_emotion.known_errors import first_line, is_disk_full
 from raytune_emotion.storage.atomic import atomic_write
+from raytune_emotion.terminal import warn
 
 #: Waits before each further attempt, seconds. In every attempt, pyarrow itself tries for some seconds.
 _WAITS = (1.0, 5.0, 20.0)
+#: Further waits within `outlast_outages`, seconds: a quarter of an hour.
+_OUTAGE_WAITS = (30.0,) * 30
 #: Longest time for a check of a URI, seconds.
 _CHECK_S = 30.0
 #: Size of the pieces of a copy, bytes.
@@ -308,8 +312,25 @@ def _for_each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem,
         list(pool.map(one, names))
 
 
+@contextlib.contextmanager
+def outlast_outages() -> Iterator[None]:
+    """Let requests of this process wait for an absent server for a quarter of an hour, because work would be lost.
+
+    After a signal, they wait only as long as outside of the block.
+    """
+    global _outlasting
+    _outlasting += 1
+    try:
+        yield
+    finally:
+        _outlasting -= 1
+
+
+#: Number of blocks of `outlast_outages` that run.
+_outlasting = 0
+
+
 def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
-    waits = iter(_WAITS)
     tries = 1
     while True:
         try:
@@ -319,12 +340,24 @@ def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
         except OSError as error:
             if is_disk_full(error):
                 raise
-            wait = None if _is_permanent(error) else next(waits, None)
-            if wait is None:
-                times = f"failed {tries} times in a row, the last time with: " if tries > 1 else "failed: "
-                raise Breakdown(f"{uri}: {times}{first_line(error)}") from error
-        time.sleep(wait)
+            times = f"failed {tries} times in a row, the last time with: " if tries > 1 else "failed: "
+            fault = f"{uri}: {times}{first_line(error)}"
+            if _is_permanent(error) or not _wait(tries, fault):
+                raise Breakdown(fault) from error
         tries += 1
+
+
+def _wait(tries: int, fault: str) -> bool:
+    """Wait after a number of failed attempts, and tell whether another one is due."""
+    if tries <= len(_WAITS):
+        time.sleep(_WAITS[tries - 1])
+        return True
+    further = tries - len(_WAITS) - 1
+    if not _outlasting or further >= len(_OUTAGE_WAITS):
+        return False
+    if not further:
+        warn(f"{fault}; it is tried again for a quarter of an hour")
+    return wait_unless_interrupted(_OUTAGE_WAITS[further])
 
 
 def _is_permanent(error: OSError) -> bool:

@@ -69,11 +69,12 @@ def test_file_is_written_where_modes_cannot_change(tmp_path, monkeypatch):
 
 def test_only_one_process_holds_the_lock_of_a_folder(tmp_path):
     with (
-        exclusive_lock(tmp_path),
+        exclusive_lock(tmp_path) as is_held,
         pytest.raises(UserError, match="another process is using it"),
         exclusive_lock(tmp_path),
     ):
         pass
+    assert is_held()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
@@ -82,8 +83,11 @@ def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with exclusive_lock(tmp_path), resumable_folder(tmp_path / "dest"):
-        pass
+    with exclusive_lock(tmp_path) as first, resumable_folder(tmp_path / "dest"):
+        assert first()
+        with exclusive_lock(tmp_path) as second:
+            assert second()
+            assert not first(), "it does not write what the other process writes"
     atomic.sweep(tmp_path, -1, "dest")
     assert (tmp_path / "dest").exists(), "what may be in use is not removed"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import moto.backends
 import pytest
 
+from raytune_emotion import interruption
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 
@@ -178,6 +179,24 @@ def test_a_server_that_comes_back_is_waited_for(folder, tmp_path, monkeypatch):
     threading.Timer(0.5, (tmp_path / "disk").unlink).start()
     remote.push(folder, (tmp_path / "disk").as_uri(), ["a.txt"])
     assert content(tmp_path / "disk") == {"a.txt": b"a"}
+
+
+def test_an_outage_is_waited_out_where_work_would_be_lost(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "_WAITS", (0.01,))
+    monkeypatch.setattr(remote, "_OUTAGE_WAITS", (0.1,) * 100)
+    (tmp_path / "disk").touch()  # of which no folder can be made
+    uri = (tmp_path / "disk").as_uri()
+    with pytest.raises(Breakdown, match="failed 2 times"):
+        remote.push(folder, uri, ["a.txt"])
+    with remote.outlast_outages():
+        monkeypatch.setattr(interruption._state, "interrupted", True)
+        with pytest.raises(Breakdown, match="failed 2 times"):
+            remote.push(folder, uri, ["a.txt"])
+        monkeypatch.setattr(interruption._state, "interrupted", False)
+        threading.Timer(0.3, (tmp_path / "disk").unlink).start()
+        remote.push(folder, uri, ["a.txt"])
+    assert content(tmp_path / "disk") == {"a.txt": b"a"}
+    assert capsys.readouterr().err.count("; it is tried again for a quarter of an hour\n") == 2
 
 
 # An upload that breaks off

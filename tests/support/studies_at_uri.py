@@ -13,6 +13,7 @@ from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
+from raytune_emotion.tuning.study.remote_copy import PIECES, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC
 from tests.support.cluster import RUN_SPACE
 from tests.support.studies import ONE_CORE, searcher_of, spec_of
@@ -29,7 +30,13 @@ def begin_study(folder, store, *, space=RUN_SPACE, **changes):
 def lose(folder, uri):
     """The machine of the driver dies; another one fetches the study."""
     shutil.rmtree(folder)
-    remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, f"trials/*/{HISTORY}"))
+    fetch(folder, uri)
+
+
+def fetch(folder, uri):
+    """Fetch a study, as a search does that continues it on another machine."""
+    remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}"))
+    join_pieces(Remote(uri), folder, JOURNAL)
 
 
 def ask(folder, uri):

@@ -33,6 +33,7 @@ from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.learn.samples import write_samples
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
+from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
@@ -124,7 +125,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     refuse_unseen(job)
     location, pushed = job.kept_at, dict[str, tuple[int, int]]()
     # All other files follow from the last state. Each worker reads its own copy, so machines need not share a disk.
-    with location.work_here(LAST) as folder:
+    with outlast_outages(), location.work_here(LAST) as folder:
         try:
             with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
                 for report in reports:
@@ -279,7 +280,7 @@ def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int,
 
 def newest_report(job: Job) -> Report | None:
     """Return the last report that a trial has written, even if the driver did not receive it; None without one."""
-    with job.kept_at.work_here(LAST) as folder:
+    with outlast_outages(), job.kept_at.work_here(LAST) as folder:
         return _last_report(folder)
 
 

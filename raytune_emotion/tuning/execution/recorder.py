@@ -43,6 +43,8 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 
 #: Number of consecutive failed trials that ends a study.
 MAX_FAILURES_IN_A_ROW = 10
+#: Longest time for which the location of a study lacks an ending, seconds.
+_SAVE_S = 5.0
 
 _STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
 
@@ -76,8 +78,7 @@ Watch = Callable[[Event], None]
 class Recorder:
     """Keep the record of one running study.
 
-    An error of the record ends the study: `broken` then says why, and nothing more is written, since nothing may be
-    written behind a torn line of the journal.
+    An error of the record ends the study, and `broken` says why: nothing may be written behind a journal's torn line.
     """
 
     def __init__(
@@ -91,11 +92,11 @@ class Recorder:
         """Continue the record. No trial begins once the expected gain is below `until_gain`."""
         self._study, self._watch, self._lock = study, watch, threading.RLock()
         inputs = _inputs_of(study)
-        self._tables, self._weights = Tables(study), _Weights(study)
+        self._tables = Tables(study)
+        self._saving = _Saving(study, self._tables, clock)
         self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
-        self._in_place = study.copy.location.is_here(study.folder)  # whether the study exists at its location
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
         self.broken = ""  # why the study cannot go on
         self.error: Exception | None = None  # the cause
@@ -106,7 +107,6 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._searcher.finish_asking()
             self._study.claim()
-            self._in_place = True
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
             self._look_around(self._searcher.replay(records))
@@ -121,7 +121,7 @@ class Recorder:
             self._searcher.replay([record])
             self._watch(_event_elsewhere(trial, record, self._gain.value))
         if ended_elsewhere:
-            self._weights.delete_needless(self._tables.ended)
+            self._saving.delete_needless()
         for trial in abandoned:
             if stopped is not None or not self._backlog.has_queue:
                 record = self._study.record(trial.trial_id)
@@ -173,12 +173,12 @@ class Recorder:
         self._run_or_break(lambda: self._backlog.give_back(trial_id), None)
 
     def write_in_time(self) -> None:
-        """Write the tables if they lack an ending, unless they were written just now."""
-        self._run_or_break(self._tables.write_in_time, None)
+        """Save an ending after a few seconds. Write the tables if they lack one, unless they were written just now."""
+        self._run_or_break(self._saving.write_in_time, None)
 
     def check(self) -> None:
         """Stop here if the other drivers consider this one dead, because they may have taken its trials."""
-        if fault := self._study.drivers.failure():
+        if not self._closed and (fault := self._study.drivers.failure()):
             with self._lock:
                 self.broken = self.broken or fault
 
@@ -192,20 +192,21 @@ class Recorder:
             if self.is_over:
                 self._run_or_break(self._prune_paused, None)
             if not self.broken:
-                self._run_or_break(self._tables.write, None)
+                self._run_or_break(self._saving.write, None)
             elif isinstance(self.error, _StudyEnds):
                 # The record is complete, but the disk may be full, or the URI unreachable.
                 with contextlib.suppress(OSError, Breakdown):
-                    self._tables.write()
+                    self._saving.write()
             self._closed = True
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
             if self.broken:
-                raise Breakdown(f"{self.broken}; {_what_next(self._study, self._in_place)}") from self.error
+                raise Breakdown(f"{self.broken}; {_what_next(self._study)}") from self.error
 
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
         with self._lock:
+            self.check()
             if self.broken or self._closed:
                 return otherwise
             try:
@@ -218,7 +219,7 @@ class Recorder:
     def _next(self) -> Proposal | None:
         if self.shortfall or not self._backlog.may_ask or (proposal := self._ask()) is None:
             return None
-        self._study.copy.push(JOURNAL)
+        self._saving.save()  # the journal at a URI must know a trial before files of the trial are there
         why_anew = _take_over(self._study, self._searcher, proposal)
         self._backlog.start(proposal)
         self._watch(Event(proposal, "running", None, why_anew))
@@ -266,8 +267,7 @@ class Recorder:
             self._searcher.tell(trial_id, status, reason=reason, seconds=report["seconds"] if report else None)
             self._tables.add(trial_id)
         self._gain.update()
-        self._study.copy.push(JOURNAL)
-        self._weights.delete_needless(self._tables.ended)
+        self._saving.note_ending()
         self._watch(Event(proposal, status, report, reason, self._gain.value))
         self._failures = self._failures + 1 if isinstance(ending, Failed) else 0
         if self._failures == MAX_FAILURES_IN_A_ROW:
@@ -280,9 +280,9 @@ class Recorder:
                 self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
 
 
-def _what_next(study: OpenStudy, in_place: bool) -> str:
+def _what_next(study: OpenStudy) -> str:
     """Tell the user how to continue an interrupted study."""
-    return f"the study can be resumed: {study.copy}" if in_place else "type the same command again"
+    return f"the study can be resumed: {study.copy}" if study.copy.is_whole else "type the same command again"
 
 
 def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:
@@ -321,18 +321,47 @@ def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
     return ""
 
 
-class _Weights:
-    """Delete the weights that are not needed any more."""
+class _Saving:
+    """Bring a study's location up to date, and then delete weights that are not needed any more."""
 
-    def __init__(self, study: OpenStudy) -> None:
-        self._study = study
+    def __init__(self, study: OpenStudy, tables: Tables, clock: Callable[[], float]) -> None:
+        self._study, self._tables, self._clock = study, tables, clock
+        self._since: float | None = None  # time of the first ending that the location lacks
         self._deleted: set[str] = set()  # trials without weights
 
-    def delete_needless(self, ended: list[TrialRecord]) -> None:
+    def note_ending(self) -> None:
+        """Note that a trial ended or paused. At a URI, the ending is saved with others."""
+        self._since = self._clock() if self._since is None else self._since
+        self._save_in_time()
+
+    def save(self) -> None:
+        """Save the journal. Weights are deleted after that, because a killed driver's trials are resumed from it."""
+        self._study.copy.push_journal()
+        if self._since is not None:
+            self._since = None
+            self.delete_needless()
+
+    def _save_in_time(self) -> None:
+        if self._since is not None and (self._study.copy.is_here or self._clock() >= self._since + _SAVE_S):
+            self.save()
+
+    def write_in_time(self) -> None:
+        """Save an ending, and write the tables, if that is due."""
+        self._save_in_time()
+        self._tables.write_in_time()
+
+    def write(self) -> None:
+        """Save and write everything."""
+        self.save()
+        self._tables.write()
+        self._study.copy.push(JOURNAL)  # as one file, for people and other programs
+
+    def delete_needless(self) -> None:
+        """Delete the weights that are not needed any more."""
         study = self._study
         if study.spec.confirms:
             return  # a confirmation chooses in the end; its trials are few
-        lost = trials_to_strip(ended, study.objective, trials_to_continue(study.optuna))
+        lost = trials_to_strip(self._tables.ended, study.objective, trials_to_continue(study.optuna))
         gone = [trial_id for trial_id in lost if trial_id not in self._deleted]
         delete_weights(study.folder, gone)
         study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)])

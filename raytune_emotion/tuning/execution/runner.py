@@ -17,6 +17,7 @@ from ray.tune.schedulers import FIFOScheduler
 from raytune_emotion.interruption import check_interrupted, run_in_thread
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.atomic import scratch_folder
+from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.terminal import short_path
 from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.cluster import environment
@@ -45,8 +46,8 @@ _WAITS_FOR_OTHERS = "waiting for the trials of other drivers; trials that they a
 class StudyRun:
     """A session of a study: its trials' placement, when it ends, and who receives its events."""
 
-    #: The study, whose driver is this process. If its location is not the folder, the record is pushed at every
-    #: beginning and end of a trial, so the study never depends on the local folder alone.
+    #: The study, whose driver is this process. If its location is not the folder, the record is pushed before a trial
+    #: begins, and a few seconds after it ends, so the study never depends on the local folder alone.
     study: OpenStudy
     placement: Placement  # placement of its trials
     time_budget: timedelta | None = None  # time after which the study is left as it is
@@ -67,12 +68,13 @@ def run_study(run: StudyRun) -> None:
         Breakdown: the record cannot be written, or many trials failed one after the other.
         KeyboardInterrupt: the session was interrupted; everything until then is recorded.
     """
-    recorder = Recorder(run.study, run.watch, until_gain=run.until_gain)
-    try:
-        if not recorder.broken:
-            _run(recorder, run)
-    finally:
-        recorder.close()
+    with outlast_outages():
+        recorder = Recorder(run.study, run.watch, until_gain=run.until_gain)
+        try:
+            if not recorder.broken:
+                _run(recorder, run)
+        finally:
+            recorder.close()
 
 
 def _run(recorder: Recorder, run: StudyRun) -> None:
@@ -115,7 +117,7 @@ def _run(recorder: Recorder, run: StudyRun) -> None:
 
 
 def _cluster_lost(what: str, study: OpenStudy) -> ClusterLost:
-    place = short_path(study.folder) if study.copy.location.is_here(study.folder) else study.copy
+    place = short_path(study.folder) if study.copy.is_here else study.copy
     return ClusterLost(f"{what}; the study can be resumed: {place}")
 
 

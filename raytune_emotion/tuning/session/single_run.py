@@ -147,7 +147,7 @@ def _train(
     try:
         copy.folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(copy.folder), _new_run(copy) if fresh else contextlib.nullcontext():
-            copy.claim([])
+            copy.claim()
             for report in train_with_retry(job, train):
                 copy.push()
                 console.print(

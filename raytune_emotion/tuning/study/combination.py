@@ -26,7 +26,9 @@ from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFIRMATION
+from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.tuning.study.remote_copy import join_pieces
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 #: Largest number of members of an ensemble, by default.
@@ -135,6 +137,7 @@ def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord
     trials = [Path(name).parent for name in found if name not in confirmation]
     models = [trial / name for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS) if trial.name in looked_at]
     place.pull(folder, [*confirmation, *map(str, models)])
+    join_pieces(place, folder, f"{CONFIRMED}/{JOURNAL}")
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:

@@ -30,7 +30,7 @@ from raytune_emotion.tuning.policy.trial_attributes import CONFIRMS, SETTINGS
 from raytune_emotion.tuning.study.open_study import OpenStudy, make_study, open_existing, open_study, read_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, load_study, study_lock
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
-from raytune_emotion.tuning.study.remote_copy import DRIVER
+from raytune_emotion.tuning.study.remote_copy import DRIVER, PIECES
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, spec_of
 
@@ -38,7 +38,7 @@ from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, spec
 CONFIRMED = "confirmed"
 CONFIRMED_TABLE = "confirmed.csv"
 #: Patterns of the files of a study with the record of its confirmation.
-RECORD_OF_CONFIRMATION = (f"{CONFIRMED}/{SPEC}", f"{CONFIRMED}/{JOURNAL}", f"{CONFIRMED}/trials/*/{HISTORY}")
+RECORD_OF_CONFIRMATION = tuple(f"{CONFIRMED}/{name}" for name in (SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}"))
 
 HEADINGS = ("trial", "mean JS, bits", "standard error", "seeds", "failed", "JS in the search")
 

@@ -46,13 +46,17 @@ class Drivers(Protocol):
         """Return the drivers that are dead, whose trials may be taken over."""
 
     def failure(self) -> str:
-        """Say why this driver must stop; "" while it may continue. Call it continually."""
+        """Say why this driver must stop; "" while it may continue. Call it continually, and before each write."""
 
 
 class SingleDriver:
     """The only driver of a study, which holds the lock of its folder."""
 
     own = None
+
+    def __init__(self, is_held: Callable[[], bool] = lambda: True) -> None:
+        """Begin to work, as long as the lock is held."""
+        self._is_held = is_held
 
     def turn(self, what: What) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -64,7 +68,7 @@ class SingleDriver:
         return {*drivers}
 
     def failure(self) -> str:
-        return ""
+        return "" if self._is_held() else "another search has continued this study"
 
 
 class SharedStudy:

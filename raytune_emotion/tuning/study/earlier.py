@@ -16,6 +16,7 @@ from raytune_emotion.tuning.policy.warm_start import STUDY
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
+from raytune_emotion.tuning.study.remote_copy import PIECES, join_pieces
 from raytune_emotion.tuning.study.request import SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
@@ -71,7 +72,9 @@ def gather_earlier(studies: Sequence[Location]) -> str:
 def _gather(place: Location) -> dict[str, Any]:
     """Gather the space and the curves of one study."""
     spec = spec_of(place)
-    with place.copy_here(SPEC, JOURNAL) as folder:  # what its trials have reported is in the journal, too
+    # The journal also has what its trials have reported.
+    with place.copy_here(SPEC, JOURNAL, *PIECES) as folder:
+        join_pieces(place, folder, JOURNAL)
         study = load(folder)
         trials = study.optuna.get_trials(deepcopy=False)
         seen = curves_of(domain_of(study.space), [trial for trial in trials if SETTINGS in trial.user_attrs])

@@ -37,7 +37,7 @@ from raytune_emotion.tuning.study.records import (
     trials_to_strip,
     winner,
 )
-from raytune_emotion.tuning.study.remote_copy import RemoteCopy
+from raytune_emotion.tuning.study.remote_copy import PIECES, RemoteCopy, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, read_spec, write_spec
 
 
@@ -76,7 +76,7 @@ class OpenStudy:
 
     def claim(self) -> None:
         """Become the driver of a study at a URI, and push its record."""
-        self.copy.claim([JOURNAL, EARLIER, SPEC])  # the spec last: it marks a study
+        self.copy.claim([EARLIER, SPEC], journal=JOURNAL)  # the spec last: it marks a study
 
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)
@@ -162,7 +162,9 @@ def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
     Raises:
         UserError: there is no study, or it is damaged; or an error of the block, which then names the location.
     """
-    with place.copy_here(SPEC, JOURNAL, f"trials/*/{HISTORY}", *patterns) as folder:
+    with place.copy_here(SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}", *patterns) as folder:
+        for journal in (JOURNAL, *(pattern for pattern in patterns if pattern.endswith(JOURNAL))):
+            join_pieces(place, folder, journal)
         yield load(folder, place)
 
 
@@ -193,7 +195,8 @@ def open_existing(place: Location, held: contextlib.ExitStack) -> OpenStudy:
     drivers = held.enter_context(study_lock(folder))
     if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
         place.set_aside_copy()
-    place.check_out(SPEC, JOURNAL, EARLIER, f"trials/*/{HISTORY}")
+    place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, f"trials/*/{HISTORY}")
+    join_pieces(place, folder, JOURNAL)
     return load(folder, place, drivers)
 
 

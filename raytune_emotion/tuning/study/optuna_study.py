@@ -382,9 +382,9 @@ def study_lock(folder: Path) -> Iterator[Drivers]:
         with join_study(address) as drivers:
             yield drivers
         return
-    with exclusive_lock(folder):
+    with exclusive_lock(folder) as is_held:
         mend_journal(folder / JOURNAL)
-        yield SingleDriver()
+        yield SingleDriver(is_held)
 
 
 def _address_of(folder: Path) -> str | None:

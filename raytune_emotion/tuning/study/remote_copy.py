@@ -1,50 +1,90 @@
-"""Keep the location of a study or a run up to date with the folder in which this process works."""
+"""Keep the location of a study or a run up to date with the folder in which this process works.
 
-import dataclasses
+The journal of a study only grows. So it is pushed whole once, when a driver begins, and from then on in pieces:
+
+    optuna.journal                              as it was when the newest driver began or ended
+    journal/000002-3f0c9a51b7de/000000041230    what follows its byte 41,230
+    journal/000002-3f0c9a51b7de/000000107044    what follows its byte 107,044
+
+Only the last piece is replaced, so that the pushed bytes are proportional to the length of the journal. Each driver has
+a folder for its pieces, so a driver that was taken for dead changes nothing that its successor has read.
+"""
+
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.storage.atomic import write_text
+from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Location
 
 #: Name of the file with the driver of a study or a run at a URI, where locks do not work: the driver that began last.
 DRIVER = "driver"
+#: Folder of the journal's pieces at a URI.
+_PIECES = "journal"
+#: Patterns of the files that a reader at a URI needs beside the journal, for `join_pieces`.
+PIECES = (DRIVER, f"{_PIECES}/*")
+#: Size from which a piece is not replaced any more, bytes.
+_PIECE = 64 * 2**10
+#: Name of a driver: drivers are counted.
+_NAME = re.compile(r"[0-9]{6}-[0-9a-f]{12}")
 
 
-@dataclasses.dataclass(frozen=True)
 class RemoteCopy:
     """The location of a study or a run. If it is the folder itself, nothing is copied."""
 
-    folder: Path
-    location: Location
-    token: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    def __init__(self, folder: Path, location: Location) -> None:
+        self.folder, self.location = folder, location
+        self.is_whole = self.is_here  # whether the study exists at its location
+        self._driver = ""  # name of this driver, once it has claimed the location
+        self._journal, self._start = folder, 0  # the journal, and the byte at which its last piece begins
 
     def __str__(self) -> str:
         return str(self.location)
 
-    def claim(self, names: Iterable[str]) -> None:
-        """Become the driver, and push those of these files that there are, in their order.
+    @property
+    def is_here(self) -> bool:
+        """Tell whether the location is the folder itself."""
+        return self.location.is_here(self.folder)
+
+    def claim(self, names: Iterable[str] = (), *, journal: str = "") -> None:
+        """Become the driver, and push a study's journal, then those of the other files that there are, in their order.
 
         The others are deleted at the location: they are of a study that was never whole. The folder must exist.
         """
-        if self.location.is_here(self.folder):
+        if self.is_here:
             return
-        write_text(self.folder / DRIVER, self.token)
+        drivers = sorted(filter(_NAME.fullmatch, self.location.list_folders(_PIECES)))
+        number = 1 + max((int(name[:6]) for name in drivers), default=0)
+        self._driver = f"{number:06d}-{uuid.uuid4().hex[:12]}"
+        write_text(self.folder / DRIVER, self._driver)
         here = {name: (self.folder / name).exists() for name in names}
         self.location.push(self.folder, [DRIVER])
         self.location.delete([name for name in here if not here[name]])
+        if journal:
+            self._push_whole(self.folder / journal, has_pieces=bool(drivers))
         self.location.push(self.folder, [name for name in here if here[name]])
+        self.is_whole = True
+        for name in drivers[:-1]:  # a reader may be reading the newest ones
+            folder = f"{_PIECES}/{name}"
+            self.location.delete([file.name for file in self.location.list_files(folder)])
+
+    def _push_whole(self, journal: Path, *, has_pieces: bool) -> None:
+        self._journal = journal
+        self.location.push(self.folder, [journal.name])
+        self._start = journal.stat().st_size
+        if has_pieces:
+            self._put_piece(b"")  # else readers would still end the journal with the pieces of the driver before
 
     def failure(self) -> str:
         """Say why this process is no longer the driver; "" while it is."""
-        if self.location.is_here(self.folder):
+        if self.is_here:
             return ""
         driver = self.location.read(DRIVER)
         if driver is None:
             return "its files no longer exist"
-        return "" if driver == self.token.encode() else "another process has continued it"
+        return "" if driver == self._driver.encode() else "another process has continued it"
 
     def push(self, *names: str) -> None:
         """Push files; without names, only check that this process is still the driver.
@@ -52,10 +92,34 @@ class RemoteCopy:
         Raises:
             Breakdown: another driver has claimed the location; or all requests to it failed.
         """
+        if not self.is_here:
+            self._check_driver()
+            self.location.push(self.folder, names)
+
+    def push_journal(self) -> None:
+        """Push what the journal has more than its copy. No other thread may write to the journal meanwhile.
+
+        Raises:
+            Breakdown: as for `push`.
+        """
+        if self.is_here:
+            return
+        self._check_driver()
+        with self._journal.open("rb") as file:
+            file.seek(self._start)
+            piece = file.read()
+        self._put_piece(piece)
+        if len(piece) >= _PIECE:
+            self._start += len(piece)
+
+    def _check_driver(self) -> None:
         # A driver that was taken for dead must not overwrite files of its successor.
         if why := self.failure():
             raise Breakdown(f"{self}: {why}")
-        self.location.push(self.folder, names)
+
+    def _put_piece(self, content: bytes) -> None:
+        with self.location.write(f"{_PIECES}/{self._driver}/{self._start:012d}") as path:
+            path.write_bytes(content)
 
     def pull(self, names: Iterable[str]) -> None:
         self.location.pull(self.folder, list(names))
@@ -66,7 +130,7 @@ class RemoteCopy:
 
     def mark(self, name: str) -> str | None:
         """Return a file of the folder, which every machine sees that can see the folder; None for a URI."""
-        return str(self.folder.absolute() / name) if self.location.is_here(self.folder) else None
+        return str(self.folder.absolute() / name) if self.is_here else None
 
     def has(self, name: str) -> bool:
         return self.location.sizes([name]) != [None]
@@ -74,3 +138,30 @@ class RemoteCopy:
     def of_trial(self, trial_id: str) -> str:
         """Return the address of a trial's folder."""
         return (self.location / "trials" / trial_id).address
+
+
+def join_pieces(location: Location, folder: Path, journal: str) -> None:
+    """Complete a pulled journal with the pulled pieces of the newest driver that has any.
+
+    Args:
+        location: location of the study. Nothing is done if it is the folder itself.
+        folder: folder with what was pulled: the journal, and the files that match `PIECES`.
+        journal: name of the journal, below the folder.
+    """
+    if location.is_here(folder):
+        return
+    study, whole = (folder / journal).parent, folder / journal
+    drivers = [path for path in (study / _PIECES).glob("*") if _NAME.fullmatch(path.name)]
+    if not drivers or not whole.is_file():
+        return
+    # Two drivers that began at once have the same number. Then the one that has claimed the study counts.
+    claimed = (study / DRIVER).read_text("utf-8", "replace") if (study / DRIVER).is_file() else ""
+    newest = max(drivers, key=lambda path: (path.name[:6], path.name == claimed))
+    content = whole.read_bytes()
+    for piece in sorted(newest.iterdir()):
+        start = int(piece.name) if piece.name.isascii() and piece.name.isdigit() else len(content) + 1
+        if start > len(content):
+            break
+        content = content[:start] + piece.read_bytes()
+    with atomic_write(whole) as temporary:
+        temporary.write_bytes(content)

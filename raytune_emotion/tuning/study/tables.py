@@ -12,7 +12,7 @@ from raytune_emotion.learn.report import OBJECTIVE
 from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, list_trials
+from raytune_emotion.tuning.study.optuna_study import list_trials
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.spec import CHANGEABLE
 
@@ -20,6 +20,9 @@ TRIALS, CURVES = "trials.csv", "curves.parquet"
 
 #: Pause between two writes of the tables, as a multiple of the duration of the last write.
 _REST = 20
+#: Growth of the number of ended trials after which the tables are pushed again, so that the pushed bytes of a study are
+#: proportional to its length.
+_GROWTH = 1.05
 
 _FIRST_COLUMNS = (
     "trial_id", "status", "epochs", "best_val_js", "val_js", "val_kl", "val_tvd", "val_mse", "val_emd", "seconds",
@@ -39,6 +42,7 @@ class Tables:
         self._curves = [curves_of(())]  # curves of ended trials; concatenated only for a write, because a copy is slow
         self._stale = False  # whether an ending is missing in the tables
         self._due = 0.0
+        self._pushed = 0  # number of ended trials in the tables at the study's location
 
     @property
     def ended(self) -> list[TrialRecord]:
@@ -62,17 +66,19 @@ class Tables:
     def write_in_time(self) -> None:
         """Write the tables if an ending is missing in them, unless they were written just before."""
         if self._stale and time.monotonic() >= self._due:
-            self.write()
+            self.write(push=len(self._ended) >= _GROWTH * self._pushed)
 
-    def write(self) -> None:
-        """Bring the tables of the study, and their remote copy, up to date."""
+    def write(self, *, push: bool = True) -> None:
+        """Bring the tables of the study, and with `push` their remote copy, up to date."""
         began = time.monotonic()
         # Read and write in the same turn, so that no driver overwrites newer tables.
         with self._study.drivers.turn("files"):
             others = self.read()
             self._curves = [concatenate(*self._curves)]
             write_tables(self._study.folder, [*self.ended, *others], concatenate(*self._curves, curves_of(others)))
-        self._study.copy.push(JOURNAL, TRIALS, CURVES)
+        if push:
+            self._study.copy.push(TRIALS, CURVES)
+            self._pushed = len(self._ended)
         self._stale = False
         self._due = time.monotonic() + _REST * (time.monotonic() - began)
 

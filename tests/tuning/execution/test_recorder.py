@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import shutil
 import threading
 
@@ -11,14 +12,14 @@ from optuna.trial import TrialState
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.run_folder import BEST, LAST, PREDICTIONS
-from raytune_emotion.storage.locations import Folder
+from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
 from raytune_emotion.tuning.policy.decisions import Begin, Prune, TakeUp
 from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.endings import Broken, Failed
-from raytune_emotion.tuning.study.open_study import go_on, load, make_study, raise_epochs
+from raytune_emotion.tuning.study.open_study import go_on, load, make_study, open_study, raise_epochs, read_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
 from raytune_emotion.tuning.study.records import KEPT, trial_folder
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
@@ -201,7 +202,7 @@ class TestARecordThatCannotBeWritten:
         def away(*_):
             raise Breakdown("the URI is away")
 
-        monkeypatch.setattr(type(load(folder).copy), "push", away)
+        monkeypatch.setattr(type(load(folder).copy), "push_journal", away)
         for _ in range(20):
             assert recorder.next() is None
             assert recorder.is_over
@@ -224,6 +225,26 @@ class TestARecordThatCannotBeWritten:
         assert recorder.is_over
         with pytest.raises(Breakdown, match="Is a directory"):
             recorder.close()
+
+
+def test_search_that_another_one_has_continued_writes_nothing_where_the_file_system_has_no_locks(folder, monkeypatch):
+    """Slurm may requeue a job whose node is only away, on Lustre that is mounted without flock."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_study(folder) as before, open_study(folder) as after:
+        stale = Recorder(before)
+        assert stale.is_over
+        recorder = Recorder(after)
+        trial_id = recorder.next().trial_id
+        journal = (folder / JOURNAL).read_bytes()
+        assert not stale.report(trial_id, make_report(1, 0.3, time=1.0))
+        with pytest.raises(Breakdown, match="another search has continued this study; the study can be resumed: "):
+            stale.close()
+        assert (folder / JOURNAL).read_bytes() == journal
+        assert run(recorder, folder, VALUES) == ["0001", "0002", "0003"]
 
 
 def test_nothing_is_recorded_once_it_is_closed(folder):
@@ -443,11 +464,12 @@ def test_start_points_that_still_wait_take_no_place_from_trials_that_go_on(tmp_p
 
 
 def test_a_study_at_another_place_is_there_before_a_trial_begins(folder, tmp_path):
-    there = Folder(tmp_path / "there")
-    recorder = Recorder(load(folder, there))
+    there = tmp_path / "there"
+    recorder = Recorder(load(folder, Folder(there)))
     proposal = recorder.next()
-    assert there.read(JOURNAL) == (folder / JOURNAL).read_bytes()
-    assert statuses(tmp_path / "there") == {proposal.trial_id: "running"}
+    with read_study(Remote(there.as_uri())) as study:
+        assert (study.folder / JOURNAL).read_bytes() == (folder / JOURNAL).read_bytes()
+        assert {record.trial_id: record.status for record in study.records()} == {proposal.trial_id: "running"}
 
 
 def test_a_trial_that_is_given_back_goes_on_before_others_begin(folder):

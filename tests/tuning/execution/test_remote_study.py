@@ -82,6 +82,7 @@ def test_a_trial_goes_on_from_the_mirrored_checkpoint(begin, bucket, tmp_path):
 
 def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote, "_OUTAGE_WAITS", ())
     place = tmp_path / "place"
     folder = begin(trials=2, epochs=3)
     job = ask(folder, place.as_uri())

@@ -1,0 +1,176 @@
+"""The record of a study at another place: what is pushed, how much, and what a reader finds there."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
+from raytune_emotion.storage import remote
+from raytune_emotion.storage.locations import Remote
+from raytune_emotion.tuning.execution.recorder import Recorder
+from raytune_emotion.tuning.study import remote_copy, tables
+from raytune_emotion.tuning.study.open_study import load, make_study, read_study
+from raytune_emotion.tuning.study.records import trial_folder
+from raytune_emotion.tuning.study.remote_copy import PIECES, RemoteCopy, join_pieces
+from raytune_emotion.tuning.study.spec import SPEC
+from raytune_emotion.tuning.study.tables import TRIALS
+from tests.support.reports import make_report
+from tests.support.studies import spec_of
+from tests.support.studies_at_uri import fetch
+
+FILE = "journal.txt"
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Remote((tmp_path / "place").as_uri())
+
+
+@pytest.fixture
+def driver(tmp_path, place, monkeypatch):
+    """Makes the next driver of a journal, with what it finds at the place."""
+    monkeypatch.setattr(remote_copy, "_PIECE", 100)
+
+    def begin(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        if place.exists():
+            find(place, folder)
+        else:
+            (folder / FILE).write_bytes(b"0\n")
+        copy = RemoteCopy(folder, place)
+        copy.claim(journal=FILE)
+        return copy
+
+    return begin
+
+
+def find(place, folder):
+    place.pull(folder, place.find(FILE, *PIECES))
+    join_pieces(place, folder, FILE)
+    return (folder / FILE).read_bytes()
+
+
+def grow(copy, lines):
+    with (copy.folder / FILE).open("a") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    copy.push_journal()
+    return (copy.folder / FILE).read_bytes()
+
+
+def test_journal_is_whole_after_every_push_and_driver(driver, place, tmp_path):
+    lines = random.Random(0)
+    for number in range(3):
+        copy = driver(f"driver {number}")
+        for _ in range(8):
+            journal = grow(copy, (lines.random() for _ in range(lines.randrange(4))))
+            shutil.rmtree(tmp_path / "reader", ignore_errors=True)
+            assert find(place, tmp_path / "reader") == journal
+    assert place.read(FILE) != journal, "it was pushed when the last driver began"
+    copy.push(FILE)
+    assert place.read(FILE) == find(place, tmp_path / "reader") == journal
+    pieces = place.find(PIECES[1])
+    assert len({piece.split("/")[1] for piece in pieces}) == 2, "pieces of earlier drivers are deleted"
+    assert max(place.sizes(pieces)) < 300
+
+
+def test_push_of_a_driver_that_was_taken_for_dead_changes_nothing(driver, place, tmp_path, monkeypatch):
+    stale = driver("stale")
+    grow(stale, ["a" * 60, "b" * 60])
+    monkeypatch.setattr(stale, "_check_driver", lambda: None)  # it had looked just before the other one began
+    copy = driver("after")
+    assert find(place, tmp_path / "reader") == (copy.folder / FILE).read_bytes()
+    grow(stale, ["late" * 30])
+    journal = grow(copy, ["c"])
+    grow(stale, ["later" * 30])
+    assert find(place, tmp_path / "reader") == journal
+    assert grow(driver("third"), ["d"]) == journal + b"d\n"
+
+
+def test_damaged_names_of_pieces_are_passed_over(driver, place, tmp_path):
+    copy = driver("first")
+    journal = grow(copy, ["a"])
+    (folder,) = place.list_folders("journal")
+    for name in ("journal/strange/000000000000", f"journal/{folder}/last", f"journal/{folder}/000000009999"):
+        with place.write(name) as path:
+            path.write_bytes(b"strange")
+    assert find(place, tmp_path / "reader") == journal
+
+
+# With a recorder
+
+
+@pytest.fixture
+def begin(tmp_path, store, place):
+    """Makes a study of this number of trials; returns it with what was pushed, in bytes."""
+
+    def make(trials=1):
+        shutil.rmtree(tmp_path / "place", ignore_errors=True)
+        folder = tmp_path / f"study of {trials}"
+        space = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
+        make_study(folder, spec_of(store, space=space, trials=trials, epochs=1, sampler="random", scheduler="none"))
+        return load(folder, place)
+
+    return make
+
+
+def train(study, trial_id):
+    """Write at the study's location what a trial's process does; return its report."""
+    report = make_report(1, 0.3, finished=True, time=1.0, images_per_second=1.0)
+    trial = trial_folder(study.folder.parent / study.copy.location.name, trial_id)
+    trial.mkdir(parents=True)
+    for name, content in ((LAST, "last"), (BEST, "best"), (HISTORY, json.dumps(report) + "\n")):
+        (trial / name).write_text(content)
+    return report
+
+
+def test_pushed_bytes_are_proportional_to_the_number_of_trials(begin, monkeypatch):
+    monkeypatch.setattr(remote_copy, "_PIECE", 2**11)
+    monkeypatch.setattr(tables, "_REST", 0)  # the tables are written after every ending
+    monkeypatch.setattr(tables, "_GROWTH", 1.3)
+    pushed = []
+    push = remote.push
+
+    def count(folder, uri, names):
+        pushed.extend((folder / name).stat().st_size for name in names)
+        push(folder, uri, names)
+
+    def run(trials):
+        pushed.clear()
+        study = begin(trials)
+        recorder = Recorder(study)
+        while (proposal := recorder.next()) is not None:
+            recorder.report(proposal.trial_id, train(study, proposal.trial_id))
+            recorder.write_in_time()
+        recorder.close()
+        assert len((study.folder / TRIALS).read_text().splitlines()) == trials + 1
+        return sum(pushed)
+
+    monkeypatch.setattr(remote, "push", count)
+    few = run(16)
+    assert run(32) < 2 * few
+
+
+def test_ending_that_a_killed_driver_did_not_push_is_read_from_the_trial(begin, place):
+    now = [0.0]
+    study = begin()
+    recorder = Recorder(study, clock=lambda: now[0])
+    proposal = recorder.next()
+    assert not recorder.report(proposal.trial_id, train(study, proposal.trial_id))
+    recorder.write_in_time()
+
+    def status_there():
+        with read_study(place) as there:
+            return [record.status for record in there.records()]
+
+    assert status_there() == ["running"], "an ending waits for the next beginning, for some seconds"
+    shutil.rmtree(study.folder)
+    fetch(study.folder, place.uri)
+    recorder = Recorder(load(study.folder, place), clock=lambda: now[0])
+    assert recorder.next() is None, "it is not trained again"
+    now[0] += 5
+    recorder.write_in_time()
+    assert status_there() == ["complete"]
+    assert place.read(SPEC) == (study.folder / SPEC).read_bytes()
