@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from tests.support.folders import SCRATCH
+
 # What has passed passes again: other examples are tried where they are asked for, by --hypothesis-profile default.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
@@ -47,6 +49,9 @@ class Groups(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config, log):
     return Groups(config, log)
 
+
+#: What `tmp_path` makes lies there.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SCRATCH))
 
 #: More processes than cores work at once: a thread that waits for another lets others work, and does not spin.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
