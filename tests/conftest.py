@@ -21,9 +21,12 @@ TOGETHER = {
         "test_worker_group.py", "TestAStudy", "test_more_than_the_cluster_has",
     ),
     "onnx": ("learn/test_graphs.py", "test_model_card.py", "test_combination.py"),
+    "postgres": (
+        "test_backlog.py", "test_database.py", "study/test_drivers.py", "test_optuna_study.py", "TestBadStorage",
+    ),
 }  # fmt: skip
 #: What takes long comes first, so that two processes are done at the same time.
-LONG = ("ray", "onnx", "test_search.py", "test_loop.py", "test_distributed.py", "test_finish.py", "test_pack.py")
+LONG = ("ray", "onnx", "postgres", "test_loop.py", "test_search.py", "test_distributed.py", "test_finish.py")
 
 
 def group_of(nodeid):
