@@ -8,6 +8,8 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from tests.support.folders import SCRATCH
+
 # What has passed passes again: other examples are tried where they are asked for, by --hypothesis-profile default.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
@@ -19,9 +21,12 @@ TOGETHER = {
         "test_worker_group.py", "TestAStudy", "test_more_than_the_cluster_has",
     ),
     "onnx": ("learn/test_graphs.py", "test_model_card.py", "test_combination.py"),
+    "postgres": (
+        "test_backlog.py", "test_database.py", "study/test_drivers.py", "test_optuna_study.py", "TestBadStorage",
+    ),
 }  # fmt: skip
 #: What takes long comes first, so that two processes are done at the same time.
-LONG = ("ray", "onnx", "test_search.py", "test_loop.py", "test_distributed.py", "test_finish.py", "test_pack.py")
+LONG = ("ray", "onnx", "postgres", "test_loop.py", "test_search.py", "test_distributed.py", "test_finish.py")
 
 
 def group_of(nodeid):
@@ -47,6 +52,9 @@ class Groups(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config, log):
     return Groups(config, log)
 
+
+#: What `tmp_path` makes lies there.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(SCRATCH))
 
 #: More processes than cores work at once: a thread that waits for another lets others work, and does not spin.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

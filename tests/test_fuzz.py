@@ -4,7 +4,7 @@ import pytest
 
 from tests.fuzz import Fuzzer, make_files, make_targets
 
-CASES = 100
+CASES = 60
 
 
 @pytest.fixture(scope="module")

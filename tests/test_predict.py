@@ -248,7 +248,7 @@ class TestPredict:
         for name in ("ray", "optuna"):
             (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not needed')")
         surroundings = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-        images = [faces / "train_set" / "images"] * 8  # more than a pipe holds
+        images = [faces / "train_set" / "images"] * 5  # more than a pipe holds
         command = [sys.executable, "-m", "raytune_emotion.predict", export, *images]
         with subprocess.Popen(
             command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

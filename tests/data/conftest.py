@@ -2,8 +2,8 @@ import pytest
 
 from raytune_emotion.cli import run_guarded
 from raytune_emotion.data.packing import blocks
-from raytune_emotion.data.packing.pack import pack, pack_sizes
-from raytune_emotion.storage.locations import Folder, parse_location
+from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.storage.locations import parse_location
 from tests.support.faces import write_folder, write_row
 
 #: Almost all on one class, in the notation that Python has for tiny numbers.
@@ -36,10 +36,10 @@ def bucket(bucket):
 
 @pytest.fixture
 def stored(folder, tmp_path, bucket, request, cache):
-    """A store and a URI that has it."""
-    location = bucket / request.node.name
-    pack_sizes(Folder(folder), {16: location}, workers=1)
-    return pack(folder, tmp_path / "store", image_size=16), str(location)
+    """A store and a URI that has it, as `pack` would have put it there."""
+    location, store = bucket / request.node.name, pack(folder, tmp_path / "store", image_size=16)
+    location.push(store.path, [file.name for file in store.path.iterdir() if not file.name.startswith(".")])
+    return store, str(location)
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_small_steps_in_the_plane_are_small_steps_in_the_picture() -> None:
 
 def test_valence_and_arousal_can_be_learned_but_not_at_a_glance() -> None:
     # Ridge regression on raw pixels, which knows nothing of position: it finds something, and leaves much.
-    train, test, points, faces = 1000, 200, [], []
+    train, test, points, faces = 600, 150, [], []
     for index in range(train + test):
         rng = np.random.default_rng((9, index))
         points.append(draw_point(rng))

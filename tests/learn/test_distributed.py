@@ -1,7 +1,7 @@
 """Two processes, gloo, on the CPU: they do the work of one."""
 
 import json
-from pathlib import Path
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -42,14 +42,28 @@ def of_one_row(split):
     return type(split)(split.ids[:1], split.prob_NK[:1], (split.gather(np.arange(1)),))
 
 
-def work(rank, store_path, folder):
-    """One of the two processes; leaves what it found in a file."""
+def in_second(_, store_path, folder):
+    """Be the second worker, in a fresh process; train alone before."""
     torch.set_num_threads(1)
-    store, folder, found = open_store(store_path), Path(folder), {}
-    if rank == 0:
-        reports_of_run(run_config(**SHORT), store, folder / "alone")
+    store = open_store(store_path)
+    reports_of_run(run_config(**SHORT), store, folder / "alone")
+    work(1, store, folder)
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+def work(rank, store, folder):
+    """Be one of the two workers; leave what it found in a file."""
+    meeting, patience = f"file://{folder}/meeting", timedelta(seconds=200)
+    dist.init_process_group("gloo", init_method=meeting, timeout=patience, rank=rank, world_size=2)
+    try:
+        found = find(rank, store, folder)
+    finally:
+        dist.destroy_process_group()
+    (folder / f"found{rank}.json").write_text(json.dumps(found))
+
+
+def find(rank, store, folder):
+    """Evaluate and train together with the other worker; return what came of it."""
+    found = {}
     model = build_model(run_config())
     for name, split in (("odd", store.val), ("single", of_one_row(store.val))):
         found[name] = evaluate(model, split, classes=store.classes, device=CPU)
@@ -77,14 +91,16 @@ def work(rank, store_path, folder):
         next(fit(run_config(train__batch_size=1), store, device=CPU))
     except UserError as error:
         found["too small"] = str(error)
-    (folder / f"found{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def folder(store, tmp_path_factory):
+    """The folder of what two workers have found. The first is this process: to import PyTorch takes seconds."""
     folder = tmp_path_factory.mktemp("workers")
-    torch.multiprocessing.spawn(work, (store.path, str(folder)), nprocs=2)
+    second = torch.multiprocessing.spawn(in_second, (store.path, folder), join=False)
+    work(0, store, folder)
+    assert second.join(60)
     return folder
 
 

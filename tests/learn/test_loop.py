@@ -43,7 +43,7 @@ def test_reports_say_what_is_promised(store):
 
 def test_training_learns(store):
     quick = {"optim__lr": 3e-3, "optim__schedule": "cosine", "model__dropout": 0.0, "train__batch_size": 8}
-    reports = reports_of_run(run_config(**quick, train__epochs=12), store)
+    reports = reports_of_run(run_config(**quick, train__epochs=8), store)
     assert reports[-1]["train_loss"] < 0.8 * reports[0]["train_loss"]
     assert reports[-1]["best_val_js"] < baseline(store)["js"]
 
@@ -107,7 +107,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_bit_for_bit(store, tmp_path, name):
-    settings = run_config(**EVERYTHING | {"train__epochs": 2} | RESUMED[name])
+    settings, store = run_config(**EVERYTHING | {"train__epochs": 2} | RESUMED[name]), shortened(store, 48)
     whole = reports_of_run(settings, store, tmp_path / "whole")
     parts = [reports_of_run(settings, store, tmp_path / "parts", stop=stop) for stop in (1, 2, None)]
     assert [len(part) for part in parts] == [1, 2, 2 * settings.train.epochs - 3]
@@ -175,6 +175,7 @@ def test_each_report_is_of_another_average_of_the_weights(store):
 def test_scaled_gradients_of_fp16_make_the_steps_of_fp32(store, name):
     """As on a GPU: the first scales are too large, and their steps are left out."""
     settings = run_config(optim__name=name, optim__schedule="constant", train__accumulate=2, train__grad_clip=1.0)
+    store = shortened(store, 48)
     plan = make_plan(settings, store, CPU)
     losses = {}
     for precision in ("fp32", "fp16"):
@@ -336,6 +337,7 @@ def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
 
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: torch_compile(model, dynamic=dynamic, backend=backend))
+    store = shortened(store, 32)
     reports = [reports_of_run(run_config(train__compile=when, train__epochs=1), store) for when in ("never", "always")]
     assert traced
     assert reports[0] == reports[1]
@@ -347,7 +349,7 @@ def test_a_compiled_backbone_learns_once_it_is_freed(store, tmp_path, monkeypatc
     monkeypatch.setattr(
         torch, "compile", lambda model, dynamic: torch_compile(model, dynamic=dynamic, backend="aot_eager")
     )
-    settings = run_config(train__compile="always", model__freeze_epochs=1)
+    settings, store = run_config(train__compile="always", model__freeze_epochs=1), shortened(store, 16)
     start = build_model(settings).state_dict()
     reports = fit(settings, store, device=CPU, folder=tmp_path)
     for freed in (False, True):

@@ -16,6 +16,8 @@ import pytest
 from optuna.storages import RDBStorage
 from sqlalchemy.pool import NullPool
 
+from tests.support.folders import SCRATCH
+
 USER = "emotion"
 #: This database asks for the password in plain text.
 PLAIN = "plain"
@@ -107,7 +109,7 @@ class Server:
 @contextlib.contextmanager
 def postgres_server():
     """Start a server; it ends with the block."""
-    with tempfile.TemporaryDirectory(prefix="rte-pg-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="rte-pg-", dir=SCRATCH, ignore_cleanup_errors=True) as folder:
         server = Server(Path(folder))
         try:
             server.start()

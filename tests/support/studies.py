@@ -25,6 +25,7 @@ from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher, create_
 from raytune_emotion.tuning.study.records import read_records, trial_folder
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
+from tests.support.folders import SCRATCH
 from tests.support.reports import make_report
 
 ONE_CORE = Resources(1, 1.0, 0.0)
@@ -89,7 +90,7 @@ def write_study(folder: Path, store, *, trials: int = 3, epochs: int = 2) -> Stu
 
 @functools.cache
 def _trained_study(data: Path, trials: int, epochs: int) -> Path:
-    work = tempfile.TemporaryDirectory(prefix="raytune_emotion-")
+    work = tempfile.TemporaryDirectory(prefix="raytune_emotion-", dir=SCRATCH)
     atexit.register(work.cleanup)
     folder, store = Path(work.name) / "study", open_store(data)
     folder.mkdir()

@@ -36,7 +36,7 @@ def study(store, tmp_path_factory):
     return folder
 
 
-def test_the_report_shows_what_each_way_would_bring(study):
+def test_the_report_shows_what_each_way_would_bring(study, no_plots):
     records = load(study).records()
     rivals = write_report(study, load(study).spec, records)
     assert set(rivals) < {record.trial_id for record in records}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -64,10 +65,10 @@ def test_failures_stand_with_their_reasons(written):
     assert Page(written).tables["failures"][1:] == [["0002", "0", "the loss is not a number"]]
 
 
-def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
+def test_text_from_outside_is_shown_and_is_no_markup_and_numbers_that_are_none_are_not_plotted(tmp_path, store):
     bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)> [/x] {{ 7 * 7 }}"
     records = [
-        TrialRecord(f"000{i}", status, {"model.backbone": name}, bad, (make_report(1, 0.4),))
+        TrialRecord(f"000{i}", status, {"model.backbone": name}, bad, (make_report(1, 0.4, val_kl=math.inf),))
         for i, (name, status) in enumerate([(bad, "complete"), ("test_vit", "failed")])
     ]
     write_report(tmp_path, dataclasses.replace(spec_of(store), name=bad, data=bad), records)
@@ -79,6 +80,7 @@ def test_text_from_outside_is_shown_and_is_no_markup(tmp_path, store):
     assert bad in shown.text
     assert shown.tables["failures"][1][2] == bad
     assert shown.data["trials"][0]["settings"]["model.backbone"] == bad
+    assert shown.data["trials"][0]["kl"] is None
 
 
 def test_the_winner_has_the_settings_that_it_was_trained_with(tmp_path, store, no_plots):
@@ -110,16 +112,22 @@ def test_a_front_is_shown_where_the_study_is_after_one(tmp_path, store, no_plots
     assert [row[0] for row in Page(tmp_path).tables["front"][1:]] == ["0000", "0002", "0001"]
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[1e-5, 1e-2], [0.0, 0.5], [32, 64], ["adam", "sgd"], [True, False], [None, "a"], [1, "a"], [0, 1e6], [-1, 50]],
-)
-def test_settings_of_every_kind_are_plotted(tmp_path, store, values, monkeypatch):
+@pytest.fixture
+def settings_alone(monkeypatch):
+    """Draw the two plots of the settings, and no other: each takes a part of a second."""
+
     def draw_settings_alone(data, _):
         yield "settings", draw_settings(data)
         yield "parallel", draw_parallel(data)
 
     monkeypatch.setattr(page, "draw_all", draw_settings_alone)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1e-5, 1e-2], [0.0, 0.5], [32, 64], ["adam", "sgd"], [True, False], [None, "a"], [1, "a"], [0, 1e6], [-1, 50]],
+)
+def test_settings_of_every_kind_are_plotted(tmp_path, store, values, settings_alone):
     records = [
         TrialRecord(f"000{i}", "complete", {"some.setting": value}, "", (make_report(1, 0.4),))
         for i, value in enumerate(values)
@@ -135,7 +143,7 @@ def test_settings_of_every_kind_are_plotted(tmp_path, store, values, monkeypatch
         assert min(picture.size) > 200
 
 
-def test_a_range_without_round_numbers_is_plotted(tmp_path, store):
+def test_a_range_without_round_numbers_is_plotted(tmp_path, store, settings_alone):
     space = {"optim.lr": {"log_uniform": [6e-4, 9e-4]}, "loss": "kl"}
     records = [
         TrialRecord(f"000{i}", "complete", {"optim.lr": value}, "", (make_report(1, 0.4),))
@@ -158,12 +166,6 @@ def test_a_confirmation_has_one_winner_everywhere(tmp_path, store, no_plots):
     assert "The winner: trial 0001" in page.text
     assert "0.3000 validation JS of the median run, bits (trial 0001)" in " ".join(page.text.split())
     assert "best validation JS" not in page.text
-
-
-def test_numbers_that_are_none_are_left_out_of_the_plots(tmp_path, store):
-    records = [TrialRecord("0000", "complete", {}, "", (make_report(1, 0.4, val_kl=float("inf")),))]
-    write_report(tmp_path, spec_of(store), records)
-    assert Page(tmp_path).data["trials"][0]["kl"] is None
 
 
 def test_one_is_singular(tmp_path, store, no_plots):

@@ -64,6 +64,20 @@ def study(store, tmp_path, monkeypatch):
     return tmp_path / "study"
 
 
+@pytest.fixture
+def formats(monkeypatch):
+    """Let an ensemble be exported without its graph, which `test_combination.py` has; note the formats asked for."""
+    asked, write_model = [], combined_export.write_model
+
+    def write_weights(*args, formats, **more):
+        asked.append(formats)
+        write_model(*args, formats=["timm"], **more)
+
+    monkeypatch.setattr(combined_export, "write_model", write_weights)
+    monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+    return asked
+
+
 def compared_models(monkeypatch):
     """Note the names of the models that a finish compares."""
     compared = []
@@ -108,6 +122,7 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
     assert {file: file.read_bytes() for file in study.rglob("history.jsonl")} == before
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_study_at_a_uri_is_finished_as_one_in_a_folder_also_on_another_machine(study, tmp_path, monkeypatch, capsys):
     shutil.copytree(study, tmp_path / "place" / "study", ignore=shutil.ignore_patterns(LOCK))
     finish_study(Folder(study), None)
@@ -143,6 +158,7 @@ def test_a_study_at_a_uri_is_finished_as_one_in_a_folder_also_on_another_machine
     assert found[STEPS] == expected[STEPS]
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(finish, "TOP", 2)
     monkeypatch.setattr(finish, "SEEDS", 1)
@@ -161,6 +177,7 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
     assert {f"{FINAL}/{before.name}", f"{FINAL}/{other.name}"} < {*compared}
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_study_whose_data_have_moved_is_finished_with_them_where_they_are_now(study):
     finish_study(Folder(study), None)
     for told in study.rglob("data.txt"):  # where they were when the run was trained
@@ -182,6 +199,7 @@ def test_models_of_all_image_sizes_are_compared(study, store, faces):
     assert finish._unseen_js(groups, {other}) == pytest.approx(groups[1].bests[0].report["val_js"], abs=0.02)
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_trial_that_was_left_before_its_end_counts(study):
     """As by a time budget: the record then says that it runs."""
     forget_last_ending(study)
@@ -212,6 +230,7 @@ def test_final_fit_has_gpus_as_the_trials_had(study, monkeypatch, share, gpus, e
     assert asked == [expected]
 
 
+@pytest.mark.usefixtures("formats")
 def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -225,6 +244,7 @@ def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
     assert (study / FINISHED / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_final_fit_that_fails_is_noted_and_the_finish_goes_on(study, monkeypatch, capsys):
     def diverge(job):
         raise TrialFailed("diverged before report 1")
@@ -240,6 +260,7 @@ def test_a_final_fit_that_fails_is_noted_and_the_finish_goes_on(study, monkeypat
     assert "failed (diverged before report 1)" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_final_fit_that_fails_after_a_report_counts_until_then(study, monkeypatch):
     def diverge_later(job):
         reports = train_here(job)
@@ -256,6 +277,7 @@ def test_a_final_fit_that_fails_after_a_report_counts_until_then(study, monkeypa
     assert (f"{FINAL}/0000", study / FINAL / "0000") in compared
 
 
+@pytest.mark.usefixtures("formats")
 def test_a_final_fit_that_broke_off_goes_on_when_it_is_called_again(study, monkeypatch):
     def break_off(job):
         raise DiskFull("no space left on the disk")
@@ -308,20 +330,12 @@ TWO, ONE = (0, 0), (0,)
         ((ONE, 0.20), (ONE, 0.20), "Neither soup nor ensemble helps"),
     ],
 )
-def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choose, monkeypatch, ensemble, soup, said):
+def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choose, formats, ensemble, soup, said):
     choose(ensemble, soup)
-    asked, write_model = [], combined_export.write_model
-
-    def write_weights(*args, formats, **more):
-        """Leave out the graph, which `test_combination.py` has."""
-        asked.append(formats)
-        write_model(*args, formats=["timm"], **more)
-
-    monkeypatch.setattr(combined_export, "write_model", write_weights)
     steps = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
     assert [step.js for step in steps] == [0.30, *(js if members == TWO else 0.30 for members, js in (soup, ensemble))]
     assert said in (tmp_path / "dest" / "README.md").read_text()
-    assert asked == ([["timm", "pt2"]] if said == "an ensemble of" else [])
+    assert formats == ([["timm", "pt2"]] if said == "an ensemble of" else [])
 
 
 def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, candidates, choose, monkeypatch):

@@ -1,25 +1,14 @@
 """Optuna's dashboard shows a study while it runs."""
 
-import contextlib
-import json
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
-
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
+from werkzeug.test import Client
 
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.tuning.policy.trial_attributes import PAUSED
 from raytune_emotion.tuning.study.open_study import load
 from tests.support.studies import write_study
-
-DASHBOARD = shutil.which("optuna-dashboard", path=Path(sys.executable).parent)
 
 
 @pytest.fixture
@@ -31,28 +20,12 @@ def ask(tmp_path, store):
     study.ask({"optim.warmup_epochs": FloatDistribution(0.0, 1.0)})  # a setting that the others lack
     study.ask().set_user_attr(PAUSED, True)
     study.add_trial(create_trial(state=TrialState.FAIL))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (tmp_path / "log").open("w") as log, exclusive_lock(folder):  # as the process that works on it
-        command = [DASHBOARD, str(folder / "optuna.journal"), "--host", "127.0.0.1", "--port", str(port)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-
-        def get(path):
-            deadline = time.monotonic() + 100
-            while True:
-                url = f"http://127.0.0.1:{port}{path}"
-                with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=20) as answer:
-                    return json.load(answer)
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-
-        yield get
-        process.terminate()
-        process.wait(30)
+    app = pytest.importorskip("optuna_dashboard", reason="the extra dashboard is not installed").wsgi
+    with exclusive_lock(folder):  # as the process that works on it
+        client = Client(app(str(folder / "optuna.journal")))  # what the command serves
+        yield lambda path: client.get(path).json
 
 
-@pytest.mark.skipif(DASHBOARD is None, reason="the extra dashboard is not installed")
 def test_the_dashboard_opens_the_journal_of_a_running_study(ask):
     (study,) = ask("/api/studies")["study_summaries"]
     shown = ask(f"/api/studies/{study['study_id']}")

@@ -109,7 +109,7 @@ def values_of_spec(tmp_path_factory, store):
 
 
 @given(data=st.data())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_spec_is_read_or_refused_by_a_sentence(data, tmp_path, values_of_spec):
     values = values_of_spec.copy()
     name = data.draw(st.sampled_from(sorted(values)))
