@@ -69,7 +69,7 @@ def fastest_share(spec: StudySpec, watch: ClusterWatch, say: Callable[[str], Non
 def gpu_types(nodes: Nodes) -> list[str | None]:
     """List the types of GPUs by Ray's names; [None] if Ray knows no type."""
     names = {name for node in nodes if node.get("GPU") for name in node if name.startswith(_TYPE)}
-    return sorted(name.removeprefix(_TYPE) for name in names) or [None]
+    return [*sorted(name.removeprefix(_TYPE) for name in names)] or [None]
 
 
 def _measure_here(
