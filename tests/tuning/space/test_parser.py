@@ -23,6 +23,7 @@ from tests.support.yaml import BOMB
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+#: Made once, because to make and to check the schema for each example takes most of the time of a test.
 SCHEMA = jsonschema.Draft7Validator(json_schema())
 SPACES = Path(__file__).parents[3] / "search_spaces"
 SHIPPED = sorted(SPACES.glob("*.yaml"))
@@ -575,9 +576,6 @@ def spaces(draw: st.DrawFn) -> dict[str, Any]:
         }
     ]
     return space
-
-
-#: Made once: to make and to check the schema for each example takes most of the time of a test.
 
 
 @given(spaces(), st.integers(0, 1000))
