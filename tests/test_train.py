@@ -1,6 +1,8 @@
 """The command train: one configuration, from the command line to its export."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import pickle
 import re
@@ -165,6 +167,25 @@ def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeyp
             assert all(torch.equal(weights[key], wanted[key]) for key in wanted), name
     assert trained("--resume", "--results", results, "--name", "none") == 2
     assert f"{results / 'none'}: no run of this name to resume; choose one of mine" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_has_taken_over_ends_where_files_have_no_locks(
+    trained, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def taken_over(job):
+        for report in train_here(job):
+            with exclusive_lock(tmp_path / "results" / "mine"):
+                yield report
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        patched.setattr(single_run, "train_here", taken_over)
+        assert trained(*TINY, 2, "--name", "mine") == 1
+    assert f"error: {tmp_path / 'results' / 'mine'}: another process has continued it" in capsys.readouterr().err
+    assert len(read_history(tmp_path / "results" / "mine")) == 1
 
 
 def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_alone(tmp_path):

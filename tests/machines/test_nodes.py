@@ -10,6 +10,7 @@ import pandas as pd
 import psutil
 import pytest
 import ray
+from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_emotion.tuning.execution.cluster import ray_session
@@ -112,7 +113,7 @@ def test_a_drained_node_gives_its_trials_back_before_it_dies(address, tmp_path):
         assert [*pd.read_json(file, lines=True).report] == [*range(1, len(lines) + 1)]
 
 
-def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_off_them(uneven):
+def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_off_them_meanwhile(uneven):
     with ray_session(uneven) as watch:
         place = fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
         assert (place.concurrency, place.resources.per_worker) == (2, {"CPU": 1.0, "GPU": 1.0})
@@ -121,8 +122,11 @@ def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_o
         def threads():
             return resources_here(place.resources).threads
 
+        groups = []
+
         def begin():
             group = place_of(place.resources).to_placement_group()
+            groups.append(group)
             ray.get(group.ready(), timeout=60)
             at = PlacementGroupSchedulingStrategy(group)
             return ray.get(threads.options(num_cpus=1, num_gpus=1, scheduling_strategy=at).remote(), timeout=60)
@@ -135,7 +139,12 @@ def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_o
         assert begin() == 1
         with cluster_map(watch) as pmap:
             used = {*pmap(node_of, range(16))}
-        assert used == {number for number, node in live_nodes().items() if node.get("CPU") == 2}
+            assert used == {number for number, node in live_nodes().items() if node.get("CPU") == 2}
+            for group in groups:
+                remove_placement_group(group)
+            wait_until(lambda: ray.available_resources()["GPU"] == 3, seconds=30)
+            everywhere = {*pmap(node_of, range(64))}
+        assert everywhere > used
 
 
 def test_trials_spread_over_nodes_without_gpus_and_the_workers_of_one_trial_stand_together(uneven, tmp_path):

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -26,8 +26,9 @@ _END_S = 30.0
 def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    Tasks keep off nodes with GPUs, if there are others. A task whose process or node dies is run again elsewhere. If
-    the work is interrupted, submitted tasks end by themselves within half a minute, or with the session.
+    While a GPU is in use, tasks keep off nodes with GPUs, if there are others, so that no trial waits for its core. A
+    task whose process or node dies is run again elsewhere. If the work is interrupted, submitted tasks end by
+    themselves within half a minute, or with the session.
 
     Args:
         watch: of the cluster.
@@ -50,12 +51,12 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
     ahead: deque[Any] = deque()
     try:
         for task in tasks:
-            # Nodes join and leave meanwhile.
+            # Nodes join and leave meanwhile, and searches begin and end.
             nodes = live_nodes()
-            free = without_gpus([*nodes.values()])
-            selector = label_selector(nodes, off_gpus=bool(free))
+            others = without_gpus([*nodes.values()]) if _is_gpu_in_use(nodes) else []
+            selector = label_selector(nodes, off_gpus=bool(others))
             ahead.append(_run.options(label_selector=selector).remote(function, task))
-            cores = sum(node.get("CPU", 0.0) for node in free or nodes.values())
+            cores = sum(node.get("CPU", 0.0) for node in others or nodes.values())
             if len(ahead) >= _AHEAD * max(1.0, cores):
                 yield _result(ahead.popleft())
         while ahead:
@@ -64,6 +65,11 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
         # Tasks are not cancelled: Ray aborts the whole process if a task ends at that moment.
         if ahead:
             ray.wait([*ahead], num_returns=len(ahead), timeout=_END_S)
+
+
+def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return free.get("GPU", 0.0) < sum(node.get("GPU", 0.0) for node in nodes.values())
 
 
 def _result(task: Any) -> Any:

@@ -146,10 +146,12 @@ def _train(
     job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, copy.mark(LOCK))
     try:
         copy.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(copy.folder), _new_run(copy) if fresh else contextlib.nullcontext():
+        with exclusive_lock(copy.folder) as is_held, _new_run(copy) if fresh else contextlib.nullcontext():
             copy.claim()
             for report in train_with_retry(job, train):
                 copy.push()
+                if not is_held():
+                    raise Breakdown(f"{run}: another process has continued it")
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
