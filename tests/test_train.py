@@ -169,9 +169,7 @@ def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeyp
     assert f"{results / 'none'}: no run of this name to resume; choose one of mine" in capsys.readouterr().err
 
 
-def test_a_run_that_another_process_has_taken_over_ends_where_files_have_no_locks(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trained, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
