@@ -65,6 +65,7 @@ def test_task_of_a_cluster_that_has_died_is_not_waited_for(cluster, tmp_path):
     def hang(number):
         while not (tmp_path / "end").exists():
             time.sleep(0.05)
+        (tmp_path / "ended").touch()
 
     lost: list[str] = []
     try:
@@ -75,6 +76,9 @@ def test_task_of_a_cluster_that_has_died_is_not_waited_for(cluster, tmp_path):
                 next(results)
     finally:
         (tmp_path / "end").touch()
+    # The folder of a test is deleted when the test ends, and Ray may not have told yet that the task runs.
+    while not (tmp_path / "ended").exists():
+        time.sleep(0.05)
     wait_for_cores()
 
 
