@@ -185,7 +185,7 @@ def test_a_server_that_comes_back_is_waited_for(folder, tmp_path, monkeypatch):
 
 GOOD = b"good" * 10
 #: More than what one request of an upload in parts takes.
-HALF = bytes(range(256)) * 2**17
+HALF = bytes(range(256)) * 44_000
 
 
 class Broken(Exception):
