@@ -204,7 +204,7 @@ def test_an_outage_is_waited_out_where_work_would_be_lost(folder, tmp_path, monk
 
 GOOD = b"good" * 10
 #: More than what one request of an upload in parts takes.
-HALF = bytes(range(256)) * 2**17
+HALF = bytes(range(256)) * 44_000
 
 
 class Broken(Exception):
