@@ -221,7 +221,8 @@ def test_one_at_a_uri_is_interrupted_and_gone_on_with_on_another_machine(study, 
     assert place.read("confirmed/trials/0000/history.jsonl").startswith(before)
     folder = tmp_path / "place" / "study" / "confirmed"
     names = {path.name for path in folder.iterdir() if path.suffix not in (".png", ".csv")}
-    assert names == {"study.yaml", "optuna.journal", "curves.parquet", "report.html", "trials", "best", "driver"}
+    written = {"study.yaml", "optuna.journal", "curves.parquet", "report.html", "trials", "best", "driver", "journal"}
+    assert names == written
     (row,) = pd.read_csv(folder / "confirmed.csv").itertuples()
     metrics = json.loads((folder / "best" / "metrics.json").read_text())
     assert metrics["confirmed_mean_js"] == metrics["val_js"] == pytest.approx(row.mean_js)

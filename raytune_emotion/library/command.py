@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import end_quietly, run_in_thread
-from raytune_emotion.terminal import any_encoding
+from raytune_emotion.terminal import any_encoding, say, warn
 
 #: Start of the lines on standard error that hold the sentences of an error.
 _ERROR = "error: "
@@ -95,7 +95,8 @@ def _follow(process: "subprocess.Popen[str]") -> tuple[list[str], bool]:
             if is_error and line.startswith(_ERROR):
                 errors.append(line.removeprefix(_ERROR).rstrip("\n"))
             else:
-                print(line, end="", file=sys.stderr if is_error else sys.stdout, flush=True)
+                (warn if is_error else say)(line.rstrip("\n"))
+                sys.stdout.flush()  # a log is read while the command runs
         except queue.Empty:
             continue
         except KeyboardInterrupt:

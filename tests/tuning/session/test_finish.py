@@ -147,6 +147,7 @@ def test_a_study_at_a_uri_is_finished_as_one_in_a_folder_also_on_another_machine
     here, there = ({name for name in its.find("*") if name.split("/")[0] in models} for its in (Folder(study), place))
     events = {name for name in here | there if ".tfevents." in name}
     marks = {f"{runs}/{name}" for runs in (f"{FINAL}/0000", CONFIRMED) for name in (LOCK, DRIVER)}
+    marks |= {name for name in there if name.startswith(f"{CONFIRMED}/journal/")}
     assert here - events - marks == there - events - marks
     for name in (f"{CONFIRMED}/trials/0000", f"{FINAL}/0000"):
         with (place / name).copy_here(HISTORY, LAST) as copy:
