@@ -29,7 +29,7 @@ def script(tmp_path, monkeypatch):
 def test_the_output_of_a_command_is_printed_where_this_process_prints(script, capsys):
     script("print(*sys.argv[1:]); print('starting Ray', file=sys.stderr); print('no newline', end='')", "--seed=1")
     out, err = capsys.readouterr()
-    assert out == "-u -m raytune_emotion.library.command search --seed=1\nno newline"
+    assert out == "-u -m raytune_emotion.library.command search --seed=1\nno newline\n"
     assert err == "starting Ray\n"
 
 
