@@ -136,6 +136,7 @@ def test_a_trial_that_ran_out_of_memory_goes_on_in_the_micro_batches_that_fit(jo
     assert attempts == [(1, True), (2, False)]
     actor = Actor(job.to_dict())
     assert [actor.train()["report"], actor.train()["report"]] == [1, 2]
+    actor.stop()  # before its folder is deleted
     assert attempts[2:] == [(2, False)]
 
 
