@@ -97,6 +97,7 @@ ACROSS_MODULES = {
     "machines/test_chaos": "processes and networks that die", "machines/test_memory": "use of memory",
     "machines/test_commands_at_uri": "studies at a URI", "machines/test_drivers": "several searches on one study",
     "machines/test_death": "clusters of several machines", "machines/test_growth": "clusters of several machines",
+    "machines/test_installed": "the installed package",
     "machines/test_local_ray": "sessions of Ray with all their parts",
     "machines/test_nodes": "clusters of several machines", "machines/test_security": "what others see of a search",
     "machines/test_signals": "clusters of several machines", "machines/test_submitted": "jobs/submit.sh",

@@ -1,4 +1,4 @@
-"""What `pip install .` installs: built, unpacked elsewhere and run from another folder, with nothing fetched."""
+"""The wheel that `pip install .` builds: unpacked elsewhere and run from another folder, with nothing fetched."""
 
 import os
 import re
@@ -54,7 +54,7 @@ print(raytune_emotion.__file__, *load_space(find_space(DEFAULT)).values_of("mode
 
 
 def test_an_installed_search_finds_its_default_space(installed, tmp_path):
-    """A dry run of the repository's own is in `test_search.py`."""
+    """`tests/machines/test_installed.py` has a dry run with pip."""
     done = run_installed(installed, tmp_path, "-c", _DEFAULT_SPACE)
     where, *backbones = done.stdout.split()
     assert where == str(installed / "raytune_emotion" / "__init__.py")
