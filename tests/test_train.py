@@ -156,7 +156,7 @@ def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeyp
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
         patched.setattr(single_run, "train_here", continued_elsewhere)
         assert trained("--resume", *at_uri, data=False) == 1
-        assert f"error: {run}: another process has continued it" in capsys.readouterr().err
+        assert f"error: {run}: another process has taken over" in capsys.readouterr().err
     assert trained("--resume", *at_uri, data=False) == 0
     assert {name for name in run.find("*") if "tfevents" not in name} == after_one
     with run.copy_here("*") as found:
@@ -182,7 +182,7 @@ def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trai
         patched.setattr(fcntl, "flock", refuse)
         patched.setattr(single_run, "train_here", taken_over)
         assert trained(*TINY, 2, "--name", "mine") == 1
-    assert f"error: {tmp_path / 'results' / 'mine'}: another process has continued it" in capsys.readouterr().err
+    assert f"error: {tmp_path / 'results' / 'mine'}: another process has taken over" in capsys.readouterr().err
     assert len(read_history(tmp_path / "results" / "mine")) == 1
 
 

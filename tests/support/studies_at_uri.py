@@ -36,7 +36,7 @@ def lose(folder, uri):
 def fetch(folder, uri):
     """Fetch a study, as a search does that continues it on another machine."""
     remote.pull(uri, folder, remote.names(uri, SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}"))
-    join_pieces(Remote(uri), folder, JOURNAL)
+    join_pieces(folder, JOURNAL)
 
 
 def ask(folder, uri):

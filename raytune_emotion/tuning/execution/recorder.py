@@ -38,6 +38,7 @@ from raytune_emotion.tuning.study.records import (
     delete_weights,
     trials_to_strip,
 )
+from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.tables import Tables
 from raytune_emotion.tuning.study.trials import trial_id_of
 
@@ -45,6 +46,8 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 MAX_FAILURES_IN_A_ROW = 10
 #: Longest time for which the location of a study lacks an ending, seconds.
 _SAVE_S = 5.0
+#: Seconds between two checks whether another process has taken over a study at a URI.
+_LOOK_S = 30.0
 
 _STARTS_ANEW = "starts anew, as its checkpoint is gone or damaged"
 
@@ -201,7 +204,8 @@ class Recorder:
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
             if self.broken:
-                raise Breakdown(f"{self.broken}; {_what_next(self._study)}") from self.error
+                advice = "" if self.broken.endswith(TAKEN_OVER) else f"; {_what_next(self._study)}"
+                raise Breakdown(self.broken + advice) from self.error
 
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
@@ -327,6 +331,7 @@ class _Saving:
     def __init__(self, study: OpenStudy, tables: Tables, clock: Callable[[], float]) -> None:
         self._study, self._tables, self._clock = study, tables, clock
         self._since: float | None = None  # time of the first ending that the location lacks
+        self._looked = clock()  # time of the last check whether another process has taken the study over
         self._deleted: set[str] = set()  # trials without weights
 
     def note_ending(self) -> None:
@@ -349,6 +354,9 @@ class _Saving:
         """Save an ending, and write the tables, if that is due."""
         self._save_in_time()
         self._tables.write_in_time()
+        if self._clock() >= self._looked + _LOOK_S:
+            self._study.copy.push()  # checks the driver alone
+            self._looked = self._clock()
 
     def write(self) -> None:
         """Save and write everything."""

@@ -151,7 +151,7 @@ def _train(
             for report in train_with_retry(job, train):
                 copy.push()
                 if not is_held():
-                    raise Breakdown(f"{run}: another process has continued it")
+                    raise Breakdown(f"{run}: another process has taken over")
                 console.print(
                     f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
                     f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"

@@ -137,7 +137,7 @@ def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord
     trials = [Path(name).parent for name in found if name not in confirmation]
     models = [trial / name for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS) if trial.name in looked_at]
     place.pull(folder, [*confirmation, *map(str, models)])
-    join_pieces(place, folder, f"{CONFIRMED}/{JOURNAL}")
+    join_pieces(folder, f"{CONFIRMED}/{JOURNAL}")
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.tuning.study.database import connect, split_address
+from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 
 if TYPE_CHECKING:
     import psycopg
@@ -68,7 +69,7 @@ class SingleDriver:
         return {*drivers}
 
     def failure(self) -> str:
-        return "" if self._is_held() else "another search has continued this study"
+        return "" if self._is_held() else TAKEN_OVER
 
 
 class SharedStudy:

@@ -74,7 +74,8 @@ def _gather(place: Location) -> dict[str, Any]:
     spec = spec_of(place)
     # The journal also has what its trials have reported.
     with place.copy_here(SPEC, JOURNAL, *PIECES) as folder:
-        join_pieces(place, folder, JOURNAL)
+        if not place.is_here(folder):
+            join_pieces(folder, JOURNAL)
         study = load(folder)
         trials = study.optuna.get_trials(deepcopy=False)
         seen = curves_of(domain_of(study.space), [trial for trial in trials if SETTINGS in trial.user_attrs])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import optuna
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.run_folder import HISTORY, LAST
 from raytune_emotion.storage.atomic import atomic_folder
 from raytune_emotion.storage.locations import Folder, Location
@@ -75,7 +75,15 @@ class OpenStudy:
         return self.copy.mark(SPEC)
 
     def claim(self) -> None:
-        """Become the driver of a study at a URI, and push its record."""
+        """Become the driver of a study at a URI, and push its record.
+
+        Raises:
+            Breakdown: another process has made or continued the study since it was loaded; or all requests failed.
+        """
+        there = self.copy.location.read(SPEC)
+        is_other = created_at(there) != created_at(Folder(self.folder).read(SPEC))
+        if there is not None and (is_other or self.copy.is_behind()):
+            raise Breakdown(f"{self.copy}: another process has made or continued this study meanwhile")
         self.copy.claim([EARLIER, SPEC], journal=JOURNAL)  # the spec last: it marks a study
 
     def trial_folder(self, trial_id: str) -> Path:
@@ -163,8 +171,10 @@ def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
         UserError: there is no study, or it is damaged; or an error of the block, which then names the location.
     """
     with place.copy_here(SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}", *patterns) as folder:
+        # At the location itself, only its driver may write.
         for journal in (JOURNAL, *(pattern for pattern in patterns if pattern.endswith(JOURNAL))):
-            join_pieces(place, folder, journal)
+            if not place.is_here(folder):
+                join_pieces(folder, journal)
         yield load(folder, place)
 
 
@@ -196,7 +206,7 @@ def open_existing(place: Location, held: contextlib.ExitStack) -> OpenStudy:
     if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
         place.set_aside_copy()
     place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, f"trials/*/{HISTORY}")
-    join_pieces(place, folder, JOURNAL)
+    join_pieces(folder, JOURNAL)
     return load(folder, place, drivers)
 
 

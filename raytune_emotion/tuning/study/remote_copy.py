@@ -15,12 +15,14 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from raytune_emotion.errors import Breakdown
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage.atomic import atomic_write, write_text
 from raytune_emotion.storage.locations import Location
 
 #: Name of the file with the driver of a study or a run at a URI, where locks do not work: the driver that began last.
 DRIVER = "driver"
+#: Reason why a driver must stop, with what to do.
+TAKEN_OVER = "another process has taken over; leave it to that one"
 #: Folder of the journal's pieces at a URI.
 _PIECES = "journal"
 #: Patterns of the files that a reader at a URI needs beside the journal, for `join_pieces`.
@@ -29,6 +31,8 @@ PIECES = (DRIVER, f"{_PIECES}/*")
 _PIECE = 64 * 2**10
 #: Name of a driver: drivers are counted.
 _NAME = re.compile(r"[0-9]{6}-[0-9a-f]{12}")
+#: Name of a piece: the byte of the journal at which it begins.
+_START = re.compile(r"[0-9]{12}")
 
 
 class RemoteCopy:
@@ -36,7 +40,7 @@ class RemoteCopy:
 
     def __init__(self, folder: Path, location: Location) -> None:
         self.folder, self.location = folder, location
-        self.is_whole = self.is_here  # whether the study exists at its location
+        self.is_whole = self.is_here  # whether this process has made the study whole at its location
         self._driver = ""  # name of this driver, once it has claimed the location
         self._journal, self._start = folder, 0  # the journal, and the byte at which its last piece begins
 
@@ -52,6 +56,9 @@ class RemoteCopy:
         """Become the driver, and push a study's journal, then those of the other files that there are, in their order.
 
         The others are deleted at the location: they are of a study that was never whole. The folder must exist.
+
+        Raises:
+            Breakdown: another driver has claimed the location; or all requests to it failed.
         """
         if self.is_here:
             return
@@ -63,8 +70,9 @@ class RemoteCopy:
         self.location.push(self.folder, [DRIVER])
         self.location.delete([name for name in here if not here[name]])
         if journal:
+            self._check_driver()  # each push may wait long for the location
             self._push_whole(self.folder / journal, has_pieces=bool(drivers))
-        self.location.push(self.folder, [name for name in here if here[name]])
+        self.push(*(name for name in here if here[name]))
         self.is_whole = True
         for name in drivers[:-1]:  # a reader may be reading the newest ones
             folder = f"{_PIECES}/{name}"
@@ -84,7 +92,12 @@ class RemoteCopy:
         driver = self.location.read(DRIVER)
         if driver is None:
             return "its files no longer exist"
-        return "" if driver == self._driver.encode() else "another process has continued it"
+        return "" if driver == self._driver.encode() else TAKEN_OVER
+
+    def is_behind(self) -> bool:
+        """Tell whether another driver has claimed the location since the folder was brought up to date."""
+        known = self.folder / DRIVER
+        return not self.is_here and self.location.read(DRIVER) != (known.read_bytes() if known.is_file() else None)
 
     def push(self, *names: str) -> None:
         """Push files; without names, only check that this process is still the driver.
@@ -140,16 +153,18 @@ class RemoteCopy:
         return (self.location / "trials" / trial_id).address
 
 
-def join_pieces(location: Location, folder: Path, journal: str) -> None:
-    """Complete a pulled journal with the pulled pieces of the newest driver that has any.
+def join_pieces(folder: Path, journal: str) -> None:
+    """Complete a journal with the pieces of the newest driver that has any, unless it is longer without them.
+
+    It is longer if the study was continued in its folder afterwards, where the journal is whole.
 
     Args:
-        location: location of the study. Nothing is done if it is the folder itself.
-        folder: folder with what was pulled: the journal, and the files that match `PIECES`.
+        folder: folder with the journal, and with the files that match `PIECES`.
         journal: name of the journal, below the folder.
+
+    Raises:
+        UserError: a piece is missing.
     """
-    if location.is_here(folder):
-        return
     study, whole = (folder / journal).parent, folder / journal
     drivers = [path for path in (study / _PIECES).glob("*") if _NAME.fullmatch(path.name)]
     if not drivers or not whole.is_file():
@@ -157,11 +172,11 @@ def join_pieces(location: Location, folder: Path, journal: str) -> None:
     # Two drivers that began at once have the same number. Then the one that has claimed the study counts.
     claimed = (study / DRIVER).read_text("utf-8", "replace") if (study / DRIVER).is_file() else ""
     newest = max(drivers, key=lambda path: (path.name[:6], path.name == claimed))
-    content = whole.read_bytes()
-    for piece in sorted(newest.iterdir()):
-        start = int(piece.name) if piece.name.isascii() and piece.name.isdigit() else len(content) + 1
-        if start > len(content):
-            break
-        content = content[:start] + piece.read_bytes()
-    with atomic_write(whole) as temporary:
-        temporary.write_bytes(content)
+    before = content = whole.read_bytes()
+    for piece in sorted(path for path in newest.iterdir() if _START.fullmatch(path.name)):
+        if int(piece.name) > len(content):
+            raise UserError(f"{whole}: a piece before {piece.name} is missing, or it was being written; try again")
+        content = content[: int(piece.name)] + piece.read_bytes()
+    if len(content) > len(before):
+        with atomic_write(whole) as temporary:
+            temporary.write_bytes(content)

@@ -100,7 +100,7 @@ def write_spec(folder: Path, spec: StudySpec) -> None:
     """Write `study.yaml`, with the versions of the packages and the time of its creation."""
     text = io.StringIO()
     before = (folder / SPEC).read_bytes() if (folder / SPEC).exists() else None
-    created = created_at(before) or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    created = created_at(before) or datetime.now(timezone.utc).isoformat(timespec="microseconds")
     YAML().dump({**_plain_values(dataclasses.asdict(spec)), "created": created, **_environment()}, text)
     write_text(folder / SPEC, text.getvalue())
 

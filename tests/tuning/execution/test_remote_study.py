@@ -117,7 +117,7 @@ def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
     first, second, third = search(), search(), search()
     for stale in (first, second):
         assert stale.next() is None
-        with pytest.raises(Breakdown, match="another process has continued it"):
+        with pytest.raises(Breakdown, match="another process has taken over"):
             stale.close()
     shutil.rmtree(place)
     assert third.next() is None

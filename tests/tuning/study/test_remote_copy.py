@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
@@ -13,7 +14,7 @@ from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.study import remote_copy, tables
 from raytune_emotion.tuning.study.open_study import load, make_study, read_study
 from raytune_emotion.tuning.study.records import trial_folder
-from raytune_emotion.tuning.study.remote_copy import PIECES, RemoteCopy, join_pieces
+from raytune_emotion.tuning.study.remote_copy import DRIVER, PIECES, TAKEN_OVER, RemoteCopy, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import TRIALS
 from tests.support.reports import make_report
@@ -49,7 +50,7 @@ def driver(tmp_path, place, monkeypatch):
 
 def find(place, folder):
     place.pull(folder, place.find(FILE, *PIECES))
-    join_pieces(place, folder, FILE)
+    join_pieces(folder, FILE)
     return (folder / FILE).read_bytes()
 
 
@@ -89,14 +90,30 @@ def test_push_of_a_driver_that_was_taken_for_dead_changes_nothing(driver, place,
     assert grow(driver("third"), ["d"]) == journal + b"d\n"
 
 
-def test_damaged_names_of_pieces_are_passed_over(driver, place, tmp_path):
+def test_strange_names_of_pieces_are_passed_over_and_a_missing_piece_is_an_error(driver, place, tmp_path):
     copy = driver("first")
     journal = grow(copy, ["a"])
     (folder,) = place.list_folders("journal")
-    for name in ("journal/strange/000000000000", f"journal/{folder}/last", f"journal/{folder}/000000009999"):
+    for name in ("journal/strange/000000000000", f"journal/{folder}/.nfs0001", f"journal/{folder}/last"):
         with place.write(name) as path:
             path.write_bytes(b"strange")
     assert find(place, tmp_path / "reader") == journal
+    with place.write(f"journal/{folder}/000000009999") as path:
+        path.write_bytes(b"late")
+    with pytest.raises(UserError, match="a piece before 000000009999 is missing"):
+        find(place, tmp_path / "another reader")
+
+
+def test_journal_that_was_continued_in_its_folder_is_longer_than_its_pieces(driver, place, tmp_path):
+    copy = driver("first")
+    journal = grow(copy, ["a"])
+    copy.push(FILE)
+    continued = journal + b"b\n"
+    with place.write(FILE) as path:
+        path.write_bytes(continued)
+    assert find(place, tmp_path / "reader") == continued
+    assert grow(driver("second"), ["c"]) == continued + b"c\n"
+    assert find(place, tmp_path / "another reader") == continued + b"c\n"
 
 
 # With a recorder
@@ -174,3 +191,38 @@ def test_ending_that_a_killed_driver_did_not_push_is_read_from_the_trial(begin, 
     recorder.write_in_time()
     assert status_there() == ["complete"]
     assert place.read(SPEC) == (study.folder / SPEC).read_bytes()
+
+
+def test_claim_from_an_old_copy_is_refused_and_a_driver_that_was_replaced_notices_it_without_an_ending(begin, place):
+    now = [0.0]
+    study = begin()
+    first = Recorder(study, clock=lambda: now[0])
+    elsewhere = study.folder.with_name("elsewhere")
+    fetch(elsewhere, place.uri)
+    late = load(elsewhere, place)
+    again = study.folder.with_name("again")
+    fetch(again, place.uri)
+    second = Recorder(load(again, place))
+    assert second.next() is not None
+    refused = Recorder(late)
+    assert refused.is_over
+    with pytest.raises(Breakdown, match="another process has made or continued this study meanwhile; type the same"):
+        refused.close()
+    first.write_in_time()
+    assert not first.broken
+    now[0] += 30
+    first.write_in_time()
+    with pytest.raises(Breakdown, match=f"{place}: {TAKEN_OVER}$"):
+        first.close()
+    assert place.read(DRIVER) == (again / DRIVER).read_bytes()
+
+
+def test_new_study_does_not_replace_one_that_another_process_has_made_meanwhile(begin, place):
+    made = begin(1)
+    Recorder(made).close()
+    spec = place.read(SPEC)
+    folder = made.folder.with_name("another")
+    make_study(folder, made.spec)
+    with pytest.raises(Breakdown, match="another process has made or continued this study meanwhile"):
+        Recorder(load(folder, place)).close()
+    assert place.read(SPEC) == spec
