@@ -33,7 +33,7 @@ def address(start_head):
 
 
 @pytest.fixture
-def uneven(start_head):
+def uneven(no_cluster, start_head):
     """The address of a cluster of two nodes with two cores each, and of one with four cores and two GPUs."""
     address = start_head(cpus=0)
     for node in (["--num-cpus=2"], ["--num-cpus=2"], ["--num-cpus=4", "--num-gpus=2"]):
