@@ -169,6 +169,16 @@ def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeyp
     assert f"{results / 'none'}: no run of this name to resume; choose one of mine" in capsys.readouterr().err
 
 
+def test_a_folder_of_links_or_of_empty_folders_is_taken(trained, tmp_path, capsys):
+    for name, make in (("links", lambda path: path.symlink_to(tmp_path)), ("empty", lambda path: path.mkdir())):
+        entry = tmp_path / "results" / name / "train_set"
+        entry.parent.mkdir(parents=True)
+        make(entry)
+        assert trained(*TINY, 1, "--name", name) == 2
+        assert "this name is taken, but not by a run of train" in capsys.readouterr().err
+        assert entry.is_dir()
+
+
 def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trained, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -276,7 +276,7 @@ class Folder(Location):
 
     @property
     def typed_name(self) -> str:
-        return self.path.name
+        return self.path.absolute().name  # `.` has no name of its own
 
     def follow_links(self) -> "Folder":
         return Folder(self.path.resolve())

@@ -14,11 +14,12 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 
+from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import check_interrupted, run_in_thread
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.remote import outlast_outages
-from raytune_emotion.terminal import short_path
+from raytune_emotion.terminal import short_path, warn
 from raytune_emotion.tuning.execution.capacity import Capacity
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
@@ -70,11 +71,21 @@ def run_study(run: StudyRun) -> None:
     """
     with outlast_outages():
         recorder = Recorder(run.study, run.watch, until_gain=run.until_gain)
+        interrupted = False
         try:
             if not recorder.broken:
                 _run(recorder, run)
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
         finally:
-            recorder.close()
+            try:
+                recorder.close()
+            except Breakdown as error:
+                # An interruption, such as that of a batch system, may end the wait for a URI that does not answer.
+                if not interrupted:
+                    raise
+                warn(str(error))
 
 
 def _run(recorder: Recorder, run: StudyRun) -> None:

@@ -21,13 +21,14 @@ from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.storage.locations import Location, parent_of
+from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, TrialFailed, train_here, train_with_retry
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.study.remote_copy import RemoteCopy
+from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER, RemoteCopy
 from raytune_emotion.tuning.study.trials import refuse_taken
 
 
@@ -148,14 +149,16 @@ def _train(
         copy.folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(copy.folder) as is_held, _new_run(copy) if fresh else contextlib.nullcontext():
             copy.claim()
-            for report in train_with_retry(job, train):
-                copy.push()
-                if not is_held():
-                    raise Breakdown(f"{run}: another process has taken over")
-                console.print(
-                    f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  best "
-                    f"{report['best_val_js']:.4f}  lr {report['lr']:.2g}  {report['images_per_second']:.0f} images/s"
-                )
+            with outlast_outages():
+                for report in train_with_retry(job, train):
+                    copy.push()
+                    if not is_held():
+                        raise Breakdown(f"{run}: {TAKEN_OVER}")
+                    console.print(
+                        f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  "
+                        f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  "
+                        f"{report['images_per_second']:.0f} images/s"
+                    )
     except InvalidForRun as error:
         raise UserError(error.faults) from None
     except TrialFailed as error:

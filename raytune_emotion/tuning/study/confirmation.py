@@ -33,6 +33,7 @@ from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.remote_copy import DRIVER, PIECES
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, spec_of
+from raytune_emotion.tuning.study.trials import entries_of
 
 #: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
@@ -275,11 +276,11 @@ def _free_name(place: Location, folder: Path) -> None:
         UserError: there are other files, or another process is using the folder.
     """
     if not place.can_be_built(DRIVER, SPEC):
-        folder.mkdir(parents=True, exist_ok=True)
-        with study_lock(folder):
-            if others := sorted({name.partition("/")[0] for name in place.find("*")} - {LOCK}):
-                raise UserError(f"{place}: holds {', '.join(others[:5])}, but is not a confirmation; move it away")
-            shutil.rmtree(folder)
+        if others := sorted(entries_of(place) - {LOCK}):
+            raise UserError(f"{place}: holds {', '.join(others[:5])}, but is not a confirmation; move it away")
+        if place.is_here(folder):
+            with study_lock(folder):
+                shutil.rmtree(folder)
     place.free_working_folder()
 
 

@@ -26,7 +26,12 @@ def data_of(run: Path) -> str | None:
 
 def is_taken(run: Location) -> bool:
     """Tell whether the name of a run is taken. The lock file or the claim of a killed process does not count."""
-    return run.exists() and not (run.follow_links().is_folder() and {*run.find("*")} <= {LOCK, DRIVER})
+    return run.exists() and not (run.follow_links().is_folder() and entries_of(run) <= {LOCK, DRIVER})
+
+
+def entries_of(folder: Location) -> set[str]:
+    """Return the names of the files, links and folders in a folder, also of empty ones."""
+    return {*folder.list_folders(), *(file.name for file in folder.list_files())}
 
 
 def refuse_taken(run: Location) -> None:

@@ -218,3 +218,26 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
     with handle_signals(), pytest.raises(KeyboardInterrupt):
         runner._run(recorder, StudyRun(None, None))
     assert ended == ["in order"]
+
+
+def test_an_interruption_while_a_uri_is_away_stays_one(monkeypatch, capsys):
+    """Slurm requeues a job that was interrupted, and none that failed."""
+
+    class Away:
+        broken = ""
+
+        def close(self):
+            raise Breakdown("the URI is away")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "Recorder", lambda *_, **__: Away())
+    monkeypatch.setattr(runner, "_run", interrupt)
+    run = SimpleNamespace(study=None, watch=None, until_gain=None)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(run)
+    assert capsys.readouterr().err == "the URI is away\n"
+    monkeypatch.setattr(runner, "_run", lambda *_: None)
+    with pytest.raises(Breakdown, match="the URI is away"):
+        run_study(run)
