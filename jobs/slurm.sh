@@ -69,7 +69,8 @@ others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others)); then
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first
   srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${names[0]}" \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --no-kill ray start --address="$address" "${node[@]}" &
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --no-kill \
+    ray start --address="$address" "${node[@]}" &
 fi
 # The search computes the resources of a trial from the nodes that are present when it begins. So wait for all of them.
 python - "$address" "$SLURM_JOB_NUM_NODES" << 'END'

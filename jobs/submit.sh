@@ -7,8 +7,8 @@
 # The arguments are those of `python -m raytune_emotion.search`. Without RAY_API_SERVER_ADDRESS the cluster must run on
 # this machine. Only the package and the search spaces are uploaded, and a file of this machine that --space names. All
 # other paths are those of the cluster: data and results must be on a file system that all nodes share, or at a URI. The
-# default of --results is ray_results in this folder. The nodes need the project's dependencies: in the environment of `ray start`, or in .venv of this folder if
-# they share it.
+# default of --results is ray_results in this folder. The nodes need the project's dependencies: in the environment of
+# `ray start`, or in .venv of this folder if they share it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

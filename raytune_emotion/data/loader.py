@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -108,7 +108,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 def batches(
     source: Split | DeviceSplit, batches_of_rows: Iterable[npt.NDArray[np.int64]], device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield a batch for every array of row numbers, in their order.
 
     From files, a background thread gathers the next batch while the caller works on this one. The thread ends with the

@@ -86,11 +86,7 @@ def predict_rows(
     logits, probs = [torch.empty(0, n_classes, device=device)], [torch.empty(0, n_classes, device=device)]
     model.eval()
     parts = (rows_N[i : i + rows] for i in range(0, len(rows_N), rows))
-    with (
-        torch.inference_mode(),
-        exact_fp32(),
-        contextlib.closing(batches(split, parts, device)) as stream,  # type: ignore[type-var]
-    ):
+    with torch.inference_mode(), exact_fp32(), contextlib.closing(batches(split, parts, device)) as stream:
         for batch in stream:
             x_BHWC = batch.x_BHWC.flip(2) if mirror else batch.x_BHWC
             logits.append(model(normalise(x_BHWC, mean, std)))

@@ -362,7 +362,7 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
     run.step.loss_sum.zero_()
     with (
         _randomness(device, config.train.seed, len(history), plan.rank),
-        contextlib.closing(batches(run.train, rows, device)) as stream,  # type: ignore[type-var]
+        contextlib.closing(batches(run.train, rows, device)) as stream,
     ):
         for step in range(first, end):
             lr = config.optim.lr * lr_factor(

@@ -63,7 +63,7 @@ class Loader:
             side, number = self.store.image_size, self._passes
             decisions = decide(self.augmentation, rows, seed=self.seed, epoch=number, side=side, device=_CPU)
         self._passes += 1
-        with contextlib.closing(batches(self.split, rows, _CPU)) as stream:  # type: ignore[type-var]
+        with contextlib.closing(batches(self.split, rows, _CPU)) as stream:
             for batch, decision in zip(stream, decisions, strict=True):
                 if "erase_top" not in decision:
                     yield augment(batch, decision, mean=_NO_OFFSET, std=_NO_SCALE)

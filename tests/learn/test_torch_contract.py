@@ -5,7 +5,6 @@ looked. The words of CUDA's libraries for a lack of memory are missing here: onl
 """
 
 import dataclasses
-import importlib
 import inspect
 
 import pytest
@@ -21,6 +20,7 @@ from raytune_emotion.learn.device import is_out_of_memory
 from raytune_emotion.learn.model import BatchNorm
 from raytune_emotion.learn.timm_patches import architectures
 from raytune_emotion.learn.torch_patches import misfits_of, suppress_compile_errors, zero_momentum
+from tests.support.interfaces import check_interface
 
 #: Where it is, and its parameters where it is called; None where it is an attribute.
 _PRIVATE = {
@@ -37,12 +37,7 @@ _OF_WEIGHTS = {
 
 @pytest.mark.parametrize("name", _PRIVATE)
 def test_a_private_interface_is_as_it_was(name):
-    module, _, path = name.partition(":")
-    found = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    if _PRIVATE[name] is not None:
-        assert tuple(inspect.signature(found).parameters) == _PRIVATE[name]
+    check_interface(name, _PRIVATE[name])
 
 
 def test_a_model_that_cannot_be_compiled_runs_uncompiled(monkeypatch):

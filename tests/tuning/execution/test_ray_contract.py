@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.interfaces import check_interface
+
 #: Where it is, and its parameters where it is called or overridden; None where it is an attribute or a class.
 _PRIVATE = {
     # Ray's core.
@@ -91,14 +93,7 @@ _OF_CONTROLLER = (
 
 @pytest.mark.parametrize("name", _PRIVATE)
 def test_a_private_interface_is_as_it_was(name):
-    module, _, path = name.partition(":")
-    found = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    if _PRIVATE[name] is not None:
-        # Ray adds this parameter to the methods of a class that the process has made an actor.
-        parameters = [parameter for parameter in inspect.signature(found).parameters if parameter != "_ray_trace_ctx"]
-        assert tuple(parameters) == _PRIVATE[name]
+    check_interface(name, _PRIVATE[name])
 
 
 def test_the_controller_of_trials_has_the_attributes_that_are_used():
