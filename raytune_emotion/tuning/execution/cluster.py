@@ -1,5 +1,6 @@
 """Join or start a Ray cluster."""
 
+import atexit
 import contextlib
 import logging
 import os
@@ -16,10 +17,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.interruption import check_interrupted, keep_handlers
+from raytune_emotion.interruption import check_interrupted, keep_handlers, run_in_thread
 from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.terminal import announce
-from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watch_cluster
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
 from raytune_emotion.tuning.execution.placement import local_node
 from raytune_emotion.tuning.execution.ray_patches import (
@@ -47,6 +48,9 @@ _RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+#: Longest time to leave a cluster whose node does not answer, seconds.
+_LEAVE_S = 10.0
 
 _TOKEN_NEEDED = (
     "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token "
@@ -100,15 +104,19 @@ def ray_session(
         forget_token()
         stack.enter_context(quiet_errors())
         stack.enter_context(no_start_by_itself())
-        stack.callback(_shut_down)
         try:
             with keep_handlers(), no_signal_handlers(), own_process_session(arguments.get("_temp_dir")):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
             check_interrupted()
-        except Exception as error:
+            watch = ClusterWatch(own=address is None)
+        except BaseException as error:
             _shut_down()
-            raise _start_failure(address, error) from error
-        yield stack.enter_context(watch_cluster(own=address is None))
+            if isinstance(error, Exception):
+                raise _start_failure(address, error) from error
+            raise
+        stack.callback(_leave, watch)
+        stack.callback(watch.close)
+        yield watch
 
 
 @contextlib.contextmanager
@@ -163,6 +171,22 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _leave(watch: ClusterWatch) -> None:
+    """Leave the cluster."""
+    if watch.is_own or not watch.failure():
+        _shut_down()
+        return
+    # Ray takes leave of its node, for which it waits minutes if the node is frozen; and again when this process ends.
+    if not run_in_thread("leave-cluster", ray.shutdown).wait(_LEAVE_S):
+        atexit.register(_end_without_ray)
+
+
+def _end_without_ray() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _shut_down() -> None:
