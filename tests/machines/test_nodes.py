@@ -5,6 +5,7 @@ Not part of `make test`; run it by `.venv/bin/python -m pytest tests/machines/te
 
 import contextlib
 import subprocess
+import time
 
 import pandas as pd
 import psutil
@@ -144,7 +145,20 @@ def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_o
                 remove_placement_group(group)
             wait_until(lambda: ray.available_resources()["GPU"] == 3, seconds=30)
             everywhere = {*pmap(node_of, range(64))}
-        assert everywhere > used
+            assert everywhere > used
+
+            def slow_node_of(task):
+                time.sleep(2)
+                return node_of(task)
+
+            begin()
+            results = pmap(slow_node_of, range(20))
+            assert next(results) in used
+            for number, raylet in nodes_of(uneven).items():
+                if number in used:
+                    raylet.kill()
+            *_, last = results
+            assert last in everywhere - used, "tasks do not wait for nodes that are gone"
 
 
 def test_trials_spread_over_nodes_without_gpus_and_the_workers_of_one_trial_stand_together(uneven, tmp_path):

@@ -10,7 +10,6 @@ from ray.autoscaler.sdk import request_resources
 from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, list_nodes
 from raytune_emotion.tuning.execution.placement import Placement, trials_on
-from raytune_emotion.tuning.execution.worker_nodes import label_selector
 
 #: Seconds between two checks of the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
@@ -82,7 +81,9 @@ class Capacity:
         resources = self._placement.resources
         times = f" {resources.workers} times" if resources.workers > 1 else ""
         asked = f"; its autoscaler was asked for room for {count(self._asked, 'trial')}" if self._asked else ""
-        return f"waiting for room on the cluster: a trial needs {resources.need}{times}{asked}"
+        has_gpus = any(node.resources.get("GPU") for node in (self._known or {}).values())
+        where = " on a node without GPUs" if resources.off_gpus and has_gpus else ""
+        return f"waiting for room on the cluster: a trial needs {resources.need}{where}{times}{asked}"
 
     def close(self) -> None:
         """Let the autoscaler remove the nodes that it added."""
@@ -94,7 +95,4 @@ class Capacity:
         if trials or self._asked:
             self._asked = trials
             resources = self._placement.resources
-            workers = resources.workers * trials
-            nodes = {number: node.resources for number, node in (self._known or {}).items()}
-            selector = label_selector(nodes, off_gpus=resources.off_gpus)
-            self._request(bundles=[dict(resources.per_worker)] * workers, bundle_label_selectors=[selector] * workers)
+            self._request(bundles=[dict(resources.per_worker)] * resources.workers * trials)

@@ -1,6 +1,7 @@
 """Map a function over the nodes of a Ray cluster."""
 
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,9 +11,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.tuning.execution.cluster_nodes import list_nodes
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
-from raytune_emotion.tuning.execution.placement import without_gpus
-from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
+from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
+from raytune_emotion.tuning.execution.worker_nodes import label_selector
 
 #: Number of submitted tasks per core that takes them, so that no core waits for the driver.
 _AHEAD = 2
@@ -20,13 +22,16 @@ _AHEAD = 2
 _TRIES = 4
 #: Longest wait for running tasks after an interruption, seconds.
 _END_S = 30.0
+#: Seconds between two checks whether the nodes of a task are still there.
+_LOOK_S = 5.0
 
 
 @contextlib.contextmanager
 def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    While a GPU is in use, tasks keep off nodes with GPUs, if there are others, so that no trial waits for its core. A
+    While a GPU is in use, tasks keep off nodes with GPUs, if there are others, so that no trial waits for its core. On
+    a cluster with an autoscaler they do not, because it would count the cores of these nodes as room for them. A
     task whose process or node dies is run again elsewhere. If the work is interrupted, submitted tasks end by
     themselves within half a minute, or with the session.
 
@@ -47,24 +52,42 @@ def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
         yield pmap
 
 
+@dataclasses.dataclass(frozen=True)
+class _Submitted:
+    """A task of the cluster."""
+
+    result: Any  # reference to it
+    task: Any
+    nodes: frozenset[str]  # ids of the nodes on which it may run; empty if it may run on all
+
+
 def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Any, None, None]:
-    ahead: deque[Any] = deque()
+    grows = has_autoscaler()
+    ahead: deque[_Submitted] = deque()
     try:
         for task in tasks:
             # Nodes join and leave meanwhile, and searches begin and end.
-            nodes = live_nodes()
-            others = without_gpus([*nodes.values()]) if _is_gpu_in_use(nodes) else []
-            selector = label_selector(nodes, off_gpus=bool(others))
-            ahead.append(_run.options(label_selector=selector).remote(function, task))
-            cores = sum(node.get("CPU", 0.0) for node in others or nodes.values())
+            nodes = _open_nodes()
+            free = {number: node for number, node in nodes.items() if node.get("CPU") and not node.get("GPU")}
+            if grows or not _is_gpu_in_use(nodes):
+                free = {}
+            selector = label_selector(nodes, off_gpus=bool(free))
+            result = _run.options(label_selector=selector).remote(function, task)
+            ahead.append(_Submitted(result, task, frozenset(free if selector else ())))
+            cores = sum(node.get("CPU", 0.0) for node in (free or nodes).values())
             if len(ahead) >= _AHEAD * max(1.0, cores):
-                yield _result(ahead.popleft())
+                yield _result(function, ahead.popleft())
         while ahead:
-            yield _result(ahead.popleft())
+            yield _result(function, ahead.popleft())
     finally:
         # Tasks are not cancelled: Ray aborts the whole process if a task ends at that moment.
         if ahead:
-            ray.wait([*ahead], num_returns=len(ahead), timeout=_END_S)
+            ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=_END_S)
+
+
+def _open_nodes() -> dict[str, dict[str, float]]:
+    """Return the resources of the nodes that take tasks, by their ids."""
+    return {number: node.resources for number, node in list_nodes().items() if not node.draining}
 
 
 def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
@@ -72,9 +95,15 @@ def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
     return free.get("GPU", 0.0) < sum(node.get("GPU", 0.0) for node in nodes.values())
 
 
-def _result(task: Any) -> Any:
+def _result(function: Callable[[Any], Any], submitted: _Submitted) -> Any:
+    result = submitted.result
+    while submitted.nodes and not ray.wait([result], timeout=_LOOK_S)[0]:
+        if submitted.nodes.isdisjoint(_open_nodes()):
+            # Ray would wait for another node without GPUs for ever.
+            result = _run.remote(function, submitted.task)
+            break
     try:
-        return ray.get(task)
+        return ray.get(result)
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:
