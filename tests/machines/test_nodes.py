@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 import ray
-from ray.util import remove_placement_group
+from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_emotion.tuning.execution.cluster import ray_session
@@ -191,3 +191,18 @@ def test_a_trial_of_several_workers_leaves_a_drained_node_before_it_dies(address
         wait_until(lambda: reports_of(tmp_path)["0000"] > before, seconds=300)
         process.terminate()
         assert process.wait(90) == 130, (tmp_path / "out").read_text()
+
+
+def test_a_training_of_several_workers_says_that_it_waits_for_room(no_cluster, folder, start, start_head):
+    address = start_head(cpus=2)
+    with ray_session(address):
+        held = placement_group([{"CPU": 2.0}])
+        ray.get(held.ready(), timeout=60)
+        model = ("--set", "model.backbone=test_resnet", "--epochs", 1)
+        running = start("train", "--data", "tiny", *model, "--results", "r", "--workers", 2, "--address", address)
+        line = next(line for line in running.process.stdout if line.startswith("waiting"))
+        assert line == "waiting for room on the cluster: a trial needs 1 CPU 2 times\n"
+        remove_placement_group(held)
+        code, out = running.ended(limit=180)
+    assert code == 0, out
+    assert "epoch  1.00" in out

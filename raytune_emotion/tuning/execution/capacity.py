@@ -13,6 +13,8 @@ from raytune_emotion.tuning.execution.placement import Placement, trials_on
 
 #: Seconds between two checks of the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
+#: Seconds without a running trial after which the user is told.
+_WAIT_S = 30.0
 
 
 class Capacity:
@@ -96,3 +98,19 @@ class Capacity:
             self._asked = trials
             resources = self._placement.resources
             self._request(bundles=[dict(resources.per_worker)] * resources.workers * trials)
+
+
+class Waiting:
+    """Tell the user that no trial has room: once, until a trial runs again."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._say = say
+        self._since: float | None = time.monotonic()
+
+    def look(self, *, runs: bool) -> None:
+        """Note whether a trial runs now."""
+        if runs:
+            self._since = time.monotonic()
+        elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
+            self._since = None
+            self._say()
