@@ -13,6 +13,7 @@ from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.execution.cluster_nodes import list_nodes
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
+from raytune_emotion.tuning.execution.placement import without_gpus
 from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
 from raytune_emotion.tuning.execution.worker_nodes import label_selector
 
@@ -68,12 +69,11 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
         for task in tasks:
             # Nodes join and leave meanwhile, and searches begin and end.
             nodes = _open_nodes()
-            free = {number: node for number, node in nodes.items() if node.get("CPU") and not node.get("GPU")}
-            if grows or not _is_gpu_in_use(nodes):
-                free = {}
+            keeps_off = not grows and _is_gpu_in_use(nodes)
+            free = {number: node for number, node in nodes.items() if keeps_off and without_gpus([node])}
             selector = label_selector(nodes, off_gpus=bool(free))
             result = _run.options(label_selector=selector).remote(function, task)
-            ahead.append(_Submitted(result, task, frozenset(free if selector else ())))
+            ahead.append(_Submitted(result, task, frozenset(free)))
             cores = sum(node.get("CPU", 0.0) for node in (free or nodes).values())
             if len(ahead) >= _AHEAD * max(1.0, cores):
                 yield _result(function, ahead.popleft())
