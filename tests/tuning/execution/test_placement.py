@@ -83,7 +83,7 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
         ([{"CPU": 3.0}], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}], None, {"CPU": 1.0, "GPU": 1.0}, 2),
-        ([{"CPU": 64.0, "GPU": 1.0}, {"CPU": 4.0}], 0.0, {"CPU": 1.0}, 2),
+        ([{"CPU": 64.0, "GPU": 1.0}, {"CPU": 4.0}], 0.0, {"CPU": 1.0}, 8),  # it counts the cores beside GPUs, too
     ],
 )
 def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(nodes, gpus, need, at_once):
