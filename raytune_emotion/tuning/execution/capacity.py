@@ -81,11 +81,12 @@ class Capacity:
     def shortage(self) -> str:
         """Return a sentence on the resources for which a trial waits."""
         resources = self._placement.resources
-        times = f" {resources.workers} times" if resources.workers > 1 else ""
+        workers = f"{resources.workers} workers with " if resources.workers > 1 else ""
+        each = " each" if resources.workers > 1 else ""
         asked = f"; its autoscaler was asked for room for {count(self._asked, 'trial')}" if self._asked else ""
         has_gpus = any(node.resources.get("GPU") for node in (self._known or {}).values())
         where = " on a node without GPUs" if resources.off_gpus and has_gpus else ""
-        return f"waiting for room on the cluster: a trial needs {resources.need}{where}{times}{asked}"
+        return f"waiting for room on the cluster for {workers}{resources.need}{each}{where}{asked}"
 
     def close(self) -> None:
         """Let the autoscaler remove the nodes that it added."""

@@ -1,6 +1,5 @@
 """Join or start a Ray cluster."""
 
-import atexit
 import contextlib
 import logging
 import os
@@ -17,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.interruption import check_interrupted, keep_handlers, run_in_thread
+from raytune_emotion.interruption import check_interrupted, keep_handlers, skip_exit_handlers
 from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.terminal import announce
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
@@ -48,9 +47,6 @@ _RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-
-#: Longest time to leave a cluster whose node does not answer, seconds.
-_LEAVE_S = 10.0
 
 _TOKEN_NEEDED = (
     "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token "
@@ -174,19 +170,11 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _leave(watch: ClusterWatch) -> None:
-    """Leave the cluster."""
-    if watch.is_own or not watch.failure():
+    """Leave the cluster, unless it is one of others whose node is frozen: Ray would wait for that for minutes."""
+    if watch.is_own or not watch.is_frozen():
         _shut_down()
-        return
-    # Ray takes leave of its node, for which it waits minutes if the node is frozen; and again when this process ends.
-    if not run_in_thread("leave-cluster", ray.shutdown).wait(_LEAVE_S):
-        atexit.register(_end_without_ray)
-
-
-def _end_without_ray() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    else:
+        skip_exit_handlers()  # one of them is Ray's, which would wait, too
 
 
 def _shut_down() -> None:

@@ -15,7 +15,7 @@ from raytune_emotion.tuning.execution.cluster_nodes import list_nodes
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
 from raytune_emotion.tuning.execution.placement import without_gpus
 from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
-from raytune_emotion.tuning.execution.worker_nodes import label_selector
+from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
 
 #: Number of submitted tasks per core that takes them, so that no core waits for the driver.
 _AHEAD = 2
@@ -59,7 +59,7 @@ class _Submitted:
 
     result: Any  # reference to it
     task: Any
-    nodes: frozenset[str]  # ids of the nodes on which it may run; empty if it may run on all
+    off: frozenset[str]  # ids of the nodes that it keeps off
 
 
 def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Any, None, None]:
@@ -68,26 +68,20 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
     try:
         for task in tasks:
             # Nodes join and leave meanwhile, and searches begin and end.
-            nodes = _open_nodes()
-            keeps_off = not grows and _is_gpu_in_use(nodes)
-            free = {number: node for number, node in nodes.items() if keeps_off and without_gpus([node])}
-            selector = label_selector(nodes, off_gpus=bool(free))
-            result = _run.options(label_selector=selector).remote(function, task)
-            ahead.append(_Submitted(result, task, frozenset(free)))
-            cores = sum(node.get("CPU", 0.0) for node in (free or nodes).values())
+            nodes = {number: node.resources for number, node in list_nodes().items() if not node.draining}
+            others = without_gpus([*nodes.values()]) if not grows and _is_gpu_in_use(nodes) else []
+            off = frozenset(number for number, node in nodes.items() if others and node.get("GPU"))
+            selector = label_selector(nodes, off_gpus=bool(others))
+            ahead.append(_Submitted(_run.options(label_selector=selector).remote(function, task), task, off))
+            cores = sum(node.get("CPU", 0.0) for node in others or nodes.values())
             if len(ahead) >= _AHEAD * max(1.0, cores):
-                yield _result(function, ahead.popleft())
+                yield _result(function, ahead)
         while ahead:
-            yield _result(function, ahead.popleft())
+            yield _result(function, ahead)
     finally:
         # Tasks are not cancelled: Ray aborts the whole process if a task ends at that moment.
         if ahead:
             ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=_END_S)
-
-
-def _open_nodes() -> dict[str, dict[str, float]]:
-    """Return the resources of the nodes that take tasks, by their ids."""
-    return {number: node.resources for number, node in list_nodes().items() if not node.draining}
 
 
 def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
@@ -95,15 +89,18 @@ def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
     return free.get("GPU", 0.0) < sum(node.get("GPU", 0.0) for node in nodes.values())
 
 
-def _result(function: Callable[[Any], Any], submitted: _Submitted) -> Any:
-    result = submitted.result
-    while submitted.nodes and not ray.wait([result], timeout=_LOOK_S)[0]:
-        if submitted.nodes.isdisjoint(_open_nodes()):
-            # Ray would wait for another node without GPUs for ever.
-            result = _run.remote(function, submitted.task)
-            break
+def _result(function: Callable[[Any], Any], ahead: deque[_Submitted]) -> Any:
+    """Remove the first task, and return its result."""
+    while ahead[0].off and not ray.wait([ahead[0].result], timeout=_LOOK_S)[0]:
+        cores = {number for number, node in live_nodes().items() if node.get("CPU")}
+        if cores <= ahead[0].off:
+            # Ray would wait for another node for ever. Tasks that have ended are not run again.
+            _, waiting = ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=0)
+            for place, each in enumerate(ahead):
+                if each.result in waiting:
+                    ahead[place] = _Submitted(_run.remote(function, each.task), each.task, frozenset())
     try:
-        return ray.get(result)
+        return ray.get(ahead.popleft().result)
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:

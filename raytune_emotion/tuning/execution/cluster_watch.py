@@ -86,13 +86,17 @@ class ClusterWatch:
                 self._look_for_workers(workers)
         return self._failure
 
+    def is_frozen(self) -> bool:
+        """Tell whether a process of the cluster is stopped now, so that Ray could not leave the cluster in order."""
+        return any(map(_is_stopped, self._pids))
+
     def close(self) -> None:
         """End the watch, and kill the remaining processes of a dead cluster, which cannot be left in order."""
         self._end.set()
         # The thread must not be inside Ray when this process leaves Ray, which would crash.
         while not self._ended.wait(_LOOK_S) and not self.failure():
             pass
-        if self.failure():
+        if self.failure() or self.is_frozen():
             for process in self._processes.values():
                 process.kill()
             self._ended.wait(_EVERY_S)

@@ -28,7 +28,7 @@ class Placement:
     def __str__(self) -> str:
         cpus = self.resources.cpus_per_worker
         share = f", each on {cpus:g} core" if cpus < 1 and not self.resources.gpus_per_worker else ""
-        off = f", off {count(self.nodes_off, 'node')} with GPUs" if self.nodes_off else ""
+        off = f", keeping off {count(self.nodes_off, 'node')} with GPUs" if self.nodes_off else ""
         more = f", more as its autoscaler adds nodes with {self.resources.need} for each worker" if self.grows else ""
         return f"{self.concurrency} at once{share}{off}{more}"
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.interruption import finish_block
+from raytune_emotion.interruption import check_interrupted, finish_block
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_files import CONFIG
@@ -127,18 +127,22 @@ def _train_on_cluster(
 
     with ray_session(workers.address) as cluster:
         place = fit_to_cluster(workers=workers.count, gpus_per_worker=workers.gpus_per_worker, concurrency=1)
-        room = Capacity(place, lambda: 1, warn)
-        waiting = Waiting(lambda: warn(room.shortage()))
 
-        def look() -> None:
-            room()
-            waiting.look(runs=not count_waiting_groups())
+        def train(job: Job) -> Generator[Report, None, None]:
+            with contextlib.closing(Capacity(place, lambda: 1, warn)) as room:
+                waiting = Waiting(lambda: warn(room.shortage()))
+
+                def look() -> None:
+                    check_interrupted()
+                    room()
+                    waiting.look(runs=not count_waiting_groups())
+
+                yield from train_together(job, look)
 
         def together(job: Job) -> Iterator[Report]:
-            return iterate_watched(train_together(job, look), cluster)
+            return iterate_watched(train(job), cluster)
 
-        with contextlib.closing(room):
-            _train(console, run, config, store, place.resources, together, fresh=fresh)
+        _train(console, run, config, store, place.resources, together, fresh=fresh)
 
 
 def _train(

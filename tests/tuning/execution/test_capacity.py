@@ -58,7 +58,7 @@ def test_trials_that_keep_off_gpus_do_not_count_nodes_with_gpus():
     seen.append(cluster.after(60, room))
     del cluster.nodes[0]
     assert [*seen, cluster.after(60, room)] == [2, 2, 0]
-    assert room.shortage() == "waiting for room on the cluster: a trial needs 2 CPU on a node without GPUs"
+    assert room.shortage() == "waiting for room on the cluster for 2 CPU on a node without GPUs"
 
 
 def test_a_drained_node_takes_nothing_and_what_comes_and_goes_is_said_once():
@@ -87,7 +87,7 @@ def test_an_autoscaler_is_asked_for_what_the_study_can_use_until_it_ends():
     room = cluster.room(limit=4, grows=True, workers=2, wanted=lambda: left[0])
     assert room() == 0
     assert room.shortage() == (
-        "waiting for room on the cluster: a trial needs 2 CPU 2 times; its autoscaler was asked for room for 4 trials"
+        "waiting for room on the cluster for 2 workers with 2 CPU each; its autoscaler was asked for room for 4 trials"
     )
     for left[0] in (3, 1, 0, 0):
         cluster.after(60, room)

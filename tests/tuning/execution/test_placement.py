@@ -143,7 +143,7 @@ def test_trials_on_cores_keep_off_nodes_with_gpus_if_there_are_others():
     nodes = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0}, {"CPU": 0.0}]
     found = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
     assert (found.resources, found.concurrency) == (Resources(1, 2.0, 0.0, off_gpus=True), 2)
-    assert str(found) == "2 at once, off 1 node with GPUs"
+    assert str(found) == "2 at once, keeping off 1 node with GPUs"
     # An autoscaler would count the cores beside the GPUs as room, and start no other node.
     grown = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=None, grows=True)
     assert (grown.resources, grown.concurrency) == (Resources(1, 1.0, 0.0), 68)
