@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raytune_emotion.errors import Breakdown, Incomplete, UserError, suggest, suggest_or_list
-from raytune_emotion.interruption import handle_signals
+from raytune_emotion.interruption import end_without_handlers, handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import any_encoding, open_missing_streams, typed_command, warn
@@ -188,4 +188,6 @@ def command_main(verb: str, argv: list[str] | None = None) -> int:
     open_missing_streams()
     # This covers everything: imports take seconds, and a signal may come while the last messages are written.
     with handle_signals():
-        return run_guarded(action)
+        code = run_guarded(action)
+        end_without_handlers(code)
+        return code

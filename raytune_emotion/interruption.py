@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,25 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     with contextlib.suppress(OSError):  # the terminal may have closed
         os.write(2, b"interrupted\n")
     os._exit(130)
+
+
+def skip_exit_handlers() -> None:
+    """Let `end_without_handlers` end this process: an exit handler of a library would block it."""
+    global _skips_handlers
+    _skips_handlers = True
+
+
+#: Whether the exit handlers are skipped.
+_skips_handlers = False
+
+
+def end_without_handlers(code: int) -> None:
+    """End this process with an exit code at once, if its exit handlers are to be skipped."""
+    if _skips_handlers:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # its file may be closed, or its disk full
+                stream.flush()
+        os._exit(code)
 
 
 def _leave_terminal() -> None:

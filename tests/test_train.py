@@ -392,7 +392,7 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(traine
     closed = []
 
     class RefusingWorkers:
-        def __init__(self, first):
+        def __init__(self, first, while_waiting):
             assert first.resources.workers == 2
 
         def train(self, job):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import raytune_emotion
+from tests.machines.nodes import nodes_of
 from tests.machines.running import assert_whole
 
 pytestmark = pytest.mark.timeout(500)
@@ -38,6 +39,18 @@ def test_a_search_ends_when_a_part_of_ray_dies_or_freezes(folder, search, part, 
     assert code == 1
     assert f"error: {told}" in out
     assert "the study can be resumed: " in out
+    assert_whole(folder / "r" / "s", out)
+
+
+def test_a_search_ends_when_the_raylet_of_a_joined_cluster_freezes(folder, search, start_head):
+    """Ray itself takes more than a minute to notice."""
+    address = start_head(cpus=2)
+    running = search("--address", address)
+    raylet, *_ = nodes_of(address).values()
+    raylet.send_signal(signal.SIGSTOP)
+    code, out = running.ended()
+    assert code == 1
+    assert "error: Ray's node process (raylet) was stopped for 20 s" in out
     assert_whole(folder / "r" / "s", out)
 
 

@@ -5,12 +5,13 @@ Not part of `make test`; run it by `.venv/bin/python -m pytest tests/machines/te
 
 import contextlib
 import subprocess
+import time
 
 import pandas as pd
 import psutil
 import pytest
 import ray
-from ray.util import remove_placement_group
+from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytune_emotion.tuning.execution.cluster import ray_session
@@ -142,9 +143,22 @@ def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_o
             assert used == {number for number, node in live_nodes().items() if node.get("CPU") == 2}
             for group in groups:
                 remove_placement_group(group)
-            wait_until(lambda: ray.available_resources()["GPU"] == 3, seconds=30)
+            wait_until(lambda: ray.available_resources().get("GPU") == 3, seconds=30)
             everywhere = {*pmap(node_of, range(64))}
-        assert everywhere > used
+            assert everywhere > used
+
+            def slow_node_of(task):
+                time.sleep(2)
+                return node_of(task)
+
+            begin()
+            raylets = nodes_of(uneven)
+            results = pmap(slow_node_of, range(20))
+            assert next(results) in used
+            for number in used:
+                raylets[number].kill()
+            *_, last = results
+            assert last in everywhere - used, "tasks do not wait for nodes that are gone"
 
 
 def test_trials_spread_over_nodes_without_gpus_and_the_workers_of_one_trial_stand_together(uneven, tmp_path):
@@ -177,3 +191,18 @@ def test_a_trial_of_several_workers_leaves_a_drained_node_before_it_dies(address
         wait_until(lambda: reports_of(tmp_path)["0000"] > before, seconds=300)
         process.terminate()
         assert process.wait(90) == 130, (tmp_path / "out").read_text()
+
+
+def test_a_training_of_several_workers_says_that_it_waits_for_room(no_cluster, folder, start, start_head):
+    address = start_head(cpus=2)
+    with ray_session(address):
+        held = placement_group([{"CPU": 2.0}])
+        ray.get(held.ready(), timeout=60)
+        model = ("--set", "model.backbone=test_resnet", "--epochs", 1)
+        running = start("train", "--data", "tiny", *model, "--results", "r", "--workers", 2, "--address", address)
+        line = next(line for line in running.process.stdout if line.startswith("waiting"))
+        assert line == "waiting for room on the cluster for 2 workers with 1 CPU each\n"
+        remove_placement_group(held)
+        code, out = running.ended(limit=180)
+    assert code == 0, out
+    assert "epoch  1.00" in out

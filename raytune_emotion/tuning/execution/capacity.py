@@ -10,10 +10,11 @@ from ray.autoscaler.sdk import request_resources
 from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, list_nodes
 from raytune_emotion.tuning.execution.placement import Placement, trials_on
-from raytune_emotion.tuning.execution.worker_nodes import label_selector
 
 #: Seconds between two checks of the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
+#: Seconds without a running trial after which the user is told.
+_WAIT_S = 30.0
 
 
 class Capacity:
@@ -80,9 +81,12 @@ class Capacity:
     def shortage(self) -> str:
         """Return a sentence on the resources for which a trial waits."""
         resources = self._placement.resources
-        times = f" {resources.workers} times" if resources.workers > 1 else ""
+        workers = f"{resources.workers} workers with " if resources.workers > 1 else ""
+        each = " each" if resources.workers > 1 else ""
         asked = f"; its autoscaler was asked for room for {count(self._asked, 'trial')}" if self._asked else ""
-        return f"waiting for room on the cluster: a trial needs {resources.need}{times}{asked}"
+        has_gpus = any(node.resources.get("GPU") for node in (self._known or {}).values())
+        where = " on a node without GPUs" if resources.off_gpus and has_gpus else ""
+        return f"waiting for room on the cluster for {workers}{resources.need}{each}{where}{asked}"
 
     def close(self) -> None:
         """Let the autoscaler remove the nodes that it added."""
@@ -94,7 +98,20 @@ class Capacity:
         if trials or self._asked:
             self._asked = trials
             resources = self._placement.resources
-            workers = resources.workers * trials
-            nodes = {number: node.resources for number, node in (self._known or {}).items()}
-            selector = label_selector(nodes, off_gpus=resources.off_gpus)
-            self._request(bundles=[dict(resources.per_worker)] * workers, bundle_label_selectors=[selector] * workers)
+            self._request(bundles=[dict(resources.per_worker)] * resources.workers * trials)
+
+
+class Waiting:
+    """Tell the user that no trial has room: once, until a trial runs again."""
+
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._say = say
+        self._since: float | None = time.monotonic()
+
+    def look(self, *, runs: bool) -> None:
+        """Note whether a trial runs now."""
+        if runs:
+            self._since = time.monotonic()
+        elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
+            self._since = None
+            self._say()

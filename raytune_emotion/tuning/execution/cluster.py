@@ -16,10 +16,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.interruption import check_interrupted, keep_handlers
+from raytune_emotion.interruption import check_interrupted, keep_handlers, skip_exit_handlers
 from raytune_emotion.known_errors import first_line, known_error
 from raytune_emotion.terminal import announce
-from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, watch_cluster
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
 from raytune_emotion.tuning.execution.local_ray import local_ray, low_limits
 from raytune_emotion.tuning.execution.placement import local_node
 from raytune_emotion.tuning.execution.ray_patches import (
@@ -100,15 +100,19 @@ def ray_session(
         forget_token()
         stack.enter_context(quiet_errors())
         stack.enter_context(no_start_by_itself())
-        stack.callback(_shut_down)
         try:
             with keep_handlers(), no_signal_handlers(), own_process_session(arguments.get("_temp_dir")):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
             check_interrupted()
-        except Exception as error:
+            watch = ClusterWatch(own=address is None)
+        except BaseException as error:
             _shut_down()
-            raise _start_failure(address, error) from error
-        yield stack.enter_context(watch_cluster(own=address is None))
+            if isinstance(error, Exception):
+                raise _start_failure(address, error) from error
+            raise
+        stack.callback(_leave, watch)
+        stack.callback(watch.close)
+        yield watch
 
 
 @contextlib.contextmanager
@@ -163,6 +167,14 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _leave(watch: ClusterWatch) -> None:
+    """Leave the cluster, unless it is one of others whose node is frozen: Ray would wait for that for minutes."""
+    if watch.is_own or not watch.is_frozen():
+        _shut_down()
+    else:
+        skip_exit_handlers()  # one of them is Ray's, which would wait, too
 
 
 def _shut_down() -> None:

@@ -1,6 +1,7 @@
 """Map a function over the nodes of a Ray cluster."""
 
 import contextlib
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
@@ -10,8 +11,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.tuning.execution.cluster_nodes import list_nodes
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
 from raytune_emotion.tuning.execution.placement import without_gpus
+from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
 from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
 
 #: Number of submitted tasks per core that takes them, so that no core waits for the driver.
@@ -20,13 +23,16 @@ _AHEAD = 2
 _TRIES = 4
 #: Longest wait for running tasks after an interruption, seconds.
 _END_S = 30.0
+#: Seconds between two checks whether the nodes of a task are still there.
+_LOOK_S = 5.0
 
 
 @contextlib.contextmanager
 def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
     """Provide a `map` over the cores of the cluster that this process has joined. It keeps the order.
 
-    While a GPU is in use, tasks keep off nodes with GPUs, if there are others, so that no trial waits for its core. A
+    While a GPU is in use, tasks keep off nodes with GPUs, if there are others, so that no trial waits for its core. On
+    a cluster with an autoscaler they do not, because it would count the cores of these nodes as room for them. A
     task whose process or node dies is run again elsewhere. If the work is interrupted, submitted tasks end by
     themselves within half a minute, or with the session.
 
@@ -47,24 +53,35 @@ def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
         yield pmap
 
 
+@dataclasses.dataclass(frozen=True)
+class _Submitted:
+    """A task of the cluster."""
+
+    result: Any  # reference to it
+    task: Any
+    off: frozenset[str]  # ids of the nodes that it keeps off
+
+
 def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Any, None, None]:
-    ahead: deque[Any] = deque()
+    grows = has_autoscaler()
+    ahead: deque[_Submitted] = deque()
     try:
         for task in tasks:
             # Nodes join and leave meanwhile, and searches begin and end.
-            nodes = live_nodes()
-            others = without_gpus([*nodes.values()]) if _is_gpu_in_use(nodes) else []
+            nodes = {number: node.resources for number, node in list_nodes().items() if not node.draining}
+            others = without_gpus([*nodes.values()]) if not grows and _is_gpu_in_use(nodes) else []
+            off = frozenset(number for number, node in nodes.items() if others and node.get("GPU"))
             selector = label_selector(nodes, off_gpus=bool(others))
-            ahead.append(_run.options(label_selector=selector).remote(function, task))
+            ahead.append(_Submitted(_run.options(label_selector=selector).remote(function, task), task, off))
             cores = sum(node.get("CPU", 0.0) for node in others or nodes.values())
             if len(ahead) >= _AHEAD * max(1.0, cores):
-                yield _result(ahead.popleft())
+                yield _result(function, ahead)
         while ahead:
-            yield _result(ahead.popleft())
+            yield _result(function, ahead)
     finally:
         # Tasks are not cancelled: Ray aborts the whole process if a task ends at that moment.
         if ahead:
-            ray.wait([*ahead], num_returns=len(ahead), timeout=_END_S)
+            ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=_END_S)
 
 
 def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
@@ -72,9 +89,18 @@ def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
     return free.get("GPU", 0.0) < sum(node.get("GPU", 0.0) for node in nodes.values())
 
 
-def _result(task: Any) -> Any:
+def _result(function: Callable[[Any], Any], ahead: deque[_Submitted]) -> Any:
+    """Remove the first task, and return its result."""
+    while ahead[0].off and not ray.wait([ahead[0].result], timeout=_LOOK_S)[0]:
+        cores = {number for number, node in live_nodes().items() if node.get("CPU")}
+        if cores <= ahead[0].off:
+            # Ray would wait for another node for ever. Tasks that have ended are not run again.
+            _, waiting = ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=0)
+            for place, each in enumerate(ahead):
+                if each.result in waiting:
+                    ahead[place] = _Submitted(_run.remote(function, each.task), each.task, frozenset())
     try:
-        return ray.get(task)
+        return ray.get(ahead.popleft().result)
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:

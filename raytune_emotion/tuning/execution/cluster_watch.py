@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import ray
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.terminal import warn
-from raytune_emotion.tuning.execution.ray_patches import own_processes
+from raytune_emotion.tuning.execution.ray_patches import own_processes, raylet_pid
 
 #: Seconds between two questions to the head, and between two checks of the processes.
 _EVERY_S = 3.0
@@ -47,10 +47,15 @@ class ClusterWatch:
         """Begin to watch.
 
         Args:
-            own: whether this process has started the cluster, and can see its processes.
+            own: whether this process has started the cluster.
         """
+        self.is_own = own
         self._processes = own_processes() if own else {}
         self._vital = {name: process for name, process in self._processes.items() if name in _NAMES}
+        # Of a joined cluster, only the raylet of this machine is known. Its workers may belong to others.
+        self._pids = {process.pid: name for name, process in self._vital.items()}
+        if not own and (pid := raylet_pid()) is not None:
+            self._pids[pid] = "raylet"
         self._node = ray.get_runtime_context().get_node_id()
         self._answered = time.monotonic()
         self._failure = ""
@@ -73,11 +78,17 @@ class ClusterWatch:
                 self._failure = f"{_NAMES[name]} has ended (code {process.returncode})"
         if not self._failure and now - self._answered > _SILENCE_S:
             self._failure = f"Ray's head has not answered for {_SILENCE_S:.0f} s"
-        if not self._failure and "raylet" in self._vital and now - self._looked > _EVERY_S:
+        if not self._failure and self._pids and now - self._looked > _EVERY_S:
             self._looked = now
-            self._look_for_frozen()
-            self._look_for_workers()
+            workers = list(filter(_is_worker, _children(self._vital["raylet"].pid))) if self._vital else []
+            self._look_for_frozen(workers)
+            if self._vital:
+                self._look_for_workers(workers)
         return self._failure
+
+    def is_frozen(self) -> bool:
+        """Tell whether a process of the cluster is stopped now, so that Ray could not leave the cluster in order."""
+        return any(map(_is_stopped, self._pids))
 
     def close(self) -> None:
         """End the watch, and kill the remaining processes of a dead cluster, which cannot be left in order."""
@@ -85,7 +96,7 @@ class ClusterWatch:
         # The thread must not be inside Ray when this process leaves Ray, which would crash.
         while not self._ended.wait(_LOOK_S) and not self.failure():
             pass
-        if self.failure():
+        if self.failure() or self.is_frozen():
             for process in self._processes.values():
                 process.kill()
             self._ended.wait(_EVERY_S)
@@ -98,24 +109,22 @@ class ClusterWatch:
                     self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
                 self._answered = time.monotonic()
 
-    def _look_for_workers(self) -> None:
+    def _look_for_workers(self, workers: list[int]) -> None:
         """Give up a cluster that starts no worker processes, for example because the system refuses them."""
-        if any(_age_s(pid) > _EVERY_S for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)):
+        if any(_age_s(pid) > _EVERY_S for pid in workers):
             self._worker_seen = self._looked
         elif not self._failure and self._looked - self._worker_seen > _NO_WORKER_S and Path("/proc").is_dir():
             self._failure = f"Ray has started no worker process for {_NO_WORKER_S:.0f} s; the reason is in its logs"
 
-    def _look_for_frozen(self) -> None:
+    def _look_for_frozen(self, workers: list[int]) -> None:
         """Give up a cluster whose own processes were stopped, and kill stopped processes of trials."""
-        vital = {process.pid: name for name, process in self._vital.items()}
-        workers = [pid for pid in _children(self._vital["raylet"].pid) if _is_worker(pid)]
-        stopped = [pid for pid in (*vital, *workers) if _is_stopped(pid)]
+        stopped = [pid for pid in (*self._pids, *workers) if _is_stopped(pid)]
         self._frozen_since = {pid: self._frozen_since.get(pid, self._looked) for pid in stopped}
         for pid, since in self._frozen_since.items():
             if self._looked - since < _FROZEN_S:
                 continue
-            if pid in vital:
-                self._failure = f"{_NAMES[vital[pid]]} was stopped for {_FROZEN_S:.0f} s"
+            if pid in self._pids:
+                self._failure = f"{_NAMES[self._pids[pid]]} was stopped for {_FROZEN_S:.0f} s"
             else:
                 warn(f"process {pid} of a trial was stopped for {_FROZEN_S:.0f} s: it is killed, the trial continues")
                 with contextlib.suppress(ProcessLookupError):
@@ -177,16 +186,6 @@ def iterate_watched(
     finally:
         stop.set()
         ended.wait(0.0 if watch.failure() else end_s)
-
-
-@contextlib.contextmanager
-def watch_cluster(*, own: bool) -> Iterator[ClusterWatch]:
-    """Watch the joined cluster until the block ends."""
-    watch = ClusterWatch(own=own)
-    try:
-        yield watch
-    finally:
-        watch.close()
 
 
 def _children(pid: int) -> list[int]:

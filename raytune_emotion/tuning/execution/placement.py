@@ -23,12 +23,14 @@ class Placement:
     concurrency: int  # trials at once on the nodes at the time of the fit
     limit: int | None = None  # largest number of trials at once, even if nodes join
     grows: bool = False  # whether the cluster has an autoscaler
+    nodes_off: int = 0  # nodes that trials keep off, because they have GPUs
 
     def __str__(self) -> str:
         cpus = self.resources.cpus_per_worker
         share = f", each on {cpus:g} core" if cpus < 1 and not self.resources.gpus_per_worker else ""
+        off = f", keeping off {count(self.nodes_off, 'node')} with GPUs" if self.nodes_off else ""
         more = f", more as its autoscaler adds nodes with {self.resources.need} for each worker" if self.grows else ""
-        return f"{self.concurrency} at once{share}{more}"
+        return f"{self.concurrency} at once{share}{off}{more}"
 
 
 def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | None, fp16: bool = False) -> Placement:
@@ -85,7 +87,7 @@ def fit(
 
     With a GPU, a trial's worker reserves one core for each GPU; it uses more of its node, see `Resources.on_node`.
     Without GPUs, it gets one core, or more if fewer trials run at once than there are cores. It keeps off nodes with
-    GPUs, if there are others.
+    GPUs, if there are others and no autoscaler, which would count their cores as room for it.
 
     Args:
         nodes: resources of the nodes.
@@ -123,7 +125,7 @@ def fit(
             f"{where} has no core to train on: {count(len(nodes), 'node')} with 0 CPU, and no autoscaler; start its "
             f"worker nodes"
         )
-    free = [] if gpu else without_gpus(nodes)
+    free = [] if gpu or grows else without_gpus(nodes)
     cpu = _cores_per_worker(free or nodes, gpu, workers=workers, concurrency=concurrency, grows=grows)
     resources = Resources(workers, cpu, gpu, off_gpus=bool(free))
     fitting = trials_on(nodes, resources)
@@ -134,7 +136,8 @@ def fit(
             f"{_describe(free or nodes)}{' without GPUs' if free and gpus else ''}, room for "
             f"{count(workers_on(nodes, resources), 'such worker')}; {advice}"
         )
-    return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows)
+    nodes_off = sum(bool(node.get("GPU")) for node in nodes) if free else 0
+    return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows, nodes_off)
 
 
 def _describe(nodes: Nodes) -> str:

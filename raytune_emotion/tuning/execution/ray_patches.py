@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import socket
+import struct
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -202,6 +204,20 @@ def own_processes() -> dict[str, "subprocess.Popen[bytes]"]:
     node = ray._private.worker._global_node
     every: dict[str, list[Any]] = {} if node is None else node.all_processes
     return {name: each.process for name, some in every.items() for each in some}
+
+
+def raylet_pid() -> int | None:
+    """Return the process id of the raylet to which this process is connected; None if the system does not tell it."""
+    node = ray._private.worker._global_node
+    if node is None or not hasattr(socket, "SO_PEERCRED"):
+        return None
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_ANSWER_S)
+        connection.connect(node.raylet_socket_name)
+        # The credentials are those of the listening process: unix(7). The id is 0 if it is in another container.
+        pid: int = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        return pid or None
+    return None
 
 
 def free_abandoned_groups() -> None:

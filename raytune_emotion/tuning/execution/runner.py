@@ -20,7 +20,7 @@ from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.terminal import short_path, warn
-from raytune_emotion.tuning.execution.capacity import Capacity
+from raytune_emotion.tuning.execution.capacity import Capacity, Waiting
 from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from raytune_emotion.tuning.execution.job import job_of
@@ -30,7 +30,7 @@ from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, pa
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search
 from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
 from raytune_emotion.tuning.study.open_study import OpenStudy
 

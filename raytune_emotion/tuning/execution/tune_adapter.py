@@ -11,7 +11,7 @@ from ray.tune.experiment import Experiment, Trial
 from ray.tune.search import SearchAlgorithm
 
 from raytune_emotion.learn.report import DriverReport
-from raytune_emotion.tuning.execution.capacity import Capacity
+from raytune_emotion.tuning.execution.capacity import Capacity, Waiting
 from raytune_emotion.tuning.execution.job import Job, with_smaller_micro_batches
 from raytune_emotion.tuning.execution.ray_tune_patches import (
     LOW_MEMORY,
@@ -27,26 +27,8 @@ from raytune_emotion.tuning.study.optuna_study import Proposal
 
 #: Separator of a trial's id and the number of its stretch. For Ray Tune, a resumed trial is a new one.
 _STRETCH = "."
-#: Seconds without a running trial after which the user is told.
-_WAIT_S = 30.0
 #: Seconds between two checks whether the workers of trials have places.
 _COUNT_S = 5.0
-
-
-class Waiting:
-    """Tell the user that no trial has room: once, until a trial runs again."""
-
-    def __init__(self, say: Callable[[], None]) -> None:
-        self._say = say
-        self._since: float | None = time.monotonic()
-
-    def look(self, *, runs: bool) -> None:
-        """Note whether a trial runs now."""
-        if runs:
-            self._since = time.monotonic()
-        elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
-            self._since = None
-            self._say()
 
 
 class Search(SearchAlgorithm):

@@ -58,7 +58,14 @@ _ERRORS = {error.__name__: error for error in (TrialFailed, InvalidForRun, OutOf
 class Workers:
     """The workers of one driver: `train` runs a trial on them, `close` ends them."""
 
-    def __init__(self, first: Job) -> None:
+    def __init__(self, first: Job, while_waiting: Callable[[], None] = lambda: None) -> None:
+        """Start the workers for a first job.
+
+        Args:
+            first: the job.
+            while_waiting: called continually while the cluster has no room for the workers.
+        """
+        self._while_waiting = while_waiting
         self._orders = Queue(actor_options={"num_cpus": 0})
         self._messages = Queue(actor_options={"num_cpus": 0})
         self._scratch = Path(first.folder) / "ray_train"
@@ -147,6 +154,7 @@ class Workers:
                     raise RuntimeError("the workers have ended by themselves") from None
                 if not self._placement_group:
                     free_abandoned_groups()
+                    self._while_waiting()
                 continue
             if kind == _FAILED:
                 name, arguments = content
@@ -184,8 +192,15 @@ def run_in_background(action: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Report, None, None]:
+def train_together(
+    job: Job, while_waiting: Callable[[], None] = lambda: None, *, max_failures: int = MAX_FAILURES
+) -> Generator[Report, None, None]:
     """Train one job on new workers. If a worker dies, continue from the last checkpoint.
+
+    Args:
+        job: the job.
+        while_waiting: called continually while the cluster has no room for the workers.
+        max_failures: number of deaths without a new report that are tolerated.
 
     Raises:
         TrialFailed: another attempt would fail too.
@@ -193,7 +208,7 @@ def train_together(job: Job, max_failures: int = MAX_FAILURES) -> Generator[Repo
     """
     failures = newest = 0
     while True:
-        workers = Workers(job)
+        workers = Workers(job, while_waiting)
         try:
             with contextlib.closing(workers.train(job)) as reports:
                 for report in reports:

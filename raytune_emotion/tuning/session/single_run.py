@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.interruption import finish_block
+from raytune_emotion.interruption import check_interrupted, finish_block
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_files import CONFIG
@@ -22,7 +22,7 @@ from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.storage.locations import Location, parent_of
 from raytune_emotion.storage.remote import outlast_outages
-from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options
+from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options, warn
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
@@ -121,13 +121,26 @@ def _train_on_cluster(
     console: Console, workers: Workers, run: Location, config: RunConfig, store: str, *, fresh: bool
 ) -> None:
     # Imported only if needed, because Ray Train takes a second and 100 MB.
+    from raytune_emotion.tuning.execution.capacity import Capacity, Waiting
+    from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups
     from raytune_emotion.tuning.execution.worker_group import train_together
 
     with ray_session(workers.address) as cluster:
         place = fit_to_cluster(workers=workers.count, gpus_per_worker=workers.gpus_per_worker, concurrency=1)
 
+        def train(job: Job) -> Generator[Report, None, None]:
+            with contextlib.closing(Capacity(place, lambda: 1, warn)) as room:
+                waiting = Waiting(lambda: warn(room.shortage()))
+
+                def look() -> None:
+                    check_interrupted()
+                    room()
+                    waiting.look(runs=not count_waiting_groups())
+
+                yield from train_together(job, look)
+
         def together(job: Job) -> Iterator[Report]:
-            return iterate_watched(train_together(job), cluster)
+            return iterate_watched(train(job), cluster)
 
         _train(console, run, config, store, place.resources, together, fresh=fresh)
 

@@ -12,7 +12,7 @@ class Cluster:
     """A cluster with a clock, which writes down what its autoscaler is asked for."""
 
     def __init__(self, *nodes):
-        self.nodes, self.now, self.asked, self.said, self.selectors = [*nodes], 0.0, [], [], []
+        self.nodes, self.now, self.asked, self.said = [*nodes], 0.0, [], []
 
     def room(self, *, limit=None, grows=False, workers=1, off_gpus=False, wanted=lambda: 100):
         return Capacity(
@@ -24,10 +24,8 @@ class Cluster:
             clock=lambda: self.now,
         )
 
-    def request(self, bundles, bundle_label_selectors):
-        assert len(bundle_label_selectors) == len(bundles)
+    def request(self, bundles):
         self.asked.append(bundles)
-        self.selectors = bundle_label_selectors
 
     def after(self, seconds, room):
         self.now += seconds
@@ -52,17 +50,15 @@ def test_workers_of_a_trial_may_be_on_several_nodes():
     assert Cluster(*(ClusterNode(name, {"CPU": 3.0}) for name in "abc")).room(workers=2)() == 1
 
 
-def test_trials_on_cores_do_not_count_nodes_with_gpus_nor_what_an_autoscaler_has_there():
+def test_trials_that_keep_off_gpus_do_not_count_nodes_with_gpus():
     cluster = Cluster(ClusterNode("a", {"CPU": 4.0}))
-    room = cluster.room(grows=True, off_gpus=True, wanted=lambda: 2)
+    room = cluster.room(off_gpus=True)
     seen = [room()]
-    assert cluster.selectors == [{}, {}]
-    for name in "bc":
-        cluster.nodes.append(ClusterNode(name, {"CPU": 8.0, "GPU": 1.0}))
+    cluster.nodes.append(ClusterNode("b", {"CPU": 8.0, "GPU": 1.0}))
     seen.append(cluster.after(60, room))
-    assert cluster.selectors == [{"ray.io/node-id": "!in(b,c)"}] * 2
     del cluster.nodes[0]
     assert [*seen, cluster.after(60, room)] == [2, 2, 0]
+    assert room.shortage() == "waiting for room on the cluster for 2 CPU on a node without GPUs"
 
 
 def test_a_drained_node_takes_nothing_and_what_comes_and_goes_is_said_once():
@@ -91,7 +87,7 @@ def test_an_autoscaler_is_asked_for_what_the_study_can_use_until_it_ends():
     room = cluster.room(limit=4, grows=True, workers=2, wanted=lambda: left[0])
     assert room() == 0
     assert room.shortage() == (
-        "waiting for room on the cluster: a trial needs 2 CPU 2 times; its autoscaler was asked for room for 4 trials"
+        "waiting for room on the cluster for 2 workers with 2 CPU each; its autoscaler was asked for room for 4 trials"
     )
     for left[0] in (3, 1, 0, 0):
         cluster.after(60, room)

@@ -6,9 +6,13 @@ import pytest
 
 from raytune_emotion.tuning.execution import ray_patches
 from raytune_emotion.tuning.execution.cluster_nodes import cluster_nodes, fit_to_cluster
-from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
+from raytune_emotion.tuning.execution.ray_patches import has_autoscaler, own_processes, raylet_pid
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes, resources_here
+
+
+def test_a_joined_cluster_tells_the_process_of_its_node_here(cluster):
+    assert raylet_pid() == own_processes()["raylet"].pid
 
 
 def test_a_cluster_of_this_machine_does_not_grow(cluster):

@@ -39,8 +39,8 @@ def parts():
 
 
 @pytest.fixture
-def watch(parts, monkeypatch):
-    """A watch over them, with a clock that a test moves."""
+def watch(parts, monkeypatch, request):
+    """A watch over them, with a clock that a test moves. Its parameter tells whether this process has started them."""
     clock = SimpleNamespace(now=1000.0, answers=True)
 
     def nodes():
@@ -49,6 +49,7 @@ def watch(parts, monkeypatch):
         return [{"NodeID": "here", "Alive": True}]
 
     monkeypatch.setattr(cluster_watch, "own_processes", lambda: parts)
+    monkeypatch.setattr(cluster_watch, "raylet_pid", lambda: parts["raylet"].pid)
     monkeypatch.setattr(cluster_watch.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     monkeypatch.setattr(cluster_watch.ray, "nodes", nodes)
     monkeypatch.setattr(cluster_watch.time, "monotonic", lambda: clock.now)
@@ -57,7 +58,7 @@ def watch(parts, monkeypatch):
     while len(cluster_watch._children(parts["raylet"].pid)) < 2:
         assert time.time() < deadline
         time.sleep(0.05)
-    watch = ClusterWatch(own=True)
+    watch = ClusterWatch(own=getattr(request, "param", True))
 
     def after(seconds):
         """What the watch says, asked all the time until then."""
@@ -91,7 +92,9 @@ def test_a_part_that_dies_is_named_at_once(watch, parts, name, told):
     assert "has ended (code -9)" in watch.after(1)
 
 
-@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+@pytest.mark.parametrize(
+    ("watch", "name"), [(True, "raylet"), (True, "gcs_server"), (False, "raylet")], indirect=["watch"]
+)
 def test_a_part_that_was_stopped_is_given_up_after_20_seconds(watch, parts, name):
     stop(parts[name].pid)
     assert watch.after(15) == ""
@@ -108,6 +111,15 @@ def test_a_trial_that_was_stopped_is_ended(watch, parts, capsys):
         assert time.time() < deadline, "it is still there"
         time.sleep(0.01)
     assert parts["raylet"].poll() is None
+
+
+@pytest.mark.parametrize("watch", [False], indirect=True)
+def test_processes_of_a_joined_cluster_may_be_of_others_and_are_left_alone(watch, parts, capsys):
+    (worker,) = filter(cluster_watch._is_worker, cluster_watch._children(parts["raylet"].pid))
+    stop(worker)
+    assert watch.after(60) == ""
+    assert cluster_watch._is_stopped(worker)
+    assert capsys.readouterr().err == ""
 
 
 def test_an_agent_is_no_process_for_work(watch, parts, capsys):

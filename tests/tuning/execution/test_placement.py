@@ -83,7 +83,7 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
         ([{"CPU": 3.0}], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([], 1.0, {"CPU": 1.0, "GPU": 1.0}, 0),
         ([{"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0}], None, {"CPU": 1.0, "GPU": 1.0}, 2),
-        ([{"CPU": 64.0, "GPU": 1.0}, {"CPU": 4.0}], 0.0, {"CPU": 1.0}, 2),
+        ([{"CPU": 64.0, "GPU": 1.0}, {"CPU": 4.0}], 0.0, {"CPU": 1.0}, 8),  # it counts the cores beside GPUs, too
     ],
 )
 def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(nodes, gpus, need, at_once):
@@ -143,6 +143,10 @@ def test_trials_on_cores_keep_off_nodes_with_gpus_if_there_are_others():
     nodes = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0}, {"CPU": 0.0}]
     found = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
     assert (found.resources, found.concurrency) == (Resources(1, 2.0, 0.0, off_gpus=True), 2)
+    assert str(found) == "2 at once, keeping off 1 node with GPUs"
+    # An autoscaler would count the cores beside the GPUs as room, and start no other node.
+    grown = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=None, grows=True)
+    assert (grown.resources, grown.concurrency) == (Resources(1, 1.0, 0.0), 68)
     alone = fit(nodes[::2], "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
     assert (alone.resources, alone.concurrency) == (Resources(1, 32.0, 0.0), 2)
 

@@ -25,6 +25,7 @@ _PRIVATE = {
     "ray._private.utils:set_sigterm_handler": ("sigterm_handler",),
     "ray._private.worker:_global_node": None,
     "ray._private.worker:print_to_stdstream": ("data", "ignore_prefix"),
+    "ray._private.node:Node.raylet_socket_name": None,
     "ray._private.node:Node.kill_all_processes": ("self", "check_alive", "allow_graceful", "wait"),
     "ray._raylet:AuthenticationTokenLoader.instance": None,
     "ray._raylet:Config.initialize": None,

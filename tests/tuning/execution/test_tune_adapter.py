@@ -7,8 +7,9 @@ import pytest
 from ray.tune.experiment import Trial
 
 from raytune_emotion.tuning.execution import tune_adapter
+from raytune_emotion.tuning.execution.capacity import Waiting
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Waiting
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 

@@ -57,7 +57,7 @@ def test_deaths_of_workers_are_counted_anew_after_each_report(monkeypatch):
     begun, reports = [], []
 
     class DyingWorkers:
-        def __init__(self, first):
+        def __init__(self, first, while_waiting):
             begun.append(first)
 
         def train(self, job):
