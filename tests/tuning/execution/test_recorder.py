@@ -235,10 +235,13 @@ def test_search_that_another_one_has_continued_writes_nothing_where_the_file_sys
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with open_study(folder) as before, open_study(folder) as after:
+    with open_study(folder) as before:
         stale = Recorder(before)
+        with open_study(folder) as after, open_study(folder) as late:
+            assert not stale.is_over
+            recorder = Recorder(after)
         assert stale.is_over
-        recorder = Recorder(after)
+        assert Recorder(late).broken == TAKEN_OVER, "it has read a study that has changed since"
         trial_id = recorder.next().trial_id
         journal = (folder / JOURNAL).read_bytes()
         assert not stale.report(trial_id, make_report(1, 0.3, time=1.0))
