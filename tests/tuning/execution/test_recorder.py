@@ -240,6 +240,7 @@ def test_search_that_another_one_has_continued_writes_nothing_where_the_file_sys
         with open_study(folder) as after, open_study(folder) as late:
             assert not stale.is_over
             recorder = Recorder(after)
+        assert stale.next() is None
         assert stale.is_over
         assert Recorder(late).broken == TAKEN_OVER, "it has read a study that has changed since"
         trial_id = recorder.next().trial_id
