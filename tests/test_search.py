@@ -901,7 +901,7 @@ def test_a_search_whose_local_copy_another_one_overwrites_ends_where_files_have_
     place = parsed("--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume").find_study()
     with contextlib.ExitStack() as held:
         first, second = (open_existing(place, held) for _ in range(2))
-        assert (first.drivers.failure(), second.drivers.failure()) == (TAKEN_OVER, "")
+        assert (first.drivers.failure(), second.drivers.failure()) == (f"{first.folder}: {TAKEN_OVER}", "")
 
 
 def test_local_copy_of_another_study_is_kept_when_the_one_at_a_uri_goes_on(tmp_path, finished, capsys):

@@ -163,11 +163,11 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
 class FolderLock:
     """The lock of a folder, as `exclusive_lock` yields it."""
 
-    def __init__(self, path: Path, *, is_locked: bool) -> None:
-        """Represent a lock's file, which the file system has locked for this process, unless it has no locks."""
-        self._path = path
+    def __init__(self, folder: Path, *, is_locked: bool) -> None:
+        """Represent the lock of a folder, which the file system has locked for this process, unless it has no locks."""
+        self.folder, self._path = folder, folder / LOCK
         self._is_claimed = is_locked
-        self._content = None if is_locked else path.read_bytes()
+        self._content = None if is_locked else self._path.read_bytes()
 
     def claim(self) -> bool:
         """Take over the folder before anything is written there, and tell whether that is allowed.
@@ -204,7 +204,7 @@ def exclusive_lock(folder: Path) -> Iterator[FolderLock]:
         try:
             # Lock a file that is open for writing: NFS shares a lock of a folder with no other machine.
             file = stack.enter_context((folder / LOCK).open("ab"))
-            lock = FolderLock(folder / LOCK, is_locked=_flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
+            lock = FolderLock(folder, is_locked=_flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{folder}: another process is using it; wait until it ends, or end it") from None
         except OSError as error:

@@ -67,7 +67,7 @@ class SingleDriver:
     @contextlib.contextmanager
     def turn(self, what: What) -> Iterator[None]:
         if self._lock is not None and not self._lock.claim():
-            raise Breakdown(TAKEN_OVER)
+            raise Breakdown(self.failure())
         if not self._has_begun:
             self._begin()
             self._has_begun = True
@@ -80,7 +80,7 @@ class SingleDriver:
         return {*drivers}
 
     def failure(self) -> str:
-        return "" if self._lock is None or self._lock.is_held() else TAKEN_OVER
+        return "" if self._lock is None or self._lock.is_held() else f"{self._lock.folder}: {TAKEN_OVER}"
 
 
 class SharedStudy:
