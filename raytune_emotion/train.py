@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml.error import YAMLError
 
@@ -29,6 +29,9 @@ from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
 from raytune_emotion.tuning.study.trials import DATA, PARAMS, data_of, find_trial, is_taken, refuse_taken
+
+if TYPE_CHECKING:
+    from raytune_emotion.learn.checkpoint import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,11 +131,13 @@ def _best_trial(place: Location) -> str:
 def run(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     place: Location = args.results / (args.name or _default_name(settings))
+    progress: Progress | None = None
     if args.resume:
         place.check(write=True)
         if place.read(PARAMS) is None:
             raise UserError(f"{place}: no run of this name to resume{_other_runs(args.results)}")
-        settings = _merge_settings(_settings_of_run(place), settings)
+        own, progress = _read_run(place)
+        settings = _merge_settings(own, settings)
     checked = RunConfig.from_flat(settings)
     faults: list[str] = []
     with collect_errors(faults):
@@ -157,6 +162,7 @@ def run(args: argparse.Namespace) -> None:
         from raytune_emotion.tuning.execution.cluster_nodes import check_fit
 
         check_fit(args.address, workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
+    from raytune_emotion.learn.loop import batch_faults, check_same_run
     from raytune_emotion.learn.model import build_model
     from raytune_emotion.tuning.session.single_run import Workers, train_single
 
@@ -166,10 +172,18 @@ def run(args: argparse.Namespace) -> None:
         classes=checked.data.classes if "data.classes" in settings else None,
         skip_bad=args.skip_bad,
     )
-    own = {"data.image_size": store.image_size, "data.classes": store.classes}
-    config = RunConfig.from_flat({**settings, **own})
+    of_store = {"data.image_size": store.image_size, "data.classes": store.classes}
+    config = RunConfig.from_flat({**settings, **of_store})
+    # Errors are raised before Ray is started, the folder is made, or a process at work there is ended.
     if not args.resume:
-        build_model(config)  # raises an error before Ray is started and the folder is made
+        build_model(config)
+    elif progress is not None:
+        with collect_errors(faults):
+            check_same_run(config, store, place, progress)
+        with collect_errors(faults):
+            faults += batch_faults(config, len(store.train), args.workers)
+        if faults:
+            raise UserError(faults)
     workers = Workers(args.workers, args.gpus_per_worker, args.address)
     train_single(place, config, store, workers, fresh=not is_taken(place))
 
@@ -196,13 +210,16 @@ def _other_runs(results: Location) -> str:
     return f"; choose one of {', '.join(runs)}" if runs else "; name its folder with --results"
 
 
-def _settings_of_run(place: Location) -> dict[str, Any]:
-    """Read the settings of a run to resume: from its checkpoint or, before the first one, from its parameters."""
+def _read_run(place: Location) -> "tuple[dict[str, Any], Progress | None]":
+    """Read the settings of a run to resume, and its state.
+
+    The settings are those of its checkpoint or, before the first one, of its parameters.
+    """
     from raytune_emotion.learn.checkpoint import read_progress
 
     with place.copy_here(LAST, PARAMS) as folder:
         progress = read_progress(folder)
-        return progress.settings if progress is not None else _read(folder / PARAMS)
+        return progress.settings if progress is not None else _read(folder / PARAMS), progress
 
 
 def _default_name(settings: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import io
 import json
@@ -39,9 +41,10 @@ from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.session import run_search, search_inputs
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, resumed_spec
-from raytune_emotion.tuning.study.open_study import load, make_study, open_existing
+from raytune_emotion.tuning.study.open_study import load, make_study, open_existing, open_study
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
+from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.request import SearchRequest, name_study
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.cluster import joined_session
@@ -866,6 +869,39 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
         assert f"error: {local}: another process is using it" in capsys.readouterr().err
         assert tree(local) == before
         assert sessions == []
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_search_that_is_refused_ends_none_at_work_where_files_have_no_locks(tmp_path, finished, monkeypatch, capsys):
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    shutil.copytree(finished, tmp_path / "study")
+    argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
+    with open_study(tmp_path / "study") as study:
+        with study.drivers.turn("trials"):
+            before = tree(study.folder)
+        assert exit_code([*argv, "--seed", 12345]) == 2
+        assert "--seed: a study keeps the seed" in capsys.readouterr().err
+        assert exit_code([*argv, "--workers-per-trial", 10_000]) == 2
+        assert "10000" in capsys.readouterr().err, "this error is found once the study is loaded"
+        assert study.drivers.failure() == ""
+        assert tree(study.folder) == before
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_a_search_whose_local_copy_another_one_overwrites_ends_where_files_have_no_locks(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "results" / "study")
+    place = parsed("--results", (tmp_path / "results").as_uri(), "--name", "study", "--resume").find_study()
+    with contextlib.ExitStack() as held:
+        first, second = (open_existing(place, held) for _ in range(2))
+        assert (first.drivers.failure(), second.drivers.failure()) == (f"{first.folder}: {TAKEN_OVER}", "")
 
 
 def test_local_copy_of_another_study_is_kept_when_the_one_at_a_uri_goes_on(tmp_path, finished, capsys):

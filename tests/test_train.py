@@ -165,6 +165,9 @@ def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeyp
             weights, wanted = load_file(found / name), load_file(expected / name)
             assert weights.keys() == wanted.keys()
             assert all(torch.equal(weights[key], wanted[key]) for key in wanted), name
+    driver = run.read(DRIVER)
+    assert trained("--resume", *at_uri, "--set", "optim.lr=0.5") == 2
+    assert run.read(DRIVER) == driver, "a request that is refused ends no process at work"
     assert trained("--resume", "--results", results, "--name", "none") == 2
     assert f"{results / 'none'}: no run of this name to resume; choose one of mine" in capsys.readouterr().err
 
@@ -185,15 +188,39 @@ def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trai
 
     def taken_over(job):
         for report in train_here(job):
-            with exclusive_lock(tmp_path / "results" / "mine"):
+            with exclusive_lock(folder) as other:
+                other.claim()
                 yield report
 
+    folder = tmp_path / "results" / "mine"
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with monkeypatch.context() as patched:
-        patched.setattr(fcntl, "flock", refuse)
         patched.setattr(single_run, "train_here", taken_over)
         assert trained(*TINY, 2, "--name", "mine") == 1
-    assert f"error: {tmp_path / 'results' / 'mine'}: another process has taken over" in capsys.readouterr().err
-    assert len(read_history(tmp_path / "results" / "mine")) == 1
+    assert f"error: {folder}: another process has taken over" in capsys.readouterr().err
+    assert len(read_history(folder)) == 1
+    with exclusive_lock(folder) as at_work:
+        at_work.claim()
+        for refused in (["--set", "optim.lr=0.5"], ["--set", "train.accumulate=1000"], ["--gpus-per-worker", 1]):
+            assert trained("--resume", "--name", "mine", *refused) == 2
+        assert trained(*TINY, 2, "--name", "mine") == 2
+        assert at_work.is_held(), "a request that is refused ends no process at work"
+        assert trained("--resume", "--name", "mine") == 0
+        assert not at_work.is_held()
+
+
+def test_a_new_run_leaves_the_files_of_a_process_that_has_taken_over(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    copy = RemoteCopy(tmp_path, Folder(tmp_path))
+    with exclusive_lock(tmp_path) as lock, single_run._new_run(copy, lock):
+        assert lock.claim()
+        (tmp_path / "params.json").write_text("{}")
+        with exclusive_lock(tmp_path) as other:
+            assert other.claim()
+    assert (tmp_path / "params.json").exists()
 
 
 def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_alone(tmp_path):
@@ -201,7 +228,7 @@ def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_al
     first, second = (RemoteCopy(tmp_path / name, run) for name in ("first", "second"))
     for copy in (first, second):
         copy.folder.mkdir()
-    with single_run._new_run(first):
+    with exclusive_lock(first.folder) as lock, single_run._new_run(first, lock):
         first.claim()
         assert not is_taken(run), "a killed process would hold no name"
         with run.write("params.json") as file:
@@ -210,7 +237,7 @@ def test_a_run_at_a_uri_without_a_checkpoint_is_taken_back_by_its_own_process_al
     assert run.find("*") == []
     assert not first.folder.exists()
     first.folder.mkdir()
-    with single_run._new_run(first):
+    with exclusive_lock(first.folder) as lock, single_run._new_run(first, lock):
         first.claim()
         second.claim()
     assert run.find("*") == [DRIVER]

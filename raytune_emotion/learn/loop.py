@@ -128,7 +128,10 @@ def fit(
     """
     plan = make_plan(config, store, device)
     progress = checkpoint.read_progress(folder) if folder is not None else None
-    _check_resumable(config, store, device, folder, progress)
+    if dist.is_initialized():
+        _check_same_checkpoint(device, folder, progress)
+    if progress is not None:
+        check_same_run(config, store, folder, progress)
     if folder is not None and plan.rank == 0:
         checkpoint.repair_from_last(folder, progress)
     history = list(progress.history) if progress is not None else []
@@ -459,19 +462,22 @@ def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
     return {**report, "seconds": seconds, "time": at, "images_per_second": rate}
 
 
-def _check_resumable(
-    config: RunConfig, store: Store, device: torch.device, folder: Path | None, progress: Progress | None
-) -> None:
-    """Check that a configuration and a store match the run in the folder, and that all workers see the same run."""
-    if dist.is_initialized():
-        least = torch.tensor(len(progress.history) if progress is not None else 0, device=device)
-        most = least.clone()
-        dist.all_reduce(least, dist.ReduceOp.MIN)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        if least != most:
-            raise UserError(f"{folder}: the workers do not see the same checkpoint; choose a folder that all share")
-    if progress is None:
-        return
+def _check_same_checkpoint(device: torch.device, folder: Path | None, progress: Progress | None) -> None:
+    """Check that all workers see the same checkpoint."""
+    least = torch.tensor(len(progress.history) if progress is not None else 0, device=device)
+    most = least.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if least != most:
+        raise UserError(f"{folder}: the workers do not see the same checkpoint; choose a folder that all share")
+
+
+def check_same_run(config: RunConfig, store: Store, folder: object, progress: Progress) -> None:
+    """Check that a configuration and a store match the run in a folder.
+
+    Raises:
+        UserError: they do not: one sentence for each difference.
+    """
     asked = config.to_flat()
     faults = [
         f"{folder}: the run there began with {key} = {value}, not {asked.get(key)}; keep that value, or choose "

@@ -54,6 +54,9 @@ def run_command(verb: str, argv: Sequence[str]) -> None:
     with process, any_encoding():
         errors, interrupted = _follow(process)
     code = process.returncode
+    if interrupted or code in (0, 130):
+        for error in errors:
+            warn(f"{_ERROR}{error}")
     if interrupted or code == 130:
         raise KeyboardInterrupt
     errors = errors or [f"{verb}: ended with exit code {code}; its output above says why"]
@@ -65,7 +68,8 @@ def run_command(verb: str, argv: Sequence[str]) -> None:
 
 def _variables(argv: Sequence[str]) -> dict[str, str]:
     """Return environment variables with which the child finds the same modules and the same cluster."""
-    found = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "utf-8"}
+    paths = [path for path in sys.path if isinstance(path, str)]  # as imports, which skip others
+    found = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
     ray: Any = sys.modules.get("ray")  # if nobody has imported Ray, it does not run here
     if "--address=auto" in argv and ray is not None and ray.is_initialized():
         # This process is connected to this cluster. Ray may find others on this machine.
@@ -74,11 +78,21 @@ def _variables(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _follow(process: "subprocess.Popen[str]") -> tuple[list[str], bool]:
-    """Print the output of a child until it ends.
+    """Print the output of a child until it ends. If this fails, the child is told to end, and ends in order.
 
     Returns:
         The sentences of its errors, which are not printed, and whether this process was interrupted.
     """
+    try:
+        return _print_lines(process)
+    except BaseException:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()  # the readers still take its output
+        raise
+
+
+def _print_lines(process: "subprocess.Popen[str]") -> tuple[list[str], bool]:
     lines: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
     assert process.stdout is not None
     assert process.stderr is not None
@@ -89,8 +103,10 @@ def _follow(process: "subprocess.Popen[str]") -> tuple[list[str], bool]:
     ]
     errors: list[str] = []
     interrupted = False
-    while not (all(reader.is_set() for reader in readers) and lines.empty()):
+    while True:
         try:
+            if all(reader.is_set() for reader in readers) and lines.empty():
+                return errors, interrupted
             line, is_error = lines.get(timeout=_LOOK_S)
             if is_error and line.startswith(_ERROR):
                 errors.append(line.removeprefix(_ERROR).rstrip("\n"))
@@ -102,7 +118,6 @@ def _follow(process: "subprocess.Popen[str]") -> tuple[list[str], bool]:
         except KeyboardInterrupt:
             interrupted = True
             process.send_signal(signal.SIGINT)
-    return errors, interrupted
 
 
 def _read(pipe: IO[str], lines: "queue.SimpleQueue[tuple[str, bool]]", *, is_error: bool) -> None:

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -160,14 +160,42 @@ def resumable_folder(dest: Path) -> Iterator[Path]:
             raise
 
 
+class FolderLock:
+    """The lock of a folder, as `exclusive_lock` yields it."""
+
+    def __init__(self, folder: Path, *, is_locked: bool) -> None:
+        """Represent the lock of a folder, which the file system has locked for this process, unless it has no locks."""
+        self.folder, self._path = folder, folder / LOCK
+        self._is_claimed = is_locked
+        self._content = None if is_locked else self._path.read_bytes()
+
+    def claim(self) -> bool:
+        """Take over the folder before anything is written there, and tell whether that is allowed.
+
+        It is not allowed once another process has taken over since this one opened the lock. Further calls only tell
+        whether this process still holds the lock.
+        """
+        if not self._is_claimed and self.is_held():
+            token = uuid.uuid4().hex
+            write_text(self._path, token)
+            self._is_claimed, self._content = True, token.encode()
+        return self.is_held()
+
+    def is_held(self) -> bool:
+        """Tell whether no other process has taken over since this one opened or claimed the lock."""
+        if self._content is None:
+            return True
+        with contextlib.suppress(OSError):  # the folder may be gone
+            return self._path.read_bytes() == self._content
+        return False
+
+
 @contextlib.contextmanager
-def exclusive_lock(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Hold the exclusive lock of a folder during the block.
+def exclusive_lock(folder: Path) -> Iterator[FolderLock]:
+    """Hold the exclusive lock of a folder during the block. Claim it before you write into the folder.
 
-    A file system without locks, such as Lustre mounted without flock, gives the lock to the process that asked last.
-
-    Yields:
-        A function that tells whether this process still holds the lock.
+    A file system without locks, such as Lustre mounted without flock, gives the lock to the process that claimed it
+    last. That process writes a token into the lock's file, so that the one before notices.
 
     Raises:
         UserError: another process holds it, or the lock's file cannot be written.
@@ -175,32 +203,15 @@ def exclusive_lock(folder: Path) -> Iterator[Callable[[], bool]]:
     with contextlib.ExitStack() as stack:
         try:
             # Lock a file that is open for writing: NFS shares a lock of a folder with no other machine.
-            lock = stack.enter_context((folder / LOCK).open("ab"))
-            is_held = _holds_always if _flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB) else _sign(folder / LOCK)
+            file = stack.enter_context((folder / LOCK).open("ab"))
+            lock = FolderLock(folder, is_locked=_flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{folder}: another process is using it; wait until it ends, or end it") from None
         except OSError as error:
             raise UserError(
                 f"{folder / LOCK}: cannot be locked ({error.strerror}); name a folder that you may write to"
             ) from error
-        yield is_held
-
-
-def _holds_always() -> bool:
-    return True
-
-
-def _sign(lock: Path) -> Callable[[], bool]:
-    """Write a token into a lock file. Return a function that tells whether it is still there."""
-    token = uuid.uuid4().hex
-    write_text(lock, token)
-
-    def is_there() -> bool:
-        with contextlib.suppress(OSError):  # the folder may be gone
-            return lock.read_bytes() == token.encode()
-        return False
-
-    return is_there
+        yield lock
 
 
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:

@@ -566,7 +566,8 @@ class Remote(Location):
     def free_working_folder(self) -> None:
         folder = self.working_folder()
         if folder.exists():
-            with exclusive_lock(folder):
+            with exclusive_lock(folder) as lock:
+                lock.claim()
                 self.set_aside_copy()
                 shutil.rmtree(folder)
 

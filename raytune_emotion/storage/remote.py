@@ -13,10 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
@@ -214,8 +215,7 @@ def read(uri: str, name: str) -> bytes | None:
 
 def read_all(uri: str, names: Iterable[str]) -> Iterator[bytes | None]:
     """Read small files in parallel, as `read` does, and yield them in order."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from pool.map(functools.partial(read, uri), names)
+    return _map(functools.partial(read, uri), names)
 
 
 def pull(uri: str, folder: Path, names: Iterable[str]) -> None:
@@ -308,8 +308,28 @@ def _for_each(uri: str, names: Iterable[str], action: Callable[[str, FileSystem,
         with contextlib.suppress(FileNotFoundError):
             _with_retries(uri, functools.partial(action, name))
 
+    for _ in _map(one, names):
+        pass
+
+
+def _map(action: Callable[[str], _T], names: Iterable[str]) -> Iterator[_T]:
+    """Apply an action to names in parallel, and yield its results in order. After an error, it begins no further name.
+
+    A server that is away would otherwise be waited for again.
+    """
+    failed = threading.Event()
+
+    def one(name: str) -> _T:
+        if failed.is_set():
+            raise CancelledError  # nobody sees it: the error came with an earlier name
+        try:
+            return action(name)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(one, names))
+        yield from pool.map(one, names)
 
 
 @contextlib.contextmanager
@@ -332,22 +352,37 @@ _outlasting = 0
 
 def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
     tries = 1
-    while True:
-        try:
-            return action(*_open_or_refuse(uri))
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if is_disk_full(error):
+    try:
+        while True:
+            try:
+                return action(*_open_or_refuse(uri))
+            except FileNotFoundError:
                 raise
-            times = f"failed {tries} times in a row, the last time with: " if tries > 1 else "failed: "
-            fault = f"{uri}: {times}{first_line(error)}"
-            if _is_permanent(error) or not _wait(tries, fault):
-                raise Breakdown(fault) from error
-        tries += 1
+            except OSError as error:
+                if is_disk_full(error):
+                    raise
+                times = f"failed {tries} times in a row, the last time with: " if tries > 1 else "failed: "
+                fault = f"{uri}: {times}{first_line(error)}"
+                if _is_permanent(error) or not _wait(uri, tries, fault):
+                    raise Breakdown(fault) from error
+            tries += 1
+    finally:
+        _reported.discard(uri)
 
 
-def _wait(tries: int, fault: str) -> bool:
+#: URIs whose outage was reported. The lock lets one of many threads report it.
+_reported, _reporting = set[str](), threading.Lock()
+
+
+def _report_outage(uri: str, fault: str) -> None:
+    with _reporting:
+        is_new = uri not in _reported
+        _reported.add(uri)
+    if is_new:
+        warn(f"{fault}; it is tried again for a quarter of an hour")
+
+
+def _wait(uri: str, tries: int, fault: str) -> bool:
     """Wait after a number of failed attempts, and tell whether another one is due."""
     if tries <= len(_WAITS):
         time.sleep(_WAITS[tries - 1])
@@ -356,7 +391,7 @@ def _wait(tries: int, fault: str) -> bool:
     if not _outlasting or further >= len(_OUTAGE_WAITS):
         return False
     if not further:
-        warn(f"{fault}; it is tried again for a quarter of an hour")
+        _report_outage(uri, fault)
     return wait_unless_interrupted(_OUTAGE_WAITS[further])
 
 

@@ -1,5 +1,7 @@
 """Commands in a child process, with a script in the place of Python."""
 
+import contextlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -66,8 +68,37 @@ def test_an_interrupt_is_handed_on_and_the_command_ends_in_order(script, capsys)
     assert capsys.readouterr().out == "all is written\n"
 
 
+@pytest.mark.parametrize("code", [0, 130])
+def test_errors_of_a_command_that_does_not_fail_are_printed(script, capsys, code):
+    with contextlib.suppress(KeyboardInterrupt):
+        script(f"print('error: the page cannot be written', file=sys.stderr); sys.exit({code})")
+    assert capsys.readouterr().err == "error: the page cannot be written\n"
+
+
+def test_a_command_whose_output_cannot_be_printed_ends_in_order(script, monkeypatch, tmp_path):
+    code = f"""
+        signal.alarm(20)
+        print("begun")
+        sys.stdin.read()
+        for _ in range(2):
+            print("writing")
+            sys.stdout.flush()
+        open({str(tmp_path / "written")!r}, "w").close()
+    """
+    nowhere, out = os.pipe()
+    os.close(nowhere)
+    stream = os.fdopen(out, "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(BrokenPipeError):
+        script(code)
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+    assert (tmp_path / "written").exists()
+
+
 def test_a_command_finds_the_modules_that_this_process_finds(script, capsys, monkeypatch, tmp_path):
     (tmp_path / "found_here.py").touch()
+    monkeypatch.setattr(sys, "path", [tmp_path, *sys.path])  # a path that imports skip
     monkeypatch.syspath_prepend(tmp_path)
     script("import found_here; print(found_here.__file__)")
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "found_here.py"

@@ -69,12 +69,13 @@ def test_file_is_written_where_modes_cannot_change(tmp_path, monkeypatch):
 
 def test_only_one_process_holds_the_lock_of_a_folder(tmp_path):
     with (
-        exclusive_lock(tmp_path) as is_held,
+        exclusive_lock(tmp_path) as lock,
         pytest.raises(UserError, match="another process is using it"),
         exclusive_lock(tmp_path),
     ):
         pass
-    assert is_held()
+    assert lock.is_held()
+    assert (tmp_path / ".lock").read_bytes() == b"", "the file system holds it"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
@@ -84,10 +85,14 @@ def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with exclusive_lock(tmp_path) as first, resumable_folder(tmp_path / "dest"):
-        assert first()
-        with exclusive_lock(tmp_path) as second:
-            assert second()
-            assert not first(), "it does not write what the other process writes"
+        assert first.claim()
+        with exclusive_lock(tmp_path) as second, exclusive_lock(tmp_path) as third:
+            assert first.is_held(), "a process that only looks takes nothing over"
+            assert second.claim()
+            assert not first.is_held(), "it does not write what the other process writes"
+            assert not first.claim()
+            assert not third.claim(), "it has read what the second one may have changed"
+            assert second.is_held()
     atomic.sweep(tmp_path, -1, "dest")
     assert (tmp_path / "dest").exists(), "what may be in use is not removed"
 

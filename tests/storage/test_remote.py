@@ -199,6 +199,27 @@ def test_an_outage_is_waited_out_where_work_would_be_lost(folder, tmp_path, monk
     assert capsys.readouterr().err.count("; it is tried again for a quarter of an hour\n") == 2
 
 
+def test_an_outage_is_reported_once_and_no_further_file_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "_WAITS", ())
+    monkeypatch.setattr(remote, "_OUTAGE_WAITS", (0.0, 0.0))
+    together, begun = threading.Barrier(remote._AT_ONCE), set()
+
+    def fail(name, filesystem, path):
+        begun.add(name)
+        if len(begun) <= remote._AT_ONCE:
+            together.wait(60)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    names = [str(i) for i in range(3 * remote._AT_ONCE)]
+    with remote.outlast_outages():
+        for _ in range(2):
+            begun.clear()
+            with pytest.raises(Breakdown, match="failed 3 times"):
+                remote._for_each(tmp_path.as_uri(), names, fail)
+            assert begun == {*names[: remote._AT_ONCE]}
+    assert capsys.readouterr().err.count("; it is tried again for a quarter of an hour\n") == 2
+
+
 # An upload that breaks off
 
 

@@ -5,10 +5,14 @@ import shutil
 from pathlib import Path
 
 _MEMORY = Path("/dev/shm")
-_IS_ROOMY = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 6e9
+_IS_USABLE = (
+    os.access(_MEMORY, os.W_OK)
+    and not os.statvfs(_MEMORY).f_flag & os.ST_NOEXEC  # as Docker mounts it; tests run scripts and build programs there
+    and shutil.disk_usage(_MEMORY).free > 6e9
+)
 #: The folder for the files of all tests. In memory files are written, flushed and deleted in microseconds; on a disk
 #: that takes milliseconds.
-SCRATCH = _MEMORY if _IS_ROOMY else Path("/tmp")
+SCRATCH = _MEMORY if _IS_USABLE else Path("/tmp")
 
 
 def files_of(path):

@@ -19,7 +19,7 @@ from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, LAST
-from raytune_emotion.storage.atomic import LOCK, exclusive_lock
+from raytune_emotion.storage.atomic import LOCK, FolderLock, exclusive_lock
 from raytune_emotion.storage.locations import Location, parent_of
 from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options, warn
@@ -160,12 +160,14 @@ def _train(
     job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, copy.mark(LOCK))
     try:
         copy.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(copy.folder) as is_held, _new_run(copy) if fresh else contextlib.nullcontext():
+        with exclusive_lock(copy.folder) as lock, _new_run(copy, lock) if fresh else contextlib.nullcontext():
+            if not lock.claim():
+                raise Breakdown(f"{run}: {TAKEN_OVER}")
             copy.claim()
             with outlast_outages():
                 for report in train_with_retry(job, train):
                     copy.push()
-                    if not is_held():
+                    if not lock.is_held():
                         raise Breakdown(f"{run}: {TAKEN_OVER}")
                     console.print(
                         f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  "
@@ -181,8 +183,10 @@ def _train(
 
 
 @contextlib.contextmanager
-def _new_run(copy: RemoteCopy) -> Iterator[None]:
+def _new_run(copy: RemoteCopy, lock: FolderLock) -> Iterator[None]:
     """Delete the files of a new run after the block if it has no checkpoint, so that its name is free.
+
+    They are kept if another process has taken over, because they are of that process.
 
     Raises:
         UserError: another run has taken the name since it was checked.
@@ -192,6 +196,6 @@ def _new_run(copy: RemoteCopy) -> Iterator[None]:
     try:
         yield
     finally:
-        if run.sizes([LAST]) == [None] and not copy.failure():
+        if run.sizes([LAST]) == [None] and lock.is_held() and not copy.failure():
             run.delete(run.find("*"))
             shutil.rmtree(copy.folder, ignore_errors=True)

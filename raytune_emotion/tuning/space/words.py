@@ -91,11 +91,11 @@ def is_on_grid(value: float, low: float, step: float | None) -> bool:
 
 def _check_distinct(values: Any, check: Callable[[Any], Any]) -> Any:
     """Report values that occur twice, together with the errors of single values."""
-    told = [(isinstance(value, bool), value) for value in values] if isinstance(values, list) else []
+    pairs = [(isinstance(value, bool), value) for value in values] if isinstance(values, list) else []
     errors: list[Any] = [
         {"type": "value_error", "loc": (i,), "input": pair, "ctx": {"error": f"{pair[1]!r} occurs twice"}}
-        for i, pair in enumerate(told)
-        if pair in told[:i]
+        for i, pair in enumerate(pairs)
+        if pair in pairs[:i]
     ]
     try:
         values = check(values)
@@ -122,7 +122,7 @@ def _check_backbone(name: str) -> str:
 def read_setting(key: str, given: Any) -> tuple[Setting | None, Errors]:
     """Make a setting of a value or `{word: ...}`, and return its errors. None: it has not the form of a setting.
 
-    Wrong values of a choice are left out, and wrong bounds are kept, so that references to them can be checked.
+    Wrong values of a choice and wrong bounds are kept, so that a reference to them causes no misleading error.
     """
     if isinstance(given, list) and key != "data.classes":
         return None, {(): "expected a single value, got a list; write {choice: [a, b]} to search it"}
@@ -135,8 +135,10 @@ def read_setting(key: str, given: Any) -> tuple[Setting | None, Errors]:
     setting, errors = _check(key, word, listed)
     if word in RANGES and not errors:
         errors = {(i,): wrong for i, end in enumerate(listed[:2]) for wrong in read_value(key, end)[1].values()}
-    elif word not in RANGES and errors and () not in errors:
-        setting, _ = _check(key, word, [value for i, value in enumerate(listed) if (i,) not in errors])
+    elif word == "choice" and errors and () not in errors:
+        values = [read_value(key, value)[0] for value in listed if isinstance(value, str | int | float)]
+        distinct = [value for i, value in enumerate(values) if value not in values[:i]]
+        setting = CategoricalDistribution(distinct) if distinct else None
     return setting, {(word, *at): sentence for at, sentence in errors.items()}
 
 

@@ -279,12 +279,13 @@ def _free_name(place: Location, folder: Path) -> None:
         if others := sorted(entries_of(place) - {LOCK}):
             raise UserError(f"{place}: holds {', '.join(others[:5])}, but is not a confirmation; move it away")
         if place.is_here(folder):
-            with study_lock(folder):
+            with study_lock(folder) as drivers, drivers.turn("files"):
                 shutil.rmtree(folder)
     place.free_working_folder()
 
 
 def enqueue_runs(study: OpenStudy, plan: Plan, seeds: int) -> OpenStudy:
     """Enqueue the missing runs of a confirmation with this number of seeds. Existing runs are kept."""
-    enqueue(study.optuna, plan.chosen, fresh_seeds(plan.spec.seed, seeds))
+    with study.drivers.turn("trials"):
+        enqueue(study.optuna, plan.chosen, fresh_seeds(plan.spec.seed, seeds))
     return study.with_spec(dataclasses.replace(plan.spec, trials=len(study.optuna.get_trials(deepcopy=False))))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.known_errors import first_line
+from raytune_emotion.storage.atomic import FolderLock
 from raytune_emotion.tuning.study.database import connect, split_address
 from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 
@@ -51,16 +52,26 @@ class Drivers(Protocol):
 
 
 class SingleDriver:
-    """The only driver of a study, which holds the lock of its folder."""
+    """The only driver of a study, which holds the lock of its folder.
+
+    It claims the lock at its first turn, because a driver writes nothing before that. Until then, the request may still
+    be refused. A refused request must not end a driver that is at work where the file system has no locks.
+    """
 
     own = None
 
-    def __init__(self, is_held: Callable[[], bool] = lambda: True) -> None:
-        """Begin to work, as long as the lock is held."""
-        self._is_held = is_held
+    def __init__(self, lock: FolderLock | None = None, begin: Callable[[], None] = lambda: None) -> None:
+        """Hold a lock, and begin once it is claimed. Without a lock, nobody else has access."""
+        self._lock, self._begin, self._has_begun = lock, begin, False
 
-    def turn(self, what: What) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def turn(self, what: What) -> Iterator[None]:
+        if self._lock is not None and not self._lock.claim():
+            raise Breakdown(self.failure())
+        if not self._has_begun:
+            self._begin()
+            self._has_begun = True
+        yield
 
     def others(self) -> set[int | None]:
         return set()
@@ -69,7 +80,7 @@ class SingleDriver:
         return {*drivers}
 
     def failure(self) -> str:
-        return "" if self._is_held() else TAKEN_OVER
+        return "" if self._lock is None or self._lock.is_held() else f"{self._lock.folder}: {TAKEN_OVER}"
 
 
 class SharedStudy:

@@ -197,15 +197,17 @@ def open_study(folder: Path, location: Location | None = None) -> Iterator[OpenS
 def open_existing(place: Location, held: contextlib.ExitStack) -> OpenStudy:
     """Load a study to resume it, and be its driver until `held` ends; see `study_lock`.
 
-    The folder is first brought up to date, because another machine may have continued the study. Files of another study
-    of the same name are set aside.
+    The working folder of a URI is first brought up to date, because another machine may have continued the study. Files
+    of another study of the same name are set aside.
     """
     folder = place.working_folder()
     folder.mkdir(parents=True, exist_ok=True)
     drivers = held.enter_context(study_lock(folder))
-    if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
-        place.set_aside_copy()
-    place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, f"trials/*/{HISTORY}")
+    if not place.is_here(folder):
+        with drivers.turn("files"):
+            if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
+                place.set_aside_copy()
+            place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, f"trials/*/{HISTORY}")
     join_pieces(folder, JOURNAL)
     return load(folder, place, drivers)
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -372,7 +373,7 @@ def load_study(folder: Path) -> optuna.Study:
 def study_lock(folder: Path) -> Iterator[Drivers]:
     """Lock a study's folder for this process, because two processes would overwrite each other's files.
 
-    A study in a database is not locked. This process becomes one of its drivers.
+    A study in a database is not locked. This process becomes one of its drivers. A journal is mended at the first turn.
 
     Raises:
         UserError: another process has the lock, or the database cannot be opened.
@@ -382,9 +383,8 @@ def study_lock(folder: Path) -> Iterator[Drivers]:
         with join_study(address) as drivers:
             yield drivers
         return
-    with exclusive_lock(folder) as is_held:
-        mend_journal(folder / JOURNAL)
-        yield SingleDriver(is_held)
+    with exclusive_lock(folder) as lock:
+        yield SingleDriver(lock, partial(mend_journal, folder / JOURNAL))
 
 
 def _address_of(folder: Path) -> str | None:

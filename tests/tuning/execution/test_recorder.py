@@ -235,14 +235,18 @@ def test_search_that_another_one_has_continued_writes_nothing_where_the_file_sys
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with open_study(folder) as before, open_study(folder) as after:
+    with open_study(folder) as before:
         stale = Recorder(before)
+        with open_study(folder) as after, open_study(folder) as late:
+            assert not stale.is_over
+            recorder = Recorder(after)
+        assert stale.next() is None
         assert stale.is_over
-        recorder = Recorder(after)
+        assert Recorder(late).broken == f"{folder}: {TAKEN_OVER}", "it has read a study that has changed since"
         trial_id = recorder.next().trial_id
         journal = (folder / JOURNAL).read_bytes()
         assert not stale.report(trial_id, make_report(1, 0.3, time=1.0))
-        with pytest.raises(Breakdown, match=f"^{TAKEN_OVER}$"):
+        with pytest.raises(Breakdown, match=f"^{folder}: {TAKEN_OVER}$"):
             stale.close()
         assert (folder / JOURNAL).read_bytes() == journal
         assert run(recorder, folder, VALUES) == ["0001", "0002", "0003"]

@@ -211,18 +211,38 @@ class TestFaults:
             ("25", "augment.colour: uniform needs [low, high] or [low, high, step], got 0.5"),
             ("26", "augment.mixup: log_uniform needs [low, high], got [0.1, 0.2, 0.3]"),
             ("28", "train.patience: an `if` needs a setting that is searched by choice; this one is not"),
-            ("30", "model.backbone: expected one of its choices (resnet18), got 'resnet188'; did you mean resnet18?"),
+            (
+                "30",
+                "model.backbone: expected one of its choices (resnet18, resnet51), got 'resnet188'; did you mean "
+                "resnet18?",
+            ),
             ("31", "optim.lr: the lower bound must be below the upper, got [1e-06, -0.0003]"),
             ("32", "model.backbone: the `if` of an entry uses it, so it cannot depend on a `when` itself"),
             ("33", "train.epochs: must be the same in all trials, because trials of unequal length cannot be compared"),
             ("34", "augment.crop: unknown setting; did you mean augment.crop_scale?"),
             ("35", "when: an entry needs an `if`, such as {model.backbone: [resnet18]}"),
             ("36", "when: an entry needs settings in addition to its `if`"),
-            ("38", "model.backbone: must be one of resnet18, got 'resnet19'"),
+            ("38", "model.backbone: must be one of resnet18, resnet51, got 'resnet19'"),
             ("38", "augment.grey: must lie from 0 to 1.5, got 7"),
             ("38", "foo: unknown setting"),
             ("38", "train.patience: not in this space, so it cannot be set here"),
             ("39", "start: expected a mapping of settings to values as a point"),
+        ]
+
+    def test_a_condition_on_a_wrong_choice_is_no_second_error(self, tmp_path: Path) -> None:
+        text = """\
+            optim.name: {choice: [adam, sdg, [2]]}
+            optim.momentum: {choice: [[2]]}
+            when:
+              - if: {optim.name: [adam, sdg]}
+                optim.lr: 1e-3
+              - if: {optim.momentum: 2}
+                optim.lr: 1e-2
+        """
+        assert [fault.partition(": should")[0] for fault in faults_of(tmp_path, text)] == [
+            "1: optim.name",
+            "1: optim.name",
+            "2: optim.momentum",
         ]
 
     @pytest.mark.parametrize(
