@@ -17,8 +17,9 @@ $(READY): pyproject.toml constraints.txt
 search: setup
 	$(BIN)/python -m raytune_emotion.search --space demo --trials 16 --epochs 6
 
+# Bytecode is kept, also where the environment forbids it: else every process compiles the package anew.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 # Kills and freezes parts of Ray, and sends signals: too long for `make test`. Some: make machines ONLY=train
 machines: setup

@@ -108,6 +108,15 @@ def store(faces):
     return prepare(faces, image_size=32)
 
 
+@pytest.fixture(autouse=True)
+def uris_checked_here(request, monkeypatch):
+    """Check URIs in this process, but in the tests of the check and of whole machines."""
+    if request.path.parent.name not in ("storage", "machines"):
+        from tests.support.uri_checks import IN_THIS_PROCESS
+
+        monkeypatch.setattr("raytune_emotion.storage.remote.subprocess", IN_THIS_PROCESS)
+
+
 @pytest.fixture
 def no_other_studies(monkeypatch, tmp_path):
     """Suggest no study of the working folder, where `make search` may have made one."""

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from raytune_emotion.data import loader
@@ -345,16 +346,25 @@ def test_a_compiled_run_learns_what_another_does(store, monkeypatch):
 
 def test_a_compiled_backbone_learns_once_it_is_freed(store, tmp_path, monkeypatch):
     """What is compiled while it is frozen has no backward pass."""
-    torch_compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda model, dynamic: torch_compile(model, dynamic=dynamic, backend="aot_eager")
-    )
+    compiled, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def compile_first_layer(model, dynamic):
+        """Compile what is looked at below: the whole model takes five times as long."""
+        model.conv1.forward = torch_compile(model.conv1.forward, dynamic=dynamic, backend=backend)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_first_layer)
     settings, store = run_config(train__compile="always", model__freeze_epochs=1), shortened(store, 16)
     start = build_model(settings).state_dict()
     reports = fit(settings, store, device=CPU, folder=tmp_path)
     for freed in (False, True):
         next(reports)
         assert torch.equal(state_of(tmp_path)["model.conv1.0.weight"], start["conv1.0.weight"]) != freed
+    assert len(compiled) > 1
 
 
 # ---- endings
