@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup search test machines fuzz lint bench gpu
+.PHONY: setup search test long machines fuzz lint bench gpu
 
 setup: $(READY)
 
@@ -18,8 +18,15 @@ search: setup
 	$(BIN)/python -m raytune_emotion.search --space demo --trials 16 --epochs 6
 
 # Bytecode is kept, also where the environment forbids it: else every process compiles the package anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
+IN_PARALLEL := --numprocesses 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+
 test: setup
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0
+	$(PYTEST) $(IN_PARALLEL) -m "not long"
+
+# Servers that fail, two machines, whole processes: the tests that take longest.
+long: setup
+	$(PYTEST) $(IN_PARALLEL) -m long
 
 # Kills and freezes parts of Ray, and sends signals: too long for `make test`. Some: make machines ONLY=train
 machines: setup

@@ -188,6 +188,7 @@ def test_one_that_is_at_work(refused, tmp_path):
 
 
 @pytest.mark.usefixtures("without_ray", "no_plots")
+@pytest.mark.long
 def test_one_at_a_uri_is_interrupted_and_gone_on_with_on_another_machine(study, tmp_path, monkeypatch, capsys):
     shutil.copytree(study, tmp_path / "place" / "study", ignore=shutil.ignore_patterns(LOCK, "confirmed"))
     place = Remote((tmp_path / "place" / "study").as_uri())

@@ -176,6 +176,7 @@ def test_stores_are_packed_to_a_uri_and_trained_on_from_there(folder, tmp_path, 
     assert (tmp_path / "run" / DATA).read_text() == f"{uri}/16px\n"
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_it_and_another_attempt_goes_on(tmp_path):
     folder = write_folder(tmp_path / "faces", train=400)
     dest = tmp_path / "out" / "store"

@@ -244,6 +244,7 @@ class TestPredict:
         assert command_main("predict", [str(export), f"{folder.as_uri()}/none.jpg"]) == 2
         assert capsys.readouterr().err == f"error: {folder.as_uri()}/none.jpg: no such image; name an existing one\n"
 
+    @pytest.mark.long
     def test_as_a_module_without_ray_a_closed_pipe_is_no_traceback(self, export, faces, tmp_path):
         for name in ("ray", "optuna"):
             (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not needed')")

@@ -36,6 +36,7 @@ def study(finished, tmp_path):
     return tmp_path / "study"
 
 
+@pytest.mark.long
 def test_everything_that_is_made_is_made_again(study, capsys, monkeypatch):
     with monkeypatch.context() as plotless:
         plotless.setattr("raytune_emotion.tuning.report.page.draw_all", lambda *_: ())

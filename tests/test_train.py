@@ -124,6 +124,7 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert read_history(folder) == history
 
 
+@pytest.mark.long
 def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeypatch, capsys):
     assert trained(*TINY, 3, "--name", "mine") == 0
     expected = tmp_path / "results" / "mine"

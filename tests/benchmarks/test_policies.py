@@ -58,6 +58,7 @@ def test_random_search_drawn_at_once_is_that_of_one_trial_after_the_other(market
         assert at_once.until(js) == pytest.approx(one_by_one.until(js))
 
 
+@pytest.mark.long
 def test_searching_betters_random_search_of_the_same_time(market):
     recorded = market.response.recorded
     some = {name: getattr(recorded, name)[:64] for name in ("settings", "x_ND", "js_NR", "seconds_NR")}
@@ -69,6 +70,7 @@ def test_searching_betters_random_search_of_the_same_time(market):
     assert np.median([one.at(seconds) for one in searched]) < np.median([one.at(seconds) for one in random])
 
 
+@pytest.mark.long
 def test_a_goal_that_is_not_reached_is_gone_on_for(market):
     by_chance, seconds = functools.partial(part, "with random proposals"), market.full
     short, longer = (replay.replay(by_chance, market, 2, 0, seconds, goal, 9 * seconds) for goal in (1.0, 0.14))

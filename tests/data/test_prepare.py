@@ -163,6 +163,7 @@ def files_of(path):
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
+@pytest.mark.long
 def test_a_folder_at_a_uri_is_packed_as_one_on_a_disk(folder, tmp_path, upload, cache, capsys):
     (folder / "train_set/images/2.png").write_bytes(b"")
     (folder / "train_set/annotations/3_prob_rank.txt").write_text("")

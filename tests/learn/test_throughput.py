@@ -72,6 +72,7 @@ def test_what_fits():
     assert fitting_counts(COUNTS, peak=13 * GIB, images=7 * GIB, total=80 * GIB) == [1, 2]
 
 
+@pytest.mark.long
 def test_several_trials_are_timed_at_the_same_time(store, monkeypatch):
     """One of them in a process of its own, as all are, and one in this: to import PyTorch takes seconds."""
     starts = iter((Process, Here))

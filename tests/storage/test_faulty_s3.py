@@ -13,6 +13,8 @@ from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from tests.support.folders import files_of
 
+pytestmark = pytest.mark.long
+
 OLD, NEW = b"old" * 100, b"new line" * 200
 #: More than what one request of an upload takes.
 LARGE = bytes(range(256)) * 44_000

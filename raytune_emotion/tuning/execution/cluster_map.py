@@ -54,8 +54,8 @@ def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Submitted:
-    """A task of the cluster."""
+class _Task:
+    """A task that was given to the cluster."""
 
     result: Any  # reference to it
     task: Any
@@ -64,7 +64,7 @@ class _Submitted:
 
 def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[Any, None, None]:
     grows = has_autoscaler()
-    ahead: deque[_Submitted] = deque()
+    ahead: deque[_Task] = deque()
     try:
         for task in tasks:
             # Nodes join and leave meanwhile, and searches begin and end.
@@ -72,7 +72,7 @@ def _results(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Generator[
             others = without_gpus([*nodes.values()]) if not grows and _is_gpu_in_use(nodes) else []
             off = frozenset(number for number, node in nodes.items() if others and node.get("GPU"))
             selector = label_selector(nodes, off_gpus=bool(others))
-            ahead.append(_Submitted(_run.options(label_selector=selector).remote(function, task), task, off))
+            ahead.append(_Task(_run.options(label_selector=selector).remote(function, task), task, off))
             cores = sum(node.get("CPU", 0.0) for node in others or nodes.values())
             if len(ahead) >= _AHEAD * max(1.0, cores):
                 yield _result(function, ahead)
@@ -89,7 +89,7 @@ def _is_gpu_in_use(nodes: Mapping[str, Mapping[str, float]]) -> bool:
     return free.get("GPU", 0.0) < sum(node.get("GPU", 0.0) for node in nodes.values())
 
 
-def _result(function: Callable[[Any], Any], ahead: deque[_Submitted]) -> Any:
+def _result(function: Callable[[Any], Any], ahead: deque[_Task]) -> Any:
     """Remove the first task, and return its result."""
     while ahead[0].off and not ray.wait([ahead[0].result], timeout=_LOOK_S)[0]:
         cores = {number for number, node in live_nodes().items() if node.get("CPU")}
@@ -97,8 +97,8 @@ def _result(function: Callable[[Any], Any], ahead: deque[_Submitted]) -> Any:
             # Ray would wait for another node for ever. Tasks that have ended are not run again.
             _, waiting = ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=0)
             for place, each in enumerate(ahead):
-                if each.result in waiting:
-                    ahead[place] = _Submitted(_run.remote(function, each.task), each.task, frozenset())
+                if each.off and each.result in waiting:
+                    ahead[place] = _Task(_run.remote(function, each.task), each.task, frozenset())
     try:
         return ray.get(ahead.popleft().result)
     except RayTaskError as error:

@@ -344,6 +344,7 @@ def at(uri, folder):
     return files_of(folder)
 
 
+@pytest.mark.long
 def test_stores_at_uris_are_those_on_a_disk_and_gone_on_with(folder, tmp_path, bucket, small_shards, monkeypatch):
     dests = {size: bucket / "sizes" / f"{size}px" for size in (24, 16)}
     pushed = set()

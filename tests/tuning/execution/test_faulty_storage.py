@@ -23,6 +23,8 @@ from tests.support.reports import make_report
 from tests.support.studies import SMALL_SPACE, spec_of
 from tests.support.studies_at_uri import fetch
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def faults(faults, monkeypatch):

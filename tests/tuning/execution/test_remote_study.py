@@ -35,6 +35,7 @@ def begin(tmp_path, store):
     return functools.partial(begin_study, tmp_path / "study", store)
 
 
+@pytest.mark.long
 def test_a_study_at_a_uri_has_the_record_of_a_local_one_and_outlives_its_machine(begin, bucket, cluster, tmp_path):
     uri, events = remote.join(bucket, "a study"), []
     folder = begin(trials=4, epochs=2)

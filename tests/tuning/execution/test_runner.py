@@ -135,6 +135,7 @@ def test_trials_fail_for_good_or_go_on_in_smaller_micro_batches_and_a_full_disk_
     assert [t.state for t in load_study(folder).trials] == [*ended, TrialState.RUNNING]
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_no_trial_and_an_interruption_between_two_trials_the_study(
     begin, tmp_path, monkeypatch
 ):

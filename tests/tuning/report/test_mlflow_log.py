@@ -80,6 +80,7 @@ def events_of(study):
         yield event(record.trial_id, record.status, last["best_val_js"], last["epoch"], settings=record.settings)
 
 
+@pytest.mark.long
 def test_a_study_is_a_run_with_one_run_below_it_for_each_trial(study, server):
     (study.folder / "best").mkdir(exist_ok=True)
     (study.folder / "best" / "config.json").write_text("{}")

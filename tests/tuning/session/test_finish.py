@@ -123,6 +123,7 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
 
 
 @pytest.mark.usefixtures("formats")
+@pytest.mark.long
 def test_a_study_at_a_uri_is_finished_as_one_in_a_folder_also_on_another_machine(study, tmp_path, monkeypatch, capsys):
     shutil.copytree(study, tmp_path / "place" / "study", ignore=shutil.ignore_patterns(LOCK))
     finish_study(Folder(study), None)
