@@ -4,9 +4,9 @@
 
 All choose among the same configurations: those of the quick space without its start points, so that none knows more
 than the others. All train them with the same code on the same packed store, on two cores. Each study is a separate
-process, whose time begins with its start. In addition, this project runs with the start points. With `--keep FOLDER`,
-an interrupted contest continues where it stopped. Kept results are checked for the same data, but not for the same
-code: name another folder after a change of the code.
+process, whose time begins with its start, and imports only what it needs. In addition, this project runs with the start
+points. With `--keep FOLDER`, an interrupted contest continues where it stopped. Kept results are checked for the same
+data, but not for the same code: name another folder after a change of the code.
 """
 
 import argparse
@@ -29,13 +29,8 @@ from typing import Any
 
 import numpy as np
 import optuna
-import ray
 import torch
-from matplotlib.figure import Figure
 from optuna.pruners import HyperbandPruner
-from ray import tune
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 from rich.progress import track
 from ruamel.yaml import YAML
 
@@ -76,7 +71,7 @@ def main() -> int:
     parser.add_argument("--study", nargs=2, metavar=("NAME", "JSON"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.study:
-        STUDIES[args.study[0]](Contest(**json.loads(args.study[1])))
+        RIVALS[args.study[0]](Contest(**json.loads(args.study[1])))
         return 0
     began = datetime.now(timezone.utc)
     with tempfile.TemporaryDirectory(prefix="contest-") as scratch:
@@ -85,9 +80,9 @@ def main() -> int:
         YAML().dump(mapping, space)
         store = prepare(args.data, image_size=None)
         took = 0.0
-        found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in STUDIES}
+        found: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in (*RIVALS, *OURS)}
         # Run the studies seed by seed, so that other load of the machine affects all alike.
-        for seed, name in track([(seed, name) for seed in range(args.seeds) for name in STUDIES], "studies"):
+        for seed, name in track([(seed, name) for seed in range(args.seeds) for name in found], "studies"):
             what = f"{name}, {args.seconds:g} s, seed {seed}, data {store.fingerprint[:12]}"
             file = (args.keep or Path(scratch)) / f"{what}.json"
             if not file.exists():
@@ -112,8 +107,11 @@ def main() -> int:
 def _study(name: str, asked: Contest) -> list[tuple[float, float]]:
     """Run a study, and return its reports within its time, as seconds since its start and validation JS."""
     began = time.time()
-    command = [sys.executable, "-m", "benchmarks.curves.contest", "--data", "."]
-    command += ["--study", name, json.dumps(dataclasses.asdict(asked))]
+    if name in OURS:
+        command = _search(asked, OURS[name] or asked.space)
+    else:
+        command = [sys.executable, "-m", "benchmarks.curves.contest", "--data", "."]
+        command += ["--study", name, json.dumps(dataclasses.asdict(asked))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     said = b""
     try:
@@ -130,24 +128,21 @@ def _study(name: str, asked: Contest) -> list[tuple[float, float]]:
     return [(seconds, js) for seconds, js in points if seconds <= asked.seconds]
 
 
-def _ours(asked: Contest) -> None:
-    command = [
-        sys.executable, "-m", "raytune_emotion.search", "--data", asked.store, "--space", asked.space, "--objective",
+def _search(asked: Contest, space: str) -> list[str]:
+    """Return the command of a search of this project."""
+    return [
+        sys.executable, "-m", "raytune_emotion.search", "--data", asked.store, "--space", space, "--objective",
         "val_js per hour", "--trials", str(MANY), "--epochs", str(EPOCHS), "--seed", str(asked.seed), "--time-budget",
         f"{asked.seconds:g}s", "--results", asked.folder,
         # The portfolio is not used, because it was recorded on the faces of the contest.
         "--warm-start", "none",
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def _ours_with_start_points(asked: Contest) -> None:
-    _ours(dataclasses.replace(asked, space=str(SPACE)))
 
 
 def _random(asked: Contest) -> None:
     """Train random configurations to their end, one per core."""
-    processes = [get_context("spawn").Process(target=_train_every, args=(asked, core)) for core in range(CORES)]
+    # Forked, so that they need not import everything again.
+    processes = [get_context("fork").Process(target=_train_every, args=(asked, core)) for core in range(CORES)]
     for process in processes:
         process.start()
     time.sleep(asked.seconds)
@@ -188,6 +183,11 @@ def _define(space: Space, trial: optuna.Trial) -> dict[str, Any]:
 
 def _ray(asked: Contest) -> None:
     """Run a function trainable that reports every epoch, with `OptunaSearch`, `ASHAScheduler` and no other options."""
+    import ray
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
     space = _space(asked)
 
     def trainable(config: dict[str, Any]) -> None:
@@ -208,13 +208,13 @@ def _ray(asked: Contest) -> None:
     tune.Tuner(trainable, tune_config=config, run_config=results).fit()
 
 
-STUDIES: dict[str, Callable[[Contest], None]] = {
+RIVALS: dict[str, Callable[[Contest], None]] = {
     "random search": _random,
     "Optuna with Hyperband": _optuna,
     "OptunaSearch + ASHAScheduler": _ray,
-    "raytune_emotion": _ours,
-    "raytune_emotion with start points": _ours_with_start_points,
 }
+#: Searches of this project, each with its space; None for the one of the rivals.
+OURS = {"raytune_emotion": None, "raytune_emotion with start points": str(SPACE)}
 
 
 def _space(asked: Contest) -> Space:
@@ -252,6 +252,8 @@ def _table(found: dict[str, list[list[tuple[float, float]]]], seconds: float) ->
 
 
 def _draw(found: dict[str, list[list[tuple[float, float]]]], seconds: float) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     times = np.linspace(0, seconds, 300)
