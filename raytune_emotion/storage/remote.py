@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit, urlunsplit
@@ -317,15 +317,15 @@ def _map(action: Callable[[str], _T], names: Iterable[str]) -> Iterator[_T]:
 
     A server that is away would otherwise be waited for again.
     """
-    failed = threading.Event()
+    errors: list[BaseException] = []
 
     def one(name: str) -> _T:
-        if failed.is_set():
-            raise CancelledError  # nobody sees it: the error came with an earlier name
+        if errors:
+            raise errors[0]
         try:
             return action(name)
-        except BaseException:
-            failed.set()
+        except BaseException as error:
+            errors.append(error)
             raise
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -367,17 +367,17 @@ def _with_retries(uri: str, action: Callable[[FileSystem, str], _T]) -> _T:
                     raise Breakdown(fault) from error
             tries += 1
     finally:
-        _reported.discard(uri)
+        _outages.discard(uri)
 
 
 #: URIs whose outage was reported. The lock lets one of many threads report it.
-_reported, _reporting = set[str](), threading.Lock()
+_outages, _outages_lock = set[str](), threading.Lock()
 
 
 def _report_outage(uri: str, fault: str) -> None:
-    with _reporting:
-        is_new = uri not in _reported
-        _reported.add(uri)
+    with _outages_lock:
+        is_new = uri not in _outages
+        _outages.add(uri)
     if is_new:
         warn(f"{fault}; it is tried again for a quarter of an hour")
 

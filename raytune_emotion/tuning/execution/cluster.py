@@ -170,11 +170,14 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _leave(watch: ClusterWatch) -> None:
-    """Leave the cluster, unless it is one of others whose node is frozen: Ray would wait for that for minutes."""
+    """Leave the cluster. If the raylet of a joined cluster is stopped, leave it to the end of this process instead.
+
+    Ray itself would wait for that raylet for minutes, now and in its exit handler.
+    """
     if watch.is_own or not watch.is_frozen():
         _shut_down()
     else:
-        skip_exit_handlers()  # one of them is Ray's, which would wait, too
+        skip_exit_handlers()
 
 
 def _shut_down() -> None:

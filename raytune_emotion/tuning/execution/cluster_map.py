@@ -58,7 +58,7 @@ class _Task:
     """A task that was given to the cluster."""
 
     result: Any  # reference to it
-    task: Any
+    argument: Any  # of the function
     off: frozenset[str]  # ids of the nodes that it keeps off
 
 
@@ -98,7 +98,7 @@ def _result(function: Callable[[Any], Any], ahead: deque[_Task]) -> Any:
             _, waiting = ray.wait([each.result for each in ahead], num_returns=len(ahead), timeout=0)
             for place, each in enumerate(ahead):
                 if each.off and each.result in waiting:
-                    ahead[place] = _Task(_run.remote(function, each.task), each.task, frozenset())
+                    ahead[place] = _Task(_run.remote(function, each.argument), each.argument, frozenset())
     try:
         return ray.get(ahead.popleft().result)
     except RayTaskError as error:
