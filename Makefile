@@ -30,7 +30,7 @@ long: setup
 
 # Kills and freezes parts of Ray, and sends signals: too long for `make test`. Some: make machines ONLY=train
 machines: setup
-	$(BIN)/python -m pytest tests/machines $(if $(ONLY),-k '$(ONLY)')
+	$(PYTEST) tests/machines $(if $(ONLY),-k '$(ONLY)')
 
 # Damaged files of every kind: each ends in a result or a sentence. Fewer: make fuzz COUNT=1000
 fuzz: setup

@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import gc
 import os
 import signal
@@ -115,6 +117,16 @@ def uris_checked_here(request, monkeypatch):
         from tests.support.uri_checks import IN_THIS_PROCESS
 
         monkeypatch.setattr("raytune_emotion.storage.remote.subprocess", IN_THIS_PROCESS)
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """Let the file system have no locks, such as Lustre that is mounted without flock."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 @pytest.fixture

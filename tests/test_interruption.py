@@ -272,3 +272,17 @@ def test_a_signal_that_meets_the_locks_of_imports_comes_again(monkeypatch):
     with handle_signals():
         interruption._hear(signal.SIGTERM, importer)
     assert sent.get(timeout=60) == (os.getpid(), signal.SIGTERM)
+
+
+def test_a_process_whose_exit_handlers_would_block_ends_with_its_code_and_its_output():
+    script = """
+import atexit, time
+from raytune_emotion.interruption import end_without_handlers, skip_exit_handlers
+atexit.register(time.sleep, 600)
+end_without_handlers(1)  # does nothing yet
+print("all is said")
+skip_exit_handlers()
+end_without_handlers(130)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (130, "all is said\n")

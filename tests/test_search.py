@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import io
 import json
@@ -869,14 +867,6 @@ def test_a_search_that_is_refused_leaves_the_files_of_the_one_at_work(tmp_path, 
         assert f"error: {local}: another process is using it" in capsys.readouterr().err
         assert tree(local) == before
         assert sessions == []
-
-
-@pytest.fixture
-def without_locks(monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
 
 
 @pytest.mark.usefixtures("without_locks")

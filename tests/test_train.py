@@ -1,8 +1,6 @@
 """The command train: one configuration, from the command line to its export."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import pickle
 import re
@@ -183,10 +181,8 @@ def test_a_folder_of_links_or_of_empty_folders_is_taken(trained, tmp_path, capsy
         assert entry.is_dir()
 
 
+@pytest.mark.usefixtures("without_locks")
 def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trained, tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
     def taken_over(job):
         for report in train_here(job):
             with exclusive_lock(folder) as other:
@@ -194,7 +190,6 @@ def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trai
                 yield report
 
     folder = tmp_path / "results" / "mine"
-    monkeypatch.setattr(fcntl, "flock", refuse)
     with monkeypatch.context() as patched:
         patched.setattr(single_run, "train_here", taken_over)
         assert trained(*TINY, 2, "--name", "mine") == 1
@@ -210,11 +205,8 @@ def test_a_run_taken_over_by_another_process_ends_where_files_have_no_locks(trai
         assert not at_work.is_held()
 
 
-def test_a_new_run_leaves_the_files_of_a_process_that_has_taken_over(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+@pytest.mark.usefixtures("without_locks")
+def test_a_new_run_leaves_the_files_of_a_process_that_has_taken_over(tmp_path):
     copy = RemoteCopy(tmp_path, Folder(tmp_path))
     with exclusive_lock(tmp_path) as lock, single_run._new_run(copy, lock):
         assert lock.claim()

@@ -213,7 +213,7 @@ RIVALS: dict[str, Callable[[Contest], None]] = {
     "Optuna with Hyperband": _optuna,
     "OptunaSearch + ASHAScheduler": _ray,
 }
-#: Searches of this project, each with its space; None for the one of the rivals.
+#: Searches of this project, each with its space; None: that of the rivals.
 OURS = {"raytune_emotion": None, "raytune_emotion with start points": str(SPACE)}
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import shutil
 import threading
 
@@ -228,13 +227,9 @@ class TestARecordThatCannotBeWritten:
             recorder.close()
 
 
-def test_search_that_another_one_has_continued_writes_nothing_where_the_file_system_has_no_locks(folder, monkeypatch):
+@pytest.mark.usefixtures("without_locks")
+def test_search_that_another_one_has_continued_writes_nothing_where_the_file_system_has_no_locks(folder):
     """Slurm may requeue a job whose node is only away, on Lustre that is mounted without flock."""
-
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
     with open_study(folder) as before:
         stale = Recorder(before)
         with open_study(folder) as after, open_study(folder) as late:
