@@ -13,8 +13,8 @@ from raytune_emotion.storage.json_text import is_number, load_json
 LAST, BEST, HISTORY = "last.safetensors", "best.safetensors", "history.jsonl"
 PREDICTIONS = "predictions.safetensors"
 
-#: Bound of the numbers in a report. Larger integers are not exact as floats.
-_LARGEST = 2**53
+#: Keys of the numbers with which a study computes, and their bound. Other metrics of a diverged run can be larger.
+_BOUNDED, _LARGEST = {*DRIVER_KEYS, "val_js", "time"}, 2**53
 
 
 def read_history(folder: Path) -> list[Report]:
@@ -46,13 +46,15 @@ def _report(line: Any) -> Report:
     numbers |= line if isinstance(line, dict) else {}
     if not isinstance(numbers.pop("finished"), bool):
         raise ValueError("'finished' is not a boolean")
-    if wrong := [key for key, value in numbers.items() if not (key.isidentifier() and _is_number(value))]:
+    if wrong := [key for key, value in numbers.items() if not (key.isidentifier() and _is_number(key, value))]:
         raise ValueError(f"{wrong[0]!r} is not a number")
     if not isinstance(numbers["report"], int) or numbers["report"] < 1:
         raise ValueError("'report' is not a positive integer")
     return cast("Report", line)
 
 
-def _is_number(value: Any) -> bool:
-    """Tell whether a value is a number that any table can hold."""
-    return is_number(value) and abs(value) < _LARGEST
+def _is_number(key: str, value: Any) -> bool:
+    """Tell whether a value is a number that a report can have under a key."""
+    # Larger integers are not exact as floats, which the tables hold.
+    bounded = key in _BOUNDED or isinstance(value, int)
+    return is_number(value) and (not bounded or abs(value) < _LARGEST)

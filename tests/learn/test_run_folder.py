@@ -34,12 +34,19 @@ def test_a_torn_last_line_is_left_out(tmp_path):
         LINES[0].replace('"report": 1', '"report": 0').encode(),
         LINES[0].replace("false", "0").encode(),
         LINES[0].replace("1.5", "1e300").encode(),
+        LINES[0].replace('"val_js": 0.5', f'"val_js": {2**60}').encode(),
     ],
 )
 def test_a_line_torn_elsewhere_is_a_fault(tmp_path, history):
     (tmp_path / HISTORY).write_bytes(history)
     with pytest.raises(UserError, match=HISTORY):
         read_history(tmp_path)
+
+
+def test_a_loss_of_a_diverged_run_may_be_huge(tmp_path):
+    report = {**REPORTS[1], "val_kl": 1e30, "train_loss": 2.0**60}
+    (tmp_path / HISTORY).write_text(json.dumps(report) + "\n")
+    assert read_history(tmp_path) == [report]
 
 
 def test_there_is_no_history_before_the_first_report(tmp_path):
