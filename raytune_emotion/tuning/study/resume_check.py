@@ -6,11 +6,12 @@ from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.locations import Location, parent_of
 from raytune_emotion.terminal import shell_word, typed_command
 from raytune_emotion.tuning.space.parser import load_space, parse_space
+from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import split_address
 from raytune_emotion.tuning.study.request import SearchRequest, absolute_path
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec
 
-_WEIGHTS = "model.weights_dir"
+_WEIGHTS, _PRETRAINED = "model.weights_dir", "model.pretrained"
 #: Settings that the command line may set, so that a study may have other values than its space.
 _OUTSIDE_THE_SPACE = ("train.epochs", "train.seed", _WEIGHTS)
 
@@ -63,8 +64,8 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
     changed = [
         f"{name} that it began with, {has[name]}" for name, value in wanted.items() if value not in (None, has[name])
     ]
+    space = parse_space(spec.space, str(folder / SPEC))
     if request.space is not None:
-        space = parse_space(spec.space, SPEC)
         # These settings of the study come from the command line, or may change.
         own = {key: value for key, value in space.fixed_settings.items() if key in _OUTSIDE_THE_SPACE}
         began_with = space.to_dict()
@@ -89,8 +90,18 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
     ]
     with collect_errors(errors):
         request.check_warm_start()
+    if request.weights_dir is not None and spec.weights_dir is None and not _decides_on_weights(space):
+        errors.append(
+            f"--weights-dir: trials of this study begin with random weights, because it began with neither "
+            f"--weights-dir nor {_PRETRAINED}; leave the option out, or begin a new study under another name"
+        )
     if request.epochs is not None and request.epochs < spec.epochs:
         errors.append(f"--epochs: a resumed study cannot have fewer epochs than before ({spec.epochs}); raise them")
     with collect_errors(errors):
         request.check_until_gain(spec.objective)
     return errors
+
+
+def _decides_on_weights(space: Space) -> bool:
+    """Tell whether the space itself says for each trial whether it begins with pretrained weights."""
+    return all(_PRETRAINED in space.active_settings(decided) for decided in space.decisions())
