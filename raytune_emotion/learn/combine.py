@@ -28,7 +28,7 @@ from raytune_emotion.data.store import Split, Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
-from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.device import exact_fp32, halve_until_it_fits
 from raytune_emotion.learn.evaluation import ROWS, predict_share
 from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.model import batchnorm_layers, load_model, mean_std
@@ -132,7 +132,8 @@ def mean_of(predictions: Sequence[Tensor]) -> Predict:
 
 def predict_whole(best: Best, split: Split, device: torch.device) -> Tensor:
     """Predict all images of a split with a checkpoint, on a device. Return [N, K], float64, on the CPU."""
-    logits_NK, _ = predict_share(load_model(best).to(device), split, device=device)
+    model = load_model(best).to(device)
+    logits_NK, _ = halve_until_it_fits(lambda rows: predict_share(model, split, device=device, rows=rows), ROWS)
     return logits_NK.cpu().double().softmax(-1)
 
 
@@ -176,15 +177,19 @@ def estimate_statistics(best: Best, train: Split, device: torch.device) -> Best:
     layers = [layer for layer in batchnorm_layers(model) if layer.track_running_stats]
     if not layers:
         return best
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # every batch counts alike
-        layer.train()
     rows_N = np.random.default_rng(0).permutation(len(train))[:STATISTICS_ROWS]
-    rows = np.array_split(rows_N, math.ceil(len(rows_N) / ROWS))  # of about the same length: none has one row alone
-    with torch.no_grad(), exact_fp32():
-        for batch in batches(train, rows, device):
-            model(normalise(batch.x_BHWC, *mean_std(model)))
+
+    def estimate(most: int) -> None:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # every batch counts alike
+            layer.train()
+        rows = np.array_split(rows_N, math.ceil(len(rows_N) / most))  # of about the same length: none has one row alone
+        with torch.no_grad(), exact_fp32():
+            for batch in batches(train, rows, device):
+                model(normalise(batch.x_BHWC, *mean_std(model)))
+
+    halve_until_it_fits(estimate, ROWS, least=2)
     return dataclasses.replace(best, weights=weights_to_save(model))
 
 

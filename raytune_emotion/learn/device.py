@@ -2,13 +2,15 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from raytune_emotion.learn.torch_patches import OUT_OF_MEMORY, suppress_compile_errors
+
+T = TypeVar("T")
 
 #: GPU memory that CUDA uses for a process in addition to torch's: context, kernels and libraries; bytes.
 _CONTEXT = 600 * 2**20
@@ -41,6 +43,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
+
+
+def halve_until_it_fits(call: Callable[[int], T], rows: int, least: int = 1) -> T:
+    """Call with a number of rows per batch, and with half of it each time the device has too little memory."""
+    while True:
+        try:
+            return call(rows)
+        except RuntimeError as error:
+            if rows // 2 < least or not is_out_of_memory(error):
+                raise
+        # Only here, after the block, is the memory of the failed call free.
+        rows //= 2
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
 
 
 def compile_model(model: nn.Module) -> nn.Module:

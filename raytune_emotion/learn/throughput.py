@@ -226,8 +226,9 @@ def _serve(device: torch.device) -> None:
 def _release(device: torch.device) -> None:
     clear_cache()
     gc.collect()
-    limit_memory(device, 1)
-    if device.type == "cuda":
+    # A process that has not trained has no context on the GPU, and gets none here: it would take memory from others.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        limit_memory(device, 1)
         torch.cuda.empty_cache()
 
 

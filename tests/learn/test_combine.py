@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import BatchNorm2d
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.emotions import EMOTIONS
@@ -177,6 +178,21 @@ def test_batchnorm_of_a_soup_has_the_statistics_of_what_it_sees_in_training_imag
 def test_a_soup_is_the_same_each_time(store):
     first, second = (soup_of("test_resnet", store)[2].best((0, 1)) for _ in range(2))
     assert all(torch.equal(second.weights[name], tensor) for name, tensor in first.weights.items())
+
+
+def test_a_soup_is_made_with_fewer_images_at_once_where_the_device_has_too_little_memory(store):
+    def refuse(module, inputs):
+        if len(inputs[0]) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    soup, with_room = (soup_of("test_resnet", store)[2] for _ in range(2))
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        found_NK = soup.predict((0, 1))
+    finally:
+        hook.remove()
+    # The statistics of BatchNorm are the mean over other batches.
+    assert torch.allclose(found_NK, with_room.predict((0, 1)), atol=0.02)
 
 
 def test_models_are_run_on_the_device_that_is_asked_for(store):

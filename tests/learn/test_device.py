@@ -3,7 +3,13 @@ import os
 import pytest
 import torch
 
-from raytune_emotion.learn.device import exact_fp32, find_device, is_out_of_memory, reduce_fragmentation
+from raytune_emotion.learn.device import (
+    exact_fp32,
+    find_device,
+    halve_until_it_fits,
+    is_out_of_memory,
+    reduce_fragmentation,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,22 @@ from raytune_emotion.learn.device import exact_fp32, find_device, is_out_of_memo
 )
 def test_errors_of_the_device_that_say_memory_ran_out(error, is_one):
     assert is_out_of_memory(error) == is_one
+
+
+def test_a_call_gets_fewer_rows_until_they_fit_or_are_too_few():
+    def call(rows):
+        tried.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rows
+
+    tried = []
+    assert halve_until_it_fits(call, 16) == 2
+    assert tried == [16, 8, 4, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        halve_until_it_fits(call, 16, least=4)
+    with pytest.raises(RuntimeError, match="something else"):
+        halve_until_it_fits(lambda rows: (_ for _ in ()).throw(RuntimeError("something else")), 16)
 
 
 @pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])

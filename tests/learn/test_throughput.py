@@ -159,6 +159,12 @@ def test_a_process_whose_device_has_too_little_memory_says_so_and_hears_the_next
     assert capsys.readouterr().out == "null\nnull\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows on machines without a GPU what is not called")
+def test_a_process_that_has_not_trained_rests_without_a_context_on_the_gpu():
+    throughput._release(torch.device("cuda"))
+    assert not torch.cuda.is_initialized()
+
+
 def test_a_process_that_has_ended_is_told_of():
     process = Process(CPU)
     process._popen.kill()

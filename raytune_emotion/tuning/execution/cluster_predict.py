@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-import torch
 
 from raytune_emotion.data.decode import UndecodableImage
 from raytune_emotion.data.pictures import PictureFiles, PredictedBatch
+from raytune_emotion.learn.device import find_device
 from raytune_emotion.learn.export_files import CONFIG, WEIGHTS
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.storage.atomic import scratch_folder
@@ -72,7 +72,7 @@ class _Predictor:
             for name, raw in content.items():
                 (folder / name).write_bytes(raw)
             self._package = load_package(folder)
-        self._package.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._package.model.to(find_device())
         self._mirror = mirror
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

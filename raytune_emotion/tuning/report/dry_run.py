@@ -14,6 +14,7 @@ from rich.console import Console
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.prepare import Data
 from raytune_emotion.learn import losses
+from raytune_emotion.learn.device import find_device
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.terminal import count, plain_table
@@ -60,7 +61,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
         console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
     console.print(f"\nthe search is guided by {warm_start.description}\n")
     epochs, trials = space.fixed_settings["train.epochs"], request.trials or DEFAULT_TRIALS
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")
     cost = plain_table(*headings, title=f"training on this machine ({device})")
     seconds = []
