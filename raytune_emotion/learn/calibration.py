@@ -85,12 +85,14 @@ def divide_logits(model: nn.Module, temperature: float, x_BCHW: torch.Tensor) ->
     parameters = [
         parameter for layer in layers if isinstance(layer, nn.Linear | nn.Conv2d) for parameter in layer.parameters()
     ]
+    if not parameters:
+        return False
     with torch.no_grad(), exact_fp32():
-        before_BK = model(x_BCHW)
+        before_BK, kept = model(x_BCHW), [parameter.clone() for parameter in parameters]
         for parameter in parameters:
             parameter.div_(temperature)
         if torch.allclose(model(x_BCHW), before_BK / temperature, rtol=1e-3, atol=1e-4):
             return True
-        for parameter in parameters:
-            parameter.mul_(temperature)
+        for parameter, before in zip(parameters, kept, strict=True):
+            parameter.copy_(before)
     return False

@@ -77,4 +77,9 @@ def test_model_whose_last_layer_cannot_be_scaled_stays_as_it_was():
     model.forward_head = lambda x, **options: forward(x, **options).tanh()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert not divide_logits(model, 1.7, x_BCHW)
-    assert all(torch.allclose(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_logits_of_a_model_without_a_last_layer_are_not_divided_by_almost_1_either():
+    model = timm.create_model("test_resnet", num_classes=0).eval()
+    assert not divide_logits(model, 1.0001, torch.randn(2, 3, 64, 64))
