@@ -136,26 +136,30 @@ def save_with_header(file: Path, model: nn.Module, optimizer: Optimizer, header:
     _write(file, _all_tensors(model, optimizer), header)
 
 
-def load_with_header(file: Path, model: nn.Module, optimizer: Optimizer | None, *keys: str) -> list[Any]:
-    """Load the output of `save_with_header` into a model and, if there is one, its optimizer.
-
-    Returns:
-        The values of the keys in the header.
+def read_header(file: Path, *keys: str) -> list[Any]:
+    """Return the values of keys in the header of a file of `save_with_header`.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it belongs to another model.
+        UserError: there is no such file, or it is not one of these.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such checkpoint; name one that a training has written")
     try:
         with safe_open(file, "pt") as tensors:
-            values = _header(tensors, *keys)
+            return _header(tensors, *keys)
     except _DAMAGE as error:
         raise UserError(
             f"{file}: not a checkpoint in safetensors ({first_line(error)}); name one that a training has written"
         ) from error
+
+
+def load_state(file: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Load a file of `save_with_header` into a model and, if there is one, its optimizer.
+
+    Raises:
+        UserError: it is damaged, or belongs to another model.
+    """
     _load(file, model, optimizer)
-    return values
 
 
 def weights_to_save(model: nn.Module) -> dict[str, Tensor]:

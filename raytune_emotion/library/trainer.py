@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from raytune_emotion.data.progress import progress
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.checkpoint import load_with_header, save_with_header
+from raytune_emotion.learn.checkpoint import load_state, read_header, save_with_header
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.run_folder import BEST
@@ -26,7 +26,7 @@ Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 #: Name -> one number per epoch. `pandas.DataFrame(history)` has one row per epoch.
 History: TypeAlias = dict[str, list[float]]
 
-_EPOCH, _BEST_LOSS, _GROUPS = "epoch", "best_loss", "param_groups"
+_EPOCH, _BEST_LOSS, _GROUPS, _PARAMS = "epoch", "best_loss", "param_groups", "params"
 
 
 class Checkpoint(NamedTuple):
@@ -173,7 +173,10 @@ class Trainer:
         return total / rows
 
     def _save(self) -> None:
-        groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        groups = [
+            {name: len(value) if name == _PARAMS else _plain(value) for name, value in group.items()}
+            for group in self.optimizer.param_groups
+        ]
         header = {_EPOCH: self.epochs, _BEST_LOSS: self.history["val_loss"][-1], _GROUPS: groups}
         save_with_header(self._checkpoint_dir / BEST, self.model, self.optimizer, header)
 
@@ -251,10 +254,19 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
         `epoch` (epochs trained) and `best_loss` (lowest validation loss so far).
 
     Raises:
-        UserError: there is no such checkpoint, it belongs to another model, or it is not a safetensors file.
+        UserError: there is no such checkpoint, it belongs to another model or optimizer, or it is not a safetensors
+            file.
     """
     file = Path(path) / BEST if Path(path).is_dir() else Path(path)
-    epoch, best_loss, groups = load_with_header(file, model, optimizer, _EPOCH, _BEST_LOSS, _GROUPS)
+    epoch, best_loss, groups = read_header(file, _EPOCH, _BEST_LOSS, _GROUPS)
+    if optimizer is not None:
+        sizes = [len(group[_PARAMS]) for group in optimizer.param_groups]
+        if (saved_sizes := [saved.pop(_PARAMS, 0) for saved in groups]) != sizes:
+            raise UserError(
+                f"{file}: the groups of its optimizer have {', '.join(map(str, saved_sizes))} parameters, those of "
+                f"this optimizer {', '.join(map(str, sizes))}; make it as for the training that wrote the checkpoint"
+            )
+    load_state(file, model, optimizer)
     if optimizer is not None:
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             for name, value in saved.items():

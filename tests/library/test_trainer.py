@@ -173,6 +173,17 @@ def test_the_optimizer_gets_the_learning_rate_of_the_checkpoint(make, tmp_path):
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
+def test_an_optimizer_of_other_groups_is_refused_before_anything_is_loaded(make, tmp_path):
+    make().train(1)
+    model = Linear()
+    weights = model.layer.weight.clone()
+    groups = [{"params": [model.layer.weight]}, {"params": [model.layer.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.5, momentum=0.9)
+    with pytest.raises(UserError, match="the groups of its optimizer have 2 parameters, those of this optimizer 1, 1"):
+        load_checkpoint(tmp_path / "checkpoints", model, optimizer)
+    assert torch.equal(model.layer.weight, weights)
+
+
 def test_the_learning_rate_may_be_a_tensor(make, tmp_path):
     model = Linear()
     make(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))).train(1)
