@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytune_emotion.cli import command_main, location, port_number
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn.export_files import check_export
+from raytune_emotion.learn.export_files import LOADED, check_export
 from raytune_emotion.terminal import say
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with args.export.copy_here("*") as folder:
+    with args.export.copy_here(*LOADED) as folder:
         check_export(folder)
         # Imported only now: it takes seconds.
         from raytune_emotion.learn.export_folder import load_package

@@ -15,7 +15,7 @@ from raytune_emotion.data.decode import UndecodableImage
 from raytune_emotion.data.pictures import PictureFiles, PredictedBatch, StoredPictures, in_batches, list_pictures
 from raytune_emotion.data.progress import progress
 from raytune_emotion.errors import Incomplete, UserError, collect_errors
-from raytune_emotion.learn.export_files import check_export
+from raytune_emotion.learn.export_files import LOADED, check_export
 from raytune_emotion.terminal import count, warn
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    with args.export.copy_here("*") as folder:
+    with args.export.copy_here(*LOADED) as folder:
         errors: list[str] = []
         with collect_errors(errors):
             check_export(folder)
@@ -178,8 +178,10 @@ def _open_table(name: str, classes: Sequence[str]) -> "Table":
 def _device(name: str | None) -> "torch.device":
     import torch
 
+    from raytune_emotion.learn.device import find_device
+
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return find_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

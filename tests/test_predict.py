@@ -244,6 +244,21 @@ class TestPredict:
         assert command_main("predict", [str(export), f"{folder.as_uri()}/none.jpg"]) == 2
         assert capsys.readouterr().err == f"error: {folder.as_uri()}/none.jpg: no such image; name an existing one\n"
 
+    def test_a_study_at_a_uri_in_place_of_its_export_is_not_copied(self, study, export, tmp_path, monkeypatch, capsys):
+        picture(1).save(tmp_path / "face.png")
+        pull, pulled = Remote.pull, []
+
+        def log(remote, folder, names):
+            pulled.extend(names := list(names))
+            pull(remote, folder, names)
+
+        monkeypatch.setattr(Remote, "pull", log)
+        assert command_main("predict", [study.as_uri(), str(tmp_path / "face.png")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {study.as_uri()}: not an export, because it has no config.json")
+        assert f"did you mean {export.as_uri()}" in said
+        assert pulled == ["best/config.json"]
+
     @pytest.mark.long
     def test_as_a_module_without_ray_a_closed_pipe_is_no_traceback(self, export, faces, tmp_path):
         for name in ("ray", "optuna"):

@@ -11,6 +11,8 @@ from raytune_emotion.storage.nearest import BEST_EXPORT, suggest_folder
 WEIGHTS, CONFIG, METRICS, CARD = "model.safetensors", "config.json", "metrics.json", "README.md"
 #: File of each format of an export.
 FORMATS = {"timm": WEIGHTS, "onnx": "model.onnx", "pt2": "model.pt2"}
+#: Files from which an export is loaded, and one that shows that a study was named in its place.
+LOADED = (CONFIG, WEIGHTS, f"{BEST_EXPORT}/{CONFIG}")
 #: Packages that a format needs in addition to this project's dependencies.
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
