@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.storage.atomic import LOCK
+from raytune_emotion.tuning.report.page import write_report
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.open_study import make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
@@ -114,6 +115,22 @@ def test_a_study_that_runs_can_be_reported(study, no_plots):
     table = pd.read_csv(study / "trials.csv", dtype={"trial_id": str})
     assert list(table.status) == ["complete", "complete", "complete", "running"]
     assert Page(study).tables["trials"][-1][:4] == ["0003", "running", "", ""]
+
+
+def test_the_report_of_a_study_that_ends_meanwhile_is_that_of_its_end(study, no_plots, monkeypatch):
+    """The search may have written its own last report before, which this one replaces."""
+    search = searcher_of(load_study(study), parse_space(read_spec(study).space), seed=0)
+    running = [search.ask().trial_id]
+
+    def write(*args, **named):
+        write_report(*args, **named)
+        if running:
+            search.tell(running.pop(), "pruned")
+
+    monkeypatch.setattr("raytune_emotion.tuning.report.page.write_report", write)
+    assert exit_code(["report", study]) == 0
+    assert Page(study).tables["trials"][-1][:2] == ["0003", "pruned"]
+    assert list(pd.read_csv(study / "trials.csv").status)[-1] == "pruned"
 
 
 def test_a_study_that_has_just_begun_can_be_reported(tmp_path, store):
