@@ -77,6 +77,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return the name of the class of an error and the first line of its message, if it has one."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
 #: Known errors. The first row that matches an error applies.
 KNOWN = (
     KnownError(

@@ -29,7 +29,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
-from raytune_emotion.known_errors import first_line, is_disk_full
+from raytune_emotion.known_errors import in_one_line, is_disk_full
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.device import exact_fp32
@@ -234,8 +234,7 @@ def _write_format(
     except Exception as error:  # tracing or a runtime may raise anything for an arbitrary model
         if is_disk_full(error):
             raise destination_error(dest, error) from error
-        what = f"{type(error).__name__}: {first_line(error)}"
-        reason = f"{config.model.backbone} cannot be exported as {name} ({what})"
+        reason = f"{config.model.backbone} cannot be exported as {name} ({in_one_line(error)})"
         raise FormatError(f"{dest}: {reason}; leave this format out", reason) from error
     difference = float(np.abs(found_NK - prob_NK).max())
     if not difference <= TOLERANCE:
@@ -289,8 +288,7 @@ def load_package(folder: Path) -> Package:
         first = config if members is None else members[0]
         return Package(model.eval(), classes, first["pretrained_cfg"]["input_size"][1])
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{folder}: a damaged export ({what}); export the model again") from error
+        raise UserError(f"{folder}: a damaged export ({in_one_line(error)}); export the model again") from error
 
 
 def _make_model(described: Mapping[str, Any], n_classes: int) -> PixelsToProbabilities:

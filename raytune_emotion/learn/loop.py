@@ -317,7 +317,7 @@ def _build_patiently(config: RunConfig, *, weights: bool, description: Mapping[s
 
 
 def is_compiled(config: RunConfig, device: torch.device, plan: Plan) -> bool:
-    """Tell whether a run compiles its model. It depends only on the settings, so that a resumed run does the same."""
+    """Tell whether a run compiles its model. With `auto`, a resumed run of more epochs may compile it later."""
     if config.train.compile != "auto":
         return config.train.compile == "always"
     images = plan.epochs * plan.steps_per_epoch * plan.batch_rows

@@ -11,6 +11,7 @@ from torch import nn
 
 from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.errors import UserError, suggest
+from raytune_emotion.known_errors import in_one_line
 from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.hub import hub_client
@@ -81,7 +82,7 @@ def build_model(config: RunConfig, *, weights: bool = True, description: Mapping
             if is_absent(error):
                 raise _would_be_unpickled(config.model) from error
             raise WeightsUnavailableError(
-                f"model.pretrained: the weights of {origin.architecture} could not be fetched ({_first_line(error)}); "
+                f"model.pretrained: the weights of {origin.architecture} could not be fetched ({in_one_line(error)}); "
                 f"connect this machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or save timm's weights "
                 f"elsewhere as {config.model.backbone}.safetensors and set model.weights_dir to their folder"
             ) from error
@@ -106,7 +107,7 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
                 f"{weights_setting(config.model)}: {origin.weights} does not fit {name}: {misfit}" for misfit in misfits
             ) from error
         raise UserError(
-            f"model.backbone: {name} cannot take images of {size} px (data.image_size): {_first_line(error)}"
+            f"model.backbone: {name} cannot take images of {size} px (data.image_size): {in_one_line(error)}"
         ) from error
     return model.train()
 
@@ -190,7 +191,3 @@ def _from_file(config: ModelConfig, origin: Origin) -> dict[str, Any]:
     # The label offset and the loader of the original release do not apply to weights under timm's names.
     overlay = {"file": str(file), "num_classes": n_classes, "label_offset": 0, "custom_load": False}
     return {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": n_classes}
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")

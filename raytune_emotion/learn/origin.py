@@ -14,6 +14,7 @@ from timm.models import get_deprecated_models
 
 from raytune_emotion.config import ModelConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import in_one_line
 from raytune_emotion.learn.backbones import FOLDER, HUB, short_name, split_source
 from raytune_emotion.learn.timm_patches import architectures
 from raytune_emotion.storage.json_text import load_json
@@ -220,10 +221,9 @@ def _read_config(
             f"model.backbone: {backbone}: no file {where}; timm saves it beside {_WEIGHTS}"
         ) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"model.backbone: {backbone}: {where} does not describe a model of timm ({what}); save the model again "
-            f"with timm, or choose another"
+            f"model.backbone: {backbone}: {where} does not describe a model of timm ({in_one_line(error)}); save the "
+            f"model again with timm, or choose another"
         ) from error
 
 
@@ -247,9 +247,9 @@ def _fetch(name: str, filename: str) -> Path:
                 f"code; choose another backbone"
             ) from error
         # The hub's client and its network library have different error classes.
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise WeightsUnavailableError(
-            f"model.backbone: {filename} of {HUB}:{name} could not be fetched ({what}); connect this machine to the "
-            f"Hugging Face hub (through a proxy: HTTPS_PROXY), or copy the repository's {_CONFIG} and {_WEIGHTS} to a "
-            f"folder {short_name(repository)} elsewhere and name the folder around it with --weights-dir"
+            f"model.backbone: {filename} of {HUB}:{name} could not be fetched ({in_one_line(error)}); connect this "
+            f"machine to the Hugging Face hub (through a proxy: HTTPS_PROXY), or copy the repository's {_CONFIG} and "
+            f"{_WEIGHTS} to a folder {short_name(repository)} elsewhere and name the folder around it with "
+            f"--weights-dir"
         ) from error
