@@ -23,18 +23,19 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.backbones import short_name
-from raytune_emotion.learn.checkpoint import DamagedCheckpointError, read_progress
+from raytune_emotion.learn.checkpoint import DamagedCheckpointError, Progress, read_progress, repair_from_last
 from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.learn.origin import AbsentWeightsError
 from raytune_emotion.learn.report import Report
-from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, read_history
 from raytune_emotion.learn.samples import write_samples
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.study.remote_copy import DRIVER, TAKEN_OVER
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 if TYPE_CHECKING:  # a trial's process does not need these imports
@@ -53,6 +54,7 @@ class Job:
     resources: Resources
     location: str | None = None  # address of the trial's files, if they are not kept in `folder`
     mark: str | None = None  # file of the sender; a machine that cannot see this file cannot see `folder`
+    claim: tuple[str, str] | None = None  # where the driver has claimed the study, and its name there; None: a folder
     resident: bool = True  # whether its images may be kept on the GPU
     may_start_anew: bool = False  # whether a damaged checkpoint is deleted; otherwise it is an error
 
@@ -70,6 +72,17 @@ class Job:
     def micro_batches(self) -> int:
         """Return the micro-batches of a step, over all workers: the more, the smaller they are."""
         return self.resources.workers * self.accumulate
+
+    def check_claim(self) -> None:
+        """Check that no other driver has claimed the study: it may be training this trial.
+
+        Raises:
+            Breakdown: another driver has claimed it.
+        """
+        if self.claim is not None:
+            address, driver = self.claim
+            if parse_location(address).read(DRIVER) != driver.encode():
+                raise Breakdown(f"{address}: {TAKEN_OVER}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -123,28 +136,28 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
         Breakdown: the location cannot be read or written, or this machine cannot access it, the data or the weights.
     """
     refuse_unseen(job)
-    location, pushed = job.kept_at, dict[str, tuple[int, int]]()
+    pushed = dict[str, tuple[int, int]]()
     # All other files follow from the last state. Each worker reads its own copy, so machines need not share a disk.
-    with outlast_outages(), location.work_here(LAST) as folder:
+    with outlast_outages(), job.kept_at.work_here(LAST) as folder:
         try:
             with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
                 for report in reports:
                     if first:
-                        _push_changed(folder, location, pushed)
+                        _push_changed(folder, job, pushed)
                     yield report
         except TrialFailed:
             if first:
-                _push_changed(folder, location, pushed)
+                _push_changed(folder, job, pushed)
             raise
         except GeneratorExit:
             # The trial was stopped. The last files are only for TensorBoard.
             if first:
                 with contextlib.suppress(Breakdown):
-                    _push_changed(folder, location, pushed)
+                    _push_changed(folder, job, pushed)
             raise
         if first:
             # Push repaired files of a run that ended before it had pushed all of them.
-            _push_changed(folder, location, pushed)
+            _push_changed(folder, job, pushed)
 
 
 def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
@@ -265,7 +278,7 @@ def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
     raise error
 
 
-def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int, int]]) -> None:
+def _push_changed(folder: Path, job: Job, pushed: dict[str, tuple[int, int]]) -> None:
     """Push files of a trial's folder that have changed since the last push, in the order in which a run writes them.
 
     After an interruption, the next attempt repairs missing or older files from `last`.
@@ -274,22 +287,38 @@ def _push_changed(folder: Path, location: Location, pushed: dict[str, tuple[int,
     states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
     order = [name for name in (PARAMS, DATA, LAST, BEST, HISTORY) if name in states]
     changed = [name for name in dict.fromkeys([*order, *states]) if pushed.get(name) != states[name]]
-    location.push(folder, changed)
+    job.check_claim()
+    job.kept_at.push(folder, changed)
     pushed.update(states)
 
 
 def newest_report(job: Job) -> Report | None:
-    """Return the last report that a trial has written, even if the driver did not receive it; None without one."""
-    with outlast_outages(), job.kept_at.work_here(LAST) as folder:
-        return _last_report(folder)
+    """Return the last report that a trial has written, even if the driver did not receive it; None without one.
+
+    A process that died may have left older files beside its last state. They are repaired first: the driver may end the
+    trial at this report, and then reads its history.
+    """
+    with outlast_outages(), job.kept_at.work_here(LAST, HISTORY) as folder:
+        try:
+            progress = read_progress(folder)
+        except UserError:
+            return None  # the error is raised when the trial continues
+        if progress is None or not progress.history:
+            return None
+        if not _is_complete(folder, progress):
+            # An error of `last` is raised when the trial continues.
+            with contextlib.suppress(InvalidForRun), _training_errors(folder):
+                repair_from_last(folder, progress)
+                _push_changed(folder, job, {})
+        return progress.history[-1]
 
 
-def _last_report(folder: Path) -> Report | None:
+def _is_complete(folder: Path, progress: Progress) -> bool:
+    """Tell whether the history, which is written after all other files of a report, has the last report."""
     try:
-        progress = read_progress(folder)
+        return len(read_history(folder)) == len(progress.history)
     except UserError:
-        return None  # the error is raised when the trial continues
-    return progress.history[-1] if progress is not None and progress.history else None
+        return False
 
 
 def train_with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Generator[Report, None, None]:
@@ -346,5 +375,6 @@ def job_of(study: "OpenStudy", resources: Resources, proposal: "Proposal") -> Jo
         resources=resources,
         location=study.copy.of_trial(proposal.trial_id),
         mark=study.mark,
+        claim=study.copy.claimed,
         may_start_anew=True,
     )

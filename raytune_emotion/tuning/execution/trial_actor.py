@@ -88,6 +88,10 @@ class TrialActor:
         return {"pid": os.getpid()}
 
     def _train(self) -> Generator[Report, None, None]:
+        if self._job.resources.workers > 1:
+            from raytune_emotion.tuning.execution.worker_group import release_workers
+
+            release_workers(Path(self._job.folder))  # they may still write, though their driver was killed
         # A process may have died after it wrote a report and before the driver received it. A repeated report does no
         # harm.
         self._written = written = newest_report(self._job)

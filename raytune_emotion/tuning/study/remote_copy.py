@@ -85,6 +85,11 @@ class RemoteCopy:
         if has_pieces:
             self._put_piece(b"")  # else readers would still end the journal with the pieces of the driver before
 
+    @property
+    def claimed(self) -> tuple[str, str] | None:
+        """Return the address of the claimed location and the name of this driver there; None if none is claimed."""
+        return (self.location.address, self._driver) if self._driver else None
+
     def failure(self) -> str:
         """Say why this process is no longer the driver; "" while it is."""
         if self.is_here:

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.origin import WeightsUnavailableError
+from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.tuning.execution import job
 from raytune_emotion.tuning.execution.job import (
     DiskFull,
@@ -19,11 +20,13 @@ from raytune_emotion.tuning.execution.job import (
     Job,
     OutOfMemory,
     TrialFailed,
+    newest_report,
     train_here,
     train_with_retry,
     with_smaller_micro_batches,
 )
 from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.study.remote_copy import DRIVER, TAKEN_OVER
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 JOB = Job("name", "folder", "store", {"train.batch_size": 4}, Resources(1, 1.0, 0.0))
@@ -169,6 +172,40 @@ def test_a_run_that_is_refused_to_go_on_keeps_its_settings_and_data(store, tmp_p
     with contextlib.closing(train_here(longer)) as reports:
         next(reports)
     assert json.loads((tmp_path / PARAMS).read_text())["train.epochs"] == 30
+
+
+@pytest.mark.parametrize("damage", ["lost", "torn", "wrong"])
+@pytest.mark.parametrize("at_uri", [False, True], ids=["folder", "URI"])
+def test_the_files_of_a_report_are_whole_before_the_driver_hears_it_again(store, tmp_path, at_uri, damage):
+    """The driver may end the trial at this report, and then reads its history."""
+    job = job_at(tmp_path / "run", store)
+    if at_uri:
+        job = dataclasses.replace(job, location=(tmp_path / "place").as_uri())
+    with contextlib.closing(train_here(job)) as reports:
+        for _ in range(2):
+            report = next(reports)
+    history = tmp_path / ("place" if at_uri else "run") / HISTORY
+    whole = history.read_text()
+    first, second = whole.splitlines(keepends=True)
+    history.write_text(first + {"lost": "", "torn": second[:20], "wrong": "{}\n"}[damage])
+    assert newest_report(job) == report
+    assert history.read_text() == whole
+
+
+def test_a_trial_pushes_nothing_once_another_driver_has_claimed_the_study(store, tmp_path):
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / DRIVER).write_text("000001-mine")
+    claim = (study.as_uri(), "000001-mine")
+    trial = study / "trials" / "0000"
+    job = dataclasses.replace(job_at(tmp_path / "a", store), location=trial.as_uri(), claim=claim)
+    with contextlib.closing(train_here(Job.from_dict(job.to_dict()))) as reports:
+        next(reports)
+        (study / DRIVER).write_text("000002-other")
+        before = (trial / HISTORY).read_bytes()
+        with pytest.raises(Breakdown, match=TAKEN_OVER):
+            next(reports)
+    assert (trial / HISTORY).read_bytes() == before
 
 
 def test_what_a_trial_writes_on_leaving_reaches_its_place(store, tmp_path):
