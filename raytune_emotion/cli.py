@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from raytune_emotion.errors import Breakdown, Incomplete, UserError, suggest, su
 from raytune_emotion.interruption import end_without_handlers, handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
-from raytune_emotion.terminal import any_encoding, open_missing_streams, typed_command, warn
+from raytune_emotion.terminal import any_encoding, discard_output, open_missing_streams, typed_command, warn
 
 #: Purpose of each command, by its verb. The module of that name has `add_arguments` and `run`.
 COMMANDS = {
@@ -84,7 +83,7 @@ def run_guarded(action: Callable[[], None]) -> int:
         return 130
     except BrokenPipeError:
         # The reader of the output, such as `head`, has closed it. Discard the rest without an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output(sys.stdout)
         return 1
     except Exception as error:
         known = known_error(error)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
-from raytune_emotion.errors import Breakdown
+from raytune_emotion.errors import Breakdown, UserError
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 #: Number of Ctrl-C from which each one interrupts.
@@ -201,6 +201,24 @@ def finish_block() -> Iterator[None]:
         _state.held -= 1
     if _state.interrupted and not before and not _state.held:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def keep_error(error: BaseException | None) -> Iterator[None]:
+    """Raise an earlier error after the block. A failure of the block to write is then only a warning.
+
+    A batch system, for example, requeues a job that was interrupted, but not one whose location did not answer.
+    """
+    try:
+        yield
+    except (Breakdown, UserError, OSError) as later:
+        if error is None:
+            raise
+        from raytune_emotion.terminal import warn  # imported only now: this module must be quick to import
+
+        warn(f"error: {later}")
+    if error is not None:
+        raise error
 
 
 def check_interrupted() -> None:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich import box
 from rich.console import Console
@@ -34,9 +34,7 @@ def escape(text: str) -> str:
 class _PlainConsole(Console):
     def on_broken_pipe(self) -> None:
         """Discard all further output, since its reader has closed it. Rich would end the thread that writes."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        discard_output(self.file)
 
     def render_str(self, text: str, *args: Any, **options: Any) -> Text:
         return super().render_str(escape(text), *args, **options)
@@ -62,8 +60,18 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a line on standard error."""
-    print(escape(text), file=sys.stderr, flush=True)
+    """Print a line on standard error. If its reader, such as `tee`, has ended, further output there is discarded."""
+    try:
+        print(escape(text), file=sys.stderr, flush=True)
+    except OSError:
+        discard_output(sys.stderr)
+
+
+def discard_output(stream: IO[str]) -> None:
+    """Discard all further output of a stream, and what it has not written yet: it cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def open_missing_streams() -> None:

@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from raytune_emotion import interruption
+from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import (
     check_interrupted,
     handle_signals,
     import_meanwhile,
     is_command,
+    keep_error,
     run_in_thread,
 )
 
@@ -115,6 +117,14 @@ def test_an_interruption_that_a_destructor_has_lost_is_raised_where_it_is_asked_
         assert [one.exc_type for one in lost] == [KeyboardInterrupt]
         with pytest.raises(KeyboardInterrupt):
             check_interrupted()
+
+
+def test_an_interruption_stays_one_though_a_breakdown_follows(capsys):
+    with pytest.raises(KeyboardInterrupt), keep_error(KeyboardInterrupt()):
+        raise Breakdown("the URI is away")
+    assert capsys.readouterr().err == "error: the URI is away\n"
+    with pytest.raises(Breakdown, match="alone"), keep_error(None):
+        raise Breakdown("alone")
 
 
 def test_what_must_be_finished_is_before_the_command_ends():

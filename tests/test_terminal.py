@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from raytune_emotion.terminal import (
     short_path,
     typed_command,
     typed_options,
+    warn,
 )
 from tests.support.commands import started_as
 
@@ -67,6 +69,16 @@ def test_a_reader_that_has_had_enough_ends_nothing(tmp_path):
     with os.fdopen(write, "w") as console.file:
         for _ in range(3):
             console.print("a line")
+
+
+def test_a_reader_of_the_errors_that_has_ended_ends_nothing(monkeypatch):
+    """Ctrl-C also ends the `tee` of a pipeline, and the command must still end with its own code."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        warn("interrupted")
+        warn("and more")
 
 
 def test_control_characters_and_broken_names_are_shown_and_not_obeyed(monkeypatch):

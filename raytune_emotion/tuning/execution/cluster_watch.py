@@ -6,7 +6,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +30,8 @@ _FROZEN_S = 20.0
 _NO_WORKER_S = 50.0
 #: Seconds between two checks whether the cluster is alive.
 _LOOK_S = 0.5
-#: Seconds that work on the cluster gets to end in order. Afterwards it ends with the session.
-_END_S = 30.0
+#: Seconds that work on the cluster gets to end in order, and on a dead one. Afterwards it ends with the session.
+_END_S, _END_OF_DEAD_S = 30.0, 1.0
 #: Results that may wait for their use, so that they do not fill the memory.
 _AHEAD = 64
 
@@ -113,7 +113,7 @@ class ClusterWatch:
         """Give up a cluster that starts no worker processes, for example because the system refuses them."""
         if any(_age_s(pid) > _EVERY_S for pid in workers):
             self._worker_seen = self._looked
-        elif not self._failure and self._looked - self._worker_seen > _NO_WORKER_S and Path("/proc").is_dir():
+        elif not self._failure and self._looked - self._worker_seen > _NO_WORKER_S and _lists_children():
             self._failure = f"Ray has started no worker process for {_NO_WORKER_S:.0f} s; the reason is in its logs"
 
     def _look_for_frozen(self, workers: list[int]) -> None:
@@ -185,7 +185,24 @@ def iterate_watched(
             yield item
     finally:
         stop.set()
-        ended.wait(0.0 if watch.failure() else end_s)
+        wait_for_end(ended, watch.failure, end_s)
+
+
+def wait_for_end(ended: threading.Event, failure: Callable[[], str], end_s: float = _END_S) -> None:
+    """Wait until a thread that works on a cluster has ended: some seconds, but a short time once the cluster is dead.
+
+    Args:
+        ended: event of the thread.
+        failure: says what part of the cluster has died; "" while it is alive. It may die only now: a signal may reach
+            Ray's processes, too, as from systemd or Slurm.
+        end_s: longest time, seconds.
+    """
+    deadline = time.monotonic() + end_s
+    while not ended.is_set() and (left := deadline - time.monotonic()) > 0:
+        if failure():
+            ended.wait(min(left, _END_OF_DEAD_S))
+            return
+        ended.wait(min(left, _LOOK_S))
 
 
 def _children(pid: int) -> list[int]:
@@ -195,6 +212,11 @@ def _children(pid: int) -> list[int]:
         with contextlib.suppress(OSError):
             found += map(int, file.read_text().split())
     return found
+
+
+def _lists_children() -> bool:
+    """Tell whether the system lists child processes: some kernels of Linux do not."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").exists()
 
 
 def _is_worker(pid: int) -> bool:

@@ -22,7 +22,7 @@ from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.terminal import short_path, warn
 from raytune_emotion.tuning.execution.capacity import Capacity, Waiting
 from raytune_emotion.tuning.execution.cluster import environment
-from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
+from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, wait_for_end
 from raytune_emotion.tuning.execution.job import job_of
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups
@@ -36,10 +36,8 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 
 #: Seconds between two checks whether Ray Tune has ended, the cluster is alive, and the time is over.
 _LOOK_S = 0.2
-#: Seconds that Ray Tune gets to end trials in order. Trials that still run then end with the session.
-_END_S = 30.0
-#: The same for a dead cluster, seconds.
-_END_OF_DEAD_S = 1.0
+#: Seconds that Ray Tune gets once the record is closed, if it did not end before: an outage may have held it up.
+_END_AFTER_OUTAGE_S = 10.0
 _WAITS_FOR_OTHERS = "waiting for the trials of other drivers; trials that they abandon are resumed here"
 
 
@@ -69,12 +67,12 @@ def run_study(run: StudyRun) -> None:
         Breakdown: the record cannot be written, or many trials failed one after the other.
         KeyboardInterrupt: the session was interrupted; everything until then is recorded.
     """
-    with outlast_outages():
+    with outlast_outages(), contextlib.ExitStack() as leaving:
         recorder = Recorder(run.study, run.watch, until_gain=run.until_gain)
         interrupted = False
         try:
             if not recorder.broken:
-                _run(recorder, run)
+                _run(recorder, run, leaving)
         except KeyboardInterrupt:
             interrupted = True
             raise
@@ -88,43 +86,50 @@ def run_study(run: StudyRun) -> None:
                 warn(str(error))
 
 
-def _run(recorder: Recorder, run: StudyRun) -> None:
+def _run(recorder: Recorder, run: StudyRun, leaving: contextlib.ExitStack) -> None:
     """Run trials with Ray Tune in a separate thread, until there are no more, or until it must stop.
 
     Meanwhile this thread receives signals, and notices the death of the cluster, for which Ray Tune waits for ever.
+
+    Args:
+        recorder: record of the study.
+        run: session of the study.
+        leaving: is left once the record is closed. A thread that an outage has held up ends only then.
     """
     stop, errors = threading.Event(), list[BaseException]()
     deadline = time.monotonic() + run.time_budget.total_seconds() if run.time_budget else float("inf")
     # Ray Tune may still write into this folder after it was stopped.
-    with scratch_folder() as scratch:
+    scratch = leaving.enter_context(scratch_folder())
 
-        def tune_trials() -> None:
-            try:
-                _tune(recorder, run, stop, str(scratch))
-            except BaseException as error:  # without this, the study would seem to be over
-                errors.append(error)
-
-        ended = run_in_thread("tune", tune_trials)
+    def tune_trials() -> None:
         try:
-            while not ended.is_set() and time.monotonic() < deadline and not recorder.shortfall:
-                if lost := run.failure():
-                    raise _cluster_lost(lost, run.study)
-                check_interrupted()
-                recorder.check()
-                ended.wait(_LOOK_S)
-            if time.monotonic() >= deadline:
-                run.say("the time budget is spent: running trials are left as they are")
-            elif recorder.shortfall:
-                run.say(recorder.shortfall)
-        finally:
-            stop.set()
-            # The thread must not be inside Ray when this process leaves Ray, which would crash.
-            ended.wait(_END_OF_DEAD_S if run.failure() else _END_S)
-        if errors and not recorder.broken:
-            of_ray = isinstance(errors[0], RayError | ConnectionError)
-            if lost := run.failure() or (first_line(errors[0]) if of_ray else ""):
-                raise _cluster_lost(lost, run.study) from errors[0]
-            raise errors[0]
+            _tune(recorder, run, stop, str(scratch))
+        except BaseException as error:  # without this, the study would seem to be over
+            errors.append(error)
+
+    ended = run_in_thread("tune", tune_trials)
+    # The thread must not be inside Ray when this process leaves Ray, which would crash.
+    leaving.callback(wait_for_end, ended, run.failure, _END_AFTER_OUTAGE_S)
+    try:
+        while not ended.is_set() and time.monotonic() < deadline and not recorder.shortfall:
+            if lost := run.failure():
+                raise _cluster_lost(lost, run.study)
+            check_interrupted()
+            recorder.check()
+            ended.wait(_LOOK_S)
+        if time.monotonic() >= deadline:
+            run.say("the time budget is spent: running trials are left as they are")
+        elif recorder.shortfall:
+            run.say(recorder.shortfall)
+    finally:
+        stop.set()
+        # The last reports are recorded meanwhile.
+        wait_for_end(ended, run.failure)
+    if errors and not recorder.broken:
+        of_ray = isinstance(errors[0], RayError | ConnectionError)
+        if lost := run.failure() or (first_line(errors[0]) if of_ray else ""):
+            raise _cluster_lost(lost, run.study) from errors[0]
+        raise errors[0]
 
 
 def _cluster_lost(what: str, study: OpenStudy) -> ClusterLost:

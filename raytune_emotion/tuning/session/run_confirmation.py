@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from raytune_emotion.interruption import finish_block
+from raytune_emotion.interruption import finish_block, keep_error
 from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import SPEC, spec_of
+from raytune_emotion.tuning.study.spec import spec_of
 
 
 def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
@@ -62,16 +62,14 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
                 console.print(f"confirmation {place}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")
                 run_with_progress(console, StudyRun(confirmation, placement, failure=cluster.failure))
         except (KeyboardInterrupt, ClusterLost) as why:
-            # An interruption before the recorder has claimed a URI leaves no confirmation there.
-            if place.read(SPEC) is None:
+            # Before the recorder has claimed a URI, nothing may be written there.
+            if not confirmation.copy.is_whole:
                 raise
             ended = why
-        with finish_block():
+        with keep_error(ended), finish_block():
             conclude_confirmation(console, confirmation, whole=ended is None)
             if ended is not None and advise:
                 console.print(f"the same command continues: {_same_command(request)}")
-        if ended is not None:
-            raise ended
 
 
 def _same_command(request: ConfirmRequest) -> str:

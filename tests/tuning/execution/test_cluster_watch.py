@@ -145,6 +145,22 @@ def test_a_cluster_that_starts_no_process_is_given_up(watch, monkeypatch):
     assert "started no worker process for 50 s" in watch.after(10)
 
 
+def test_a_kernel_that_lists_no_children_does_not_end_a_search(watch, monkeypatch):
+    monkeypatch.setattr(cluster_watch, "_children", lambda pid: [])
+    assert cluster_watch._lists_children()
+    monkeypatch.setattr(cluster_watch, "_lists_children", lambda: False)
+    assert watch.after(100) == ""
+
+
+def test_a_thread_is_waited_for_until_the_cluster_dies():
+    """A signal may reach Ray's processes, too, a moment after this one."""
+    waits = []
+    ended = SimpleNamespace(is_set=lambda: False, wait=waits.append)
+    found = iter(["", "", "Ray has died"])
+    cluster_watch.wait_for_end(ended, lambda: next(found))
+    assert waits == [cluster_watch._LOOK_S, cluster_watch._LOOK_S, cluster_watch._END_OF_DEAD_S]
+
+
 def test_the_time_for_which_the_watch_itself_was_stopped_does_not_count(watch, parts):
     watch.clock.answers = False
     assert watch.after(30) == ""

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pandas as pd
@@ -216,8 +217,27 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
 
     monkeypatch.setattr(runner, "_tune", tune_trials)
     recorder = SimpleNamespace(shortfall="", broken="", check=waits.set)
-    with handle_signals(), pytest.raises(KeyboardInterrupt):
-        runner._run(recorder, StudyRun(None, None))
+    with handle_signals(), pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as leaving:
+        runner._run(recorder, StudyRun(None, None), leaving)
+    assert ended == ["in order"]
+
+
+def test_ray_is_left_after_a_thread_that_an_outage_has_held_up(monkeypatch):
+    """It waits for a URI within the recorder, and ends only once the record is closed."""
+    closed, ended = threading.Event(), []
+
+    def tune_trials(*_):
+        assert closed.wait(600)
+        time.sleep(0.5)
+        ended.append("in order")
+
+    recorder = SimpleNamespace(shortfall="", broken="", check=lambda: None, close=closed.set)
+    monkeypatch.setattr(runner, "_tune", tune_trials)
+    monkeypatch.setattr(runner, "Recorder", lambda *_, **__: recorder)
+    waits = runner.wait_for_end
+    # The time of an outage is longer than the time for an end in order.
+    monkeypatch.setattr(runner, "wait_for_end", lambda *given: waits(*given[:2], 30.0 if closed.is_set() else 0.1))
+    run_study(StudyRun(SimpleNamespace(), None, time_budget=timedelta(microseconds=1)))
     assert ended == ["in order"]
 
 
