@@ -122,6 +122,21 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert read_history(folder) == history
 
 
+def test_a_run_is_locked_until_it_is_exported(trained, monkeypatch):
+    """Slurm may start its job again before the first one has written its export."""
+    write, tried = single_run.write_package, []
+
+    def write_package(dest, *given, **named):
+        with pytest.raises(UserError, match="another process is using it"), exclusive_lock(dest.parent):
+            pass
+        tried.append(dest)
+        write(dest, *given, **named)
+
+    monkeypatch.setattr(single_run, "write_package", write_package)
+    assert trained(*TINY, 1) == 0
+    assert len(tried) == 1
+
+
 @pytest.mark.long
 def test_a_run_at_a_uri_goes_on_elsewhere_bit_for_bit(trained, tmp_path, monkeypatch, capsys):
     assert trained(*TINY, 3, "--name", "mine") == 0

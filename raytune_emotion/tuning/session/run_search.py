@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.interruption import finish_block, import_meanwhile
+from raytune_emotion.interruption import finish_block, import_meanwhile, keep_error
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.json_text import load_json
@@ -170,14 +170,13 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                     write_text(study.folder / _SEARCHED, json.dumps(_limits(request)))
                     study.copy.push(_SEARCHED)
         except (KeyboardInterrupt, ClusterLost) as why:
-            # An interruption before the recorder has claimed a URI leaves no study there.
-            if study is None or place.read(SPEC) is None:
+            # Before the recorder has claimed a URI, nothing may be written there.
+            if study is None or not study.copy.is_whole:
                 raise
             ended = why
         assert study is not None
-        _conclude(request, study)
-        if ended is not None:
-            raise ended
+        with keep_error(ended):
+            _conclude(request, study)
 
 
 def _prepare_new(request: SearchRequest, place: Location, new: NewStudy, held: ExitStack) -> _Prepared:
@@ -238,7 +237,8 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
     Raises:
         Breakdown: a package that this needs cannot be imported. The study itself is complete.
     """
-    with finish_block(), study.drivers.turn("files"):
+    # The turn takes minutes. Meanwhile other drivers may write their tables.
+    with finish_block(), study.drivers.turn("conclusion"):
         try:
             from raytune_emotion.tuning.report.conclusion import conclude
         except Exception as error:

@@ -12,7 +12,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.data.store import Store
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.interruption import check_interrupted, finish_block
+from raytune_emotion.interruption import check_interrupted, finish_block, keep_error
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
 from raytune_emotion.learn.export_files import CONFIG
@@ -71,21 +71,33 @@ def train_single(
     console = plain_console()
     images = f"{len(store.train)} training and {count(len(store.val), 'validation image')}"
     console.print(f"run {run}: {images}")
-    ended = None
-    try:
-        if workers.count == 1 and workers.address is None:
-            gpus = workers.gpus_per_worker
-            gpus = float(torch.cuda.is_available()) if gpus is None else gpus
-            resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
-            _train(console, run, config, store.address, resources, train_here, fresh=fresh)
-        else:
-            _train_on_cluster(console, workers, run, config, store.address, fresh=fresh)
-    except (KeyboardInterrupt, ClusterLost) as why:
-        ended = why
-    with finish_block():
-        _conclude(console, run, store, ended, workers, advise=advise)
-    if ended is not None:
-        raise ended
+    copy, ended = RemoteCopy(run.working_folder(), run), None
+    # The folder is locked until the export is written.
+    with _lock_folder(copy) as lock, _new_run(copy, lock) if fresh else contextlib.nullcontext():
+        try:
+            if workers.count == 1 and workers.address is None:
+                gpus = workers.gpus_per_worker
+                gpus = float(torch.cuda.is_available()) if gpus is None else gpus
+                resources = Resources(1, float(min(usable_cores(), torch.get_num_threads())), gpus)
+                _train(console, copy, lock, config, store.address, resources, train_here)
+            else:
+                _train_on_cluster(console, workers, copy, lock, config, store.address)
+        except (KeyboardInterrupt, ClusterLost) as why:
+            ended = why
+        with keep_error(ended), finish_block():
+            _conclude(console, run, store, ended, workers, advise=advise)
+
+
+@contextlib.contextmanager
+def _lock_folder(copy: RemoteCopy) -> Iterator[FolderLock]:
+    """Lock the working folder of a run. The lock is claimed only when the training begins."""
+    with contextlib.ExitStack() as held:
+        try:
+            copy.folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(exclusive_lock(copy.folder))
+        except OSError as error:
+            raise Breakdown(f"{copy}: the training broke off: {error}") from error
+        yield lock
 
 
 def _conclude(
@@ -118,7 +130,7 @@ next: {typed_command("predict")} {shell_word(str(run / "best"))} FACE.jpg"""
 
 
 def _train_on_cluster(
-    console: Console, workers: Workers, run: Location, config: RunConfig, store: str, *, fresh: bool
+    console: Console, workers: Workers, copy: RemoteCopy, lock: FolderLock, config: RunConfig, store: str
 ) -> None:
     # Imported only if needed, because Ray Train takes a second and 100 MB.
     from raytune_emotion.tuning.execution.capacity import Capacity, Waiting
@@ -142,38 +154,36 @@ def _train_on_cluster(
         def together(job: Job) -> Iterator[Report]:
             return iterate_watched(train(job), cluster)
 
-        _train(console, run, config, store, place.resources, together, fresh=fresh)
+        _train(console, copy, lock, config, store, place.resources, together)
 
 
 def _train(
     console: Console,
-    run: Location,
+    copy: RemoteCopy,
+    lock: FolderLock,
     config: RunConfig,
     store: str,
     resources: Resources,
     train: Callable[[Job], Iterator[Report]],
-    *,
-    fresh: bool,
 ) -> None:
     # As in a study at a URI, the training itself pushes its files, and this process only watches over them.
-    copy = RemoteCopy(run.working_folder(), run)
-    job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, copy.mark(LOCK))
+    run = copy.location
     try:
-        copy.folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(copy.folder) as lock, _new_run(copy, lock) if fresh else contextlib.nullcontext():
-            if not lock.claim():
-                raise Breakdown(f"{run}: {TAKEN_OVER}")
-            copy.claim()
-            with outlast_outages():
-                for report in train_with_retry(job, train):
-                    copy.push()
-                    if not lock.is_held():
-                        raise Breakdown(f"{run}: {TAKEN_OVER}")
-                    console.print(
-                        f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  "
-                        f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  "
-                        f"{report['images_per_second']:.0f} images/s"
-                    )
+        if not lock.claim():
+            raise Breakdown(f"{run}: {TAKEN_OVER}")
+        copy.claim()
+        shared = copy.mark(LOCK), copy.claimed
+        job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, *shared)
+        with outlast_outages():
+            for report in train_with_retry(job, train):
+                copy.push()
+                if not lock.is_held():
+                    raise Breakdown(f"{run}: {TAKEN_OVER}")
+                console.print(
+                    f"epoch {report['epoch']:5.2f}  train {report['train_loss']:.4f}  JS {report['val_js']:.4f}  "
+                    f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  "
+                    f"{report['images_per_second']:.0f} images/s"
+                )
     except InvalidForRun as error:
         raise UserError(error.faults) from None
     except TrialFailed as error:
@@ -196,6 +206,8 @@ def _new_run(copy: RemoteCopy, lock: FolderLock) -> Iterator[None]:
     try:
         yield
     finally:
-        if run.sizes([LAST]) == [None] and lock.is_held() and not copy.failure():
-            run.delete(run.find("*"))
-            shutil.rmtree(copy.folder, ignore_errors=True)
+        # If the location does not answer, its files stay, and an error of the block stays the one that is raised.
+        with contextlib.suppress(Breakdown):
+            if run.sizes([LAST]) == [None] and lock.is_held() and not copy.failure():
+                run.delete(run.find("*"))
+                shutil.rmtree(copy.folder, ignore_errors=True)

@@ -20,8 +20,8 @@ from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 if TYPE_CHECKING:
     import psycopg
 
-#: Actions that only one driver does at a time: decide which trials run, or write shared files.
-What = Literal["trials", "files"]
+#: Actions that only one driver does at a time: decide which trials run, write shared files, or make page and export.
+What = Literal["trials", "files", "conclusion"]
 
 #: Upper bound of the numbers of drivers' locks.
 _DRIVERS = 2**48

@@ -67,7 +67,7 @@ def test_drivers_take_turns(address):
             with two.turn("trials"):
                 order.append("two")
 
-        with one.turn("files"), two.turn("trials"):
+        with one.turn("conclusion"), two.turn("files"), one.turn("trials"):
             pass  # they are not in each other's way
         with one.turn("trials"):
             thread = threading.Thread(target=wait_for_turn)
