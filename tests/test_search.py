@@ -282,6 +282,14 @@ class TestBadSpaces:
         (told,) = refused(space=space(f"{SMALL_SPACE}train.batch_size: 2\n"), workers_per_trial=2)
         assert "the BatchNorm layers of test_resnet see no variance in one row; choose a larger batch" in told
 
+    def test_half_precision_without_a_gpu_before_ray_starts_and_data_are_packed(
+        self, refused, space, sessions, monkeypatch
+    ):
+        monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0})
+        (told,) = refused(space=space(f"{SMALL_SPACE}train.precision: fp16\n"))
+        assert told.startswith("train.precision: fp16 needs a GPU, but trials on this machine get none; use ")
+        assert sessions == []
+
     def test_pretrained_weights_that_are_not_at_hand(self, refused, space, tmp_path):
         weights = tmp_path / "weights"
         weights.mkdir()
@@ -392,7 +400,7 @@ class TestBadRequests:
     def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
         # Ray can be started only once in a process, and has been.
         monkeypatch.setattr(cluster_nodes, "fit_to_cluster", fit_to_cluster)
-        monkeypatch.setattr(placement, "check_room", lambda request: None)
+        monkeypatch.setattr(placement, "check_room", lambda request, **_: None)
         (told,) = refused(workers_per_trial=16)
         assert told.startswith("a trial of 16 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
@@ -514,6 +522,19 @@ class TestBadResuming:
         write_spec(resumed.folder, spec)
         (told,) = resumed(f"--space={file}", "--address=nonsense")
         assert told.startswith("--address nonsense: ")
+
+    def test_weights_for_a_study_that_began_without(self, resumed, tmp_path):
+        """Its trials could not continue: with the weights, they would be pretrained."""
+        (tmp_path / "weights").mkdir()
+        (told, *_) = resumed(f"--weights-dir={tmp_path / 'weights'}")
+        assert told == (
+            "--weights-dir: trials of this study begin with random weights, because it began with neither "
+            "--weights-dir nor model.pretrained; leave the option out, or begin a new study under another name"
+        )
+        spec = read_spec(resumed.folder)
+        write_spec(resumed.folder, dataclasses.replace(spec, space={**spec.space, "model.pretrained": True}))
+        told = resumed(f"--weights-dir={tmp_path / 'weights'}")
+        assert {line.partition(":")[0] for line in told} == {"model.weights_dir"}, "weights of a hub may be files now"
 
     def test_a_front_that_is_to_end_by_its_gain(self, resumed):
         write_spec(resumed.folder, dataclasses.replace(read_spec(resumed.folder), objective="val_js, params_millions"))

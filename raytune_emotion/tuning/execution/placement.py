@@ -60,17 +60,17 @@ def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
         raise UserError(faults)
 
 
-def check_room(request: SearchRequest) -> None:
+def check_room(request: SearchRequest, *, fp16: bool = False) -> None:
     """Check that this machine can run the trials of a search without a cluster.
 
     Raises:
-        UserError: not even one trial fits, or there is no GPU.
+        UserError: not even one trial fits, or there is no GPU; or with `fp16`, trials get none.
     """
     workers = request.workers_per_trial or 1
     if request.gpus_per_worker == AUTO:
         check_sharing([local_node()], "this machine", workers)
     else:
-        fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency)
+        fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency, fp16=fp16)
 
 
 def fit(

@@ -85,6 +85,9 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
     with collect_errors(errors):
         request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
     new = read_inputs(request, errors)
+    fp16 = "fp16" in new.space.values_of("train.precision")
+    if fp16 and request.address is None:
+        _check_room(request, fp16=True)
     if request.address is not None and not new.data.stores:
         from raytune_emotion.tuning.execution.cluster_nodes import check_fit
 
@@ -93,7 +96,7 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
             workers=request.workers_per_trial or 1,
             gpus_per_worker=request.gpus_per_worker,
             concurrency=request.concurrency,
-            fp16="fp16" in new.space.values_of("train.precision"),
+            fp16=fp16,
         )
     return new
 
@@ -145,14 +148,14 @@ def _check_address(request: SearchRequest) -> None:
         check_cluster(request.address)
 
 
-def _check_room(request: SearchRequest) -> None:
+def _check_room(request: SearchRequest, *, fp16: bool = False) -> None:
     """Check that the cluster answers or, without a cluster, that this machine has room for a trial."""
     if request.address is not None:
         _check_address(request)
         return
     from raytune_emotion.tuning.execution.placement import check_room
 
-    check_room(request)
+    check_room(request, fp16=fp16)
 
 
 def _check_mlflow(request: SearchRequest) -> None:

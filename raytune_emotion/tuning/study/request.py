@@ -14,7 +14,7 @@ from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.database import check_database
 from raytune_emotion.tuning.study.remote_copy import DRIVER
-from raytune_emotion.tuning.study.spec import SPEC, studies_in
+from raytune_emotion.tuning.study.spec import SPEC, subfolders_with
 
 #: Value of `--gpus-per-worker` for a measurement of the fastest share.
 AUTO = "auto"
@@ -160,7 +160,7 @@ class SearchRequest:
                 if study.can_be_built(DRIVER, SPEC):
                     raise UserError(f"{study}: its search broke off before there was a study; leave --resume out")
                 raise UserError(f"{study}: not a study, because it has no {SPEC}; name its folder with --results")
-            others = studies_in(self.results)
+            others = subfolders_with(SPEC, self.results)
             advice = f"; choose one of {', '.join(others)}" if others else "; name its folder with --results"
             raise UserError(f"{study}: no study of this name to resume{suggest(name, others) or advice}")
         return study

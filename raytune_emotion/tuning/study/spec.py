@@ -113,7 +113,7 @@ def spec_of(study: Location) -> StudySpec:
     """
     if study.read(SPEC) is None:
         what = f"not a study, because it has no {SPEC}" if study.exists() else "no such folder"
-        if inside := studies_in(study):
+        if inside := subfolders_with(SPEC, study):
             raise UserError(f"{study}: {what}; choose one of the studies in it: {', '.join(inside)}")
         near = suggest_folder(study, SPEC) or "; name a folder that a search has made"
         raise UserError(f"{study}: {what}{near}")
@@ -153,11 +153,6 @@ def read_spec(folder: Path) -> StudySpec:
     except (YAMLError, TypeError, ValueError) as error:
         why = " ".join(str(error).split())  # errors of YAML have several lines
         raise UserError(f"{file}: damaged ({why}); restore it from a copy") from None
-
-
-def studies_in(results: Location) -> list[str]:
-    """List the names of the first studies in a folder or at a URI, at most `_LISTED`."""
-    return subfolders_with(SPEC, results)
 
 
 def subfolders_with(file: str, location: Location) -> list[str]:
