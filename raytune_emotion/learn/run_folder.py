@@ -32,7 +32,8 @@ def read_history(folder: Path) -> list[Report]:
         return []
     except ValueError as error:
         raise UserError(
-            f"{folder / HISTORY}: a damaged line ({error}); delete the file, and resume the run to restore it"
+            f"{folder / HISTORY}: a damaged line ({error}); delete the file: a run that continues writes it "
+            f"again, the reports of an ended one are lost"
         ) from error
 
 

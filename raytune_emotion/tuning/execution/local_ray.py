@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import glob
 import os
+import resource
 import secrets
 import shutil
 import socket
@@ -17,11 +18,6 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.terminal import warn
-
-try:
-    import resource
-except ImportError:  # not on Windows, where the limits below do not exist either
-    resource = None  # type: ignore[assignment]
 
 #: Largest length of the folder's path, bytes. A socket's path has at most 107 bytes; Ray's own names need up to 66.
 _LONGEST = 40

@@ -192,19 +192,16 @@ def run_in_background(action: Callable[[], Any]) -> Future[Any]:
     return future
 
 
-def train_together(
-    job: Job, while_waiting: Callable[[], None] = lambda: None, *, max_failures: int = MAX_FAILURES
-) -> Generator[Report, None, None]:
+def train_together(job: Job, while_waiting: Callable[[], None] = lambda: None) -> Generator[Report, None, None]:
     """Train one job on new workers. If a worker dies, continue from the last checkpoint.
 
     Args:
         job: the job.
         while_waiting: called continually while the cluster has no room for the workers.
-        max_failures: number of deaths without a new report that are tolerated.
 
     Raises:
         TrialFailed: another attempt would fail too.
-        ray.train.TrainingFailedError: workers died more often than `max_failures` without a new report.
+        ray.train.TrainingFailedError: workers died more often than `MAX_FAILURES` without a new report.
     """
     failures = newest = 0
     while True:
@@ -218,7 +215,7 @@ def train_together(
             return
         except train.TrainingFailedError:
             failures += 1
-            if failures > max_failures:
+            if failures > MAX_FAILURES:
                 raise
         finally:
             workers.close()

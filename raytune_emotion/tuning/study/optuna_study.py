@@ -192,7 +192,7 @@ class Searcher:
 
     def resume(self, trial_id: str, *, to_train: bool = True) -> Proposal:
         """Resume an unfinished trial: to train it, or only to record its ending."""
-        frozen = self._stored_trial(trial_id)
+        frozen = self._study.get_trials(deepcopy=False)[int(trial_id)]
         trial = reopen(self._study, frozen)
         # The driver is marked first: if this process is killed in between, the trial is paused, or belongs to it.
         proposal = self._proposal_of(trial, frozen.user_attrs[SETTINGS])
@@ -240,9 +240,6 @@ class Searcher:
         proposal = Proposal(trial_id_of(trial.number), settings, trial.user_attrs.get(CONTINUES))
         self._handles[proposal.trial_id] = trial
         return proposal
-
-    def _stored_trial(self, trial_id: str) -> FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[int(trial_id)]
 
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:

@@ -129,7 +129,7 @@ def test_soft_limits_are_raised_as_far_as_ray_needs_and_low_ones_are_named():
 
 
 def test_a_system_without_these_limits_has_no_low_ones(monkeypatch):
-    monkeypatch.setattr(local_ray, "resource", None)
+    monkeypatch.setattr(local_ray, "_LIMITS", [("RLIMIT_OF_ANOTHER_SYSTEM", "ulimit", "things", 2**62)])
     raise_limits()
     assert low_limits() == ""
 

@@ -69,8 +69,9 @@ def test_deaths_of_workers_are_counted_anew_after_each_report(monkeypatch):
             pass
 
     monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
+    monkeypatch.setattr(worker_group, "MAX_FAILURES", 1)
     with pytest.raises(worker_group.train.TrainingFailedError):
-        reports.extend(worker_group.train_together(None, max_failures=1))
+        reports.extend(worker_group.train_together(None))
     assert reports == [{"report": 1}, {"report": 2}, {"report": 3}]
     assert len(begun) == 4
 
