@@ -18,10 +18,11 @@ def run(args: argparse.Namespace) -> None:
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.report.page import REPORT
     from raytune_emotion.tuning.study.open_study import read_study
+    from raytune_emotion.tuning.study.optuna_study import ENDED, list_trials
 
     while not _write_files(args.study):
         with read_study(args.study) as study:
-            if not all(record.ended for record in study.records()):
+            if not all(trial.status in ENDED for trial in list_trials(study.optuna)):
                 break
         # The study has ended meanwhile: its last files may have been replaced by older ones.
     say(str(args.study / REPORT))

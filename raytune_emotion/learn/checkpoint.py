@@ -128,7 +128,7 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Mo
         UserError: the checkpoint is damaged.
         OSError: it cannot be read now.
     """
-    _load(folder / LAST, model, optimizer, average)
+    load_state(folder / LAST, model, optimizer, average)
 
 
 def save_with_header(file: Path, model: nn.Module, optimizer: Optimizer, header: Mapping[str, Any]) -> None:
@@ -151,15 +151,6 @@ def read_header(file: Path, *keys: str) -> list[Any]:
         raise UserError(
             f"{file}: not a checkpoint in safetensors ({first_line(error)}); name one that a training has written"
         ) from error
-
-
-def load_state(file: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Load a file of `save_with_header` into a model and, if there is one, its optimizer.
-
-    Raises:
-        UserError: it is damaged, or belongs to another model.
-    """
-    _load(file, model, optimizer)
 
 
 def weights_to_save(model: nn.Module) -> dict[str, Tensor]:
@@ -188,7 +179,13 @@ def _all_tensors(model: nn.Module, optimizer: Optimizer, average: nn.Module | No
     return tensors
 
 
-def _load(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn.Module | None = None) -> None:
+def load_state(file: Path, model: nn.Module, optimizer: Optimizer | None, average: nn.Module | None = None) -> None:
+    """Load the state in a file into a model and, as far as there are any, its optimizer and the average of its weights.
+
+    Raises:
+        UserError: the file is damaged, or belongs to another model.
+        OSError: it cannot be read now.
+    """
     groups = optimizer.param_groups if optimizer is not None else []
     parameters = [parameter for group in groups for parameter in group["params"]]
     modules = {"model.": model} | ({"average.": average} if average is not None else {})

@@ -35,7 +35,7 @@ from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.study.remote_copy import DRIVER, TAKEN_OVER
+from raytune_emotion.tuning.study.remote_copy import why_lost
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 if TYPE_CHECKING:  # a trial's process does not need these imports
@@ -74,15 +74,15 @@ class Job:
         return self.resources.workers * self.accumulate
 
     def check_claim(self) -> None:
-        """Check that no other driver has claimed the study: it may be training this trial.
+        """Check that the driver still has the study: another one may be training this trial.
 
         Raises:
-            Breakdown: another driver has claimed it.
+            Breakdown: another driver has claimed it, or its files no longer exist.
         """
         if self.claim is not None:
             address, driver = self.claim
-            if parse_location(address).read(DRIVER) != driver.encode():
-                raise Breakdown(f"{address}: {TAKEN_OVER}")
+            if why := why_lost(parse_location(address), driver):
+                raise Breakdown(f"{address}: {why}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -35,6 +35,14 @@ _NAME = re.compile(r"[0-9]{6}-[0-9a-f]{12}")
 _START = re.compile(r"[0-9]{12}")
 
 
+def why_lost(location: Location, driver: str) -> str:
+    """Say why a driver of this name no longer has its location at a URI; "" while it has."""
+    found = location.read(DRIVER)
+    if found is None:
+        return "its files no longer exist"
+    return "" if found == driver.encode() else TAKEN_OVER
+
+
 class RemoteCopy:
     """The location of a study or a run. If it is the folder itself, nothing is copied."""
 
@@ -92,12 +100,7 @@ class RemoteCopy:
 
     def failure(self) -> str:
         """Say why this process is no longer the driver; "" while it is."""
-        if self.is_here:
-            return ""
-        driver = self.location.read(DRIVER)
-        if driver is None:
-            return "its files no longer exist"
-        return "" if driver == self._driver.encode() else TAKEN_OVER
+        return "" if self.is_here else why_lost(self.location, self._driver)
 
     def is_behind(self) -> bool:
         """Tell whether another driver has claimed the location since the folder was brought up to date."""
