@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.candidates import Domain
 from raytune_emotion.tuning.policy.encoding import Configurations, Encoding
-from raytune_emotion.tuning.policy.gaussian_process import Floats, Posterior, Prior, fit_kernel
+from raytune_emotion.tuning.policy.gaussian_process import Floats, Kernel, Posterior, Prior, fit_kernel
 
 Ints = npt.NDArray[np.intp]
 
@@ -72,6 +72,7 @@ class Forecast:
         lengths: Mapping[str, float] = LENGTHS,
         reports: int = 1,
         at_once: bool = True,
+        kernel: Kernel | None = None,
     ) -> None:
         """Learn from the trials of a study.
 
@@ -84,6 +85,7 @@ class Forecast:
             reports: reports of a trial that is trained to its end, if known.
             at_once: whether a study that starts from this forecast uses it from its first trial on. Otherwise its first
                 trials begin without it, and show how useful it is.
+            kernel: kernel of an earlier forecast of the same study; by default, it is fitted.
         """
         self._encoding, self._earlier, self.at_once = encoding, earlier, at_once
         points = _points(curves, reports)
@@ -98,14 +100,8 @@ class Forecast:
         self._mean = float(rest_N.mean()) if len(y_N) else 0.0
         x_ND = self._encode(points.settings, points.share_N)
         z_N = (rest_N - self._mean) / self._scale
-        kernel, failure = fit_kernel(x_ND, z_N, _kernel_prior(encoding, lengths))
-        if failure:
-            warnings.warn(
-                f"forecast: the kernel could not be fitted ({failure}); the prior is used",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        self._posterior = Posterior(kernel, x_ND, z_N)
+        self.kernel = kernel or _fit(x_ND, z_N, _kernel_prior(encoding, lengths))
+        self._posterior = Posterior(self.kernel, x_ND, z_N)
 
     def __call__(self, settings: Configurations) -> tuple[Floats, Floats]:
         """Return mean and standard deviation for M configurations, [M] each, without the noise of a single training."""
@@ -133,6 +129,16 @@ class Forecast:
         return standard_M
 
 
+def _fit(x_ND: Floats, z_N: Floats, prior: Prior) -> Kernel:
+    """Fit the kernel; warn if that fails."""
+    kernel, failure = fit_kernel(x_ND, z_N, prior)
+    if failure:
+        warnings.warn(
+            f"forecast: the kernel could not be fitted ({failure}); the prior is used", RuntimeWarning, stacklevel=2
+        )
+    return kernel
+
+
 def _scale_of(y_N: Floats, earlier: Sequence[float]) -> float:
     """Estimate the standard deviation of the values, with those of earlier studies as a prior."""
     if not earlier:
@@ -149,15 +155,19 @@ def curves_of(domain: Domain, trials: Sequence[FrozenTrial], *, maximize: bool =
     """
     reported = [trial for trial in trials if trial.intermediate_values]
     steps = sorted({step for trial in reported for step in trial.intermediate_values})
-    number_of = {step: number for number, step in enumerate(steps, start=1)}
-    last, sign = max(len(steps), 1), -1.0 if maximize else 1.0
+    number_of = {step: number for number, step in enumerate(steps or [1], start=1)}
+    sign = -1.0 if maximize else 1.0
+    as_shown = not maximize and all(step == number for step, number in number_of.items())
     curves = []
     for trial in trials:
-        values = {number_of[step]: sign * value for step, value in trial.intermediate_values.items()}
-        if trial.state == TrialState.COMPLETE and not values and trial.value is not None:
-            values[last] = sign * trial.value
-        finite = {number: value for number, value in values.items() if math.isfinite(value)}
-        if trial.state == TrialState.FAIL or (values and not finite):
+        shown: Mapping[int, float] = trial.intermediate_values
+        if trial.state == TrialState.COMPLETE and not shown and trial.value is not None:
+            shown = {max(number_of): trial.value}
+        if as_shown and math.isfinite(sum(shown.values())):  # the usual case, without a copy
+            finite = shown
+        else:
+            finite = {number_of[step]: sign * value for step, value in shown.items() if math.isfinite(value)}
+        if trial.state == TrialState.FAIL or (shown and not finite):
             curves.append(Curve(domain.settings(trial), {}))
         elif finite:
             curves.append(Curve(domain.settings(trial), finite))
@@ -184,11 +194,13 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
     seen = [curve for curve in curves if curve.values]
     if not seen:
         return _Points([], np.zeros(0), np.zeros(0), 1.0, math.inf)
-    last_N = np.array([max(curve.values) for curve in seen])
+    count_N = np.array([len(curve.values) for curve in seen])
+    numbers = np.array([number for curve in seen for number in curve.values])
+    last_N = np.maximum.reduceat(numbers, np.cumsum(count_N) - count_N)
     most = int(last_N.max())
     value_NR = np.full((len(seen), most), np.nan)
-    for row_R, curve in zip(value_NR, seen, strict=True):
-        row_R[np.array([*curve.values]) - 1] = [*curve.values.values()]
+    rows = np.repeat(np.arange(len(seen)), count_N)
+    value_NR[rows, numbers - 1] = [value for curve in seen for value in curve.values.values()]
     if np.nanmin(value_NR) >= 0:
         value_NR = np.log(np.maximum(value_NR, _PERFECT))
     rest_R = _remaining_change(value_NR)
@@ -208,24 +220,22 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
 
 def _choose_reports(value_NR: Floats, last_N: Ints, most: int) -> tuple[Ints, Ints]:
     """Choose the trials and reports to learn from: the last reports, and others as far as there is room."""
-    lasts = [(number, int(last)) for number, last in enumerate(last_N)]
-    if len(lasts) > most:
+    kept_N = np.arange(len(last_N))
+    if len(last_N) > most:
         # Keep the best trials, on which the next decisions depend, and equally many of the others.
         ranked = np.argsort(np.nanmin(value_NR, axis=1), kind="stable")
         best, others = ranked[: most // 2], ranked[most // 2 :]
-        kept = {*best, *others[np.linspace(0, len(others) - 1, most // 2).astype(int)]}
-        lasts = [(number, last) for number, last in lasts if number in kept]
-    doublings = [2**power for power in range(1, int(last_N.max()).bit_length())]
-    earlier = [
-        (number, report)
-        for number, last in lasts
-        for report in doublings
-        if report < last and not np.isnan(value_NR[number, report - 1])
-    ]
-    room = min(most - len(lasts), len(earlier))
-    some: list[int] = np.linspace(0, len(earlier) - 1, room).astype(int).tolist() if room else []
-    row_N, at_N = np.array(sorted([*lasts, *(earlier[each] for each in some)])).T
-    return row_N, at_N
+        kept_N = np.union1d(best, others[np.linspace(0, len(others) - 1, most // 2).astype(int)])
+    doubling_D = 2 ** np.arange(1, int(last_N.max()).bit_length())
+    doubling_D = doubling_D[doubling_D <= value_NR.shape[1]]
+    earlier_ND = (doubling_D < last_N[kept_N, None]) & ~np.isnan(value_NR[kept_N][:, doubling_D - 1])
+    row_E, at_E = np.nonzero(earlier_ND)
+    room = min(most - len(kept_N), len(row_E))
+    some = np.linspace(0, len(row_E) - 1, room).astype(int) if room else np.zeros(0, int)
+    row_N = np.concatenate([kept_N, kept_N[row_E[some]]])
+    at_N = np.concatenate([last_N[kept_N], doubling_D[at_E[some]]])
+    order = np.lexsort((at_N, row_N))
+    return row_N[order], at_N[order]
 
 
 def _remaining_change(value_NR: Floats) -> Floats:

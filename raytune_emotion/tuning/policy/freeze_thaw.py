@@ -29,9 +29,9 @@ from optuna.trial import FrozenTrial
 from scipy.special import ndtr
 
 from raytune_emotion.learn.report import DriverReport
-from raytune_emotion.tuning.policy.candidates import domain_of, draw_candidates
+from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates
 from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Prune, Recorded, TakeUp
-from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
+from raytune_emotion.tuning.policy.gaussian_process import Kernel, on_one_thread
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
 from raytune_emotion.tuning.policy.trial_attributes import (
@@ -59,6 +59,8 @@ _HOPE = 0.02
 #: Number of first trials that train to their end without a pause if they are start points, or if no more than so many
 #: run at once and the first stretch is at least this share of the full length.
 _STRAIGHT, _LONG_LOOK = 2, 1 / 16
+#: The kernel is fitted, and candidates are drawn, once per so many plans: one for each of so many trials that run.
+_RUNNING_PER_PLAN = 8
 #: Cost of resuming a trial, seconds; and largest share of the training time that all resumptions may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
 
@@ -86,8 +88,23 @@ class _Plan:
         return max(better, key=self.merits.__getitem__, default=None)
 
 
+@dataclass
+class _Kept:
+    """The results of costly computations, and the number of plans that were made with them."""
+
+    plans: int = 0
+    kernel: Kernel | None = None
+    shortlist: Params | None = None
+
+
 class FreezeThaw:
-    """Decide which trial trains next, and for how long. Its state is only a cache of computed plans."""
+    """Decide which trial trains next, and for how long.
+
+    Its state is only a cache of what was computed: the plan, and, where many trials run at once, the kernel of the
+    forecast and the best candidates. Those are kept for a few plans, because they take most of the time of a plan and
+    change little by the few reports that arrive meanwhile. So with fewer than 16 trials at once, decisions depend on
+    the past alone; with more, a resumed study may decide differently from one that was not interrupted.
+    """
 
     def __init__(
         self,
@@ -115,6 +132,7 @@ class FreezeThaw:
         self._looks_are_long = self._first >= _LONG_LOOK * self._reports
         self._new_share = max(_NEW_SHARE * (len(ends) + 1), _LEAST_NEW_SHARE)
         self._plan: tuple[object, _Plan | None] = (None, None)
+        self._kept = _Kept()
 
     def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:
         plan = self._plan_of(past, limits)
@@ -130,7 +148,7 @@ class FreezeThaw:
         with on_one_thread():
             offer = plan.offer()
         if offer is None:  # all configurations of the space were tried
-            self._remember(past, limits, dataclasses.replace(limits, new=False))
+            self._remember(past, dataclasses.replace(limits, new=False), _state(past, limits))
             return self.next(past, limits)
         return Begin(offer.params if self._proposes else {})
 
@@ -155,14 +173,15 @@ class FreezeThaw:
 
     def _plan_of(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
         """Return the plan; make it again only if the past has changed."""
-        plan = self._plan[1]
-        return plan if plan is not None and self._plan[0] == _state(past, limits) else self._remember(past, limits)
+        known, plan = self._plan
+        state = _state(past, limits)
+        return plan if plan is not None and known == state else self._remember(past, limits, state)
 
-    def _remember(self, past: Sequence[FrozenTrial], limits: Limits, tighter: Limits | None = None) -> _Plan:
-        """Make a plan for these limits, with tighter ones if they are known to hold, and keep it for this past."""
+    def _remember(self, past: Sequence[FrozenTrial], limits: Limits, state: object) -> _Plan:
+        """Make a plan for these limits, and keep it for this state of the past."""
         with on_one_thread():
-            plan = self._make_plan(past, tighter or limits)
-        self._plan = _state(past, limits), plan
+            plan = self._make_plan(past, limits)
+        self._plan = state, plan
         return plan
 
     def replay(self, trials: Sequence[Recorded]) -> set[str]:
@@ -176,39 +195,51 @@ class FreezeThaw:
         return any(before + 1e-9 < end <= epoch + 1e-9 for end in self._ends)
 
     def _make_plan(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
-        outlook = Outlook(self._domain, past, self._aim, self._earlier)
+        if self._kept.plans >= sum(map(is_running, past)) // _RUNNING_PER_PLAN:
+            self._kept = _Kept()
+        kept = self._kept
+        kept.plans += 1
+        outlook = Outlook(self._domain, past, self._aim, self._earlier, kept.kernel)
+        kept.kernel = outlook.forecast.kernel if outlook.forecast is not None else None
         paused = [trial for trial in past if is_paused(trial)]
         # The seed depends on the number of trials, so that candidates stay the same until a trial begins.
         rng = np.random.default_rng([self._seed, len(past)])
         # It is computed at most once, and only if needed, because it takes half of the time of a decision.
-        offer = functools.cache(lambda: outlook.offer(rng, self._draw)) if limits.new else None
+        offer = functools.cache(lambda: self._make_offer(outlook, rng, kept)) if limits.new else None
         if outlook.forecast is None:
             # Too little is known for a forecast: new trials come first, then paused ones in their order.
             first = {trial.number: -float(trial.number) for trial in paused}
             return _Plan((), first, None, offer, -math.inf if offer is None else math.inf)
         merit = -math.inf
-        if offer is not None and not self._has_begun_enough(past):
+        had = [count_reports(trial) for trial in past]
+        if offer is not None and not self._has_begun_enough(had):
             if (offered := offer()) is None:
                 return self._make_plan(past, dataclasses.replace(limits, new=False))
             merit = offered.merit - math.log(self._reports)
         merits = self._merits(outlook, paused)
-        favourite = self._favourite(outlook, paused) if self._owes_length(past, new=offer is not None) else None
+        favourite = self._favourite(outlook, paused) if self._owes_length(past, had, new=offer is not None) else None
         ranked = sorted(merits, key=lambda number: (number == favourite, merits[number]), reverse=True)
-        kept = {*ranked[: limits.paused]}
+        resumable = {*ranked[: limits.paused]}
         if offer is None:
-            kept &= {favourite, *self._list_contenders(outlook, paused)}
-        worth = {number: value for number, value in merits.items() if number in kept}
+            resumable &= {favourite, *self._list_contenders(outlook, paused)}
+        worth = {number: value for number, value in merits.items() if number in resumable}
         return _Plan(tuple(ranked[limits.paused :]), worth, favourite, offer, merit)
 
-    def _has_begun_enough(self, past: Sequence[FrozenTrial]) -> bool:
-        """Tell whether first stretches have used up their share of the training."""
-        had = [count_reports(trial) for trial in past]
+    def _make_offer(self, outlook: Outlook, rng: np.random.Generator, kept: _Kept) -> Offer | None:
+        """Return the trial to begin: the best of the kept candidates, or, if all were tried, of new ones."""
+        offer = outlook.offer(kept.shortlist, or_other=False) if kept.shortlist is not None else None
+        if offer is None:
+            offer = outlook.offer(outlook.candidates(rng, self._draw))
+            kept.shortlist = None if offer is None else offer.shortlist
+        return offer
+
+    def _has_begun_enough(self, had: Sequence[int]) -> bool:
+        """Tell whether first stretches have used up their share of the training, given the reports of all trials."""
         return sum(min(reports, self._first) for reports in had) > self._new_share * sum(had)
 
-    def _owes_length(self, past: Sequence[FrozenTrial], *, new: bool) -> bool:
+    def _owes_length(self, past: Sequence[FrozenTrial], had: Sequence[int], *, new: bool) -> bool:
         """Tell whether a trial should now be trained further than any trial before."""
         ends = (*stretch_ends(self._reports), self._reports)
-        had = [count_reports(trial) for trial in past]
         longer = next((end for end in ends if end > max(had, default=0)), None)
         if longer is None:
             return False
@@ -247,8 +278,9 @@ class FreezeThaw:
 
     def _can_afford(self, past: Sequence[FrozenTrial]) -> bool:
         """Tell whether one more trial can be resumed with the cost of all resumptions in their share of the time."""
-        trained_s = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in past)
-        taken_up = sum(int(trial.user_attrs.get(TAKEN_UP, 0)) for trial in past)
+        attributes = [trial.user_attrs for trial in past]
+        trained_s = sum(float(each.get(SECONDS, 0.0)) for each in attributes)
+        taken_up = sum(int(each.get(TAKEN_UP, 0)) for each in attributes)
         return (taken_up + 1) * self._take_up_s <= _TAKE_UP_SHARE * trained_s
 
 

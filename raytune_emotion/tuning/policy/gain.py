@@ -51,7 +51,7 @@ class GainForecast:
         under_way = [trial for trial in past if trial.state == TrialState.RUNNING]
         left = [reports_left(trial, self._reports) for trial in under_way]
         settings = [self._domain.settings(trial) for trial in under_way]
-        offer = outlook.offer(np.random.default_rng([self._seed, len(past)]))
+        offer = outlook.offer(outlook.candidates(np.random.default_rng([self._seed, len(past)])))
         if offer is not None:
             settings.append(self._space.suggest(FixedTrial(offer.params)))
             left.append(self._reports)

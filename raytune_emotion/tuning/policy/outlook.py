@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from raytune_emotion.tuning.policy.trial_attributes import COST, SECONDS, count_
 STARTUP = 4
 #: Number of best trials that are mutated.
 _BEST = 5
+#: Number of the most promising candidates that an offer carries.
+_SHORTLIST = 64
 #: Factor on the standard deviation of a forecast, which is overconfident (`benchmarks.calibration`).
 STD_FACTOR = 1.4
 #: Kernel of the cost of a trial: length scale, as a share of a range, times the root of the number of dimensions; and
@@ -45,6 +47,7 @@ class Offer:
 
     params: dict[str, Any]
     merit: float
+    shortlist: Params  # the most promising candidates of its draw, for the next offers
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,24 @@ class Outlook:
     """Forecasts for the configurations of a study, given its past."""
 
     def __init__(
-        self, domain: Domain, past: Sequence[FrozenTrial], aim: Aim = Aim(), earlier: Sequence[Forecast] = ()
+        self,
+        domain: Domain,
+        past: Sequence[FrozenTrial],
+        aim: Aim = Aim(),
+        earlier: Sequence[Forecast] = (),
+        kernel: Kernel | None = None,
     ) -> None:
-        """Learn from the trials that have begun, and from forecasts of other studies."""
+        """Learn from the trials that have begun, and from forecasts of other studies.
+
+        Args:
+            domain: parameters of the study.
+            past: every trial that has begun.
+            aim: objective and length of the trials.
+            earlier: forecasts of other studies.
+            kernel: kernel of an earlier outlook of this study; by default, it is fitted.
+        """
         self._domain, self._past, self._aim = domain, past, aim
-        self.reported = [trial for trial in past if trial.state != TrialState.FAIL and _values(trial)]
+        self.reported = [each for each in past if each.state != TrialState.FAIL and any(True for _ in _values(each))]
         #: Forecast of configurations; None while too little is known, or after a numerical failure.
         self.forecast: Forecast | None = None
         running = [domain.settings(trial) for trial in past if is_running(trial)]
@@ -74,7 +90,7 @@ class Outlook:
             return
         try:
             curves = curves_of(domain, past, maximize=aim.maximize)
-            forecast = Forecast(domain.encoding, curves, heeded, reports=aim.reports)
+            forecast = Forecast(domain.encoding, curves, heeded, reports=aim.reports, kernel=kernel)
             if running:
                 forecast.believe(running)
             self.forecast = forecast
@@ -118,19 +134,29 @@ class Outlook:
         seconds_M: Floats = left_M * np.exp(self._log_seconds(settings))
         return fall_M, seconds_M
 
-    def offer(self, rng: np.random.Generator, draw: Draw = draw_candidates) -> Offer | None:
-        """Return the most promising untried configuration; None if all were tried."""
-        params = draw(self._domain.parameters, self._leaders(), rng)
+    def candidates(self, rng: np.random.Generator, draw: Draw = draw_candidates) -> Params:
+        """Draw candidates for a new trial."""
+        return draw(self._domain.parameters, self._leaders(), rng)
+
+    def offer(self, params: Params, *, or_other: bool = True) -> Offer | None:
+        """Return the most promising untried configuration among candidates; None if there is none.
+
+        Args:
+            params: candidates.
+            or_other: whether another configuration of a small space is returned if all candidates were tried.
+        """
         merit_M = np.zeros(len(next(iter(params.values()))))
         if self.forecast is not None:
             merit_M = self.log_promise(self._domain.settings_of(params))
         tried = {self._domain.key_of(trial) for trial in self._past}
-        for number in np.argsort(-merit_M, kind="stable"):
+        order_M = np.argsort(-merit_M, kind="stable")
+        shortlist = {name: column_M[order_M[:_SHORTLIST]] for name, column_M in params.items()}
+        for number in order_M:
             chosen = row_of(params, number)
             if self._domain.key(chosen) not in tried:
-                return Offer(chosen, float(merit_M[number]))
-        left = first_untried(self._domain, tried)
-        return None if left is None else Offer(left, float(merit_M.min()))
+                return Offer(chosen, float(merit_M[number]), shortlist)
+        left = first_untried(self._domain, tried) if or_other else None
+        return None if left is None else Offer(left, float(merit_M.min()), shortlist)
 
     def _leaders(self) -> list[FrozenTrial]:
         """Return the trials to mutate: the best ones, or the best ones of the Pareto front."""
@@ -160,9 +186,12 @@ class Outlook:
         return log_M
 
 
-def _values(trial: FrozenTrial) -> list[float]:
-    """Return the finite values that a trial has reported."""
-    shown = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
+def _values(trial: FrozenTrial) -> Iterator[float]:
+    """Yield the finite values that a trial has reported."""
+    shown = False
+    for value in trial.intermediate_values.values():
+        if math.isfinite(value):
+            shown = True
+            yield value
     if not shown and trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
-        shown = [trial.value]
-    return shown
+        yield trial.value

@@ -90,7 +90,8 @@ class ForecastSampler(BaseSampler):
         ]
         rng = np.random.default_rng([self._seed, trial.number])
         with on_one_thread():
-            offer = Outlook(domain, past, aim, self._earlier).offer(rng, self._draw)
+            outlook = Outlook(domain, past, aim, self._earlier)
+            offer = outlook.offer(outlook.candidates(rng, self._draw))
         return {} if offer is None else offer.params
 
     def sample_independent(

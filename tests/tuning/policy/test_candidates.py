@@ -94,8 +94,8 @@ def test_configurations_of_a_branch_are_counted_without_the_parameters_of_others
 
 
 def offer(space, past, seed):
-    domain = domain_of(space)
-    return Outlook(domain, past).offer(np.random.default_rng(seed))
+    outlook = Outlook(domain_of(space), past)
+    return outlook.offer(outlook.candidates(np.random.default_rng(seed)))
 
 
 def rows(params):

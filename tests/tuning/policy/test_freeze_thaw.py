@@ -5,11 +5,11 @@ import math
 import numpy as np
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
 from benchmarks.simulation import Simulation
-from raytune_emotion.tuning.policy import freeze_thaw
+from raytune_emotion.tuning.policy import forecast, freeze_thaw, outlook
 from raytune_emotion.tuning.policy.decisions import NO_LIMITS, Limits, TakeUp
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
@@ -183,6 +183,32 @@ def test_decisions_follow_from_the_past_alone():
     assert [trial.params for trial in whole.optuna.trials] == [trial.params for trial in broken.optuna.trials]
     assert whole.reports == broken.reports
     assert whole.count(paused=True)
+
+
+@pytest.mark.parametrize(("workers", "least", "most"), [(8, 1, 1), (32, 2.5, 4)])
+def test_with_many_workers_a_kernel_and_the_best_candidates_serve_several_forecasts(monkeypatch, workers, least, most):
+    fitted, drawn, forecasts = [], [], []
+    fit, candidates, curves = forecast.fit_kernel, Outlook.candidates, outlook.curves_of
+    monkeypatch.setattr(forecast, "fit_kernel", lambda *args: fitted.append(1) or fit(*args))
+    monkeypatch.setattr(Outlook, "candidates", lambda *args: drawn.append(1) or candidates(*args))
+    monkeypatch.setattr(outlook, "curves_of", lambda *args, **named: forecasts.append(1) or curves(*args, **named))
+    study = Study()
+    study.run(2 * REPORTS, workers)
+    assert least <= len(forecasts) / len(fitted) <= most
+    assert len(drawn) <= len(fitted) + workers, "before the first forecast, they are drawn for each trial"
+    params = [tuple(trial.params.values()) for trial in study.optuna.trials]
+    assert len({*params}) == len(params) > workers, "a candidate that is kept begins once"
+
+
+def test_a_small_space_is_tried_as_a_whole_also_with_many_workers():
+    space = Space({"optim.lr": IntDistribution(1, 8), "train.batch_size": IntDistribution(1, 8)})
+    study = optuna.create_study()
+    policy = FreezeThaw(PolicyInputs(space, REPORTS, REPORTS, 0), take_up_s=0.0)
+    searcher = Searcher(study, space, policy, sampler=make_sampler_of(inputs_of(0), "random"))
+    respond = lambda settings: (np.linspace(0.5, 0.4, REPORTS), np.ones(REPORTS))  # noqa: E731
+    Simulation(searcher, respond, 32, 0.0).run(math.inf)
+    tried = [tuple(trial.params.values()) for trial in study.trials]
+    assert len(tried) == len({*tried}) == 64
 
 
 def test_new_configurations_are_worked_out_only_where_one_may_begin(monkeypatch):
