@@ -53,6 +53,11 @@ with handle_signals():
 SLEEP = "time.sleep(600)"
 
 
+def hear_hangups():
+    """Let a child hear SIGHUP, also where the tests themselves run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def started(work=SLEEP, prefix=()):
     process = subprocess.Popen(
         [*prefix, sys.executable, "-c", COMMAND.format(work=work)],
@@ -61,6 +66,7 @@ def started(work=SLEEP, prefix=()):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_hangups,
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -188,6 +194,7 @@ def test_a_signal_while_a_command_is_imported_is_no_traceback(name, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_hangups,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
     )
     assert process.stdout.readline() == "imports\n"

@@ -112,11 +112,13 @@ class Recorder:
             self._study.claim()
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
-            self._look_around(self._searcher.replay(records))
+            stopped = self._searcher.replay(records)
+            for trial_id in self._look_around():
+                self._take_up_trial(self._study.record(trial_id), stopped)
         self._gain.update()
 
-    def _look_around(self, stopped: Collection[str] | None = None) -> None:
-        """Read the trials that other drivers have ended. Queue abandoned trials: at the start all, later one."""
+    def _look_around(self) -> list[str]:
+        """Read the trials that other drivers have ended. Return the ids of the trials that they have abandoned."""
         self._searcher.finish_asking()
         ended_elsewhere, abandoned = self._backlog.look({record.trial_id for record in self._tables.ended})
         for trial in ended_elsewhere:
@@ -125,17 +127,14 @@ class Recorder:
             self._watch(_event_elsewhere(trial, record, self._gain.value))
         if ended_elsewhere:
             self._saving.delete_needless()
-        for trial in abandoned:
-            if stopped is not None or not self._backlog.has_queue:
-                record = self._study.record(trial.trial_id)
-                stops = self._searcher.replay([record]) if stopped is None else stopped
-                self._take_up_trial(record, stopped=trial.trial_id in stops)
+        return [trial.trial_id for trial in abandoned]
 
-    def _take_up_trial(self, record: TrialRecord, *, stopped: bool) -> None:
+    def _take_up_trial(self, record: TrialRecord, stopped: Collection[str]) -> None:
+        """Queue an abandoned trial, or record its ending; `stopped` are the trials that the policy has stopped."""
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
-        if (ending := _unrecorded_ending(record, stopped=stopped)) is not None:
+        if (ending := _unrecorded_ending(record, stopped=record.trial_id in stopped)) is not None:
             self._end(proposal, ending, record.reports[-1])
         else:
             self._backlog.requeue(record.trial_id)
@@ -233,7 +232,10 @@ class Recorder:
         """Choose the trial for a free place, while no other driver of the study chooses."""
         with self._study.drivers.turn("trials"):
             if self._study.drivers.own is not None:
-                self._look_around()
+                for trial_id in self._look_around():
+                    if not self._backlog.has_queue:  # one at a time, because other drivers have free places, too
+                        record = self._study.record(trial_id)
+                        self._take_up_trial(record, self._searcher.replay([record]))
             if (waiting := self._backlog.take()) is not None:
                 return self._searcher.resume(waiting)
             while isinstance(answer := self._searcher.ask(self._backlog.limits), Prune):
