@@ -187,7 +187,7 @@ class Location(ABC):
     def publish(self, last: str) -> contextlib.AbstractContextManager[Path]:
         """Provide a folder of this machine to write into: the folder itself, or one whose files are copied to the URI.
 
-        They are copied when the block succeeds, as by `replace_files`.
+        When the block succeeds, they replace all files at the URI, as by `replace_files`.
 
         Args:
             last: name of the file without which the others are of no use.
@@ -540,7 +540,7 @@ class Remote(Location):
         with scratch_folder() as scratch:
             folder = scratch / self.name
             yield folder
-            replace_files(self, folder, Folder(folder).find("*"), last)
+            replace_files(self, folder, last)
             self.delete_parts()
 
     def check_out(self, *patterns: str) -> Path:
@@ -649,14 +649,16 @@ def parent_of(location: Location) -> Location:
     return Folder(location.path.absolute().parent)
 
 
-def replace_files(location: Location, folder: Path, names: Iterable[str], last: str) -> None:
-    """Push files that belong together, unless the folder is the location.
+def replace_files(location: Location, folder: Path, last: str) -> None:
+    """Replace all files of a location by those of a folder, unless the folder is the location.
 
     The others are of no use without the file `last`. It is deleted before and pushed after them, so that no reader
     mixes new files with old ones.
     """
     if not location.is_here(folder):
+        names = Folder(folder).find("*")
         location.delete([last])
+        location.delete({file.name for file in location.list_files()} - {*names})
         location.push(folder, sorted(names, key=lambda name: name == last))
 
 

@@ -350,6 +350,16 @@ def test_what_is_published_lies_at_the_location(location):
     assert location.read("a.txt") == b"a"
 
 
+def test_what_is_published_at_a_uri_replaces_all_that_was_there(bucket):
+    location = Remote(remote.join(bucket, "published-twice"))
+    for names in (("a.txt", "b.txt"), ("a.txt", "c.txt")):
+        with location.publish("a.txt") as folder:
+            folder.mkdir()
+            for name in names:
+                write_text(folder / name, name)
+    assert location.find("*") == ["a.txt", "c.txt"]
+
+
 def test_nothing_is_published_of_a_block_that_fails(bucket):
     location = Remote(remote.join(bucket, "published"))
 

@@ -55,7 +55,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         export_trial(place, Folder(folder / "best"), best.trial_id)
     place.push(folder, report_files(folder))
     if best is not None:
-        replace_files(place / "best", folder / "best", [file.name for file in folder.glob("best/*")], CONFIG)
+        replace_files(place / "best", folder / "best", CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
     told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)

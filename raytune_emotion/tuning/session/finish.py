@@ -16,7 +16,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import choose_ensemble, mean_of, measure_gain
 from raytune_emotion.learn.device import find_device
-from raytune_emotion.learn.export_files import CONFIG, FORMATS
+from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import FormatError, write_package
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
@@ -37,7 +37,6 @@ from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFI
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, read_study
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import find_store
-from raytune_emotion.tuning.study.trial_export import delete_other_formats
 from raytune_emotion.tuning.study.trials import is_taken
 
 #: Folder of the final fits, each in a folder with the id of its trial; and folder of the final export.
@@ -146,10 +145,7 @@ def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, fai
             Step(f"best of it and {count(len(confirmed), 'confirmed run')}", second, first),
             Step(f"best of these and {fit}", third, second, failure),
         ]
-        taken = _export(dest, groups[0], place.name, steps)
-        formats = [name for name, file in FORMATS.items() if (dest / file).exists()]
-    delete_other_formats(place / FINISHED, formats)
-    return taken
+        return _export(dest, groups[0], place.name, steps)
 
 
 def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | None) -> str:

@@ -6,7 +6,6 @@ imports are in the functions that need them.
 
 import dataclasses
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
 from raytune_emotion.tuning.session.search_inputs import NewStudy, check_new, check_resumed, list_obstacles
-from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.request import AUTO, SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, spec_of
 
@@ -49,7 +48,7 @@ def run_search(request: SearchRequest) -> None:
         new = None if request.resume else check_new(request, place)
         is_searched = _is_searched(request, place)
     if is_searched:
-        _take_over(request, place)
+        _conclude_again(request, place)
     else:
         _search(request, place, new)
     if request.finish:
@@ -82,11 +81,10 @@ def _is_searched(request: SearchRequest, place: Location) -> bool:
     return all(ended_by.get(name) == limit for name, limit in _limits(request).items())
 
 
-def _take_over(request: SearchRequest, place: Location) -> None:
+def _conclude_again(request: SearchRequest, place: Location) -> None:
     """Update a searched study with the request, such as the new folder of its data, without searching further."""
     with ExitStack() as held:
-        prepared = _prepare_resumed(request, place, held)
-        study = prepared.open_with(prepared.spec)
+        study = _go_on(request, place, held)
         study.claim()
         left = "" if study.is_over() else ", without the remaining trials"
         plain_console().print(
@@ -113,16 +111,6 @@ def _finish(request: SearchRequest, place: Location) -> None:
         raise
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """A study that is ready to be opened."""
-
-    spec: StudySpec
-    space: Space
-    open_with: "Callable[[StudySpec], OpenStudy]"  # opens the study with a spec; a new study is made then
-    guide: str | None  # description of the warm start of a new study
-
-
 def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> None:
     """Run a new or a resumed study."""
     from raytune_emotion.tuning.execution.cluster import open_session
@@ -132,8 +120,8 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
     with ExitStack() as held:
         held.enter_context(import_meanwhile(*_SLOW))
 
-        def prepare() -> _Prepared:
-            return _prepare_resumed(request, place, held) if new is None else _prepare_new(request, place, new, held)
+        def prepare() -> "tuple[StudySpec, OpenStudy | None]":
+            return _open_resumed(request, place, held) if new is None else (_pack(request, place, new), None)
 
         # A cluster is joined last, because packing may take hours, in which nothing watches the cluster.
         prepared = prepare() if request.address is not None else None
@@ -141,13 +129,14 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
         ended: BaseException | None = None
         try:
             with open_session(request.address, place.name) as cluster:
-                prepared = prepared or prepare()
+                spec, resumed = prepared or prepare()
                 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
                 from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
                 from raytune_emotion.tuning.execution.runner import StudyRun
                 from raytune_emotion.tuning.session.console_run import run_with_progress
+                from raytune_emotion.tuning.study.open_study import go_on
 
-                console, spec = plain_console(), prepared.spec
+                console = plain_console()
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
@@ -155,14 +144,18 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                     workers=spec.workers_per_trial,
                     gpus_per_worker=spec.gpus_per_worker,
                     concurrency=spec.concurrency,
-                    fp16="fp16" in prepared.space.values_of("train.precision"),
+                    fp16="fp16" in parse_space(spec.space).values_of("train.precision"),
                 )
-                study = prepared.open_with(spec)
+                if resumed is not None:
+                    study = go_on(resumed, spec)
+                else:
+                    assert new is not None
+                    study = _make_or_join(request, place, new, spec, held)
                 study.copy.delete([_SEARCHED])
                 console.print(
                     f"study {place}: {count(study.spec.trials, 'trial')} of {count(spec.epochs, 'epoch')}, {placement}"
                 )
-                for line in _describe_start(study, prepared.guide):
+                for line in _describe_start(study, new):
                     console.print(line)
                 run = StudyRun(study, placement, request.time_budget, request.until_gain, failure=cluster.failure)
                 run_with_progress(console, run, _other_watches(request, study, held))
@@ -179,49 +172,59 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
             _conclude(request, study)
 
 
-def _prepare_new(request: SearchRequest, place: Location, new: NewStudy, held: ExitStack) -> _Prepared:
-    """Pack the data of a new study. The study is made when it is opened, and stays open until `held` ends."""
+def _pack(request: SearchRequest, place: Location, new: NewStudy) -> StudySpec:
+    """Pack the data of a new study, and return its spec."""
     with announce("loading PyTorch"):
         from raytune_emotion.tuning.study.creation import new_spec
 
-    def make_or_join(spec: StudySpec) -> "OpenStudy":
-        """Make the study, or join it if another driver has made it meanwhile."""
-        from raytune_emotion.tuning.study.open_study import make_study, open_study
-
-        folder = place.working_folder()
-        place.free_working_folder()
-        try:
-            make_study(folder, spec, new.warm_start.gathered)
-        except UserError:
-            if not request.joins(place):
-                if place.read(SPEC) is None:
-                    raise
-                raise UserError(f"{place}: another search has just made this study; choose another name") from None
-            joined = _prepare_resumed(request, place, held)
-            return joined.open_with(joined.spec)
-        return held.enter_context(open_study(folder, place))
-
-    guide = new.warm_start.description if new.warm_start.gathered is not None else None
-    return _Prepared(new_spec(request, place.name, new.space, new.data), new.space, make_or_join, guide)
+    return new_spec(request, place.name, new.space, new.data)
 
 
-def _prepare_resumed(request: SearchRequest, place: Location, held: ExitStack) -> _Prepared:
-    """Open a study to resume, until `held` ends, and check the request."""
+def _make_or_join(
+    request: SearchRequest, place: Location, new: NewStudy, spec: StudySpec, held: ExitStack
+) -> "OpenStudy":
+    """Make a study, or join it if another driver has made it meanwhile. It stays open until `held` ends."""
+    from raytune_emotion.tuning.study.open_study import make_study, open_study
+
+    folder = place.working_folder()
+    place.free_working_folder()
+    try:
+        make_study(folder, spec, new.warm_start.gathered)
+    except UserError:
+        if not request.joins(place):
+            if place.read(SPEC) is None:
+                raise
+            raise UserError(f"{place}: another search has just made this study; choose another name") from None
+        return _go_on(request, place, held)
+    return held.enter_context(open_study(folder, place))
+
+
+def _open_resumed(request: SearchRequest, place: Location, held: ExitStack) -> "tuple[StudySpec, OpenStudy]":
+    """Open a study to resume, until `held` ends, and check the request. Return its new spec and the study."""
     with announce("loading PyTorch"):
         from raytune_emotion.tuning.study.creation import resumed_spec
-        from raytune_emotion.tuning.study.open_study import go_on, open_existing
+        from raytune_emotion.tuning.study.open_study import open_existing
 
     study = open_existing(place, held)
-    spec = resumed_spec(request, study, list_obstacles(request, study))
-    return _Prepared(spec, study.space, lambda spec: go_on(study, spec), None)
+    return resumed_spec(request, study, list_obstacles(request, study)), study
 
 
-def _describe_start(study: "OpenStudy", guide: str | None) -> list[str]:
+def _go_on(request: SearchRequest, place: Location, held: ExitStack) -> "OpenStudy":
+    """Open a study to resume, until `held` ends, and give it its new spec."""
+    spec, study = _open_resumed(request, place, held)
+    from raytune_emotion.tuning.study.open_study import go_on
+
+    return go_on(study, spec)
+
+
+def _describe_start(study: "OpenStudy", new: NewStudy | None) -> list[str]:
     """Return lines on the warm start of a new study, or on the remaining trials of a resumed one."""
     from raytune_emotion.tuning.report.summary import ALL_TRIED
     from raytune_emotion.tuning.study.optuna_study import trials_to_continue
 
-    lines = [f"the search is guided by {guide}"] if guide is not None else []
+    lines = []
+    if new is not None and new.warm_start.gathered is not None:
+        lines.append(f"the search is guided by {new.warm_start.description}")
     if longer := sorted(trials_to_continue(study.optuna)):
         lines.append(f"{', '.join(longer)}: continued to epoch {study.spec.epochs}, each as a new trial")
     if study.is_over():

@@ -37,7 +37,6 @@ from raytune_emotion.tuning.study.combination import (
 )
 from raytune_emotion.tuning.study.open_study import OpenStudy, read_study
 from raytune_emotion.tuning.study.spec import find_store
-from raytune_emotion.tuning.study.trial_export import delete_other_formats
 
 #: Files of a study that are combined.
 _WEIGHTS = (f"trials/*/{BEST}", f"trials/*/{PREDICTIONS}")
@@ -95,7 +94,6 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
     with read_study(study, *_WEIGHTS) as read, dest.publish(CONFIG) as package:
         chosen = combine_ensemble(_candidates(read), most)
         write_ensemble(package, chosen, study.name, formats)
-    delete_other_formats(dest, [TIMM, *formats])
     return chosen
 
 
@@ -109,7 +107,6 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
     with read_study(study, *_WEIGHTS) as read, dest.publish(CONFIG) as package:
         chosen, best = combine_soup(_candidates(read), find_device())
         write_soup(package, chosen, best, study.name, formats)
-    delete_other_formats(dest, formats)
     return chosen
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from raytune_emotion.data.store import Store, open_if_here
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best
-from raytune_emotion.learn.export_files import CONFIG, FORMATS
+from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import TIMM, check_replaceable, write_package
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Location
@@ -38,7 +38,6 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
     wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
     with study.copy_here(*wanted) as folder, dest.publish(CONFIG) as package:
         _write(package, trial_folder(folder, trial_id), f"Trial {trial_id} of the study {study.name}.", formats)
-    delete_other_formats(dest, formats)
 
 
 def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) -> None:
@@ -53,7 +52,6 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
     check_replaceable(dest)
     with run.copy_here(BEST, DATA) as folder, dest.publish(CONFIG) as package:
         _write(package, folder, f"The run {run.name}.", formats)
-    delete_other_formats(dest, formats)
 
 
 def _write(dest: Path, run: Path, note: str, formats: Sequence[str]) -> None:
@@ -65,8 +63,3 @@ def store_of(run: Path, best: Best) -> Store | None:
     """Return the packed data of a run or a trial; None if they are not on this machine."""
     address = data_of(run)
     return open_if_here(address, best.settings["data.image_size"], best.fingerprint) if address is not None else None
-
-
-def delete_other_formats(dest: Location, formats: Sequence[str]) -> None:
-    """Delete files of an earlier export in other formats, because at a URI files are replaced one by one."""
-    dest.delete(file for name, file in FORMATS.items() if name not in formats)
