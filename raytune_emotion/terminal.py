@@ -119,10 +119,10 @@ def announce(what: str) -> Iterator[None]:
         yield
 
 
-def count(number: float, noun: str, nouns: str | None = None) -> str:
+def count(number: float, noun: str) -> str:
     """Write a number with its noun: `count(1, "trial")` is "1 trial", `count(2.5, "epoch")` is "2.5 epochs"."""
     amount = f"{number:g}" if isinstance(number, float) else str(number)
-    return f"{amount} {noun if number == 1 else nouns or f'{noun}s'}"
+    return f"{amount} {noun}{'' if number == 1 else 's'}"
 
 
 def byte_size(number: float) -> str:

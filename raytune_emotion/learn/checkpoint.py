@@ -121,16 +121,6 @@ def read_progress(folder: Path) -> Progress | None:
         raise _damage_error(folder / LAST, error) from error
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer, average: nn.Module | None = None) -> None:
-    """Load the newest state in a folder into a model, its optimizer, and the average of its weights, if any.
-
-    Raises:
-        UserError: the checkpoint is damaged.
-        OSError: it cannot be read now.
-    """
-    load_state(folder / LAST, model, optimizer, average)
-
-
 def save_with_header(file: Path, model: nn.Module, optimizer: Optimizer, header: Mapping[str, Any]) -> None:
     """Write a model and its optimizer, with any header of JSON values, for a training loop other than `fit`."""
     _write(file, _all_tensors(model, optimizer), header)

@@ -36,6 +36,7 @@ from raytune_emotion.learn.model import batchnorm_layers, build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.origin import WeightsUnavailableError, find_origin
 from raytune_emotion.learn.report import Report
+from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.learn.step import Step, make_targets
 from raytune_emotion.terminal import count
 
@@ -143,7 +144,7 @@ def fit(
         origin = find_origin(config.model, weights=False).description
     average: nn.Module | None = run.average.module if run.average is not None else None
     if folder is not None and progress is not None:
-        checkpoint.restore(folder, run.model, run.optimizer, average)
+        checkpoint.load_state(folder / LAST, run.model, run.optimizer, average)
         if progress.scaler:  # otherwise the run began on a device that needs no scaler
             run.scaler.load_state_dict(progress.scaler)
 

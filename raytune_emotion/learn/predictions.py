@@ -23,6 +23,7 @@ MOST_IMAGES = 2000
 _MOST_SECONDS = 30.0
 _BATCH = 64
 _BINS = 10
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,10 @@ def bins_of(x_N: npt.NDArray[np.float64], y_N: npt.NDArray[np.float64], bin_N: n
     return found
 
 
-def bootstrap_intervals(
-    values: dict[str, npt.NDArray[np.float64]], *, resamples: int = 1000
-) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(values: dict[str, npt.NDArray[np.float64]]) -> dict[str, tuple[float, float]]:
     """Return the 95 % bootstrap interval of the mean of each metric, by name, from its values for all images, [N]."""
     names, table_NM = list(values), np.stack(list(values.values()), axis=1)
     n = len(table_NM)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
     low_M, high_M = np.quantile(drawn @ table_NM / n, [0.025, 0.975], axis=0)
     return {name: (float(low), float(high)) for name, low, high in zip(names, low_M, high_M, strict=True)}

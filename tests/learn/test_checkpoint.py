@@ -179,7 +179,7 @@ def test_a_missing_best_is_said(tmp_path):
 def test_tensors_that_do_not_fit_the_settings_are_damage(run, store):
     model = build_model(config(model__backbone="test_efficientnet"))
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.restore(run, model, torch.optim.AdamW(model.parameters()))
+        checkpoint.load_state(run / LAST, model, torch.optim.AdamW(model.parameters()))
 
 
 def test_parameter_that_layers_share_is_kept_and_loaded(tmp_path):
@@ -209,10 +209,10 @@ def test_what_is_no_damage_is_not_called_so(run, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(model, "load_state_dict", full)
         with pytest.raises(torch.OutOfMemoryError):
-            checkpoint.restore(run, model, optimizer)
+            checkpoint.load_state(run / LAST, model, optimizer)
     monkeypatch.setattr(checkpoint, "safe_open", away)
     for read in (
-        lambda: checkpoint.restore(run, model, optimizer),
+        lambda: checkpoint.load_state(run / LAST, model, optimizer),
         lambda: read_progress(run),
         lambda: read_best(run / BEST),
     ):

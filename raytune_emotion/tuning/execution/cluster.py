@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import optuna
@@ -45,6 +45,8 @@ _RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Without a limit: `Search` gives Tune no more trials than there is room for.
+    "TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize),
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -152,21 +154,6 @@ def _own_environment() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(before)
         forget_token()
-
-
-@contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within the block."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _leave(watch: ClusterWatch) -> None:

@@ -239,7 +239,7 @@ class Recorder:
             if (waiting := self._backlog.take()) is not None:
                 return self._searcher.resume(waiting)
             while isinstance(answer := self._searcher.ask(self._backlog.limits), Prune):
-                self._end(self._searcher.resume(trial_id_of(answer.number), to_train=False), Pruned(), None)
+                self._prune(trial_id_of(answer.number))
         self._backlog.note_answer(answer)
         return answer
 
@@ -283,7 +283,10 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._look_around()  # another driver may have come meanwhile
             for trial_id in self._backlog.paused():
-                self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
+                self._prune(trial_id)
+
+    def _prune(self, trial_id: str) -> None:
+        self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
 
 
 def _what_next(study: OpenStudy) -> str:
@@ -357,7 +360,7 @@ class _Saving:
         self._save_in_time()
         self._tables.write_in_time()
         if self._clock() >= self._looked + _LOOK_S:
-            self._study.copy.push()  # checks the driver alone
+            self._study.copy.check_driver()
             self._looked = self._clock()
 
     def write(self) -> None:

@@ -1,7 +1,6 @@
 """Run the trials of a study on the joined Ray cluster."""
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.remote import outlast_outages
 from raytune_emotion.terminal import short_path, warn
 from raytune_emotion.tuning.execution.capacity import Capacity, Waiting
-from raytune_emotion.tuning.execution.cluster import environment
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, wait_for_end
 from raytune_emotion.tuning.execution.job import job_of
 from raytune_emotion.tuning.execution.placement import Placement
@@ -141,12 +139,10 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
     study, resources = run.study, run.placement.resources
     room = Capacity(run.placement, recorder.count_open, run.say)
     waiting = Waiting(lambda: run.say(_WAITS_FOR_OTHERS if recorder.waits else room.shortage()))
-    # `Search` gives Tune no more trials than there is room for.
-    pending = {"TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize)}
     search = Search(recorder, partial(job_of, study, resources), room, waiting, stop)
     # The process that drives the workers of a trial runs at once, whether or not there is room for them.
     count_unplaced = count_waiting_groups if resources.workers > 1 else lambda: 0
-    with contextlib.closing(room), environment(pending), patch_tune():
+    with contextlib.closing(room), patch_tune():
         # A Tuner is not used: it only adds a pickle for a restoration, which is not used here.
         tune.run(
             _trainable(resources),

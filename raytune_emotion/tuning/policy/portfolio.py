@@ -29,7 +29,7 @@ class Portfolio:
 
     recorded: tuple[str, ...]  # name of the data of each part
     trials: int
-    text: str  # in the format of `write_earlier`
+    text: str  # in the format of `gather_earlier`
 
     def __str__(self) -> str:
         return f"the portfolio, {self.trials} configurations recorded on {' and '.join(self.recorded)}"

@@ -112,17 +112,16 @@ class RunToEnd:
         return True
 
 
-def rungs_of(epochs: float, first: float | None = None) -> list[float]:
+def rungs_of(epochs: float) -> list[float]:
     """Return rungs at the first epochs and at each threefold of the previous rung, before the last epoch.
 
-    By default, the first rung is at a ninth of the epochs, but at least at one. At earlier epochs, the order of trials
-    says little about their final order, as the recorded curves show (`benchmarks/curves`).
+    The first rung is at a ninth of the epochs, but at least at one. At earlier epochs, the order of trials says little
+    about their final order, as the recorded curves show (`benchmarks/curves`).
     """
-    first = max(1.0, epochs / _REDUCTION**2) if first is None else first
-    rungs = []
-    while first < epochs - _ROUNDING:
-        rungs.append(first)
-        first *= _REDUCTION
+    rung, rungs = max(1.0, epochs / _REDUCTION**2), []
+    while rung < epochs - _ROUNDING:
+        rungs.append(rung)
+        rung *= _REDUCTION
     return rungs
 
 

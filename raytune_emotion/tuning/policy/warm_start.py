@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.json_text import is_number, load_json
 from raytune_emotion.tuning.policy.encoding import encoding_of
 from raytune_emotion.tuning.policy.forecast import Curve, Forecast
@@ -21,11 +20,6 @@ EARLIER = "earlier.json"
 NOTHING, OWN = "none", "the portfolio"
 #: Key of the location of an earlier study.
 STUDY = "study"
-
-
-def write_earlier(folder: Path, gathered: str) -> None:
-    """Write the results of earlier studies to a study's folder."""
-    write_text(folder / EARLIER, gathered)
 
 
 def name_earlier(folder: Path) -> str:

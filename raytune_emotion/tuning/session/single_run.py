@@ -176,7 +176,7 @@ def _train(
         job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, *shared)
         with outlast_outages():
             for report in train_with_retry(job, train):
-                copy.push()
+                copy.check_driver()
                 if not lock.is_held():
                     raise Breakdown(f"{run}: {TAKEN_OVER}")
                 console.print(

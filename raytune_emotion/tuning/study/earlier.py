@@ -28,7 +28,7 @@ _LEAST = 4
 class WarmStart:
     """The results of earlier studies that guide a new study."""
 
-    gathered: str | None  # in the format of `write_earlier`; None: nothing
+    gathered: str | None  # in the format of `EARLIER`; None: nothing
     description: str  # for people
 
 
@@ -54,7 +54,7 @@ def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
 
 
 def gather_earlier(studies: Sequence[Location]) -> str:
-    """Gather the spaces and curves of studies, in the format of `write_earlier`.
+    """Gather the spaces and curves of studies, in the format of `EARLIER`.
 
     Raises:
         UserError: one of them is not a study, or too few of its trials have reported; all errors at once.

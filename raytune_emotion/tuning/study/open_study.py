@@ -10,10 +10,10 @@ import optuna
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.run_folder import HISTORY, LAST
-from raytune_emotion.storage.atomic import atomic_folder
+from raytune_emotion.storage.atomic import atomic_folder, write_text
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.tuning.policy.objective import OBJECTIVES, Objective
-from raytune_emotion.tuning.policy.warm_start import EARLIER, write_earlier
+from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.drivers import Drivers, SingleDriver
@@ -142,7 +142,7 @@ def make_study(folder: Path, spec: StudySpec, earlier: str | None = None) -> Non
         with atomic_folder(folder) as part:
             create_study(part, parse_space(spec.space, SPEC), folder.name, spec.storage)
             if earlier is not None:
-                write_earlier(part, earlier)
+                write_text(part / EARLIER, earlier)
             write_spec(part, spec)
     except BaseException:
         delete_study(spec.storage)

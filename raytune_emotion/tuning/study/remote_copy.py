@@ -78,7 +78,7 @@ class RemoteCopy:
         self.location.push(self.folder, [DRIVER])
         self.location.delete([name for name in here if not here[name]])
         if journal:
-            self._check_driver()  # each push may wait long for the location
+            self.check_driver()  # each push may wait long for the location
             self._push_whole(self.folder / journal, has_pieces=bool(drivers))
         self.push(*(name for name in here if here[name]))
         self.is_whole = True
@@ -108,13 +108,13 @@ class RemoteCopy:
         return not self.is_here and self.location.read(DRIVER) != (known.read_bytes() if known.is_file() else None)
 
     def push(self, *names: str) -> None:
-        """Push files; without names, only check that this process is still the driver.
+        """Push files.
 
         Raises:
             Breakdown: another driver has claimed the location; or all requests to it failed.
         """
         if not self.is_here:
-            self._check_driver()
+            self.check_driver()
             self.location.push(self.folder, names)
 
     def push_journal(self) -> None:
@@ -125,7 +125,7 @@ class RemoteCopy:
         """
         if self.is_here:
             return
-        self._check_driver()
+        self.check_driver()
         with self._journal.open("rb") as file:
             file.seek(self._start)
             piece = file.read()
@@ -133,8 +133,12 @@ class RemoteCopy:
         if len(piece) >= _PIECE:
             self._start += len(piece)
 
-    def _check_driver(self) -> None:
-        # A driver that was taken for dead must not overwrite files of its successor.
+    def check_driver(self) -> None:
+        """Check that this process is still the driver: one that was taken for dead must not overwrite its successor.
+
+        Raises:
+            Breakdown: another driver has claimed the location; or all requests to it failed.
+        """
         if why := self.failure():
             raise Breakdown(f"{self}: {why}")
 

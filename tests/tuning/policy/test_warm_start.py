@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Folder
-from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier, write_earlier
+from raytune_emotion.tuning.policy.warm_start import EARLIER, NOTHING, name_earlier, read_earlier
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.earlier import gather_earlier
 from raytune_emotion.tuning.study.open_study import load, make_study
@@ -67,7 +68,7 @@ def test_studies_that_cannot_be_started_from_are_refused_at_once(tmp_path, store
 
 def test_a_study_that_goes_on_keeps_the_earlier_studies_that_it_began_with(tmp_path, store):
     earlier, other = (Folder(write_study(tmp_path / name, store, 4)) for name in ("earlier", "other"))
-    write_earlier(tmp_path, gather_earlier([earlier]))
+    write_text(tmp_path / EARLIER, gather_earlier([earlier]))
     spec = spec_of(store)
 
     def refused(*studies):

@@ -80,7 +80,7 @@ def test_journal_is_whole_after_every_push_and_driver(driver, place, tmp_path):
 def test_push_of_a_driver_that_was_taken_for_dead_changes_nothing(driver, place, tmp_path, monkeypatch):
     stale = driver("stale")
     grow(stale, ["a" * 60, "b" * 60])
-    monkeypatch.setattr(stale, "_check_driver", lambda: None)  # it had looked just before the other one began
+    monkeypatch.setattr(stale, "check_driver", lambda: None)  # it had looked just before the other one began
     copy = driver("after")
     assert find(place, tmp_path / "reader") == (copy.folder / FILE).read_bytes()
     grow(stale, ["late" * 30])
