@@ -138,7 +138,9 @@ def _cuda_only(store: Store) -> list[tuple[object, ...]]:
     limit_memory(DEVICE, 1.0)
     too_large = config("resnet50", "fp32", 8192).to_flat()
     found = measure({"resnet50": too_large}, {SETUP.size: str(store.path)}, DEVICE, cores=4, counts=(1, 2), seconds=0.1)
-    rows.append(("auto with a batch of 8192", "resnet50", "fp32", str(found), "rates by number of trials"))
+    # A batch has at most all rows of the store.
+    batch = f"auto with a batch of {min(8192, len(store.train.ids))}"
+    rows.append((batch, "resnet50", "fp32", str(found), "rates by number of trials"))
     return rows
 
 

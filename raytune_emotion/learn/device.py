@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -34,8 +34,12 @@ def limit_memory(device: torch.device, share: float) -> None:
 
 
 def reduce_fragmentation() -> None:
-    """Let torch map GPU memory in growing segments, for trials of different batch sizes. Call it before CUDA starts."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    """Let torch map GPU memory in growing segments, for trials of different batch sizes. Call it before CUDA starts.
+
+    Settings of the user stay. The older of the two names has priority, and every version of torch knows it.
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,10 +73,17 @@ def compile_model(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def exact_fp32() -> Iterator[None]:
-    """Switch off TF32 within the block. cuDNN uses it for fp32 convolutions on a GPU, with 10 of 23 mantissa bits."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Switch off TF32 within the block, which has 10 of the 23 mantissa bits of fp32.
+
+    On a GPU, cuDNN uses it for convolutions. cuBLAS uses it for products of matrices only if that was switched on, as
+    by a variable of the environment in NVIDIA's containers.
+    """
+    switches: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value

@@ -7,8 +7,9 @@ PyTorch with CUDA Graphs", 2021). A captured step gives the same result as a lau
 
 import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 
 from raytune_emotion.data.augment import Decisions, Triple, augment
 from raytune_emotion.data.loader import Batch
+from raytune_emotion.learn.device import is_out_of_memory
 from raytune_emotion.learn.losses import Loss
 
 Input = tuple[Batch, Decisions]
@@ -196,7 +198,7 @@ class Step:
 
     def _launch_aside(self, inputs: Sequence[Input]) -> None:
         """Launch a step on a separate stream, as PyTorch requires before a capture."""
-        aside, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
+        aside, current = _capture_stream(self._device), torch.cuda.current_stream(self._device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             self._launch(inputs)
@@ -209,14 +211,11 @@ class Step:
             torch.OutOfMemoryError: the device has too little memory for the graph.
         """
         self._inputs = [_copy(given) for given in inputs]
-        for group in self._optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # the graph allocates from a separate memory pool
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(aside):
+            with torch.cuda.stream(_capture_stream(self._device)), _capturable(self._optimizer):
                 # "thread_local" allows copies of the loader's thread meanwhile.
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
@@ -224,14 +223,43 @@ class Step:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
-            warnings.warn(f"the training step cannot be captured as a CUDA graph: {first}", stacklevel=2)
-            self._optimizer.zero_grad()
             self.capture, self._inputs = False, []
+            # Only the text is kept: the error holds the tensors of the failed step.
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            ran_out, text = is_out_of_memory(first), str(first)
+            del first
+        else:
+            self._graph = graph
             return
-        self._graph = graph
+        del graph  # with its memory
+        if ran_out:
+            raise torch.OutOfMemoryError(text)
+        warnings.warn(f"the training step cannot be captured as a CUDA graph: {text}", stacklevel=2)
+        self._optimizer.zero_grad()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all steps before a capture, and of all captures, in this process.
+
+    torch has 32 streams for each device, and then returns the first ones again. A new stream for each step would in
+    time be that of the loader, whose copies would become part of the graph. And memory that was freed on a stream is
+    kept for that stream only.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _capturable(optimizer: Optimizer) -> Iterator[None]:
+    """Let an optimizer be captured within the block. Outside of a graph, it would warn about this setting."""
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def _tensors(inputs: Sequence[Input]) -> list[torch.Tensor]:

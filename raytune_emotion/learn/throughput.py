@@ -187,12 +187,12 @@ def _measure_one(
     for process in others:
         process.begin(settings, store)
     # The device may have less free memory than the first process has found.
-    fit = 1 + sum([process.answer() is not None for process in others])
+    able = [every[0], *[process for process in others if process.answer() is not None]]
     found: dict[int, float] = {}
     for count in fitting:
         resident = lives_on_device(images, allowance(total, 1 / count))
-        if count <= fit:
-            rate = train_side_by_side(every[:count], seconds=seconds, cores=cores, resident=resident)
+        if count <= len(able):
+            rate = train_side_by_side(able[:count], seconds=seconds, cores=cores, resident=resident)
             found |= {} if rate is None else {count: rate}
     return found
 
@@ -213,13 +213,15 @@ def _serve(device: torch.device) -> None:
                 answer = _train(run, **order) if run is not None else None
             else:
                 run = None
-                _release(device)
             if "settings" in order:
+                _release(device)
                 run, answer = _prepare(order["settings"], order["store"], device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             run = None
+        if run is None:
+            _release(device)
         print(json.dumps(answer), flush=True)
 
 

@@ -19,6 +19,10 @@ OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    # A convolution for which no algorithm had enough memory (pytorch 108645).
+    "GET was unable to find an engine to execute this computation",
+    "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
 )
 

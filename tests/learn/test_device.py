@@ -20,6 +20,9 @@ from raytune_emotion.learn.device import (
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
@@ -49,13 +52,21 @@ def test_a_gpu_is_the_device_if_there_is_one(monkeypatch, has_gpu, device):
     assert find_device() == torch.device(device)
 
 
-def test_exact_fp32_switches_tf32_off_and_back_on():
-    cudnn = torch.backends.cudnn
+@pytest.mark.parametrize("allowed", [False, True])  # NVIDIA's containers allow it for products of matrices
+def test_exact_fp32_switches_tf32_off_and_back_on(allowed):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    usual = matmul.allow_tf32
     before = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
-    with exact_fp32():
-        assert not cudnn.allow_tf32
-        assert cudnn.enabled == before[0]
-    assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
+    try:
+        matmul.allow_tf32 = allowed
+        with exact_fp32():
+            assert not cudnn.allow_tf32
+            assert not matmul.allow_tf32
+            assert cudnn.enabled == before[0]
+        assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
+        assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = usual
 
 
 def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
@@ -66,3 +77,7 @@ def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
     reduce_fragmentation()
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    reduce_fragmentation()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "it would have priority"

@@ -1,3 +1,9 @@
+import contextlib
+import gc
+import itertools
+import types
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +13,10 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 
 from raytune_emotion.config import OptimConfig
+from raytune_emotion.data import loader
 from raytune_emotion.data.loader import Batch
 from raytune_emotion.learn import losses
+from raytune_emotion.learn import step as step_module
 from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.learn.step import Step, make_targets
 
@@ -110,3 +118,107 @@ def test_what_is_frozen_has_no_part_in_the_norm_of_the_gradients_nor_in_the_stat
     step(inputs, 1.0)
     assert moved(rest) > 0
     assert has_state(model.backbone)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A device on which graphs are captured, of which nothing is computed here; the streams on which it happened."""
+    used = types.SimpleNamespace(captures=[], launches=[], error=None)
+    pool = itertools.count()
+    now = []
+
+    class Stream:
+        def __init__(self, device):
+            self.number = next(pool) % 32  # as torch's
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def capture_begin(self, **options):
+            used.captures.append(now[-1])
+
+        def capture_end(self):
+            if used.error is not None:
+                raise used.error
+
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def on(stream):
+        now.append(stream.number)
+        used.launches.append(stream.number)
+        yield
+        now.pop()
+
+    for name, value in {
+        "Stream": Stream, "CUDAGraph": Graph, "stream": on, "current_stream": Stream, "synchronize": print,
+        "empty_cache": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    caches = step_module._capture_stream, loader._side_stream
+    for cache in caches:
+        cache.cache_clear()
+    yield used
+    for cache in caches:
+        cache.cache_clear()
+
+
+def captured_step(name="adamw"):
+    model, prob_BK = Headed(), np.full((2, 3), 1 / 3, np.float32)
+    optimizer = build_optimizer(model, OptimConfig(name=name))
+    step = Step(
+        model, optimizer, torch.amp.GradScaler("cpu", enabled=False), losses.mixture({"kl": 1.0}), mean=(0, 0, 0),
+        std=(1, 1, 1), dtype=torch.float32, device=CPU, batch_rows=2, workers=1,
+        targets=make_targets(prob_BK, smoothing=0, balance=0, device=CPU), grad_clip=0, capture=True,
+    )  # fmt: skip
+    inputs = [(Batch(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.from_numpy(prob_BK), np.arange(2)), {})]
+    return step, optimizer, lambda: [step(inputs, 0.1) for _ in range(4)]
+
+
+def test_no_run_of_a_process_is_captured_on_the_stream_of_the_loader(graphs):
+    loads = loader._side_stream(CPU).number
+    for _ in range(10):
+        step, optimizer, train = captured_step()
+        train()
+        assert step.captured
+        assert not any(group["capturable"] for group in optimizer.param_groups), "it warns outside of a graph"
+    assert len(graphs.captures) == 10
+    assert {*graphs.launches} == {*graphs.captures}, "memory that was freed stays with its stream"
+    assert loads not in graphs.launches
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("operation not permitted when stream is capturing"), None),
+    ],
+)
+def test_a_capture_that_fails_keeps_nothing_of_its_step(graphs, error, raised):
+    class Held:
+        pass
+
+    held = []
+    step, _, train = captured_step()
+    launch = step._launch
+
+    def hold(inputs):
+        of_this_step = Held()
+        held.append(weakref.ref(of_this_step))
+        launch(inputs)
+        if len(held) == 4:
+            raise error
+
+    step._launch = hold
+    gc.disable()
+    try:
+        with pytest.raises(raised) if raised else pytest.warns(UserWarning, match="cannot be captured"):
+            train()
+        error.__traceback__ = None  # the parameter of this test outlives it
+        assert held[-1]() is None
+    finally:
+        gc.enable()
+    assert not step.captured

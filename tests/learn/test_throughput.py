@@ -134,13 +134,18 @@ class Full(Here):
         self._answer = None
 
 
-@pytest.mark.parametrize(("kinds", "fitting"), [([Here, Full], [1]), ([Full, Here], [])])
+@pytest.mark.parametrize(
+    ("kinds", "fitting"),
+    [([Here, Full], [1]), ([Full, Here], []), ([Here, Full, Here], [1, 2]), ([Here] * 3, [1, 2, 3])],
+)
 def test_measure_leaves_out_counts_for_which_a_process_has_too_little_memory(store, monkeypatch, kinds, fitting):
     starts = iter(kinds)
     monkeypatch.setattr(throughput, "Process", lambda device: next(starts)(device))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "model.backbone": "test_vit"}
-    found = measure({"test_vit": settings}, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.1)
+    found = measure(
+        {"test_vit": settings}, {32: str(store.path)}, CPU, cores=2, counts=range(1, len(kinds) + 1), seconds=0.1
+    )
     assert list(found["test_vit"]) == fitting
 
 
