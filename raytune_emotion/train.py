@@ -160,8 +160,9 @@ def run(args: argparse.Namespace) -> None:
     # Imported only now: it takes seconds.
     if args.address is not None and not data.stores:
         from raytune_emotion.tuning.execution.cluster_nodes import check_fit
+        from raytune_emotion.tuning.execution.placement import Demand
 
-        check_fit(args.address, workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
+        check_fit(args.address, Demand(args.workers, args.gpus_per_worker, concurrency=1))
     from raytune_emotion.learn.loop import batch_faults, check_same_run
     from raytune_emotion.learn.model import build_model
     from raytune_emotion.tuning.session.single_run import Workers, train_single
@@ -200,9 +201,9 @@ def _check_machine(args: argparse.Namespace) -> None:
 
         check_cluster(args.address)
     elif args.workers > 1 or args.gpus_per_worker:
-        from raytune_emotion.tuning.execution.placement import fit_here
+        from raytune_emotion.tuning.execution.placement import Demand, fit_here
 
-        fit_here(workers=args.workers, gpus_per_worker=args.gpus_per_worker, concurrency=1)
+        fit_here(Demand(args.workers, args.gpus_per_worker, concurrency=1))
 
 
 def _other_runs(results: Location) -> str:

@@ -243,7 +243,7 @@ def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, t
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr(console_run, "run_with_progress", interrupted)
     shutil.copytree(study, tmp_path / "study")
     with pytest.raises(KeyboardInterrupt):

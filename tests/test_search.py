@@ -73,7 +73,7 @@ def sessions(monkeypatch):
         return joined_session(address)
 
     monkeypatch.setattr(cluster_module, "ray_session", begin)
-    monkeypatch.setattr(cluster_nodes, "fit_to_cluster", lambda **_: pytest.fail("nothing is refused"))
+    monkeypatch.setattr(cluster_nodes, "fit_to_cluster", lambda demand: pytest.fail("nothing is refused"))
     return begun
 
 
@@ -400,7 +400,7 @@ class TestBadRequests:
     def test_more_than_the_cluster_has(self, refused, cluster, monkeypatch):
         # Ray can be started only once in a process, and has been.
         monkeypatch.setattr(cluster_nodes, "fit_to_cluster", fit_to_cluster)
-        monkeypatch.setattr(placement, "check_room", lambda request, **_: None)
+        monkeypatch.setattr(placement, "fit_here", lambda demand: None)
         (told,) = refused(workers_per_trial=16)
         assert told.startswith("a trial of 16 workers with 1 CPU each does not fit: the cluster has 2 CPU on 1 node, ")
         (told,) = refused(gpus_per_worker=1)
@@ -663,7 +663,7 @@ class TestFinishing:
             return run
 
         monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
         monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", step("searched"))
         monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", step("concluded"))
         monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", step("finished"))
@@ -690,7 +690,7 @@ class TestFinishing:
         (study / ".searched").unlink()
         done, results = [], study.parent.as_uri()
         monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
         monkeypatch.setattr(
             "raytune_emotion.tuning.session.console_run.run_with_progress", lambda console, run, _: run.study.claim()
         )
@@ -721,7 +721,7 @@ class TestFinishing:
 def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monkeypatch, capsys):
     shutil.copytree(finished, tmp_path / "study")
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_, **__: None)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
     argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
@@ -748,7 +748,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
         concluded.append(True)
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", run_shown)
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", conclude)
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
@@ -766,7 +766,7 @@ def test_a_study_that_another_search_makes_while_ray_starts_is_refused(tmp_path,
         return joined_session(address, **options)
 
     monkeypatch.setattr(cluster_module, "ray_session", start_slowly)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     argv = ["search", "--data", store.path, "--space", space(), "--results", folder.parent, "--name", "s"]
     assert exit_code(argv) == 2
     told = capsys.readouterr().err.splitlines()[-1]
@@ -777,7 +777,7 @@ def test_a_package_that_cannot_be_imported_at_the_end_leaves_the_study_and_says_
     tmp_path, store, space, monkeypatch, capsys
 ):
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "raytune_emotion.tuning.report.conclusion", None)
     folder = tmp_path / "results" / "s"
@@ -812,8 +812,8 @@ def test_cluster_is_asked_whether_trials_fit_and_left_again_before_data_are_pack
         yield
         seen.append("left")
 
-    def fit(**needs):
-        seen.append(needs)
+    def fit(demand):
+        seen.append(demand)
         if not fits:
             raise UserError("it does not fit")
 
@@ -827,7 +827,7 @@ def test_cluster_is_asked_whether_trials_fit_and_left_again_before_data_are_pack
         "--address=10.0.0.1:6379",
     )  # fmt: skip
     assert told[0].startswith(sentence if fits else "it does not fit")
-    needs = {"workers": 1, "gpus_per_worker": None, "concurrency": None, "fp16": False}
+    needs = placement.Demand()
     assert seen == ["joined", needs, *(["left"] if fits else [])]
     assert sessions == []
 
@@ -841,7 +841,7 @@ def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", run_one_trial)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 3, "--epochs", 1, "--name", "first"]
     assert exit_code(argv) == 130
@@ -862,7 +862,7 @@ def test_a_search_that_is_interrupted_before_any_report_says_how_it_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
-    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda **_: "2 at once")
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", interrupt)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 1, "--epochs", 1, "--name", "first"]
     assert exit_code([*argv, "--results", tmp_path]) == 130

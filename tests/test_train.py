@@ -20,7 +20,7 @@ from raytune_emotion.storage.atomic import LOCK, exclusive_lock
 from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.execution import cluster, cluster_nodes, worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, OutOfMemory, train_here
-from raytune_emotion.tuning.execution.placement import Placement
+from raytune_emotion.tuning.execution.placement import Demand, Placement
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.session import single_run
 from raytune_emotion.tuning.session.single_run import Workers, train_single
@@ -394,13 +394,13 @@ class TestBadRequests:
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
 
     def test_cluster_that_the_workers_do_not_fit_is_refused_before_data_are_packed(self, refused, monkeypatch):
-        def refuse(address, **needs):
-            raise UserError(f"{needs} on {address}")
+        def refuse(address, demand):
+            raise UserError(f"{demand} on {address}")
 
         monkeypatch.setattr(cluster, "check_cluster", lambda address: None)
         monkeypatch.setattr(cluster_nodes, "check_fit", refuse)
-        needs = {"workers": 2, "gpus_per_worker": 1.0, "concurrency": 1}
-        assert refused("--address=auto", "--workers=2", "--gpus-per-worker=1") == [f"{needs} on auto"]
+        demand = Demand(workers=2, gpus_per_worker=1.0, concurrency=1)
+        assert refused("--address=auto", "--workers=2", "--gpus-per-worker=1") == [f"{demand} on auto"]
 
     def test_a_model_that_cannot_be_built_leaves_the_name_free(self, refused, tmp_path):
         (told,) = refused("--set", "model.backbone=efficientformer_l1")
@@ -440,7 +440,7 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(traine
 
     monkeypatch.setattr(worker_group, "Workers", RefusingWorkers)
     monkeypatch.setattr(single_run, "ray_session", joined_session)
-    monkeypatch.setattr(single_run, "fit_to_cluster", lambda **_: Placement(Resources(2, 1.0, 0.0), 1))
+    monkeypatch.setattr(single_run, "fit_to_cluster", lambda demand: Placement(Resources(2, 1.0, 0.0), 1))
     asked = ["--workers", 2, "--set", "train.batch_size=3", "--set", "train.accumulate=2"]
     assert trained(*TINY, 1, *asked) == 2
     err = capsys.readouterr().err

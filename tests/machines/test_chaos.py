@@ -29,6 +29,7 @@ from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.policy import policies
@@ -77,7 +78,7 @@ def begin(folder, store, **changes):
 
 def go_on(folder, *, workers=1, concurrency=1, watch=lambda event: None):
     """Runs what is left of a study, on the cluster that this process has joined."""
-    place = fit_to_cluster(workers=workers, gpus_per_worker=0.0, concurrency=concurrency)
+    place = fit_to_cluster(Demand(workers=workers, gpus_per_worker=0.0, concurrency=concurrency))
     run_study(StudyRun(load(folder), place, watch=watch))
     return load(folder).records()
 

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_map import cluster_map
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.runner import place_of
 from raytune_emotion.tuning.execution.worker_nodes import live_nodes, resources_here
 from tests.machines.nodes import RAY, head_of, nodes_of, reports_of, search, start_ray, wait_until
@@ -116,7 +117,7 @@ def test_a_drained_node_gives_its_trials_back_before_it_dies(address, tmp_path):
 
 def test_places_on_gpus_take_the_cores_of_their_nodes_and_tasks_for_cores_keep_off_them_meanwhile(uneven):
     with ray_session(uneven) as watch:
-        place = fit_to_cluster(workers=1, gpus_per_worker=1.0, concurrency=None)
+        place = fit_to_cluster(Demand(workers=1, gpus_per_worker=1.0, concurrency=None))
         assert (place.concurrency, place.resources.per_worker) == (2, {"CPU": 1.0, "GPU": 1.0})
 
         @ray.remote

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.placement import Nodes, Placement, check_sharing, fit
+from raytune_emotion.tuning.execution.placement import Demand, Nodes, Placement, fit
 from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_autoscaler
 
 
@@ -19,34 +19,19 @@ class ClusterNode:
     draining: bool = False  # whether it ends soon, as after a spot instance's notice, and accepts no new work
 
 
-def fit_to_cluster(
-    *, workers: int, gpus_per_worker: float | None, concurrency: int | None, fp16: bool = False
-) -> Placement:
+def fit_to_cluster(demand: Demand) -> Placement:
     """Fit trials to the cluster that this process has joined; see `fit`."""
-    return fit(
-        cluster_nodes(),
-        "the cluster",
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        concurrency=concurrency,
-        fp16=fp16,
-        grows=has_autoscaler(),
-    )
+    return fit(cluster_nodes(), "the cluster", demand, grows=has_autoscaler())
 
 
-def check_fit(
-    address: str, *, workers: int, gpus_per_worker: float | str | None, concurrency: int | None, fp16: bool = False
-) -> None:
+def check_fit(address: str, demand: Demand) -> None:
     """Join a cluster for a moment, and check that trials fit it. Asked before data are packed, which may take hours.
 
     Raises:
-        UserError: it cannot be joined, or trials do not fit: see `fit`, and `check_sharing` for `AUTO`.
+        UserError: it cannot be joined, or trials do not fit; see `fit`.
     """
     with ray_session(address):
-        if isinstance(gpus_per_worker, str):
-            check_sharing(cluster_nodes(), "the cluster", workers)
-        else:
-            fit_to_cluster(workers=workers, gpus_per_worker=gpus_per_worker, concurrency=concurrency, fp16=fp16)
+        fit_to_cluster(demand)
 
 
 def cluster_nodes() -> Nodes:

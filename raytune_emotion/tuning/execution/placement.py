@@ -9,10 +9,20 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.gpu_presence import may_have_gpu, no_gpu
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.study.request import AUTO, SearchRequest
+from raytune_emotion.tuning.study.request import AUTO
 
 #: Amounts of "CPU", "GPU" and other resources of each node.
 Nodes = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a study needs of the nodes on which its trials run."""
+
+    workers: int = 1  # of a trial
+    gpus_per_worker: float | str | None = None  # up to 1; None: one, if there are GPUs; `AUTO`: to be measured
+    concurrency: int | None = None  # trials at once; None: as many as fit
+    fp16: bool = False  # whether a trial may train in fp16, which needs a GPU
 
 
 @dataclass(frozen=True)
@@ -33,56 +43,12 @@ class Placement:
         return f"{self.concurrency} at once{share}{off}{more}"
 
 
-def fit_here(*, workers: int, gpus_per_worker: float | None, concurrency: int | None, fp16: bool = False) -> Placement:
+def fit_here(demand: Demand) -> Placement:
     """Fit trials to this machine, whether or not Ray runs; see `fit`."""
-    return fit(
-        [local_node()],
-        "this machine",
-        workers=workers,
-        gpus_per_worker=gpus_per_worker,
-        concurrency=concurrency,
-        fp16=fp16,
-    )
+    return fit([local_node()], "this machine", demand)
 
 
-def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
-    """Check that trials can share a GPU.
-
-    Raises:
-        UserError: there is no GPU, or the workers of a trial need one each.
-    """
-    faults = []
-    if not any(node.get("GPU") for node in nodes):
-        faults.append(no_gpu(where, AUTO))
-    if workers > 1:
-        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial cannot share a GPU; leave it out")
-    if faults:
-        raise UserError(faults)
-
-
-def check_room(request: SearchRequest, *, fp16: bool = False) -> None:
-    """Check that this machine can run the trials of a search without a cluster.
-
-    Raises:
-        UserError: not even one trial fits, or there is no GPU; or with `fp16`, trials get none.
-    """
-    workers = request.workers_per_trial or 1
-    if request.gpus_per_worker == AUTO:
-        check_sharing([local_node()], "this machine", workers)
-    else:
-        fit_here(workers=workers, gpus_per_worker=request.gpu_share, concurrency=request.concurrency, fp16=fp16)
-
-
-def fit(
-    nodes: Nodes,
-    where: str,
-    *,
-    workers: int,
-    gpus_per_worker: float | None,
-    concurrency: int | None,
-    fp16: bool = False,
-    grows: bool = False,
-) -> Placement:
+def fit(nodes: Nodes, where: str, demand: Demand, *, grows: bool = False) -> Placement:
     """Fit trials to nodes.
 
     With a GPU, a trial's worker reserves one core for each GPU; it uses more of its node, see `Resources.on_node`.
@@ -92,25 +58,26 @@ def fit(
     Args:
         nodes: resources of the nodes.
         where: name of the nodes for messages.
-        workers: number of workers of a trial.
-        gpus_per_worker: up to 1; None for one, if there are GPUs.
-        concurrency: trials at once; None for as many as fit.
-        fp16: whether a trial may train in fp16, which needs a GPU.
+        demand: needs of the study. With `AUTO`, a trial gets a whole GPU.
         grows: whether an autoscaler adds nodes, so that more may fit later.
 
     Raises:
-        UserError: not even one trial fits, or the resources of a trial are unknown before there are nodes.
+        UserError: not even one trial fits, or the resources of a trial are unknown before there are nodes; or with
+            `AUTO`, there is no GPU, or the workers of a trial need one each.
     """
+    workers, concurrency = demand.workers, demand.concurrency
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    gpu = float(gpus > 0) if gpus_per_worker is None else gpus_per_worker
-    if grows and not gpus and gpus_per_worker is None:
+    if demand.gpus_per_worker == AUTO:
+        check_sharing(nodes, where, workers)
+    gpu = float(gpus > 0) if demand.gpus_per_worker in (None, AUTO) else float(demand.gpus_per_worker)
+    if grows and not gpus and demand.gpus_per_worker is None:
         raise UserError(
             f"{where} has no node {'with a GPU' if cpus else 'to train on'} yet; say what its autoscaler should start: "
             f"--gpus-per-worker 1, or --gpus-per-worker 0 to train on cores"
         )
     if gpu and not gpus and not grows:
         raise UserError(no_gpu(where, gpu))
-    if fp16 and not gpu:
+    if demand.fp16 and not gpu:
         raise UserError(
             f"train.precision: fp16 needs a GPU, but trials on {where} get none; use --gpus-per-worker 1 if there are "
             f"GPUs, or search with bf16 or fp32"
@@ -138,6 +105,21 @@ def fit(
         )
     nodes_off = sum(bool(node.get("GPU")) for node in nodes) if free else 0
     return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows, nodes_off)
+
+
+def check_sharing(nodes: Nodes, where: str, workers: int) -> None:
+    """Check that trials can share a GPU.
+
+    Raises:
+        UserError: there is no GPU, or the workers of a trial need one each.
+    """
+    faults = []
+    if not any(node.get("GPU") for node in nodes):
+        faults.append(no_gpu(where, AUTO))
+    if workers > 1:
+        faults.append(f"--gpus-per-worker {AUTO}: the workers of a trial cannot share a GPU; leave it out")
+    if faults:
+        raise UserError(faults)
 
 
 def _describe(nodes: Nodes) -> str:

@@ -1,7 +1,5 @@
 """Run a confirmation from the request to its conclusion."""
 
-from typing import Any
-
 from raytune_emotion.interruption import finish_block, keep_error
 from raytune_emotion.terminal import count, plain_console, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
@@ -26,7 +24,7 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     from raytune_emotion.tuning.execution.cluster import check_cluster, open_session
     from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
-    from raytune_emotion.tuning.execution.placement import fit_here
+    from raytune_emotion.tuning.execution.placement import Demand, fit_here
     from raytune_emotion.tuning.execution.runner import StudyRun
     from raytune_emotion.tuning.report.conclusion import conclude_confirmation
     from raytune_emotion.tuning.session.console_run import run_with_progress
@@ -40,14 +38,10 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
     check_cluster(request.address)
     plan = plan_confirmation(request)
     spec = plan.spec
-    needs: dict[str, Any] = {
-        "workers": spec.workers_per_trial,
-        "gpus_per_worker": spec.gpus_per_worker,
-        "concurrency": spec.concurrency,
-        "fp16": any(its.get("train.precision") == "fp16" for its in plan.settings),
-    }
+    fp16 = any(its.get("train.precision") == "fp16" for its in plan.settings)
+    demand = Demand(spec.workers_per_trial, spec.gpus_per_worker, spec.concurrency, fp16)
     if request.address is None:
-        fit_here(**needs)
+        fit_here(demand)
     place, console = request.study / CONFIRMED, plain_console()
     place.check(write=True)
     check_replaceable(place / "best")
@@ -56,7 +50,7 @@ def run_confirmation(request: ConfirmRequest, *, advise: bool = True) -> None:
         ended = None
         try:
             with open_session(request.address, f"{request.study.name} {CONFIRMED}") as cluster:
-                placement = fit_to_cluster(**needs)
+                placement = fit_to_cluster(demand)
                 confirmation = enqueue_runs(confirmation, plan, request.seeds)
                 runs = f"{count(len(spec.confirms or ()), 'configuration')}, {count(confirmation.spec.trials, 'run')}"
                 console.print(f"confirmation {place}: {runs} of {count(spec.epochs, 'epoch')}, {placement}")

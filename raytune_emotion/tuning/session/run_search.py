@@ -132,6 +132,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 spec, resumed = prepared or prepare()
                 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
                 from raytune_emotion.tuning.execution.gpu_sharing import fastest_share
+                from raytune_emotion.tuning.execution.placement import Demand
                 from raytune_emotion.tuning.execution.runner import StudyRun
                 from raytune_emotion.tuning.session.console_run import run_with_progress
                 from raytune_emotion.tuning.study.open_study import go_on
@@ -140,12 +141,9 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 if request.gpus_per_worker == AUTO:
                     share = fastest_share(spec, cluster, console.print)
                     spec = dataclasses.replace(spec, gpus_per_worker=share)
-                placement = fit_to_cluster(
-                    workers=spec.workers_per_trial,
-                    gpus_per_worker=spec.gpus_per_worker,
-                    concurrency=spec.concurrency,
-                    fp16="fp16" in parse_space(spec.space).values_of("train.precision"),
-                )
+                fp16 = "fp16" in parse_space(spec.space).values_of("train.precision")
+                demand = Demand(spec.workers_per_trial, spec.gpus_per_worker, spec.concurrency, fp16)
+                placement = fit_to_cluster(demand)
                 if resumed is not None:
                     study = go_on(resumed, spec)
                 else:

@@ -19,6 +19,7 @@ from raytune_emotion.tuning.study.resume_check import check_continuation
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
 if TYPE_CHECKING:
+    from raytune_emotion.tuning.execution.placement import Demand
     from raytune_emotion.tuning.study.earlier import WarmStart
     from raytune_emotion.tuning.study.open_study import OpenStudy
 
@@ -91,13 +92,7 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
     if request.address is not None and not new.data.stores:
         from raytune_emotion.tuning.execution.cluster_nodes import check_fit
 
-        check_fit(
-            request.address,
-            workers=request.workers_per_trial or 1,
-            gpus_per_worker=request.gpus_per_worker,
-            concurrency=request.concurrency,
-            fp16=fp16,
-        )
+        check_fit(request.address, _demand_of(request, fp16=fp16))
     return new
 
 
@@ -153,9 +148,15 @@ def _check_room(request: SearchRequest, *, fp16: bool = False) -> None:
     if request.address is not None:
         _check_address(request)
         return
-    from raytune_emotion.tuning.execution.placement import check_room
+    from raytune_emotion.tuning.execution.placement import fit_here
 
-    check_room(request, fp16=fp16)
+    fit_here(_demand_of(request, fp16=fp16))
+
+
+def _demand_of(request: SearchRequest, *, fp16: bool) -> "Demand":
+    from raytune_emotion.tuning.execution.placement import Demand
+
+    return Demand(request.workers_per_trial or 1, request.gpus_per_worker, request.concurrency, fp16)
 
 
 def _check_mlflow(request: SearchRequest) -> None:

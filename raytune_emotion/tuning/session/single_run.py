@@ -27,6 +27,7 @@ from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, TrialFailed, train_here, train_with_retry
+from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER, RemoteCopy
 from raytune_emotion.tuning.study.trials import refuse_taken
@@ -138,7 +139,7 @@ def _train_on_cluster(
     from raytune_emotion.tuning.execution.worker_group import train_together
 
     with ray_session(workers.address) as cluster:
-        place = fit_to_cluster(workers=workers.count, gpus_per_worker=workers.gpus_per_worker, concurrency=1)
+        place = fit_to_cluster(Demand(workers.count, workers.gpus_per_worker, concurrency=1))
 
         def train(job: Job) -> Generator[Report, None, None]:
             with contextlib.closing(Capacity(place, lambda: 1, warn)) as room:

@@ -6,6 +6,7 @@ import pytest
 
 from raytune_emotion.tuning.execution import ray_patches
 from raytune_emotion.tuning.execution.cluster_nodes import cluster_nodes, fit_to_cluster
+from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.ray_patches import has_autoscaler, own_processes, raylet_pid
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes, resources_here
@@ -18,7 +19,7 @@ def test_a_joined_cluster_tells_the_process_of_its_node_here(cluster):
 def test_a_cluster_of_this_machine_does_not_grow(cluster):
     assert not has_autoscaler()
     assert [node["CPU"] for node in cluster_nodes()] == [2.0]
-    assert str(fit_to_cluster(workers=1, gpus_per_worker=None, concurrency=None)) == "2 at once"
+    assert str(fit_to_cluster(Demand(workers=1, gpus_per_worker=None, concurrency=None))) == "2 at once"
 
 
 def test_work_for_cores_keeps_off_the_nodes_that_have_gpus(cluster):

@@ -4,13 +4,13 @@ import pytest
 
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution import placement
-from raytune_emotion.tuning.execution.placement import cores_per_gpu, fit, fit_here, places_on, trials_on
+from raytune_emotion.tuning.execution.placement import Demand, cores_per_gpu, fit, fit_here, places_on, trials_on
 from raytune_emotion.tuning.execution.resources import Resources
 
 
-def refusal(nodes, workers=1, gpus_per_worker=None, **options) -> str:
+def refusal(nodes, *, grows=False, **needs) -> str:
     with pytest.raises(UserError) as caught:
-        fit(nodes, "the cluster", workers=workers, gpus_per_worker=gpus_per_worker, concurrency=None, **options)
+        fit(nodes, "the cluster", Demand(**needs), grows=grows)
     (told,) = caught.value.faults
     return told
 
@@ -47,18 +47,18 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic():
 )
 def test_a_worker_has_the_cores_that_one_node_can_give(nodes, workers, concurrency, cpu, at_once):
     cluster = [{"CPU": float(cores)} for cores in nodes]
-    place = fit(cluster, "the cluster", workers=workers, gpus_per_worker=None, concurrency=concurrency)
+    place = fit(cluster, "the cluster", Demand(workers=workers, concurrency=concurrency))
     assert (place.resources.cpus_per_worker, place.concurrency) == (cpu, at_once)
 
 
 def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
     monkeypatch.setattr(placement, "local_node", lambda: {"CPU": 2.0, "GPU": 0.0})
     with pytest.raises(UserError) as caught:
-        fit_here(workers=1, gpus_per_worker=1.0, concurrency=None)
+        fit_here(Demand(workers=1, gpus_per_worker=1.0))
     assert str(caught.value) == (
         "--gpus-per-worker 1: this machine has no GPU that PyTorch can use; use --gpus-per-worker 0 to train on cores"
     )
-    assert fit_here(workers=1, gpus_per_worker=0.0, concurrency=None).resources.gpus_per_worker == 0
+    assert fit_here(Demand(workers=1, gpus_per_worker=0.0)).resources.gpus_per_worker == 0
 
 
 def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
@@ -87,7 +87,7 @@ def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
     ],
 )
 def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(nodes, gpus, need, at_once):
-    found = fit(nodes, "the cluster", workers=2, gpus_per_worker=gpus, concurrency=8, grows=True)
+    found = fit(nodes, "the cluster", Demand(workers=2, gpus_per_worker=gpus, concurrency=8), grows=True)
     assert (found.resources.per_worker, found.concurrency, found.limit) == (need, at_once, 8)
     assert ", more as its autoscaler adds nodes with " in str(found)
 
@@ -97,7 +97,7 @@ def test_what_does_not_fit_yet_may_fit_later_where_an_autoscaler_adds_nodes(node
 )
 def test_what_runs_alone_takes_the_cores_that_are_there_also_where_an_autoscaler_adds_nodes(nodes, workers, cpu):
     cluster = [{"CPU": float(cores)} for cores in nodes]
-    place = fit(cluster, "the cluster", workers=workers, gpus_per_worker=0.0, concurrency=1, grows=True)
+    place = fit(cluster, "the cluster", Demand(workers=workers, gpus_per_worker=0.0, concurrency=1), grows=True)
     assert place.resources.cpus_per_worker == cpu
 
 
@@ -111,7 +111,7 @@ def test_what_runs_alone_takes_the_cores_that_are_there_also_where_an_autoscaler
     ],
 )
 def test_trials_share_the_cores(concurrency, cpus, said):
-    found = fit([{"CPU": 2.0}], "here", workers=1, gpus_per_worker=None, concurrency=concurrency)
+    found = fit([{"CPU": 2.0}], "here", Demand(workers=1, concurrency=concurrency))
     assert (found.resources.cpus_per_worker, str(found)) == (cpus, said)
 
 
@@ -126,7 +126,7 @@ def test_trials_share_the_cores(concurrency, cpus, said):
     ],
 )
 def test_a_worker_on_a_gpu_reserves_a_core_and_uses_those_of_its_node(node, share, reserved, threads):
-    place = fit([node], "the cluster", workers=1, gpus_per_worker=share, concurrency=None)
+    place = fit([node], "the cluster", Demand(workers=1, gpus_per_worker=share))
     assert place.resources.cpus_per_worker == reserved
     assert place.resources.on_node(node).threads == threads
     # What a node that joins later has beside its GPU does not matter.
@@ -141,13 +141,13 @@ def test_cores_are_those_of_the_nodes_with_gpus():
 
 def test_trials_on_cores_keep_off_nodes_with_gpus_if_there_are_others():
     nodes = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 4.0}, {"CPU": 0.0}]
-    found = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
+    found = fit(nodes, "the cluster", Demand(workers=1, gpus_per_worker=0.0, concurrency=2))
     assert (found.resources, found.concurrency) == (Resources(1, 2.0, 0.0, off_gpus=True), 2)
     assert str(found) == "2 at once, keeping off 1 node with GPUs"
     # An autoscaler would count the cores beside the GPUs as room, and start no other node.
-    grown = fit(nodes, "the cluster", workers=1, gpus_per_worker=0.0, concurrency=None, grows=True)
+    grown = fit(nodes, "the cluster", Demand(workers=1, gpus_per_worker=0.0), grows=True)
     assert (grown.resources, grown.concurrency) == (Resources(1, 1.0, 0.0), 68)
-    alone = fit(nodes[::2], "the cluster", workers=1, gpus_per_worker=0.0, concurrency=2)
+    alone = fit(nodes[::2], "the cluster", Demand(workers=1, gpus_per_worker=0.0, concurrency=2))
     assert (alone.resources, alone.concurrency) == (Resources(1, 32.0, 0.0), 2)
 
 

@@ -21,6 +21,7 @@ from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import handle_signals
 from raytune_emotion.tuning.execution import runner
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
 from raytune_emotion.tuning.policy import freeze_thaw
@@ -45,7 +46,7 @@ def begin(tmp_path, store, cluster):
         def go(watch=lambda event: None, **more):
             study = load(folder)
             study = study.with_spec(dataclasses.replace(study.spec, **more))
-            place = fit_to_cluster(workers=1, gpus_per_worker=0.0, concurrency=concurrency)
+            place = fit_to_cluster(Demand(workers=1, gpus_per_worker=0.0, concurrency=concurrency))
             run_study(StudyRun(study, place, watch=watch))
             return study.records()
 
@@ -189,7 +190,7 @@ def test_a_process_that_dies_ends_no_trial_and_an_interruption_between_two_trial
 
 def test_trials_share_the_cores(cluster):
     for concurrency, cpus, at_once in ((None, 1.0, 2), (1, 2.0, 1), (2, 1.0, 2)):
-        place = fit_to_cluster(workers=1, gpus_per_worker=None, concurrency=concurrency)
+        place = fit_to_cluster(Demand(workers=1, gpus_per_worker=None, concurrency=concurrency))
         assert (place.resources.cpus_per_worker, place.concurrency) == (cpus, at_once)
 
 
