@@ -1,4 +1,4 @@
-"""The trials of a study that are still to run: those that wait for a process, and how many may begin."""
+"""Keep the trials of a study that are still to run: those that wait for a process, and how many may begin."""
 
 import time
 from collections import deque
@@ -17,7 +17,7 @@ _ASK_AGAIN_S = 2.0
 
 
 class Backlog:
-    """The trials of a study that are still to run."""
+    """Keep the trials of a study that are still to run."""
 
     def __init__(self, study: OpenStudy, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with an empty backlog."""

@@ -66,7 +66,10 @@ class ClusterWatch:
         self._ended = run_in_thread("cluster-watch", self._ask)
 
     def failure(self) -> str:
-        """Say what has died or frozen; "" while the cluster is alive. Call it continually."""
+        """Say what has died or frozen; "" while the cluster is alive. Call it continually.
+
+        Processes of trials that have been stopped for long are killed, so that their trials continue.
+        """
         now = time.monotonic()
         if now - self._asked > _SUSPENDED_S:
             # Nobody has called, or this process itself was stopped, as by Ctrl-Z. That time does not count.

@@ -130,7 +130,6 @@ class Recorder:
         return [trial.trial_id for trial in abandoned]
 
     def _take_up_trial(self, record: TrialRecord, stopped: Collection[str]) -> None:
-        """Queue an abandoned trial, or record its ending; `stopped` are the trials that the policy has stopped."""
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
@@ -223,7 +222,7 @@ class Recorder:
         if self.shortfall or not self._backlog.may_ask or (proposal := self._ask()) is None:
             return None
         self._saving.save()  # the journal at a URI must know a trial before files of the trial are there
-        why_anew = _take_over(self._study, self._searcher, proposal)
+        why_anew = _copy_continued(self._study, self._searcher, proposal)
         self._backlog.start(proposal)
         self._watch(Event(proposal, "running", None, why_anew))
         return proposal
@@ -231,15 +230,14 @@ class Recorder:
     def _ask(self) -> Proposal | None:
         """Choose the trial for a free place, while no other driver of the study chooses."""
         with self._study.drivers.turn("trials"):
-            if self._study.drivers.own is not None:
-                for trial_id in self._look_around():
-                    if not self._backlog.has_queue:  # one at a time, because other drivers have free places, too
-                        record = self._study.record(trial_id)
-                        self._take_up_trial(record, self._searcher.replay([record]))
+            for trial_id in self._look_around() if self._study.drivers.own is not None else ():
+                if not self._backlog.has_queue:  # one at a time, because other drivers have free places, too
+                    record = self._study.record(trial_id)
+                    self._take_up_trial(record, self._searcher.replay([record]))
             if (waiting := self._backlog.take()) is not None:
                 return self._searcher.resume(waiting)
             while isinstance(answer := self._searcher.ask(self._backlog.limits), Prune):
-                self._prune(trial_id_of(answer.number))
+                self._end(self._searcher.resume(trial_id_of(answer.number), to_train=False), Pruned(), None)
         self._backlog.note_answer(answer)
         return answer
 
@@ -283,10 +281,7 @@ class Recorder:
         with self._study.drivers.turn("trials"):
             self._look_around()  # another driver may have come meanwhile
             for trial_id in self._backlog.paused():
-                self._prune(trial_id)
-
-    def _prune(self, trial_id: str) -> None:
-        self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
+                self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
 
 
 def _what_next(study: OpenStudy) -> str:
@@ -310,7 +305,7 @@ def _unrecorded_ending(record: TrialRecord, *, stopped: bool) -> Complete | Prun
     return Pruned() if stopped and not finished else None
 
 
-def _take_over(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
+def _copy_continued(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
     """Copy the checkpoint of the continued trial to the trial that continues it, unless that has begun.
 
     Returns:

@@ -1,20 +1,20 @@
-"""The attributes that this project sets on Optuna's trials, and what follows from them."""
+"""Define the attributes that this project sets on Optuna's trials, and what follows from them."""
 
 import copy
 import math
 
 from optuna.trial import FrozenTrial, TrialState
 
-SETTINGS = "settings"  # its configuration, by dotted path
-COST = "cost"  # where one counts
-PAUSED = "paused"  # whether it is paused, for which Optuna has no state but `RUNNING`
-SECONDS = "seconds"  # that it had trained at the report by which it last paused or ended
-TAKEN_UP = "taken_up"  # how often it was taken up to train
-DRIVER = "driver"  # that runs it, where a study has several
+SETTINGS = "settings"  # configuration, by dotted path
+COST = "cost"  # cost, if the objective has one
+PAUSED = "paused"  # whether the trial is paused; Optuna has no such state, and calls it running
+SECONDS = "seconds"  # seconds of training until it last paused or ended
+TAKEN_UP = "taken_up"  # how often it was resumed to train
+DRIVER = "driver"  # driver that runs it, if a study has several
 START = "start"  # whether it is a start point of the study's space
-CONTINUES = "continues"  # the trial that it goes on from
-CONFIRMS = "confirms"  # of a confirmation: the trial of the other study that had its configuration first
-REASON = "reason"  # why it failed
+CONTINUES = "continues"  # trial from whose checkpoint it continues
+CONFIRMS = "confirms"  # in a confirmation: trial of the search that has the same configuration
+REASON = "reason"  # reason of its failure
 #: Attribute of an Optuna study: the expected further gain, in bits and seconds.
 GAIN = "expected_gain"
 

@@ -61,7 +61,7 @@ class SingleDriver:
     own = None
 
     def __init__(self, lock: FolderLock | None = None, begin: Callable[[], None] = lambda: None) -> None:
-        """Hold a lock, and begin once it is claimed. Without a lock, nobody else has access."""
+        """Hold a lock, and begin once it is claimed. Who only reads the study holds none."""
         self._lock, self._begin, self._has_begun = lock, begin, False
 
     @contextlib.contextmanager
@@ -83,7 +83,7 @@ class SingleDriver:
         return "" if self._lock is None or self._lock.is_held() else f"{self._lock.folder}: {TAKEN_OVER}"
 
 
-class SharedStudy:
+class DatabaseDriver:
     """One of the drivers of a study in a database. It counts as alive as long as its connection lasts."""
 
     def __init__(
@@ -151,7 +151,7 @@ class SharedStudy:
 
 
 @contextlib.contextmanager
-def join_study(address: str) -> Iterator[SharedStudy]:
+def join_study(address: str) -> Iterator[DatabaseDriver]:
     """Become one of the drivers of a study in a database, until the block ends.
 
     Raises:
@@ -159,7 +159,7 @@ def join_study(address: str) -> Iterator[SharedStudy]:
     """
     connection = connect(split_address(address)[0])
     try:
-        yield SharedStudy(connection, address)
+        yield DatabaseDriver(connection, address)
     finally:
         connection.close()
 

@@ -101,7 +101,7 @@ class StudyTrial:
 class Searcher:
     """Ask an Optuna study for trials, and record their reports and endings.
 
-    Each trial has its own sampler, made from the trial's number. Proposals depend only on the recorded history, so an
+    The sampler of a trial is made from the trial's number. Proposals depend only on the recorded history, so an
     interrupted study makes the same proposals as an uninterrupted one (`FreezeThaw` describes an exception).
     """
 

@@ -61,9 +61,13 @@ class RemoteCopy:
         return self.location.is_here(self.folder)
 
     def claim(self, names: Iterable[str] = (), *, journal: str = "") -> None:
-        """Become the driver, and push a study's journal, then those of the other files that there are, in their order.
+        """Become the driver, and push a study's journal and then its other files.
 
-        The others are deleted at the location: they are of a study that was never whole. The folder must exist.
+        Files that the folder lacks are deleted at the location: they are of a study that was never whole.
+
+        Args:
+            names: names of the other files, in the order in which they are pushed.
+            journal: name of the journal; empty if there is none.
 
         Raises:
             Breakdown: another driver has claimed the location; or all requests to it failed.

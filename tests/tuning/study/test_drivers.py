@@ -5,7 +5,7 @@ import pytest
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.study.database import connect, join_address
-from raytune_emotion.tuning.study.drivers import SharedStudy, SingleDriver, join_study
+from raytune_emotion.tuning.study.drivers import DatabaseDriver, SingleDriver, join_study
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_drivers_see_each_other_as_long_as_they_live(address):
 
 def test_trials_of_a_dead_driver_are_abandoned_after_a_while_and_those_of_a_living_one_are_not(address, clock):
     connection = connect(address.partition("#")[0])
-    one = SharedStudy(connection, address, clock)
+    one = DatabaseDriver(connection, address, clock)
     with join_study(address) as two:
         drivers = {one.own, two.own, 7, None}
         assert one.abandoned(drivers) == {one.own}, "its processes may still run"
@@ -81,7 +81,7 @@ def test_drivers_take_turns(address):
 
 def test_turn_of_a_driver_that_dies_is_over(address):
     connection = connect(address.partition("#")[0])
-    dead = SharedStudy(connection, address)
+    dead = DatabaseDriver(connection, address)
     with join_study(address) as other:
         with dead.turn("trials"):
             connection.close()
