@@ -273,10 +273,10 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     if not text:
         return Flaw(Kind.EMPTY)
     fields = text.split(",")
-    try:
-        values = tuple(map(_number, fields))
-    except ValueError:
-        odd = next(field for field in fields if not _is_number(field))
+    found = [parse_number(field) for field in fields]
+    values = tuple(value for value in found if value is not None)
+    if len(values) < len(found):
+        odd = fields[found.index(None)]
         return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
     if len(values) != len(classes):
         return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
@@ -422,23 +422,12 @@ def _read_annotations(task: tuple[Location, Sequence[str], tuple[str, ...]]) -> 
 def parse_number(cell: Any) -> float | None:
     """Return the number in a cell of a table, which may be text; None if it is not a number."""
     if isinstance(cell, str):
-        return _number(cell) if _is_number(cell.strip()) else None
+        # float() also accepts 1_000 and digits of every script.
+        try:
+            return float(cell) if cell.isascii() and "_" not in cell else None
+        except ValueError:
+            return None
     return float(cell) if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) else None
-
-
-def _number(field: str) -> float:
-    # float() also accepts 1_000 and digits of every script.
-    if "_" in field or not field.isascii():
-        raise ValueError(field)
-    return float(field)
-
-
-def _is_number(field: str) -> bool:
-    try:
-        _number(field)
-    except ValueError:
-        return False
-    return True
 
 
 def _values_by_class(values: Sequence[float], classes: Sequence[str], picked: Callable[[float], bool]) -> str:
