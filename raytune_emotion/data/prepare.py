@@ -9,7 +9,8 @@ from os import PathLike
 
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data import shard_format
-from raytune_emotion.data.affectnet import Faces, check_layout, native_size
+from raytune_emotion.data.affectnet import check_layout
+from raytune_emotion.data.faces import Faces, native_size
 from raytune_emotion.data.packing.pack import pack_sizes, tell_rejected
 from raytune_emotion.data.shard_format import Manifest
 from raytune_emotion.data.sources import list_source

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytune_emotion.data.affectnet import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location

@@ -1,22 +1,12 @@
 import math
 import os
-import struct
-import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data.affectnet import (
-    Flaw,
-    Kind,
-    list_faces,
-    native_size,
-    parse_annotation,
-    quick_fingerprint,
-    scan,
-    sentences,
-)
+from raytune_emotion.data.affectnet import list_faces, parse_annotation, quick_fingerprint, scan
+from raytune_emotion.data.faces import Flaw, Kind, sentences
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
@@ -25,6 +15,11 @@ from tests.support.faces import UNIFORM, picture, write_folder, write_row
 
 def listed(folder):
     return list_faces(Folder(folder))
+
+
+def sentences_on(folder):
+    faces = listed(folder)
+    return sentences(faces, scan(faces).faults, EMOTIONS)
 
 
 distributions = (
@@ -152,9 +147,10 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
     write_folder(tmp_path)
     strange = os.fsdecode(b"\xe9_prob_rank.txt")
     (tmp_path / "train_set/annotations" / strange).write_text(UNIFORM)
-    faults = scan(listed(tmp_path)).faults
+    faces = listed(tmp_path)
+    faults = scan(faces).faults
     assert [(f.file, f.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
-    assert sentences(str(tmp_path), faults)[0].encode() == (
+    assert sentences(faces, faults, EMOTIONS)[0].encode() == (
         f"{tmp_path}: name is not UTF-8 (1 file): train_set/annotations/\\xe9_prob_rank.txt".encode()
     )
 
@@ -176,7 +172,7 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
     write_folder(tmp_path)
     for id_, count in ((1, 8), (4, 14)):
         (tmp_path / f"train_set/annotations/{id_}_prob_rank.txt").write_text(",".join([repr(1 / count)] * count))
-    assert sentences(str(tmp_path), scan(listed(tmp_path)).faults) == [
+    assert sentences_on(tmp_path) == [
         f"{tmp_path}: wrong number of values (2 files): train_set/annotations/1_prob_rank.txt (8 values for 13"
         " classes), train_set/annotations/4_prob_rank.txt (14 values for 13 classes); expected one value for each of"
         f" the 13 classes {', '.join(EMOTIONS)}: if the folder was made with another list of classes, set data.classes"
@@ -191,23 +187,13 @@ def test_sentence_says_how_to_name_the_classes_of_public_annotations(tmp_path, c
     write_folder(tmp_path)
     for file in tmp_path.glob("*/annotations/*"):
         file.write_text(",".join([repr(1 / count)] * count))
-    (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
+    (sentence,) = sentences_on(tmp_path)
     assert sentence.endswith(
         "the public annotations of AffectNetFused hold 15 values; to use "
         f"{count} values, name their classes in the order of the values, by `pack --classes A,B,… ({count} names)`, by "
         f"`data.classes: [A,B,… ({count} names)]` in the search space, or by `train --set data.classes=[A,B,… ({count} "
         "names)]`"
     )
-
-
-def test_a_sentence_names_ten_files_and_counts_the_rest(tmp_path):
-    write_folder(tmp_path, train=13)
-    for annotation in (tmp_path / "train_set/annotations").iterdir():
-        annotation.write_text("")
-    (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
-    assert "empty annotation (13 files)" in sentence
-    assert sentence.count("_prob_rank.txt") == 10
-    assert sentence.endswith(", and 3 more")
 
 
 def test_the_quick_fingerprint_sees_what_matters_and_nothing_else(tmp_path):
@@ -225,13 +211,3 @@ def test_the_quick_fingerprint_sees_what_matters_and_nothing_else(tmp_path):
     longer = quick_fingerprint(listed(tmp_path))
     annotation.rename(annotation.with_name("77_prob_rank.txt"))
     assert len({first, touched, longer, quick_fingerprint(listed(tmp_path))}) == 4
-
-
-def test_the_size_of_a_folder_is_that_of_the_pictures_that_can_be(tmp_path):
-    write_folder(tmp_path)
-    image = tmp_path / "train_set/images/0.png"
-    whole = image.read_bytes()
-    # The first chunk, behind the signature: length, name, width and height, five bytes more, checksum.
-    header = whole[12:16] + struct.pack(">II", 60000, 60000) + whole[24:29]
-    image.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
-    assert native_size(listed(tmp_path), 224) == 20

@@ -8,8 +8,8 @@ from os import PathLike
 from typing import Any
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.affectnet import Faces, Scan
 from raytune_emotion.data.decode import picture_bytes
+from raytune_emotion.data.faces import Faces, Scan
 from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_blocks
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
 from raytune_emotion.data.parallel import Map, process_map

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data.affectnet import Kind, list_faces, scan
+from raytune_emotion.data.affectnet import list_faces, scan
 from raytune_emotion.data.decode import decode_at_sizes, decode_image
+from raytune_emotion.data.faces import Kind
 from raytune_emotion.data.packing import blocks
 from raytune_emotion.data.packing import pack as pack_module
 from raytune_emotion.data.packing.pack import pack, pack_sizes, tell_rejected
