@@ -53,10 +53,51 @@ class FaceFolder(Faces):
         return {split: files.images for split, files in self.splits.items()}
 
     def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
-        return scan(self, classes, pmap)
+        rows: dict[str, list[Row]] = {}
+        unlabelled: dict[str, list[File]] = {}
+        faults: list[Fault] = []
+        for split, files in self.splits.items():
+            found, folder = _by_id(files), SPLITS[split]
+            rows[split], unlabelled[split] = [], []
+
+            def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
+                faults.append(Fault(split, _escape_name(file), kind, detail))
+
+            for name in found.misnamed:
+                fault(name, Kind.NAME)
+            for id_ in found.images.keys() - found.annotations:
+                for image in found.images[id_]:
+                    fault(image.name, Kind.NO_ANNOTATION)
+            for id_ in found.annotations - found.images.keys():
+                fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Kind.NO_IMAGE)
+
+            ids = sorted(found.annotations & found.images.keys())
+            names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
+            tasks = [
+                (self.location, names[start : start + _ANNOTATIONS_PER_TASK], classes)
+                for start in range(0, len(names), _ANNOTATIONS_PER_TASK)
+            ]
+            annotations = (annotation for part in pmap(_read_annotations, tasks) for annotation in part)
+            for id_, name, annotation in zip(ids, names, annotations, strict=True):
+                images = found.images[id_]
+                if len(images) > 1:
+                    fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_file_name(image.name) for image in images))
+                if isinstance(annotation, Flaw):
+                    fault(name, annotation.kind, annotation.detail)
+                if isinstance(annotation, Flaw) or len(images) > 1:
+                    unlabelled[split] += images
+                else:
+                    rows[split].append(Row(id_, images[0], annotation))
+        return Scan(rows, unlabelled, sorted(faults, key=lambda f: (f.split, f.file)))
 
     def quick_fingerprint(self) -> str:
-        return quick_fingerprint(self)
+        digest = hashlib.sha256()
+        for split, folder in SPLITS.items():
+            for sub, kept in (("annotations", self.splits[split].annotations), ("images", self.splits[split].images)):
+                digest.update(f"{folder}/{sub}\0{len(kept)}\0".encode())
+                for file in kept:
+                    digest.update(os.fsencode(file.name) + f"\0{self.location.stamp(file)}\0".encode())
+        return digest.hexdigest()
 
     def row_of(self, fault: Fault) -> str:
         return _annotation_id(fault.file) or _image_id(fault.file)
@@ -111,46 +152,6 @@ def list_faces(root: Location) -> FaceFolder:
     )
 
 
-def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
-    """Read every annotation of a folder and find its image. Images are not opened, and faults are returned."""
-    rows: dict[str, list[Row]] = {}
-    unlabelled: dict[str, list[File]] = {}
-    faults: list[Fault] = []
-    for split, files in faces.splits.items():
-        found, folder = _by_id(files), SPLITS[split]
-        rows[split], unlabelled[split] = [], []
-
-        def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
-            faults.append(Fault(split, _escape_name(file), kind, detail))
-
-        for name in found.misnamed:
-            fault(name, Kind.NAME)
-        for id_ in found.images.keys() - found.annotations:
-            for image in found.images[id_]:
-                fault(image.name, Kind.NO_ANNOTATION)
-        for id_ in found.annotations - found.images.keys():
-            fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Kind.NO_IMAGE)
-
-        ids = sorted(found.annotations & found.images.keys())
-        names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
-        tasks = [
-            (faces.location, names[start : start + _ANNOTATIONS_PER_TASK], classes)
-            for start in range(0, len(names), _ANNOTATIONS_PER_TASK)
-        ]
-        annotations = (annotation for part in pmap(_read_annotations, tasks) for annotation in part)
-        for id_, name, annotation in zip(ids, names, annotations, strict=True):
-            images = found.images[id_]
-            if len(images) > 1:
-                fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_file_name(image.name) for image in images))
-            if isinstance(annotation, Flaw):
-                fault(name, annotation.kind, annotation.detail)
-            if isinstance(annotation, Flaw) or len(images) > 1:
-                unlabelled[split] += images
-            else:
-                rows[split].append(Row(id_, images[0], annotation))
-    return Scan(rows, unlabelled, sorted(faults, key=lambda f: (f.split, f.file)))
-
-
 def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[float, ...] | Flaw:
     """Parse the K probabilities of an annotation file, exactly as written, or return their fault."""
     try:
@@ -168,17 +169,6 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     if len(values) != len(classes):
         return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
     return parse_probabilities(values, classes)
-
-
-def quick_fingerprint(faces: FaceFolder) -> str:
-    """Hash the names, sizes and modification times of a folder's images and annotations, without reading a file."""
-    digest = hashlib.sha256()
-    for split, folder in SPLITS.items():
-        for sub, kept in (("annotations", faces.splits[split].annotations), ("images", faces.splits[split].images)):
-            digest.update(f"{folder}/{sub}\0{len(kept)}\0".encode())
-            for file in kept:
-                digest.update(os.fsencode(file.name) + f"\0{faces.location.stamp(file)}\0".encode())
-    return digest.hexdigest()
 
 
 def _how_to_name_classes(faults: Sequence[Fault], classes: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data.affectnet import list_faces, parse_annotation, quick_fingerprint, scan
+from raytune_emotion.data.affectnet import list_faces, parse_annotation
 from raytune_emotion.data.faces import Flaw, Kind, sentences
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
@@ -19,7 +19,7 @@ def listed(folder):
 
 def sentences_on(folder):
     faces = listed(folder)
-    return sentences(faces, scan(faces).faults, EMOTIONS)
+    return sentences(faces, faces.scan(EMOTIONS, map).faults, EMOTIONS)
 
 
 distributions = (
@@ -112,7 +112,7 @@ def test_the_folder_as_it_is_in_the_wild(tmp_path):
     for beside in ("Thumbs.db", "._5.jpg", "5.gif"):
         (tmp_path / "train_set/images" / beside).write_text("-1")
 
-    found = scan(listed(tmp_path))
+    found = listed(tmp_path).scan(EMOTIONS, map)
     assert found.faults == []
     assert [row.id for row in found.rows["train"]] == ["100002", "5", "9", "a.b", "clip_7_0042_affwild"]
     names = [row.image.name.removeprefix("train_set/images/") for row in found.rows["train"]]
@@ -129,7 +129,7 @@ def test_orphans_and_doubles_are_faults(tmp_path):
     (train / "annotations/4_prob_rank.txt").write_text("")
 
     faces = listed(tmp_path)
-    found = scan(faces)
+    found = faces.scan(EMOTIONS, map)
     assert [(f.split, f.file, f.kind, faces.row_of(f)) for f in found.faults] == [
         ("train", "train_set/annotations/1_prob_rank.txt", Kind.NO_IMAGE, "1"),
         ("train", "train_set/annotations/4_prob_rank.txt", Kind.EMPTY, "4"),
@@ -148,7 +148,7 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
     strange = os.fsdecode(b"\xe9_prob_rank.txt")
     (tmp_path / "train_set/annotations" / strange).write_text(UNIFORM)
     faces = listed(tmp_path)
-    faults = scan(faces).faults
+    faults = faces.scan(EMOTIONS, map).faults
     assert [(f.file, f.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
     assert sentences(faces, faults, EMOTIONS)[0].encode() == (
         f"{tmp_path}: name is not UTF-8 (1 file): train_set/annotations/\\xe9_prob_rank.txt".encode()
@@ -157,11 +157,11 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
 
 def test_the_layout_is_told_where_it_is_missed(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        scan(listed(tmp_path / "nowhere"))
+        listed(tmp_path / "nowhere")
     write_row(tmp_path, "train", 1)
     (tmp_path / "val_set" / "images").mkdir(parents=True)
     with pytest.raises(UserError) as raised:
-        scan(listed(tmp_path))
+        listed(tmp_path)
     assert str(raised.value) == (
         f"{tmp_path}: not a folder in the layout of AffectNetFused, which has train_set/annotations, train_set/images,"
         " val_set/annotations, val_set/images; missing is val_set/annotations"
@@ -179,7 +179,7 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
         " to it"
     ]
     eight = EMOTIONS[:8]
-    assert [row.id for row in scan(listed(tmp_path), eight).rows["train"]] == ["1"]
+    assert [row.id for row in listed(tmp_path).scan(eight, map).rows["train"]] == ["1"]
 
 
 @pytest.mark.parametrize("count", [8, 15])
@@ -198,16 +198,16 @@ def test_sentence_says_how_to_name_the_classes_of_public_annotations(tmp_path, c
 
 def test_the_quick_fingerprint_sees_what_matters_and_nothing_else(tmp_path):
     write_folder(tmp_path)
-    first = quick_fingerprint(listed(tmp_path))
+    first = listed(tmp_path).quick_fingerprint()
     (tmp_path / "train_set/annotations/1_val.txt").write_text("0.3")
     (tmp_path / "train_set/images/Thumbs.db").write_text("")
-    assert quick_fingerprint(listed(tmp_path)) == first
+    assert listed(tmp_path).quick_fingerprint() == first
 
     annotation = tmp_path / "train_set/annotations/1_prob_rank.txt"
     os.utime(annotation, (1, 1))
-    touched = quick_fingerprint(listed(tmp_path))
+    touched = listed(tmp_path).quick_fingerprint()
     annotation.write_text(UNIFORM + "\n")
     os.utime(annotation, (1, 1))
-    longer = quick_fingerprint(listed(tmp_path))
+    longer = listed(tmp_path).quick_fingerprint()
     annotation.rename(annotation.with_name("77_prob_rank.txt"))
-    assert len({first, touched, longer, quick_fingerprint(listed(tmp_path))}) == 4
+    assert len({first, touched, longer, listed(tmp_path).quick_fingerprint()}) == 4

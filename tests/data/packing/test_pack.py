@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data.affectnet import list_faces, scan
+from raytune_emotion.data.affectnet import list_faces
 from raytune_emotion.data.decode import decode_at_sizes, decode_image
 from raytune_emotion.data.faces import Kind
 from raytune_emotion.data.packing import blocks
@@ -38,7 +38,7 @@ def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
     packed = pack(folder, tmp_path / "store", image_size=16)
     assert is_store(tmp_path / "store")
     assert (packed.path, packed.image_size, packed.classes, packed.rejected) == (tmp_path / "store", 16, EMOTIONS, 0)
-    rows = scan(list_faces(Folder(folder))).rows
+    rows = list_faces(Folder(folder)).scan(EMOTIONS, map).rows
     for name, split in (("train", packed.train), ("val", packed.val)):
         assert list(split.ids) == [row.id for row in rows[name]]
         np.testing.assert_array_equal(split.prob_NK, np.array([row.probs for row in rows[name]], np.float32))
