@@ -60,16 +60,16 @@ class FaceFolder(Faces):
             found, folder = _by_id(files), SPLITS[split]
             rows[split], unlabelled[split] = [], []
 
-            def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
-                faults.append(Fault(split, _escape_name(file), kind, detail))
+            def fault(file: str, flaw: Flaw, split: str = split) -> None:
+                faults.append(Fault(split, _escape_name(file), flaw))
 
             for name in found.misnamed:
-                fault(name, Kind.NAME)
+                fault(name, Flaw(Kind.NAME))
             for id_ in found.images.keys() - found.annotations:
                 for image in found.images[id_]:
-                    fault(image.name, Kind.NO_ANNOTATION)
+                    fault(image.name, Flaw(Kind.NO_ANNOTATION))
             for id_ in found.annotations - found.images.keys():
-                fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Kind.NO_IMAGE)
+                fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Flaw(Kind.NO_IMAGE))
 
             ids = sorted(found.annotations & found.images.keys())
             names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
@@ -81,9 +81,10 @@ class FaceFolder(Faces):
             for id_, name, annotation in zip(ids, names, annotations, strict=True):
                 images = found.images[id_]
                 if len(images) > 1:
-                    fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_file_name(image.name) for image in images))
+                    several = ", ".join(_file_name(image.name) for image in images)
+                    fault(images[0].name, Flaw(Kind.SEVERAL_IMAGES, several))
                 if isinstance(annotation, Flaw):
-                    fault(name, annotation.kind, annotation.detail)
+                    fault(name, annotation)
                 if isinstance(annotation, Flaw) or len(images) > 1:
                     unlabelled[split] += images
                 else:
@@ -167,15 +168,16 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
         odd = fields[found.index(None)]
         return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
     if len(values) != len(classes):
-        return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
+        return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes", values=len(values))
     return parse_probabilities(values, classes)
 
 
 def _how_to_name_classes(faults: Sequence[Fault], classes: tuple[str, ...]) -> str:
     """Return advice for annotations whose number of values differs from the number of classes."""
-    counts = {fault.detail.partition(" ")[0] for fault in faults if fault.kind == Kind.COUNT}
+    counts = {fault.flaw.values for fault in faults if fault.flaw.kind == Kind.COUNT}
     expected = f"expected one value for each of the {len(classes)} classes {', '.join(classes)}"
-    if len(counts) != 1 or not (number := counts.pop()).isdigit() or int(number) < 2:
+    number = counts.pop() if len(counts) == 1 else None
+    if number is None or number < 2:
         return f"{expected}: if the folder was made with another list of classes, set data.classes to it"
     names = f"A,B,… ({number} names)"
     return (

@@ -62,20 +62,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Flaw:
+    """What is wrong with a row."""
+
     kind: Kind
     detail: str = ""
+    values: int | None = None  # their number, if it is wrong
 
 
 @dataclass(frozen=True)
 class Fault:
+    """A flaw with its place: a file, and for a row of a table its line."""
+
     split: str  # train or val
     file: str  # relative to the folder, with slashes
-    kind: Kind
-    detail: str = ""
+    flaw: Flaw
+    line: int | None = None  # from 1; None for a file of a folder, and for an image that a table names
+
+    @property
+    def detail(self) -> str:
+        """Return the line and the detail of the flaw; empty if there is neither."""
+        line = "" if self.line is None else f"line {self.line}"
+        return ": ".join(part for part in (line, self.flaw.detail) if part)
 
     @property
     def reason(self) -> str:
-        return f"{self.kind.value}: {self.detail}" if self.detail else self.kind.value
+        return f"{self.flaw.kind.value}: {self.detail}" if self.detail else self.flaw.kind.value
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ def sentences(faces: Faces, faults: Sequence[Fault], classes: tuple[str, ...]) -
     }
     by_kind: dict[Kind, list[Fault]] = defaultdict(list)
     for fault in faults:
-        by_kind[fault.kind].append(fault)
+        by_kind[fault.flaw.kind].append(fault)
     told = []
     for kind in Kind:
         if not (group := by_kind[kind]):
@@ -179,8 +190,7 @@ def sentences(faces: Faces, faults: Sequence[Fault], classes: tuple[str, ...]) -
         names = [f"{f.file} ({f.detail})" if f.detail else f.file for f in group[:_NAMED]]
         if len(group) > _NAMED:
             names.append(f"and {len(group) - _NAMED} more")
-        # A fault of a table concerns a line, or the image that it names.
-        noun = "row" if all(fault.detail.startswith("line ") for fault in group) else "file"
+        noun = "file" if any(fault.line is None for fault in group) else "row"
         sentence = f"{faces.source}: {kind.value} ({count(len(group), noun)}): {', '.join(names)}"
         told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
     return told

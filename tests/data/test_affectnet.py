@@ -84,8 +84,6 @@ def edited(**values):
         (edited(sad="\u0661"), Kind.TEXT, "'\u0661'"),  # a digit to float()
         (UNIFORM.replace(",", " ").encode(), Kind.TEXT, "'" + UNIFORM.replace(",", " ")[:39] + "…'"),
         (UNIFORM.strip().encode() + b",", Kind.TEXT, "''"),
-        (b",".join([b"0.125"] * 8), Kind.COUNT, "8 values for 13 classes"),
-        (b"1", Kind.COUNT, "1 values for 13 classes"),
         (edited(sad="nan", quiet="NaN"), Kind.NOT_FINITE, "nan for sad, nan for quiet"),
         (edited(sad="1e999"), Kind.NOT_FINITE, "inf for sad"),
         (edited(fear="-0.1", happy="0.253846"), Kind.NEGATIVE, "-0.1 for fear"),
@@ -95,6 +93,12 @@ def edited(**values):
 )
 def test_every_flaw_has_its_name(raw, kind, detail):
     assert parse_annotation(raw) == Flaw(kind, detail)
+
+
+@pytest.mark.parametrize("values", [1, 8])
+def test_a_wrong_number_of_values_is_counted(values):
+    flaw = parse_annotation(b",".join([b"0.125"] * values))
+    assert flaw == Flaw(Kind.COUNT, f"{values} values for 13 classes", values)
 
 
 def test_a_byte_order_mark_and_spaces_are_no_flaw():
@@ -130,7 +134,7 @@ def test_orphans_and_doubles_are_faults(tmp_path):
 
     faces = listed(tmp_path)
     found = faces.scan(EMOTIONS, map)
-    assert [(f.split, f.file, f.kind, faces.row_of(f)) for f in found.faults] == [
+    assert [(f.split, f.file, f.flaw.kind, faces.row_of(f)) for f in found.faults] == [
         ("train", "train_set/annotations/1_prob_rank.txt", Kind.NO_IMAGE, "1"),
         ("train", "train_set/annotations/4_prob_rank.txt", Kind.EMPTY, "4"),
         ("train", "train_set/images/2.png", Kind.NO_ANNOTATION, "2"),
@@ -149,7 +153,7 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
     (tmp_path / "train_set/annotations" / strange).write_text(UNIFORM)
     faces = listed(tmp_path)
     faults = faces.scan(EMOTIONS, map).faults
-    assert [(f.file, f.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
+    assert [(f.file, f.flaw.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
     assert sentences(faces, faults, EMOTIONS)[0].encode() == (
         f"{tmp_path}: name is not UTF-8 (1 file): train_set/annotations/\\xe9_prob_rank.txt".encode()
     )

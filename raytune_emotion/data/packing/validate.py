@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from raytune_emotion.data import shard_format
 from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
-from raytune_emotion.data.faces import Faces, Fault, Kind, Row, Scan, sentences
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, sentences
 from raytune_emotion.data.packing.blocks import Digest, digest_at_size
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.data.progress import count_results
@@ -70,8 +70,10 @@ def validate_rows(
         tried = count_results(pmap, bars, "trying other images", len(files))(_try_images, tasks) if tasks else []
         results = (wrong for part in tried for wrong in part)
         found += [(split, file.name, wrong) for file, wrong in zip(files, results, strict=True)]
-    undecodable = [Fault(split, name, Kind.UNDECODABLE, what) for split, name, what in found if isinstance(what, str)]
-    faults = sorted([*scan.faults, *undecodable], key=lambda f: (f.split, f.file, f.kind.value))
+    undecodable = [
+        Fault(split, name, Flaw(Kind.UNDECODABLE, what)) for split, name, what in found if isinstance(what, str)
+    ]
+    faults = sorted([*scan.faults, *undecodable], key=lambda f: (f.split, f.file, f.flaw.kind.value))
     if faults and not skip_bad:
         raise UserError(
             [
