@@ -58,7 +58,8 @@ class Data:
 
     def count_rows(self) -> int:
         """Count the training images by file names and manifests, without reading images."""
-        for _, manifest in self.manifests.values():
+        if self.manifests:
+            _, manifest = next(iter(self.manifests.values()))
             return manifest.splits["train"].rows
         return len(self.faces.images["train"])
 

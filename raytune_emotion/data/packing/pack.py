@@ -93,8 +93,7 @@ def pack_sizes(
     RunConfig.from_flat({"data.classes": classes})
     for note in faces.notes():
         warn(note)
-    for dest in list(dests.values())[:1]:
-        dest.check(write=True)
+    next(iter(dests.values())).check(write=True)  # the others are beside it
     if there := [dest for dest in dests.values() if not dest.can_be_built()]:
         raise UserError(f"{dest}: {EXISTS}" for dest in there)
     with contextlib.ExitStack() as stack:

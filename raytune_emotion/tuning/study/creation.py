@@ -90,7 +90,8 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
         with collect_errors(faults):
             opened = open_stores(spec, "name the data with --data")
     weights_dir = absolute_path(request.weights_dir) or spec.weights_dir
-    for store in list(opened.values())[:1]:  # all stores have the same rows
+    if opened:
+        store = next(iter(opened.values()))  # all stores have the same rows
         outside = {"data.image_size": store.image_size, "model.weights_dir": weights_dir}
         workers = request.workers_per_trial or spec.workers_per_trial
         with collect_errors(faults):
