@@ -149,21 +149,22 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
 
 
 def open_if_here(address: str, image_size: int, fingerprint: str) -> Store | None:
-    """Open a store if it, or its copy in the cache, is complete and on this machine; return None otherwise.
+    """Open a store if it, or its copy in the cache, is on this machine with all its files; return None otherwise.
 
-    Nothing is fetched.
+    Nothing is fetched. A folder may hold a store with another fingerprint by now, which is not opened.
 
     Args:
         address: address of the store.
         image_size: image size of the store, px.
-        fingerprint: fingerprint of its content, by which a copy is found. A store in a folder may have another by now.
+        fingerprint: fingerprint of its content.
     """
     try:
         location = location_of(address)
         path = location.find_here(_cache_key(location, image_size, fingerprint))
-        return None if path is None else dataclasses.replace(_map(path), address=location.address)
+        store = None if path is None else dataclasses.replace(_map(path), address=location.address)
     except (UserError, OSError):
         return None
+    return store if store is not None and store.fingerprint == fingerprint else None
 
 
 def _cache_key(location: Location, image_size: int, fingerprint: str) -> str:
