@@ -26,6 +26,8 @@ from torch import nn
 from raytune_emotion import __version__
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.decode import UndecodableImage
+from raytune_emotion.data.pictures import Picture, PredictedBatch
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
@@ -83,6 +85,17 @@ class Package:
                 torch.stack([self.model(view).cpu().double() for view in views]).mean(0).numpy()
             )
             return prob_NK
+
+
+def predict_batch(package: Package, batch: Sequence[Picture], *, mirror: bool) -> PredictedBatch:
+    """Predict the readable pictures of a batch, which may be none; `mirror` as for `Package.predict`."""
+    good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, UndecodableImage)]
+    images_NHWC = [pixels for _, pixels in good]
+    return PredictedBatch(
+        [name for name, _ in good],
+        package.predict(np.stack(images_NHWC), mirror=mirror) if good else np.empty((0, len(package.classes))),
+        [f"{name}: {why}" for name, why in batch if isinstance(why, UndecodableImage)],
+    )
 
 
 class FormatError(UserError):
