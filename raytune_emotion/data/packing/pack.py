@@ -22,7 +22,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.storage.atomic import EXISTS
-from raytune_emotion.storage.locations import Location, check_space, location_of
+from raytune_emotion.storage.locations import Location, check_disk_space, location_of
 from raytune_emotion.terminal import warn
 
 #: Advice on a full disk.
@@ -156,7 +156,7 @@ def _pack(
         dest.delete([MANIFEST, REJECTED])
     with progress() as bars:
         rows = sum(map(len, scan.rows.values()))
-        check_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
+        check_disk_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
         bar = bars.add_task("packing images", total=rows)
         blocks = [
             block for split, own in scan.rows.items() for block in split_into_blocks(faces.location, split, own, dests)

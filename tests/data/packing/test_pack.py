@@ -25,7 +25,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.storage.locations import Folder, Remote, check_space
+from raytune_emotion.storage.locations import Folder, Remote, check_disk_space
 from tests.support.faces import UNIFORM, picture, write_row
 from tests.support.folders import files_of
 
@@ -289,9 +289,9 @@ def test_what_lies_on_a_disk_already_needs_no_more_room(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     write_text(tmp_path / "there" / "shard", "." * 100_000)
     needed = {Folder(tmp_path): 0, Folder(tmp_path / "there"): 100_000, Remote("s3://bucket/a"): 10**15}
-    check_space(needed, "choose another disk")
+    check_disk_space(needed, "choose another disk")
     with pytest.raises(Breakdown, match=r": needs 600 kB, but only .* are free; choose another disk"):
-        check_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
+        check_disk_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
 
 
 def test_packing_goes_on_after_a_disk_was_full(folder, tmp_path, small_shards, monkeypatch):
