@@ -25,8 +25,9 @@ import numpy.typing as npt
 from benchmarks import Table
 from benchmarks.__main__ import measure_in_folder, parser_of, run_timed
 from raytune_emotion import MetricsCalculator
-from raytune_emotion.data.affectnet import SPLITS, Row, check_layout, list_faces, sentences
+from raytune_emotion.data.affectnet import SPLITS, check_layout, list_faces
 from raytune_emotion.data.decode import decode_image
+from raytune_emotion.data.faces import Row, sentences
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import atomic_folder, write_text
@@ -85,7 +86,7 @@ def split_validation(data: Path, dest: Path) -> Faces:
     """
     faces = list_faces(Folder(data))
     scan = faces.scan(EMOTIONS, map)
-    for sentence in sentences(str(data), scan.faults):
+    for sentence in sentences(faces, scan.faults, EMOTIONS):
         print(sentence, file=sys.stderr)
     split = dest / f"faces-{faces.quick_fingerprint()[:12]}"
     if not split.exists():

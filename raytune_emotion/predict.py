@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from raytune_emotion.cli import command_main, location
-from raytune_emotion.data.decode import UndecodableImage
 from raytune_emotion.data.pictures import PictureFiles, PredictedBatch, StoredPictures, in_batches, list_pictures
 from raytune_emotion.data.progress import progress
 from raytune_emotion.errors import Incomplete, UserError, collect_errors
@@ -99,16 +96,12 @@ def predict(
 
     With `mirror`, a prediction is the mean over an image and its mirror image.
     """
+    # Imported only now: it takes seconds.
+    from raytune_emotion.learn.export_folder import predict_batch
+
     for source in sources:
         for batch in in_batches(source.decode(package.image_size, _BATCH), _BATCH):
-            good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, UndecodableImage)]
-            yield PredictedBatch(
-                [name for name, _ in good],
-                package.predict(np.stack([pixels for _, pixels in good]), mirror=mirror)
-                if good
-                else np.empty((0, len(package.classes))),
-                [f"{name}: {why}" for name, why in batch if isinstance(why, UndecodableImage)],
-            )
+            yield predict_batch(package, batch, mirror=mirror)
 
 
 def _write(batches: Iterable[PredictedBatch], name: str, classes: Sequence[str], total: int) -> int:

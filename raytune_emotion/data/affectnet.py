@@ -3,92 +3,26 @@
     <folder>/{train_set,val_set}/images/<id>.jpg                   or jpeg, png, bmp; in any case
     <folder>/{train_set,val_set}/annotations/<id>_prob_rank.txt    K probabilities, one line, commas between
 
-on a disk or at a URI. All other files are ignored. A faulty row is reported, never repaired. The faults are collected,
-so that all of them can be reported at once. A folder is listed only once, and the list is passed on.
+on a disk or at a URI. All other files are ignored. A folder is listed only once, and the list is passed on.
 """
 
-import contextlib
 import hashlib
-import io
-import math
 import os
-import statistics
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from enum import Enum
-from typing import Any
 
-from PIL import Image
-
-from raytune_emotion.data.decode import FORMATS
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
 from raytune_emotion.data.parallel import Map
-from raytune_emotion.data.shard_format import SUM_TOLERANCE
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
-from raytune_emotion.terminal import count
 
 SPLITS: dict[str, str] = {"train": "train_set", "val": "val_set"}
 
 _ANNOTATION = "_prob_rank.txt"
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp"})
-#: Largest number of faults of one kind that a sentence names.
-_NAMED = 10
-#: Number of images whose headers are read to find the image size of a folder.
-_SIZES_READ = 100
 _ANNOTATIONS_PER_TASK = 2048
-
-
-class Kind(Enum):
-    """A kind of fault of a row."""
-
-    NAME = "name is not UTF-8"
-    NO_IMAGE = "annotation without an image"
-    NO_ANNOTATION = "image without an annotation"
-    SEVERAL_IMAGES = "several images for one id"
-    UNREADABLE = "cannot be read"
-    NOT_UTF8 = "not UTF-8 text"
-    EMPTY = "empty annotation"
-    TEXT = "text in place of numbers"
-    COUNT = "wrong number of values"
-    NOT_FINITE = "values that are not finite"
-    NEGATIVE = "negative values"
-    SUM = "sum is not one"
-    UNDECODABLE = "image cannot be decoded"
-    CELLS = "wrong number of cells"
-    OUTSIDE = "path is empty or leaves the folder of the table"
-    MISSING = "image is missing"
-    TWICE = "image is named twice"
-    SPLIT = "split is neither train nor val nor test"
-    NO_VOTES = "no votes"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    id: str
-    image: File
-    probs: tuple[float, ...]  # K, as read
-
-
-@dataclass(frozen=True)
-class Flaw:
-    kind: Kind
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Fault:
-    split: str  # train or val
-    file: str  # relative to the folder, with slashes
-    kind: Kind
-    detail: str = ""
-
-    @property
-    def reason(self) -> str:
-        return f"{self.kind.value}: {self.detail}" if self.detail else self.kind.value
 
 
 @dataclass(frozen=True)
@@ -97,61 +31,6 @@ class SplitFiles:
 
     annotations: Sequence[File]
     images: Sequence[File]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A folder whose annotations have been read and whose images have not."""
-
-    rows: Mapping[str, Sequence[Row]]  # by split, in the order of the ids
-    unlabelled: Mapping[str, Sequence[File]]  # images of rows whose annotation is faulty
-    faults: Sequence[Fault]
-
-
-class Faces(ABC):
-    """A source of annotated faces whose files are listed: a folder, or a table."""
-
-    location: Location  # of the folder that its files are in
-
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Return the name of the source for messages."""
-
-    @property
-    @abstractmethod
-    def annotations(self) -> int:
-        """Count the annotations."""
-
-    @property
-    @abstractmethod
-    def images(self) -> Mapping[str, Sequence[File]]:
-        """Return the images of each split, train and val, sorted by name."""
-
-    @property
-    def own_classes(self) -> tuple[str, ...] | None:
-        """Return the classes that the source itself names; None if it names none."""
-        return None
-
-    @abstractmethod
-    def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
-        """Read every annotation and find its image. Images are not opened, and faults of rows are returned."""
-
-    @abstractmethod
-    def quick_fingerprint(self) -> str:
-        """Hash the names, sizes and modification times of images and annotations, without reading an image."""
-
-    @abstractmethod
-    def row_of(self, fault: Fault) -> str:
-        """Return an identifier of the row of a fault within its split. A row may have several faults."""
-
-    @abstractmethod
-    def empty_split_fault(self, split: str) -> str:
-        """Return the error for a split without a valid row."""
-
-    def notes(self) -> list[str]:
-        """Return remarks on how the source is read, one sentence each."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -174,16 +53,66 @@ class FaceFolder(Faces):
         return {split: files.images for split, files in self.splits.items()}
 
     def scan(self, classes: tuple[str, ...], pmap: Map) -> Scan:
-        return scan(self, classes, pmap)
+        rows: dict[str, list[Row]] = {}
+        unlabelled: dict[str, list[File]] = {}
+        faults: list[Fault] = []
+        for split, files in self.splits.items():
+            found, folder = _by_id(files), SPLITS[split]
+            rows[split], unlabelled[split] = [], []
+
+            def fault(file: str, flaw: Flaw, split: str = split) -> None:
+                faults.append(Fault(split, _escape_name(file), flaw))
+
+            for name in found.misnamed:
+                fault(name, Flaw(Kind.NAME))
+            for id_ in found.images.keys() - found.annotations:
+                for image in found.images[id_]:
+                    fault(image.name, Flaw(Kind.NO_ANNOTATION))
+            for id_ in found.annotations - found.images.keys():
+                fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Flaw(Kind.NO_IMAGE))
+
+            ids = sorted(found.annotations & found.images.keys())
+            names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
+            tasks = [
+                (self.location, names[start : start + _ANNOTATIONS_PER_TASK], classes)
+                for start in range(0, len(names), _ANNOTATIONS_PER_TASK)
+            ]
+            annotations = (annotation for part in pmap(_read_annotations, tasks) for annotation in part)
+            for id_, name, annotation in zip(ids, names, annotations, strict=True):
+                images = found.images[id_]
+                if len(images) > 1:
+                    several = ", ".join(_file_name(image.name) for image in images)
+                    fault(images[0].name, Flaw(Kind.SEVERAL_IMAGES, several))
+                if isinstance(annotation, Flaw):
+                    fault(name, annotation)
+                if isinstance(annotation, Flaw) or len(images) > 1:
+                    unlabelled[split] += images
+                else:
+                    rows[split].append(Row(id_, images[0], annotation))
+        return Scan(rows, unlabelled, sorted(faults, key=lambda f: (f.split, f.file)))
 
     def quick_fingerprint(self) -> str:
-        return quick_fingerprint(self)
+        digest = hashlib.sha256()
+        for split, folder in SPLITS.items():
+            for sub, kept in (("annotations", self.splits[split].annotations), ("images", self.splits[split].images)):
+                digest.update(f"{folder}/{sub}\0{len(kept)}\0".encode())
+                for file in kept:
+                    digest.update(os.fsencode(file.name) + f"\0{self.location.stamp(file)}\0".encode())
+        return digest.hexdigest()
 
     def row_of(self, fault: Fault) -> str:
         return _annotation_id(fault.file) or _image_id(fault.file)
 
     def empty_split_fault(self, split: str) -> str:
         return f"{self.location / SPLITS[split]}: no valid row"
+
+    def advice(self, faults: Sequence[Fault], classes: tuple[str, ...]) -> Mapping[Kind, str]:
+        return {
+            Kind.COUNT: _how_to_name_classes(faults, classes),
+            Kind.NO_IMAGE: "the image's name is the id with .jpg, .jpeg, .png or .bmp",
+            Kind.NO_ANNOTATION: f"the annotation's name is the id with {_ANNOTATION}",
+            Kind.SEVERAL_IMAGES: "keep one of them",
+        }
 
 
 def check_layout(root: Location) -> None:
@@ -224,46 +153,6 @@ def list_faces(root: Location) -> FaceFolder:
     )
 
 
-def scan(faces: FaceFolder, classes: tuple[str, ...] = EMOTIONS, pmap: Map = map) -> Scan:
-    """Read every annotation of a folder and find its image. Images are not opened, and faults are returned."""
-    rows: dict[str, list[Row]] = {}
-    unlabelled: dict[str, list[File]] = {}
-    faults: list[Fault] = []
-    for split, files in faces.splits.items():
-        found, folder = _by_id(files), SPLITS[split]
-        rows[split], unlabelled[split] = [], []
-
-        def fault(file: str, kind: Kind, detail: str = "", split: str = split) -> None:
-            faults.append(Fault(split, _escape_name(file), kind, detail))
-
-        for name in found.misnamed:
-            fault(name, Kind.NAME)
-        for id_ in found.images.keys() - found.annotations:
-            for image in found.images[id_]:
-                fault(image.name, Kind.NO_ANNOTATION)
-        for id_ in found.annotations - found.images.keys():
-            fault(f"{folder}/annotations/{id_}{_ANNOTATION}", Kind.NO_IMAGE)
-
-        ids = sorted(found.annotations & found.images.keys())
-        names = [f"{folder}/annotations/{id_}{_ANNOTATION}" for id_ in ids]
-        tasks = [
-            (faces.location, names[start : start + _ANNOTATIONS_PER_TASK], classes)
-            for start in range(0, len(names), _ANNOTATIONS_PER_TASK)
-        ]
-        annotations = (annotation for part in pmap(_read_annotations, tasks) for annotation in part)
-        for id_, name, annotation in zip(ids, names, annotations, strict=True):
-            images = found.images[id_]
-            if len(images) > 1:
-                fault(images[0].name, Kind.SEVERAL_IMAGES, ", ".join(_file_name(image.name) for image in images))
-            if isinstance(annotation, Flaw):
-                fault(name, annotation.kind, annotation.detail)
-            if isinstance(annotation, Flaw) or len(images) > 1:
-                unlabelled[split] += images
-            else:
-                rows[split].append(Row(id_, images[0], annotation))
-    return Scan(rows, unlabelled, sorted(faults, key=lambda f: (f.split, f.file)))
-
-
 def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[float, ...] | Flaw:
     """Parse the K probabilities of an annotation file, exactly as written, or return their fault."""
     try:
@@ -273,84 +162,22 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     if not text:
         return Flaw(Kind.EMPTY)
     fields = text.split(",")
-    try:
-        values = tuple(map(_number, fields))
-    except ValueError:
-        odd = next(field for field in fields if not _is_number(field))
+    found = [parse_number(field) for field in fields]
+    values = tuple(value for value in found if value is not None)
+    if len(values) < len(found):
+        odd = fields[found.index(None)]
         return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
     if len(values) != len(classes):
-        return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes")
+        return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes", values=len(values))
     return parse_probabilities(values, classes)
-
-
-def parse_probabilities(values: tuple[float, ...], classes: tuple[str, ...]) -> tuple[float, ...] | Flaw:
-    """Return the probabilities of the classes unchanged, or their fault."""
-    total = sum(values) if all(map(math.isfinite, values)) else math.nan
-    if math.isnan(total):
-        return Flaw(Kind.NOT_FINITE, _values_by_class(values, classes, lambda v: not math.isfinite(v)))
-    if min(values) < 0:
-        return Flaw(Kind.NEGATIVE, _values_by_class(values, classes, lambda v: v < 0))
-    if abs(total - 1) > SUM_TOLERANCE:
-        return Flaw(Kind.SUM, f"{total:.6g}")
-    return values
-
-
-def native_size(faces: Faces, most: int) -> int:
-    """Return the median of the shorter sides of the images, px, at most `most`.
-
-    It is computed from the headers of some training images. Unreadable images are skipped; packing will refuse them.
-    """
-    names = [file.name for file in faces.images["train"]]
-    sides = []
-    for content in faces.location.read_all(names[:: max(1, len(names) // _SIZES_READ)]):
-        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            if isinstance(content, bytes):
-                sides.append(min(Image.open(io.BytesIO(content), formats=FORMATS).size))
-    return max(16, min(most, int(statistics.median(sides)))) if sides else most
-
-
-def quick_fingerprint(faces: FaceFolder) -> str:
-    """Hash the names, sizes and modification times of a folder's images and annotations, without reading a file."""
-    digest = hashlib.sha256()
-    for split, folder in SPLITS.items():
-        for sub, kept in (("annotations", faces.splits[split].annotations), ("images", faces.splits[split].images)):
-            digest.update(f"{folder}/{sub}\0{len(kept)}\0".encode())
-            for file in kept:
-                digest.update(os.fsencode(file.name) + f"\0{faces.location.stamp(file)}\0".encode())
-    return digest.hexdigest()
-
-
-def sentences(root: str, faults: Sequence[Fault], classes: tuple[str, ...] = EMOTIONS) -> list[str]:
-    """Write one sentence for each kind of fault, with its count and the first names."""
-    advice = {
-        Kind.COUNT: _how_to_name_classes(faults, classes),
-        Kind.NO_IMAGE: "the image's name is the id with .jpg, .jpeg, .png or .bmp",
-        Kind.NO_ANNOTATION: f"the annotation's name is the id with {_ANNOTATION}",
-        Kind.SEVERAL_IMAGES: "keep one of them",
-        Kind.SUM: f"the probabilities of an image must sum to 1 within {SUM_TOLERANCE:g}",
-    }
-    by_kind: dict[Kind, list[Fault]] = defaultdict(list)
-    for fault in faults:
-        by_kind[fault.kind].append(fault)
-    told = []
-    for kind in Kind:
-        if not (group := by_kind[kind]):
-            continue
-        names = [f"{f.file} ({f.detail})" if f.detail else f.file for f in group[:_NAMED]]
-        if len(group) > _NAMED:
-            names.append(f"and {len(group) - _NAMED} more")
-        # A fault of a table concerns a line, or the image that it names.
-        noun = "row" if all(fault.detail.startswith("line ") for fault in group) else "file"
-        sentence = f"{root}: {kind.value} ({count(len(group), noun)}): {', '.join(names)}"
-        told.append(f"{sentence}; {advice[kind]}" if kind in advice else sentence)
-    return told
 
 
 def _how_to_name_classes(faults: Sequence[Fault], classes: tuple[str, ...]) -> str:
     """Return advice for annotations whose number of values differs from the number of classes."""
-    counts = {fault.detail.partition(" ")[0] for fault in faults if fault.kind == Kind.COUNT}
+    counts = {fault.flaw.values for fault in faults if fault.flaw.kind == Kind.COUNT}
     expected = f"expected one value for each of the {len(classes)} classes {', '.join(classes)}"
-    if len(counts) != 1 or not (number := counts.pop()).isdigit() or int(number) < 2:
+    number = counts.pop() if len(counts) == 1 else None
+    if number is None or number < 2:
         return f"{expected}: if the folder was made with another list of classes, set data.classes to it"
     names = f"A,B,… ({number} names)"
     return (
@@ -417,29 +244,3 @@ def _read_annotations(task: tuple[Location, Sequence[str], tuple[str, ...]]) -> 
         else parse_annotation(content, classes)
         for content in root.read_all(names)
     ]
-
-
-def parse_number(cell: Any) -> float | None:
-    """Return the number in a cell of a table, which may be text; None if it is not a number."""
-    if isinstance(cell, str):
-        return _number(cell) if _is_number(cell.strip()) else None
-    return float(cell) if isinstance(cell, int | float | Decimal) and not isinstance(cell, bool) else None
-
-
-def _number(field: str) -> float:
-    # float() also accepts 1_000 and digits of every script.
-    if "_" in field or not field.isascii():
-        raise ValueError(field)
-    return float(field)
-
-
-def _is_number(field: str) -> bool:
-    try:
-        _number(field)
-    except ValueError:
-        return False
-    return True
-
-
-def _values_by_class(values: Sequence[float], classes: Sequence[str], picked: Callable[[float], bool]) -> str:
-    return ", ".join(f"{v:g} for {c}" for v, c in zip(values, classes, strict=True) if picked(v))

@@ -40,8 +40,14 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def decode(self, image_size: int, at_once: int) -> Iterator[Picture]:
-        """Decode the pictures in their order, as for training. At most `at_once` files are in memory."""
+    def decode(self, image_size: int, at_once: int, *, threads: int | None = None) -> Iterator[Picture]:
+        """Decode the pictures in their order, as for training. At most `at_once` files are in memory.
+
+        Args:
+            image_size: side of the square images, px.
+            at_once: number of files that are read together.
+            threads: number of threads that decode; None: one per core.
+        """
 
         def decoded(content: bytes | OSError) -> npt.NDArray[np.uint8] | UndecodableImage:
             try:
@@ -49,7 +55,7 @@ class PictureFiles:
             except UndecodableImage as error:
                 return error
 
-        with ignore_decoder_warnings(), ThreadPoolExecutor(usable_cores()) as pool:
+        with ignore_decoder_warnings(), ThreadPoolExecutor(threads or usable_cores()) as pool:
             for start in range(0, len(self.files), at_once):
                 names = self.files[start : start + at_once]
                 contents = self.location.read_all(names)

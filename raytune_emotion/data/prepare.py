@@ -9,7 +9,8 @@ from os import PathLike
 
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data import shard_format
-from raytune_emotion.data.affectnet import Faces, check_layout, native_size
+from raytune_emotion.data.affectnet import check_layout
+from raytune_emotion.data.faces import Faces, native_size
 from raytune_emotion.data.packing.pack import pack_sizes, tell_rejected
 from raytune_emotion.data.shard_format import Manifest
 from raytune_emotion.data.sources import list_source
@@ -57,7 +58,8 @@ class Data:
 
     def count_rows(self) -> int:
         """Count the training images by file names and manifests, without reading images."""
-        for _, manifest in self.manifests.values():
+        if self.manifests:
+            _, manifest = next(iter(self.manifests.values()))
             return manifest.splits["train"].rows
         return len(self.faces.images["train"])
 

@@ -1,6 +1,7 @@
 """List a source of annotated faces: a folder in the layout of AffectNetFused, or a table."""
 
-from raytune_emotion.data.affectnet import Faces, list_faces
+from raytune_emotion.data.affectnet import list_faces
+from raytune_emotion.data.faces import Faces
 from raytune_emotion.data.table import is_table, list_table
 from raytune_emotion.storage.locations import Location
 

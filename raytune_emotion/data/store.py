@@ -26,7 +26,7 @@ from raytune_emotion.data.shard_format import MANIFEST, Manifest, may_be_manifes
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.storage.locations import Folder, Location, check_space, location_of
+from raytune_emotion.storage.locations import Folder, Location, check_disk_space, location_of
 
 #: Pattern of the folder names of stores side by side.
 _SIDE_BY_SIDE = "[0-9]*px"
@@ -149,21 +149,22 @@ def open_store(place: Location | str | PathLike[str], *, verify: bool = False) -
 
 
 def open_if_here(address: str, image_size: int, fingerprint: str) -> Store | None:
-    """Open a store if it, or its copy in the cache, is complete and on this machine; return None otherwise.
+    """Open a store if it, or its copy in the cache, is on this machine with all its files; return None otherwise.
 
-    Nothing is fetched.
+    Nothing is fetched. A folder may hold a store with another fingerprint by now, which is not opened.
 
     Args:
         address: address of the store.
         image_size: image size of the store, px.
-        fingerprint: fingerprint of its content, by which a copy is found. A store in a folder may have another by now.
+        fingerprint: fingerprint of its content.
     """
     try:
         location = location_of(address)
         path = location.find_here(_cache_key(location, image_size, fingerprint))
-        return None if path is None else dataclasses.replace(_map(path), address=location.address)
+        store = None if path is None else dataclasses.replace(_map(path), address=location.address)
     except (UserError, OSError):
         return None
+    return store if store is not None and store.fingerprint == fingerprint else None
 
 
 def _cache_key(location: Location, image_size: int, fingerprint: str) -> str:
@@ -200,7 +201,7 @@ def _map(path: Path) -> Store:
 def _fetch(location: Location, manifest: Manifest, folder: Path) -> None:
     """Copy a store into a folder of this machine, and validate its content."""
     sizes = _sizes_of_shards(manifest)
-    check_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache with XDG_CACHE_HOME")
+    check_disk_space({Folder(folder): sum(sizes.values())}, "choose another disk for the cache with XDG_CACHE_HOME")
     here = {file.name: file.stat().st_size for file in folder.iterdir()}
     wanted = [file for file, size in sizes.items() if here.get(file) != size]
     with progress() as bars:
@@ -231,7 +232,7 @@ def verify_store(location: Location) -> None:
         here = location.is_here(folder)
         if not here:
             # The copy has a folder of its own. The error names the parent of the folder that is passed here.
-            check_space({Folder(folder.parent): sum(sizes.values())}, "choose another disk with TMPDIR")
+            check_disk_space({Folder(folder.parent): sum(sizes.values())}, "choose another disk with TMPDIR")
             location.pull(folder, [MANIFEST, *sizes])
         store = _map(folder)
         verify_content(store, location)

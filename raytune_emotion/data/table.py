@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytune_emotion.data.affectnet import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
@@ -123,8 +123,7 @@ class FaceTable(Faces):
     def row_of(self, fault: Fault) -> str:
         # Several rows may have no path, or the same one. A fault without a line concerns an image, and thus the
         # first row with its path.
-        line = fault.detail.partition(":")[0]
-        return line if line.startswith("line ") else f"line {self._first_lines[fault.file]}"
+        return f"line {self._first_lines[fault.file] if fault.line is None else fault.line}"
 
     def empty_split_fault(self, split: str) -> str:
         advice = f"; add a column {_SPLIT}, with train or val in each row" if self._splits_by_hash else ""
@@ -154,9 +153,7 @@ class FaceTable(Faces):
                 continue
             found = self._misplaced(line, seen) or self._parse(line.cells, order, classes)
             if isinstance(found, Flaw):
-                where = f"line {line.number}"
-                detail = f"{where}: {found.detail}" if found.detail else where
-                faults.append(Fault(split, line.path or "(no path)", found.kind, detail))
+                faults.append(Fault(split, line.path or "(no path)", found, line.number))
                 if split in unlabelled and line.path in self.there and line.path not in seen:
                     unlabelled[split].append(self.there[line.path])
             else:
@@ -186,10 +183,9 @@ class FaceTable(Faces):
     def _parse(self, row: Sequence[Any], order: Sequence[int], classes: tuple[str, ...]) -> tuple[float, ...] | Flaw:
         cells = [row[k] for k in order]
         values = [parse_number(cell) for cell in cells]
-        odd = next((cell for cell, value in zip(cells, values, strict=True) if value is None), None)
         known = [value for value in values if value is not None]
         if len(known) < len(values):
-            return Flaw(Kind.TEXT, repr(odd))
+            return Flaw(Kind.TEXT, repr(cells[values.index(None)]))
         total = sum(known)
         if self.votes and min(known) >= 0 and all(map(math.isfinite, known)):
             if math.isinf(total):

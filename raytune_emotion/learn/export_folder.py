@@ -26,6 +26,8 @@ from torch import nn
 from raytune_emotion import __version__
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.augment import normalise
+from raytune_emotion.data.decode import UndecodableImage
+from raytune_emotion.data.pictures import Picture, PredictedBatch
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
 from raytune_emotion.errors import UserError
@@ -85,6 +87,17 @@ class Package:
             return prob_NK
 
 
+def predict_batch(package: Package, batch: Sequence[Picture], *, mirror: bool) -> PredictedBatch:
+    """Predict the readable pictures of a batch, which may be none; `mirror` as for `Package.predict`."""
+    good = [(name, pixels) for name, pixels in batch if not isinstance(pixels, UndecodableImage)]
+    images_NHWC = [pixels for _, pixels in good]
+    return PredictedBatch(
+        [name for name, _ in good],
+        package.predict(np.stack(images_NHWC), mirror=mirror) if good else np.empty((0, len(package.classes))),
+        [f"{name}: {why}" for name, why in batch if isinstance(why, UndecodableImage)],
+    )
+
+
 class FormatError(UserError):
     """A model cannot be written in a format; it may be written in others. `reason` says why, without the folder."""
 
@@ -110,7 +123,7 @@ def write_package(
         notes: sentences on the origin of the model, for the model card.
         metrics: the content of `metrics.json`; None: the report of the run.
         formats: names in FORMATS. Each file is read again and compared with the model before the folder appears.
-        store: the training data, if they are on this machine: formats are compared on its validation images.
+        store: the data of the run, if they are on this machine: formats are compared on its validation images.
 
     Raises:
         FormatError: a format cannot be written, or predicts different probabilities.
@@ -129,7 +142,7 @@ def write_package(
             f"the version with which they were trained"
         ) from error
     origin = find_origin(config.model, weights=False, description=best.origin)
-    evidence = _examine(model, store, best)
+    evidence = _examine(model, store)
     described = describe_model(model, config, origin) | describe_run(best, evidence.temperature)
     formats = list(dict.fromkeys(formats))
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
@@ -174,14 +187,14 @@ def write_model(
         card: makes the model card from a sentence on the comparison of the formats.
         metrics: the content of `metrics.json`.
         formats: names in FORMATS; for an ensemble, `timm` means the weights of its members.
-        store: data whose validation images are compared, if they are on this machine.
+        store: the data of the run, if they are on this machine: see `write_package`.
 
     Raises:
         FormatError: a format cannot be written, or predicts different probabilities.
         UserError: the folder cannot be written.
     """
     config = RunConfig.from_flat(best.settings)
-    sample = _sample_of(store, best, config)
+    sample = _sample_of(store, config.data.image_size)
     prob_NK = Package(whole, config.data.classes, config.data.image_size).predict(sample.images_NHWC)
     formats = list(dict.fromkeys(formats))
 
@@ -197,9 +210,9 @@ def write_model(
         write_text(new / CARD, card(" ".join(checks)))
 
 
-def _examine(model: nn.Module, store: Store | None, best: Best) -> Evidence:
+def _examine(model: nn.Module, store: Store | None) -> Evidence:
     """Predict the validation set, and calibrate the model with it if that helps. It changes the model's last layer."""
-    if store is None or store.fingerprint != best.fingerprint:
+    if store is None:
         return Evidence(None, 0, None, 1.0)
     predictions = predict_split(model, store.val, store.classes)
     calibration, temperature = calibrate(predictions), 1.0
@@ -254,10 +267,9 @@ class _Sample:
     name: str
 
 
-def _sample_of(store: Store | None, best: Best, config: RunConfig) -> _Sample:
+def _sample_of(store: Store | None, size: int) -> _Sample:
     """Return images of the validation set or, if the data of the run are not on this machine, drawn faces."""
-    size = config.data.image_size
-    if store is None or store.fingerprint != best.fingerprint:
+    if store is None:
         rng = np.random.default_rng(0)
         faces = [draw_face(*draw_point(rng), rng, size) for _ in range(_DRAWN)]
         return _Sample(np.stack(faces), f"{_DRAWN} drawn faces, because the data of the run are not on this machine")

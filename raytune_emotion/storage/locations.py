@@ -667,7 +667,7 @@ def location_of(place: Location | str | os.PathLike[str]) -> Location:
     return place if isinstance(place, Location) else parse_location(os.fspath(place))
 
 
-def check_space(needed: Mapping[Location, int], advice: str) -> None:
+def check_disk_space(needed: Mapping[Location, int], advice: str) -> None:
     """Check that each location has room for these bytes. Files that it already holds count as part of them.
 
     Folders on the same disk share its room. URIs are not checked.

@@ -1,22 +1,12 @@
 import math
 import os
-import struct
-import zlib
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data.affectnet import (
-    Flaw,
-    Kind,
-    list_faces,
-    native_size,
-    parse_annotation,
-    quick_fingerprint,
-    scan,
-    sentences,
-)
+from raytune_emotion.data.affectnet import list_faces, parse_annotation
+from raytune_emotion.data.faces import Flaw, Kind, sentences
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
@@ -25,6 +15,11 @@ from tests.support.faces import UNIFORM, picture, write_folder, write_row
 
 def listed(folder):
     return list_faces(Folder(folder))
+
+
+def sentences_on(folder):
+    faces = listed(folder)
+    return sentences(faces, faces.scan(EMOTIONS, map).faults, EMOTIONS)
 
 
 distributions = (
@@ -89,8 +84,6 @@ def edited(**values):
         (edited(sad="\u0661"), Kind.TEXT, "'\u0661'"),  # a digit to float()
         (UNIFORM.replace(",", " ").encode(), Kind.TEXT, "'" + UNIFORM.replace(",", " ")[:39] + "…'"),
         (UNIFORM.strip().encode() + b",", Kind.TEXT, "''"),
-        (b",".join([b"0.125"] * 8), Kind.COUNT, "8 values for 13 classes"),
-        (b"1", Kind.COUNT, "1 values for 13 classes"),
         (edited(sad="nan", quiet="NaN"), Kind.NOT_FINITE, "nan for sad, nan for quiet"),
         (edited(sad="1e999"), Kind.NOT_FINITE, "inf for sad"),
         (edited(fear="-0.1", happy="0.253846"), Kind.NEGATIVE, "-0.1 for fear"),
@@ -100,6 +93,12 @@ def edited(**values):
 )
 def test_every_flaw_has_its_name(raw, kind, detail):
     assert parse_annotation(raw) == Flaw(kind, detail)
+
+
+@pytest.mark.parametrize("values", [1, 8])
+def test_a_wrong_number_of_values_is_counted(values):
+    flaw = parse_annotation(b",".join([b"0.125"] * values))
+    assert flaw == Flaw(Kind.COUNT, f"{values} values for 13 classes", values)
 
 
 def test_a_byte_order_mark_and_spaces_are_no_flaw():
@@ -117,7 +116,7 @@ def test_the_folder_as_it_is_in_the_wild(tmp_path):
     for beside in ("Thumbs.db", "._5.jpg", "5.gif"):
         (tmp_path / "train_set/images" / beside).write_text("-1")
 
-    found = scan(listed(tmp_path))
+    found = listed(tmp_path).scan(EMOTIONS, map)
     assert found.faults == []
     assert [row.id for row in found.rows["train"]] == ["100002", "5", "9", "a.b", "clip_7_0042_affwild"]
     names = [row.image.name.removeprefix("train_set/images/") for row in found.rows["train"]]
@@ -134,8 +133,8 @@ def test_orphans_and_doubles_are_faults(tmp_path):
     (train / "annotations/4_prob_rank.txt").write_text("")
 
     faces = listed(tmp_path)
-    found = scan(faces)
-    assert [(f.split, f.file, f.kind, faces.row_of(f)) for f in found.faults] == [
+    found = faces.scan(EMOTIONS, map)
+    assert [(f.split, f.file, f.flaw.kind, faces.row_of(f)) for f in found.faults] == [
         ("train", "train_set/annotations/1_prob_rank.txt", Kind.NO_IMAGE, "1"),
         ("train", "train_set/annotations/4_prob_rank.txt", Kind.EMPTY, "4"),
         ("train", "train_set/images/2.png", Kind.NO_ANNOTATION, "2"),
@@ -152,20 +151,21 @@ def test_names_and_files_that_cannot_be_read_are_faults(tmp_path):
     write_folder(tmp_path)
     strange = os.fsdecode(b"\xe9_prob_rank.txt")
     (tmp_path / "train_set/annotations" / strange).write_text(UNIFORM)
-    faults = scan(listed(tmp_path)).faults
-    assert [(f.file, f.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
-    assert sentences(str(tmp_path), faults)[0].encode() == (
+    faces = listed(tmp_path)
+    faults = faces.scan(EMOTIONS, map).faults
+    assert [(f.file, f.flaw.kind) for f in faults] == [("train_set/annotations/\\xe9_prob_rank.txt", Kind.NAME)]
+    assert sentences(faces, faults, EMOTIONS)[0].encode() == (
         f"{tmp_path}: name is not UTF-8 (1 file): train_set/annotations/\\xe9_prob_rank.txt".encode()
     )
 
 
 def test_the_layout_is_told_where_it_is_missed(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        scan(listed(tmp_path / "nowhere"))
+        listed(tmp_path / "nowhere")
     write_row(tmp_path, "train", 1)
     (tmp_path / "val_set" / "images").mkdir(parents=True)
     with pytest.raises(UserError) as raised:
-        scan(listed(tmp_path))
+        listed(tmp_path)
     assert str(raised.value) == (
         f"{tmp_path}: not a folder in the layout of AffectNetFused, which has train_set/annotations, train_set/images,"
         " val_set/annotations, val_set/images; missing is val_set/annotations"
@@ -176,14 +176,14 @@ def test_a_sentence_names_file_count_classes_and_the_way_out(tmp_path):
     write_folder(tmp_path)
     for id_, count in ((1, 8), (4, 14)):
         (tmp_path / f"train_set/annotations/{id_}_prob_rank.txt").write_text(",".join([repr(1 / count)] * count))
-    assert sentences(str(tmp_path), scan(listed(tmp_path)).faults) == [
+    assert sentences_on(tmp_path) == [
         f"{tmp_path}: wrong number of values (2 files): train_set/annotations/1_prob_rank.txt (8 values for 13"
         " classes), train_set/annotations/4_prob_rank.txt (14 values for 13 classes); expected one value for each of"
         f" the 13 classes {', '.join(EMOTIONS)}: if the folder was made with another list of classes, set data.classes"
         " to it"
     ]
     eight = EMOTIONS[:8]
-    assert [row.id for row in scan(listed(tmp_path), eight).rows["train"]] == ["1"]
+    assert [row.id for row in listed(tmp_path).scan(eight, map).rows["train"]] == ["1"]
 
 
 @pytest.mark.parametrize("count", [8, 15])
@@ -191,7 +191,7 @@ def test_sentence_says_how_to_name_the_classes_of_public_annotations(tmp_path, c
     write_folder(tmp_path)
     for file in tmp_path.glob("*/annotations/*"):
         file.write_text(",".join([repr(1 / count)] * count))
-    (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
+    (sentence,) = sentences_on(tmp_path)
     assert sentence.endswith(
         "the public annotations of AffectNetFused hold 15 values; to use "
         f"{count} values, name their classes in the order of the values, by `pack --classes A,B,… ({count} names)`, by "
@@ -200,38 +200,18 @@ def test_sentence_says_how_to_name_the_classes_of_public_annotations(tmp_path, c
     )
 
 
-def test_a_sentence_names_ten_files_and_counts_the_rest(tmp_path):
-    write_folder(tmp_path, train=13)
-    for annotation in (tmp_path / "train_set/annotations").iterdir():
-        annotation.write_text("")
-    (sentence,) = sentences(str(tmp_path), scan(listed(tmp_path)).faults)
-    assert "empty annotation (13 files)" in sentence
-    assert sentence.count("_prob_rank.txt") == 10
-    assert sentence.endswith(", and 3 more")
-
-
 def test_the_quick_fingerprint_sees_what_matters_and_nothing_else(tmp_path):
     write_folder(tmp_path)
-    first = quick_fingerprint(listed(tmp_path))
+    first = listed(tmp_path).quick_fingerprint()
     (tmp_path / "train_set/annotations/1_val.txt").write_text("0.3")
     (tmp_path / "train_set/images/Thumbs.db").write_text("")
-    assert quick_fingerprint(listed(tmp_path)) == first
+    assert listed(tmp_path).quick_fingerprint() == first
 
     annotation = tmp_path / "train_set/annotations/1_prob_rank.txt"
     os.utime(annotation, (1, 1))
-    touched = quick_fingerprint(listed(tmp_path))
+    touched = listed(tmp_path).quick_fingerprint()
     annotation.write_text(UNIFORM + "\n")
     os.utime(annotation, (1, 1))
-    longer = quick_fingerprint(listed(tmp_path))
+    longer = listed(tmp_path).quick_fingerprint()
     annotation.rename(annotation.with_name("77_prob_rank.txt"))
-    assert len({first, touched, longer, quick_fingerprint(listed(tmp_path))}) == 4
-
-
-def test_the_size_of_a_folder_is_that_of_the_pictures_that_can_be(tmp_path):
-    write_folder(tmp_path)
-    image = tmp_path / "train_set/images/0.png"
-    whole = image.read_bytes()
-    # The first chunk, behind the signature: length, name, width and height, five bytes more, checksum.
-    header = whole[12:16] + struct.pack(">II", 60000, 60000) + whole[24:29]
-    image.write_bytes(whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:])
-    assert native_size(listed(tmp_path), 224) == 20
+    assert len({first, touched, longer, listed(tmp_path).quick_fingerprint()}) == 4

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from raytune_emotion.data.affectnet import list_faces, scan
+from raytune_emotion.data.affectnet import list_faces
 from raytune_emotion.data.ferplus import NAMES, convert, probabilities
 from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.emotions import EMOTIONS
@@ -83,7 +83,7 @@ def test_votes_become_shares_of_our_classes(votes):
 def test_a_release_becomes_a_folder(pixels, votes, tmp_path):
     counts = convert(pixels, votes, tmp_path / "faces")
     assert counts == {"train": 3, "val": 1, "no emotion": 2, "repeated": 4, "PrivateTest": 1}
-    found = scan(list_faces(Folder(tmp_path / "faces")))
+    found = list_faces(Folder(tmp_path / "faces")).scan(EMOTIONS, map)
     assert found.faults == []
     assert [r.id for r in found.rows["train"]] == ["0000000", "0000001", "0000004"]
     (public,) = found.rows["val"]

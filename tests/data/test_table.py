@@ -196,6 +196,11 @@ def test_all_faults_of_rows_are_named_at_once(folder):
     assert len((folder / "store/rejected.csv").read_text().splitlines()) == 7
 
 
+def test_a_number_with_a_space_that_is_not_ascii_is_text(folder):
+    (fault, _) = faults_of(write(folder, [*rows()[1:], "faces/0.png,train,0.5,\u00a00.25,0.25"]))
+    assert fault.endswith(r"text in place of numbers (1 row): faces/0.png (line 5: '\xa00.25')")
+
+
 def test_rejected_rows_are_counted_by_their_lines(folder):
     (folder / "faces/torn.png").write_bytes(b"no picture")
     lines = [

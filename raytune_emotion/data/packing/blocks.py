@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel
 
-from raytune_emotion.data.affectnet import Row
 from raytune_emotion.data.decode import (
     DIGEST_BYTES,
     UndecodableImage,
@@ -23,6 +22,7 @@ from raytune_emotion.data.decode import (
     picture_bytes,
     pixels_digest,
 )
+from raytune_emotion.data.faces import Row
 from raytune_emotion.data.shard_format import ShardEntry, write_shard
 from raytune_emotion.storage.locations import Location
 

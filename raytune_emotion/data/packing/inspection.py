@@ -17,9 +17,8 @@ from PIL import Image
 from scipy.special import entr
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data import affectnet
-from raytune_emotion.data.affectnet import Fault, Kind
 from raytune_emotion.data.decode import FORMATS, UndecodableImage, decode_at_sizes, ignore_decoder_warnings
+from raytune_emotion.data.faces import Fault, Flaw, Kind, sentences
 from raytune_emotion.data.packing.pack import list_unpacked
 from raytune_emotion.data.parallel import process_map
 from raytune_emotion.data.progress import count_results, progress
@@ -84,7 +83,9 @@ def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspecti
     by_content: dict[str, dict[bytes, list[str]]] = {}
     for split, rows in scan.rows.items():
         found = list(zip(rows, looks[split], strict=True))
-        faults += [Fault(split, row.image.name, Kind.UNDECODABLE, look) for row, look in found if isinstance(look, str)]
+        faults += [
+            Fault(split, row.image.name, Flaw(Kind.UNDECODABLE, look)) for row, look in found if isinstance(look, str)
+        ]
         good = [(row, look) for row, look in found if not isinstance(look, str)]
         files_of: dict[bytes, list[str]] = defaultdict(list)
         for row, look in good:
@@ -104,7 +105,7 @@ def inspect(place: Location, classes: tuple[str, ...] | None = None) -> Inspecti
         for val in files
         for train in by_content["train"].get(content, [])[:1]
     ]
-    told = affectnet.sentences(faces.source, sorted(faults, key=lambda f: (f.split, f.file)), classes)
+    told = sentences(faces, sorted(faults, key=lambda f: (f.split, f.file)), classes)
     return Inspection(faces.source, classes, faces.notes(), splits, leaks, told)
 
 

@@ -8,8 +8,8 @@ from os import PathLike
 from typing import Any
 
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.affectnet import Faces, Scan
 from raytune_emotion.data.decode import picture_bytes
+from raytune_emotion.data.faces import Faces, Scan
 from raytune_emotion.data.packing.blocks import Digest, pack_block, split_into_blocks
 from raytune_emotion.data.packing.validate import read_rows, validate_rows, write_manifest
 from raytune_emotion.data.parallel import Map, process_map
@@ -22,7 +22,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.storage.atomic import EXISTS
-from raytune_emotion.storage.locations import Location, check_space, location_of
+from raytune_emotion.storage.locations import Location, check_disk_space, location_of
 from raytune_emotion.terminal import warn
 
 #: Advice on a full disk.
@@ -93,8 +93,7 @@ def pack_sizes(
     RunConfig.from_flat({"data.classes": classes})
     for note in faces.notes():
         warn(note)
-    for dest in list(dests.values())[:1]:
-        dest.check(write=True)
+    next(iter(dests.values())).check(write=True)  # the others are beside it
     if there := [dest for dest in dests.values() if not dest.can_be_built()]:
         raise UserError(f"{dest}: {EXISTS}" for dest in there)
     with contextlib.ExitStack() as stack:
@@ -157,7 +156,7 @@ def _pack(
         dest.delete([MANIFEST, REJECTED])
     with progress() as bars:
         rows = sum(map(len, scan.rows.values()))
-        check_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
+        check_disk_space({dest: rows * picture_bytes(size) for size, dest in dests.items()}, MORE_ROOM)
         bar = bars.add_task("packing images", total=rows)
         blocks = [
             block for split, own in scan.rows.items() for block in split_into_blocks(faces.location, split, own, dests)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from rich.progress import Progress
 
-from raytune_emotion.data import affectnet, shard_format
-from raytune_emotion.data.affectnet import Faces, Fault, Kind, Row, Scan
+from raytune_emotion.data import shard_format
 from raytune_emotion.data.decode import UndecodableImage, decode_at_sizes, ignore_decoder_warnings
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, sentences
 from raytune_emotion.data.packing.blocks import Digest, digest_at_size
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.data.progress import count_results
@@ -70,12 +70,14 @@ def validate_rows(
         tried = count_results(pmap, bars, "trying other images", len(files))(_try_images, tasks) if tasks else []
         results = (wrong for part in tried for wrong in part)
         found += [(split, file.name, wrong) for file, wrong in zip(files, results, strict=True)]
-    undecodable = [Fault(split, name, Kind.UNDECODABLE, what) for split, name, what in found if isinstance(what, str)]
-    faults = sorted([*scan.faults, *undecodable], key=lambda f: (f.split, f.file, f.kind.value))
+    undecodable = [
+        Fault(split, name, Flaw(Kind.UNDECODABLE, what)) for split, name, what in found if isinstance(what, str)
+    ]
+    faults = sorted([*scan.faults, *undecodable], key=lambda f: (f.split, f.file, f.flaw.kind.value))
     if faults and not skip_bad:
         raise UserError(
             [
-                *affectnet.sentences(faces.source, faults, classes),
+                *sentences(faces, faults, classes),
                 f"{faces.source}: nothing is packed because of these faults; repair them, or leave these rows out"
                 " with --skip-bad",
             ]
@@ -132,5 +134,5 @@ def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
 
 def _refuse_empty(faces: Faces, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
     if empty := [split for split, rows in good.items() if not rows]:
-        told = affectnet.sentences(faces.source, faults, classes)
+        told = sentences(faces, faults, classes)
         raise UserError([*told, *map(faces.empty_split_fault, empty)])

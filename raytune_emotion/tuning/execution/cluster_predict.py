@@ -1,5 +1,6 @@
 """Predict images on all nodes of a Ray cluster with Ray Data."""
 
+import itertools
 import logging
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,10 @@ import numpy as np
 import ray
 import ray.data
 
-from raytune_emotion.data.decode import UndecodableImage
-from raytune_emotion.data.pictures import PictureFiles, PredictedBatch
+from raytune_emotion.data.pictures import Picture, PictureFiles, PredictedBatch
 from raytune_emotion.learn.device import find_device
 from raytune_emotion.learn.export_files import CONFIG, WEIGHTS
-from raytune_emotion.learn.export_folder import load_package
+from raytune_emotion.learn.export_folder import load_package, predict_batch
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import parse_location
 
@@ -55,11 +55,11 @@ def predict_on_cluster(
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # hide messages about execution plans
     for batch in predicted.iter_batches(batch_size=_BATCH, batch_format="numpy"):
-        good_N = batch["error"] == ""
+        good_N = batch["fault"] == ""
         yield PredictedBatch(
-            [str(label) for label in batch["label"][good_N]],
+            [str(name) for name in batch["name"][good_N]],
             np.array([*batch["probabilities"][good_N]], np.float64),
-            [f"{label}: {why}" for label, why in zip(batch["label"][~good_N], batch["error"][~good_N], strict=True)],
+            [str(fault) for fault in batch["fault"][~good_N]],
         )
 
 
@@ -76,15 +76,18 @@ class _Predictor:
         self._mirror = mirror
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        package, found = self._package, []
-        for folder, file in zip(batch["folder"], batch["file"], strict=True):
-            source = PictureFiles(parse_location(str(folder)), [str(file)])
-            ((_, pixels),) = source.decode(package.image_size, 1)
-            found.append(pixels)
-        good = [pixels for pixels in found if not isinstance(pixels, UndecodableImage)]
-        prob_NK = np.zeros((len(found), len(package.classes)))
-        if good:
-            good_N = [not isinstance(pixels, UndecodableImage) for pixels in found]
-            prob_NK[good_N] = package.predict(np.stack(good), mirror=self._mirror)
-        errors = [str(pixels) if isinstance(pixels, UndecodableImage) else "" for pixels in found]
-        return {"label": batch["label"], "probabilities": prob_NK, "error": np.array(errors, object)}
+        pictures: list[Picture] = []
+        rows = zip(batch["folder"], batch["file"], batch["label"], strict=True)
+        for folder, group in itertools.groupby(rows, key=lambda row: str(row[0])):
+            files, labels = zip(*((str(file), str(label)) for _, file, label in group), strict=True)
+            source = PictureFiles(parse_location(folder), files)
+            # The actor has one core.
+            decoded = source.decode(self._package.image_size, len(files), threads=1)
+            pictures += zip(labels, (pixels for _, pixels in decoded), strict=True)
+        found = predict_batch(self._package, pictures, mirror=self._mirror)
+        good, bad = len(found.names), len(found.faults)
+        return {
+            "name": np.array([*found.names, *[""] * bad], object),
+            "probabilities": np.concatenate([found.prob_NK, np.zeros((bad, len(self._package.classes)))]),
+            "fault": np.array([*[""] * good, *found.faults], object),
+        }

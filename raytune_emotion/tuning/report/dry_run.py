@@ -19,7 +19,7 @@ from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.terminal import count, plain_table
 from raytune_emotion.tuning.space.space import Space, draw
-from raytune_emotion.tuning.study.creation import check_space, image_sizes
+from raytune_emotion.tuning.study.creation import check_trainable, image_sizes
 from raytune_emotion.tuning.study.earlier import WarmStart
 from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
 
@@ -45,7 +45,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     """Show the space of a study, and the cost of its trials with the threads of this process."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
-    check_space(space, data, workers=request.workers_per_trial or 1)
+    check_trainable(space, data, workers=request.workers_per_trial or 1)
 
     settings = plain_table("setting", "values", title="search space")
     for key, value in space.to_dict().items():

@@ -159,10 +159,12 @@ class _Log:
     def _run(self, tags: dict[str, str], name: str) -> str:
         """Return the run with these tags; make it if there is none."""
         wanted = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
-        for run in self._client.search_runs([self._experiment], wanted, max_results=1):
-            self._client.update_run(run.info.run_id, status="RUNNING")
-            return str(run.info.run_id)
-        return str(self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id)
+        found = self._client.search_runs([self._experiment], wanted, max_results=1)
+        if not found:
+            return str(self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id)
+        run_id = str(found[0].info.run_id)
+        self._client.update_run(run_id, status="RUNNING")
+        return run_id
 
     def _children(self) -> dict[str, str]:
         """Return the runs of trials that an earlier search has logged completely, with their parameters."""

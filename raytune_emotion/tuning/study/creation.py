@@ -36,7 +36,7 @@ def new_spec(request: SearchRequest, name: str, space: Space, data: Data) -> Stu
     Raises:
         UserError: a backbone cannot be built, or the data cannot be packed.
     """
-    check_space(space, data, workers=request.workers_per_trial or 1)
+    check_trainable(space, data, workers=request.workers_per_trial or 1)
     stores = _stores(data, space, skip_bad=request.skip_bad)
     first = next(iter(stores.values()))
     sampler = request.sampler or FORECAST
@@ -90,7 +90,8 @@ def resumed_spec(request: SearchRequest, study: OpenStudy, faults: list[str]) ->
         with collect_errors(faults):
             opened = open_stores(spec, "name the data with --data")
     weights_dir = absolute_path(request.weights_dir) or spec.weights_dir
-    for store in list(opened.values())[:1]:  # all stores have the same rows
+    if opened:
+        store = next(iter(opened.values()))  # all stores have the same rows
         outside = {"data.image_size": store.image_size, "model.weights_dir": weights_dir}
         workers = request.workers_per_trial or spec.workers_per_trial
         with collect_errors(faults):
@@ -136,7 +137,7 @@ def image_sizes(data: Data, space: Space) -> tuple[int, ...]:
     return space.values_of("data.image_size") or (data.own_size(),)
 
 
-def check_space(space: Space, data: Data, *, workers: int) -> None:
+def check_trainable(space: Space, data: Data, *, workers: int) -> None:
     """Check, before data are packed, that trials of a space can be trained on them with this number of workers.
 
     Raises:

@@ -208,9 +208,8 @@ def find_store(spec: StudySpec, fingerprint: str, *, fetch: bool) -> Store | Non
         return None
     address = spec.stores[size]
     if not fetch:
-        store = open_if_here(address, size, fingerprint)
-    else:
-        store = open_store(address) if is_store(address) else None
+        return open_if_here(address, size, fingerprint)
+    store = open_store(address) if is_store(address) else None
     return store if store is not None and store.fingerprint == fingerprint else None
 
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raytune_emotion.data.affectnet import Kind, list_faces, scan
+from raytune_emotion.data.affectnet import list_faces
 from raytune_emotion.data.decode import decode_at_sizes, decode_image
+from raytune_emotion.data.faces import Kind
 from raytune_emotion.data.packing import blocks
 from raytune_emotion.data.packing import pack as pack_module
 from raytune_emotion.data.packing.pack import pack, pack_sizes, tell_rejected
@@ -24,7 +25,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.atomic import write_text
-from raytune_emotion.storage.locations import Folder, Remote, check_space
+from raytune_emotion.storage.locations import Folder, Remote, check_disk_space
 from tests.support.faces import UNIFORM, picture, write_row
 from tests.support.folders import files_of
 
@@ -37,7 +38,7 @@ def test_a_store_holds_what_the_folder_holds(folder, tmp_path):
     packed = pack(folder, tmp_path / "store", image_size=16)
     assert is_store(tmp_path / "store")
     assert (packed.path, packed.image_size, packed.classes, packed.rejected) == (tmp_path / "store", 16, EMOTIONS, 0)
-    rows = scan(list_faces(Folder(folder))).rows
+    rows = list_faces(Folder(folder)).scan(EMOTIONS, map).rows
     for name, split in (("train", packed.train), ("val", packed.val)):
         assert list(split.ids) == [row.id for row in rows[name]]
         np.testing.assert_array_equal(split.prob_NK, np.array([row.probs for row in rows[name]], np.float32))
@@ -288,9 +289,9 @@ def test_what_lies_on_a_disk_already_needs_no_more_room(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     write_text(tmp_path / "there" / "shard", "." * 100_000)
     needed = {Folder(tmp_path): 0, Folder(tmp_path / "there"): 100_000, Remote("s3://bucket/a"): 10**15}
-    check_space(needed, "choose another disk")
+    check_disk_space(needed, "choose another disk")
     with pytest.raises(Breakdown, match=r": needs 600 kB, but only .* are free; choose another disk"):
-        check_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
+        check_disk_space(needed | {Folder(tmp_path): 500_000}, "choose another disk")
 
 
 def test_packing_goes_on_after_a_disk_was_full(folder, tmp_path, small_shards, monkeypatch):
