@@ -76,6 +76,11 @@ class Combination:
         """Return the trials of the members."""
         return [self.candidates.trial_ids[number] for number in self.members]
 
+    @property
+    def bests(self) -> list[Best]:
+        """Return the weights of the members."""
+        return [self.candidates.bests[number] for number in self.members]
+
     def sentence(self, what: str) -> str:
         """Describe the gain of the combination."""
         if self.gain is None:
@@ -102,13 +107,12 @@ class Combination:
 
         What a report of a run says of its training is left out: each member had its own.
         """
-        best, store = self.candidates.bests[self.members[0]], self.candidates.store
         logits_NK = logits_of(self.predicted_NK)
-        metrics = means_of_metrics(logits_NK, self.candidates.targets, store.classes)
+        metrics = means_of_metrics(logits_NK, self.candidates.targets, self.candidates.store.classes)
         values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
         values |= {
             "best_val_js": metrics["js"],
-            "params_millions": best.report["params_millions"],
+            "params_millions": self.bests[0].report["params_millions"],
             "members": len(self.members),
         }
         if self.gain is not None:

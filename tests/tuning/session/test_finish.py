@@ -67,14 +67,14 @@ def study(store, tmp_path, monkeypatch):
 @pytest.fixture
 def formats(monkeypatch):
     """Let an ensemble be exported without its graph, which `test_combination.py` has; note the formats asked for."""
-    asked, write_model = [], combined_export.write_model
+    asked, write_ensemble = [], combined_export.write_ensemble_package
 
     def write_weights(*args, formats, **more):
         asked.append(formats)
-        write_model(*args, formats=["timm"], **more)
+        write_ensemble(*args, formats=[], **more)
 
-    monkeypatch.setattr(combined_export, "write_model", write_weights)
-    monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+    monkeypatch.setattr(combined_export, "write_ensemble_package", write_weights)
+    monkeypatch.setattr(export_folder, "images_per_second", lambda *_: 1.0)
     return asked
 
 
@@ -308,7 +308,7 @@ def choose(candidates, monkeypatch):
         mixed = dataclasses.replace(mixed, members=mixed_members, gain=Gain(0.30, mixed_js))
         monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
         monkeypatch.setattr(finish, "combine_soup", lambda candidates, device: (mixed, best))
-        monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+        monkeypatch.setattr(export_folder, "images_per_second", lambda *_: 1.0)
 
     return choose
 
@@ -337,7 +337,7 @@ def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choos
     steps = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
     assert [step.js for step in steps] == [0.30, *(js if members == TWO else 0.30 for members, js in (soup, ensemble))]
     assert said in (tmp_path / "dest" / "README.md").read_text()
-    assert formats == ([["timm", "pt2"]] if said == "an ensemble of" else [])
+    assert formats == ([["pt2"]] if said == "an ensemble of" else [])
 
 
 def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, candidates, choose, monkeypatch):

@@ -15,7 +15,7 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn import checkpoint, export_folder
+from raytune_emotion.learn import checkpoint, export_folder, model_card
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.combine import images_per_second, mean_weights
 from raytune_emotion.learn.export_folder import load_package
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 def short_measurements():
     """Measure for three batches how many images a second an ensemble predicts, and not for a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(combined_export, "images_per_second", functools.partial(images_per_second, seconds=0.0))
+        patch.setattr(export_folder, "images_per_second", functools.partial(images_per_second, seconds=0.0))
         yield
 
 
@@ -137,6 +137,7 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
         assert f"- Trial {trial_id}, {backbone}: {start}\n" in card
     assert "The trials and their epochs were selected on the whole set." in card
     assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
+    assert model_card._LIMITS in card
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
