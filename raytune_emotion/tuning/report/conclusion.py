@@ -105,11 +105,11 @@ def advise_confirmation(study: Location, rivals: Sequence[str]) -> str:
 
 def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
     """Return a text on the improvement over the first trials, which were chosen without a forecast."""
-    first = [record for record in records if int(record.trial_id) < STARTUP]
-    reached = [record.best["val_js"] for record in first if record.best is not None and record.status != "failed"]
-    if not reached or len(records) <= STARTUP:
+    first = winner(record for record in records if int(record.trial_id) < STARTUP)
+    if first is None or first.best is None or len(records) <= STARTUP:
         return f"not known yet: it is measured from the best of the first {count(STARTUP, 'trial')} on"
-    return f"{min(reached) - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({min(reached):.4f})"
+    reached = first.best["val_js"]
+    return f"{reached - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({reached:.4f})"
 
 
 def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:

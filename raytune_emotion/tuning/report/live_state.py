@@ -89,7 +89,7 @@ class StudyProgress:
                 r.trial_id, r.status, r.best["val_js"], r.best["epoch"], self._spec.settings_now(r.settings)
             )
             for r in records
-            if r.best and r.status != "failed"
+            if r.counts and r.best
         }
         if self._earlier.best is not None:  # it may have ended before the study went on with more epochs
             self._reached[self._earlier.best.trial_id] = self._earlier.best

@@ -184,7 +184,7 @@ def _losses(records: Sequence[TrialRecord]) -> tuple[str, ...]:
 
 
 def _front(records: Sequence[TrialRecord], key: str, more: bool) -> list[str]:
-    ranked = best_first(record for record in records if record.best and record.status != "failed")
+    ranked = best_first(record for record in records if record.counts)
 
     def cost(record: TrialRecord) -> float:
         value = costs_of(record)[key]

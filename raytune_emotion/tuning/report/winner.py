@@ -67,7 +67,7 @@ def rivals_of(leader: TrialRecord, records: Iterable[TrialRecord], predictions: 
     """
     assert leader.best is not None
     margin = js_interval(predictions)[1] - float(predictions.js_N.mean())
-    others = [r for r in best_configurations(records, _RIVALS + 1) if r.trial_id != leader.trial_id and r.best]
+    others = [r for r in best_configurations(records, _RIVALS + 1) if r.trial_id != leader.trial_id]
     return [r.trial_id for r in others if r.best and r.best["val_js"] <= leader.best["val_js"] + margin]
 
 

@@ -135,7 +135,7 @@ def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord
     """
     if place.is_here(folder):
         return
-    looked_at = {record.trial_id for record in records if record.best and record.status != "failed"}
+    looked_at = {record.trial_id for record in records if record.counts}
     found = place.find(f"trials/*/{BEST}", *RECORD_OF_CONFIRMATION)
     confirmation = [name for name in found if name.startswith(f"{CONFIRMED}/")]
     trials = [Path(name).parent for name in found if name not in confirmation]
@@ -154,8 +154,8 @@ def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") ->
         records: of its trials.
         prefix: of the names that the trials get.
     """
-    there = [record for record in records if record.best and record.status != "failed"]
-    folders = [(f"{prefix}{record.trial_id}", trial_folder(folder, record.trial_id)) for record in there]
+    ids = [record.trial_id for record in records if record.counts]
+    folders = [(f"{prefix}{trial_id}", trial_folder(folder, trial_id)) for trial_id in ids]
     return [(name, trial) for name, trial in folders if (trial / BEST).exists()]
 
 
