@@ -100,13 +100,8 @@ def as_json(data: StudyData) -> dict[str, Any]:
 
 
 def began_at(records: Sequence[TrialRecord]) -> float:
-    """Return the Unix time at which the first trial began; 0 if no report has a time."""
-    return min((r["time"] - r["seconds"] for record in records for r in record.reports[:1] if "time" in r), default=0.0)
-
-
-def elapsed(report: Mapping[str, Any], begin: float) -> float | None:
-    """Return the seconds from the beginning of the study to a report; None if the report has no time."""
-    return report["time"] - begin if "time" in report else None
+    """Return the Unix time at which the first trial began; 0 if none has reported."""
+    return min((r["time"] - r["seconds"] for record in records for r in record.reports[:1]), default=0.0)
 
 
 def costs_of(record: TrialRecord) -> dict[str, float | None]:
@@ -167,7 +162,7 @@ def _trial(record: TrialRecord, data: StudyData, begin: float) -> dict[str, Any]
         "accuracy": best.get("val_accuracy"),
         "epochs": record.reports[-1]["epoch"] if record.reports else None,
         "seconds": record.reports[-1]["seconds"] if record.reports else None,
-        "t": elapsed(best, begin) if best else None,
+        "t": best["time"] - begin if best else None,
         "curve": [[report["epoch"], report["val_js"]] for report in record.reports],
         "settings": {axis.name: axis.position(record.settings.get(axis.name)) for axis in data.axes},
         "loss": {name: weight for name, weight in loss_weights(record).items() if name in data.losses},

@@ -71,7 +71,7 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
     active = _length_of_union(spans)
     leader = winner(records)
     gain = expected_gain(study.optuna)
-    heard = [report["time"] for record in records for report in record.reports if "time" in report]
+    heard = [report["time"] for record in records for report in record.reports]
     return Summary(
         study=name or spec.name,
         objective=spec.objective,
@@ -162,7 +162,7 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
 
 def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
     """Return the start of each trial, and its end or its last report."""
-    last = {record.trial_id: record.reports[-1].get("time", 0.0) for record in records if record.reports}
+    last = {record.trial_id: record.reports[-1]["time"] for record in records if record.reports}
     spans = []
     for trial in study.optuna.get_trials(deepcopy=False):
         if trial.datetime_start is not None:

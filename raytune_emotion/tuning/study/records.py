@@ -125,7 +125,6 @@ def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, st
         for record in records
         if record.counts
         for report in record.reports
-        if "time" in report
     )
     steps: list[tuple[float, float, str]] = []
     for step in reports:
