@@ -14,19 +14,18 @@ from raytune_emotion.storage.locations import Folder, Location, parent_of, repla
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
-from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
+from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows
+from raytune_emotion.tuning.report.publication import publish_report
 from raytune_emotion.tuning.report.summary import ALL_TRIED
-from raytune_emotion.tuning.study.combination import pull_for_report
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
     ConfirmedConfiguration,
     rank_confirmed,
-    write_confirmed,
 )
 from raytune_emotion.tuning.study.creation import GENERATED
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
+from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
@@ -49,12 +48,9 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
     counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
-    pull_for_report(place, folder, records)
-    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), place=place)
+    rivals = publish_report(study, records)
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
-    place.push(folder, report_files(folder))
-    if best is not None:
         replace_files(place / "best", folder / "best", [file.name for file in folder.glob("best/*")], CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
@@ -120,12 +116,9 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
         study: the confirmation.
         whole: whether it is complete.
     """
-    folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
-    found = rank_confirmed(spec, records)
-    pull_for_report(place, folder, records)
-    write_confirmed(folder, found)
-    write_report(folder, spec, records, place=place)
-    place.push(folder, report_files(folder))
+    place, records = study.copy.location, study.records()
+    publish_report(study, records)
+    found = rank_confirmed(study.spec, records)
     table = plain_table(*HEADINGS)
     for configuration in found:
         table.add_row(*configuration.cells)

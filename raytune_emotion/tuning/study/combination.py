@@ -23,13 +23,8 @@ from raytune_emotion.learn.combine import (
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.metrics import logits_of
-from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
-from raytune_emotion.storage.locations import Location
-from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFIRMATION
-from raytune_emotion.tuning.study.optuna_study import JOURNAL
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
-from raytune_emotion.tuning.study.remote_copy import join_pieces
-from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 #: Largest number of members of an ensemble, by default.
 MEMBERS = 3
@@ -118,30 +113,6 @@ class Combination:
         if self.gain is not None:
             values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
         return values
-
-
-def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
-    """Copy what a report needs into the folder of a study at a URI: models, and the record of its confirmation.
-
-    The models are those of trials that have reported and not failed.
-
-    Args:
-        place: where the study lies.
-        folder: in which this process works on it.
-        records: of its trials.
-
-    Raises:
-        UserError, Breakdown: the place cannot be read.
-    """
-    if place.is_here(folder):
-        return
-    looked_at = {record.trial_id for record in records if record.counts}
-    found = place.find(f"trials/*/{BEST}", *RECORD_OF_CONFIRMATION)
-    confirmation = [name for name in found if name.startswith(f"{CONFIRMED}/")]
-    trials = [Path(name).parent for name in found if name not in confirmation]
-    models = [trial / name for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS) if trial.name in looked_at]
-    place.pull(folder, [*confirmation, *map(str, models)])
-    join_pieces(folder, f"{CONFIRMED}/{JOURNAL}")
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:

@@ -22,8 +22,9 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.report.publication import pull_for_report
 from raytune_emotion.tuning.study import combination, combined_export
-from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, pull_for_report, read_candidates
+from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
 from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
