@@ -40,19 +40,23 @@ class Face:
     rows: tuple[tuple[str, float, float], ...]  # class, target, prediction: the largest ones, by target
 
 
-def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions | str:
-    """Predict validation images with the best weights of a trial, or return the reason why this is impossible here."""
+def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> tuple[Predictions | None, str]:
+    """Predict validation images with the best weights of a trial.
+
+    Returns:
+        The predictions, or None and the reason why they are impossible here.
+    """
     try:
         best = read_best(trial_folder(folder, trial_id) / BEST)
         size = int(best.settings["data.image_size"])
         store = open_if_here(spec.stores[size], size, best.fingerprint)
         if store is None:
-            return f"the data of {size} px are not on this machine"
+            return None, f"the data of {size} px are not on this machine"
         if store.fingerprint != best.fingerprint:
-            return f"the data of {size} px have changed since the study began"
-        return predict_best(best, store.val, store.classes)
+            return None, f"the data of {size} px have changed since the study began"
+        return predict_best(best, store.val, store.classes), ""
     except (UserError, Breakdown, OSError, KeyError, RuntimeError) as error:
-        return " ".join(str(error).split())[:300] or type(error).__name__
+        return None, " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def js_interval(predictions: Predictions) -> tuple[float, float]:
