@@ -12,14 +12,14 @@ from raytune_emotion.data.store import Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best, read_predictions
 from raytune_emotion.learn.combine import (
-    Gain,
     Soup,
     choose_ensemble,
     choose_soup,
     list_compatible,
     mean_of,
-    measure_gain,
     predict_whole,
+    unseen_js,
+    unseen_js_of_ensemble,
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.metrics import logits_of
@@ -59,12 +59,16 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """Trials that were chosen to be combined, and the gain of that."""
+    """Trials that were chosen to be combined, and what that brings.
+
+    Both JS are means over the images, each from a choice on the half that it is not in; None: there are too few images.
+    """
 
     candidates: Candidates
     members: tuple[int, ...]  # numbers of candidates, the best first
     predicted_NK: Tensor
-    gain: Gain | None  # None: there are too few images to measure it
+    single: float | None  # JS of the best single model, bits
+    combined: float | None  # JS of the combination, bits
 
     @property
     def trial_ids(self) -> list[str]:
@@ -78,10 +82,10 @@ class Combination:
 
     def sentence(self, what: str) -> str:
         """Describe the gain of the combination."""
-        if self.gain is None:
+        if self.combined is None:
             return f"What the {what} brings was not measured: there are too few validation images."
         return (
-            f"JS {self.gain.combined:.4f} bits; the best single model {self.gain.single:.4f}. Both were chosen on one "
+            f"JS {self.combined:.4f} bits; the best single model {self.single:.4f}. Both were chosen on one "
             f"half of the validation set and measured on the other, both ways round. The trials and their epochs were "
             f"selected on the whole set."
         )
@@ -92,9 +96,7 @@ class Combination:
 
         A lone member counts as a single model.
         """
-        if self.gain is None:
-            return None
-        return self.gain.combined if len(self.members) > 1 else self.gain.single
+        return self.combined if len(self.members) > 1 else self.single
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -110,8 +112,8 @@ class Combination:
             "params_millions": self.bests[0].report["params_millions"],
             "members": len(self.members),
         }
-        if self.gain is not None:
-            values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
+        if self.combined is not None:
+            values |= {"unseen_js": self.combined, "unseen_js_single": self.single}
         return values
 
 
@@ -180,17 +182,10 @@ def _candidates_of(
 
 def combine_ensemble(candidates: Candidates, most: int) -> Combination:
     """Choose the members of an ensemble."""
-    predictions, true_NK = candidates.predictions, candidates.targets
-    predict = mean_of(predictions)
+    predictions, ids, true_NK = candidates.predictions, candidates.store.val.ids, candidates.targets
     members = choose_ensemble(predictions, true_NK, _all(candidates), most)
-    gain = measure_gain(
-        lambda rows: choose_ensemble(predictions, true_NK, rows, most),
-        predict,
-        len(predictions),
-        candidates.store.val.ids,
-        true_NK,
-    )
-    return Combination(candidates, members, predict(members), gain)
+    single, combined = (unseen_js_of_ensemble(predictions, ids, true_NK, count) for count in (1, most))
+    return Combination(candidates, members, mean_of(predictions, members), single, combined)
 
 
 def combine_soup(candidates: Candidates, device: torch.device) -> tuple[Combination, Best]:
@@ -202,16 +197,11 @@ def combine_soup(candidates: Candidates, device: torch.device) -> tuple[Combinat
     """
     candidates = candidates.only(list_compatible(candidates.bests))
     soup = Soup(candidates.bests, candidates.store, candidates.predictions, device)
-    count, true_NK = len(candidates.bests), candidates.targets
+    count, ids, true_NK = len(candidates.bests), candidates.store.val.ids, candidates.targets
     members = choose_soup(soup.predict, count, true_NK, _all(candidates))
-    gain = measure_gain(
-        lambda rows: choose_soup(soup.predict, count, true_NK, rows),
-        soup.predict,
-        count,
-        candidates.store.val.ids,
-        true_NK,
-    )
-    return Combination(candidates, members, soup.predict(members), gain), soup.best(members)
+    single = unseen_js_of_ensemble(candidates.predictions, ids, true_NK, 1)
+    combined = unseen_js(lambda rows: choose_soup(soup.predict, count, true_NK, rows), soup.predict, ids, true_NK)
+    return Combination(candidates, members, soup.predict(members), single, combined), soup.best(members)
 
 
 def _all(candidates: Candidates) -> Any:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import export_folder
-from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.graphs import Ensemble
 from raytune_emotion.learn.run_folder import HISTORY, LAST, read_history
@@ -303,9 +302,9 @@ def choose(candidates, monkeypatch):
 
     def choose(ensemble, soup):
         (members, js), (mixed_members, mixed_js) = ensemble, soup
-        chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=members, gain=Gain(0.30, js))
+        chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=members, single=0.30, combined=js)
         mixed, best = combine_soup(candidates, CPU)
-        mixed = dataclasses.replace(mixed, members=mixed_members, gain=Gain(0.30, mixed_js))
+        mixed = dataclasses.replace(mixed, members=mixed_members, single=0.30, combined=mixed_js)
         monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
         monkeypatch.setattr(finish, "combine_soup", lambda candidates, device: (mixed, best))
         monkeypatch.setattr(export_folder, "images_per_second", lambda *_: 1.0)

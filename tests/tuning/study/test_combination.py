@@ -125,7 +125,7 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
     config, metrics = (json.loads((dest / name).read_text()) for name in ("config.json", "metrics.json"))
     assert [member["trial"] for member in config["members"]] == chosen.trial_ids
     assert config["label_names"] == list(store.classes)
-    assert metrics["unseen_js"] == chosen.gain.combined
+    assert metrics["unseen_js"] == chosen.combined
     assert metrics["images_per_second_cpu"] > 0
     reports = [chosen.candidates.bests[number].report for number in chosen.members]
     assert metrics["params_millions"] == pytest.approx(sum(report["params_millions"] for report in reports))
@@ -137,7 +137,7 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
         start = "Training began with random weights, so no licence of other weights applies."
         assert f"- Trial {trial_id}, {backbone}: {start}\n" in card
     assert "The trials and their epochs were selected on the whole set." in card
-    assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
+    assert f"JS {chosen.combined:.4f} bits; the best single model {chosen.single:.4f}" in card
     assert model_card._LIMITS in card
 
 
