@@ -1,7 +1,6 @@
 """Print the results of a search or a confirmation, and the next commands."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows
 from raytune_emotion.tuning.report.publication import publish_report
-from raytune_emotion.tuning.report.summary import ALL_TRIED
+from raytune_emotion.tuning.report.summary import ALL_TRIED, count_statuses, counts_text
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
@@ -25,7 +24,6 @@ from raytune_emotion.tuning.study.confirmation import (
 )
 from raytune_emotion.tuning.study.creation import GENERATED
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
@@ -46,7 +44,6 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         Breakdown: every trial has failed.
     """
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
-    counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
     rivals = publish_report(study, records)
     if best is not None:
@@ -54,7 +51,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         replace_files(place / "best", folder / "best", [file.name for file in folder.glob("best/*")], CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
-    told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    told = counts_text(count_statuses(record.status for record in records))
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
     resume = f"{typed_command('search')} --resume{typed_options(results=results, name=place.typed_name)}"
     if over:
@@ -62,7 +59,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)
     if best is None or best.best is None:
-        if records and counts["failed"] == len(records):
+        if records and all(record.status == "failed" for record in records):
             raise Breakdown(f"{place}: every trial has failed; the reasons are in the last column of {place / TRIALS}")
         console.print(
             f"no trial has a result yet: none has reported, or all that reported have failed\n\nnext:\n  {resume}"

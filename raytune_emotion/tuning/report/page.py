@@ -27,14 +27,13 @@ from raytune_emotion.tuning.report.page_data import (
     COSTS,
     StudyData,
     as_json,
-    count_statuses,
     fixed_rows,
     gather,
     searched_rows,
 )
 from raytune_emotion.tuning.report.plots import draw_all
 from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, write_results
-from raytune_emotion.tuning.report.summary import duration, gain_source
+from raytune_emotion.tuning.report.summary import count_statuses, duration, gain_source
 from raytune_emotion.tuning.report.winner import (
     Face,
     extreme_faces,
@@ -168,7 +167,7 @@ def _render(
         aim=_AIMS.get(data.spec.objective, f"the front of {data.spec.objective}"),
         gain=gain,
         gain_source=gain_source(gain) if gain is not None and gain.bits else "",
-        counts=count_statuses(data.records),
+        counts={status: n for status, n in count_statuses(r.status for r in data.records).items() if n},
         duration=duration(_seconds_trained(data.records)),
         searched=searched_rows(data.space),
         fixed=fixed_rows(data.space),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -14,7 +14,6 @@ from raytune_emotion.tuning.report.importance import Importance, importances
 from raytune_emotion.tuning.report.results import Result, loss_weights, results_of, seconds_per_epoch
 from raytune_emotion.tuning.report.winner import confusion, errors_by_entropy
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
-from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, best_js_steps
 from raytune_emotion.tuning.study.spec import CHANGEABLE, StudySpec
 
@@ -144,12 +143,6 @@ def describe(setting: Setting) -> str:
     step = f", steps of {setting.step:g}" if setting.step and setting.step != 1 else ""
     whole = "whole numbers, " if isinstance(setting, IntDistribution) else ""
     return f"{setting.low:g} to {setting.high:g} ({whole}{'log' if setting.log else 'linear'} scale{step})"
-
-
-def count_statuses(records: Sequence[TrialRecord]) -> dict[str, int]:
-    """Count the trials of each status that occurs."""
-    counts = {status: sum(record.status == status for record in records) for status in get_args(Status)}
-    return {status: n for status, n in counts.items() if n}
 
 
 def _trial(record: TrialRecord, data: StudyData, begin: float) -> dict[str, Any]:
