@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    formats = args.format or (["pt2"] if args.ensemble else ["timm"])
+    formats = list(dict.fromkeys(args.format or (["pt2"] if args.ensemble else ["timm"])))
     _check(args, formats)
     if args.ensemble or args.soup:
         _export_combination(args, formats)

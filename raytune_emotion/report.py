@@ -30,21 +30,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _write_files(place: Location) -> bool:
     """Write the tables and the report of a study, and return whether all of its trials had ended before."""
-    from raytune_emotion.tuning.report.page import report_files, write_report
-    from raytune_emotion.tuning.study.combination import pull_for_report
-    from raytune_emotion.tuning.study.confirmation import rank_confirmed, write_confirmed
+    from raytune_emotion.tuning.report.publication import publish_report
     from raytune_emotion.tuning.study.open_study import read_study
-    from raytune_emotion.tuning.study.optuna_study import expected_gain
     from raytune_emotion.tuning.study.tables import CURVES, write_tables
 
     with read_study(place) as study:
-        folder, spec, records = study.folder, study.spec, study.records()
-        write_tables(folder, records)
-        pull_for_report(place, folder, records)
-        write_report(folder, spec, records, gain=expected_gain(study.optuna), place=place)
-        if spec.confirms is not None:
-            write_confirmed(folder, rank_confirmed(spec, records))
-        place.push(folder, [CURVES, *report_files(folder)])
+        records = study.records()
+        write_tables(study.folder, records)
+        place.push(study.folder, [CURVES])
+        publish_report(study, records)
     return all(record.ended for record in records)
 
 

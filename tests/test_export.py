@@ -62,8 +62,9 @@ def test_destinations_that_are_taken(study, tmp_path, capsys):
 
 def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys):
     dest = tmp_path / "at a uri"
-    assert exit_code(["export", study, dest.as_uri(), "--format", "timm, pt2"]) == 0
+    assert exit_code(["export", study, dest.as_uri(), "--format", "timm, pt2", "--format", "timm"]) == 0
     assert (dest / "model.pt2").is_file()
+    assert (dest / "README.md").read_text().count("model.safetensors differs") == 1
     assert capsys.readouterr().out == f"trial {best_of(study)} is exported to {dest.as_uri()}\n"
     assert exit_code(["export", study, dest.as_uri()]) == 0
     assert load_package(dest).image_size == 32

@@ -78,6 +78,7 @@ TESTED_ELSEWHERE = {
     "tuning/report/dry_run": ("test_search", "it is `search --dry-run`"),
     "tuning/report/live_state": ("tuning/report/test_live_view", "the view draws the state; events go through both"),
     "tuning/report/page_data": ("tuning/report/test_page", "the page holds the data"),
+    "tuning/report/publication": ("test_report", "it is what the command `report` does"),
     "tuning/report/plots": ("tuning/report/test_page", "the page and the PNG files show the same"),
     "tuning/session/console_run": ("tuning/report/test_live_console", "what is shown there while a study runs"),
     "tuning/session/run_confirmation": ("test_confirm", "it is what the command `confirm` does"),

@@ -127,7 +127,7 @@ def test_the_report_of_a_study_that_ends_meanwhile_is_that_of_its_end(study, no_
         if running:
             search.tell(running.pop(), "pruned")
 
-    monkeypatch.setattr("raytune_emotion.tuning.report.page.write_report", write)
+    monkeypatch.setattr("raytune_emotion.tuning.report.publication.write_report", write)
     assert exit_code(["report", study]) == 0
     assert Page(study).tables["trials"][-1][:2] == ["0003", "pruned"]
     assert list(pd.read_csv(study / "trials.csv").status)[-1] == "pruned"

@@ -14,7 +14,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,17 +43,6 @@ Predict = Callable[[tuple[int, ...]], Tensor]
 Choose = Callable[[Rows], tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Gain:
-    """JS of the best single model and of a combination, bits, on the half of the images that chose neither.
-
-    Means over both ways round; the single model, too, is chosen on the other half.
-    """
-
-    single: float
-    combined: float
-
-
 def js_of(predicted_NK: Tensor, true_NK: Tensor) -> npt.NDArray[np.float64]:
     """Return the JS of each row, bits."""
     js_N: npt.NDArray[np.float64] = losses.js(logits_of(predicted_NK), true_NK.double()).numpy()
@@ -77,7 +65,7 @@ def choose_ensemble(predictions: Sequence[Tensor], true_NK: Tensor, rows: Rows, 
     best = np.inf
     while len(chosen) < most:
         left = [number for number in range(len(predictions)) if number not in chosen]
-        found = [(_mean_js(_mean_of(predictions, (*chosen, number)), true_NK, rows), number) for number in left]
+        found = [(_mean_js(mean_of(predictions, (*chosen, number)), true_NK, rows), number) for number in left]
         if not found or min(found)[0] >= best:
             break
         best, number = min(found)
@@ -104,30 +92,39 @@ def choose_soup(predict: Predict, count: int, true_NK: Tensor, rows: Rows) -> tu
     return chosen
 
 
-def measure_gain(choose: Choose, predict: Predict, count: int, ids: Sequence[str], true_NK: Tensor) -> Gain | None:
-    """Measure the gain of a combination that is chosen on one half and measured on the other; None if a half is empty.
+def unseen_js(choose: Choose, predict: Predict, ids: Sequence[str], true_NK: Tensor) -> float | None:
+    """Measure the JS of members on images that have not chosen them, bits; None if a half of the images is empty.
+
+    The members are chosen on one half and measured on the other, both ways round.
 
     Args:
         choose: the members, by the rows of a half.
-        predict: with members together, or with one alone.
-        count: number of models.
+        predict: with members together.
         ids: of the images.
         true_NK: the targets.
     """
     first = half_of(ids)
     if not first.any() or first.all():
         return None
-    single, combined = [], []
-    for seen, unseen in ((first, ~first), (~first, first)):
-        best = min(range(count), key=lambda number: _mean_js(predict((number,)), true_NK, seen))
-        single.append(_mean_js(predict((best,)), true_NK, unseen))
-        combined.append(_mean_js(predict(choose(seen)), true_NK, unseen))
-    return Gain(sum(single) / 2, sum(combined) / 2)
+    halves = ((first, ~first), (~first, first))
+    return sum(_mean_js(predict(choose(seen)), true_NK, unseen) for seen, unseen in halves) / 2
 
 
-def mean_of(predictions: Sequence[Tensor]) -> Predict:
-    """Return a function that predicts with the mean of the members' predictions."""
-    return lambda members: _mean_of(predictions, members)
+def unseen_js_of_ensemble(
+    predictions: Sequence[Tensor], ids: Sequence[str], true_NK: Tensor, most: int
+) -> float | None:
+    """Measure the JS of an ensemble of at most `most` models in the same way; with one, that of the best model."""
+    return unseen_js(
+        lambda rows: choose_ensemble(predictions, true_NK, rows, most),
+        lambda members: mean_of(predictions, members),
+        ids,
+        true_NK,
+    )
+
+
+def mean_of(predictions: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+    """Return the mean prediction of the members."""
+    return torch.stack([predictions[number] for number in members]).mean(0)
 
 
 def predict_whole(best: Best, split: Split, device: torch.device) -> Tensor:
@@ -231,10 +228,6 @@ def images_per_second(model: nn.Module, image_size: int, *, rows: int = 32, seco
             model(images_NHWC)
             taken.append(time.perf_counter() - start)
     return rows / float(np.median(taken[1:]))
-
-
-def _mean_of(predictions: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-    return torch.stack([predictions[number] for number in members]).mean(0)
 
 
 def _mean_js(predicted_NK: Tensor, true_NK: Tensor, rows: Rows) -> float:

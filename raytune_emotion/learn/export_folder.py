@@ -1,4 +1,4 @@
-"""Write and load an export folder: a trained model with its description, its metrics and its model card.
+"""Write and load an export folder: a trained model or an ensemble, with its description, metrics and model card.
 
 model.safetensors    the weights; for an ensemble, those of all members
 config.json          timm's own format, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads the model
@@ -34,12 +34,13 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import in_one_line, is_disk_full
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
+from raytune_emotion.learn.combine import images_per_second
 from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
-from raytune_emotion.learn.model import build_model, mean_std
-from raytune_emotion.learn.model_card import Evidence, render_card
-from raytune_emotion.learn.origin import Origin, check_arguments, find_origin
+from raytune_emotion.learn.model import build_model, load_model, mean_std
+from raytune_emotion.learn.model_card import Evidence, render_card, render_ensemble_card
+from raytune_emotion.learn.origin import check_arguments, find_origin
 from raytune_emotion.learn.predictions import predict_split
 from raytune_emotion.storage.atomic import atomic_write, destination_error, replace_folder, write_text
 from raytune_emotion.storage.json_text import load_json
@@ -141,12 +142,10 @@ def write_package(
             f"{dest}: the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install "
             f"the version with which they were trained"
         ) from error
-    origin = find_origin(config.model, weights=False, description=best.origin)
     evidence = _examine(model, store)
-    described = describe_model(model, config, origin) | describe_run(best, evidence.temperature)
-    formats = list(dict.fromkeys(formats))
+    described = _describe_model(model, config, best) | _describe_run(best, evidence.temperature)
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
-    write_model(
+    _write_model(
         dest,
         whole,
         best,
@@ -158,7 +157,66 @@ def write_package(
     )
 
 
-def describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
+def write_ensemble_package(
+    dest: Path,
+    members: Sequence[tuple[str, Best]],
+    notes: Iterable[str] = (),
+    *,
+    gain: str,
+    metrics: Mapping[str, Any],
+    formats: Sequence[str],
+    store: Store,
+) -> None:
+    """Write an export folder of an ensemble, as `write_package` does for one model.
+
+    Args:
+        dest: the folder.
+        members: the trial and the weights of each member, the best first.
+        notes: sentences on the origin of the ensemble, for the model card.
+        gain: a sentence on what the ensemble brings.
+        metrics: of the ensemble; `metrics.json` also has its size and its speed.
+        formats: names in FORMATS, beside the weights of the members, which `predict` loads.
+        store: the training data of all members.
+
+    Raises:
+        FormatError: a format cannot be written, or predicts different probabilities.
+        UserError: the folder cannot be written or contains other files than an export.
+    """
+    dest = dest.absolute()
+    bests = [best for _, best in members]
+    configs = [RunConfig.from_flat(best.settings) for best in bests]
+    models = [load_model(best) for best in bests]
+    wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
+    whole = Ensemble(wholes).eval()
+    described = {
+        "members": [
+            {"trial": trial_id, **_describe_model(model, config, best)}
+            for (trial_id, best), model, config in zip(members, models, configs, strict=True)
+        ],
+        "label_names": list(store.classes),
+        "num_classes": len(store.classes),
+        "input_size": [3, store.image_size, store.image_size],
+        **_describe_run(bests[0]),
+    }
+    values = {
+        **metrics,
+        "params_millions": sum(best.report["params_millions"] for best in bests),
+        "images_per_second_cpu": images_per_second(whole, store.image_size),
+        "images_per_second_cpu_single": images_per_second(wholes[0], store.image_size),
+    }
+    _write_model(
+        dest,
+        whole,
+        bests[0],
+        described,
+        lambda checks: render_ensemble_card(dest.name, described, configs, values, formats, gain, [*notes, checks]),
+        metrics=values,
+        formats=[TIMM, *formats],
+        store=store,
+    )
+
+
+def _describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
     """Return the run's part of `config.json`: this project's version, the data, the temperature and the settings."""
     # The folder of the pretrained weights is of no use to others.
     settings = {key: value for key, value in best.settings.items() if key != "model.weights_dir"}
@@ -166,7 +224,7 @@ def describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
     return {"raytune_emotion": {**own, "settings": settings}}
 
 
-def write_model(
+def _write_model(
     dest: Path,
     whole: Predictor,
     best: Best,
@@ -196,7 +254,6 @@ def write_model(
     config = RunConfig.from_flat(best.settings)
     sample = _sample_of(store, config.data.image_size)
     prob_NK = Package(whole, config.data.classes, config.data.image_size).predict(sample.images_NHWC)
-    formats = list(dict.fromkeys(formats))
 
     check_replaceable(Folder(dest))
     with replace_folder(dest) as new:
@@ -323,8 +380,9 @@ def _three_numbers(known: Mapping[str, Any], name: str) -> tuple[float, float, f
     return red, green, blue
 
 
-def describe_model(model: nn.Module, config: RunConfig, origin: Origin) -> dict[str, Any]:
+def _describe_model(model: nn.Module, config: RunConfig, best: Best) -> dict[str, Any]:
     """Return the description from which timm rebuilds the model, with the store's preprocessing of pictures."""
+    origin = find_origin(config.model, weights=False, description=best.origin)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size, classes = config.data.image_size, list(config.data.classes)
     mean, std = mean_std(model)

@@ -67,6 +67,51 @@ worse values on new faces.
 
 {calibration}
 
+{limits}
+## Where it comes from
+
+{origin}
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+_ENSEMBLE_CARD = """\
+---
+pipeline_tag: image-classification
+tags: [facial-expression, label-distribution-learning]
+---
+
+# Distributions of emotion from faces: an ensemble of {members}
+
+For the picture of a face, the probabilities of {n_classes} emotions that people see in it, as a distribution:
+{classes}. The model is the mean of the predictions of several networks.
+
+## How to use it
+
+`raytune-emotion predict {folder} face.jpg` prints the probabilities. `model.safetensors` has the weights of
+all members, and `config.json` says how timm builds each of them. {files}
+
+{code}
+The picture is the box around one face, squeezed to {size} x {size} px. The classes are in the order above.
+
+## How good it is
+
+{gain} It predicts {rate:.0f} images a second on the CPU where it was exported; its first member alone {rate_one:.0f}.
+
+Means over the validation set, on which the members and their epochs were chosen: on new faces, expect somewhat worse.
+
+{metrics}
+
+{limits}
+## Where it comes from
+
+{origin}
+"""
+
+#: A part of every card.
+_LIMITS = """\
 ## Limits and ethics
 
 - It predicts the emotion that annotators *perceived* in a face, not what the person feels. Faces are poor evidence of
@@ -77,14 +122,6 @@ worse values on new faces.
 - It was trained on faces such as those of its training data. Other ages, skin tones, poses, light or croppings can
   make it worse. This was not measured.
 - The licences of its training data may restrict its use.
-
-## Where it comes from
-
-{origin}
-
-| setting | value |
-|---|---|
-{settings}
 """
 
 _READ = """\
@@ -189,16 +226,60 @@ def render_card(
         n_classes=n_classes,
         architecture=described["architecture"],
         classes=", ".join(map(escape_markdown, config.data.classes)),
-        code=show_use(formats, folder=folder, size=size, n_classes=n_classes),
+        code=_show_use(formats, folder=folder, size=size, n_classes=n_classes),
         metrics=_metrics(metrics, evidence),
         per_class=_per_class(evidence.predictions),
         calibration=_calibration(evidence),
+        limits=_LIMITS,
         origin="\n".join(f"- {line}" for line in own),
         settings="\n".join(f"| {key} | {escape_markdown(str(value))} |" for key, value in shown.items()),
     )
 
 
-def show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) -> str:
+def render_ensemble_card(
+    folder: str,
+    described: Mapping[str, Any],
+    configs: Iterable[RunConfig],
+    metrics: Mapping[str, Any],
+    formats: Sequence[str],
+    gain: str,
+    notes: Iterable[str],
+) -> str:
+    """Return the text of the model card of an ensemble.
+
+    Args:
+        folder: the export's name.
+        described: the content of `config.json`.
+        configs: configuration of each member.
+        metrics: the content of `metrics.json`.
+        formats: the exported graphs.
+        gain: a sentence on what the ensemble brings.
+        notes: sentences on the origin of the ensemble.
+    """
+    members, classes = described["members"], described["label_names"]
+    _, size, _ = described["input_size"]
+    origin = [*map(escape_markdown, notes)]
+    for member, config in zip(members, configs, strict=True):
+        name = escape_markdown(f"Trial {member['trial']}, {config.model.backbone}")
+        origin.append(f"{name}: {describe_start(config.model, member['pretrained_cfg'])}")
+    return _ENSEMBLE_CARD.format(
+        members=len(members),
+        n_classes=len(classes),
+        classes=", ".join(map(escape_markdown, classes)),
+        folder=shell_word(folder),
+        files=" ".join(f"`model.{name}` is the whole as one graph." for name in formats),
+        code=_show_use(formats, folder=folder, size=size, n_classes=len(classes)),
+        size=size,
+        gain=gain,
+        rate=metrics["images_per_second_cpu"],
+        rate_one=metrics["images_per_second_cpu_single"],
+        metrics=_table_of_metrics(metrics),
+        limits=_LIMITS,
+        origin="\n".join(f"- {line}" for line in origin),
+    )
+
+
+def _show_use(formats: Sequence[str], *, folder: str, size: int, n_classes: int) -> str:
     """Return code that reads a picture and predicts it with each of these formats.
 
     Args:
@@ -219,7 +300,7 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-def table_of_metrics(metrics: Mapping[str, Any]) -> str:
+def _table_of_metrics(metrics: Mapping[str, Any]) -> str:
     """Return a Markdown table of the metrics of the whole validation set."""
     rows = [
         f"| {_MEANINGS[name]} | {value:.4f} |"
@@ -234,7 +315,7 @@ def _metrics(metrics: Mapping[str, Any], evidence: Evidence) -> str:
     # The mean of several models has no number of epochs.
     after = f" after {count(float(metrics['epoch']), 'epoch')}" if "epoch" in metrics else ""
     if evidence.predictions is None:
-        return f"Means over the validation set{after}:\n\n{table_of_metrics(metrics)}"
+        return f"Means over the validation set{after}:\n\n{_table_of_metrics(metrics)}"
     values = evidence.predictions.metrics()
     spread = bootstrap_intervals(values)
     rows = [

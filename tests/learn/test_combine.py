@@ -18,10 +18,10 @@ from raytune_emotion.learn.combine import (
     images_per_second,
     js_of,
     list_compatible,
-    mean_of,
     mean_weights,
-    measure_gain,
     predict_whole,
+    unseen_js,
+    unseen_js_of_ensemble,
 )
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities
 from raytune_emotion.learn.model import load_model, mean_std
@@ -81,27 +81,25 @@ def test_halves_are_a_function_of_each_id():
     assert half[5] == (hashlib.sha256(b"5").digest()[0] % 2 == 0)
 
 
-def test_the_gain_is_measured_on_what_no_choice_has_seen():
+def test_a_choice_is_measured_on_what_it_has_not_seen():
     """A model that is right on one half and wrong on the other looks best wherever it is chosen, and is not."""
     ids = [str(number) for number in range(200)]
     true_NK, half = targets(), torch.from_numpy(half_of(ids))
     overfit = [torch.where(mask[:, None], true_NK, torch.full_like(true_NK, 1 / K)) for mask in (half, ~half)]
-    gain = measure_gain(lambda rows: choose_ensemble(overfit, true_NK, rows, 1), mean_of(overfit), 2, ids, true_NK)
     uniform = float(js_of(torch.full_like(true_NK, 1 / K), true_NK).mean())
-    assert gain.single == pytest.approx(uniform, rel=0.05)
-    assert gain.combined == gain.single
+    assert unseen_js_of_ensemble(overfit, ids, true_NK, 1) == pytest.approx(uniform, rel=0.05)
 
 
 def test_the_gain_of_different_models_is_found():
     ids, true_NK = [str(number) for number in range(200)], targets()
     models = [noisy(true_NK, 1.0, seed) for seed in range(3)]
-    gain = measure_gain(lambda rows: choose_ensemble(models, true_NK, rows, 3), mean_of(models), 3, ids, true_NK)
-    assert gain.combined < gain.single
+    single, combined = (unseen_js_of_ensemble(models, ids, true_NK, most) for most in (1, 3))
+    assert combined < single
 
 
-def test_no_gain_is_measured_where_a_half_is_empty():
+def test_nothing_is_measured_where_a_half_is_empty():
     true_NK = targets(1)
-    assert measure_gain(lambda rows: (0,), mean_of([true_NK]), 1, ["5"], true_NK) is None
+    assert unseen_js(lambda rows: (0,), lambda members: true_NK, ["5"], true_NK) is None
 
 
 def test_a_soup_takes_what_does_not_harm():

@@ -18,7 +18,7 @@ def short_report(step, js, *, finished=False):
 def make_report(step, js, **more):
     return {
         "report": step, "epoch": float(step), "val_js": js, "best_val_js": js, "val_kl": js * 2, "seconds": 1.5 * step,
-        "params_millions": 0.4, "finished": False, **more,
+        "time": 100 + 1.5 * step, "params_millions": 0.4, "images_per_second": 100.0, "finished": False, **more,
     }  # fmt: skip
 
 

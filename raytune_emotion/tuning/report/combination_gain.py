@@ -126,13 +126,13 @@ def _soup(candidates: Candidates, export: str, *, is_fast: bool) -> MeasuredComb
 
 
 def _measured(what: str, chosen: Combination, cost: str, command: str) -> MeasuredCombination | None:
-    if chosen.gain is None:
+    if chosen.combined is None:
         return None
     if len(chosen.members) == 1:
         what, cost, command = f"{what}: no other trial helps {chosen.trial_ids[0]}", "", ""
     else:
         what = f"{what} of {', '.join(chosen.trial_ids)}"
-    return MeasuredCombination(what, _UNSEEN, chosen.gain.single, chosen.gain.combined, cost, command)
+    return MeasuredCombination(what, _UNSEEN, chosen.single, chosen.combined, cost, command)
 
 
 def _not_measured(what: str, cost: str, command: str) -> MeasuredCombination:

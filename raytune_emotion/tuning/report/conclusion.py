@@ -1,7 +1,6 @@
 """Print the results of a search or a confirmation, and the next commands."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 from rich.console import Console
 
@@ -14,19 +13,17 @@ from raytune_emotion.storage.locations import Folder, Location, parent_of, repla
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
 from raytune_emotion.tuning.policy.objective import OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import STARTUP
-from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows, report_files, write_report
-from raytune_emotion.tuning.report.summary import ALL_TRIED
-from raytune_emotion.tuning.study.combination import pull_for_report
+from raytune_emotion.tuning.report.page import FRONT, REPORT, front_rows
+from raytune_emotion.tuning.report.publication import publish_report
+from raytune_emotion.tuning.report.summary import ALL_TRIED, count_statuses, counts_text
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED_TABLE,
     HEADINGS,
     ConfirmedConfiguration,
     rank_confirmed,
-    write_confirmed,
 )
 from raytune_emotion.tuning.study.creation import GENERATED
 from raytune_emotion.tuning.study.open_study import OpenStudy
-from raytune_emotion.tuning.study.optuna_study import Status, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
@@ -47,18 +44,14 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         Breakdown: every trial has failed.
     """
     folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
-    counts = {status: sum(r.status == status for r in records) for status in get_args(Status)}
     best = winner(records)
-    pull_for_report(place, folder, records)
-    rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), place=place)
+    rivals = publish_report(study, records)
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
-    place.push(folder, report_files(folder))
-    if best is not None:
         replace_files(place / "best", folder / "best", CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
-    told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+    told = counts_text(count_statuses(record.status for record in records))
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
     resume = f"{typed_command('search')} --resume{typed_options(results=results, name=place.typed_name)}"
     if over:
@@ -66,7 +59,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"
     resume += typed_options(address=address)
     if best is None or best.best is None:
-        if records and counts["failed"] == len(records):
+        if records and all(record.status == "failed" for record in records):
             raise Breakdown(f"{place}: every trial has failed; the reasons are in the last column of {place / TRIALS}")
         console.print(
             f"no trial has a result yet: none has reported, or all that reported have failed\n\nnext:\n  {resume}"
@@ -105,11 +98,11 @@ def advise_confirmation(study: Location, rivals: Sequence[str]) -> str:
 
 def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
     """Return a text on the improvement over the first trials, which were chosen without a forecast."""
-    first = [record for record in records if int(record.trial_id) < STARTUP]
-    reached = [record.best["val_js"] for record in first if record.best is not None and record.status != "failed"]
-    if not reached or len(records) <= STARTUP:
+    first = winner(record for record in records if int(record.trial_id) < STARTUP)
+    if first is None or first.best is None or len(records) <= STARTUP:
         return f"not known yet: it is measured from the best of the first {count(STARTUP, 'trial')} on"
-    return f"{min(reached) - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({min(reached):.4f})"
+    reached = first.best["val_js"]
+    return f"{reached - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({reached:.4f})"
 
 
 def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) -> None:
@@ -120,12 +113,9 @@ def conclude_confirmation(console: Console, study: OpenStudy, *, whole: bool) ->
         study: the confirmation.
         whole: whether it is complete.
     """
-    folder, place, spec, records = study.folder, study.copy.location, study.spec, study.records()
-    found = rank_confirmed(spec, records)
-    pull_for_report(place, folder, records)
-    write_confirmed(folder, found)
-    write_report(folder, spec, records, place=place)
-    place.push(folder, report_files(folder))
+    place, records = study.copy.location, study.records()
+    publish_report(study, records)
+    found = rank_confirmed(study.spec, records)
     table = plain_table(*HEADINGS)
     for configuration in found:
         table.add_row(*configuration.cells)

@@ -38,7 +38,7 @@ def importances(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[Im
     the trials differs from all trials. It needs no model of the scores: a trial that was stopped early simply counts as
     not among the best. It is repeated on bootstrap resamples of the trials.
     """
-    scored = [record for record in records if record.best and record.status != "failed"]
+    scored = [record for record in records if record.counts]
     if len(scored) < MIN_TRIALS or not axes:
         return []
     distributions = {axis.name: _distribution(axis) for axis in axes}

@@ -5,16 +5,14 @@ import dataclasses
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args
 
 from raytune_emotion.learn.report import OBJECTIVE, DriverReport
 from raytune_emotion.storage.locations import files_below
 from raytune_emotion.tuning.execution.recorder import Event
-from raytune_emotion.tuning.report.summary import BestTrial, Summary, per_hour, summarize, time_left
+from raytune_emotion.tuning.report.summary import BestTrial, Summary, count_statuses, per_hour, summarize, time_left
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import ENDED, Proposal, Status
 
@@ -89,7 +87,7 @@ class StudyProgress:
                 r.trial_id, r.status, r.best["val_js"], r.best["epoch"], self._spec.settings_now(r.settings)
             )
             for r in records
-            if r.best and r.status != "failed"
+            if r.counts and r.best
         }
         if self._earlier.best is not None:  # it may have ended before the study went on with more epochs
             self._reached[self._earlier.best.trial_id] = self._earlier.best
@@ -146,7 +144,7 @@ class StudyProgress:
             return self._snapshot(self._clock())
 
     def _snapshot(self, now: float) -> Snapshot:
-        session, counts = now - self._began, Counter(self._states.values())
+        session, counts = now - self._began, count_statuses(self._states.values())
         best = min(self._reached.values(), key=lambda b: (b.val_js, b.trial_id), default=None)
         points = [(seconds, js) for seconds, js, _ in self._points]
         if best is not None:
@@ -160,7 +158,7 @@ class StudyProgress:
         )
         summary = dataclasses.replace(
             self._earlier,
-            trials={status: counts[status] for status in get_args(Status)},
+            trials=counts,
             best=best,
             elapsed_seconds=self._before + session,
             active_seconds=active,

@@ -178,7 +178,7 @@ def _row(trial: TrialAtWork, snapshot: Snapshot, width: int, *, one_host: bool) 
         _bar(report["epoch"] / epochs),
         f"  {report['epoch']:>4.3g} of {epochs}",
         (f"  {report[OBJECTIVE]:.4f}", "bold"),
-        f"  {report.get('images_per_second', 0.0):>7,.0f} img/s",
+        f"  {report['images_per_second']:>7,.0f} img/s",
         backbone,
         *(((f"  {where}", "bright_black"),) if width > _WIDE else ()),
     )

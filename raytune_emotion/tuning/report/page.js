@@ -115,7 +115,6 @@ const pixels = (svg, list, x, y) => {
 
 const charts = {
   progress(width) {
-    const timed = scored.filter((trial) => trial.t !== null);
     const end = d3.max(data.steps, (step) => step.t) ?? 1;
     const [unit, name] = end < 180 ? [1, "seconds"] : end < 10800 ? [60, "minutes"] : [3600, "hours"];
     const x = (d) => d.t / unit, y = (d) => d.js;
@@ -124,10 +123,10 @@ const charts = {
       marks: [
         ...baseline(),
         Plot.line(data.steps, { x, y, curve: "step-after", stroke: "var(--accent)", strokeWidth: 2.5 }),
-        dots(timed, x, y),
+        dots(scored, x, y),
       ],
     });
-    return { svg, points: pixels(svg, timed, x, y) };
+    return { svg, points: pixels(svg, scored, x, y) };
   },
 
   curves(width) {

@@ -27,14 +27,13 @@ from raytune_emotion.tuning.report.page_data import (
     COSTS,
     StudyData,
     as_json,
-    count_statuses,
     fixed_rows,
     gather,
     searched_rows,
 )
 from raytune_emotion.tuning.report.plots import draw_all
 from raytune_emotion.tuning.report.results import MIXTURE, Result, mixture_of, write_results
-from raytune_emotion.tuning.report.summary import duration, gain_source
+from raytune_emotion.tuning.report.summary import count_statuses, duration, gain_source
 from raytune_emotion.tuning.report.winner import (
     Face,
     extreme_faces,
@@ -100,18 +99,19 @@ def write_report(
     place = place or Folder(folder)
     found = rank_confirmed(spec, records)
     leader = found[0].median if found and found[0].runs else winner(records)
-    predictions = predict_winner(folder, spec, leader.trial_id) if leader else ""
-    data = gather(spec, records, leader, None if isinstance(predictions, str) else predictions)
+    predictions, reason = predict_winner(folder, spec, leader.trial_id) if leader else (None, "")
+    data = gather(spec, records, leader, predictions)
     rivals: list[str] = []
-    if leader is not None and not isinstance(predictions, str) and spec.confirms is None:
+    if leader is not None and predictions is not None and spec.confirms is None:
         rivals = rivals_of(leader, records, predictions)
     combinations = measure_combinations(folder, records, place)
     for name, table in (_tables(data, predictions) | _table_of_combinations(combinations)).items():
         write_text(folder / f"{name}.csv", table)
-    for name, figure in draw_all(data, None if isinstance(predictions, str) else predictions):
+    for name, figure in draw_all(data, predictions):
         with atomic_write(folder / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    write_text(folder / REPORT, _render(folder, place, data, leader, found, predictions, combinations, gain, rivals))
+    page = _render(folder, place, data, found, predictions, reason, combinations, gain, rivals)
+    write_text(folder / REPORT, page)
     return rivals
 
 
@@ -134,9 +134,9 @@ def _render(
     folder: Path,
     place: Location,
     data: StudyData,
-    leader: TrialRecord | None,
     found: Sequence[ConfirmedConfiguration],
-    predictions: Predictions | str,
+    predictions: Predictions | None,
+    reason: str,
     combinations: Sequence[MeasuredCombination],
     gain: Gain | None,
     rivals: Sequence[str],
@@ -156,7 +156,8 @@ def _render(
     objective = OBJECTIVES[data.spec.objective]
     columns = _columns(data)
     return environment.get_template("page.html.j2").render(
-        **_winner_parts(folder, data, leader, found, predictions),
+        **_winner_parts(folder, data, found, predictions),
+        not_closer=reason,
         policy=_policy(scripts),
         css=part("page.css"),
         scripts=scripts,
@@ -166,7 +167,7 @@ def _render(
         aim=_AIMS.get(data.spec.objective, f"the front of {data.spec.objective}"),
         gain=gain,
         gain_source=gain_source(gain) if gain is not None and gain.bits else "",
-        counts=count_statuses(data.records),
+        counts={status: n for status, n in count_statuses(r.status for r in data.records).items() if n},
         duration=duration(_seconds_trained(data.records)),
         searched=searched_rows(data.space),
         fixed=fixed_rows(data.space),
@@ -192,7 +193,7 @@ def _render(
         combination_headings=COMBINATIONS,
         combination_texts=COMBINATION_TEXTS,
         headings=_HEADINGS,
-        contents=_contents(data, predictions, combinations),
+        contents=_contents(data, combinations),
         rivals=rivals,
         slice_columns=_columns_of_plots(len(data.axes)),
         confirm=f"raytune-emotion confirm {shell_word(str(place))}",
@@ -214,16 +215,16 @@ def _seconds_trained(records: Sequence[TrialRecord]) -> float:
 def _winner_parts(
     folder: Path,
     data: StudyData,
-    leader: TrialRecord | None,
     found: Sequence[ConfirmedConfiguration],
-    predictions: Predictions | str,
+    predictions: Predictions | None,
 ) -> dict[str, Any]:
+    leader = data.winner
     best: Mapping[str, Any] = leader.best if leader and leader.best else {}
     confirmed = _confirmed_mean(folder, found)
     worst: list[Face] = []
     finest: list[Face] = []
     closer = None
-    if not isinstance(predictions, str) and data.analysis is not None:
+    if predictions is not None and data.analysis is not None:
         finest, worst = extreme_faces(predictions)
         closer = {
             "count": len(predictions.ids),
@@ -237,12 +238,11 @@ def _winner_parts(
         "note": f"The median of the {len(found[0].runs)} runs of its configuration" if found and found[0].runs else "",
         "settings": trained_settings(Folder(folder), leader) if leader else {},
         "epochs_of_best": count(best.get("epoch", 0), "epoch"),
-        "interval": None if isinstance(predictions, str) else js_interval(predictions),
+        "interval": None if predictions is None else js_interval(predictions),
         "metrics": [(name, _cell(best[key])) for key, name in _METRICS if best.get(key) is not None],
         "closer": closer,
         "worst": worst,
         "finest": finest,
-        "not_closer": predictions if isinstance(predictions, str) else "",
     }
 
 
@@ -266,10 +266,8 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
 
 
-def _contents(
-    data: StudyData, predictions: Predictions | str, combinations: Sequence[MeasuredCombination]
-) -> list[tuple[str, str]]:
-    best, axes, closer = data.winner is not None, bool(data.axes), not isinstance(predictions, str)
+def _contents(data: StudyData, combinations: Sequence[MeasuredCombination]) -> list[tuple[str, str]]:
+    best, axes, closer = data.winner is not None, bool(data.axes), data.analysis is not None
     there = {
         "search": True, "winner": best, "results": bool(data.results), "time": best, "curves": best,
         "parallel": best and axes, "importance": best and axes, "slices": best and axes, "costs": best,
@@ -323,13 +321,13 @@ def _result_cells(result: Result) -> list[tuple[str, Any]]:
     return [(_cell(value), "" if value is None else value) for value in values]
 
 
-def _tables(data: StudyData, predictions: Predictions | str) -> dict[str, str]:
+def _tables(data: StudyData, predictions: Predictions | None) -> dict[str, str]:
     """Return the tables of the plots as CSV, by file name. The table of trials is written elsewhere."""
     steps = pd.DataFrame(data.steps, columns=["seconds", OBJECTIVE, "trial_id"])
     tables = {"results": write_results(data.results), "progress": steps.to_csv(index=False)}
     if data.importances:
         tables["importance"] = pd.DataFrame(data.importances).to_csv(index=False)
-    if data.analysis is not None and not isinstance(predictions, str):
+    if predictions is not None and data.analysis is not None:
         names = predictions.classes
         matrix = pd.DataFrame(data.analysis.confusion_KK, index=pd.Index(names, name="target"), columns=list(names))
         bins = [{"class": c.name, **vars(b)} for c in data.analysis.classes for b in c.bins]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -14,7 +14,6 @@ from raytune_emotion.tuning.report.importance import Importance, importances
 from raytune_emotion.tuning.report.results import Result, loss_weights, results_of, seconds_per_epoch
 from raytune_emotion.tuning.report.winner import confusion, errors_by_entropy
 from raytune_emotion.tuning.space.space import Fixed, Setting, Simplex, Space
-from raytune_emotion.tuning.study.optuna_study import Status
 from raytune_emotion.tuning.study.records import TrialRecord, best_first, best_js_steps
 from raytune_emotion.tuning.study.spec import CHANGEABLE, StudySpec
 
@@ -100,13 +99,8 @@ def as_json(data: StudyData) -> dict[str, Any]:
 
 
 def began_at(records: Sequence[TrialRecord]) -> float:
-    """Return the Unix time at which the first trial began; 0 if no report has a time."""
-    return min((r["time"] - r["seconds"] for record in records for r in record.reports[:1] if "time" in r), default=0.0)
-
-
-def elapsed(report: Mapping[str, Any], begin: float) -> float | None:
-    """Return the seconds from the beginning of the study to a report; None if the report has no time."""
-    return report["time"] - begin if "time" in report else None
+    """Return the Unix time at which the first trial began; 0 if none has reported."""
+    return min((r["time"] - r["seconds"] for record in records for r in record.reports[:1]), default=0.0)
 
 
 def costs_of(record: TrialRecord) -> dict[str, float | None]:
@@ -151,12 +145,6 @@ def describe(setting: Setting) -> str:
     return f"{setting.low:g} to {setting.high:g} ({whole}{'log' if setting.log else 'linear'} scale{step})"
 
 
-def count_statuses(records: Sequence[TrialRecord]) -> dict[str, int]:
-    """Count the trials of each status that occurs."""
-    counts = {status: sum(record.status == status for record in records) for status in get_args(Status)}
-    return {status: n for status, n in counts.items() if n}
-
-
 def _trial(record: TrialRecord, data: StudyData, begin: float) -> dict[str, Any]:
     best: Mapping[str, Any] = record.best or {}
     return {
@@ -167,7 +155,7 @@ def _trial(record: TrialRecord, data: StudyData, begin: float) -> dict[str, Any]
         "accuracy": best.get("val_accuracy"),
         "epochs": record.reports[-1]["epoch"] if record.reports else None,
         "seconds": record.reports[-1]["seconds"] if record.reports else None,
-        "t": elapsed(best, begin) if best else None,
+        "t": best["time"] - begin if best else None,
         "curve": [[report["epoch"], report["val_js"]] for report in record.reports],
         "settings": {axis.name: axis.position(record.settings.get(axis.name)) for axis in data.axes},
         "loss": {name: weight for name, weight in loss_weights(record).items() if name in data.losses},
@@ -184,7 +172,7 @@ def _losses(records: Sequence[TrialRecord]) -> tuple[str, ...]:
 
 
 def _front(records: Sequence[TrialRecord], key: str, more: bool) -> list[str]:
-    ranked = best_first(record for record in records if record.best and record.status != "failed")
+    ranked = best_first(record for record in records if record.counts)
 
     def cost(record: TrialRecord) -> float:
         value = costs_of(record)[key]

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from raytune_emotion.learn.figures import make_figure
 from raytune_emotion.learn.predictions import Predictions
 from raytune_emotion.tuning.report.axes import Axis
-from raytune_emotion.tuning.report.page_data import COSTS, StudyData, began_at, costs_of, elapsed
+from raytune_emotion.tuning.report.page_data import COSTS, StudyData, began_at, costs_of
 from raytune_emotion.tuning.report.results import loss_weights
 from raytune_emotion.tuning.report.winner import extreme_rows
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
@@ -72,7 +72,7 @@ def draw_curves(data: StudyData) -> Figure:
 def draw_progress(data: StudyData) -> Figure:
     figure, (axes,) = make_figure(8, 3.2)
     begin = began_at(data.records)
-    shown = [(t / 60, r) for r in data.records if r.best and (t := elapsed(r.best, begin)) is not None]
+    shown = [((r.best["time"] - begin) / 60, r) for r in data.records if r.best]
     axes.scatter([t for t, _ in shown], [_js(r) for _, r in shown], c=[_colour(data, r) for _, r in shown], s=18)
     minutes = [t / 60 for t, _, _ in data.steps]
     axes.step(minutes, [js for _, js, _ in data.steps], where="post", color=_WINNER, label="best so far")

@@ -33,7 +33,7 @@ class Result:
 def results_of(records: Sequence[TrialRecord]) -> list[Result]:
     """Return a row for each tried pair of model and loss, the lowest JS first. Failed trials are left out."""
     groups: dict[tuple[str, str], list[TrialRecord]] = {}
-    for record in best_first(record for record in records if record.best and record.status != "failed"):
+    for record in best_first(record for record in records if record.counts):
         groups.setdefault((model_of(record), loss_of(record)), []).append(record)
     return [_result(model, loss, group) for (model, loss), group in groups.items()]
 

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -64,20 +64,19 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
     spans = _spans(study, records)
     started = min((start for start, _ in spans), default=None)
     began = now if started is None else started
-    counts = Counter(record.status for record in records)
     ended = sum(record.ended for record in records)
     finished = ended == len(records) and (ended >= spec.trials or study.has_tried_all())
     last = max((end for _, end in spans), default=now)
     active = _length_of_union(spans)
     leader = winner(records)
     gain = expected_gain(study.optuna)
-    heard = [report["time"] for record in records for report in record.reports if "time" in report]
+    heard = [report["time"] for record in records for report in record.reports]
     return Summary(
         study=name or spec.name,
         objective=spec.objective,
         finished=finished,
         trials_planned=spec.trials,
-        trials={status: counts[status] for status in get_args(Status)},
+        trials=count_statuses(record.status for record in records),
         best=_best_of(leader, study.copy.location) if leader is not None else None,
         baseline_js=spec.baseline.get("js"),
         started=started,
@@ -90,6 +89,17 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
         expected_gain=gain,
         expected_gain_per_hour=gain.per_hour if gain is not None else None,
     )
+
+
+def count_statuses(statuses: Iterable[Status]) -> dict[str, int]:
+    """Count the trials of each status."""
+    counts = Counter(statuses)
+    return {status: counts[status] for status in get_args(Status)}
+
+
+def counts_text(trials: Mapping[str, int]) -> str:
+    """Write the numbers of trials by status; "" if there is none."""
+    return ", ".join(f"{n} {status}" for status, n in trials.items() if n)
 
 
 def per_hour(ended: int, active_seconds: float) -> float | None:
@@ -112,7 +122,7 @@ def time_left(planned: int, ended: int, under_way: Iterable[float], active_secon
 
 def describe(summary: Summary) -> list[str]:
     """Write a summary as lines for people."""
-    counts = ", ".join(f"{n} {status}" for status, n in summary.trials.items() if n) or "none yet"
+    counts = counts_text(summary.trials) or "none yet"
     all_tried = summary.finished and sum(summary.trials.values()) < summary.trials_planned
     rate = f", {rate_text(summary.trials_per_hour)} an hour" if summary.trials_per_hour is not None else ""
     lines = [
@@ -162,7 +172,7 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
 
 def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
     """Return the start of each trial, and its end or its last report."""
-    last = {record.trial_id: record.reports[-1].get("time", 0.0) for record in records if record.reports}
+    last = {record.trial_id: record.reports[-1]["time"] for record in records if record.reports}
     spans = []
     for trial in study.optuna.get_trials(deepcopy=False):
         if trial.datetime_start is not None:

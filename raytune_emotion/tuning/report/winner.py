@@ -40,17 +40,21 @@ class Face:
     rows: tuple[tuple[str, float, float], ...]  # class, target, prediction: the largest ones, by target
 
 
-def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> Predictions | str:
-    """Predict validation images with the best weights of a trial, or return the reason why this is impossible here."""
+def predict_winner(folder: Path, spec: StudySpec, trial_id: str) -> tuple[Predictions | None, str]:
+    """Predict validation images with the best weights of a trial.
+
+    Returns:
+        The predictions, or None and the reason why they are impossible here.
+    """
     try:
         best = read_best(trial_folder(folder, trial_id) / BEST)
         size = int(best.settings["data.image_size"])
         store = open_if_here(spec.stores[size], size, best.fingerprint)
         if store is None:
-            return f"the data of {size} px are not on this machine"
-        return predict_best(best, store.val, store.classes)
+            return None, f"the data of {size} px that the study was trained on are not on this machine"
+        return predict_best(best, store.val, store.classes), ""
     except (UserError, Breakdown, OSError, KeyError, RuntimeError) as error:
-        return " ".join(str(error).split())[:300] or type(error).__name__
+        return None, " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def js_interval(predictions: Predictions) -> tuple[float, float]:
@@ -65,7 +69,7 @@ def rivals_of(leader: TrialRecord, records: Iterable[TrialRecord], predictions: 
     """
     assert leader.best is not None
     margin = js_interval(predictions)[1] - float(predictions.js_N.mean())
-    others = [r for r in best_configurations(records, _RIVALS + 1) if r.trial_id != leader.trial_id and r.best]
+    others = [r for r in best_configurations(records, _RIVALS + 1) if r.trial_id != leader.trial_id]
     return [r.trial_id for r in others if r.best and r.best["val_js"] <= leader.best["val_js"] + margin]
 
 

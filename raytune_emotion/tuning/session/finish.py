@@ -14,7 +14,7 @@ import torch
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
-from raytune_emotion.learn.combine import choose_ensemble, mean_of, measure_gain
+from raytune_emotion.learn.combine import unseen_js_of_ensemble
 from raytune_emotion.learn.device import find_device
 from raytune_emotion.learn.export_files import CONFIG
 from raytune_emotion.learn.export_folder import FormatError, write_package
@@ -198,15 +198,7 @@ def _unseen_js(groups: Sequence[Candidates], names: Collection[str]) -> float | 
     ]
     if not predictions or any(group.store.val.ids != groups[0].store.val.ids for group in groups):
         return None
-    targets = groups[0].targets
-    gain = measure_gain(
-        lambda rows: choose_ensemble(predictions, targets, rows, 1),
-        mean_of(predictions),
-        len(predictions),
-        groups[0].store.val.ids,
-        targets,
-    )
-    return gain.single if gain is not None else None
+    return unseen_js_of_ensemble(predictions, groups[0].store.val.ids, groups[0].targets, 1)
 
 
 def _name_members(found: Combination, what: str) -> str:

@@ -157,7 +157,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                     console.print(line)
                 run = StudyRun(study, placement, request.time_budget, request.until_gain, failure=cluster.failure)
                 run_with_progress(console, run, _other_watches(request, study, held))
-                if request.finish and any(record.best for record in study.records()):
+                if request.finish and any(record.counts for record in study.records()):
                     write_text(study.folder / _SEARCHED, json.dumps(_limits(request)))
                     study.copy.push(_SEARCHED)
         except (KeyboardInterrupt, ClusterLost) as why:

@@ -12,24 +12,19 @@ from raytune_emotion.data.store import Store
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best, read_predictions
 from raytune_emotion.learn.combine import (
-    Gain,
     Soup,
     choose_ensemble,
     choose_soup,
     list_compatible,
     mean_of,
-    measure_gain,
     predict_whole,
+    unseen_js,
+    unseen_js_of_ensemble,
 )
 from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.metrics import logits_of
-from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
-from raytune_emotion.storage.locations import Location
-from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFIRMATION
-from raytune_emotion.tuning.study.optuna_study import JOURNAL
+from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
-from raytune_emotion.tuning.study.remote_copy import join_pieces
-from raytune_emotion.tuning.study.trials import DATA, PARAMS
 
 #: Largest number of members of an ensemble, by default.
 MEMBERS = 3
@@ -64,24 +59,33 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """Trials that were chosen to be combined, and the gain of that."""
+    """Trials that were chosen to be combined, and what that brings.
+
+    Both JS are means over the images, each from a choice on the half that it is not in; None: there are too few images.
+    """
 
     candidates: Candidates
     members: tuple[int, ...]  # numbers of candidates, the best first
     predicted_NK: Tensor
-    gain: Gain | None  # None: there are too few images to measure it
+    single: float | None  # JS of the best single model, bits
+    combined: float | None  # JS of the combination, bits
 
     @property
     def trial_ids(self) -> list[str]:
         """Return the trials of the members."""
         return [self.candidates.trial_ids[number] for number in self.members]
 
+    @property
+    def bests(self) -> list[Best]:
+        """Return the weights of the members."""
+        return [self.candidates.bests[number] for number in self.members]
+
     def sentence(self, what: str) -> str:
         """Describe the gain of the combination."""
-        if self.gain is None:
+        if self.combined is None:
             return f"What the {what} brings was not measured: there are too few validation images."
         return (
-            f"JS {self.gain.combined:.4f} bits; the best single model {self.gain.single:.4f}. Both were chosen on one "
+            f"JS {self.combined:.4f} bits; the best single model {self.single:.4f}. Both were chosen on one "
             f"half of the validation set and measured on the other, both ways round. The trials and their epochs were "
             f"selected on the whole set."
         )
@@ -92,9 +96,7 @@ class Combination:
 
         A lone member counts as a single model.
         """
-        if self.gain is None:
-            return None
-        return self.gain.combined if len(self.members) > 1 else self.gain.single
+        return self.combined if len(self.members) > 1 else self.single
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -102,42 +104,17 @@ class Combination:
 
         What a report of a run says of its training is left out: each member had its own.
         """
-        best, store = self.candidates.bests[self.members[0]], self.candidates.store
         logits_NK = logits_of(self.predicted_NK)
-        metrics = means_of_metrics(logits_NK, self.candidates.targets, store.classes)
+        metrics = means_of_metrics(logits_NK, self.candidates.targets, self.candidates.store.classes)
         values: dict[str, Any] = {f"val_{name}": value for name, value in metrics.items()}
         values |= {
             "best_val_js": metrics["js"],
-            "params_millions": best.report["params_millions"],
+            "params_millions": self.bests[0].report["params_millions"],
             "members": len(self.members),
         }
-        if self.gain is not None:
-            values |= {"unseen_js": self.gain.combined, "unseen_js_single": self.gain.single}
+        if self.combined is not None:
+            values |= {"unseen_js": self.combined, "unseen_js_single": self.single}
         return values
-
-
-def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord]) -> None:
-    """Copy what a report needs into the folder of a study at a URI: models, and the record of its confirmation.
-
-    The models are those of trials that have reported and not failed.
-
-    Args:
-        place: where the study lies.
-        folder: in which this process works on it.
-        records: of its trials.
-
-    Raises:
-        UserError, Breakdown: the place cannot be read.
-    """
-    if place.is_here(folder):
-        return
-    looked_at = {record.trial_id for record in records if record.best and record.status != "failed"}
-    found = place.find(f"trials/*/{BEST}", *RECORD_OF_CONFIRMATION)
-    confirmation = [name for name in found if name.startswith(f"{CONFIRMED}/")]
-    trials = [Path(name).parent for name in found if name not in confirmation]
-    models = [trial / name for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS) if trial.name in looked_at]
-    place.pull(folder, [*confirmation, *map(str, models)])
-    join_pieces(folder, f"{CONFIRMED}/{JOURNAL}")
 
 
 def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") -> list[tuple[str, Path]]:
@@ -150,8 +127,8 @@ def list_kept(folder: Path, records: Sequence[TrialRecord], prefix: str = "") ->
         records: of its trials.
         prefix: of the names that the trials get.
     """
-    there = [record for record in records if record.best and record.status != "failed"]
-    folders = [(f"{prefix}{record.trial_id}", trial_folder(folder, record.trial_id)) for record in there]
+    ids = [record.trial_id for record in records if record.counts]
+    folders = [(f"{prefix}{trial_id}", trial_folder(folder, trial_id)) for trial_id in ids]
     return [(name, trial) for name, trial in folders if (trial / BEST).exists()]
 
 
@@ -205,17 +182,10 @@ def _candidates_of(
 
 def combine_ensemble(candidates: Candidates, most: int) -> Combination:
     """Choose the members of an ensemble."""
-    predictions, true_NK = candidates.predictions, candidates.targets
-    predict = mean_of(predictions)
+    predictions, ids, true_NK = candidates.predictions, candidates.store.val.ids, candidates.targets
     members = choose_ensemble(predictions, true_NK, _all(candidates), most)
-    gain = measure_gain(
-        lambda rows: choose_ensemble(predictions, true_NK, rows, most),
-        predict,
-        len(predictions),
-        candidates.store.val.ids,
-        true_NK,
-    )
-    return Combination(candidates, members, predict(members), gain)
+    single, combined = (unseen_js_of_ensemble(predictions, ids, true_NK, count) for count in (1, most))
+    return Combination(candidates, members, mean_of(predictions, members), single, combined)
 
 
 def combine_soup(candidates: Candidates, device: torch.device) -> tuple[Combination, Best]:
@@ -227,16 +197,11 @@ def combine_soup(candidates: Candidates, device: torch.device) -> tuple[Combinat
     """
     candidates = candidates.only(list_compatible(candidates.bests))
     soup = Soup(candidates.bests, candidates.store, candidates.predictions, device)
-    count, true_NK = len(candidates.bests), candidates.targets
+    count, ids, true_NK = len(candidates.bests), candidates.store.val.ids, candidates.targets
     members = choose_soup(soup.predict, count, true_NK, _all(candidates))
-    gain = measure_gain(
-        lambda rows: choose_soup(soup.predict, count, true_NK, rows),
-        soup.predict,
-        count,
-        candidates.store.val.ids,
-        true_NK,
-    )
-    return Combination(candidates, members, soup.predict(members), gain), soup.best(members)
+    single = unseen_js_of_ensemble(candidates.predictions, ids, true_NK, 1)
+    combined = unseen_js(lambda rows: choose_soup(soup.predict, count, true_NK, rows), soup.predict, ids, true_NK)
+    return Combination(candidates, members, soup.predict(members), single, combined), soup.best(members)
 
 
 def _all(candidates: Candidates) -> Any:

@@ -103,7 +103,7 @@ class ConfirmedConfiguration:
 def best_configurations(records: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
     """Return the best trial of each of the best configurations. A continued trial has the same configuration."""
     found: list[TrialRecord] = []
-    for record in best_first([record for record in records if record.best and record.status != "failed"]):
+    for record in best_first(record for record in records if record.counts):
         if len(found) < count and all(record.settings != other.settings for other in found):
             found.append(record)
     return found

@@ -43,6 +43,11 @@ class TrialRecord:
         return self.status in ENDED
 
     @property
+    def counts(self) -> bool:
+        """Tell whether the trial has reported and has not failed, so that it can be the best."""
+        return bool(self.reports) and self.status != "failed"
+
+    @property
     def best(self) -> Report | None:
         """Return the report with the lowest validation JS; None before the first."""
         return min(self.reports, key=lambda report: report["val_js"], default=None)
@@ -106,8 +111,7 @@ def best_first(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 def winner(records: Iterable[TrialRecord]) -> TrialRecord | None:
     """Return the best trial of a study; None if no trial except failed ones has reported."""
-    reported = [record for record in records if record.best and record.status != "failed"]
-    return best_first(reported)[0] if reported else None
+    return next(iter(best_first(record for record in records if record.counts)), None)
 
 
 def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, str]]:
@@ -119,9 +123,8 @@ def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, st
     reports = sorted(
         (report["time"], report["val_js"], record.trial_id)
         for record in records
-        if record.status != "failed"
+        if record.counts
         for report in record.reports
-        if "time" in report
     )
     steps: list[tuple[float, float, str]] = []
     for step in reports:
@@ -133,7 +136,7 @@ def best_js_steps(records: Iterable[TrialRecord]) -> list[tuple[float, float, st
 def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialRecord]:
     """Return the Pareto front of JS and an objective's cost, the best JS first. Failed trials are not on it."""
     cost = objective.cost or (lambda report: math.inf)
-    ranked = best_first(record for record in records if record.status != "failed")
+    ranked = best_first(record for record in records if record.counts)
     return pareto_front(ranked, lambda record: cost(record.best) if record.best else math.inf)
 
 

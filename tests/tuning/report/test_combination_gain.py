@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.data.store import open_store
-from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.run_folder import PREDICTIONS
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.report import combination_gain
@@ -106,7 +105,7 @@ def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("members", "command"), [((0, 1), "--ensemble 2"), ((0,), "")])
 def test_an_ensemble_has_its_command_where_it_is_one(study, monkeypatch, members, command):
-    chosen = SimpleNamespace(members=members, trial_ids=["0002", "0001"][: len(members)], gain=Gain(0.3, 0.2))
+    chosen = SimpleNamespace(members=members, trial_ids=["0002", "0001"][: len(members)], single=0.3, combined=0.2)
     monkeypatch.setattr(combination_gain, "combine_ensemble", lambda candidates, most: chosen)
     monkeypatch.setattr(combination_gain, "_MOST_SECONDS", 0.0)
     found, *_ = measure_combinations(study, load(study).records())
@@ -116,7 +115,7 @@ def test_an_ensemble_has_its_command_where_it_is_one(study, monkeypatch, members
 
 
 def two_members(candidates, most=2):
-    return SimpleNamespace(members=(0, 1), trial_ids=["0000", "0001"], gain=Gain(0.3, 0.2), candidates=candidates)
+    return SimpleNamespace(members=(0, 1), trial_ids=["0000", "0001"], single=0.3, combined=0.2, candidates=candidates)
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_
     for js in (0.5, 0.25, 0.6, 0.26):  # seed by seed
         proposal = searcher.ask()
         trial_folder(folder, proposal.trial_id).mkdir(parents=True)
-        report = make_report(1, js, time=0.0, images_per_second=9.0)
+        report = make_report(1, js)
         (trial_folder(folder, proposal.trial_id) / HISTORY).write_text(json.dumps(report) + "\n")
         searcher.observe(proposal.trial_id, report)
         searcher.tell(proposal.trial_id, "complete")

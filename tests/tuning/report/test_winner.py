@@ -43,7 +43,8 @@ def predictions():
 
 def test_it_finds_the_numbers_that_training_has_reported(study):
     best = winner(read_records(study, load_study(study)))
-    found = predict_winner(study, read_spec(study), best.trial_id)
+    found, reason = predict_winner(study, read_spec(study), best.trial_id)
+    assert reason == ""
     assert len(found.ids) == len(found.split)
     assert found.js_N.mean() == pytest.approx(best.best["val_js"], abs=1e-6)
     assert np.allclose(found.predicted_NK.sum(axis=1), 1)
@@ -75,11 +76,19 @@ def test_rivals_are_other_settings_within_the_interval_of_the_best_trial(predict
 def test_why_it_cannot_be_done_is_said(study, tmp_path):
     spec = read_spec(study)
     trial_id = winner(read_records(study, load_study(study))).trial_id
-    assert "no such checkpoint" in predict_winner(study, spec, "0099")
+    predictions, reason = predict_winner(study, spec, "0099")
+    assert predictions is None
+    assert "no such checkpoint" in reason
     gone = dataclasses.replace(spec, stores={32: str(tmp_path / "gone")})
-    assert predict_winner(study, gone, trial_id) == "the data of 32 px are not on this machine"
+    assert predict_winner(study, gone, trial_id) == (
+        None,
+        "the data of 32 px that the study was trained on are not on this machine",
+    )
     away = dataclasses.replace(spec, stores={32: "s3://bucket/faces"})
-    assert predict_winner(study, away, trial_id) == "the data of 32 px are not on this machine"
+    assert predict_winner(study, away, trial_id) == (
+        None,
+        "the data of 32 px that the study was trained on are not on this machine",
+    )
 
 
 def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatch):
@@ -87,10 +96,14 @@ def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatc
     shutil.copytree(store.path, tmp_path / "faces")
     uri, trial_id = (tmp_path / "faces").as_uri(), winner(read_records(study, load_study(study))).trial_id
     spec = dataclasses.replace(read_spec(study), stores={32: uri})
-    assert predict_winner(study, spec, trial_id) == "the data of 32 px are not on this machine"
+    assert predict_winner(study, spec, trial_id) == (
+        None,
+        "the data of 32 px that the study was trained on are not on this machine",
+    )
     open_store(uri)
     shutil.rmtree(tmp_path / "faces")
-    assert predict_winner(study, spec, trial_id).ids == predict_winner(study, read_spec(study), trial_id).ids
+    (cached, _), (here, _) = (predict_winner(study, its, trial_id) for its in (spec, read_spec(study)))
+    assert cached.ids == here.ids
 
 
 def test_errors_of_classes(predictions):

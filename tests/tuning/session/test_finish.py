@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from raytune_emotion.data.prepare import prepare
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import export_folder
-from raytune_emotion.learn.combine import Gain
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.graphs import Ensemble
 from raytune_emotion.learn.run_folder import HISTORY, LAST, read_history
@@ -67,14 +66,14 @@ def study(store, tmp_path, monkeypatch):
 @pytest.fixture
 def formats(monkeypatch):
     """Let an ensemble be exported without its graph, which `test_combination.py` has; note the formats asked for."""
-    asked, write_model = [], combined_export.write_model
+    asked, write_ensemble = [], combined_export.write_ensemble_package
 
     def write_weights(*args, formats, **more):
         asked.append(formats)
-        write_model(*args, formats=["timm"], **more)
+        write_ensemble(*args, formats=[], **more)
 
-    monkeypatch.setattr(combined_export, "write_model", write_weights)
-    monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+    monkeypatch.setattr(combined_export, "write_ensemble_package", write_weights)
+    monkeypatch.setattr(export_folder, "images_per_second", lambda *_: 1.0)
     return asked
 
 
@@ -303,12 +302,12 @@ def choose(candidates, monkeypatch):
 
     def choose(ensemble, soup):
         (members, js), (mixed_members, mixed_js) = ensemble, soup
-        chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=members, gain=Gain(0.30, js))
+        chosen = dataclasses.replace(combine_ensemble(candidates, 2), members=members, single=0.30, combined=js)
         mixed, best = combine_soup(candidates, CPU)
-        mixed = dataclasses.replace(mixed, members=mixed_members, gain=Gain(0.30, mixed_js))
+        mixed = dataclasses.replace(mixed, members=mixed_members, single=0.30, combined=mixed_js)
         monkeypatch.setattr(finish, "combine_ensemble", lambda candidates, most: chosen)
         monkeypatch.setattr(finish, "combine_soup", lambda candidates, device: (mixed, best))
-        monkeypatch.setattr(combined_export, "images_per_second", lambda *_: 1.0)
+        monkeypatch.setattr(export_folder, "images_per_second", lambda *_: 1.0)
 
     return choose
 
@@ -337,7 +336,7 @@ def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choos
     steps = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
     assert [step.js for step in steps] == [0.30, *(js if members == TWO else 0.30 for members, js in (soup, ensemble))]
     assert said in (tmp_path / "dest" / "README.md").read_text()
-    assert formats == ([["timm", "pt2"]] if said == "an ensemble of" else [])
+    assert formats == ([["pt2"]] if said == "an ensemble of" else [])
 
 
 def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, candidates, choose, monkeypatch):

@@ -15,15 +15,16 @@ from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
 from raytune_emotion.errors import UserError
-from raytune_emotion.learn import checkpoint, export_folder
+from raytune_emotion.learn import checkpoint, export_folder, model_card
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.combine import images_per_second, mean_weights
 from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.report.publication import pull_for_report
 from raytune_emotion.tuning.study import combination, combined_export
-from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, pull_for_report, read_candidates
+from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
 from raytune_emotion.tuning.study.combined_export import export_soup, write_ensemble
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
@@ -37,7 +38,7 @@ CPU = torch.device("cpu")
 def short_measurements():
     """Measure for three batches how many images a second an ensemble predicts, and not for a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(combined_export, "images_per_second", functools.partial(images_per_second, seconds=0.0))
+        patch.setattr(export_folder, "images_per_second", functools.partial(images_per_second, seconds=0.0))
         yield
 
 
@@ -124,7 +125,7 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
     config, metrics = (json.loads((dest / name).read_text()) for name in ("config.json", "metrics.json"))
     assert [member["trial"] for member in config["members"]] == chosen.trial_ids
     assert config["label_names"] == list(store.classes)
-    assert metrics["unseen_js"] == chosen.gain.combined
+    assert metrics["unseen_js"] == chosen.combined
     assert metrics["images_per_second_cpu"] > 0
     reports = [chosen.candidates.bests[number].report for number in chosen.members]
     assert metrics["params_millions"] == pytest.approx(sum(report["params_millions"] for report in reports))
@@ -136,7 +137,8 @@ def test_an_ensemble_says_what_it_is_and_what_it_brings(ensemble, store):
         start = "Training began with random weights, so no licence of other weights applies."
         assert f"- Trial {trial_id}, {backbone}: {start}\n" in card
     assert "The trials and their epochs were selected on the whole set." in card
-    assert f"JS {chosen.gain.combined:.4f} bits; the best single model {chosen.gain.single:.4f}" in card
+    assert f"JS {chosen.combined:.4f} bits; the best single model {chosen.single:.4f}" in card
+    assert model_card._LIMITS in card
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
