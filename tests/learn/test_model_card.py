@@ -88,6 +88,7 @@ def test_card_says_what_the_model_is_and_how_good(card, trained, store):
     assert f"`{store.fingerprint}`" in card
     assert "| optim.lr | 0.003 |" in card
     assert model_card._LIMITS in card
+    assert "*perceived*" in card
     assert "random weights, so no licence of other weights applies" in card
     assert "weights_dir" not in card
     for name in trained.report:

@@ -227,7 +227,6 @@ def _choose_reports(value_NR: Floats, last_N: Ints, most: int) -> tuple[Ints, In
         best, others = ranked[: most // 2], ranked[most // 2 :]
         kept_N = np.union1d(best, others[np.linspace(0, len(others) - 1, most // 2).astype(int)])
     doubling_D = 2 ** np.arange(1, int(last_N.max()).bit_length())
-    doubling_D = doubling_D[doubling_D <= value_NR.shape[1]]
     earlier_ND = (doubling_D < last_N[kept_N, None]) & ~np.isnan(value_NR[kept_N][:, doubling_D - 1])
     row_E, at_E = np.nonzero(earlier_ND)
     room = min(most - len(kept_N), len(row_E))

@@ -195,7 +195,8 @@ class FreezeThaw:
         return any(before + 1e-9 < end <= epoch + 1e-9 for end in self._ends)
 
     def _make_plan(self, past: Sequence[FrozenTrial], limits: Limits) -> _Plan:
-        if self._kept.plans >= sum(map(is_running, past)) // _RUNNING_PER_PLAN:
+        # The trial for which the plan is made does not count as running.
+        if self._kept.plans >= (1 + sum(map(is_running, past))) // _RUNNING_PER_PLAN:
             self._kept = _Kept()
         kept = self._kept
         kept.plans += 1
@@ -230,7 +231,8 @@ class FreezeThaw:
         offer = outlook.offer(kept.shortlist, or_other=False) if kept.shortlist is not None else None
         if offer is None:
             offer = outlook.offer(outlook.candidates(rng, self._draw))
-            kept.shortlist = None if offer is None else offer.shortlist
+            # Without a forecast, candidates have no order.
+            kept.shortlist = offer.shortlist if offer is not None and outlook.forecast is not None else None
         return offer
 
     def _has_begun_enough(self, had: Sequence[int]) -> bool:

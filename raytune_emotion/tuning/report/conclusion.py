@@ -7,7 +7,7 @@ from rich.console import Console
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import write_package
+from raytune_emotion.learn.export_folder import check_replaceable, write_package
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Location, parent_of, replace_files
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
@@ -48,6 +48,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     rivals = publish_report(study, records)
     if best is not None:
         export_trial(place, Folder(folder / "best"), best.trial_id)
+        check_replaceable(place / "best")
         replace_files(place / "best", folder / "best", CONFIG)
     over = study.is_over()
     all_tried = over and study.has_tried_all()
@@ -150,5 +151,6 @@ def _export(study: OpenStudy, winner: ConfirmedConfiguration, configurations: in
         f"These weights are from the median run, trial {run.trial_id} of the confirmation.",
     ]
     metrics = {**best.report, **confirmed}
+    check_replaceable(place / "best")
     with (place / "best").publish(CONFIG) as dest:
         write_package(dest, best, notes, metrics=metrics, store=store_of(trained, best))
