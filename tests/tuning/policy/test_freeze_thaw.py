@@ -191,7 +191,9 @@ def test_with_many_workers_a_kernel_and_the_best_candidates_serve_several_foreca
     fit, candidates, curves = forecast.fit_kernel, Outlook.candidates, outlook.curves_of
     monkeypatch.setattr(forecast, "fit_kernel", lambda *args: fitted.append(1) or fit(*args))
     monkeypatch.setattr(Outlook, "candidates", lambda *args: drawn.append(1) or candidates(*args))
-    monkeypatch.setattr(outlook, "curves_of", lambda *args, **named: forecasts.append(len(drawn)) or curves(*args, **named))
+    monkeypatch.setattr(
+        outlook, "curves_of", lambda *args, **named: forecasts.append(len(drawn)) or curves(*args, **named)
+    )
     study = Study()
     study.run(2 * REPORTS, workers)
     assert least <= len(forecasts) / len(fitted) <= most
