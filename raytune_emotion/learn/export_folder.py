@@ -8,9 +8,10 @@ README.md            the model card
 model.onnx, model.pt2    optional: the model as one graph, see `learn/graphs.py`
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,18 @@ def _describe_model(model: nn.Module, config: RunConfig, best: Best) -> dict[str
             "num_classes": len(classes),
         },
     }
+
+
+@contextlib.contextmanager
+def publish_export(dest: Location) -> Iterator[Path]:
+    """Provide a folder to write an export into. When the block succeeds, it replaces an earlier export at `dest`.
+
+    Raises:
+        UserError: the location cannot be written, or holds other files.
+    """
+    check_replaceable(dest)
+    with dest.publish(CONFIG) as folder:
+        yield folder
 
 
 def check_replaceable(dest: Location) -> None:

@@ -165,9 +165,9 @@ def graphs(monkeypatch):
         cache.cache_clear()
 
 
-def captured_step(name="adamw"):
+def captured_step():
     model, prob_BK = Headed(), np.full((2, 3), 1 / 3, np.float32)
-    optimizer = build_optimizer(model, OptimConfig(name=name))
+    optimizer = build_optimizer(model, OptimConfig(name="adamw"))
     step = Step(
         model, optimizer, torch.amp.GradScaler("cpu", enabled=False), losses.mixture({"kl": 1.0}), mean=(0, 0, 0),
         std=(1, 1, 1), dtype=torch.float32, device=CPU, batch_rows=2, workers=1,

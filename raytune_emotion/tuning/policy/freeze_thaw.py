@@ -59,7 +59,7 @@ _HOPE = 0.02
 #: Number of first trials that train to their end without a pause if they are start points, or if no more than so many
 #: run at once and the first stretch is at least this share of the full length.
 _STRAIGHT, _LONG_LOOK = 2, 1 / 16
-#: The kernel is fitted, and candidates are drawn, once per so many plans: one for each of so many trials that run.
+#: Number of running trials for each plan that is made with the same kernel and the same candidates. At least one is.
 _RUNNING_PER_PLAN = 8
 #: Cost of resuming a trial, seconds; and largest share of the training time that all resumptions may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
@@ -90,11 +90,11 @@ class _Plan:
 
 @dataclass
 class _Kept:
-    """The results of costly computations, and the number of plans that were made with them."""
+    """The kernel and the candidates that serve several plans."""
 
-    plans: int = 0
+    plans: int = 0  # number of plans that were made with them
     kernel: Kernel | None = None
-    shortlist: Params | None = None
+    shortlist: Params | None = None  # the most promising candidates
 
 
 class FreezeThaw:

@@ -7,7 +7,7 @@ from rich.console import Console
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import check_replaceable, write_package
+from raytune_emotion.learn.export_folder import check_replaceable, publish_export, write_package
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Location, parent_of, replace_files
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
@@ -151,6 +151,5 @@ def _export(study: OpenStudy, winner: ConfirmedConfiguration, configurations: in
         f"These weights are from the median run, trial {run.trial_id} of the confirmation.",
     ]
     metrics = {**best.report, **confirmed}
-    check_replaceable(place / "best")
-    with (place / "best").publish(CONFIG) as dest:
+    with publish_export(place / "best") as dest:
         write_package(dest, best, notes, metrics=metrics, store=store_of(trained, best))

@@ -16,8 +16,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import unseen_js_of_ensemble
 from raytune_emotion.learn.device import find_device
-from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import FormatError, check_replaceable, write_package
+from raytune_emotion.learn.export_folder import FormatError, publish_export, write_package
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import count, plain_console, plain_table
@@ -130,8 +129,7 @@ def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, fai
         failure: why that failed, or "".
     """
     place = study.copy.location
-    check_replaceable(place / FINISHED)
-    with place.copy_here(*_WEIGHTS) as folder, (place / FINISHED).publish(CONFIG) as dest:
+    with publish_export(place / FINISHED) as dest, place.copy_here(*_WEIGHTS) as folder:
         searched = list_kept(folder, study.records())
         confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
         # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.

@@ -15,8 +15,7 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import check_interrupted, finish_block, keep_error
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
-from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import check_replaceable, write_package
+from raytune_emotion.learn.export_folder import publish_export, write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.storage.atomic import LOCK, FolderLock, exclusive_lock
@@ -108,8 +107,7 @@ def _conclude(
     if ended is not None and run.sizes([BEST]) == [None]:
         console.print("the run ended before its first evaluation; nothing is kept")
         return
-    check_replaceable(run / "best")
-    with run.copy_here(BEST) as folder, (run / "best").publish(CONFIG) as package:
+    with publish_export(run / "best") as package, run.copy_here(BEST) as folder:
         kept = read_best(folder / BEST)
         write_package(package, kept, store=store)
     best, mean = kept.report, baseline(store)

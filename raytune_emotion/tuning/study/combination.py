@@ -61,7 +61,8 @@ class Candidates:
 class Combination:
     """Trials that were chosen to be combined, and what that brings.
 
-    Both JS are means over the images, each from a choice on the half that it is not in; None: there are too few images.
+    Both JS are measured on images that did not choose the models: these were chosen on one half of the validation set
+    and measured on the other, both ways round. None: there are too few images.
     """
 
     candidates: Candidates

@@ -7,8 +7,7 @@ from typing import Any
 
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.device import find_device
-from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import TIMM, check_replaceable, write_ensemble_package, write_package
+from raytune_emotion.learn.export_folder import TIMM, publish_export, write_ensemble_package, write_package
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.combination import (
@@ -34,8 +33,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
     Raises:
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
-    check_replaceable(dest)
-    with read_study(study, *_WEIGHTS) as read, dest.publish(CONFIG) as package:
+    with publish_export(dest) as package, read_study(study, *_WEIGHTS) as read:
         chosen = combine_ensemble(_candidates(read), most)
         write_ensemble(package, chosen, study.name, formats)
     return chosen
@@ -47,8 +45,7 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
     Raises:
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
-    check_replaceable(dest)
-    with read_study(study, *_WEIGHTS) as read, dest.publish(CONFIG) as package:
+    with publish_export(dest) as package, read_study(study, *_WEIGHTS) as read:
         chosen, best = combine_soup(_candidates(read), find_device())
         write_soup(package, chosen, best, study.name, formats)
     return chosen

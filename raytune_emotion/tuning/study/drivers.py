@@ -61,7 +61,7 @@ class SingleDriver:
     own = None
 
     def __init__(self, lock: FolderLock | None = None, begin: Callable[[], None] = lambda: None) -> None:
-        """Hold a lock, and begin once it is claimed. Who only reads the study holds none."""
+        """Hold a lock, and begin once it is claimed. A reader of the study holds none."""
         self._lock, self._begin, self._has_begun = lock, begin, False
 
     @contextlib.contextmanager

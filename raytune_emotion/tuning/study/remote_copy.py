@@ -63,7 +63,8 @@ class RemoteCopy:
     def claim(self, names: Iterable[str] = (), *, journal: str = "") -> None:
         """Become the driver, and push a study's journal and then its other files.
 
-        Files that the folder lacks are deleted at the location: they are of a study that was never whole.
+        Those of these files that the folder lacks are deleted at the location: they are of a study that was never
+        whole. The folder must exist.
 
         Args:
             names: names of the other files, in the order in which they are pushed.

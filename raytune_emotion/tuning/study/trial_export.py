@@ -6,8 +6,7 @@ from pathlib import Path
 from raytune_emotion.data.store import Store, open_if_here
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.checkpoint import Best, read_best
-from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import TIMM, check_replaceable, write_package
+from raytune_emotion.learn.export_folder import TIMM, publish_export, write_package
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word, typed_command
@@ -34,9 +33,8 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
         UserError: the study has no weights of that trial, dest cannot be written, or a format cannot be made.
     """
     check_kept(study, trial_id)
-    check_replaceable(dest)
     wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
-    with study.copy_here(*wanted) as folder, dest.publish(CONFIG) as package:
+    with publish_export(dest) as package, study.copy_here(*wanted) as folder:
         _write(package, trial_folder(folder, trial_id), f"Trial {trial_id} of the study {study.name}.", formats)
 
 
@@ -49,8 +47,7 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
     if run.sizes([BEST]) == [None]:
         command = f"{typed_command('train')} --resume --name {shell_word(run.name)}"
         raise UserError(f"{run}: the run has no evaluation yet; continue it with {command}, and its --results")
-    check_replaceable(dest)
-    with run.copy_here(BEST, DATA) as folder, dest.publish(CONFIG) as package:
+    with publish_export(dest) as package, run.copy_here(BEST, DATA) as folder:
         _write(package, folder, f"The run {run.name}.", formats)
 
 

@@ -6,6 +6,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.execution import placement
 from raytune_emotion.tuning.execution.placement import Demand, cores_per_gpu, fit, fit_here, places_on, trials_on
 from raytune_emotion.tuning.execution.resources import Resources
+from raytune_emotion.tuning.study.request import AUTO
 
 
 def refusal(nodes, *, grows=False, **needs) -> str:
@@ -158,3 +159,10 @@ def test_trials_on_cores_keep_off_nodes_with_gpus_if_there_are_others():
 def test_parts_of_a_gpu_come_from_one(gpus, share, places):
     assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 1.0, "GPU": share}) == places
     assert places_on({"CPU": 16.0, "GPU": gpus}, {"CPU": 10.0, "GPU": share}) == min(1, places)
+
+
+def test_a_share_that_is_to_be_measured_counts_as_a_whole_gpu():
+    nodes = [{"CPU": 8.0, "GPU": 2.0}]
+    place = fit(nodes, "the cluster", Demand(gpus_per_worker=AUTO))
+    assert (place.resources.gpus_per_worker, place.concurrency) == (1, 2)
+    assert "cannot share a GPU" in refusal(nodes, workers=2, gpus_per_worker=AUTO)

@@ -208,8 +208,7 @@ def test_a_small_space_is_tried_as_a_whole_also_with_many_workers():
     study = optuna.create_study()
     policy = FreezeThaw(PolicyInputs(space, REPORTS, REPORTS, 0), take_up_s=0.0)
     searcher = Searcher(study, space, policy, sampler=make_sampler_of(inputs_of(0), "random"))
-    respond = lambda settings: (np.linspace(0.5, 0.4, REPORTS), np.ones(REPORTS))  # noqa: E731
-    Simulation(searcher, respond, 32, 0.0).run(math.inf)
+    Simulation(searcher, lambda settings: (np.linspace(0.5, 0.4, REPORTS), np.ones(REPORTS)), 32).run(math.inf)
     tried = [tuple(trial.params.values()) for trial in study.trials]
     assert len(tried) == len({*tried}) == 64
 
