@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class Outlook:
             kernel: kernel of an earlier outlook of this study; by default, it is fitted.
         """
         self._domain, self._past, self._aim = domain, past, aim
-        self.reported = [each for each in past if each.state != TrialState.FAIL and any(True for _ in _values(each))]
+        self.reported = [trial for trial in past if trial.state != TrialState.FAIL and _values(trial)]
         #: Forecast of configurations; None while too little is known, or after a numerical failure.
         self.forecast: Forecast | None = None
         running = [domain.settings(trial) for trial in past if is_running(trial)]
@@ -186,12 +186,9 @@ class Outlook:
         return log_M
 
 
-def _values(trial: FrozenTrial) -> Iterator[float]:
-    """Yield the finite values that a trial has reported."""
-    shown = False
-    for value in trial.intermediate_values.values():
-        if math.isfinite(value):
-            shown = True
-            yield value
+def _values(trial: FrozenTrial) -> list[float]:
+    """Return the finite values that a trial has reported."""
+    shown = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
     if not shown and trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
-        yield trial.value
+        return [trial.value]
+    return shown

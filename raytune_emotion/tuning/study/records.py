@@ -5,6 +5,7 @@ and pages are made from it, and can be made again at any time.
 """
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Collection, Iterable
@@ -47,7 +48,7 @@ class TrialRecord:
         """Tell whether the trial has reported and has not failed, so that it can be the best."""
         return bool(self.reports) and self.status != "failed"
 
-    @property
+    @functools.cached_property
     def best(self) -> Report | None:
         """Return the report with the lowest validation JS; None before the first."""
         return min(self.reports, key=lambda report: report["val_js"], default=None)
