@@ -182,8 +182,11 @@ class AnsweredPolicy:
     def decide(self, trial_id: str, report: Any, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         return self._inner.decide(trial_id, report, past, limits)
 
-    def replay(self, trials: Sequence[Recorded]) -> set[str]:
-        return self._inner.replay(trials)
+    def decide_again(self, trial_id: str, report: Any, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
+        return self._inner.decide_again(trial_id, report, past, limits)
+
+    def replay(self, trials: Sequence[Recorded]) -> None:
+        self._inner.replay(trials)
 
 
 class AtRandom(_Whole):
@@ -325,12 +328,12 @@ class Verdict:
             runs_NA = self.regret_PTSA[number].reshape(-1, len(SPENT))
             middle_A = runs_NA.mean(axis=0) if self.bounded else np.median(runs_NA, axis=0)
             error_A = runs_NA.std(axis=0, ddof=min(1, len(runs_NA) - 1)) / math.sqrt(len(runs_NA))
-            share = None if self.share_PTS is None else self.share_PTS[number]
+            share = math.inf if self.share_PTS is None else float(np.median(self.share_PTS[number]))
             told["policies"][name] = {
                 f"{'mean' if self.bounded else 'median'}_{word}": middle_A.tolist(),
                 "standard_error": error_A.tolist(),
                 "mean_rank": rank_PA[number].tolist(),
-                "share_to_random_end": None if share is None else float(np.median(share)),
+                "share_to_random_end": share if share < math.inf else None,
                 "runs": len(runs_NA),
                 "by_recording": {
                     task: self.regret_PTSA[number, at].mean(axis=0).tolist() for at, task in enumerate(self.recordings)
@@ -362,7 +365,8 @@ class Verdict:
             cells = _with_errors(each["mean_regret"], each["standard_error"]) if self.bounded else [""] * len(SPENT)
             ranks = [f"{rank:.2f}" for rank in each["mean_rank"]]
             share = each["share_to_random_end"]
-            reached = "-" if share is None else f"{share:.2f}" if share <= 1 else "not reached"
+            missing = "-" if self.share_PTS is None else "not reached"
+            reached = f"{share:.2f}" if share is not None and share <= 1 else missing
             table.add_row(name, *cells, *ranks, reached)
         for recording in () if self.bounded else self.recordings:
             for name, each in policies.items():

@@ -23,7 +23,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.terminal import plain_console
-from raytune_emotion.tuning.policy.decisions import ASHA, FORECAST, FREEZE_THAW, LEARN_FROM_ENDED, SAMPLERS, SCHEDULERS
+from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULERS, FORECAST, FREEZE_THAW, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.session.run_search import run_search
 from raytune_emotion.tuning.session.search_inputs import read_inputs
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheduler",
         choices=SCHEDULERS,
         metavar="NAME",
-        help=f"scheduler, which decides which trials continue: {', '.join(SCHEDULERS)} (default: {FREEZE_THAW}; with "
-        f"the samplers {', '.join(LEARN_FROM_ENDED)}, which learn only from ended trials: {ASHA})",
+        help=f"scheduler, which decides which trials continue: {', '.join(SCHEDULERS)} (default: {FREEZE_THAW}; "
+        f"{', '.join(f'with {sampler}: {name}' for sampler, name in DEFAULT_SCHEDULERS.items())})",
     )
     add("--trials", type=positive_integer, metavar="N", help=f"total number of trials (default: {DEFAULT_TRIALS})")
     add(

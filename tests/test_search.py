@@ -944,9 +944,12 @@ def test_the_seed_of_a_study_is_that_of_its_trials(tmp_path, store, space, optio
 @pytest.mark.parametrize(
     ("options", "scheduler"),
     [((), "freeze-thaw"), (("--sampler", "qmc"), "freeze-thaw"), (("--sampler", "tpe"), "asha"),
+     (("--sampler", "gp"), "none"), (("--sampler", "cmaes"), "none"),
      (("--sampler", "tpe", "--scheduler", "freeze-thaw"), "freeze-thaw")],
 )  # fmt: skip
-def test_a_sampler_that_learns_from_ended_trials_alone_has_a_scheduler_that_ends_them(store, space, options, scheduler):
+def test_a_sampler_that_learns_from_ended_or_complete_trials_alone_has_a_scheduler_that_makes_them(
+    store, space, options, scheduler
+):
     request = parsed("--data", str(store.path), "--space", str(space()), *options)
     assert new_spec(request, "new", request.load_space(), find_data(request.data)).scheduler == scheduler
 

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection
 
-from raytune_emotion.learn.run_folder import LAST
+from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.tuning.policy.decisions import Limits
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Proposal, StudyTrial, list_trials
@@ -26,7 +26,7 @@ class Backlog:
         self._queue: deque[str] = deque()  # trials that ran, and go on in this driver
         self._begun = 0  # trials that were ever asked for
         self._elsewhere = 0  # trials that other drivers run
-        self._paused: dict[str, int] = {}  # bytes of their checkpoints, 0 for one that is not on this machine
+        self._paused: dict[str, int] = {}  # bytes of their checkpoints
         self._idle = False  # the policy had nothing to run, and nothing has happened here since
         self._ask_again = clock()
 
@@ -51,8 +51,8 @@ class Backlog:
         return [trial for trial in others if trial.status != "running"], abandoned
 
     def _size(self, trial_id: str) -> int:
-        file = self._study.trial_folder(trial_id) / LAST
-        return file.stat().st_size if file.exists() else 0
+        sizes = self._study.copy.location.sizes(f"trials/{trial_id}/{name}" for name in (LAST, BEST))
+        return sum(size or 0 for size in sizes)
 
     @property
     def is_over(self) -> bool:

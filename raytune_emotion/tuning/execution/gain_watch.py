@@ -34,10 +34,10 @@ class GainWatch:
         self._until, self._clock, self._due = until, clock, -math.inf
         self.value: Gain | None = None  # None if unknown
 
-    def update(self) -> None:
-        """Compute the gain again, unless that would take too much of the driver's time."""
+    def update(self, *, now: bool = False) -> None:
+        """Compute the gain again, unless that would take too much of the driver's time and need not be now."""
         began = self._clock()
-        if self._forecast is None or began < self._due:
+        if self._forecast is None or (began < self._due and not now):
             return
         self.value = self._searcher.note_gain(self._forecast)
         ended = self._clock()

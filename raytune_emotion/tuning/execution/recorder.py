@@ -7,7 +7,7 @@ else writes the record of a running study.
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -112,9 +112,9 @@ class Recorder:
             self._study.claim()
             records = self._study.records()
             self._tables.keep([record for record in records if record.ended])
-            stopped = self._searcher.replay(records)
+            self._searcher.replay(records)
             for trial_id in self._look_around():
-                self._take_up_trial(self._study.record(trial_id), stopped)
+                self._take_up_trial(self._study.record(trial_id))
         self._gain.update()
 
     def _look_around(self) -> list[str]:
@@ -129,14 +129,24 @@ class Recorder:
             self._saving.delete_needless()
         return [trial.trial_id for trial in abandoned]
 
-    def _take_up_trial(self, record: TrialRecord, stopped: Collection[str]) -> None:
+    def _take_up_trial(self, record: TrialRecord) -> None:
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
-        if (ending := _unrecorded_ending(record, stopped=record.trial_id in stopped)) is not None:
+        if (ending := self._unrecorded_ending(record)) is not None:
             self._end(proposal, ending, record.reports[-1])
         else:
             self._backlog.requeue(record.trial_id)
+
+    def _unrecorded_ending(self, record: TrialRecord) -> Ending | None:
+        """Return the ending or pause that a dead driver did not record; None if the trial goes on."""
+        if not record.reports:
+            return None
+        last = record.reports[-1]
+        if last["finished"]:
+            # The finished report may be that of the trial that this one continues.
+            return Complete() if record.continues is None else None
+        return _ENDINGS[self._searcher.decide_again(record.trial_id, last, self._backlog.limits)]
 
     @property
     def is_over(self) -> bool:
@@ -192,6 +202,7 @@ class Recorder:
         with self._lock:
             if self.is_over:
                 self._run_or_break(self._prune_paused, None)
+            self._run_or_break(lambda: self._gain.update(now=True), None)
             if not self.broken:
                 self._run_or_break(self._saving.write, None)
             elif isinstance(self.error, _StudyEnds):
@@ -233,7 +244,8 @@ class Recorder:
             for trial_id in self._look_around() if self._study.drivers.own is not None else ():
                 if not self._backlog.has_queue:  # one at a time, because other drivers have free places, too
                     record = self._study.record(trial_id)
-                    self._take_up_trial(record, self._searcher.replay([record]))
+                    self._searcher.replay([record])
+                    self._take_up_trial(record)
             if (waiting := self._backlog.take()) is not None:
                 return self._searcher.resume(waiting)
             while isinstance(answer := self._searcher.ask(self._backlog.limits), Prune):
@@ -294,15 +306,6 @@ def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) 
     proposal = Proposal(trial.trial_id, trial.settings, trial.continues)
     last = record.reports[-1] if record.reports else None
     return Event(proposal, trial.status, last, trial.reason, gain, elsewhere=True)
-
-
-def _unrecorded_ending(record: TrialRecord, *, stopped: bool) -> Complete | Pruned | None:
-    """Return the ending that a dead driver did not record; None if the trial has not ended."""
-    finished = bool(record.reports) and record.reports[-1]["finished"]
-    # The finished report may be that of the trial that this one continues.
-    if finished and record.continues is None:
-        return Complete()
-    return Pruned() if stopped and not finished else None
 
 
 def _copy_continued(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:

@@ -12,7 +12,7 @@ on how the policy answers. Ray, the journal and checkpoints belong to the record
 
 A policy sees the past as Optuna's frozen trials with their reports, in the order of their numbers. All of it is on disk
 before a decision takes effect, so an interrupted or killed study asks with the same past. Trials that ran at an
-interruption are resumed before the policy is asked.
+interruption are resumed before the policy is asked, or end if their last report is now answered so (`decide_again`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ from raytune_emotion.learn.report import DriverReport, Report
 #: first of each is this project's own.
 FORECAST, FREEZE_THAW = "forecast", "freeze-thaw"
 SAMPLERS = (FORECAST, "tpe", "gp", "cmaes", "random", "qmc")
-ASHA = "asha"
-SCHEDULERS = (FREEZE_THAW, ASHA, "hyperband", "median", "none")
-#: Samplers that learn only from ended trials. With paused trials, few would have ended for a long time.
-LEARN_FROM_ENDED = ("tpe", "gp", "cmaes")
+SCHEDULERS = (FREEZE_THAW, "asha", "hyperband", "median", "none")
+#: Default schedulers of the samplers that do not learn from paused trials: `tpe` learns from ended ones, pruned or not,
+#: `gp` and `cmaes` only from complete ones.
+DEFAULT_SCHEDULERS = {"tpe": "asha", "gp": "none", "cmaes": "none"}
 
 #: Decision about a running trial after a report.
 Decision = Literal["go on", "pause", "stop"]
@@ -110,14 +110,15 @@ class Policy(Protocol):
     def decide(self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         """Answer for a new report of a running trial that has not reached its last epoch."""
 
-    def replay(self, trials: Sequence[Recorded]) -> set[str]:
-        """Learn from earlier reports when a study is resumed.
+    def decide_again(
+        self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits
+    ) -> Decision:
+        """Answer for the last report of a trial that ran at an interruption. The first answer may not be recorded."""
 
-        Returns:
-            The running trials whose last report was answered by "stop" without this being recorded.
-        """
+    def replay(self, trials: Sequence[Recorded]) -> None:
+        """Learn from earlier reports when a study is resumed, before any question."""
 
 
 def default_scheduler(sampler: str) -> str:
     """Return the default scheduler of a study with this sampler."""
-    return ASHA if sampler in LEARN_FROM_ENDED else FREEZE_THAW
+    return DEFAULT_SCHEDULERS.get(sampler, FREEZE_THAW)

@@ -40,6 +40,7 @@ from raytune_emotion.tuning.policy.trial_attributes import (
     TAKEN_UP,
     as_paused,
     count_reports,
+    has_whole_trial,
     is_paused,
     is_running,
     reports_left,
@@ -164,7 +165,7 @@ class FreezeThaw:
         if number in plan.prunes:
             return "stop"
         # This trial continues at no cost, but another one would have to be resumed.
-        among = None if plan.offer is None or self._can_afford(past) else number
+        among = None if self._can_afford(past) else number
         return "go on" if plan.best(among) == number else "pause"
 
     def _runs_whole_trials(self, past: Sequence[FrozenTrial]) -> bool:
@@ -184,9 +185,14 @@ class FreezeThaw:
         self._plan = state, plan
         return plan
 
-    def replay(self, trials: Sequence[Recorded]) -> set[str]:
+    def decide_again(
+        self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits
+    ) -> Decision:
+        """Answer as for a new report: a trial that has just been resumed is still the most promising one."""
+        return self.decide(trial_id, report, past, limits)
+
+    def replay(self, trials: Sequence[Recorded]) -> None:
         """Learn nothing, because decisions depend only on the study's record."""
-        return set()
 
     def _ends_stretch(self, report: DriverReport) -> bool:
         """Tell whether a stretch ends between the previous report and this one, in epochs."""
@@ -227,7 +233,14 @@ class FreezeThaw:
         return _Plan(tuple(ranked[limits.paused :]), worth, favourite, offer, merit)
 
     def _make_offer(self, outlook: Outlook, rng: np.random.Generator, kept: _Kept) -> Offer | None:
-        """Return the trial to begin: the best of the kept candidates, or, if all were tried, of new ones."""
+        """Return the trial to begin: the best of the kept candidates, or, if all were tried, of new ones.
+
+        If another sampler draws it, its merit is that of an average configuration.
+        """
+        if not self._proposes:
+            at_random = self._draw(self._domain.parameters, (), rng)
+            offer = outlook.offer(at_random)
+            return offer and dataclasses.replace(offer, merit=outlook.mean_promise(at_random))
         offer = outlook.offer(kept.shortlist, or_other=False) if kept.shortlist is not None else None
         if offer is None:
             offer = outlook.offer(outlook.candidates(rng, self._draw))
@@ -243,7 +256,7 @@ class FreezeThaw:
         """Tell whether a trial should now be trained further than any trial before."""
         ends = (*stretch_ends(self._reports), self._reports)
         longer = next((end for end in ends if end > max(had, default=0)), None)
-        if longer is None:
+        if longer is None or has_whole_trial(past, self._reports):
             return False
         # Without this check, every worker would train its first trial to the end.
         on_its_way = any(

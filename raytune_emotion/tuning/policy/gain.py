@@ -11,7 +11,7 @@ from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import Aim, Outlook
-from raytune_emotion.tuning.policy.trial_attributes import SECONDS, as_paused, count_reports, is_running, reports_left
+from raytune_emotion.tuning.policy.trial_attributes import SECONDS, as_paused, has_whole_trial, is_running, reports_left
 
 
 class GainForecast:
@@ -37,7 +37,7 @@ class GainForecast:
             Bits and seconds; both 0 if nothing can be trained. None if the gain is unknown: before a forecast is
             possible, before a trial was trained to its end with its time, and for a front.
         """
-        if self._front or not any(count_reports(trial) >= self._reports for trial in past):
+        if self._front or not has_whole_trial(past, self._reports):
             return None
         # Count running trials as paused ones: their remaining training is part of the gain.
         still = [as_paused(trial) if is_running(trial) else trial for trial in past]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import logsumexp
 
 from raytune_emotion.tuning.policy.acquisition import (
     expected_fall,
@@ -120,6 +121,13 @@ class Outlook:
         most = float(logs_N.max()) + _FRONT_MARGIN
         gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N, most)
         return np.log(np.maximum(gain_M, 1e-300))
+
+    def mean_promise(self, params: Params) -> float:
+        """Return the logarithm of the mean expected improvement of candidates; 0 without a forecast, as in an offer."""
+        if self.forecast is None:
+            return 0.0
+        log_M = self.log_promise(self._domain.settings_of(params))
+        return float(logsumexp(log_M)) - math.log(len(log_M))
 
     def expect_fall(self, settings: Configurations, left_M: Floats) -> tuple[Floats, Floats]:
         """Return the expected decrease of the best JS by each of M configurations, bits, and the seconds for it.

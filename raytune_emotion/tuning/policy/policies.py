@@ -30,6 +30,7 @@ class BeginAndStop:
 
     def __init__(self, space: Space, scheduler: Scheduler) -> None:
         self._domain, self._scheduler = domain_of(space), scheduler
+        self._stopped: set[str] = set()  # by an answer that was not recorded
 
     def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:
         if not limits.new or is_exhausted(self._domain, {self._domain.key_of(trial) for trial in past}):
@@ -39,8 +40,14 @@ class BeginAndStop:
     def decide(self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits) -> Decision:
         return "go on" if self._scheduler.keeps(trial_id, report) else "stop"
 
-    def replay(self, trials: Sequence[Recorded]) -> set[str]:
-        return replay(self._scheduler, trials)
+    def decide_again(
+        self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits
+    ) -> Decision:
+        # The scheduler has had the report already.
+        return "stop" if trial_id in self._stopped else "go on"
+
+    def replay(self, trials: Sequence[Recorded]) -> None:
+        self._stopped |= replay(self._scheduler, trials)
 
 
 def make_sampler_of(inputs: PolicyInputs, name: str) -> Callable[[int], BaseSampler]:

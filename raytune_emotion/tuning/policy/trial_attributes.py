@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -37,6 +38,18 @@ def count_reports(trial: FrozenTrial) -> int:
 def reports_left(trial: FrozenTrial, reports: int) -> int:
     """Return the number of reports that a trial lacks to its end, at least one."""
     return max(1, reports - count_reports(trial))
+
+
+def has_whole_trial(past: Sequence[FrozenTrial], reports: int) -> bool:
+    """Tell whether a trial was trained to its end, which comes before its last report if its JS rises for long.
+
+    Trials that ended before the study was given more epochs do not count.
+    """
+    extended = min((trial.number for trial in past if trial.user_attrs.get(CONTINUES)), default=0)
+    return any(
+        count_reports(trial) >= reports or (trial.state == TrialState.COMPLETE and trial.number >= extended)
+        for trial in past
+    )
 
 
 def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:

@@ -155,9 +155,13 @@ class Searcher:
         """Decide about a trial after an observed report."""
         return self._policy.decide(trial_id, report, self._past(), limits)
 
-    def replay(self, trials: Sequence[Recorded]) -> set[str]:
+    def decide_again(self, trial_id: str, report: DriverReport, limits: Limits) -> Decision:
+        """Decide about a trial that ran at an interruption, after its last report."""
+        return self._policy.decide_again(trial_id, report, self._past(), limits)
+
+    def replay(self, trials: Sequence[Recorded]) -> None:
         """Let the policy learn from earlier reports; see `decisions.Policy`."""
-        return self._policy.replay(trials)
+        self._policy.replay(trials)
 
     def note_gain(self, gain: Callable[[Sequence[FrozenTrial]], Gain | None]) -> Gain | None:
         """Compute the expected further gain from the trials that have begun, and keep it in the study."""
@@ -196,8 +200,9 @@ class Searcher:
         trial = reopen(self._study, frozen)
         # The driver is marked first: if this process is killed in between, the trial is paused, or belongs to it.
         proposal = self._proposal_of(trial, frozen.user_attrs[SETTINGS])
-        if frozen.user_attrs.get(PAUSED):
-            trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + to_train)
+        # A trial that is only ended stays paused: if this process is killed before the ending, it does not train again.
+        if to_train and frozen.user_attrs.get(PAUSED):
+            trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + 1)
             trial.set_user_attr(PAUSED, False)
         return proposal
 

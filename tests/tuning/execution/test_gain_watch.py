@@ -88,6 +88,18 @@ def test_the_study_that_ran_is_told_its_gain_by_status_and_events(make):
     assert f"gain        {gain_text(gain)}" in describe(reached)
 
 
+def test_the_gain_at_the_end_is_that_of_the_last_ending(make, monkeypatch):
+    monkeypatch.setattr(gain_watch, "_SHARE", 1e-9)  # it is due once
+    folder = make()
+    recorder = Recorder(load(folder))
+    run(recorder)
+    recorder.close()
+    gain = expected_gain(load(folder).optuna)
+    assert gain is not None
+    Recorder(load(folder))  # it computes the gain again
+    assert expected_gain(load(folder).optuna) == gain
+
+
 def test_a_confirmation_has_no_gain(make):
     study = load(make(confirms={"0001": 0.3}, scheduler="none"))
     recorder = Recorder(study, until_gain=MUCH, clock=Clock())

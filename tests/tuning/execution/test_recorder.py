@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn.run_folder import BEST, LAST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.execution import backlog as backlog_module
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
@@ -266,16 +267,20 @@ class TestPauses:
         """A policy that answers what a test says: after a report, and for a free place."""
 
         class Policy:
-            decisions, answers, pasts = {}, [], []
+            decisions, answers, pasts, limits = {}, [], [], []
 
             def decide(self, trial_id, report, past, limits):
                 return self.decisions.get((trial_id, report["report"]), "go on")
 
+            def decide_again(self, *about):
+                return self.decide(*about)
+
             def replay(self, trials):
-                return set()
+                pass
 
             def next(self, past, limits):
                 self.pasts.append([dict(trial.user_attrs) for trial in past])
+                self.limits.append(limits)
                 return self.answers.pop(0)
 
         policy = Policy()
@@ -305,6 +310,20 @@ class TestPauses:
         assert [recorder.report("0000", report) for report in train(folder, "0000", 0.3)] == [True, False]
         assert statuses(folder)["0000"] == "complete"
 
+    @pytest.mark.parametrize("heard", [True, False])
+    def test_a_pause_that_was_not_recorded_is_made_up_for(self, folder, policy, heard):
+        """The process was killed between a report, or its decision, and the pause."""
+        policy.answers = [Begin({}), TakeUp(0)]
+        recorder = Recorder(load(folder))
+        reports = train(folder, recorder.next().trial_id, 0.3)
+        first = next(reports)
+        if heard:
+            assert recorder.report("0000", first)
+        policy.decisions = {("0000", 1): "pause"}
+        recorder = Recorder(load(folder))
+        assert statuses(folder) == {"0000": "paused"}
+        assert recorder.next().trial_id == "0000"
+
     def test_a_trial_that_was_paused_is_what_it_would_have_been_without_pauses(self, tmp_path, store, policy):
         space = {**SPACE, "model.backbone": "test_resnet"}
         make_study(tmp_path / "study", spec_of(store, space=space, trials=2, epochs=3))
@@ -317,6 +336,24 @@ class TestPauses:
         alone = dataclasses.replace(job, folder=str(tmp_path / "alone"), location=None)
         with contextlib.closing(train_here(alone)) as reports:
             assert without_clocks(record.reports) == without_clocks(reports)
+
+    @pytest.mark.parametrize("elsewhere", [False, True])
+    def test_the_checkpoints_of_paused_trials_are_bounded_where_the_study_lies(
+        self, folder, policy, tmp_path, monkeypatch, elsewhere
+    ):
+        place = tmp_path / "there" if elsewhere else folder
+        monkeypatch.setattr(backlog_module, "PAUSED_BYTES", 5 * len(b"weights"))
+        policy.decisions, policy.answers = {("0000", 1): "pause"}, [Begin({}), Begin({}), None]
+        recorder = Recorder(load(folder, Folder(place)))
+        assert recorder.next().trial_id == "0000"
+        report = next(train(folder, "0000", 0.3))
+        if elsewhere:
+            shutil.copytree(folder / "trials" / "0000", place / "trials" / "0000")
+        assert not recorder.report("0000", report)
+        assert recorder.next().trial_id == "0001"
+        assert policy.limits[0].paused == backlog_module.PAUSED_TRIALS
+        assert policy.limits[1].paused == 2, "each has its newest and its best weights"
+        assert Recorder(load(folder, Folder(place)))._backlog.limits.paused == 2
 
     def test_a_trial_that_is_paused_at_the_end_is_pruned(self, folder, policy):
         policy.decisions = {(f"{i:04d}", 1): "pause" for i in range(3)}

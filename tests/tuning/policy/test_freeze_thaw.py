@@ -15,7 +15,7 @@ from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
-from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, START, TAKEN_UP
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, START, TAKEN_UP, is_paused
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
@@ -69,7 +69,7 @@ class Study:
         return Limits(new=len(self.optuna.trials) < self._trials, paused=self._paused)
 
     def count(self, *, paused):
-        return sum(bool(trial.user_attrs.get(PAUSED)) == paused for trial in self.optuna.trials)
+        return sum(is_paused(trial) == paused for trial in self.optuna.trials)
 
     @property
     def reports(self):
@@ -264,10 +264,40 @@ def test_a_space_that_has_no_other_configuration_is_planned_once_without_one(mon
     assert len(planned) == 2, "with new trials, and then without"
 
 
-def test_taking_trials_up_costs_a_small_share_of_the_training():
+@pytest.mark.parametrize(("trials", "workers"), [(10**9, 1), (8, 1), (16, 4)])
+def test_trials_that_stop_early_by_themselves_do_not_make_all_others_run_to_their_end(trials, workers):
+    def stopped_early(settings):
+        values, seconds = early(settings)
+        return values[:10], seconds[:10]
+
+    study = Study(respond=stopped_early, trials=trials)
+    study.run(8 * REPORTS)
+    begun = [reports for reports in study.reports if reports]
+    assert 10 in begun, "a trial is trained to its end early"
+    assert sum(reports < 10 for reports in begun) >= len(begun) / 4
+
+
+def test_a_new_trial_that_another_sampler_draws_promises_what_an_average_one_does(monkeypatch):
+    offered = {}
+    make_offer = FreezeThaw._make_offer
+
+    def noted(self, *about):
+        offered[self._proposes] = make_offer(self, *about)
+        return offered[self._proposes]
+
+    monkeypatch.setattr(FreezeThaw, "_make_offer", noted)
+    study = Study()
+    study.run(4 * REPORTS)
+    for proposes in (True, False):
+        FreezeThaw(inputs_of(seed=0), take_up_s=0.0, proposes=proposes).next(study.optuna.get_trials(), NO_LIMITS)
+    assert offered[False].merit < offered[True].merit - 0.5
+
+
+@pytest.mark.parametrize(("trials", "workers"), [(10**9, 2), (16, 4)])
+def test_taking_trials_up_costs_a_small_share_of_the_training(trials, workers):
     for take_up_s in (0.2, 2.0):
-        study = Study(take_up_s=take_up_s)
-        study.run(2 * REPORTS, workers=2)
+        study = Study(take_up_s=take_up_s, trials=trials)
+        study.run(4 * trials if trials < 100 else 2 * REPORTS, workers=workers)
         trained_s = sum(study.reports)
         taken_up = sum(trial.user_attrs.get(TAKEN_UP, 0) for trial in study.optuna.trials)
         assert take_up_s * taken_up <= 0.05 * trained_s

@@ -8,7 +8,7 @@ from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.policy.trial_attributes import TAKEN_UP
+from raytune_emotion.tuning.policy.trial_attributes import TAKEN_UP, is_paused
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, list_trials, load_study, study_lock
@@ -168,8 +168,9 @@ def test_a_paused_trial_that_is_only_to_be_ended_is_not_taken_up(tmp_path, space
         searcher.observe(trial_id, short_report(1, 0.3))
         searcher.pause(trial_id, 1.0)
         searcher.resume(trial_id, to_train=to_train)
+        trial = study.trials[int(trial_id)]
+        assert (trial.user_attrs.get(TAKEN_UP, 0), is_paused(trial)) == (taken_up, not to_train)
         searcher.tell(trial_id, "pruned")
-        assert study.trials[int(trial_id)].user_attrs[TAKEN_UP] == taken_up
 
 
 def test_a_renamed_folder_is_still_its_study(tmp_path, space):
