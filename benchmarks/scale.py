@@ -54,7 +54,7 @@ class Clock:
     """Add up the processor time of calls."""
 
     def __init__(self) -> None:
-        self.seconds, self.calls = 0.0, 0
+        self.seconds, self.slowest = 0.0, 0.0
 
     def __call__(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **named: Any) -> Any:
@@ -62,8 +62,9 @@ class Clock:
             try:
                 return call(*args, **named)
             finally:
-                self.seconds += time.process_time() - began
-                self.calls += 1
+                took = time.process_time() - began
+                self.seconds += took
+                self.slowest = max(self.slowest, took)
 
         return timed
 
@@ -71,8 +72,8 @@ class Clock:
 class Workers:
     """Simulate trials: each writes its history, and reports after every epoch."""
 
-    def __init__(self, folder: Path, at_once: int) -> None:
-        self._folder, self._at_once = folder, at_once
+    def __init__(self, folder: Path, at_once: int, epochs: int) -> None:
+        self._folder, self._at_once, self._epochs = folder, at_once, epochs
         self._queue: list[tuple[float, int, Proposal, Iterator[dict[str, Any]]]] = []
         self.now, self._order, self.reports, self.begun = 0.0, 0, 0, 0
 
@@ -105,10 +106,11 @@ class Workers:
         there = (folder / HISTORY).read_text().splitlines() if (folder / HISTORY).exists() else []
         draw = np.random.default_rng([int(proposal.trial_id), 7])
         level = 0.1 + 0.02 * (np.log10(proposal.settings["optim.lr"]) + 3) ** 2 + 0.03 * draw.random()
-        js_R = level + 0.3 * np.exp(-0.5 * np.arange(1, EPOCHS + 1)) + 0.003 * draw.random(EPOCHS)
-        for number in range(len(there) + 1, EPOCHS + 1):
+        done_R = np.arange(1, self._epochs + 1) / self._epochs
+        js_R = level + 0.3 * np.exp(-5 * done_R) + 0.003 * draw.random(self._epochs)
+        for number in range(len(there) + 1, self._epochs + 1):
             report = {
-                "report": number, "epoch": float(number), "seconds": 5.0 * number, "finished": number == EPOCHS,
+                "report": number, "epoch": float(number), "seconds": 5.0 * number, "finished": number == self._epochs,
                 "best_val_js": float(js_R[:number].min()), "val_js": float(js_R[number - 1]), "params_millions": 11.7,
                 "images_per_second": 1234.5, "time": self.now, "train_loss": 0.5, "lr": 1e-3, "accumulate": 1,
                 "best_report": int(js_R[:number].argmin()) + 1, **dict.fromkeys((f"val_{m}" for m in _METRICS), 0.123),
@@ -118,15 +120,15 @@ class Workers:
             yield report
 
 
-def measure(case: tuple[tuple[str, str], int, int]) -> tuple[Any, ...]:
+def measure(case: tuple[tuple[str, str], int, int], epochs: int = EPOCHS) -> tuple[Any, ...]:
     """Run a study until all of its trials have begun, leave it as if it was killed, and resume it."""
     (sampler, scheduler), at_once, trials = case
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         folder, began = Path(scratch) / "study", time.monotonic()
-        make_study(folder, _spec(sampler, scheduler, trials))
+        make_study(folder, _spec(sampler, scheduler, trials, epochs))
         recorder, clock, policy = Recorder(load(folder)), Clock(), Clock()
         _time_policy(recorder, policy)
-        workers = Workers(folder, at_once)
+        workers = Workers(folder, at_once, epochs)
         workers.run(recorder, clock, lambda: workers.reports > 0)
         first_s = time.monotonic() - began
         workers.run(recorder, clock, lambda: workers.begun >= trials)
@@ -143,7 +145,7 @@ def measure(case: tuple[tuple[str, str], int, int]) -> tuple[Any, ...]:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return (
             f"{sampler}, {scheduler}", at_once, workers.begun, workers.reports, 1000 * clock.seconds / workers.reports,
-            1000 * policy.seconds / workers.reports, first_s, resume_s, tables_s,
+            1000 * policy.seconds / workers.reports, 1000 * policy.slowest, first_s, resume_s, tables_s,
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             size / 1e6, (folder / JOURNAL).stat().st_size / 1e6,
         )  # fmt: skip
@@ -157,8 +159,8 @@ def run() -> Table:
             print(rows[-1], file=sys.stderr, flush=True)
     return Table(
         (
-            "policy", "at once", "trials", "reports", "ms a report", "of it policy", "first trial s", "resume s",
-            "tables s", "driver MiB", "folder MB", "journal MB",
+            "policy", "at once", "trials", "reports", "ms a report", "of it policy", "slowest decision ms",
+            "first trial s", "resume s", "tables s", "driver MiB", "folder MB", "journal MB",
         ),
         rows,
         [f"A trial reports up to {EPOCHS} times. Milliseconds are the driver's processor time, over all reports."],
@@ -170,7 +172,7 @@ def _time_policy(recorder: Recorder, clock: Clock) -> None:
     policy.next, policy.decide = clock(policy.next), clock(policy.decide)  # type: ignore[method-assign]
 
 
-def _spec(sampler: str, scheduler: str, trials: int) -> StudySpec:
+def _spec(sampler: str, scheduler: str, trials: int, epochs: int) -> StudySpec:
     return StudySpec(
         name="study",
         seed=0,
@@ -178,7 +180,7 @@ def _spec(sampler: str, scheduler: str, trials: int) -> StudySpec:
         sampler=sampler,
         scheduler=scheduler,
         trials=trials,
-        epochs=EPOCHS,
+        epochs=epochs,
         concurrency=None,
         workers_per_trial=1,
         gpus_per_worker=1.0,
@@ -194,5 +196,5 @@ def _spec(sampler: str, scheduler: str, trials: int) -> StudySpec:
 
 
 if __name__ == "__main__":
-    kind, at_once, trials = sys.argv[1:]
-    print(measure(((RECORD if kind == "record" else DEFAULT), int(at_once), int(trials))))
+    kind, at_once, trials, *epochs = sys.argv[1:]
+    print(measure((RECORD if kind == "record" else DEFAULT, int(at_once), int(trials)), *map(int, epochs)))
