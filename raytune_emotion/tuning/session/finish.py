@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import unseen_js_of_ensemble
@@ -20,6 +18,9 @@ from raytune_emotion.learn.export_folder import FormatError, publish_export, wri
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import count, plain_console, plain_table
+from raytune_emotion.tuning.execution.cluster import ray_session
+from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
+from raytune_emotion.tuning.execution.placement import Demand, Placement, fit_here
 from raytune_emotion.tuning.session.run_confirmation import run_confirmation
 from raytune_emotion.tuning.session.single_run import TrainingFailed, Workers, train_single
 from raytune_emotion.tuning.study.combination import (
@@ -35,7 +36,7 @@ from raytune_emotion.tuning.study.combined_export import write_ensemble, write_s
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, RECORD_OF_CONFIRMATION, rank_confirmed
 from raytune_emotion.tuning.study.open_study import OpenStudy, load, read_study
 from raytune_emotion.tuning.study.request import ConfirmRequest
-from raytune_emotion.tuning.study.spec import find_store
+from raytune_emotion.tuning.study.spec import StudySpec, find_store
 from raytune_emotion.tuning.study.trials import is_taken
 
 #: Folder of the final fits, each in a folder with the id of its trial; and folder of the final export.
@@ -156,11 +157,8 @@ def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | Non
     settings = {**study.spec.settings(study.record(trial_id).settings), "train.epochs": epochs}
     store = open_store(study.spec.stores[RunConfig.from_flat(settings).data.image_size])
     config = RunConfig.from_flat({**settings, "data.classes": store.classes})
-    share = study.spec.gpus_per_worker
-    # On CPUs, one process uses every core.
-    gpus = 0 if share == 0 else _count_gpus(address)
     most = min(config.train.batch_size, len(store.train)) // (_LEAST_ROWS * config.train.accumulate)
-    workers = Workers(max(1, min(gpus, most)), None if share is None else float(math.ceil(share)), address)
+    workers = _choose_workers(study.spec, max(1, most), address)
     # Each winner has a folder of its own, because a resumed study may have another winner.
     fit = study.copy.location / FINAL / trial_id
     try:
@@ -170,16 +168,36 @@ def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | Non
     return ""
 
 
-def _count_gpus(address: str | None) -> int:
+def _choose_workers(spec: StudySpec, most: int, address: str | None) -> Workers:
+    """Choose the workers of a final fit: one for each GPU, as far as a worker finds room there.
+
+    On cores, it is one process on this machine, or as many workers on a cluster as a trial has.
+
+    Args:
+        spec: of the study.
+        most: largest number of workers with GPUs.
+        address: of a cluster; None for this machine.
+
+    Raises:
+        UserError: there is no room for a worker.
+    """
+    gpus = None if spec.gpus_per_worker is None else float(math.ceil(spec.gpus_per_worker))
+    place = _place_single_workers(gpus, address)
+    if place.resources.gpus_per_worker:
+        # A cluster with an autoscaler adds nodes on demand.
+        found = max(place.concurrency, spec.workers_per_trial) if place.grows else place.concurrency
+        return Workers(min(found, most), gpus, address)
+    # On this machine, one process uses every core.
+    return Workers(1 if address is None else spec.workers_per_trial, gpus, address)
+
+
+def _place_single_workers(gpus: float | None, address: str | None) -> Placement:
+    """Fit as many single workers as possible, by the rule for the workers of the final fit itself."""
+    demand = Demand(gpus_per_worker=gpus)
     if address is None:
-        return torch.cuda.device_count()
-    # Imported for a cluster alone: it takes seconds.
-    import ray
-
-    from raytune_emotion.tuning.execution.cluster import ray_session
-
+        return fit_here(demand)
     with ray_session(address):
-        return int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+        return fit_to_cluster(demand)
 
 
 def _unseen_js(groups: Sequence[Candidates], names: Collection[str]) -> float | None:

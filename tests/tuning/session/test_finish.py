@@ -1,5 +1,6 @@
 """A study that finishes the job: confirm, a longer fit, combine, export; here without Ray."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -16,7 +17,10 @@ from raytune_emotion.learn.graphs import Ensemble
 from raytune_emotion.learn.run_folder import HISTORY, LAST, read_history
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.execution import cluster_nodes
+from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, fit_to_cluster
 from raytune_emotion.tuning.execution.job import DiskFull, Job, TrialFailed, train_here
+from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.session import finish, single_run
 from raytune_emotion.tuning.session.finish import FINAL, FINISHED, STEPS, Step, finish_study
@@ -209,26 +213,53 @@ def test_a_trial_that_was_left_before_its_end_counts(study):
     assert "best trial of the search: 0." in (study / FINISHED / "README.md").read_text()
 
 
+def node(cpus, gpus, *, draining=False):
+    return ClusterNode("node", {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}, draining)
+
+
 @pytest.mark.parametrize(
-    ("share", "gpus", "expected"),
+    ("nodes", "grows", "share", "of_trial", "expected"),
     [
-        (None, 2, Workers(2, None, "auto")),
-        (0.25, 2, Workers(2, 1.0, "auto")),
-        (0.0, 2, Workers(1, 0.0, "auto")),
-        # The nodes with GPUs are still to come.
-        (1.0, 0, Workers(1, 1.0, "auto")),
+        ([node(8, 2)], False, None, 1, Workers(2, None, "auto")),
+        ([node(8, 2)], False, 0.25, 1, Workers(2, 1.0, "auto")),
         # Of a batch of 32 rows, 16 each.
-        (1.0, 64, Workers(2, 1.0, "auto")),
+        ([node(64, 64)], False, 1.0, 1, Workers(2, 1.0, "auto")),
+        # A GPU counts if a worker fits there.
+        ([node(8, 1), node(0, 1)], False, None, 1, Workers(1, None, "auto")),
+        ([node(8, 1), node(8, 1, draining=True)], False, None, 1, Workers(1, None, "auto")),
+        # The nodes with GPUs are still to come.
+        ([node(2, 0)], True, 1.0, 1, Workers(1, 1.0, "auto")),
+        ([node(2, 0)], True, 1.0, 2, Workers(2, 1.0, "auto")),
+        ([], True, 1.0, 2, Workers(2, 1.0, "auto")),
+        # On cores, as many as a trial has.
+        ([node(8, 2), node(4, 0)], False, 0.0, 1, Workers(1, 0.0, "auto")),
+        ([node(8, 0), node(8, 0)], False, None, 4, Workers(4, None, "auto")),
+        ([node(8, 2)], False, 0.0, 4, Workers(4, 0.0, "auto")),
     ],
 )
-def test_final_fit_has_gpus_as_the_trials_had(study, monkeypatch, share, gpus, expected):
+def test_final_fit_has_workers_as_the_cluster_and_the_trials_suggest(
+    study, monkeypatch, nodes, grows, share, of_trial, expected
+):
     asked = []
-    monkeypatch.setattr(finish, "_count_gpus", lambda address: gpus)
+    monkeypatch.setattr(finish, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(cluster_nodes, "list_nodes", lambda: dict(enumerate(nodes)))
+    monkeypatch.setattr(cluster_nodes, "has_autoscaler", lambda: grows)
     monkeypatch.setattr(finish, "train_single", lambda *args, **_: asked.append(args[3]))
     opened = load(study)
-    spec = dataclasses.replace(opened.spec, gpus_per_worker=share)
+    spec = dataclasses.replace(opened.spec, gpus_per_worker=share, workers_per_trial=of_trial)
     assert finish._fit_longer(dataclasses.replace(opened, spec=spec), "0000", 2, "auto") == ""
     assert asked == [expected]
+    # The final fit itself accepts what was counted.
+    fit_to_cluster(Demand(expected.count, expected.gpus_per_worker, concurrency=1))
+
+
+def test_final_fit_on_the_cores_of_this_machine_is_one_process(study, monkeypatch):
+    asked = []
+    monkeypatch.setattr(finish, "train_single", lambda *args, **_: asked.append(args[3]))
+    opened = load(study)
+    spec = dataclasses.replace(opened.spec, gpus_per_worker=0.0, workers_per_trial=2)
+    assert finish._fit_longer(dataclasses.replace(opened, spec=spec), "0000", 2, None) == ""
+    assert asked == [Workers(1, 0.0, None)]
 
 
 @pytest.mark.usefixtures("formats")
