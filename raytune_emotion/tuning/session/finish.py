@@ -57,7 +57,8 @@ STEPS = "finish_steps"
 _MEASURED = (
     "Each combination, and each choice among the models, was made on one half of the validation set and measured on "
     "the other, both ways round. The trials, their epochs and the confirmed winner were selected on the whole set. The "
-    "export is the model with the lowest of these numbers."
+    "better one of soup and ensemble is exported if its JS is lower than that of the best single model after the final "
+    "fit; otherwise the single model that is best on the whole validation set."
 )
 
 
@@ -244,10 +245,15 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
     best = min(js, key=js.__getitem__, default=None)
     if best is None or single is None or js[best] >= single:
         first = candidates.bests[0]
-        notes = [
-            f"Neither soup nor ensemble helps: this is {candidates.trial_ids[0]} of the study {study}.",
-            _describe(steps),
-        ]
+        if single is not None:
+            why = "Neither soup nor ensemble helps"
+        else:
+            why = "Whether a soup or an ensemble helps was not measured: " + (
+                "there are too few validation images"
+                if ensemble.single is None
+                else "the image sizes have different validation images"
+            )
+        notes = [f"{why}. This is {candidates.trial_ids[0]} of the study {study}.", _describe(steps)]
         write_package(dest, first, notes, metrics={**first.report, **_entries(steps)}, store=candidates.store)
     elif best == "soup":
         write_soup(dest, soup, mixed, study, ["timm"], [_describe(steps)], _entries(steps))

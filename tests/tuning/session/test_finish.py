@@ -370,6 +370,39 @@ def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choos
     assert formats == ([["pt2"]] if said == "an ensemble of" else [])
 
 
+@pytest.mark.usefixtures("formats")
+def test_card_says_how_the_export_was_chosen_also_if_an_earlier_step_has_a_lower_js(tmp_path, candidates, choose):
+    """The final fit may be chosen by one half, and be worse on the other."""
+    choose((TWO, 0.35), (TWO, 0.31))
+    single = Step("best of these and the final fit of trial 0000 (2 epochs)", 0.30, 0.28)
+    finish._export(tmp_path / "dest", candidates, "study", [Step("best trial of the search", 0.28), single])
+    card = " ".join((tmp_path / "dest" / "README.md").read_text().split())
+    assert f"Neither soup nor ensemble helps. This is {candidates.trial_ids[0]} of the study study." in card
+    assert (
+        "The better one of soup and ensemble is exported if its JS is lower than that of the best single model after "
+        "the final fit; otherwise the single model that is best on the whole validation set." in card
+    )
+    assert "lowest of these" not in card
+
+
+@pytest.mark.parametrize(
+    ("measured", "why"),
+    [
+        (None, "there are too few validation images"),
+        (0.30, "the image sizes have different validation images"),
+    ],
+)
+@pytest.mark.usefixtures("formats")
+def test_nothing_is_said_to_help_or_not_that_was_not_measured(tmp_path, candidates, choose, monkeypatch, measured, why):
+    choose((TWO, measured), (TWO, measured))
+    chosen = finish.combine_ensemble(candidates, 2)
+    monkeypatch.setattr(finish, "combine_ensemble", lambda *_: dataclasses.replace(chosen, single=measured))
+    finish._export(tmp_path / "dest", candidates, "study", [Step("best single model", None)])
+    card = " ".join((tmp_path / "dest" / "README.md").read_text().split())
+    assert f"Whether a soup or an ensemble helps was not measured: {why}. This is {candidates.trial_ids[0]} of" in card
+    assert "Neither soup nor ensemble" not in card
+
+
 def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, candidates, choose, monkeypatch):
     def fail(*args):
         raise RuntimeError("a loop that depends on data\nand a page of code")
