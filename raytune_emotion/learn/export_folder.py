@@ -41,7 +41,7 @@ from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, W
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
 from raytune_emotion.learn.model import build_model, load_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card, render_ensemble_card
-from raytune_emotion.learn.origin import check_arguments, find_origin
+from raytune_emotion.learn.origin import check_arguments, find_origin, licence
 from raytune_emotion.learn.predictions import predict_split
 from raytune_emotion.storage.atomic import atomic_write, destination_error, replace_folder, write_text
 from raytune_emotion.storage.json_text import load_json
@@ -387,7 +387,10 @@ def _describe_model(model: nn.Module, config: RunConfig, best: Best) -> dict[str
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     size, classes = config.data.image_size, list(config.data.classes)
     mean, std = mean_std(model)
-    kept = {key: known[key] for key in ("fixed_input_size", "first_conv", "classifier", "license") if known.get(key)}
+    kept = {key: known[key] for key in ("fixed_input_size", "first_conv", "classifier") if known.get(key)}
+    if config.model.pretrained:
+        # A training that starts from this export finds it here.
+        kept["license"] = licence(config.model, known)
     arguments = {**origin.arguments, **({_IMAGE_SIZE: size} if origin.fixed_input_size else {})}
     return {
         "architecture": origin.architecture.partition(".")[0],

@@ -185,6 +185,34 @@ def test_an_export_of_it_needs_nothing_else_and_names_the_licence(tmp_path, monk
     assert "only for non-commercial research" in (tmp_path / "best" / "README.md").read_text()
 
 
+def exported(folder, config):
+    """Export a model of a configuration as a training leaves it, and return the licence in its configuration."""
+    model = build_model(config)
+    origin = json.loads(json.dumps(find_origin(config.model, weights=False).description))
+    report = {"report": 1, "epoch": 1.0, "val_js": 0.3}
+    write_package(folder, Best(model.state_dict(), config.to_flat(), "f1a9", report, origin))
+    return json.loads((folder / "config.json").read_text())["pretrained_cfg"].get("license")
+
+
+def test_licence_of_the_starting_weights_stays_along_a_chain_of_exports(tmp_path, monkeypatch):
+    cached(monkeypatch, tmp_path)
+    config = configured(HUB_NAME, pretrained=True)
+    for step in ("first", "second", "third"):
+        assert "only for non-commercial research" in exported(tmp_path / step, config)
+        assert "only for non-commercial research" in (tmp_path / step / "README.md").read_text()
+        config = configured(f"local-dir:{tmp_path / step}", pretrained=True)
+    from_scratch = configured(f"local-dir:{tmp_path / 'third'}", pretrained=False)
+    assert exported(tmp_path / "from scratch", from_scratch) is None
+    assert "non-commercial" not in (tmp_path / "from scratch" / "README.md").read_text()
+
+
+def test_export_of_a_training_from_scratch_has_no_licence_of_weights(tmp_path):
+    assert timm.get_pretrained_cfg("convnextv2_atto").license == "cc-by-nc-4.0"
+    config = configured("convnextv2_atto", size=32, pretrained=False)
+    assert exported(tmp_path / "best", config) is None
+    assert "cc-by-nc" not in (tmp_path / "best" / "README.md").read_text()
+
+
 def test_a_checkpoint_needs_the_start_of_its_training_no_more(tmp_path, store):
     saved(tmp_path / "face")
     config = run_config(model__backbone=f"local-dir:{tmp_path / 'face'}", model__pretrained=True, train__epochs=3)
