@@ -450,6 +450,28 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(traine
     assert closed
 
 
+def test_a_training_whose_workers_die_again_and_again_ends_with_a_sentence(trained, tmp_path, capsys, monkeypatch):
+    class DyingWorkers:
+        def __init__(self, first, while_waiting):
+            pass
+
+        def train(self, job):
+            raise worker_group.train.WorkerGroupError("of rank 0", {0: OSError("the actor died\nwith code 9")})
+            yield
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
+    monkeypatch.setattr(single_run, "ray_session", joined_session)
+    monkeypatch.setattr(single_run, "fit_to_cluster", lambda demand: Placement(Resources(2, 1.0, 0.0), 1))
+    assert trained(*TINY, 1, "--workers", 2, "--name", "mine") == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'results' / 'mine'}: the training failed: its workers died 4 times without a new report "
+        f"(OSError: the actor died); find out why in Ray's logs, then continue with --resume\n"
+    )
+
+
 def test_an_interruption_before_the_first_report_leaves_the_name_free(trained, tmp_path, monkeypatch):
     def interrupted(job):
         raise KeyboardInterrupt

@@ -112,6 +112,10 @@ class OutOfMemory(TrialFailed):
     """Report a trial that needs more memory than its device has."""
 
 
+class WorkersDied(TrialFailed):
+    """Report a trial whose workers died again and again."""
+
+
 class DiskFull(Breakdown):
     """Report a full disk. The trial can continue once there is room."""
 

@@ -26,9 +26,19 @@ from ray.train.v2.api.config import RunConfig, ScalingConfig
 from ray.util.queue import Empty, Queue
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.known_errors import in_one_line
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import scratch_folder, write_text
-from raytune_emotion.tuning.execution.job import DiskFull, InvalidForRun, Job, OutOfMemory, TrialFailed, train_on
+from raytune_emotion.terminal import count
+from raytune_emotion.tuning.execution.job import (
+    DiskFull,
+    InvalidForRun,
+    Job,
+    OutOfMemory,
+    TrialFailed,
+    WorkersDied,
+    train_on,
+)
 from raytune_emotion.tuning.execution.ray_patches import free_abandoned_groups, remove_group
 from raytune_emotion.tuning.execution.ray_train_patches import (
     CONTROLLER,
@@ -200,8 +210,8 @@ def train_together(job: Job, while_waiting: Callable[[], None] = lambda: None) -
         while_waiting: called continually while the cluster has no room for the workers.
 
     Raises:
-        TrialFailed: another attempt would fail too.
-        ray.train.TrainingFailedError: workers died more often than `MAX_FAILURES` without a new report.
+        WorkersDied: workers died more often than `MAX_FAILURES` without a new report.
+        TrialFailed: another attempt would fail too, for another reason.
     """
     failures = newest = 0
     while True:
@@ -213,10 +223,13 @@ def train_together(job: Job, while_waiting: Callable[[], None] = lambda: None) -
                         failures, newest = 0, report["report"]
                     yield report
             return
-        except train.TrainingFailedError:
+        except train.TrainingFailedError as error:
             failures += 1
             if failures > MAX_FAILURES:
-                raise
+                why = next(iter(getattr(error, "worker_failures", {}).values()), error)
+                raise WorkersDied(
+                    f"its workers died {count(failures, 'time')} without a new report ({in_one_line(why)})"
+                ) from error
         finally:
             workers.close()
 

@@ -25,7 +25,14 @@ from raytune_emotion.terminal import count, plain_console, shell_word, typed_com
 from raytune_emotion.tuning.execution.cluster import ray_session
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost, iterate_watched
-from raytune_emotion.tuning.execution.job import InvalidForRun, Job, TrialFailed, train_here, train_with_retry
+from raytune_emotion.tuning.execution.job import (
+    InvalidForRun,
+    Job,
+    TrialFailed,
+    WorkersDied,
+    train_here,
+    train_with_retry,
+)
 from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER, RemoteCopy
@@ -44,8 +51,8 @@ class Workers:
 class TrainingFailed(Breakdown):
     """Report that a training failed, and would fail again."""
 
-    def __init__(self, run: Location, reason: str) -> None:
-        super().__init__(f"{run}: the training failed: {reason}")
+    def __init__(self, run: Location, reason: str, advice: str = "") -> None:
+        super().__init__(f"{run}: the training failed: {reason}{advice}")
         self.reason = reason
 
 
@@ -186,6 +193,9 @@ def _train(
                 )
     except InvalidForRun as error:
         raise UserError(error.faults) from None
+    except WorkersDied as error:
+        advice = "; find out why in Ray's logs, then continue with --resume"
+        raise TrainingFailed(run, str(error), advice) from error
     except TrialFailed as error:
         raise TrainingFailed(run, str(error)) from None
     except OSError as error:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.tuning.execution import worker_group
-from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, train_here
+from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, WorkersDied, train_here
 from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups, remove_group
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_group import run_in_background
@@ -63,14 +63,15 @@ def test_deaths_of_workers_are_counted_anew_after_each_report(monkeypatch):
         def train(self, job):
             if len(begun) <= 3:
                 yield {"report": len(begun)}
-            raise worker_group.train.TrainingFailedError("a worker has died")
+            raise worker_group.train.WorkerGroupError("rank 0: …\nand so on", {0: OSError("the actor died\nat 3")})
 
         def close(self):
             pass
 
     monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
     monkeypatch.setattr(worker_group, "MAX_FAILURES", 1)
-    with pytest.raises(worker_group.train.TrainingFailedError):
+    why = r"^its workers died 2 times without a new report \(OSError: the actor died\)$"
+    with pytest.raises(WorkersDied, match=why):
         reports.extend(worker_group.train_together(None))
     assert reports == [{"report": 1}, {"report": 2}, {"report": 3}]
     assert len(begun) == 4

@@ -17,10 +17,10 @@ from raytune_emotion.learn.graphs import Ensemble
 from raytune_emotion.learn.run_folder import HISTORY, LAST, read_history
 from raytune_emotion.storage.atomic import LOCK
 from raytune_emotion.storage.locations import Folder, Remote
-from raytune_emotion.tuning.execution import cluster_nodes
+from raytune_emotion.tuning.execution import cluster_nodes, worker_group
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, fit_to_cluster
 from raytune_emotion.tuning.execution.job import DiskFull, Job, TrialFailed, train_here
-from raytune_emotion.tuning.execution.placement import Demand
+from raytune_emotion.tuning.execution.placement import Demand, Placement
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.session import finish, single_run
 from raytune_emotion.tuning.session.finish import FINAL, FINISHED, STEPS, Step, finish_study
@@ -41,6 +41,7 @@ from raytune_emotion.tuning.study.confirmation import (
 )
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.remote_copy import DRIVER
+from tests.support.cluster import joined_session
 from tests.support.reports import without_clocks
 from tests.support.studies import forget_last_ending, run_here, write_study
 
@@ -290,6 +291,30 @@ def test_a_final_fit_that_fails_is_noted_and_the_finish_goes_on(study, monkeypat
     said = "the final fit of trial 0000 (2 epochs): failed (diverged before report 1)"
     assert said in (study / FINISHED / "README.md").read_text()
     assert "failed (diverged before report 1)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("formats")
+def test_a_final_fit_whose_workers_die_again_and_again_is_noted_and_the_finish_goes_on(study, monkeypatch):
+    class DyingWorkers:
+        def __init__(self, first, while_waiting):
+            pass
+
+        def train(self, job):
+            raise worker_group.train.WorkerGroupError("of rank 0", {0: OSError("the actor died\nwith code 9")})
+            yield
+
+        def close(self):
+            pass
+
+    place = Placement(Resources(2, 1.0, 0.0), 2)
+    monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
+    for module in (finish, single_run):
+        monkeypatch.setattr(module, "ray_session", joined_session)
+        monkeypatch.setattr(module, "fit_to_cluster", lambda demand: place)
+    finish_study(Folder(study), "auto")
+    metrics = json.loads((study / FINISHED / "metrics.json").read_text())
+    failure = metrics[STEPS][2]["failure"]
+    assert failure == "its workers died 4 times without a new report (OSError: the actor died)"
 
 
 @pytest.mark.usefixtures("formats")
