@@ -613,7 +613,7 @@ class TestFinishing:
         def run(*argv, broken_by=None):
             done = []
 
-            def finish(*_):
+            def finish(*_, **__):
                 done.append("finished")
                 if broken_by is not None:
                     raise broken_by
@@ -696,7 +696,8 @@ class TestFinishing:
         )
         monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: done.append("concluded"))
         monkeypatch.setattr(
-            "raytune_emotion.tuning.session.finish.finish_study", lambda place, _: done.append(f"{place} is finished")
+            "raytune_emotion.tuning.session.finish.finish_study",
+            lambda place, *_, **__: done.append(f"{place} is finished"),
         )
         command = ["search", "--resume", "--finish", "--results", results, "--name", "study"]
         assert exit_code([*command, "--time-budget=1h"]) == 0
@@ -706,6 +707,42 @@ class TestFinishing:
         assert exit_code([*command, "--concurrency=7"]) == 0
         assert done == ["concluded", f"{results}/study is finished"] * 2
         assert read_spec(study).concurrency == 7
+
+    @pytest.mark.parametrize("is_searched", [True, False])
+    def test_and_is_of_no_other_search_until_it_is_finished(self, study, monkeypatch, capsys, is_searched):
+        """Another one could delete weights that the finish needs."""
+        if not is_searched:
+            (study / ".searched").unlink()
+        told, command = [], ["search", "--resume", "--results", study.parent, "--name", "study"]
+
+        def finish(place, address, *, check):
+            check()
+            assert exit_code([*command, "--trials=64"]) == 2
+            told.append(capsys.readouterr().err)
+
+        monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+        monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
+        monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_: None)
+        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+        monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
+        assert exit_code([*command, "--finish"]) == 0
+        assert len(told) == 1
+        assert f"{study}: another process is using it" in told[0]
+        assert exit_code([*command, "--trials=64"]) == 0
+
+    @pytest.mark.usefixtures("without_locks")
+    def test_and_notices_another_search_where_files_have_no_locks(self, study, monkeypatch):
+        def finish(place, address, *, check):
+            check()
+            with open_study(study) as other, other.drivers.turn("trials"):
+                pass
+            with pytest.raises(Breakdown, match=TAKEN_OVER):
+                check()
+
+        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+        monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
+        command = ["search", "--resume", "--finish", "--results", study.parent, "--name", "study"]
+        assert exit_code(command) == 0
 
     @pytest.mark.parametrize(
         ("why", "code"),

@@ -5,7 +5,7 @@ Every step can be repeated. An interrupted step keeps its results and continues 
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Step:
         return f"{what}: {js or 'not measured'}" + (f" (gain {gain})" if gain else "")
 
 
-def finish_study(place: Location, address: str | None) -> None:
+def finish_study(place: Location, address: str | None, *, check: Callable[[], None] = lambda: None) -> None:
     """Finish a study that has been searched, and export its best model.
 
     A failed final fit and a failed pt2 file of an ensemble are noted among the steps.
@@ -100,6 +100,7 @@ def finish_study(place: Location, address: str | None) -> None:
     Args:
         place: location of the study.
         address: of a cluster; None for this machine.
+        check: raises an error if another process has taken over the study. Called before each step that reads it.
 
     Raises:
         UserError: no trial has reported, or the data are gone.
@@ -107,11 +108,13 @@ def finish_study(place: Location, address: str | None) -> None:
     """
     console = plain_console()
     run_confirmation(ConfirmRequest(study=place, top=TOP, seeds=SEEDS, address=address), advise=False)
+    check()
     with read_study(place, *RECORD_OF_CONFIRMATION) as study:
         confirmation = load(study.folder / CONFIRMED)
         winner = rank_confirmed(confirmation.spec, confirmation.records())[0].trial_id
         epochs = LONGER * study.spec.epochs
         failure = _fit_longer(study, winner, epochs, address)
+        check()
         fit = f"the final fit of trial {winner} ({count(epochs, 'epoch')})"
         steps = _compare_and_export(study, confirmation, fit, failure)
     table = plain_table("step", "JS, bits", "gain, bits")

@@ -47,12 +47,11 @@ def run_search(request: SearchRequest) -> None:
             check_resumed(request, place)
         new = None if request.resume else check_new(request, place)
         is_searched = _is_searched(request, place)
-    if is_searched:
-        _conclude_again(request, place)
-    else:
-        _search(request, place, new)
-    if request.finish:
-        _finish(request, place)
+    # Until everything is written, this process holds the lock of the study's folder, or is one of its drivers.
+    with ExitStack() as held:
+        study = _conclude_again(request, place, held) if is_searched else _search(request, place, new, held)
+        if request.finish:
+            _finish(request, place, study)
 
 
 def _limits(request: SearchRequest) -> dict[str, float]:
@@ -81,44 +80,62 @@ def _is_searched(request: SearchRequest, place: Location) -> bool:
     return all(ended_by.get(name) == limit for name, limit in _limits(request).items())
 
 
-def _conclude_again(request: SearchRequest, place: Location) -> None:
-    """Update a searched study with the request, such as the new folder of its data, without searching further."""
-    with ExitStack() as held:
-        study = _go_on(request, place, held)
-        study.claim()
-        left = "" if study.is_over() else ", without the remaining trials"
-        plain_console().print(
-            f"study {place}: the search is over, so only the finish continues{left}; to search further, raise --trials "
-            f"or --epochs, or name another --time-budget or --until-gain"
-        )
-        if request.mlflow is not None:
-            plain_console().print("--mlflow: applies only to a search, and is ignored here")
-        if request.gpus_per_worker == AUTO:
-            plain_console().print(f"--gpus-per-worker {AUTO}: applies only to a search, and is ignored here")
-        # If a process was killed after the search, the page and the export may be missing.
-        _conclude(request, study)
+def _conclude_again(request: SearchRequest, place: Location, held: ExitStack) -> "OpenStudy":
+    """Update a searched study with the request, such as the new folder of its data, without searching further.
+
+    Returns:
+        The study, which stays open until `held` ends.
+    """
+    study = _go_on(request, place, held)
+    study.claim()
+    left = "" if study.is_over() else ", without the remaining trials"
+    plain_console().print(
+        f"study {place}: the search is over, so only the finish continues{left}; to search further, raise --trials "
+        f"or --epochs, or name another --time-budget or --until-gain"
+    )
+    if request.mlflow is not None:
+        plain_console().print("--mlflow: applies only to a search, and is ignored here")
+    if request.gpus_per_worker == AUTO:
+        plain_console().print(f"--gpus-per-worker {AUTO}: applies only to a search, and is ignored here")
+    # If a process was killed after the search, the page and the export may be missing.
+    _conclude(request, study)
+    return study
 
 
-def _finish(request: SearchRequest, place: Location) -> None:
-    """Finish a searched study. After an interruption, print the command that continues."""
+def _finish(request: SearchRequest, place: Location, study: "OpenStudy") -> None:
+    """Finish a searched study, which is open. After an interruption, print the command that continues."""
     try:
         from raytune_emotion.tuning.session.finish import finish_study
 
-        finish_study(place, request.address)
+        finish_study(place, request.address, check=lambda: _check_driver(study))
     except (KeyboardInterrupt, Breakdown, UserError):
         options = typed_options(results=request.results, name=place.typed_name, address=request.address)
         plain_console().print(f"to continue: {typed_command('search')} --resume --finish{options}")
         raise
 
 
-def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> None:
-    """Run a new or a resumed study."""
+def _check_driver(study: "OpenStudy") -> None:
+    """Check that no other process has taken over a study, where locks do not work. A study in a database is shared.
+
+    Raises:
+        Breakdown: another process has taken it over; or a URI cannot be read.
+    """
+    if study.spec.storage is None and (why := study.drivers.failure()):
+        raise Breakdown(why)
+    study.copy.check_driver()
+
+
+def _search(request: SearchRequest, place: Location, new: NewStudy | None, held: ExitStack) -> "OpenStudy":
+    """Run a new or a resumed study.
+
+    Returns:
+        The study, which stays open until `held` ends.
+    """
     from raytune_emotion.tuning.execution.cluster import open_session
     from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 
-    # Until everything is written, this process holds the lock of the study's folder, or is one of its drivers.
-    with ExitStack() as held:
-        held.enter_context(import_meanwhile(*_SLOW))
+    with ExitStack() as search:
+        search.enter_context(import_meanwhile(*_SLOW))
 
         def prepare() -> "tuple[StudySpec, OpenStudy | None]":
             return _open_resumed(request, place, held) if new is None else (_pack(request, place, new), None)
@@ -156,7 +173,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
                 for line in _describe_start(study, new):
                     console.print(line)
                 run = StudyRun(study, placement, request.time_budget, request.until_gain, failure=cluster.failure)
-                run_with_progress(console, run, _other_watches(request, study, held))
+                run_with_progress(console, run, _other_watches(request, study, search))
                 if request.finish and any(record.counts for record in study.records()):
                     write_text(study.folder / _SEARCHED, json.dumps(_limits(request)))
                     study.copy.push(_SEARCHED)
@@ -168,6 +185,7 @@ def _search(request: SearchRequest, place: Location, new: NewStudy | None) -> No
         assert study is not None
         with keep_error(ended):
             _conclude(request, study)
+    return study
 
 
 def _pack(request: SearchRequest, place: Location, new: NewStudy) -> StudySpec:

@@ -263,6 +263,23 @@ def test_final_fit_on_the_cores_of_this_machine_is_one_process(study, monkeypatc
     assert asked == [Workers(1, 0.0, None)]
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_finish_exports_nothing_of_a_study_that_another_process_has_taken_over(study, monkeypatch, step):
+    checked = []
+
+    def check():
+        checked.append(True)
+        if len(checked) == step:
+            raise Breakdown("another process has taken over")
+
+    fitted = []
+    monkeypatch.setattr(finish, "train_single", lambda *_, **__: fitted.append(True))
+    with pytest.raises(Breakdown, match="taken over"):
+        finish_study(Folder(study), None, check=check)
+    assert len(fitted) == step - 1
+    assert not (study / FINISHED).exists()
+
+
 @pytest.mark.usefixtures("formats")
 def test_an_interrupted_final_fit_goes_on(study, monkeypatch):
     def interrupted(*args, **options):
