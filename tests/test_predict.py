@@ -101,6 +101,21 @@ class TestPredict:
         order = [sorted(store.val.ids).index(id_) for id_ in store.val.ids]
         assert np.allclose(prob_NK[order], wanted, atol=2e-6)
 
+    def test_mirror_gives_the_mean_of_an_image_and_its_mirror_image(self, export, store, faces, capsys):
+        folder = faces / "val_set" / "images"
+        found = {}
+        for options in ((), ("--mirror",)):
+            assert command_main("predict", [str(export), str(folder), *options]) == 0
+            rows = rows_of(capsys.readouterr().out)[1:]
+            found[options] = {Path(row[0]).stem: np.array(row[1:], float) for row in rows}
+        package, images_NHWC = load_package(export), store.val.gather(np.arange(len(store.val)))
+        mirrored_NK = package.predict(images_NHWC, mirror=True)
+        views = package.predict(images_NHWC), package.predict(np.ascontiguousarray(images_NHWC[:, :, ::-1]))
+        assert np.allclose(mirrored_NK, np.mean(views, axis=0), atol=1e-6)
+        for id_, expected_K in zip(store.val.ids, mirrored_NK, strict=True):
+            assert np.allclose(found["--mirror",][id_], expected_K, atol=2e-6)
+        assert max(np.abs(found[()][id_] - found["--mirror",][id_]).max() for id_ in store.val.ids) > 1e-4
+
     def test_images_and_folders_in_the_order_given(self, export, faces, tmp_path, capsys):
         source = sorted((faces / "val_set" / "images").iterdir())
         folder = tmp_path / "faces, many"
