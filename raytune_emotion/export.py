@@ -7,7 +7,7 @@ from raytune_emotion.cli import command_main, location, positive_integer
 from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
-from raytune_emotion.terminal import say
+from raytune_emotion.terminal import count, say
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 from raytune_emotion.tuning.study.trials import PARAMS, find_trial
 
@@ -90,9 +90,12 @@ def _export_combination(args: argparse.Namespace, formats: list[str]) -> None:
         chosen, what = export_soup(args.study, args.dest, formats), "soup"
     if len(chosen.members) == 1:
         say(f"trial {chosen.trial_ids[0]} alone is exported to {args.dest}: no other trial improves it")
-        return
-    say(f"the {what} of the trials {', '.join(chosen.trial_ids)} is exported to {args.dest}")
-    say(chosen.sentence(what))
+    else:
+        say(f"the {what} of the trials {', '.join(chosen.trial_ids)} is exported to {args.dest}")
+        say(chosen.sentence(what))
+    if left_out := chosen.candidates.left_out:
+        size = chosen.candidates.store.image_size
+        say(f"left out: {count(left_out, 'trial')} of another image size than the {size} px of the best trial")
 
 
 def _find_trial(study: Location, text: str) -> str:

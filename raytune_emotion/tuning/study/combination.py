@@ -41,6 +41,7 @@ class Candidates:
     bests: tuple[Best, ...]
     predictions: tuple[Tensor, ...]  # [N, K], float64
     store: Store
+    left_out: int = 0  # trials whose weights are kept, but that were trained on other data
 
     @property
     def targets(self) -> Tensor:
@@ -49,11 +50,11 @@ class Candidates:
 
     def only(self, numbers: Sequence[int]) -> "Candidates":
         """Return the candidates with these numbers."""
-        return Candidates(
-            tuple(self.trial_ids[number] for number in numbers),
-            tuple(self.bests[number] for number in numbers),
-            tuple(self.predictions[number] for number in numbers),
-            self.store,
+        return dataclasses.replace(
+            self,
+            trial_ids=tuple(self.trial_ids[number] for number in numbers),
+            bests=tuple(self.bests[number] for number in numbers),
+            predictions=tuple(self.predictions[number] for number in numbers),
         )
 
 
@@ -178,7 +179,8 @@ def _candidates_of(
     for name in names:
         predicted_NK = read_predictions(folders[name], bests[name])
         predictions.append(predict_whole(bests[name], store.val, device) if predicted_NK is None else predicted_NK)
-    return Candidates(names, tuple(bests[name] for name in names), tuple(predictions), store)
+    left_out = len(bests) - len(names)
+    return Candidates(names, tuple(bests[name] for name in names), tuple(predictions), store, left_out)
 
 
 def combine_ensemble(candidates: Candidates, most: int) -> Combination:

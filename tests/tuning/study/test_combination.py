@@ -14,6 +14,7 @@ import torch
 from raytune_emotion.cli import command_main
 from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import decode_image
+from raytune_emotion.data.prepare import prepare
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, export_folder, model_card
 from raytune_emotion.learn.checkpoint import read_best
@@ -22,6 +23,8 @@ from raytune_emotion.learn.export_folder import load_package
 from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.execution.job import Job, train_here
+from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.report.publication import pull_for_report
 from raytune_emotion.tuning.study import combination, combined_export
 from raytune_emotion.tuning.study.combination import combine_ensemble, list_kept, read_candidates
@@ -272,3 +275,22 @@ def test_the_command_exports_an_ensemble(study, store, tmp_path, monkeypatch, ca
         "README.md", "config.json", "metrics.json", "model.pt2", "model.safetensors"
     }  # fmt: skip
     assert f"the ensemble of the trials {', '.join(two.trial_ids)} is exported" in capsys.readouterr().out
+
+
+def test_the_command_says_how_many_trials_of_other_image_sizes_are_left_out(study, store, faces, tmp_path, capsys):
+    command = [str(tmp_path / "study"), str(tmp_path / "best"), "--soup"]
+    shutil.copytree(study, tmp_path / "study")
+    assert command_main("export", command) == 0
+    assert "left out" not in capsys.readouterr().out
+    other = candidates_of(study, store).trial_ids[-1]
+    larger = prepare(faces, image_size=48)
+    run = tmp_path / "study" / "trials" / other
+    shutil.rmtree(run)
+    settings = {"data.image_size": 48, "model.backbone": "test_resnet", "train.epochs": 1, "optim.lr": 1e-7}
+    list(train_here(Job(other, str(run), str(larger.path), settings, Resources(1, 1, 0))))
+    spec = read_spec(tmp_path / "study")
+    stores, fingerprints = {**spec.stores, 48: str(larger.path)}, {**spec.fingerprints, 48: larger.fingerprint}
+    write_spec(tmp_path / "study", dataclasses.replace(spec, stores=stores, fingerprints=fingerprints))
+    assert command_main("export", command) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "left out: 1 trial of another image size than the 32 px of the best trial"
