@@ -42,7 +42,7 @@ from raytune_emotion.tuning.study.creation import new_spec, resumed_spec
 from raytune_emotion.tuning.study.open_study import load, make_study, open_existing, open_study
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
 from raytune_emotion.tuning.study.records import KEPT
-from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
+from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER, RemoteCopy
 from raytune_emotion.tuning.study.request import SearchRequest, name_study
 from raytune_emotion.tuning.study.spec import read_spec, write_spec
 from tests.support.cluster import joined_session
@@ -695,10 +695,17 @@ class TestFinishing:
             "raytune_emotion.tuning.session.console_run.run_with_progress", lambda console, run, _: run.study.claim()
         )
         monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: done.append("concluded"))
-        monkeypatch.setattr(
-            "raytune_emotion.tuning.session.finish.finish_study",
-            lambda place, *_, **__: done.append(f"{place} is finished"),
-        )
+
+        def finish(place, address, *, check):
+            check()
+            done.append(f"{place} is finished")
+            if len(done) > 2:
+                RemoteCopy(study.parent / "other", place).claim()
+                with pytest.raises(Breakdown, match=TAKEN_OVER):
+                    check()
+
+        (study.parent / "other").mkdir()
+        monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
         command = ["search", "--resume", "--finish", "--results", results, "--name", "study"]
         assert exit_code([*command, "--time-budget=1h"]) == 0
         assert json.loads((study / ".searched").read_text()) == {"time_budget": 3600.0}
