@@ -32,9 +32,11 @@ from raytune_emotion.tuning.execution.job import Job, train_here
 from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
-from raytune_emotion.tuning.policy import policies
+from raytune_emotion.tuning.policy import freeze_thaw, policies
+from raytune_emotion.tuning.policy.decisions import FREEZE_THAW
 from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, replay, rungs_of
+from raytune_emotion.tuning.policy.trial_attributes import TAKEN_UP
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import read_records
@@ -205,6 +207,34 @@ def busy():
     return Counter(name for name in names if name and not name.startswith("ray::IDLE"))
 
 
+@contextlib.contextmanager
+def kills(folder, points, draw):
+    """Kills the processes of trials at these numbers of reports; yields a list of those that were killed."""
+    over, killed = threading.Event(), []
+
+    def kill_now_and_then(patience):
+        for point, polls in zip(points, patience, strict=True):
+            if not await_reports(folder, point, lambda: not over.is_set()):
+                break
+            # Later by some part of an epoch: it may train, write, or be starting again.
+            for _ in range(polls):
+                over.wait(0.005)
+            while not over.is_set() and not (victims := trial_processes(psutil.Process())):
+                over.wait(0.005)
+            for victim in [] if over.is_set() else victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+                    killed.append(victim.pid)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(kill_now_and_then, [draw.randrange(30) for _ in points])
+        try:
+            yield killed
+        finally:
+            over.set()
+            done.result()
+
+
 def test_a_search_that_is_killed_and_then_interrupted_ends_as_if_it_had_been_neither(undisturbed, faces, tmp_path):
     (tmp_path / "space.yaml").write_text(json.dumps(SPACE))
     options = ["--data", faces, "--space", "space.yaml", "--name", "study", "--concurrency", 1]
@@ -247,33 +277,11 @@ def test_a_search_that_is_killed_and_then_interrupted_ends_as_if_it_had_been_nei
 def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(undisturbed, cluster, store, tmp_path):
     folder = tmp_path / "study"
     begin(folder, store, max_failures=20)
-    over = threading.Event()
-
-    def kill_now_and_then(points, patience):
-        killed = []
-        for point, polls in zip(points, patience, strict=True):
-            if not await_reports(folder, point, lambda: not over.is_set()):
-                break
-            # Later by some part of an epoch: it may train, write, or be starting again.
-            for _ in range(polls):
-                over.wait(0.005)
-            while not over.is_set() and not (victims := trial_processes(psutil.Process())):
-                over.wait(0.005)
-            for victim in [] if over.is_set() else victims:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
-                    killed.append(victim.pid)
-        return killed
-
     before, shared = busy(), shared_memory()
-    with chance() as draw, ThreadPoolExecutor(1) as pool:
-        points = sorted(draw.choices(range(reports_of(undisturbed) - 3), k=3))
-        kills = pool.submit(kill_now_and_then, points, [draw.randrange(30) for _ in points])
-        try:
+    with chance() as draw:
+        with kills(folder, sorted(draw.choices(range(reports_of(undisturbed) - 3), k=3)), draw) as killed:
             records = go_on(folder)
-        finally:
-            over.set()
-        assert len(kills.result()) >= 2
+        assert len(killed) >= 2
         assert outcome(records) == undisturbed
         check_continued({}, histories(folder), records)
         assert held_resources() == (0.0, [])
@@ -282,6 +290,37 @@ def test_a_study_whose_trial_processes_are_killed_time_and_again_is_the_same(und
             time.sleep(0.05)
         assert not busy() - before
         assert not shared_memory() - shared
+
+
+def test_a_study_that_pauses_its_trials_is_the_same_though_it_is_interrupted_and_they_are_killed(
+    cluster, store, tmp_path, monkeypatch
+):
+    # Else it would depend on the seconds that an epoch takes here whether a trial is taken up at all.
+    monkeypatch.setattr(freeze_thaw, "_TAKE_UP_SHARE", 1e9)
+    asked = {"scheduler": FREEZE_THAW, "epochs": 6, "space": SPACE | {"train.epochs": 6}, "max_failures": 20}
+    begin(tmp_path / "undisturbed", store, **asked)
+    expected = outcome(run_here(load(tmp_path / "undisturbed"), _RESOURCES))
+    assert sum(trial.user_attrs.get(TAKEN_UP, 0) for trial in load(tmp_path / "undisturbed").optuna.trials) >= 2
+
+    folder = tmp_path / "study"
+    begin(folder, store, **asked)
+    with chance() as draw:
+        *interruptions, last = sorted(draw.sample(range(1, reports_of(expected) - 2), 3))
+        for point in interruptions:
+            sent = []
+
+            def interrupt(event, point=point, sent=sent):
+                if event.report and reported(folder) >= point and not sent:
+                    sent.append(event)
+                    os.kill(os.getpid(), signal.SIGINT)
+
+            with pytest.raises(KeyboardInterrupt):
+                go_on(folder, watch=interrupt)
+        with kills(folder, [max(last, reported(folder))], draw):
+            records = go_on(folder)
+        assert outcome(records) == expected
+        check_continued({}, histories(folder), records)
+        assert held_resources() == (0.0, [])
 
 
 def test_a_study_goes_on_with_two_workers_a_trial_of_which_one_is_killed(undisturbed, cluster, store, tmp_path):

@@ -25,8 +25,8 @@ _VARIANCE, _NOISE = (0.0, 1.0), (math.log(0.02), 1.5)
 #: Log-normal priors of the length scales, each as a share of a setting's range and a standard deviation of the
 #: logarithm. First, the prior of a setting without an entry in `LENGTHS`, times the root of the number of dimensions
 #: (after Hvarfner et al., 2024, "Vanilla Bayesian optimization performs great in high dimensions", but shorter: with
-#: long initial lengths, the kernel takes differences for noise for too long, `benchmarks/README.md`). Second, the prior
-#: of the logarithm of the trained length. Third, the standard deviation for the settings in `LENGTHS`.
+#: long initial lengths, the kernel takes differences for noise for too long). Second, the prior of the logarithm of the
+#: trained length. Third, the standard deviation for the settings in `LENGTHS`.
 _UNKNOWN, _TRAINED, _SPREAD = (0.2, 1.0), (1.2, 0.4), 0.4
 #: Prior length scales by the first parts of the settings' names. A longer scale means less influence on the JS. They
 #: were read off the recorded curves in `benchmarks/curves`, on which the search is also evaluated.
