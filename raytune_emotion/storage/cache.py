@@ -8,11 +8,14 @@ from pathlib import Path
 
 from raytune_emotion.errors import UserError
 
+#: The cache folder below the home folder.
+_CACHE = Path(".cache", "raytune_emotion")
+
 
 def cache_folder() -> Path:
     """Return the cache folder of this user, by the XDG base directory rules; it need not exist.
 
-    If no home folder can be written, it is a temporary folder that only this user can read.
+    If no home folder can be written, it is below a temporary folder that only this user can read.
 
     Raises:
         UserError: the temporary folder belongs to another user.
@@ -21,9 +24,9 @@ def cache_folder() -> Path:
     if base.is_absolute():
         return base / "raytune_emotion"
     home = home_folder()
-    if home is not None and _can_make(home / ".cache" / "raytune_emotion"):
-        return home / ".cache" / "raytune_emotion"
-    return _temporary_folder()
+    if home is None or not _can_make(home / _CACHE):
+        home = private_folder()
+    return home / _CACHE
 
 
 def home_folder() -> Path | None:
@@ -34,16 +37,21 @@ def home_folder() -> Path | None:
         return None
 
 
-def _can_make(folder: Path) -> bool:
-    nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+def private_folder() -> Path:
+    """Make a temporary folder that only this user can read, for a user without a home folder, and return it.
 
-
-def _temporary_folder() -> Path:
+    Raises:
+        UserError: it belongs to another user.
+    """
     folder = Path(tempfile.gettempdir()) / f"raytune_emotion-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to another user; name a cache folder: export XDG_CACHE_HOME=/some/folder")
+        raise UserError(f"{folder}: belongs to another user; name a folder of your own: export HOME=/some/folder")
     return folder
+
+
+def _can_make(folder: Path) -> bool:
+    nearest = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

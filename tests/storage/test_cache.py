@@ -31,14 +31,14 @@ def test_the_cache_follows_xdg(monkeypatch, tmp_path):
 def test_a_home_that_cannot_be_written_is_passed_over(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").touch()  # root may write everywhere, so a file stands for a read-only folder
-    assert cache_folder() == own_folder(tmp_path)
+    assert cache_folder() == own_folder(tmp_path) / ".cache" / "raytune_emotion"
     assert own_folder(tmp_path).stat().st_mode & 0o777 == 0o700
-    assert cache_folder() == own_folder(tmp_path)
+    assert cache_folder() == own_folder(tmp_path) / ".cache" / "raytune_emotion"
 
 
 def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert cache_folder() == own_folder(tmp_path)
+    assert cache_folder() == own_folder(tmp_path) / ".cache" / "raytune_emotion"
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
@@ -46,5 +46,5 @@ def test_a_folder_that_somebody_else_has_laid_there_is_refused(monkeypatch, tmp_
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     (tmp_path / "theirs").mkdir()
     own_folder(tmp_path).symlink_to(tmp_path / "theirs") if kind == "link" else own_folder(tmp_path).touch()
-    with pytest.raises(UserError, match="belongs to another user; name a cache folder"):
+    with pytest.raises(UserError, match="belongs to another user; name a folder of your own"):
         cache_folder()

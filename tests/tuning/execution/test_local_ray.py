@@ -197,7 +197,7 @@ def test_ray_that_runs_in_this_process_already_is_a_sentence(monkeypatch):
         pass
 
 
-def test_a_user_without_a_home_can_import_ray_tune():
+def test_a_user_without_a_home_can_import_ray_tune_and_shares_no_cache_with_others(tmp_path):
     code = """
         import pwd
 
@@ -205,14 +205,22 @@ def test_a_user_without_a_home_can_import_ray_tune():
             raise KeyError(uid)
 
         pwd.getpwuid = unknown
+        from raytune_emotion.storage.cache import cache_folder
+        before = cache_folder()
         import raytune_emotion.tuning
         import ray.tune
+        assert cache_folder() == before
+        print(before)
     """
-    surroundings = {name: value for name, value in os.environ.items() if name != "HOME"}
+    surroundings = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=surroundings, check=False
-    )
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True,
+        env=surroundings | {"TMPDIR": str(tmp_path)}, check=False,
+    )  # fmt: skip
     assert (done.stderr, done.returncode) == ("", 0)
+    private = tmp_path / f"raytune_emotion-{os.getuid()}"
+    assert Path(done.stdout.strip()) == private / ".cache" / "raytune_emotion"
+    assert private.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_next_session_deletes_the_folder_of_one_that_was_killed(short, request):
