@@ -187,6 +187,11 @@ def _start_failure(address: str | None, error: Exception) -> Exception:
     if "Version mismatch" in str(error):
         versions = " ".join(str(error).split())
         return UserError(f"--address {address}: {versions} Use the cluster's versions of Ray and Python here")
+    if "No node info found matching" in str(error):
+        return UserError(
+            f"--address {address}: this machine is no node of that cluster; run the command on one of its nodes, or "
+            f"submit it with jobs/submit.sh"
+        )
     return UserError(f"--address {address}: the Ray cluster there cannot be joined ({why}); check that it still runs")
 
 

@@ -174,6 +174,10 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
             RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.12.1\nThis"),
             "Version mismatch: The cluster was started with: Ray: 2.59.0 Python: 3.12.1 This Use the",
         ),
+        (
+            RuntimeError("No node info found matching attributes: '' when trying to resolve node to connect to."),
+            "this machine is no node of that cluster; run the command on one of its nodes, or submit it with jobs/",
+        ),
         (cluster.AuthenticationError("no token"), "the cluster asks for a token; export RAY_AUTH_MODE=token"),
     ],
     ids=lambda value: type(value).__name__,
