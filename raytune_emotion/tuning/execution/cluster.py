@@ -209,12 +209,16 @@ def check_cluster(address: str | None) -> None:
     """
     if address is None:
         return
+    given = f"--address {address}"
+    # Ray itself puts this variable in the place of "auto".
+    if address == "auto" and (named := os.environ.get("RAY_ADDRESS")):
+        given, address = f"{given} (RAY_ADDRESS={named})", named
     if address == "local":
-        raise UserError("--address local: does not name a cluster; leave --address out to start Ray on this machine")
+        raise UserError(f"{given}: does not name a cluster; leave --address out to start Ray on this machine")
     if "://" in address:
         raise UserError(
-            f"--address {address}: a study cannot run through Ray's client; run it on a machine of the cluster with "
-            f"--address auto, or submit it with jobs/submit.sh"
+            f"{given}: a study cannot run through Ray's client; run it on a machine of the cluster with --address "
+            f"auto and without RAY_ADDRESS, or submit it with jobs/submit.sh"
         )
     try:
         found = find_cluster(address)
@@ -223,29 +227,31 @@ def check_cluster(address: str | None) -> None:
         socket.create_connection(found, _CONNECT_S).close()
     except (ValueError, OSError) as error:
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or "
-            f"leave --address out to start Ray on this machine"
+            f"{given}: no Ray cluster answers there ({error}); start one with `ray start --head`, or leave --address "
+            f"out to start Ray on this machine"
         ) from None
     if os.environ.get("RAY_USE_TLS", "0") == "0":  # with TLS, this simple question does not work
-        _check_answer(address, *found)
+        # Ray offers a token by itself only to a cluster that it has found by itself.
+        _check_answer(given, *found, offers_token=address == "auto")
 
 
-def _check_answer(address: str, host: str, port: int) -> None:
+def _check_answer(given: str, host: str, port: int, *, offers_token: bool) -> None:
     token = own_token()
-    uses_token = os.environ.get("RAY_AUTH_MODE", "token" if address == "auto" and token else "").lower() == "token"
+    mode = os.environ.get("RAY_AUTH_MODE", "token" if offers_token and token else "")
+    uses_token = mode.lower() == "token"
     answer = ask_cluster(host, port, None)
     if answer.asks_for_token:
         if not uses_token or not token:
-            raise UserError(f"--address {address}: {_TOKEN_NEEDED}")
+            raise UserError(f"{given}: {_TOKEN_NEEDED}")
         answer = ask_cluster(host, port, token)
         if answer.asks_for_token:
-            raise UserError(f"--address {address}: the cluster refuses this machine's token; {_TOKEN_NEEDED}")
+            raise UserError(f"{given}: the cluster refuses this machine's token; {_TOKEN_NEEDED}")
     elif uses_token and not token:
-        raise UserError(f"--address {address}: RAY_AUTH_MODE is set, but the cluster needs no token; unset it")
+        raise UserError(f"{given}: RAY_AUTH_MODE is set, but the cluster needs no token; unset it")
     if answer.version is None:
-        raise UserError(f"--address {address}: no Ray cluster answers there ({answer.fault}); name another address")
+        raise UserError(f"{given}: no Ray cluster answers there ({answer.fault}); name another address")
     if answer.version != ray.__version__:
         raise UserError(
-            f"--address {address}: the cluster runs Ray {answer.version}, but this is Ray {ray.__version__}; use the "
+            f"{given}: the cluster runs Ray {answer.version}, but this is Ray {ray.__version__}; use the "
             f"cluster's version here"
         )

@@ -27,7 +27,7 @@ TOKEN = "0123456789abcdef"
 def no_token(no_cluster, monkeypatch, tmp_path):
     """This user has no token, unless a test gives one."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_USE_TLS"):
         monkeypatch.delenv(name, raising=False)
     yield
     monkeypatch.undo()
@@ -55,11 +55,11 @@ def head(*, token: str | None = None, version: str = ray.__version__):
         server.stop(None)
 
 
-def refusal(address: str) -> str:
+def refusal(address: str, variable: str = "") -> str:
     with pytest.raises(UserError) as caught:
         check_cluster(address)
     (told,) = caught.value.faults
-    prefix = f"--address {address}: "
+    prefix = f"--address {address}{variable and f' (RAY_ADDRESS={variable})'}: "
     assert told.startswith(prefix)
     return told.removeprefix(prefix)
 
@@ -88,6 +88,22 @@ def test_a_cluster_that_asks_for_a_token_says_how_to_offer_it(monkeypatch):
         check_cluster(address)
         monkeypatch.setenv("RAY_AUTH_TOKEN", "of another cluster")
         assert refusal(address).startswith("the cluster refuses this machine's token; ")
+
+
+def test_a_cluster_that_the_environment_names_is_checked_as_one_that_is_typed(monkeypatch):
+    """Ray puts RAY_ADDRESS in the place of `auto`, and then offers no token by itself."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with head(token=TOKEN) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert refusal("auto", address).startswith("the cluster asks for a token; export RAY_AUTH_MODE=token, and put")
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        check_cluster("auto")
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:1")
+        check_cluster(address)  # one that is typed wins
+    monkeypatch.setenv("RAY_ADDRESS", "ray://10.0.0.1:10001")
+    assert refusal("auto", "ray://10.0.0.1:10001").startswith("a study cannot run through Ray's client; run it on a ")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert refusal("auto", "local").startswith("does not name a cluster; ")
 
 
 def test_a_token_that_is_asked_for_here_alone_is_said(monkeypatch):
