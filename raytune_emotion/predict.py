@@ -137,7 +137,7 @@ def _on_cluster(
     """Provide the predictions of a Ray cluster.
 
     Raises:
-        UserError: there is no cluster at the address, or a source is a store.
+        UserError: there is no cluster at the address, it has no core, or a source is a store.
         ClusterLost: the cluster has died.
     """
     from raytune_emotion.tuning.execution.cluster import check_cluster, ray_session
@@ -155,10 +155,15 @@ def _on_cluster(
     # Ray warns about the way in which Ray Data creates actors (ray 53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with ray_session(address) as watch:
+        from raytune_emotion.tuning.execution.capacity import tell_shortage
+        from raytune_emotion.tuning.execution.cluster_nodes import check_cluster_cores
         from raytune_emotion.tuning.execution.cluster_predict import predict_on_cluster
 
+        check_cluster_cores()
         files = [source for source in sources if isinstance(source, PictureFiles)]
-        with contextlib.closing(iterate_watched(predict_on_cluster(export, files, mirror=mirror), watch)) as batches:
+        found = predict_on_cluster(export, files, mirror=mirror)
+        look = tell_shortage(watch, "CPU", "GPU")
+        with contextlib.closing(iterate_watched(found, watch, look=look)) as batches:
             yield batches
 
 

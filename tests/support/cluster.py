@@ -17,7 +17,7 @@ RUN_SPACE = {
 
 def joined_session(address, **options):
     """Stand in for `ray_session` in a process that has joined a cluster already: Ray can be started only once."""
-    return contextlib.nullcontext(SimpleNamespace(failure=lambda: ""))
+    return contextlib.nullcontext(SimpleNamespace(failure=lambda: "", none_free=set))
 
 
 @contextlib.contextmanager

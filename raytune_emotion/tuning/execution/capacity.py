@@ -7,13 +7,14 @@ from typing import Any
 
 from ray.autoscaler.sdk import request_resources
 
-from raytune_emotion.terminal import count
+from raytune_emotion.terminal import count, warn
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode, list_nodes
+from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch
 from raytune_emotion.tuning.execution.placement import Placement, trials_on
 
 #: Seconds between two checks of the nodes, and between two requests to the autoscaler.
 _LOOK_S, _REQUEST_S = 2.0, 10.0
-#: Seconds without a running trial after which the user is told.
+#: Seconds without a running trial, or without a result, after which the user is told.
 _WAIT_S = 30.0
 
 
@@ -102,16 +103,41 @@ class Capacity:
 
 
 class Waiting:
-    """Tell the user that no trial has room: once, until a trial runs again."""
+    """Tell the user that no trial, or no other work, has room: once, until some runs again."""
 
     def __init__(self, say: Callable[[], None]) -> None:
         self._say = say
         self._since: float | None = time.monotonic()
 
     def look(self, *, runs: bool) -> None:
-        """Note whether a trial runs now."""
+        """Note whether a trial, or other work, runs now."""
         if runs:
             self._since = time.monotonic()
         elif self._since is not None and time.monotonic() - self._since > _WAIT_S:
             self._since = None
             self._say()
+
+
+def tell_shortage(watch: ClusterWatch, *kinds: str) -> Callable[[bool], None]:
+    """Return a function that tells the user once if no result comes because the cluster has nothing free.
+
+    It is called all the time with whether a result has come: see `iterate_watched`.
+
+    Args:
+        watch: of the cluster.
+        kinds: kinds of resources that the work needs: "CPU" or "GPU".
+    """
+    names = {"CPU": "cores", "GPU": "GPUs"}
+    lacking: list[str] = []
+
+    def say() -> None:
+        warn(f"no result from the cluster for {_WAIT_S:.0f} s; none of its {' and '.join(lacking)} is free")
+
+    waiting = Waiting(say)
+
+    def look(came: bool) -> None:
+        none_free = watch.none_free()
+        lacking[:] = [names[kind] for kind in kinds if kind in none_free]
+        waiting.look(runs=came or not lacking)
+
+    return look

@@ -190,7 +190,7 @@ def _start_failure(address: str | None, error: Exception) -> Exception:
     if "No node info found matching" in str(error):
         return UserError(
             f"--address {address}: this machine is no node of that cluster; run the command on one of its nodes, or "
-            f"submit it with jobs/submit.sh"
+            f"submit a search with jobs/submit.sh"
         )
     return UserError(f"--address {address}: the Ray cluster there cannot be joined ({why}); check that it still runs")
 

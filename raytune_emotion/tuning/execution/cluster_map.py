@@ -11,7 +11,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.tuning.execution.cluster_nodes import list_nodes
+from raytune_emotion.tuning.execution.capacity import tell_shortage
+from raytune_emotion.tuning.execution.cluster_nodes import check_cluster_cores, list_nodes
 from raytune_emotion.tuning.execution.cluster_watch import ClusterWatch, iterate_watched
 from raytune_emotion.tuning.execution.placement import without_gpus
 from raytune_emotion.tuning.execution.ray_patches import has_autoscaler
@@ -40,14 +41,16 @@ def cluster_map(watch: ClusterWatch) -> Iterator[Map]:
         watch: of the cluster.
 
     Raises:
+        UserError: the cluster has no core.
         Breakdown: all attempts of a task died.
         ClusterLost: the cluster has died.
     """
+    check_cluster_cores()
     with contextlib.ExitStack() as stack:
 
         def pmap(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
             # Before it waits for the tasks, the thread finishes the one whose result it is waiting for.
-            results = iterate_watched(_results(function, tasks), watch, 4 * _END_S)
+            results = iterate_watched(_results(function, tasks), watch, 4 * _END_S, tell_shortage(watch, "CPU"))
             return stack.enter_context(contextlib.closing(results))
 
         yield pmap

@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from raytune_emotion.tuning.execution.cluster import ray_session
-from raytune_emotion.tuning.execution.placement import Demand, Nodes, Placement, fit
+from raytune_emotion.tuning.execution.placement import Demand, Nodes, Placement, check_cores, fit
 from raytune_emotion.tuning.execution.ray_patches import draining_nodes, has_autoscaler
 
 
@@ -22,6 +22,11 @@ class ClusterNode:
 def fit_to_cluster(demand: Demand) -> Placement:
     """Fit trials to the cluster that this process has joined; see `fit`."""
     return fit(cluster_nodes(), "the cluster", demand, grows=has_autoscaler())
+
+
+def check_cluster_cores() -> None:
+    """Check that the joined cluster has a core, or may get one; see `check_cores`."""
+    check_cores(cluster_nodes(), "the cluster", grows=has_autoscaler())
 
 
 def check_fit(address: str, demand: Demand) -> None:

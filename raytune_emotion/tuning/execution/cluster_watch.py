@@ -59,6 +59,7 @@ class ClusterWatch:
         self._node = ray.get_runtime_context().get_node_id()
         self._answered = time.monotonic()
         self._failure = ""
+        self._none_free: set[str] = set()
         self._frozen_since: dict[int, float] = {}
         self._looked = self._asked = self._worker_seen = time.monotonic()
         self._end = threading.Event()
@@ -93,6 +94,13 @@ class ClusterWatch:
         """Tell whether a process of the cluster is stopped now, so that Ray could not leave the cluster in order."""
         return any(map(_is_stopped, self._pids))
 
+    def none_free(self) -> set[str]:
+        """Return the kinds of resources, "CPU" and "GPU", of which less than one was free a moment ago.
+
+        If the cluster has no GPU, they are not among them.
+        """
+        return self._none_free
+
     def close(self) -> None:
         """End the watch, and kill the remaining processes of a dead cluster, which cannot be left in order."""
         self._end.set()
@@ -111,6 +119,10 @@ class ClusterWatch:
                 if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
                     self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
                 self._answered = time.monotonic()
+                has_gpus = any(node["Alive"] and node["Resources"].get("GPU") for node in nodes)
+                free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+                kinds = ("CPU", "GPU") if has_gpus else ("CPU",)
+                self._none_free = {kind for kind in kinds if free.get(kind, 0.0) < 1}
 
     def _look_for_workers(self, workers: list[int]) -> None:
         """Give up a cluster that starts no worker processes, for example because the system refuses them."""
@@ -139,7 +151,10 @@ class ClusterLost(Breakdown):
 
 
 def iterate_watched(
-    reports: Generator[T, None, None], watch: ClusterWatch, end_s: float = _END_S
+    reports: Generator[T, None, None],
+    watch: ClusterWatch,
+    end_s: float = _END_S,
+    look: Callable[[bool], None] = lambda came: None,
 ) -> Generator[T, None, None]:
     """Iterate in a separate thread, so that this thread receives signals, and notices the death of the cluster.
 
@@ -147,6 +162,7 @@ def iterate_watched(
         reports: to iterate over, at most a few ahead of their use.
         watch: of the cluster.
         end_s: seconds that the thread gets for its end, if the caller stops early.
+        look: is told all the time, while a report is waited for, whether one has come.
 
     Raises:
         ClusterLost: the cluster has died. The thread is abandoned.
@@ -180,12 +196,14 @@ def iterate_watched(
             try:
                 item = found.get(timeout=_LOOK_S)
             except queue.Empty:
+                look(False)
                 continue
             if item is None:
                 return
             if isinstance(item, BaseException):
                 raise item
             yield item
+            look(True)
     finally:
         stop.set()
         wait_for_end(ended, watch.failure, end_s)

@@ -87,11 +87,7 @@ def fit(nodes: Nodes, where: str, demand: Demand, *, grows: bool = False) -> Pla
             f"--gpus-per-worker {gpu:g}: NCCL cannot join two workers of a trial on one GPU; ask for a whole GPU each, "
             f"or for one worker per trial"
         )
-    if not cpus and not grows:
-        raise UserError(
-            f"{where} has no core to train on: {count(len(nodes), 'node')} with 0 CPU, and no autoscaler; start its "
-            f"worker nodes"
-        )
+    check_cores(nodes, where, grows=grows)
     free = [] if gpu or grows else without_gpus(nodes)
     cpu = _cores_per_worker(free or nodes, gpu, workers=workers, concurrency=concurrency, grows=grows)
     resources = Resources(workers, cpu, gpu, off_gpus=bool(free))
@@ -105,6 +101,19 @@ def fit(nodes: Nodes, where: str, demand: Demand, *, grows: bool = False) -> Pla
         )
     nodes_off = sum(bool(node.get("GPU")) for node in nodes) if free else 0
     return Placement(resources, min(fitting, concurrency or sys.maxsize), concurrency, grows, nodes_off)
+
+
+def check_cores(nodes: Nodes, where: str, *, grows: bool) -> None:
+    """Check that nodes have a core, or may get one.
+
+    Raises:
+        UserError: they have none, and there is no autoscaler.
+    """
+    if not grows and not any(node.get("CPU") for node in nodes):
+        raise UserError(
+            f"{where} has no core to work on: {count(len(nodes), 'node')} with 0 CPU, and no autoscaler; start its "
+            f"worker nodes"
+        )
 
 
 def check_sharing(nodes: Nodes, where: str, workers: int) -> None:

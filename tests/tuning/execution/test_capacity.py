@@ -1,8 +1,11 @@
 """Capacity on a cluster whose nodes come and go, without Ray."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from raytune_emotion.tuning.execution.capacity import Capacity
+from raytune_emotion.tuning.execution import capacity
+from raytune_emotion.tuning.execution.capacity import Capacity, tell_shortage
 from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
@@ -106,3 +109,25 @@ def test_what_an_autoscaler_is_asked_for_is_said_again():
         room()  # no sooner
     room.close()
     assert cluster.asked == [[{"CPU": 2.0}]] * 3 + [[]]
+
+
+def test_results_that_wait_for_what_is_in_use_are_said_to_wait_once(monkeypatch, capsys):
+    now, none_free = [0.0], {"CPU"}
+    monkeypatch.setattr(capacity.time, "monotonic", lambda: now[0])
+    look = tell_shortage(SimpleNamespace(none_free=lambda: none_free), "CPU", "GPU")
+
+    def after(seconds, *, came=False):
+        now[0] += seconds
+        look(came)
+        return capsys.readouterr().err
+
+    assert [after(29), after(2), after(60)] == [
+        "",
+        "no result from the cluster for 30 s; none of its cores is free\n",
+        "",
+    ]
+    none_free.clear()  # a slow task may take as long as it likes
+    assert [after(60), after(60)] == ["", ""]
+    none_free |= {"CPU", "GPU"}
+    assert [after(29), after(1, came=True), after(29)] == ["", "", ""]
+    assert after(2) == "no result from the cluster for 30 s; none of its cores and GPUs is free\n"

@@ -13,9 +13,11 @@ import ray
 from raytune_emotion.data.packing.pack import pack, pack_sizes
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import Folder
+from raytune_emotion.tuning.execution import capacity, cluster_nodes
 from raytune_emotion.tuning.execution import cluster as cluster_module
 from raytune_emotion.tuning.execution import cluster_map as cluster_map_module
 from raytune_emotion.tuning.execution.cluster_map import cluster_map
+from raytune_emotion.tuning.execution.cluster_nodes import ClusterNode
 from raytune_emotion.tuning.execution.cluster_watch import ClusterLost
 from tests.support.cluster import joined_session
 from tests.support.commands import exit_code
@@ -69,7 +71,7 @@ def test_task_of_a_cluster_that_has_died_is_not_waited_for(cluster, tmp_path):
 
     lost: list[str] = []
     try:
-        with cluster_map(SimpleNamespace(failure=lambda: "".join(lost))) as pmap:
+        with cluster_map(SimpleNamespace(failure=lambda: "".join(lost), none_free=set)) as pmap:
             results = pmap(hang, [1])
             lost.append("Ray has died")
             with pytest.raises(ClusterLost, match="Ray has died"):
@@ -98,6 +100,33 @@ def test_pack_whose_cluster_has_died_says_that_the_same_command_goes_on(tmp_path
     assert exit_code(["pack", folder, tmp_path / "store", "--address", "auto"]) == 1
     said = "error: Ray has died; the packed images are kept; the same command continues\n"
     assert capsys.readouterr().err.endswith(said)
+
+
+def test_pack_on_a_cluster_without_cores_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster_module, "check_cluster", lambda address: None)
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr(cluster_nodes, "list_nodes", lambda: {"head": ClusterNode("head", {"CPU": 0.0})})
+    monkeypatch.setattr(cluster_nodes, "has_autoscaler", lambda: False)
+    folder = write_folder(tmp_path / "faces")
+    assert exit_code(["pack", folder, tmp_path / "store", "--address", "auto"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the cluster has no core to work on: 1 node with 0 CPU, and no autoscaler; start its worker nodes\n"
+    )
+
+
+def test_tasks_without_a_free_core_are_said_to_wait(cluster, tmp_path, monkeypatch, capsys):
+    def wait(number):
+        while not (tmp_path / "end").exists():
+            time.sleep(0.05)
+        return number
+
+    monkeypatch.setattr(capacity, "_WAIT_S", 0.5)
+    with cluster_map(SimpleNamespace(failure=lambda: "", none_free=lambda: {"CPU"})) as pmap:
+        results = pmap(wait, [1])
+        threading.Timer(3, (tmp_path / "end").touch).start()
+        assert list(results) == [1]
+    assert capsys.readouterr().err == "no result from the cluster for 0 s; none of its cores is free\n"
+    wait_for_cores()
 
 
 def test_ctrl_c_leaves_no_task_and_what_is_whole(cluster, tmp_path, monkeypatch, capsys):

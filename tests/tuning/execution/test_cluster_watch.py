@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -41,17 +42,18 @@ def parts():
 @pytest.fixture
 def watch(parts, monkeypatch, request):
     """A watch over them, with a clock that a test moves. Its parameter tells whether this process has started them."""
-    clock = SimpleNamespace(now=1000.0, answers=True)
+    clock = SimpleNamespace(now=1000.0, answers=True, resources={"CPU": 2.0}, free={"CPU": 2.0})
 
     def nodes():
         if not clock.answers:
             raise ConnectionError
-        return [{"NodeID": "here", "Alive": True}]
+        return [{"NodeID": "here", "Alive": True, "Resources": clock.resources}]
 
     monkeypatch.setattr(cluster_watch, "own_processes", lambda: parts)
     monkeypatch.setattr(cluster_watch, "raylet_pid", lambda: parts["raylet"].pid)
     monkeypatch.setattr(cluster_watch.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     monkeypatch.setattr(cluster_watch.ray, "nodes", nodes)
+    monkeypatch.setattr(cluster_watch.ray, "available_resources", lambda: clock.free)
     monkeypatch.setattr(cluster_watch.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 100.0)
     deadline = time.time() + 120
@@ -139,6 +141,24 @@ def test_a_head_that_does_not_answer_is_given_up(watch):
     assert "has not answered for 40 s" in watch.after(10)
 
 
+@pytest.mark.parametrize(
+    ("resources", "free", "expected"),
+    [
+        ({"CPU": 2.0}, {"CPU": 1.0}, set()),
+        ({"CPU": 2.0}, {"CPU": 0.5}, {"CPU"}),
+        ({}, {}, {"CPU"}),
+        ({"CPU": 2.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 0.75}, {"GPU"}),
+        ({"CPU": 2.0, "GPU": 2.0}, {}, {"CPU", "GPU"}),
+    ],
+)
+def test_resources_of_which_none_is_free_are_told(watch, monkeypatch, resources, free, expected):
+    watch.clock.resources, watch.clock.free = resources, free
+    ends = iter([False, True])
+    monkeypatch.setattr(watch.watch._end, "wait", lambda seconds: next(ends))
+    watch.watch._ask()
+    assert watch.watch.none_free() == expected
+
+
 def test_a_cluster_that_starts_no_process_is_given_up(watch, monkeypatch):
     monkeypatch.setattr(cluster_watch, "_age_s", lambda pid: 0.5)  # they end as soon as they begin
     assert watch.after(45) == ""
@@ -209,6 +229,25 @@ def test_a_death_is_raised_though_reports_go_on():
     reports = iterate_watched(endless(), SimpleNamespace(failure=failure))
     with contextlib.closing(reports), pytest.raises(ClusterLost, match="frozen"):
         assert sum(itertools.islice(reports, 100)) < 100
+
+
+def test_it_is_told_whether_a_report_has_come(monkeypatch):
+    monkeypatch.setattr(cluster_watch, "_LOOK_S", 0.01)
+    told, asked = [], threading.Event()
+
+    def late():
+        yield 1
+        asked.wait(60)
+        yield 2
+
+    def look(came):
+        told.append(came)
+        if told.count(False) == 3:
+            asked.set()
+
+    assert [*iterate_watched(late(), SimpleNamespace(failure=lambda: ""), look=look)] == [1, 2]
+    assert told.count(True) == 2
+    assert told.count(False) >= 3
 
 
 def test_results_wait_for_their_use(monkeypatch):

@@ -176,7 +176,7 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
         ),
         (
             RuntimeError("No node info found matching attributes: '' when trying to resolve node to connect to."),
-            "this machine is no node of that cluster; run the command on one of its nodes, or submit it with jobs/",
+            "this machine is no node of that cluster; run the command on one of its nodes, or submit a search with ",
         ),
         (cluster.AuthenticationError("no token"), "the cluster asks for a token; export RAY_AUTH_MODE=token"),
     ],

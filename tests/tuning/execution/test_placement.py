@@ -65,7 +65,7 @@ def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
 def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
     head = [{"memory": 1e9}, {"CPU": 0.0}]
     assert refusal(head) == (
-        "the cluster has no core to train on: 2 nodes with 0 CPU, and no autoscaler; start its worker nodes"
+        "the cluster has no core to work on: 2 nodes with 0 CPU, and no autoscaler; start its worker nodes"
     )
     assert refusal(head, grows=True) == (
         "the cluster has no node to train on yet; say what its autoscaler should start: --gpus-per-worker 1, or "
