@@ -12,6 +12,28 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Ray keeps the arguments of a job, and shows them: the search itself would refuse credentials too late. The patterns are
+# those of its own check.
+secret='secret|token|password|credential|signature|access_?key|account_?key|^sig$'
+shopt -s nocasematch
+for word in "$@"; do
+  [[ $word == *://* ]] || continue
+  found=
+  [[ $word =~ ://[^/]*:.*@ ]] && found=yes
+  if [[ $word == *\?* ]]; then
+    IFS='&' read -r -a settings <<< "${word#*\?}"
+    for setting in ${settings[@]+"${settings[@]}"}; do
+      [[ ${setting%%=*} =~ $secret ]] && found=yes
+    done
+  fi
+  if [[ $found ]]; then
+    echo "error: ${word%%://*}://***: contains credentials, which would be written into the log of the job; put them" \
+      "into the environment of \`ray start\` on the nodes, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" >&2
+    exit 2
+  fi
+done
+shopt -u nocasematch
+
 # `ray job` sends a token only with RAY_AUTH_MODE=token, and then fails if there is none.
 if [[ ${RAY_AUTH_TOKEN-}${RAY_AUTH_TOKEN_PATH-} || -e ~/.ray/auth_token ]]; then
   export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}

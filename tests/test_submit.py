@@ -32,6 +32,46 @@ def test_results_that_would_go_to_the_folder_of_the_job_are_refused(options):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data", "s3://KEY:hunter2@bucket/faces"],
+        ["--results=s3://KEY:hunter2@bucket/results"],
+        ["--data", "s3://bucket/faces?region=x&secret_key=hunter2"],
+        ["--data", "az://container/faces?Account_Key=hunter2"],
+        ["--data", "https://host/faces?sig=hunter2"],
+        ["--data", "s3://KEY:hun/ter2@bucket/faces"],
+        ["--storage", "postgresql://me:hunter2@db.example/studies"],
+        ["--storage=postgresql://db.example/studies?password=hunter2"],
+        ["--mlflow", "http://me:hunter2@host:5000"],
+        ["--name", "s3://KEY:hunter2@bucket"],
+    ],
+)
+def test_credentials_are_refused_before_ray_keeps_them_and_are_not_repeated(options):
+    done = subprocess.run(["bash", ROOT / "jobs" / "submit.sh", *options], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    before = options[-1].partition("://")[0]
+    assert done.stderr.startswith(f"error: {before}://***: contains credentials, which would be written into the log")
+    assert done.stderr.count("\n") == 1
+    assert "ter2" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://me@db.example:5432/studies",
+        "s3://bucket/faces?region=eu-west-1&signal=1&endpoint_override=http://localhost:9000",
+        "http://host:5000",
+    ],
+)
+def test_addresses_without_credentials_are_left_to_the_search(uri):
+    done = subprocess.run(
+        ["bash", ROOT / "jobs" / "submit.sh", "--data", uri, "--name", "a b"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.startswith("error: --name: ")  # it comes next
+
+
 @pytest.mark.parametrize("options", [["--space", "own.yaml"], ["--space={folder}/own.yaml"], ["--space", "gpu"]])
 def test_space_of_ones_own_goes_along(tmp_path, options):
     options = [option.format(folder=tmp_path / "work") for option in options]
