@@ -175,8 +175,8 @@ KNOWN = (
         _always,
         2,
         lambda error: (
-            f"the Ray cluster asks for a token: {first_line(error)}; get one with `ray get-auth-token --generate`, and "
-            f"export RAY_AUTH_MODE=token"
+            f"the Ray cluster asks for a token: {first_line(error)}; get one with `(umask 077; ray get-auth-token "
+            f"--generate)`, and export RAY_AUTH_MODE=token"
         ),
     ),
     KnownError(

@@ -51,8 +51,8 @@ _RAY_SETTINGS = {
 }
 
 _TOKEN_NEEDED = (
-    "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token "
-    "(`ray get-auth-token --generate` creates one on the cluster)"
+    "the cluster asks for a token; export RAY_AUTH_MODE=token, and put the cluster's token into ~/.ray/auth_token, "
+    "with mode 0600 (`(umask 077; ray get-auth-token --generate)` creates one on the cluster)"
 )
 
 
