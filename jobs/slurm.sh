@@ -27,6 +27,9 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 export PATH=$PWD/.venv/bin:$PATH
 
+# Of an array, SLURM_JOB_ID may be taken for the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 requeue= search= code=0
 stop() {
   heard=yes
@@ -38,7 +41,7 @@ finish() {
   # Only Ray's processes of this job.
   kill $(jobs -p) 2> /dev/null || true
   # 143: the signal came before the search could handle it.
-  if [[ $requeue && ($code == 130 || $code == 143) ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  if [[ $requeue && ($code == 130 || $code == 143) ]]; then scontrol requeue "$job"; fi
   exit "$code"
 }
 trap 'requeue=yes; stop' USR1

@@ -132,7 +132,14 @@ class SlurmJob:
     """A running jobs/slurm.sh on three nodes."""
 
     def __init__(
-        self, programs: Path, folder: Path, *, last: str, ray_start: str = "sleep 99 & wait", ray_status: str = "exit 0"
+        self,
+        programs: Path,
+        folder: Path,
+        *,
+        last: str,
+        ray_start: str = "sleep 99 & wait",
+        ray_status: str = "exit 0",
+        array: str = "",
     ) -> None:
         self.folder = folder
         stand_in(programs, "scontrol", "[[ $1 != show ]] || printf 'node1\\nnode2\\nnode3\\n'")
@@ -153,6 +160,8 @@ class SlurmJob:
             "SLURM_CPUS_PER_TASK": "8",
             "SLURM_SUBMIT_DIR": str(folder / "project"),
         }
+        if array:
+            surroundings["SLURM_ARRAY_JOB_ID"], surroundings["SLURM_ARRAY_TASK_ID"] = array.split("_")
         self.process = subprocess.Popen(
             ["bash", JOBS / "slurm.sh", "--results", str(folder / "results"), "--name", "first"],
             env=os.environ | surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -225,6 +234,15 @@ def test_slurm_job_stops_before_its_time_limit_and_continues_when_requeued(start
     assert start_job(last="exit 0").end()[0] == 0
     first, second = calls_in(tmp_path, "python -m")
     assert second == f"{first} --resume".replace("  ", " ")
+
+
+def test_slurm_requeues_one_task_of_an_array(start_job, tmp_path):
+    """The last task has the id of the whole array as its own: the other tasks would start again with it."""
+    job = start_job(last=long_search(tmp_path), array="4711_4")
+    job.await_search()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end()[0] == 130
+    assert calls_in(tmp_path, "scontrol requeue") == ["scontrol requeue 4711_4"]
 
 
 def test_slurm_job_that_a_user_stops_is_not_requeued(start_job, tmp_path):
