@@ -5,7 +5,8 @@
 #
 # Before: run `make setup` in the folder of the project, and submit from there. Folder, data and results must be on a
 # file system that all nodes share. Give --results and --name. If the nodes cannot reach the Hugging Face hub, give
-# --weights-dir. For nodes without GPUs, delete the line --gpus-per-node, and choose --space quick.
+# --weights-dir. GPU nodes need an NVIDIA driver of version 580 or newer. For nodes without GPUs, delete the line
+# --gpus-per-node, and choose --space quick.
 #
 # Five minutes before the time limit the search ends in order. The job then goes back to the queue, and continues the
 # study at its next start. So it does when its first node fails. If another node fails, the search goes on without it.

@@ -26,7 +26,7 @@ from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.storage.yaml_text import load_yaml, read_text
-from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu, refuse_broken_gpu
 from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
 from raytune_emotion.tuning.study.trials import DATA, PARAMS, data_of, find_trial, is_taken, refuse_taken
 
@@ -158,7 +158,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(faults)
 
     # Imported only now: it takes seconds.
-    if args.address is not None and not data.stores:
+    if args.address is None:
+        refuse_broken_gpu(args.gpus_per_worker)
+    elif not data.stores:
         from raytune_emotion.tuning.execution.cluster_nodes import check_fit
         from raytune_emotion.tuning.execution.placement import Demand
 

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,33 @@ def uris_checked_here(request, monkeypatch):
         from tests.support.uri_checks import IN_THIS_PROCESS
 
         monkeypatch.setattr("raytune_emotion.storage.remote.subprocess", IN_THIS_PROCESS)
+
+
+@pytest.fixture
+def broken_gpu(monkeypatch):
+    """Let this machine have a GPU below a driver that is too old for PyTorch. Return what is said of it."""
+    import torch
+
+    from raytune_emotion.tuning.execution import gpu_presence
+
+    def refuse():
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by "
+            "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+        )
+
+    def warn_and_deny():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(gpu_presence, "_DEVICES", (Path("/dev/null"),))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", warn_and_deny)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    return (
+        "this machine has a GPU, but PyTorch cannot use it (The NVIDIA driver on your system is too old (found version "
+        "12020)); update the NVIDIA driver (580 or newer), or train on cores with --gpus-per-worker 0"
+    )
 
 
 @pytest.fixture

@@ -58,6 +58,11 @@ def test_every_job_file_is_named_in_the_readme():
     assert text.count("\n") <= 60
 
 
+@pytest.mark.parametrize("name", ["autoscale.yaml", "kuberay.yaml", "skypilot.yaml", "slurm.sh"])
+def test_files_for_gpus_name_the_oldest_driver(name):
+    assert "NVIDIA driver of version 580 or newer" in (JOBS / name).read_text(encoding="utf-8")
+
+
 # What several of them start: jobs/search_or_resume.sh.
 
 

@@ -290,6 +290,11 @@ class TestBadSpaces:
         assert told.startswith("train.precision: fp16 needs a GPU, but trials on this machine get none; use ")
         assert sessions == []
 
+    def test_a_gpu_below_an_old_driver_before_ray_starts_and_data_are_packed(self, refused, sessions, broken_gpu):
+        """Else every trial fails."""
+        assert refused() == refused(gpus_per_worker=1.0) == [broken_gpu]
+        assert sessions == []
+
     def test_pretrained_weights_that_are_not_at_hand(self, refused, space, tmp_path):
         weights = tmp_path / "weights"
         weights.mkdir()
@@ -579,6 +584,15 @@ class TestBadResuming:
             "train.precision: fp16 needs a GPU, but trials on the cluster get none; use --gpus-per-worker 1 if "
             "there are GPUs, or search with bf16 or fp32"
         ]
+
+    def test_a_gpu_below_an_old_driver_unless_the_study_trains_on_cores(self, resumed, broken_gpu):
+        spec = read_spec(resumed.folder)
+        write_spec(resumed.folder, dataclasses.replace(spec, gpus_per_worker=None))
+        assert resumed() == [broken_gpu]
+        on_cores = "--gpus-per-worker=0", "--workers-per-trial=33"
+        assert broken_gpu not in resumed(*on_cores)
+        write_spec(resumed.folder, dataclasses.replace(spec, gpus_per_worker=0.0))
+        assert broken_gpu not in resumed(on_cores[1])
 
     @pytest.mark.parametrize(
         ("old", "new"),

@@ -386,6 +386,11 @@ class TestBadRequests:
             "--gpus-per-worker 0 to train on cores"
         ]
 
+    @pytest.mark.parametrize("options", [[], ["--gpus-per-worker", 1], ["--workers", 2]])
+    def test_a_gpu_below_an_old_driver(self, refused, broken_gpu, options):
+        """Without a word, one worker would train on the CPU."""
+        assert refused(*options) == [broken_gpu]
+
     def test_a_cluster_that_is_not_there(self, refused):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # and does not listen

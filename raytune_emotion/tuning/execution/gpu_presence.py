@@ -1,9 +1,12 @@
-"""Detect without the slow import of PyTorch that a machine has no GPU, to refuse a wrong option at once."""
+"""Detect that a machine has no GPU, without the slow import of PyTorch, or one that PyTorch cannot use."""
 
 import ctypes
+import re
+import warnings
 from pathlib import Path
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import first_line
 
 #: CUDA's driver library. PyTorch loads it by this name. If that fails, PyTorch has no NVIDIA GPU.
 _CUDA = "libcuda.so.1"
@@ -25,6 +28,43 @@ def refuse_absent_gpu(wanted: float | str | None, address: str | None) -> None:
     """
     if wanted and address is None and not may_have_gpu():
         raise UserError(no_gpu("this machine", wanted))
+
+
+def refuse_broken_gpu(wanted: float | str | None) -> None:
+    """Refuse to train on this machine if it has a GPU that PyTorch cannot use, such as below an old driver.
+
+    Otherwise the training would run on the cores, or its trials would fail. PyTorch is imported if there may be a GPU.
+
+    Args:
+        wanted: GPUs per worker: a number or `auto`; None: one if there are GPUs; 0: train on cores.
+
+    Raises:
+        UserError: PyTorch cannot use the GPU.
+    """
+    if wanted != 0 and (fault := gpu_fault()):
+        raise UserError(
+            f"this machine has a GPU, but PyTorch cannot use it ({fault}); update the NVIDIA driver (580 or newer), or "
+            f"train on cores with --gpus-per-worker 0"
+        )
+
+
+def gpu_fault() -> str:
+    """Return why PyTorch cannot use the GPUs of this machine; "" if it can, or if there are none."""
+    if not may_have_gpu():
+        return ""
+    import torch  # it takes seconds
+
+    # PyTorch counts GPUs without CUDA.
+    if not torch.cuda.device_count():
+        return ""
+    with warnings.catch_warnings(action="ignore"):
+        if torch.cuda.is_available():
+            return ""
+    try:
+        torch.cuda.init()  # it names the reason each time; the warning comes only once in a process
+    except RuntimeError as error:
+        return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
+    return "CUDA finds no GPU"
 
 
 def no_gpu(where: str, wanted: float | str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from raytune_emotion.data.cores import usable_cores
 from raytune_emotion.errors import UserError
 from raytune_emotion.terminal import count
-from raytune_emotion.tuning.execution.gpu_presence import may_have_gpu, no_gpu
+from raytune_emotion.tuning.execution.gpu_presence import gpu_fault, may_have_gpu, no_gpu, refuse_broken_gpu
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.request import AUTO
 
@@ -44,7 +44,12 @@ class Placement:
 
 
 def fit_here(demand: Demand) -> Placement:
-    """Fit trials to this machine, whether or not Ray runs; see `fit`."""
+    """Fit trials to this machine, whether or not Ray runs; see `fit`.
+
+    Raises:
+        UserError: not even one trial fits, or PyTorch cannot use the GPU of this machine.
+    """
+    refuse_broken_gpu(demand.gpus_per_worker)
     return fit([local_node()], "this machine", demand)
 
 
@@ -175,9 +180,9 @@ def without_gpus(nodes: Nodes) -> Nodes:
 
 
 def local_node() -> dict[str, float]:
-    """Return the resources of this machine that this process may use."""
+    """Return the resources of this machine that this process may use. A GPU that PyTorch cannot use does not count."""
     gpus = 0
-    if may_have_gpu():
+    if may_have_gpu() and not gpu_fault():
         import torch  # it takes seconds
 
         gpus = torch.cuda.device_count()

@@ -10,7 +10,7 @@ from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.atomic import exclusive_lock
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.storage.remote import refuse_credentials
-from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu
+from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu, refuse_broken_gpu
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.remote_copy import DRIVER
@@ -62,6 +62,9 @@ def check_resumed(request: SearchRequest, place: Location) -> None:
             with collect_errors(errors):
                 find_data(request.data)
         raise UserError(errors)
+    if request.address is None:
+        wanted = request.gpus_per_worker
+        refuse_broken_gpu(spec_of(place).gpus_per_worker if wanted is None else wanted)
 
 
 def check_new(request: SearchRequest, place: Location) -> NewStudy:

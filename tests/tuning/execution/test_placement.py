@@ -62,6 +62,16 @@ def test_a_gpu_where_there_is_none_is_refused_before_ray_starts(monkeypatch):
     assert fit_here(Demand(workers=1, gpus_per_worker=0.0)).resources.gpus_per_worker == 0
 
 
+def test_a_gpu_that_pytorch_cannot_use_is_refused_and_does_not_count_for_training_on_cores(broken_gpu, recwarn):
+    for share in (None, 0.5, 1.0, AUTO):
+        with pytest.raises(UserError) as caught:
+            fit_here(Demand(gpus_per_worker=share))
+        assert caught.value.faults == (broken_gpu,)
+    assert placement.local_node()["GPU"] == 0
+    assert fit_here(Demand(gpus_per_worker=0.0)).resources.gpus_per_worker == 0
+    assert [*recwarn] == []
+
+
 def test_a_cluster_whose_workers_are_still_to_come_is_refused_unless_it_grows():
     head = [{"memory": 1e9}, {"CPU": 0.0}]
     assert refusal(head) == (
