@@ -23,9 +23,13 @@ import pandas as pd
 import psutil
 import pytest
 
+pytestmark = pytest.mark.timeout(1200)
+
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 TOKEN = secrets.token_hex(32)
+#: Without it, Ray offers no token to a cluster that is named by its address.
+TOLD = {"RAY_AUTH_MODE": "token"}
 
 
 def free_ports(n: int) -> list[int]:
@@ -36,15 +40,19 @@ def free_ports(n: int) -> list[int]:
         return [one.getsockname()[1] for one in taken]
 
 
+#: Ports of the agents that every node has, and further ones of the head.
+OF_A_NODE = "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port"
+OF_THE_HEAD = "port", "dashboard-port", "ray-client-server-port"
+
+
 class Cluster:
-    """One node with ports and folders of its own, beside whatever other clusters this machine has."""
+    """Three nodes of one core each with ports and a folder of their own, beside whatever other clusters there are."""
 
     def __init__(self) -> None:
         # Ray's sockets lie in it, and their names may not be long.
         self.folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-        options = "port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port"
-        options += "ray-client-server-port", "metrics-export-port", "runtime-env-agent-port"
-        ports = dict(zip(options, free_ports(len(options)), strict=True))
+        self.nodes: list[subprocess.Popen] = []
+        ports = dict(zip(OF_THE_HEAD, free_ports(len(OF_THE_HEAD)), strict=True))
         self.url = f"http://127.0.0.1:{ports['dashboard-port']}"
         self.address = f"127.0.0.1:{ports['port']}"
         # The project's environment is not the one of the shell that starts the cluster.
@@ -52,33 +60,46 @@ class Cluster:
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TUNE_", "VIRTUAL_ENV"))
         } | {"PATH": path, "RAY_AUTH_TOKEN": TOKEN}
-        command = [
-            RAY,
-            "start",
-            "--head",
-            "--block",
-            "--temp-dir",
-            self.folder,
-            "--num-cpus=2",
-            "--disable-usage-stats",
-        ]
-        command += ["--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
-        self.log = Path(self.folder, "start.log")
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*map(str, command), *(f"--{name}={port}" for name, port in ports.items())],
-                env=self.environment, stdout=log, stderr=log, start_new_session=True,
+        try:
+            self.start("--head", f"--temp-dir={self.folder}", "--dashboard-host=127.0.0.1", **ports)
+            self.wait_for_nodes(1)
+            for number in (2, 3):
+                self.start(f"--address={self.address}")
+                self.wait_for_nodes(number)
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, *options: str, **ports: int) -> None:
+        """Start a node. The head takes the token that it finds; other nodes offer theirs only when they are told to."""
+        ports |= dict(zip(OF_A_NODE, free_ports(len(OF_A_NODE)), strict=True))
+        command = [str(RAY), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+        command += ["--object-store-memory=100000000", *options, *(f"--{name}={port}" for name, port in ports.items())]
+        with self.log_of(len(self.nodes)).open("w") as log:
+            node = subprocess.Popen(
+                command, env=self.environment | ({} if "--head" in options else TOLD),
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+        self.nodes.append(node)
+
+    def log_of(self, number: int) -> Path:
+        return Path(self.folder, f"start{number}.log")
+
+    def wait_for_nodes(self, number: int) -> None:
+        """Wait until so many nodes are alive, and jobs can be submitted. The last of them was started just now."""
         deadline = time.monotonic() + 100
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, TypeError):  # at first, there is no answer, or no data in it
                 self.get("/api/jobs/")
-                return
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                text = self.log.read_text()
-                self.close()
-                pytest.fail(f"Ray does not start: {text}")
+                if [node["state"] for node in self.state_of("nodes")] == ["ALIVE"] * number:
+                    return
+            if self.nodes[-1].poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"Ray does not start: {self.log_of(number - 1).read_text()}")
             time.sleep(0.2)
+
+    def state_of(self, kind: str) -> list[dict]:
+        """Return what Ray's dashboard knows of nodes or actors."""
+        return self.get(f"/api/v0/{kind}?detail=1")["data"]["result"]["result"]
 
     def get(self, path: str, token: str = TOKEN):
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {token}"})
@@ -90,18 +111,19 @@ class Cluster:
 
     def run(self, *command) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*map(str, command)], cwd="/", capture_output=True, text=True, check=False, timeout=200,
-            env=self.environment | {"RAY_API_SERVER_ADDRESS": self.url, "RAY_AUTH_MODE": "token"},
+            [*map(str, command)], cwd="/", capture_output=True, text=True, check=False, timeout=500,
+            env=self.environment | TOLD | {"RAY_API_SERVER_ADDRESS": self.url},
         )  # fmt: skip
 
     def close(self) -> None:
         # Its own processes: `ray stop` would end those of all clusters of this machine.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self.process.pid)
-            for process in [*family.children(recursive=True), family]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self.process.wait()
+        for node in reversed(self.nodes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(node.pid)
+                for process in [*family.children(recursive=True), family]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            node.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -135,7 +157,7 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     assert job["metadata"] == {"job_name": name}
     assert job["entrypoint"].startswith("python -m raytune_emotion.search --address auto --data ")
 
-    actors = ray_cluster.get("/api/v0/actors?detail=1")["data"]["result"]["result"]
+    actors = ray_cluster.state_of("actors")
     assert {a["repr_name"] for a in actors if a["class_name"] != "JobSupervisor"} == {f"trials of {name}"}
 
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -143,24 +165,54 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
     assert refused.value.code in (401, 403)
 
 
-def test_a_search_that_is_stopped_ends_in_order(ray_cluster, faces, tmp_path):
+def test_a_search_that_is_stopped_ends_in_order_and_goes_on_when_it_is_submitted_again(ray_cluster, faces, tmp_path):
     space = "model.backbone: test_vit\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
     (tmp_path / "space.yaml").write_text(space)
-    options = ["--data", faces, "--space", tmp_path / "space.yaml", "--epochs", 100_000, "--results", tmp_path]
-    study = tmp_path / "endless"
+    study, trials, epochs = tmp_path / "stopped", 4, 200
+    # With as many trials as there are cores, one is still to begin.
+    options = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path, "--name", study.name]
+    options += ["--trials", trials, "--epochs", epochs, "--scheduler", "none"]
     with ThreadPoolExecutor(1) as pool:
-        followed = pool.submit(ray_cluster.submit, *options, "--name", study.name)
-        while not any(study.glob("trials/*/history.jsonl")):
+        followed = pool.submit(ray_cluster.submit, *options)
+        while sum(len(reports) >= 2 for reports in histories(study).values()) < 3:
             assert not followed.done(), followed.result()
             time.sleep(0.1)
-        (job,) = (job for job in ray_cluster.get("/api/jobs/") if job["metadata"] == {"job_name": study.name})
+        actors = [actor for actor in ray_cluster.state_of("actors") if actor["repr_name"] == f"trials of {study.name}"]
+        (job,) = jobs_of(ray_cluster, study.name)
         stopped = ray_cluster.run(RAY, "job", "stop", job["submission_id"])
         assert stopped.returncode == 0, stopped.stdout + stopped.stderr
         out = followed.result().stdout
+    assert len({actor["node_id"] for actor in actors}) == 3, "each node runs trials"
     assert "interrupted" in out
     assert "Traceback" not in out
     assert (study / "best" / "model.safetensors").exists()
     assert (study / "report.html").exists()
+    before = histories(study)
+    assert min(map(len, before.values())) < epochs, "it was stopped too late"
+
+    again = ray_cluster.submit(*options, "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Traceback" not in again.stdout
+    after = histories(study)
+    assert sorted(after) == [f"{number:04d}" for number in range(trials)]
+    for reports in after.values():
+        assert [json.loads(line)["report"] for line in reports] == [*range(1, epochs + 1)]
+    assert {trial: after[trial][: len(reports)] for trial, reports in before.items()} == before, "none began anew"
+    table = pd.read_csv(study / "trials.csv")
+    assert [*table.status] == ["complete"] * trials
+    assert [job["status"] for job in jobs_of(ray_cluster, study.name)] == ["STOPPED", "SUCCEEDED"]
+
+
+def histories(study: Path) -> dict[str, list[str]]:
+    """Return the whole lines of the history of each trial that has begun."""
+    files = study.glob("trials/*/history.jsonl")
+    return {file.parent.name: file.read_text().rpartition("\n")[0].splitlines() for file in files}
+
+
+def jobs_of(cluster: Cluster, name: str) -> list[dict]:
+    """Return the jobs of this name, in the order of their submission."""
+    jobs = [job for job in cluster.get("/api/jobs/") if job["metadata"] == {"job_name": name}]
+    return sorted(jobs, key=lambda job: job["start_time"])
 
 
 def test_a_search_that_joins_the_cluster_is_named_in_its_dashboard(ray_cluster):
@@ -169,7 +221,7 @@ def test_a_search_that_joins_the_cluster_is_named_in_its_dashboard(ray_cluster):
         "from raytune_emotion.tuning.execution.cluster import ray_session\n"
         "with ray_session(sys.argv[1], job='second'): pass"
     )
-    environment = ray_cluster.environment | {"RAY_AUTH_MODE": "token"}
+    environment = ray_cluster.environment | TOLD
     subprocess.run([sys.executable, "-c", code, ray_cluster.address], env=environment, check=True, timeout=120)
     assert [job["type"] for job in ray_cluster.get("/api/jobs/") if job["metadata"] == {"job_name": "second"}] == [
         "DRIVER"
