@@ -61,7 +61,8 @@ def gpu_fault() -> str:
         if torch.cuda.is_available():
             return ""
     try:
-        torch.cuda.init()  # it names the reason each time; the warning comes only once in a process
+        # It names the reason each time; the warning comes only once in a process.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
     return "CUDA finds no GPU"
