@@ -187,7 +187,7 @@ def _start_failure(address: str | None, error: Exception) -> Exception:
     if "Version mismatch" in str(error):
         versions = " ".join(str(error).split())
         return UserError(f"--address {address}: {versions} Use the cluster's versions of Ray and Python here")
-    if "No node info found matching" in str(error):
+    if "No node info found matching" in str(error.__cause__):
         return UserError(
             f"--address {address}: this machine is no node of that cluster; run the command on one of its nodes, or "
             f"submit a search with jobs/submit.sh"

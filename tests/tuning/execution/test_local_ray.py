@@ -166,6 +166,11 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
     assert list(short.iterdir()) == []
 
 
+def because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
@@ -175,7 +180,7 @@ def test_a_start_that_fails_is_a_sentence_that_names_low_limits(monkeypatch, sho
             "Version mismatch: The cluster was started with: Ray: 2.59.0 Python: 3.12.1 This Use the",
         ),
         (
-            RuntimeError("No node info found matching attributes: '' when trying to resolve node to connect to."),
+            because(ConnectionError("Failed to connect"), RuntimeError("No node info found matching attributes: ''")),
             "this machine is no node of that cluster; run the command on one of its nodes, or submit a search with ",
         ),
         (cluster.AuthenticationError("no token"), "the cluster asks for a token; export RAY_AUTH_MODE=token"),
