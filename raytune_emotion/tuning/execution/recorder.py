@@ -17,7 +17,7 @@ from raytune_emotion.learn.report import DriverReport
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS, read_history
 from raytune_emotion.tuning.execution.backlog import Backlog
 from raytune_emotion.tuning.execution.gain_watch import GainWatch
-from raytune_emotion.tuning.policy.decisions import Decision, Gain, Prune
+from raytune_emotion.tuning.policy.decisions import Decision, Gain, Limits, Prune
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
@@ -133,20 +133,10 @@ class Recorder:
         proposal = self._searcher.resume(record.trial_id)
         for report in record.reports:
             self._searcher.observe(record.trial_id, report)
-        if (ending := self._unrecorded_ending(record)) is not None:
+        if ending := _unrecorded_ending(record, self._searcher, self._backlog.limits):
             self._end(proposal, ending, record.reports[-1])
         else:
             self._backlog.requeue(record.trial_id)
-
-    def _unrecorded_ending(self, record: TrialRecord) -> Ending | None:
-        """Return the ending or pause that a dead driver did not record; None if the trial goes on."""
-        if not record.reports:
-            return None
-        last = record.reports[-1]
-        if last["finished"]:
-            # The finished report may be that of the trial that this one continues.
-            return Complete() if record.continues is None else None
-        return _ENDINGS[self._searcher.decide_again(record.trial_id, last, self._backlog.limits)]
 
     @property
     def is_over(self) -> bool:
@@ -200,12 +190,9 @@ class Recorder:
             Breakdown: why the study cannot go on, and how it is resumed.
         """
         with self._lock:
-            if self.is_over:
-                self._run_or_break(self._prune_paused, None)
-            self._run_or_break(lambda: self._gain.update(now=True), None)
-            if not self.broken:
-                self._run_or_break(self._saving.write, None)
-            elif isinstance(self.error, _StudyEnds):
+            self._run_or_break(self._conclude, None)
+            self._run_or_break(self._saving.write, None)
+            if isinstance(self.error, _StudyEnds):
                 # The record is complete, but the disk may be full, or the URI unreachable.
                 with contextlib.suppress(OSError, Breakdown):
                     self._saving.write()
@@ -213,8 +200,7 @@ class Recorder:
             if self.error is not None and not isinstance(self.error, Breakdown | UserError | OSError):
                 raise self.error
             if self.broken:
-                advice = "" if self.broken.endswith(TAKEN_OVER) else f"; {_what_next(self._study)}"
-                raise Breakdown(self.broken + advice) from self.error
+                raise Breakdown(self.broken + _what_next(self.broken, self._study)) from self.error
 
     def _run_or_break(self, action: Callable[[], T], otherwise: T) -> T:
         """Run an action, unless the record is closed or broken; an error breaks it."""
@@ -289,16 +275,20 @@ class Recorder:
         if self._failures == MAX_FAILURES_IN_A_ROW:
             raise _StudyEnds(f"{MAX_FAILURES_IN_A_ROW} trials have failed one after the other, the last one: {reason}")
 
-    def _prune_paused(self) -> None:
-        with self._study.drivers.turn("trials"):
-            self._look_around()  # another driver may have come meanwhile
-            for trial_id in self._backlog.paused():
-                self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
+    def _conclude(self) -> None:
+        if self.is_over:
+            with self._study.drivers.turn("trials"):
+                self._look_around()  # another driver may have come meanwhile
+                for trial_id in self._backlog.paused():
+                    self._end(self._searcher.resume(trial_id, to_train=False), Pruned(), None)
+        self._gain.update(now=True)
 
 
-def _what_next(study: OpenStudy) -> str:
-    """Tell the user how to continue an interrupted study."""
-    return f"the study can be resumed: {study.copy}" if study.copy.is_whole else "type the same command again"
+def _what_next(broken: str, study: OpenStudy) -> str:
+    """Tell the user how to continue a broken study; "" if another process has continued it."""
+    if broken.endswith(TAKEN_OVER):
+        return ""
+    return f"; the study can be resumed: {study.copy}" if study.copy.is_whole else "; type the same command again"
 
 
 def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) -> Event:
@@ -306,6 +296,17 @@ def _event_elsewhere(trial: StudyTrial, record: TrialRecord, gain: Gain | None) 
     proposal = Proposal(trial.trial_id, trial.settings, trial.continues)
     last = record.reports[-1] if record.reports else None
     return Event(proposal, trial.status, last, trial.reason, gain, elsewhere=True)
+
+
+def _unrecorded_ending(record: TrialRecord, searcher: Searcher, limits: Limits) -> Ending | None:
+    """Return the ending or pause that a dead driver did not record; None if the trial goes on."""
+    if not record.reports:
+        return None
+    last = record.reports[-1]
+    if last["finished"]:
+        # The finished report may be that of the trial that this one continues.
+        return Complete() if record.continues is None else None
+    return _ENDINGS[searcher.decide_again(record.trial_id, last, limits)]
 
 
 def _copy_continued(study: OpenStudy, searcher: Searcher, proposal: Proposal) -> str:
