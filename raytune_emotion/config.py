@@ -207,10 +207,6 @@ class RunConfig:
             raise ValueError(
                 f"optim.warmup_epochs: less than train.epochs ({self.train.epochs}), got {self.optim.warmup_epochs}"
             )
-        if self.model.freeze_epochs >= self.train.epochs:
-            raise ValueError(
-                f"model.freeze_epochs: less than train.epochs ({self.train.epochs}), got {self.model.freeze_epochs}"
-            )
         return self
 
     @classmethod

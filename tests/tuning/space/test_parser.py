@@ -375,14 +375,6 @@ class TestTogether:
             "3: optim.warmup_epochs: less than train.epochs (5), got 5.0",
         ]
 
-    def test_a_choice_that_freezes_the_backbone_to_the_end_is_a_fault(self, tmp_path: Path) -> None:
-        text = """\
-            optim.warmup_epochs: {uniform: [0, 2]}
-            model.freeze_epochs: {choice: [0, 2, 5]}
-        """
-        fault = "2: model.freeze_epochs: less than train.epochs (5), got 5.0"
-        assert faults_of(tmp_path, text, **{"train.epochs": 5}) == [fault]
-
     def test_branches_are_seen_for_themselves(self, tmp_path: Path) -> None:
         text = """\
             model.backbone: {choice: [resnet18, resnet50]}
