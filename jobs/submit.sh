@@ -19,7 +19,7 @@ shopt -s nocasematch
 for word in "$@"; do
   [[ $word == *://* ]] || continue
   found=
-  [[ $word =~ ://[^/]*:.*@ ]] && found=yes
+  [[ ${word%%\?*} =~ ://[^/@]*:.*@ ]] && found=yes
   if [[ $word == *\?* ]]; then
     IFS='&' read -r -a settings <<< "${word#*\?}"
     for setting in ${settings[@]+"${settings[@]}"}; do

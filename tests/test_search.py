@@ -632,7 +632,7 @@ class TestFinishing:
                 if broken_by is not None:
                     raise broken_by
 
-            monkeypatch.setattr(run_search, "_search", lambda *_: done.append("searched"))
+            monkeypatch.setattr(run_search, "_search", lambda *_: done.append("searched") or load(study))
             monkeypatch.setattr(run_search, "_conclude", lambda *_: done.append("concluded"))
             monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
             given = ["--resume", "--finish", "--results", study.parent, "--name", study.name]
@@ -752,18 +752,20 @@ class TestFinishing:
         assert exit_code([*command, "--trials=64"]) == 0
 
     @pytest.mark.usefixtures("without_locks")
-    def test_and_notices_another_search_where_files_have_no_locks(self, study, monkeypatch):
+    def test_and_notices_another_search_where_files_have_no_locks(self, study, monkeypatch, capsys):
         def finish(place, address, *, check):
             check()
             with open_study(study) as other, other.drivers.turn("trials"):
                 pass
-            with pytest.raises(Breakdown, match=TAKEN_OVER):
-                check()
+            check()
 
         monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
         monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
         command = ["search", "--resume", "--finish", "--results", study.parent, "--name", "study"]
-        assert exit_code(command) == 0
+        assert exit_code(command) == 1
+        out, err = capsys.readouterr()
+        assert err.endswith(f"error: {study}: {TAKEN_OVER}\n")
+        assert "to continue" not in out, "it would take the study back"
 
     @pytest.mark.parametrize(
         ("why", "code"),

@@ -60,6 +60,7 @@ def test_credentials_are_refused_before_ray_keeps_them_and_are_not_repeated(opti
     "uri",
     [
         "postgresql://me@db.example:5432/studies",
+        "postgresql://me@db.example:5432/studies?options=a@b",
         "s3://bucket/faces?region=eu-west-1&signal=1&endpoint_override=http://localhost:9000",
         "http://host:5000",
     ],

@@ -49,6 +49,7 @@ def private_folder() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise UserError(f"{folder}: belongs to another user; name a folder of your own: export HOME=/some/folder")
+    folder.chmod(0o700)
     return folder
 
 

@@ -316,8 +316,9 @@ def test_a_study_that_pauses_its_trials_is_the_same_though_it_is_interrupted_and
 
             with pytest.raises(KeyboardInterrupt):
                 go_on(folder, watch=interrupt)
-        with kills(folder, [max(last, reported(folder))], draw):
+        with kills(folder, [max(last, reported(folder))], draw) as killed:
             records = go_on(folder)
+        assert killed
         assert outcome(records) == expected
         check_continued({}, histories(folder), records)
         assert held_resources() == (0.0, [])

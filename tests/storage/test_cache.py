@@ -36,9 +36,11 @@ def test_a_home_that_cannot_be_written_is_passed_over(monkeypatch, tmp_path):
     assert cache_folder() == own_folder(tmp_path) / ".cache" / "raytune_emotion"
 
 
-def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+def test_a_user_without_a_home_has_a_cache_that_is_private_also_if_its_folder_was_there(monkeypatch, tmp_path):
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    own_folder(tmp_path).mkdir(mode=0o755)
     assert cache_folder() == own_folder(tmp_path) / ".cache" / "raytune_emotion"
+    assert own_folder(tmp_path).stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

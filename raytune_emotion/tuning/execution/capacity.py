@@ -119,7 +119,7 @@ class Waiting:
 
 
 def tell_shortage(watch: ClusterWatch, *kinds: str) -> Callable[[bool], None]:
-    """Return a function that tells the user once if no result comes because the cluster has nothing free.
+    """Return a function that tells the user if no result comes while the cluster has nothing free.
 
     It is called all the time with whether a result has come: see `iterate_watched`.
 
@@ -131,7 +131,7 @@ def tell_shortage(watch: ClusterWatch, *kinds: str) -> Callable[[bool], None]:
     lacking: list[str] = []
 
     def say() -> None:
-        warn(f"no result from the cluster for {_WAIT_S:.0f} s; none of its {' and '.join(lacking)} is free")
+        warn(f"no result from the cluster for {_WAIT_S:.0f} s; all of its {' and '.join(lacking)} are in use")
 
     waiting = Waiting(say)
 

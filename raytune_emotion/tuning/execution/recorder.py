@@ -30,6 +30,7 @@ from raytune_emotion.tuning.study.optuna_study import (
     Searcher,
     Status,
     StudyTrial,
+    raised_before,
     trials_to_continue,
 )
 from raytune_emotion.tuning.study.records import (
@@ -398,7 +399,8 @@ def _reason(error: Exception, study: OpenStudy) -> str:
 def _inputs_of(study: OpenStudy) -> PolicyInputs:
     """Read the inputs of a study's policy."""
     spec, earlier = study.spec, read_earlier(study.folder)
-    return PolicyInputs(study.space, spec.epochs, study.reports, spec.seed, study.objective, earlier)
+    raised = raised_before(study.optuna)
+    return PolicyInputs(study.space, spec.epochs, study.reports, spec.seed, study.objective, earlier, raised)
 
 
 def _gain_forecast_of(study: OpenStudy, inputs: PolicyInputs) -> GainForecast | None:

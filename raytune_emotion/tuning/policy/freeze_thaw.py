@@ -126,7 +126,7 @@ class FreezeThaw:
         self._domain, self._seed, self._earlier = domain_of(inputs.space), inputs.seed, inputs.earlier
         self._aim = Aim(inputs.objective, reports=inputs.reports)
         self._proposes, self._draw, self._take_up_s = proposes, draw, take_up_s
-        self._reports = inputs.reports
+        self._reports, self._raised = inputs.reports, inputs.raised
         ends = stretch_ends(self._reports)
         self._ends = [end / self._reports * inputs.epochs for end in ends]
         self._first = ends[0] if ends else self._reports
@@ -256,7 +256,7 @@ class FreezeThaw:
         """Tell whether a trial should now be trained further than any trial before."""
         ends = (*stretch_ends(self._reports), self._reports)
         longer = next((end for end in ends if end > max(had, default=0)), None)
-        if longer is None or has_whole_trial(past, self._reports):
+        if longer is None or has_whole_trial(past, self._reports, self._raised):
             return False
         # Without this check, every worker would train its first trial to the end.
         on_its_way = any(

@@ -20,7 +20,8 @@ class GainForecast:
     def __init__(self, inputs: PolicyInputs) -> None:
         """Make a forecast of the gain."""
         self._space, self._domain = inputs.space, domain_of(inputs.space)
-        self._reports, self._seed, self._earlier = inputs.reports, inputs.seed, inputs.earlier
+        self._reports, self._raised = inputs.reports, inputs.raised
+        self._seed, self._earlier = inputs.seed, inputs.earlier
         self._aim, self._front = Aim(inputs.objective, reports=inputs.reports), inputs.objective.front
 
     def __call__(self, past: Sequence[FrozenTrial]) -> Gain | None:
@@ -37,7 +38,7 @@ class GainForecast:
             Bits and seconds; both 0 if nothing can be trained. None if the gain is unknown: before a forecast is
             possible, before a trial was trained to its end with its time, and for a front.
         """
-        if self._front or not has_whole_trial(past, self._reports):
+        if self._front or not has_whole_trial(past, self._reports, self._raised):
             return None
         # Count running trials as paused ones: their remaining training is part of the gain.
         still = [as_paused(trial) if is_running(trial) else trial for trial in past]

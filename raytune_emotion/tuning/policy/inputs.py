@@ -18,3 +18,4 @@ class PolicyInputs:
     seed: int
     objective: Objective = JS_ALONE
     earlier: Sequence[Forecast] = ()  # what other studies say of configurations
+    raised: int = 0  # number of the first trial that completes at these epochs, not at fewer

@@ -30,7 +30,7 @@ class BeginAndStop:
 
     def __init__(self, space: Space, scheduler: Scheduler) -> None:
         self._domain, self._scheduler = domain_of(space), scheduler
-        self._stopped: set[str] = set()  # by an answer that was not recorded
+        self._stopped: dict[str, int] = {}  # by an answer that may not be recorded: the report that it answers
 
     def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:
         if not limits.new or is_exhausted(self._domain, {self._domain.key_of(trial) for trial in past}):
@@ -44,10 +44,11 @@ class BeginAndStop:
         self, trial_id: str, report: DriverReport, past: Sequence[FrozenTrial], limits: Limits
     ) -> Decision:
         # The scheduler has had the report already.
-        return "stop" if trial_id in self._stopped else "go on"
+        return "stop" if self._stopped.get(trial_id) == report["report"] else "go on"
 
     def replay(self, trials: Sequence[Recorded]) -> None:
-        self._stopped |= replay(self._scheduler, trials)
+        stopped = replay(self._scheduler, trials)
+        self._stopped |= {trial.trial_id: trial.reports[-1]["report"] for trial in trials if trial.trial_id in stopped}
 
 
 def make_sampler_of(inputs: PolicyInputs, name: str) -> Callable[[int], BaseSampler]:

@@ -16,8 +16,9 @@ START = "start"  # whether it is a start point of the study's space
 CONTINUES = "continues"  # trial from whose checkpoint it continues
 CONFIRMS = "confirms"  # in a confirmation: trial of the search that has the same configuration
 REASON = "reason"  # reason of its failure
-#: Attribute of an Optuna study: the expected further gain, in bits and seconds.
-GAIN = "expected_gain"
+#: Attributes of an Optuna study: the expected further gain, in bits and seconds; and, after its epochs were raised, the
+#: number of its first trial that no longer completes at the old end.
+GAIN, RAISED = "expected_gain", "raised_before"
 
 
 def is_running(trial: FrozenTrial) -> bool:
@@ -40,14 +41,16 @@ def reports_left(trial: FrozenTrial, reports: int) -> int:
     return max(1, reports - count_reports(trial))
 
 
-def has_whole_trial(past: Sequence[FrozenTrial], reports: int) -> bool:
+def has_whole_trial(past: Sequence[FrozenTrial], reports: int, raised: int) -> bool:
     """Tell whether a trial was trained to its end, which comes before its last report if its JS rises for long.
 
-    Trials that ended before the study was given more epochs do not count.
+    Args:
+        past: trials that have begun.
+        reports: reports of a trial without early stopping.
+        raised: number of the first trial that completes at this end, not at an earlier one.
     """
-    extended = min((trial.number for trial in past if trial.user_attrs.get(CONTINUES)), default=0)
     return any(
-        count_reports(trial) >= reports or (trial.state == TrialState.COMPLETE and trial.number >= extended)
+        count_reports(trial) >= reports or (trial.state == TrialState.COMPLETE and trial.number >= raised)
         for trial in past
     )
 

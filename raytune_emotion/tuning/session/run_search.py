@@ -18,6 +18,7 @@ from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import announce, count, plain_console, typed_command, typed_options
 from raytune_emotion.tuning.session.search_inputs import NewStudy, check_new, check_resumed, list_obstacles
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.request import AUTO, SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, spec_of
 
@@ -51,6 +52,8 @@ def run_search(request: SearchRequest) -> None:
     with ExitStack() as held:
         study = _conclude_again(request, place, held) if is_searched else _search(request, place, new, held)
         if request.finish:
+            if study.spec.storage is not None:
+                held.close()  # other drivers continue the trials that this one has left
             _finish(request, place, study)
 
 
@@ -108,9 +111,10 @@ def _finish(request: SearchRequest, place: Location, study: "OpenStudy") -> None
         from raytune_emotion.tuning.session.finish import finish_study
 
         finish_study(place, request.address, check=lambda: _check_driver(study))
-    except (KeyboardInterrupt, Breakdown, UserError):
-        options = typed_options(results=request.results, name=place.typed_name, address=request.address)
-        plain_console().print(f"to continue: {typed_command('search')} --resume --finish{options}")
+    except (KeyboardInterrupt, Breakdown, UserError) as error:
+        if not str(error).endswith(TAKEN_OVER):
+            options = typed_options(results=request.results, name=place.typed_name, address=request.address)
+            plain_console().print(f"to continue: {typed_command('search')} --resume --finish{options}")
         raise
 
 

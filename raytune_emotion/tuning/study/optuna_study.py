@@ -42,6 +42,7 @@ from raytune_emotion.tuning.policy.trial_attributes import (
     DRIVER,
     GAIN,
     PAUSED,
+    RAISED,
     REASON,
     SECONDS,
     SETTINGS,
@@ -249,11 +250,19 @@ class Searcher:
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
     """Enqueue continuations of complete trials, from their last epoch. Skip trials that already have one."""
+    trials = study.get_trials(deepcopy=False)
+    complete = (trial.number for trial in trials if trial.state == TrialState.COMPLETE)
+    study.set_user_attr(RAISED, max(complete, default=-1) + 1)
     waiting = trials_to_continue(study)
     for trial_id in trial_ids:
         if trial_id not in waiting:
-            ended = study.get_trials(deepcopy=False)[int(trial_id)]
-            study.enqueue_trial(ended.params, user_attrs={CONTINUES: trial_id})
+            study.enqueue_trial(trials[int(trial_id)].params, user_attrs={CONTINUES: trial_id})
+
+
+def raised_before(study: optuna.Study) -> int:
+    """Return the number of the first trial that completes at the present epochs; 0 if they were never raised."""
+    number = study.user_attrs.get(RAISED)
+    return number if isinstance(number, int) else 0
 
 
 def expected_gain(study: optuna.Study) -> Gain | None:

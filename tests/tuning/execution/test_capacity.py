@@ -123,11 +123,11 @@ def test_results_that_wait_for_what_is_in_use_are_said_to_wait_once(monkeypatch,
 
     assert [after(29), after(2), after(60)] == [
         "",
-        "no result from the cluster for 30 s; none of its cores is free\n",
+        "no result from the cluster for 30 s; all of its cores are in use\n",
         "",
     ]
     none_free.clear()  # a slow task may take as long as it likes
     assert [after(60), after(60)] == ["", ""]
     none_free |= {"CPU", "GPU"}
     assert [after(29), after(1, came=True), after(29)] == ["", "", ""]
-    assert after(2) == "no result from the cluster for 30 s; none of its cores and GPUs is free\n"
+    assert after(2) == "no result from the cluster for 30 s; all of its cores and GPUs are in use\n"

@@ -125,7 +125,7 @@ def test_tasks_without_a_free_core_are_said_to_wait(cluster, tmp_path, monkeypat
         results = pmap(wait, [1])
         threading.Timer(3, (tmp_path / "end").touch).start()
         assert list(results) == [1]
-    assert capsys.readouterr().err == "no result from the cluster for 0 s; none of its cores is free\n"
+    assert capsys.readouterr().err == "no result from the cluster for 0 s; all of its cores are in use\n"
     wait_for_cores()
 
 

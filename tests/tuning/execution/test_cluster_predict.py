@@ -65,4 +65,4 @@ def test_prediction_without_a_free_gpu_is_said_to_wait(predict, monkeypatch, cap
 
     monkeypatch.setattr(capacity, "_WAIT_S", 0.5)
     assert predict(predict_late, none_free={"GPU"}) == 0
-    assert "no result from the cluster for 0 s; none of its GPUs is free\n" in capsys.readouterr().err
+    assert "no result from the cluster for 0 s; all of its GPUs are in use\n" in capsys.readouterr().err

@@ -14,11 +14,11 @@ from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report.summary import BestTrial, describe, gain_text, summarize
-from raytune_emotion.tuning.study.open_study import load, make_study
+from raytune_emotion.tuning.study.open_study import load, make_study, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import expected_gain
 from tests.support.events import Clock
 from tests.support.reports import make_report
-from tests.support.studies import spec_of
+from tests.support.studies import spec_of, train
 
 SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
 MUCH = 1e9  # bits an hour, more than anything brings
@@ -98,6 +98,27 @@ def test_the_gain_at_the_end_is_that_of_the_last_ending(make, monkeypatch):
     assert gain is not None
     Recorder(load(folder))  # it computes the gain again
     assert expected_gain(load(folder).optuna) == gain
+
+
+def test_a_study_that_ended_by_its_gain_goes_on_with_more_epochs(make):
+    def run_all(recorder, epochs):
+        begun = []
+        while (proposal := recorder.next()) is not None:
+            begun.append(proposal.continues)
+            for report in train(study.folder, proposal.trial_id, 0.2 + 0.01 * len(begun), epochs=epochs):
+                if not recorder.report(proposal.trial_id, report):
+                    break
+        recorder.close()
+        return begun
+
+    study = load(make())
+    begun = run_all(Recorder(study, until_gain=MUCH), 3)
+    assert len(begun) < 12
+    for epochs in (6, 12):
+        study = raise_epochs(study, dataclasses.replace(study.spec, epochs=epochs))
+        recorder = Recorder(study, until_gain=MUCH)
+        assert expected_gain(study.optuna) is None, "no trial has reached the new end"
+        assert run_all(recorder, epochs)[0] is not None, "the best goes on"
 
 
 def test_a_confirmation_has_no_gain(make):

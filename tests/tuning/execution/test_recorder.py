@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
@@ -16,7 +17,9 @@ from raytune_emotion.tuning.execution import backlog as backlog_module
 from raytune_emotion.tuning.execution import recorder as recorder_module
 from raytune_emotion.tuning.execution.job import job_of, train_here
 from raytune_emotion.tuning.execution.recorder import MAX_FAILURES_IN_A_ROW, Recorder
-from raytune_emotion.tuning.policy.decisions import Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.decisions import NO_LIMITS, Begin, Prune, TakeUp
+from raytune_emotion.tuning.policy.inputs import PolicyInputs
+from raytune_emotion.tuning.policy.policies import make_policy
 from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import go_on, load, make_study, open_study, raise_epochs, read_study
@@ -103,6 +106,17 @@ def test_a_trial_that_broke_off_goes_on_and_one_that_was_stopped_is_told_so(fold
     assert second.next() is None
     assert not second.is_over, "three trials run"
     assert [*load(folder).optuna.trials[1].intermediate_values] == [1, 2]
+
+
+def test_a_trial_that_was_let_go_on_after_a_replay_is_not_stopped_by_an_older_report(folder):
+    """Another driver has let it go on, and dies later; this one's scheduler would have stopped it."""
+    inputs = PolicyInputs(load(folder).space, 3, 3, 0)
+    policy = make_policy(inputs, scheduler="asha")
+    reports = [make_report(i, 0.5, time=10.0 + i) for i in (1, 2)]
+    best = SimpleNamespace(trial_id="0000", status="running", reports=[make_report(1, 0.1, time=1.0)])
+    policy.replay([best, SimpleNamespace(trial_id="0001", status="running", reports=reports[:1])])
+    assert policy.decide_again("0001", reports[0], [], NO_LIMITS) == "stop"
+    assert policy.decide_again("0001", reports[1], [], NO_LIMITS) == "go on"
 
 
 def test_a_report_that_is_heard_twice_decides_nothing(folder):

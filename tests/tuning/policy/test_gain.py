@@ -11,7 +11,7 @@ from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.policy.gain import GainForecast
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.objective import BY_SIZE, OBJECTIVES
-from raytune_emotion.tuning.policy.trial_attributes import CONTINUES, PAUSED, SECONDS, SETTINGS
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, SETTINGS
 from raytune_emotion.tuning.space.space import Space
 
 REPORTS = 4
@@ -64,13 +64,11 @@ def test_nothing_is_known_of_the_gain_before_enough_has_been_seen(lengths):
     assert gains()(past(*lengths)) is None
 
 
-@pytest.mark.parametrize("continues", [False, True])
-def test_a_trial_that_completed_early_was_trained_to_its_end_unless_the_study_has_got_more_epochs(continues):
+@pytest.mark.parametrize("raised", [0, 2])
+def test_a_trial_that_completed_early_was_trained_to_its_end_unless_the_study_has_got_more_epochs(raised):
     trials = past(2, 2, 2, 2, 2)
     trials[1].state, trials[1].value = TrialState.COMPLETE, min(trials[1].intermediate_values.values())
-    if continues:
-        trials[4].user_attrs = {**trials[4].user_attrs, CONTINUES: "0001"}
-    assert (gains()(trials) is None) == continues
+    assert (gains(raised=raised)(trials) is None) == (raised > 1)
 
 
 def test_a_front_has_no_gain_in_bits():
