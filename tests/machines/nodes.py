@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -45,6 +46,14 @@ def autoscaler_of(port: int) -> dict:
         },
         **{name: [] for name in _EMPTY},
     }
+
+
+def free_ports(n: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
 
 
 def start_ray(*options: str) -> None:

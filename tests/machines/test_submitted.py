@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import pandas as pd
 import psutil
 import pytest
 
+from tests.machines.nodes import free_ports
+
 pytestmark = pytest.mark.timeout(1200)
 
 ROOT = Path(__file__).parents[2]
@@ -30,16 +31,6 @@ RAY = Path(sys.executable).with_name("ray")
 TOKEN = secrets.token_hex(32)
 #: Without it, Ray offers no token to a cluster that is named by its address.
 TOLD = {"RAY_AUTH_MODE": "token"}
-
-
-def free_ports(n: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
-
-
 #: Ports of the agents that every node has, and further ones of the head.
 OF_A_NODE = "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port"
 OF_THE_HEAD = "port", "dashboard-port", "ray-client-server-port"
@@ -64,7 +55,8 @@ class Cluster:
             self.start("--head", f"--temp-dir={self.folder}", "--dashboard-host=127.0.0.1", **ports)
             self.wait_for_nodes(1)
             for number in (2, 3):
-                self.start(f"--address={self.address}")
+                # Nodes with one folder would unpack the code of a job into it one after the other, while the job runs.
+                self.start(f"--address={self.address}", f"--temp-dir={self.folder}/{number}")
                 self.wait_for_nodes(number)
         except BaseException:
             self.close()
@@ -168,7 +160,7 @@ def test_a_search_is_submitted_and_followed(ray_cluster, faces, tmp_path):
 def test_a_search_that_is_stopped_ends_in_order_and_goes_on_when_it_is_submitted_again(ray_cluster, faces, tmp_path):
     space = "model.backbone: test_vit\noptim.lr: {log_uniform: [1e-3, 1e-2]}\n"
     (tmp_path / "space.yaml").write_text(space)
-    study, trials, epochs = tmp_path / "stopped", 4, 200
+    study, trials, epochs = tmp_path / "stopped", 4, 120
     # With as many trials as there are cores, one is still to begin.
     options = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path, "--name", study.name]
     options += ["--trials", trials, "--epochs", epochs, "--scheduler", "none"]
