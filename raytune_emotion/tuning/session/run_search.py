@@ -52,9 +52,7 @@ def run_search(request: SearchRequest) -> None:
     with ExitStack() as held:
         study = _conclude_again(request, place, held) if is_searched else _search(request, place, new, held)
         if request.finish:
-            if study.spec.storage is not None:
-                held.close()  # other drivers continue the trials that this one has left
-            _finish(request, place, study)
+            _finish(request, place, study, held)
 
 
 def _limits(request: SearchRequest) -> dict[str, float]:
@@ -105,8 +103,10 @@ def _conclude_again(request: SearchRequest, place: Location, held: ExitStack) ->
     return study
 
 
-def _finish(request: SearchRequest, place: Location, study: "OpenStudy") -> None:
+def _finish(request: SearchRequest, place: Location, study: "OpenStudy", held: ExitStack) -> None:
     """Finish a searched study, which is open. After an interruption, print the command that continues."""
+    if study.spec.storage is not None:
+        held.close()  # other drivers continue the trials that this one has left
     try:
         from raytune_emotion.tuning.session.finish import finish_study
 
