@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from raytune_emotion.storage import remote
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -54,6 +56,10 @@ def test_credentials_are_refused_before_ray_keeps_them_and_are_not_repeated(opti
     assert done.stderr.startswith(f"error: {before}://***: contains credentials, which would be written into the log")
     assert done.stderr.count("\n") == 1
     assert "ter2" not in done.stderr
+
+
+def test_the_script_knows_the_same_secrets_as_the_search():
+    assert f"secret='{remote._SECRET.pattern}'\n" in (ROOT / "jobs" / "submit.sh").read_text()
 
 
 @pytest.mark.parametrize(

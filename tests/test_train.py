@@ -26,7 +26,7 @@ from raytune_emotion.tuning.session import single_run
 from raytune_emotion.tuning.session.single_run import Workers, train_single
 from raytune_emotion.tuning.study.remote_copy import DRIVER, RemoteCopy
 from raytune_emotion.tuning.study.trials import is_taken
-from tests.support.cluster import joined_session
+from tests.support.cluster import DyingWorkers, joined_session
 from tests.support.commands import exit_code, refusal
 from tests.support.reports import without_clocks
 from tests.support.studies import write_study
@@ -456,17 +456,6 @@ def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(traine
 
 
 def test_a_training_whose_workers_die_again_and_again_ends_with_a_sentence(trained, tmp_path, capsys, monkeypatch):
-    class DyingWorkers:
-        def __init__(self, first, while_waiting):
-            pass
-
-        def train(self, job):
-            raise worker_group.train.WorkerGroupError("of rank 0", {0: OSError("the actor died\nwith code 9")})
-            yield
-
-        def close(self):
-            pass
-
     monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
     monkeypatch.setattr(single_run, "ray_session", joined_session)
     monkeypatch.setattr(single_run, "fit_to_cluster", lambda demand: Placement(Resources(2, 1.0, 0.0), 1))

@@ -63,16 +63,16 @@ def test_a_search_runs_on_the_nodes_of_a_job_and_leaves_no_process(job, folder, 
     }
     options = ["--data", folder / "tiny", "--space", folder / "tiny.yaml", "--results", tmp_path / "results"]
     options += ["--name", "first", "--trials", 4, "--epochs", 1, "--gpus-per-worker", 0]
-    done = subprocess.Popen(
+    running = subprocess.Popen(
         ["bash", ROOT / "jobs" / "slurm.sh", *map(str, options)],
         env=os.environ | asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        out, _ = done.communicate(timeout=400)
+        out, _ = running.communicate(timeout=400)
     except subprocess.TimeoutExpired:
-        os.killpg(done.pid, signal.SIGKILL)
-        pytest.fail(done.communicate()[0])
-    assert done.returncode == 0, out
+        os.killpg(running.pid, signal.SIGKILL)
+        pytest.fail(running.communicate()[0])
+    assert running.returncode == 0, out
     assert "2 at once" in out, "a core of each node"
     assert [*pd.read_csv(tmp_path / "results" / "first" / "trials.csv").status] == ["complete"] * 4
     deadline = time.monotonic() + 60

@@ -20,6 +20,22 @@ def joined_session(address, **options):
     return contextlib.nullcontext(SimpleNamespace(failure=lambda: "", none_free=set))
 
 
+class DyingWorkers:
+    """Stand in for `worker_group.Workers` whose processes die before their first report."""
+
+    def __init__(self, first, while_waiting):
+        pass
+
+    def train(self, job):
+        from ray.train import WorkerGroupError
+
+        raise WorkerGroupError("of rank 0", {0: OSError("the actor died\nwith code 9")})
+        yield
+
+    def close(self):
+        pass
+
+
 @contextlib.contextmanager
 def trials_in_this_process():
     """Let commands run the trials of a study in this process, one after the other, as on a cluster with two cores."""

@@ -41,7 +41,7 @@ from raytune_emotion.tuning.study.confirmation import (
 )
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.remote_copy import DRIVER
-from tests.support.cluster import joined_session
+from tests.support.cluster import DyingWorkers, joined_session
 from tests.support.reports import without_clocks
 from tests.support.studies import forget_last_ending, run_here, write_study
 
@@ -312,17 +312,6 @@ def test_a_final_fit_that_fails_is_noted_and_the_finish_goes_on(study, monkeypat
 
 @pytest.mark.usefixtures("formats")
 def test_a_final_fit_whose_workers_die_again_and_again_is_noted_and_the_finish_goes_on(study, monkeypatch):
-    class DyingWorkers:
-        def __init__(self, first, while_waiting):
-            pass
-
-        def train(self, job):
-            raise worker_group.train.WorkerGroupError("of rank 0", {0: OSError("the actor died\nwith code 9")})
-            yield
-
-        def close(self):
-            pass
-
     place = Placement(Resources(2, 1.0, 0.0), 2)
     monkeypatch.setattr(worker_group, "Workers", DyingWorkers)
     for module in (finish, single_run):
