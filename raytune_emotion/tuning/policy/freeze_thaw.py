@@ -238,9 +238,8 @@ class FreezeThaw:
         If another sampler draws it, its merit is that of an average configuration.
         """
         if not self._proposes:
-            at_random = self._draw(self._domain.parameters, (), rng)
-            offer = outlook.offer(at_random)
-            return offer and dataclasses.replace(offer, merit=outlook.mean_promise(at_random))
+            offer = outlook.offer(self._draw(self._domain.parameters, (), rng))
+            return offer and dataclasses.replace(offer, merit=offer.average)
         offer = outlook.offer(kept.shortlist, or_other=False) if kept.shortlist is not None else None
         if offer is None:
             offer = outlook.offer(outlook.candidates(rng, self._draw))

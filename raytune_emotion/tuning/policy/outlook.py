@@ -48,7 +48,8 @@ class Offer:
 
     params: dict[str, Any]
     merit: float
-    shortlist: Params  # the most promising candidates of its draw, for the next offers
+    average: float  # logarithm of the mean merit of the candidates
+    shortlist: Params  # the most promising candidates, for the next offers
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,6 @@ class Outlook:
         gain_M = expected_improvement_of_front(mean_M, std_M, cost_M, self.forecast(known)[0], logs_N, most)
         return np.log(np.maximum(gain_M, 1e-300))
 
-    def mean_promise(self, params: Params) -> float:
-        """Return the logarithm of the mean expected improvement of candidates; 0 without a forecast, as in an offer."""
-        if self.forecast is None:
-            return 0.0
-        log_M = self.log_promise(self._domain.settings_of(params))
-        return float(logsumexp(log_M)) - math.log(len(log_M))
-
     def expect_fall(self, settings: Configurations, left_M: Floats) -> tuple[Floats, Floats]:
         """Return the expected decrease of the best JS by each of M configurations, bits, and the seconds for it.
 
@@ -156,15 +150,16 @@ class Outlook:
         merit_M = np.zeros(len(next(iter(params.values()))))
         if self.forecast is not None:
             merit_M = self.log_promise(self._domain.settings_of(params))
+        average = float(logsumexp(merit_M)) - math.log(len(merit_M))
         tried = {self._domain.key_of(trial) for trial in self._past}
         order_M = np.argsort(-merit_M, kind="stable")
         shortlist = {name: column_M[order_M[:_SHORTLIST]] for name, column_M in params.items()}
         for number in order_M:
             chosen = row_of(params, number)
             if self._domain.key(chosen) not in tried:
-                return Offer(chosen, float(merit_M[number]), shortlist)
+                return Offer(chosen, float(merit_M[number]), average, shortlist)
         left = first_untried(self._domain, tried) if or_other else None
-        return None if left is None else Offer(left, float(merit_M.min()), shortlist)
+        return None if left is None else Offer(left, float(merit_M.min()), average, shortlist)
 
     def _leaders(self) -> list[FrozenTrial]:
         """Return the trials to mutate: the best ones, or the best ones of the Pareto front."""

@@ -249,7 +249,10 @@ class Searcher:
 
 
 def extend(study: optuna.Study, trial_ids: Iterable[str]) -> None:
-    """Enqueue continuations of complete trials, from their last epoch. Skip trials that already have one."""
+    """Note which trials completed at the old end, and enqueue continuations from the last epoch of these complete ones.
+
+    Trials that already have a continuation are skipped.
+    """
     trials = study.get_trials(deepcopy=False)
     complete = (trial.number for trial in trials if trial.state == TrialState.COMPLETE)
     study.set_user_attr(RAISED, max(complete, default=-1) + 1)
