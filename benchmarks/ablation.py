@@ -47,7 +47,9 @@ CHANGES: Mapping[str, Mapping[str, object]] = {
     "balance 0.5": {"train.balance": 0.5},
     "no augmentation": {"augment.recipe": "none"},
     "strong augmentation": {"augment.recipe": "strong"},
+    "random operations": {"augment.recipe": "random"},
 }
+UNCHANGED = next(iter(CHANGES))
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,23 @@ class Plan:
     epochs: int
     image_size: int
     seeds: Sequence[int]
+    changes: Sequence[str]  # of `CHANGES`, with `UNCHANGED`
     at_once: int
 
 
 def study(plan: Plan, work: Path) -> Iterator[Table]:
     """Train and measure every change with every seed."""
     faces = split_validation(plan.data, work)
-    runs = [(name, seed) for seed in plan.seeds for name in CHANGES]
+    runs = [(name, seed) for seed in plan.seeds for name in plan.changes]
     with ThreadPoolExecutor(plan.at_once) as pool:
         exports = dict(zip(runs, pool.map(lambda run: _train(plan, faces.searched, work, *run), runs), strict=True))
         predicted = dict(zip(runs, pool.map(lambda run: predict(exports[run], faces.test), runs), strict=True))
-    js = {name: np.array([score(predicted[name, seed], faces.targets) for seed in plan.seeds]) for name in CHANGES}
-    plain, *_ = CHANGES
+    js = {name: np.array([score(predicted[name, seed], faces.targets) for seed in plan.seeds]) for name in plan.changes}
     js["predicted with the mirror image"] = np.array(
-        [score(predict(exports[plain, seed], faces.test, "--mirror"), faces.targets) for seed in plan.seeds]
+        [score(predict(exports[UNCHANGED, seed], faces.test, "--mirror"), faces.targets) for seed in plan.seeds]
     )
-    rows = [_row(name, js_S, js[plain]) for name, js_S in js.items()]
-    together = mean_of([predicted[plain, seed] for seed in plan.seeds])
+    rows = [_row(name, js_S, js[UNCHANGED]) for name, js_S in js.items()]
+    together = mean_of([predicted[UNCHANGED, seed] for seed in plan.seeds])
     rows.append((f"mean prediction of the {len(plan.seeds)} seeds", score(together, faces.targets), None, None))
     note = f"JS in bits on {len(faces.targets)} faces of the test; {len(plan.seeds)} seeds."
     yield Table(("change", "JS", "difference", "standard error of it"), rows, [note])
@@ -116,9 +118,12 @@ def main(arguments: Sequence[str]) -> int:
     add("--epochs", type=int, default=4)
     add("--image-size", type=int, default=96)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--changes", nargs="+", choices=[*CHANGES][1:], default=[*CHANGES][1:], help="(default: all)")
     add("--at-once", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: one a core)")
     args = parser.parse_args(arguments)
-    plan = Plan(args.data, args.weights_dir, args.epochs, args.image_size, args.seeds, args.at_once)
+    plan = Plan(
+        args.data, args.weights_dir, args.epochs, args.image_size, args.seeds, [UNCHANGED, *args.changes], args.at_once
+    )
     measure_in_folder("ablation", arguments, lambda work: study(plan, work))
     return 0
 

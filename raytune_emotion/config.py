@@ -159,13 +159,14 @@ RECIPES: dict[str, dict[str, float]] = {
     "none": {"flip": 0.0},
     "light": {"flip": 0.5, "crop_scale": 0.8, "colour": 0.1, "erase": 0.1},
     "strong": {"flip": 0.5, "crop_scale": 0.5, "colour": 0.4, "grey": 0.1, "erase": 0.3, "mixup": 0.2},
+    "random": {"flip": 0.5, "operations": 2},
 }
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class AugmentConfig:
-    recipe: Literal["none", "light", "strong"] | None = Field(
-        default=None, description="defaults of the other augment settings: none, light or strong"
+    recipe: Literal["none", "light", "strong", "random"] | None = Field(
+        default=None, description="defaults of the other augment settings: none, light, strong or random"
     )
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
     crop_scale: float = Field(
@@ -176,6 +177,10 @@ class AugmentConfig:
     )
     grey: float = Field(default=0.0, ge=0, le=1, description="probability of conversion to greyscale")
     erase: float = Field(default=0.0, ge=0, le=1, description="probability that a random rectangle is erased")
+    operations: int = Field(
+        default=0, ge=0, le=11, description="operations of RandAugment that are chosen at random for each row"
+    )
+    magnitude: float = Field(default=0.3, ge=0, le=1, description="strength of the operations of RandAugment")
     mixup: float = Field(default=0.0, ge=0, le=_MOST, description="alpha of the Beta distribution of mixup; 0: off")
     cutmix: float = Field(default=0.0, ge=0, le=_MOST, description="alpha of the Beta distribution of cutmix; 0: off")
 

@@ -109,5 +109,7 @@ def test_a_recipe_of_augmentation_is_the_settings_that_it_stands_for(name):
 
 def test_no_recipe_changes_nothing_and_an_unknown_one_is_refused():
     assert RunConfig().augment.flip == 0.5
-    with pytest.raises(UserError, match=r"augment.recipe: should be 'none', 'light' or 'strong', got 'heavy'"):
+    with pytest.raises(
+        UserError, match=r"augment.recipe: should be 'none', 'light', 'strong' or 'random', got 'heavy'"
+    ):
         RunConfig.from_flat({"augment.recipe": "heavy"})

@@ -51,7 +51,7 @@ NAMES_OF_SETTINGS = """
     train.batch_size train.accumulate train.epochs train.evals_per_epoch train.patience train.grad_clip train.ema_decay
     train.balance train.smoothing train.precision train.compile train.seed
     augment.recipe augment.flip augment.crop_scale augment.colour augment.grey augment.erase
-    augment.mixup augment.cutmix
+    augment.operations augment.magnitude augment.mixup augment.cutmix
 """
 
 CLASSES = (

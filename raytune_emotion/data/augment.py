@@ -31,8 +31,26 @@ Decisions = Mapping[str, torch.Tensor]
 
 #: Number of rows decided at once: enough to make numpy's cost per call negligible; their numbers fit into a cache.
 _DECIDED_AT_ONCE = 2048
-#: Number of random numbers per row.
+#: Number of random numbers per row, before those of `_LARGEST`.
 _DRAWS = 19
+#: Operations of RandAugment (Cubuk et al., 2019), and their strengths at magnitude 1: shears and translations in sides,
+#: rotation in radians, colours by the change of a factor, posterising in bits, solarising by the share of the levels.
+#: Its order is fixed here, and the operations that need a histogram or neighbouring pixels are left out.
+_LARGEST = {
+    "nothing": 0.0,
+    "shear_x": 0.3,
+    "shear_y": 0.3,
+    "translate_x": 0.45,
+    "translate_y": 0.45,
+    "rotate": math.pi / 6,
+    "brightness": 0.9,
+    "contrast": 0.9,
+    "saturation": 0.9,
+    "posterise": 4.0,
+    "solarise": 1.0,
+}
+#: Largest error of a pixel that a warp only copies.
+_ROUNDING = 1e-3
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LOG_CROP_ASPECT = math.log(4 / 3)
 _LOG_ERASE_ASPECT = math.log(3.3)
@@ -84,8 +102,9 @@ def decide(
 def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment the pixels and distributions of a training batch.
 
-    The order is: random crop and mirror image, colour jitter and greyscale, normalisation, erasing (to the mean
-    colour), mixup or cutmix. If both are on, a fair coin chooses one of the two for each row.
+    The order is: shears, rotation and translation, random crop and mirror image, colour jitter and greyscale,
+    posterising and solarising, normalisation, erasing (to the mean colour), mixup or cutmix. If both are on, a fair
+    coin chooses one of the two for each row.
 
     Args:
         batch: square images; not changed.
@@ -113,6 +132,9 @@ def augment(batch: Batch, decisions: Decisions, *, mean: Triple, std: Triple) ->
         if pivot is not None:
             offset += pivot * decisions["pivot"]
         x_BHWC = x_BHWC.mul_(decisions["own_colour"]).add_(offset).clamp_(0, 255)
+    if "step" in decisions:
+        x_BHWC -= torch.remainder(x_BHWC + _ROUNDING, decisions["step"]) * decisions["posterise"]
+        x_BHWC = torch.where(x_BHWC >= decisions["solarise_from"], 255 - x_BHWC, x_BHWC)
     x_BHWC = _normalise(x_BHWC, mean, std)
     if "erase_top" in decisions:
         x_BHWC = x_BHWC.mul_(_outside("erase", decisions, side))
@@ -166,26 +188,32 @@ def _plan(
     if dataclasses.replace(config, recipe=None) == AugmentConfig(flip=0):
         return plan
     (flip, area, aspect, left, top, bright, contrast, colourful, grey, erase, *rest) = uniforms(
-        seed, epoch, rows_B, _DRAWS
+        seed, epoch, rows_B, _DRAWS + 2 * len(_LARGEST)
     )
-    (erase_area, erase_aspect, erase_left, erase_top, coin, beta_u, beta_v, cut_x, cut_y) = rest
+    (erase_area, erase_aspect, erase_left, erase_top, coin, beta_u, beta_v, cut_x, cut_y, *rest) = rest
+    strength = _choose_operations(config, np.array(rest))
 
     if config.flip:
         plan["flip"] = flip < config.flip
-    if config.crop_scale < 1:
+    if config.operations:
+        plan |= _warp_plan(strength)
+        plan |= {"posterise": strength["posterise"] != 0, "step": 2 ** np.abs(strength["posterise"])}
+        plan["solarise_from"] = 256 * (1 - np.abs(strength["solarise"]))
+    if config.crop_scale < 1 or config.operations:
         area = config.crop_scale + (1 - config.crop_scale) * area
         # An aspect beyond 1/area would reach outside of the image.
         log_aspect = (2 * aspect - 1) * np.minimum(_LOG_CROP_ASPECT, -np.log(area))
         width, height = np.sqrt(area * np.exp(log_aspect)), np.sqrt(area * np.exp(-log_aspect))
         plan |= {"crop_left": left * (1 - width), "crop_width": width}
         plan |= {"crop_top": top * (1 - height), "crop_height": height}
-    if config.colour or config.grey:
+    if config.colour or config.grey or config.operations:
         # Brightness b, contrast c about the mean grey m, saturation s, each as the usual blend; together
         # x -> b c s x + b c (1 - s) grey(x) + b (1 - c) m.
-        b, c, s = (1 + config.colour * (2 * u - 1) for u in (bright, contrast, colourful))
+        factors = {"brightness": bright, "contrast": contrast, "saturation": colourful}
+        b, c, s = ((1 + config.colour * (2 * u - 1)) * (1 + strength[name]) for name, u in factors.items())
         s = np.where(grey < config.grey, 0.0, s)
         plan |= {"own_colour": b * c * s, "grey": b * c * (1 - s)}
-        if config.colour:
+        if config.colour or config.operations:
             plan["pivot"] = b * (1 - c)
     if config.erase:
         # Shares and aspects of Zhong et al., "Random Erasing Data Augmentation", 2017.
@@ -208,6 +236,31 @@ def _plan(
             plan |= {"cut_left": x0, "cut_right": x1, "cut_top": y0, "cut_bottom": y1}
             plan["share"] = np.where(mixes, plan["share"], 1 - (x1 - x0) * (y1 - y0) / side**2)
     return plan
+
+
+def _choose_operations(config: AugmentConfig, u_DB: Floats) -> dict[str, Floats]:
+    """Return the signed strength of each operation of RandAugment, [B] by its name; 0 for rows that do not get it."""
+    order_OB, sign_OB = np.split(u_DB, 2)
+    chosen_OB = order_OB.argsort(0).argsort(0) < config.operations
+    largest_O1 = np.array([*_LARGEST.values()])[:, None]
+    return dict(zip(_LARGEST, chosen_OB * np.where(sign_OB < 0.5, -1, 1) * largest_O1 * config.magnitude, strict=True))
+
+
+def _warp_plan(strength: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Combine shears, rotation and translation to one affine map, from a place in the result to one in the image.
+
+    Places are those of `grid_sample`: 0 is the centre, -1 and 1 are the edges.
+    """
+    shear_x, shear_y = strength["shear_x"], strength["shear_y"]
+    cos, sin = np.cos(strength["rotate"]), np.sin(strength["rotate"])
+    return {
+        "warp_xx": cos - sin * shear_y,
+        "warp_xy": cos * shear_x - sin * (1 + shear_x * shear_y),
+        "warp_x": 2 * strength["translate_x"],
+        "warp_yx": sin + cos * shear_y,
+        "warp_yy": sin * shear_x + cos * (1 + shear_x * shear_y),
+        "warp_y": 2 * strength["translate_y"],
+    }
 
 
 # ---- execution, on the device
@@ -234,7 +287,7 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
 
 
 def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
-    """Crop, and resize bilinearly. A crop is only ever enlarged, so it needs no smoothing before."""
+    """Warp, crop, and resize bilinearly. A crop is only ever enlarged, so it needs no smoothing before."""
     side = x_BHWC.shape[1]
     # Centres of the output pixels, from -1 to 1 as in grid_sample.
     centres = (torch.arange(side, device=x_BHWC.device) * 2 + 1) / side - 1
@@ -242,7 +295,10 @@ def _crop(x_BHWC: torch.Tensor, decisions: Decisions) -> torch.Tensor:
     sign = 1 - 2 * decisions["flip"][..., 0] if "flip" in decisions else 1
     x = centres * (width * sign) + (2 * left + width - 1)
     y = centres[:, None] * height + (2 * top + height - 1)
-    grid = torch.stack([x.expand(-1, side, -1), y.expand(-1, -1, side)], dim=-1)
+    if "warp_x" in decisions:
+        xx, xy, x0, yx, yy, y0 = (decisions[f"warp_{name}"][..., 0] for name in ("xx", "xy", "x", "yx", "yy", "y"))
+        x, y = xx * x + xy * y + x0, yx * x + yy * y + y0
+    grid = torch.stack([x.expand(-1, side, side), y.expand(-1, side, side)], dim=-1)
     x_BCHW = x_BHWC.to(torch.float32).permute(0, 3, 1, 2)
     cropped = functional.grid_sample(x_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return cropped.permute(0, 2, 3, 1).contiguous()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ablation
-from benchmarks.ablation import BASE, CHANGES, Plan, mean_of, study
+from benchmarks.ablation import BASE, CHANGES, UNCHANGED, Plan, mean_of, study
 from benchmarks.finishing import Faces
 from raytune_emotion.config import RunConfig
 
@@ -16,7 +16,7 @@ def test_a_change_is_a_configuration(name):
     settings = {**BASE, **CHANGES[name]}
     config = RunConfig.from_flat(settings)
     assert config.loss.kl == 1
-    assert name == "unchanged" or config != RunConfig.from_flat(BASE)
+    assert name == UNCHANGED or config != RunConfig.from_flat(BASE)
 
 
 def test_the_mean_prediction_is_taken_face_by_face():
@@ -44,7 +44,7 @@ def test_differences_are_taken_within_a_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "_train", train)
     monkeypatch.setattr(ablation, "predict", predict)
     monkeypatch.setattr(ablation, "score", lambda predicted, targets: float(predicted["face"][0]))
-    (table,) = study(Plan(tmp_path, None, 1, 32, [0, 1], 2), tmp_path)
+    (table,) = study(Plan(tmp_path, None, 1, 32, [0, 1], [UNCHANGED, "drop path 0.1"], 2), tmp_path)
     assert table.notes == ["JS in bits on 1 faces of the test; 2 seeds."]
     rows = {name: rest for name, *rest in table.rows}
     assert rows["unchanged"] == [0.5, None, None]

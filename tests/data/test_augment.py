@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,8 @@ within_rows = st.builds(
     colour=share,
     grey=share,
     erase=share,
+    operations=st.sampled_from([0, 2, 11]),
+    magnitude=share,
 )
 
 
@@ -125,6 +129,7 @@ def test_a_row_is_augmented_alike_in_every_batch(config: AugmentConfig, seed: in
         AugmentConfig(flip=0.0, colour=0.5),
         AugmentConfig(flip=0.0, grey=0.5),
         AugmentConfig(flip=0.0, erase=0.5),
+        AugmentConfig(flip=0.0, operations=2),
         AugmentConfig(flip=0.0, mixup=0.5),
         AugmentConfig(flip=0.0, cutmix=0.5),
     ],
@@ -141,7 +146,9 @@ def test_epochs_and_seeds_differ_and_repeat(config: AugmentConfig) -> None:
 
 
 def test_many_batches_are_decided_at_once_as_each_alone() -> None:
-    config = AugmentConfig(flip=0.5, crop_scale=0.3, colour=0.4, grey=0.2, erase=0.3, mixup=0.4, cutmix=1.0)
+    config = AugmentConfig(
+        flip=0.5, crop_scale=0.3, colour=0.4, grey=0.2, erase=0.3, operations=3, mixup=0.4, cutmix=1.0
+    )
     rows = np.split(np.random.default_rng(0).permutation(9000), [4000, 4100, 4103, 8999])
     options = {"seed": 1, "epoch": 2, "side": SIDE, "device": torch.device("cpu")}
     for rows_B, decisions in zip(rows, decide(config, rows, **options), strict=True):
@@ -278,6 +285,91 @@ def test_colour_stays_in_the_range_of_pixels() -> None:
     x = plain(random_batch(40), AugmentConfig(flip=0.0, colour=1.0))
     assert x.min() == 0
     assert x.max() == 255
+
+
+# ---- operations chosen at random
+
+
+def test_an_operation_of_each_row_moves_the_face_or_changes_its_colours_as_far_as_the_magnitude_says() -> None:
+    side, count, magnitude = 41, 2200, 0.5
+    place = torch.arange(side, dtype=torch.uint8) * 3 + 60
+    faces = torch.stack([*torch.meshgrid(place, place, indexing="xy"), torch.full((side, side), 200)], dim=-1)
+    batch = Batch(faces.to(torch.uint8).expand(count, -1, -1, -1), torch.full((count, K), 1 / K), np.arange(count))
+    config = AugmentConfig(flip=0.0, operations=1, magnitude=magnitude)
+    out = plain(batch, config)
+
+    # Where the pixels about the centre come from, in sides.
+    middle = side // 2
+    at = (out[..., :2].double() - 60) / 3 - middle
+    centre = at[:, middle, middle] / side
+    along_x, along_y = (
+        at[:, middle, middle + 1] - at[:, middle, middle],
+        at[:, middle + 1, middle] - at[:, middle, middle],
+    )
+    found = torch.cat([along_x, along_y, centre], dim=1)
+    shear, move, angle = 0.3 * magnitude, 0.45 * magnitude, math.radians(30 * magnitude)
+    cos, sin = math.cos(angle), math.sin(angle)
+    maps = {
+        "none": [1, 0, 0, 1, 0, 0],
+        **{f"shear_x{s}": [1, 0, s * shear, 1, 0, 0] for s in (-1, 1)},
+        **{f"shear_y{s}": [1, s * shear, 0, 1, 0, 0] for s in (-1, 1)},
+        **{f"translate_x{s}": [1, 0, 0, 1, s * move, 0] for s in (-1, 1)},
+        **{f"translate_y{s}": [1, 0, 0, 1, 0, s * move] for s in (-1, 1)},
+        **{f"rotate{s}": [cos, s * sin, -s * sin, cos, 0, 0] for s in (-1, 1)},
+    }
+    same_colours = (out[..., 2] - 200).abs().amax((1, 2)) < 1e-2
+    moved = torch.zeros(count, dtype=torch.bool)
+    for name, expected in maps.items():
+        alike = same_colours & ((found - torch.tensor(expected)).abs().amax(1) < 0.01)
+        if name == "none":
+            untouched = alike
+        else:
+            assert 0.02 < alike.float().mean() < 0.075, name  # one of 11 operations, in one of two directions
+            moved |= alike
+    assert 0.06 < untouched.float().mean() < 0.13
+
+    coloured = ~moved & ~untouched
+    assert 0.38 < coloured.float().mean() < 0.53  # brightness, contrast, saturation, posterising and solarising
+    blue = out[coloured][:, middle, middle, 2]
+    red_in, blue_in = 60.0 + 3 * middle, 200.0
+    grey_in = 0.299 * red_in + 0.587 * red_in + 0.114 * blue_in
+    expected_blue = [
+        255 - blue_in,
+        blue_in - blue_in % 2 ** (4 * magnitude),
+        *(min(255.0, blue_in * (1 + sign * 0.9 * magnitude)) for sign in (-1, 1)),
+        # The mean of the face is its centre, so contrast and saturation change blue alike.
+        *(min(255.0, grey_in + (1 + sign * 0.9 * magnitude) * (blue_in - grey_in)) for sign in (-1, 1)),
+    ]
+    near = (blue[:, None] - torch.tensor(expected_blue)).abs().amin(1)
+    assert near.max() < 0.1
+
+
+@pytest.mark.parametrize("operations", [1, 2, 11])
+def test_as_many_different_operations_as_asked_are_chosen_for_each_row(operations: int) -> None:
+    config = AugmentConfig(flip=0.0, operations=operations, magnitude=1.0)
+    cpu = torch.device("cpu")
+    (decisions,) = decide(config, [np.arange(3000)], seed=0, epoch=0, side=SIDE, device=cpu)
+    value = {name: tensor.flatten() for name, tensor in decisions.items()}
+    b_c, b_c_s = value["own_colour"] + value["grey"], value["own_colour"]
+    brightness = b_c + value["pivot"]
+    changed = [
+        *(value[name].abs() > 1e-6 for name in ("warp_x", "warp_y")),
+        (b_c_s / b_c - 1).abs() > 1e-6,
+        (b_c / brightness - 1).abs() > 1e-6,
+        (brightness - 1).abs() > 1e-6,
+        value["posterise"] > 0,
+        value["solarise_from"] < 256,
+    ]
+    for each in changed:
+        assert each.float().mean() == pytest.approx(operations / 11, abs=0.04)
+    count = torch.stack(changed).sum(0)
+    assert count.max() == min(operations, len(changed))
+
+
+def test_operations_without_magnitude_leave_the_pixels() -> None:
+    batch = random_batch(8)
+    x = plain(batch, AugmentConfig(flip=0.0, operations=11, magnitude=0.0))
+    torch.testing.assert_close(x, batch.x_BHWC.float(), atol=1e-2, rtol=0)
 
 
 # ---- erasing
