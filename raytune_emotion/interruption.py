@@ -140,6 +140,9 @@ def handle_signals() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _state = outer
+        # If an interruption has met `exec` of a text, as in the definition of a dataclass, Python would end by SIGINT
+        # in place of its exit code, though the interruption was handled. The next text makes it forget that.
+        eval("0")
 
 
 def run_in_thread(name: str, action: Callable[[], None]) -> threading.Event:

@@ -92,6 +92,24 @@ def test_a_signal_ends_a_command_in_order(name):
     assert outcome(process) == (130, "written\n", "interrupted\n")
 
 
+def test_an_interrupted_exec_of_text_does_not_change_how_a_command_ended(tmp_path):
+    """Python would end by SIGINT, after `-m` alone, though the command has handled the interruption."""
+    code = """
+        import os, signal, sys
+        from raytune_emotion.cli import run_guarded
+        from raytune_emotion.interruption import handle_signals
+
+        with handle_signals():
+            code = run_guarded(lambda: exec("os.kill(os.getpid(), signal.SIGINT)"))
+        sys.exit(code)
+    """
+    (tmp_path / "interrupted.py").write_text(textwrap.dedent(code))
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-m", "interrupted"]
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
 def test_further_signals_do_not_break_off_what_is_written():
     process = started()
     interrupt(process, "SIGINT", ends=True)
