@@ -1,8 +1,8 @@
 """Measure the driver of a large study: processor time, memory, disk, and the time of its start and resumption.
 
 Nothing is trained, and Ray does not run: 64 or 512 simulated workers write histories as trials do, and report to the
-recorder, which writes the real journal and tables and asks the real policy. Ray's own share of a report is therefore
-missing.
+recorder, which writes the real journal and tables and asks the real policy. `ray_share` measures Ray's own share of a
+report.
 """
 
 import heapq
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks import Table
 from raytune_emotion.emotions import EMOTIONS
@@ -51,18 +52,18 @@ _METRICS = (
 
 
 class Clock:
-    """Add up the processor time of calls."""
+    """Add up the processor time of calls, of all threads or of the calling one."""
 
-    def __init__(self) -> None:
-        self.seconds, self.slowest = 0.0, 0.0
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        self._clock, self.seconds, self.slowest = clock, 0.0, 0.0
 
     def __call__(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **named: Any) -> Any:
-            began = time.process_time()
+            began = self._clock()
             try:
                 return call(*args, **named)
             finally:
-                took = time.process_time() - began
+                took = self._clock() - began
                 self.seconds += took
                 self.slowest = max(self.slowest, took)
 
@@ -109,15 +110,20 @@ class Workers:
         done_R = np.arange(1, self._epochs + 1) / self._epochs
         js_R = level + 0.3 * np.exp(-5 * done_R) + 0.003 * draw.random(self._epochs)
         for number in range(len(there) + 1, self._epochs + 1):
-            report = {
-                "report": number, "epoch": float(number), "seconds": 5.0 * number, "finished": number == self._epochs,
-                "best_val_js": float(js_R[:number].min()), "val_js": float(js_R[number - 1]), "params_millions": 11.7,
-                "images_per_second": 1234.5, "time": self.now, "train_loss": 0.5, "lr": 1e-3, "accumulate": 1,
-                "best_report": int(js_R[:number].argmin()) + 1, **dict.fromkeys((f"val_{m}" for m in _METRICS), 0.123),
-            }  # fmt: skip
+            report = make_report(number, js_R, self.now)
             with (folder / HISTORY).open("a") as file:
                 file.write(json.dumps(report) + "\n")
             yield report
+
+
+def make_report(number: int, js_R: npt.NDArray[np.float64], now: float) -> dict[str, Any]:
+    """Make a trial's report of this number, with all that a history has, from the JS of all of its reports, [R]."""
+    return {
+        "report": number, "epoch": float(number), "seconds": 5.0 * number, "finished": number == len(js_R),
+        "best_val_js": float(js_R[:number].min()), "val_js": float(js_R[number - 1]), "params_millions": 11.7,
+        "images_per_second": 1234.5, "time": now, "train_loss": 0.5, "lr": 1e-3, "accumulate": 1,
+        "best_report": int(js_R[:number].argmin()) + 1, **dict.fromkeys((f"val_{m}" for m in _METRICS), 0.123),
+    }  # fmt: skip
 
 
 def measure(case: tuple[tuple[str, str], int, int], epochs: int = EPOCHS) -> tuple[Any, ...]:
@@ -125,7 +131,7 @@ def measure(case: tuple[tuple[str, str], int, int], epochs: int = EPOCHS) -> tup
     (sampler, scheduler), at_once, trials = case
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         folder, began = Path(scratch) / "study", time.monotonic()
-        make_study(folder, _spec(sampler, scheduler, trials, epochs))
+        make_study(folder, spec_of(sampler, scheduler, trials, epochs))
         recorder, clock, policy = Recorder(load(folder)), Clock(), Clock()
         _time_policy(recorder, policy)
         workers = Workers(folder, at_once, epochs)
@@ -172,7 +178,7 @@ def _time_policy(recorder: Recorder, clock: Clock) -> None:
     policy.next, policy.decide = clock(policy.next), clock(policy.decide)  # type: ignore[method-assign]
 
 
-def _spec(sampler: str, scheduler: str, trials: int, epochs: int) -> StudySpec:
+def spec_of(sampler: str, scheduler: str, trials: int, epochs: int) -> StudySpec:
     return StudySpec(
         name="study",
         seed=0,
