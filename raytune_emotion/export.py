@@ -9,7 +9,7 @@ from raytune_emotion.learn.export_files import FORMATS, check_formats
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import count, say
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
-from raytune_emotion.tuning.study.trials import PARAMS, find_trial
+from raytune_emotion.tuning.study.trials import PARAMS, find_trial, trials_with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def _find_trial(study: Location, text: str) -> str:
         UserError: there is no study, or it has no such trial.
     """
     spec_of(study)
-    return find_trial(text, [name.split("/")[1] for name in study.find(f"trials/*/{PARAMS}")], study)
+    return find_trial(text, trials_with(study, PARAMS), study)
 
 
 def _best_of(place: Location) -> str:

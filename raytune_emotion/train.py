@@ -28,7 +28,16 @@ from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.storage.yaml_text import load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu, refuse_broken_gpu
 from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
-from raytune_emotion.tuning.study.trials import DATA, PARAMS, data_of, find_trial, is_taken, refuse_taken
+from raytune_emotion.tuning.study.trials import (
+    ALL,
+    DATA,
+    PARAMS,
+    data_of,
+    find_trial,
+    is_taken,
+    refuse_taken,
+    trial_file,
+)
 
 if TYPE_CHECKING:
     from raytune_emotion.learn.checkpoint import Progress
@@ -114,10 +123,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
     """Read the settings of a study's trial, by default the best."""
     spec_of(study)
-    with study.copy_here(SPEC, f"trials/*/{PARAMS}") as folder:
-        begun = [file.parent.name for file in folder.glob(f"trials/*/{PARAMS}")]
+    with study.copy_here(SPEC, trial_file(ALL, PARAMS)) as folder:
+        begun = [file.parent.name for file in folder.glob(trial_file(ALL, PARAMS))]
         trial_id = _best_trial(study) if trial is None else find_trial(trial, begun, study)
-        return _read(folder / "trials" / trial_id / PARAMS)
+        return _read(folder / trial_file(trial_id, PARAMS))
 
 
 def _best_trial(place: Location) -> str:

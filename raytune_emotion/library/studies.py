@@ -20,11 +20,12 @@ from raytune_emotion.library.models import EmotionModel
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.locations import Location, location_of
 from raytune_emotion.tuning.study.open_study import read_study
-from raytune_emotion.tuning.study.records import trial_folder, winner
+from raytune_emotion.tuning.study.records import winner
 from raytune_emotion.tuning.study.request import name_study
 from raytune_emotion.tuning.study.spec import StudySpec, spec_of
 from raytune_emotion.tuning.study.tables import curves_of, trials_of
 from raytune_emotion.tuning.study.trial_export import check_kept
+from raytune_emotion.tuning.study.trials import trial_file, trial_folder
 
 Place = str | os.PathLike[str] | Location
 
@@ -64,7 +65,7 @@ class Study:
         """
         chosen = self.best["trial_id"] if trial_id is None else trial_id
         check_kept(self.location, chosen)
-        with self.location.copy_here(f"trials/{chosen}/{BEST}") as folder:
+        with self.location.copy_here(trial_file(chosen, BEST)) as folder:
             best = read_best(trial_folder(folder, chosen) / BEST)
         config = RunConfig.from_flat(best.settings)
         model = EmotionModel(load_model(best), config.data.classes, config.data.image_size)

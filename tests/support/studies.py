@@ -22,9 +22,10 @@ from raytune_emotion.tuning.policy.objective import JS_ALONE
 from raytune_emotion.tuning.policy.policies import make_policy, make_sampler_of
 from raytune_emotion.tuning.space.parser import load_space
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Searcher, create_study
-from raytune_emotion.tuning.study.records import read_records, trial_folder
+from raytune_emotion.tuning.study.records import read_records
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import write_tables
+from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.folders import SCRATCH
 from tests.support.reports import make_report
 

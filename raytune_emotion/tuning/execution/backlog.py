@@ -8,6 +8,7 @@ from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.tuning.policy.decisions import Limits
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import Proposal, StudyTrial, list_trials
+from raytune_emotion.tuning.study.trials import trial_file
 
 #: Largest number of paused trials, and of bytes of their checkpoints.
 PAUSED_TRIALS, PAUSED_BYTES = 32, 16 * 2**30
@@ -51,7 +52,7 @@ class Backlog:
         return [trial for trial in others if trial.status != "running"], abandoned
 
     def _size(self, trial_id: str) -> int:
-        sizes = self._study.copy.location.sizes(f"trials/{trial_id}/{name}" for name in (LAST, BEST))
+        sizes = self._study.copy.location.sizes(trial_file(trial_id, name) for name in (LAST, BEST))
         return sum(size or 0 for size in sizes)
 
     @property

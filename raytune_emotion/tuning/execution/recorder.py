@@ -41,7 +41,7 @@ from raytune_emotion.tuning.study.records import (
 )
 from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.tables import Tables
-from raytune_emotion.tuning.study.trials import trial_id_of
+from raytune_emotion.tuning.study.trials import trial_file, trial_id_of
 
 #: Number of consecutive failed trials that ends a study.
 MAX_FAILURES_IN_A_ROW = 10
@@ -317,14 +317,14 @@ def _copy_continued(study: OpenStudy, searcher: Searcher, proposal: Proposal) ->
         Why it starts anew instead; empty where it does not.
     """
     source, target = proposal.continues, proposal.trial_id
-    if source is None or study.copy.has(f"trials/{target}/{LAST}"):
+    if source is None or study.copy.has(trial_file(target, LAST)):
         return ""
     names = (HISTORY, BEST, LAST)
-    if not all(study.copy.has(f"trials/{source}/{name}") for name in names):
+    if not all(study.copy.has(trial_file(source, name)) for name in names):
         return f"starts anew, as the checkpoint of trial {source}, which it was to go on from, is gone"
-    study.copy.pull(f"trials/{source}/{name}" for name in (*names, PREDICTIONS))
+    study.copy.pull(trial_file(source, name) for name in (*names, PREDICTIONS))
     copied = copy_checkpoint(study.trial_folder(source), study.trial_folder(target))
-    study.copy.push(*(f"trials/{target}/{name}" for name in copied))
+    study.copy.push(*(trial_file(target, name) for name in copied))
     for report in read_history(study.trial_folder(target)):
         searcher.observe(target, report)
     return ""
@@ -377,7 +377,7 @@ class _Saving:
         lost = trials_to_strip(self._tables.ended, study.objective, trials_to_continue(study.optuna))
         gone = [trial_id for trial_id in lost if trial_id not in self._deleted]
         delete_weights(study.folder, gone)
-        study.copy.delete([f"trials/{trial_id}/{name}" for trial_id in gone for name in (LAST, BEST, PREDICTIONS)])
+        study.copy.delete([trial_file(trial_id, name) for trial_id in gone for name in (LAST, BEST, PREDICTIONS)])
         self._deleted.update(gone)
 
 

@@ -16,7 +16,7 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, expected_gain
 from raytune_emotion.tuning.study.records import TrialRecord
 from raytune_emotion.tuning.study.remote_copy import join_pieces
-from raytune_emotion.tuning.study.trials import DATA, PARAMS
+from raytune_emotion.tuning.study.trials import ALL, DATA, PARAMS, trial_file
 
 
 def publish_report(study: OpenStudy, records: list[TrialRecord]) -> list[str]:
@@ -57,7 +57,7 @@ def pull_for_report(place: Location, folder: Path, records: Sequence[TrialRecord
     if place.is_here(folder):
         return
     looked_at = {record.trial_id for record in records if record.counts}
-    found = place.find(f"trials/*/{BEST}", *RECORD_OF_CONFIRMATION)
+    found = place.find(trial_file(ALL, BEST), *RECORD_OF_CONFIRMATION)
     confirmation = [name for name in found if name.startswith(f"{CONFIRMED}/")]
     trials = [Path(name).parent for name in found if name not in confirmation]
     models = [trial / name for trial in trials for name in (BEST, PREDICTIONS, DATA, PARAMS) if trial.name in looked_at]

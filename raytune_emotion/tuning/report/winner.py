@@ -17,8 +17,9 @@ from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.predictions import Bin, Predictions, bins_of, bootstrap_intervals, predict_best
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.tuning.study.confirmation import best_configurations
-from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.tuning.study.records import TrialRecord
 from raytune_emotion.tuning.study.spec import StudySpec
+from raytune_emotion.tuning.study.trials import trial_folder
 
 #: Number of faces that are shown of the best, and of the worst predictions.
 _FACES = 6

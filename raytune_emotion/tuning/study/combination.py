@@ -24,7 +24,8 @@ from raytune_emotion.learn.combine import (
 from raytune_emotion.learn.evaluation import means_of_metrics
 from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.run_folder import BEST
-from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
+from raytune_emotion.tuning.study.records import TrialRecord
+from raytune_emotion.tuning.study.trials import trial_folder
 
 #: Largest number of members of an ensemble, by default.
 MEMBERS = 3

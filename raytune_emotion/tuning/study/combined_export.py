@@ -20,9 +20,10 @@ from raytune_emotion.tuning.study.combination import (
 )
 from raytune_emotion.tuning.study.open_study import OpenStudy, read_study
 from raytune_emotion.tuning.study.spec import find_store
+from raytune_emotion.tuning.study.trials import ALL, trial_file
 
 #: Files of a study that are combined.
-_WEIGHTS = (f"trials/*/{BEST}", f"trials/*/{PREDICTIONS}")
+_WEIGHTS = (trial_file(ALL, BEST), trial_file(ALL, PREDICTIONS))
 
 
 def export_ensemble(study: Location, dest: Location, most: int, formats: Sequence[str]) -> Combination:

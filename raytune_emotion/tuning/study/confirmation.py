@@ -33,13 +33,13 @@ from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.remote_copy import DRIVER, PIECES
 from raytune_emotion.tuning.study.request import ConfirmRequest
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, open_stores, spec_of
-from raytune_emotion.tuning.study.trials import entries_of
+from raytune_emotion.tuning.study.trials import ALL, entries_of, trial_file
 
 #: Folder of the confirmation in the folder of its study, and the name of its table there.
 CONFIRMED = "confirmed"
 CONFIRMED_TABLE = "confirmed.csv"
 #: Patterns of the files of a study with the record of its confirmation.
-RECORD_OF_CONFIRMATION = tuple(f"{CONFIRMED}/{name}" for name in (SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}"))
+RECORD_OF_CONFIRMATION = tuple(f"{CONFIRMED}/{name}" for name in (SPEC, JOURNAL, *PIECES, trial_file(ALL, HISTORY)))
 
 HEADINGS = ("trial", "mean JS, bits", "standard error", "seeds", "failed", "JS in the search")
 

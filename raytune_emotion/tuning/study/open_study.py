@@ -33,12 +33,12 @@ from raytune_emotion.tuning.study.records import (
     best_first,
     read_record,
     read_records,
-    trial_folder,
     trials_to_strip,
     winner,
 )
 from raytune_emotion.tuning.study.remote_copy import PIECES, RemoteCopy, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, read_spec, write_spec
+from raytune_emotion.tuning.study.trials import ALL, trial_file, trial_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def read_study(place: Location, *patterns: str) -> Iterator[OpenStudy]:
     Raises:
         UserError: there is no study, or it is damaged; or an error of the block, which then names the location.
     """
-    with place.copy_here(SPEC, JOURNAL, *PIECES, f"trials/*/{HISTORY}", *patterns) as folder:
+    with place.copy_here(SPEC, JOURNAL, *PIECES, trial_file(ALL, HISTORY), *patterns) as folder:
         # At the location itself, only its driver may write.
         for journal in (JOURNAL, *(pattern for pattern in patterns if pattern.endswith(JOURNAL))):
             if not place.is_here(folder):
@@ -207,7 +207,7 @@ def open_existing(place: Location, held: contextlib.ExitStack) -> OpenStudy:
         with drivers.turn("files"):
             if created_at(place.read(SPEC)) != created_at(Folder(folder).read(SPEC)):
                 place.set_aside_copy()
-            place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, f"trials/*/{HISTORY}")
+            place.check_out(SPEC, JOURNAL, *PIECES, EARLIER, trial_file(ALL, HISTORY))
     join_pieces(folder, JOURNAL)
     return load(folder, place, drivers)
 
@@ -254,7 +254,7 @@ def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
         if record.status == "complete"
         and record.trial_id not in lost
         and record.reports[-1]["epoch"] >= study.spec.epochs
-        and study.copy.has(f"trials/{record.trial_id}/{LAST}")
+        and study.copy.has(trial_file(record.trial_id, LAST))
     ]
     extend(study.optuna, can)
     trials = max(max(spec.trials, len(list_trials(study.optuna))) + len(can), count_due(study.optuna))

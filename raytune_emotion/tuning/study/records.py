@@ -21,7 +21,7 @@ from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.objective import Objective, pareto_front
 from raytune_emotion.tuning.study.optuna_study import ENDED, Status, StudyTrial, list_trials, read_trial
-from raytune_emotion.tuning.study.trials import PARAMS
+from raytune_emotion.tuning.study.trials import PARAMS, trial_file, trial_folder
 
 #: Number of ended trials whose weights are kept.
 KEPT = 3
@@ -54,10 +54,6 @@ class TrialRecord:
         return min(self.reports, key=lambda report: report["val_js"], default=None)
 
 
-def trial_folder(study: Path, trial_id: str) -> Path:
-    return study / "trials" / trial_id
-
-
 def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ()) -> list[TrialRecord]:
     """Read the trials of a study with their reports, in the order of their start. Skip those in `known`."""
     return [_read_record(folder, trial) for trial in list_trials(study) if trial.trial_id not in known]
@@ -80,7 +76,7 @@ def trained_settings(study: Location, record: TrialRecord) -> dict[str, Any]:
 
     They may have changed since the proposal, because a study was resumed with more epochs, or memory ran out.
     """
-    text = study.read(f"trials/{record.trial_id}/{PARAMS}")
+    text = study.read(trial_file(record.trial_id, PARAMS))
     try:
         trained = load_json(text) if text is not None else {}
         return {name: trained.get(name, value) for name, value in record.settings.items()}

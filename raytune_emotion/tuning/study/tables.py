@@ -15,6 +15,7 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import list_trials
 from raytune_emotion.tuning.study.records import TrialRecord, best_first
 from raytune_emotion.tuning.study.spec import CHANGEABLE
+from raytune_emotion.tuning.study.trials import trial_file
 
 TRIALS, CURVES = "trials.csv", "curves.parquet"
 
@@ -52,12 +53,12 @@ class Tables:
         """Read the trials that are not kept yet. Trials of other drivers may have ended meanwhile."""
         # Pull the reports of trials on this and other machines.
         unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in self._ended]
-        self._study.copy.pull(f"trials/{trial_id}/{HISTORY}" for trial_id in unknown)
+        self._study.copy.pull(trial_file(trial_id, HISTORY) for trial_id in unknown)
         return self._study.records(self._ended)
 
     def add(self, trial_id: str) -> TrialRecord:
         """Read, keep and return a trial that has just ended."""
-        self._study.copy.pull([f"trials/{trial_id}/{HISTORY}"])
+        self._study.copy.pull([trial_file(trial_id, HISTORY)])
         record = self._study.record(trial_id)
         self.keep([record])
         self._stale = True

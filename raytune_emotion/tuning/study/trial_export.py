@@ -10,8 +10,7 @@ from raytune_emotion.learn.export_folder import TIMM, publish_export, write_pack
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word, typed_command
-from raytune_emotion.tuning.study.records import trial_folder
-from raytune_emotion.tuning.study.trials import DATA, data_of
+from raytune_emotion.tuning.study.trials import DATA, data_of, trial_file, trial_folder, trials_with
 
 
 def check_kept(study: Location, trial_id: str) -> None:
@@ -20,7 +19,7 @@ def check_kept(study: Location, trial_id: str) -> None:
     Raises:
         UserError: it has none; the error lists the trials that have weights.
     """
-    kept = [name.split("/")[1] for name in study.find(f"trials/*/{BEST}")]
+    kept = trials_with(study, BEST)
     if trial_id not in kept:
         those = f"choose one of {', '.join(kept)}" if kept else "name the folder of a study whose trials have reported"
         raise UserError(f"{study}: no weights of trial {trial_id}, because only the best ones are kept; {those}")
@@ -33,7 +32,7 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
         UserError: the study has no weights of that trial, dest cannot be written, or a format cannot be made.
     """
     check_kept(study, trial_id)
-    wanted = (f"trials/{trial_id}/{BEST}", f"trials/{trial_id}/{DATA}")
+    wanted = (trial_file(trial_id, BEST), trial_file(trial_id, DATA))
     with publish_export(dest) as package, study.copy_here(*wanted) as folder:
         _write(package, trial_folder(folder, trial_id), f"Trial {trial_id} of the study {study.name}.", formats)
 

@@ -9,10 +9,26 @@ from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 
 PARAMS = "params.json"
+#: Stands for all trials in `trial_file`.
+ALL = "*"
 #: Largest number of trials that an error message lists. Of more, it names the first and the last.
 _LISTED = 10
 #: Name of the file with the address of a trial's packed data. Its results depend only on these and the settings.
 DATA = "data.txt"
+
+
+def trial_file(trial_id: str, name: str) -> str:
+    """Return the path of a trial's file, from the folder of its study."""
+    return f"trials/{trial_id}/{name}"
+
+
+def trial_folder(study: Path, trial_id: str) -> Path:
+    return study / "trials" / trial_id
+
+
+def trials_with(study: Location, name: str) -> list[str]:
+    """List the ids of the trials that have a file of this name."""
+    return [file.split("/")[1] for file in study.find(trial_file(ALL, name))]
 
 
 def data_of(run: Path) -> str | None:

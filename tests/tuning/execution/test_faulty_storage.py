@@ -14,10 +14,10 @@ from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
-from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.commands import exit_code
 from tests.support.reports import make_report
 from tests.support.studies import SMALL_SPACE, spec_of

@@ -24,9 +24,10 @@ from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SETTINGS, TAK
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import go_on, load, make_study, open_study, raise_epochs, read_study
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
-from raytune_emotion.tuning.study.records import KEPT, trial_folder
+from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
+from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.reports import make_report, without_clocks
 from tests.support.studies import ONE_CORE, run_here, spec_of, train
 

@@ -18,11 +18,11 @@ from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
 from raytune_emotion.tuning.study.open_study import load, raise_epochs
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal
-from raytune_emotion.tuning.study.records import KEPT, best_first, trial_folder
+from raytune_emotion.tuning.study.records import KEPT, best_first
 from raytune_emotion.tuning.study.remote_copy import DRIVER
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
-from raytune_emotion.tuning.study.trials import PARAMS
+from raytune_emotion.tuning.study.trials import PARAMS, trial_folder
 from tests.support.cluster import RUN_SPACE
 from tests.support.reports import without_clocks
 from tests.support.studies import run_here

@@ -15,8 +15,8 @@ from raytune_emotion.tuning.report.page import report_files, write_report
 from raytune_emotion.tuning.report.plots import draw_parallel, draw_settings
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, CONFIRMED_TABLE, enqueue
 from raytune_emotion.tuning.study.open_study import load, make_study
-from raytune_emotion.tuning.study.records import TrialRecord, trial_folder
-from raytune_emotion.tuning.study.trials import PARAMS
+from raytune_emotion.tuning.study.records import TrialRecord
+from raytune_emotion.tuning.study.trials import PARAMS, trial_folder
 from tests.support.pages import Page
 from tests.support.reports import RECORDS, make_report
 from tests.support.studies import searcher_of, spec_of

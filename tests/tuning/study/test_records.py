@@ -21,12 +21,12 @@ from raytune_emotion.tuning.study.records import (
     copy_checkpoint,
     delete_weights,
     frontier,
-    trial_folder,
     trials_to_strip,
     winner,
 )
 from raytune_emotion.tuning.study.spec import SPEC, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS, concatenate, curves_of, keep_two_reports, write_tables
+from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.reports import RECORDS, make_report
 from tests.support.studies import spec_of
 

@@ -13,10 +13,10 @@ from raytune_emotion.storage.locations import Remote
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.study import remote_copy, tables
 from raytune_emotion.tuning.study.open_study import load, make_study, read_study
-from raytune_emotion.tuning.study.records import trial_folder
 from raytune_emotion.tuning.study.remote_copy import DRIVER, PIECES, TAKEN_OVER, RemoteCopy, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import TRIALS
+from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.reports import make_report
 from tests.support.studies import spec_of
 from tests.support.studies_at_uri import fetch
