@@ -114,6 +114,11 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert told[0].startswith(f"error: {folder}: the run there began with optim.name = adamw, not sgd")
+    (folder / "best" / "notes.txt").touch()
+    assert trained("--resume", "--name", "mine", "--epochs", 4) == 2
+    assert f"{folder / 'best'}: holds files that do not belong to an export (notes.txt)" in capsys.readouterr().err
+    assert read_history(folder) == history, "it is said before anything is trained"
+    (folder / "best" / "notes.txt").unlink()
     (folder / "data.txt").write_text(f"{tmp_path / 'gone'}\n")
     assert trained("--resume", "--name", "mine", data=False) == 2
     assert "gone: the packed data of the run are missing; name the data with --data" in capsys.readouterr().err

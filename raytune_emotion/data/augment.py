@@ -49,8 +49,8 @@ _LARGEST = {
     "posterise": 4.0,
     "solarise": 1.0,
 }
-#: Largest error of a pixel that a warp only copies.
-_ROUNDING = 1e-3
+#: More than the error of a pixel that a warp only copies, at any size of image.
+_ROUNDING = 0.03
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LOG_CROP_ASPECT = math.log(4 / 3)
 _LOG_ERASE_ASPECT = math.log(3.3)

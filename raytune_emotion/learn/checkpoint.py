@@ -7,7 +7,7 @@ best.safetensors    the weights of the report with the lowest val_js, under timm
                     its description to build it from
 history.jsonl       one report per line
 predictions.safetensors
-                    the predictions of the best weights for the validation split, in float16; in the header, the number
+                    the predictions of the best weights for the validation split; in the header, the number
                     of their report, which detects outdated predictions of a killed run
 
 Each tensor file is written atomically. `last` is written first and is authoritative: after a crash, the other files are
@@ -98,7 +98,7 @@ def save(
     report = progress.history[-1]
     if report["best_report"] == report["report"]:
         if prob_NK is not None:
-            _write(folder / PREDICTIONS, {"prob_NK": _cpu_copy(prob_NK.half())}, {"report": report["report"]})
+            _write(folder / PREDICTIONS, {"prob_NK": _cpu_copy(prob_NK.float())}, {"report": report["report"]})
         _write_best(folder, _best_weights(tensors), progress)
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(_line(report))

@@ -31,18 +31,19 @@ from raytune_emotion.data.decode import UndecodableImage
 from raytune_emotion.data.pictures import Picture, PredictedBatch
 from raytune_emotion.data.store import Store
 from raytune_emotion.data.synthetic import draw_face, draw_point
+from raytune_emotion.emotions import check_class_names
 from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import in_one_line, is_disk_full
 from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_logits
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.combine import images_per_second
-from raytune_emotion.learn.device import exact_fp32
+from raytune_emotion.learn.device import exact_fp32, halve_until_it_fits
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
 from raytune_emotion.learn.model import build_model, load_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card, render_ensemble_card
 from raytune_emotion.learn.origin import check_arguments, find_origin, licence
-from raytune_emotion.learn.predictions import predict_split
+from raytune_emotion.learn.predictions import is_cut_short, predict_split
 from raytune_emotion.storage.atomic import atomic_write, destination_error, replace_folder, write_text
 from raytune_emotion.storage.json_text import load_json
 from raytune_emotion.storage.locations import Folder, Location
@@ -74,19 +75,29 @@ class Package:
     def predict(self, images_NHWC: npt.NDArray[np.uint8], *, mirror: bool = False) -> npt.NDArray[np.float64]:
         """Predict the distribution over the classes of each image, [N, K], on the model's device.
 
+        If the device has too little memory for all at once, they are predicted in parts.
+
         Args:
             images_NHWC: RGB.
             mirror: whether to predict the mean of each image and its mirror image.
         """
+
+        def predict(rows: int) -> npt.NDArray[np.float64]:
+            starts = range(0, len(images_NHWC), rows)
+            return np.concatenate([self._predict(images_NHWC[at : at + rows], mirror=mirror) for at in starts])
+
+        return halve_until_it_fits(predict, len(images_NHWC))
+
+    def _predict(self, images_BHWC: npt.NDArray[np.uint8], *, mirror: bool) -> npt.NDArray[np.float64]:
         device = next(self.model.parameters()).device
         with torch.inference_mode(), exact_fp32():
-            x_BHWC = torch.from_numpy(images_NHWC).to(device)
+            x_BHWC = torch.from_numpy(images_BHWC).to(device)
             views = [x_BHWC, x_BHWC.flip(2)] if mirror else [x_BHWC]
-            prob_NK: npt.NDArray[np.float64] = (
+            prob_BK: npt.NDArray[np.float64] = (
                 # Convert on the CPU, because MPS has no float64.
                 torch.stack([self.model(view).cpu().double() for view in views]).mean(0).numpy()
             )
-            return prob_NK
+            return prob_BK
 
 
 def predict_batch(package: Package, batch: Sequence[Picture], *, mirror: bool) -> PredictedBatch:
@@ -273,7 +284,8 @@ def _examine(model: nn.Module, store: Store | None) -> Evidence:
     if store is None:
         return Evidence(None, 0, None, 1.0)
     predictions = predict_split(model, store.val, store.classes)
-    calibration, temperature = calibrate(predictions), 1.0
+    # A few images are too few for a temperature, and their number depends on what else the machine does.
+    calibration, temperature = None if is_cut_short(predictions) else calibrate(predictions), 1.0
     if calibration is not None and calibration.helps:
         images_NHWC = store.val.gather(np.arange(min(_DRAWN, len(store.val))))
         if divide_logits(model, calibration.temperature, normalise(torch.from_numpy(images_NHWC), *mean_std(model))):
@@ -347,6 +359,7 @@ def load_package(folder: Path) -> Package:
     try:
         config = load_json((folder / CONFIG).read_bytes())
         classes, members = tuple(config["label_names"]), config.get("members")
+        check_class_names(classes)
         model: Predictor = (
             _make_model(config, len(classes))
             if members is None

@@ -480,10 +480,12 @@ def check_same_run(config: RunConfig, store: Store, folder: object, progress: Pr
         UserError: they do not: one sentence for each difference.
     """
     asked = config.to_flat()
+    # A setting that an older version did not know has had its default.
+    began = RunConfig().to_flat() | progress.settings
     faults = [
         f"{folder}: the run there began with {key} = {value}, not {asked.get(key)}; keep that value, or choose "
         f"another folder"
-        for key, value in progress.settings.items()
+        for key, value in began.items()
         if key not in _MAY_CHANGE and asked.get(key) != value
     ]
     if progress.fingerprint != store.fingerprint:

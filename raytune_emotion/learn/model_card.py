@@ -17,7 +17,7 @@ from raytune_emotion.config import ModelConfig, RunConfig
 from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.calibration import Calibration
 from raytune_emotion.learn.origin import licence
-from raytune_emotion.learn.predictions import Predictions, bootstrap_intervals, class_errors
+from raytune_emotion.learn.predictions import Predictions, bootstrap_intervals, class_errors, is_cut_short
 from raytune_emotion.terminal import count, shell_word
 
 _MEANINGS = {
@@ -348,6 +348,9 @@ def _calibration(evidence: Evidence) -> str:
     found = evidence.calibration
     if evidence.predictions is None:
         return "The model is not calibrated, because the data of the run are not on the machine that exported it."
+    if is_cut_short(evidence.predictions):
+        done = count(len(evidence.predictions.ids), "validation image")
+        return f"The model is not calibrated: there was time to predict only {done}. Export it on a faster machine."
     if found is None:
         return "The model is not calibrated: the validation set is too small."
     tried = (

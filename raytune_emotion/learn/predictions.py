@@ -103,6 +103,11 @@ def predict_split(model: nn.Module, split: Split, classes: tuple[str, ...]) -> P
     )
 
 
+def is_cut_short(predictions: Predictions) -> bool:
+    """Tell whether the time was too short to predict all images that were drawn."""
+    return len(predictions.ids) < min(len(predictions.split), MOST_IMAGES)
+
+
 def log_of(prob_NK: npt.NDArray[np.float64]) -> torch.Tensor:
     """Return finite logits of probabilities. Unlike `logits_of`, it changes only zeros."""
     return torch.from_numpy(prob_NK).clamp_min(torch.finfo(torch.float64).tiny).log()

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.model import load_model
 from raytune_emotion.learn.run_folder import BEST
@@ -204,6 +207,17 @@ def _text(value: Any) -> str:
     )
 
 
+def _plain(value: Any) -> Any:
+    """Return a value of a space as YAML has it."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [*map(_plain, value)]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 @contextlib.contextmanager
 def _space_file(space: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[Path]:
     if not isinstance(space, Mapping):
@@ -211,5 +225,8 @@ def _space_file(space: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[P
         return
     with scratch_folder() as scratch:
         file = scratch / "space.yaml"
-        YAML(typ="safe").dump(dict(space), file)
+        try:
+            YAML(typ="safe").dump(_plain(space), file)
+        except YAMLError as error:
+            raise UserError(f"space: {first_line(error)}; give texts, numbers, lists and dicts") from None
         yield file

@@ -266,6 +266,12 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
                 f"{file}: the groups of its optimizer have {', '.join(map(str, saved_sizes))} parameters, those of "
                 f"this optimizer {', '.join(map(str, sizes))}; make it as for the training that wrote the checkpoint"
             )
+        # Schedulers add further options.
+        if any(optimizer.defaults.keys() - saved.keys() for saved in groups):
+            raise UserError(
+                f"{file}: its optimizer is not {type(optimizer).__name__}; make it as for the training that wrote the "
+                f"checkpoint"
+            )
     load_state(file, model, optimizer)
     if optimizer is not None:
         for group, saved in zip(optimizer.param_groups, groups, strict=True):

@@ -85,7 +85,8 @@ def test_predictions_of_the_best_weights_are_kept(run, store):
     logits_NK, _ = predict_share(model, store.val, device=CPU)
     kept_NK = read_predictions(run, best)
     assert kept_NK.shape == store.val.prob_NK.shape
-    assert torch.allclose(kept_NK, logits_NK.double().softmax(-1), atol=1e-3)
+    # Relative metrics of an ensemble need small probabilities, too.
+    assert torch.allclose(kept_NK, logits_NK.double().softmax(-1), rtol=1e-5, atol=0)
 
 
 def test_there_is_no_progress_before_the_first_report(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raytune_emotion.config import RunConfig
+from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.learn import export_folder
 from raytune_emotion.learn.checkpoint import Best, read_best
@@ -235,6 +236,8 @@ class TestFaults:
             lambda dest: edit(dest, architecture="test_byobnet"),
             lambda dest: edit(dest, architecture="no_such_net"),
             lambda dest: edit(dest, label_names=["a", "b"]),
+            lambda dest: edit(dest, label_names=["\x1b[2J", *EMOTIONS[1:]]),
+            lambda dest: edit(dest, label_names=[EMOTIONS[1], *EMOTIONS[1:]]),
             lambda dest: edit(dest, model_args={"depth": "deep"}),
             lambda dest: edit_images(dest, mean="x"),
             lambda dest: edit_images(dest, mean=[0.5, 0.5, math.nan]),
@@ -269,6 +272,21 @@ class TestFaults:
         with pytest.raises(UserError, match="a damaged export"):
             load_package(dest)
         assert not (dest.parent / "run").exists()
+
+    def test_images_that_do_not_fit_into_memory_together_are_predicted_in_parts(self, dest):
+        package = load_package(dest)
+        images_NHWC = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), np.uint8)
+        wanted_NK, counts, forward = package.predict(images_NHWC, mirror=True), [], package.model.forward
+
+        def narrow(x_BHWC):
+            counts.append(len(x_BHWC))
+            if len(x_BHWC) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(x_BHWC)
+
+        package.model.forward = narrow
+        assert np.abs(package.predict(images_NHWC, mirror=True) - wanted_NK).max() < 1e-6
+        assert counts == [11, 5, *[2] * 10, 1, 1]
 
     def test_weights_of_another_model(self, tmp_path):
         best = untrained_best("test_resnet", 32)

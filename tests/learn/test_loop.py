@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from raytune_emotion.data import loader
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import loop, step
-from raytune_emotion.learn.checkpoint import read_best
+from raytune_emotion.learn.checkpoint import Progress, read_best
 from raytune_emotion.learn.evaluation import baseline, evaluate
 from raytune_emotion.learn.loop import Divergence, fit, make_plan
 from raytune_emotion.learn.model import build_model
@@ -47,6 +47,15 @@ def test_training_learns(store):
     reports = reports_of_run(run_config(**quick, train__epochs=8), store)
     assert reports[-1]["train_loss"] < 0.8 * reports[0]["train_loss"]
     assert reports[-1]["best_val_js"] < baseline(store)["js"]
+
+
+def test_a_setting_that_an_older_version_did_not_know_had_its_default(store, tmp_path):
+    config = run_config()
+    known = {name: value for name, value in config.to_flat().items() if name != "augment.operations"}
+    progress = Progress(known, store.fingerprint, (), {})
+    loop.check_same_run(config, store, tmp_path, progress)
+    with pytest.raises(UserError, match=r"the run there began with augment.operations = 0, not 2; keep that value"):
+        loop.check_same_run(run_config(augment__operations=2), store, tmp_path, progress)
 
 
 @pytest.mark.parametrize(

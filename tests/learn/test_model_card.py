@@ -12,7 +12,7 @@ import pytest
 from raytune_emotion.cli import command_main
 from raytune_emotion.config import ModelConfig
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn import export_folder, model_card
+from raytune_emotion.learn import export_folder, model_card, predictions
 from raytune_emotion.learn.calibration import at_temperature
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
@@ -131,6 +131,15 @@ def test_card_without_the_data_says_so(trained, tmp_path):
     assert f"| Jensen-Shannon divergence, bits | {trained.report['val_js']:.4f} |" in card
     assert "not calibrated, because the data of the run are not on the machine" in card
     assert "onnxruntime" not in card
+
+
+def test_a_machine_that_is_too_slow_to_predict_the_faces_does_not_calibrate(sharp, store, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "_MOST_SECONDS", 0.0)
+    monkeypatch.setattr(predictions, "_BATCH", 25)
+    write_package(tmp_path / "best", sharp, store=store)
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "not calibrated: there was time to predict only 25 validation images. Export it on a faster" in card
+    assert json.loads((tmp_path / "best" / "config.json").read_text())["raytune_emotion"]["temperature"] == 1
 
 
 def test_licence_of_the_starting_weights_is_named():

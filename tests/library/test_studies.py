@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 import raytune_emotion
 from raytune_emotion import load_study
@@ -109,6 +110,25 @@ def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, aske
     with pytest.raises(UserError):  # no study is made
         raytune_emotion.search(results=tmp_path, warm_start=given)
     assert asked[0].warm_start == meant
+
+
+def test_a_space_may_hold_numbers_of_numpy_and_paths(tmp_path):
+    space = {
+        "model.backbone": "resnet18",
+        "model.weights_dir": tmp_path,
+        "optim.lr": {"log_uniform": np.array([1e-4, 1e-2])},
+        "train.batch_size": {"choice": [np.int64(32), 64]},
+    }
+    with studies._space_file(space) as file:
+        read = YAML(typ="safe").load(file)
+    assert read == {
+        "model.backbone": "resnet18",
+        "model.weights_dir": str(tmp_path),
+        "optim.lr": {"log_uniform": [1e-4, 1e-2]},
+        "train.batch_size": {"choice": [32, 64]},
+    }
+    with pytest.raises(UserError, match=r"space: cannot represent an object: .*; give texts, numbers, lists and dicts"):
+        raytune_emotion.search(tmp_path / "faces", {"optim.lr": object()}, results=tmp_path)
 
 
 def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, asked):

@@ -184,6 +184,18 @@ def test_an_optimizer_of_other_groups_is_refused_before_anything_is_loaded(make,
     assert torch.equal(model.layer.weight, weights)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop])
+def test_an_optimizer_of_another_kind_is_refused_before_anything_is_loaded(make, tmp_path, kind):
+    make().train(1)
+    model = Linear()
+    weights = model.layer.weight.clone()
+    optimizer = kind(model.parameters(), lr=0.125)
+    with pytest.raises(UserError, match=f"its optimizer is not {kind.__name__}; make it as for the training"):
+        load_checkpoint(tmp_path / "checkpoints", model, optimizer)
+    assert torch.equal(model.layer.weight, weights)
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
 def test_the_learning_rate_may_be_a_tensor(make, tmp_path):
     model = Linear()
     make(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))).train(1)

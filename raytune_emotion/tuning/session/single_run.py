@@ -15,7 +15,7 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import check_interrupted, finish_block, keep_error
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.evaluation import baseline
-from raytune_emotion.learn.export_folder import publish_export, write_package
+from raytune_emotion.learn.export_folder import check_replaceable, publish_export, write_package
 from raytune_emotion.learn.report import Report
 from raytune_emotion.learn.run_folder import BEST, LAST
 from raytune_emotion.storage.atomic import LOCK, FolderLock, exclusive_lock
@@ -70,12 +70,14 @@ def train_single(
         advise: whether to print the command that continues an interrupted run; otherwise the caller does it.
 
     Raises:
-        UserError: the configuration and the data do not fit together, or another run has taken the location.
+        UserError: the configuration and the data do not fit together, another run has taken the location, or its
+            export holds other files.
         TrainingFailed: the training failed, and another attempt would fail, too.
         Breakdown: the training broke off.
         KeyboardInterrupt: it was interrupted; the best weights so far are exported.
     """
     console = plain_console()
+    check_replaceable(run / "best")
     images = f"{len(store.train)} training and {count(len(store.val), 'validation image')}"
     console.print(f"run {run}: {images}")
     copy, ended = RemoteCopy(run.working_folder(), run), None

@@ -104,6 +104,7 @@ def write_soup(
     origin = [
         f"The mean of the weights of the trials {', '.join(chosen.trial_ids)} of the study {study}. "
         f"{chosen.sentence('soup')}",
+        f"The settings below are those of trial {chosen.trial_ids[0]}, the first of them.",
         *notes,
     ]
     values = {**chosen.metrics, **(metrics or {})}

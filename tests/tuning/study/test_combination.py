@@ -93,7 +93,7 @@ def test_of_a_trial_that_reports_just_now_the_weights_are_predicted_anew(study, 
     before = candidates_of(tmp_path / "study", store)
     best = read_best(trial / BEST)
     other_NK = torch.full(before.targets.shape, 1 / before.targets.shape[1])
-    checkpoint._write(trial / PREDICTIONS, {"prob_NK": other_NK.half()}, {"report": best.report["report"] + 1})
+    checkpoint._write(trial / PREDICTIONS, {"prob_NK": other_NK}, {"report": best.report["report"] + 1})
     after = candidates_of(tmp_path / "study", store)
     for first, second in zip(before.predictions, after.predictions, strict=True):
         assert torch.allclose(first, second, atol=1e-3)
@@ -198,6 +198,7 @@ def test_a_soup_is_a_model_of_timm_with_the_mean_weights(study, tmp_path, monkey
     assert all(torch.equal(found[name], expected[name]) for name in body)
     card = (tmp_path / "best" / "README.md").read_text()
     assert "The mean of the weights of the trials" in card
+    assert f"The settings below are those of trial {chosen.trial_ids[0]}, the first of them." in card
     assert "Means over all 33 validation images, with" in card
     metrics = json.loads((tmp_path / "best" / "metrics.json").read_text())
     assert metrics["members"] == len(chosen.trial_ids)
