@@ -36,7 +36,7 @@ from raytune_emotion.tuning.study.records import (
     trials_to_strip,
     winner,
 )
-from raytune_emotion.tuning.study.remote_copy import PIECES, RemoteCopy, join_pieces
+from raytune_emotion.tuning.study.remote_copy import CONTINUED, PIECES, RemoteCopy, join_pieces
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec, created_at, read_spec, write_spec
 from raytune_emotion.tuning.study.trials import ALL, trial_file, trial_folder
 
@@ -83,7 +83,7 @@ class OpenStudy:
         there = self.copy.location.read(SPEC)
         is_other = created_at(there) != created_at(Folder(self.folder).read(SPEC))
         if there is not None and (is_other or self.copy.is_behind()):
-            raise Breakdown(f"{self.copy}: another process has made or continued this study meanwhile")
+            raise Breakdown(f"{self.copy}: {CONTINUED}")
         self.copy.claim([EARLIER, SPEC], journal=JOURNAL)  # the spec last: it marks a study
 
     def trial_folder(self, trial_id: str) -> Path:

@@ -23,6 +23,8 @@ from raytune_emotion.storage.locations import Location
 DRIVER = "driver"
 #: Reason why a driver must stop, with what to do.
 TAKEN_OVER = "another process has taken over; leave it to that one"
+#: Reason why a driver cannot begin; typing the command again reads what the other one has recorded.
+CONTINUED = "another process has made or continued this study meanwhile"
 #: Folder of the journal's pieces at a URI.
 _PIECES = "journal"
 #: Patterns of the files that a reader at a URI needs beside the journal, for `join_pieces`.
@@ -71,7 +73,8 @@ class RemoteCopy:
             journal: name of the journal; empty if there is none.
 
         Raises:
-            Breakdown: another driver has claimed the location; or all requests to it failed.
+            Breakdown: another driver has claimed the location, or has recorded more since the folder was brought up
+                to date; or all requests failed.
         """
         if self.is_here:
             return
@@ -83,6 +86,7 @@ class RemoteCopy:
         self.location.push(self.folder, [DRIVER])
         self.location.delete([name for name in here if not here[name]])
         if journal:
+            self._check_continues(journal)
             self.check_driver()  # each push may wait long for the location
             self._push_whole(self.folder / journal, has_pieces=bool(drivers))
         self.push(*(name for name in here if here[name]))
@@ -90,6 +94,18 @@ class RemoteCopy:
         for name in drivers[:-1]:  # a reader may be reading the newest ones
             folder = f"{_PIECES}/{name}"
             self.location.delete([file.name for file in self.location.list_files(folder)])
+
+    def _check_continues(self, journal: str) -> None:
+        """Check that the journal continues the one at the location, whose driver has stopped by now.
+
+        Raises:
+            Breakdown: that driver has written more since the folder was brought up to date.
+        """
+        with self.location.copy_here(journal, *PIECES) as folder:
+            join_pieces(folder, journal)
+            there = (folder / journal).read_bytes() if (folder / journal).exists() else b""
+        if not (self.folder / journal).read_bytes().startswith(there):
+            raise Breakdown(f"{self}: {CONTINUED}")
 
     def _push_whole(self, journal: Path, *, has_pieces: bool) -> None:
         self._journal = journal

@@ -217,6 +217,29 @@ def test_claim_from_an_old_copy_is_refused_and_a_driver_that_was_replaced_notice
     assert place.read(DRIVER) == (again / DRIVER).read_bytes()
 
 
+def test_what_a_driver_records_while_another_one_begins_is_not_lost(begin, place):
+    """A job that is taken for lost, and runs on while another machine reads the study, joins its cluster, and so on."""
+    study = begin(trials=3)
+    first = Recorder(study)
+    elsewhere = study.folder.with_name("elsewhere")
+    fetch(elsewhere, place.uri)
+    late = load(elsewhere, place)
+    assert first.report(first.next().trial_id, train(study, "0000")) is False
+    began = first.next().trial_id
+    second = Recorder(late)
+    assert second.is_over
+    with pytest.raises(Breakdown, match="another process has made or continued this study meanwhile; type the same"):
+        second.close()
+    with pytest.raises(Breakdown, match=f"{place}: {TAKEN_OVER}$"):
+        first.close()
+    # The same command reads what the first one has recorded, and goes on with its trial.
+    again = study.folder.with_name("again")
+    fetch(again, place.uri)
+    third = Recorder(load(again, place))
+    assert [record.status for record in load(again, place).records()] == ["complete", "running"]
+    assert third.next().trial_id == began
+
+
 def test_new_study_does_not_replace_one_that_another_process_has_made_meanwhile(begin, place):
     made = begin(1)
     Recorder(made).close()
