@@ -1,5 +1,6 @@
 """The command status: on folders and at URIs, in lines and as JSON, once and again and again."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -123,6 +124,23 @@ def test_time_without_a_trial_in_work_does_not_count_for_the_rate(finished):
     now, later = (summarize(study, study.records()[:2], now=seconds) for seconds in (2e9, 2e9 + 3600))
     assert later.trials_per_hour == now.trials_per_hour
     assert later.elapsed_seconds == now.elapsed_seconds + 3600
+
+
+def test_a_day_between_two_sessions_does_not_count_for_the_rate_though_trials_go_on(finished):
+    study = load(finished)
+    records = study.records()
+    before = summarize(study, records, now=2e9)
+    day = 24 * 3600.0
+    later = [
+        dataclasses.replace(
+            record, reports=(*record.reports[:1], *({**r, "time": r["time"] + day} for r in record.reports[1:]))
+        )
+        for record in records
+    ]
+    assert any(len(record.reports) > 1 for record in later)
+    after = summarize(study, later, now=2e9)
+    assert before.active_seconds <= after.active_seconds < before.active_seconds + 300
+    assert after.elapsed_seconds > before.elapsed_seconds + day - 60
 
 
 def test_a_study_whose_space_has_no_more_configurations_is_finished(tmp_path, store, capsys, no_plots):

@@ -16,6 +16,7 @@ readers detect bits that a disk has changed.
 """
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ def save(
         _write_best(folder, _best_weights(tensors), progress)
     with (folder / HISTORY).open("a", encoding="utf-8") as file:
         file.write(_line(report))
+        file.flush()
+        # A trial ends for good by its last report, so a power failure must not take this line back.
+        os.fsync(file.fileno())
 
 
 def read_progress(folder: Path) -> Progress | None:

@@ -3,6 +3,7 @@
 Such a process needs only this module and its imports: not Ray Tune, Optuna, pandas or scipy.
 """
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.report import DRIVER_KEYS, Report
 from raytune_emotion.tuning.execution.job import (
     InvalidForRun,
@@ -53,7 +55,8 @@ class TrialActor:
         self._job = dataclasses.replace(job, resources=resources_here(job.resources)) if alone else job
         self._written: Report | None = None  # newest report of earlier attempts at the trial
         self._reports = self._train()
-        print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
+        with contextlib.suppress(OSError):  # the disk of the log may be full
+            print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
 
     def __repr__(self) -> str:
         # The dashboard asks only once, when the process starts, but many trials run in it. So the name is the study's.
@@ -67,6 +70,12 @@ class TrialActor:
             return {ENDING: Failed(str(error)), NODES: self._nodes}
         except Breakdown as error:
             return {ENDING: Broken(str(error)), NODES: self._nodes}
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            # Such as the disk of the temporary folders. It is no fault of the trial, and others would fail, too.
+            where = f"{platform.node()}, {error.filename}" if error.filename else platform.node()
+            return {ENDING: Broken(f"{where}: no space left on the disk"), NODES: self._nodes}
         heard = {name: value for name, value in report.items() if name in DRIVER_KEYS}
         return {"pid": os.getpid(), "host": platform.node(), NODES: self._nodes, **heard}
 

@@ -16,6 +16,8 @@ from raytune_emotion.tuning.study.trials import trial_id_of
 #: Text about a study whose space has no more configurations.
 ALL_TRIED = "every configuration of the space has been tried"
 
+#: Longest time before a trial's reports that counts as its beginning, seconds.
+_BEGINNING_S = 60.0
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
 _LINES = textwrap.TextWrapper(100, subsequent_indent=12 * " ", break_long_words=False, break_on_hyphens=False)
@@ -62,7 +64,8 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
     """
     spec = study.spec
     spans = _spans(study, records)
-    started = min((start for start, _ in spans), default=None)
+    starts = (trial.datetime_start for trial in study.optuna.get_trials(deepcopy=False))
+    started = min((start.timestamp() for start in starts if start is not None), default=None)
     began = now if started is None else started
     ended = sum(record.ended for record in records)
     finished = ended == len(records) and (ended >= spec.trials or study.has_tried_all())
@@ -171,14 +174,24 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
 
 
 def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
-    """Return the start of each trial, and its end or its last report."""
-    last = {record.trial_id: record.reports[-1]["time"] for record in records if record.reports}
+    """Return start and end of all times in which a trial was running.
+
+    A trial may continue after a pause of the whole study. So each report counts with the seconds that led to it, and
+    with a little more: its process had to begin.
+    """
+    reports = {record.trial_id: record.reports for record in records}
     spans = []
     for trial in study.optuna.get_trials(deepcopy=False):
-        if trial.datetime_start is not None:
-            start = trial.datetime_start.timestamp()
-            ended = trial.datetime_complete.timestamp() if trial.datetime_complete is not None else start
-            spans.append((start, max(ended, last.get(trial_id_of(trial.number), 0.0))))
+        if trial.datetime_start is None:
+            continue
+        until, trained = trial.datetime_start.timestamp(), 0.0
+        own = reports.get(trial_id_of(trial.number), ())
+        for report in own:
+            took = report["seconds"] - trained + _BEGINNING_S
+            spans.append((max(until, report["time"] - took), report["time"]))
+            until, trained = max(until, report["time"]), report["seconds"]
+        if not own and trial.datetime_complete is not None:
+            spans.append((until, trial.datetime_complete.timestamp()))
     return spans
 
 

@@ -260,8 +260,8 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
     Raises:
         Breakdown: a package that this needs cannot be imported. The study itself is complete.
     """
-    # The turn takes minutes. Meanwhile other drivers may write their tables.
-    with finish_block(), study.drivers.turn("conclusion"):
+    # The turn takes minutes. Meanwhile other drivers may write their tables, and a signal may end the wait for it.
+    with study.drivers.turn("conclusion"), finish_block():
         try:
             from raytune_emotion.tuning.report.conclusion import conclude
         except Exception as error:

@@ -99,13 +99,23 @@ class DatabaseDriver:
     @contextlib.contextmanager
     def turn(self, what: What) -> Iterator[None]:
         key = _lock_of(f"{self._study}/{what}")
-        self._ask("SELECT pg_advisory_lock(%s)", key)
+        # All drivers reach the conclusion at once, and each takes minutes.
+        with self._without_limit() if what == "conclusion" else contextlib.nullcontext():
+            self._ask("SELECT pg_advisory_lock(%s)", key)
         try:
             yield
         finally:
             # If the connection is lost, the lock is released, too. The error of the block is more informative.
             with contextlib.suppress(Breakdown):
                 self._ask("SELECT pg_advisory_unlock(%s)", key)
+
+    @contextlib.contextmanager
+    def _without_limit(self) -> Iterator[None]:
+        """Wait for locks as long as necessary during the block."""
+        ((before,),) = self._ask("SELECT current_setting('lock_timeout')")
+        self._ask("SELECT set_config('lock_timeout', '0', false)")
+        yield
+        self._ask("SELECT set_config('lock_timeout', %s, false)", before)
 
     def others(self) -> set[int | None]:
         return self._alive() - {self.own}
@@ -136,7 +146,7 @@ class DatabaseDriver:
         )
         return {key for (key,) in found if key < _DRIVERS}
 
-    def _ask(self, question: str, *values: int | None) -> list[tuple[Any, ...]]:
+    def _ask(self, question: str, *values: int | str | None) -> list[tuple[Any, ...]]:
         import psycopg
 
         try:

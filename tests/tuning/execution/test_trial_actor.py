@@ -1,6 +1,8 @@
 """The process of a trial, without Ray."""
 
 import dataclasses
+import errno
+import platform
 import subprocess
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.report import DRIVER_KEYS
 from raytune_emotion.learn.run_folder import read_history
+from raytune_emotion.storage import locations
 from raytune_emotion.tuning.execution import trial_actor
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed, job_of
 from raytune_emotion.tuning.execution.recorder import Recorder
@@ -80,6 +83,18 @@ def test_a_full_disk_ends_the_study_which_can_be_resumed(store, tmp_path):
         assert [r["report"] for r in records[0].reports] == list(range(1, 7))
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_full_disk_of_temporary_files_ends_the_study_and_not_the_trial(job, tmp_path, monkeypatch):
+    """The checkpoint of a trial at a URI is copied there before anything is trained."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/raytune_emotion-x")
+
+    at_uri = dataclasses.replace(job, location=(tmp_path / "place").as_uri())
+    monkeypatch.setattr(locations, "scratch_folder", full)
+    ending = TrialActor(at_uri.to_dict()).train()[ENDING]
+    assert ending == Broken(f"{platform.node()}, /tmp/raytune_emotion-x: no space left on the disk")
 
 
 def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, tmp_path):

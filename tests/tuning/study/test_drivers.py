@@ -1,9 +1,11 @@
+import contextlib
 import threading
 import time
 
 import pytest
 
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.tuning.study import database
 from raytune_emotion.tuning.study.database import connect, join_address
 from raytune_emotion.tuning.study.drivers import DatabaseDriver, SingleDriver, join_study
 
@@ -77,6 +79,28 @@ def test_drivers_take_turns(address):
             order.append("one")
         thread.join(60)
     assert order == ["one", "two"]
+
+
+def test_a_driver_waits_for_the_conclusion_of_others_however_long_it_takes(address, monkeypatch):
+    monkeypatch.setitem(database._SERVER, "lock_timeout", "200ms")
+    with join_study(address) as one, join_study(address) as two:
+        with (
+            one.turn("trials"),
+            pytest.raises(Breakdown, match="another driver has locked"),
+            two.turn("trials"),
+        ):
+            pass
+        concluding = contextlib.ExitStack()
+        concluding.enter_context(one.turn("conclusion"))
+        threading.Timer(1.0, concluding.close).start()
+        with two.turn("conclusion"):
+            assert two.others() == {one.own}
+        with (
+            one.turn("trials"),
+            pytest.raises(Breakdown, match="another driver has locked"),
+            two.turn("trials"),
+        ):
+            pass
 
 
 def test_turn_of_a_driver_that_dies_is_over(address):
