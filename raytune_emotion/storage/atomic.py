@@ -186,9 +186,12 @@ class FolderLock:
         """Tell whether no other process has taken over since this one opened or claimed the lock."""
         if self._content is None:
             return True
-        with contextlib.suppress(OSError):  # the folder may be gone
+        try:
             return self._path.read_bytes() == self._content
-        return False
+        except (FileNotFoundError, NotADirectoryError):  # the folder is gone
+            return False
+        except OSError:  # a server that fails for a moment has given the lock to nobody
+            return True
 
 
 @contextlib.contextmanager

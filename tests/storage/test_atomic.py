@@ -78,6 +78,10 @@ def test_only_one_process_holds_the_lock_of_a_folder(tmp_path):
     assert (tmp_path / ".lock").read_bytes() == b"", "the file system holds it"
 
 
+def failing_read(path):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
     def refuse(*_):
@@ -93,6 +97,11 @@ def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number
             assert not first.claim()
             assert not third.claim(), "it has read what the second one may have changed"
             assert second.is_held()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Path, "read_bytes", failing_read)
+                assert second.is_held(), "a server that fails for a moment gives the lock to nobody"
+            (tmp_path / ".lock").unlink()
+            assert not second.is_held()
     atomic.sweep(tmp_path, -1, "dest")
     assert (tmp_path / "dest").exists(), "what may be in use is not removed"
 

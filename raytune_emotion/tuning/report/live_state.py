@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from raytune_emotion.interruption import run_in_thread
 from raytune_emotion.learn.report import OBJECTIVE, DriverReport
 from raytune_emotion.storage.locations import files_below
 from raytune_emotion.tuning.execution.recorder import Event
@@ -95,7 +96,10 @@ class StudyProgress:
         self._epochs = {r.trial_id: r.reports[-1]["epoch"] for r in records if r.reports}  # trained of each trial
         self._first: float | None = None  # when the first trial of this session began, in its seconds
         self._gain = self._earlier.expected_gain
-        self._disk, self._disk_due = Disk(0, 0), clock()
+        # The free space alone is known at once.
+        self._disk, self._disk_due = Disk(0, free_space(study.folder)), clock()
+        self._has_looked = threading.Event()
+        self._has_looked.set()
         self._lock = threading.Lock()
 
     def watch(self, event: Event) -> None:
@@ -132,11 +136,17 @@ class StudyProgress:
             self._points.append((self._before + now, js, trial_id))
 
     def disk(self) -> Disk:
-        """Return what the study takes of its disk, as it was a few seconds ago."""
-        now = self._clock()
-        if now >= self._disk_due:
-            self._disk, self._disk_due = disk_of(self._folder), now + _DISK_S
+        """Return what the study takes of its disk, as it was a few seconds ago.
+
+        A thread looks for it: on a shared disk, that may take long, and the recorder of the trials waits for the view.
+        """
+        if self._has_looked.is_set() and self._clock() >= self._disk_due:
+            self._has_looked = run_in_thread("disk", self._look_at_disk)
         return self._disk
+
+    def _look_at_disk(self) -> None:
+        self._disk = disk_of(self._folder)
+        self._disk_due = self._clock() + _DISK_S
 
     def snapshot(self) -> Snapshot:
         """Return how the study stands now."""
@@ -183,7 +193,12 @@ def disk_of(folder: Path) -> Disk:
     for file in files_below(folder):
         with contextlib.suppress(OSError):
             used += file.stat().st_size
+    return Disk(used, free_space(folder))
+
+
+def free_space(folder: Path) -> int:
+    """Return the free space of a folder's disk, bytes; 0 if it is unknown."""
     try:
-        return Disk(used, shutil.disk_usage(folder).free)
+        return shutil.disk_usage(folder).free
     except OSError:
-        return Disk(used, 0)
+        return 0

@@ -97,6 +97,12 @@ class _Log:
 
     def begin(self) -> None:
         """Make the study's run, or continue it."""
+        drivers = self._study.drivers
+        # Drivers that begin at once would make a run each.
+        with drivers.turn("files") if drivers.own is not None else contextlib.nullcontext():
+            self._begin()
+
+    def _begin(self) -> None:
         for name, value in _MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
@@ -141,11 +147,13 @@ class _Log:
         self._client.set_terminated(run_id, _RUN_STATUS[event.status])
 
     def end(self) -> None:
-        """Log the export, if there is one, and end the study's run."""
+        """Log the export, if there is one, and end the study's run, unless other drivers go on."""
         best = self._study.folder / "best"
         if best.is_dir():
             self._client.log_artifacts(self._parent, str(best), "best")
-        self._client.set_terminated(self._parent, "FINISHED" if self._study.is_over() else "KILLED")
+        is_over = self._study.is_over()
+        if is_over or not self._study.drivers.others():
+            self._client.set_terminated(self._parent, "FINISHED" if is_over else "KILLED")
 
     def _log_best(self, js: float) -> None:
         """Log a JS if it is the study's best. An earlier search, or another driver, may have had a better one."""

@@ -2,12 +2,14 @@
 
 import io
 import re
+import threading
 
 import pytest
 from rich.console import Console
 
 from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.policy.decisions import Gain
+from raytune_emotion.tuning.report import live_state
 from raytune_emotion.tuning.report.live_state import StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
 from raytune_emotion.tuning.report.summary import summarize
@@ -119,6 +121,28 @@ def test_the_rate_of_a_study_that_went_on_is_that_of_status(tmp_path, store, clo
     now = progress.snapshot().summary
     before = summarize(study, study.records(), now=0.0)
     assert now.trials_per_hour == pytest.approx(4 / (before.active_seconds + 10) * 3600)
+
+
+def test_the_view_does_not_wait_for_a_look_at_the_disk(progress, clock, monkeypatch):
+    goes_on, looks = threading.Event(), []
+
+    def look(folder):
+        looks.append(folder)
+        goes_on.wait(60)
+        return live_state.Disk(7, 8)
+
+    monkeypatch.setattr(live_state, "disk_of", look)
+    assert progress.disk().used == progress.disk().used == 0
+    assert progress.disk().free > 0
+    goes_on.set()
+    assert progress._has_looked.wait(60)
+    clock.now += live_state._DISK_S - 1
+    assert progress.disk() == live_state.Disk(7, 8)
+    assert len(looks) == 1
+    clock.now += 2
+    progress.disk()
+    assert progress._has_looked.wait(60)
+    assert len(looks) == 2
 
 
 def test_a_study_that_goes_on_counts_what_it_has_and_leaves_the_pause_out(tmp_path, store, clock):

@@ -1,5 +1,6 @@
 """A study in MLflow: on a real server of this machine, and with a server that is away."""
 
+import dataclasses
 import threading
 import time
 from unittest.mock import MagicMock
@@ -112,6 +113,43 @@ def test_a_search_that_goes_on_does_not_undo_the_best(study, server):
     client, (parent,), runs = runs_of(server, study)
     assert {run.data.tags[TRIAL_TAG] for run in runs} == {"0.2", "0.3", "0.1"}
     assert [m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js")] == [0.2, 0.1]
+
+
+class Turns:
+    """The drivers of a study in a database, with one lock."""
+
+    lock = threading.Lock()
+
+    def __init__(self, own, others):
+        self.own, self._others = own, others
+
+    def turn(self, what):
+        return self.lock
+
+    def others(self):
+        return self._others
+
+
+def test_drivers_that_begin_at_once_share_one_run_which_the_last_one_ends(study, server, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    found = MlflowClient.search_runs
+
+    def late(*arguments, **options):
+        answer = found(*arguments, **options)
+        time.sleep(0.2)  # so that both would have found nothing
+        return answer
+
+    monkeypatch.setattr(MlflowClient, "search_runs", late)
+    first, second = (dataclasses.replace(study, drivers=Turns(own, others)) for own, others in ((1, {2}), (2, set())))
+    monkeypatch.setattr(type(study), "is_over", lambda self: False)
+    with mlflow_log(server, second):
+        with mlflow_log(server, first):
+            pass
+        _, (parent,), _ = runs_of(server, study)
+        assert parent.info.status == "RUNNING", "the other driver goes on"
+    _, (parent,), _ = runs_of(server, study)
+    assert parent.info.status == "KILLED"
 
 
 def test_another_study_of_the_same_name_has_runs_of_its_own(study, server):
