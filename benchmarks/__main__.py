@@ -39,7 +39,7 @@ from raytune_emotion.storage.atomic import write_text
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 #: Modules that are only parts of benchmarks.
-_PARTS = {"former", "judge", "simulation"}
+_PARTS = {"alternatives", "former", "judge", "simulation"}
 #: Benchmarks that need the user's own data, with the module whose `main` takes their arguments.
 WITH_DATA = {
     "taskset": "benchmarks.taskset",

@@ -30,6 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import table_console
+from benchmarks.alternatives import OtherScores, RandomGoal, ThompsonDraw
 from benchmarks.former import FormerSampler
 from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
@@ -37,9 +38,9 @@ from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.tuning.policy.candidates import Params, domain_of, draw_candidates, settings_key
 from raytune_emotion.tuning.policy.decisions import Answer, Begin, Decision, Limits, Policy, Recorded
 from raytune_emotion.tuning.policy.forecast import Forecast
-from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, on_one_thread
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
+from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import BeginAndStop
 from raytune_emotion.tuning.policy.portfolio import Portfolio, portfolio_of
 from raytune_emotion.tuning.policy.sampler import make_sampler
@@ -56,6 +57,10 @@ _DRAWN = 500
 DEFAULT, RANDOM = "default", "random"
 #: Policies that show the effect of the portfolio: the default without one, and with a misleading one.
 WITHOUT, MISLED = "no-portfolio", "misled"
+#: Policies with other scores of what to train next, without a portfolio.
+THOMPSON, GOALS = "thompson", "goals"
+#: Policies that are compared only by name.
+_SEPARATE = (WITHOUT, MISLED, THOMPSON, GOALS)
 
 
 @dataclass(frozen=True)
@@ -211,11 +216,14 @@ def _freeze_thaw(
     recording: Recording,
     answers: Answers,
     seed: int,
+    *,
+    scores: type[Outlook] = Outlook,
 ) -> tuple[Policy, Callable[[int], BaseSampler]]:
-    policy: Policy = FreezeThaw(
+    policy: Policy = OtherScores(
         PolicyInputs(recording.space, recording.reports, recording.reports, seed, earlier=earlier(recording)),
         take_up_s=recording.take_up_s,
         draw=answers.draw if recording.choose else draw_candidates,
+        scores=scores,
     )
     if not recording.choose:
         policy = AnsweredPolicy(policy, answers)
@@ -286,6 +294,8 @@ POLICIES: dict[str, Make] = {
     DEFAULT: functools.partial(_freeze_thaw, guide),
     WITHOUT: functools.partial(_freeze_thaw, _nothing),
     MISLED: functools.partial(_freeze_thaw, mislead),
+    THOMPSON: functools.partial(_freeze_thaw, _nothing, scores=ThompsonDraw),
+    GOALS: functools.partial(_freeze_thaw, _nothing, scores=RandomGoal),
     RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),
     "random+asha": _stopping(_asha, _at_random),
     "tpe+asha": _stopping(_asha, _optuna("tpe")),
@@ -420,9 +430,9 @@ def add_arguments(parser: argparse.ArgumentParser, seeds: int) -> None:
     parser.add_argument("--seeds", type=int, default=seeds, metavar="S", help=f"studies a recording (default: {seeds})")
     parser.add_argument(
         "--policies",
-        default=",".join(name for name in POLICIES if name not in (WITHOUT, MISLED)),
+        default=",".join(name for name in POLICIES if name not in _SEPARATE),
         metavar="A,B",
-        help=f"of {', '.join(POLICIES)} (default: all but {WITHOUT} and {MISLED})",
+        help=f"of {', '.join(POLICIES)} (default: all but {', '.join(_SEPARATE)})",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="simulated studies at once (default: a core each)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
