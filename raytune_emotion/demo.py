@@ -62,6 +62,11 @@ class DemoServer(ThreadingHTTPServer):
         self.package, self.turn = package, threading.Lock()
         super().__init__((_LOOPBACK, port), _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report an error of a request, unless the browser has gone away."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     @cached_property
     def hosts(self) -> tuple[str, ...]:
         """Return the addresses by which a browser on this machine may reach the server."""

@@ -56,6 +56,15 @@ def test_answer_is_what_predict_says(server, package, face):
     assert np.allclose([row["probability"] for row in rows], wanted, atol=1e-6)
 
 
+def test_a_browser_that_goes_away_is_no_error(server, capsys):
+    for error, told in ((ConnectionResetError("gone"), False), (ValueError("a fault"), True)):
+        try:
+            raise error
+        except (ConnectionError, ValueError):
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("Traceback" in capsys.readouterr().err) is told
+
+
 def test_bad_pictures_and_paths_are_answers_and_not_the_end(server, face):
     assert answer_of(server, "POST", "/predict", b"<svg/>") == (
         400, b'{"error": "no picture in JPEG, PNG, BMP, GIF or WebP format"}'

@@ -104,7 +104,7 @@ def test_an_interrupted_exec_of_text_does_not_change_how_a_command_ended(tmp_pat
         sys.exit(code)
     """
     (tmp_path / "interrupted.py").write_text(textwrap.dedent(code))
-    path = os.pathsep.join([str(tmp_path), *sys.path])
+    path = os.pathsep.join(map(str, [tmp_path, *sys.path]))
     command = [sys.executable, "-m", "interrupted"]
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")

@@ -21,7 +21,7 @@ from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_folder import load_package, write_package
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import mean_std
-from raytune_emotion.learn.prediction_table import JsonLines
+from raytune_emotion.learn.prediction_table import CsvTable, JsonLines
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.study.spec import write_spec
@@ -309,6 +309,33 @@ def test_json_lines_are_valid_in_any_encoding_of_the_output():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")  # as commands write
     JsonLines(stream, ["fröhlich"]).write(["Zoë.jpg"], np.ones((1, 1)))
     assert json.loads(stream.buffer.getvalue()) == {"image": "Zoë.jpg", "probabilities": {"fröhlich": 1.0}}
+
+
+def test_names_are_escaped_for_a_terminal_alone():
+    odd = "a\x1b[2J.jpg"
+    shown = {}
+    for terminal in (True, False):
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal
+        CsvTable(stream, ["happy"]).write([odd], np.ones((1, 1)))
+        shown[terminal] = stream.getvalue()
+    assert odd in shown[False]
+    assert "\x1b" not in shown[True]
+    assert shown[True].endswith("\na.jpg,1.000000\n")
+
+
+def test_files_that_are_named_one_by_one_are_predicted_in_batches(tmp_path):
+    places = []
+    for folder, names in (("a", ["2", "1"]), ("b", ["1"]), ("a", ["3", "2"])):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in names:
+            picture(1).save(tmp_path / folder / f"{name}.png")
+            places.append(Folder(tmp_path / folder / f"{name}.png"))
+    found, faults = list_pictures(places)
+    assert [[*pictures.files] for pictures in found] == [["2.png", "1.png"], ["1.png"], ["3.png", "2.png"]]
+    assert faults == []
+    labels = [name for pictures in found for name, _ in pictures.decode(16, 64)]
+    assert labels == [str(place) for place in places]
 
 
 def test_images_beside_a_mistyped_uri_are_not_lost(tmp_path):

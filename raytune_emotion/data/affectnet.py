@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities, shown
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
@@ -165,8 +165,7 @@ def parse_annotation(raw: bytes, classes: tuple[str, ...] = EMOTIONS) -> tuple[f
     found = [parse_number(field) for field in fields]
     values = tuple(value for value in found if value is not None)
     if len(values) < len(found):
-        odd = fields[found.index(None)]
-        return Flaw(Kind.TEXT, repr(odd if len(odd) <= 40 else odd[:39] + "…"))
+        return Flaw(Kind.TEXT, shown(fields[found.index(None)]))
     if len(values) != len(classes):
         return Flaw(Kind.COUNT, f"{len(values)} values for {len(classes)} classes", values=len(values))
     return parse_probabilities(values, classes)

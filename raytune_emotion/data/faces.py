@@ -196,6 +196,13 @@ def sentences(faces: Faces, faults: Sequence[Fault], classes: tuple[str, ...]) -
     return told
 
 
+def shown(cell: Any) -> str:
+    """Return a cell for a message: a text in quotes, and 40 characters at most."""
+    text = cell if isinstance(cell, str) else repr(cell)
+    text = text if len(text) <= 40 else text[:39] + "…"
+    return repr(text) if isinstance(cell, str) else text
+
+
 def parse_number(cell: Any) -> float | None:
     """Return the number in a cell of a table, which may be text; None if it is not a number."""
     if isinstance(cell, str):

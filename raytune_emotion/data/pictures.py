@@ -120,7 +120,17 @@ def list_pictures(places: Iterable[Location]) -> tuple[list[PictureFiles | Store
                 raise UserError(f"{place}: cannot be read: {error.strerror}; name readable images") from error
     if not found:
         raise UserError(faults)
-    return found, faults
+    return [*_joined(found)], faults
+
+
+def _joined(sources: Iterable[PictureFiles | StoredPictures]) -> Iterator[PictureFiles | StoredPictures]:
+    """Join consecutive files of one folder, as those of `*.jpg`: a source is predicted in batches."""
+    for (kind, place), same in itertools.groupby(sources, key=lambda source: (type(source), source.location)):
+        if kind is PictureFiles:
+            files = (source.files for source in same if isinstance(source, PictureFiles))
+            yield PictureFiles(place, [*itertools.chain.from_iterable(files)])
+        else:
+            yield from same
 
 
 def _listed(place: Location) -> PictureFiles | StoredPictures:

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities
+from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities, shown
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage.locations import File, Location
@@ -185,7 +185,7 @@ class FaceTable(Faces):
         values = [parse_number(cell) for cell in cells]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
-            return Flaw(Kind.TEXT, repr(cells[values.index(None)]))
+            return Flaw(Kind.TEXT, shown(cells[values.index(None)]))
         total = sum(known)
         if self.votes and min(known) >= 0 and all(map(math.isfinite, known)):
             if math.isinf(total):
@@ -220,6 +220,12 @@ def list_table(place: Location) -> FaceTable:
         what = str(error).splitlines()[0]
         raise UserError(f"{place}: cannot be read as a table ({what}); save it again") from error
     image, split, classes = _columns(place, header)
+    kinds = {type(cells[image]) for _, cells in rows if image < len(cells)} - {str, type(None)}
+    if kinds:
+        held = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise UserError(
+            f"{place}: the column {header[image]} must hold paths of images, found {held}; write the images as files"
+        )
     lines = [_line(number, cells, header, image, split, classes) for number, cells in rows]
     if not lines:
         raise UserError(f"{place}: has no row below its header; name a table of faces")

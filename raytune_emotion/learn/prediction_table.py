@@ -28,14 +28,15 @@ class Table(Protocol):
 
 
 class CsvTable:
-    """A header, then one line per image with its probabilities to six decimals."""
+    """A header, then one line per image with its probabilities to six decimals. A terminal gets names escaped."""
 
     def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
         self._text, self._lines = text, csv.writer(text, lineterminator="\n")
         self._lines.writerow([_NAME, *classes])
 
     def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
-        for name, prob_K in zip(names, prob_NK, strict=True):
+        shown = map(escape, names) if self._text.isatty() else names
+        for name, prob_K in zip(shown, prob_NK, strict=True):
             self._lines.writerow([name, *(f"{p:.{_DECIMALS}f}" for p in prob_K)])
         self._text.flush()
 

@@ -627,7 +627,7 @@ class Remote(Location):
 
 
 def parse_location(text: str) -> Location:
-    """Parse a path or, if the text has a scheme, a URI.
+    """Parse a path or, if the text has a scheme, a URI. A ~ at the beginning of a path is the home folder.
 
     Raises:
         UserError: the text cannot name a folder, or the URI contains credentials.
@@ -638,7 +638,8 @@ def parse_location(text: str) -> Location:
         bad = True
     if bad:
         raise UserError(f"expected a folder or a URI, got {text!r}; name one")
-    return Remote(text) if "://" in text else Folder(Path(text))
+    # A shell does not expand `--results=~/results`, and Python expands nothing.
+    return Remote(text) if "://" in text else Folder(Path(os.path.expanduser(text)))  # noqa: PTH111  # unknown users stay
 
 
 def parent_of(location: Location) -> Location:

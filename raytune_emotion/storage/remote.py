@@ -102,11 +102,13 @@ def refuse_credentials(uri: str, instead: str = "AWS_ACCESS_KEY_ID and AWS_SECRE
 
 
 def refuse_odd_name(uri: str) -> None:
-    """Refuse a URI whose last part cannot be the name of a folder on this machine.
+    """Refuse a URI whose last part cannot be the name of a folder on this machine, or that has a fragment.
 
     Raises:
-        UserError: the last part is no such name.
+        UserError: the last part is no such name, or the URI contains a #, which would not be part of the path.
     """
+    if "#" in uri:
+        raise UserError(f"{uri}: contains a #; write %23 for a # in a name")
     if (name := name_of(uri)) and (not _is_inside(name) or "/" in name):
         raise UserError(f"{uri}: its last part, {name!r}, is not the name of a folder; name a folder")
 

@@ -61,6 +61,20 @@ def test_parquet_and_csv_give_the_same_store(folder):
     assert first.fingerprint == second.fingerprint
 
 
+def test_images_within_a_table_are_refused_in_a_short_sentence(folder):
+    table = pd.read_csv(write(folder, rows("0.5,0.1,0.4")).path)
+    table["image"] = [{"bytes": b"\xff" * 10_000, "path": name} for name in table["image"]]
+    table.to_parquet(folder / "faces.parquet")
+    (fault,) = faults_of(Folder(folder / "faces.parquet"))
+    assert fault.endswith("the column image must hold paths of images, found dict; write the images as files")
+
+
+def test_a_long_cell_is_cut_in_its_fault(folder):
+    (fault, *_) = faults_of(write(folder, rows("0.5,0.1," + "x" * 5000)))
+    assert "'" + "x" * 39 + "…'" in fault
+    assert len(fault) < 400
+
+
 def test_decimal_numbers_of_parquet_are_numbers(folder):
     table = pd.read_csv(write(folder, rows("0.5,0.1,0.4")).path)
     decimals = {name: [Decimal(str(value)) for value in table[name]] for name in ("happy", "sad", "calm")}

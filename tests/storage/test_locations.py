@@ -215,6 +215,9 @@ def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
     assert folder == Folder(Path("ray_results")) == location_of(Path("ray_results")) == location_of(folder)
     assert (str(folder), folder.address, folder.name) == ("ray_results", str(tmp_path / "ray_results"), "ray_results")
     assert (folder.typed, (folder / "first").typed) == ("ray_results", "ray_results/first")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse_location("~/results") == Folder(Path("/home/somebody/results"))
+    assert parse_location("./~/a~") == Folder(Path("./~/a~"))
     uri = parse_location("s3://bucket/a?region=x") / "first one"
     assert uri.typed == str(uri)
     assert str(uri) == uri.address == "s3://bucket/a/first%20one?region=x"
@@ -254,6 +257,13 @@ def test_text_that_can_be_no_path_is_refused(text):
 def test_uri_that_ends_in_no_name_is_refused(uri):
     with pytest.raises(UserError, match="is not the name of a folder"):
         parse_location(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/run#1?region=x", "s3://bucket/run?region=x#1", "file:///a#b"])
+def test_uri_with_a_fragment_is_refused_as_it_would_name_another_folder(uri):
+    with pytest.raises(UserError, match="contains a #; write %23 for a # in a name"):
+        parse_location(uri)
+    assert parse_location("s3://bucket/run%231").name == "run#1"
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a?region=x&scheme=http", "abfs://container@account/a", "file:///a@b:c@d"])

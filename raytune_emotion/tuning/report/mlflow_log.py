@@ -5,6 +5,7 @@ the study never waits for the server.
 """
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -53,7 +54,7 @@ class _Thread:
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self._left: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._closes = threading.Event()
+        self._closes, self._until = threading.Event(), math.inf  # time at which a closed log gives up
         self._ended = run_in_thread("mlflow", self._work)
 
     def do(self, action: Callable[[], None]) -> None:
@@ -62,6 +63,7 @@ class _Thread:
     def close(self) -> None:
         """Give the remaining actions some time."""
         self._left.put(None)
+        self._until = time.monotonic() + _END_S
         self._closes.set()
         if not self._ended.wait(_END_S) or not self._left.empty():
             warn(f"--mlflow {self._uri}: the log is incomplete; the study itself is complete")
@@ -72,6 +74,8 @@ class _Thread:
             while not self._try(action, said=said):
                 said = True
                 if self._closes.wait(_AGAIN_S):
+                    time.sleep(min(_AGAIN_S, 1.0))
+                if time.monotonic() >= self._until:
                     return
 
     def _try(self, action: Callable[[], None], *, said: bool) -> bool:

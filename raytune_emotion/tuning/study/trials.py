@@ -27,8 +27,8 @@ def trial_folder(study: Path, trial_id: str) -> Path:
 
 
 def trials_with(study: Location, name: str) -> list[str]:
-    """List the ids of the trials that have a file of this name."""
-    return [file.split("/")[1] for file in study.find(trial_file(ALL, name))]
+    """List the ids of the trials that have a file of this name. The folder of the trials may be a link."""
+    return [file.split("/")[0] for file in (study / "trials").find(f"{ALL}/{name}")]
 
 
 def data_of(run: Path) -> str | None:

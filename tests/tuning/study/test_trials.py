@@ -3,7 +3,9 @@
 import pytest
 
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.study.trials import describe_ids, find_trial, trial_id_of
+from raytune_emotion.learn.run_folder import BEST, LAST
+from raytune_emotion.storage.locations import Folder, Remote
+from raytune_emotion.tuning.study.trials import describe_ids, find_trial, trial_id_of, trials_with
 
 
 def test_a_number_is_an_id():
@@ -22,6 +24,17 @@ def test_trials_are_in_the_order_of_their_numbers():
     with pytest.raises(UserError, match=r"; there are 0000 to 10001$"):
         find_trial("10002", known, "results/first")
     assert find_trial("10001", known, "results/first") == "10001"
+
+
+def test_trials_whose_folder_is_a_link_are_found(tmp_path):
+    for trial_id in ("0002", "0000", "0001"):
+        (tmp_path / "elsewhere" / trial_id).mkdir(parents=True)
+        (tmp_path / "elsewhere" / trial_id / (BEST if trial_id != "0001" else LAST)).touch()
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "trials").symlink_to(tmp_path / "elsewhere")
+    assert trials_with(Folder(tmp_path / "study"), BEST) == ["0000", "0002"]
+    assert trials_with(Remote((tmp_path / "study").as_uri()), BEST) == ["0000", "0002"]
+    assert trials_with(Folder(tmp_path / "no study"), BEST) == []
 
 
 def test_trials_are_named_by_the_ends_of_a_row():
