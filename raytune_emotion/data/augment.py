@@ -35,7 +35,7 @@ _DECIDED_AT_ONCE = 2048
 _DRAWS = 19
 #: Operations of RandAugment (Cubuk et al., 2019), and their strengths at magnitude 1: shears and translations in sides,
 #: rotation in radians, colours by the change of a factor, posterising in bits, solarising by the share of the levels.
-#: Its order is fixed here, and the operations that need a histogram or neighbouring pixels are left out.
+#: They run in a fixed order. The operations that need a histogram or neighbouring pixels are left out.
 _LARGEST = {
     "nothing": 0.0,
     "shear_x": 0.3,
@@ -51,6 +51,7 @@ _LARGEST = {
 }
 #: More than the error of a pixel that a warp only copies, at any size of image.
 _ROUNDING = 0.03
+_NO_STRENGTH: Floats = np.zeros(1)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _LOG_CROP_ASPECT = math.log(4 / 3)
 _LOG_ERASE_ASPECT = math.log(3.3)
@@ -188,7 +189,7 @@ def _plan(
     if dataclasses.replace(config, recipe=None) == AugmentConfig(flip=0):
         return plan
     (flip, area, aspect, left, top, bright, contrast, colourful, grey, erase, *rest) = uniforms(
-        seed, epoch, rows_B, _DRAWS + 2 * len(_LARGEST)
+        seed, epoch, rows_B, _DRAWS + (2 * len(_LARGEST) if config.operations else 0)
     )
     (erase_area, erase_aspect, erase_left, erase_top, coin, beta_u, beta_v, cut_x, cut_y, *rest) = rest
     strength = _choose_operations(config, np.array(rest))
@@ -240,6 +241,8 @@ def _plan(
 
 def _choose_operations(config: AugmentConfig, u_DB: Floats) -> dict[str, Floats]:
     """Return the signed strength of each operation of RandAugment, [B] by its name; 0 for rows that do not get it."""
+    if not config.operations:
+        return dict.fromkeys(_LARGEST, _NO_STRENGTH)
     order_OB, sign_OB = np.split(u_DB, 2)
     chosen_OB = order_OB.argsort(0).argsort(0) < config.operations
     largest_O1 = np.array([*_LARGEST.values()])[:, None]

@@ -26,7 +26,7 @@ Batches: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 #: Name -> one number per epoch. `pandas.DataFrame(history)` has one row per epoch.
 History: TypeAlias = dict[str, list[float]]
 
-_EPOCH, _BEST_LOSS, _GROUPS, _PARAMS = "epoch", "best_loss", "param_groups", "params"
+_EPOCH, _BEST_LOSS, _KIND, _GROUPS, _PARAMS = "epoch", "best_loss", "optimizer", "param_groups", "params"
 
 
 class Checkpoint(NamedTuple):
@@ -177,7 +177,8 @@ class Trainer:
             {name: len(value) if name == _PARAMS else _plain(value) for name, value in group.items()}
             for group in self.optimizer.param_groups
         ]
-        header = {_EPOCH: self.epochs, _BEST_LOSS: self.history["val_loss"][-1], _GROUPS: groups}
+        kind = type(self.optimizer).__name__
+        header = {_EPOCH: self.epochs, _BEST_LOSS: self.history["val_loss"][-1], _KIND: kind, _GROUPS: groups}
         save_with_header(self._checkpoint_dir / BEST, self.model, self.optimizer, header)
 
 
@@ -258,7 +259,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
             file.
     """
     file = Path(path) / BEST if Path(path).is_dir() else Path(path)
-    epoch, best_loss, groups = read_header(file, _EPOCH, _BEST_LOSS, _GROUPS)
+    epoch, best_loss, kind, groups = read_header(file, _EPOCH, _BEST_LOSS, _KIND, _GROUPS)
     if optimizer is not None:
         sizes = [len(group[_PARAMS]) for group in optimizer.param_groups]
         if (saved_sizes := [saved.pop(_PARAMS, 0) for saved in groups]) != sizes:
@@ -266,11 +267,10 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
                 f"{file}: the groups of its optimizer have {', '.join(map(str, saved_sizes))} parameters, those of "
                 f"this optimizer {', '.join(map(str, sizes))}; make it as for the training that wrote the checkpoint"
             )
-        # Schedulers add further options.
-        if any(optimizer.defaults.keys() - saved.keys() for saved in groups):
+        if kind != type(optimizer).__name__:
             raise UserError(
-                f"{file}: its optimizer is not {type(optimizer).__name__}; make it as for the training that wrote the "
-                f"checkpoint"
+                f"{file}: its optimizer is {kind}, not {type(optimizer).__name__}; make it as for the training that "
+                f"wrote the checkpoint"
             )
     load_state(file, model, optimizer)
     if optimizer is not None:

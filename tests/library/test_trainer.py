@@ -190,7 +190,7 @@ def test_an_optimizer_of_another_kind_is_refused_before_anything_is_loaded(make,
     model = Linear()
     weights = model.layer.weight.clone()
     optimizer = kind(model.parameters(), lr=0.125)
-    with pytest.raises(UserError, match=f"its optimizer is not {kind.__name__}; make it as for the training"):
+    with pytest.raises(UserError, match=f"its optimizer is SGD, not {kind.__name__}; make it as for the training"):
         load_checkpoint(tmp_path / "checkpoints", model, optimizer)
     assert torch.equal(model.layer.weight, weights)
     assert optimizer.param_groups[0]["lr"] == 0.125

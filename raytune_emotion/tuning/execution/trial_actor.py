@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn.report import DRIVER_KEYS, Report
 from raytune_emotion.tuning.execution.job import (
     InvalidForRun,
@@ -70,12 +69,6 @@ class TrialActor:
             return {ENDING: Failed(str(error)), NODES: self._nodes}
         except Breakdown as error:
             return {ENDING: Broken(str(error)), NODES: self._nodes}
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            # Such as the disk of the temporary folders. It is no fault of the trial, and others would fail, too.
-            where = f"{platform.node()}, {error.filename}" if error.filename else platform.node()
-            return {ENDING: Broken(f"{where}: no space left on the disk"), NODES: self._nodes}
         heard = {name: value for name, value in report.items() if name in DRIVER_KEYS}
         return {"pid": os.getpid(), "host": platform.node(), NODES: self._nodes, **heard}
 

@@ -35,7 +35,7 @@ class TrialAtWork:
 class Disk:
     """What a study takes of its disk, and what is free there, in bytes."""
 
-    used: int
+    used: int | None  # None until it is known
     free: int
 
 
@@ -97,7 +97,7 @@ class StudyProgress:
         self._first: float | None = None  # when the first trial of this session began, in its seconds
         self._gain = self._earlier.expected_gain
         # The free space alone is known at once.
-        self._disk, self._disk_due = Disk(0, free_space(study.folder)), clock()
+        self._disk, self._disk_due = Disk(None, free_space(study.folder)), clock()
         self._has_looked = threading.Event()
         self._has_looked.set()
         self._lock = threading.Lock()
@@ -145,7 +145,8 @@ class StudyProgress:
         return self._disk
 
     def _look_at_disk(self) -> None:
-        self._disk = disk_of(self._folder)
+        with contextlib.suppress(OSError):  # a server may fail for a moment
+            self._disk = disk_of(self._folder)
         self._disk_due = self._clock() + _DISK_S
 
     def snapshot(self) -> Snapshot:

@@ -55,7 +55,8 @@ def draw(snapshot: Snapshot, disk: Disk, width: int, height: int) -> Table:
     view.add_row("trials", _trials(snapshot, body))
     view.add_row("", _counts(snapshot.summary))
     view.add_row("time", _time(snapshot))
-    view.add_row("disk", _text(f"{byte_size(disk.used)} used, {byte_size(disk.free)} free"))
+    used = f"{byte_size(disk.used)} used, " if disk.used is not None else ""
+    view.add_row("disk", _text(f"{used}{byte_size(disk.free)} free"))
     _add_best(view, snapshot.summary, body, height)
     _add_work(view, snapshot, body, height)
     return view

@@ -18,6 +18,8 @@ from raytune_emotion.learn.report import DRIVER_KEYS, OBJECTIVE
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.recorder import Event, Watch
+from raytune_emotion.tuning.study.database import split_address
+from raytune_emotion.tuning.study.drivers import one_at_a_time
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.spec import SPEC, created_at
 
@@ -101,9 +103,11 @@ class _Log:
 
     def begin(self) -> None:
         """Make the study's run, or continue it."""
-        drivers = self._study.drivers
-        # Drivers that begin at once would make a run each.
-        with drivers.turn("files") if drivers.own is not None else contextlib.nullcontext():
+        import mlflow.tracking  # noqa: F401  # it takes seconds, in which other drivers would wait
+
+        address = self._study.spec.storage
+        # Drivers that begin at once would make a run each. The connection is another one than that of the driver.
+        with one_at_a_time(split_address(address)[0], f"{address}/mlflow") if address else contextlib.nullcontext():
             self._begin()
 
     def _begin(self) -> None:
@@ -131,6 +135,8 @@ class _Log:
             tags = {TRIAL_TAG: trial_id, "mlflow.parentRunId": self._parent}
             made = self._run({**tags, "study": self._name}, f"{self._name} {trial_id}")
             self._params(made, self._study.spec.settings_now(event.proposal.settings))
+            if self._study.drivers.own is not None:
+                self._client.update_run(self._parent, status="RUNNING")  # another driver may have ended it
             self._runs[trial_id] = made  # only after the parameters, so that a retry logs them again
         run_id = self._runs[trial_id]
         if event.report is not None:
@@ -151,13 +157,11 @@ class _Log:
         self._client.set_terminated(run_id, _RUN_STATUS[event.status])
 
     def end(self) -> None:
-        """Log the export, if there is one, and end the study's run, unless other drivers go on."""
+        """Log the export, if there is one, and end the study's run. A driver that goes on resumes it."""
         best = self._study.folder / "best"
         if best.is_dir():
             self._client.log_artifacts(self._parent, str(best), "best")
-        is_over = self._study.is_over()
-        if is_over or not self._study.drivers.others():
-            self._client.set_terminated(self._parent, "FINISHED" if is_over else "KILLED")
+        self._client.set_terminated(self._parent, "FINISHED" if self._study.is_over() else "KILLED")
 
     def _log_best(self, js: float) -> None:
         """Log a JS if it is the study's best. An earlier search, or another driver, may have had a better one."""

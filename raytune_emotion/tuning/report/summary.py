@@ -1,5 +1,6 @@
 """Summarise the state of a study, finished or not: as numbers for programs, and as lines for people."""
 
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,7 +70,8 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
     began = now if started is None else started
     ended = sum(record.ended for record in records)
     finished = ended == len(records) and (ended >= spec.trials or study.has_tried_all())
-    last = max((end for _, end in spans), default=now)
+    ends = (trial.datetime_complete for trial in study.optuna.get_trials(deepcopy=False))
+    last = max([*(end for _, end in spans), *(end.timestamp() for end in ends if end is not None)], default=now)
     active = _length_of_union(spans)
     leader = winner(records)
     gain = expected_gain(study.optuna)
@@ -177,21 +179,22 @@ def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float
     """Return start and end of all times in which a trial was running.
 
     A trial may continue after a pause of the whole study. So each report counts with the seconds that led to it, and
-    with a little more: its process had to begin.
+    with a little more: its process had to begin. The end of a failed trial counts like one more report.
     """
-    reports = {record.trial_id: record.reports for record in records}
+    known = {record.trial_id: record for record in records}
     spans = []
     for trial in study.optuna.get_trials(deepcopy=False):
         if trial.datetime_start is None:
             continue
-        until, trained = trial.datetime_start.timestamp(), 0.0
-        own = reports.get(trial_id_of(trial.number), ())
-        for report in own:
+        until, trained, took = trial.datetime_start.timestamp(), 0.0, math.inf
+        record = known.get(trial_id_of(trial.number))
+        for report in record.reports if record is not None else ():
             took = report["seconds"] - trained + _BEGINNING_S
             spans.append((max(until, report["time"] - took), report["time"]))
             until, trained = max(until, report["time"]), report["seconds"]
-        if not own and trial.datetime_complete is not None:
-            spans.append((until, trial.datetime_complete.timestamp()))
+        if trial.datetime_complete is not None and (record is None or not record.counts):
+            end = trial.datetime_complete.timestamp()
+            spans.append((max(until, end - took), end))
     return spans
 
 

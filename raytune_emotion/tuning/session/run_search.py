@@ -260,7 +260,8 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
     Raises:
         Breakdown: a package that this needs cannot be imported. The study itself is complete.
     """
-    # The turn takes minutes. Meanwhile other drivers may write their tables, and a signal may end the wait for it.
+    # The turn takes minutes. Meanwhile other drivers may write their tables. The first signal of a session, and a third
+    # Ctrl-C, end the wait for it.
     with study.drivers.turn("conclusion"), finish_block():
         try:
             from raytune_emotion.tuning.report.conclusion import conclude

@@ -114,8 +114,11 @@ class DatabaseDriver:
         """Wait for locks as long as necessary during the block."""
         ((before,),) = self._ask("SELECT current_setting('lock_timeout')")
         self._ask("SELECT set_config('lock_timeout', '0', false)")
-        yield
-        self._ask("SELECT set_config('lock_timeout', %s, false)", before)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(Breakdown):
+                self._ask("SELECT set_config('lock_timeout', %s, false)", before)
 
     def others(self) -> set[int | None]:
         return self._alive() - {self.own}

@@ -84,7 +84,8 @@ class OpenStudy:
         is_other = created_at(there) != created_at(Folder(self.folder).read(SPEC))
         if there is not None and (is_other or self.copy.is_behind()):
             raise Breakdown(f"{self.copy}: {CONTINUED}")
-        self.copy.claim([EARLIER, SPEC], journal=JOURNAL)  # the spec last: it marks a study
+        # The spec last: it marks a study.
+        self.copy.claim([EARLIER, SPEC], journal=JOURNAL, continues=there is not None)
 
     def trial_folder(self, trial_id: str) -> Path:
         return trial_folder(self.folder, trial_id)

@@ -62,7 +62,7 @@ class RemoteCopy:
         """Tell whether the location is the folder itself."""
         return self.location.is_here(self.folder)
 
-    def claim(self, names: Iterable[str] = (), *, journal: str = "") -> None:
+    def claim(self, names: Iterable[str] = (), *, journal: str = "", continues: bool = False) -> None:
         """Become the driver, and push a study's journal and then its other files.
 
         Those of these files that the folder lacks are deleted at the location: they are of a study that was never
@@ -71,6 +71,7 @@ class RemoteCopy:
         Args:
             names: names of the other files, in the order in which they are pushed.
             journal: name of the journal; empty if there is none.
+            continues: whether the journal continues one at the location; otherwise, what is there was never whole.
 
         Raises:
             Breakdown: another driver has claimed the location, or has recorded more since the folder was brought up
@@ -86,7 +87,8 @@ class RemoteCopy:
         self.location.push(self.folder, [DRIVER])
         self.location.delete([name for name in here if not here[name]])
         if journal:
-            self._check_continues(journal)
+            if continues:
+                self._check_continues(journal)
             self.check_driver()  # each push may wait long for the location
             self._push_whole(self.folder / journal, has_pieces=bool(drivers))
         self.push(*(name for name in here if here[name]))

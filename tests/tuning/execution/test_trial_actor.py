@@ -13,7 +13,15 @@ from raytune_emotion.learn.report import DRIVER_KEYS
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.storage import locations
 from raytune_emotion.tuning.execution import trial_actor
-from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, TrialFailed, job_of
+from raytune_emotion.tuning.execution.job import (
+    DiskFull,
+    InvalidForRun,
+    Job,
+    OutOfMemory,
+    TrialFailed,
+    job_of,
+    train_here,
+)
 from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES, TrialActor
@@ -94,7 +102,10 @@ def test_a_full_disk_of_temporary_files_ends_the_study_and_not_the_trial(job, tm
     at_uri = dataclasses.replace(job, location=(tmp_path / "place").as_uri())
     monkeypatch.setattr(locations, "scratch_folder", full)
     ending = TrialActor(at_uri.to_dict()).train()[ENDING]
-    assert ending == Broken(f"{platform.node()}, /tmp/raytune_emotion-x: no space left on the disk")
+    told = f"{platform.node()}, /tmp/raytune_emotion-x: no space left on the disk"
+    assert ending == Broken(told)
+    with pytest.raises(DiskFull, match=told):  # as each of several workers trains
+        next(train_here(at_uri))
 
 
 def test_data_that_a_machine_does_not_see_end_the_study_and_not_the_trial(job, tmp_path):

@@ -132,8 +132,9 @@ def test_the_view_does_not_wait_for_a_look_at_the_disk(progress, clock, monkeypa
         return live_state.Disk(7, 8)
 
     monkeypatch.setattr(live_state, "disk_of", look)
-    assert progress.disk().used == progress.disk().used == 0
+    assert progress.disk().used is progress.disk().used is None
     assert progress.disk().free > 0
+    assert re.search(r"disk +[0-9.]+ [A-Z]+ free", "".join(drawn(progress)))
     goes_on.set()
     assert progress._has_looked.wait(60)
     clock.now += live_state._DISK_S - 1
@@ -201,5 +202,7 @@ def test_a_plain_console_draws_the_same(progress, clock, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "40")
     feed(progress, clock, event("0000", "running", 0.3))
+    progress.disk()
+    assert progress._has_looked.wait(60)
     plain_console().print(LiveView(progress))
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == drawn(progress)

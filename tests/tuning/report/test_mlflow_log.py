@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -115,25 +116,10 @@ def test_a_search_that_goes_on_does_not_undo_the_best(study, server):
     assert [m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js")] == [0.2, 0.1]
 
 
-class Turns:
-    """The drivers of a study in a database, with one lock."""
-
-    lock = threading.Lock()
-
-    def __init__(self, own, others):
-        self.own, self._others = own, others
-
-    def turn(self, what):
-        return self.lock
-
-    def others(self):
-        return self._others
-
-
-def test_drivers_that_begin_at_once_share_one_run_which_the_last_one_ends(study, server, monkeypatch):
+def test_drivers_that_begin_at_once_share_one_run_which_a_driver_that_goes_on_resumes(study, server, monkeypatch):
     from mlflow.tracking import MlflowClient
 
-    found = MlflowClient.search_runs
+    found, turn = MlflowClient.search_runs, threading.Lock()
 
     def late(*arguments, **options):
         answer = found(*arguments, **options)
@@ -141,13 +127,21 @@ def test_drivers_that_begin_at_once_share_one_run_which_the_last_one_ends(study,
         return answer
 
     monkeypatch.setattr(MlflowClient, "search_runs", late)
-    first, second = (dataclasses.replace(study, drivers=Turns(own, others)) for own, others in ((1, {2}), (2, set())))
+    monkeypatch.setattr(mlflow_module, "one_at_a_time", lambda url, what: turn)
     monkeypatch.setattr(type(study), "is_over", lambda self: False)
-    with mlflow_log(server, second):
+    spec = dataclasses.replace(study.spec, storage="postgresql:///faces#study")
+    drivers = SimpleNamespace(own=1)
+    first, second = (dataclasses.replace(study, spec=spec, drivers=drivers) for _ in range(2))
+    with mlflow_log(server, second) as watch:
         with mlflow_log(server, first):
             pass
         _, (parent,), _ = runs_of(server, study)
-        assert parent.info.status == "RUNNING", "the other driver goes on"
+        assert parent.info.status == "KILLED"
+        watch(event("0009", "running"))
+        deadline = time.monotonic() + 60
+        while runs_of(server, study)[1][0].info.status != "RUNNING":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     _, (parent,), _ = runs_of(server, study)
     assert parent.info.status == "KILLED"
 
