@@ -37,6 +37,7 @@ from raytune_emotion.tuning.study.trials import (
     is_taken,
     refuse_taken,
     trial_file,
+    trials_with,
 )
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _settings_in(study: Location, trial: str | None) -> dict[str, Any]:
     """Read the settings of a study's trial, by default the best."""
     spec_of(study)
     with study.copy_here(SPEC, trial_file(ALL, PARAMS)) as folder:
-        begun = [file.parent.name for file in folder.glob(trial_file(ALL, PARAMS))]
+        begun = trials_with(Folder(folder), PARAMS)
         trial_id = _best_trial(study) if trial is None else find_trial(trial, begun, study)
         return _read(folder / trial_file(trial_id, PARAMS))
 

@@ -142,7 +142,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     refuse_unseen(job)
     pushed = dict[str, tuple[int, int]]()
     # All other files follow from the last state. Each worker reads its own copy, so machines need not share a disk.
-    with outlast_outages(), _full_disk_told(), job.kept_at.work_here(LAST) as folder:
+    with outlast_outages(), _disk_errors(), job.kept_at.work_here(LAST) as folder:
         try:
             with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
                 for report in reports:
@@ -255,15 +255,12 @@ def _not_seen(what: str, error: UserError) -> Breakdown:
 
 
 @contextlib.contextmanager
-def _full_disk_told() -> Iterator[None]:
+def _disk_errors() -> Iterator[None]:
     """Raise DiskFull if a disk is full, such as that of the temporary folders: it is no fault of the trial."""
     try:
         yield
     except OSError as error:
-        if not is_disk_full(error):
-            raise
-        where = f"{platform.node()}, {error.filename}" if error.filename else platform.node()
-        raise DiskFull(f"{where}: no space left on the disk") from error
+        _raise_of_system(f"{platform.node()}, {error.filename}" if error.filename else platform.node(), error)
 
 
 @contextlib.contextmanager
@@ -288,9 +285,9 @@ def _training_errors(folder: Path) -> Iterator[None]:
         _raise_of_system(folder, error)
 
 
-def _raise_of_system(folder: Path, error: Exception) -> NoReturn:
+def _raise_of_system(where: object, error: Exception) -> NoReturn:
     if is_disk_full(error):
-        raise DiskFull(f"{folder}: no space left on the disk") from error
+        raise DiskFull(f"{where}: no space left on the disk") from error
     raise error
 
 
@@ -314,7 +311,7 @@ def newest_report(job: Job) -> Report | None:
     A process that died may have left older files beside its last state. They are repaired first: the driver may end the
     trial at this report, and then reads its history.
     """
-    with outlast_outages(), _full_disk_told(), job.kept_at.work_here(LAST, HISTORY) as folder:
+    with outlast_outages(), _disk_errors(), job.kept_at.work_here(LAST, HISTORY) as folder:
         try:
             progress = read_progress(folder)
         except UserError:

@@ -103,19 +103,18 @@ class _Log:
 
     def begin(self) -> None:
         """Make the study's run, or continue it."""
-        import mlflow.tracking  # noqa: F401  # it takes seconds, in which other drivers would wait
-
-        address = self._study.spec.storage
-        # Drivers that begin at once would make a run each. The connection is another one than that of the driver.
-        with one_at_a_time(split_address(address)[0], f"{address}/mlflow") if address else contextlib.nullcontext():
-            self._begin()
-
-    def _begin(self) -> None:
         for name, value in _MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._uri)
+        address = self._study.spec.storage
+        # Drivers that begin at once would make a run each. The lock has a connection of its own: that of the driver
+        # must not wait for a server of MLflow.
+        with one_at_a_time(split_address(address)[0], f"{address}/mlflow") if address else contextlib.nullcontext():
+            self._find_or_make()
+
+    def _find_or_make(self) -> None:
         found = self._client.get_experiment_by_name(EXPERIMENT)
         self._experiment = found.experiment_id if found else self._client.create_experiment(EXPERIMENT)
         created = created_at((self._study.folder / SPEC).read_bytes())

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from optuna.trial import FrozenTrial
+
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.study.open_study import OpenStudy
@@ -64,14 +66,14 @@ def summarize(study: OpenStudy, records: Sequence[TrialRecord], *, now: float, n
         name: name of the study; "": its own name.
     """
     spec = study.spec
-    spans = _spans(study, records)
-    starts = (trial.datetime_start for trial in study.optuna.get_trials(deepcopy=False))
-    started = min((start.timestamp() for start in starts if start is not None), default=None)
+    begun = [trial for trial in study.optuna.get_trials(deepcopy=False) if trial.datetime_start is not None]
+    spans = _spans(begun, records)
+    started = min((trial.datetime_start.timestamp() for trial in begun if trial.datetime_start), default=None)
     began = now if started is None else started
     ended = sum(record.ended for record in records)
     finished = ended == len(records) and (ended >= spec.trials or study.has_tried_all())
-    ends = (trial.datetime_complete for trial in study.optuna.get_trials(deepcopy=False))
-    last = max([*(end for _, end in spans), *(end.timestamp() for end in ends if end is not None)], default=now)
+    ends = [trial.datetime_complete.timestamp() for trial in begun if trial.datetime_complete]
+    last = max([*ends, *(end for _, end in spans)], default=now)
     active = _length_of_union(spans)
     leader = winner(records)
     gain = expected_gain(study.optuna)
@@ -175,17 +177,16 @@ def _best_of(record: TrialRecord, place: Location) -> BestTrial:
     return BestTrial(record.trial_id, record.status, record.best["val_js"], record.best["epoch"], settings)
 
 
-def _spans(study: OpenStudy, records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
-    """Return start and end of all times in which a trial was running.
+def _spans(begun: Iterable[FrozenTrial], records: Iterable[TrialRecord]) -> list[tuple[float, float]]:
+    """Return start and end of all times in which a trial was running, from the trials that have begun.
 
     A trial may continue after a pause of the whole study. So each report counts with the seconds that led to it, and
     with a little more: its process had to begin. The end of a failed trial counts like one more report.
     """
     known = {record.trial_id: record for record in records}
     spans = []
-    for trial in study.optuna.get_trials(deepcopy=False):
-        if trial.datetime_start is None:
-            continue
+    for trial in begun:
+        assert trial.datetime_start is not None
         until, trained, took = trial.datetime_start.timestamp(), 0.0, math.inf
         record = known.get(trial_id_of(trial.number))
         for report in record.reports if record is not None else ():
