@@ -1,4 +1,7 @@
-"""Benchmarks: each module is one, and its `run` returns a table. Only ratios within a run count, not absolute times."""
+"""Benchmarks: each module is one, and its `run` returns a table. Only ratios within a run count, not absolute times.
+
+A `run` that may be killed yields tables, each with more results than the one before.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any

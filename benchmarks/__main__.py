@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -83,16 +83,13 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def measure(name: str, run: Callable[[], Table], command: str) -> None:
-    """Run a benchmark, print its table, and save it with its command."""
-
-    def tables() -> Iterator[Table]:
-        yield run()
-
-    _keep(name, tables(), command)
+def measure(name: str, run: Callable[[], Table | Iterator[Table]], command: str) -> None:
+    """Run a benchmark, print its table or its growing tables, and save them with its command."""
+    found = run()
+    _keep(name, [found] if isinstance(found, Table) else found, command)
 
 
-def _keep(name: str, tables: Iterator[Table], command: str) -> None:
+def _keep(name: str, tables: Iterable[Table], command: str) -> None:
     """Print and save each table of a benchmark. Each replaces the one before, which has fewer results."""
     began = datetime.now(timezone.utc)
     for table in tables:

@@ -10,9 +10,10 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,38 @@ EVERYTHING = {
 }
 
 
-def run() -> Table:
-    rows: list[tuple[object, ...]] = []
+Row = tuple[object, ...]
+
+
+def run() -> Iterator[Table]:
+    """Make all checks. One that fails is a row."""
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         store = open_store(faces(Path(scratch)))
-        rows.append(("images on the device and from files", "", "", _differing_images(store), "pixels that differ"))
-        for backbone, precision in BACKBONES.items():
-            for name, error in _runs(backbone, precision, store):
-                rows.append((name, backbone, precision, error, "error of weights"))
-            resumed = _resumed(backbone, precision, store, Path(scratch))
-            rows.append(("resumed after each report", backbone, precision, *resumed))
-            print(*rows, sep="\n", file=sys.stderr, flush=True)
-        if DEVICE.type == "cuda":
-            rows += _cuda_only(store)
-    return Table(("check", "model", "precision", "result", "of what"), rows)
+        for name, check in _checks(store, Path(scratch)).items():
+            try:
+                rows += check()
+            except Exception as error:
+                rows.append((name, "", "", f"{type(error).__name__}: {error}", "failed"))
+            yield Table(("check", "model", "precision", "result", "of what"), [*rows])
+
+
+def _checks(store: Store, scratch: Path) -> dict[str, Callable[[], list[Row]]]:
+    """Return the checks by name. Those of memory are last, because they take all of it."""
+    checks = {"images on the device and from files": partial(_images, store)}
+    for backbone, precision in BACKBONES.items():
+        checks |= {
+            f"launched again, {backbone}": partial(_runs, backbone, precision, store),
+            f"resumed, {backbone}": partial(_resumed, backbone, precision, store, scratch),
+        }
+    if DEVICE.type == "cuda":
+        checks |= {
+            f"waits of the host, {precision}": partial(_waits, precision, store) for precision in ("bf16", "fp16")
+        }
+        checks["out of memory by size"] = partial(_out_of_memory, "out of memory by size", 1.0, 4096, store)
+        checks["out of memory by share"] = partial(_out_of_memory, "out of memory by share", 0.05, 256, store)
+        checks["auto"] = partial(_too_large_for_auto, store)
+    return checks
 
 
 def settings_of(backbone: str, precision: str, **more: object) -> RunConfig:
@@ -64,21 +83,22 @@ def settings_of(backbone: str, precision: str, **more: object) -> RunConfig:
     return RunConfig.from_flat({**config(backbone, precision, **STUDY).to_flat(), **short, **more})
 
 
-def _differing_images(store: Store) -> int:
+def _images(store: Store) -> list[Row]:
     some = [np.arange(i, 1024, 8)[:32] for i in range(8)]
     here, _ = cache_on_device(store, DEVICE)
     pairs = zip(batches(here, some, DEVICE), batches(store.train, some, DEVICE), strict=True)
-    return sum(int((a.x_BHWC != b.x_BHWC).sum()) + int((a.prob_BK != b.prob_BK).sum()) for a, b in pairs)
+    differing = sum(int((a.x_BHWC != b.x_BHWC).sum()) + int((a.prob_BK != b.prob_BK).sum()) for a, b in pairs)
+    return [("images on the device and from files", "", "", differing, "pixels that differ")]
 
 
-def _runs(backbone: str, precision: str, store: Store) -> list[tuple[str, float]]:
+def _runs(backbone: str, precision: str, store: Store) -> list[Row]:
     settings = settings_of(backbone, precision)
     plan = make_plan(settings, store, DEVICE)
     origin, first = _weights(settings, store, plan, steps=0), _weights(settings, store, plan)
     found = [("launched twice", _error(_weights(settings, store, plan), first, origin))]
     if DEVICE.type == "cuda":
         found.append(("captured and launched", _error(_weights(settings, store, plan, capture=True), first, origin)))
-    return found
+    return [(name, backbone, precision, error, "error of weights") for name, error in found]
 
 
 def _weights(settings: RunConfig, store: Store, plan: Any, *, steps: int = 8, capture: bool = False) -> torch.Tensor:
@@ -95,7 +115,7 @@ def _error(weights: torch.Tensor, other: torch.Tensor, origin: torch.Tensor) -> 
     return float((weights - other).norm() / (other - origin).norm())
 
 
-def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> tuple[float, str]:
+def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> list[Row]:
     """Return the largest difference of val JS between an uninterrupted run and a resumed one."""
     settings = settings_of(backbone, precision)
     reports: dict[str, list[float]] = {}
@@ -112,36 +132,37 @@ def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> tupl
     others = ("resumed", "again")
     js = [max(abs(a - b) for a, b in zip(reports["whole"], reports[name], strict=True)) for name in others]
     errors = [_error(weights[name], weights["whole"], 0 * weights["whole"]) for name in others]
-    return js[0], f"val JS, bits ({js[1]:.1e} between two whole runs); weights {errors[0]:.1e} ({errors[1]:.1e})"
+    of_what = f"val JS, bits ({js[1]:.1e} between two whole runs); weights {errors[0]:.1e} ({errors[1]:.1e})"
+    return [("resumed after each report", backbone, precision, js[0], of_what)]
 
 
-def _cuda_only(store: Store) -> list[tuple[object, ...]]:
-    everything = RunConfig.from_flat(config("efficientnet_b0", "bf16").to_flat() | EVERYTHING)
-    waits = _waits(everything, store, 12) - _waits(everything, store, 4)
-    waited = "waits of the host in 8 steps"
-    rows: list[tuple[object, ...]] = [(waited, "efficientnet_b0", "bf16", waits, "all augmentations")]
-    rows.append((waited, "efficientnet_b0", "fp16", _fp16_waits(everything, store), "all augmentations"))
-    for name, share, rows_of_batch in (("out of memory by size", 1.0, 4096), ("out of memory by share", 0.05, 256)):
-        limit_memory(DEVICE, share)
-        large = RunConfig.from_flat(
-            settings_of("resnet50", "fp32").to_flat()
-            | {
-                "train.batch_size": rows_of_batch,
-                # One report per step.
-                "train.evals_per_epoch": SETUP.rows * SETUP.repeats // rows_of_batch,
-            }
-        )
-        rows.append((name, "resnet50", "fp32", *_ending(large, store.path)))
-        smaller = RunConfig.from_flat(large.to_flat() | {"train.accumulate": 64, "train.epochs": 1})
-        rows.append((f"{name}, then smaller", "resnet50", "fp32", *_ending(smaller, store.path)))
-        print(*rows, sep="\n", file=sys.stderr, flush=True)
-    limit_memory(DEVICE, 1.0)
-    too_large = config("resnet50", "fp32", 8192).to_flat()
-    found = measure({"resnet50": too_large}, {SETUP.size: str(store.path)}, DEVICE, cores=4, counts=(1, 2), seconds=0.1)
+def _out_of_memory(name: str, share: float, rows_of_batch: int, store: Store) -> list[Row]:
+    """Train a batch that is too large for this share of the memory, then the same in micro-batches."""
+    limit_memory(DEVICE, share)
+    large = RunConfig.from_flat(
+        settings_of("resnet50", "fp32").to_flat()
+        | {
+            "train.batch_size": rows_of_batch,
+            # One report per step.
+            "train.evals_per_epoch": SETUP.rows * SETUP.repeats // rows_of_batch,
+        }
+    )
+    smaller = RunConfig.from_flat(large.to_flat() | {"train.accumulate": 64, "train.epochs": 1})
+    try:
+        return [
+            (what, "resnet50", "fp32", *_ending(settings, store.path))
+            for what, settings in ((name, large), (f"{name}, then smaller", smaller))
+        ]
+    finally:
+        limit_memory(DEVICE, 1.0)
+
+
+def _too_large_for_auto(store: Store) -> list[Row]:
     # A batch has at most all rows of the store.
-    batch = f"auto with a batch of {min(8192, len(store.train.ids))}"
-    rows.append((batch, "resnet50", "fp32", str(found), "rates by number of trials"))
-    return rows
+    rows = min(8192, len(store.train.ids))
+    settings = config("resnet50", "fp32", 8192).to_flat()
+    found = measure({"resnet50": settings}, {SETUP.size: str(store.path)}, DEVICE, cores=4, counts=(1, 2), seconds=0.1)
+    return [(f"auto with a batch of {rows}", "resnet50", "fp32", str(found), "rates by number of trials")]
 
 
 def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
@@ -160,12 +181,14 @@ def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
     return ending, f"at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
 
 
-def _fp16_waits(settings: RunConfig, store: Store) -> int:
-    half = dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="fp16"))
-    return _waits(half, store, 12) - _waits(half, store, 4)
+def _waits(precision: str, store: Store) -> list[Row]:
+    """Count how often the host waits for the GPU in eight steps with all augmentations."""
+    settings = RunConfig.from_flat(config("efficientnet_b0", precision).to_flat() | EVERYTHING)
+    waits = _waits_until_report(settings, store, 12) - _waits_until_report(settings, store, 4)
+    return [("waits of the host in 8 steps", "efficientnet_b0", precision, waits, "all augmentations")]
 
 
-def _waits(settings: RunConfig, store: Store, steps: int) -> int:
+def _waits_until_report(settings: RunConfig, store: Store, steps: int) -> int:
     """Count how often the host waits for the GPU until a report after this number of steps."""
     plan = dataclasses.replace(make_plan(settings, store, DEVICE), stops=(steps,))
     run: Run = start(settings, store, DEVICE, plan, fresh=True)

@@ -8,8 +8,8 @@ rows of validation have the error of its logits: in exact fp32, as in `evaluate`
 
 import contextlib
 import copy
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 CPU = torch.device("cpu")
 
 
-def run() -> Table:
+def run() -> Iterator[Table]:
+    columns = ("model", "precision", "pixels", "logits", "losses", "gradient")
+    notes = [f"{SETUP.size} px, {ROWS} rows."]
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         store = open_store(faces(Path(scratch)))
@@ -46,9 +48,7 @@ def run() -> Table:
                 rows.append((backbone, precision, *errors))
             for name, error in _validation(settings, store):
                 rows.append((backbone, f"validation, {name}", "", error, "", ""))
-            print(*rows[-2 - len(PRECISIONS[DEVICE.type]) :], sep="\n", file=sys.stderr, flush=True)
-    notes = [f"{SETUP.size} px, {ROWS} rows."]
-    return Table(("model", "precision", "pixels", "logits", "losses", "gradient"), rows, notes)
+            yield Table(columns, [*rows], notes)
 
 
 def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:

@@ -51,6 +51,7 @@ class Plan:
     epochs: int
     seconds: float
     seeds: int
+    gpus: str
 
 
 def study(plan: Plan, work: Path) -> Iterator[Table]:
@@ -84,7 +85,7 @@ def _search(plan: Plan, faces: Faces, work: Path) -> list[Row]:
     command += ["--time-budget", f"{plan.seconds * _SEARCH:.0f}s", "--results", str(work), "--name", _NAME]
     # The portfolio may have been recorded on the same faces.
     command += ["--warm-start", "none"]
-    command += ["--gpus-per-worker", "auto"] if torch.cuda.is_available() else []
+    command += ["--gpus-per-worker", plan.gpus] if torch.cuda.is_available() else []
     used: list[tuple[float, float]] = []
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(used, ended))
@@ -188,8 +189,18 @@ def main(arguments: Sequence[str]) -> int:
     add("--epochs", type=int, default=8)
     add("--seconds", type=float, default=600, help="of the whole")
     add("--seeds", type=int, default=3, help="of the final runs")
+    add("--gpus-per-worker", default="auto", help="of a trial of the search, if there is a GPU (default: %(default)s)")
     args = parser.parse_args(arguments)
-    plan = Plan(args.data, args.weights_dir, args.space, args.trials, args.epochs, args.seconds, args.seeds)
+    plan = Plan(
+        args.data,
+        args.weights_dir,
+        args.space,
+        args.trials,
+        args.epochs,
+        args.seconds,
+        args.seeds,
+        args.gpus_per_worker,
+    )
     measure_in_folder("ferplus", arguments, lambda work: study(plan, work))
     return 0
 

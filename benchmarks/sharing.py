@@ -7,8 +7,8 @@ within a turn. `search --gpus-per-worker auto` uses this measurement; the note s
 
 import os
 import statistics
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import Table
@@ -25,7 +25,8 @@ SECONDS = {"cpu": 1.0, "cuda": 1.0}
 TURNS = {"cpu": 5, "cuda": 2}[DEVICE.type]
 
 
-def run() -> Table:
+def run() -> Iterator[Table]:
+    columns = ("model", "precision", "batch", "trials", "images/s in sum", "times one trial")
     rows: list[tuple[object, ...]] = []
     notes = [f"{TURNS} turns of {SECONDS[DEVICE.type]:g} s."]
     with (
@@ -46,10 +47,9 @@ def run() -> Table:
                 for count in TRIALS:
                     ratio = statistics.median(turn[count] / turn[1] for turn in turns)
                     rows.append((backbone, precision, batch, count, found[backbone][count], ratio))
-                print(*rows[-len(TRIALS) :], sep="\n", file=sys.stderr, flush=True)
+                yield Table(columns, [*rows], [*notes])
             notes.append(f"At batch {batch} `auto` chooses {best_count([*found.values()])} trials per device.")
-    columns = ("model", "precision", "batch", "trials", "images/s in sum", "times one trial")
-    return Table(columns, rows, notes)
+            yield Table(columns, [*rows], [*notes])
 
 
 def _rate(trials: list[Process]) -> float:

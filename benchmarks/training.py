@@ -68,6 +68,17 @@ class Setup:
     backbones: dict[str, int]  # with the number of reports per epoch, so that a turn takes about a second at most
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The measurements of a model."""
+
+    backbone: str
+    precision: str
+    batch: int
+    turns: dict[str, list[float]]  # images per second in every turn, by way
+    once: dict[str, float]  # single measurements
+
+
 SETUPS = {
     "cpu": Setup(48, 1024, 1, 32, (), 7, ("fp32", "bf16"), {"test_resnet": 1, "test_byobnet": 1, "resnet10t": 4}),
     "cuda": Setup(
@@ -89,34 +100,38 @@ STUDY: dict[str, Any] = {
     "train.grad_clip": 5,
     "optim.weight_decay": 0.05,
 }
-#: Model, precision and batch; images per second in every turn by way; single measurements.
-Measured = tuple[tuple[str, str, int], dict[str, list[float]], dict[str, float]]
+Row = tuple[object, ...]
 COLUMNS = ("model", "precision", "batch", "way", "images/s", "times bare", "least", "most", "times plain")
 
 
-def run(seconds: float = math.inf) -> Table:
+def run(seconds: float = math.inf) -> Iterator[Table]:
     """Measure everything, as far as the time allows."""
-    rows: list[tuple[object, ...]] = []
+    notes = [f"{SETUP.size} px, {SETUP.turns} turns. `compiling` is in seconds, all else in images per second."]
+    found: dict[tuple[str, str, int], list[Row]] = {}
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         command = [sys.executable, "-m", "benchmarks.training", "--seconds", str(seconds)]
         command += ["--store", str(faces(Path(scratch)))]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
-            (backbone, precision, batch), turns, once = json.loads(line)
-            for way, rates in turns.items():
-                ratios = [[rate / to for rate, to in zip(rates, turns[other], strict=True)] for other in BASES]
-                times_plain = statistics.median(ratios[1])
-                summary = (statistics.median(rates), *_summary(ratios[0]), times_plain)
-                rows.append((backbone, precision, batch, way, *summary))
-            rows += [(backbone, precision, batch, way, value, "", "", "", "") for way, value in once.items()]
-            print(*rows[-len(turns) - len(once) :], sep="\n", file=sys.stderr, flush=True)
+            measured = Measured(*json.loads(line))
+            found[measured.backbone, measured.precision, measured.batch] = _rows(measured)
+            yield Table(COLUMNS, [row for rows in found.values() for row in rows], notes)
         if process.wait():
-            rows.append((f"ended with code {process.returncode}", *[""] * 8))
-    notes = [f"{SETUP.size} px, {SETUP.turns} turns. `compiling` is in seconds, all else in images per second."]
-    return Table(COLUMNS, rows, notes)
+            ending = (f"ended with code {process.returncode}", *[""] * 8)
+            yield Table(COLUMNS, [*(row for rows in found.values() for row in rows), ending], notes)
 
 
+def _rows(measured: Measured) -> list[Row]:
+    key = measured.backbone, measured.precision, measured.batch
+    rows: list[Row] = []
+    for way, rates in measured.turns.items():
+        ratios = [[rate / to for rate, to in zip(rates, measured.turns[base], strict=True)] for base in BASES]
+        rows.append((*key, way, statistics.median(rates), *_summary(ratios[0]), statistics.median(ratios[1])))
+    return rows + [(*key, way, value, "", "", "", "") for way, value in measured.once.items()]
+
+
+#: The ways with which all others are compared.
 BASES = ("bare", "plain")
 #: Models and batches that are also compiled. Each takes up to a minute if `compiling` has not run before.
 COMPILED = (("vit_base_patch16_224", 32), ("resnet50", 256), ("vit_base_patch16_224", 256))
@@ -169,42 +184,54 @@ def _measure(store: Store, until: float) -> Iterator[Measured]:
     reduce_fragmentation()
     every = list(itertools.product(SETUP.precisions, SETUP.backbones))
     for precision, backbone in every:
-        yield _measure_one(backbone, precision, SETUP.batch, store)
         if time.monotonic() > until:
             return
+        yield from _measure_one(backbone, precision, SETUP.batch, store, until)
     for precision, backbone in every if SETUP.batches else ():
-        rates = {batch: _rate_at(backbone, precision, batch, store) for batch in SETUP.batches}
-        key, turns, once = _measure_one(backbone, precision, max(rates, key=rates.__getitem__), store)
-        yield key, turns, once | {f"fit at batch {batch}": rate for batch, rate in rates.items()}
-        if time.monotonic() > until:
-            return
+        rates: dict[int, float] = {}
+        for batch in SETUP.batches:
+            if time.monotonic() > until:
+                return
+            rates[batch] = _rate_at(backbone, precision, batch, store)
+        once = {f"fit at batch {batch}": rate for batch, rate in rates.items()}
+        yield from _measure_one(backbone, precision, max(rates, key=rates.__getitem__), store, until, once)
 
 
-def _measure_one(backbone: str, precision: str, batch: int, store: Store) -> Measured:
+def _measure_one(
+    backbone: str, precision: str, batch: int, store: Store, until: float, once: Mapping[str, float] | None = None
+) -> Iterator[Measured]:
+    """Measure one model: what all is compared with first, then the other ways, as far as the time allows."""
     settings = config(backbone, precision, batch)
-    once: dict[str, float] = {}
+    single = dict(once or {})
     ways: dict[str, Callable[[], Iterator[float]]] = {
-        "fit": lambda: _rates_of_fit(settings, store),
-        "fit of a study": lambda: _rates_of_fit(config(backbone, precision, batch, **STUDY), store),
         "bare": lambda: _rates_of_loop(settings, _bare(settings)),
         "plain": lambda: _rates_of_loop(settings, _plain(settings), layout=torch.contiguous_format),
+        "fit": lambda: _rates_of_fit(settings, store),
+        "fit of a study": lambda: _rates_of_fit(config(backbone, precision, batch, **STUDY), store),
     }
     if DEVICE.type == "cuda":
         ways["timm"] = lambda: _rates_of_loop(settings, _timm(settings))
         if (backbone, batch) in COMPILED:
-            ways["fit, compiled"] = lambda: _rates_of_compiled(settings, store, once)
-    return (backbone, precision, batch), _in_turns(ways), once
+            ways["fit, compiled"] = lambda: _rates_of_compiled(settings, store, single)
+    for turns in _in_turns(ways, until):
+        yield Measured(backbone, precision, batch, turns, single)
 
 
-def _in_turns(ways: Mapping[str, Callable[[], Iterator[float]]]) -> dict[str, list[float]]:
-    """Return images per second of each way in each turn. On a GPU, ways run one after the other, to save memory."""
+def _in_turns(ways: Mapping[str, Callable[[], Iterator[float]]], until: float) -> Iterator[dict[str, list[float]]]:
+    """Yield images per second of each way in each turn.
+
+    On a GPU, ways run one after the other, to save memory, and the dict is yielded after each of them.
+    """
     first = 2  # turns that choose kernels and capture
     if DEVICE.type == "cpu":
         running = {name: way() for name, way in ways.items()}
         turns = [{name: next(rates) for name, rates in running.items()} for _ in range(first + SETUP.turns)]
-        return {name: [turn[name] for turn in turns[first:]] for name in ways}
-    found = {}
+        yield {name: [turn[name] for turn in turns[first:]] for name in ways}
+        return
+    found: dict[str, list[float]] = {}
     for name, way in ways.items():
+        if time.monotonic() > until:
+            return
         try:
             found[name] = list(itertools.islice(way(), first, first + SETUP.turns))
         except RuntimeError as error:
@@ -212,13 +239,15 @@ def _in_turns(ways: Mapping[str, Callable[[], Iterator[float]]]) -> dict[str, li
             found[name] = [math.nan] * SETUP.turns
         gc.collect()
         torch.cuda.empty_cache()
-    return found
+        if found.keys() >= {*BASES}:
+            yield dict(found)
 
 
 def _rate_at(backbone: str, precision: str, batch: int, store: Store) -> float:
     rates = _rates_of_fit(config(backbone, precision, batch), store)
     try:
-        return [next(rates) for _ in range(2)][-1]
+        # The first two reports choose kernels and capture.
+        return [next(rates) for _ in range(3)][-1]
     except torch.OutOfMemoryError:
         return 0.0
     finally:
@@ -311,7 +340,7 @@ def _timm(settings: RunConfig) -> Callable[[torch.Tensor, torch.Tensor], None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further model is measured")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which nothing further is measured")
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)  # in the process that measures
     args = parser.parse_args()
     if args.store is None:
@@ -319,7 +348,7 @@ def main() -> int:
         measure("training", lambda: run(args.seconds), command)
         return 0
     for measured in _measure(open_repeated(args.store), time.monotonic() + args.seconds):
-        print(json.dumps(measured), flush=True)
+        print(json.dumps(dataclasses.astuple(measured)), flush=True)
     return 0
 
 

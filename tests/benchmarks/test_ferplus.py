@@ -62,7 +62,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def plan(seeds=3, weights="weights"):
-    return Plan(Path("faces"), weights, SPACE, 64, 8, 600, seeds)
+    return Plan(Path("faces"), weights, SPACE, 64, 8, 600, seeds, "auto")
 
 
 def test_numbers_are_of_all_faces_and_of_those_that_chose_nothing(machine, tmp_path):
