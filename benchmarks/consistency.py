@@ -62,7 +62,7 @@ def run() -> Iterator[Table]:
 
 def _checks(store: Store, scratch: Path) -> dict[str, Callable[[], list[Row]]]:
     """Return the checks by name. Those of memory are last, because they take all of it."""
-    checks = {"images on the device and from files": partial(_images, store)}
+    checks: dict[str, Callable[[], list[Row]]] = {"images on the device and from files": partial(_images, store)}
     for backbone, precision in BACKBONES.items():
         checks |= {
             f"launched again, {backbone}": partial(_runs, backbone, precision, store),

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ _ENUMERABLE = 100_000
 
 #: Values of every parameter for M configurations.
 Params = Mapping[str, Column]
+#: Keys of the settings of trials; None: of a trial that equals no configuration.
+Tried = Set[str | None]
 
 
 @dataclass(frozen=True)
@@ -46,44 +48,72 @@ class Domain:
     settings_of: Callable[[Params], Configurations]
     #: Function from a trial to its settings.
     settings: Callable[[FrozenTrial], Mapping[str, Any]]
-    #: Function from a configuration's parameters to a key that is equal for equal settings.
-    key: Callable[[Mapping[str, Any]], str]
+    #: Function from a configuration's parameters to the keys that a trial with equal settings may have.
+    keys: Callable[[Mapping[str, Any]], Sequence[str]]
     #: Parameters that are drawn together, each with the values of the condition settings for which they apply.
     branches: Sequence[tuple[Mapping[str, Any], Mapping[str, BaseDistribution]]]
-    _keys: dict[int, str] = field(default_factory=dict, compare=False, repr=False)  # by the numbers of trials
+    #: Function that tells whether a trial's settings are complete, so that equal ones need no other trial.
+    is_complete: Callable[[FrozenTrial], bool] = lambda trial: True
+    _keys: dict[int, str | None] = field(default_factory=dict, compare=False, repr=False)  # by the numbers of trials
 
-    def key_of(self, trial: FrozenTrial) -> str:
-        """Return the key of a trial, which is equal for equal settings."""
+    def tried(self, trials: Iterable[FrozenTrial]) -> Tried:
+        """Return the keys of trials."""
+        return {self._key_of(trial) for trial in trials}
+
+    def _key_of(self, trial: FrozenTrial) -> str | None:
         if trial.number not in self._keys:
-            self._keys[trial.number] = settings_key(self.settings(trial))
+            self._keys[trial.number] = settings_key(self.settings(trial)) if self.is_complete(trial) else None
         return self._keys[trial.number]
 
 
 def domain_of(space: Space) -> Domain:
     """Return the domain of a study of this project, whose trials have their settings as an attribute."""
 
-    def key(params: Mapping[str, Any]) -> str:
-        return settings_key(space.suggest(FixedTrial(dict(params))))
+    def keys(params: Mapping[str, Any]) -> list[str]:
+        return [settings_key(space.suggest(FixedTrial(dict(params))))]
 
     return Domain(
         space.parameters,
         encoding_of(space),
         lambda params: settings_of(space, params),
         lambda trial: trial.user_attrs[SETTINGS],
-        key,
+        keys,
         [*space.branches()],
     )
 
 
-def domain_of_parameters(parameters: Mapping[str, BaseDistribution]) -> Domain:
-    """Return the domain of any Optuna study, whose parameters are the settings."""
+def domain_of_parameters(
+    parameters: Mapping[str, BaseDistribution], moving: Set[str], trials: Iterable[FrozenTrial]
+) -> Domain:
+    """Return the domain of any Optuna study, whose parameters are the settings.
+
+    If the range of a parameter differs between trials (`moving`), the setting is its place in its range, from 0 to 1.
+
+    A trial has only the parameters of its branch of the objective. It equals all configurations with the same values of
+    these, because the others have no influence. A trial that has shown no value may have ended before it drew all of
+    them, so it equals none.
+    """
+
+    def settings(trial: FrozenTrial) -> dict[str, Any]:
+        return {
+            name: unit_of(trial.distributions[name], value) if name in moving else value
+            for name, value in trial.params.items()
+            if name in parameters
+        }
+
+    def is_complete(trial: FrozenTrial) -> bool:
+        return bool(trial.values or trial.intermediate_values) and trial.state.is_finished() and bool(settings(trial))
+
+    parameters = {name: FloatDistribution(0, 1) if name in moving else d for name, d in parameters.items()}
+    branches = {tuple(settings(trial)) for trial in trials if is_complete(trial)}
     return Domain(
         parameters,
         encoding_of_parameters(parameters),
         Columns,
-        lambda trial: trial.params,
-        settings_key,
+        settings,
+        lambda params: [settings_key({name: params[name] for name in names}) for names in branches],
         [({}, parameters)],
+        is_complete,
     )
 
 
@@ -109,17 +139,17 @@ def row_of(params: Params, number: int) -> dict[str, Any]:
     return {name: column[number : number + 1].tolist()[0] for name, column in params.items()}
 
 
-def first_untried(domain: Domain, tried: set[str]) -> dict[str, Any] | None:
+def first_untried(domain: Domain, tried: Tried) -> dict[str, Any] | None:
     """Return the first untried configuration of a small space, which random draws may miss; None if there is none."""
     for decided, drawn in domain.branches if _has_few(domain) else ():
         for point in itertools.product(*map(_all_values, drawn.values())):
             params = {**decided, **dict(zip(drawn, point, strict=True))}
-            if domain.key(params) not in tried:
+            if tried.isdisjoint(domain.keys(params)):
                 return params
     return None
 
 
-def is_exhausted(domain: Domain, tried: set[str]) -> bool:
+def is_exhausted(domain: Domain, tried: Tried) -> bool:
     """Tell whether a space is small, and all of its configurations were tried."""
     return _has_few(domain) and first_untried(domain, tried) is None
 

@@ -76,7 +76,7 @@ class Encoding:
             column_M = _column(settings, key)
             for word in listed:
                 # A setting that is None counts as missing.
-                x_MD[:, place] = 0 if word is None else column_M == word
+                x_MD[:, place] = 0 if word is None else column_M == _objects([word])
                 place += 1
         return x_MD
 
@@ -85,9 +85,15 @@ def _column(settings: Configurations, key: str) -> Column:
     """Return the values of a setting, [M]; NaN if it is missing. A loss that is not in a mixture has weight 0."""
     if isinstance(settings, Columns):
         return settings.of[key] if key in settings.of else np.full(len(settings), _missing(settings.of, key))
-    column_M = np.empty(len(settings), object)
     found = [each[key] if key in each else _missing(each, key) for each in settings]
-    column_M[:] = [np.nan if value is None else value for value in found]
+    return _objects([np.nan if value is None else value for value in found])
+
+
+def _objects(values: Sequence[Any]) -> Column:
+    """Return an array of objects, [M], also if they are sequences, which NumPy would unpack."""
+    column_M = np.empty(len(values), object)
+    for number, value in enumerate(values):
+        column_M[number] = value
     return column_M
 
 
@@ -131,7 +137,7 @@ def _encoding(listed: Mapping[str, Sequence[Any]], drawn: Mapping[str, Iterable[
 def unit_of(distribution: BaseDistribution, value: Any) -> float:
     """Map a parameter's value to the unit interval from which it is drawn uniformly."""
     if isinstance(distribution, CategoricalDistribution):
-        return (distribution.choices.index(value) + 0.5) / len(distribution.choices)
+        return (distribution.to_internal_repr(value) + 0.5) / len(distribution.choices)
     (unit,) = _axis_of(distribution).unit(np.array([value], float))
     return float(unit)
 
@@ -140,9 +146,7 @@ def values_at(distribution: BaseDistribution, unit_M: Floats) -> Column:
     """Map points of the unit interval to values of a parameter, [M]: the inverse of `unit_of`."""
     if isinstance(distribution, CategoricalDistribution):
         count = len(distribution.choices)
-        listed = np.empty(count, object)
-        listed[:] = distribution.choices
-        chosen_M: Column = listed[np.minimum(unit_M * count, count - 1).astype(int)]
+        chosen_M: Column = _objects(distribution.choices)[np.minimum(unit_M * count, count - 1).astype(int)]
         return chosen_M
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     value_M = _axis_of(distribution).value(unit_M)

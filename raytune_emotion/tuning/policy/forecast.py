@@ -151,7 +151,8 @@ def _scale_of(y_N: Floats, earlier: Sequence[float]) -> float:
 def curves_of(domain: Domain, trials: Sequence[FrozenTrial], *, maximize: bool = False) -> list[Curve]:
     """Return the curves of trials, by the number of the report. The curve of a failed trial is empty.
 
-    The value of a complete trial without reports counts as a value at full length.
+    The value of a complete trial counts as its last report; without reports, as a value at full length. Optuna's users
+    also prune a trial without a report, if its configuration is of no use: it counts as failed.
     """
     reported = [trial for trial in trials if trial.intermediate_values]
     steps = sorted({step for trial in reported for step in trial.intermediate_values})
@@ -161,13 +162,16 @@ def curves_of(domain: Domain, trials: Sequence[FrozenTrial], *, maximize: bool =
     curves = []
     for trial in trials:
         shown: Mapping[int, float] = trial.intermediate_values
-        if trial.state == TrialState.COMPLETE and not shown and trial.value is not None:
-            shown = {max(number_of): trial.value}
+        if trial.state == TrialState.COMPLETE and trial.value is not None:
+            last = max(shown, default=max(number_of))
+            if shown.get(last) != trial.value:
+                shown = {**shown, last: trial.value}
         if as_shown and math.isfinite(sum(shown.values())):  # the usual case, without a copy
             finite = shown
         else:
             finite = {number_of[step]: sign * value for step, value in shown.items() if math.isfinite(value)}
-        if trial.state == TrialState.FAIL or (shown and not finite):
+        pruned = trial.state == TrialState.PRUNED and not shown
+        if trial.state == TrialState.FAIL or pruned or (shown and not finite):
             curves.append(Curve(domain.settings(trial), {}))
         elif finite:
             curves.append(Curve(domain.settings(trial), finite))
@@ -182,7 +186,7 @@ class _Points:
     share_N: Floats  # trained share of the full length, on a logarithmic scale
     value_N: Floats  # values, extrapolated to the length of the longest trial
     longest: float  # share of the longest trial
-    best: float  # lowest reported value
+    best: float  # lowest last value of a trial
 
 
 def _points(curves: Sequence[Curve], reports: int) -> _Points:
@@ -214,7 +218,7 @@ def _points(curves: Sequence[Curve], reports: int) -> _Points:
         np.concatenate([np.log(at_N) / length, np.full(len(failed), longest)]),
         np.concatenate([value_N, np.full(len(failed), value_N.max())]),
         longest,
-        float(np.nanmin(value_NR)),
+        float(value_NR[np.arange(len(seen)), last_N - 1].min()),
     )
 
 

@@ -6,7 +6,9 @@ M are predicted, and each has D coordinates. The kernel is Matérn's with ν = 5
 
 import functools
 import math
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +28,8 @@ _STEPS = 25
 _FAR = 6.0
 #: Values added to the diagonal of a covariance that is not positive definite, as shares of the variance.
 _JITTERS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+#: Held by the thread that has limited the process to one thread.
+_LIMITED = threading.RLock()
 #: Loss of a kernel whose covariance cannot be decomposed.
 _IMPOSSIBLE = 1e25
 
@@ -189,10 +193,15 @@ def _cholesky(k_NN: Floats, variance: float) -> Floats:
     raise np.linalg.LinAlgError("the covariance of the trials is not positive definite")
 
 
-def on_one_thread() -> AbstractContextManager[object]:
-    """Compute on one thread: several threads are slower on such small matrices, and trials train meanwhile."""
-    limited: AbstractContextManager[object] = _thread_pools().limit(limits=1, user_api="blas")
-    return limited
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Compute on one thread: several threads are slower on such small matrices, and trials train meanwhile.
+
+    The limit holds for the process. So only one thread at a time has it; otherwise the one that ends last would restore
+    the limit of the other.
+    """
+    with _LIMITED, _thread_pools().limit(limits=1, user_api="blas"):
+        yield
 
 
 @functools.cache

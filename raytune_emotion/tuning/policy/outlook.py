@@ -21,7 +21,7 @@ from raytune_emotion.tuning.policy.encoding import Configurations
 from raytune_emotion.tuning.policy.forecast import Forecast, curves_of
 from raytune_emotion.tuning.policy.gaussian_process import Floats, Kernel, Posterior
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective, pareto_front
-from raytune_emotion.tuning.policy.trial_attributes import COST, SECONDS, count_reports, is_running
+from raytune_emotion.tuning.policy.trial_attributes import COST, SECONDS, count_reports, is_running, result_of
 
 #: Number of paused or ended trials from which a forecast is made.
 STARTUP = 4
@@ -82,7 +82,7 @@ class Outlook:
             kernel: kernel of an earlier outlook of this study; by default, it is fitted.
         """
         self._domain, self._past, self._aim = domain, past, aim
-        self.reported = [trial for trial in past if trial.state != TrialState.FAIL and _values(trial)]
+        self.reported = [trial for trial in past if trial.state != TrialState.FAIL and not math.isnan(result_of(trial))]
         #: Forecast of configurations; None while too little is known, or after a numerical failure.
         self.forecast: Forecast | None = None
         running = [domain.settings(trial) for trial in past if is_running(trial)]
@@ -151,12 +151,12 @@ class Outlook:
         if self.forecast is not None:
             merit_M = self.log_promise(self._domain.settings_of(params))
         average = float(logsumexp(merit_M)) - math.log(len(merit_M))
-        tried = {self._domain.key_of(trial) for trial in self._past}
+        tried = self._domain.tried(self._past)
         order_M = np.argsort(-merit_M, kind="stable")
         shortlist = {name: column_M[order_M[:_SHORTLIST]] for name, column_M in params.items()}
         for number in order_M:
             chosen = row_of(params, number)
-            if self._domain.key(chosen) not in tried:
+            if tried.isdisjoint(self._domain.keys(chosen)):
                 return Offer(chosen, float(merit_M[number]), average, shortlist)
         left = first_untried(self._domain, tried) if or_other else None
         return None if left is None else Offer(left, float(merit_M.min()), average, shortlist)
@@ -164,7 +164,7 @@ class Outlook:
     def _leaders(self) -> list[FrozenTrial]:
         """Return the trials to mutate: the best ones, or the best ones of the Pareto front."""
         sign = -1.0 if self._aim.maximize else 1.0
-        ranked = sorted(self.reported, key=lambda trial: min(sign * value for value in _values(trial)))
+        ranked = sorted(self.reported, key=lambda trial: sign * result_of(trial))
         if self._aim.objective.front:
             ranked = pareto_front(ranked, lambda trial: float(trial.user_attrs[COST]))
         return ranked[:_BEST]
@@ -187,11 +187,3 @@ class Outlook:
         posterior = Posterior(Kernel(variance, length_D, _COST_NOISE * variance), x_ND, log_N - log_N.mean())
         log_M: Floats = log_N.mean() + posterior.mean(self._domain.encoding(settings))
         return log_M
-
-
-def _values(trial: FrozenTrial) -> list[float]:
-    """Return the finite values that a trial has reported."""
-    shown = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
-    if not shown and trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value):
-        return [trial.value]
-    return shown

@@ -33,7 +33,7 @@ class BeginAndStop:
         self._stopped: dict[str, int] = {}  # by an answer that may not be recorded: the report that it answers
 
     def next(self, past: Sequence[FrozenTrial], limits: Limits) -> Answer:
-        if not limits.new or is_exhausted(self._domain, {self._domain.key_of(trial) for trial in past}):
+        if not limits.new or is_exhausted(self._domain, self._domain.tried(past)):
             return None
         return Begin({})
 

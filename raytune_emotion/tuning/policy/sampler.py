@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from raytune_emotion.tuning.policy.candidates import domain_of, domain_of_parameters, draw_candidates
+from raytune_emotion.tuning.policy.cmaes_patches import CmaEsFromTrials
+from raytune_emotion.tuning.policy.encoding import values_at
 from raytune_emotion.tuning.policy.forecast import Forecast
 from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 from raytune_emotion.tuning.policy.objective import JS_ALONE, Objective
@@ -57,6 +59,9 @@ class ForecastSampler(BaseSampler):
         self._objective, self._reports = objective, reports
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._random = RandomSampler(seed=seed)
+        #: Proposed parameters whose ranges differ between trials, each as a place in its range, from 0 to 1; by the
+        #: names of studies and the numbers of unfinished trials.
+        self._moving: dict[tuple[str, int], Mapping[str, float]] = {}
 
     def reseed_rng(self) -> None:
         self._seed = int(np.random.SeedSequence().generate_state(1)[0])
@@ -65,22 +70,18 @@ class ForecastSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         if self._space is not None:
             return dict(self._space.parameters)
-        found: dict[str, BaseDistribution] = {}
-        for past in study.get_trials(deepcopy=False):
-            if past.state != TrialState.WAITING:
-                found |= {name: d for name, d in past.distributions.items() if not d.single()}
-        # The order must not depend on which branch a trial took first.
-        return dict(sorted(found.items()))
+        parameters, moving = _parameters_of(study)
+        return {name: distribution for name, distribution in parameters.items() if name not in moving}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        if not search_space:
+        parameters, moving = _parameters_of(study) if self._space is None else (search_space, set())
+        if not parameters:
             return {}
         if len(study.directions) > 1:
             raise ValueError("ForecastSampler: the study has several objectives; use one of Optuna's samplers")
         aim = Aim(self._objective, study.direction == StudyDirection.MAXIMIZE, self._reports)
-        domain = domain_of_parameters(search_space) if self._space is None else domain_of(self._space)
         past = [
             each
             for each in study.get_trials(deepcopy=False)
@@ -88,37 +89,68 @@ class ForecastSampler(BaseSampler):
             and each.state != TrialState.WAITING
             and (self._space is None or SETTINGS in each.user_attrs)
         ]
+        domain = domain_of_parameters(parameters, moving, past) if self._space is None else domain_of(self._space)
         rng = np.random.default_rng([self._seed, trial.number])
         with on_one_thread():
             outlook = Outlook(domain, past, aim, self._earlier)
             offer = outlook.offer(outlook.candidates(rng, self._draw))
-        return {} if offer is None else offer.params
+        if offer is None:
+            return {}
+        # Their ranges are known when the trial asks for them.
+        self._moving[study.study_name, trial.number] = {name: offer.params[name] for name in moving}
+        return {name: value for name, value in offer.params.items() if name not in moving}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        place = self._moving.get((study.study_name, trial.number), {}).get(param_name)
+        if place is not None:
+            return values_at(param_distribution, np.array([place])).tolist()[0]
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._moving.pop((study.study_name, trial.number), None)
 
-def _tpe(seed: int) -> BaseSampler:
-    return TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+
+def _parameters_of(study: Study) -> tuple[dict[str, BaseDistribution], set[str]]:
+    """Return the parameters of a study's trials, and the names of those whose ranges differ between trials.
+
+    The order does not depend on which branch a trial took first.
+    """
+    found: dict[str, BaseDistribution] = {}
+    moving = set()
+    for past in study.get_trials(deepcopy=False):
+        if past.state != TrialState.WAITING:
+            for name, distribution in past.distributions.items():
+                if not distribution.single() and found.setdefault(name, distribution) != distribution:
+                    moving.add(name)
+    return dict(sorted(found.items())), moving
 
 
-def _cmaes(seed: int) -> BaseSampler:
+def _tpe(seed: int, own: int) -> BaseSampler:
+    return TPESampler(multivariate=True, group=True, constant_liar=True, seed=own)
+
+
+def _cmaes(seed: int, own: int) -> BaseSampler:
     # CMA-ES cannot order choices, so they are drawn at random. Users of CMA-ES know this; suppress the warning.
-    return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+    return CmaEsFromTrials(seed=own, warn_independent_sampling=False)
 
 
-#: Factories of Optuna's samplers, by their names in `--sampler`.
-OPTUNA: Mapping[str, Callable[[int], BaseSampler]] = {
+def _qmc(seed: int, own: int) -> BaseSampler:
+    # The seed selects the sequence, which is the same for all trials. Parameters of branches are drawn at random.
+    return QMCSampler(
+        seed=seed, scramble=True, independent_sampler=RandomSampler(seed=own), warn_independent_sampling=False
+    )
+
+
+#: Factories of Optuna's samplers, by their names in `--sampler`. They take the seed of the study and that of the trial.
+OPTUNA: Mapping[str, Callable[[int, int], BaseSampler]] = {
     "tpe": _tpe,
-    "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
+    "gp": lambda seed, own: GPSampler(seed=own, warn_independent_sampling=False),
     "cmaes": _cmaes,
-    "random": lambda seed: RandomSampler(seed=seed),
-    "qmc": lambda seed: QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
+    "random": lambda seed, own: RandomSampler(seed=own),
+    "qmc": _qmc,
 }
-#: Samplers whose seed must be the same for all trials, because it selects a sequence.
-_SEQUENCES = {"qmc"}
 
 
 def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
@@ -127,4 +159,4 @@ def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
     with warnings.catch_warnings():
         # Sampling in groups is marked as experimental since 2021.
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return OPTUNA[name](seed if name in _SEQUENCES else own)
+        return OPTUNA[name](seed, own)

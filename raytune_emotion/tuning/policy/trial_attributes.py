@@ -69,3 +69,11 @@ def as_paused(trial: FrozenTrial, seconds: float | None = None) -> FrozenTrial:
 def best_js(trial: FrozenTrial) -> float:
     """Return the lowest validation JS that a trial has reported, bits; infinity before its first report."""
     return min(trial.intermediate_values.values(), default=math.inf)
+
+
+def result_of(trial: FrozenTrial) -> float:
+    """Return the value of a complete trial, and of any other one its last finite report; NaN if there is none."""
+    if trial.state == TrialState.COMPLETE and trial.value is not None:
+        return trial.value
+    finite = {step: value for step, value in trial.intermediate_values.items() if math.isfinite(value)}
+    return finite[max(finite)] if finite else math.nan

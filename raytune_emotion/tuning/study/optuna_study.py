@@ -301,7 +301,7 @@ def _study_trial(trial: FrozenTrial) -> StudyTrial:
 def has_tried_all(study: optuna.Study, space: Space) -> bool:
     """Tell whether a space is small, and a trial of each configuration has begun."""
     domain, trials = domain_of(space), study.get_trials(deepcopy=False)
-    tried = {domain.key_of(trial) for trial in trials if SETTINGS in trial.user_attrs}
+    tried = domain.tried(trial for trial in trials if SETTINGS in trial.user_attrs)
     return all(trial.state != TrialState.WAITING for trial in trials) and is_exhausted(domain, tried)
 
 

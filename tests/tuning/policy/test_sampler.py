@@ -10,6 +10,7 @@ import optuna
 import pytest
 import tomllib
 from optuna.trial import TrialState
+from threadpoolctl import ThreadpoolController
 
 from raytune_emotion.tuning.policy import gaussian_process
 from raytune_emotion.tuning.policy.decisions import FORECAST, SAMPLERS
@@ -122,3 +123,98 @@ def test_what_the_samplers_import_is_installed_with_the_package():
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     installed = {re.split(r"[\[<>=]", each)[0] for each in project["dependencies"]}
     assert {"cmaes", "scipy", "torch"} <= installed, "Optuna asks for none of them, and its samplers import them"
+
+
+def test_the_parameters_of_branches_are_drawn_anew_for_each_trial():
+    def objective(trial):
+        if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+            return trial.suggest_float("rate", 0, 1)
+        return 1 + trial.suggest_float("width", 0, 1)
+
+    for name in OPTUNA:
+        study = optuna.create_study()
+        for number in range(16):
+            study.sampler = make_sampler(name, 0, number)
+            study.optimize(objective, n_trials=1)
+        drawn = [value for trial in study.trials for key, value in trial.params.items() if key != "kind"]
+        assert len({*drawn}) == 16, name
+
+
+def branches(trial):
+    if trial.suggest_categorical("kind", ["p", "q"]) == "p":
+        return float(trial.suggest_int("m", 0, 7))
+    return 1.5 + trial.suggest_int("n", 0, 7)
+
+
+def with_a_constant(trial):
+    trial.suggest_categorical("model", ["resnet"])
+    return float(trial.suggest_int("m", 0, 3) + trial.suggest_int("n", 0, 3))
+
+
+@pytest.mark.parametrize("objective", [branches, with_a_constant])
+def test_no_configuration_is_tried_twice(objective):
+    study = optuna.create_study(sampler=ForecastSampler(seed=0))
+    study.optimize(objective, n_trials=16)
+    # The first trials of a study are random.
+    later = [str(sorted(trial.params.items())) for trial in study.trials[4:]]
+    assert len({*later}) == len(later)
+
+
+def test_it_keeps_away_from_what_is_pruned_before_a_report():
+    def objective(trial):
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        if x < 0.5:
+            raise optuna.TrialPruned
+        return x + (y - 0.5) ** 2
+
+    study = optuna.create_study(sampler=ForecastSampler(seed=0))
+    study.optimize(objective, n_trials=40)
+    assert sum(trial.state == TrialState.PRUNED for trial in study.trials) < 20
+
+
+def test_the_value_of_a_trial_counts_not_its_last_report():
+    def folds(trial):
+        x = trial.suggest_float("x", 0, 1)
+        values = [(x - centre) ** 2 for centre in (0.1, 0.5, 0.9)]
+        for number, value in enumerate(values):
+            trial.report(value, number)
+        return sum(values) / 3
+
+    study = optuna.create_study(sampler=ForecastSampler(seed=0))
+    study.optimize(folds, n_trials=25)
+    assert study.best_params["x"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_parameter_whose_range_changes_is_searched_in_its_range():
+    def triangle(trial):
+        x = trial.suggest_float("x", 0.1, 1)
+        return 2 - trial.suggest_float("y", 0, x) / x + (x - 0.9) ** 2
+
+    study = optuna.create_study(sampler=ForecastSampler(seed=0))
+    study.optimize(triangle, n_trials=25)
+    assert all(trial.params["y"] <= trial.params["x"] for trial in study.trials)
+    assert np.median([trial.params["y"] / trial.params["x"] for trial in study.trials[-10:]]) > 0.8
+    assert study.best_value == pytest.approx(1, abs=0.02)
+
+
+def test_threads_of_a_study_leave_the_limit_of_blas_as_it_was():
+    def threads():
+        return [pool["num_threads"] for pool in ThreadpoolController().select(user_api="blas").info()]
+
+    before = threads()
+    study = optuna.create_study(sampler=ForecastSampler(seed=0))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1) ** 2, n_trials=14, n_jobs=2)
+    assert threads() == before
+
+
+@pytest.mark.parametrize("choices", [[(50,), (100,), (50, 50)], [float("nan"), 1.0], [None, "a", 3]])
+def test_choices_may_be_of_any_kind(choices):
+    with warnings.catch_warnings():
+        # Optuna warns of tuples, because not every storage keeps them.
+        warnings.simplefilter("ignore", UserWarning)
+        study = optuna.create_study(sampler=ForecastSampler(seed=0))
+        study.optimize(
+            lambda trial: choices.index(trial.suggest_categorical("c", choices)) + trial.suggest_float("x", 0, 1),
+            n_trials=8,
+        )
+    assert study.best_value < 1
