@@ -100,7 +100,10 @@ class Answers:
         self._recording, self._domain = recording, domain_of(recording.space)
         settings = [recording.space.suggest(FixedTrial(dict(params))) for params in recording.params]
         self._x_ND = self._domain.encoding(settings)
-        self._number_of = {settings_key(its): number for number, its in enumerate(settings)}
+        # A configuration may have been recorded more than once.
+        self._numbers_of: dict[str, list[int]] = {}
+        for number, its in enumerate(settings):
+            self._numbers_of.setdefault(settings_key(its), []).append(number)
         self._left_N = np.ones(len(settings), bool)
 
     def nearest(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +122,8 @@ class Answers:
 
     def respond(self, settings: Mapping[str, Any]) -> tuple[Floats, Floats]:
         """Return the curve of the recorded configuration with these settings, and mark it as used."""
-        number = self._number_of[settings_key(settings)]
+        numbers = self._numbers_of[settings_key(settings)]
+        number = next((number for number in numbers if self._left_N[number]), numbers[-1])
         self._left_N[number] = False
         return self._recording.value_NR[number], self._recording.seconds_NR[number]
 

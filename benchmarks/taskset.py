@@ -61,12 +61,13 @@ def read_task(file: Path, steps: int) -> Recording:
             rows: list[dict[str, Any]] = json.load(stream)
         x_ND = np.array([[row["hp"][name] for name in SETTINGS] for row in rows], float)
         value_NR = np.array([row["valid"]["loss"] for row in rows], float)
+        worst = value_NR[np.isfinite(value_NR)].max()
     except (OSError, ValueError, KeyError, TypeError, lzma.LZMAError) as error:
         raise UserError(f"{file}: is no task of Taskset ({type(error).__name__}: {error}); move it away") from None
     kept_N = np.isfinite(x_ND).all(axis=1)
     x_ND, value_NR = x_ND[kept_N], value_NR[kept_N]
     # A diverged configuration counts as the worst value.
-    value_NR = np.where(np.isfinite(value_NR), value_NR, value_NR[np.isfinite(value_NR)].max())
+    value_NR = np.where(np.isfinite(value_NR), value_NR, worst)
     x_ND = np.where([*SETTINGS.values()], np.maximum(x_ND, _LEAST), x_ND)
     space = Space({
         name: FloatDistribution(float(x_ND[:, at].min()), float(x_ND[:, at].max()), log=log)

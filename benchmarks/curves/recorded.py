@@ -6,7 +6,7 @@ A file has a row for every evaluation of a trial, with the columns `trial`, one 
 path, `epoch`, `seconds` (of training, since the trial began) and `val_js`. Further columns are ignored. Files of
 `benchmarks.curves.record` are accepted, too. Trials that ended before the others are left out. A study has the time of
 a quarter of the trials: it begins more trials than it trains to the end. With `--trials N`, it begins at most N trials,
-and has the time of N mean ones.
+and has the time of N mean ones. If a start point leaves settings out, they are drawn at random.
 
 `default` begins with the portfolio, as a study of this space does, but without the part with the name of the file.
 `no-portfolio` is the default without a portfolio. `misled` has one in which the best configuration has the JS of the
@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FixedTrial
 
 from benchmarks.judge import Recording, add_arguments, policies_of, run
+from raytune_emotion.data.faces import shown
 from raytune_emotion.errors import UserError
 from raytune_emotion.tuning.policy.freeze_thaw import TAKE_UP_S
 from raytune_emotion.tuning.space.library import find_space
 from raytune_emotion.tuning.space.parser import load_space
-from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.space.space import Space, draw
 
 _TRIAL, _EPOCH, _SECONDS, _JS = "trial", "epoch", "seconds", "val_js"
 #: Names of these columns in files of `benchmarks.curves.record`.
@@ -52,7 +54,9 @@ def main(arguments: Sequence[str]) -> int:
         space = load_space(find_space(args.space))
         recordings = [read_recording(file, space, args.trials) for file in args.files]
         if args.start_points:
-            recordings = [dataclasses.replace(each, start=space.start_points()) for each in recordings]
+            # A start point may be a part of a configuration.
+            points = [params_of(space, settings) for settings in draw(space, len(space.start), seed=0)]
+            recordings = [dataclasses.replace(each, start=points) for each in recordings]
     except UserError as error:
         parser.error("; ".join(error.faults))
     count = ", ".join(f"{len(each.params)} trials of {each.name}" for each in recordings)
@@ -70,7 +74,7 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
             quarter of them.
 
     Raises:
-        UserError: a column is missing, or no two trials can be compared.
+        UserError: a column is missing, a value is wrong, or no two trials can be compared.
     """
     try:
         table = pd.read_parquet(file).rename(columns=_OWN) if file.suffix == ".parquet" else pd.read_csv(file)
@@ -79,6 +83,8 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
     missing = [name for name in (_TRIAL, _EPOCH, _SECONDS, _JS, *space.columns()) if name not in table.columns]
     if missing:
         raise UserError(f"{file}: has no column {', '.join(missing)}; name the space that its trials were drawn from")
+    if wrong := [f"{file}: {fault}" for fault in _faults_of(table)]:
+        raise UserError(wrong)
     groups = [rows.sort_values(_EPOCH) for _, rows in table.groupby(_TRIAL, sort=True)]
     reports = max(map(len, groups), default=0)
     whole = [rows for rows in groups if len(rows) == reports and np.isfinite(rows[[_SECONDS, _JS]]).all(axis=None)]
@@ -86,9 +92,37 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
         raise UserError(f"{file}: holds fewer than two trials of {reports} evaluations; record more")
     value_NR = np.minimum.accumulate([rows[_JS].to_numpy(float) for rows in whole], axis=1)
     seconds_NR = np.diff([rows[_SECONDS].to_numpy(float) for rows in whole], axis=1, prepend=0.0)
-    params = [params_of(space, {str(key): value for key, value in rows.iloc[0].items()}) for rows in whole]
+    params = [_params_of_trial(file, space, rows) for rows in whole]
     budget = float(seconds_NR.sum()) * (_SHARE if trials is None else trials / len(whole))
     return Recording(file.stem, space, params, value_NR, seconds_NR, budget, TAKE_UP_S, choose=False, trials=trials)
+
+
+def _faults_of(table: pd.DataFrame) -> list[str]:
+    """Return a sentence for each kind of wrong value in a table of curves. Empty values are not wrong."""
+    faults = []
+    for name in (_EPOCH, _SECONDS, _JS):
+        numbers = pd.to_numeric(table[name], errors="coerce")
+        if (words := table[name][numbers.isna() & table[name].notna()].unique()).size:
+            faults.append(f"{name}: {shown(str(words[0]))} is not a number; leave it empty if a trial diverged")
+        table[name] = numbers
+    ordered = table.sort_values(_EPOCH, kind="stable")
+    twice = ordered[ordered.duplicated([_TRIAL, _EPOCH])]
+    falls = ordered[ordered.groupby(_TRIAL)[_SECONDS].diff() <= 0]
+    for trial, epoch in zip(twice[_TRIAL][:1], twice[_EPOCH], strict=False):
+        faults.append(f"trial {trial} has epoch {epoch:g} more than once; remove one of the rows")
+    for trial, epoch in zip(falls[_TRIAL][:1], falls[_EPOCH], strict=False):
+        faults.append(f"trial {trial}: {_SECONDS} do not rise until epoch {epoch:g}; they count from its beginning")
+    return faults
+
+
+def _params_of_trial(file: Path, space: Space, rows: pd.DataFrame) -> dict[str, Any]:
+    params = params_of(space, {str(key): value for key, value in rows.iloc[0].items()})
+    try:
+        space.suggest(FixedTrial(params))
+    except ValueError as error:
+        message = str(error).partition(". ")[0]
+        raise UserError(f"{file}: trial {rows[_TRIAL].tolist()[0]}: {message}; give it one for each setting") from None
+    return params
 
 
 def params_of(space: Space, settings: Mapping[str, Any]) -> dict[str, Any]:

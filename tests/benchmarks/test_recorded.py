@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import optuna
@@ -6,6 +7,7 @@ import pandas as pd
 import pytest
 from optuna.trial import FixedTrial
 
+from benchmarks.curves import recorded
 from benchmarks.curves.recorded import read_recording
 from benchmarks.curves.replay import CURVES, read_space
 from benchmarks.judge import (
@@ -108,3 +110,65 @@ def test_the_default_finds_more_than_random_search_on_real_faces(recording):
         for name in (DEFAULT, RANDOM)
     }
     assert found[DEFAULT] < found[RANDOM]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Curves of three trials of a small space, as a table to change, and a function that judges it."""
+    (tmp_path / "space.yaml").write_text("optim.lr: {uniform: [0.1, 1]}\n")
+    frame = pd.DataFrame(
+        [(n, epoch, 10.0 * epoch, 0.5 / epoch + n / 10, 0.1 + n / 4) for n in range(3) for epoch in (1, 2, 3)],
+        columns=["trial", "epoch", "seconds", "val_js", "optim.lr"],
+    ).astype({"val_js": object})
+
+    def judge(*options):
+        frame.to_csv(tmp_path / "curves.csv", index=False)
+        arguments = [str(tmp_path / "curves.csv"), "--space", str(tmp_path / "space.yaml"), "--seeds", "1"]
+        return recorded.main([*arguments, "--workers", "1", "--policies", "random", *options])
+
+    return frame, judge
+
+
+def test_a_table_is_judged_from_file_to_json(table, tmp_path):
+    _, judge = table
+    assert judge("--json", str(tmp_path / "verdict.json")) == 0
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert "random" in json.dumps(verdict)
+
+
+@pytest.mark.parametrize(("row", "column", "value", "sentence"), [
+    (1, "val_js", "diverged", "val_js: 'diverged' is not a number"),
+    (4, "epoch", 1, "trial 1 has epoch 1 more than once"),
+    (2, "seconds", 3.0, "trial 0: seconds do not rise until epoch 3"),
+    (5, "seconds", 20.0, "trial 1: seconds do not rise until epoch 3"),
+    (3, "optim.lr", None, "trial 1: "),
+])  # fmt: skip
+def test_a_wrong_value_is_named(table, capsys, row, column, value, sentence):
+    frame, judge = table
+    frame.loc[row, column] = value
+    with pytest.raises(SystemExit) as ended:
+        judge()
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_configuration_that_was_recorded_twice_is_used_twice(recording):
+    twice = dataclasses.replace(
+        recording,
+        params=[recording.params[0]] * 2,
+        value_NR=recording.value_NR[:2],
+        seconds_NR=recording.seconds_NR[:2],
+    )
+    answers = Answers(twice)
+    settings = twice.space.suggest(FixedTrial(dict(twice.params[0])))
+    assert ([answers.respond(settings)[0] for _ in range(2)] == twice.value_NR).all()
+    assert not answers.limits().new
+
+
+def test_start_points_may_be_parts_of_configurations(table, tmp_path):
+    frame, judge = table
+    (tmp_path / "space.yaml").write_text(
+        "optim.lr: {uniform: [0.1, 1]}\ntrain.batch_size: {choice: [16, 32]}\nstart:\n  - optim.lr: 0.3\n"
+    )
+    frame["train.batch_size"] = 16
+    assert judge("--start-points") == 0

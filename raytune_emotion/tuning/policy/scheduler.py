@@ -137,13 +137,20 @@ STOPPING: dict[str, Callable[[float, Objective], Scheduler]] = {
 def replay(scheduler: Scheduler, trials: Sequence[Recorded]) -> set[str]:
     """Pass all reports to a new scheduler in the order of time.
 
+    The history of a trial that continues another one begins with the reports of that trial, which count once.
+
     Returns:
         The running trials that it stops: they were stopped, but not recorded so, when the study was interrupted.
     """
     running = {trial.trial_id: trial.reports[-1] for trial in trials if trial.status == "running" and trial.reports}
     reports = [(report, trial.trial_id) for trial in trials for report in trial.reports]
-    stopped = set()
+    stopped, had = set(), set()
+    # The order of trials is kept among equal times, so the copy of a report comes second.
     for report, trial_id in sorted(reports, key=lambda item: float(item[0]["time"])):
+        key = report["time"], report["report"]
+        if key in had:
+            continue
+        had.add(key)
         # A trial with later reports was allowed to continue then, because some older reports had not arrived yet.
         if not scheduler.keeps(trial_id, report) and report is running.get(trial_id):
             stopped.add(trial_id)

@@ -123,7 +123,7 @@ def _plain_values(node: Node, at: _Path, source: _Source, yaml: YAML, within: tu
         return [_plain_values(item, (*at, i), source, yaml, within) for i, item in enumerate(node.value)]
     try:
         return yaml.constructor.construct_object(node)
-    except (YAMLError, ValueError):
+    except (YAMLError, ValueError, LookupError):
         source.fault(at, f"{_setting_at(at)}: {node.value!r} with the tag {node.tag} is not a plain value")
         return None
 

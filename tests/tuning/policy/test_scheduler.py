@@ -96,3 +96,12 @@ def test_trials_are_compared_at_the_same_epoch_however_often_they_report(evaluat
 def test_a_confirmation_stops_nothing():
     assert RunToEnd().keeps("0000", report(1, 0.9, 1.0))
     assert replay(RunToEnd(), [TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()
+
+
+def test_the_copied_reports_of_a_continued_trial_count_once():
+    histories = {f"{number:04d}": [report(1, js, number)] for number, js in enumerate((0.2, 0.3, 0.4))}
+    copied = {"0003": histories["0000"]}
+    for each in (histories, histories | copied):
+        scheduler = Halving([1.0])
+        replay(scheduler, records_of(each, lambda trial_id: "complete"))
+        assert scheduler.keeps("0004", report(1, 0.24, 10))

@@ -118,6 +118,14 @@ class TestReading:
             ("- 1\n", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
             ("", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
             ("optim.lr: !x 3\n", "1: optim.lr: '3' with the tag !x is not a plain value"),
+            (
+                "model.pretrained: !!bool maybe\n",
+                "1: model.pretrained: 'maybe' with the tag tag:yaml.org,2002:bool is not a plain value",
+            ),
+            (
+                "train.batch_size: !!int ''\n",
+                "1: train.batch_size: '' with the tag tag:yaml.org,2002:int is not a plain value",
+            ),
             ("optim.lr: &a [*a]\n", "1: optim.lr: contains itself by an alias"),
             ("optim.lr: 1e-3\n", "1: nothing is searched; give a setting a distribution, such as {choice: [a, b]}"),
         ],
@@ -552,7 +560,8 @@ def values(key: str) -> st.SearchStrategy[Any]:
     if kind is bool:
         return st.booleans()
     if kind is int:
-        return st.integers(*{"data.image_size": (16, 256), "train.batch_size": (64, 512)}.get(key, (1, 50)))
+        ends = {"data.image_size": (16, 256), "train.batch_size": (64, 512), "augment.operations": (1, 11)}
+        return st.integers(*ends.get(key, (1, 50)))
     if kind is float:
         low = 1e-6 if key == "optim.lr" else 0.01 if key in _ABOVE_ZERO else 0.0
         return st.floats(low, 0.9, allow_subnormal=False)
