@@ -118,10 +118,7 @@ class TestReading:
             ("- 1\n", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
             ("", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
             ("optim.lr: !x 3\n", "1: optim.lr: '3' with the tag !x is not a plain value"),
-            (
-                "model.pretrained: !!bool maybe\n",
-                "1: model.pretrained: 'maybe' with the tag tag:yaml.org,2002:bool is not a plain value",
-            ),
+            ("grey: !!bool x\n", "1: grey: 'x' with the tag tag:yaml.org,2002:bool is not a plain value"),
             (
                 "train.batch_size: !!int ''\n",
                 "1: train.batch_size: '' with the tag tag:yaml.org,2002:int is not a plain value",
