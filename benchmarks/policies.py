@@ -7,7 +7,7 @@ portfolio, because it contains configurations of these curves.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from typing import Any
@@ -108,7 +108,8 @@ def warm_started(earlier: Forecast, market: Market, seed: int) -> Searcher:
     return study(market, seed, earlier=[earlier])
 
 
-def run() -> Table:
+def run() -> Iterator[Table]:
+    """Measure the whole policy in each cell, with the surrogate first, then its parts."""
     notes = [
         f"Medians over the seeds named. Every study has 1/{1 / SHARE:g} of the time of {BUDGET} full trials, "
         f"which random search had. For this project, the first {SEEDS_LONGER} seeds (with the nearest, all) that have "
@@ -119,12 +120,15 @@ def run() -> Table:
     with pool() as processes:
         markets = read_markets(notes)
         learned = {market.curves: _learned(market) for market in markets if market.kind == "surrogate"}
-        for market, workers in track([*product(markets, WORKERS)], "policies"):
+        ordered = sorted(markets, key=lambda market: market.kind != "surrogate")
+        for market, workers in track([*product(ordered, WORKERS)], "policies"):
             rows += [_whole(processes, market, workers, name, make) for name, make in WHOLE.items()]
-            if workers == ALSO:
-                (earlier,) = (forecast for curves, forecast in learned.items() if curves != market.curves)
-                rows += _parts(processes, market, earlier)
-    return Table(COLUMNS, rows, notes)
+            yield Table(COLUMNS, [*rows], notes)
+        for market in track(ordered, "parts"):
+            (earlier,) = (forecast for curves, forecast in learned.items() if curves != market.curves)
+            for row in _parts(processes, market, earlier):
+                rows.append(row)
+                yield Table(COLUMNS, [*rows], notes)
 
 
 def _whole(processes: ProcessPoolExecutor, market: Market, workers: int, name: str, make: Make) -> tuple[Any, ...]:
@@ -137,16 +141,14 @@ def _whole(processes: ProcessPoolExecutor, market: Market, workers: int, name: s
     return row(market, workers, name, studies, goals, seconds, longer)
 
 
-def _parts(processes: ProcessPoolExecutor, market: Market, earlier: Forecast) -> list[tuple[Any, ...]]:
+def _parts(processes: ProcessPoolExecutor, market: Market, earlier: Forecast) -> Iterator[tuple[Any, ...]]:
     seconds, goals = market.budget(ALSO) * SHARE, kept_goals(market, ALSO)
     makes: dict[str, Make] = {name: functools.partial(part, name) for name in PARTS}
     makes["warm-started from the other curves"] = functools.partial(warm_started, earlier)
-    rows = []
     for name, make in makes.items():
         count = SEEDS_SLOW if name == SLOW else SEEDS_PARTS
         studies = replays(processes, make, market, ALSO, range(count), seconds)
-        rows.append(row(market, ALSO, name, studies, goals, seconds, count))
-    return rows
+        yield row(market, ALSO, name, studies, goals, seconds, count)
 
 
 def _learned(market: Market) -> Forecast:
