@@ -79,6 +79,9 @@ def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatc
     shutil.copytree(store.path, tmp_path / "faces")
     uri = (tmp_path / "faces").as_uri()
     (study / "trials" / best_of(study) / "data.txt").write_text(uri + "\n")
+    spec = (study / "study.yaml").read_text()
+    assert str(store.path) in spec
+    (study / "study.yaml").write_text(spec.replace(str(store.path), uri))
     away = "because the data of the run are not on this machine"
     assert exit_code(["export", study, tmp_path / "x"]) == 0
     assert away in (tmp_path / "x" / "README.md").read_text()
@@ -88,6 +91,12 @@ def test_data_at_a_uri_are_those_of_the_cache(study, store, tmp_path, monkeypatc
     card = (tmp_path / "x" / "README.md").read_text()
     assert away not in card
     assert "Means over all 33 validation images" in card
+
+
+def test_data_that_were_moved_after_the_training_are_found(study, store, tmp_path):
+    (study / "trials" / best_of(study) / "data.txt").write_text(f"{tmp_path / 'gone'}\n")
+    assert exit_code(["export", study, tmp_path / "x"]) == 0
+    assert "Means over all 33 validation images" in (tmp_path / "x" / "README.md").read_text()
 
 
 def test_a_study_without_results(tmp_path, store, capsys):

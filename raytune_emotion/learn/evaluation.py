@@ -17,8 +17,17 @@ from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import MetricSums, distances_of, logits_of, per_sample
 from raytune_emotion.learn.model import mean_std
 
-#: Default number of rows that are predicted at once.
-ROWS = 128
+#: Default number of rows that are predicted at once, if images have at most this side, px.
+ROWS, _SIDE = 128, 224
+
+
+def rows_of_side(side: int) -> int:
+    """Return the number of rows that are predicted at once. Large images are fewer, because a CPU has no memory limit.
+
+    Args:
+        side: of the images, px.
+    """
+    return max(1, min(ROWS, ROWS * _SIDE**2 // side**2))
 
 
 def evaluate(

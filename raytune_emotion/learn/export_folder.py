@@ -10,7 +10,6 @@ model.onnx, model.pt2    optional: the model as one graph, see `learn/graphs.py`
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +37,12 @@ from raytune_emotion.learn.calibration import at_temperature, calibrate, divide_
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.combine import images_per_second
 from raytune_emotion.learn.device import exact_fp32, halve_until_it_fits
+from raytune_emotion.learn.evaluation import rows_of_side
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
 from raytune_emotion.learn.model import build_model, load_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card, render_ensemble_card
-from raytune_emotion.learn.origin import check_arguments, find_origin, licence
+from raytune_emotion.learn.origin import check_arguments, check_normalisation, find_origin, licence
 from raytune_emotion.learn.predictions import is_cut_short, predict_split
 from raytune_emotion.storage.atomic import atomic_write, destination_error, replace_folder, write_text
 from raytune_emotion.storage.json_text import load_json
@@ -75,18 +75,20 @@ class Package:
     def predict(self, images_NHWC: npt.NDArray[np.uint8], *, mirror: bool = False) -> npt.NDArray[np.float64]:
         """Predict the distribution over the classes of each image, [N, K], on the model's device.
 
-        If the device has too little memory for all at once, they are predicted in parts.
+        They are predicted in parts, which are smaller if the device has too little memory.
 
         Args:
-            images_NHWC: RGB.
+            images_NHWC: RGB; N may be 0.
             mirror: whether to predict the mean of each image and its mirror image.
         """
+        if not len(images_NHWC):
+            return np.empty((0, len(self.classes)))
 
         def predict(rows: int) -> npt.NDArray[np.float64]:
             starts = range(0, len(images_NHWC), rows)
             return np.concatenate([self._predict(images_NHWC[at : at + rows], mirror=mirror) for at in starts])
 
-        return halve_until_it_fits(predict, len(images_NHWC))
+        return halve_until_it_fits(predict, min(len(images_NHWC), rows_of_side(self.image_size)))
 
     def _predict(self, images_BHWC: npt.NDArray[np.uint8], *, mirror: bool) -> npt.NDArray[np.float64]:
         device = next(self.model.parameters()).device
@@ -106,7 +108,7 @@ def predict_batch(package: Package, batch: Sequence[Picture], *, mirror: bool) -
     images_NHWC = [pixels for _, pixels in good]
     return PredictedBatch(
         [name for name, _ in good],
-        package.predict(np.stack(images_NHWC), mirror=mirror) if good else np.empty((0, len(package.classes))),
+        package.predict(np.array(images_NHWC), mirror=mirror),
         [f"{name}: {why}" for name, why in batch if isinstance(why, UndecodableImage)],
     )
 
@@ -380,18 +382,9 @@ def _make_model(described: Mapping[str, Any], n_classes: int) -> PixelsToProbabi
     # Other names could make timm load a pickle, or connect to a hub. Export folders come from other people.
     if not timm.is_model(architecture):
         raise ValueError(f"timm has no architecture {architecture}")
-    mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
-    if min(std) <= 0:
-        raise ValueError("std must be positive")
+    mean, std = check_normalisation(known)
     network = timm.create_model(architecture, num_classes=n_classes, **check_arguments(described.get("model_args", {})))
     return PixelsToProbabilities(network, mean, std)
-
-
-def _three_numbers(known: Mapping[str, Any], name: str) -> tuple[float, float, float]:
-    red, green, blue = map(float, known[name])
-    if not all(map(math.isfinite, (red, green, blue))):
-        raise ValueError(f"{name} is not finite")
-    return red, green, blue
 
 
 def _describe_model(model: nn.Module, config: RunConfig, best: Best) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from raytune_emotion.learn.model import Colour
+from raytune_emotion.learn.origin import Colour
 
 INPUT, OUTPUT = "images", "probabilities"
 _CLASSES = "classes.json"  # in a pt2 file

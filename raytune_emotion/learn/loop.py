@@ -31,7 +31,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
 from raytune_emotion.learn.checkpoint import Progress
 from raytune_emotion.learn.device import compile_model
-from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
+from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share, rows_of_side
 from raytune_emotion.learn.model import batchnorm_layers, build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.origin import WeightsUnavailableError, find_origin
@@ -278,7 +278,7 @@ def start(
     decay = config.train.ema_decay**plan.averaged_every
     average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
     net = compile_model(model) if is_compiled(config, device, plan) else model
-    dtype = _dtype(config, device)
+    dtype = _dtype(config, device, plan.workers)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     optimizer = build_optimizer(model, config.optim)
     mean, std = mean_std(model)
@@ -326,11 +326,15 @@ def is_compiled(config: RunConfig, device: torch.device, plan: Plan) -> bool:
     return device.type == "cuda" and plan.workers == 1 and as_224_px >= _COMPILED_FROM
 
 
-def _dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+def _dtype(config: RunConfig, device: torch.device, workers: int) -> torch.dtype:
     dtype = _DTYPES[config.train.precision]
-    if dtype != torch.bfloat16 or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+    if dtype != torch.bfloat16 or device.type != "cuda":
         return dtype
-    return torch.float16  # with scaled gradients, on GPUs without bf16
+    supported = torch.tensor(int(torch.cuda.is_bf16_supported(including_emulation=False)), device=device)
+    if workers > 1:  # they may have GPUs of different types, and must scale their gradients alike
+        dist.all_reduce(supported, dist.ReduceOp.MIN)
+    # GPUs without bf16 get fp16 with scaled gradients.
+    return torch.bfloat16 if supported.item() else torch.float16
 
 
 def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
@@ -379,9 +383,9 @@ def train_segment(run: Run, history: Sequence[Report]) -> tuple[float, float]:
             )
             only_head = epoch * plan.steps_per_epoch + step < config.model.freeze_epochs * plan.steps_per_epoch
             run.step([(next(stream), next(decisions)) for _ in range(accumulate)], lr, only_head=only_head)
-            looks, between = divmod(epoch * plan.steps_per_epoch + step, every)
+            looks, between = divmod(epoch * plan.steps_per_epoch + step + 1, every)
             if run.average is not None and between == 0:
-                run.average.update(run.model, step=looks + 1)
+                run.average.update(run.model, step=looks)
 
     if plan.workers > 1:
         dist.all_reduce(run.step.loss_sum)
@@ -406,7 +410,9 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
 def rows_to_evaluate(run: Run) -> int:
     """Return the rows of an evaluation batch: on a GPU at most those of a micro-batch, to limit its memory."""
     micro_rows = run.plan.batch_rows // (run.plan.workers * run.config.train.accumulate)
-    return min(ROWS, micro_rows) if run.device.type == "cuda" else ROWS
+    if run.device.type == "cuda":
+        return min(ROWS, micro_rows)
+    return min(ROWS, max(micro_rows, rows_of_side(run.config.data.image_size)))
 
 
 def _gather_predictions(logits_BK: torch.Tensor, count: int, plan: Plan) -> torch.Tensor:

@@ -16,6 +16,7 @@ from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.hub import hub_client
 from raytune_emotion.learn.origin import (
+    Colour,
     Origin,
     WeightsUnavailableError,
     describe_weights,
@@ -29,7 +30,6 @@ from raytune_emotion.learn.origin import (
 )
 from raytune_emotion.learn.torch_patches import misfits_of
 
-Colour = tuple[float, float, float]
 #: Layers with statistics of batches; those of timm are subclasses.
 BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
@@ -58,8 +58,8 @@ def build_model(config: RunConfig, *, weights: bool = True, description: Mapping
     origin = find_origin(config.model, weights=weights, description=description)
     options: dict[str, Any] = {**origin.arguments, "num_classes": len(config.data.classes)}
     options["drop_rate"] = config.model.dropout
-    if config.model.drop_path:
-        options["drop_path_rate"] = config.model.drop_path
+    # Some of timm's models skip blocks by default.
+    options["drop_path_rate"] = config.model.drop_path
     # timm marks models whose parameters depend on the image size. They accept img_size.
     if origin.fixed_input_size:
         options["img_size"] = config.data.image_size
@@ -98,10 +98,12 @@ def _create(config: RunConfig, origin: Origin, options: dict[str, Any]) -> nn.Mo
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except _UNBUILDABLE as error:
-        if "drop_path_rate" in str(error):
+        if "drop_path_rate" in str(error) and config.model.drop_path:
             raise UserError(
                 f"model.drop_path: {name} has no blocks to skip; set it to 0, or choose another backbone"
             ) from error
+        if "drop_path_rate" in str(error):
+            return _create(config, origin, {key: value for key, value in options.items() if key != "drop_path_rate"})
         if (misfits := misfits_of(error)) and origin.weights is not None:
             raise UserError(
                 f"{weights_setting(config.model)}: {origin.weights} does not fit {name}: {misfit}" for misfit in misfits

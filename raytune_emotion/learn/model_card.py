@@ -379,5 +379,8 @@ def describe_start(config: ModelConfig, known: Mapping[str, Any]) -> str:
     """
     if not config.pretrained:
         return "Training began with random weights, so no licence of other weights applies."
-    began = f"Training began with the pretrained weights of `{short_name(config.backbone)}`."
-    return f"{began} Their licence: {licence(config, known)}."
+    terms = " ".join(str(licence(config, known)).split())
+    return (
+        f"Training began with the pretrained weights of {escape_markdown(short_name(config.backbone))}. "
+        f"Their licence: {escape_markdown(terms)}."
+    )

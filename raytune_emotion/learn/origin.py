@@ -4,6 +4,7 @@ A folder or a repository of the hub holds timm's `config.json` and weights. Neit
 only known, plain values are used, and weights must be safetensors, which run no code when loaded.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ _LICENCES = {
 _KNOWN = ("input_size", "fixed_input_size", "mean", "std", "pool_size", "first_conv", "classifier", "license")
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+
+Colour = tuple[float, float, float]
 
 
 class AbsentWeightsError(UserError):
@@ -197,6 +200,25 @@ def check_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in shape.items()}
 
 
+def check_normalisation(known: Mapping[str, Any]) -> tuple[Colour, Colour]:
+    """Return mean and standard deviation of the pixels from timm's description of weights.
+
+    Raises:
+        ValueError: they are not three finite numbers each, or a standard deviation is not positive.
+    """
+    mean, std = _three_numbers(known, "mean"), _three_numbers(known, "std")
+    if min(std) <= 0:
+        raise ValueError("std must be positive")
+    return mean, std
+
+
+def _three_numbers(known: Mapping[str, Any], name: str) -> Colour:
+    red, green, blue = map(float, known[name])
+    if not all(map(math.isfinite, (red, green, blue))):
+        raise ValueError(f"{name} is not finite")
+    return red, green, blue
+
+
 def _is_plain(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
     return all(each is None or isinstance(each, str | int | float) for each in values)
@@ -215,6 +237,7 @@ def _read_config(
         own = describe_weights(architecture)
         layers = {key: own.get(key) for key in ("first_conv", "classifier", "fixed_input_size")}
         known = {key: value for key in _KNOWN if (value := given.get(key) or layers.get(key)) is not None}
+        check_normalisation({"mean": (0, 0, 0), "std": (1, 1, 1), **known})
         return architecture, arguments, known
     except FileNotFoundError:
         raise AbsentWeightsError(

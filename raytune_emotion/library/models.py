@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.emotions import EMOTIONS
-from raytune_emotion.learn.model import Colour, build_model, mean_std
+from raytune_emotion.learn.model import build_model, mean_std
+from raytune_emotion.learn.origin import Colour
 
 
 class EmotionModel(nn.Module):

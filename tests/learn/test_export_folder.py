@@ -288,6 +288,16 @@ class TestFaults:
         assert np.abs(package.predict(images_NHWC, mirror=True) - wanted_NK).max() < 1e-6
         assert counts == [11, 5, *[2] * 10, 1, 1]
 
+    def test_many_images_are_predicted_in_parts_and_none_are_no_error(self, dest, monkeypatch):
+        package = load_package(dest)
+        images_NHWC = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), np.uint8)
+        wanted_NK, counts, forward = package.predict(images_NHWC), [], package.model.forward
+        monkeypatch.setattr(export_folder, "rows_of_side", lambda side: 4)
+        package.model.forward = lambda x_BHWC: counts.append(len(x_BHWC)) or forward(x_BHWC)
+        assert np.abs(package.predict(images_NHWC) - wanted_NK).max() < 1e-6
+        assert counts == [4, 4, 3]
+        assert package.predict(images_NHWC[:0]).shape == (0, len(package.classes))
+
     def test_weights_of_another_model(self, tmp_path):
         best = untrained_best("test_resnet", 32)
         other = Best(untrained_best("test_byobnet", 32).weights, best.settings, best.fingerprint, best.report)

@@ -175,6 +175,16 @@ def test_the_average_of_the_weights_is_validated_and_kept(store, tmp_path):
     )
 
 
+def test_the_average_of_the_weights_contains_the_last_step(store, tmp_path):
+    # So small a decay makes the average a copy of the weights at its last update.
+    settings = run_config(train__epochs=1, train__ema_decay=1e-3, train__batch_size=16)
+    reports_of_run(settings, shortened(store, 64), tmp_path)
+    last = state_of(tmp_path)
+    averaged = {name.removeprefix("average."): value for name, value in last.items() if name.startswith("average.")}
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, last[f"model.{name}"], msg=name)
+
+
 def test_each_report_is_of_another_average_of_the_weights(store):
     # Two steps lie between two reports.
     reports = reports_of_run(run_config(train__ema_decay=0.5, train__evals_per_epoch=3, train__epochs=1), store)

@@ -5,6 +5,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.layers import DropPath
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from raytune_emotion.errors import UserError
@@ -217,3 +218,11 @@ def test_what_timm_has_no_weights_for_is_said_before_anything_is_built():
     without = next(name for name in timm.list_models("resnet*") if not timm.list_pretrained(f"{name}.*"))
     with pytest.raises(UserError, match="no pretrained weights"):
         check_weights(ModelConfig(backbone=without, pretrained=True))
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.2])
+def test_blocks_are_skipped_as_configured_also_where_timm_has_another_default(drop_path):
+    model = build_model(configured("swin_tiny_patch4_window7_224", 224, drop_path=drop_path))
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert max(rates, default=0.0) == pytest.approx(drop_path)
+    assert build_model(configured("vgg11", 64))

@@ -144,7 +144,7 @@ def test_a_machine_that_is_too_slow_to_predict_the_faces_does_not_calibrate(shar
 
 def test_licence_of_the_starting_weights_is_named():
     config = ModelConfig(backbone="resnet18.a1_in1k", pretrained=True)
-    said = "Training began with the pretrained weights of `resnet18.a1_in1k`. Their licence: apache-2.0."
+    said = "Training began with the pretrained weights of resnet18.a1_in1k. Their licence: apache-2.0."
     assert model_card.describe_start(config, {"license": "apache-2.0"}) == said
 
 

@@ -127,6 +127,8 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch, where):
         {"architecture": "no_such_model"},
         {"architecture": ["test_vit"]},
         {"pretrained_cfg": 3},
+        {"pretrained_cfg": {"std": [0, 0, 0]}},
+        {"pretrained_cfg": {"mean": [0.5]}},
     ],
 )
 def test_a_configuration_that_is_not_plain_is_refused(tmp_path, changes):

@@ -152,4 +152,4 @@ def _export(study: OpenStudy, winner: ConfirmedConfiguration, configurations: in
     ]
     metrics = {**best.report, **confirmed}
     with publish_export(place / "best") as dest:
-        write_package(dest, best, notes, metrics=metrics, store=store_of(trained, best))
+        write_package(dest, best, notes, metrics=metrics, store=store_of(trained, best, study.spec))

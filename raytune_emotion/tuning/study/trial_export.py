@@ -10,6 +10,7 @@ from raytune_emotion.learn.export_folder import TIMM, publish_export, write_pack
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import shell_word, typed_command
+from raytune_emotion.tuning.study.spec import StudySpec, find_store, spec_of
 from raytune_emotion.tuning.study.trials import DATA, data_of, trial_file, trial_folder, trials_with
 
 
@@ -34,7 +35,8 @@ def export_trial(study: Location, dest: Location, trial_id: str, formats: Sequen
     check_kept(study, trial_id)
     wanted = (trial_file(trial_id, BEST), trial_file(trial_id, DATA))
     with publish_export(dest) as package, study.copy_here(*wanted) as folder:
-        _write(package, trial_folder(folder, trial_id), f"Trial {trial_id} of the study {study.name}.", formats)
+        note = f"Trial {trial_id} of the study {study.name}."
+        _write(package, trial_folder(folder, trial_id), note, formats, spec_of(study))
 
 
 def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) -> None:
@@ -50,12 +52,19 @@ def export_run(run: Location, dest: Location, formats: Sequence[str] = (TIMM,)) 
         _write(package, folder, f"The run {run.name}.", formats)
 
 
-def _write(dest: Path, run: Path, note: str, formats: Sequence[str]) -> None:
+def _write(dest: Path, run: Path, note: str, formats: Sequence[str], spec: StudySpec | None = None) -> None:
     best = read_best(run / BEST)
-    write_package(dest, best, [note], formats=formats, store=store_of(run, best))
+    write_package(dest, best, [note], formats=formats, store=store_of(run, best, spec))
 
 
-def store_of(run: Path, best: Best) -> Store | None:
-    """Return the packed data of a run or a trial; None if they are not on this machine."""
-    address = data_of(run)
-    return open_if_here(address, best.settings["data.image_size"], best.fingerprint) if address is not None else None
+def store_of(run: Path, best: Best, spec: StudySpec | None = None) -> Store | None:
+    """Return the packed data of a run or a trial; None if they are not on this machine.
+
+    Args:
+        run: folder of the run.
+        best: its checkpoint.
+        spec: spec of its study, which says where the data are if they were moved after the training.
+    """
+    address, size = data_of(run), best.settings["data.image_size"]
+    store = open_if_here(address, size, best.fingerprint) if address is not None else None
+    return find_store(spec, best.fingerprint, fetch=False) if store is None and spec is not None else store

@@ -239,8 +239,8 @@ def test_the_card_of_an_ensemble_names_the_licence_of_pretrained_members(study, 
     found = combine_ensemble(dataclasses.replace(candidates, bests=tuple(pretrained)), 2)
     write_ensemble(tmp_path / "best", dataclasses.replace(found, members=(0, 1)), "three", [])
     card = (tmp_path / "best" / "README.md").read_text()
-    assert card.count(": Training began with the pretrained weights of `test_") == 2
-    assert card.count("`. Their licence: ") == 2
+    assert card.count(": Training began with the pretrained weights of test_") == 2
+    assert card.count(". Their licence: ") == 2
 
 
 @pytest.mark.parametrize(
