@@ -32,6 +32,8 @@ _REST = 0.15
 #: From SIGTERM until a process is killed, seconds.
 _GRACE_S = 5.0
 _GOOD, _OUT_OF_TIME = "ended with code 0", "out of time"
+#: Settings of coverage. A benchmark whose time is over is ended by SIGTERM.
+_COVERAGE = "[run]\nparallel = true\nsigterm = true\nsource = raytune_emotion\ndata_file = {scratch}/lines\n"
 #: What is listed: the code with branches for a GPU.
 _LISTED = "*/learn/*,*/data/loader.py,*/data/augment.py"
 
@@ -56,29 +58,25 @@ def run(
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
         noted, compiled = Path(scratch) / "coverage.ini", Path(scratch) / "compiled"
-        # A benchmark whose time is over is ended by SIGTERM.
-        notes = [
-            "[run]",
-            "parallel = true",
-            "sigterm = true",
-            "source = raytune_emotion",
-            f"data_file = {scratch}/lines",
-        ]
-        write_text(noted, "\n".join(notes))
+        write_text(noted, _COVERAGE.format(scratch=scratch))
         for number, (name, share) in enumerate(shares.items()):
             # Unused time is left to the others.
             limit = max((until - time.monotonic()) * share / sum([*shares.values()][number:]), 1.0)
-            timed = [*shares].index(name) >= [*shares].index(TIMED)
+            timed = number >= [*shares].index(TIMED)
             beside = _start(BESIDE, "--cache", str(compiled)) if name == WITH else None
-            process = _start(
-                name,
-                *_arguments(name, limit, data, weights),
-                noted=noted if coverage and not timed else None,
-                compiled=compiled if timed else None,
-            )
-            rows.append((name, *_wait(process, limit)))
-            if beside is not None:
-                rows.append((BESIDE, *_wait(beside, limit / 4)))
+            try:
+                process = _start(
+                    name,
+                    *_arguments(name, limit, data, weights),
+                    noted=noted if coverage and not timed else None,
+                    compiled=compiled if timed else None,
+                )
+                rows.append((name, *_wait(process, limit)))
+                if beside is not None:
+                    rows.append((BESIDE, *_wait(beside, limit / 4)))
+            finally:
+                if beside is not None:
+                    _end(beside)
             yield Table(("benchmark", "seconds", "ending"), [*rows])
         if coverage:
             _list_lines(noted)

@@ -83,8 +83,9 @@ def read_recording(file: Path, space: Space, trials: int | None = None) -> Recor
     missing = [name for name in (_TRIAL, _EPOCH, _SECONDS, _JS, *space.columns()) if name not in table.columns]
     if missing:
         raise UserError(f"{file}: has no column {', '.join(missing)}; name the space that its trials were drawn from")
-    if wrong := [f"{file}: {fault}" for fault in _faults_of(table)]:
-        raise UserError(wrong)
+    if faults := _faults_of(table):
+        raise UserError(f"{file}: {fault}" for fault in faults)
+    table = table.astype({_EPOCH: float, _SECONDS: float, _JS: float})
     groups = [rows.sort_values(_EPOCH) for _, rows in table.groupby(_TRIAL, sort=True)]
     reports = max(map(len, groups), default=0)
     whole = [rows for rows in groups if len(rows) == reports and np.isfinite(rows[[_SECONDS, _JS]]).all(axis=None)]
@@ -104,7 +105,8 @@ def _faults_of(table: pd.DataFrame) -> list[str]:
         numbers = pd.to_numeric(table[name], errors="coerce")
         if (words := table[name][numbers.isna() & table[name].notna()].unique()).size:
             faults.append(f"{name}: {shown(str(words[0]))} is not a number; leave it empty if a trial diverged")
-        table[name] = numbers
+    if faults:
+        return faults
     ordered = table.sort_values(_EPOCH, kind="stable")
     twice = ordered[ordered.duplicated([_TRIAL, _EPOCH])]
     falls = ordered[ordered.groupby(_TRIAL)[_SECONDS].diff() <= 0]

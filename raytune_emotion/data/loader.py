@@ -38,6 +38,11 @@ class DeviceSplit:
     def __len__(self) -> int:
         return len(self.x_NHWC)
 
+    @property
+    def side(self) -> int:
+        """Side of the images, px."""
+        return self.x_NHWC.shape[1]
+
 
 #: Splits of the last store, by fingerprint, name, rows and device. Successive trials of a process share them.
 _placed: dict[tuple[str, str, int, torch.device], DeviceSplit] = {}

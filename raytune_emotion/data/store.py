@@ -43,6 +43,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def side(self) -> int:
+        """Side of the images, px."""
+        return int(self.shards[0].shape[1])
+
     def gather(self, rows: npt.NDArray[np.int64], out: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
         """Copy images out of the mapped files.
 

@@ -28,7 +28,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.checkpoint import Best, weights_to_save
 from raytune_emotion.learn.device import exact_fp32, halve_until_it_fits
-from raytune_emotion.learn.evaluation import predict_share, rows_of_side
+from raytune_emotion.learn.evaluation import ROWS, predict_share, rows_of_side
 from raytune_emotion.learn.metrics import logits_of
 from raytune_emotion.learn.model import batchnorm_layers, load_model, mean_std
 from raytune_emotion.learn.predictions import half_of
@@ -129,8 +129,8 @@ def mean_of(predictions: Sequence[Tensor], members: Sequence[int]) -> Tensor:
 
 def predict_whole(best: Best, split: Split, device: torch.device) -> Tensor:
     """Predict all images of a split with a checkpoint, on a device. Return [N, K], float64, on the CPU."""
-    model, most = load_model(best).to(device), rows_of_side(best.settings["data.image_size"])
-    logits_NK, _ = halve_until_it_fits(lambda rows: predict_share(model, split, device=device, rows=rows), most)
+    model = load_model(best).to(device)
+    logits_NK, _ = halve_until_it_fits(lambda rows: predict_share(model, split, device=device, rows=rows), ROWS)
     return logits_NK.cpu().double().softmax(-1)
 
 

@@ -17,12 +17,14 @@ from raytune_emotion.learn.device import exact_fp32
 from raytune_emotion.learn.metrics import MetricSums, distances_of, logits_of, per_sample
 from raytune_emotion.learn.model import mean_std
 
-#: Default number of rows that are predicted at once, if images have at most this side, px.
+#: Default number of rows that are predicted at once; and the largest side of images, px, for which it is not reduced.
 ROWS, _SIDE = 128, 224
 
 
 def rows_of_side(side: int) -> int:
-    """Return the number of rows that are predicted at once. Large images are fewer, because a CPU has no memory limit.
+    """Return how many images are predicted at once: fewer if they are large.
+
+    A process on a CPU that needs too much memory is killed; only a GPU reports it.
 
     Args:
         side: of the images, px.
@@ -82,7 +84,7 @@ def predict_rows(
         split: the split.
         rows_N: numbers of the rows.
         device: device of the model.
-        rows: number of rows per batch.
+        rows: number of rows per batch; on a CPU fewer if the images are large.
         until: moment of `time.monotonic` after which no further batch begins, except the first one.
         mirror: whether to predict the mirror images.
 
@@ -94,6 +96,8 @@ def predict_rows(
     n_classes = split.prob_NK.shape[1]
     logits, probs = [torch.empty(0, n_classes, device=device)], [torch.empty(0, n_classes, device=device)]
     model.eval()
+    if device.type == "cpu":
+        rows = min(rows, rows_of_side(split.side))
     parts = (rows_N[i : i + rows] for i in range(0, len(rows_N), rows))
     with torch.inference_mode(), exact_fp32(), contextlib.closing(batches(split, parts, device)) as stream:
         for batch in stream:

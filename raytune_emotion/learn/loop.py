@@ -31,7 +31,7 @@ from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint, losses
 from raytune_emotion.learn.checkpoint import Progress
 from raytune_emotion.learn.device import compile_model
-from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share, rows_of_side
+from raytune_emotion.learn.evaluation import ROWS, means_of_metrics, predict_share
 from raytune_emotion.learn.model import batchnorm_layers, build_model, mean_std
 from raytune_emotion.learn.optim import build_optimizer, lr_factor, reports_since_best
 from raytune_emotion.learn.origin import WeightsUnavailableError, find_origin
@@ -410,9 +410,7 @@ def share_batchnorm(model: nn.Module, workers: int) -> None:
 def rows_to_evaluate(run: Run) -> int:
     """Return the rows of an evaluation batch: on a GPU at most those of a micro-batch, to limit its memory."""
     micro_rows = run.plan.batch_rows // (run.plan.workers * run.config.train.accumulate)
-    if run.device.type == "cuda":
-        return min(ROWS, micro_rows)
-    return min(ROWS, max(micro_rows, rows_of_side(run.config.data.image_size)))
+    return min(ROWS, micro_rows) if run.device.type == "cuda" else ROWS
 
 
 def _gather_predictions(logits_BK: torch.Tensor, count: int, plan: Plan) -> torch.Tensor:

@@ -225,4 +225,7 @@ def test_blocks_are_skipped_as_configured_also_where_timm_has_another_default(dr
     model = build_model(configured("swin_tiny_patch4_window7_224", 224, drop_path=drop_path))
     rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
     assert max(rates, default=0.0) == pytest.approx(drop_path)
-    assert build_model(configured("vgg11", 64))
+
+
+def test_a_model_without_blocks_to_skip_is_built():
+    assert not any(isinstance(module, DropPath) for module in build_model(configured("vgg11", 64)).modules())

@@ -148,6 +148,12 @@ def test_licence_of_the_starting_weights_is_named():
     assert model_card.describe_start(config, {"license": "apache-2.0"}) == said
 
 
+def test_the_licence_of_a_strangers_weights_is_no_markup():
+    config = ModelConfig(backbone="resnet18.a1_in1k", pretrained=True)
+    told = model_card.describe_start(config, {"license": "mit\n\n# Safe <img src=x>"})
+    assert told.endswith("Their licence: mit # Safe \\<img src=x\\>.")
+
+
 def test_bootstrap_interval_holds_the_mean_and_narrows_with_more_images():
     few, many = (np.random.default_rng(1).normal(2.0, 1.0, n) for n in (50, 5000))
     (low, high), (lower, higher) = (bootstrap_intervals({"x": values})["x"] for values in (few, many))

@@ -54,6 +54,8 @@ class Domain:
     branches: Sequence[tuple[Mapping[str, Any], Mapping[str, BaseDistribution]]]
     #: Function that tells whether a trial's settings are complete, so that equal ones need no other trial.
     is_complete: Callable[[FrozenTrial], bool] = lambda trial: True
+    #: Parameters whose ranges differ between trials. Their values are places in the range, from 0 to 1.
+    moving: Set[str] = frozenset()
     _keys: dict[int, str | None] = field(default_factory=dict, compare=False, repr=False)  # by the numbers of trials
 
     def tried(self, trials: Iterable[FrozenTrial]) -> Tried:
@@ -82,21 +84,25 @@ def domain_of(space: Space) -> Domain:
     )
 
 
-def domain_of_parameters(
-    parameters: Mapping[str, BaseDistribution], moving: Set[str], trials: Iterable[FrozenTrial]
-) -> Domain:
+def domain_of_parameters(parameters: Mapping[str, BaseDistribution], trials: Sequence[FrozenTrial]) -> Domain:
     """Return the domain of any Optuna study, whose parameters are the settings.
 
-    If the range of a parameter differs between trials (`moving`), the setting is its place in its range, from 0 to 1.
+    If the range of a parameter differs between trials, the setting is its place in its range, from 0 to 1.
 
     A trial has only the parameters of its branch of the objective. It equals all configurations with the same values of
     these, because the others have no influence. A trial that has shown no value may have ended before it drew all of
     them, so it equals none.
     """
+    moving = {
+        name
+        for trial in trials
+        for name, distribution in trial.distributions.items()
+        if not distribution.single() and parameters.get(name, distribution) != distribution
+    }
 
     def settings(trial: FrozenTrial) -> dict[str, Any]:
         return {
-            name: unit_of(trial.distributions[name], value) if name in moving else value
+            name: _place(trial.distributions[name], value) if name in moving else value
             for name, value in trial.params.items()
             if name in parameters
         }
@@ -114,7 +120,13 @@ def domain_of_parameters(
         lambda params: [settings_key({name: params[name] for name in names}) for names in branches],
         [({}, parameters)],
         is_complete,
+        moving,
     )
+
+
+def _place(distribution: BaseDistribution, value: Any) -> float:
+    """Return the place of a value in the range of a parameter, from 0 to 1."""
+    return 0.5 if distribution.single() else unit_of(distribution, value)
 
 
 def draw_candidates(

@@ -70,14 +70,17 @@ class ForecastSampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         if self._space is not None:
             return dict(self._space.parameters)
-        parameters, moving = _parameters_of(study)
-        return {name: distribution for name, distribution in parameters.items() if name not in moving}
+        found: dict[str, BaseDistribution] = {}
+        for past in study.get_trials(deepcopy=False):
+            if past.state != TrialState.WAITING:
+                found = {name: d for name, d in past.distributions.items() if not d.single()} | found
+        # The order must not depend on which branch a trial took first.
+        return dict(sorted(found.items()))
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        parameters, moving = _parameters_of(study) if self._space is None else (search_space, set())
-        if not parameters:
+        if not search_space:
             return {}
         if len(study.directions) > 1:
             raise ValueError("ForecastSampler: the study has several objectives; use one of Optuna's samplers")
@@ -89,16 +92,17 @@ class ForecastSampler(BaseSampler):
             and each.state != TrialState.WAITING
             and (self._space is None or SETTINGS in each.user_attrs)
         ]
-        domain = domain_of_parameters(parameters, moving, past) if self._space is None else domain_of(self._space)
+        domain = domain_of_parameters(search_space, past) if self._space is None else domain_of(self._space)
         rng = np.random.default_rng([self._seed, trial.number])
         with on_one_thread():
             outlook = Outlook(domain, past, aim, self._earlier)
             offer = outlook.offer(outlook.candidates(rng, self._draw))
         if offer is None:
             return {}
-        # Their ranges are known when the trial asks for them.
-        self._moving[study.study_name, trial.number] = {name: offer.params[name] for name in moving}
-        return {name: value for name, value in offer.params.items() if name not in moving}
+        # The ranges of the moving ones are known when the trial asks for them.
+        if moving := {name: value for name, value in offer.params.items() if name in domain.moving}:
+            self._moving[study.study_name, trial.number] = moving
+        return {name: value for name, value in offer.params.items() if name not in domain.moving}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -110,21 +114,6 @@ class ForecastSampler(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._moving.pop((study.study_name, trial.number), None)
-
-
-def _parameters_of(study: Study) -> tuple[dict[str, BaseDistribution], set[str]]:
-    """Return the parameters of a study's trials, and the names of those whose ranges differ between trials.
-
-    The order does not depend on which branch a trial took first.
-    """
-    found: dict[str, BaseDistribution] = {}
-    moving = set()
-    for past in study.get_trials(deepcopy=False):
-        if past.state != TrialState.WAITING:
-            for name, distribution in past.distributions.items():
-                if not distribution.single() and found.setdefault(name, distribution) != distribution:
-                    moving.add(name)
-    return dict(sorted(found.items())), moving
 
 
 def _tpe(seed: int, own: int) -> BaseSampler:

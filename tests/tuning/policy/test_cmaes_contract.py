@@ -20,9 +20,13 @@ SIGNATURES = {
 RAN = []
 
 
+def run_foreign_code():
+    RAN.append("foreign code")
+
+
 class Payload:
     def __reduce__(self):
-        return RAN.append, ("foreign code",)
+        return run_foreign_code, ()
 
 
 class Watched(CmaEsFromTrials):
@@ -68,8 +72,11 @@ def test_the_distribution_is_that_of_optuna():
 def test_it_never_loads_a_pickle_of_a_study():
     study = searched(lambda number: make_sampler("cmaes", 0, number), 4)
     foreign = study.ask()
-    study._storage.set_trial_system_attr(foreign._trial_id, "cma:optimizer:0", pickle.dumps(Payload()).hex())
+    payload = pickle.dumps(Payload())
+    study._storage.set_trial_system_attr(foreign._trial_id, "cma:optimizer:0", payload.hex())
     study.tell(foreign, bowl(foreign))
     study.sampler = make_sampler("cmaes", 0, 5)
     study.optimize(bowl, n_trials=1)
     assert not RAN
+    pickle.loads(payload)  # so this is what Optuna's own sampler would have done
+    assert RAN == ["foreign code"]

@@ -1,7 +1,10 @@
 """The sampler in studies of anybody's, driven by Optuna alone."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +13,6 @@ import optuna
 import pytest
 import tomllib
 from optuna.trial import TrialState
-from threadpoolctl import ThreadpoolController
 
 from raytune_emotion.tuning.policy import gaussian_process
 from raytune_emotion.tuning.policy.decisions import FORECAST, SAMPLERS
@@ -197,14 +199,43 @@ def test_a_parameter_whose_range_changes_is_searched_in_its_range():
     assert study.best_value == pytest.approx(1, abs=0.02)
 
 
-def test_threads_of_a_study_leave_the_limit_of_blas_as_it_was():
-    def threads():
-        return [pool["num_threads"] for pool in ThreadpoolController().select(user_api="blas").info()]
+#: Two threads whose computations overlap, the first of which ends first. Prints the threads of BLAS before and after.
+OVERLAP = """
+import threading
+from threadpoolctl import ThreadpoolController
+from raytune_emotion.tuning.policy.gaussian_process import on_one_thread
 
-    before = threads()
-    study = optuna.create_study(sampler=ForecastSampler(seed=0))
-    study.optimize(lambda trial: trial.suggest_float("x", 0, 1) ** 2, n_trials=14, n_jobs=2)
-    assert threads() == before
+pools = ThreadpoolController()
+
+def threads():
+    return [pool["num_threads"] for pool in pools.select(user_api="blas").info()]
+
+def compute(entered, may_end):
+    with on_one_thread():
+        entered.set()
+        may_end.wait(60)
+
+print(threads())
+events = [(threading.Event(), threading.Event()) for _ in range(2)]
+running = [threading.Thread(target=compute, args=each) for each in events]
+for thread, (entered, _) in zip(running, events):
+    thread.start()
+    entered.wait(0.5)  # the second one may wait for the first one
+for thread, (entered, may_end) in zip(running, events):
+    entered.wait(60)
+    may_end.set()
+    thread.join(60)
+print(threads())
+"""
+
+
+def test_threads_that_compute_at_once_leave_the_limit_of_blas_as_it_was():
+    # In a process of its own, where BLAS has two threads.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", OVERLAP], env=environment, capture_output=True, text=True, check=True)
+    before, after = run.stdout.splitlines()
+    assert "2" in before
+    assert after == before
 
 
 @pytest.mark.parametrize("choices", [[(50,), (100,), (50, 50)], [float("nan"), 1.0], [None, "a", 3]])
