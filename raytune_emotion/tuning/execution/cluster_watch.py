@@ -25,7 +25,8 @@ _SUSPENDED_S = 10.0
 _SILENCE_S = 40.0
 #: Seconds after which a stopped process (SIGSTOP) counts as frozen. Suspended machines and debuggers take less.
 _FROZEN_S = 20.0
-
+#: Seconds for which a raylet may still run after the head has declared its node dead, because it announces its end.
+_LAST_S = 5.0
 #: Seconds without a worker process after which a local cluster counts as broken. It normally keeps one per core.
 _NO_WORKER_S = 50.0
 #: Seconds between two checks whether the cluster is alive.
@@ -117,7 +118,9 @@ class ClusterWatch:
             with contextlib.suppress(Exception):  # any error counts as no answer
                 nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
                 if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
-                    self._failure = "this machine's Ray node was declared dead: it did not answer for too long"
+                    self._end.wait(_LAST_S)  # `failure` notices a raylet that ends, which tells more
+                    dead = "this machine's Ray node was declared dead: it did not answer for too long"
+                    self._failure = self._failure or dead
                 self._answered = time.monotonic()
                 has_gpus = any(node["Alive"] and node["Resources"].get("GPU") for node in nodes)
                 free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]

@@ -42,12 +42,12 @@ def parts():
 @pytest.fixture
 def watch(parts, monkeypatch, request):
     """A watch over them, with a clock that a test moves. Its parameter tells whether this process has started them."""
-    clock = SimpleNamespace(now=1000.0, answers=True, resources={"CPU": 2.0}, free={"CPU": 2.0})
+    clock = SimpleNamespace(now=1000.0, answers=True, alive=True, resources={"CPU": 2.0}, free={"CPU": 2.0})
 
     def nodes():
         if not clock.answers:
             raise ConnectionError
-        return [{"NodeID": "here", "Alive": True, "Resources": clock.resources}]
+        return [{"NodeID": "here", "Alive": clock.alive, "Resources": clock.resources}]
 
     monkeypatch.setattr(cluster_watch, "own_processes", lambda: parts)
     monkeypatch.setattr(cluster_watch, "raylet_pid", lambda: parts["raylet"].pid)
@@ -139,6 +139,29 @@ def test_a_head_that_does_not_answer_is_given_up(watch):
     watch.clock.answers = False
     assert watch.after(35) == ""
     assert "has not answered for 40 s" in watch.after(10)
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"), [(True, "node process (raylet) has ended (code -9)"), (False, "was declared dead")]
+)
+def test_a_node_that_is_declared_dead_is_given_up_and_a_raylet_that_ends_meanwhile_is_named(
+    watch, parts, monkeypatch, ends, told
+):
+    """A raylet whose agent has died announces the end of its node, and ends a moment later."""
+    watch.clock.alive = False
+
+    def wait(seconds):
+        if seconds == cluster_watch._LAST_S and ends:
+            assert watch.watch.failure() == ""
+            parts["raylet"].kill()
+            parts["raylet"].wait()
+            assert watch.watch.failure()
+        return next(ended)
+
+    ended = iter([False, False, True])
+    monkeypatch.setattr(watch.watch._end, "wait", wait)
+    watch.watch._ask()
+    assert told in watch.watch.failure()
 
 
 @pytest.mark.parametrize(
