@@ -213,6 +213,15 @@ def bucket(s3):
     return s3[0]
 
 
+@pytest.fixture(scope="module")
+def gcs():
+    """The URI of a bucket on a GCS server."""
+    from tests.support.gcs import gcs_server
+
+    with gcs_server() as uri:
+        yield uri
+
+
 @pytest.fixture(scope="session")
 def postgres():
     """A PostgreSQL server."""

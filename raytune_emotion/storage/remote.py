@@ -37,6 +37,9 @@ _WAITS = (1.0, 5.0, 20.0)
 _OUTAGE_WAITS = (30.0,) * 30
 #: Longest time for a check of a URI, seconds.
 _CHECK_S = 30.0
+#: Options of pyarrow by scheme. S3: a small upload takes one request instead of three. GCS: pyarrow itself tries for
+#: some seconds, as at S3; its default is a quarter of an hour, in which it hears no signal.
+_OPTIONS = {"s3": ("allow_delayed_open", "true")} | dict.fromkeys(("gs", "gcs"), ("retry_limit_seconds", "10"))
 #: Size of the pieces of a copy, bytes.
 _CHUNK = 16 * 2**20
 #: Number of parallel requests.
@@ -60,8 +63,14 @@ _ADVICE = (
     " credentials"
 )
 
+#: Environment variables for credentials, by scheme; for every other scheme, those of S3 are named.
+_CREDENTIALS = dict.fromkeys(("gs", "gcs"), "GOOGLE_APPLICATION_CREDENTIALS") | dict.fromkeys(
+    ("abfs", "abfss"), "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET"
+)
 #: Names of options whose values are secrets.
-_SECRET = re.compile(r"secret|token|password|credential|signature|access_?key|account_?key|^sig$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|token|password|credential(?!_kind)|signature|access_?key|account_?key|^sig$", re.IGNORECASE
+)
 
 _T = TypeVar("_T")
 
@@ -82,17 +91,18 @@ def parent_of(uri: str) -> str:
     return urlunsplit(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]))
 
 
-def refuse_credentials(uri: str, instead: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
+def refuse_credentials(uri: str, instead: str = "") -> None:
     """Refuse a URI with a secret: URIs are written into studies, and every user of the machine sees them in `ps`.
 
     Args:
         uri: the URI to check.
-        instead: environment variables that may hold the secret, for the message.
+        instead: environment variables for the message that may hold the secret; empty: those of the URI's store.
 
     Raises:
         UserError: the URI contains a secret, which the message leaves out.
     """
     address, _, options = uri.partition("?")
+    instead = instead or _CREDENTIALS.get(uri.partition(":")[0], "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     hidden = re.sub("://[^/@]*:.*@", "://***@", address)  # not by urlsplit, which breaks a secret at a slash
     if hidden != address or any(_SECRET.search(key) for key, _ in parse_qsl(options, keep_blank_values=True)):
         raise UserError(
@@ -135,10 +145,14 @@ def check(uri: str, *, write: bool) -> None:
     # Use a child process: a call to a server that does not answer cannot be ended otherwise.
     command = [sys.executable, "-c", "from raytune_emotion.storage.remote import _check; _check()"]
     try:
+        # Signals of the terminal reach this process alone: it ends the child.
         found = subprocess.run(
-            command, input=json.dumps([uri, write]), capture_output=True, text=True, timeout=_CHECK_S, check=False
-        )
-        fault = found.stdout.strip() if found.returncode == 0 else found.stderr.strip().rpartition("\n")[2]
+            command, input=json.dumps([uri, write]), capture_output=True, text=True, timeout=_CHECK_S, check=False,
+            start_new_session=True,
+        )  # fmt: skip
+        fault = found.stdout.strip()
+        if found.returncode:
+            fault = found.stderr.strip().rpartition("\n")[2] or f"its check ended with code {found.returncode}"
     except subprocess.TimeoutExpired:
         fault = f"no answer in {_CHECK_S:g} s"
     if fault:
@@ -164,9 +178,23 @@ def delete_parts(uri: str) -> None:
 
 
 def _list_all(uri: str) -> list[FileInfo]:
-    return _with_retries(
-        uri, lambda filesystem, path: list(filesystem.get_file_info(FileSelector(path, allow_not_found=True)))
-    )
+    return _with_retries(uri, _entries)
+
+
+def _entries(filesystem: FileSystem, path: str) -> list[FileInfo]:
+    """List the entries of a folder; return an empty list if it is missing.
+
+    At GCS, pyarrow lists subfolders only together with their content (arrow 35993).
+    """
+    deep = filesystem.type_name == "gcs"
+    infos = filesystem.get_file_info(FileSelector(path, recursive=deep, allow_not_found=True))
+    if not deep:
+        return list(infos)
+    found: dict[str, FileInfo] = {}
+    for info in infos:
+        name, _, below = info.path.removeprefix(f"{path}/").partition("/")
+        found[name] = FileInfo(f"{path}/{name}", FileType.Directory) if below else info
+    return list(found.values())
 
 
 def sizes(uri: str, names: Iterable[str]) -> list[int | None]:
@@ -181,8 +209,8 @@ def newest(uri: str, name: str) -> str | None:
     """Return the folder at a URI whose file of this name is the newest; None if no folder has it."""
 
     def look(filesystem: FileSystem, path: str) -> list[Any]:
-        folders = filesystem.get_file_info(FileSelector(path, allow_not_found=True))
-        found = filesystem.get_file_info([f"{info.path}/{name}" for info in folders if info.type == FileType.Directory])
+        folders = [info.path for info in _entries(filesystem, path) if info.type == FileType.Directory]
+        found = filesystem.get_file_info([f"{folder}/{name}" for folder in folders])
         return [info for info in found if info.type == FileType.File]
 
     files = [info for info in _with_retries(uri, look) if _is_inside(info.path.split("/")[-2])]
@@ -416,10 +444,10 @@ def _open_or_refuse(uri: str) -> tuple[FileSystem, str]:
 @functools.lru_cache(maxsize=8)
 def _open(uri: str) -> tuple[FileSystem, str]:
     found = None
-    if uri.startswith("s3://"):
-        # With this option a small upload takes one request instead of three. pyarrow has it since version 21.
-        with contextlib.suppress(ValueError):
-            found = FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true")
+    name, value = _OPTIONS.get(urlsplit(uri).scheme, ("", ""))
+    if name and name not in uri:
+        with contextlib.suppress(ValueError):  # another version of pyarrow may not have it
+            found = FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}{name}={value}")
     filesystem, path = found or FileSystem.from_uri(uri)
     return filesystem, path.rstrip("/")
 

@@ -17,11 +17,12 @@ from raytune_emotion.storage.locations import File, Folder, Remote, location_of,
 from tests.support.s3 import SECRET
 
 
-@pytest.fixture(params=["folder", "file", "s3"])
+@pytest.fixture(params=["folder", "file", "s3", "gcs"])
 def location(request, tmp_path):
     """An empty place of each kind."""
-    if request.param == "s3":
-        return Remote(remote.join(request.getfixturevalue("bucket"), request.node.name))
+    if request.param in ("s3", "gcs"):
+        bucket = request.getfixturevalue("bucket" if request.param == "s3" else "gcs")
+        return Remote(remote.join(bucket, request.node.name))
     place = tmp_path / "at a place"
     return Folder(place) if request.param == "folder" else Remote(place.as_uri())
 
@@ -232,19 +233,24 @@ def test_text_is_parsed_as_folder_or_uri(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "uri",
+    ("uri", "instead"),
     [
-        f"s3://key:{SECRET}@bucket/a",
-        f"s3://key:{SECRET}/+@bucket/a?region=x",
-        f"s3://bucket/a?secret_key={SECRET}",
-        f"abfs://container@account/a?sas_token={SECRET}",
-        f"gs://bucket/a?Access_Token={SECRET}&x=y",
+        (f"s3://key:{SECRET}@bucket/a", "AWS_ACCESS_KEY_ID"),
+        (f"s3://key:{SECRET}/+@bucket/a?region=x", "AWS_ACCESS_KEY_ID"),
+        (f"s3://bucket/a?secret_key={SECRET}", "AWS_ACCESS_KEY_ID"),
+        (f"abfs://container@account.dfs.core.windows.net/a?sas_token={SECRET}", "AZURE_CLIENT_ID"),
+        (f"gs://bucket/a?Access_Token={SECRET}&x=y", "GOOGLE_APPLICATION_CREDENTIALS"),
     ],
 )
-def test_uri_with_credentials_is_refused_without_telling_them(uri):
-    with pytest.raises(UserError, match="contains credentials") as raised:
+def test_uri_with_credentials_is_refused_without_telling_them(uri, instead):
+    with pytest.raises(UserError, match=f"contains credentials.*{instead}") as raised:
         parse_location(uri)
     assert SECRET not in str(raised.value)
+
+
+def test_uri_that_names_a_kind_of_credentials_is_accepted():
+    uri = "abfs://container@account.dfs.core.windows.net/a?credential_kind=anonymous"
+    assert parse_location(uri) == Remote(uri)
 
 
 @pytest.mark.parametrize("text", ["", "a\0b", "s3://bucket/a\0b", "\ud800"])

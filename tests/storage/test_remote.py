@@ -22,11 +22,12 @@ from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import remote
 
 
-@pytest.fixture(params=["s3", "file"])
+@pytest.fixture(params=["s3", "gcs", "file"])
 def uri(request, tmp_path):
     if request.param == "file":
         return (tmp_path / "at a place").as_uri()
-    return remote.join(request.getfixturevalue("bucket"), request.node.name)
+    bucket = request.getfixturevalue("bucket" if request.param == "s3" else "gcs")
+    return remote.join(bucket, request.node.name)
 
 
 @pytest.fixture
@@ -142,6 +143,23 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
             (fault,) = raised.value.faults
             assert fault.startswith(f"{place}: cannot be written to (")
             assert "\n" not in fault
+
+
+def test_a_check_that_is_killed_is_a_fault_and_gets_no_signal_of_the_terminal(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nkill -INT 0\n")  # to its whole group, as by Ctrl-C
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(UserError, match="its check ended with code -2"):
+        remote.check(tmp_path.as_uri(), write=False)
+
+
+@pytest.mark.parametrize(("options", "seconds"), [("", 10), ("?retry_limit_seconds=60", 60)])
+def test_pyarrow_tries_for_seconds_at_gcs_unless_the_uri_says_otherwise(options, seconds):
+    """Its default is a quarter of an hour, in which it hears no signal."""
+    filesystem, path = remote._open(f"gs://anonymous@bucket/a{options}")
+    assert path == "bucket/a"
+    assert filesystem.__reduce__()[1][0]["retry_time_limit"].total_seconds() == seconds
 
 
 @pytest.mark.parametrize(

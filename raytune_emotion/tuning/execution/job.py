@@ -129,10 +129,19 @@ def train_here(job: Job) -> Generator[Report, None, None]:
     yield from train_on(job, torch.device("cuda" if job.resources.gpus_per_worker else "cpu"))
 
 
-def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator[Report, None, None]:
+def train_on(
+    job: Job, device: torch.device, *, first: bool = True, wait_for_others: Callable[[], None] = lambda: None
+) -> Generator[Report, None, None]:
     """Train a worker's share of a job. The first worker also writes the settings, and events for TensorBoard.
 
     When the generator is exhausted or closed, the process has freed all memory of the trial.
+
+    Args:
+        job: the job.
+        device: device of this worker.
+        first: whether this is the first worker.
+        wait_for_others: waits until all workers have opened their data. It is called before the first step, since no
+            step waits as long as a machine may take to fetch the data.
 
     Raises:
         TrialFailed: another attempt would fail too; OutOfMemory is a subclass.
@@ -144,7 +153,7 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
     # All other files follow from the last state. Each worker reads its own copy, so machines need not share a disk.
     with outlast_outages(), _disk_errors(), job.kept_at.work_here(LAST) as folder:
         try:
-            with contextlib.closing(_train_in(folder, job, device, first=first)) as reports:
+            with contextlib.closing(_train_in(folder, job, device, wait_for_others, first=first)) as reports:
                 for report in reports:
                     if first:
                         _push_changed(folder, job, pushed)
@@ -164,7 +173,9 @@ def train_on(job: Job, device: torch.device, *, first: bool = True) -> Generator
             _push_changed(folder, job, pushed)
 
 
-def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> Generator[Report, None, None]:
+def _train_in(
+    folder: Path, job: Job, device: torch.device, wait_for_others: Callable[[], None], *, first: bool
+) -> Generator[Report, None, None]:
     """Train from the state in a folder of this machine."""
     config = RunConfig.from_flat(job.settings)
     torch.set_num_threads(job.resources.threads)
@@ -186,6 +197,7 @@ def _train_in(folder: Path, job: Job, device: torch.device, *, first: bool) -> G
         if events is not None:
             events.write_settings(job.settings)
         store = _open_data(job.store)
+        wait_for_others()
         if events is not None:
             # This runs once per trial, when it leaves its process, so no training waits for it.
             stack.callback(write_samples, events, folder, store)
@@ -309,9 +321,10 @@ def newest_report(job: Job) -> Report | None:
     """Return the last report that a trial has written, even if the driver did not receive it; None without one.
 
     A process that died may have left older files beside its last state. They are repaired first: the driver may end the
-    trial at this report, and then reads its history.
+    trial at this report, and then reads its history. What it had uploaded in part is deleted.
     """
     with outlast_outages(), _disk_errors(), job.kept_at.work_here(LAST, HISTORY) as folder:
+        job.kept_at.delete_parts()
         try:
             progress = read_progress(folder)
         except UserError:

@@ -103,9 +103,11 @@ def test_a_mirror_that_fails_breaks_a_study_off_whole(begin, tmp_path, monkeypat
     assert [r["report"] for r in train_here(job)] == [2, 3]
     assert read_history(trial_folder(place, "0000"))[0] == before
     assert not list(place.rglob("*.part"))
-    # All was said, but its ending was not heard.
+    # All was said, but its ending was not heard. The process that died was uploading its weights.
     assert list(train_here(job)) == []
+    (trial_folder(place, "0000") / "best.safetensors.0123abcd.part").touch()
     assert newest_report(job)["finished"]
+    assert not list(place.rglob("*.part"))
 
 
 def test_stale_driver_cannot_overwrite_newer_one(begin, tmp_path):
