@@ -224,6 +224,11 @@ def keep_error(error: BaseException | None) -> Iterator[None]:
         raise error
 
 
+def is_interrupted() -> bool:
+    """Tell whether a signal has come."""
+    return _state.interrupted
+
+
 def check_interrupted() -> None:
     """Raise KeyboardInterrupt if a signal has come whose own was lost: Python ignores exceptions in destructors."""
     if _state.interrupted and not _state.held:

@@ -28,6 +28,11 @@ EXISTS = "exists already; name another destination, or remove it"
 _STALE_SECONDS = 60
 #: Errors of a file system that has no locks. Every other error is about the lock file.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+#: Errors about a lock file in a folder that is not there, or in which the user may not write.
+_OF_THE_USER = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 @contextlib.contextmanager
@@ -202,7 +207,8 @@ def exclusive_lock(folder: Path) -> Iterator[FolderLock]:
     last. That process writes a token into the lock's file, so that the one before notices.
 
     Raises:
-        UserError: another process holds it, or the lock's file cannot be written.
+        UserError: another process holds it, or the user may not write the lock's file.
+        Breakdown: the lock's file cannot be written for another reason.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -212,10 +218,18 @@ def exclusive_lock(folder: Path) -> Iterator[FolderLock]:
         except BlockingIOError:
             raise UserError(f"{folder}: another process is using it; wait until it ends, or end it") from None
         except OSError as error:
-            raise UserError(
-                f"{folder / LOCK}: cannot be locked ({error.strerror}); name a folder that you may write to"
-            ) from error
+            raise _lock_error(folder / LOCK, error) from error
         yield lock
+
+
+def _lock_error(file: Path, error: OSError) -> UserError | Breakdown:
+    """Return the exception to raise if a lock's file cannot be locked."""
+    if is_disk_full(error):
+        return Breakdown(f"{file}: no space left on the disk; free some space, and try again")
+    said = f"{file}: cannot be locked ({error.strerror})"
+    if error.errno in _OF_THE_USER:
+        return UserError(f"{said}; name a folder that you may write to")
+    return Breakdown(f"{said}; the system or its storage has failed: repair it, and try again")
 
 
 def sweep(parent: Path, seconds: float, pattern: str = ".*.part") -> None:

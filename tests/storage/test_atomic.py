@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.storage import atomic
 from raytune_emotion.storage.atomic import atomic_folder, atomic_write, exclusive_lock, resumable_folder, write_text
 
@@ -106,18 +106,44 @@ def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number
     assert (tmp_path / "dest").exists(), "what may be in use is not removed"
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE])
-def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_path, monkeypatch, number):
+REPAIR = "the system or its storage has failed: repair it, and try again"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "advice"),
+    [
+        (errno.EACCES, UserError, "name a folder that you may write to"),
+        (errno.EROFS, UserError, "name a folder that you may write to"),
+        (errno.EIO, Breakdown, REPAIR),
+        (errno.ESTALE, Breakdown, REPAIR),
+        (errno.EMFILE, Breakdown, REPAIR),
+    ],
+)
+def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_path, monkeypatch, number, kind, advice):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with (
-        pytest.raises(UserError, match=rf"\.lock: cannot be locked \({os.strerror(number)}\)"),
-        exclusive_lock(tmp_path),
-    ):
+    told = rf"^{tmp_path}/\.lock: cannot be locked \({os.strerror(number)}\); {advice}$"
+    with pytest.raises(kind, match=told), exclusive_lock(tmp_path):
         pass
     with pytest.raises(OSError, match=os.strerror(number)), resumable_folder(tmp_path / "dest"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_lock_that_has_no_space_is_no_fault_of_the_user(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    told = rf"^{tmp_path}/\.lock: no space left on the disk; free some space, and try again$"
+    with pytest.raises(Breakdown, match=told), exclusive_lock(tmp_path):
+        pass
+
+
+def test_lock_of_a_folder_that_is_gone_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="No such file"), exclusive_lock(tmp_path / "gone"):
         pass
 
 

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.interruption import check_interrupted, run_in_thread
+from raytune_emotion.interruption import check_interrupted, finish_block, is_interrupted, run_in_thread
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.storage.atomic import scratch_folder
 from raytune_emotion.storage.remote import outlast_outages
@@ -75,13 +75,25 @@ def run_study(run: StudyRun) -> None:
             interrupted = True
             raise
         finally:
-            try:
-                recorder.close()
-            except Breakdown as error:
-                # An interruption, such as that of a batch system, may end the wait for a URI that does not answer.
-                if not interrupted:
-                    raise
-                warn(str(error))
+            _close(recorder, interrupted=interrupted)
+
+
+def _close(recorder: Recorder, *, interrupted: bool) -> None:
+    """Close the record. A signal that comes meanwhile does not cut it, and interrupts the session afterwards.
+
+    Raises:
+        Breakdown: the record cannot be written, and the session was not interrupted.
+        KeyboardInterrupt: a signal has come.
+    """
+    try:
+        with finish_block():
+            recorder.close()
+    except Breakdown as error:
+        # An interruption, such as that of a batch system, may end the wait for a URI that does not answer.
+        if not (interrupted or is_interrupted()):
+            raise
+        warn(str(error))
+    check_interrupted()
 
 
 def _run(recorder: Recorder, run: StudyRun, leaving: contextlib.ExitStack) -> None:

@@ -56,7 +56,8 @@ PLACEMENT_GROUP = "placement_group"
 _ABORT_S = 5.0
 #: Longest wait for another worker within a step, seconds. A longer wait, as after a GPU error, ends all workers.
 _COLLECTIVE_S = 600
-#: Longest wait for the next order. The driver may be busy between two trials.
+#: Longest wait between two steps: for the next order, as the driver may be busy between two trials, and for the data of
+#: another worker, whose machine may still fetch them. If that worker fails, Ray Train ends all of them.
 _ORDER_WAIT = timedelta(days=7)
 
 _GO_ON, _STOP = "go on", "stop"
@@ -247,16 +248,20 @@ def _work(config: dict[str, Any]) -> None:
     orders, messages = config["orders"], config["messages"]
     first = train.get_context().get_world_rank() == 0
     # Orders do not use NCCL, which takes a long wait for a hang, and kills the workers.
-    ordered = dist.new_group(backend="gloo", timeout=_ORDER_WAIT)
+    ordered = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=_ORDER_WAIT))
 
     def heard() -> Any:
-        return _broadcast(orders.get() if first else None, cast("dist.ProcessGroup", ordered), first=first)
+        return _broadcast(orders.get() if first else None, ordered, first=first)
+
+    def wait_for_others() -> None:
+        dist.barrier(ordered)
 
     while True:
         job = Job.from_dict(heard())
         job = dataclasses.replace(job, resources=resources_here(job.resources))
         try:
-            with contextlib.closing(train_on(job, get_device(), first=first)) as reports:
+            training = train_on(job, get_device(), first=first, wait_for_others=wait_for_others)
+            with contextlib.closing(training) as reports:
                 for report in reports:
                     if first:
                         messages.put((_REPORT, report))

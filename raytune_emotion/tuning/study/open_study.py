@@ -253,6 +253,7 @@ def raise_epochs(study: OpenStudy, spec: StudySpec) -> OpenStudy:
         record.trial_id
         for record in best_first(records)
         if record.status == "complete"
+        and record.is_whole
         and record.trial_id not in lost
         and record.reports[-1]["epoch"] >= study.spec.epochs
         and study.copy.has(trial_file(record.trial_id, LAST))

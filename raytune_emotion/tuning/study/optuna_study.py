@@ -97,6 +97,7 @@ class StudyTrial:
     continues: str | None
     confirms: str | None  # id of the trial of another study whose configuration it repeats
     driver: int | None  # driver that runs it, or ran it last, if a study has several
+    observed: int  # number of its reports that Optuna has
 
 
 class Searcher:
@@ -295,6 +296,7 @@ def _study_trial(trial: FrozenTrial) -> StudyTrial:
         trial.user_attrs.get(CONTINUES),
         trial.user_attrs.get(CONFIRMS),
         trial.user_attrs.get(DRIVER),
+        len(trial.intermediate_values),
     )
 
 

@@ -4,9 +4,11 @@ The record consists of the Optuna journal (the trials and their endings) and eac
 and pages are made from it, and can be made again at any time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -38,6 +40,7 @@ class TrialRecord:
     reports: tuple[Report, ...]
     continues: str | None = None  # id of the trial that it continues, whose reports are its first ones
     confirms: str | None = None  # id of the trial of another study whose configuration it repeats
+    observed: int = 0  # number of reports that the driver has received
 
     @property
     def ended(self) -> bool:
@@ -47,6 +50,14 @@ class TrialRecord:
     def counts(self) -> bool:
         """Tell whether the trial has reported and has not failed, so that it can be the best."""
         return bool(self.reports) and self.status != "failed"
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether the record has all reports that the driver has received.
+
+        A file system may show late what another machine has written, and a user may have deleted a damaged history.
+        """
+        return (self.reports[-1]["report"] if self.reports else 0) >= self.observed
 
     @functools.cached_property
     def best(self) -> Report | None:
@@ -60,14 +71,25 @@ def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ())
 
 
 def read_record(folder: Path, study: optuna.Study, trial_id: str) -> TrialRecord:
-    """Read one trial of a study with its reports."""
+    """Read one trial of a study with its reports, also those that another machine has just written."""
+    # NFS asks the server about a folder that is opened. Otherwise it may miss new files for a minute.
+    for opened in (trial_folder(folder, trial_id).parent, trial_folder(folder, trial_id)):
+        with contextlib.suppress(OSError):
+            os.scandir(opened).close()
     return _read_record(folder, read_trial(study, trial_id))
 
 
 def _read_record(folder: Path, trial: StudyTrial) -> TrialRecord:
     reports = tuple(read_history(trial_folder(folder, trial.trial_id)))
     return TrialRecord(
-        trial.trial_id, trial.status, trial.settings, trial.reason, reports, trial.continues, trial.confirms
+        trial.trial_id,
+        trial.status,
+        trial.settings,
+        trial.reason,
+        reports,
+        trial.continues,
+        trial.confirms,
+        trial.observed,
     )
 
 
@@ -140,9 +162,10 @@ def frontier(records: list[TrialRecord], objective: Objective) -> list[TrialReco
 def trials_to_strip(records: list[TrialRecord], objective: Objective, spared: Collection[str] = ()) -> list[str]:
     """List the ended trials whose weights can be deleted to save space.
 
-    Weights are kept for the best trials, for those on the Pareto front of the objective, and for those in `spared`.
+    Weights are kept for the best trials, for those on the Pareto front of the objective, and for those in `spared`. A
+    trial whose record is not whole keeps its weights, because it may be one of the best.
     """
-    ended = [record for record in best_first(records) if record.ended]
+    ended = [record for record in best_first(records) if record.ended and record.is_whole]
     front = {record.trial_id for record in frontier(ended, objective)} if objective.front else set()
     return [record.trial_id for record in ended[KEPT:] if record.trial_id not in {*front, *spared}]
 

@@ -34,7 +34,8 @@ _FIRST_COLUMNS = (
 class Tables:
     """Keep the tables of a running study up to date with its record.
 
-    For an ended trial, the driver keeps only the curve and two reports, so that its memory hardly grows with reports.
+    For an ended trial, the driver keeps only the curve and two reports, so that its memory hardly grows with reports. A
+    record that is not whole is read again for each write.
     """
 
     def __init__(self, study: OpenStudy) -> None:
@@ -49,12 +50,19 @@ class Tables:
     def ended(self) -> list[TrialRecord]:
         return [*self._ended.values()]
 
+    @property
+    def _whole(self) -> dict[str, TrialRecord]:
+        return {trial_id: record for trial_id, record in self._ended.items() if record.is_whole}
+
     def read(self) -> list[TrialRecord]:
-        """Read the trials that are not kept yet. Trials of other drivers may have ended meanwhile."""
+        """Read the trials that are not kept whole yet. Trials of other drivers may have ended meanwhile."""
         # Pull the reports of trials on this and other machines.
-        unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in self._ended]
+        whole = self._whole
+        unknown = [t.trial_id for t in list_trials(self._study.optuna) if t.trial_id not in whole]
         self._study.copy.pull(trial_file(trial_id, HISTORY) for trial_id in unknown)
-        return self._study.records(self._ended)
+        records = self._study.records(whole)
+        self.keep([record for record in records if record.trial_id in self._ended])
+        return [record for record in records if record.trial_id not in self._whole]
 
     def add(self, trial_id: str) -> TrialRecord:
         """Read, keep and return a trial that has just ended."""
@@ -76,7 +84,8 @@ class Tables:
         with self._study.drivers.turn("files"):
             others = self.read()
             self._curves = [concatenate(*self._curves)]
-            write_tables(self._study.folder, [*self.ended, *others], concatenate(*self._curves, curves_of(others)))
+            records = [*self._whole.values(), *others]
+            write_tables(self._study.folder, records, concatenate(*self._curves, curves_of(others)))
         if push:
             self._study.copy.push(TRIALS, CURVES)
             self._pushed = len(self._ended)
@@ -85,7 +94,7 @@ class Tables:
 
     def keep(self, records: list[TrialRecord]) -> None:
         """Keep trials that have ended."""
-        self._curves.append(curves_of(records))
+        self._curves.append(curves_of(record for record in records if record.is_whole))
         self._ended |= {record.trial_id: keep_two_reports(record) for record in records}
 
 

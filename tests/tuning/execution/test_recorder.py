@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import shutil
 import threading
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.learn.run_folder import BEST, LAST, PREDICTIONS
+from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS
 from raytune_emotion.storage.locations import Folder, Remote
 from raytune_emotion.tuning.execution import backlog as backlog_module
 from raytune_emotion.tuning.execution import recorder as recorder_module
@@ -23,7 +25,7 @@ from raytune_emotion.tuning.policy.policies import make_policy
 from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SETTINGS, TAKEN_UP
 from raytune_emotion.tuning.study.endings import Broken, Failed
 from raytune_emotion.tuning.study.open_study import go_on, load, make_study, open_study, raise_epochs, read_study
-from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher
+from raytune_emotion.tuning.study.optuna_study import JOURNAL, Proposal, Searcher, trials_to_continue
 from raytune_emotion.tuning.study.records import KEPT
 from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
@@ -91,6 +93,29 @@ def test_weights_of_an_earlier_session_are_deleted_when_one_more_trial_betters_t
     recorder = Recorder(study.with_spec(dataclasses.replace(study.spec, trials=5)))
     assert run(recorder, folder, VALUES | {"0004": 0.05}) == ["0004"]
     assert {file.parent.name for file in folder.glob(f"trials/*/{BEST}")} == {"0001", "0003", "0004"}
+
+
+@pytest.mark.parametrize("visible", [[], [make_report(1, 0.5)]])
+def test_a_trial_whose_reports_become_visible_late_keeps_its_weights_and_its_rank(folder, visible):
+    """A client of NFS shows a file of another machine up to a minute late."""
+    recorder = Recorder(load(folder))
+    history = trial_folder(folder, "0003") / HISTORY
+    written = []
+    while (proposal := recorder.next()) is not None:
+        for report in train(folder, proposal.trial_id, VALUES[proposal.trial_id]):
+            if proposal.trial_id == "0003" and report["finished"]:
+                written.append(history.read_text())
+                history.write_text("".join(json.dumps(each) + "\n" for each in visible))
+            if not recorder.report(proposal.trial_id, report):
+                break
+    assert {*trial_folder(folder, "0003").iterdir()} >= {history.with_name(BEST), history.with_name(LAST)}
+    recorder._tables.write()
+    assert (folder / TRIALS).read_text().splitlines()[-1].startswith("0003,complete")
+    history.write_text(*written)
+    recorder._tables.write()
+    recorder.close()
+    assert (folder / TRIALS).read_text().splitlines()[1].startswith("0003,complete,3.0,0.1")
+    assert pd.read_parquet(folder / CURVES)["trial_id"].value_counts()["0003"] == 3
 
 
 def test_a_trial_that_broke_off_goes_on_and_one_that_was_stopped_is_told_so(folder):
@@ -487,6 +512,17 @@ def test_trial_that_was_to_go_on_from_weights_that_are_gone_starts_anew_and_says
     assert [recorder.report("0004", report) for report in reports] == [True] * 4 + [False]
     assert statuses(folder)["0004"] == "complete"
     assert run(recorder, folder, {"0005": 0.2, "0006": 0.3}, epochs=5) == ["0005", "0006"]
+
+
+def test_a_trial_whose_reports_are_lost_does_not_go_on_to_a_later_end(folder):
+    study = load(folder)
+    study = study.with_spec(dataclasses.replace(study.spec, trials=3))
+    recorder = Recorder(study)
+    run(recorder, folder, VALUES)
+    recorder.close()
+    (trial_folder(folder, "0001") / HISTORY).unlink()  # as the error about a damaged history advises
+    raise_epochs(study, dataclasses.replace(study.spec, epochs=5))
+    assert trials_to_continue(study.optuna) == {"0000"}
 
 
 def test_the_command_that_has_raised_the_epochs_may_be_typed_again(folder):

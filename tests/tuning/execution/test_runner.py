@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from ray.tune.experiment import Trial
 
 from raytune_emotion.errors import Breakdown
-from raytune_emotion.interruption import handle_signals
+from raytune_emotion.interruption import handle_signals, wait_unless_interrupted
 from raytune_emotion.tuning.execution import runner
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.placement import Demand
@@ -263,3 +263,26 @@ def test_an_interruption_while_a_uri_is_away_stays_one(monkeypatch, capsys):
     monkeypatch.setattr(runner, "_run", lambda *_: None)
     with pytest.raises(Breakdown, match="the URI is away"):
         run_study(run)
+
+
+@pytest.mark.parametrize(("fault", "told"), [(None, ""), (Breakdown("the URI is away"), "the URI is away\n")])
+def test_a_signal_does_not_cut_the_record_that_is_being_closed(monkeypatch, capsys, fault, told):
+    """The time budget is spent, and Slurm sends its signal. The signal ends the wait for a URI, and nothing else."""
+    closed = []
+
+    class Recorder:
+        broken = ""
+
+        def close(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not wait_unless_interrupted(60)
+            closed.append("in order")
+            if fault is not None:
+                raise fault
+
+    monkeypatch.setattr(runner, "Recorder", lambda *_, **__: Recorder())
+    monkeypatch.setattr(runner, "_run", lambda *_: None)
+    with handle_signals(), pytest.raises(KeyboardInterrupt):
+        run_study(SimpleNamespace(study=None, watch=None, until_gain=None))
+    assert closed == ["in order"]
+    assert capsys.readouterr().err == told

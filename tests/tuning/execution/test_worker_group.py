@@ -10,14 +10,16 @@ import ray
 import torch
 import torch.distributed as dist
 
+from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.tuning.execution import job as job_module
 from raytune_emotion.tuning.execution import worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, WorkersDied, train_here
 from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups, remove_group
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.worker_group import run_in_background
 from tests.support.cluster import held_resources
-from tests.support.reports import without_clocks
+from tests.support.reports import make_report, without_clocks
 
 
 def test_an_action_in_the_background_gives_its_result_or_raises_its_error():
@@ -116,6 +118,47 @@ def test_an_order_arrives_whole_at_all_workers(tmp_path):
         process.join(120)
     assert [process.exitcode for process in others] == [0, 0]
     assert [results.get(), results.get()] == [True, True]
+
+
+#: Longest wait within a step here, seconds.
+_SHORT_S = 2.0
+
+
+def _work_with_slow_data(rank, folder, job, results):
+    """Work as one of two workers. The second one fetches its data for longer than a collective of training waits."""
+
+    def fetch(address):
+        time.sleep(3 * _SHORT_S * rank)
+        return open_store(address)
+
+    def train_a_step(*_):
+        dist.all_reduce(torch.ones(1))
+        yield make_report(1, 0.5)
+
+    orders = iter([job.to_dict(), worker_group._STOP, {}])
+    job_module.open_store, job_module._fit = fetch, train_a_step
+    worker_group.train.get_context = lambda: SimpleNamespace(get_world_rank=lambda: rank)
+    worker_group.get_device = lambda: torch.device("cpu")
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=_SHORT_S))
+    with pytest.raises(KeyError):  # the last order is none
+        worker_group._work({"orders": SimpleNamespace(get=lambda: next(orders)), "messages": results})
+    dist.destroy_process_group()
+
+
+def test_workers_wait_for_one_whose_data_take_longer_than_a_step_may(tmp_path, store):
+    """One node may have the data in its cache, while another one fetches tens of GB."""
+    settings = {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 1}
+    job = Job("a", str(tmp_path / "a"), str(store.path), settings, Resources(2, 1.0, 0.0))
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_work_with_slow_data, args=(rank, tmp_path, job, results)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [results.get(timeout=60)[0] for _ in range(2)] == [worker_group._REPORT, worker_group._DONE]
 
 
 @pytest.mark.parametrize("error", [InvalidForRun(("one", "two")), OutOfMemory("too large"), Breakdown("no room")])

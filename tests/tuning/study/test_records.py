@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import subprocess
 
@@ -13,7 +14,9 @@ from ruamel.yaml import YAML
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.run_folder import BEST, HISTORY, LAST, PREDICTIONS
 from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
+from raytune_emotion.tuning.study import records as records_module
 from raytune_emotion.tuning.study import spec as spec_module
+from raytune_emotion.tuning.study.optuna_study import load_study
 from raytune_emotion.tuning.study.records import (
     KEPT,
     TrialRecord,
@@ -21,6 +24,7 @@ from raytune_emotion.tuning.study.records import (
     copy_checkpoint,
     delete_weights,
     frontier,
+    read_record,
     trials_to_strip,
     winner,
 )
@@ -28,7 +32,7 @@ from raytune_emotion.tuning.study.spec import SPEC, read_spec, write_spec
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS, concatenate, curves_of, keep_two_reports, write_tables
 from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.reports import RECORDS, make_report
-from tests.support.studies import spec_of
+from tests.support.studies import spec_of, write_study
 
 
 def test_a_commit_is_told_of_the_code_that_runs_alone(tmp_path, monkeypatch):
@@ -199,6 +203,31 @@ def test_only_the_best_ended_trials_and_the_running_ones_keep_their_weights(tmp_
     assert kept == {"0005", "0004", "0003", "0006"}
     assert len(kept) == KEPT + 1
     assert len(list(tmp_path.rglob("history.jsonl"))) == 7
+
+
+def test_a_trial_whose_record_is_not_whole_keeps_its_weights():
+    many = [TrialRecord(f"{i:04d}", "complete", {}, "", (make_report(1, 0.5 + i / 100),), observed=1) for i in range(5)]
+    many[3] = dataclasses.replace(many[3], observed=2)
+    many[4] = dataclasses.replace(many[4], reports=())
+    assert trials_to_strip(many, JS_ALONE) == []
+    assert trials_to_strip([dataclasses.replace(record, observed=0) for record in many], JS_ALONE) == ["0003", "0004"]
+
+
+def test_a_trial_that_has_just_ended_on_another_machine_is_read_anew(tmp_path, store, monkeypatch):
+    """A client of NFS misses a new file for up to a minute, unless the folder is opened."""
+    write_study(tmp_path / "study", store)
+    folder = trial_folder(tmp_path / "study", "0000")
+    opened, scandir, read_history = [], os.scandir, records_module.read_history
+
+    def open_folder(path):
+        opened.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", open_folder)
+    monkeypatch.setattr(
+        records_module, "read_history", lambda path: read_history(path) if opened == [folder.parent, folder] else []
+    )
+    assert read_record(tmp_path / "study", load_study(tmp_path / "study"), "0000").reports
 
 
 @pytest.mark.parametrize("names", [[HISTORY, PREDICTIONS, BEST, LAST], [HISTORY, BEST, LAST]])
