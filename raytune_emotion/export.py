@@ -33,12 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda names: [name.strip() for name in names.split(",")],
         action="extend",
         metavar="A,B",
-        help=f"formats to write: {', '.join(FORMATS)}; may be repeated (default: timm; for an ensemble: pt2)",
+        help=f"formats to write: {', '.join(FORMATS)}; may be repeated "
+        "(default: timm; for an ensemble: pt2, where it can be made)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    formats = list(dict.fromkeys(args.format or (["pt2"] if args.ensemble else ["timm"])))
+    formats = list(dict.fromkeys(args.format or ([] if args.ensemble else ["timm"])))
     _check(args, formats)
     if args.ensemble or args.soup:
         _export_combination(args, formats)

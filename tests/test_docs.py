@@ -30,6 +30,7 @@ from raytune_emotion.learn.export_folder import write_package
 from raytune_emotion.learn.metrics import distances_of, per_sample
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.library import studies
+from raytune_emotion.storage import remote
 from tests.support.studies import write_study
 from tests.support.surface import COLUMNS, FILES
 
@@ -333,6 +334,17 @@ def test_files_columns_and_metrics_are_listed():
     probs = torch.full((1, len(EMOTIONS)), 1 / len(EMOTIONS))
     for metric in per_sample(probs.log(), probs, distances_of(EMOTIONS)):
         assert f"`{metric}`" in text, f"{metric} is not defined"
+
+
+def test_uris_that_show_where_credentials_are_can_be_used():
+    """Only opened, without a request. That of S3 would ask for the bucket's region."""
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("### Credentials")[2]
+    opened = {}
+    for uri in re.findall(r"^\| `((?:gs|abfs)://[^`]+)`", text, re.MULTILINE):
+        remote.refuse_credentials(uri)
+        filesystem, opened[uri] = remote._open(uri)
+        assert filesystem.type_name in remote._COPY
+    assert [*opened.values()] == ["bucket/faces", "container/faces"]
 
 
 def test_all_included_spaces_are_listed():

@@ -162,7 +162,7 @@ def write_package(
     _write_model(
         dest,
         whole,
-        best,
+        [config],
         described,
         lambda checks: render_card(dest.name, described, config, metrics, formats, evidence, [*notes, checks]),
         metrics=metrics,
@@ -221,7 +221,7 @@ def write_ensemble_package(
     _write_model(
         dest,
         whole,
-        bests[0],
+        configs,
         described,
         lambda checks: render_ensemble_card(dest.name, described, configs, values, formats, gain, [*notes, checks]),
         metrics=values,
@@ -241,7 +241,7 @@ def _describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
 def _write_model(
     dest: Path,
     whole: Predictor,
-    best: Best,
+    configs: Sequence[RunConfig],
     described: Mapping[str, Any],
     card: Callable[[str], str],
     *,
@@ -254,7 +254,7 @@ def _write_model(
     Args:
         dest: the folder.
         whole: the model, on the CPU.
-        best: the run of the model, or of its first member.
+        configs: configuration of the model, or of each member.
         described: the content of `config.json`.
         card: makes the model card from a sentence on the comparison of the formats.
         metrics: the content of `metrics.json`.
@@ -265,7 +265,7 @@ def _write_model(
         FormatError: a format cannot be written, or predicts different probabilities.
         UserError: the folder cannot be written.
     """
-    config = RunConfig.from_flat(best.settings)
+    config = configs[0]
     sample = _sample_of(store, config.data.image_size)
     prob_NK = Package(whole, config.data.classes, config.data.image_size).predict(sample.images_NHWC)
 
@@ -275,7 +275,7 @@ def _write_model(
         write_text(new / METRICS, _json(metrics))
         checks = []
         for name in formats:
-            difference = _write_format(name, new, dest, whole, config, sample.images_NHWC, prob_NK)
+            difference = _write_format(name, new, dest, whole, configs, sample.images_NHWC, prob_NK)
             checks.append(f"{FORMATS[name]} differs from the model by {difference:.1g} at most.")
         checks.append(f"These are differences of probabilities on {sample.name}; up to {TOLERANCE:g} is accepted.")
         write_text(new / CARD, card(" ".join(checks)))
@@ -301,12 +301,12 @@ def _write_format(
     new: Path,
     dest: Path,
     whole: Predictor,
-    config: RunConfig,
+    configs: Sequence[RunConfig],
     images_NHWC: npt.NDArray[np.uint8],
     prob_NK: npt.NDArray[np.float64],
 ) -> float:
     """Write a model in one format, read it again, and return the largest difference of its probabilities."""
-    file = new / FORMATS[name]
+    file, config, what = new / FORMATS[name], configs[0], _name_model(configs)
     try:
         with atomic_write(file) as temporary:
             if name == TIMM:
@@ -319,16 +319,19 @@ def _write_format(
     except Exception as error:  # tracing or a runtime may raise anything for an arbitrary model
         if is_disk_full(error):
             raise destination_error(dest, error) from error
-        reason = f"{config.model.backbone} cannot be exported as {name} ({in_one_line(error)})"
+        reason = f"{what} cannot be exported as {name} ({in_one_line(error)})"
         raise FormatError(f"{dest}: {reason}; leave this format out", reason) from error
     difference = float(np.abs(found_NK - prob_NK).max())
     if not difference <= TOLERANCE:
-        reason = (
-            f"{config.model.backbone} as {name} gives probabilities that differ by {difference:.2g}, more than "
-            f"{TOLERANCE:g}"
-        )
+        reason = f"{what} as {name} gives probabilities that differ by {difference:.2g}, more than {TOLERANCE:g}"
         raise FormatError(f"{dest}: {reason}; leave this format out", reason)
     return difference
+
+
+def _name_model(configs: Sequence[RunConfig]) -> str:
+    """Return the backbone of a model, or the backbones of the members of an ensemble."""
+    names = ", ".join(dict.fromkeys(config.model.backbone for config in configs))
+    return names if len(configs) == 1 else f"an ensemble of {names}"
 
 
 @dataclass(frozen=True)

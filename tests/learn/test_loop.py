@@ -294,6 +294,7 @@ def test_only_the_head_learns_until_the_backbone_is_freed(store, tmp_path):
         }
         assert {"fc.weight", "fc.bias"} <= moved
         assert ("conv1.0.weight" in moved) == freed
+        assert {name for name in start if name.endswith(("running_mean", "running_var"))} <= moved
 
 
 def test_a_run_that_is_smoothed_balanced_and_decayed_by_layer_goes_on_as_if_it_had_not_been_stopped(store, tmp_path):

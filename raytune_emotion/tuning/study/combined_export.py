@@ -7,9 +7,16 @@ from typing import Any
 
 from raytune_emotion.learn.checkpoint import Best
 from raytune_emotion.learn.device import find_device
-from raytune_emotion.learn.export_folder import TIMM, publish_export, write_ensemble_package, write_package
+from raytune_emotion.learn.export_folder import (
+    TIMM,
+    FormatError,
+    publish_export,
+    write_ensemble_package,
+    write_package,
+)
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.study.combination import (
     Candidates,
     Combination,
@@ -31,12 +38,25 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
 
     The weights of its members, which `predict` loads, are always among the files.
 
+    Args:
+        study: location of the study.
+        dest: location to write.
+        most: largest number of members.
+        formats: beside the weights; empty: pt2 or, if that cannot be made, none, with a warning.
+
     Raises:
-        UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
+        UserError: there is nothing to combine, dest cannot be written, or a format in `formats` cannot be made.
     """
     with publish_export(dest) as package, read_study(study, *_WEIGHTS) as read:
         chosen = combine_ensemble(_candidates(read), most)
-        write_ensemble(package, chosen, study.name, formats)
+        try:
+            write_ensemble(package, chosen, study.name, formats or ["pt2"])
+        except FormatError as error:
+            if formats:
+                raise
+            why = f"{error.reason}, so only the weights are exported"
+            warn(why)
+            write_ensemble(package, chosen, study.name, [], [f"{why}."])
     return chosen
 
 

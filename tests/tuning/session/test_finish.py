@@ -442,7 +442,7 @@ def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, cand
     monkeypatch.setattr(export_folder, "write_graph", fail)
     *_, pt2 = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
     backbone = candidates.bests[0].settings["model.backbone"]
-    reason = f"{backbone} cannot be exported as pt2 (RuntimeError: a loop that depends on data)"
+    reason = f"an ensemble of {backbone} cannot be exported as pt2 (RuntimeError: a loop that depends on data)"
     assert (pt2.name, pt2.failure) == ("the ensemble as pt2", reason)
     assert isinstance(load_package(tmp_path / "dest").model, Ensemble)
     assert not (tmp_path / "dest" / "model.pt2").exists()

@@ -278,6 +278,51 @@ def test_the_command_exports_an_ensemble(study, store, tmp_path, monkeypatch, ca
     assert f"the ensemble of the trials {', '.join(two.trial_ids)} is exported" in capsys.readouterr().out
 
 
+@pytest.fixture
+def untraceable(monkeypatch):
+    """Let no model be written as a graph."""
+
+    def fail(*args):
+        raise RuntimeError("a loop that depends on data\nand a page of code")
+
+    monkeypatch.setattr(export_folder, "write_graph", fail)
+
+
+@pytest.mark.usefixtures("untraceable")
+@pytest.mark.parametrize("members", [(0, 1), (0,)])
+def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(study, store, tmp_path, monkeypatch, capsys, members):
+    """Also if one trial alone is the best."""
+    chosen = dataclasses.replace(combine_ensemble(candidates_of(study, store), 2), members=members)
+    monkeypatch.setattr(combined_export, "combine_ensemble", lambda candidates, most: chosen)
+    assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2"]) == 0
+    backbones = ", ".join(dict.fromkeys(best.settings["model.backbone"] for best in chosen.bests))
+    what = f"an ensemble of {backbones}" if len(members) > 1 else backbones
+    why = f"{what} cannot be exported as pt2 (RuntimeError: a loop that depends on data), so only the weights are"
+    assert capsys.readouterr().err == f"{why} exported\n"
+    assert {file.name for file in (tmp_path / "best").iterdir()} == {
+        "README.md", "config.json", "metrics.json", "model.safetensors"
+    }  # fmt: skip
+    assert load_package(tmp_path / "best").image_size == 32
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert f"- {model_card.escape_markdown(why)} exported.\n" in card
+
+
+@pytest.mark.usefixtures("untraceable")
+def test_a_format_of_an_ensemble_that_is_named_and_cannot_be_made_is_refused(
+    study, store, tmp_path, monkeypatch, capsys
+):
+    candidates = candidates_of(study, store)
+    backbones = [best.settings["model.backbone"] for best in candidates.bests]
+    members = (backbones.index("test_resnet"), backbones.index("test_vit"))
+    two = dataclasses.replace(combine_ensemble(candidates, 2), members=members)
+    monkeypatch.setattr(combined_export, "combine_ensemble", lambda candidates, most: two)
+    assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2", "--format", "pt2"]) == 2
+    told = capsys.readouterr().err
+    assert "best: an ensemble of test_resnet, test_vit cannot be exported as pt2 (" in told
+    assert "; leave this format out" in told
+    assert not (tmp_path / "best").exists()
+
+
 def test_the_command_says_how_many_trials_of_other_image_sizes_are_left_out(study, store, faces, tmp_path, capsys):
     command = [str(tmp_path / "study"), str(tmp_path / "best"), "--soup"]
     shutil.copytree(study, tmp_path / "study")
