@@ -1,4 +1,4 @@
-"""Studies in a bucket of a real S3 server, whose driver is killed and goes on elsewhere.
+"""Studies in a bucket, at S3 and at GCS, whose driver is killed and goes on elsewhere.
 
 Not part of `make test`: run it by `make machines ONLY=at_uri`.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 
 import pandas as pd
+import pytest
 import ray
 
 from raytune_emotion.cli import command_main
@@ -33,10 +34,11 @@ from tests.support.s3 import SECRET
 from tests.support.studies_at_uri import begin_study, break_off, check_went_on
 
 
+@pytest.mark.parametrize("server", ["bucket", "gcs"])
 def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
-    cluster, bucket, faces, tmp_path, capsys, monkeypatch, no_plots
+    cluster, server, request, faces, tmp_path, capsys, monkeypatch, no_plots
 ):
-    results = remote.join(bucket, "results")
+    results = remote.join(request.getfixturevalue(server), "results")
     uri = remote.join(results, "killed")
     (tmp_path / "space.yaml").write_text(json.dumps(RUN_SPACE | {"data.image_size": 32}))
 
