@@ -23,15 +23,20 @@ from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Remote
 from raytune_emotion.train import add_arguments, settings_of
 from raytune_emotion.tuning.execution import cluster as cluster_module
+from raytune_emotion.tuning.execution import recorder
 from raytune_emotion.tuning.execution.placement import Placement
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
+from raytune_emotion.tuning.policy.decisions import Begin, TakeUp
 from raytune_emotion.tuning.session import finish
 from raytune_emotion.tuning.study.open_study import load
+from raytune_emotion.tuning.study.spec import SPEC
 from raytune_emotion.tuning.study.tables import TRIALS
 from tests.support.cluster import RUN_SPACE, held_resources, joined_session, trials_in_this_process
+from tests.support.reports import without_clocks
 from tests.support.s3 import SECRET
-from tests.support.studies_at_uri import begin_study, break_off, check_went_on
+from tests.support.scripted_policy import ScriptedPolicy
+from tests.support.studies_at_uri import begin_study, break_off, check_went_on, lose
 
 
 @pytest.mark.parametrize("server", ["bucket", "gcs"])
@@ -111,6 +116,42 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
     assert [report["epoch"] for report in read_history(fit)] == [*range(1, 9)]
     assert load_package(tmp_path / "there" / "confirmed" / "best").image_size == 32
     assert load_package(tmp_path / "there" / "finished").image_size == 32
+
+
+def test_a_paused_trial_of_several_workers_goes_on_on_another_machine_as_if_it_had_not_paused(
+    cluster, bucket, store, tmp_path, monkeypatch
+):
+    uri = remote.join(bucket, "paused")
+    two_workers = Placement(Resources(2, 1.0, 0.0), 1, limit=1)
+    policy = ScriptedPolicy()
+    monkeypatch.setattr(recorder, "make_policy", lambda *_, **__: policy)
+    space = RUN_SPACE | {"model.backbone": "test_resnet"}
+    options = {"space": space, "trials": 2, "epochs": 4}
+
+    alone = begin_study(tmp_path / "alone", store, **options)
+    policy.answers = [Begin({}), None]
+    run_study(StudyRun(load(alone), two_workers))
+    (expected,) = load(alone).records()
+
+    folder = begin_study(tmp_path / "study", store, **options)
+    remote.push(folder, uri, [SPEC])
+    policy.decisions, policy.answers = {("0000", 2): "pause"}, [Begin({}), Begin({})]
+
+    def interrupt(event):
+        if event.proposal.trial_id == "0001" and event.report:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(StudyRun(load(folder, Remote(uri)), two_workers, watch=interrupt))
+    assert [record.status for record in load(folder).records()] == ["paused", "running"]
+
+    lose(folder, uri)
+    policy.answers = [TakeUp(0), None]
+    run_study(StudyRun(load(folder, Remote(uri)), two_workers))
+    records = load(folder).records()
+    assert [record.status for record in records] == ["complete", "complete"]
+    assert without_clocks(records[0].reports) == without_clocks(expected.reports)
+    assert held_resources() == (0.0, [])
 
 
 def test_a_trial_at_a_uri_goes_on_with_several_workers_and_one_that_they_cannot_train_fails(

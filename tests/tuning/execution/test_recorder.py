@@ -31,6 +31,7 @@ from raytune_emotion.tuning.study.remote_copy import TAKEN_OVER
 from raytune_emotion.tuning.study.tables import CURVES, TRIALS
 from raytune_emotion.tuning.study.trials import trial_folder
 from tests.support.reports import make_report, without_clocks
+from tests.support.scripted_policy import ScriptedPolicy
 from tests.support.studies import ONE_CORE, run_here, spec_of, train
 
 SPACE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "loss": "kl"}
@@ -304,27 +305,7 @@ def test_nothing_is_recorded_once_it_is_closed(folder):
 class TestPauses:
     @pytest.fixture
     def policy(self, monkeypatch):
-        """A policy that answers what a test says: after a report, and for a free place."""
-
-        class Policy:
-            decisions, answers, pasts, limits = {}, [], [], []
-
-            def decide(self, trial_id, report, past, limits):
-                return self.decisions.get((trial_id, report["report"]), "go on")
-
-            def decide_again(self, *about):
-                return self.decide(*about)
-
-            def replay(self, trials):
-                pass
-
-            def next(self, past, limits):
-                self.pasts.append([dict(trial.user_attrs) for trial in past])
-                self.limits.append(limits)
-                return self.answers.pop(0)
-
-        policy = Policy()
-
+        policy = ScriptedPolicy()
         monkeypatch.setattr(recorder_module, "make_policy", lambda *_, **__: policy)
         return policy
 
