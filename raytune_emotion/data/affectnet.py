@@ -116,7 +116,7 @@ class FaceFolder(Faces):
 
 
 def check_layout(root: Location) -> None:
-    """Check that a folder has the layout of AffectNetFused, without listing its files.
+    """Check that a folder has the layout of AffectNetFused.
 
     Raises:
         UserError: it has another layout.

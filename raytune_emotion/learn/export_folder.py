@@ -114,11 +114,11 @@ def predict_batch(package: Package, batch: Sequence[Picture], *, mirror: bool) -
 
 
 class FormatError(UserError):
-    """A model cannot be written in a format; it may be written in others. `reason` says why, without the folder."""
+    """A model cannot be written in a format, but perhaps in others. `reason` says why, without the folder."""
 
-    def __init__(self, faults: str | Iterable[str], reason: str = "") -> None:
-        super().__init__(faults)
-        self.reason = reason
+    def __init__(self, dest: Path, name: str, reason: str) -> None:
+        super().__init__(f"{dest}: {reason}; leave this format out")
+        self.format, self.reason = name, reason
 
 
 def write_package(
@@ -320,11 +320,11 @@ def _write_format(
         if is_disk_full(error):
             raise destination_error(dest, error) from error
         reason = f"{what} cannot be exported as {name} ({in_one_line(error)})"
-        raise FormatError(f"{dest}: {reason}; leave this format out", reason) from error
+        raise FormatError(dest, name, reason) from error
     difference = float(np.abs(found_NK - prob_NK).max())
     if not difference <= TOLERANCE:
         reason = f"{what} as {name} gives probabilities that differ by {difference:.2g}, more than {TOLERANCE:g}"
-        raise FormatError(f"{dest}: {reason}; leave this format out", reason)
+        raise FormatError(dest, name, reason)
     return difference
 
 

@@ -184,7 +184,7 @@ def _list_all(uri: str) -> list[FileInfo]:
 def _entries(filesystem: FileSystem, path: str) -> list[FileInfo]:
     """List the entries of a folder; return an empty list if it is missing.
 
-    At GCS, pyarrow lists subfolders only together with their content (arrow 35993).
+    At GCS, pyarrow lists subfolders only together with all of their content (arrow 35993).
     """
     deep = filesystem.type_name == "gcs"
     infos = filesystem.get_file_info(FileSelector(path, recursive=deep, allow_not_found=True))
@@ -327,9 +327,13 @@ def _put(file: Path, filesystem: FileSystem, target: str) -> None:
             else:
                 filesystem.copy_file(part, target)
                 filesystem.delete_file(part)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 filesystem.delete_file(part)
+            if isinstance(
+                error, FileNotFoundError
+            ):  # of the bucket, or of the part: callers take it for a missing file
+                raise OSError(first_line(error)) from error
             raise
 
 

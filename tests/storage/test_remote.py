@@ -145,6 +145,16 @@ def test_a_place_that_cannot_be_used_is_one_clear_sentence(bucket, tmp_path, mon
             assert "\n" not in fault
 
 
+def test_a_bucket_that_is_gone_while_files_are_written_is_a_breakdown(uri, folder, tmp_path, monkeypatch):
+    """Callers would take a FileNotFoundError for a missing file."""
+    monkeypatch.setattr(remote, "_WAITS", (0.01,))
+    gone = uri.replace("bucket", "nosuchbucket", 1)
+    if uri.startswith("file"):
+        monkeypatch.setattr(remote.shutil, "copyfileobj", lambda *_: shutil.rmtree(tmp_path / "at a place"))
+    with pytest.raises(Breakdown, match="failed"):
+        remote.push(folder, gone, ["a.txt"])
+
+
 def test_a_check_that_is_killed_is_a_fault_and_gets_no_signal_of_the_terminal(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\nkill -INT 0\n")  # to its whole group, as by Ctrl-C

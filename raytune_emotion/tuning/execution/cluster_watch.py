@@ -118,7 +118,8 @@ class ClusterWatch:
             with contextlib.suppress(Exception):  # any error counts as no answer
                 nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
                 if any(node["NodeID"] == self._node and not node["Alive"] for node in nodes):
-                    self._end.wait(_LAST_S)  # `failure` notices a raylet that ends, which tells more
+                    if self._vital:
+                        self._end.wait(_LAST_S)  # `failure` notices a raylet that ends, which tells more
                     dead = "this machine's Ray node was declared dead: it did not answer for too long"
                     self._failure = self._failure or dead
                 self._answered = time.monotonic()

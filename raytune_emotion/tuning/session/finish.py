@@ -14,7 +14,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import unseen_js_of_ensemble
 from raytune_emotion.learn.device import find_device
-from raytune_emotion.learn.export_folder import FormatError, publish_export, write_package
+from raytune_emotion.learn.export_folder import TIMM, FormatError, publish_export, write_package
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
 from raytune_emotion.storage.locations import Location
 from raytune_emotion.terminal import count, plain_console, plain_table
@@ -264,6 +264,8 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
         try:
             write_ensemble(dest, ensemble, study, ["pt2"], [_describe(steps)], _entries(steps))
         except FormatError as error:
+            if error.format == TIMM:
+                raise
             # `predict` only needs the weights.
             steps = [*steps, Step("the ensemble as pt2", None, failure=error.reason)]
             write_ensemble(dest, ensemble, study, [], [_describe(steps)], _entries(steps))

@@ -52,7 +52,7 @@ def export_ensemble(study: Location, dest: Location, most: int, formats: Sequenc
         try:
             write_ensemble(package, chosen, study.name, formats or ["pt2"])
         except FormatError as error:
-            if formats:
+            if formats or error.format == TIMM:
                 raise
             why = f"{error.reason}, so only the weights are exported"
             warn(why)

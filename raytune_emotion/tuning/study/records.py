@@ -53,11 +53,11 @@ class TrialRecord:
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether the record has all reports that the driver has received.
+        """Tell whether the record has all reports that the driver has received. Those of a failed trial do not count.
 
         A file system may show late what another machine has written, and a user may have deleted a damaged history.
         """
-        return (self.reports[-1]["report"] if self.reports else 0) >= self.observed
+        return self.status == "failed" or (self.reports[-1]["report"] if self.reports else 0) >= self.observed
 
     @functools.cached_property
     def best(self) -> Report | None:
@@ -71,26 +71,30 @@ def read_records(folder: Path, study: optuna.Study, known: Collection[str] = ())
 
 
 def read_record(folder: Path, study: optuna.Study, trial_id: str) -> TrialRecord:
-    """Read one trial of a study with its reports, also those that another machine has just written."""
-    # NFS asks the server about a folder that is opened. Otherwise it may miss new files for a minute.
-    for opened in (trial_folder(folder, trial_id).parent, trial_folder(folder, trial_id)):
-        with contextlib.suppress(OSError):
-            os.scandir(opened).close()
+    """Read one trial of a study with its reports."""
     return _read_record(folder, read_trial(study, trial_id))
 
 
 def _read_record(folder: Path, trial: StudyTrial) -> TrialRecord:
-    reports = tuple(read_history(trial_folder(folder, trial.trial_id)))
-    return TrialRecord(
+    """Read the reports of a trial, also those that another machine has just written."""
+    own = trial_folder(folder, trial.trial_id)
+    record = TrialRecord(
         trial.trial_id,
         trial.status,
         trial.settings,
         trial.reason,
-        reports,
+        tuple(read_history(own)),
         trial.continues,
         trial.confirms,
         trial.observed,
     )
+    if record.is_whole:
+        return record
+    # NFS asks the server about a folder that is opened. Otherwise it may miss new files for a minute.
+    for opened in (own.parent, own):
+        with contextlib.suppress(OSError):
+            os.scandir(opened).close()
+    return dataclasses.replace(record, reports=tuple(read_history(own)))
 
 
 def trained_settings(study: Location, record: TrialRecord) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Tables:
         self._study.copy.pull(trial_file(trial_id, HISTORY) for trial_id in unknown)
         records = self._study.records(whole)
         self.keep([record for record in records if record.trial_id in self._ended])
-        return [record for record in records if record.trial_id not in self._whole]
+        whole = self._whole
+        return [record for record in records if record.trial_id not in whole]
 
     def add(self, trial_id: str) -> TrialRecord:
         """Read, keep and return a trial that has just ended."""

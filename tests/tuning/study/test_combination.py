@@ -323,6 +323,17 @@ def test_a_format_of_an_ensemble_that_is_named_and_cannot_be_made_is_refused(
     assert not (tmp_path / "best").exists()
 
 
+def test_an_ensemble_whose_weights_cannot_be_written_is_refused_at_once(study, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no such type")
+
+    monkeypatch.setattr(export_folder, "save_file", fail)
+    assert command_main("export", [str(study), str(tmp_path / "best"), "--ensemble", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be exported as timm (" in line
+    assert not (tmp_path / "best").exists()
+
+
 def test_the_command_says_how_many_trials_of_other_image_sizes_are_left_out(study, store, faces, tmp_path, capsys):
     command = [str(tmp_path / "study"), str(tmp_path / "best"), "--soup"]
     shutil.copytree(study, tmp_path / "study")

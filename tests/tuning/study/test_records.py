@@ -25,6 +25,7 @@ from raytune_emotion.tuning.study.records import (
     delete_weights,
     frontier,
     read_record,
+    read_records,
     trials_to_strip,
     winner,
 )
@@ -211,6 +212,8 @@ def test_a_trial_whose_record_is_not_whole_keeps_its_weights():
     many[4] = dataclasses.replace(many[4], reports=())
     assert trials_to_strip(many, JS_ALONE) == []
     assert trials_to_strip([dataclasses.replace(record, observed=0) for record in many], JS_ALONE) == ["0003", "0004"]
+    failed = [dataclasses.replace(record, status="failed") for record in many]
+    assert trials_to_strip([*many[:3], *failed[3:]], JS_ALONE) == ["0003", "0004"], "these cannot be the best"
 
 
 def test_a_trial_that_has_just_ended_on_another_machine_is_read_anew(tmp_path, store, monkeypatch):
@@ -228,6 +231,8 @@ def test_a_trial_that_has_just_ended_on_another_machine_is_read_anew(tmp_path, s
         records_module, "read_history", lambda path: read_history(path) if opened == [folder.parent, folder] else []
     )
     assert read_record(tmp_path / "study", load_study(tmp_path / "study"), "0000").reports
+    opened.clear()
+    assert read_records(tmp_path / "study", load_study(tmp_path / "study"))[0].reports
 
 
 @pytest.mark.parametrize("names", [[HISTORY, PREDICTIONS, BEST, LAST], [HISTORY, BEST, LAST]])
