@@ -5,9 +5,10 @@ import lzma
 
 import numpy as np
 import pytest
+from optuna.samplers import GPSampler
 
 from benchmarks import taskset
-from benchmarks.judge import Verdict
+from benchmarks.judge import Verdict, simulate
 from benchmarks.taskset import SETTINGS, read_task
 from raytune_emotion.errors import UserError
 
@@ -55,6 +56,16 @@ def test_the_judge_writes_what_it_has_found_as_strict_json(tasks, tmp_path, caps
         assert share is None or 0 < share <= 1
     assert sum(policy["mean_rank"][-1] for policy in found["policies"].values()) == pytest.approx(1 + 2 + 3)
     assert "2 tasks" in capsys.readouterr().out
+
+
+def test_the_gaussian_process_of_optuna_is_judged_beyond_its_random_beginning(tmp_path, monkeypatch):
+    (tmp_path / "task.json").write_text(json.dumps(rows_of(0, count=40, validations=3)))
+    task = read_task(tmp_path / "task.json", steps=100)
+    proposed, propose = [], GPSampler.sample_relative
+    monkeypatch.setattr(GPSampler, "sample_relative", lambda *args: proposed.append(propose(*args)) or proposed[-1])
+    found = simulate(task, "gp+asha", 1, 0)
+    assert len(proposed) >= len(found.begun) > 10
+    assert [*filter(None, proposed)], "all proposals were random"
 
 
 def test_a_policy_that_never_reaches_the_end_of_random_search_has_no_share_and_equal_ones_share_their_rank():
