@@ -1,8 +1,9 @@
-"""Score what a study could train next in other ways than by its expected improvement, to compare them."""
+"""Score what a study could train next in other ways, or with other beliefs, than the project does, to compare them."""
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -12,6 +13,7 @@ from scipy.special import log_ndtr
 from raytune_emotion.tuning.policy import freeze_thaw
 from raytune_emotion.tuning.policy.decisions import Limits
 from raytune_emotion.tuning.policy.encoding import Configurations
+from raytune_emotion.tuning.policy.forecast import LENGTHS, Forecast
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, _cholesky
 from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Outlook
@@ -53,6 +55,28 @@ class RandomGoal(Outlook):
         goal = _best(self, mean_M) + math.log1p(-(10 ** _rng(self).uniform(*_GOALS)))
         log_M: Floats = log_ndtr((goal - mean_M) / (STD_FACTOR * std_M))
         return log_M
+
+
+class EqualLengths(Outlook):
+    """Forecast with the same prior of the length scale for every setting: that of a setting without an entry."""
+
+    lengths: ClassVar[Mapping[str, float]] = {}
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        forecast = functools.partial(Forecast, lengths=self.lengths)
+        with patch("raytune_emotion.tuning.policy.outlook.Forecast", forecast):
+            super().__init__(*args, **options)
+
+
+class OptimizerLengths(EqualLengths):
+    """Forecast with the priors of this project's optimizers for the settings of Taskset, which have other names."""
+
+    lengths: ClassVar[Mapping[str, float]] = {
+        "learning_rate": LENGTHS["optim.lr"],
+        **dict.fromkeys(
+            ("beta1", "beta2", "epsilon", "l1", "l2", "linear_decay", "exponential_decay"), LENGTHS["optim"]
+        ),
+    }
 
 
 def _best(outlook: Outlook, mean_M: Floats) -> float:

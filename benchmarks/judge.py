@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import table_console
-from benchmarks.alternatives import OtherScores, RandomGoal, ThompsonDraw
+from benchmarks.alternatives import EqualLengths, OptimizerLengths, OtherScores, RandomGoal, ThompsonDraw
 from benchmarks.former import FormerSampler
 from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
@@ -59,8 +59,13 @@ DEFAULT, RANDOM = "default", "random"
 WITHOUT, MISLED = "no-portfolio", "misled"
 #: Policies with other scores of what to train next, without a portfolio.
 THOMPSON, GOALS = "thompson", "goals"
+#: Policies with other priors of the length scales, without a portfolio: the same for all settings, and, on Taskset,
+#: those of this project's optimizers.
+EQUAL, AS_OPTIM = "no-lengths", "optim-lengths"
+#: Name of all recordings together.
+_ALL = "all recordings"
 #: Policies that are compared only by name.
-_SEPARATE = (WITHOUT, MISLED, THOMPSON, GOALS)
+_SEPARATE = (WITHOUT, MISLED, THOMPSON, GOALS, EQUAL, AS_OPTIM)
 
 
 @dataclass(frozen=True)
@@ -300,6 +305,8 @@ POLICIES: dict[str, Make] = {
     MISLED: functools.partial(_freeze_thaw, mislead),
     THOMPSON: functools.partial(_freeze_thaw, _nothing, scores=ThompsonDraw),
     GOALS: functools.partial(_freeze_thaw, _nothing, scores=RandomGoal),
+    EQUAL: functools.partial(_freeze_thaw, _nothing, scores=EqualLengths),
+    AS_OPTIM: functools.partial(_freeze_thaw, _nothing, scores=OptimizerLengths),
     RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),
     "random+asha": _stopping(_asha, _at_random),
     "tpe+asha": _stopping(_asha, _optuna("tpe")),
@@ -341,35 +348,31 @@ class Verdict:
         for number, name in enumerate(self.policies):
             runs_NA = self.regret_PTSA[number].reshape(-1, len(SPENT))
             middle_A = runs_NA.mean(axis=0) if self.bounded else np.median(runs_NA, axis=0)
-            error_A = runs_NA.std(axis=0, ddof=min(1, len(runs_NA) - 1)) / math.sqrt(len(runs_NA))
             share = math.inf if self.share_PTS is None else float(np.median(self.share_PTS[number]))
             told["policies"][name] = {
                 f"{'mean' if self.bounded else 'median'}_{word}": middle_A.tolist(),
-                "standard_error": error_A.tolist(),
+                "standard_error": _standard_error(runs_NA).tolist(),
                 "mean_rank": rank_PA[number].tolist(),
                 "share_to_random_end": share if share < math.inf else None,
                 "runs": len(runs_NA),
                 "by_recording": {
                     task: self.regret_PTSA[number, at].mean(axis=0).tolist() for at, task in enumerate(self.recordings)
                 },
-                "minus_default": self._minus_default(number),
+                "minus_first": self._minus_first(number),
             }
         return told
 
-    def _minus_default(self, number: int) -> dict[str, Any] | None:
-        """Return the difference of a policy to the default, seed by seed; None without the default."""
-        if DEFAULT not in self.policies:
-            return None
-        more_TSA = self.regret_PTSA[number] - self.regret_PTSA[self.policies.index(DEFAULT)]
-        seeds = more_TSA.shape[1]
-        error_TA = more_TSA.std(axis=1, ddof=min(1, seeds - 1)) / math.sqrt(seeds)
+    def _minus_first(self, number: int) -> dict[str, Any]:
+        """Return the difference of a policy from the first one, seed by seed: for each recording, and for all."""
+        more_TSA = self.regret_PTSA[number] - self.regret_PTSA[0]
+        groups = {**dict(zip(self.recordings, more_TSA, strict=True)), _ALL: more_TSA.reshape(-1, len(SPENT))}
         return {
-            task: {"mean": mean_A.tolist(), "standard_error": error_A.tolist()}
-            for task, mean_A, error_A in zip(self.recordings, more_TSA.mean(axis=1), error_TA, strict=True)
+            name: {"mean": more_NA.mean(axis=0).tolist(), "standard_error": _standard_error(more_NA).tolist()}
+            for name, more_NA in groups.items()
         }
 
     def show(self, console: Console, title: str) -> None:
-        """Print regrets of all recordings together, or the values of each recording with their differences."""
+        """Print regrets of all recordings, or the values of each, and the differences from the first policy."""
         table = Table(
             "policy", *(f"{share:.0%}" for share in SPENT), *(f"rank {share:.0%}" for share in SPENT), "random's end",
             title=title, title_justify="left", box=box.SIMPLE,
@@ -382,15 +385,22 @@ class Verdict:
             missing = "-" if self.share_PTS is None else "not reached"
             reached = f"{share:.2f}" if share is not None and share <= 1 else missing
             table.add_row(name, *cells, *ranks, reached)
-        for recording in () if self.bounded else self.recordings:
+        first = self.policies[0]
+        for group in [_ALL] if self.bounded else self.recordings:
             for name, each in policies.items():
-                means = (f"{value:.4f}" for value in each["by_recording"][recording])
-                table.add_row(f"{name}, {recording}", *means)
-                if name != DEFAULT and (more := each["minus_default"]) is not None:
-                    less = more[recording]
-                    cells = _with_errors(less["mean"], less["standard_error"], sign="+")
-                    table.add_row(f"{name} - {DEFAULT}, {recording}", *cells)
+                if not self.bounded:
+                    table.add_row(f"{name}, {group}", *(f"{value:.4f}" for value in each["by_recording"][group]))
+                if name != first:
+                    more = each["minus_first"][group]
+                    cells = _with_errors(more["mean"], more["standard_error"], sign="+")
+                    table.add_row(f"{name} - {first}, {group}", *cells)
         console.print(table)
+
+
+def _standard_error(value_NA: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the standard error of the mean of N runs, [A]."""
+    error_A: npt.NDArray[np.float64] = value_NA.std(axis=0, ddof=min(1, len(value_NA) - 1)) / math.sqrt(len(value_NA))
+    return error_A
 
 
 def _with_errors(values: Sequence[float], errors: Sequence[float], sign: str = "") -> list[str]:

@@ -76,11 +76,11 @@ def test_what_misleads_says_the_contrary_of_the_portfolio(recording):
     assert np.corrcoef(right.standard_scores(settings), wrong.standard_scores(settings))[0, 1] < -0.5
 
 
-def test_policies_are_compared_with_the_default_seed_by_seed():
+def test_policies_are_compared_with_the_first_one_seed_by_seed():
     js_PTSA = np.zeros((2, 1, 4, 5))
     js_PTSA[:, 0, :, 0] = [[0.1, 0.2, 0.3, 0.4], [0.3, 0.4, 0.5, 0.6]]
     told = Verdict([DEFAULT, WITHOUT], ["faces"], js_PTSA, None, bounded=False).to_json()["policies"]
-    more = told[WITHOUT]["minus_default"]["faces"]
+    more = told[WITHOUT]["minus_first"]["faces"]
     assert np.allclose(more["mean"], [0.2, 0, 0, 0, 0])
     assert np.allclose(more["standard_error"], 0)
     assert told[WITHOUT]["standard_error"][0] > 0.05
