@@ -10,7 +10,8 @@ and has the time of N mean ones. If a start point leaves settings out, they are 
 
 `default` begins with the portfolio, as a study of this space does, but without the part with the name of the file.
 `no-portfolio` is the default without a portfolio. `misled` has one in which the best configuration has the JS of the
-worst, and so on.
+worst, and so on. `no-lengths` has no portfolio, and the same prior of the length scale for every setting. Differences
+are those from the policy that is named first.
 """
 
 import argparse
