@@ -2,7 +2,7 @@
 
 Some need the user's own data, and are run separately: `python -m benchmarks taskset FOLDER` and
 `python -m benchmarks curves FILE… --space SPACE` compare search policies on recorded curves;
-`ablation`, `ferplus` and `finishing DATA` train on faces.
+`ablation`, `ferplus` and `finishing DATA` train on faces; `continuing STUDY…` reads studies that have ended.
 """
 
 import argparse
@@ -47,6 +47,7 @@ WITH_DATA = {
     "ablation": "benchmarks.ablation",
     "ferplus": "benchmarks.ferplus",
     "finishing": "benchmarks.finishing",
+    "continuing": "benchmarks.continuing",
 }
 _MODULES = {module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")}
 NAMES = sorted(_MODULES - _PARTS - WITH_DATA.keys())
