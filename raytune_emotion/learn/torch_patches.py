@@ -21,6 +21,9 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     # A convolution for which no algorithm had enough memory (pytorch 108645).
+    # The libraries allocate memory for themselves at their first call.
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUDNN_STATUS_NOT_INITIALIZED",
     "GET was unable to find an engine to execute this computation",
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",

@@ -26,6 +26,8 @@ from raytune_emotion.learn.device import (
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
 def test_errors_of_the_device_that_say_memory_ran_out(error, is_one):
     assert is_out_of_memory(error) == is_one
 
