@@ -79,11 +79,18 @@ def exact_fp32() -> Iterator[None]:
     by a variable of the environment in NVIDIA's containers.
     """
     switches: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [switch.allow_tf32 for switch in switches]
+    name, off = "allow_tf32", cast("bool | str", False)
+    try:
+        before = [getattr(switch, name) for switch in switches]
+    except RuntimeError:
+        # The program has set the newer switches. torch then refuses to read the older ones.
+        switches = *(getattr(torch.backends.cudnn, of) for of in ("conv", "rnn")), torch.backends.cuda.matmul
+        name, off = "fp32_precision", "ieee"
+        before = [getattr(switch, name) for switch in switches]
     for switch in switches:
-        switch.allow_tf32 = False
+        setattr(switch, name, off)
     try:
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+            setattr(switch, name, value)

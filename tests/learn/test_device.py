@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,3 +85,23 @@ def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     reduce_fragmentation()
     assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "it would have priority"
+_NEWER = """
+import torch
+from raytune_emotion.learn.device import exact_fp32
+backends = torch.backends
+backends.{switch}.fp32_precision = "{value}"
+switches = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+before = [switch.fp32_precision for switch in switches]
+with exact_fp32():
+    assert [switch.fp32_precision for switch in switches] == ["ieee"] * 3
+assert [switch.fp32_precision for switch in switches] == before
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has had it since 2.9")
+@pytest.mark.parametrize(("switch", "value"), [("cuda.matmul", "tf32"), ("cudnn.conv", "ieee")])
+def test_exact_fp32_works_in_a_program_that_uses_the_newer_switches(switch, value):
+    """In a process of its own, because nothing sets these switches back to what they were at the start."""
+    subprocess.run([sys.executable, "-c", _NEWER.format(switch=switch, value=value)], check=True)
+
+
