@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from raytune_emotion.learn.torch_patches import OUT_OF_MEMORY, suppress_compile_errors
+from raytune_emotion.learn.torch_patches import OUT_OF_MEMORY, limit_compile_threads, suppress_compile_errors
 
 T = TypeVar("T")
 
@@ -68,7 +68,32 @@ def compile_model(model: nn.Module) -> nn.Module:
     # Without a reset, earlier runs of this process count against torch's limit of shapes. The cache on disk is kept.
     torch.compiler.reset()
     suppress_compile_errors()
+    limit_compile_threads(torch.get_num_threads())
+    if "forward_features" in type(model).forward.__code__.co_names:
+        return _WithCompiledFeatures(model)
     return cast("nn.Module", torch.compile(model, dynamic=False))
+
+
+class _WithCompiledFeatures(nn.Module):
+    """A model of timm whose features are compiled, but not its head, which has the dropout.
+
+    Compiled code contains the dropout as a constant. With the head, no trial with another dropout could use it again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model: Any = model
+        features: Any = model.forward_features
+        self._features = torch.compile(features, dynamic=False)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        # Only here: the model is also evaluated, with other shapes.
+        self._model.forward_features = self._features
+        try:
+            logits_BK: torch.Tensor = self._model(x_BCHW)
+            return logits_BK
+        finally:
+            del self._model.forward_features
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 torch takes seconds.
 """
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,10 @@ OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    # A convolution for which no algorithm had enough memory (pytorch 108645).
     # The libraries allocate memory for themselves at their first call.
     "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
     "CUDNN_STATUS_NOT_INITIALIZED",
+    # A convolution for which no algorithm had enough memory (pytorch 108645).
     "GET was unable to find an engine to execute this computation",
     "Triton Error [CUDA]: out of memory",
     "DefaultCPUAllocator: can't allocate memory",
@@ -45,6 +46,18 @@ def suppress_compile_errors() -> None:
     `torch.compile` has no such option, and raises an error.
     """
     torch._dynamo.config.suppress_errors = True
+
+
+def limit_compile_threads(count: int) -> None:
+    """Let `torch.compile` use this number of processes. The user's variable of the environment wins.
+
+    By default it is the number of cores, up to 32, for each of the trials on a machine. torch reads the variable at its
+    import of a module that timm has imported.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = count
 
 
 def zero_momentum(sgd: SGD) -> None:

@@ -3,9 +3,12 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+from torch import nn
 
 from raytune_emotion.learn.device import (
+    compile_model,
     exact_fp32,
     find_device,
     halve_until_it_fits,
@@ -23,13 +26,13 @@ from raytune_emotion.learn.device import (
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] data. DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
-        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True),
 def test_errors_of_the_device_that_say_memory_ran_out(error, is_one):
     assert is_out_of_memory(error) == is_one
 
@@ -56,6 +59,47 @@ def test_a_gpu_is_the_device_if_there_is_one(monkeypatch, has_gpu, device):
     assert find_device() == torch.device(device)
 
 
+def gradients(net, model, x_BCHW):
+    """Train one step, as a run does."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BK = net(x_BCHW)
+    logits_BK.float().logsumexp(1).sum().backward()
+    return logits_BK, *(parameter.grad for parameter in model.parameters())
+
+
+def test_compiled_code_serves_every_dropout_and_learns_the_same(monkeypatch):
+    traced, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        traced.append(graph.code)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: torch_compile(call, dynamic=dynamic, backend=backend))
+    x_BCHW = torch.randn(4, 3, 32, 32)
+    learnt = []
+    for dropout in (0.1, 0.9):
+        model = timm.create_model("test_resnet", num_classes=8, drop_rate=dropout)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        compiled = gradients(compile_model(model), model, x_BCHW)
+        assert model.state_dict().keys() == before.keys()
+        assert "forward_features" not in vars(model), "an evaluation would be compiled, too"
+        model.load_state_dict(before)
+        plain = gradients(model, model, x_BCHW)
+        assert all(torch.equal(*both) for both in zip(compiled, plain, strict=True))
+        learnt.append(plain[-1])
+    first, second = traced
+    assert first == second
+    assert not torch.equal(*learnt)
+
+
+def test_a_model_without_features_is_compiled_whole(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
+    model = nn.Linear(1, 1)
+    assert compile_model(model) is model
+
+
 @pytest.mark.parametrize("allowed", [False, True])  # NVIDIA's containers allow it for products of matrices
 def test_exact_fp32_switches_tf32_off_and_back_on(allowed):
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -73,18 +117,6 @@ def test_exact_fp32_switches_tf32_off_and_back_on(allowed):
         matmul.allow_tf32 = usual
 
 
-def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back as it was
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    reduce_fragmentation()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    reduce_fragmentation()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
-    reduce_fragmentation()
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "it would have priority"
 _NEWER = """
 import torch
 from raytune_emotion.learn.device import exact_fp32
@@ -105,3 +137,15 @@ def test_exact_fp32_works_in_a_program_that_uses_the_newer_switches(switch, valu
     subprocess.run([sys.executable, "-c", _NEWER.format(switch=switch, value=value)], check=True)
 
 
+def test_memory_of_a_gpu_is_mapped_in_segments_that_grow(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back as it was
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    reduce_fragmentation()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    reduce_fragmentation()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    reduce_fragmentation()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ, "it would have priority"

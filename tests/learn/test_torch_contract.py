@@ -13,18 +13,25 @@ import torch
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from timm.models import PretrainedCfg, get_deprecated_models
 from torch import nn
+from torch._inductor import config as inductor
 from torch.nn.modules import batchnorm
 
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.learn.device import is_out_of_memory
 from raytune_emotion.learn.model import BatchNorm
 from raytune_emotion.learn.timm_patches import architectures
-from raytune_emotion.learn.torch_patches import misfits_of, suppress_compile_errors, zero_momentum
+from raytune_emotion.learn.torch_patches import (
+    limit_compile_threads,
+    misfits_of,
+    suppress_compile_errors,
+    zero_momentum,
+)
 from tests.support.interfaces import check_interface
 
 #: Where it is, and its parameters where it is called; None where it is an attribute.
 _PRIVATE = {
     "torch._dynamo.config:suppress_errors": None,
+    "torch._inductor.config:compile_threads": None,
     "torch.utils.tensorboard.summary:hparams": ("hparam_dict", "metric_dict", "hparam_domain_discrete"),
     "torch.utils.tensorboard.writer:FileWriter.add_summary": ("self", "summary", "global_step", "walltime"),
 }
@@ -49,6 +56,16 @@ def test_a_model_that_cannot_be_compiled_runs_uncompiled(monkeypatch):
     suppress_compile_errors()
     model = torch.compile(nn.Flatten(), backend=backend)
     assert model(torch.ones(2, 3, 4)).shape == (2, 12)
+
+
+def test_code_is_compiled_with_the_threads_of_the_trial_or_as_the_user_wishes(monkeypatch):
+    monkeypatch.setattr(inductor, "compile_threads", 5)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+    limit_compile_threads(3)
+    assert inductor.compile_threads == 5
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    limit_compile_threads(3)
+    assert inductor.compile_threads == 3
 
 
 def test_the_momentum_of_sgd_has_the_name_that_is_set():
