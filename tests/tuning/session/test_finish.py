@@ -225,6 +225,8 @@ def node(cpus, gpus, *, draining=False):
         ([node(8, 2)], False, 0.25, 1, Workers(2, 1.0, "auto")),
         # Of a batch of 32 rows, 16 each.
         ([node(64, 64)], False, 1.0, 1, Workers(2, 1.0, "auto")),
+        # As many as a trial has had may have fewer rows.
+        ([node(64, 64)], False, 1.0, 4, Workers(4, 1.0, "auto")),
         # A GPU counts if a worker fits there.
         ([node(8, 1), node(0, 1)], False, None, 1, Workers(1, None, "auto")),
         ([node(8, 1), node(8, 1, draining=True)], False, None, 1, Workers(1, None, "auto")),
@@ -242,6 +244,7 @@ def test_final_fit_has_workers_as_the_cluster_and_the_trials_suggest(
     study, monkeypatch, nodes, grows, share, of_trial, expected
 ):
     asked = []
+    monkeypatch.setattr(finish, "_LEAST_ROWS", 16)
     monkeypatch.setattr(finish, "ray_session", contextlib.nullcontext)
     monkeypatch.setattr(cluster_nodes, "list_nodes", lambda: dict(enumerate(nodes)))
     monkeypatch.setattr(cluster_nodes, "has_autoscaler", lambda: grows)
@@ -252,6 +255,17 @@ def test_final_fit_has_workers_as_the_cluster_and_the_trials_suggest(
     assert asked == [expected]
     # The final fit itself accepts what was counted.
     fit_to_cluster(Demand(expected.count, expected.gpus_per_worker, concurrency=1))
+
+
+def test_final_fit_with_a_small_batch_has_one_gpu(study, monkeypatch):
+    """Each of two GPUs launches as many kernels as one, which need not launch them one by one."""
+    asked = []
+    monkeypatch.setattr(finish, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(cluster_nodes, "list_nodes", lambda: {0: node(8, 2)})
+    monkeypatch.setattr(cluster_nodes, "has_autoscaler", lambda: False)
+    monkeypatch.setattr(finish, "train_single", lambda *args, **_: asked.append(args[3]))
+    assert finish._fit_longer(load(study), "0000", 2, "auto") == ""
+    assert asked == [Workers(1, None, "auto")]
 
 
 def test_final_fit_on_the_cores_of_this_machine_is_one_process(study, monkeypatch):
