@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -102,7 +102,13 @@ class Run:
 
 
 def fit(
-    config: RunConfig, store: Store, *, device: torch.device, folder: Path | None = None, resident: bool = True
+    config: RunConfig,
+    store: Store,
+    *,
+    device: torch.device,
+    folder: Path | None = None,
+    resident: bool = True,
+    wait_for_all: Callable[[], None] = lambda: None,
 ) -> Generator[Report, None, None]:
     """Train, and yield a report after every evaluation, once its checkpoint is written.
 
@@ -115,6 +121,7 @@ def fit(
         folder: folder of the checkpoints, which all workers can access; made if missing. A run in it is resumed.
             None keeps nothing.
         resident: whether the images may be kept on a GPU, if there is room for them.
+        wait_for_all: waits for all workers, see `start`.
 
     Yields:
         `report` (1, 2, ...), `epoch` (trained so far), `seconds` (of training and evaluation so far), `time` (unix),
@@ -128,18 +135,14 @@ def fit(
         Divergence: the loss or a metric is NaN or infinite.
     """
     plan = make_plan(config, store, device)
-    progress = checkpoint.read_progress(folder) if folder is not None else None
-    if dist.is_initialized():
-        _check_same_checkpoint(device, folder, progress)
-    if progress is not None:
-        check_same_run(config, store, folder, progress)
-    if folder is not None and plan.rank == 0:
-        checkpoint.repair_from_last(folder, progress)
+    progress = _read_progress(config, store, device, folder, plan)
     history = list(progress.history) if progress is not None else []
     if is_finished(config, plan, history):
         return
     origin = progress.origin if progress is not None else None
-    run = start(config, store, device, plan, fresh=progress is None, origin=origin, resident=resident)
+    run = start(
+        config, store, device, plan, fresh=progress is None, origin=origin, resident=resident, wait_for_all=wait_for_all
+    )
     if progress is None:
         origin = find_origin(config.model, weights=False).description
     average: nn.Module | None = run.average.module if run.average is not None else None
@@ -259,6 +262,7 @@ def start(
     fresh: bool,
     origin: Mapping[str, Any] | None = None,
     resident: bool = True,
+    wait_for_all: Callable[[], None] = lambda: None,
 ) -> Run:
     """Build the objects of a run. Pretrained weights are loaded only if it is fresh.
 
@@ -270,6 +274,8 @@ def start(
         fresh: whether the run is new.
         origin: description of the backbone's origin, from the checkpoint of a resumed run.
         resident: whether the images may be kept on a GPU, if they fit.
+        wait_for_all: waits until all workers have their weights and images. Everything else that is shared among
+            workers waits less long than a machine may take to fetch them.
     """
     model = _build_patiently(config, weights=fresh, description=origin)
     # Channels-last is faster on both kinds of devices: up to 1.7 times on a CPU.
@@ -277,10 +283,14 @@ def start(
     # With timm's warm-up, the average contains recent weights already in the first reports.
     decay = config.train.ema_decay**plan.averaged_every
     average = ModelEmaV3(model, decay, use_warmup=True) if decay > 0 else None
+    optimizer = build_optimizer(model, config.optim)
+    if not resident:
+        clear_cache()
+    train, val = cache_on_device(store, device) if resident else (store.train, store.val)
+    wait_for_all()
     net = compile_model(model) if is_compiled(config, device, plan) else model
     dtype = _dtype(config, device, plan.workers)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    optimizer = build_optimizer(model, config.optim)
     mean, std = mean_std(model)
     step = Step(
         net,
@@ -300,9 +310,6 @@ def start(
         # Several workers wait for each other within a step, so their steps are not captured.
         capture=device.type == "cuda" and torch.cuda.is_available() and plan.workers == 1,
     )
-    if not resident:
-        clear_cache()
-    train, val = cache_on_device(store, device) if resident else (store.train, store.val)
     return Run(config, store, device, plan, model, average, optimizer, scaler, step, train, val)
 
 
@@ -465,6 +472,20 @@ def _with_clocks_of_the_first(report: Report, device: torch.device) -> Report:
     dist.broadcast(taken, src=0)
     seconds, at, rate = taken.tolist()
     return {**report, "seconds": seconds, "time": at, "images_per_second": rate}
+
+
+def _read_progress(
+    config: RunConfig, store: Store, device: torch.device, folder: Path | None, plan: Plan
+) -> Progress | None:
+    """Read the progress of the run in a folder, check that all workers can continue it, and repair its files."""
+    progress = checkpoint.read_progress(folder) if folder is not None else None
+    if dist.is_initialized():
+        _check_same_checkpoint(device, folder, progress)
+    if progress is not None:
+        check_same_run(config, store, folder, progress)
+    if folder is not None and plan.rank == 0:
+        checkpoint.repair_from_last(folder, progress)
+    return progress
 
 
 def _check_same_checkpoint(device: torch.device, folder: Path | None, progress: Progress | None) -> None:

@@ -130,7 +130,7 @@ def train_here(job: Job) -> Generator[Report, None, None]:
 
 
 def train_on(
-    job: Job, device: torch.device, *, first: bool = True, wait_for_others: Callable[[], None] = lambda: None
+    job: Job, device: torch.device, *, first: bool = True, wait_for_all: Callable[[], None] = lambda: None
 ) -> Generator[Report, None, None]:
     """Train a worker's share of a job. The first worker also writes the settings, and events for TensorBoard.
 
@@ -140,8 +140,8 @@ def train_on(
         job: the job.
         device: device of this worker.
         first: whether this is the first worker.
-        wait_for_others: waits until all workers have opened their data. It is called before the first step, since no
-            step waits as long as a machine may take to fetch the data.
+        wait_for_all: waits for all workers. It is called once they have opened their data, and once they have their
+            weights, since no step waits as long as a machine may take to fetch either.
 
     Raises:
         TrialFailed: another attempt would fail too; OutOfMemory is a subclass.
@@ -153,7 +153,7 @@ def train_on(
     # All other files follow from the last state. Each worker reads its own copy, so machines need not share a disk.
     with outlast_outages(), _disk_errors(), job.kept_at.work_here(LAST) as folder:
         try:
-            with contextlib.closing(_train_in(folder, job, device, wait_for_others, first=first)) as reports:
+            with contextlib.closing(_train_in(folder, job, device, wait_for_all, first=first)) as reports:
                 for report in reports:
                     if first:
                         _push_changed(folder, job, pushed)
@@ -174,7 +174,7 @@ def train_on(
 
 
 def _train_in(
-    folder: Path, job: Job, device: torch.device, wait_for_others: Callable[[], None], *, first: bool
+    folder: Path, job: Job, device: torch.device, wait_for_all: Callable[[], None], *, first: bool
 ) -> Generator[Report, None, None]:
     """Train from the state in a folder of this machine."""
     config = RunConfig.from_flat(job.settings)
@@ -197,11 +197,11 @@ def _train_in(
         if events is not None:
             events.write_settings(job.settings)
         store = _open_data(job.store)
-        wait_for_others()
+        wait_for_all()
         if events is not None:
             # This runs once per trial, when it leaves its process, so no training waits for it.
             stack.callback(write_samples, events, folder, store)
-        for report in stack.enter_context(contextlib.closing(_fit(job, config, store, device, folder))):
+        for report in stack.enter_context(contextlib.closing(_fit(job, config, store, device, folder, wait_for_all))):
             if events is not None:
                 if not described:
                     # This comes after the first report, because `fit` may refuse these settings and data.
@@ -217,12 +217,12 @@ def _describe(folder: Path, job: Job) -> None:
 
 
 def _fit(
-    job: Job, config: RunConfig, store: Store, device: torch.device, folder: Path
+    job: Job, config: RunConfig, store: Store, device: torch.device, folder: Path, wait_for_all: Callable[[], None]
 ) -> Generator[Report, None, None]:
     """Train as `fit` does. If the checkpoint is damaged and the job may start anew, its reports are repeated."""
 
     def reports() -> Generator[Report, None, None]:
-        return fit(config, store, device=device, folder=folder, resident=job.resident)
+        return fit(config, store, device=device, folder=folder, resident=job.resident, wait_for_all=wait_for_all)
 
     try:
         yield from reports()

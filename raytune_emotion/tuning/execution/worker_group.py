@@ -56,8 +56,8 @@ PLACEMENT_GROUP = "placement_group"
 _ABORT_S = 5.0
 #: Longest wait for another worker within a step, seconds. A longer wait, as after a GPU error, ends all workers.
 _COLLECTIVE_S = 600
-#: Longest wait between two steps: for the next order, as the driver may be busy between two trials, and for the data of
-#: another worker, whose machine may still fetch them. If that worker fails, Ray Train ends all of them.
+#: Longest wait between two steps: for the next order, as the driver may be busy between two trials, and for the data
+#: and the weights of another worker, whose machine may still fetch them. If that worker fails, Ray Train ends all.
 _ORDER_WAIT = timedelta(days=7)
 
 _GO_ON, _STOP = "go on", "stop"
@@ -253,14 +253,14 @@ def _work(config: dict[str, Any]) -> None:
     def heard() -> Any:
         return _broadcast(orders.get() if first else None, ordered, first=first)
 
-    def wait_for_others() -> None:
+    def wait_for_all() -> None:
         dist.barrier(ordered)
 
     while True:
         job = Job.from_dict(heard())
         job = dataclasses.replace(job, resources=resources_here(job.resources))
         try:
-            training = train_on(job, get_device(), first=first, wait_for_others=wait_for_others)
+            training = train_on(job, get_device(), first=first, wait_for_all=wait_for_all)
             with contextlib.closing(training) as reports:
                 for report in reports:
                     if first:

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import Breakdown, UserError
+from raytune_emotion.learn import loop
 from raytune_emotion.learn.origin import WeightsUnavailableError
 from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.tuning.execution import job
@@ -22,6 +23,7 @@ from raytune_emotion.tuning.execution.job import (
     TrialFailed,
     newest_report,
     train_here,
+    train_on,
     train_with_retry,
     with_smaller_micro_batches,
 )
@@ -127,6 +129,26 @@ def test_a_smaller_attempt_leaves_the_images_in_their_files():
 def job_at(folder, store, **settings):
     config = RunConfig.from_flat({"data.image_size": 32, "model.backbone": "test_resnet", **settings})
     return Job("a", str(folder), str(store.path), config.to_flat(), Resources(1, 1.0, 0.0))
+
+
+def test_workers_wait_for_the_data_and_for_the_weights_of_all_before_they_share_anything(store, tmp_path, monkeypatch):
+    """A step waits for minutes only. A machine may fetch data and weights for longer, or read images from a disk."""
+    did = []
+    for module, name in (
+        (job, "open_store"),
+        (loop, "build_model"),
+        (loop, "cache_on_device"),
+        (loop, "_dtype"),
+        (loop, "Step"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real, **k: (did.append(name), real(*a, **k))[1])
+    settings = {"data.image_size": 32, "model.backbone": "test_resnet", "train.epochs": 1}
+    here = Job("a", str(tmp_path / "a"), str(store.path), settings, Resources(1, 1.0, 0.0))
+    reports = train_on(here, torch.device("cpu"), wait_for_all=lambda: did.append("wait"))
+    with contextlib.closing(reports):
+        next(reports)
+    assert did == ["open_store", "wait", "build_model", "cache_on_device", "wait", "_dtype", "Step"]
 
 
 def test_weights_that_a_machine_does_not_see_are_no_fault_of_the_trial(store, tmp_path):
