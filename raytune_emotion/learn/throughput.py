@@ -9,12 +9,14 @@ import dataclasses
 import gc
 import json
 import math
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from raytune_emotion.config import FlatConfig, RunConfig
@@ -33,8 +35,14 @@ COUNTS = (1, 2, 4, 8)
 _NEAR = 0.95
 #: Number of rows of a split that are used for a measurement.
 _ROWS = 4096
+#: Number of steps that choose kernels and capture a step as a graph.
+_WARM_UP = 4
 #: Length of training between two reports in a measurement, seconds.
 _SEGMENT_S = 0.25
+#: Longest wait for an answer, seconds. A process may compile its model beside seven others on few cores.
+_ANSWER_S = 1800.0
+#: Longest wait for the end of a process, seconds. One that hangs in the driver of a GPU cannot be ended.
+_END_S = 5.0
 
 
 def best_count(rates: Sequence[Mapping[int, float]]) -> int:
@@ -64,6 +72,10 @@ def fitting_counts(counts: Sequence[int], *, peak: float, images: float, total: 
     return [count for count in counts if peak + images * lives_on_device(images, room[count]) <= room[count]]
 
 
+#: Times of one clock of this machine, seconds, each with the number of images that a process has trained by then.
+Course = list[tuple[float, int]]
+
+
 class Process:
     """A process that trains on a device. It answers each order once, in order."""
 
@@ -79,7 +91,7 @@ class Process:
         self._tell({"settings": dict(settings), "store": store})
 
     def train(self, *, seconds: float, threads: int, share: float, resident: bool) -> None:
-        """Train for some seconds with a share of the device. The answer: images per second, None if out of memory.
+        """Train for some seconds with a share of the device. The answer: a `Course`, None if out of memory.
 
         `resident` says whether images that are on the device are read from there.
         """
@@ -90,12 +102,14 @@ class Process:
         self._tell({})
 
     def answer(self) -> Any:
-        """Wait for the next answer.
+        """Wait for the next answer. The caller waits for each before it gives another order.
 
         Raises:
-            Breakdown: the process has ended.
+            Breakdown: the process has ended, or it hangs.
         """
         assert self._popen.stdout is not None
+        if not select.select([self._popen.stdout], [], [], _ANSWER_S)[0]:
+            raise Breakdown(f"a process that measured the device's throughput gave no answer for {_ANSWER_S:g} s")
         line = self._popen.stdout.readline()
         if not line:
             raise Breakdown(f"a process that measured the device's throughput ended with code {self._popen.wait()}")
@@ -103,7 +117,8 @@ class Process:
 
     def end(self) -> None:
         self._popen.kill()
-        self._popen.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.communicate(timeout=_END_S)
 
     def _tell(self, order: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # the process has ended; `answer` will report it
@@ -124,13 +139,30 @@ def train_side_by_side(some: Sequence[Process], *, seconds: float, cores: float,
     """Train in processes at the same time, each with its share of the device and of the cores.
 
     Returns:
-        Their total images per second; None if one of them is out of memory.
+        Their total images per second while all of them train; None if one of them is out of memory, or too late.
     """
     for process in some:
         threads = max(1, int(cores / len(some)))
         process.train(seconds=seconds, threads=threads, share=1 / len(some), resident=resident)
-    rates = [process.answer() for process in some]
-    return None if None in rates else float(sum(rates))
+    courses = [process.answer() for process in some]
+    return None if None in courses else common_rate(courses)
+
+
+def common_rate(courses: Sequence[Course]) -> float | None:
+    """Return the total images per second from the latest start to the earliest end; None if there is no such time.
+
+    A process whose rivals have not begun or have ended has more of the device, and would seem too fast.
+    """
+    start = max(course[0][0] for course in courses)
+    end = min(course[-1][0] for course in courses)
+    if end <= start:
+        return None
+    images = 0.0
+    for course in courses:
+        times, counts = zip(*course, strict=True)
+        before, after = np.interp([start, end], times, counts)
+        images += float(after - before)
+    return images / (end - start)
 
 
 def measure(
@@ -249,29 +281,29 @@ def _prepare(settings: FlatConfig, place: str, device: torch.device) -> tuple[Ru
 
 
 def _begin(config: RunConfig, store: Store, device: torch.device) -> Run:
-    """Begin a run on a few rows, and warm it up. Its reports are about a quarter of a second apart."""
+    """Begin a run on a few rows, and warm it up."""
     few = dataclasses.replace(store, train=_first_rows(store.train, _ROWS), val=_first_rows(store.val, _ROWS))
     run = start(config, few, device, make_plan(config, few, device), fresh=False)
     evaluate(run.model, run.val, classes=store.classes, device=device, rows=rows_to_evaluate(run))
-    tried = _with_first_report_after(run, min(4, run.plan.steps_per_epoch))
-    train_segment(tried, [])  # chooses kernels
-    began = time.perf_counter()
-    train_segment(tried, [])
-    steps = tried.plan.stops[0] * _SEGMENT_S / (time.perf_counter() - began)
-    return _with_first_report_after(run, min(max(1, int(steps)), run.plan.steps_per_epoch))
+    tried = _with_first_report_after(run, _WARM_UP)
+    for _ in range(math.ceil(_WARM_UP / tried.plan.stops[0])):
+        train_segment(tried, [])
+    return tried
 
 
-def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bool) -> float:
-    """Train for some seconds, and return the images per second."""
+def _train(run: Run, *, seconds: float, threads: int, share: float, resident: bool) -> Course:
+    """Train for some seconds. Each number of images comes about a quarter of a second after the one before."""
     torch.set_num_threads(threads)
     limit_memory(run.device, share)
     if not resident:
         run = dataclasses.replace(run, train=run.store.train)
-    began, steps = time.perf_counter(), 0
-    while (took := time.perf_counter() - began) < seconds:
+    course = [(time.monotonic(), 0)]
+    while (began := course[-1][0]) < course[0][0] + seconds:
         train_segment(run, [])
-        steps += run.plan.stops[0]
-    return steps * run.plan.batch_rows / took
+        ended, steps = time.monotonic(), run.plan.stops[0]
+        course.append((ended, course[-1][1] + steps * run.plan.batch_rows))
+        run = _with_first_report_after(run, int(steps * _SEGMENT_S / (ended - began)))
+    return course
 
 
 def _images_on_device(run: Run) -> int:
@@ -280,8 +312,9 @@ def _images_on_device(run: Run) -> int:
 
 
 def _with_first_report_after(run: Run, steps: int) -> Run:
-    """Return the run with its first report after this number of steps."""
-    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=(steps,)))
+    """Return the run with its first report after this number of steps, at least one and at most those of an epoch."""
+    stops = (max(1, min(steps, run.plan.steps_per_epoch)),)
+    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=stops))
 
 
 def _first_rows(split: Split, rows: int) -> Split:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn import throughput
 from raytune_emotion.learn.device import allowance
-from raytune_emotion.learn.throughput import COUNTS, Process, best_count, fitting_counts, measure
+from raytune_emotion.learn.throughput import COUNTS, Process, best_count, common_rate, fitting_counts, measure
 
 CPU = torch.device("cpu")
 GIB = 2.0**30
@@ -55,6 +55,40 @@ def test_best_counts(rates, best):
     assert best_count(rates) == best
 
 
+@pytest.mark.parametrize(
+    ("courses", "rate"),
+    [
+        ([[(5.0, 0), (6.0, 30), (7.0, 50)]], 25.0),
+        # The second one is alone after the end of the first, and then twice as fast.
+        ([[(0.0, 0), (2.0, 200)], [(0.0, 0), (2.0, 200), (3.0, 400)]], 200.0),
+        # The first one is alone at first. The end of the second is within a report's training of the first.
+        ([[(0.0, 0), (1.0, 200), (3.0, 400)], [(1.0, 0), (2.0, 100)]], 200.0),
+        ([[(0.0, 0), (1.0, 100)], [(2.0, 0), (3.0, 100)]], None),
+    ],
+)
+def test_images_count_while_all_processes_train(courses, rate):
+    assert common_rate(courses) == rate
+
+
+def test_a_course_has_the_images_of_every_quarter_of_a_second(store, monkeypatch):
+    """However many steps these are, alone or beside others."""
+    clock, steps = [0.0], []
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+    def train_segment(run, history):
+        steps.append(run.plan.stops[0])
+        clock[0] += 0.0625 * steps[-1]
+
+    settings = {"data.image_size": 32, "train.batch_size": 8, "loss.kl": 1.0, "model.backbone": "test_resnet"}
+    run, _ = throughput._prepare(settings, str(store.path), CPU)
+    monkeypatch.setattr(throughput, "train_segment", train_segment)
+    run = throughput._with_first_report_after(run, 2)
+    course = throughput._train(run, seconds=0.5, threads=1, share=1.0, resident=True)
+    assert steps == [2, 4, 4]
+    assert course == [(0.0, 0), (0.125, 16), (0.375, 48), (0.625, 80)]
+
+
 @given(total=st.floats(GIB, 200 * GIB), count=st.integers(1, 64))
 def test_trials_that_share_a_device_have_room_together(total, count):
     each = allowance(total, 1 / count)
@@ -80,7 +114,7 @@ def test_several_trials_are_timed_at_the_same_time(store, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "optim.lr": 100.0}
     tried = {name: {**settings, "model.backbone": name} for name in ("test_vit", "test_resnet")}
-    found = measure(tried, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.1)
+    found = measure(tried, {32: str(store.path)}, CPU, cores=2, counts=(1, 2), seconds=0.5)
     assert list(found) == [*tried]
     for rates in found.values():
         assert list(rates) == [1, 2]
@@ -141,6 +175,7 @@ class Full(Here):
 def test_measure_leaves_out_counts_for_which_a_process_has_too_little_memory(store, monkeypatch, kinds, fitting):
     starts = iter(kinds)
     monkeypatch.setattr(throughput, "Process", lambda device: next(starts)(device))
+    monkeypatch.setattr(throughput, "common_rate", lambda courses: 1.0)  # here one trains after the other
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     settings = {"data.image_size": 32, "train.batch_size": 32, "loss.kl": 1.0, "model.backbone": "test_vit"}
     found = measure(
@@ -168,6 +203,14 @@ def test_a_process_whose_device_has_too_little_memory_says_so_and_hears_the_next
 def test_a_process_that_has_not_trained_rests_without_a_context_on_the_gpu():
     throughput._release(torch.device("cuda"))
     assert not torch.cuda.is_initialized()
+
+
+def test_a_process_that_hangs_is_told_of(monkeypatch):
+    monkeypatch.setattr(throughput, "_ANSWER_S", 0.1)
+    process = Process(CPU)
+    with pytest.raises(Breakdown, match=r"gave no answer for 0\.1 s"):
+        process.answer()  # to no order
+    process.end()
 
 
 def test_a_process_that_has_ended_is_told_of():
