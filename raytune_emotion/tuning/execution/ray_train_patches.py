@@ -6,6 +6,7 @@ It is imported only if a trial has several workers. `tests/tuning/execution/test
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,3 +103,13 @@ class Announcer(ControllerCallback, WorkerGroupCallback):
         state = worker_group.get_worker_group_state()
         nodes = {worker.metadata.node_id for worker in state.workers}
         self._messages.put((PLACE, (state.placement_group_handle.placement_group.id.hex(), sorted(nodes))))
+
+
+class Preparer(WorkerGroupCallback):
+    """Call a function in the process of each worker, before Ray Train chooses its GPU, which starts CUDA there."""
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        worker_group.execute(self._prepare)

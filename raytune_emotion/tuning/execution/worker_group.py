@@ -27,6 +27,7 @@ from ray.util.queue import Empty, Queue
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.known_errors import in_one_line
+from raytune_emotion.learn.device import reduce_fragmentation
 from raytune_emotion.learn.report import Report
 from raytune_emotion.storage.atomic import scratch_folder, write_text
 from raytune_emotion.terminal import count
@@ -47,6 +48,7 @@ from raytune_emotion.tuning.execution.ray_train_patches import (
     Controller,
     LoopbackConfig,
     PlainTrainer,
+    Preparer,
 )
 from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes, resources_here
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
@@ -89,7 +91,7 @@ class Workers:
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
         # Ray Train also accepts internal callbacks, although its annotation does not say so.
-        callbacks: list[Any] = [Announcer(self._messages)]
+        callbacks: list[Any] = [Announcer(self._messages), Preparer(reduce_fragmentation)]
         trainer = PlainTrainer(
             train_loop_per_worker=_work,
             train_loop_config={"orders": self._orders, "messages": self._messages},

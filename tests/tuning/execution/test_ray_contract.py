@@ -74,6 +74,7 @@ _PRIVATE = {
         "self", "train_run_context",
     ),
     "ray.train.v2._internal.execution.callback:WorkerGroupCallback.after_worker_group_start": ("self", "worker_group"),
+    "ray.train.v2._internal.execution.worker_group:WorkerGroup.execute": ("self", "fn", "fn_args", "fn_kwargs"),
     "ray.train.v2._internal.execution.worker_group:WorkerGroup.get_worker_group_state": ("self",),
     "ray.train.v2._internal.execution.worker_group.state:WorkerGroupState": (
         "start_time", "placement_group_handle", "workers", "sync_actor",

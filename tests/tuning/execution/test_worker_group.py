@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from raytune_emotion.data.store import open_store
 from raytune_emotion.errors import Breakdown
+from raytune_emotion.learn.device import reduce_fragmentation
 from raytune_emotion.tuning.execution import job as job_module
 from raytune_emotion.tuning.execution import worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, WorkersDied, train_here
@@ -98,6 +99,28 @@ def test_workers_wait_for_orders_outside_of_nccl(monkeypatch):
     with pytest.raises(InterruptedError):
         worker_group._work({"orders": None, "messages": None})
     assert groups == waited == ["gloo"]
+
+
+def test_workers_are_prepared_before_ray_train_starts_cuda_in_them(monkeypatch):
+    """Later, it would not matter how the memory of a GPU is to be mapped."""
+    made, executed = [], []
+
+    def trainer(**options):
+        made.append(options["run_config"].callbacks)
+        return SimpleNamespace(fit=lambda: None)
+
+    monkeypatch.setattr(worker_group, "Queue", lambda **_: SimpleNamespace(put=lambda _: None))
+    monkeypatch.setattr(worker_group, "PlainTrainer", trainer)
+    monkeypatch.setattr(worker_group, "live_nodes", dict)
+    worker_group.Workers(Job("a", "a", "s", {}, Resources(2, 1.0, 0.0)))._ending.close()
+    member = SimpleNamespace(metadata=SimpleNamespace(node_id="0"))
+    place = SimpleNamespace(placement_group=SimpleNamespace(id=b""))
+    state = SimpleNamespace(workers=[member], placement_group_handle=place)
+    for callback in made[0]:
+        callback.after_worker_group_start(
+            SimpleNamespace(execute=executed.append, get_worker_group_state=lambda: state)
+        )
+    assert executed == [reduce_fragmentation]
 
 
 def _hear(rank, meeting, results):
