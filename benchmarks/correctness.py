@@ -4,17 +4,22 @@ The rows are processed as in training: copied from the store to the device, augm
 model and back. An error is the L2 norm of the difference, divided by that of the reference: for the model's pixels, its
 logits, the losses of the rows, and the gradient of all parameters together. Weights are random, without dropout. The
 rows of validation have the error of its logits: in exact fp32, as in `evaluate`, and with TF32, as in cuDNN's default.
+
+The references, which take the most time, are computed at the same time, each in a process with its share of the cores.
 """
 
 import contextlib
-import copy
+import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import Table
 from benchmarks.training import DEVICE, SETUP, STUDY, config, faces
@@ -31,41 +36,66 @@ PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CPU = torch.device("cpu")
 
+Doubles = npt.NDArray[np.float64]
+
 
 def run() -> Iterator[Table]:
     columns = ("model", "precision", "pixels", "logits", "losses", "gradient")
     notes = [f"{SETUP.size} px, {ROWS} rows."]
     rows: list[tuple[object, ...]] = []
-    with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        store = open_store(faces(Path(scratch)))
-        for backbone in SETUP.backbones:
-            settings = config(backbone, "fp32", **{**STUDY, "model.dropout": 0.0, "augment.colour": 0.3})
-            reference = _step(settings, store, CPU, "fp64")
+    count = len(SETUP.backbones)
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with (
+        tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch,
+        ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (threads,)) as processes,
+    ):
+        place = faces(Path(scratch))
+        store = open_store(place)
+        references = {processes.submit(reference, backbone, place): backbone for backbone in SETUP.backbones}
+        for ended in as_completed(references):
+            backbone, (of_step, of_validation) = references[ended], ended.result()
             for precision in PRECISIONS[DEVICE.type]:
-                step = _step(settings, store, DEVICE, precision)
-                pairs = zip(step, reference, strict=True)
-                errors = (((value - right).norm() / right.norm()).item() for value, right in pairs)
-                rows.append((backbone, precision, *errors))
-            for name, error in _validation(settings, store):
-                rows.append((backbone, f"validation, {name}", "", error, "", ""))
+                step = _step(_settings(backbone), store, DEVICE, precision)
+                rows.append((backbone, precision, *map(_error, step, of_step)))
+                yield Table(columns, [*rows], notes)
+            for name, logits_BK in _validation(_settings(backbone), store):
+                rows.append((backbone, f"validation, {name}", "", _error(logits_BK, of_validation), "", ""))
             yield Table(columns, [*rows], notes)
 
 
-def _validation(settings: RunConfig, store: Store) -> list[tuple[str, float]]:
-    """Return the errors of the logits in evaluation mode."""
+def _settings(backbone: str) -> RunConfig:
+    return config(backbone, "fp32", **{**STUDY, "model.dropout": 0.0, "augment.colour": 0.3})
+
+
+def reference(backbone: str, place: Path) -> tuple[list[Doubles], Doubles]:
+    """Compute in fp64 on the CPU what `_step` returns, and the logits of validation."""
+    settings, store = _settings(backbone), open_store(place)
+    model, x_BCHW = _validated(settings, store)
+    with torch.inference_mode():
+        logits_BK = model.double()(x_BCHW.double())
+    return [value.numpy() for value in _step(settings, store, CPU, "fp64")], logits_BK.numpy()
+
+
+def _error(value: Tensor, right: Doubles) -> float:
+    expected = torch.from_numpy(right)
+    return float((value - expected).norm() / expected.norm())
+
+
+def _validated(settings: RunConfig, store: Store) -> tuple[nn.Module, Tensor]:
+    """Return the model in evaluation mode, and its pixels of the first rows of validation."""
     model = build_model(settings).eval()
     mean, std = mean_std(model)
-    x_BCHW = normalise(torch.from_numpy(store.val.gather(np.arange(ROWS))), mean, std)
+    return model, normalise(torch.from_numpy(store.val.gather(np.arange(ROWS))), mean, std)
+
+
+def _validation(settings: RunConfig, store: Store) -> Iterator[tuple[str, Tensor]]:
+    """Yield the logits in evaluation mode, in exact fp32 and with TF32."""
+    model, x_BCHW = _validated(settings, store)
+    model = model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.inference_mode():
-        right = copy.deepcopy(model).double()(x_BCHW.double())
-        model = model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x_BCHW = x_BCHW.to(DEVICE)
-        found = []
         for name, context in (("exact", exact_fp32()), ("TF32", contextlib.nullcontext())):
             with context:
-                logits_BK = model(x_BCHW).double().cpu()
-            found.append((name, ((logits_BK - right).norm() / right.norm()).item()))
-    return found
+                yield name, model(x_BCHW.to(DEVICE)).double().cpu()
 
 
 def _step(settings: RunConfig, store: Store, device: torch.device, precision: str) -> tuple[Tensor, ...]:
