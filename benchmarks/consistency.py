@@ -2,35 +2,32 @@
 
 An error of weights is the L2 norm of the difference of two runs' weights, divided by that of the change of one run's
 weights. On a GPU, two runs of the same settings also differ, because its sums have no fixed order. The other rows must
-be compared with that row. The benchmark also shows the behaviour when memory is short, and how often the host waits for
-the device.
+be compared with that row. The benchmark also shows how often the host waits for the device. Settings that change the
+step of the optimizer have a row each.
 """
 
 import contextlib
 import dataclasses
-import gc
 import itertools
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks import Table
-from benchmarks.training import DEVICE, SETUP, STUDY, config, faces, open_repeated
+from benchmarks.training import DEVICE, STUDY, config, faces
 from raytune_emotion.config import RunConfig
-from raytune_emotion.data.loader import batches, cache_on_device, clear_cache
+from raytune_emotion.data.loader import batches, cache_on_device
 from raytune_emotion.data.store import Store, open_store
-from raytune_emotion.learn.device import is_out_of_memory, limit_memory
 from raytune_emotion.learn.evaluation import evaluate
-from raytune_emotion.learn.loop import Run, fit, make_plan, start, train_segment
+from raytune_emotion.learn.loop import Plan, Run, fit, make_plan, start, train_segment
 from raytune_emotion.learn.run_folder import LAST
-from raytune_emotion.learn.throughput import measure
 
 BACKBONES = {"cpu": {"test_resnet": "fp32"}, "cuda": {"resnet18": "fp32", "efficientnet_b0": "bf16"}}[DEVICE.type]
 EVERYTHING = {
@@ -42,6 +39,21 @@ EVERYTHING = {
     "train.ema_decay": 0.9,
     "train.accumulate": 2,
 }
+SGD = {"optim.name": "sgd", "optim.lr": 1e-2}
+#: Steps of a run; and of one whose first half trains only the head: each half captures its own graph.
+STEPS, STEPS_FREEZING = 8, 12
+#: By name: backbone, precision and settings.
+SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "SGD": ("resnet18", "fp32", SGD),
+    "SGD, clipped": ("resnet18", "fp16", {**SGD, "train.grad_clip": 0.1}),
+    "drop path": ("efficientnet_b0", "bf16", {"model.drop_path": 0.2}),
+    "layer decay": ("resnet18", "bf16", {"optim.layer_decay": 0.8}),
+    "RandAugment": ("resnet18", "bf16", {"augment.operations": 2}),
+    "average, micro-batches, mixup and cutmix": ("resnet18", "bf16", EVERYTHING),
+    "ViT": ("vit_base_patch16_224", "bf16", {}),
+}
+if DEVICE.type == "cpu":
+    SETTINGS = {name: ("test_resnet", "fp32", more) for name, (_, _, more) in SETTINGS.items() if name != "ViT"}
 
 
 Row = tuple[object, ...]
@@ -49,32 +61,39 @@ Row = tuple[object, ...]
 
 def run() -> Iterator[Table]:
     """Make all checks. One that fails is a row."""
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="raytune_emotion-") as scratch:
-        store = open_store(faces(Path(scratch)))
-        for name, check in _checks(store, Path(scratch)).items():
-            try:
-                rows += check()
-            except Exception as error:
-                rows.append((name, "", "", f"{type(error).__name__}: {error}", "failed"))
-            yield Table(("check", "model", "precision", "result", "of what"), [*rows])
+        yield from check_all(_checks(open_store(faces(Path(scratch))), Path(scratch)))
+
+
+def check_all(checks: Mapping[str, Callable[[], list[Row]]]) -> Iterator[Table]:
+    """Make checks by name, and yield a table after each."""
+    rows: list[Row] = []
+    for name, check in checks.items():
+        try:
+            rows += check()
+        except Exception as error:
+            rows.append((name, "", "", f"{type(error).__name__}: {error}", "failed"))
+        yield Table(("check", "model", "precision", "result", "of what"), [*rows])
 
 
 def _checks(store: Store, scratch: Path) -> dict[str, Callable[[], list[Row]]]:
-    """Return the checks by name. Those of memory are last, because they take all of it."""
+    """Return the checks by name."""
     checks: dict[str, Callable[[], list[Row]]] = {"images on the device and from files": partial(_images, store)}
     for backbone, precision in BACKBONES.items():
-        checks |= {
-            f"launched again, {backbone}": partial(_runs, backbone, precision, store),
-            f"resumed, {backbone}": partial(_resumed, backbone, precision, store, scratch),
-        }
+        checks[f"launched again, {backbone}"] = partial(_runs, backbone, precision, store)
+    for name, (backbone, precision, more) in SETTINGS.items():
+        checks[name] = partial(_captured_or_not, name, settings_of(backbone, precision, **more), store)
+    backbone, precision = next(iter(BACKBONES.items()))
+    # The head alone is trained in the first half of the steps.
+    epochs = STEPS_FREEZING / 2 / make_plan(settings_of(backbone, precision), store, DEVICE).steps_per_epoch
+    freezing = settings_of(backbone, precision, **{"model.freeze_epochs": epochs})
+    checks["frozen at first"] = partial(_captured_or_not, "frozen at first", freezing, store, steps=STEPS_FREEZING)
     if DEVICE.type == "cuda":
-        checks |= {
-            f"waits of the host, {precision}": partial(_waits, precision, store) for precision in ("bf16", "fp16")
-        }
-        checks["out of memory by size"] = partial(_out_of_memory, "out of memory by size", 1.0, 4096, store)
-        checks["out of memory by share"] = partial(_out_of_memory, "out of memory by share", 0.05, 256, store)
-        checks["auto"] = partial(_too_large_for_auto, store)
+        checks |= {f"waits of the host, {kind}": partial(_waits, kind, store) for kind in ("bf16", "fp16")}
+    for resumed, kind in BACKBONES.items():
+        checks[f"resumed, {resumed}"] = partial(_resumed, resumed, kind, store, scratch)
+    # The last one, because it could break the device for this process.
+    checks["a capture that fails"] = partial(_failed_capture, backbone, precision, store)
     return checks
 
 
@@ -101,18 +120,67 @@ def _runs(backbone: str, precision: str, store: Store) -> list[Row]:
     return [(name, backbone, precision, error, "error of weights") for name, error in found]
 
 
-def _weights(settings: RunConfig, store: Store, plan: Any, *, steps: int = 8, capture: bool = False) -> torch.Tensor:
+def _weights(
+    settings: RunConfig, store: Store, plan: Plan, *, steps: int = STEPS, capture: bool = False
+) -> torch.Tensor:
     run = start(settings, store, DEVICE, plan, fresh=True)
+    if steps:
+        _train(run, steps, capture=capture)
+    return _weights_of(run)
+
+
+def _train(run: Run, steps: int, *, capture: bool) -> float:
+    """Train some steps, all launched, or some of them captured; return the mean loss."""
     if not capture:
         run.step.capture = False
-    if steps:
-        train_segment(dataclasses.replace(run, plan=dataclasses.replace(plan, stops=(steps,))), [])
-        assert capture == (run.step.captured)
-    return torch.cat([p.detach().double().flatten().cpu() for p in run.model.parameters()])
+    loss, _ = train_segment(dataclasses.replace(run, plan=dataclasses.replace(run.plan, stops=(steps,))), [])
+    if capture != run.step.captured:
+        raise RuntimeError("no step was captured" if capture else "a step was captured")
+    return loss
+
+
+def _weights_of(run: Run) -> torch.Tensor:
+    average = [*run.average.module.parameters()] if run.average is not None else []
+    return torch.cat([p.detach().double().flatten().cpu() for p in (*run.model.parameters(), *average)])
+
+
+def _captured_or_not(name: str, settings: RunConfig, store: Store, steps: int = STEPS) -> list[Row]:
+    """Compare captured steps with launched ones; on a CPU, launched ones with launched ones."""
+    plan = make_plan(settings, store, DEVICE)
+    runs = [start(settings, store, DEVICE, plan, fresh=True) for _ in range(2)]
+    origin = _weights_of(runs[0])
+    losses = [
+        _train(run, steps, capture=capture) for run, capture in zip(runs, (False, DEVICE.type == "cuda"), strict=True)
+    ]
+    launched, captured = map(_weights_of, runs)
+    of_what = (
+        f"error of weights after {steps} steps; mean loss {losses[0]:.6f}, difference {losses[1] - losses[0]:+.1e}"
+    )
+    row = (name, settings.model.backbone, settings.train.precision, _error(captured, launched, origin), of_what)
+    return [row]
+
+
+def _failed_capture(backbone: str, precision: str, store: Store) -> list[Row]:
+    """Compare the steps of a model that waits for the device, which no graph can, with those of the same model."""
+    settings = settings_of(backbone, precision)
+    plan = make_plan(settings, store, DEVICE)
+    origin, launched = _weights(settings, store, plan, steps=0), _weights(settings, store, plan)
+    run = start(settings, store, DEVICE, plan, fresh=True)
+    run.model.register_forward_pre_hook(_wait_for_pixels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_segment(dataclasses.replace(run, plan=dataclasses.replace(plan, stops=(STEPS,))), [])
+    said = sum("cannot be captured" in str(warning.message) for warning in caught)
+    of_what = f"error of weights, launched on, with {said} warning; captured: {run.step.captured}"
+    return [("a capture that fails", backbone, precision, _error(_weights_of(run), launched, origin), of_what)]
 
 
 def _error(weights: torch.Tensor, other: torch.Tensor, origin: torch.Tensor) -> float:
     return float((weights - other).norm() / (other - origin).norm())
+
+
+def _wait_for_pixels(model: nn.Module, given: tuple[torch.Tensor]) -> None:
+    given[0].sum().item()
 
 
 def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> list[Row]:
@@ -134,51 +202,6 @@ def _resumed(backbone: str, precision: str, store: Store, scratch: Path) -> list
     errors = [_error(weights[name], weights["whole"], 0 * weights["whole"]) for name in others]
     of_what = f"val JS, bits ({js[1]:.1e} between two whole runs); weights {errors[0]:.1e} ({errors[1]:.1e})"
     return [("resumed after each report", backbone, precision, js[0], of_what)]
-
-
-def _out_of_memory(name: str, share: float, rows_of_batch: int, store: Store) -> list[Row]:
-    """Train a batch that is too large for this share of the memory, then the same in micro-batches."""
-    limit_memory(DEVICE, share)
-    large = RunConfig.from_flat(
-        settings_of("resnet50", "fp32").to_flat()
-        | {
-            "train.batch_size": rows_of_batch,
-            # One report per step.
-            "train.evals_per_epoch": SETUP.rows * SETUP.repeats // rows_of_batch,
-        }
-    )
-    smaller = RunConfig.from_flat(large.to_flat() | {"train.accumulate": 64, "train.epochs": 1})
-    try:
-        return [
-            (what, "resnet50", "fp32", *_ending(settings, store.path))
-            for what, settings in ((name, large), (f"{name}, then smaller", smaller))
-        ]
-    finally:
-        limit_memory(DEVICE, 1.0)
-
-
-def _too_large_for_auto(store: Store) -> list[Row]:
-    # A batch has at most all rows of the store.
-    rows = min(8192, len(store.train.ids))
-    settings = config("resnet50", "fp32", 8192).to_flat()
-    found = measure({"resnet50": settings}, {SETUP.size: str(store.path)}, DEVICE, cores=4, counts=(1, 2), seconds=0.1)
-    return [(f"auto with a batch of {rows}", "resnet50", "fp32", str(found), "rates by number of trials")]
-
-
-def _ending(settings: RunConfig, place: Path) -> tuple[str, str]:
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        for _ in fit(settings, open_repeated(place), device=DEVICE, resident=settings.train.accumulate == 1):
-            break
-        ending = "trained"
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        ending = type(error).__name__
-    gc.collect()
-    clear_cache()
-    torch.cuda.empty_cache()
-    return ending, f"at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
 
 
 def _waits(precision: str, store: Store) -> list[Row]:
