@@ -1,15 +1,17 @@
 """A study on the full FER+ at 96 px: tf_efficientnet_lite0 from ImageNet weights and from scratch.
 
-`python -m benchmarks ferplus DATA --weights-dir FOLDER --seconds N` takes about N seconds. In the first half it runs
-64 trials of at most 8 epochs, as far as they get. In the rest it trains the best configuration with three fresh seeds.
-A run whose time is over ends with the epochs that it has.
+`python -m benchmarks ferplus DATA --weights-dir FOLDER --seconds N` takes about N seconds. In the first half, or
+another share, it runs 64 trials of at most 8 epochs, as far as they get. In the rest it trains the best configuration
+with three fresh seeds. A run whose time is over ends with the epochs that it has.
 
 It reports JS, KL and accuracy on PublicTest: the validation set of DATA, as `raytune_emotion.data.ferplus` writes it.
 PublicTest is split once, by a hash of the ids. Settings and epochs are chosen on one half, and the numbers of the other
 half, which has chosen nothing, stand beside those of all. PrivateTest is not touched.
 """
 
+import contextlib
 import csv
+import os
 import statistics
 import subprocess
 import sys
@@ -25,12 +27,15 @@ from benchmarks import Table
 from benchmarks.__main__ import measure_in_folder, parser_of, run_timed
 from benchmarks.finishing import Faces, faces_folder, predict, score, split_validation
 from raytune_emotion.data.affectnet import SPLITS
-from raytune_emotion.learn.run_folder import read_history
+from raytune_emotion.learn.run_folder import HISTORY, read_history
+from raytune_emotion.storage.yaml_text import load_yaml
+from raytune_emotion.tuning.study.spec import SPEC
 
 SPACE = Path(__file__).with_name("ferplus.yaml")
 _NAME = "ferplus"
 _COLUMNS = ("what", "value")
-#: Of the whole time, that of the search; and of the time of a final run, that of its training. The rest predicts.
+#: Of the whole time, that of the search by default; and of the time of a final run, that of its training. The rest
+#: predicts.
 _SEARCH, _TRAINING = 0.5, 0.8
 #: What is reported of the final runs, by metric.
 _METRICS = {"js": "JS, bits", "kl": "KL, nats", "accuracy": "accuracy"}
@@ -52,6 +57,7 @@ class Plan:
     seconds: float
     seeds: int
     gpus: str
+    search: float = _SEARCH  # share of the seconds
 
 
 def study(plan: Plan, work: Path) -> Iterator[Table]:
@@ -82,13 +88,13 @@ def _search(plan: Plan, faces: Faces, work: Path) -> list[Row]:
     command = [sys.executable, "-m", "raytune_emotion.search", "--data", str(faces.searched), "--skip-bad"]
     command += ["--space", str(plan.space), "--trials", str(plan.trials), "--epochs", str(plan.epochs)]
     command += ["--weights-dir", plan.weights] if plan.weights is not None else []
-    command += ["--time-budget", f"{plan.seconds * _SEARCH:.0f}s", "--results", str(work), "--name", _NAME]
+    command += ["--time-budget", f"{plan.seconds * plan.search:.0f}s", "--results", str(work), "--name", _NAME]
     # The portfolio may have been recorded on the same faces.
     command += ["--warm-start", "none"]
     command += ["--gpus-per-worker", plan.gpus] if torch.cuda.is_available() else []
     used: list[tuple[float, float]] = []
     ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(used, ended))
+    watcher = threading.Thread(target=_watch, args=(work, used, ended))
     watcher.start()
     try:
         code, took = run_timed(command)
@@ -103,11 +109,12 @@ def _search(plan: Plan, faces: Faces, work: Path) -> list[Row]:
     ]
     n_ended = sum(trial["status"] in ("complete", "pruned") for trial in trials)
     rows.append(("trials per hour", 3600 * n_ended / took))
+    rows += [("GPUs per trial", share) for share in _share(work)]
     for start, reported in _by_start(_reported(work)):
         rows.append((f"best JS from {start}, bits", float(reported[0]["best_val_js"])))
         rows += [(f"… its {name}", reported[0][name]) for name in ("epochs", "seconds", "val_kl", "val_accuracy")]
     if used:
-        rows.append(("GPU utilisation, mean %", sum(busy for busy, _ in used) / len(used)))
+        rows.append(("GPU utilisation from the first report on, mean %", sum(busy for busy, _ in used) / len(used)))
         rows.append(("GPU memory, most MiB", max(memory for _, memory in used)))
     return rows
 
@@ -154,6 +161,13 @@ def _trials(work: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
+def _share(work: Path) -> list[float]:
+    """Return the share of a GPU that each trial had, which `auto` may have chosen; empty without a GPU."""
+    file = work / _NAME / SPEC
+    share = load_yaml(file.read_text(encoding="utf-8")).get("gpus_per_worker") if file.exists() else None
+    return [share] if share else []
+
+
 def _reported(work: Path) -> list[dict[str, str]]:
     return [trial for trial in _trials(work) if trial["best_val_js"]]
 
@@ -167,16 +181,23 @@ def _by_start(reported: list[dict[str, str]]) -> list[tuple[str, list[dict[str, 
     return [(name, those) for name, those in found if those]
 
 
-def _watch(used: list[tuple[float, float]], ended: threading.Event) -> None:
-    """Ask the driver every second how busy the GPU is."""
-    query = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+def _watch(work: Path, used: list[tuple[float, float]], ended: threading.Event) -> None:
+    """Ask the driver every second how busy the GPU is, from the study's first report on."""
+    # The first GPU that this process sees.
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = ["nvidia-smi", "-i", gpu, "--query-gpu=utilization.gpu,memory.used", "--format=csv,noheader,nounits"]
+    reported = False
     while not ended.wait(1):
+        reported = reported or any((work / _NAME).glob(f"**/{HISTORY}"))
+        if not reported:
+            continue
         try:
-            first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+            answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return
-        percent, memory = first.split(",")
-        used.append((float(percent), float(memory)))
+        with contextlib.suppress(ValueError):  # "[N/A]"
+            percent, memory = map(float, answer.split(","))
+            used.append((percent, memory))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -188,6 +209,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--trials", type=int, default=64)
     add("--epochs", type=int, default=8)
     add("--seconds", type=float, default=600, help="of the whole")
+    add("--search-share", type=float, default=_SEARCH, help="of the seconds, for the search (default: %(default)s)")
     add("--seeds", type=int, default=3, help="of the final runs")
     add("--gpus-per-worker", default="auto", help="of a trial of the search, if there is a GPU (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -200,6 +222,7 @@ def main(arguments: Sequence[str]) -> int:
         args.seconds,
         args.seeds,
         args.gpus_per_worker,
+        args.search_share,
     )
     measure_in_folder("ferplus", arguments, lambda work: study(plan, work))
     return 0

@@ -61,8 +61,8 @@ def machine(tmp_path, monkeypatch):
     return made
 
 
-def plan(seeds=3, weights="weights"):
-    return Plan(Path("faces"), weights, SPACE, 64, 8, 600, seeds, "auto")
+def plan(seeds=3, weights="weights", **more):
+    return Plan(Path("faces"), weights, SPACE, 64, 8, 600, seeds, "auto", **more)
 
 
 def test_numbers_are_of_all_faces_and_of_those_that_chose_nothing(machine, tmp_path):
@@ -88,6 +88,54 @@ def test_the_search_has_half_of_the_time_and_the_final_runs_share_what_is_left(m
     assert search[search.index("--time-budget") + 1] == "300s"
     # Of 270 s that are left, the first has a third, and the next half of the 240 s after it; a part is to predict in.
     assert machine.limits == [None, 0.8 * 90, 0.8 * 120, 0.8 * 210]
+
+
+def test_the_search_may_have_another_share_of_the_time(machine, tmp_path):
+    list(ferplus.study(plan(search=0.8), tmp_path))
+    assert machine.commands[0][machine.commands[0].index("--time-budget") + 1] == "480s"
+
+
+def test_the_share_of_a_gpu_is_told(machine, tmp_path):
+    assert ferplus._share(tmp_path) == []
+    (tmp_path / "ferplus").mkdir()
+    for told, share in (("null", []), ("0.125", [0.125])):
+        (tmp_path / "ferplus" / "study.yaml").write_text(f"gpus_per_worker: {told}\n")
+        assert ferplus._share(tmp_path) == share
+
+
+class Ticks:
+    """An event that is set after some waits, each of which does something."""
+
+    def __init__(self, *doings):
+        self.doings = [*doings]
+
+    def wait(self, seconds):
+        if not self.doings:
+            return True
+        self.doings.pop(0)()
+        return False
+
+
+@pytest.mark.parametrize(("visible", "gpu"), [(None, "0"), ("", "0"), ("3,1", "3"), ("GPU-8f2a", "GPU-8f2a")])
+def test_the_gpu_of_the_process_is_watched_from_the_first_report_on(tmp_path, monkeypatch, visible, gpu):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    answers, asked = ["[N/A], 40\n", "80, 50\n"], []
+
+    def ask(query, **options):
+        asked.append(query[query.index("-i") + 1])
+        return SimpleNamespace(stdout=answers[len(asked) - 1])
+
+    def report():
+        (tmp_path / "ferplus" / "trials" / "0000").mkdir(parents=True)
+        (tmp_path / "ferplus" / "trials" / "0000" / "history.jsonl").touch()
+
+    monkeypatch.setattr(ferplus.subprocess, "run", ask)
+    used = []
+    ferplus._watch(tmp_path, used, Ticks(lambda: None, report, lambda: None))
+    assert used == [(80.0, 50.0)]
+    assert asked == [gpu, gpu]
 
 
 def test_a_table_is_there_after_each_stage(machine, tmp_path):
