@@ -38,6 +38,8 @@ from raytune_emotion.storage.atomic import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+#: Variable of the environment: a folder in which results are kept, too.
+OUT = "BENCHMARKS_OUT"
 #: Modules that are only parts of benchmarks.
 _PARTS = {"alternatives", "former", "judge", "simulation"}
 #: Benchmarks that need the user's own data, with the module whose `main` takes their arguments.
@@ -51,8 +53,8 @@ WITH_DATA = {
 }
 _MODULES = {module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.name.startswith("_")}
 NAMES = sorted(_MODULES - _PARTS - WITH_DATA.keys())
-#: Benchmarks that run only by name: `compiling` needs a GPU, and `gpu` runs others on one.
-_WITH_GPU = {"compiling", "gpu"}
+#: Benchmarks that run only by name: `compiling` and `memory` need a GPU, and `gpu` runs others on one.
+_WITH_GPU = {"compiling", "gpu", "memory"}
 #: The first benchmark if all are run: `policies` needs its results.
 _FIRST = "rivals"
 
@@ -91,12 +93,21 @@ def measure(name: str, run: Callable[[], Table | Iterator[Table]], command: str)
 
 
 def _keep(name: str, tables: Iterable[Table], command: str) -> None:
-    """Print and save each table of a benchmark. Each replaces the one before, which has fewer results."""
-    began = datetime.now(timezone.utc)
-    for table in tables:
-        took = (datetime.now(timezone.utc) - began).total_seconds()
-        _show(table_console(), f"{name}: {_title(name)}", table)
-        write_result(name, table, began, took, command)
+    """Print and save each table of a benchmark. Each replaces the one before, which has fewer results.
+
+    If they are kept elsewhere, too, only the last one is printed, so that little output holds the results of all.
+    """
+    began, title, brief = datetime.now(timezone.utc), f"{name}: {_title(name)}", OUT in os.environ
+    newest: Table | None = None
+    try:
+        for newest in tables:
+            took = (datetime.now(timezone.utc) - began).total_seconds()
+            write_result(name, newest, began, took, command)
+            if not brief:
+                _show(table_console(), title, newest)
+    finally:
+        if brief and newest is not None:
+            _show(table_console(), title, newest)
 
 
 def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -169,7 +180,6 @@ def _text(value: object) -> str:
 
 def write_result(name: str, table: Table, began: datetime, took: float, command: str) -> None:
     """Save a table with a description of the machine, and write the page of all results."""
-    RESULTS.mkdir(exist_ok=True)
     machine = _machine()
     record = {
         "benchmark": name,
@@ -182,7 +192,10 @@ def write_result(name: str, table: Table, began: datetime, took: float, command:
     }
     # Results of a machine with a GPU do not replace those of one without.
     file = "-".join([Path(name).name, *str(machine["gpu"] or "").lower().split()])
-    write_text(RESULTS / f"{file}.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    for folder in (RESULTS, *map(Path, filter(None, [os.environ.get(OUT)]))):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"{file}.json", text)
     write_text(HERE / "RESULTS.md", _report())
 
 

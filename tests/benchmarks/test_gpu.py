@@ -1,15 +1,18 @@
 """The checks of a GPU: their time, their endings, and what is kept of those that fail."""
 
 import json
+import math
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks import Table, __main__, consistency, gpu
-from benchmarks.training import Measured, _rows
+from benchmarks import Table, __main__, consistency, ferplus, gpu, training
+from benchmarks.training import Measured, _rows, best_batch
 
 #: A process with a child, both of which ignore SIGTERM. It prints the number of the child.
 STUBBORN = """
@@ -48,6 +51,7 @@ def started(monkeypatch):
         return start(f"raise SystemExit({int(name == 'sharing')})")
 
     monkeypatch.setattr(gpu, "_start", begin)
+    monkeypatch.setattr(gpu, "faces", lambda scratch: scratch / "store")
     return calls
 
 
@@ -57,15 +61,56 @@ def test_each_benchmark_runs_once_and_its_ending_is_told(started, tmp_path):
         ("correctness", "ended with code 0"),
         ("consistency", "ended with code 0"),
         ("compiling", "ended with code 0"),
+        ("memory", "ended with code 0"),
         ("training", "ended with code 0"),
         ("sharing", "ended with code 1"),
         ("ferplus", "ended with code 0"),
     ]
-    data, _, seconds, *weights = started["ferplus"][0]
-    assert (data, weights) == (str(tmp_path / "faces"), ["--weights-dir", str(tmp_path / "weights")])
+    data, _, seconds, *_, option, weights = started["ferplus"][0]
+    assert (data, option, weights) == (str(tmp_path / "faces"), "--weights-dir", str(tmp_path / "weights"))
     assert 30 < float(seconds) < 60
-    # Code that one benchmark has compiled serves the next.
-    assert started["compiling"][0] == ("--cache", str(started["training"][1]["compiled"]))
+    variables = {name: options["variables"] for name, (_, options) in started.items()}
+    # Code that one benchmark has compiled serves the next, and all have the same faces.
+    assert started["compiling"][0] == ("--cache", variables["training"]["TORCHINDUCTOR_CACHE_DIR"])
+    assert len({own["BENCHMARKS_STORE"] for own in variables.values()}) == 1
+
+
+def test_a_study_has_the_arguments_that_it_knows(started, tmp_path, monkeypatch):
+    list(gpu.run(60.0, data=tmp_path))
+    plans = []
+    monkeypatch.setattr(ferplus, "measure_in_folder", lambda name, arguments, run: run(tmp_path))
+    monkeypatch.setattr(ferplus, "faces_folder", Path)
+    monkeypatch.setattr(ferplus, "study", lambda plan, work: plans.append(plan))
+    ferplus.main(started["ferplus"][0])
+    (plan,) = plans
+    assert (plan.trials, plan.epochs, plan.seeds, plan.search, plan.gpus) == (32, 2, 1, 0.8, "auto")
+
+
+def test_lines_are_noted_in_children_before_what_is_timed(started, monkeypatch):
+    listed = []
+    monkeypatch.setattr(gpu, "_lines", lambda noted: listed.append([*started]) or ["loop.py 7"])
+    *_, table = gpu.run(60.0, coverage=True)
+    assert table.notes == ["loop.py 7"]
+    assert listed == [["correctness", "compiling", "consistency", "memory"]]
+    noted = {name for name, (_, options) in started.items() if "COVERAGE_PROCESS_START" in options["variables"]}
+    assert noted == {"correctness", "consistency", "memory"}
+
+
+def test_python_runs_what_notes_the_lines(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "coverage.py").write_text("def process_startup(): print('noting', flush=True)\n")
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path / "other")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", variables["PYTHONPATH"])
+        noted = gpu._noting(tmp_path)
+    run = subprocess.run([sys.executable, "-c", "pass"], env=variables | noted, capture_output=True, text=True)
+    assert run.stdout == "noting\n"
+
+
+def test_faces_that_are_packed_are_not_packed_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCHMARKS_STORE", str(tmp_path / "store"))
+    assert training.faces(tmp_path / "scratch") == tmp_path / "store"
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_benchmark_that_failed_sets_the_exit_code(started, monkeypatch):
@@ -75,8 +120,10 @@ def test_a_benchmark_that_failed_sets_the_exit_code(started, monkeypatch):
 
 
 def test_results_before_a_failure_are_kept(tmp_path, monkeypatch):
+    out = tmp_path / "out" / "of it"
     monkeypatch.setattr(__main__, "RESULTS", tmp_path)
     monkeypatch.setattr(__main__, "HERE", tmp_path)
+    monkeypatch.setenv("BENCHMARKS_OUT", str(out))
     (tmp_path / "some.py").write_text('"""Measure something."""\n')
 
     def run():
@@ -85,8 +132,9 @@ def test_results_before_a_failure_are_kept(tmp_path, monkeypatch):
 
     with pytest.raises(RuntimeError, match="the device is lost"):
         __main__.measure("some", run, "python -m benchmarks some")
-    (file,) = tmp_path.glob("*.json")
-    assert json.loads(file.read_text())["rows"] == [[1]]
+    for folder in (tmp_path, out):
+        (file,) = folder.glob("*.json")
+        assert json.loads(file.read_text())["rows"] == [[1]]
 
 
 def test_a_check_that_fails_is_a_row_and_the_next_one_runs(monkeypatch):
@@ -107,3 +155,16 @@ def test_ways_are_compared_with_the_bases_that_were_measured():
     *_, fit, single = _rows(Measured("resnet18", "bf16", 32, turns, {"compiling": 3.0}))
     assert fit == ("resnet18", "bf16", 32, "fit", 300.0, 2.0, 2.0, 2.0, 6.0)
     assert single == ("resnet18", "bf16", 32, "compiling", 3.0, "", "", "", "")
+
+
+@pytest.mark.parametrize(("captured", "times"), [([200.0, 400.0], 1.0), ([math.nan] * 2, 2.0), ([50.0] * 2, 2.0)])
+def test_the_faster_bare_loop_is_the_one_to_compare_with(captured, times):
+    turns = {"bare": [100.0, 200.0], "bare, captured": captured, "plain": [50.0, 50.0], "fit": [200.0, 400.0]}
+    *_, fit = _rows(Measured("resnet18", "bf16", 32, turns, {}))
+    assert fit[5] == times
+
+
+def test_the_best_batch_is_the_smallest_that_is_almost_fastest():
+    assert best_batch({128: 900.0, 256: 1000.0, 512: 1010.0}) == 256
+    assert best_batch({128: 900.0, 256: 1000.0, 512: 0.0}) == 256  # too little memory
+    assert best_batch({128: 900.0, 256: 1000.0, 512: 1100.0}) == 512
