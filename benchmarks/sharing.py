@@ -42,7 +42,8 @@ def run() -> Iterator[Table]:
                     trial.begin(settings, str(store))
                 for trial in trials:
                     trial.answer()
-                turns = [{count: _rate(trials[:count]) for count in TRIALS} for _ in range(1 + TURNS)][1:]
+                _rate(trials)  # the first time is slower
+                turns = [{count: _rate(trials[:count]) for count in TRIALS} for _ in range(TURNS)]
                 found[backbone] = {count: statistics.median(turn[count] for turn in turns) for count in TRIALS}
                 for count in TRIALS:
                     ratio = statistics.median(turn[count] / turn[1] for turn in turns)

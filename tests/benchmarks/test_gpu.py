@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -168,3 +169,46 @@ def test_the_best_batch_is_the_smallest_that_is_almost_fastest():
     assert best_batch({128: 900.0, 256: 1000.0, 512: 1010.0}) == 256
     assert best_batch({128: 900.0, 256: 1000.0, 512: 0.0}) == 256  # too little memory
     assert best_batch({128: 900.0, 256: 1000.0, 512: 1100.0}) == 512
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A GPU on which each way has its rate, and the largest batch has no room."""
+    begun = []
+
+    def rates(settings, *rest, **options):
+        begun.append((settings.model.backbone, settings.train.batch_size))
+        if settings.train.batch_size == 512:
+            raise RuntimeError("CUDA error: out of memory")
+        while True:
+            yield float(settings.train.batch_size)
+
+    monkeypatch.setattr(training, "DEVICE", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(training, "SETUP", training.SETUPS["cuda"])
+    for name in ("_rates_of_loop", "_rates_of_fit", "_rates_of_compiled"):
+        monkeypatch.setattr(training, name, rates)
+    for name in ("_bare", "_plain"):
+        monkeypatch.setattr(training, name, lambda settings, **options: None)
+
+    def fail(settings):
+        raise RuntimeError("a kernel is missing")
+
+    monkeypatch.setattr(training, "_timm", fail)
+    return begun
+
+
+def test_the_best_batches_are_measured_first_and_a_way_that_fails_is_not_a_number(on_gpu):
+    measured = {(m.backbone, m.batch): m for m in training._measure_all(None, math.inf)}
+    backbones = training.SETUPS["cuda"].backbones
+    assert [*measured] == [(name, 256) for name in backbones] + [(name, 32) for name in backbones]
+    best = measured["vit_base_patch16_224", 256]
+    assert best.once == {"fit at batch 128": 128.0, "fit at batch 256": 256.0, "fit at batch 512": 0.0}
+    assert [*best.turns] == ["bare", "bare, captured", "plain", "fit", "fit of a study", "timm", "fit, compiled"]
+    assert [len(rates) for rates in best.turns.values()] == [4] * 7
+    assert all(map(math.isnan, best.turns["timm"]))
+    assert "fit, compiled" not in measured["resnet18", 256].turns
+
+
+def test_nothing_is_begun_when_the_time_is_over(on_gpu):
+    assert list(training._measure_all(None, 0.0)) == []
+    assert on_gpu == []
