@@ -24,7 +24,7 @@ from benchmarks.__main__ import OUT, measure
 from benchmarks.training import STORE, faces
 from raytune_emotion.storage.atomic import write_text
 
-#: Shares of the time: about seconds on an H200.
+#: Shares of the time: estimated seconds on an H200.
 PARTS = {"correctness": 45, "consistency": 75, "memory": 35, "training": 125, "sharing": 55}
 STUDY, _STUDY_SHARE = "ferplus", 185
 #: What a study has time for.
@@ -46,11 +46,7 @@ _LISTED = "*/learn/*,*/data/loader.py,*/data/augment.py,*/execution/job.py,*/exe
 
 
 def run(
-    seconds: float = _SECONDS,
-    *,
-    coverage: bool = False,
-    data: Path | None = None,
-    weights: Path | None = None,
+    seconds: float = _SECONDS, *, coverage: bool = False, data: Path | None = None, weights: Path | None = None
 ) -> Iterator[Table]:
     """Run the benchmarks; each writes its results.
 

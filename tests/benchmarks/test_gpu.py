@@ -120,7 +120,7 @@ def test_a_benchmark_that_failed_sets_the_exit_code(started, monkeypatch):
     assert gpu.main() == 1
 
 
-def test_results_before_a_failure_are_kept(tmp_path, monkeypatch):
+def test_results_before_a_failure_are_kept_and_the_last_one_is_printed(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out" / "of it"
     monkeypatch.setattr(__main__, "RESULTS", tmp_path)
     monkeypatch.setattr(__main__, "HERE", tmp_path)
@@ -128,6 +128,7 @@ def test_results_before_a_failure_are_kept(tmp_path, monkeypatch):
     (tmp_path / "some.py").write_text('"""Measure something."""\n')
 
     def run():
+        yield Table(("a",), [])
         yield Table(("a",), [(1,)])
         raise RuntimeError("the device is lost")
 
@@ -136,6 +137,7 @@ def test_results_before_a_failure_are_kept(tmp_path, monkeypatch):
     for folder in (tmp_path, out):
         (file,) = folder.glob("*.json")
         assert json.loads(file.read_text())["rows"] == [[1]]
+    assert capsys.readouterr().out.count("some: Measure something.") == 1
 
 
 def test_a_check_that_fails_is_a_row_and_the_next_one_runs(monkeypatch):
