@@ -114,7 +114,7 @@ class FaceTable(Faces):
         noted = [f"{self.source}: the numbers are votes; each row is divided by its sum"] if self.votes else []
         splits = [self._split_of(line) for line in self.lines]
         if self._splits_by_hash:
-            share = f"{_VALIDATION:.0%} of the rows, chosen by a hash of the path, are used for validation"
+            share = f"about {_VALIDATION:.0%} of the rows, chosen by a hash of the path, are used for validation"
             noted.append(f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)})")
         if splits.count("test"):
             noted.append(f"{self.source}: leaving out {count(splits.count('test'), 'row')} of the split test")

@@ -133,7 +133,7 @@ def test_split_by_hash_of_the_path_is_stated_and_depends_on_the_path_alone(folde
     wanted = sorted(path for number in range(60) if share(path := f"faces/{number}.png") < 0.1)
     assert list(store.val.ids) == wanted
     assert capsys.readouterr().err == (
-        f"{place}: has no column split; 10% of the rows, chosen by a hash of the path, are used for validation "
+        f"{place}: has no column split; about 10% of the rows, chosen by a hash of the path, are used for validation "
         f"({len(wanted)} of 60)\n"
     )
 
