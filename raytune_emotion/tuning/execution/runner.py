@@ -36,6 +36,10 @@ from raytune_emotion.tuning.study.open_study import OpenStudy
 _LOOK_S = 0.2
 #: Seconds that Ray Tune gets once the record is closed, if it did not end before: an outage may have held it up.
 _END_AFTER_OUTAGE_S = 10.0
+#: True after each kind of signal: see `interruption.py`.
+_INTERRUPTED = (
+    "interrupted: the record and the results are being completed; the third Ctrl-C, and each later one, skips a part"
+)
 _WAITS_FOR_OTHERS = "waiting for the trials of other drivers; trials that they abandon are resumed here"
 
 
@@ -131,6 +135,9 @@ def _run(recorder: Recorder, run: StudyRun, leaving: contextlib.ExitStack) -> No
             run.say("the time budget is spent: running trials are left as they are")
         elif recorder.shortfall:
             run.say(recorder.shortfall)
+    except KeyboardInterrupt:
+        run.say(_INTERRUPTED)
+        raise
     finally:
         stop.set()
         # The last reports are recorded meanwhile.

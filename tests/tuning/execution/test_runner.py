@@ -207,11 +207,16 @@ def kill(title):
 
 def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_path):
     """A thread that is inside Ray when this process leaves Ray crashes it."""
-    ended, waits = [], threading.Event()
+    ended, waits, said = [], threading.Event(), threading.Event()
+
+    def say(text):
+        assert text.startswith("interrupted: the record and the results are being completed; ")
+        said.set()
 
     def tune_trials(recorder, run, stop, scratch):
         assert waits.wait(600)
         os.kill(os.getpid(), signal.SIGTERM)
+        assert said.wait(60), "the interruption is said at once, before the wait for the last reports"
         assert stop.wait(600)
         time.sleep(0.5)
         ended.append("in order")
@@ -219,7 +224,7 @@ def test_an_interrupted_search_leaves_ray_only_after_ray_tune(monkeypatch, tmp_p
     monkeypatch.setattr(runner, "_tune", tune_trials)
     recorder = SimpleNamespace(shortfall="", broken="", check=waits.set)
     with handle_signals(), pytest.raises(KeyboardInterrupt), contextlib.ExitStack() as leaving:
-        runner._run(recorder, StudyRun(None, None), leaving)
+        runner._run(recorder, StudyRun(None, None, say=say), leaving)
     assert ended == ["in order"]
 
 
