@@ -53,7 +53,9 @@ class Data:
         packed = sorted(self.manifests)
         if len(packed) > 1:
             held = ", ".join(map(str, packed))
-            raise UserError(f"{self.location}: holds stores of {held} px; choose one with data.image_size")
+            one, _ = self.manifests[packed[-1]]
+            advice = f"choose one with data.image_size, or name one, such as {one}"
+            raise UserError(f"{self.location}: holds stores of {held} px; {advice}")
         return packed[0] if packed else native_size(self.faces, DataConfig().image_size)
 
     def count_rows(self) -> int:

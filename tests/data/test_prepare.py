@@ -110,8 +110,10 @@ def test_stores_side_by_side_are_chosen_by_size(folder, tmp_path, cache):
     }
     assert prepare(place, image_size=32).path == place / "32px"
     assert {size: store.image_size for size, store in prepare_sizes(data, (32, 16)).items()} == {16: 16, 32: 32}
-    with pytest.raises(UserError, match=r"holds stores of 16, 32 px; choose one with data\.image_size"):
+    with pytest.raises(UserError) as raised:
         prepare(place, image_size=None)
+    advice = f"choose one with data.image_size, or name one, such as {place / '32px'}"
+    assert str(raised.value) == f"{place}: holds stores of 16, 32 px; {advice}"
     with pytest.raises(UserError, match=r"holds images of 16, 32 px, but data\.image_size is 24; set .* to 16 or 32"):
         prepare_sizes(data, (16, 24))
     assert not cache.exists()
