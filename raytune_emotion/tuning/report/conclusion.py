@@ -73,10 +73,11 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         for row in front_rows(records, objective):
             front.add_row(*row)
         console.print(front)
+    gain = gain_over_start(records, best.best["val_js"], over=over)
+    gained = f"\ngained      {gain}" if gain else ""
     console.print(
         f"""
-best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")})
-gained      {gain_over_start(records, best.best["val_js"])}
+best JS     {best.best["val_js"]:.4f} bits, trial {best.trial_id} ({count(len(records), "trial")}){gained}
 baseline    {spec.baseline["js"]:.4f} bits, predicting the training mean
 exported    {place / "best"}
 page        {place / REPORT}{_DRAWN if spec.data == GENERATED else ""}
@@ -97,11 +98,14 @@ def advise_confirmation(study: Location, rivals: Sequence[str]) -> str:
     return f"\n  {command}  # {some} may be as good: train the best with new seeds"
 
 
-def gain_over_start(records: Sequence[TrialRecord], js: float) -> str:
-    """Return a text on the improvement over the first trials, which were chosen without a forecast."""
+def gain_over_start(records: Sequence[TrialRecord], js: float, *, over: bool) -> str:
+    """Return a text on the improvement over the first trials, which were chosen without a forecast.
+
+    While it is unknown, the text says from when on it is known; it is "" if the study is over.
+    """
     first = winner(record for record in records if int(record.trial_id) < STARTUP)
     if first is None or first.best is None or len(records) <= STARTUP:
-        return f"not known yet: it is measured from the best of the first {count(STARTUP, 'trial')} on"
+        return "" if over else f"not known yet: it is measured from the best of the first {count(STARTUP, 'trial')} on"
     reached = first.best["val_js"]
     return f"{reached - js:.4f} bits over the best of the first {count(STARTUP, 'trial')} ({reached:.4f})"
 

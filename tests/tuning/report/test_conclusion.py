@@ -1,6 +1,7 @@
 """What a search says at its end."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def trials(*reached, status="complete"):
 
 def test_it_tells_what_was_gained_over_the_first_trials():
     assert (
-        gain_over_start(trials(0.4, 0.35, 0.5, 0.6, 0.3), 0.3)
+        gain_over_start(trials(0.4, 0.35, 0.5, 0.6, 0.3), 0.3, over=True)
         == "0.0500 bits over the best of the first 4 trials (0.3500)"
     )
-    assert gain_over_start(trials(0.4, 0.35, 0.5, 0.6, 0.4), 0.35).startswith("0.0000 bits over")
+    assert gain_over_start(trials(0.4, 0.35, 0.5, 0.6, 0.4), 0.35, over=False).startswith("0.0000 bits over")
 
 
 def test_it_names_the_confirmation_where_others_may_be_as_good():
@@ -82,7 +83,16 @@ def test_an_export_at_a_uri_is_whole_or_none(tmp_path, store, no_plots, capsys, 
 
 
 def test_it_does_not_boast_of_trials_that_nothing_was_learned_for():
-    assert gain_over_start(trials(0.4, 0.35), 0.35).startswith("not known yet: ")
-    assert gain_over_start(
-        trials(0.4, 0.3, 0.3, 0.3, status="failed") + trials(0.4, 0.3, 0.2, 0.1, 0.1)[4:], 0.1
-    ).startswith("not known yet: ")
+    of_failed = trials(0.4, 0.3, 0.3, 0.3, status="failed") + trials(0.4, 0.3, 0.2, 0.1, 0.1)[4:]
+    for few, js in ((trials(0.4, 0.35), 0.35), (of_failed, 0.1)):
+        assert gain_over_start(few, js, over=False).startswith("not known yet: ")
+        assert gain_over_start(few, js, over=True) == "", "it will never be known"
+
+
+def test_an_unknown_gain_is_left_out_of_the_results_of_a_study_that_is_over(tmp_path, store, no_plots, capsys):
+    write_study(tmp_path / "study", store, trials=1, epochs=1)
+    study = load(tmp_path / "study")
+    conclude(plain_console(), study, Folder(tmp_path), None)
+    assert re.search(r"\nbest JS     .*\nbaseline    ", capsys.readouterr().out)
+    conclude(plain_console(), study.with_spec(dataclasses.replace(study.spec, trials=9)), Folder(tmp_path), None)
+    assert "\ngained      not known yet: " in capsys.readouterr().out
