@@ -123,8 +123,11 @@ def test_a_run_goes_on_by_its_name(trained, refused, tmp_path, capsys):
     assert trained("--resume", "--name", "mine", data=False) == 2
     assert "gone: the packed data of the run are missing; name the data with --data" in capsys.readouterr().err
     # A run that has ended ends again.
+    capsys.readouterr()
     assert trained("--resume", "--name", "mine") == 0
     assert read_history(folder) == history
+    said = "nothing was trained: the run had used up its epochs or its patience before"
+    assert capsys.readouterr().out.splitlines()[1] == said
 
 
 def test_a_run_is_locked_until_it_is_exported(trained, monkeypatch):

@@ -183,8 +183,10 @@ def _train(
         copy.claim()
         shared = copy.mark(LOCK), copy.claimed
         job = Job(run.name, str(copy.folder), store, config.to_flat(), resources, run.address, *shared)
+        trained = False
         with outlast_outages():
             for report in train_with_retry(job, train):
+                trained = True
                 copy.check_driver()
                 if not lock.is_held():
                     raise Breakdown(f"{run}: {TAKEN_OVER}")
@@ -193,6 +195,8 @@ def _train(
                     f"best {report['best_val_js']:.4f}  lr {report['lr']:.2g}  "
                     f"{report['images_per_second']:.0f} images/s"
                 )
+        if not trained:
+            console.print("nothing was trained: the run had used up its epochs or its patience before")
     except InvalidForRun as error:
         raise UserError(error.faults) from None
     except WorkersDied as error:
