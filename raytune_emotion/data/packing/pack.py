@@ -100,7 +100,7 @@ def pack_sizes(
         pmap = pmap or stack.enter_context(process_map(workers))
         with progress() as bars:
             # This comes before `build`: an error in the source or an option must not delete shards of earlier attempts.
-            scan = read_rows(faces, classes, _check_on_each_node([faces.location], pmap), bars)
+            scan = read_rows(faces, classes, _check_on_each_node([faces.location], pmap), bars, skip_bad=skip_bad)
         # All processes take the locks in the same order; otherwise two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
         run = _check_on_each_node([faces.location, *built.values()], pmap)

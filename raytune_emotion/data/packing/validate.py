@@ -32,14 +32,14 @@ class Content:
     skip_bad: bool
 
 
-def read_rows(faces: Faces, classes: tuple[str, ...], pmap: Map, bars: Progress) -> Scan:
+def read_rows(faces: Faces, classes: tuple[str, ...], pmap: Map, bars: Progress, *, skip_bad: bool) -> Scan:
     """Read the annotations of a folder.
 
     Raises:
         UserError: a split has no row with a valid annotation.
     """
     scan = faces.scan(classes, count_results(pmap, bars, "reading annotations", faces.annotations))
-    _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes)
+    _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes, skip_bad)
     return scan
 
 
@@ -83,7 +83,7 @@ def validate_rows(
             ]
         )
     good = {split: sum(isinstance(digest, bytes) for digest in own) for split, own in digests.items()}
-    _refuse_empty(faces, good, faults, classes)
+    _refuse_empty(faces, good, faults, classes, skip_bad)
     return Content(faces, classes, scan.rows, digests, faults, skip_bad)
 
 
@@ -132,7 +132,11 @@ def _try_images(task: tuple[Location, Sequence[File]]) -> list[str | None]:
     return found
 
 
-def _refuse_empty(faces: Faces, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...]) -> None:
+def _refuse_empty(
+    faces: Faces, good: Mapping[str, int], faults: Sequence[Fault], classes: tuple[str, ...], skip_bad: bool
+) -> None:
     if empty := [split for split, rows in good.items() if not rows]:
         told = sentences(faces, faults, classes)
-        raise UserError([*told, *map(faces.empty_split_fault, empty)])
+        # The faults of its rows explain an empty split, unless they are to be skipped.
+        explained = set() if skip_bad else {fault.split for fault in faults}
+        raise UserError([*told, *(faces.empty_split_fault(split) for split in empty if split not in explained)])

@@ -257,6 +257,15 @@ def test_a_split_without_a_good_row_is_refused(folder, tmp_path, what):
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_empty_splits_are_told_beside_the_faults_of_all_rows_only_if_these_are_skipped(folder, tmp_path, skip_bad):
+    with pytest.raises(UserError) as raised:
+        pack(folder, tmp_path / "store", image_size=16, classes=("a", "b", "c"), skip_bad=skip_bad)
+    assert any("expected one value for each of the 3 classes a, b, c" in fault for fault in raised.value.faults)
+    empty = [f"{folder / split}: no valid row" for split in ("train_set", "val_set")]
+    assert [fault for fault in raised.value.faults if fault in empty] == (empty if skip_bad else [])
+
+
 def test_settings_and_sources_that_make_no_sense_are_refused(folder, tmp_path):
     packed = pack(folder, tmp_path / "store", image_size=16)
     with pytest.raises(UserError, match="exists already"):
