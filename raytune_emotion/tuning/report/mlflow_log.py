@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raytune_emotion.interruption import run_in_thread
+from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.report import DRIVER_KEYS, OBJECTIVE
 from raytune_emotion.learn.run_folder import read_history
 from raytune_emotion.terminal import warn
@@ -85,10 +86,19 @@ class _Thread:
             action()
         except Exception as error:  # any error of MLflow: the study continues
             if not said:
-                why = (str(error).splitlines() or [type(error).__name__])[0]
-                warn(f"--mlflow {self._uri}: {why}; the study continues, and this request is repeated")
+                warn(f"--mlflow {self._uri}: {_reason(error)}; the study continues, and this request is repeated")
             return False
         return True
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a request failed: that of the system, if a connection failed, which libraries wrap several times."""
+    innermost = error
+    while (inner := innermost.__cause__ or innermost.__context__) is not None:
+        innermost = inner
+    if isinstance(innermost, OSError):
+        return innermost.strerror or first_line(innermost)
+    return first_line(error)
 
 
 class _Log:

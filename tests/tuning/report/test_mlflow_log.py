@@ -1,6 +1,7 @@
 """A study in MLflow: on a real server of this machine, and with a server that is away."""
 
 import dataclasses
+import errno
 import threading
 import time
 from types import SimpleNamespace
@@ -187,6 +188,26 @@ def test_a_request_that_fails_as_a_study_ends_is_repeated(monkeypatch, capsys):
     thread.close()
     assert done == ["first", "second"]
     assert "incomplete" not in capsys.readouterr().err
+
+
+def test_the_reason_of_a_failed_request_is_that_of_the_system(capsys):
+    def request():
+        try:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        except OSError as error:
+            raise RuntimeError("Max retries exceeded with url: " + 400 * "x") from error
+
+    def refused():
+        raise ValueError("the server refuses this\nand says more")
+
+    thread = mlflow_module._Thread("http://server")
+    assert not thread._try(request, said=False)
+    assert not thread._try(refused, said=False)
+    thread.close()
+    ends = "; the study continues, and this request is repeated\n"
+    assert capsys.readouterr().err == (
+        f"--mlflow http://server: Connection refused{ends}--mlflow http://server: the server refuses this{ends}"
+    )
 
 
 def test_parameters_that_a_server_did_not_take_are_logged_again(study):
