@@ -1041,7 +1041,12 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ((), "the portfolio, 64 configurations recorded on drawn and ferplus_small (--warm-start none leaves it out)"),
+        (
+            ("--trials", "4"),
+            "the portfolio, 64 configurations recorded on drawn and ferplus_small, once 4 trials have paused or ended "
+            "(--warm-start none leaves it out)",
+        ),
+        (("--trials", "3"), ""),
         (("--warm-start", "none"), "nothing (--warm-start none)"),
         (("--sampler", "tpe"), "nothing (--sampler tpe)"),
     ],
@@ -1058,16 +1063,21 @@ def request_of(*argv):
     return SearchRequest(**vars(parser.parse_args([*map(str, argv)])))
 
 
-def test_a_study_of_the_quick_space_keeps_the_portfolio_that_it_starts_from(faces, tmp_path, monkeypatch, without_ray):
+@pytest.mark.parametrize("trials", [1, 4])
+def test_a_study_of_the_quick_space_keeps_the_portfolio_and_says_so_if_it_will_use_it(
+    faces, tmp_path, monkeypatch, without_ray, trials
+):
     proposed = []
     monkeypatch.setattr(
         "raytune_emotion.tuning.session.console_run.run_study",
         lambda run: proposed.append(Recorder(run.study).next()),
     )
     monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
-    code, out, err = search_on_cluster("--data", faces, "--trials", 1, "--epochs", 1, "--name", "first", cwd=tmp_path)
+    code, out, err = search_on_cluster(
+        "--data", faces, "--trials", trials, "--epochs", 1, "--name", "first", cwd=tmp_path
+    )
     assert code == 0, err
-    assert "the search is guided by the portfolio, 64 configurations" in out
+    assert ("the search is guided by the portfolio, 64 configurations" in out) == (trials >= 4)
     assert [proposal.trial_id for proposal in proposed] == ["0000"]
     kept = tmp_path / "ray_results" / "first" / EARLIER
     assert json.loads(kept.read_text()) == json.loads(PORTFOLIO.read_text())

@@ -59,7 +59,8 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     for configuration in draw(space, _DRAWN, space.fixed_settings.get("train.seed", 0)):
         named = ((key.rpartition(".")[2], configuration[key]) for key in space.columns() if key in configuration)
         console.print("  ".join(f"{name} {_short(value)}" for name, value in named))
-    console.print(f"\nthe search is guided by {warm_start.description}\n")
+    guide = f"the search is guided by {warm_start.description}\n" if warm_start.description else ""
+    console.print(f"\n{guide}")
     epochs, trials = space.fixed_settings["train.epochs"], request.trials or DEFAULT_TRIALS
     device = find_device()
     headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")

@@ -243,7 +243,7 @@ def _describe_start(study: "OpenStudy", new: NewStudy | None) -> list[str]:
     from raytune_emotion.tuning.study.optuna_study import trials_to_continue
 
     lines = []
-    if new is not None and new.warm_start.gathered is not None:
+    if new is not None and new.warm_start.gathered is not None and new.warm_start.description:
         lines.append(f"the search is guided by {new.warm_start.description}")
     if longer := sorted(trials_to_continue(study.optuna)):
         lines.append(f"{', '.join(longer)}: continued to epoch {study.spec.epochs}, each as a new trial")

@@ -10,6 +10,7 @@ from raytune_emotion.storage.locations import Location
 from raytune_emotion.tuning.policy.candidates import domain_of
 from raytune_emotion.tuning.policy.decisions import FORECAST
 from raytune_emotion.tuning.policy.forecast import curves_of
+from raytune_emotion.tuning.policy.outlook import STARTUP
 from raytune_emotion.tuning.policy.portfolio import portfolio_of
 from raytune_emotion.tuning.policy.trial_attributes import SETTINGS
 from raytune_emotion.tuning.policy.warm_start import STUDY
@@ -17,7 +18,7 @@ from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.open_study import load
 from raytune_emotion.tuning.study.optuna_study import JOURNAL
 from raytune_emotion.tuning.study.remote_copy import PIECES, join_pieces
-from raytune_emotion.tuning.study.request import SearchRequest
+from raytune_emotion.tuning.study.request import DEFAULT_TRIALS, SearchRequest
 from raytune_emotion.tuning.study.spec import SPEC, spec_of
 
 #: Smallest number of trials with reports from which an earlier study is useful.
@@ -29,7 +30,7 @@ class WarmStart:
     """The results of earlier studies that guide a new study."""
 
     gathered: str | None  # in the format of `EARLIER`; None: nothing
-    description: str  # for people
+    description: str  # for people; "" if the study has too few trials to be guided
 
 
 def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
@@ -50,7 +51,10 @@ def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
     portfolio = portfolio_of(space)
     if portfolio is None:
         return WarmStart(None, "nothing, because the portfolio does not fit this space")
-    return WarmStart(portfolio.text, f"{portfolio} (--warm-start none leaves it out)")
+    # A study of few trials keeps it, too, because a later session may raise their number.
+    uses = (request.trials or DEFAULT_TRIALS) >= STARTUP
+    since = f"once {STARTUP} trials have paused or ended"
+    return WarmStart(portfolio.text, f"{portfolio}, {since} (--warm-start none leaves it out)" if uses else "")
 
 
 def gather_earlier(studies: Sequence[Location]) -> str:
