@@ -36,6 +36,7 @@ from raytune_emotion.tuning.execution.recorder import Recorder
 from raytune_emotion.tuning.policy.objective import BY_SIZE
 from raytune_emotion.tuning.policy.portfolio import PORTFOLIO
 from raytune_emotion.tuning.policy.warm_start import EARLIER
+from raytune_emotion.tuning.report import dry_run
 from raytune_emotion.tuning.session import run_search, search_inputs
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.creation import new_spec, resumed_spec
@@ -1020,7 +1021,9 @@ def parsed(*argv) -> SearchRequest:
     return SearchRequest(**vars(parser.parse_args(argv)))
 
 
-def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces, capsys):
+def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces, capsys, monkeypatch):
+    monkeypatch.setattr(placement, "usable_cores", lambda: 2)
+    monkeypatch.setattr(dry_run, "find_device", lambda: torch.device("cpu"))
     (tmp_path / "space.yaml").write_text(SMALL_SPACE)
     before = tree(tmp_path)
     asked = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path / "results"]
@@ -1030,12 +1033,44 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     for backbone in ("test_resnet", "test_vit"):
         assert any(re.match(rf"\s*{backbone}\s+32\s+\d+\.\d\d\s+\d+\s+\d+\.\d", line) for line in lines), backbone
     assert "the search is guided by nothing, because the portfolio does not fit this space" in lines
-    assert re.match(r"8 trials of 3 epochs on 96 images: \d+\.\d (s|min) on this device if none is stopped", lines[-1])
+    assert re.match(r"8 trials of 3 epochs on 96 images, 2 at once: \d+\.\d (s|min) on this device if ", lines[-1])
+    assert "training on this machine (cpu, 1 thread)" in lines
     assert lines[-1].endswith("; measured in a few steps, beside other programs")
     (rate,) = (line.split(None, 1)[1].strip() for line in lines if line.startswith("  optim.lr"))
     assert rate == "real number from 0.001 to 0.01, uniform in its logarithm"
     assert tree(tmp_path) == before
     assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "threads", "said", "hours"),
+    [
+        ((), 1, "2 at once", 4 / 2),
+        (("--concurrency", 1), 2, "1 at once", 4),
+        (("--concurrency", 4), 1, "4 at once, each on 0.5 core", 4 * 2 / 4),
+        (("--workers-per-trial", 2), 2, "1 at once", 4),
+    ],
+)
+def test_a_dry_run_measures_with_the_threads_of_a_trial_and_counts_those_at_once(
+    tmp_path, faces, capsys, monkeypatch, options, threads, said, hours
+):
+    used = []
+
+    def cost(backbone, size, weights_dir, device):
+        used.append(torch.get_num_threads())
+        return dry_run.Cost(backbone, size, 1.0, 96 / 3600)  # an hour an epoch
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(placement, "usable_cores", lambda: 2)
+    monkeypatch.setattr(dry_run, "find_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dry_run, "_cost", cost)
+    (tmp_path / "space.yaml").write_text(SMALL_SPACE)
+    asked = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path / "results", "--trials", 4]
+    assert exit_code(["search", "--dry-run", "--epochs", 1, *asked, *options]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"4 trials of 1 epoch on 96 images, {said}: {hours:.1f} h on this device if ")
+    assert {*used} == {threads}
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(

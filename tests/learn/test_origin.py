@@ -247,5 +247,5 @@ def test_the_cost_of_a_repository_of_the_hub_is_measured_without_a_hub(tmp_path,
     fixed = {"model.backbone": HUB_NAME, "model.weights_dir": str(tmp_path / "weights")}
     (tmp_path / "a.yaml").write_text("optim.lr: {log_uniform: [1e-3, 1e-2]}\n")
     space = load_space(tmp_path / "a.yaml", overrides=fixed)
-    (cost,) = costs(space, (48,), torch.device("cpu"))
+    (cost,) = costs(space, (48,), torch.device("cpu"), 1)
     assert cost.backbone == HUB_NAME

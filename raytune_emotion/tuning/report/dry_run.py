@@ -18,6 +18,7 @@ from raytune_emotion.learn.device import find_device
 from raytune_emotion.learn.model import build_model
 from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.terminal import count, plain_table
+from raytune_emotion.tuning.execution.placement import Demand, Placement, fit_here
 from raytune_emotion.tuning.space.space import Space, draw
 from raytune_emotion.tuning.study.creation import check_trainable, image_sizes
 from raytune_emotion.tuning.study.earlier import WarmStart
@@ -42,10 +43,16 @@ class Cost:
 
 
 def show_dry_run(console: Console, request: SearchRequest, space: Space, data: Data, warm_start: WarmStart) -> None:
-    """Show the space of a study, and the cost of its trials with the threads of this process."""
+    """Show the space of a study, and the cost of its trials, each with its own share of the cores.
+
+    Raises:
+        UserError: not even one trial fits this machine, or its settings do not fit the data.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
     check_trainable(space, data, workers=request.workers_per_trial or 1)
+    device = find_device()
+    place = _place_on_cores(request, device)
 
     settings = plain_table("setting", "values", title="search space")
     for key, value in space.to_dict().items():
@@ -62,20 +69,36 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     guide = f"the search is guided by {warm_start.description}\n" if warm_start.description else ""
     console.print(f"\n{guide}")
     epochs, trials = space.fixed_settings["train.epochs"], request.trials or DEFAULT_TRIALS
-    device = find_device()
     headings = ("backbone", "px", "parameters, millions", "images/s", "time per trial")
-    cost = plain_table(*headings, title=f"training on this machine ({device})")
+    threads = _threads_of(place)
+    used = f"{device}, {count(threads, 'thread')}" if place else device
+    cost = plain_table(*headings, title=f"training on this machine ({used})")
+    share = min(1.0, place.resources.cpus_per_worker) if place else 1.0  # of a core, where trials share one
     seconds = []
-    for each in costs(space, sizes, device):
-        seconds.append(rows * epochs / each.images_per_second)
+    for each in costs(space, sizes, device, threads):
+        seconds.append(rows * epochs / each.images_per_second / share)
         rate = f"{each.images_per_second:.0f}"
         cost.add_row(each.backbone, str(each.image_size), f"{each.params_millions:.2f}", rate, _duration(seconds[-1]))
     console.print(cost)
-    whole = _duration(trials * sum(seconds) / len(seconds))
+    at_once = min(trials, place.concurrency) if place else 1
+    whole = _duration(trials / at_once * statistics.fmean(seconds))
     console.print(
-        f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}: {whole} on this device if "
+        f"{count(trials, 'trial')} of {count(epochs, 'epoch')} on {count(rows, 'image')}"
+        f"{f', {place}' if place else ''}: {whole} on this device if "
         f"none is stopped and all backbones are equally frequent; measured in a few steps, beside other programs"
     )
+
+
+def _place_on_cores(request: SearchRequest, device: torch.device) -> Placement | None:
+    """Fit the trials of a study to the cores of this machine; return None on a GPU, or if a cluster will train them."""
+    if device.type != "cpu" or request.address is not None:
+        return None
+    return fit_here(Demand(request.workers_per_trial or 1, 0.0, request.concurrency))
+
+
+def _threads_of(place: Placement | None) -> int:
+    """Return the threads of a trial; without a placement, those of this process."""
+    return place.resources.workers * place.resources.threads if place else torch.get_num_threads()
 
 
 def in_words(value: Any) -> str:
@@ -110,11 +133,16 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def costs(space: Space, sizes: tuple[int, ...], device: torch.device) -> list[Cost]:
-    """Time some training steps of each backbone of a space on noise, with the threads of this process."""
+def costs(space: Space, sizes: tuple[int, ...], device: torch.device, threads: int) -> list[Cost]:
+    """Time some training steps of each backbone of a space on noise, with a number of threads."""
     backbones = space.values_of("model.backbone") or (RunConfig().model.backbone,)
     weights_dir = space.fixed_settings.get("model.weights_dir")
-    return [_cost(name, size, weights_dir, device) for name in backbones for size in sizes]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return [_cost(name, size, weights_dir, device) for name in backbones for size in sizes]
+    finally:
+        torch.set_num_threads(before)
 
 
 def _cost(backbone: str, size: int, weights_dir: str | None, device: torch.device) -> Cost:
