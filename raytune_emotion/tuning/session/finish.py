@@ -94,6 +94,15 @@ class Step:
         return f"{what}: {js or 'not measured'}" + (f" (gain {gain})" if gain else "")
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The exported model of a finish, and the steps that led to it."""
+
+    steps: Sequence[Step]
+    model: str  # sentences that say which one it is
+    js: float  # on the whole validation set, bits
+
+
 def finish_study(place: Location, address: str | None, *, check: Callable[[], None] = lambda: None) -> None:
     """Finish a study that has been searched, and export its best model.
 
@@ -118,15 +127,21 @@ def finish_study(place: Location, address: str | None, *, check: Callable[[], No
         failure = _fit_longer(study, winner, epochs, address)
         check()
         fit = f"the final fit of trial {winner} ({count(epochs, 'epoch')})"
-        steps = _compare_and_export(study, confirmation, fit, failure)
+        finished = _compare_and_export(study, confirmation, fit, failure)
     table = plain_table("step", "JS, bits", "gain, bits")
-    for step in steps:
+    for step in finished.steps:
         table.add_row(*step.cells)
     console.print(table)
-    console.print(f"{_MEASURED}\nexported    {place / FINISHED}")
+    console.print(
+        f"""{_MEASURED}
+
+model       {finished.model}
+JS          {finished.js:.4f} bits on the whole validation set; the table has values of its halves
+exported    {place / FINISHED}"""
+    )
 
 
-def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, failure: str) -> Sequence[Step]:
+def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, failure: str) -> Finished:
     """Compare all models of a study, and export the best one or the best combination.
 
     Args:
@@ -229,7 +244,7 @@ def _name_members(found: Combination, what: str) -> str:
     return f"the {what} of {', '.join(found.trial_ids)}{alone}"
 
 
-def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step]) -> Sequence[Step]:
+def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step]) -> Finished:
     """Export the best of ensemble, soup and single model, by the JS on images that were not used to choose it.
 
     Args:
@@ -237,9 +252,6 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
         candidates: models with the image size of the best one.
         study: name of the study.
         steps: earlier steps; the last one compares single models.
-
-    Returns:
-        All steps.
     """
     single = steps[-1].js
     ensemble, (soup, mixed) = combine_ensemble(candidates, MEMBERS), combine_soup(candidates, find_device())
@@ -258,9 +270,11 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
                 if ensemble.single is None
                 else "the image sizes have different validation images"
             )
-        notes = [f"{why}. This is {candidates.trial_ids[0]} of the study {study}.", _describe(steps)]
-        write_package(dest, first, notes, metrics={**first.report, **_entries(steps)}, store=candidates.store)
-    elif best == "soup":
+        model = f"{why}. This is {candidates.trial_ids[0]} of the study {study}."
+        metrics = {**first.report, **_entries(steps)}
+        write_package(dest, first, [model, _describe(steps)], metrics=metrics, store=candidates.store)
+        return Finished(steps, model, first.report["val_js"])
+    if best == "soup":
         write_soup(dest, soup, mixed, study, ["timm"], [_describe(steps)], _entries(steps))
     else:
         try:
@@ -271,7 +285,8 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
             # `predict` only needs the weights.
             steps = [*steps, Step("the ensemble as pt2", None, failure=error.reason)]
             write_ensemble(dest, ensemble, study, [], [_describe(steps)], _entries(steps))
-    return steps
+    model = f"This is {_name_members(found[best], best)} of the study {study}."
+    return Finished(steps, model, found[best].metrics["val_js"])
 
 
 def _describe(steps: Sequence[Step]) -> str:

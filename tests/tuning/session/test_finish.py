@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -109,8 +110,12 @@ def test_every_step_is_taken_once_and_stands_in_the_card(study, capsys):
     assert measured in card
     out = capsys.readouterr().out
     assert measured in out.replace("\n", " ")
-    assert "exported" in out
     assert "gain, bits" in out
+    *_, model, js, exported = out.splitlines()
+    assert re.fullmatch(r"model       .*\bThis is .+ of the study study\.", model)
+    assert model.removeprefix("model       ").split("This is ")[0] in card
+    whole = f"{metrics['val_js']:.4f} bits on the whole validation set; the table has values of its halves"
+    assert (js, exported) == (f"JS          {whole}", f"exported    {study / FINISHED}")
     steps = metrics[STEPS]
     assert len(steps) == 5
     assert [step["failure"] for step in steps] == [""] * 5
@@ -409,9 +414,18 @@ TWO, ONE = (0, 0), (0,)
 )
 def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choose, formats, ensemble, soup, said):
     choose(ensemble, soup)
-    steps = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
-    assert [step.js for step in steps] == [0.30, *(js if members == TWO else 0.30 for members, js in (soup, ensemble))]
+    finished = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+    assert [step.js for step in finished.steps] == [
+        0.30,
+        *(js if members == TWO else 0.30 for members, js in (soup, ensemble)),
+    ]
     assert said in (tmp_path / "dest" / "README.md").read_text()
+    model = {
+        "an ensemble of": "This is the ensemble of ",
+        "The mean of the weights of the trials": "This is the soup of ",
+    }
+    assert finished.model.startswith(model.get(said, said))
+    assert finished.js == pytest.approx(json.loads((tmp_path / "dest" / "metrics.json").read_text())["val_js"])
     assert formats == ([["pt2"]] if said == "an ensemble of" else [])
 
 
@@ -454,7 +468,7 @@ def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, cand
 
     choose((TWO, 0.20), (ONE, 0.30))
     monkeypatch.setattr(export_folder, "write_graph", fail)
-    *_, pt2 = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+    *_, pt2 = finish._export(tmp_path / "dest", candidates, "study", [BEFORE]).steps
     backbone = candidates.bests[0].settings["model.backbone"]
     reason = f"an ensemble of {backbone} cannot be exported as pt2 (RuntimeError: a loop that depends on data)"
     assert (pt2.name, pt2.failure) == ("the ensemble as pt2", reason)
