@@ -38,6 +38,8 @@ EVERYTHING = {
     "augment.cutmix": 0.5,
     "train.ema_decay": 0.9,
     "train.accumulate": 2,
+    "train.smoothing": 0.1,
+    "train.balance": 0.5,
 }
 SGD = {"optim.name": "sgd", "optim.lr": 1e-2}
 #: Steps of a run; and of one whose first half trains only the head: each half captures its own graph.
@@ -49,7 +51,7 @@ SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
     "drop path": ("efficientnet_b0", "bf16", {"model.drop_path": 0.2}),
     "layer decay": ("resnet18", "bf16", {"optim.layer_decay": 0.8}),
     "RandAugment": ("resnet18", "bf16", {"augment.operations": 2}),
-    "average, micro-batches, mixup and cutmix": ("resnet18", "bf16", EVERYTHING),
+    "average, micro-batches, mixtures, weighted rows": ("resnet18", "bf16", EVERYTHING),
     "ViT": ("vit_base_patch16_224", "bf16", {}),
 }
 if DEVICE.type == "cpu":
