@@ -136,8 +136,8 @@ def byte_size(number: float) -> str:
 
 def short_path(path: Path) -> str:
     """Return a path for people: relative if it is below the working folder, else absolute."""
-    path = path.absolute()
     try:
+        path = path.absolute()
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):  # the path is elsewhere, or the working folder is gone
         return str(path)

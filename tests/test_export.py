@@ -60,6 +60,15 @@ def test_destinations_that_are_taken(study, tmp_path, capsys):
     assert told.startswith(f"{study}: holds files that do not belong to an export (")
 
 
+@pytest.mark.parametrize("dest", [".", "../here", "../../above"])
+def test_the_current_folder_is_not_replaced(study, tmp_path, capsys, monkeypatch, dest):
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    (told,) = refusal(capsys, [tmp_path], "export", study, dest)
+    assert told == f"{dest}: is or holds the current folder, which cannot be replaced; name another place"
+
+
 def test_export_goes_to_a_uri_but_not_among_other_files(study, tmp_path, capsys):
     dest = tmp_path / "at a uri"
     assert exit_code(["export", study, dest.as_uri(), "--format", "timm, pt2", "--format", "timm"]) == 0

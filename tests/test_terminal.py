@@ -116,10 +116,11 @@ def test_a_working_folder_that_is_gone_is_no_error(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     code = f"import os; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r})\n"
-    code += "from pathlib import Path; from raytune_emotion.terminal import short_path; print(short_path(Path('/a/b')))"
+    code += "from pathlib import Path; from raytune_emotion.terminal import short_path\n"
+    code += "print(short_path(Path('/a/b')), short_path(Path('a')))"
     env = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout == "/a/b\n"
+    assert done.stdout == "/a/b a\n"
 
 
 #: Modules that write what a program reads, or the log of their own process.

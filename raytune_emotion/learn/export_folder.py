@@ -436,10 +436,14 @@ def check_replaceable(dest: Location) -> None:
     """Check that a location may become an export: it is empty, or holds only an earlier export.
 
     Raises:
-        UserError: it holds other files.
+        UserError: it holds other files, or is the current folder.
     """
     if not dest.exists():
         return
+    with contextlib.suppress(FileNotFoundError):  # the current folder is gone
+        here = Path.cwd()
+        if any(dest.is_here(folder) for folder in (here, *here.parents)):
+            raise UserError(f"{dest}: is or holds the current folder, which cannot be replaced; name another place")
     if not dest.is_folder():
         raise UserError(f"{dest}: exists already and is not a folder; name another destination")
     there = {*dest.list_folders(), *(file.name for file in dest.list_files())}
