@@ -40,7 +40,7 @@ from raytune_emotion.storage.atomic import (
     sweep,
 )
 from raytune_emotion.storage.cache import cache_folder
-from raytune_emotion.terminal import byte_size, short_path, warn
+from raytune_emotion.terminal import byte_size, escape, short_path, warn
 
 #: Age at which files of abandoned attempts are deleted from the cache, seconds.
 ABANDONED_S = 7 * 24 * 3600.0
@@ -632,14 +632,23 @@ def parse_location(text: str) -> Location:
     Raises:
         UserError: the text cannot name a folder, or the URI contains credentials.
     """
-    try:
-        bad = not text or b"\0" in os.fsencode(text)
-    except UnicodeEncodeError:
-        bad = True
-    if bad:
+    if not text or "\0" in text:
         raise UserError(f"expected a folder or a URI, got {text!r}; name one")
+    _refuse_other_encodings(text)
+    if "://" in text:
+        return Remote(text)
     # A shell does not expand `--results=~/results`, and Python expands nothing.
-    return Remote(text) if "://" in text else Folder(Path(os.path.expanduser(text)))  # noqa: PTH111  # unknown users stay
+    path = os.path.expanduser(text)  # noqa: PTH111  # unknown users stay
+    with contextlib.suppress(OSError):  # the current folder is gone
+        _refuse_other_encodings(os.path.realpath(path))  # libraries get this one
+    return Folder(Path(path))
+
+
+def _refuse_other_encodings(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{escape(text)}: the path is not UTF-8; rename it") from None
 
 
 def parent_of(location: Location) -> Location:

@@ -5,6 +5,7 @@ import errno
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,10 +254,28 @@ def test_uri_that_names_a_kind_of_credentials_is_accepted():
     assert parse_location(uri) == Remote(uri)
 
 
-@pytest.mark.parametrize("text", ["", "a\0b", "s3://bucket/a\0b", "\ud800"])
+@pytest.mark.parametrize("text", ["", "a\0b", "s3://bucket/a\0b"])
 def test_text_that_can_be_no_path_is_refused(text):
     with pytest.raises(UserError, match="expected a folder or a URI, got"):
         parse_location(text)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "~\ud800", os.fsdecode(b"a/fb\xff"), "s3://bucket/\udcff"])
+def test_a_path_that_is_not_utf_8_is_refused_in_words_that_can_be_printed(text):
+    with pytest.raises(UserError, match="the path is not UTF-8; rename it") as raised:
+        parse_location(text)
+    assert str(raised.value).encode()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+def test_a_path_below_a_folder_that_is_not_utf_8_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"fb\xff")
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for text in ("below", str(tmp_path / "link")):
+        with pytest.raises(UserError, match=r"fb\\udcff.*: the path is not UTF-8; rename it"):
+            parse_location(text)
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a/..", "s3://bucket/a/%2E%2E?region=x", "s3://bucket/..%2Fa", "s3://.."])
