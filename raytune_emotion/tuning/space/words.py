@@ -27,6 +27,9 @@ NEVER_SEARCHED: Mapping[str, str] = {
     "train.seed": "a lucky seed is not a better setting",
 }
 
+#: Largest number of steps in a range: a float tells no more of them apart, and Optuna cannot divide by smaller steps.
+_MOST_STEPS = 2**53
+
 #: The errors in the value of a setting, by their positions in it.
 Errors = dict[tuple[str | int, ...], str]
 
@@ -72,6 +75,8 @@ def _range(word: str, ends: list[Any]) -> BaseDistribution:
         raise ValueError(f"the bounds of {word} must be above 0, got {ends}")
     if step and not is_on_grid(high, low, step[0]):
         raise ValueError(f"the step must be above 0 and lead from the lower bound to the upper, got {ends}")
+    if step and (high - low) / step[0] > _MOST_STEPS:
+        raise ValueError(f"the step is too small for numbers from {low:g} to {high:g}, got {ends}")
     if word.startswith("int"):
         return IntDistribution(low, high, log="log" in word, step=step[0] if step else 1)
     return FloatDistribution(low, high, log="log" in word, step=step[0] if step else None)

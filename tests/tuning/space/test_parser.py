@@ -262,6 +262,10 @@ class TestFaults:
             ("model.dropout: {uniform: [0, 1]}", "model.dropout: should be less than 1, got 1"),
             ("optim.lr: {uniform: [0.1, 1.0e+305]}", "optim.lr: uniform needs smaller numbers, got [0.1, 1e+305]"),
             (
+                "optim.lr: {uniform: [0.1, 10, 1e-30]}",
+                "optim.lr: the step is too small for numbers from 0.1 to 10, got [0.1, 10.0, 1e-30]",
+            ),
+            (
                 "optim.name: {choice: [adam, sdg]}",
                 "optim.name: should be 'adam', 'adamw' or 'sgd', got 'sdg'; did you mean sgd?",
             ),
