@@ -15,7 +15,7 @@ from pydantic_core import ArgsKwargs
 from typing_extensions import Self
 
 from raytune_emotion.emotions import EMOTIONS, check_class_names
-from raytune_emotion.errors import UserError, did_you_mean
+from raytune_emotion.errors import UserError, did_you_mean, show
 
 Value = str | int | float | bool | None | tuple[str, ...]
 FlatConfig = Mapping[str, Any]
@@ -188,7 +188,8 @@ class AugmentConfig:
     @classmethod
     def _expand_recipe(cls, given: ArgsKwargs) -> ArgsKwargs:
         settings = given.kwargs or {}
-        return ArgsKwargs(given.args, {**RECIPES.get(str(settings.get("recipe")), {}), **settings})
+        recipe = settings.get("recipe")
+        return ArgsKwargs(given.args, {**RECIPES.get(recipe if isinstance(recipe, str) else "", {}), **settings})
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -295,5 +296,5 @@ def _short_names(name: str) -> tuple[str, ...]:
 def _sentence(loc: tuple[int | str, ...], message: str, value: object) -> str:
     where = ".".join(str(part) for part in loc)
     message = message.removeprefix("Value error, ").replace("Input should", "should")
-    got = f", got {value!r}" if isinstance(value, str | int | float | bool | None) else ""
+    got = f", got {show(value)}" if isinstance(value, str | int | float | bool | None) else ""
     return f"{where}: {message}{got}" if where else f"{message}"

@@ -44,6 +44,14 @@ def collect_errors(errors: list[str]) -> Iterator[None]:
         errors += error.faults
 
 
+def show(value: object) -> str:
+    """Return a value as Python code for a message. Python does not write integers of more than some 4000 digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of too many digits"
+
+
 def suggest(word: str, known: Iterable[str], most: int = 1) -> str:
     """Return "; did you mean ...?" with the known names that are closest to a word; "" if none is close."""
     return did_you_mean(difflib.get_close_matches(word, list(known), n=most))

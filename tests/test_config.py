@@ -75,6 +75,13 @@ def test_a_number_beyond_all_sense_is_refused(key):
     default = SETTINGS[key].default.default
     with pytest.raises(UserError, match=f"^{key}: .*, got 1"):
         RunConfig.from_flat({key: type(default)(10**20)})
+    with pytest.raises(UserError, match=f"^{key}: should be .*, got a number of too many digits$"):
+        RunConfig.from_flat({key: 10**5000})
+
+
+def test_a_recipe_that_python_cannot_write_is_refused():
+    with pytest.raises(UserError, match=r"^augment.recipe: should be .*, got a number of too many digits$"):
+        RunConfig.from_flat({"augment.recipe": 10**5000})
 
 
 def test_a_loss_that_is_named_replaces_the_default():

@@ -229,4 +229,6 @@ def _space_file(space: str | os.PathLike[str] | Mapping[str, Any]) -> Iterator[P
             YAML(typ="safe").dump(_plain(space), file)
         except YAMLError as error:
             raise UserError(f"space: {first_line(error)}; give texts, numbers, lists and dicts") from None
+        except ValueError:  # Python does not write it
+            raise UserError("space: a number has too many digits; give a smaller one") from None
         yield file

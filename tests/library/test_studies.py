@@ -129,6 +129,8 @@ def test_a_space_may_hold_numbers_of_numpy_and_paths(tmp_path):
     }
     with pytest.raises(UserError, match=r"space: cannot represent an object: .*; give texts, numbers, lists and dicts"):
         raytune_emotion.search(tmp_path / "faces", {"optim.lr": object()}, results=tmp_path)
+    with pytest.raises(UserError, match="space: a number has too many digits; give a smaller one"):
+        raytune_emotion.search(tmp_path / "faces", {"optim.lr": 10**5000}, results=tmp_path)
 
 
 def test_a_space_may_have_a_name_that_a_study_cannot_have(tmp_path, asked):

@@ -23,7 +23,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from raytune_emotion.config import SETTINGS, FlatConfig, suggest_setting
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, show
 from raytune_emotion.storage.json_text import is_number
 from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
 from raytune_emotion.tuning.space.joint_check import conflicts, missing_weights
@@ -232,8 +232,8 @@ def _branch(
         unknown = [value for value in values if value not in setting.choices]
         for value in unknown:
             choices = [str(choice) for choice in setting.choices]
-            near = suggest_setting(str(value), choices)
-            source.fault(here, f"{key}: expected one of its choices ({', '.join(choices)}), got {value!r}{near}")
+            near = suggest_setting(value, choices) if isinstance(value, str) else ""
+            source.fault(here, f"{key}: expected one of its choices ({', '.join(choices)}), got {show(value)}{near}")
         if not values:
             source.fault(here, f"{key}: an `if` needs at least one of its choices")
         # Sort the values in the order of the choice, so that equal conditions have the same name.
@@ -273,7 +273,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
             if loss not in mixture.losses:
                 source.fault(here, f"{key}: is not in the mixture of {', '.join(mixture.losses)}")
             elif not is_number(value) or not 0 <= value <= 1:
-                source.fault(here, f"{key}: expected a weight from 0 to 1, got {value!r}")
+                source.fault(here, f"{key}: expected a weight from 0 to 1, got {show(value)}")
             else:
                 weights[loss] = float(value)
         elif key not in active:
@@ -285,7 +285,7 @@ def _start_point(source: _Source, at: _Path, point: Any, space: Space) -> dict[s
         else:
             wrong = _why_outside(active[key], value)
             if wrong:
-                source.fault(here, f"{key}: {wrong}, got {value!r}")
+                source.fault(here, f"{key}: {wrong}, got {show(value)}")
                 continue
             result[key], errors = read_value(key, value)
             source.faults_of(here, key, errors)
@@ -302,7 +302,7 @@ def _why_outside(setting: Setting, value: Any) -> str | None:
     """Return the reason why a value does not belong to a setting; None if it does."""
     if isinstance(setting, Fixed):
         same = value == (list(setting.value) if isinstance(setting.value, tuple) else setting.value)
-        return None if same else f"is fixed to {setting.value!r} in this space"
+        return None if same else f"is fixed to {show(setting.value)} in this space"
     if isinstance(setting, CategoricalDistribution):
         return None if value in setting.choices else f"must be one of {', '.join(map(str, setting.choices))}"
     assert isinstance(setting, FloatDistribution | IntDistribution)

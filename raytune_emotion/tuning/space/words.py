@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator, conlist
 
 from raytune_emotion.config import SETTINGS, suggest_setting
-from raytune_emotion.errors import UserError, suggest
+from raytune_emotion.errors import UserError, show, suggest
 from raytune_emotion.learn.backbones import check_architecture, split_source
 from raytune_emotion.tuning.space.space import LOSSES, Fixed, Setting, Simplex
 
@@ -68,15 +68,15 @@ def _range_type(word: str) -> Any:
 def _range(word: str, ends: list[Any]) -> BaseDistribution:
     low, high, *step = ends
     if max(map(abs, ends)) >= 1e300:
-        raise ValueError(f"{word} needs smaller numbers, got {ends}")
+        raise ValueError(f"{word} needs smaller numbers, got {show(ends)}")
     if low >= high:
-        raise ValueError(f"the lower bound must be below the upper, got {ends}")
+        raise ValueError(f"the lower bound must be below the upper, got {show(ends)}")
     if "log" in word and low <= 0:
-        raise ValueError(f"the bounds of {word} must be above 0, got {ends}")
+        raise ValueError(f"the bounds of {word} must be above 0, got {show(ends)}")
     if step and not is_on_grid(high, low, step[0]):
-        raise ValueError(f"the step must be above 0 and lead from the lower bound to the upper, got {ends}")
+        raise ValueError(f"the step must be above 0 and lead from the lower bound to the upper, got {show(ends)}")
     if step and (high - low) / step[0] > _MOST_STEPS:
-        raise ValueError(f"the step is too small for numbers from {low:g} to {high:g}, got {ends}")
+        raise ValueError(f"the step is too small for numbers from {low:g} to {high:g}, got {show(ends)}")
     if word.startswith("int"):
         return IntDistribution(low, high, log="log" in word, step=step[0] if step else 1)
     return FloatDistribution(low, high, log="log" in word, step=step[0] if step else None)
@@ -98,7 +98,7 @@ def _check_distinct(values: Any, check: Callable[[Any], Any]) -> Any:
     """Report values that occur twice, together with the errors of single values."""
     pairs = [(isinstance(value, bool), value) for value in values] if isinstance(values, list) else []
     errors: list[Any] = [
-        {"type": "value_error", "loc": (i,), "input": pair, "ctx": {"error": f"{pair[1]!r} occurs twice"}}
+        {"type": "value_error", "loc": (i,), "input": pair, "ctx": {"error": f"{show(pair[1])} occurs twice"}}
         for i, pair in enumerate(pairs)
         if pair in pairs[:i]
     ]
@@ -171,10 +171,10 @@ def _sentence(error: Any, word: str, adapter: TypeAdapter[Any]) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if word and not error["loc"]:
-        return f"{word} needs {adapter.json_schema()['description']}, got {error['input']!r}"
+        return f"{word} needs {adapter.json_schema()['description']}, got {show(error['input'])}"
     known = re.findall("'(.*?)'", error["msg"]) if error["type"] == "literal_error" else ()
-    near = suggest(str(error["input"]), known)
-    return f"{error['msg'].replace('Input should', 'should')}, got {error['input']!r}{near}"
+    near = suggest(error["input"], known) if isinstance(error["input"], str) else ""
+    return f"{error['msg'].replace('Input should', 'should')}, got {show(error['input'])}{near}"
 
 
 def _why_not(key: str, *given: str) -> str:

@@ -13,6 +13,8 @@ PARAMS = "params.json"
 ALL = "*"
 #: Largest number of trials that an error message lists. Of more, it names the first and the last.
 _LISTED = 10
+#: Length of the longest text that is read as the number of a trial.
+_MOST_DIGITS = 100
 #: Name of the file with the address of a trial's packed data. Its results depend only on these and the settings.
 DATA = "data.txt"
 
@@ -67,8 +69,8 @@ def trial_id_of(number: int) -> str:
 
 
 def as_trial_id(text: str) -> str:
-    """Convert a typed number to an id: `2` is `0002`."""
-    return trial_id_of(int(text)) if text.isascii() and text.isdigit() else text
+    """Convert a typed number to an id: `2` is `0002`. A number of many digits names no trial, and stays as it is."""
+    return trial_id_of(int(text)) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else text
 
 
 def find_trial(text: str, known: Iterable[str], study: object) -> str:

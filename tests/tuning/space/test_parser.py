@@ -732,6 +732,24 @@ def test_a_space_that_grows_without_end_is_refused(text, said, tmp_path):
         load_space(tmp_path / "space.yaml")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optim.lr: HUGE",
+        "optim.name: HUGE",
+        "optim.lr: {uniform: HUGE}",
+        "train.batch_size: {int_uniform: [1, HUGE]}",
+        "train.batch_size: {choice: [HUGE, HUGE]}",
+        "augment.flip: {choice: [0, 1]}\nwhen: [{if: {augment.flip: HUGE}, optim.lr: 1}]",
+        "augment.flip: {choice: [0, 1]}\nstart: [{augment.flip: HUGE}]",
+    ],
+)
+def test_a_number_that_python_cannot_write_is_refused(text, tmp_path):
+    (tmp_path / "space.yaml").write_text(text.replace("HUGE", "0x" + "f" * 5000))
+    with pytest.raises(UserError, match="a number of too many digits"):
+        load_space(tmp_path / "space.yaml")
+
+
 def test_settings_are_plain_values_and_weights_of_losses_are_numbers():
     assert are_settings({"optim.lr": 1e-3, "model.pretrained": True, "data.classes": ["sad"], "loss.kl": 1, "x": None})
     for wrong in ({"loss.kl": "1"}, {"loss.kl": None}, {"optim.lr": 10**400}, {"x": [[1]]}, {"x": {}}, {1: 1}, []):

@@ -12,7 +12,7 @@ def test_a_number_is_an_id():
     assert [find_trial(text, ["0002", "0012"], "s") for text in ("2", "0002", "12")] == ["0002", "0002", "0012"]
 
 
-@pytest.mark.parametrize("text", ["9", "0009", "x", "../0002", "", "²"])
+@pytest.mark.parametrize("text", ["9", "0009", "x", "../0002", "", "²", "9" * 5000])
 def test_a_trial_that_is_not_there_is_refused_with_those_that_are(text):
     with pytest.raises(UserError) as caught:
         find_trial(text, ["0000", "0001", "0002"], "results/first")
