@@ -12,6 +12,7 @@ from raytune_emotion.cli import command_main, location
 from raytune_emotion.data.pictures import PictureFiles, PredictedBatch, StoredPictures, in_batches, list_pictures
 from raytune_emotion.data.progress import progress
 from raytune_emotion.errors import Incomplete, UserError, collect_errors
+from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.export_files import LOADED, check_export
 from raytune_emotion.terminal import count, warn
 
@@ -183,10 +184,9 @@ def _device(name: str | None) -> "torch.device":
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {name}: not available here ({str(error).splitlines()[0]}); leave it out, or use cpu"
-        ) from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        said = first_line(error).partition(". ")[0]  # a list of all backends may follow
+        raise UserError(f"--device {name}: not available here ({said}); leave it out, or use cpu") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: not a device for models; use cpu or cuda")
     return device

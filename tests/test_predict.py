@@ -298,11 +298,13 @@ class TestPredict:
             f"error: {tmp_path / 'x.jpg'}: no such image; name an existing one\n",
         )
 
-    @pytest.mark.parametrize("device", ["cuda:7", "mars", "meta"])
+    @pytest.mark.parametrize("device", ["cuda:7", "mars", "meta", "hpu", "ipu"])
     def test_a_device_that_is_not_here(self, export, tmp_path, capsys, device):
         (tmp_path / "face.jpg").touch()
         assert command_main("predict", [str(export), str(tmp_path / "face.jpg"), "--device", device]) == 2
-        assert f"--device {device}: not a" in capsys.readouterr().err
+        (told,) = capsys.readouterr().err.splitlines()
+        assert told.startswith(f"error: --device {device}: not a")
+        assert len(told) < 300
 
 
 def test_json_lines_are_valid_in_any_encoding_of_the_output():
