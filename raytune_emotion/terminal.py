@@ -1,6 +1,7 @@
 """Write to the terminal, and format sizes, paths and commands for it."""
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -77,10 +78,17 @@ def discard_output(stream: IO[str]) -> None:
 def open_missing_streams() -> None:
     """Open standard streams that are missing from the start, as by `>&-`, and discard their output.
 
-    Otherwise the next opened files get their numbers, and a library's output is written into these files.
+    Otherwise the next opened files get their numbers, and a library's output is written into these files. The output of
+    a stream that is open for reading alone, as by `1</dev/null`, is discarded, too.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)  # child processes have them, too
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                os.dup2(descriptor, number)
     os.close(descriptor)
     for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         if getattr(sys, name) is None:

@@ -192,12 +192,13 @@ def test_a_reader_that_has_had_enough_is_no_error():
         assert process.wait() == 1
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "1</dev/null 2</dev/null"])
 def test_missing_standard_streams_are_no_error_and_no_file_takes_their_numbers(closed, tmp_path):
     program = "import sys; from raytune_emotion.cli import command_main\n"
     program += "ended = command_main('status', ['nowhere'])\n"
     program += "file = open('seen', 'w')\n"
     program += "streams = [stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]\n"
+    program += "print('discarded', flush=True)\n"
     program += "file.write(f'{ended} {file.fileno() > 2} {streams}')"
     shell = f'exec "$0" -c "$1" {closed}'
     done = subprocess.run(
