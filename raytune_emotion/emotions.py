@@ -25,6 +25,9 @@ VALENCE_AROUSAL: dict[str, tuple[float, float, float, float]] = {
 #: The classes in the order of every distribution in this project.
 EMOTIONS: tuple[str, ...] = tuple(VALENCE_AROUSAL)
 
+#: Name of the column of images in a table of predictions. The other columns are classes.
+IMAGE = "image"
+
 
 def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Compute the distribution over EMOTIONS of points in the valence-arousal plane.
@@ -51,13 +54,15 @@ def label_distribution(valence: npt.NDArray[np.float64], arousal: npt.NDArray[np
 
 
 def check_class_names(classes: Sequence[str]) -> None:
-    """Check that the names of the classes are distinct and printable.
+    """Check that the names of the classes are distinct and printable, and can be columns of a table of predictions.
 
     Raises:
-        ValueError: a name occurs twice, is empty, or contains control characters.
+        ValueError: a name occurs twice, is empty, contains control characters, or is `image`.
     """
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
         raise ValueError(f"each class may be named only once, but these names occur again: {', '.join(twice)}")
+    if IMAGE in classes:
+        raise ValueError(f"no class may be named {IMAGE}, as the column of images in predictions; rename this class")
     if odd := [ascii(name) for name in classes if not name.isprintable() or not name.strip()]:
         raise ValueError(f"each class needs a name of printable characters, got {', '.join(odd)}")
 

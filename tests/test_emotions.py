@@ -1,9 +1,10 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from raytune_emotion.emotions import EMOTIONS, VALENCE_AROUSAL, class_distances, label_distribution
+from raytune_emotion.emotions import EMOTIONS, VALENCE_AROUSAL, check_class_names, class_distances, label_distribution
 
 ORDER = "neutral happy sad surprised fear disgust angry contempt serene contemplative secure untroubled quiet"
 POINT = st.floats(-1, 1)
@@ -19,6 +20,12 @@ def test_a_label_is_the_normalised_product_of_gaussians(v, a):
     np.testing.assert_allclose(
         label_distribution(np.array([v]), np.array([a]))[0], density / density.sum(), rtol=1e-9, atol=1e-15
     )
+
+
+def test_no_class_has_the_name_of_another_column_of_predictions():
+    check_class_names(("calm", "tense", "Image"))
+    with pytest.raises(ValueError, match="no class may be named image, as the column of images"):
+        check_class_names(("calm", "image"))
 
 
 def test_distances_are_those_of_the_plane():

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raytune_emotion.emotions import IMAGE
 from raytune_emotion.terminal import escape
 
-_NAME = "image"
 _DECIMALS = 6
 _ROWS_OF_A_GROUP = 4096
 
@@ -32,7 +32,7 @@ class CsvTable:
 
     def __init__(self, text: TextIO, classes: Sequence[str]) -> None:
         self._text, self._lines = text, csv.writer(text, lineterminator="\n")
-        self._lines.writerow([_NAME, *classes])
+        self._lines.writerow([IMAGE, *classes])
 
     def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
         shown = map(escape, names) if self._text.isatty() else names
@@ -52,7 +52,7 @@ class JsonLines:
 
     def write(self, names: Sequence[str], prob_NK: npt.NDArray[np.float64]) -> None:
         for name, prob_K in zip(names, prob_NK.round(_DECIMALS).tolist(), strict=True):
-            row = {_NAME: name, "probabilities": dict(zip(self._classes, prob_K, strict=True))}
+            row = {IMAGE: name, "probabilities": dict(zip(self._classes, prob_K, strict=True))}
             self._text.write(json.dumps(row) + "\n")
         self._text.flush()
 
@@ -81,7 +81,7 @@ class ParquetTable:
     """A column of names, and a column of float32 for each class."""
 
     def __init__(self, stream: BinaryIO, classes: Sequence[str]) -> None:
-        self._schema = pa.schema([(_NAME, pa.string()), *((name, pa.float32()) for name in classes)])
+        self._schema = pa.schema([(IMAGE, pa.string()), *((name, pa.float32()) for name in classes)])
         self._stream = stream
         self._writer = pq.ParquetWriter(stream, self._schema)
         self._names: list[str] = []
