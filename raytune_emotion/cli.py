@@ -13,7 +13,7 @@ from raytune_emotion.errors import Breakdown, Incomplete, UserError, suggest, su
 from raytune_emotion.interruption import end_without_handlers, handle_signals
 from raytune_emotion.known_errors import known_error
 from raytune_emotion.storage.locations import Location, parse_location
-from raytune_emotion.terminal import any_encoding, discard_output, open_missing_streams, typed_command, warn
+from raytune_emotion.terminal import any_encoding, discard_output, open_missing_streams, typed_command, warn, warn_error
 
 #: Purpose of each command, by its verb. The module of that name has `add_arguments` and `run`.
 COMMANDS = {
@@ -51,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
     def refuse(self, faults: Iterable[str]) -> NoReturn:
         """Report errors and the command for help, and end the process with exit code 2."""
         for fault in faults:
-            warn(f"error: {fault}")
+            warn_error(fault)
         self.exit(2, f"see {self.prog} --help\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -70,10 +70,10 @@ def run_guarded(action: Callable[[], None]) -> int:
         action()
     except UserError as error:
         for fault in error.faults:
-            warn(f"error: {fault}")
+            warn_error(fault)
         return 2
     except Breakdown as error:
-        warn(f"error: {error}")
+        warn_error(str(error))
         return 1
     except Incomplete as error:
         warn(str(error))
@@ -90,7 +90,7 @@ def run_guarded(action: Callable[[], None]) -> int:
         if known is None:
             raise
         code, sentence = known
-        warn(f"error: {sentence}")
+        warn_error(sentence)
         return code
     return 0
 

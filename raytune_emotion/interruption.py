@@ -217,9 +217,10 @@ def keep_error(error: BaseException | None) -> Iterator[None]:
     except (Breakdown, UserError, OSError) as later:
         if error is None:
             raise
-        from raytune_emotion.terminal import warn  # imported only now: this module must be quick to import
+        from raytune_emotion.terminal import warn_error  # imported only now: this module must be quick to import
 
-        warn(f"error: {later}")
+        for fault in later.faults if isinstance(later, UserError) else [str(later)]:
+            warn_error(fault)
     if error is not None:
         raise error
 

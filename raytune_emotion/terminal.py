@@ -18,6 +18,8 @@ from rich.text import Text
 
 #: The console script of the package.
 SCRIPT = "raytune-emotion"
+#: Start of the lines on standard error that each hold an error.
+ERROR = "error: "
 
 _COLOUR_CODE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -66,6 +68,11 @@ def warn(text: str) -> None:
         print(escape(text), file=sys.stderr, flush=True)
     except OSError:
         discard_output(sys.stderr)
+
+
+def warn_error(sentence: str) -> None:
+    """Print an error on standard error, as one line: names of files and words of a command line may have newlines."""
+    warn(ERROR + sentence.replace("\n", "\\n"))
 
 
 def discard_output(stream: IO[str]) -> None:

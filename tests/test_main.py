@@ -22,6 +22,14 @@ def test_wrong_input_is_a_sentence_each_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: a.txt: empty; delete it\nerror: b.txt: holds text\n"
 
 
+def test_an_error_is_one_line_whatever_is_named(capsys):
+    def action():
+        raise UserError(["a\nb.txt: empty; delete it", "c.txt: holds text"])
+
+    assert run_guarded(action) == 2
+    assert capsys.readouterr().err == "error: a\\nb.txt: empty; delete it\nerror: c.txt: holds text\n"
+
+
 def test_interruption_is_exit_code_130():
     def action():
         raise KeyboardInterrupt
@@ -88,6 +96,7 @@ def test_every_verb_explains_itself_in_the_words_that_it_was_started_by(verb, ca
         (["predict", "x", "y", "--format", "json"], ["--format: unknown value 'json'; did you mean jsonl?"]),
         (["predict"], ["the following arguments are required: EXPORT, IMAGE"]),
         (["status", "a", "b"], ["b: unexpected argument; leave it out"]),
+        (["status", "a", "b\nc"], ["b\\nc: unexpected argument; leave it out"]),
     ],
 )
 def test_a_mistyped_command_is_a_sentence_each_and_where_help_is(argv, sentences, capsys):

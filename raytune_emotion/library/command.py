@@ -18,10 +18,8 @@ from typing import IO, Any
 
 from raytune_emotion.errors import Breakdown, UserError
 from raytune_emotion.interruption import end_quietly, run_in_thread
-from raytune_emotion.terminal import any_encoding, say, warn
+from raytune_emotion.terminal import ERROR, any_encoding, say, warn, warn_error
 
-#: Start of the lines on standard error that hold the sentences of an error.
-_ERROR = "error: "
 #: Longest wait for a line before the next check whether the child has ended, seconds.
 _LOOK_S = 0.2
 
@@ -56,7 +54,7 @@ def run_command(verb: str, argv: Sequence[str]) -> None:
     code = process.returncode
     if interrupted or code in (0, 130):
         for error in errors:
-            warn(f"{_ERROR}{error}")
+            warn_error(error)
     if interrupted or code == 130:
         raise KeyboardInterrupt
     errors = errors or [f"{verb}: ended with exit code {code}; its output above says why"]
@@ -108,8 +106,8 @@ def _print_lines(process: "subprocess.Popen[str]") -> tuple[list[str], bool]:
             if all(reader.is_set() for reader in readers) and lines.empty():
                 return errors, interrupted
             line, is_error = lines.get(timeout=_LOOK_S)
-            if is_error and line.startswith(_ERROR):
-                errors.append(line.removeprefix(_ERROR).rstrip("\n"))
+            if is_error and line.startswith(ERROR):
+                errors.append(line.removeprefix(ERROR).rstrip("\n"))
             else:
                 (warn if is_error else say)(line.rstrip("\n"))
                 sys.stdout.flush()  # a log is read while the command runs
