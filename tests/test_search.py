@@ -488,6 +488,11 @@ class TestBadResuming:
             "another name"
         )
 
+    def test_a_space_that_cannot_be_read_hides_no_other_error(self, resumed, space):
+        told = resumed(f"--space={space('optim.lr: -1')}", "--seed=1", "--epochs=1")
+        assert ": optim.lr: " in told[0]
+        assert [line.partition(":")[0] for line in told[1:]] == ["--seed", "--epochs"]
+
     @pytest.mark.parametrize(("began", "asked"), [("the portfolio", "none"), ("the portfolio", "."), ("none", ".")])
     def test_another_warm_start(self, resumed, began, asked):
         if began != "none":

@@ -64,6 +64,7 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
     changed = [
         f"{name} that it began with, {has[name]}" for name, value in wanted.items() if value not in (None, has[name])
     ]
+    errors: list[str] = []
     space = parse_space(spec.space, str(folder / SPEC))
     if request.space is not None:
         # These settings of the study come from the command line, or may change.
@@ -72,8 +73,9 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
         if (weights := absolute_path(request.weights_dir) or spec.weights_dir) is not None:
             # Use the present folder of the weights: the original folder may be missing.
             own[_WEIGHTS] = began_with[_WEIGHTS] = weights
-        if load_space(request.space, overrides=own).to_dict() != began_with:
-            changed.append("space that it began with")
+        with collect_errors(errors):
+            if load_space(request.space, overrides=own).to_dict() != began_with:
+                changed.append("space that it began with")
     url = split_address(spec.storage)[0] if spec.storage else None
     if request.storage not in (None, url):
         changed.append(f"storage that it began with, {url or 'its own journal'}")
@@ -83,7 +85,7 @@ def refused_changes(request: SearchRequest, spec: StudySpec, folder: Path) -> li
         began = name_earlier(folder)
         if began != (", ".join(study.address for study in request.earlier_studies) or NOTHING):
             changed.append(f"warm-start that it began with, {began}")
-    errors = [
+    errors += [
         f"--{what.partition(' ')[0]}: a study keeps the {what}; leave the option out, or begin a new study under "
         f"another name"
         for what in changed
