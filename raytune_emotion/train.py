@@ -25,7 +25,7 @@ from raytune_emotion.learn.backbones import check_architecture, short_name
 from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
-from raytune_emotion.storage.yaml_text import load_yaml, read_text
+from raytune_emotion.storage.yaml_text import invalid_yaml, load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu, refuse_broken_gpu
 from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
 from raytune_emotion.tuning.study.trials import (
@@ -293,7 +293,7 @@ def _read(file: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (YAMLError, ValueError) as error:
-        raise UserError(f"{file}: not valid YAML ({str(error).splitlines()[0]}); correct the file") from None
+        raise invalid_yaml(file, error) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{file}: expected settings by dotted path, such as `optim.lr: 1e-3`")
     return values

@@ -372,7 +372,13 @@ class TestBadSettings:
     def test_a_file_without_settings(self, refused, tmp_path, text):
         (tmp_path / "config.yaml").write_bytes(text)
         (told,) = refused("--config", tmp_path / "config.yaml")
-        assert told.startswith(f"{tmp_path / 'config.yaml'}: ")
+        assert told.startswith(f"{tmp_path / 'config.yaml'}:")
+
+    def test_a_file_that_says_a_setting_twice(self, refused, tmp_path):
+        (tmp_path / "config.yaml").write_text("optim.lr: 1e-3\noptim.lr: 1e-4\n")
+        (told,) = refused("--config", tmp_path / "config.yaml")
+        assert told.startswith(f'{tmp_path / "config.yaml"}:2: not valid YAML: found duplicate key "optim.lr" with ')
+        assert told.endswith("; correct the file")
 
 
 class TestBadRequests:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
 
 from raytune_emotion.errors import UserError
+from raytune_emotion.known_errors import first_line
 
 _MOST_BYTES = 4_000_000
 #: Largest number of values in a file. Aliases can expand a few lines to billions of values.
@@ -54,6 +56,19 @@ def load_yaml(text: str | bytes, *, pure: bool = True) -> Any:
     if sum(1 for _ in itertools.islice(_values_in(value), MOST_VALUES + 1)) > MOST_VALUES:
         raise ValueError(TOO_MANY)
     return value
+
+
+def invalid_yaml(name: Path | str, error: Exception) -> UserError:
+    """Return the error for a text that is not valid YAML, with the line if it is known.
+
+    Args:
+        name: name of the text, such as its file.
+        error: what the parser has raised.
+    """
+    if isinstance(error, MarkedYAMLError) and error.problem:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        return UserError(f"{name}:{line}: not valid YAML: {error.problem}; correct the file")
+    return UserError(f"{name}: not valid YAML: {first_line(error)}; correct the file")
 
 
 def _values_in(value: Any) -> Any:

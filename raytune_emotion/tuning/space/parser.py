@@ -19,13 +19,13 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from raytune_emotion.config import SETTINGS, FlatConfig, suggest_setting
 from raytune_emotion.errors import UserError, show
 from raytune_emotion.storage.json_text import is_number
-from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, read_text
+from raytune_emotion.storage.yaml_text import MOST_VALUES, NESTED, TOO_MANY, invalid_yaml, read_text
 from raytune_emotion.tuning.space.joint_check import conflicts, missing_weights
 from raytune_emotion.tuning.space.space import Branch, Fixed, Setting, Simplex, Space
 from raytune_emotion.tuning.space.words import NEVER_SEARCHED, Errors, is_on_grid, read_setting, read_value
@@ -50,11 +50,8 @@ def load_space(path: Path, *, overrides: FlatConfig = _NO_OVERRIDES) -> Space:
     yaml = YAML(typ="safe", pure=True)
     try:
         node = yaml.compose(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise invalid_yaml(path, error) from None
     except RecursionError:
         raise UserError(f"{path}: the search space {NESTED}") from None
     if not isinstance(node, MappingNode):

@@ -112,9 +112,9 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "fault"),
         [
-            ("a: [1\nb: 2\n", "2: not valid YAML: expected ',' or ']', but got ':'"),
-            ("optim.lr: 1\n---\nb: 2\n", "2: not valid YAML: but found another document"),
-            ("optim.lr: *x\n", "1: not valid YAML: found undefined alias 'x'"),
+            ("a: [1\nb: 2\n", "2: not valid YAML: expected ',' or ']', but got ':'; correct the file"),
+            ("optim.lr: 1\n---\nb: 2\n", "2: not valid YAML: but found another document; correct the file"),
+            ("optim.lr: *x\n", "1: not valid YAML: found undefined alias 'x'; correct the file"),
             ("- 1\n", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
             ("", "1: expected a mapping of settings, such as `optim.lr: 1e-3`"),
             ("optim.lr: !x 3\n", "1: optim.lr: '3' with the tag !x is not a plain value"),
