@@ -1,6 +1,7 @@
 """Train one configuration, also the best configuration of a study: the command."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from raytune_emotion.cli import (
     location,
     positive_integer,
 )
-from raytune_emotion.config import SETTINGS, DataConfig, RunConfig
+from raytune_emotion.config import SETTINGS, DataConfig, RunConfig, unknown_setting
 from raytune_emotion.data.prepare import Data, find_data, prepare
 from raytune_emotion.data.store import is_store
 from raytune_emotion.data.synthetic import sample_folder
@@ -27,6 +28,7 @@ from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.storage.yaml_text import invalid_yaml, load_yaml, read_text
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu, refuse_broken_gpu
+from raytune_emotion.tuning.space.words import read_value
 from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
 from raytune_emotion.tuning.study.trials import (
     ALL,
@@ -96,13 +98,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What is known of the request before its data are read."""
+
+    settings: dict[str, Any]
+    place: Location | None = None  # None: its name depends on settings that are wrong
+    config: RunConfig | None = None  # None: the settings are wrong, or a source of them cannot be read
+    progress: "Progress | None" = None
+
+
+def settings_of(args: argparse.Namespace, faults: list[str]) -> dict[str, Any]:
     """Collect the settings. A later source wins: study, file, --set, the settings' own options.
 
-    Raises:
-        UserError: a source cannot be read. The settings themselves are not validated.
+    The settings themselves are not validated.
+
+    Args:
+        args: the arguments.
+        faults: is extended by the errors of sources that cannot be read; their settings are missing.
     """
-    faults: list[str] = []
     settings: dict[str, Any] = {}
     if args.trial is not None and args.study is None:
         faults.append(f"--trial {args.trial}: requires --study; name the folder of the study")
@@ -112,10 +126,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.config is not None:
         with collect_errors(faults):
             settings = _merge_settings(settings, _read(args.config))
-    with collect_errors(faults):
-        settings = _merge_settings(settings, _parse_assignments(args.set))
-    if faults:
-        raise UserError(faults)
+    settings = _merge_settings(settings, _parse_assignments(args.set, faults))
     own = {"train.epochs": args.epochs, "train.seed": args.seed}
     own["model.weights_dir"] = str(args.weights_dir.absolute()) if args.weights_dir else None
     return settings | {key: value for key, value in own.items() if value is not None}
@@ -139,33 +150,26 @@ def _best_trial(place: Location) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    settings = settings_of(args)
-    place: Location = args.results / (args.name or _default_name(settings))
-    progress: Progress | None = None
-    if args.resume:
-        place.check(write=True)
-        if place.read(PARAMS) is None:
-            raise UserError(f"{place}: no run of this name to resume{_other_runs(args.results)}")
-        own, progress = _read_run(place)
-        settings = _merge_settings(own, settings)
-    checked = RunConfig.from_flat(settings)
     faults: list[str] = []
-    with collect_errors(faults):
-        check_architecture(checked.model.backbone)
-        if checked.model.pretrained and not args.resume:  # a resumed run has its weights in its folder
-            from raytune_emotion.learn.model import check_weights
-
-            check_weights(checked.model)
+    request = _read_request(args, faults)
+    settings, place, checked, progress = request.settings, request.place, request.config, request.progress
+    _check_model(args, request, faults)
     if not args.resume:
         with collect_errors(faults):
-            place.check(write=True)
-            refuse_taken(place)
+            if place is None:
+                args.results.check(write=True)
+            else:
+                place.check(write=True)
+                refuse_taken(place)
     with collect_errors(faults):
         _check_machine(args)
-    with collect_errors(faults):
-        data = _data(args, settings, place)
+    if args.data is not None or (place is not None and checked is not None):
+        with collect_errors(faults):
+            data = _data(args, settings, place)
     if faults:
         raise UserError(faults)
+    assert place is not None
+    assert checked is not None
 
     # Imported only now: it takes seconds.
     if args.address is None:
@@ -201,6 +205,62 @@ def run(args: argparse.Namespace) -> None:
     train_single(place, config, store, workers, fresh=not is_taken(place))
 
 
+def _read_request(args: argparse.Namespace, faults: list[str]) -> _Request:
+    """Read the settings of the run and find its place, as far as they are right.
+
+    Args:
+        args: the arguments.
+        faults: is extended by the errors.
+    """
+    settings = settings_of(args, faults)
+    place = None if args.name is None else args.results / args.name
+    if faults:
+        faults += _faults_alone(settings)
+        return _Request(settings, place)
+    if place is None:
+        with collect_errors(faults):
+            place = args.results / _default_name(settings)
+        if place is None:
+            return _Request(settings)
+    progress: Progress | None = None
+    if args.resume:
+        own: dict[str, Any] | None = None
+        with collect_errors(faults):
+            own, progress = _read_run(place, args.results)
+        if own is None:
+            faults += _faults_alone(settings)
+            return _Request(settings, place)
+        settings = _merge_settings(own, settings)
+    config: RunConfig | None = None
+    with collect_errors(faults):
+        config = RunConfig.from_flat(settings)
+    return _Request(settings, place, config, progress)
+
+
+def _faults_alone(settings: dict[str, Any]) -> list[str]:
+    """List the errors of settings that are wrong whatever the others are, for the others cannot be read."""
+    faults: list[str] = []
+    for key, value in settings.items():
+        if key not in SETTINGS:
+            faults.append(unknown_setting(key))
+        elif key != "model.backbone" or not isinstance(value, str):
+            faults += [f"{key}: {sentence}" for sentence in read_value(key, value)[1].values()]
+    return faults
+
+
+def _check_model(args: argparse.Namespace, request: _Request, faults: list[str]) -> None:
+    """Check the architecture, also beside other wrong settings, and that its pretrained weights are at hand."""
+    named = request.settings.get("model.backbone") if request.config is None else request.config.model.backbone
+    with collect_errors(faults):
+        if isinstance(named, str):
+            check_architecture(named)
+        if request.config is not None and request.config.model.pretrained and not args.resume:
+            # A resumed run has its weights in its folder.
+            from raytune_emotion.learn.model import check_weights
+
+            check_weights(request.config.model)
+
+
 def _check_machine(args: argparse.Namespace) -> None:
     """Check that the cluster or the GPU to train on exists.
 
@@ -223,11 +283,17 @@ def _other_runs(results: Location) -> str:
     return f"; choose one of {', '.join(runs)}" if runs else "; name its folder with --results"
 
 
-def _read_run(place: Location) -> "tuple[dict[str, Any], Progress | None]":
+def _read_run(place: Location, results: Location) -> "tuple[dict[str, Any], Progress | None]":
     """Read the settings of a run to resume, and its state.
 
     The settings are those of its checkpoint or, before the first one, of its parameters.
+
+    Raises:
+        UserError: there is no such run, or it is damaged.
     """
+    place.check(write=True)
+    if place.read(PARAMS) is None:
+        raise UserError(f"{place}: no run of this name to resume{_other_runs(results)}")
     from raytune_emotion.learn.checkpoint import read_progress
 
     with place.copy_here(LAST, PARAMS) as folder:
@@ -240,11 +306,12 @@ def _default_name(settings: dict[str, Any]) -> str:
     return f"{short_name(config.model.backbone)}_{config.loss.label}"
 
 
-def _data(args: argparse.Namespace, settings: dict[str, Any], place: Location) -> Data:
+def _data(args: argparse.Namespace, settings: dict[str, Any], place: Location | None) -> Data:
     """Find the data to train on: the named data, else those of the run or the study, else the built-in sample."""
     if args.data is not None:
         return find_data(args.data)
     if args.resume:
+        assert place is not None
         with place.work_here(DATA) as folder:
             before = data_of(folder)
         if before is None or not is_store(before):
@@ -270,9 +337,8 @@ def _merge_settings(settings: dict[str, Any], more: dict[str, Any]) -> dict[str,
     return {key: value for key, value in settings.items() if not key.startswith(replaced)} | more
 
 
-def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
+def _parse_assignments(assignments: list[str], faults: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
-    faults: list[str] = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not key or not equals:
@@ -282,8 +348,6 @@ def _parse_assignments(assignments: list[str]) -> dict[str, Any]:
             settings[key] = load_yaml(text)
         except (YAMLError, ValueError) as error:
             faults.append(f"--set {assignment}: {text!r} is not a plain value ({str(error).splitlines()[0]})")
-    if faults:
-        raise UserError(faults)
     return settings
 
 

@@ -360,6 +360,29 @@ class TestBadSettings:
         assert len(refused("--set", "x", "--set", "optim.lr=[", "--trial", "1", "--config", tmp_path / "none")) == 4
         assert len(refused("--set", "x=1", "--set", "optim.lr=0", "--set", "model.dropout=2")) == 3
 
+    def test_wrong_settings_hide_no_other_error(self, refused, tmp_path, no_other_studies):
+        wrong = ["--set", "optim.lr=-1", "--set", "model.backbone=zz"]
+        (tmp_path / "file").touch()
+        told = refused(*wrong, "--address", "bad:1", "--results", tmp_path / "file" / "x", data=tmp_path / "nope")
+        begins = [
+            "optim.lr: ",
+            "model.backbone: zz",
+            f"{tmp_path / 'file'}",
+            "--address bad:1: ",
+            f"{tmp_path / 'nope'}: ",
+        ]
+        assert all(any(line.startswith(begin) for line in told) for begin in begins)
+        assert len(told) == len(begins)
+
+    @pytest.mark.parametrize("source", [("--study", "none"), ("--resume", "--name", "none")])
+    def test_a_missing_source_of_settings_hides_no_other_error(self, refused, tmp_path, source, no_other_studies):
+        """Its settings are unknown, so nothing is said on how they fit together with the others."""
+        wrong = ["--set", "optim.lr=-1", "--set", "optim.warmup_epochs=40", "--set", "x.y=1"]
+        told = refused(*source, *wrong, data=tmp_path / "nope")
+        begins = ["optim.lr: ", "x.y: unknown setting", f"{tmp_path / 'nope'}: "]
+        assert all(any(line.startswith(begin) for line in told) for begin in begins)
+        assert len(told) == len(begins) + 1
+
     @pytest.mark.parametrize(
         "option",
         ["--workers=0", "--workers=two", "--gpus-per-worker=nan", "--name=../up", "--name=", "--epochs=x", "--seed=-1"],

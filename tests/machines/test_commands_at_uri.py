@@ -91,7 +91,7 @@ def test_the_commands_work_at_a_uri_and_a_killed_search_goes_on_elsewhere(
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert settings_of(parser.parse_args(["--study", uri]))["optim.lr"] == table["optim.lr"][0]
+    assert settings_of(parser.parse_args(["--study", uri]), [])["optim.lr"] == table["optim.lr"][0]
 
     remote.delete(uri, ["report.html", TRIALS])
     assert command_main("report", [uri]) == 0
