@@ -365,6 +365,7 @@ def load_package(folder: Path) -> Package:
         config = load_json((folder / CONFIG).read_bytes())
         classes, members = tuple(config["label_names"]), config.get("members")
         check_class_names(classes)
+        size = _read_image_size([config] if members is None else members)
         model: Predictor = (
             _make_model(config, len(classes))
             if members is None
@@ -373,10 +374,25 @@ def load_package(folder: Path) -> Package:
         model.model.load_state_dict(load_file(folder / WEIGHTS))
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
             raise ValueError("weights that are not finite")
-        first = config if members is None else members[0]
-        return Package(model.eval(), classes, first["pretrained_cfg"]["input_size"][1])
+        return Package(model.eval(), classes, size)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder}: a damaged export ({in_one_line(error)}); export the model again") from error
+
+
+def _read_image_size(described: Sequence[Mapping[str, Any]]) -> int:
+    """Return the side of the images, px, that the models of an export take.
+
+    Raises:
+        ValueError: their descriptions have no common size, or one that no model of this project has.
+    """
+    first, *others = [each["pretrained_cfg"]["input_size"] for each in described]
+    if not isinstance(first, list) or len(first) != 3 or first != [3, first[1], first[1]]:
+        raise ValueError(f"input_size is not [3, N, N] but {first}")
+    RunConfig.from_flat({"data.image_size": first[1]})
+    if any(other != first for other in others):
+        raise ValueError(f"the members have different input sizes: {[first, *others]}")
+    size: int = first[1]
+    return size
 
 
 def _make_model(described: Mapping[str, Any], n_classes: int) -> PixelsToProbabilities:

@@ -92,6 +92,12 @@ def test_what_belongs_to_this_machine_alone_is_left_out(tmp_path):
     assert RunConfig.from_flat(own["settings"]).model.backbone == "test_resnet"
 
 
+BAD_SIZES = (
+    [3, "x", "x"], [3, 0, 0], [3, -1, -1], [3, 32.0, 32.0], [3, True, True], [3, 20000, 20000],
+    [3, 32], [3, 32, 48], [1, 32, 32], [], {}, None,
+)  # fmt: skip
+
+
 class TestReplacing:
     old, new = untrained_best("test_resnet", 32, seed=1), untrained_best("test_resnet", 32, seed=2)
 
@@ -239,6 +245,7 @@ class TestFaults:
             lambda dest: edit(dest, label_names=["\x1b[2J", *EMOTIONS[1:]]),
             lambda dest: edit(dest, label_names=[EMOTIONS[1], *EMOTIONS[1:]]),
             lambda dest: edit(dest, model_args={"depth": "deep"}),
+            *(lambda dest, size=size: edit_images(dest, input_size=size) for size in BAD_SIZES),
             lambda dest: edit_images(dest, mean="x"),
             lambda dest: edit_images(dest, mean=[0.5, 0.5, math.nan]),
             lambda dest: edit_images(dest, std=[0, 0, 0]),
