@@ -714,7 +714,9 @@ class TestFinishing:
         monkeypatch.setattr(
             "raytune_emotion.tuning.session.console_run.run_with_progress", lambda console, run, _: run.study.claim()
         )
-        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: done.append("concluded"))
+        monkeypatch.setattr(
+            "raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: done.append("concluded")
+        )
 
         def finish(place, address, *, check):
             check()
@@ -750,7 +752,7 @@ class TestFinishing:
         monkeypatch.setattr(cluster_module, "ray_session", joined_session)
         monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
         monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_: None)
-        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: None)
         monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
         assert exit_code([*command, "--finish"]) == 0
         assert len(told) == 1
@@ -765,7 +767,7 @@ class TestFinishing:
                 pass
             check()
 
-        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+        monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: None)
         monkeypatch.setattr("raytune_emotion.tuning.session.finish.finish_study", finish)
         command = ["search", "--resume", "--finish", "--results", study.parent, "--name", "study"]
         assert exit_code(command) == 1
@@ -789,7 +791,7 @@ def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monke
     monkeypatch.setattr(cluster_module, "ray_session", joined_session)
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", lambda *_, **__: None)
-    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: None)
     argv = ["search", "--resume", "--results", tmp_path, "--name", "study"]
     assert exit_code([*argv, "--trials", 2]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
@@ -808,7 +810,7 @@ def test_a_study_is_its_searchs_alone_until_all_is_written(tmp_path, store, spac
         if how is not None:
             raise how
 
-    def conclude(*_):
+    def conclude(*_, **__):
         with pytest.raises(UserError, match="another process is using it"), study_lock(folder):
             pass
         concluded.append(True)
@@ -898,8 +900,9 @@ def test_cluster_is_asked_whether_trials_fit_and_left_again_before_data_are_pack
     assert sessions == []
 
 
+@pytest.mark.parametrize("options", [[], ["--finish"]])
 def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
-    tmp_path, store, space, monkeypatch, capsys, no_plots
+    tmp_path, store, space, monkeypatch, capsys, no_plots, options
 ):
     def run_one_trial(console, run, watches):
         run_here(run.study.with_spec(dataclasses.replace(run.study.spec, trials=1)))
@@ -910,10 +913,11 @@ def test_an_interrupted_search_writes_its_report_and_says_how_it_goes_on(
     monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
     monkeypatch.setattr("raytune_emotion.tuning.session.console_run.run_with_progress", run_one_trial)
     argv = ["search", "--data", store.path, "--space", space(), "--trials", 3, "--epochs", 1, "--name", "first"]
-    assert exit_code(argv) == 130
+    assert exit_code([*argv, *options]) == 130
     out, err = capsys.readouterr()
     assert err.endswith("\ninterrupted\n")
-    assert out.splitlines()[-1] == "  python -m raytune_emotion.search --resume --results ray_results --name first"
+    command = " ".join(["python -m raytune_emotion.search --resume", *options, "--results ray_results --name first"])
+    assert out.splitlines()[-1] == f"  {command}"
     study = tmp_path / "ray_results" / "first"
     assert len(pd.read_csv(study / "trials.csv")) == 1
     assert (study / "report.html").stat().st_mtime >= (study / "trials.csv").stat().st_mtime
@@ -1112,7 +1116,7 @@ def test_a_study_of_the_quick_space_keeps_the_portfolio_and_says_so_if_it_will_u
         "raytune_emotion.tuning.session.console_run.run_study",
         lambda run: proposed.append(Recorder(run.study).next()),
     )
-    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: None)
     code, out, err = search_on_cluster(
         "--data", faces, "--trials", trials, "--epochs", 1, "--name", "first", cwd=tmp_path
     )

@@ -31,7 +31,9 @@ from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 _DRAWN = "\nnote        the faces of the sample are drawn: predictions of this model for photos are meaningless"
 
 
-def conclude(console: Console, study: OpenStudy, results: Location, address: str | None) -> None:
+def conclude(
+    console: Console, study: OpenStudy, results: Location, address: str | None, *, finish: bool = False
+) -> None:
     """Export the best trial, and print the results and the next commands.
 
     Args:
@@ -39,6 +41,7 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
         study: the study, which has run.
         results: folder or URI of the studies.
         address: address of its cluster; None for this machine.
+        finish: whether the study is to be finished, which the next command then says, too.
 
     Raises:
         Breakdown: every trial has failed.
@@ -54,7 +57,8 @@ def conclude(console: Console, study: OpenStudy, results: Location, address: str
     all_tried = over and study.has_tried_all()
     told = counts_text(count_statuses(record.status for record in records))
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
-    resume = f"{typed_command('search')} --resume{typed_options(results=results, name=place.typed_name)}"
+    resume = f"{typed_command('search')} --resume{' --finish' if finish else ''}"
+    resume += typed_options(results=results, name=place.typed_name)
     if over:
         # If every configuration was tried, only longer training of the best ones is left.
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"

@@ -271,9 +271,9 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
             raise Breakdown(
                 f"{study.copy}: the study is recorded, but its export and its page cannot be made "
                 f"({first_line(error)}); repair the installation, and make them with "
-                f"`{typed_command('search')} --resume{options}`"
+                f"`{typed_command('search')} --resume{' --finish' if request.finish else ''}{options}`"
             ) from error
-        conclude(plain_console(), study, request.results, request.address)
+        conclude(plain_console(), study, request.results, request.address, finish=request.finish)
 
 
 def _other_watches(request: SearchRequest, study: "OpenStudy", held: ExitStack) -> "list[Watch]":

@@ -114,7 +114,7 @@ def test_a_study_whose_server_dies_goes_on_elsewhere_with_every_trial(bucket, fa
 def test_search_whose_study_never_came_to_its_place_is_typed_again(
     bucket, faults, store, tmp_path, without_ray, monkeypatch, capsys, lost
 ):
-    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_: None)
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: None)
     (tmp_path / "space.yaml").write_text(SMALL_SPACE)
     results = remote.join(bucket, f"half-{lost}")
     asked = ["--data", store.path, "--space", tmp_path / "space.yaml", "--trials", 1, "--epochs", 1]
