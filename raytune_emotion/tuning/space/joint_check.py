@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from raytune_emotion.config import FlatConfig, RunConfig
 from raytune_emotion.errors import UserError
-from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.space.space import Space, extremes
 
 
 def conflicts(space: Space) -> Iterator[tuple[str, str]]:
@@ -28,13 +28,14 @@ def missing_weights(space: Space) -> Iterator[tuple[str, str]]:
 def _judge(space: Space, judge: Callable[[FlatConfig], tuple[str, ...]]) -> Iterator[tuple[str, str]]:
     """Yield the errors of configurations at the ends of the ranges.
 
-    For each combination of the conditions of `when`, every pair of settings is checked at the ends of its ranges. The
-    space could suggest a combination that fails, so it is an error of the space. Rules on three settings are checked
-    only as far as pairs violate them.
+    For each set of entries of `when` that can apply together, every pair of settings, also of those in an `if`, is
+    checked at the ends of its ranges. The space could suggest a combination that fails, so it is an error of the space.
+    Rules on three settings are checked only as far as pairs violate them.
     """
-    for decided in space.decisions():
+    for group in space.alike():
+        decided = {key: values[0] for key, values in group.items()}
         names = {key: name for key, (name, _) in space.active_settings(decided).items()}
-        ends = space.ends(decided)
+        ends = space.ends(decided) | {key: extremes(values) for key, values in group.items()}
         first = {key: end[0] for key, end in ends.items()}
         several = {key: end for key, end in ends.items() if len(end) > 1}
         pairs = [

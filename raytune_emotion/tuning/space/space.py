@@ -7,7 +7,7 @@ the raw parameter `loss.kl~`, uniform in (0, 1]. The weights are computed from a
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,6 +171,21 @@ class Space:
         for values in itertools.product(*map(self.values_of, keys)):
             yield dict(zip(keys, values, strict=True))
 
+    def alike(self) -> Iterator[dict[str, list[Any]]]:
+        """Yield the values of the condition settings in groups: the same branches apply to all values of a group.
+
+        There are far fewer groups than combinations of values.
+        """
+        groups: list[list[list[Any]]] = []
+        for key in self.condition_keys():
+            wanted = [branch.conditions[key] for branch in self.when if key in branch.conditions]
+            found: dict[tuple[bool, ...], list[Any]] = {}
+            for value in self.values_of(key):
+                found.setdefault(tuple(value in values for values in wanted), []).append(value)
+            groups.append([*found.values()])
+        for combination in itertools.product(*groups):
+            yield dict(zip(self.condition_keys(), combination, strict=True))
+
     def branches(self) -> Iterator[tuple[dict[str, Any], dict[str, BaseDistribution]]]:
         """Yield each combination of values of the condition settings, with the parameters that are drawn for it."""
         for decided in self.decisions():
@@ -225,10 +240,14 @@ def _ends(setting: Setting) -> tuple[Any, ...]:
     if isinstance(setting, Simplex):
         return (setting.losses[0],)
     if isinstance(setting, CategoricalDistribution):
-        numbers = [x for x in setting.choices if is_number(x)]
-        return (min(numbers), max(numbers)) if len(numbers) == len(setting.choices) else tuple(setting.choices)
+        return extremes(setting.choices)
     assert isinstance(setting, FloatDistribution | IntDistribution)
     return (setting.low, setting.high)
+
+
+def extremes(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the lowest and the highest of some numbers; for words, all of them."""
+    return (min(values), max(values)) if all(map(is_number, values)) else tuple(values)
 
 
 def _draw(trial: optuna.trial.BaseTrial, name: str, setting: Setting) -> Any:

@@ -5,7 +5,7 @@ The form of a word is a type. Pydantic checks files by it, and makes the JSON Sc
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
 from typing import Annotated, Any, Literal
 
@@ -96,12 +96,16 @@ def is_on_grid(value: float, low: float, step: float | None) -> bool:
 
 def _check_distinct(values: Any, check: Callable[[Any], Any]) -> Any:
     """Report values that occur twice, together with the errors of single values."""
-    pairs = [(isinstance(value, bool), value) for value in values] if isinstance(values, list) else []
-    errors: list[Any] = [
-        {"type": "value_error", "loc": (i,), "input": pair, "ctx": {"error": f"{show(pair[1])} occurs twice"}}
-        for i, pair in enumerate(pairs)
-        if pair in pairs[:i]
-    ]
+    seen: set[Any] = set()
+    errors: list[Any] = []
+    for i, value in enumerate(values if isinstance(values, list) else []):
+        # A list or a mapping is no value of a choice, which is an error of its own.
+        pair = (isinstance(value, bool), value if isinstance(value, Hashable) else show(value))
+        if pair in seen:
+            errors.append(
+                {"type": "value_error", "loc": (i,), "input": pair, "ctx": {"error": f"{show(value)} occurs twice"}}
+            )
+        seen.add(pair)
     try:
         values = check(values)
     except ValidationError as error:
@@ -142,7 +146,7 @@ def read_setting(key: str, given: Any) -> tuple[Setting | None, Errors]:
         errors = {(i,): wrong for i, end in enumerate(listed[:2]) for wrong in read_value(key, end)[1].values()}
     elif word == "choice" and errors and () not in errors:
         values = [read_value(key, value)[0] for value in listed if isinstance(value, str | int | float)]
-        distinct = [value for i, value in enumerate(values) if value not in values[:i]]
+        distinct = [*dict.fromkeys(values)]
         setting = CategoricalDistribution(distinct) if distinct else None
     return setting, {(word, *at): sentence for at, sentence in errors.items()}
 

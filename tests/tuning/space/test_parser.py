@@ -15,10 +15,11 @@ from ruamel.yaml import YAML
 from raytune_emotion.config import SETTINGS, RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.model import check_backbone
+from raytune_emotion.tuning.space import joint_check
 from raytune_emotion.tuning.space.json_schema import json_schema
 from raytune_emotion.tuning.space.parser import load_space, parse_space
 from raytune_emotion.tuning.space.space import LOSSES, Simplex, Space, are_settings
-from raytune_emotion.tuning.space.words import NEVER_SEARCHED
+from raytune_emotion.tuning.space.words import NEVER_SEARCHED, read_setting
 from tests.support.yaml import BOMB
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -360,6 +361,21 @@ class TestFaults:
         assert [fault.partition(":")[0] for fault in faults_of(tmp_path, text)] == ["1", "2"]
 
 
+def test_a_long_choice_is_read_soon() -> None:
+    compared = []
+
+    class Counted(int):
+        def __eq__(self, other: object) -> bool:
+            compared.append(other)
+            return int(self) == other
+
+        __hash__ = int.__hash__
+
+    values = [Counted(value) for value in range(500)]
+    read_setting("train.accumulate", {"choice": values})
+    assert len(compared) < 10 * len(values)
+
+
 class TestTogether:
     """Settings that are valid alone must be valid together, in every branch, and only reachable ones count."""
 
@@ -383,6 +399,24 @@ class TestTogether:
             "2: train.accumulate: at most train.batch_size (16), got 32",
             "3: optim.warmup_epochs: less than train.epochs (5), got 5.0",
         ]
+
+    def test_long_choices_in_several_conditions_are_read_soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All values to which the same entries apply are checked by their extremes, as in a setting without `when`."""
+        judged, faults_of_config = [], joint_check._faults_of
+        monkeypatch.setattr(joint_check, "_faults_of", lambda config: judged.append(config) or faults_of_config(config))
+        space = {
+            "train.batch_size": {"choice": [*range(100, 200)]},
+            "train.accumulate": {"choice": [*range(1, 101)]},
+            "when": [
+                {"if": {"train.batch_size": [150]}, "model.dropout": {"uniform": [0, 0.5]}},
+                {"if": {"train.accumulate": [1, 2]}, "optim.lr": {"log_uniform": [1e-4, 1e-3]}},
+            ],
+        }
+        assert len(parse_space(space).parameters) == 4
+        assert len(judged) < 100
+        space["train.batch_size"] = {"choice": [*range(99, 199)]}
+        with pytest.raises(UserError, match=r"train.accumulate: at most train.batch_size \(99\), got 100"):
+            parse_space(space)
 
     def test_branches_are_seen_for_themselves(self, tmp_path: Path) -> None:
         text = """\
