@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 
 from raytune_emotion.cli import command_main, location
-from raytune_emotion.config import DataConfig
+from raytune_emotion.config import DataConfig, FlatConfig, RunConfig
 from raytune_emotion.data.packing.pack import pack_sizes
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.data.store import find_stores, verify_store
 from raytune_emotion.data.table import is_table
-from raytune_emotion.errors import UserError
+from raytune_emotion.errors import UserError, collect_errors
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.terminal import say, shell_word, typed_command, warn
 
@@ -65,11 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    _check_options(args)
     if args.check:
         _check(args.source, args.classes)
         return
-    if args.dest is None:
-        raise UserError("DEST: name the store to write, or only inspect SRC with --check")
     started = time.perf_counter()
     # Absolute addresses, because each node of a cluster works in a folder of its own.
     source, dest = parse_location(args.source.address), parse_location(args.dest.address)
@@ -93,6 +92,35 @@ def run(args: argparse.Namespace) -> None:
     # One of several stores is named. A space that chooses among the sizes needs their common folder instead.
     command = f"{typed_command('search')} --data {shell_word(str(dests[sizes[0]]))}"
     say(f"next: {command}  # --dry-run estimates how long it takes")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Check the options of which errors would otherwise name a setting.
+
+    Raises:
+        UserError: all errors at once.
+    """
+    faults: list[str] = []
+    if args.dest is None and not args.check:
+        faults.append("DEST: name the store to write, or only inspect SRC with --check")
+    for size in dict.fromkeys(args.image_size):
+        faults += _faults_of("--image-size", {"data.image_size": size})
+    if args.classes is not None:
+        if not all(args.classes):
+            given = ",".join(args.classes)
+            faults.append(f"--classes: expected a name before and after each comma, got {given!r}; name each class")
+        else:
+            faults += _faults_of("--classes", {"data.classes": args.classes})
+    if faults:
+        raise UserError(faults)
+
+
+def _faults_of(option: str, settings: FlatConfig) -> list[str]:
+    """Return the errors of settings that an option gives, under the name of the option."""
+    faults: list[str] = []
+    with collect_errors(faults):
+        RunConfig.from_flat(settings)
+    return [f"{option}: {fault.partition(': ')[2]}" for fault in faults]
 
 
 def _check(source: Location, classes: tuple[str, ...] | None) -> None:

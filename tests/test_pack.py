@@ -105,6 +105,30 @@ def test_several_sizes_are_packed_side_by_side(folder, tmp_path, capsys):
             assert (dest / f"{size}px" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_all_sizes_that_are_none_are_told_at_once(folder, tmp_path, capsys):
+    sizes = ["-5", "0", "99999999999999", "32", "15"]
+    assert command_main("pack", [str(folder), str(tmp_path / "store"), "--image-size", *sizes]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: --image-size: should be ") for line in errors)
+    assert [line.rpartition(" ")[2] for line in errors] == ["-5", "0", "99999999999999", "15"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (",,,", "expected a name before and after each comma, got ',,,'; name each class"),
+        ("a,,b", "expected a name before and after each comma, got 'a,,b'; name each class"),
+        ("a,b,a", "each class may be named only once, but these names occur again: a"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--image-size=15", "--check"])
+def test_classes_that_are_none_are_told_with_the_other_errors(folder, tmp_path, capsys, classes, said, option):
+    assert command_main("pack", [str(folder), str(tmp_path / "store"), "--classes", classes, option]) == 2
+    *others, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: --classes: {said}")
+    assert len(others) == (option != "--check")
+
+
 def test_a_store_can_be_verified(folder, tmp_path, capsys):
     dest = tmp_path / "stores"
     assert command_main("pack", [str(folder), str(dest), "--image-size", "16", "24"]) == 0
