@@ -38,6 +38,8 @@ def run_command(verb: str, argv: Sequence[str]) -> None:
         Breakdown: the command broke off.
         KeyboardInterrupt: the command was interrupted.
     """
+    if broken := [word for word in argv if "\0" in word]:
+        raise UserError(f"{word!r}: holds the character NUL, which no argument can; leave it out" for word in broken)
     process = subprocess.Popen(
         # Without -u, Python writes lines late into a pipe.
         [sys.executable, "-u", "-m", __name__, verb, *argv],

@@ -102,7 +102,7 @@ def create_loaders(
     Raises:
         UserError: a sentence for every error of the data.
     """
-    if batch_size < 1:
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise UserError(f"batch_size: expected a positive integer, got {batch_size!r}")
     store = prepare(data, image_size=image_size, classes=classes, skip_bad=skip_bad)
     augmentation = AugmentConfig() if augmentation is None else augmentation

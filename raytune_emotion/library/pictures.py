@@ -15,7 +15,7 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn.figures import make_figure
 from raytune_emotion.library.metrics import MetricsCalculator, Probabilities
-from raytune_emotion.storage.atomic import atomic_write
+from raytune_emotion.storage.atomic import atomic_write, destination_error
 
 _TRUE, _PREDICTED = "#1f6f8b", "#d1495b"
 
@@ -40,10 +40,10 @@ def visualize_predictions(
         classes: K names.
 
     Raises:
-        UserError: the shapes do not fit together.
+        UserError: the shapes do not fit together, or the file cannot be written.
     """
     pixels, q_NK, p_NK = (_array(given) for given in (images, predictions, targets))
-    if num_samples < 1:
+    if not isinstance(num_samples, int | np.integer) or num_samples < 1:
         raise UserError(f"num_samples: expected a positive integer, got {num_samples!r}")
     if pixels.ndim != 4 or len(pixels) != len(q_NK) or 3 not in (pixels.shape[1], pixels.shape[3]):
         raise UserError(
@@ -80,7 +80,7 @@ def plot_training_curves(
         save_path: file to write; its suffix determines the format, such as png or pdf.
 
     Raises:
-        UserError: the history has no epoch.
+        UserError: the history has no epoch, or the file cannot be written.
     """
     table = pd.DataFrame(history)
     if table.empty:
@@ -115,6 +115,10 @@ def _save(figure: Figure, path: str | Path | None) -> Figure:
         kind = file.suffix.removeprefix(".").lower() or "png"
         if kind not in known:
             raise UserError(f"{file}: expected one of the suffixes {', '.join(sorted(known))}; choose another name")
-        with atomic_write(file) as temporary:
-            figure.savefig(temporary, dpi=110, format=kind)
+        try:
+            with atomic_write(file) as temporary:
+                figure.savefig(temporary, dpi=110, format=kind)
+        except OSError as error:
+            # Without the name of the temporary file, which nobody has asked for.
+            raise destination_error(file, OSError(error.errno, error.strerror)) from error
     return figure

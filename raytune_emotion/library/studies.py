@@ -111,7 +111,7 @@ def search(
     storage: str | None = None,
     time_budget: str | None = None,
     until_gain: str | None = None,
-    warm_start: Sequence[Place] | None = None,
+    warm_start: Place | Sequence[Place] | None = None,
     max_failures: int | None = None,
     mlflow: str | None = None,
     weights_dir: str | os.PathLike[str] | None = None,
@@ -143,8 +143,8 @@ def search(
         resume: whether to continue the study of that name.
         time_budget: such as `90m`, `2h` or `1d`.
         until_gain: such as `0.001/h`: the search ends once further training is expected to gain less, bits per hour.
-        warm_start: earlier studies that guide the search; None: the portfolio of the package, if it fits the space;
-            empty: nothing.
+        warm_start: earlier study, or several, that guide the search; None: the portfolio of the package, if it fits
+            the space; empty: nothing.
         max_failures: restarts of a trial whose process died, counted from 0 again after each new report.
         mlflow: address of an MLflow server to which the study is logged.
         weights_dir: folder with pretrained weights, for machines without access to the hub.
@@ -164,7 +164,7 @@ def search(
     if resume and name is None:
         raise UserError("name: expected the name of the study to resume, got None")
     with _space_file(space) as file:
-        name = name or name_study(file)
+        name = name_study(file) if name is None else name
         given: dict[str, Any] = {
             "data": data,
             "space": None if resume else file,
@@ -191,6 +191,8 @@ def search(
         argv += ["--resume"] if resume else []
         argv += ["--skip-bad"] if skip_bad else []
         argv += ["--finish"] if finish else []
+        if isinstance(warm_start, str | os.PathLike | Location):
+            warm_start = [warm_start]
         if warm_start is not None:
             argv += ["--warm-start", *(map(_text, warm_start) if warm_start else ["none"])]
         run_command("search", argv)

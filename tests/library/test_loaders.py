@@ -72,6 +72,8 @@ def test_what_is_no_data_is_refused(tmp_path):
         create_loaders(tmp_path / "nothing")
     with pytest.raises(UserError, match="batch_size: expected a positive integer, got 0"):
         create_loaders(tmp_path, batch_size=0)
+    with pytest.raises(UserError, match=r"batch_size: expected a positive integer, got 2\.5"):
+        create_loaders(tmp_path, batch_size=2.5)
 
 
 def test_a_box_is_erased_to_the_mean_colour_as_in_a_search(store):

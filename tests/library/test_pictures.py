@@ -47,6 +47,8 @@ def test_fewer_images_than_samples_are_all_drawn():
         (IMAGES[:2], {}, "images: expected"),
         (IMAGES[:, :1], {}, "images: expected"),
         (IMAGES, {"num_samples": 0}, "num_samples: expected a positive integer"),
+        (IMAGES, {"num_samples": 1.5}, "num_samples: expected a positive integer"),
+        (IMAGES, {"save_path": "none/v.png"}, r"^none/v.png: cannot be written \(No such file or directory\); name"),
         (IMAGES, {"classes": ("a", "b")}, "classes: expected 13 names"),
     ],
 )

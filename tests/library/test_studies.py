@@ -89,6 +89,13 @@ def test_all_that_the_command_refuses_is_an_error(tmp_path):
     assert data.startswith(f"{tmp_path / 'faces'}: no such")
     with pytest.raises(UserError, match="name: expected"):
         raytune_emotion.search(resume=True)
+    with pytest.raises(UserError, match="--name: expected up to 100 letters"):
+        raytune_emotion.search(name="")
+    with pytest.raises(UserError) as caught:
+        raytune_emotion.search("a\0b", name="c\0d", results=tmp_path, warm_start=["e\0f"])
+    assert [fault.partition(": ")[0] for fault in caught.value.faults] == [
+        r"'--data=a\x00b'", r"'--name=c\x00d'", r"'e\x00f'"
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -105,7 +112,16 @@ def asked(monkeypatch):
     return requests
 
 
-@pytest.mark.parametrize(("given", "meant"), [(None, None), ((), ["none"]), (["first"], [Folder(Path("first"))])])
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, None),
+        ((), ["none"]),
+        (["first"], [Folder(Path("first"))]),
+        ("first", [Folder(Path("first"))]),
+        (Path("first"), [Folder(Path("first"))]),
+    ],
+)
 def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, asked, given, meant):
     with pytest.raises(UserError):  # no study is made
         raytune_emotion.search(results=tmp_path, warm_start=given)
