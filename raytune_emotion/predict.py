@@ -14,7 +14,7 @@ from raytune_emotion.data.progress import progress
 from raytune_emotion.errors import Incomplete, UserError, collect_errors
 from raytune_emotion.known_errors import first_line
 from raytune_emotion.learn.export_files import LOADED, check_export
-from raytune_emotion.terminal import count, warn
+from raytune_emotion.terminal import count, warn_error
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         # For one face in a terminal, the most probable classes are of interest.
         name = args.format or ("list" if total == 1 and sys.stdout.isatty() else "csv")
         for fault in missing:
-            warn(f"error: {fault}")
+            warn_error(fault)
         if args.address is None:
             package.model.to(_device(args.device))
             _check_sizes(sources, package.image_size)
@@ -112,7 +112,7 @@ def _write(batches: Iterable[PredictedBatch], name: str, classes: Sequence[str],
         bar = bars.add_task("predicting images", total=total)
         for batch in batches:
             for fault in batch.faults:
-                warn(f"error: {fault}")
+                warn_error(fault)
             if batch.names:
                 table.write(batch.names, batch.prob_NK)
             bad += len(batch.faults)
