@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 
 # Ray keeps the arguments of a job, and shows them: the search itself would refuse credentials too late. The patterns are
 # those of its own check.
-secret='secret|token|password|credential|signature|access_?key|account_?key|^sig$'
+secret='secret|token|password|credential([^_]|_[^k]|$)|signature|access_?key|account_?key|^sig$'
 shopt -s nocasematch
 for word in "$@"; do
   [[ $word == *://* ]] || continue

@@ -69,7 +69,7 @@ _CREDENTIALS = dict.fromkeys(("gs", "gcs"), "GOOGLE_APPLICATION_CREDENTIALS") | 
 )
 #: Names of options whose values are secrets.
 _SECRET = re.compile(
-    r"secret|token|password|credential(?!_kind)|signature|access_?key|account_?key|^sig$", re.IGNORECASE
+    r"secret|token|password|credential([^_]|_[^k]|$)|signature|access_?key|account_?key|^sig$", re.IGNORECASE
 )
 
 _T = TypeVar("_T")
