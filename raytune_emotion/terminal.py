@@ -174,6 +174,13 @@ def typed_command(verb: str) -> str:
 
 
 def typed_options(**options: object) -> str:
-    """Return the text of options for a command line, each after a space. Options that are None are left out."""
-    given = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    return "".join(f" --{name} {shell_word(str(value))}" for name, value in given.items())
+    """Return the text of options for a command line, each after a space.
+
+    Options that are None or False are left out. One that is True has no value.
+    """
+    given = {
+        name.replace("_", "-"): value for name, value in options.items() if value is not None and value is not False
+    }
+    return "".join(
+        f" --{name}" if value is True else f" --{name} {shell_word(str(value))}" for name, value in given.items()
+    )

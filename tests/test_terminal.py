@@ -186,3 +186,4 @@ def test_options_are_typed_as_a_shell_reads_them():
     text = typed_options(top=3, gpus_per_worker=0.5, address=None, results="my results")
     assert text == " --top 3 --gpus-per-worker 0.5 --results 'my results'"
     assert typed_options(address=None) == ""
+    assert typed_options(finish=True, skip_bad=False, epochs=0) == " --finish --epochs 0"

@@ -67,7 +67,7 @@ _ADVICE = (
 _CREDENTIALS = dict.fromkeys(("gs", "gcs"), "GOOGLE_APPLICATION_CREDENTIALS") | dict.fromkeys(
     ("abfs", "abfss"), "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET"
 )
-#: Names of options whose values are secrets.
+#: Names of options whose values are secrets. `credential_kind`, an option of Azure, only names a way to log in.
 _SECRET = re.compile(
     r"secret|token|password|credential([^_]|_[^k]|$)|signature|access_?key|account_?key|^sig$", re.IGNORECASE
 )
@@ -330,9 +330,8 @@ def _put(file: Path, filesystem: FileSystem, target: str) -> None:
         except BaseException as error:
             with contextlib.suppress(OSError):
                 filesystem.delete_file(part)
-            if isinstance(
-                error, FileNotFoundError
-            ):  # of the bucket, or of the part: callers take it for a missing file
+            # The bucket or the part is missing. Callers would take this error for a missing file.
+            if isinstance(error, FileNotFoundError):
                 raise OSError(first_line(error)) from error
             raise
 

@@ -14,6 +14,15 @@ from raytune_emotion.storage import atomic
 from raytune_emotion.storage.atomic import atomic_folder, atomic_write, exclusive_lock, resumable_folder, write_text
 
 
+def failing(number):
+    """A function that fails with an error number of the system."""
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def test_a_file_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "table.csv"
     write_text(path, "old")
@@ -84,10 +93,7 @@ def failing_read(path):
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
 def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(number))
     with exclusive_lock(tmp_path) as first, resumable_folder(tmp_path / "dest"):
         assert first.claim()
         with exclusive_lock(tmp_path) as second, exclusive_lock(tmp_path) as third:
@@ -120,10 +126,7 @@ REPAIR = "the system or its storage has failed: repair it, and try again"
     ],
 )
 def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_path, monkeypatch, number, kind, advice):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", failing(number))
     told = rf"^{tmp_path}/\.lock: cannot be locked \({os.strerror(number)}\); {advice}$"
     with pytest.raises(kind, match=told), exclusive_lock(tmp_path):
         pass
@@ -133,10 +136,7 @@ def test_lock_that_fails_is_an_error_and_not_a_file_system_without_locks(tmp_pat
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_lock_that_has_no_space_is_no_fault_of_the_user(tmp_path, monkeypatch, number):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "open", failing(number))
     told = rf"^{tmp_path}/\.lock: no space left on the disk; free some space, and try again$"
     with pytest.raises(Breakdown, match=told), exclusive_lock(tmp_path):
         pass

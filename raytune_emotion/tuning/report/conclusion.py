@@ -57,8 +57,8 @@ def conclude(
     all_tried = over and study.has_tried_all()
     told = counts_text(count_statuses(record.status for record in records))
     console.print(f"{told}; {ALL_TRIED}" if all_tried else told)
-    resume = f"{typed_command('search')} --resume{' --finish' if finish else ''}"
-    resume += typed_options(results=results, name=place.typed_name)
+    options = typed_options(finish=finish, results=results, name=place.typed_name)
+    resume = f"{typed_command('search')} --resume{options}"
     if over:
         # If every configuration was tried, only longer training of the best ones is left.
         resume += f" --epochs {2 * spec.epochs}" if all_tried else f" --trials {2 * spec.trials}"

@@ -266,12 +266,16 @@ def _conclude(request: SearchRequest, study: "OpenStudy") -> None:
         try:
             from raytune_emotion.tuning.report.conclusion import conclude
         except Exception as error:
-            name = study.copy.location.typed_name
-            options = typed_options(results=request.results, name=name, address=request.address)
+            options = typed_options(
+                finish=request.finish,
+                results=request.results,
+                name=study.copy.location.typed_name,
+                address=request.address,
+            )
             raise Breakdown(
                 f"{study.copy}: the study is recorded, but its export and its page cannot be made "
                 f"({first_line(error)}); repair the installation, and make them with "
-                f"`{typed_command('search')} --resume{' --finish' if request.finish else ''}{options}`"
+                f"`{typed_command('search')} --resume{options}`"
             ) from error
         conclude(plain_console(), study, request.results, request.address, finish=request.finish)
 
