@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     table = Table(
         "study", "trained next", "times", "median, s", "least", "most",
-        title=f"seconds until it trains; a paused trial is assumed to take {TAKE_UP_S:g} s", box=box.SIMPLE,
+        title=f"seconds until it trains; simulations assume {TAKE_UP_S:g} s for a paused trial", box=box.SIMPLE,
     )  # fmt: skip
     for folder in args.studies:
         taken_up = {trial_id_of(each.number): each.user_attrs.get(TAKEN_UP, 0) for each in load_study(folder).trials}

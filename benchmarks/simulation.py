@@ -80,6 +80,7 @@ class Simulation:
         self.reports: dict[str, int] = {}  # number of reports of each trial, by its id
         self._events: list[tuple[float, int, str]] = []
         self._order = 0
+        self.now = 0.0  # simulated seconds since the beginning
         self._begun_count: list[float] = []
 
     def run(self, seconds: float, goal: float = math.inf, longer: float = 0.0) -> Found:
@@ -90,6 +91,7 @@ class Simulation:
             if self._events[0][0] > (seconds if bests[-1] <= goal else max(seconds, longer)) + 1e-9:
                 break
             now, _, trial_id = heapq.heappop(self._events)
+            self.now = now
             value = self._report(now, trial_id)
             if value < bests[-1]:
                 times.append(now)

@@ -11,6 +11,7 @@ COST = "cost"  # cost, if the objective has one
 PAUSED = "paused"  # whether the trial is paused; Optuna has no such state, and calls it running
 SECONDS = "seconds"  # seconds of training until it last paused or ended
 TAKEN_UP = "taken_up"  # how often it was resumed to train
+RESUMED_IN = "resumed_in"  # seconds until it trained, when it was resumed last
 DRIVER = "driver"  # driver that runs it, if a study has several
 START = "start"  # whether it is a start point of the study's space
 CONTINUES = "continues"  # trial from whose checkpoint it continues

@@ -15,7 +15,7 @@ from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
-from raytune_emotion.tuning.policy.trial_attributes import PAUSED, SECONDS, START, TAKEN_UP, is_paused
+from raytune_emotion.tuning.policy.trial_attributes import PAUSED, RESUMED_IN, SECONDS, START, TAKEN_UP, is_paused
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
@@ -46,23 +46,25 @@ class Study:
 
     def __init__(
         self, *, respond=late, take_up_s=0.0, trials=10**9, paused=10**9, seed=0, remade=False,
-        proposes=True,
+        proposes=True, assumed_s=None,
     ):  # fmt: skip
         self.optuna = optuna.create_study()
         self.most_paused, self._trials, self._paused = 0, trials, paused
 
         def policy():
-            return FreezeThaw(inputs_of(seed), take_up_s=take_up_s, proposes=proposes)
+            assumed = take_up_s if assumed_s is None else assumed_s
+            return FreezeThaw(inputs_of(seed), take_up_s=assumed, proposes=proposes)
 
         self._searcher = Searcher(
             self.optuna, SPACE, Remade(policy) if remade else policy(),
             sampler=make_sampler_of(inputs_of(seed), "random"),
+            clock=(lambda: self._simulation.now) if assumed_s is not None else None,
         )  # fmt: skip
         self._respond, self._take_up_s = respond, take_up_s
 
     def run(self, seconds, workers=1):
-        simulation = Simulation(self._searcher, self._respond, workers, self._take_up_s, self._limits)
-        return simulation.run(seconds)
+        self._simulation = Simulation(self._searcher, self._respond, workers, self._take_up_s, self._limits)
+        return self._simulation.run(seconds)
 
     def _limits(self):
         self.most_paused = max(self.most_paused, self.count(paused=True))
@@ -302,6 +304,15 @@ def test_taking_trials_up_costs_a_small_share_of_the_training(trials, workers):
         taken_up = sum(trial.user_attrs.get(TAKEN_UP, 0) for trial in study.optuna.trials)
         assert take_up_s * taken_up <= 0.05 * trained_s
         assert all(SECONDS in trial.user_attrs for trial in study.optuna.trials if trial.user_attrs.get(PAUSED))
+
+
+def test_what_taking_trials_up_costs_is_measured_where_it_differs_from_what_is_assumed():
+    study = Study(take_up_s=2.0, assumed_s=0.01)
+    study.run(6 * REPORTS)
+    attributes = [trial.user_attrs for trial in study.optuna.trials]
+    taken_up = sum(each.get(TAKEN_UP, 0) for each in attributes)
+    assert 0 < 2.0 * taken_up <= 0.05 * sum(study.reports)
+    assert {each[RESUMED_IN] for each in attributes if RESUMED_IN in each} == {2.0}
 
 
 def test_paused_trials_are_bounded_and_the_least_promising_are_pruned():
