@@ -11,12 +11,21 @@ from optuna.trial import FrozenTrial
 from scipy.special import log_ndtr
 
 from raytune_emotion.tuning.policy import freeze_thaw
+from raytune_emotion.tuning.policy.candidates import settings_key
 from raytune_emotion.tuning.policy.decisions import Limits
-from raytune_emotion.tuning.policy.encoding import Configurations
-from raytune_emotion.tuning.policy.forecast import LENGTHS, Forecast
+from raytune_emotion.tuning.policy.encoding import Columns, Configurations
+from raytune_emotion.tuning.policy.forecast import (
+    _PERFECT,
+    LENGTHS,
+    Curve,
+    Forecast,
+    _remaining_change,
+    curves_of,
+)
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw
 from raytune_emotion.tuning.policy.gaussian_process import Floats, _cholesky
 from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Outlook
+from raytune_emotion.tuning.policy.trial_attributes import count_reports
 
 #: Range of the goals of `RandomGoal`: logarithms to base 10 of the improvement, as a share of the best value.
 _GOALS = (-4.0, -1.0)
@@ -43,18 +52,67 @@ class ThompsonDraw(Outlook):
 
 
 class RandomGoal(Outlook):
-    """Score by the probability to reach a goal that is drawn for each decision (Rakotoarison et al., 2024, "ifBO").
+    """Score by the probability per remaining report to reach a goal at full length, drawn for each decision.
 
-    Their random horizon is left out: the forecast knows values at full length alone.
+    The goals are those of Rakotoarison et al., 2024, "ifBO"; for their horizons see `RandomHorizon`.
     """
 
     def log_promise(self, settings: Configurations) -> Floats:
         assert self.forecast is not None
         mean_M, std_M = self.forecast(settings)
-        # The same for new and known trials. Values are logarithms.
-        goal = _best(self, mean_M) + math.log1p(-(10 ** _rng(self).uniform(*_GOALS)))
-        log_M: Floats = log_ndtr((goal - mean_M) / (STD_FACTOR * std_M))
-        return log_M
+        return _log_probability(_goal(self, mean_M, _rng(self)), mean_M, std_M)
+
+
+class Mixed(RandomGoal):
+    """Score half of the decisions, drawn at random, by the expected improvement, and the others by a random goal."""
+
+    def log_promise(self, settings: Configurations) -> Floats:
+        # The number differs from the one that draws the goal.
+        return Outlook.log_promise(self, settings) if _rng(self, 1).random() < 0.5 else super().log_promise(settings)
+
+
+class RandomHorizon(Outlook):
+    """Score by the probability to reach a goal within a number of reports; both are drawn for each decision (ifBO).
+
+    The value at a length is the forecast at that length without the change that is expected after it.
+    """
+
+    def log_promise(self, settings: Configurations) -> Floats:
+        forecast, reports = self.forecast, self._aim.reports
+        assert forecast is not None
+        had_of = {settings_key(self._domain.settings(trial)): count_reports(trial) for trial in self._past}
+        had_M = np.zeros(len(settings), int)
+        if not isinstance(settings, Columns):  # new trials come in columns
+            had_M = np.array([had_of[settings_key(each)] for each in settings])
+        rng = _rng(self)
+        at_M = np.minimum(had_M + rng.integers(1, reports + 1), reports)
+        mean_M, std_M = forecast._posterior(forecast._encode(settings, np.log(at_M) / math.log(max(reports, 2))))
+        rest_R = _rest(curves_of(self._domain, self._past))
+        mean_M = forecast._mean + forecast._scale * mean_M - rest_R[np.minimum(at_M, len(rest_R)) - 1]
+        # The caller divides the score by the remaining reports; ifBO does not.
+        score_M: Floats = _log_probability(_goal(self, mean_M, rng), mean_M, forecast._scale * std_M)
+        score_M += np.log(reports - had_M)
+        return score_M
+
+
+def _rest(curves: Sequence[Curve]) -> Floats:
+    """Return the mean remaining change after each report of the logarithm of the values, [R]."""
+    value_NR = np.full((len(curves), max(max(curve.values, default=0) for curve in curves)), np.nan)
+    for number, curve in enumerate(curves):
+        for report, value in curve.values.items():
+            value_NR[number, report - 1] = math.log(max(value, _PERFECT))
+    return _remaining_change(value_NR)
+
+
+def _goal(outlook: Outlook, mean_M: Floats, rng: np.random.Generator) -> float:
+    """Draw a goal, the same for new and known trials. Values are logarithms."""
+    return _best(outlook, mean_M) + math.log1p(-(10 ** rng.uniform(*_GOALS)))
+
+
+def _log_probability(goal: float, mean_M: Floats, std_M: Floats) -> Floats:
+    """Return the logarithm of the probability that values are below a goal, [M]."""
+    log_M: Floats = log_ndtr((goal - mean_M) / (STD_FACTOR * std_M))
+    return log_M
 
 
 class EqualLengths(Outlook):
@@ -84,9 +142,10 @@ def _best(outlook: Outlook, mean_M: Floats) -> float:
     return outlook.forecast.best if math.isfinite(outlook.forecast.best) else float(mean_M.min())
 
 
-def _rng(outlook: Outlook) -> np.random.Generator:
+def _rng(outlook: Outlook, *more: int) -> np.random.Generator:
     """Return a generator for the present decision: its numbers depend on the reports of the study so far."""
-    return np.random.default_rng([sum(len(trial.intermediate_values) for trial in outlook._past), len(outlook._past)])
+    reports = sum(len(trial.intermediate_values) for trial in outlook._past)
+    return np.random.default_rng([reports, len(outlook._past), *more])
 
 
 class OtherScores(FreezeThaw):

@@ -30,7 +30,15 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import table_console
-from benchmarks.alternatives import EqualLengths, OptimizerLengths, OtherScores, RandomGoal, ThompsonDraw
+from benchmarks.alternatives import (
+    EqualLengths,
+    Mixed,
+    OptimizerLengths,
+    OtherScores,
+    RandomGoal,
+    RandomHorizon,
+    ThompsonDraw,
+)
 from benchmarks.former import FormerSampler
 from benchmarks.simulation import LIMITS, Found, Simulation
 from raytune_emotion.data.cores import usable_cores
@@ -58,14 +66,14 @@ DEFAULT, RANDOM = "default", "random"
 #: Policies that show the effect of the portfolio: the default without one, and with a misleading one.
 WITHOUT, MISLED = "no-portfolio", "misled"
 #: Policies with other scores of what to train next, without a portfolio.
-THOMPSON, GOALS = "thompson", "goals"
+THOMPSON, GOALS, MIXED, HORIZONS = "thompson", "goals", "mixed", "horizons"
 #: Policies with other priors of the length scales, without a portfolio: the same for all settings, and, on Taskset,
 #: those of this project's optimizers.
 EQUAL, AS_OPTIM = "no-lengths", "optim-lengths"
 #: Name of all recordings together.
 _ALL = "all recordings"
 #: Policies that are compared only by name.
-_SEPARATE = (WITHOUT, MISLED, THOMPSON, GOALS, EQUAL, AS_OPTIM)
+_SEPARATE = (WITHOUT, MISLED, THOMPSON, GOALS, MIXED, HORIZONS, EQUAL, AS_OPTIM)
 
 
 @dataclass(frozen=True)
@@ -305,6 +313,8 @@ POLICIES: dict[str, Make] = {
     MISLED: functools.partial(_freeze_thaw, mislead),
     THOMPSON: functools.partial(_freeze_thaw, _nothing, scores=ThompsonDraw),
     GOALS: functools.partial(_freeze_thaw, _nothing, scores=RandomGoal),
+    MIXED: functools.partial(_freeze_thaw, _nothing, scores=Mixed),
+    HORIZONS: functools.partial(_freeze_thaw, _nothing, scores=RandomHorizon),
     EQUAL: functools.partial(_freeze_thaw, _nothing, scores=EqualLengths),
     AS_OPTIM: functools.partial(_freeze_thaw, _nothing, scores=OptimizerLengths),
     RANDOM: _stopping(lambda reports: RunToEnd(), _at_random),

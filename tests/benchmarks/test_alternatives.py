@@ -5,7 +5,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from benchmarks.alternatives import OptimizerLengths, RandomGoal
-from benchmarks.judge import AS_OPTIM, EQUAL, GOALS, THOMPSON, WITHOUT, Recording, simulate
+from benchmarks.judge import AS_OPTIM, EQUAL, GOALS, HORIZONS, MIXED, THOMPSON, WITHOUT, Recording, simulate
 from benchmarks.taskset import SETTINGS
 from raytune_emotion.tuning.space.space import Space
 
@@ -38,7 +38,7 @@ def recording(setting: str = "x") -> Recording:
     return Recording("task", space, params, value_NR, np.ones_like(value_NR), 250, 0.0, True)
 
 
-@pytest.mark.parametrize("name", [WITHOUT, THOMPSON, GOALS, EQUAL])
+@pytest.mark.parametrize("name", [WITHOUT, THOMPSON, GOALS, MIXED, HORIZONS, EQUAL])
 def test_a_study_finds_the_best_configurations_with_each_score_and_again_the_same(name):
     found = simulate(recording(), name, 1, 0)
     assert found.best[-1] < 0.12
