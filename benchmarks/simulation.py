@@ -80,7 +80,7 @@ class Simulation:
         self.reports: dict[str, int] = {}  # number of reports of each trial, by its id
         self._events: list[tuple[float, int, str]] = []
         self._order = 0
-        self.now = 0.0  # simulated seconds since the beginning
+        self._resumed: set[str] = set()  # trials without a report since they were resumed
         self._begun_count: list[float] = []
 
     def run(self, seconds: float, goal: float = math.inf, longer: float = 0.0) -> Found:
@@ -91,7 +91,6 @@ class Simulation:
             if self._events[0][0] > (seconds if bests[-1] <= goal else max(seconds, longer)) + 1e-9:
                 break
             now, _, trial_id = heapq.heappop(self._events)
-            self.now = now
             value = self._report(now, trial_id)
             if value < bests[-1]:
                 times.append(now)
@@ -112,6 +111,7 @@ class Simulation:
                 continue
             trial_id = answer.trial_id
             if trial_id in self._curves:
+                self._resumed.add(trial_id)
                 self._go_on(now + self._take_up_s, trial_id)
             else:
                 self._curves[trial_id], self.reports[trial_id] = self._respond(answer.settings), 0
@@ -137,6 +137,9 @@ class Simulation:
             "seconds": seconds,
             "finished": report == len(value_R),
         }
+        if trial_id in self._resumed:
+            self._resumed.remove(trial_id)
+            heard["resumed_in"] = self._take_up_s
         self._driver.observe(trial_id, heard)
         if heard["finished"]:
             self._driver.tell(trial_id, "complete", seconds=seconds)

@@ -33,6 +33,15 @@ def limit_memory(device: torch.device, share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(allowance(total, share) / total, device.index)
 
 
+def withheld_part(device: torch.device, share: float) -> float:
+    """Return which part of this process's share of a GPU's memory other processes hold, 0 to 1; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    due = min(share, 1.0) * total
+    return max(0.0, due - _CONTEXT - torch.cuda.memory_reserved(device) - free) / due
+
+
 def reduce_fragmentation() -> None:
     """Let torch map GPU memory in growing segments, for trials of different batch sizes. Call it before CUDA starts.
 

@@ -1,6 +1,6 @@
 """Define the report of one evaluation of a run, and name the number that a study minimises."""
 
-from typing import Final, TypedDict
+from typing import Final, NotRequired, TypedDict
 
 #: Key of a report, and column of the table: the lowest validation JS of the run so far, bits.
 OBJECTIVE: Final = "best_val_js"
@@ -16,6 +16,9 @@ class DriverReport(TypedDict):
     finished: bool  # no further report will follow
     params_millions: float
     images_per_second: float  # in training, over all workers
+    #: Seconds for which nothing was trained before the trial was resumed. Only in the first report after that, and not
+    #: in a history.
+    resumed_in: NotRequired[float]
 
 
 class _Planar(TypedDict, total=False):
@@ -47,4 +50,4 @@ class Report(DriverReport, _Planar):
 
 
 #: Keys of the part of a report that is sent to the driver.
-DRIVER_KEYS = tuple(DriverReport.__annotations__)
+DRIVER_KEYS = tuple(name for name in DriverReport.__annotations__ if name in DriverReport.__required_keys__)

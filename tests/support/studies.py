@@ -157,8 +157,8 @@ def train(folder, trial_id, js, *, epochs=3, time=0.0):
         yield report
 
 
-def searcher_of(study, space, *, seed=0, scheduler="none", objective=JS_ALONE, epochs=4, earlier=(), clock=None):
+def searcher_of(study, space, *, seed=0, scheduler="none", objective=JS_ALONE, epochs=4, earlier=()):
     """Make what asks an Optuna study for trials, as the recorder of a study makes it."""
     inputs = PolicyInputs(space, epochs, epochs, seed, objective, earlier)
     policy, sampler = make_policy(inputs, scheduler=scheduler), make_sampler_of(inputs, FORECAST)
-    return Searcher(study, space, policy, sampler=sampler, cost=objective.cost, clock=clock)
+    return Searcher(study, space, policy, sampler=sampler, cost=objective.cost)

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import platform
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,7 +25,7 @@ from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.checkpoint import DamagedCheckpointError, Progress, read_progress, repair_from_last
-from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation
+from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation, withheld_part
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.learn.origin import AbsentWeightsError
@@ -34,6 +35,7 @@ from raytune_emotion.learn.samples import write_samples
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.storage.remote import outlast_outages
+from raytune_emotion.tuning.execution.gpu_presence import gpu_fault
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.remote_copy import why_lost
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
@@ -41,6 +43,10 @@ from raytune_emotion.tuning.study.trials import DATA, PARAMS
 if TYPE_CHECKING:  # a trial's process does not need these imports
     from raytune_emotion.tuning.study.open_study import OpenStudy
     from raytune_emotion.tuning.study.optuna_study import Proposal
+
+
+#: Part of a trial's share of a GPU's memory that others may hold before they are at fault for its lack of memory.
+_WITHHELD = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +118,10 @@ class OutOfMemory(TrialFailed):
     """Report a trial that needs more memory than its device has."""
 
 
+class GpuTaken(OutOfMemory):
+    """Report a trial that lacks memory because other processes hold a part of its share of the GPU."""
+
+
 class WorkersDied(TrialFailed):
     """Report a trial whose workers died again and again."""
 
@@ -181,8 +191,10 @@ def _train_in(
     torch.set_num_threads(job.resources.threads)
     malloc.keep_freed_memory()
     reduce_fragmentation()
-    limit_memory(device, job.resources.gpus_per_worker)
-    with contextlib.ExitStack() as stack, _training_errors(folder):
+    _refuse_broken_gpu(device)
+    share = job.resources.gpus_per_worker
+    limit_memory(device, share)
+    with contextlib.ExitStack() as stack, _training_errors(folder, device, share):
         stack.callback(_free_memory)
         # Momenta of parameters that no longer change decay to denormal numbers, which are slow. Threads of a pool
         # inherit this flag from the thread that creates the pool.
@@ -209,6 +221,24 @@ def _train_in(
                     described = True
                 events.write_report(report, report["report"])
             yield report
+
+
+def _refuse_broken_gpu(device: torch.device) -> None:
+    """Refuse a machine whose GPU cannot be used: every trial there would fail, and it would soon be free for the next.
+
+    Raises:
+        Breakdown: PyTorch cannot use the GPU.
+    """
+    if device.type != "cuda":
+        return
+    with warnings.catch_warnings(action="ignore"):
+        usable = torch.cuda.is_available()
+    if not usable:
+        why = gpu_fault() or "it finds none"
+        raise Breakdown(
+            f"{platform.node()}: PyTorch cannot use the GPU of a trial ({why}); repair this machine, or take it out of "
+            f"the cluster"
+        )
 
 
 def _describe(folder: Path, job: Job) -> None:
@@ -276,14 +306,29 @@ def _disk_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _training_errors(folder: Path) -> Iterator[None]:
-    """Translate errors of the training into those after which another attempt would fail, and others."""
+def _training_errors(folder: Path, device: torch.device | None = None, share: float = 0.0) -> Iterator[None]:
+    """Translate errors of the training into those after which another attempt would fail, and others.
+
+    Args:
+        folder: folder of the run.
+        device: device of this worker, if it trains.
+        share: share of the GPU that it may use.
+    """
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory on the device: {str(error).splitlines()[0]}") from error
+        lack = f"out of memory on the device: {str(error).splitlines()[0]}"
+        withheld = 0.0
+        with contextlib.suppress(RuntimeError):  # a broken GPU
+            withheld = withheld_part(device, share) if device is not None else 0.0
+        if withheld <= _WITHHELD:
+            raise OutOfMemory(lack) from error
+        raise GpuTaken(
+            f"{platform.node()}: {lack}; other processes hold {withheld:.0%} of what a trial may use of this GPU; end "
+            f"them, or take this machine out of the cluster"
+        ) from error
     except Divergence as error:
         raise TrialFailed(str(error)) from error
     except AbsentWeightsError as error:
@@ -352,22 +397,28 @@ def train_with_retry(job: Job, attempt: Callable[[Job], Iterator[Report]]) -> Ge
 
     Raises:
         OutOfMemory: the smallest micro-batches also need too much memory.
+        Breakdown: so they do, but other processes hold a part of the GPU's memory.
     """
-    lack = ""  # text, because the error keeps the tensors of the failed attempt alive
+    lack, taken = "", False  # no error, because it keeps the tensors of the failed attempt alive
     while True:
         try:
             yield from attempt(job)
             return
         except OutOfMemory as error:
-            smaller, lack = with_smaller_micro_batches(job), str(error)
+            smaller, lack, taken = with_smaller_micro_batches(job), str(error), isinstance(error, GpuTaken)
             if smaller is None:
-                raise
+                raise _lack_of_memory(lack, taken=taken) from error
         except InvalidForRun as error:
             # BatchNorm refuses a micro-batch of one row.
             if not lack:
                 raise
-            raise OutOfMemory(lack) from error
+            raise _lack_of_memory(lack, taken=taken) from error
         job = smaller
+
+
+def _lack_of_memory(lack: str, *, taken: bool) -> Exception:
+    """Return the error of a trial that lacks memory. If others hold it, the trial can continue later."""
+    return Breakdown(lack) if taken else OutOfMemory(lack)
 
 
 def with_smaller_micro_batches(job: Job) -> Job | None:

@@ -98,7 +98,7 @@ class Recorder:
         inputs = _inputs_of(study)
         self._tables = Tables(study)
         self._saving = _Saving(study, self._tables, clock)
-        self._searcher = _searcher_of(study, inputs, clock)
+        self._searcher = _searcher_of(study, inputs)
         self._gain = GainWatch(self._searcher, _gain_forecast_of(study, inputs), until=until_gain, clock=clock)
         self._backlog = Backlog(study, clock)
         self._closed, self._failures = False, 0  # failures in a row, of the trials that ended last
@@ -408,11 +408,11 @@ def _gain_forecast_of(study: OpenStudy, inputs: PolicyInputs) -> GainForecast | 
     return GainForecast(inputs) if study.spec.confirms is None else None
 
 
-def _searcher_of(study: OpenStudy, inputs: PolicyInputs, clock: Callable[[], float]) -> Searcher:
+def _searcher_of(study: OpenStudy, inputs: PolicyInputs) -> Searcher:
     """Make the searcher that decides about a study's trials."""
     # A confirmation runs each configuration to its end.
     scheduler = study.spec.scheduler if study.spec.confirms is None else "none"
     policy = make_policy(inputs, sampler=study.spec.sampler, scheduler=scheduler)
     sampler = make_sampler_of(inputs, study.spec.sampler)
     cost, driver = study.objective.cost, study.drivers.own
-    return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=cost, driver=driver, clock=clock)
+    return Searcher(study.optuna, study.space, policy, sampler=sampler, cost=cost, driver=driver)

@@ -28,7 +28,7 @@ from raytune_emotion.tuning.execution.ray_tune_patches import PlainTrainable, pa
 from raytune_emotion.tuning.execution.recorder import Recorder, Watch
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.execution.trial_actor import TrialActor
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Silence
 from raytune_emotion.tuning.execution.worker_nodes import label_selector, live_nodes
 from raytune_emotion.tuning.study.open_study import OpenStudy
 
@@ -161,6 +161,9 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
     search = Search(recorder, partial(job_of, study, resources), room, waiting, stop)
     # The process that drives the workers of a trial runs at once, whether or not there is room for them.
     count_unplaced = count_waiting_groups if resources.workers > 1 else lambda: 0
+    callbacks: list[tune.Callback] = [Recovery(), BetweenEvents(recorder, waiting, count_unplaced)]
+    if resources.workers == 1:  # several workers wait for each other for a limited time
+        callbacks.append(Silence(run.say))
     with contextlib.closing(room), patch_tune():
         # A Tuner is not used: it only adds a pickle for a restoration, which is not used here.
         tune.run(
@@ -172,7 +175,7 @@ def _tune(recorder: Recorder, run: StudyRun, stop: threading.Event, scratch: str
             reuse_actors=True,
             max_failures=study.spec.max_failures,  # since the newest report: see `Recovery`
             stop=Gate(recorder, search, stop),
-            callbacks=[Recovery(), BetweenEvents(recorder, waiting, count_unplaced)],
+            callbacks=callbacks,
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.trial_id,
             # Tune's own files are not needed: the record is in the study's folder.

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import platform
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class TrialActor:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._workers: Workers | None = None
+        self._answered: float | None = None  # unix time of the newest answer
         self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         self._begin(config)
 
@@ -53,6 +55,7 @@ class TrialActor:
         alone = job.resources.workers == 1
         self._job = dataclasses.replace(job, resources=resources_here(job.resources)) if alone else job
         self._written: Report | None = None  # newest report of earlier attempts at the trial
+        self._free_since = self._answered  # until the first new report of the trial; None: the process has just started
         self._reports = self._train()
         with contextlib.suppress(OSError):  # the disk of the log may be full
             print(f"trial {self._job.name}", flush=True)  # in this process's log, which the dashboard shows
@@ -64,13 +67,35 @@ class TrialActor:
     def train(self) -> dict[str, Any]:
         """Train until the next report, and return it as the result. An error that ends the trial is also a result."""
         try:
+            return self._next()
+        finally:
+            self._answered = time.time()
+
+    def _next(self) -> dict[str, Any]:
+        try:
             report = next(self._reports)
         except TrialFailed as error:
             return {ENDING: Failed(str(error)), NODES: self._nodes}
         except Breakdown as error:
             return {ENDING: Broken(str(error)), NODES: self._nodes}
         heard = {name: value for name, value in report.items() if name in DRIVER_KEYS}
+        if (resumed_in := self._resumed_in(report)) is not None:
+            heard["resumed_in"] = resumed_in
         return {"pid": os.getpid(), "host": platform.node(), NODES: self._nodes, **heard}
+
+    def _resumed_in(self, report: Report) -> float | None:
+        """Return how long this process trained nothing before it resumed the trial: it waited, and read a checkpoint.
+
+        None if it has just started, or if this is not the first new report since the trial was resumed.
+        """
+        written, since = self._written, self._free_since
+        if report is written:
+            return None
+        self._free_since = None
+        if written is None or since is None or report["report"] != written["report"] + 1:
+            return None
+        began = report["time"] - (report["seconds"] - written["seconds"])
+        return max(0.0, began - since)
 
     @property
     def _nodes(self) -> list[str]:

@@ -29,6 +29,8 @@ from raytune_emotion.tuning.study.optuna_study import Proposal
 _STRETCH = "."
 #: Seconds between two checks whether the workers of trials have places.
 _COUNT_S = 5.0
+#: A process may hang that has not reported for so many seconds, and so many times the longest time between two reports.
+_SILENT_S, _SILENT_TIMES = 1800.0, 10
 
 
 class Search(SearchAlgorithm):
@@ -170,6 +172,53 @@ class BetweenEvents(QuietProgress):
             self._unplaced, self._count_at = self._count_unplaced(), time.monotonic() + _COUNT_S
         running = sum(trial.status == Trial.RUNNING for trial in trials)
         self._waiting.look(runs=running > self._unplaced)
+
+
+class Silence(tune.Callback):
+    """Tell the user of trials that have not reported for far longer than others: their processes may hang.
+
+    Ray waits for ever for a process that the driver of a GPU, or a file server, holds up.
+    """
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._heard: dict[str, float] = {}  # time of the newest report of each running trial, or of its start
+        self._places: dict[str, str] = {}  # its process
+        self._longest = 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._heard[trial.trial_id] = self._clock()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        now = self._clock()
+        self._longest = max(self._longest, now - self._heard.get(trial.trial_id, now))
+        self._heard[trial.trial_id] = now
+        if "host" in result:
+            self._places[trial.trial_id] = f" (process {result['pid']} on {result['host']})"
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forget(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forget(trial.trial_id)
+
+    def _forget(self, trial_id: str) -> None:
+        self._heard.pop(trial_id, None)
+        self._places.pop(trial_id, None)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if not self._longest:
+            return  # nobody knows how long a report takes
+        late = self._clock() - max(_SILENT_S, _SILENT_TIMES * self._longest)
+        for trial_id in [trial_id for trial_id, heard in self._heard.items() if heard < late]:
+            minutes = (self._clock() - self._heard.pop(trial_id)) / 60
+            self._say(
+                f"trial {_id_of(trial_id)}{self._places.get(trial_id, '')} has not reported for {minutes:.0f} min; no "
+                f"report took longer than {self._longest / 60:.1f} min before; if its process hangs, end it with "
+                f"`kill -9`, and the trial continues from its checkpoint"
+            )
 
 
 def _id_of(ray_trial_id: str) -> str:

@@ -33,6 +33,7 @@ from raytune_emotion.storage.atomic import scratch_folder, write_text
 from raytune_emotion.terminal import count
 from raytune_emotion.tuning.execution.job import (
     DiskFull,
+    GpuTaken,
     InvalidForRun,
     Job,
     OutOfMemory,
@@ -56,6 +57,8 @@ from raytune_emotion.tuning.study.endings import MAX_FAILURES
 PLACEMENT_GROUP = "placement_group"
 #: Longest wait for the end of the workers, seconds.
 _ABORT_S = 5.0
+#: Seconds between two searches for places that dead drivers have left, while this one has no place.
+_FREE_S = 5.0
 #: Longest wait for another worker within a step, seconds. A longer wait, as after a GPU error, ends all workers.
 _COLLECTIVE_S = 600
 #: Longest wait between two steps: for the next order, as the driver may be busy between two trials, and for the data
@@ -65,7 +68,7 @@ _ORDER_WAIT = timedelta(days=7)
 _GO_ON, _STOP = "go on", "stop"
 #: Kinds of messages about a trial. Their contents: a report; nothing; the name and the arguments of an error.
 _REPORT, _DONE, _FAILED = "report", "done", "failed"
-_ERRORS = {error.__name__: error for error in (TrialFailed, InvalidForRun, OutOfMemory, DiskFull, Breakdown)}
+_ERRORS = {error.__name__: error for error in (TrialFailed, InvalidForRun, OutOfMemory, GpuTaken, DiskFull, Breakdown)}
 
 
 class Workers:
@@ -87,6 +90,7 @@ class Workers:
         self._meeting = self._ending.enter_context(scratch_folder()) / "meeting"
         self._controller: Controller | None = None
         self._placement_group = ""
+        self._free_at = time.monotonic()
         self.nodes: list[str] = []  # ids of the workers' nodes
         resources = first.resources
         gpu = resources.gpus_per_worker > 0
@@ -166,7 +170,9 @@ class Workers:
                     self._run.result()
                     raise RuntimeError("the workers have ended by themselves") from None
                 if not self._placement_group:
-                    free_abandoned_groups()
+                    if time.monotonic() >= self._free_at:
+                        free_abandoned_groups()
+                        self._free_at = time.monotonic() + _FREE_S
                     self._while_waiting()
                 continue
             if kind == _FAILED:

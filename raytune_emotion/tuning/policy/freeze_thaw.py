@@ -23,7 +23,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median_low
 
 import numpy as np
 from optuna.trial import FrozenTrial
@@ -36,6 +36,7 @@ from raytune_emotion.tuning.policy.gaussian_process import Kernel, on_one_thread
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
 from raytune_emotion.tuning.policy.outlook import STD_FACTOR, Aim, Draw, Offer, Outlook
 from raytune_emotion.tuning.policy.trial_attributes import (
+    CONTINUES,
     RESUMED_IN,
     SECONDS,
     START,
@@ -64,8 +65,8 @@ _HOPE = 0.02
 _STRAIGHT, _LONG_LOOK = 2, 1 / 16
 #: Number of running trials for each plan that is made with the same kernel and the same candidates. At least one is.
 _RUNNING_PER_PLAN = 8
-#: Cost of resuming a trial until it was measured in the study, seconds; and largest share of the training time that all
-#: resumptions may cost.
+#: Assumed cost of resuming a trial, seconds, as long as the study has measured less than two; and largest share of the
+#: training time that all resumptions may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
 
 
@@ -123,7 +124,7 @@ class FreezeThaw:
         Args:
             inputs: inputs of the policy from the study.
             proposes: whether the most promising new configuration is begun; if not, the study's own sampler draws it.
-            take_up_s: cost of resuming a trial until it was measured in the study, seconds.
+            take_up_s: assumed cost of resuming a trial, seconds, as long as the study has measured less than two.
             draw: function that draws the candidates for a new trial.
         """
         self._domain, self._seed, self._earlier = domain_of(inputs.space), inputs.seed, inputs.earlier
@@ -296,11 +297,13 @@ class FreezeThaw:
     def _can_afford(self, past: Sequence[FrozenTrial]) -> bool:
         """Tell whether one more trial can be resumed with the cost of all resumptions in their share of the time."""
         attributes = [trial.user_attrs for trial in past]
-        trained_s = sum(float(each.get(SECONDS, 0.0)) for each in attributes)
+        # The seconds of a trial contain those of the trial that it continues.
+        continued = {int(each[CONTINUES]) for each in attributes if each.get(SECONDS) and each.get(CONTINUES)}
+        trained_s = sum(float(trial.user_attrs.get(SECONDS, 0.0)) for trial in past if trial.number not in continued)
         taken_up = sum(int(each.get(TAKEN_UP, 0)) for each in attributes)
         measured = [float(each[RESUMED_IN]) for each in attributes if RESUMED_IN in each]
-        # A median, because single trials wait for a machine, or until a process has started.
-        cost_s = median(measured) if measured else self._take_up_s
+        # A median, because a place may have been free for other reasons.
+        cost_s = median_low([self._take_up_s, *measured])
         return (taken_up + 1) * cost_s <= _TAKE_UP_SHARE * trained_s
 
 

@@ -27,8 +27,9 @@ What = Literal["trials", "files", "conclusion"]
 _DRIVERS = 2**48
 #: Seconds between two checks whether this driver still counts as alive.
 _CHECK_S = 3.0
-#: Seconds for which trials of a dead driver are not touched: its processes may take some seconds to end.
-_GRACE_S = 10.0
+#: Seconds for which trials of a dead driver are not touched. If only its connection has broken, it notices that after
+#: `_CHECK_S`, and Ray Tune gives the processes of its trials ten seconds to end.
+_GRACE_S = 20.0
 
 
 class Drivers(Protocol):

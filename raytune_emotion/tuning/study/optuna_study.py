@@ -117,7 +117,6 @@ class Searcher:
         sampler: Callable[[int], BaseSampler],
         cost: Callable[[DriverReport], float] | None = None,
         driver: int | None = None,
-        clock: Callable[[], float] | None = None,
     ) -> None:
         """Connect to a study.
 
@@ -129,7 +128,6 @@ class Searcher:
                 point sets.
             cost: computes the cost of a trial from its latest report, if the objective has one.
             driver: mark of this driver's trials, if the study has several; it then asks and resumes only in its turn.
-            clock: seconds, to measure how long a resumed trial takes until it trains; None: that is not measured.
         """
         self._study = study
         self._space = space
@@ -137,9 +135,7 @@ class Searcher:
         self._sampler = sampler
         self._cost = cost
         self._driver = driver
-        self._clock = clock
         self._handles: dict[str, optuna.Trial] = {}
-        self._resumed: dict[str, float] = {}  # times at which paused trials were resumed that have not reported since
 
     def ask(self, limits: Limits = NO_LIMITS) -> Proposal | Prune | None:
         """Answer for a free place: first come waiting trials, such as those of the space's `start` list.
@@ -207,13 +203,10 @@ class Searcher:
         trial = reopen(self._study, frozen)
         # The driver is marked first: if this process is killed in between, the trial is paused, or belongs to it.
         proposal = self._proposal_of(trial, frozen.user_attrs[SETTINGS])
-        self._resumed.pop(trial_id, None)  # a process that died meanwhile takes longer
         # A trial that is only ended stays paused: if this process is killed before the ending, it does not train again.
         if to_train and frozen.user_attrs.get(PAUSED):
             trial.set_user_attr(TAKEN_UP, frozen.user_attrs.get(TAKEN_UP, 0) + 1)
             trial.set_user_attr(PAUSED, False)
-            if self._clock is not None:
-                self._resumed[trial_id] = self._clock()
         return proposal
 
     def observe(self, trial_id: str, report: DriverReport) -> bool:
@@ -222,9 +215,8 @@ class Searcher:
         step = int(report["report"])
         if step in stored_trial(trial).intermediate_values:
             return False
-        if self._clock is not None and (resumed := self._resumed.pop(trial_id, None)) is not None:
-            trained = report["seconds"] - trial.user_attrs.get(SECONDS, 0.0)
-            trial.set_user_attr(RESUMED_IN, max(0.0, self._clock() - resumed - trained))
+        if "resumed_in" in report:
+            trial.set_user_attr(RESUMED_IN, report["resumed_in"])
         if self._cost is not None:
             trial.set_user_attr(COST, self._cost(report))
         trial.report(report[OBJECTIVE], step)

@@ -17,10 +17,12 @@ from raytune_emotion.learn.run_folder import HISTORY
 from raytune_emotion.tuning.execution import job
 from raytune_emotion.tuning.execution.job import (
     DiskFull,
+    GpuTaken,
     InvalidForRun,
     Job,
     OutOfMemory,
     TrialFailed,
+    _training_errors,
     newest_report,
     train_here,
     train_on,
@@ -76,6 +78,43 @@ def test_micro_batches_are_halved_until_they_fit_or_have_one_row(refusal):
     with pytest.raises(OutOfMemory, match="out of memory"):
         list(train_with_retry(JOB, attempt))
     assert accumulated == [1, 2, 4] * 2
+
+
+@pytest.mark.parametrize("refusal", [None, InvalidForRun(("a micro-batch of one row",))])
+def test_a_trial_that_lacks_the_memory_that_other_processes_hold_may_continue_later(refusal):
+    taken = GpuTaken("gpu-7: out of memory; other processes hold 42 % of what a trial may use of this GPU")
+
+    def attempt(job):
+        raise taken if job.accumulate == 1 or refusal is None else refusal
+        yield {}
+
+    with pytest.raises(Breakdown, match="gpu-7: out of memory; other processes hold 42 %"):
+        list(train_with_retry(JOB, attempt))
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "share", "error"),
+    [
+        (0.5, 79.0, 1.0, OutOfMemory),  # all others are CUDA's own
+        (0.5, 19.0, 0.25, OutOfMemory),
+        (30.0, 10.0, 1.0, GpuTaken),  # others hold 40 GiB
+        (1.0, 9.0, 0.25, GpuTaken),  # of 20 GiB, others hold 10
+    ],
+)
+def test_a_lack_of_memory_is_the_fault_of_others_who_hold_much_of_it(monkeypatch, tmp_path, free, own, share, error):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(own * 2**30))
+    with pytest.raises(TrialFailed) as raised, _training_errors(tmp_path, torch.device("cuda"), share):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    assert type(raised.value) is error
+    assert "out of memory on the device: CUDA out of memory" in str(raised.value)
+
+
+def test_a_machine_whose_gpu_cannot_be_used_fails_no_trial(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = dataclasses.replace(JOB, folder=str(tmp_path / "0"), resources=Resources(1, 1.0, 1.0))
+    with pytest.raises(Breakdown, match=r"cannot use the GPU of a trial \(it finds none\); repair this machine"):
+        next(train_here(job))
 
 
 def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):

@@ -9,7 +9,7 @@ from ray.tune.experiment import Trial
 from raytune_emotion.tuning.execution import tune_adapter
 from raytune_emotion.tuning.execution.capacity import Waiting
 from raytune_emotion.tuning.execution.trial_actor import ENDING, NODES
-from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search
+from raytune_emotion.tuning.execution.tune_adapter import BetweenEvents, Gate, Recovery, Search, Silence
 from raytune_emotion.tuning.study.endings import Failed
 from raytune_emotion.tuning.study.optuna_study import Proposal
 
@@ -192,3 +192,58 @@ def test_a_cluster_without_any_room_is_said_and_can_be_left(monkeypatch):
     assert not search.is_finished()
     stop.set()
     assert search.is_finished()
+
+
+def test_a_trial_that_is_silent_for_far_longer_than_others_is_named_once():
+    now, said = 0.0, []
+    silence = Silence(said.append, lambda: now)
+    slow, hangs, ended = (SimpleNamespace(trial_id=name) for name in ("0000", "0001.2", "0002"))
+    sent = {"host": "gpu-7", "pid": 4711}
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+        silence.on_step_end(1, [])
+
+    for trial in (slow, hangs, ended):
+        silence.on_trial_start(1, [], trial)
+    wait(600)
+    for trial in (slow, hangs, ended):
+        silence.on_trial_result(1, [], trial, sent)
+    silence.on_trial_complete(1, [], ended)
+    for _ in range(10):
+        assert not said
+        wait(600)
+        silence.on_trial_result(1, [], slow, sent)
+    for _ in range(10):
+        wait(600)
+        silence.on_trial_result(1, [], slow, sent)
+    (line,) = said
+    assert line.startswith(
+        "trial 0001 (process 4711 on gpu-7) has not reported for 110 min; no report took longer than 10.0"
+    )
+
+
+def test_a_slow_first_report_is_no_reason_to_speak():
+    now, said = 0.0, []
+    silence = Silence(said.append, lambda: now)
+    silence.on_trial_start(1, [], SimpleNamespace(trial_id="0000"))
+    now = 36000.0
+    silence.on_step_end(1, [])
+    assert not said
+
+
+def test_a_trial_of_which_no_report_has_come_is_named_without_a_process():
+    now, said = 0.0, []
+    silence = Silence(said.append, lambda: now)
+    for name in ("0000", "0001"):
+        silence.on_trial_start(1, [], SimpleNamespace(trial_id=name))
+    now = 10.0
+    silence.on_trial_result(1, [], SimpleNamespace(trial_id="0000"), {"host": "a", "pid": 1})
+    silence.on_trial_error(1, [], SimpleNamespace(trial_id="0000"))
+    now = 1801.0
+    silence.on_step_end(1, [])
+    assert said == [
+        "trial 0001 has not reported for 30 min; no report took longer than 0.2 min before; if its process hangs, end "
+        "it with `kill -9`, and the trial continues from its checkpoint"
+    ]

@@ -58,13 +58,12 @@ class Study:
         self._searcher = Searcher(
             self.optuna, SPACE, Remade(policy) if remade else policy(),
             sampler=make_sampler_of(inputs_of(seed), "random"),
-            clock=(lambda: self._simulation.now) if assumed_s is not None else None,
         )  # fmt: skip
         self._respond, self._take_up_s = respond, take_up_s
 
     def run(self, seconds, workers=1):
-        self._simulation = Simulation(self._searcher, self._respond, workers, self._take_up_s, self._limits)
-        return self._simulation.run(seconds)
+        simulation = Simulation(self._searcher, self._respond, workers, self._take_up_s, self._limits)
+        return simulation.run(seconds)
 
     def _limits(self):
         self.most_paused = max(self.most_paused, self.count(paused=True))

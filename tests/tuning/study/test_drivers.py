@@ -49,13 +49,13 @@ def test_trials_of_a_dead_driver_are_abandoned_after_a_while_and_those_of_a_livi
     with join_study(address) as two:
         drivers = {one.own, two.own, 7, None}
         assert one.abandoned(drivers) == {one.own}, "its processes may still run"
-        clock.now = 9.0
+        clock.now = 19.0
         assert one.abandoned(drivers) == {one.own}
-        clock.now = 11.0
+        clock.now = 21.0
         assert one.abandoned(drivers) == {one.own, 7, None}
     wait_until_alone(one)
     assert one.abandoned(drivers) == {one.own, 7, None}, "the other one has just ended"
-    clock.now = 22.0
+    clock.now = 42.0
     assert one.abandoned(drivers) == drivers
     connection.close()
 

@@ -13,7 +13,7 @@ from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.study.database import join_address
 from raytune_emotion.tuning.study.optuna_study import JOURNAL, create_study, list_trials, load_study, study_lock
 from raytune_emotion.tuning.study.spec import write_spec
-from tests.support.reports import make_report, short_report
+from tests.support.reports import short_report
 from tests.support.studies import SEARCH_SPACE, SPACE_BACKBONES, searcher_of, spec_of
 
 
@@ -173,23 +173,15 @@ def test_a_paused_trial_that_is_only_to_be_ended_is_not_taken_up(tmp_path, space
         searcher.tell(trial_id, "pruned")
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_the_time_from_taking_a_trial_up_to_its_training_is_recorded(tmp_path, space, dies):
-    now = 100.0
-    searcher = searcher_of(create_study(tmp_path, space), space, clock=lambda: now)
+def test_what_resuming_a_trial_cost_is_recorded_with_its_report(tmp_path, space):
+    searcher = searcher_of(create_study(tmp_path, space), space)
     trial_id = searcher.ask().trial_id
-    searcher.observe(trial_id, make_report(1, 0.3, seconds=50.0))
+    searcher.observe(trial_id, short_report(1, 0.3))
     searcher.pause(trial_id, 50.0)
     searcher.resume(trial_id)
-    now += 1.0
-    searcher.observe(trial_id, make_report(1, 0.3, seconds=50.0))  # a process sends its last report again
-    if dies:
-        searcher.resume(trial_id)
-    now += 6.5
-    searcher.observe(trial_id, make_report(2, 0.3, seconds=55.0))
-    now += 8.0
-    searcher.observe(trial_id, make_report(3, 0.3, seconds=60.0))
-    assert load_study(tmp_path).trials[int(trial_id)].user_attrs.get(RESUMED_IN) == (None if dies else 2.5)
+    searcher.observe(trial_id, {**short_report(2, 0.3), "resumed_in": 2.5})
+    searcher.observe(trial_id, short_report(3, 0.3))
+    assert load_study(tmp_path).trials[int(trial_id)].user_attrs[RESUMED_IN] == 2.5
 
 
 def test_a_renamed_folder_is_still_its_study(tmp_path, space):
