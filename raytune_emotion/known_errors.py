@@ -20,6 +20,8 @@ _MORE_MEMORY = (
     "use a smaller train.batch_size or data.image_size, or a larger train.accumulate; or raise the memory limit "
     "(`ulimit -v`, the container's, the job's)"
 )
+_ON_CORES = "use the cores, by --gpus-per-worker 0 to train or --device cpu to predict"
+_MORE_GPU_MEMORY = f"end other programs on the GPU, use a smaller train.batch_size, or {_ON_CORES}"
 _HUB = "connect this machine to the Hugging Face hub, or name a folder of weights as model.weights_dir"
 
 
@@ -128,7 +130,13 @@ KNOWN = (
     ),
     KnownError("builtins.MemoryError", _always, 2, lambda error: f"out of memory; {_MORE_MEMORY}"),
     KnownError(
-        "torch.OutOfMemoryError", _always, 2, lambda error: f"out of memory: {first_line(error)}; {_MORE_MEMORY}"
+        "torch.OutOfMemoryError", _always, 2, lambda error: f"out of memory: {first_line(error)}; {_MORE_GPU_MEMORY}"
+    ),
+    KnownError(
+        "builtins.RuntimeError",
+        lambda error: "CUDA" in str(error) and "out of memory" in str(error),
+        2,
+        lambda error: f"out of memory: {first_line(error)}; {_MORE_GPU_MEMORY}",
     ),
     KnownError(
         "builtins.RuntimeError",
@@ -144,6 +152,12 @@ KNOWN = (
             "a worker process was killed, probably because memory is short; end other programs, and try again: "
             "packing continues where it stopped"
         ),
+    ),
+    KnownError(
+        "builtins.RuntimeError",
+        _says("CUDA error", "CUDA driver", "CUDA GPUs"),
+        2,
+        lambda error: f"the GPU cannot be used: {first_line(error)}; end other programs on it, or {_ON_CORES}",
     ),
     KnownError("builtins.RuntimeError", _says("can't start new thread"), 2, lambda error: _MORE_PROCESSES),
     KnownError(

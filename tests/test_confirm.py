@@ -77,6 +77,14 @@ def test_configurations_stand_by_their_means_and_those_that_fail_come_later(stor
     assert fourth.cells == ["0009", "", "", "0", "0", "0.2300"]
 
 
+def test_a_single_run_of_an_earlier_confirmation_does_not_beat_means_of_several(store):
+    spec = spec_of(store, confirms={"0001": 0.20, "0002": 0.21, "0003": 0.22})
+    lucky = a_run("0000", "0001", 0.2)
+    assert [each.trial_id for each in rank_confirmed(spec, [lucky, a_run("0001", "0002", 0.3)])][:2] == ["0001", "0002"]
+    several = [a_run(f"001{i}", "0002", js) for i, js in enumerate((0.28, 0.30))]
+    assert [each.trial_id for each in rank_confirmed(spec, [lucky, *several])] == ["0002", "0001", "0003"]
+
+
 def test_a_configuration_is_confirmed_once():
     def searched(trial_id, lr, js, status="complete"):
         return TrialRecord(trial_id, status, {"optim.lr": lr}, "", (make_report(1, js),))

@@ -71,8 +71,16 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried"),
             2,
-            "out of memory: CUDA out of memory. Tried; use a smaller",
+            "out of memory: CUDA out of memory. Tried; end other programs on the GPU, use a smaller train.batch_size, "
+            "or use the cores, by --gpus-per-worker 0 to train or --device cpu to predict",
         ),
+        (RuntimeError("CUDA error: out of memory"), 2, "out of memory: CUDA error: out of memory; end other programs"),
+        (
+            RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with ..."),
+            2,
+            "the GPU cannot be used: CUDA error: CUDA-capable device(s) is/are busy or unavailable; end other programs",
+        ),
+        (RuntimeError("No CUDA GPUs are available"), 2, "the GPU cannot be used: No CUDA GPUs are available; end"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
             2,

@@ -67,7 +67,6 @@ TESTED_ELSEWHERE = {
     "tuning/study/request": ("test_search", "it is what the options of `search` become"),
     "tuning/study/tables": ("tuning/study/test_records", "tables are made of records"),
     "tuning/study/trial_export": ("test_export", "it is what the command `export` does"),
-    "tuning/execution/gpu_presence": ("test_search", "it refuses an option of `search`"),
     "tuning/execution/ray_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray"),
     "tuning/execution/ray_train_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray Train"),
     "tuning/execution/ray_tune_patches": ("tuning/execution/test_ray_contract", "private interfaces of Ray Tune"),

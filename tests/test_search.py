@@ -1032,11 +1032,11 @@ def parsed(*argv) -> SearchRequest:
 
 def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces, capsys, monkeypatch):
     monkeypatch.setattr(placement, "usable_cores", lambda: 2)
-    monkeypatch.setattr(dry_run, "find_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dry_run, "find_device", lambda gpus: torch.device("cpu" if gpus == 0 else "cuda"))
     (tmp_path / "space.yaml").write_text(SMALL_SPACE)
     before = tree(tmp_path)
     asked = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path / "results"]
-    assert exit_code(["search", "--dry-run", "--trials", 8, "--epochs", 3, *asked]) == 0
+    assert exit_code(["search", "--dry-run", "--gpus-per-worker", 0, "--trials", 8, "--epochs", 3, *asked]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if re.match(r"backbone test_\w+  lr 0\.\d+  kl ", line)]) == 10
     for backbone in ("test_resnet", "test_vit"):
@@ -1071,7 +1071,7 @@ def test_a_dry_run_measures_with_the_threads_of_a_trial_and_counts_those_at_once
 
     before = torch.get_num_threads()
     monkeypatch.setattr(placement, "usable_cores", lambda: 2)
-    monkeypatch.setattr(dry_run, "find_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(dry_run, "find_device", lambda gpus: torch.device("cpu"))
     monkeypatch.setattr(dry_run, "_cost", cost)
     (tmp_path / "space.yaml").write_text(SMALL_SPACE)
     asked = ["--data", faces, "--space", tmp_path / "space.yaml", "--results", tmp_path / "results", "--trials", 4]

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -90,7 +90,7 @@ def prepare(
     place: Data | Location | str | PathLike[str],
     *,
     image_size: int | None,
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
     skip_bad: bool = False,
 ) -> Store:
     """Find or make one store for training, as `prepare_sizes` does.
@@ -114,7 +114,7 @@ def prepare_sizes(
     data: Data,
     image_sizes: Collection[int],
     *,
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
     skip_bad: bool = False,
 ) -> dict[int, Store]:
     """Open stores for training. A folder or a table of faces is first packed in one pass into the cache.
@@ -132,13 +132,14 @@ def prepare_sizes(
     Raises:
         UserError: a store has other sizes or other classes, or is damaged; see `pack`.
     """
+    given = None if classes is None else tuple(map(str, classes))
     if data.manifests:
-        return _open_packed(data, image_sizes, classes)
-    classes = classes or data.faces.own_classes or EMOTIONS
+        return _open_packed(data, image_sizes, given)
+    names = given or data.faces.own_classes or EMOTIONS
     files, cache = data.faces.quick_fingerprint(), cache_folder() / "stores"
     dests = {}
     for size in image_sizes:
-        wanted = (shard_format.VERSION, files, size, classes, skip_bad)
+        wanted = (shard_format.VERSION, files, size, names, skip_bad)
         key = hashlib.sha256(repr(wanted).encode()).hexdigest()[:20]
         dests[size] = dest = Folder(cache / f"{data.location.name}-{size}px-{key}")
         if is_store(dest):
@@ -152,7 +153,7 @@ def prepare_sizes(
         for size, dest in missing.items():
             warn(f"{data.location}: packing once, at {size} px, into {dest}")
         try:
-            pack_sizes(data.faces, missing, classes=classes, skip_bad=skip_bad)
+            pack_sizes(data.faces, missing, classes=names, skip_bad=skip_bad)
         except UserError:
             if not any(map(is_store, missing.values())):  # else another process was faster
                 raise

@@ -115,7 +115,10 @@ class FaceTable(Faces):
         splits = [self._split_of(line) for line in self.lines]
         if self._splits_by_hash:
             share = f"about {_VALIDATION:.0%} of the rows, chosen by a hash of the path, are used for validation"
-            noted.append(f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)})")
+            noted.append(
+                f"{self.source}: has no column {_SPLIT}; {share} ({splits.count('val')} of {len(splits)}); if several "
+                f"images show one person or come from one video, add the column, so that none is on both sides"
+            )
         if splits.count("test"):
             noted.append(f"{self.source}: leaving out {count(splits.count('test'), 'row')} of the split test")
         return noted

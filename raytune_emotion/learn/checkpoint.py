@@ -184,12 +184,15 @@ def load_state(file: Path, model: nn.Module, optimizer: Optimizer | None, averag
     parameters = [parameter for group in groups for parameter in group["params"]]
     modules = {"model.": model} | ({"average.": average} if average is not None else {})
     moments: list[tuple[int, str, Tensor]] = []
-    # First check everything that may be damaged. Afterwards, only a lack of device memory can fail.
+    # First check everything. Afterwards, only a lack of device memory can fail.
     try:
         with safe_open(file, "pt") as opened:
             tensors = _tensors(opened)
-        for prefix, module in modules.items():
-            _check_fits(_strip_prefix(prefix, tensors), module)
+    except _DAMAGE as error:
+        raise _damage_error(file, error) from error
+    for prefix, module in modules.items():
+        _check_fits(file, _strip_prefix(prefix, tensors), module)
+    try:
         for key, value in _strip_prefix("optimizer.", tensors).items() if optimizer is not None else ():
             index, name = key.split(".")
             if not 0 <= int(index) < len(parameters):
@@ -325,10 +328,13 @@ def _tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{checksum:08x}"
 
 
-def _check_fits(tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+def _check_fits(file: Path, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in module.state_dict().items()}:
-        raise ValueError("its tensors do not match the model")
+        raise UserError(
+            f"{file}: its tensors do not match the model; make the model with which it was trained, with the same "
+            f"classes and the same version of timm"
+        )
 
 
 def _state(name: str, model: nn.Module) -> dict[str, Tensor]:

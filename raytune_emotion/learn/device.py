@@ -16,9 +16,13 @@ T = TypeVar("T")
 _CONTEXT = 600 * 2**20
 
 
-def find_device() -> torch.device:
-    """Return the GPU of this process if it has one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(gpus: float | str | None = None) -> torch.device:
+    """Return the GPU of this process if it has one, else the CPU.
+
+    Args:
+        gpus: GPUs per worker of the study or command; 0: the CPU, whether or not there is a GPU.
+    """
+    return torch.device("cuda" if gpus != 0 and torch.cuda.is_available() else "cpu")
 
 
 def allowance(total: float, share: float) -> float:

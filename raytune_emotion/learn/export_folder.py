@@ -40,7 +40,7 @@ from raytune_emotion.learn.device import exact_fp32, halve_until_it_fits
 from raytune_emotion.learn.evaluation import rows_of_side
 from raytune_emotion.learn.export_files import CARD, CONFIG, FORMATS, METRICS, WEIGHTS, check_export
 from raytune_emotion.learn.graphs import Ensemble, PixelsToProbabilities, Predictor, predict_graph, write_graph
-from raytune_emotion.learn.model import build_model, load_model, mean_std
+from raytune_emotion.learn.model import load_model, mean_std
 from raytune_emotion.learn.model_card import Evidence, render_card, render_ensemble_card
 from raytune_emotion.learn.origin import check_arguments, check_normalisation, find_origin, licence
 from raytune_emotion.learn.predictions import is_cut_short, predict_split
@@ -78,11 +78,19 @@ class Package:
         They are predicted in parts, which are smaller if the device has too little memory.
 
         Args:
-            images_NHWC: RGB; N may be 0.
+            images_NHWC: RGB, 0 to 255, of the model's size; N may be 0.
             mirror: whether to predict the mean of each image and its mirror image.
+
+        Raises:
+            UserError: the images have another type or another shape.
         """
         if not len(images_NHWC):
             return np.empty((0, len(self.classes)))
+        side = self.image_size
+        if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[1:] != (side, side, 3):
+            raise UserError(
+                f"images: expected uint8 [N, {side}, {side}, 3], got {images_NHWC.dtype} {[*images_NHWC.shape]}"
+            )
 
         def predict(rows: int) -> npt.NDArray[np.float64]:
             starts = range(0, len(images_NHWC), rows)
@@ -147,15 +155,7 @@ def write_package(
     """
     dest = dest.absolute()
     metrics = best.report if metrics is None else metrics
-    config = RunConfig.from_flat(best.settings)
-    model = build_model(config, weights=False, description=best.origin).eval()
-    try:
-        model.load_state_dict(best.weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"{dest}: the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install "
-            f"the version with which they were trained"
-        ) from error
+    config, model = RunConfig.from_flat(best.settings), load_model(best)
     evidence = _examine(model, store)
     described = _describe_model(model, config, best) | _describe_run(best, evidence.temperature)
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
@@ -464,6 +464,11 @@ def check_replaceable(dest: Location) -> None:
         raise UserError(f"{dest}: exists already and is not a folder; name another destination")
     there = {*dest.list_folders(), *(file.name for file in dest.list_files())}
     others = sorted(there - {*FORMATS.values(), CONFIG, METRICS, CARD} - _OF_SYSTEMS)
+    formats = {*FORMATS.values()} & there
+    if CONFIG in there and b'"raytune_emotion"' not in (dest.read(CONFIG) or b""):
+        others = [CONFIG]  # of a model from elsewhere
+    elif isinstance(dest, Folder) and CARD in there and CONFIG not in there and not formats:
+        others = [CARD]  # of a folder that somebody has prepared; at a URI, an interrupted export may have left it
     if others:
         raise UserError(
             f"{dest}: holds files that do not belong to an export ({', '.join(others[:5])}) and would be deleted or "

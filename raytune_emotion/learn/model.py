@@ -160,9 +160,20 @@ def _would_be_unpickled(config: ModelConfig) -> UserError:
 
 
 def load_model(best: Best) -> nn.Module:
-    """Build the model of a checkpoint, on the CPU, in evaluation mode."""
-    model = build_model(RunConfig.from_flat(best.settings), weights=False, description=best.origin)
-    model.load_state_dict(best.weights)
+    """Build the model of a checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the weights do not fit the model of the settings.
+    """
+    config = RunConfig.from_flat(best.settings)
+    model = build_model(config, weights=False, description=best.origin)
+    try:
+        model.load_state_dict(best.weights)
+    except RuntimeError as error:
+        raise UserError(
+            f"the weights do not fit {config.model.backbone} of the installed timm {timm.__version__}; install the "
+            f"version with which they were trained"
+        ) from error
     return model.eval()
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def create_loaders(
     image_size: int | None = None,
     augmentation: AugmentConfig | None = None,
     seed: int = 0,
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
     skip_bad: bool = False,
 ) -> tuple[Loader, Loader]:
     """Open the data for training and validation. A folder is packed on first use, into the cache.

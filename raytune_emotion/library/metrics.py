@@ -55,7 +55,7 @@ class MetricsCalculator:
             Name -> mean over the rows.
 
         Raises:
-            UserError: the shapes differ, or there is no row.
+            UserError: the shapes differ, there is no row, or a number is negative, as in logits.
         """
         values = self.compute_per_sample(predictions, targets)
         return {name: value_N.mean().item() for name, value_N in values.items()}
@@ -77,6 +77,11 @@ class MetricsCalculator:
         if q_NK.shape != p_NK.shape or q_NK.ndim != 2 or not len(q_NK):
             raise UserError(
                 f"predictions, targets: expected two of one shape [N, K], got {[*q_NK.shape]} and {[*p_NK.shape]}"
+            )
+        named = (("predictions", q_NK), ("targets", p_NK))
+        if logits := [name for name, rows_NK in named if (rows_NK < 0).any()]:
+            raise UserError(
+                f"{name}: expected probabilities, got negative numbers; apply a softmax to logits" for name in logits
             )
         distances_KK = self._distances_KK if _DISTANCE in self.metrics else None
         if distances_KK is not None and len(distances_KK) != q_NK.shape[1]:

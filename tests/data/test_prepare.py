@@ -47,6 +47,15 @@ def test_what_changes_the_content_is_packed_anew(folder, cache):
     )
 
 
+@pytest.mark.parametrize("names", [list(EMOTIONS[::-1]), np.array(EMOTIONS[::-1])], ids=["list", "array"])
+def test_classes_may_be_any_sequence(folder, cache, tmp_path, names):
+    first = prepare(folder, image_size=16, classes=names)
+    assert first.classes == EMOTIONS[::-1]
+    assert prepare(folder, image_size=16, classes=EMOTIONS[::-1]).path == first.path
+    assert prepare(first.path, image_size=16, classes=names).fingerprint == first.fingerprint
+    assert pack(folder, tmp_path / "store", image_size=16, classes=names).fingerprint == first.fingerprint
+
+
 def test_the_default_size_of_a_folder_is_that_of_its_images_but_no_more_than_the_configuration_has(folder, cache):
     for name, side, packed_at in (("small", 40, 40), ("large", 400, 224)):
         copy = Path(shutil.copytree(folder, folder.parent / name))

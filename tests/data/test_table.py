@@ -133,7 +133,8 @@ def test_split_by_hash_of_the_path_is_stated_and_depends_on_the_path_alone(folde
     assert list(store.val.ids) == wanted
     assert capsys.readouterr().err == (
         f"{place}: has no column split; about 10% of the rows, chosen by a hash of the path, are used for validation "
-        f"({len(wanted)} of 60)\n"
+        f"({len(wanted)} of 60); if several images show one person or come from one video, add the column, so that "
+        f"none is on both sides\n"
     )
 
 

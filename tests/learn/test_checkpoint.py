@@ -9,7 +9,7 @@ import torch
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import checkpoint
-from raytune_emotion.learn.checkpoint import read_best, read_predictions, read_progress
+from raytune_emotion.learn.checkpoint import DamagedCheckpointError, read_best, read_predictions, read_progress
 from raytune_emotion.learn.evaluation import evaluate, predict_share
 from raytune_emotion.learn.loop import fit
 from raytune_emotion.learn.model import build_model
@@ -177,10 +177,11 @@ def test_a_missing_best_is_said(tmp_path):
         read_best(tmp_path / BEST)
 
 
-def test_tensors_that_do_not_fit_the_settings_are_damage(run, store):
+def test_tensors_that_do_not_fit_the_settings_are_no_damage(run, store):
     model = build_model(config(model__backbone="test_efficientnet"))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="do not match the model; make the model") as raised:
         checkpoint.load_state(run / LAST, model, torch.optim.AdamW(model.parameters()))
+    assert not isinstance(raised.value, DamagedCheckpointError), "a study would delete it and begin anew"
 
 
 def test_parameter_that_layers_share_is_kept_and_loaded(tmp_path):

@@ -53,10 +53,13 @@ def test_a_call_gets_fewer_rows_until_they_fit_or_are_too_few():
         halve_until_it_fits(lambda rows: (_ for _ in ()).throw(RuntimeError("something else")), 16)
 
 
-@pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
-def test_a_gpu_is_the_device_if_there_is_one(monkeypatch, has_gpu, device):
+@pytest.mark.parametrize(
+    ("has_gpu", "gpus", "device"),
+    [(True, None, "cuda"), (True, "auto", "cuda"), (True, 0.5, "cuda"), (True, 0, "cpu"), (False, None, "cpu")],
+)
+def test_a_gpu_is_the_device_if_there_is_one_and_it_is_wanted(monkeypatch, has_gpu, gpus, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert find_device() == torch.device(device)
+    assert find_device(gpus) == torch.device(device)
 
 
 def gradients(net, model, x_BCHW):

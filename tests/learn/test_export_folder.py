@@ -208,6 +208,13 @@ class TestReplacing:
         with pytest.raises(UserError, match=r"holds files that do not belong to an export \(thesis.tex\)"):
             write_package(dest, self.new)
         assert self.shows(dest, self.old)
+        for name, text in (("README.md", "# My faces\n"), ("config.json", '{"architecture": "resnet18"}')):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / name).write_text(text)
+            (tmp_path / name / "README.md").write_text("# Of somebody\n")
+            with pytest.raises(UserError, match=rf"holds files that do not belong to an export \({name}\)"):
+                write_package(tmp_path / name, self.new)
+            assert (tmp_path / name / "README.md").read_text() == "# Of somebody\n"
         (tmp_path / "file").touch()
         with pytest.raises(UserError, match="is not a folder"):
             write_package(tmp_path / "file", self.new)
@@ -304,6 +311,13 @@ class TestFaults:
         assert np.abs(package.predict(images_NHWC) - wanted_NK).max() < 1e-6
         assert counts == [4, 4, 3]
         assert package.predict(images_NHWC[:0]).shape == (0, len(package.classes))
+
+    @pytest.mark.parametrize("change", [lambda x: x / 255.0, lambda x: x[:, :16], lambda x: x[0], lambda x: x[..., :1]])
+    def test_images_of_another_kind_are_refused(self, dest, change):
+        """Floats from 0 to 1 would be taken for almost black images."""
+        images_NHWC = np.zeros((2, 32, 32, 3), np.uint8)
+        with pytest.raises(UserError, match=r"images: expected uint8 \[N, 32, 32, 3\], got "):
+            load_package(dest).predict(change(images_NHWC))
 
     def test_weights_of_another_model(self, tmp_path):
         best = untrained_best("test_resnet", 32)

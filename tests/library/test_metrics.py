@@ -59,6 +59,14 @@ def test_shapes_that_do_not_fit_are_refused(shapes):
         MetricsCalculator().compute_all(*map(torch.rand, shapes))
 
 
+def test_logits_are_refused():
+    """Divided by their sum, they would have a JS that looks like one."""
+    with pytest.raises(UserError) as refused:
+        MetricsCalculator().compute_all(torch.linspace(-2, 4, 13)[None], np.full((1, 13), -1 / 13))
+    assert [fault.split(":")[0] for fault in refused.value.faults] == ["predictions", "targets"]
+    assert "apply a softmax to logits" in refused.value.faults[0]
+
+
 def test_the_columns_must_be_those_of_the_classes():
     with pytest.raises(UserError, match="expected 13 columns, one a class, got 5"):
         MetricsCalculator().compute_all(torch.rand(2, 5), torch.rand(2, 5))

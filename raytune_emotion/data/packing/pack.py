@@ -36,7 +36,7 @@ def pack(
     dest: Location | str | PathLike[str],
     *,
     image_size: int,
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
 ) -> Store:
@@ -67,7 +67,7 @@ def pack_sizes(
     source: Location | Faces,
     dests: Mapping[int, Location],
     *,
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
     skip_bad: bool = False,
     workers: int | None = None,
     pmap: Map | None = None,
@@ -86,11 +86,12 @@ def pack_sizes(
         UserError: see `pack`.
         Breakdown: see `pack`; a machine cannot access one of the folders.
     """
+    given = () if classes is None else tuple(map(str, classes))
     for size in dests:
-        RunConfig.from_flat({"data.image_size": size, **({"data.classes": classes} if classes else {})})
+        RunConfig.from_flat({"data.image_size": size, **({"data.classes": given} if given else {})})
     faces = source if isinstance(source, Faces) else list_unpacked(source)
-    classes = classes or faces.own_classes or EMOTIONS
-    RunConfig.from_flat({"data.classes": classes})
+    names = given or faces.own_classes or EMOTIONS
+    RunConfig.from_flat({"data.classes": names})
     for note in faces.notes():
         warn(note)
     next(iter(dests.values())).check(write=True)  # the others are beside it
@@ -100,12 +101,12 @@ def pack_sizes(
         pmap = pmap or stack.enter_context(process_map(workers))
         with progress() as bars:
             # This comes before `build`: an error in the source or an option must not delete shards of earlier attempts.
-            scan = read_rows(faces, classes, _check_on_each_node([faces.location], pmap), bars, skip_bad=skip_bad)
+            scan = read_rows(faces, names, _check_on_each_node([faces.location], pmap), bars, skip_bad=skip_bad)
         # All processes take the locks in the same order; otherwise two might wait for each other.
         built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
         run = _check_on_each_node([faces.location, *built.values()], pmap)
         try:
-            records = _pack(faces, scan, built, classes, skip_bad=skip_bad, pmap=run)
+            records = _pack(faces, scan, built, names, skip_bad=skip_bad, pmap=run)
         except UserError:
             for dest in built.values():
                 _delete_leftovers(dest)

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from raytune_emotion.errors import UserError
@@ -43,8 +44,8 @@ def refuse_broken_gpu(wanted: float | str | None) -> None:
     """
     if wanted != 0 and (fault := gpu_fault()):
         raise UserError(
-            f"this machine has a GPU, but PyTorch cannot use it ({fault}); update the NVIDIA driver (580 or newer), or "
-            f"train on cores with --gpus-per-worker 0"
+            f"this machine has a GPU, but PyTorch cannot use it ({fault}); install a driver (NVIDIA: 580 or newer) and "
+            f"a build of PyTorch for it, or train on cores with --gpus-per-worker 0"
         )
 
 
@@ -59,13 +60,46 @@ def gpu_fault() -> str:
         return ""
     with warnings.catch_warnings(action="ignore"):
         if torch.cuda.is_available():
-            return ""
+            return _unknown_gpu()
     try:
         # It names the reason each time; the warning comes only once in a process.
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
     return "CUDA finds no GPU"
+
+
+def _unknown_gpu() -> str:
+    """Name the first GPU for which this build of PyTorch has no code; "" if there is none, and for AMD's GPUs."""
+    import torch
+
+    if torch.version.cuda is None:
+        return ""
+    known = torch.cuda.get_arch_list()
+    for number in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(number)
+        if not has_code(capability, known):
+            name, (major, minor) = torch.cuda.get_device_name(number), capability
+            return f"it has no code for {name}, whose compute capability is {major}.{minor}"
+    return ""
+
+
+def has_code(capability: tuple[int, int], architectures: Collection[str]) -> bool:
+    """Tell whether code for CUDA architectures, such as `sm_90`, runs on a GPU of a compute capability.
+
+    Machine code (sm) runs on the same major version with an equal or higher minor one, intermediate code (compute) on
+    every newer GPU, and code with a letter on its own version alone (CUDA Programming Guide, "Compute Capability").
+    """
+    major, minor = capability
+    for architecture in architectures:
+        kind, _, version = architecture.partition("_")
+        digits = version.rstrip("af")
+        own = int(digits[:-1]), int(digits[-1:])
+        if own == capability or (digits == version and kind == "compute" and own <= capability):
+            return True
+        if digits == version and kind == "sm" and own[0] == major and own[1] <= minor:
+            return True
+    return not architectures
 
 
 def no_gpu(where: str, wanted: float | str) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import json
 import platform
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -231,10 +230,7 @@ def _refuse_broken_gpu(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    with warnings.catch_warnings(action="ignore"):
-        usable = torch.cuda.is_available()
-    if not usable:
-        why = gpu_fault() or "it finds none"
+    if why := gpu_fault() or ("" if torch.cuda.is_available() else "it finds none"):
         raise Breakdown(
             f"{platform.node()}: PyTorch cannot use the GPU of a trial ({why}); repair this machine, or take it out of "
             f"the cluster"

@@ -51,7 +51,7 @@ def show_dry_run(console: Console, request: SearchRequest, space: Space, data: D
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows, sizes = data.count_rows(), image_sizes(data, space)
     check_trainable(space, data, workers=request.workers_per_trial or 1)
-    device = find_device()
+    device = find_device(request.gpus_per_worker)
     place = _place_on_cores(request, device)
 
     settings = plain_table("setting", "values", title="search space")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raytune_emotion.config import RunConfig
 from raytune_emotion.data.store import open_store
 from raytune_emotion.learn.combine import unseen_js_of_ensemble
@@ -150,14 +152,14 @@ def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, fai
         fit: description of the final fit.
         failure: why that failed, or "".
     """
-    place = study.copy.location
+    place, device = study.copy.location, find_device(study.spec.gpus_per_worker)
     with publish_export(place / FINISHED) as dest, place.copy_here(*_WEIGHTS) as folder:
         searched = list_kept(folder, study.records())
         confirmed = list_kept(folder / CONFIRMED, confirmation.records(), f"{CONFIRMED}/")
         # Includes the fit of an earlier winner, and a fit that failed after its first evaluation.
         fits = [(f"{FINAL}/{best.parent.name}", best.parent) for best in sorted((folder / FINAL).glob(f"*/{BEST}"))]
         trials = [*searched, *confirmed, *fits]
-        groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), find_device())
+        groups = read_groups(trials, functools.partial(find_store, study.spec, fetch=True), device)
         names = [name for name, _ in trials]
         ends = (len(searched), len(searched) + len(confirmed), len(names))
         first, second, third = (_unseen_js(groups, names[:end]) for end in ends)
@@ -166,7 +168,7 @@ def _compare_and_export(study: OpenStudy, confirmation: OpenStudy, fit: str, fai
             Step(f"best of it and {count(len(confirmed), 'confirmed run')}", second, first),
             Step(f"best of these and {fit}", third, second, failure),
         ]
-        return _export(dest, groups[0], place.name, steps)
+        return _export(dest, groups[0], place.name, steps, device)
 
 
 def _fit_longer(study: OpenStudy, trial_id: str, epochs: int, address: str | None) -> str:
@@ -244,7 +246,7 @@ def _name_members(found: Combination, what: str) -> str:
     return f"the {what} of {', '.join(found.trial_ids)}{alone}"
 
 
-def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step]) -> Finished:
+def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step], device: torch.device) -> Finished:
     """Export the best of ensemble, soup and single model, by the JS on images that were not used to choose it.
 
     Args:
@@ -252,9 +254,10 @@ def _export(dest: Path, candidates: Candidates, study: str, steps: Sequence[Step
         candidates: models with the image size of the best one.
         study: name of the study.
         steps: earlier steps; the last one compares single models.
+        device: predicts the validation images.
     """
     single = steps[-1].js
-    ensemble, (soup, mixed) = combine_ensemble(candidates, MEMBERS), combine_soup(candidates, find_device())
+    ensemble, (soup, mixed) = combine_ensemble(candidates, MEMBERS), combine_soup(candidates, device)
     found = {"soup": soup, "ensemble": ensemble}
     steps = [*steps, *(Step(_name_members(its, what), its.js, single) for what, its in found.items())]
     # A combination with one member is a single model. The other combination may still be better.

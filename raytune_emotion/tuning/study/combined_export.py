@@ -67,7 +67,7 @@ def export_soup(study: Location, dest: Location, formats: Sequence[str]) -> Comb
         UserError: there is nothing to combine, dest cannot be written, or a format cannot be made.
     """
     with publish_export(dest) as package, read_study(study, *_WEIGHTS) as read:
-        chosen, best = combine_soup(_candidates(read), find_device())
+        chosen, best = combine_soup(_candidates(read), find_device(read.spec.gpus_per_worker))
         write_soup(package, chosen, best, study.name, formats)
     return chosen
 
@@ -147,4 +147,4 @@ def _write_alone(
 
 def _candidates(study: OpenStudy) -> Candidates:
     find = functools.partial(find_store, study.spec, fetch=True)
-    return read_candidates(list_kept(study.folder, study.records()), find, find_device())
+    return read_candidates(list_kept(study.folder, study.records()), find, find_device(study.spec.gpus_per_worker))

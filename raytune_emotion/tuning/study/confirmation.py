@@ -131,7 +131,8 @@ def fresh_seeds(seed: int, count: int) -> list[int]:
 def rank_confirmed(spec: StudySpec, records: Sequence[TrialRecord]) -> list[ConfirmedConfiguration]:
     """Rank the configurations of a confirmation by their mean JS.
 
-    Configurations with failed runs come after the others, those without a complete run last.
+    Configurations with failed runs come after the others, those without a complete run last. One with a single run, as
+    of an earlier confirmation with fewer seeds, comes after those with several: it may have been lucky.
     """
     found = [
         ConfirmedConfiguration(
@@ -142,7 +143,8 @@ def rank_confirmed(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Conf
         )
         for trial_id, searched_js in (spec.confirms or {}).items()
     ]
-    return sorted(found, key=lambda s: (not s.runs, s.failed, s.mean or 0.0))
+    several = any(len(each.runs) > 1 for each in found)
+    return sorted(found, key=lambda s: (not s.runs, s.failed, several and len(s.runs) == 1, s.mean or 0.0))
 
 
 def write_confirmed(folder: Path, found: Iterable[ConfirmedConfiguration]) -> None:
