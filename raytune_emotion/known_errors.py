@@ -155,7 +155,8 @@ KNOWN = (
     ),
     KnownError(
         "builtins.RuntimeError",
-        _says("CUDA error", "CUDA driver", "CUDA GPUs"),
+        # Not every CUDA error: an illegal access is a fault of the program.
+        _says("busy or unavailable", "no kernel image", "CUDA driver", "CUDA GPUs", "CUDA error: initialization"),
         2,
         lambda error: f"the GPU cannot be used: {first_line(error)}; end other programs on it, or {_ON_CORES}",
     ),

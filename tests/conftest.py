@@ -143,8 +143,8 @@ def broken_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "init", refuse)
     return (
         "this machine has a GPU, but PyTorch cannot use it (The NVIDIA driver on your system is too old (found version "
-        "12020)); install a driver (NVIDIA: 580 or newer) and a build of PyTorch for it, or train on cores with "
-        "--gpus-per-worker 0"
+        "12020)); install a driver (NVIDIA: 580 or newer) and a build of PyTorch for it, choose another GPU with "
+        "CUDA_VISIBLE_DEVICES, or train on cores with --gpus-per-worker 0"
     )
 
 

@@ -80,6 +80,7 @@ def raised_in_another_process(error: Exception) -> ray.exceptions.RayTaskError:
             2,
             "the GPU cannot be used: CUDA error: CUDA-capable device(s) is/are busy or unavailable; end other programs",
         ),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), 2, "the GPU cannot be"),
         (RuntimeError("No CUDA GPUs are available"), 2, "the GPU cannot be used: No CUDA GPUs are available; end"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),

@@ -395,6 +395,13 @@ class TestBadRequests:
         assert len(both) == 2
         assert both[1:] == told
 
+    @pytest.mark.parametrize("options", [("--sampler", "gp"), ("--sampler=tpe", "--scheduler=none")])
+    def test_earlier_studies_that_nothing_would_use(self, refused, tmp_path, options):
+        (told,) = refused("--warm-start", str(tmp_path), *options)
+        assert re.match(
+            r"--warm-start: neither the sampler (gp|tpe) nor the scheduler none uses earlier studies; ", told
+        )
+
     def test_everything_that_takes_no_time_is_told_before_ray_starts(self, refused, space, tmp_path, sessions):
         (tmp_path / "results").touch()
         told = refused(data=tmp_path / "none", space=space("optim.lr: {uniform: [2, 1]}\n"), address="nonsense")

@@ -41,7 +41,10 @@ def withheld_part(device: torch.device, share: float) -> float:
     """Return which part of this process's share of a GPU's memory other processes hold, 0 to 1; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        return float(is_out_of_memory(error))  # there is not even room for this question
     due = min(share, 1.0) * total
     return max(0.0, due - _CONTEXT - torch.cuda.memory_reserved(device) - free) / due
 
@@ -60,6 +63,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
+
+
+def is_of_host(error: BaseException) -> bool:
+    """Tell whether an error says that the main memory was too small, not a GPU's."""
+    return "DefaultCPUAllocator" in str(error)
 
 
 def halve_until_it_fits(call: Callable[[int], T], rows: int, least: int = 1) -> T:

@@ -45,12 +45,13 @@ def refuse_broken_gpu(wanted: float | str | None) -> None:
     if wanted != 0 and (fault := gpu_fault()):
         raise UserError(
             f"this machine has a GPU, but PyTorch cannot use it ({fault}); install a driver (NVIDIA: 580 or newer) and "
-            f"a build of PyTorch for it, or train on cores with --gpus-per-worker 0"
+            f"a build of PyTorch for it, choose another GPU with CUDA_VISIBLE_DEVICES, or train on cores with "
+            f"--gpus-per-worker 0"
         )
 
 
 def gpu_fault() -> str:
-    """Return why PyTorch cannot use the GPUs of this machine; "" if it can, or if there are none."""
+    """Return why PyTorch cannot use the first GPU of this process; "" if it can, or if there is none."""
     if not may_have_gpu():
         return ""
     import torch  # it takes seconds
@@ -59,45 +60,33 @@ def gpu_fault() -> str:
     if not torch.cuda.device_count():
         return ""
     with warnings.catch_warnings(action="ignore"):
-        if torch.cuda.is_available():
-            return _unknown_gpu()
-    try:
-        # It names the reason each time; the warning comes only once in a process.
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
-    return "CUDA finds no GPU"
-
-
-def _unknown_gpu() -> str:
-    """Name the first GPU for which this build of PyTorch has no code; "" if there is none, and for AMD's GPUs."""
-    import torch
-
-    if torch.version.cuda is None:
+        usable = torch.cuda.is_available()
+        try:
+            # It names the reason each time; the warning comes only once in a process.
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
+    if not usable:
+        return "CUDA finds no GPU"
+    # AMD's GPUs have other names of architectures.
+    if torch.version.cuda is None or has_code(torch.cuda.get_device_capability(0), torch.cuda.get_arch_list()):
         return ""
-    known = torch.cuda.get_arch_list()
-    for number in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(number)
-        if not has_code(capability, known):
-            name, (major, minor) = torch.cuda.get_device_name(number), capability
-            return f"it has no code for {name}, whose compute capability is {major}.{minor}"
-    return ""
+    major, minor = torch.cuda.get_device_capability(0)
+    return f"it has no code for {torch.cuda.get_device_name(0)}, whose compute capability is {major}.{minor}"
 
 
 def has_code(capability: tuple[int, int], architectures: Collection[str]) -> bool:
     """Tell whether code for CUDA architectures, such as `sm_90`, runs on a GPU of a compute capability.
 
     Machine code (sm) runs on the same major version with an equal or higher minor one, intermediate code (compute) on
-    every newer GPU, and code with a letter on its own version alone (CUDA Programming Guide, "Compute Capability").
+    every newer GPU, and code with the letter a on its own version alone (CUDA Programming Guide, "Compute Capability").
     """
-    major, minor = capability
     for architecture in architectures:
         kind, _, version = architecture.partition("_")
         digits = version.rstrip("af")
         own = int(digits[:-1]), int(digits[-1:])
-        if own == capability or (digits == version and kind == "compute" and own <= capability):
-            return True
-        if digits == version and kind == "sm" and own[0] == major and own[1] <= minor:
+        runs_on_newer = own[0] == capability[0] or kind == "compute"
+        if own == capability or (own < capability and runs_on_newer and not version.endswith("a")):
             return True
     return not architectures
 

@@ -24,7 +24,7 @@ from raytune_emotion.known_errors import is_disk_full
 from raytune_emotion.learn import malloc
 from raytune_emotion.learn.backbones import short_name
 from raytune_emotion.learn.checkpoint import DamagedCheckpointError, Progress, read_progress, repair_from_last
-from raytune_emotion.learn.device import is_out_of_memory, limit_memory, reduce_fragmentation, withheld_part
+from raytune_emotion.learn.device import is_of_host, is_out_of_memory, limit_memory, reduce_fragmentation, withheld_part
 from raytune_emotion.learn.events import EventWriter
 from raytune_emotion.learn.loop import Divergence, fit
 from raytune_emotion.learn.origin import AbsentWeightsError
@@ -44,8 +44,9 @@ if TYPE_CHECKING:  # a trial's process does not need these imports
     from raytune_emotion.tuning.study.optuna_study import Proposal
 
 
-#: Part of a trial's share of a GPU's memory that others may hold before they are at fault for its lack of memory.
-_WITHHELD = 0.1
+#: Part of a trial's share of a GPU's memory that others may hold before they are at fault for its lack of memory. If one
+#: row per micro-batch does not fit into the rest, the trial itself is too large.
+_WITHHELD = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +193,8 @@ def _train_in(
     reduce_fragmentation()
     _refuse_broken_gpu(device)
     share = job.resources.gpus_per_worker
-    limit_memory(device, share)
     with contextlib.ExitStack() as stack, _training_errors(folder, device, share):
+        limit_memory(device, share)
         stack.callback(_free_memory)
         # Momenta of parameters that no longer change decay to denormal numbers, which are slow. Threads of a pool
         # inherit this flag from the thread that creates the pool.
@@ -232,8 +233,8 @@ def _refuse_broken_gpu(device: torch.device) -> None:
         return
     if why := gpu_fault() or ("" if torch.cuda.is_available() else "it finds none"):
         raise Breakdown(
-            f"{platform.node()}: PyTorch cannot use the GPU of a trial ({why}); repair this machine, or take it out of "
-            f"the cluster"
+            f"{platform.node()}: PyTorch cannot use the GPU of a trial ({why}); repair it, hide it with "
+            f"CUDA_VISIBLE_DEVICES, or leave this machine out"
         )
 
 
@@ -316,14 +317,12 @@ def _training_errors(folder: Path, device: torch.device | None = None, share: fl
         if not is_out_of_memory(error):
             raise
         lack = f"out of memory on the device: {str(error).splitlines()[0]}"
-        withheld = 0.0
-        with contextlib.suppress(RuntimeError):  # a broken GPU
-            withheld = withheld_part(device, share) if device is not None else 0.0
+        withheld = 0.0 if device is None or is_of_host(error) else withheld_part(device, share)
         if withheld <= _WITHHELD:
             raise OutOfMemory(lack) from error
         raise GpuTaken(
             f"{platform.node()}: {lack}; other processes hold {withheld:.0%} of what a trial may use of this GPU; end "
-            f"them, or take this machine out of the cluster"
+            f"them, or leave this machine out"
         ) from error
     except Divergence as error:
         raise TrialFailed(str(error)) from error

@@ -94,7 +94,9 @@ class TrialActor:
         self._free_since = None
         if written is None or since is None or report["report"] != written["report"] + 1:
             return None
-        began = report["time"] - (report["seconds"] - written["seconds"])
+        # The clocks of machines may differ. With several workers, the cost contains the write of a checkpoint.
+        at = report["time"] if self._workers is None else time.time()
+        began = at - (report["seconds"] - written["seconds"])
         return max(0.0, began - since)
 
     @property

@@ -177,48 +177,58 @@ class BetweenEvents(QuietProgress):
 class Silence(tune.Callback):
     """Tell the user of trials that have not reported for far longer than others: their processes may hang.
 
-    Ray waits for ever for a process that the driver of a GPU, or a file server, holds up.
+    Ray waits for ever for a process that the driver of a GPU, or a file server, holds up. The time from the start of a
+    process to its first report counts for nothing: a resumed trial repeats its newest report at once.
     """
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say, self._clock = say, clock
         self._heard: dict[str, float] = {}  # time of the newest report of each running trial, or of its start
-        self._places: dict[str, str] = {}  # its process
-        self._longest = 0.0
+        self._places: dict[str, str] = {}  # the process from which that report came
+        self._named: set[str] = set()  # trials that were named since that report
+        self._longest = 0.0  # longest time between two reports
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forget(trial)
         self._heard[trial.trial_id] = self._clock()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        now = self._clock()
-        self._longest = max(self._longest, now - self._heard.get(trial.trial_id, now))
-        self._heard[trial.trial_id] = now
-        if "host" in result:
-            self._places[trial.trial_id] = f" (process {result['pid']} on {result['host']})"
+        now, trial_id = self._clock(), trial.trial_id
+        if trial_id in self._places:
+            self._longest = max(self._longest, now - self._heard[trial_id])
+        self._heard[trial_id] = now
+        self._places[trial_id] = f" (process {result.get('pid')} on {result.get('host')})"
+        self._named.discard(trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._forget(trial.trial_id)
+        self._forget(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._forget(trial.trial_id)
+        self._forget(trial)
 
-    def _forget(self, trial_id: str) -> None:
-        self._heard.pop(trial_id, None)
-        self._places.pop(trial_id, None)
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forget(trial)  # it may wait for a place
+
+    def _forget(self, trial: Trial) -> None:
+        self._heard.pop(trial.trial_id, None)
+        self._places.pop(trial.trial_id, None)
+        self._named.discard(trial.trial_id)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if not self._longest:
             return  # nobody knows how long a report takes
-        late = self._clock() - max(_SILENT_S, _SILENT_TIMES * self._longest)
-        for trial_id in [trial_id for trial_id, heard in self._heard.items() if heard < late]:
-            minutes = (self._clock() - self._heard.pop(trial_id)) / 60
+        now, limit = self._clock(), max(_SILENT_S, _SILENT_TIMES * self._longest)
+        silent = {trial_id for trial_id, heard in self._heard.items() if now - heard > limit}
+        for trial_id in sorted(silent - self._named):
             self._say(
-                f"trial {_id_of(trial_id)}{self._places.get(trial_id, '')} has not reported for {minutes:.0f} min; no "
-                f"report took longer than {self._longest / 60:.1f} min before; if its process hangs, end it with "
-                f"`kill -9`, and the trial continues from its checkpoint"
+                f"trial {_id_of(trial_id)}{self._places.get(trial_id, '')} has not reported for "
+                f"{(now - self._heard[trial_id]) / 60:.0f} min; the longest time between two reports was "
+                f"{self._longest / 60:.1f} min; if its process hangs, end it with `kill -9`, and the trial continues "
+                f"from its checkpoint"
             )
+        self._named |= silent
 
 
 def _id_of(ray_trial_id: str) -> str:

@@ -65,7 +65,7 @@ _HOPE = 0.02
 _STRAIGHT, _LONG_LOOK = 2, 1 / 16
 #: Number of running trials for each plan that is made with the same kernel and the same candidates. At least one is.
 _RUNNING_PER_PLAN = 8
-#: Assumed cost of resuming a trial, seconds, as long as the study has measured less than two; and largest share of the
+#: Assumed cost of resuming a trial, seconds, beside those that the study has measured; and largest share of the
 #: training time that all resumptions may cost.
 TAKE_UP_S, _TAKE_UP_SHARE = 0.4, 0.05
 
@@ -124,7 +124,7 @@ class FreezeThaw:
         Args:
             inputs: inputs of the policy from the study.
             proposes: whether the most promising new configuration is begun; if not, the study's own sampler draws it.
-            take_up_s: assumed cost of resuming a trial, seconds, as long as the study has measured less than two.
+            take_up_s: assumed cost of resuming a trial, seconds, beside those that the study has measured.
             draw: function that draws the candidates for a new trial.
         """
         self._domain, self._seed, self._earlier = domain_of(inputs.space), inputs.seed, inputs.earlier

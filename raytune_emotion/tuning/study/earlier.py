@@ -43,7 +43,10 @@ def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
     """
     studies = request.earlier_studies
     if studies:
-        return WarmStart(gather_earlier(studies), f"{', '.join(map(str, studies))} (--warm-start)")
+        named = f"{', '.join(map(str, studies))} (--warm-start)"
+        if request.sampler not in (None, FORECAST):
+            named += f", but only which trials pause: the sampler {request.sampler} does not use it"
+        return WarmStart(gather_earlier(studies), named)
     if request.warm_start:
         return WarmStart(None, "nothing (--warm-start none)")
     if (request.sampler or FORECAST) != FORECAST:

@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_emotion.errors import UserError, collect_errors, suggest
 from raytune_emotion.storage.locations import Location
+from raytune_emotion.tuning.policy.decisions import FORECAST, FREEZE_THAW, default_scheduler
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.space.library import DEFAULT, find_space
 from raytune_emotion.tuning.space.parser import load_space
@@ -92,11 +93,18 @@ class SearchRequest:
         return [each for each in self.warm_start or [] if isinstance(each, Location)]
 
     def check_warm_start(self) -> None:
-        """Check that `--warm-start` names either studies or `NONE`.
+        """Check that `--warm-start` names either studies or `NONE`, and that something uses the studies.
 
         Raises:
-            UserError: it names both.
+            UserError: it names both, or neither the sampler nor the scheduler uses earlier studies.
         """
+        sampler = self.sampler or FORECAST
+        scheduler = self.scheduler or default_scheduler(sampler)
+        if self.earlier_studies and sampler != FORECAST and scheduler != FREEZE_THAW:
+            raise UserError(
+                f"--warm-start: neither the sampler {sampler} nor the scheduler {scheduler} uses earlier studies; "
+                f"leave it out, or use --sampler {FORECAST} or --scheduler {FREEZE_THAW}"
+            )
         if 0 < len(self.earlier_studies) < len(self.warm_start or []):
             raise UserError(
                 f"--warm-start: {NONE!r} cannot be combined with studies; leave one of them out (a folder of this "

@@ -21,6 +21,7 @@ CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100a", "sm_120", "compute_120
         ((12, 1), CUDA_13, True),
         ((13, 0), CUDA_13, True),  # from intermediate code
         ((13, 0), CUDA_13[:-1], False),
+        ((10, 3), ("sm_100f",), True),  # and code with this letter for the family
         ((7, 0), (), True),  # nothing is known
     ],
 )
@@ -32,6 +33,7 @@ def test_code_runs_on_gpus_of_its_major_version_and_intermediate_code_on_newer_o
 def test_a_gpu_for_which_pytorch_has_no_code_is_a_fault(broken_gpu, monkeypatch, capability, fault):
     """Otherwise CUDA says so only at the first kernel, in each trial again."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [*CUDA_13])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)

@@ -97,12 +97,19 @@ def test_a_trial_that_lacks_the_memory_that_other_processes_hold_may_continue_la
     [
         (0.5, 79.0, 1.0, OutOfMemory),  # all others are CUDA's own
         (0.5, 19.0, 0.25, OutOfMemory),
-        (30.0, 10.0, 1.0, GpuTaken),  # others hold 40 GiB
-        (1.0, 9.0, 0.25, GpuTaken),  # of 20 GiB, others hold 10
+        (40.0, 10.0, 1.0, OutOfMemory),  # others hold 30 GiB, but 50 should be enough
+        (20.0, 10.0, 1.0, GpuTaken),  # others hold 50 GiB
+        (1.0, 7.0, 0.25, GpuTaken),  # of 20 GiB, others hold 12
+        (None, 0.0, 1.0, GpuTaken),  # there is no room for CUDA itself
     ],
 )
 def test_a_lack_of_memory_is_the_fault_of_others_who_hold_much_of_it(monkeypatch, tmp_path, free, own, share, error):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 * 2**30))
+    def mem_get_info(device):
+        if free is None:
+            raise RuntimeError("CUDA error: out of memory")
+        return int(free * 2**30), 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(own * 2**30))
     with pytest.raises(TrialFailed) as raised, _training_errors(tmp_path, torch.device("cuda"), share):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
@@ -110,11 +117,19 @@ def test_a_lack_of_memory_is_the_fault_of_others_who_hold_much_of_it(monkeypatch
     assert "out of memory on the device: CUDA out of memory" in str(raised.value)
 
 
+def test_a_lack_of_main_memory_is_no_fault_of_others_on_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 * 2**30))
+    with pytest.raises(TrialFailed) as raised, _training_errors(tmp_path, torch.device("cuda"), 1.0):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+    assert type(raised.value) is OutOfMemory
+
+
 def test_a_machine_whose_gpu_cannot_be_used_fails_no_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    job = dataclasses.replace(JOB, folder=str(tmp_path / "0"), resources=Resources(1, 1.0, 1.0))
-    with pytest.raises(Breakdown, match=r"cannot use the GPU of a trial \(it finds none\); repair this machine"):
-        next(train_here(job))
+    monkeypatch.setattr(job, "gpu_fault", lambda: "")
+    on_gpu = dataclasses.replace(JOB, folder=str(tmp_path / "0"), resources=Resources(1, 1.0, 1.0))
+    with pytest.raises(Breakdown, match=r"cannot use the GPU of a trial \(it finds none\); repair it, hide it with"):
+        next(train_here(on_gpu))
 
 
 def test_denormal_numbers_are_zero_while_a_trial_trains(store, tmp_path):

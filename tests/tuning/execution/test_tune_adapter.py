@@ -194,56 +194,82 @@ def test_a_cluster_without_any_room_is_said_and_can_be_left(monkeypatch):
     assert search.is_finished()
 
 
+class Minutes:
+    """Tells the time of a study, in which `Silence` looks at all trials each minute."""
+
+    def __init__(self):
+        self.now, self.said = 0.0, []
+        self.silence = Silence(self.said.append, lambda: self.now)
+
+    def wait(self, minutes):
+        for _ in range(minutes):
+            self.now += 60
+            self.silence.on_step_end(1, [])
+
+    def start(self, trial_id):
+        self.silence.on_trial_start(1, [], SimpleNamespace(trial_id=trial_id))
+
+    def hear(self, trial_id):
+        self.silence.on_trial_result(1, [], SimpleNamespace(trial_id=trial_id), {"host": "gpu-7", "pid": 4711})
+
+    def end(self, trial_id, how="complete"):
+        getattr(self.silence, f"on_trial_{how}")(1, [], SimpleNamespace(trial_id=trial_id))
+
+
 def test_a_trial_that_is_silent_for_far_longer_than_others_is_named_once():
-    now, said = 0.0, []
-    silence = Silence(said.append, lambda: now)
-    slow, hangs, ended = (SimpleNamespace(trial_id=name) for name in ("0000", "0001.2", "0002"))
-    sent = {"host": "gpu-7", "pid": 4711}
-
-    def wait(seconds):
-        nonlocal now
-        now += seconds
-        silence.on_step_end(1, [])
-
-    for trial in (slow, hangs, ended):
-        silence.on_trial_start(1, [], trial)
-    wait(600)
-    for trial in (slow, hangs, ended):
-        silence.on_trial_result(1, [], trial, sent)
-    silence.on_trial_complete(1, [], ended)
-    for _ in range(10):
-        assert not said
-        wait(600)
-        silence.on_trial_result(1, [], slow, sent)
-    for _ in range(10):
-        wait(600)
-        silence.on_trial_result(1, [], slow, sent)
-    (line,) = said
-    assert line.startswith(
-        "trial 0001 (process 4711 on gpu-7) has not reported for 110 min; no report took longer than 10.0"
-    )
-
-
-def test_a_slow_first_report_is_no_reason_to_speak():
-    now, said = 0.0, []
-    silence = Silence(said.append, lambda: now)
-    silence.on_trial_start(1, [], SimpleNamespace(trial_id="0000"))
-    now = 36000.0
-    silence.on_step_end(1, [])
-    assert not said
-
-
-def test_a_trial_of_which_no_report_has_come_is_named_without_a_process():
-    now, said = 0.0, []
-    silence = Silence(said.append, lambda: now)
-    for name in ("0000", "0001"):
-        silence.on_trial_start(1, [], SimpleNamespace(trial_id=name))
-    now = 10.0
-    silence.on_trial_result(1, [], SimpleNamespace(trial_id="0000"), {"host": "a", "pid": 1})
-    silence.on_trial_error(1, [], SimpleNamespace(trial_id="0000"))
-    now = 1801.0
-    silence.on_step_end(1, [])
-    assert said == [
-        "trial 0001 has not reported for 30 min; no report took longer than 0.2 min before; if its process hangs, end "
-        "it with `kill -9`, and the trial continues from its checkpoint"
+    study, trials = Minutes(), ("0000", "0001.2", "0002", "0003")
+    for trial_id in trials:
+        study.start(trial_id)
+        study.hear(trial_id)
+    study.wait(10)
+    for trial_id in trials:
+        study.hear(trial_id)
+    study.end("0002")
+    study.end("0003", "recover")
+    for _ in range(30):
+        study.wait(10)
+        study.hear("0000")
+        assert len(study.said) == (study.now > 600 + 6000)
+    assert study.said == [
+        "trial 0001 (process 4711 on gpu-7) has not reported for 101 min; the longest time between two reports was "
+        "10.0 min; if its process hangs, end it with `kill -9`, and the trial continues from its checkpoint"
     ]
+
+
+def test_a_resumed_trial_that_repeats_its_newest_report_does_not_make_others_seem_silent():
+    study = Minutes()
+    study.start("0000")
+    study.now += 3
+    study.hear("0000")
+    study.wait(120)
+    assert not study.said, "nobody knows how long a report takes"
+    study.hear("0000")
+    study.wait(600)
+    assert not study.said
+
+
+def test_the_report_of_a_trial_that_was_named_shows_how_long_one_may_take():
+    study = Minutes()
+    for trial_id in ("quick", "slow"):
+        study.start(trial_id)
+        study.hear(trial_id)
+    study.wait(1)
+    study.hear("quick")
+    study.wait(40)
+    assert len(study.said) == 2
+    study.hear("slow")
+    study.wait(300)
+    assert len(study.said) == 2
+
+
+def test_a_trial_that_hangs_before_its_first_report_is_named_without_a_process():
+    study = Minutes()
+    study.start("0000")
+    study.hear("0000")
+    study.wait(1)
+    study.hear("0000")
+    study.end("0000", "error")
+    study.start("0001")
+    study.wait(31)
+    (line,) = study.said
+    assert line.startswith("trial 0001 has not reported for 31 min; ")
