@@ -44,8 +44,8 @@ if TYPE_CHECKING:  # a trial's process does not need these imports
     from raytune_emotion.tuning.study.optuna_study import Proposal
 
 
-#: Part of a trial's share of a GPU's memory that others may hold before they are at fault for its lack of memory. If one
-#: row per micro-batch does not fit into the rest, the trial itself is too large.
+#: Part of a trial's share of a GPU's memory that others may hold before they are at fault for its lack of memory. If
+#: one row per micro-batch does not fit into the rest, the trial itself is too large.
 _WITHHELD = 0.5
 
 

@@ -55,8 +55,8 @@ def test_a_process_goes_from_trial_to_trial_and_says_again_what_was_not_heard(jo
     other = dataclasses.replace(job, folder=str(tmp_path / "study" / "trials" / "0001"))
     assert actor.reset(other.to_dict())
     assert actor.train()["report"] == 1
-    assert actor.reset(job.to_dict())
     began = time.time()
+    assert actor.reset(job.to_dict())
     again, second = actor.train(), actor.train()
     assert again == first
     resumed_in, trained = second.pop("resumed_in"), second["seconds"] - first["seconds"]
