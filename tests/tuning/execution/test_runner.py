@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from ray.tune.experiment import Trial
 
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.interruption import handle_signals, wait_unless_interrupted
-from raytune_emotion.tuning.execution import runner
+from raytune_emotion.tuning.execution import runner, tune_adapter
 from raytune_emotion.tuning.execution.cluster_nodes import fit_to_cluster
 from raytune_emotion.tuning.execution.placement import Demand
 from raytune_emotion.tuning.execution.runner import StudyRun, run_study
@@ -43,11 +44,11 @@ def begin(tmp_path, store, cluster):
         folder = tmp_path / name
         make_study(folder, spec_of(store, name=name, space=space, concurrency=concurrency, **changes))
 
-        def go(watch=lambda event: None, **more):
+        def go(watch=lambda event: None, say=lambda text: None, **more):
             study = load(folder)
             study = study.with_spec(dataclasses.replace(study.spec, **more))
             place = fit_to_cluster(Demand(workers=1, gpus_per_worker=0.0, concurrency=concurrency))
-            run_study(StudyRun(study, place, watch=watch))
+            run_study(StudyRun(study, place, watch=watch, say=say))
             return study.records()
 
         return folder, go
@@ -60,7 +61,9 @@ def test_a_study_runs_from_its_space_to_its_tables_and_paused_trials_go_on_where
     # Else it would depend on the seconds that an epoch takes here whether a trial is taken up at all.
     monkeypatch.setattr(freeze_thaw, "_TAKE_UP_SHARE", 1e9)
     monkeypatch.setattr(runner, "TrialActor", stand_in())
-    events = []
+    for name in ("_SILENT_S", "_SILENT_TIMES"):
+        monkeypatch.setattr(tune_adapter, name, 0)  # each trial between two of its reports
+    events, said = [], []
     folder, go = begin(trials=5, epochs=6, scheduler="freeze-thaw")
 
     def watch(event):
@@ -74,8 +77,9 @@ def test_a_study_runs_from_its_space_to_its_tables_and_paused_trials_go_on_where
         return [signal.getsignal(number) for number in without_clocks], dict(os.environ)
 
     before = process()
-    records = go(watch)
+    records = go(watch, said.append)
     assert process() == before
+    assert any(re.match(r"trial \d{4} \(process \d+ on .+\) has not reported for 0 min; ", line) for line in said)
     assert [r.trial_id for r in records] == [f"{i:04d}" for i in range(5)]
     assert {r.status for r in records} == {"complete", "pruned"}
     paused = {event.proposal.trial_id for event in events if event.status == "paused"}
