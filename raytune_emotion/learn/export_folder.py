@@ -467,7 +467,7 @@ def check_replaceable(dest: Location) -> None:
     formats = {*FORMATS.values()} & there
     if CONFIG in there and b'"raytune_emotion"' not in (dest.read(CONFIG) or b""):
         others = [CONFIG]  # of a model from elsewhere
-    elif isinstance(dest, Folder) and CARD in there and CONFIG not in there and not formats:
+    elif CARD in there and CONFIG not in there and not formats and dest.is_here(dest.working_folder()):
         others = [CARD]  # of a folder that somebody has prepared; at a URI, an interrupted export may have left it
     if others:
         raise UserError(

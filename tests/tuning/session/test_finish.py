@@ -414,7 +414,7 @@ TWO, ONE = (0, 0), (0,)
 )
 def test_what_is_exported_is_the_best_of_what_can_be(tmp_path, candidates, choose, formats, ensemble, soup, said):
     choose(ensemble, soup)
-    finished = finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+    finished = finish._export(tmp_path / "dest", candidates, "study", [BEFORE], CPU)
     assert [step.js for step in finished.steps] == [
         0.30,
         *(js if members == TWO else 0.30 for members, js in (soup, ensemble)),
@@ -434,7 +434,7 @@ def test_card_says_how_the_export_was_chosen_also_if_an_earlier_step_has_a_lower
     """The final fit may be chosen by one half, and be worse on the other."""
     choose((TWO, 0.35), (TWO, 0.31))
     single = Step("best of these and the final fit of trial 0000 (2 epochs)", 0.30, 0.28)
-    finish._export(tmp_path / "dest", candidates, "study", [Step("best trial of the search", 0.28), single])
+    finish._export(tmp_path / "dest", candidates, "study", [Step("best trial of the search", 0.28), single], CPU)
     card = " ".join((tmp_path / "dest" / "README.md").read_text().split())
     assert f"Neither soup nor ensemble helps. This is {candidates.trial_ids[0]} of the study study." in card
     assert (
@@ -456,7 +456,7 @@ def test_nothing_is_said_to_help_or_not_that_was_not_measured(tmp_path, candidat
     choose((TWO, measured), (TWO, measured))
     chosen = finish.combine_ensemble(candidates, 2)
     monkeypatch.setattr(finish, "combine_ensemble", lambda *_: dataclasses.replace(chosen, single=measured))
-    finish._export(tmp_path / "dest", candidates, "study", [Step("best single model", None)])
+    finish._export(tmp_path / "dest", candidates, "study", [Step("best single model", None)], CPU)
     card = " ".join((tmp_path / "dest" / "README.md").read_text().split())
     assert f"Whether a soup or an ensemble helps was not measured: {why}. This is {candidates.trial_ids[0]} of" in card
     assert "Neither soup nor ensemble" not in card
@@ -468,7 +468,7 @@ def test_an_ensemble_that_cannot_be_traced_is_exported_as_weights(tmp_path, cand
 
     choose((TWO, 0.20), (ONE, 0.30))
     monkeypatch.setattr(export_folder, "write_graph", fail)
-    *_, pt2 = finish._export(tmp_path / "dest", candidates, "study", [BEFORE]).steps
+    *_, pt2 = finish._export(tmp_path / "dest", candidates, "study", [BEFORE], CPU).steps
     backbone = candidates.bests[0].settings["model.backbone"]
     reason = f"an ensemble of {backbone} cannot be exported as pt2 (RuntimeError: a loop that depends on data)"
     assert (pt2.name, pt2.failure) == ("the ensemble as pt2", reason)
@@ -488,5 +488,5 @@ def test_an_interrupted_export_is_no_failed_step(tmp_path, candidates, choose, m
     choose((TWO, 0.20), (ONE, 0.30))
     monkeypatch.setattr(export_folder, "write_graph", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        finish._export(tmp_path / "dest", candidates, "study", [BEFORE])
+        finish._export(tmp_path / "dest", candidates, "study", [BEFORE], CPU)
     assert not (tmp_path / "dest").exists()
