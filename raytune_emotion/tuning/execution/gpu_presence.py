@@ -51,7 +51,7 @@ def refuse_broken_gpu(wanted: float | str | None) -> None:
 
 
 def gpu_fault() -> str:
-    """Return why PyTorch cannot use the first GPU of this process; "" if it can, or if there is none."""
+    """Return why PyTorch cannot use the GPUs of this machine; "" if it can, or if there are none."""
     if not may_have_gpu():
         return ""
     import torch  # it takes seconds
@@ -60,14 +60,20 @@ def gpu_fault() -> str:
     if not torch.cuda.device_count():
         return ""
     with warnings.catch_warnings(action="ignore"):
-        usable = torch.cuda.is_available()
-        try:
-            # It names the reason each time; the warning comes only once in a process.
-            torch.cuda.init()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
-    if not usable:
-        return "CUDA finds no GPU"
+        if torch.cuda.is_available():
+            return ""
+    try:
+        # It names the reason each time; the warning comes only once in a process.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return re.split(r"\.(?: +(?=[A-Z])|$)", first_line(error))[0]
+    return "CUDA finds no GPU"
+
+
+def code_fault() -> str:
+    """Return why this build of PyTorch has no code for the first GPU; "" if it has. This starts CUDA here."""
+    import torch
+
     # AMD's GPUs have other names of architectures.
     if torch.version.cuda is None or has_code(torch.cuda.get_device_capability(0), torch.cuda.get_arch_list()):
         return ""

@@ -34,7 +34,7 @@ from raytune_emotion.learn.samples import write_samples
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Location, parse_location
 from raytune_emotion.storage.remote import outlast_outages
-from raytune_emotion.tuning.execution.gpu_presence import gpu_fault
+from raytune_emotion.tuning.execution.gpu_presence import code_fault, gpu_fault
 from raytune_emotion.tuning.execution.resources import Resources
 from raytune_emotion.tuning.study.remote_copy import why_lost
 from raytune_emotion.tuning.study.trials import DATA, PARAMS
@@ -231,7 +231,7 @@ def _refuse_broken_gpu(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    if why := gpu_fault() or ("" if torch.cuda.is_available() else "it finds none"):
+    if why := gpu_fault() or (code_fault() if torch.cuda.is_available() else "it finds none"):
         raise Breakdown(
             f"{platform.node()}: PyTorch cannot use the GPU of a trial ({why}); repair it, hide it with "
             f"CUDA_VISIBLE_DEVICES, or leave this machine out"

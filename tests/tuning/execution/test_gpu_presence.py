@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raytune_emotion.tuning.execution.gpu_presence import gpu_fault, has_code
+from raytune_emotion.tuning.execution.gpu_presence import code_fault, has_code
 
 CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100a", "sm_120", "compute_120")
 
@@ -30,12 +30,10 @@ def test_code_runs_on_gpus_of_its_major_version_and_intermediate_code_on_newer_o
 
 
 @pytest.mark.parametrize(("capability", "fault"), [((9, 0), ""), ((7, 0), "it has no code for Tesla V100")])
-def test_a_gpu_for_which_pytorch_has_no_code_is_a_fault(broken_gpu, monkeypatch, capability, fault):
+def test_a_gpu_for_which_pytorch_has_no_code_is_a_fault(monkeypatch, capability, fault):
     """Otherwise CUDA says so only at the first kernel, in each trial again."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [*CUDA_13])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
-    assert gpu_fault() == (fault and f"{fault}, whose compute capability is 7.0")
+    assert code_fault() == (fault and f"{fault}, whose compute capability is 7.0")
