@@ -39,6 +39,8 @@ from raytune_emotion.tuning.policy.warm_start import EARLIER
 from raytune_emotion.tuning.report import dry_run
 from raytune_emotion.tuning.session import run_search, search_inputs
 from raytune_emotion.tuning.space.parser import parse_space
+from raytune_emotion.tuning.space.space import Space
+from raytune_emotion.tuning.study import earlier
 from raytune_emotion.tuning.study.creation import new_spec, resumed_spec
 from raytune_emotion.tuning.study.open_study import load, make_study, open_existing, open_study
 from raytune_emotion.tuning.study.optuna_study import create_study, study_lock
@@ -1105,6 +1107,16 @@ def test_a_dry_run_measures_with_the_threads_of_a_trial_and_counts_those_at_once
 def test_what_guides_the_search_is_told(own_cache, faces, tmp_path, options, told):
     request = request_of("--data", faces, "--space", "quick", *options)
     assert search_inputs.check_new(request, Folder(tmp_path / "new")).warm_start.description == told
+
+
+@pytest.mark.parametrize(
+    ("sampler", "only"),
+    [("forecast", ""), ("tpe", ", but only in its pauses, because the sampler tpe does not use earlier studies")],
+)
+def test_what_earlier_studies_guide_is_told(tmp_path, monkeypatch, sampler, only):
+    monkeypatch.setattr(earlier, "gather_earlier", lambda studies: "[]")
+    request = request_of("--warm-start", tmp_path, "--sampler", sampler, "--scheduler", "freeze-thaw")
+    assert earlier.gather_warm_start(request, Space({})).description == f"{tmp_path} (--warm-start){only}"
 
 
 def request_of(*argv):

@@ -177,8 +177,8 @@ class BetweenEvents(QuietProgress):
 class Silence(tune.Callback):
     """Tell the user of trials that have not reported for far longer than others: their processes may hang.
 
-    Ray waits for ever for a process that the driver of a GPU, or a file server, holds up. The time from the start of a
-    process to its first report counts for nothing: a resumed trial repeats its newest report at once.
+    Ray waits for ever for a process that the driver of a GPU, or a file server, holds up. How long a report takes is
+    learned from two reports of one process, not from its start: a resumed trial repeats its newest report at once.
     """
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:

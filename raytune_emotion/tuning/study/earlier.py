@@ -45,7 +45,7 @@ def gather_warm_start(request: SearchRequest, space: Space) -> WarmStart:
     if studies:
         named = f"{', '.join(map(str, studies))} (--warm-start)"
         if request.sampler not in (None, FORECAST):
-            named += f", but only which trials pause: the sampler {request.sampler} does not use it"
+            named += f", but only in its pauses, because the sampler {request.sampler} does not use earlier studies"
         return WarmStart(gather_earlier(studies), named)
     if request.warm_start:
         return WarmStart(None, "nothing (--warm-start none)")
