@@ -187,6 +187,7 @@ def test_the_sparkline_falls_with_the_best_js():
     assert sparkline([(1.0, 0.8), (2.0, 0.1), (4.0, 0.1)], width=4) == "█▁▁▁"
     assert sparkline([(2.0, 0.5), (4.0, 0.5)], width=4) == " ▁▁▁"
     assert sparkline([(0.0, 0.5)], width=2) == "▁▁"
+    assert sparkline([(1.0, 0.5), (2.0, 0.25), (3.0, 0.375)], width=3) == "█▁▅", "a study's best trial may fail"
 
 
 def test_what_is_no_study_is_refused(tmp_path, capsys):

@@ -13,7 +13,7 @@ from raytune_emotion.terminal import count, is_screen
 from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.report.live_state import Snapshot, StudyProgress
 from raytune_emotion.tuning.report.live_view import LiveView
-from raytune_emotion.tuning.report.summary import duration, gain_text, rate_text
+from raytune_emotion.tuning.report.summary import duration, gain_text, rate_text, value_text
 
 #: Seconds between two lines on the progress of a study, on a console that cannot redraw.
 _EVERY_S = 60.0
@@ -57,7 +57,7 @@ def line_of(event: Event) -> str:
     settings = event.proposal.settings
     what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
     what += [
-        f"{key.rpartition('.')[2]} {settings[key]:.3g}" for key in ("optim.lr", "train.batch_size") if key in settings
+        f"{key.rpartition('.')[2]} {value_text(settings[key])}" for key in ("optim.lr", "train.batch_size") if key in settings
     ]
     what += [
         f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005

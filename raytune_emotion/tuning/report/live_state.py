@@ -16,6 +16,7 @@ from raytune_emotion.tuning.execution.recorder import Event
 from raytune_emotion.tuning.report.summary import BestTrial, Summary, count_statuses, per_hour, summarize, time_left
 from raytune_emotion.tuning.study.open_study import OpenStudy
 from raytune_emotion.tuning.study.optuna_study import ENDED, Proposal, Status
+from raytune_emotion.tuning.study.records import best_js_steps
 
 #: Between two looks at the disk: a study may have thousands of files.
 _DISK_S = 10.0
@@ -36,7 +37,7 @@ class Disk:
     """What a study takes of its disk, and what is free there, in bytes."""
 
     used: int | None  # None until it is known
-    free: int
+    free: int | None  # None if it is not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,10 @@ class StudyProgress:
         self._clock, self._began = clock, clock()
         self._budget = time_budget.total_seconds() if time_budget is not None else None
         # The pause between two sessions is left out of the time.
-        points = self._earlier.best_js_by_time
-        self._before = points[-1][0] if points else 0.0
-        self._points: list[tuple[float, float, str]] = [(seconds, js, "") for seconds, js in points]
+        times = [seconds for seconds, _ in self._earlier.best_js_by_time]
+        self._before = times[-1] if times else 0.0
+        steps = zip(times, best_js_steps(records), strict=True)
+        self._points = [(seconds, js, trial_id) for seconds, (_, js, trial_id) in steps]
         # What is called running at the start runs only once this session takes it up.
         self._states: dict[str, Status] = {r.trial_id: r.status for r in records if r.status != "running"}
         self._reached = {
@@ -197,9 +199,9 @@ def disk_of(folder: Path) -> Disk:
     return Disk(used, free_space(folder))
 
 
-def free_space(folder: Path) -> int:
-    """Return the free space of a folder's disk, bytes; 0 if it is unknown."""
+def free_space(folder: Path) -> int | None:
+    """Return the free space of a folder's disk, bytes; None if it cannot be found out."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
-        return 0
+        return None

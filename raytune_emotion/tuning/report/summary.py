@@ -157,8 +157,9 @@ def describe(summary: Summary) -> list[str]:
 
 
 def sparkline(points: Sequence[tuple[float, float]], width: int = _WIDTH) -> str:
-    """Draw a decreasing value over time, with a bar for each part of the time, higher for higher values."""
-    end, highest, lowest = points[-1][0], points[0][1], points[-1][1]
+    """Draw a value over time, with a bar for each part of the time, higher for higher values."""
+    values = [value for _, value in points]
+    end, highest, lowest = points[-1][0], max(values), min(values)
     bars = []
     for part in range(width):
         until = end * (part + 1) / width

@@ -99,6 +99,18 @@ def test_a_failed_trial_is_never_the_best(progress, clock):
     assert min(js for _, js in now.best_js_by_time) == 0.3
 
 
+def test_a_trial_of_an_earlier_session_that_fails_leaves_the_line(tmp_path, store, clock):
+    write_study(tmp_path / "study", store)
+    study = load(tmp_path / "study")
+    progress = StudyProgress(study, clock=clock)
+    best = progress.snapshot().summary.best.trial_id
+    feed(progress, clock, event(best, "running"), event(best, "failed", reason="diverged"))
+    now = progress.snapshot().summary
+    assert now.best.trial_id != best
+    assert min(js for _, js in now.best_js_by_time) == now.best.val_js
+    assert f"{now.best.val_js:.4f} bits" in "\n".join(drawn(progress))
+
+
 def test_rate_and_time_left_follow_from_the_time_in_which_trials_were_at_work(progress, clock):
     assert progress.snapshot().end_in is None
     feed(progress, clock, event("0000", "running"), event("0000", "complete", 0.3), event("0001", "running"))
