@@ -128,10 +128,10 @@ def _soup(candidates: Candidates, export: str, *, is_fast: bool) -> MeasuredComb
 def _measured(what: str, chosen: Combination, cost: str, command: str) -> MeasuredCombination | None:
     if chosen.combined is None:
         return None
-    if len(chosen.members) == 1:
-        what, cost, command = f"{what}: no other trial helps {chosen.trial_ids[0]}", "", ""
-    else:
-        what = f"{what} of {', '.join(chosen.trial_ids)}"
+    if len(chosen.members) == 1:  # those of the halves, whose JS is known, may have had more members
+        what = f"{what}: no other trial helps {chosen.trial_ids[0]}"
+        return MeasuredCombination(what, _UNSEEN, chosen.single, chosen.single, "", "")
+    what = f"{what} of {', '.join(chosen.trial_ids)}"
     return MeasuredCombination(what, _UNSEEN, chosen.single, chosen.combined, cost, command)
 
 

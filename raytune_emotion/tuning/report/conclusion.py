@@ -7,7 +7,7 @@ from rich.console import Console
 from raytune_emotion.errors import Breakdown
 from raytune_emotion.learn.checkpoint import read_best
 from raytune_emotion.learn.export_files import CONFIG
-from raytune_emotion.learn.export_folder import check_replaceable, publish_export, write_package
+from raytune_emotion.learn.export_folder import NOT_FOR_PHOTOS, check_replaceable, publish_export, write_package
 from raytune_emotion.learn.run_folder import BEST
 from raytune_emotion.storage.locations import Folder, Location, parent_of, replace_files
 from raytune_emotion.terminal import count, plain_table, shell_word, typed_command, typed_options
@@ -28,7 +28,7 @@ from raytune_emotion.tuning.study.records import TrialRecord, winner
 from raytune_emotion.tuning.study.tables import TRIALS
 from raytune_emotion.tuning.study.trial_export import export_trial, store_of
 
-_DRAWN = "\nnote        the faces of the sample are drawn: predictions of this model for photos are meaningless"
+_DRAWN = f"\nnote        the faces of the sample are drawn: {NOT_FOR_PHOTOS}"
 
 
 def conclude(

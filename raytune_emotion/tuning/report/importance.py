@@ -29,6 +29,7 @@ class Importance:
     mean: float
     low: float  # 10th percentile
     high: float  # 90th percentile
+    chance: float  # mean with the JS shuffled among the trials: what a setting without influence would have
 
 
 def importances(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[Importance]:
@@ -37,25 +38,33 @@ def importances(records: Sequence[TrialRecord], axes: Sequence[Axis]) -> list[Im
     PED-ANOVA (Watanabe et al., IJCAI 2023; for conditional settings arXiv 2601.20800) measures how the best tenth of
     the trials differs from all trials. It needs no model of the scores: a trial that was stopped early simply counts as
     not among the best. It is repeated on bootstrap resamples of the trials.
+
+    Shares are positive and have the sum 1 even where no setting matters, and a continuous setting then has more than a
+    choice. So the same is estimated from trials whose JS were shuffled among them.
     """
     scored = [record for record in records if record.counts]
     if len(scored) < MIN_TRIALS or not axes:
         return []
     distributions = {axis.name: _distribution(axis) for axis in axes}
-    trials = [_trial(axes, distributions, record) for record in scored]
+    js_N = [record.best["val_js"] for record in scored if record.best]
     rng = np.random.default_rng(0)
-    shares_RA = np.zeros((_RESAMPLES, len(axes)))
-    for shares_A in shares_RA:
-        drawn = rng.integers(len(trials), size=min(len(trials), _MOST_TRIALS))
-        raw = _evaluate([trials[i] for i in drawn], list(distributions))
-        total = sum(raw.values())
-        shares_A[:] = [raw.get(axis.name, 0.0) / total if total > 0 else 0.0 for axis in axes]
+    shares_RA, chance_RA = (np.zeros((_RESAMPLES, len(axes))) for _ in range(2))
+    for shares_A, chance_A in zip(shares_RA, chance_RA, strict=True):
+        drawn = rng.integers(len(scored), size=min(len(scored), _MOST_TRIALS))
+        for to_fill_A, values_N in ((shares_A, js_N), (chance_A, rng.permutation(js_N).tolist())):
+            trials = [_trial(axes, distributions, scored[i], values_N[i]) for i in drawn]
+            to_fill_A[:] = _shares(trials, axes)
     low_A, high_A = np.quantile(shares_RA, [0.1, 0.9], axis=0)
-    found = zip(axes, shares_RA.mean(axis=0), low_A, high_A, strict=True)
-    return sorted(
-        (Importance(axis.name, float(mean), float(low), float(high)) for axis, mean, low, high in found),
-        key=lambda importance: -importance.mean,
-    )
+    columns = (shares_RA.mean(axis=0), low_A, high_A, chance_RA.mean(axis=0))
+    found = [Importance(axis.name, *map(float, values)) for axis, *values in zip(axes, *columns, strict=True)]
+    return sorted(found, key=lambda importance: -importance.mean)
+
+
+def _shares(trials: Sequence[FrozenTrial], axes: Sequence[Axis]) -> list[float]:
+    """Return the share of each setting, with the sum 1; zeros if nothing explains anything."""
+    raw = _evaluate(trials, [axis.name for axis in axes])
+    total = sum(raw.values())
+    return [raw.get(axis.name, 0.0) / total if total > 0 else 0.0 for axis in axes]
 
 
 def _evaluate(trials: Sequence[FrozenTrial], names: list[str]) -> dict[str, float]:
@@ -75,13 +84,12 @@ def _evaluate(trials: Sequence[FrozenTrial], names: list[str]) -> dict[str, floa
         return evaluator.evaluate(study, params=there)
 
 
-def _trial(axes: Sequence[Axis], distributions: dict[str, BaseDistribution], record: TrialRecord) -> FrozenTrial:
-    assert record.best is not None
+def _trial(
+    axes: Sequence[Axis], distributions: dict[str, BaseDistribution], record: TrialRecord, value: float
+) -> FrozenTrial:
     positions = {axis.name: axis.position(record.settings.get(axis.name)) for axis in axes}
     params = {name: position for name, position in positions.items() if position is not None}
-    return create_trial(
-        params=params, distributions={name: distributions[name] for name in params}, value=record.best["val_js"]
-    )
+    return create_trial(params=params, distributions={name: distributions[name] for name in params}, value=value)
 
 
 def _distribution(axis: Axis) -> BaseDistribution:

@@ -56,9 +56,8 @@ def line_of(event: Event) -> str:
     """Return a line on the ending of a trial, or on the reason of its restart."""
     settings = event.proposal.settings
     what = [f"{settings['model.backbone']:<16}"] if "model.backbone" in settings else []
-    what += [
-        f"{key.rpartition('.')[2]} {value_text(settings[key])}" for key in ("optim.lr", "train.batch_size") if key in settings
-    ]
+    named = [key for key in ("optim.lr", "train.batch_size") if key in settings]
+    what += [f"{key.rpartition('.')[2]} {value_text(settings[key])}" for key in named]
     what += [
         f"{key.removeprefix('loss.')} {w:.2f}" for key, w in settings.items() if key.startswith("loss.") and w >= 0.005
     ]

@@ -55,8 +55,9 @@ def draw(snapshot: Snapshot, disk: Disk, width: int, height: int) -> Table:
     view.add_row("trials", _trials(snapshot, body))
     view.add_row("", _counts(snapshot.summary))
     view.add_row("time", _time(snapshot))
-    sizes = [f"{byte_size(size)} {what}" for size, what in ((disk.used, "used"), (disk.free, "free")) if size is not None]
-    view.add_row("disk", _text(", ".join(sizes) or "unknown"))
+    sizes = {"used": disk.used, "free": disk.free}
+    known = [f"{byte_size(size)} {what}" for what, size in sizes.items() if size is not None]
+    view.add_row("disk", _text(", ".join(known) or "unknown"))
     _add_best(view, snapshot.summary, body, height)
     _add_work(view, snapshot, body, height)
     return view

@@ -22,6 +22,7 @@ from raytune_emotion.tuning.execution.recorder import Event, Watch
 from raytune_emotion.tuning.study.database import split_address
 from raytune_emotion.tuning.study.drivers import one_at_a_time
 from raytune_emotion.tuning.study.open_study import OpenStudy
+from raytune_emotion.tuning.study.records import winner
 from raytune_emotion.tuning.study.spec import SPEC, created_at
 
 EXPERIMENT = "raytune_emotion"
@@ -69,7 +70,7 @@ class _Thread:
         self._until = time.monotonic() + _END_S
         self._closes.set()
         if not self._ended.wait(_END_S) or not self._left.empty():
-            warn(f"--mlflow {self._uri}: the log is incomplete; the study itself is complete")
+            warn(f"--mlflow {self._uri}: the log is incomplete; the study's own files are not affected")
 
     def _work(self) -> None:
         said = False
@@ -153,6 +154,8 @@ class _Log:
             self._metrics(run_id, [report])
             if event.status != "failed":
                 self._log_best(report[OBJECTIVE])
+        if event.status == "failed":
+            self._correct_best(trial_id)
         if event.status == "running":
             self._client.update_run(run_id, status="RUNNING")
             return
@@ -176,10 +179,24 @@ class _Log:
         """Log a JS if it is the study's best. An earlier search, or another driver, may have had a better one."""
         if js >= self._best:
             return
-        logged = self._client.get_run(self._parent).data.metrics.get(OBJECTIVE, float("inf"))
+        logged = self._logged_best()
         if js < logged:
             self._client.log_metric(self._parent, OBJECTIVE, js)
         self._best = min(js, logged)
+
+    def _correct_best(self, failed: str) -> None:
+        """Log the best JS of the other trials if the failed one had the study's best: it is never the winner."""
+        leader = winner(record for record in self._study.records() if record.trial_id != failed)
+        js = leader.best["val_js"] if leader is not None and leader.best is not None else math.inf
+        if js > self._logged_best():
+            # MLflow deletes no metric: without another trial, there is no number.
+            self._client.log_metric(self._parent, OBJECTIVE, js if math.isfinite(js) else math.nan)
+        self._best = js
+
+    def _logged_best(self) -> float:
+        """Return the best JS that the study's run has, bits; infinity if it has none."""
+        js = float(self._client.get_run(self._parent).data.metrics.get(OBJECTIVE, math.inf))
+        return math.inf if math.isnan(js) else js
 
     def _run(self, tags: dict[str, str], name: str) -> str:
         """Return the run with these tags; make it if there is none."""

@@ -199,12 +199,13 @@ const charts = {
     const list = data.importances, percent = (v) => `${Math.round(100 * v)} %`;
     const svg = plot(width, {
       height: 34 + 30 * list.length, marginTop: 4, marginLeft: Math.min(150, width * 0.36), marginRight: 24,
-      x: { domain: [0, Math.max(0.05, d3.max(list, (d) => d.high))], ticks: Math.max(3, width / 110), tickFormat: percent, label: "share in the variation that all settings explain →", grid: true },
+      x: { domain: [0, Math.max(0.05, d3.max(list, (d) => Math.max(d.high, d.chance)))], ticks: Math.max(3, width / 110), tickFormat: percent, label: "share in the variation that all settings explain →", grid: true },
       y: { domain: list.map((d) => d.name), label: null, tickSize: 0 },
       marks: [
         Plot.axisY({ tickSize: 0, label: null, tickFormat: shortName }),
         Plot.barX(list, { x: "mean", y: "name", fill: "var(--complete)", insetTop: 5, insetBottom: 5, rx: 3 }),
         Plot.ruleY(list, { y: "name", x1: "low", x2: "high", stroke: "currentColor", strokeWidth: 1.5, marker: "tick" }),
+        Plot.dot(list, { y: "name", x: "chance", symbol: "diamond", r: 4, fill: "var(--accent)" }),
       ],
     });
     return { svg, points: [] };

@@ -115,6 +115,13 @@ def write_report(
     return rivals
 
 
+#: Files that a report leaves out if they would show nothing. Those of an earlier report show an earlier state.
+OPTIONAL = (
+    *(f"{name}.csv" for name in ("classes", "calibration", "confusion", "entropy", "predictions", "combinations")),
+    *(f"{name}.png" for name in ("calibration", "confusion", "entropy", "faces", "importance")), "importance.csv",
+)  # fmt: skip
+
+
 def report_files(folder: Path) -> list[str]:
     """Return the names of the page, the plots and the tables in a study's folder."""
     return [file.name for pattern in (REPORT, "*.png", "*.csv") for file in sorted(folder.glob(pattern))]
@@ -220,7 +227,7 @@ def _winner_parts(
 ) -> dict[str, Any]:
     leader = data.winner
     best: Mapping[str, Any] = leader.best if leader and leader.best else {}
-    confirmed = _confirmed_mean(folder, found)
+    confirmed = _confirmed_mean(folder, data, found)
     worst: list[Face] = []
     finest: list[Face] = []
     closer = None
@@ -246,17 +253,29 @@ def _winner_parts(
     }
 
 
-def _confirmed_mean(folder: Path, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
-    """Return the mean of the best configuration over seeds, from this confirmation or the one in a study's folder."""
+def _confirmed_mean(folder: Path, data: StudyData, found: Sequence[ConfirmedConfiguration]) -> dict[str, Any] | None:
+    """Return the mean of the best configuration over seeds, from this confirmation or the one in a study's folder.
+
+    Runs of other epochs than the study has now do not count.
+    """
     if not found and (folder / CONFIRMED / SPEC).exists():
         # Read the record, not its table, which people may edit. A damaged confirmation is not an error of this study.
         with contextlib.suppress(UserError):
             confirmation = load(folder / CONFIRMED)
-            found = rank_confirmed(confirmation.spec, confirmation.records())
+            if confirmation.spec.epochs == data.spec.epochs:
+                found = rank_confirmed(confirmation.spec, confirmation.records())
     best = next((configuration for configuration in found if configuration.mean is not None), None)
     if best is None:
         return None
-    return {"trial_id": best.trial_id, "mean": best.mean, "error": best.standard_error, "seeds": len(best.runs)}
+    settings_of = {record.trial_id: record.settings for record in data.records}
+    leader = data.winner.settings if data.winner is not None else None
+    return {
+        "trial_id": best.trial_id,
+        "mean": best.mean,
+        "error": best.standard_error,
+        "seeds": len(best.runs),
+        "has_winner": any(settings_of.get(configuration.trial_id) == leader for configuration in found),
+    }
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -349,4 +368,6 @@ def _table_of_combinations(combinations: Sequence[MeasuredCombination]) -> dict[
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)

@@ -128,7 +128,11 @@ def draw_importance(data: StudyData) -> Figure:
     means = [importance.mean for importance in found]
     spans = [[max(0.0, i.mean - i.low) for i in found], [max(0.0, i.high - i.mean) for i in found]]
     axes.barh([i.name for i in found], means, xerr=spans, color=COLOURS["complete"], ecolor="black", capsize=2)
-    axes.set(xlabel="share in the variation that all settings explain (PED-ANOVA)", title="Which settings matter")
+    axes.scatter([i.chance for i in found], [i.name for i in found], marker="d", color=_WINNER, s=16, zorder=3)
+    axes.set(
+        xlabel="share in the variation that all settings explain (PED-ANOVA); diamond: by chance",
+        title="Which settings matter",
+    )
     return figure
 
 

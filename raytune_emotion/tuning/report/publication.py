@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raytune_emotion.learn.run_folder import BEST, PREDICTIONS
-from raytune_emotion.storage.locations import Location
-from raytune_emotion.tuning.report.page import report_files, write_report
+from raytune_emotion.storage.locations import Folder, Location
+from raytune_emotion.tuning.report.page import OPTIONAL, report_files, write_report
 from raytune_emotion.tuning.study.confirmation import (
     CONFIRMED,
     RECORD_OF_CONFIRMATION,
@@ -36,8 +36,10 @@ def publish_report(study: OpenStudy, records: list[TrialRecord]) -> list[str]:
     pull_for_report(place, folder, records)
     if spec.confirms is not None:
         write_confirmed(folder, rank_confirmed(spec, records))
+    Folder(folder).delete(OPTIONAL)
     rivals = write_report(folder, spec, records, gain=expected_gain(study.optuna), place=place)
-    place.push(folder, report_files(folder))
+    place.push(folder, files := report_files(folder))
+    place.delete(name for name in OPTIONAL if name not in files)
     return rivals
 
 

@@ -64,7 +64,7 @@ def js_interval(predictions: Predictions) -> tuple[float, float]:
 
 
 def rivals_of(leader: TrialRecord, records: Iterable[TrialRecord], predictions: Predictions) -> list[str]:
-    """List a few best trials of other configurations whose JS is within the interval of the best trial.
+    """List a few best trials of other configurations that are behind by less than the upper margin of the interval.
 
     With other images or seeds, one of them may be better than the best trial.
     """

@@ -35,7 +35,7 @@ def study(store, tmp_path_factory):
     return folder
 
 
-def test_the_report_shows_what_each_way_would_bring(study, no_plots):
+def test_the_report_shows_what_each_way_would_bring(study, store, no_plots):
     records = load(study).records()
     rivals = write_report(study, load(study).spec, records)
     assert set(rivals) < {record.trial_id for record in records}
@@ -47,7 +47,8 @@ def test_the_report_shows_what_each_way_would_bring(study, no_plots):
     ensemble = table[table.way.str.startswith("ensemble")].iloc[0]
     assert 0 < ensemble.combined < 1
     page = (study / "report.html").read_text()
-    assert "The 95 % interval of its JS over the validation images is 0." in page
+    images = len(store.val)
+    assert f"The 95 % interval of its JS over {images} of the {images} validation images is 0." in page
     assert (f"raytune-emotion confirm {study}" in page) == bool(rivals)
     section = page[page.index('id="combine"') :]
     cells = [html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in re.findall(r"<td.*?</td>", section)]
@@ -112,6 +113,7 @@ def test_an_ensemble_has_its_command_where_it_is_one(study, monkeypatch, members
     assert found.way == ("ensemble of 0002, 0001" if command else "ensemble: no other trial helps 0002")
     assert found.command == (command and f"raytune-emotion export {study} ensemble {command}")
     assert found.cost == ("2 times the time" if command else "")
+    assert (found.single, found.combined) == (0.3, 0.2 if command else 0.3)
 
 
 def two_members(candidates, most=2):

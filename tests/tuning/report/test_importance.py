@@ -1,5 +1,6 @@
 """The importance of settings."""
 
+import dataclasses
 import math
 import random
 
@@ -34,6 +35,17 @@ def test_the_setting_that_decides_comes_first_with_an_interval_around_it():
     assert found[0].low > found[1].high
     assert all(importance.low <= importance.mean <= importance.high for importance in found)
     assert sum(importance.mean for importance in found) == 1 or math.isclose(sum(i.mean for i in found), 1)
+
+
+def test_what_chance_gives_is_beside_it():
+    """Without influence, the lines reach the chance level; a setting that decides is far above it."""
+    found = {importance.name: importance for importance in importances(made(60), AXES)}
+    assert found["optim.lr"].low > 1.5 * found["optim.lr"].chance
+    assert sum(importance.chance for importance in found.values()) == pytest.approx(1)
+    rng = random.Random(1)
+    reports = [({"epoch": 1.0, "val_js": rng.random()},) for _ in range(60)]
+    noise = [dataclasses.replace(record, reports=own) for record, own in zip(made(60), reports, strict=True)]
+    assert all(importance.low <= importance.chance + 0.1 for importance in importances(noise, AXES))
 
 
 def test_it_is_the_same_each_time():

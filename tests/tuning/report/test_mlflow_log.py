@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import math
 import threading
 import time
 from types import SimpleNamespace
@@ -117,6 +118,26 @@ def test_a_search_that_goes_on_does_not_undo_the_best(study, server):
     assert [m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js")] == [0.2, 0.1]
 
 
+def test_the_best_of_a_trial_that_fails_is_taken_back(study, server):
+    leader, *others = sorted(study.records(), key=lambda record: record.best["val_js"])
+    with mlflow_log(server, study) as watch:
+        watch(event(leader.trial_id, "running", leader.best["val_js"], 1.0))
+        watch(event(leader.trial_id, "failed", reason="diverged"))
+    _, (parent,), _ = runs_of(server, study)
+    assert parent.data.metrics["best_val_js"] == others[0].best["val_js"]
+
+
+def test_the_best_of_the_only_trial_is_no_number_once_it_fails(study, server, monkeypatch):
+    monkeypatch.setattr(type(study), "records", lambda self: [])
+    with mlflow_log(server, study) as watch:
+        watch(event("0000", "running", 0.1, 1.0))
+        watch(event("0000", "failed", reason="diverged"))
+        watch(event("0001", "running", 0.3, 1.0))
+    client, (parent,), _ = runs_of(server, study)
+    first, taken_back, last = (m.value for m in client.get_metric_history(parent.info.run_id, "best_val_js"))
+    assert (first, math.isnan(taken_back), last) == (0.1, True, 0.3)
+
+
 def test_drivers_that_begin_at_once_share_one_run_which_a_driver_that_goes_on_resumes(study, server, monkeypatch):
     from mlflow.tracking import MlflowClient
 
@@ -168,7 +189,7 @@ def test_a_server_that_is_away_disturbs_no_study(study, monkeypatch, capsys):
             watch(each)
         assert time.monotonic() - began < 30, "nothing waits for the server"
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == f"--mlflow {address}: the log is incomplete; the study itself is complete"
+    assert said[-1] == f"--mlflow {address}: the log is incomplete; the study's own files are not affected"
     assert all(line.startswith(f"--mlflow {address}: ") for line in said)
     assert len(said) <= 2, "it is said once"
 

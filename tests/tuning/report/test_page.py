@@ -209,6 +209,8 @@ def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_
     write_report(tmp_path, spec_of(store), RECORDS)
     told = "0.2550 ± 0.0050 JS, bits: mean and standard error over 2 seeds, trial 0001 of the search"
     assert told in Page(tmp_path).text
+    write_report(tmp_path, spec_of(store, epochs=spec_of(store).epochs + 1), RECORDS)
+    assert "over 2 seeds" not in Page(tmp_path).text, "its runs had fewer epochs than the study has now"
 
 
 def test_why_the_winner_is_not_looked_at_more_closely_is_said(written):
