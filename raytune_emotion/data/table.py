@@ -9,7 +9,6 @@ a column `split`, a hash of the path decides the split. Rows are checked in the 
 """
 
 import csv
-import errno
 import hashlib
 import io
 import math
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from raytune_emotion.data.faces import Faces, Fault, Flaw, Kind, Row, Scan, parse_number, parse_probabilities, shown
 from raytune_emotion.data.parallel import Map
 from raytune_emotion.errors import UserError
-from raytune_emotion.storage.locations import File, Location
+from raytune_emotion.storage.locations import OF_THE_FILE, File, Location
 from raytune_emotion.terminal import count
 
 _ENDINGS = (".csv", ".parquet")
@@ -37,8 +36,6 @@ _SPLIT = "split"
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 #: Pattern of the names that pandas gives to the columns of an index without a name.
 _INDEX = r"__index_level_\d+__"
-#: Errors of listing an image's folder after which the image counts as missing. Other errors may be temporary.
-_NOT_LISTED = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP)
 #: Share of the rows that become validation rows if there is no column `split`.
 _VALIDATION = 0.1
 
@@ -238,7 +235,7 @@ def list_table(place: Location) -> FaceTable:
         try:
             files = folder.list_files("" if parent == "." else parent)
         except OSError as error:
-            if error.errno not in _NOT_LISTED:
+            if error.errno not in OF_THE_FILE:
                 raise
             continue
         there |= {file.name: file for file in files}

@@ -44,6 +44,11 @@ from raytune_emotion.terminal import byte_size, escape, short_path, warn
 
 #: Age at which files of abandoned attempts are deleted from the cache, seconds.
 ABANDONED_S = 7 * 24 * 3600.0
+#: Errors of the system that are about a file alone. After any other, the storage has failed, and may work again.
+OF_THE_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EINVAL,
+)  # fmt: skip
 #: Name of the file at a URI that marks a running `build`: the files beside it belong to the block.
 _BEGUN = ".begun"
 
@@ -138,7 +143,7 @@ class Location(ABC):
 
     @abstractmethod
     def read_all(self, names: Iterable[str]) -> Iterator[bytes | OSError]:
-        """Read small files in their order; yield the error of a file that cannot be read."""
+        """Read small files in their order; yield those errors that are OF_THE_FILE, and raise others."""
 
     @abstractmethod
     def write(self, name: str) -> contextlib.AbstractContextManager[Path]:
@@ -349,6 +354,8 @@ class Folder(Location):
                 with io.FileIO(f"{self.path}/{name}") as file:  # in half the time of Path.read_bytes
                     yield file.readall()
             except OSError as error:
+                if error.errno not in OF_THE_FILE:
+                    raise
                 yield error
 
     @contextlib.contextmanager

@@ -65,13 +65,15 @@ class Block:
 class PackedBlock:
     digests: Sequence[Digest]
     entries: Mapping[int, Sequence[ShardEntry]]  # by image size
+    was_read: bool = True  # False: a file could not be read; its permission may change, but not its time
 
 
 class _Record(BaseModel):
-    """Record of a block without faulty pictures."""
+    """Record of a block whose files could all be read."""
 
     key: str
-    digests: str  # in hexadecimal digits
+    digests: str  # of the good rows, in hexadecimal digits
+    faults: dict[int, str] = {}  # by the number of the row in the block
     entries: dict[int, list[ShardEntry]]
 
 
@@ -101,9 +103,11 @@ def pack_block(block: Block) -> PackedBlock:
     if (before := _read_record(block, first.read(block.record), key)) is not None:
         return before
     packed = _pack(block)
-    good = [digest for digest in packed.digests if isinstance(digest, bytes)]
-    if len(good) == len(packed.digests):
-        record = _Record(key=key, digests=b"".join(good).hex(), entries={k: [*v] for k, v in packed.entries.items()})
+    if packed.was_read:
+        good = b"".join(digest for digest in packed.digests if isinstance(digest, bytes))
+        faults = {row: fault for row, fault in enumerate(packed.digests) if isinstance(fault, str)}
+        entries = {size: [*own] for size, own in packed.entries.items()}
+        record = _Record(key=key, digests=good.hex(), faults=faults, entries=entries)
         with first.write(block.record) as path:
             path.write_text(record.model_dump_json(), encoding="utf-8")
     return packed
@@ -111,12 +115,14 @@ def pack_block(block: Block) -> PackedBlock:
 
 def _pack(block: Block) -> PackedBlock:
     digests: list[Digest] = []
+    was_read = True
     shards = {size: _OpenShard(size, block) for size in block.dests}
     with ignore_decoder_warnings():
         for start in range(0, len(block.rows), _ROWS_READ):
             rows = block.rows[start : start + _ROWS_READ]
             contents = block.source.read_all([row.image.name for row in rows])
             for row, content in zip(rows, contents, strict=True):
+                was_read = was_read and not isinstance(content, OSError)
                 try:
                     squares = decode_at_sizes(content, tuple(block.dests))
                 except UndecodableImage as error:
@@ -127,7 +133,7 @@ def _pack(block: Block) -> PackedBlock:
                         shard.add(row, square)
                 for shard in shards.values():
                     shard.end_row(len(digests))
-    return PackedBlock(digests, {size: shard.entries for size, shard in shards.items()})
+    return PackedBlock(digests, {size: shard.entries for size, shard in shards.items()}, was_read)
 
 
 @dataclass
@@ -175,5 +181,7 @@ def _read_record(block: Block, raw: bytes | None, key: str) -> PackedBlock | Non
             )
         ):
             whole, step = bytes.fromhex(found.digests), DIGEST_BYTES * len(block.dests)
-            return PackedBlock([whole[start : start + step] for start in range(0, len(whole), step)], found.entries)
+            good = iter([whole[start : start + step] for start in range(0, len(whole), step)])
+            digests = [found.faults.get(row) or next(good, b"") for row in range(len(block.rows))]
+            return PackedBlock(digests, found.entries)
     return None

@@ -97,13 +97,14 @@ def pack_sizes(
     next(iter(dests.values())).check(write=True)  # the others are beside it
     if there := [dest for dest in dests.values() if not dest.can_be_built()]:
         raise UserError(f"{dest}: {EXISTS}" for dest in there)
-    with contextlib.ExitStack() as stack:
-        pmap = pmap or stack.enter_context(process_map(workers))
+    # The processes end before the locks are released: they write what the locks protect.
+    with contextlib.ExitStack() as locks, contextlib.ExitStack() as processes:
+        pmap = pmap or processes.enter_context(process_map(workers))
         with progress() as bars:
             # This comes before `build`: an error in the source or an option must not delete shards of earlier attempts.
             scan = read_rows(faces, names, _check_on_each_node([faces.location], pmap), bars, skip_bad=skip_bad)
         # All processes take the locks in the same order; otherwise two might wait for each other.
-        built = {size: stack.enter_context(dests[size].build()) for size in sorted(dests)}
+        built = {size: locks.enter_context(dests[size].build()) for size in sorted(dests)}
         run = _check_on_each_node([faces.location, *built.values()], pmap)
         try:
             records = _pack(faces, scan, built, names, skip_bad=skip_bad, pmap=run)

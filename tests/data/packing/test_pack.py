@@ -1,6 +1,7 @@
 import csv
 import errno
 import functools
+import io
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ from raytune_emotion.data.packing.pack import pack, pack_sizes, tell_rejected
 from raytune_emotion.data.store import is_store, open_store, read_manifest
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import Breakdown, UserError
-from raytune_emotion.storage import remote
+from raytune_emotion.storage import locations, remote
 from raytune_emotion.storage.atomic import write_text
 from raytune_emotion.storage.locations import Folder, Remote, check_disk_space
 from tests.support.faces import UNIFORM, picture, write_row
@@ -123,7 +124,7 @@ def spoil(folder):
     annotate(28, UNIFORM.replace("0.076923", "-0.076923", 1).encode())
     annotate(29, UNIFORM.replace("0.076923", "0.9", 1).encode())
     (train / "annotations/32_prob_rank.txt").unlink()
-    (train / "annotations/32_prob_rank.txt").symlink_to("/proc/self/mem")  # which not even root can read
+    (train / "annotations/32_prob_rank.txt").symlink_to("/proc/self/clear_refs")  # which not even root can read
     whole = (train / "images/30.png").read_bytes()
     (train / "images/30.png").write_bytes(whole[: len(whole) // 2])
     annotate(31, b"")  # two faults in one row
@@ -319,6 +320,47 @@ def test_packing_goes_on_after_a_disk_was_full(folder, tmp_path, small_shards, m
     room = 1000
     pack(folder, tmp_path / "store", image_size=16, workers=1)
     assert len(written) == len(list((tmp_path / "store").glob("*.arrow"))) == 6
+
+
+def test_a_bad_picture_is_not_decoded_again_but_a_file_that_cannot_be_read_is_tried_again(
+    folder, tmp_path, small_shards, monkeypatch
+):
+    (folder / "train_set/images/1.png").write_bytes(b"")
+    (folder / "train_set/images/3.png").unlink()
+    (folder / "train_set/images/3.png").symlink_to("/proc/self/clear_refs")
+    begun, most = [], 3
+
+    def pack_rows(block, *, real=blocks._pack):
+        if len(begun) == most:
+            interrupt()
+        begun.append((block.split, block.start))
+        return real(block)
+
+    monkeypatch.setattr(blocks, "_pack", pack_rows)
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=1)
+    assert begun == [("train", 0), ("train", 2), ("train", 4)]
+    begun, most = [], 1000
+    packed = pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=1)
+    assert {("train", 0), ("train", 2), ("train", 4)} & set(begun) == {("train", 2)}
+    fresh = pack(folder, tmp_path / "fresh", image_size=16, skip_bad=True, workers=1)
+    assert (packed.fingerprint, packed.rejected) == (fresh.fingerprint, 2)
+
+
+@pytest.mark.parametrize("which", ["images/3.png", "annotations/3_prob_rank.txt"])
+def test_a_storage_that_fails_for_a_moment_makes_no_row_bad(folder, tmp_path, small_shards, monkeypatch, which):
+    class Failing(io.FileIO):
+        def readall(self):
+            if str(self.name).endswith(which) and fails:
+                raise OSError(errno.EIO, "Input/output error", self.name)
+            return super().readall()
+
+    fails = True
+    monkeypatch.setattr(locations.io, "FileIO", Failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=1)
+    fails = False
+    assert pack(folder, tmp_path / "store", image_size=16, skip_bad=True, workers=1).rejected == 0
 
 
 def test_a_machine_without_the_folder_is_one_clear_sentence(folder, tmp_path):
