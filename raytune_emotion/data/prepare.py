@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 
+import numpy as np
+
 from raytune_emotion.config import DataConfig
 from raytune_emotion.data import shard_format
 from raytune_emotion.data.affectnet import check_layout
@@ -181,4 +183,21 @@ def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, .
     ]
     if faults:
         raise UserError(faults)
-    return {size: open_store(store, verify=True) for size, (store, _) in chosen.items()}
+    stores = {size: open_store(store, verify=True) for size, (store, _) in chosen.items()}
+    _refuse_other_faces(data, stores)
+    return stores
+
+
+def _refuse_other_faces(data: Data, stores: Mapping[int, Store]) -> None:
+    """Refuse stores of several sizes that have different faces or labels: their trials could not be compared."""
+    (one, first), *others = stores.items()
+    if different := [size for size, store in others if not _have_same_faces(first, store)]:
+        raise UserError(
+            f"{data.location}: the store of {one} px has other faces or labels than {' and '.join(map(str, different))}"
+            f" px, so their trials could not be compared; pack the faces again at all sizes, with one command"
+        )
+
+
+def _have_same_faces(one: Store, other: Store) -> bool:
+    pairs = ((one.train, other.train), (one.val, other.val))
+    return all(a.ids == b.ids and np.array_equal(a.prob_NK, b.prob_NK) for a, b in pairs)

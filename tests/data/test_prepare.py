@@ -15,7 +15,8 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Folder
-from tests.support.faces import picture
+from tests.data.conftest import SPIKED
+from tests.support.faces import picture, write_row
 from tests.support.s3 import SECRET
 
 
@@ -126,6 +127,18 @@ def test_stores_side_by_side_are_chosen_by_size(folder, tmp_path, cache):
     with pytest.raises(UserError, match=r"holds images of 16, 32 px, but data\.image_size is 24; set .* to 16 or 32"):
         prepare_sizes(data, (16, 24))
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("change", ["a label", "a row"])
+def test_stores_side_by_side_with_other_faces_or_labels_are_refused(folder, tmp_path, cache, change):
+    place = tmp_path / "stores"
+    pack_sizes(Folder(folder), {size: Folder(place / f"{size}px") for size in (16, 24)})
+    write_row(folder, "train", "0" if change == "a label" else "new", text=SPIKED)
+    pack_sizes(Folder(folder), {32: Folder(place / "32px")})
+    data = find_data(place)
+    assert prepare_sizes(data, (16, 24)).keys() == {16, 24}
+    with pytest.raises(UserError, match=r"the store of 16 px has other faces or labels than 32 px, so"):
+        prepare_sizes(data, (16, 24, 32))
 
 
 def test_a_folder_is_prepared_at_several_sizes_in_one_pass(folder, cache, monkeypatch):
