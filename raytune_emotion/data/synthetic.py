@@ -27,6 +27,7 @@ from raytune_emotion.storage.cache import cache_folder
 
 #: Size of the built-in sample: training faces, validation faces, and side of the images in px.
 TRAIN, VAL, IMAGE_SIZE = 2000, 500, 64
+_SAMPLE = f"sample-v1-{TRAIN}-{VAL}-{IMAGE_SIZE}px"
 
 Colour = tuple[int, int, int]
 Points = npt.NDArray[np.float64]
@@ -65,7 +66,7 @@ def write_sample(dest: Path, *, train: int, val: int, image_size: int = IMAGE_SI
 
 def sample_folder() -> Path:
     """Return the folder of the built-in sample, which is made once in the cache: 2,000 and 500 faces of 64 px."""
-    folder = cache_folder() / f"sample-v1-{TRAIN}-{VAL}-{IMAGE_SIZE}px"
+    folder = cache_folder() / _SAMPLE
     if not folder.exists():
         try:
             write_sample(folder, train=TRAIN, val=VAL)
@@ -73,6 +74,11 @@ def sample_folder() -> Path:
             if not folder.exists():  # else another process was faster, with the same faces
                 raise
     return folder
+
+
+def is_of_sample(store: Path) -> bool:
+    """Tell whether a packed store, named after the folder of its faces, has those of the built-in sample."""
+    return store.name.startswith(_SAMPLE)
 
 
 def _write_split(folder: Path, count: int, image_size: int, key: tuple[int, int]) -> None:

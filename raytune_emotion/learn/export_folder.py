@@ -29,7 +29,7 @@ from raytune_emotion.data.augment import normalise
 from raytune_emotion.data.decode import UndecodableImage
 from raytune_emotion.data.pictures import Picture, PredictedBatch
 from raytune_emotion.data.store import Store
-from raytune_emotion.data.synthetic import draw_face, draw_point
+from raytune_emotion.data.synthetic import draw_face, draw_point, is_of_sample
 from raytune_emotion.emotions import check_class_names
 from raytune_emotion.errors import UserError
 from raytune_emotion.known_errors import in_one_line, is_disk_full
@@ -121,6 +121,10 @@ def predict_batch(package: Package, batch: Sequence[Picture], *, mirror: bool) -
     )
 
 
+#: What holds for a model of drawn faces.
+NOT_FOR_PHOTOS = "predictions of this model for photos are meaningless"
+
+
 class FormatError(UserError):
     """A model cannot be written in a format, but perhaps in others. `reason` says why, without the folder."""
 
@@ -157,6 +161,7 @@ def write_package(
     metrics = best.report if metrics is None else metrics
     config, model = RunConfig.from_flat(best.settings), load_model(best)
     evidence = _examine(model, store)
+    notes = [*notes, *_notes_on(store)]
     described = _describe_model(model, config, best) | _describe_run(best, evidence.temperature)
     whole = PixelsToProbabilities(model, *mean_std(model)).eval()
     _write_model(
@@ -197,7 +202,7 @@ def write_ensemble_package(
         UserError: the folder cannot be written or contains other files than an export.
     """
     dest = dest.absolute()
-    bests = [best for _, best in members]
+    bests, notes = [best for _, best in members], [*notes, *_notes_on(store)]
     configs = [RunConfig.from_flat(best.settings) for best in bests]
     models = [load_model(best) for best in bests]
     wholes = [PixelsToProbabilities(model, *mean_std(model)).eval() for model in models]
@@ -228,6 +233,12 @@ def write_ensemble_package(
         formats=[TIMM, *formats],
         store=store,
     )
+
+
+def _notes_on(store: Store | None) -> list[str]:
+    """Return sentences for the model card on the data of a run."""
+    is_drawn = store is not None and is_of_sample(store.path)
+    return [f"The faces of the built-in sample are drawn: {NOT_FOR_PHOTOS}."] if is_drawn else []
 
 
 def _describe_run(best: Best, temperature: float = 1.0) -> dict[str, Any]:
