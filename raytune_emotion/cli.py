@@ -32,6 +32,10 @@ COMMANDS = {
 class CommandParser(argparse.ArgumentParser):
     """Parse a command line. Report each error in one sentence, with the nearest known name."""
 
+    def __init__(self, **options: Any) -> None:
+        """Make a parser that takes no shortened names: `confirm --seed 7` is not `--seeds 7`."""
+        super().__init__(allow_abbrev=False, **options)
+
     def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all words of a command line; end the process with exit code 2 if one is wrong."""
         args, unknown = self.parse_known_args(argv)

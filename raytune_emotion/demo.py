@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
         package = load_package(folder)
     with make_server(package, args.port) as server:
         say(f"open {server.address} in a browser on this machine; Ctrl-C ends it")
+        sys.stdout.flush()  # it may be a file or a pipe, and the server runs for long
         server.serve_forever()
 
 

@@ -8,6 +8,7 @@ import sys
 
 from raytune_emotion.cli import local_path, run_guarded
 from raytune_emotion.data.ferplus import SIDE, convert
+from raytune_emotion.interruption import handle_signals
 from raytune_emotion.terminal import say, shell_word, typed_command
 
 
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("votes", type=local_path, help="fer2013new.csv")
     parser.add_argument("dest", type=local_path, help="the new folder")
     args = parser.parse_args(argv)
-    return run_guarded(lambda: run(args))
+    with handle_signals():
+        return run_guarded(lambda: run(args))
 
 
 if __name__ == "__main__":

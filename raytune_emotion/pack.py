@@ -101,7 +101,10 @@ def _check_options(args: argparse.Namespace) -> None:
         UserError: all errors at once.
     """
     faults: list[str] = []
-    if args.dest is None and not args.check:
+    if args.check:
+        for_packing = {"DEST": args.dest, "--skip-bad": args.skip_bad, "--address": args.address}
+        faults += [f"--check: packs nothing; leave {name} out" for name, value in for_packing.items() if value]
+    elif args.dest is None:
         faults.append("DEST: name the store to write, or only inspect SRC with --check")
     for size in dict.fromkeys(args.image_size):
         faults += _faults_of("--image-size", {"data.image_size": size})

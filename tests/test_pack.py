@@ -121,12 +121,19 @@ def test_all_sizes_that_are_none_are_told_at_once(folder, tmp_path, capsys):
         ("a,b,a", "each class may be named only once, but these names occur again: a"),
     ],
 )
-@pytest.mark.parametrize("option", ["--image-size=15", "--check"])
-def test_classes_that_are_none_are_told_with_the_other_errors(folder, tmp_path, capsys, classes, said, option):
+@pytest.mark.parametrize(("option", "others"), [("--image-size=15", "--image-size"), ("--check", "--check")])
+def test_classes_that_are_none_are_told_with_the_other_errors(folder, tmp_path, capsys, classes, said, option, others):
     assert command_main("pack", [str(folder), str(tmp_path / "store"), "--classes", classes, option]) == 2
-    *others, error = capsys.readouterr().err.splitlines()
+    other, error = capsys.readouterr().err.splitlines()
     assert error.startswith(f"error: --classes: {said}")
-    assert len(others) == (option != "--check")
+    assert other.startswith(f"error: {others}: ")
+
+
+def test_a_check_refuses_the_options_of_packing(folder, tmp_path, capsys):
+    options = ["--check", "--skip-bad", "--address", "auto"]
+    assert command_main("pack", [str(folder), str(tmp_path / "store"), *options]) == 2
+    refused = [f"error: --check: packs nothing; leave {name} out" for name in ("DEST", "--skip-bad", "--address")]
+    assert capsys.readouterr().err.splitlines() == refused
 
 
 def test_a_store_can_be_verified(folder, tmp_path, capsys):
