@@ -26,7 +26,7 @@ from raytune_emotion.terminal import plain_console
 from raytune_emotion.tuning.policy.decisions import DEFAULT_SCHEDULERS, FORECAST, FREEZE_THAW, SAMPLERS, SCHEDULERS
 from raytune_emotion.tuning.policy.objective import DEFAULT_OBJECTIVE, OBJECTIVES
 from raytune_emotion.tuning.session.run_search import run_search
-from raytune_emotion.tuning.session.search_inputs import read_inputs
+from raytune_emotion.tuning.session.search_inputs import check_options, read_inputs
 from raytune_emotion.tuning.space.library import DEFAULT, find_space, packaged_spaces
 from raytune_emotion.tuning.study.database import check_url
 from raytune_emotion.tuning.study.endings import MAX_FAILURES
@@ -176,6 +176,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _dry_run(request: SearchRequest) -> None:
     errors = ["--resume: --dry-run shows what a new study would do; leave one of them out"] if request.resume else []
+    check_options(request, errors)
     new = read_inputs(request, errors)
     # Imported only now: it takes seconds.
     from raytune_emotion.tuning.report.dry_run import show_dry_run

@@ -27,6 +27,7 @@ from raytune_emotion.learn.run_folder import LAST
 from raytune_emotion.storage.locations import Folder, Location
 from raytune_emotion.storage.nearest import RESULTS
 from raytune_emotion.storage.yaml_text import invalid_yaml, load_yaml, read_text
+from raytune_emotion.terminal import warn
 from raytune_emotion.tuning.execution.gpu_presence import refuse_absent_gpu, refuse_broken_gpu
 from raytune_emotion.tuning.space.words import read_value
 from raytune_emotion.tuning.study.spec import SPEC, spec_of, subfolders_with
@@ -71,9 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=positive_integer,
-        default=1,
         metavar="N",
-        help="processes that train the model together (default: 1)",
+        help="processes that train the model together (default: 1, or those of the resumed run)",
     )
     add(
         "--gpus-per-worker",
@@ -154,6 +154,8 @@ def run(args: argparse.Namespace) -> None:
     request = _read_request(args, faults)
     settings, place, checked, progress = request.settings, request.place, request.config, request.progress
     _check_model(args, request, faults)
+    before = progress.history[-1]["workers"] if progress is not None else 1
+    count = args.workers or before
     if not args.resume:
         with collect_errors(faults):
             if place is None:
@@ -162,7 +164,7 @@ def run(args: argparse.Namespace) -> None:
                 place.check(write=True)
                 refuse_taken(place)
     with collect_errors(faults):
-        _check_machine(args)
+        _check_machine(args, count)
     if args.data is not None or (place is not None and checked is not None):
         with collect_errors(faults):
             data = _data(args, settings, place)
@@ -178,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         from raytune_emotion.tuning.execution.cluster_nodes import check_fit
         from raytune_emotion.tuning.execution.placement import Demand
 
-        check_fit(args.address, Demand(args.workers, args.gpus_per_worker, concurrency=1))
+        check_fit(args.address, Demand(count, args.gpus_per_worker, concurrency=1))
     from raytune_emotion.learn.loop import batch_faults, check_same_run
     from raytune_emotion.learn.model import build_model
     from raytune_emotion.tuning.session.single_run import Workers, train_single
@@ -198,10 +200,10 @@ def run(args: argparse.Namespace) -> None:
         with collect_errors(faults):
             check_same_run(config, store, place, progress)
         with collect_errors(faults):
-            faults += batch_faults(config, len(store.train), args.workers)
+            faults += batch_faults(config, len(store.train), count)
         if faults:
             raise UserError(faults)
-    workers = Workers(args.workers, args.gpus_per_worker, args.address)
+    workers = Workers(count, args.gpus_per_worker, args.address)
     train_single(place, config, store, workers, fresh=not is_taken(place))
 
 
@@ -254,14 +256,18 @@ def _check_model(args: argparse.Namespace, request: _Request, faults: list[str])
     with collect_errors(faults):
         if isinstance(named, str):
             check_architecture(named)
-        if request.config is not None and request.config.model.pretrained and not args.resume:
+        if request.config is None:
+            return
+        if args.weights_dir is not None and not request.config.model.pretrained:
+            warn(f"--weights-dir {args.weights_dir}: model.pretrained is false, so training begins with random weights")
+        if request.config.model.pretrained and not args.resume:
             # A resumed run has its weights in its folder.
             from raytune_emotion.learn.model import check_weights
 
             check_weights(request.config.model)
 
 
-def _check_machine(args: argparse.Namespace) -> None:
+def _check_machine(args: argparse.Namespace, workers: int) -> None:
     """Check that the cluster or the GPU to train on exists.
 
     Raises:
@@ -272,10 +278,10 @@ def _check_machine(args: argparse.Namespace) -> None:
         from raytune_emotion.tuning.execution.cluster import check_cluster
 
         check_cluster(args.address)
-    elif args.workers > 1 or args.gpus_per_worker:
+    elif workers > 1 or args.gpus_per_worker:
         from raytune_emotion.tuning.execution.placement import Demand, fit_here
 
-        fit_here(Demand(args.workers, args.gpus_per_worker, concurrency=1))
+        fit_here(Demand(workers, args.gpus_per_worker, concurrency=1))
 
 
 def _other_runs(results: Location) -> str:

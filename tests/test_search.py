@@ -1058,6 +1058,10 @@ def test_a_dry_run_shows_the_space_and_its_cost_and_runs_nothing(tmp_path, faces
     assert rate == "real number from 0.001 to 0.01, uniform in its logarithm"
     assert tree(tmp_path) == before
     assert exit_code(["search", "--dry-run", *asked[:-4], "--space", tmp_path / "none.yaml"]) == 2
+    capsys.readouterr()
+    refused = ["--gpus-per-worker", 1, "--mlflow", "http://name:word@host"]
+    assert exit_code(["search", "--dry-run", *asked, *refused]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2, "what a search refuses, a dry run refuses, too"
 
 
 @pytest.mark.parametrize(

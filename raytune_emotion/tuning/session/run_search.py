@@ -243,6 +243,8 @@ def _describe_start(study: "OpenStudy", new: NewStudy | None) -> list[str]:
     from raytune_emotion.tuning.study.optuna_study import trials_to_continue
 
     lines = []
+    if study.spec.weights_dir and parse_space(study.spec.space).values_of("model.pretrained") == (False,):
+        lines.append("--weights-dir: the space has model.pretrained: false, so trials begin with random weights")
     if new is not None and new.warm_start.gathered is not None and new.warm_start.description:
         lines.append(f"the search is guided by {new.warm_start.description}")
     if longer := sorted(trials_to_continue(study.optuna)):

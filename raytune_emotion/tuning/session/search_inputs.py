@@ -80,14 +80,7 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
             found = "a study of this name exists already; continue it with --resume, or choose another name"
             other = "this name is taken, but not by a study; choose another name"
             raise UserError(f"{place}: {found if place.read(SPEC) is not None else other}")
-    with collect_errors(errors):
-        _check_room(request)
-    with collect_errors(errors):
-        _check_mlflow(request)
-    with collect_errors(errors):
-        request.check_storage()
-    with collect_errors(errors):
-        request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
+    check_options(request, errors)
     new = read_inputs(request, errors)
     fp16 = "fp16" in new.space.values_of("train.precision")
     if fp16 and request.address is None:
@@ -97,6 +90,23 @@ def check_new(request: SearchRequest, place: Location) -> NewStudy:
 
         check_fit(request.address, _demand_of(request, fp16=fp16))
     return new
+
+
+def check_options(request: SearchRequest, errors: list[str]) -> None:
+    """Check the options of a new study that do not depend on its space, data or name.
+
+    Args:
+        request: the request.
+        errors: is extended by the errors.
+    """
+    with collect_errors(errors):
+        _check_room(request)
+    with collect_errors(errors):
+        _check_mlflow(request)
+    with collect_errors(errors):
+        request.check_storage()
+    with collect_errors(errors):
+        request.check_until_gain(request.objective or DEFAULT_OBJECTIVE)
 
 
 def read_inputs(request: SearchRequest, errors: list[str]) -> NewStudy:
