@@ -135,8 +135,10 @@ def draw_candidates(
     """Draw values of all parameters, including those of inactive branches: first at random, then near the best."""
     u_MP = rng.random((CANDIDATES, len(parameters)))
     if best:
+        # Each value has its place in the range that its own trial had: the range of a parameter may change.
         near_BP = [
-            [unit_of(d, t.params[name]) if name in t.params else np.nan for name, d in parameters.items()] for t in best
+            [_place(t.distributions[name], t.params[name]) if name in t.params else np.nan for name in parameters]
+            for t in best
         ]
         near_MP = np.array(near_BP)[np.arange(CANDIDATES) % len(best)]
         steps_P = [0.0 if isinstance(d, CategoricalDistribution) else _STEP for d in parameters.values()]

@@ -2,11 +2,13 @@ import itertools
 
 import numpy as np
 import pytest
+from optuna.distributions import IntDistribution
 from optuna.trial import FixedTrial, TrialState, create_trial
 
 from raytune_emotion.tuning.policy.candidates import (
     CANDIDATES,
     domain_of,
+    domain_of_parameters,
     draw_candidates,
     first_untried,
     is_exhausted,
@@ -41,6 +43,15 @@ def test_candidates_are_what_the_space_suggests_of_their_parameters(name):
     assert len(settings) == 2 * CANDIDATES
     for row, found in zip(rows(params)[::7], rows(settings.of)[::7], strict=True):
         assert found == pytest.approx(space.suggest(FixedTrial(row)), abs=1e-8, nan_ok=True)
+
+
+def test_the_second_half_lies_near_the_place_of_the_best_in_its_own_range():
+    """Taken for places in the range, numbers above one would all be its end."""
+    ranges = [IntDistribution(0, 100), IntDistribution(0, 200)]
+    best, other = (create_trial(params={"units": 40}, distributions={"units": d}, value=0.0) for d in ranges)
+    domain = domain_of_parameters({"units": ranges[1]}, [best, other])
+    units_M = draw_candidates(domain.parameters, [best], np.random.default_rng(0))["units"][CANDIDATES:]
+    assert np.median(units_M) == pytest.approx(0.4, abs=0.02)
 
 
 def test_the_second_half_lies_near_the_best():
