@@ -36,6 +36,16 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.Syn
 _UNBUILDABLE = (TypeError, ValueError, AssertionError, RuntimeError, IndexError, KeyError, ZeroDivisionError)
 
 
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device, in the format that trains fastest: on a CPU, channels-last is up to 1.7 times as fast.
+
+    PyTorch has this format for four dimensions alone. A few backbones have weights of five, and keep their format.
+    """
+    if any(parameter.dim() > 4 for parameter in model.parameters()):
+        return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def build_model(config: RunConfig, *, weights: bool = True, description: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the backbone with its head, on the CPU, in training mode. Its weights are a function of the configuration.
 

@@ -6,12 +6,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.layers import DropPath
+from torch import nn
 
 from raytune_emotion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from raytune_emotion.errors import UserError
 from raytune_emotion.learn import hub
 from raytune_emotion.learn.backbones import split_source
-from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std
+from raytune_emotion.learn.model import build_model, check_backbone, check_weights, mean_std, to_device
 from raytune_emotion.learn.origin import WeightsUnavailableError, successor
 from raytune_emotion.tuning.space.library import packaged_spaces
 from raytune_emotion.tuning.space.parser import load_space
@@ -229,3 +230,10 @@ def test_blocks_are_skipped_as_configured_also_where_timm_has_another_default(dr
 
 def test_a_model_without_blocks_to_skip_is_built():
     assert not any(isinstance(module, DropPath) for module in build_model(configured("vgg11", 64)).modules())
+
+
+def test_a_backbone_with_weights_of_five_dimensions_is_moved_in_its_own_format():
+    deep = to_device(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Conv2d(3, 4, 3)), torch.device("cpu"))
+    flat = to_device(nn.Conv2d(3, 4, 3), torch.device("cpu"))
+    assert [p.is_contiguous() for p in deep.parameters()] == [True] * 4
+    assert flat.weight.is_contiguous(memory_format=torch.channels_last)

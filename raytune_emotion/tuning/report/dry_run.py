@@ -15,7 +15,7 @@ from raytune_emotion.config import RunConfig
 from raytune_emotion.data.prepare import Data
 from raytune_emotion.learn import losses
 from raytune_emotion.learn.device import find_device
-from raytune_emotion.learn.model import build_model
+from raytune_emotion.learn.model import build_model, to_device
 from raytune_emotion.learn.optim import build_optimizer
 from raytune_emotion.terminal import count, plain_table
 from raytune_emotion.tuning.execution.placement import Demand, Placement, fit_here
@@ -149,7 +149,7 @@ def _cost(backbone: str, size: int, weights_dir: str | None, device: torch.devic
     # The configuration of a backbone of the hub may exist only in the folder of weights.
     settings = {"model.backbone": backbone, "data.image_size": size, "model.weights_dir": weights_dir}
     config = RunConfig.from_flat(settings)
-    model = build_model(config, weights=False).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = to_device(build_model(config, weights=False), device)
     optimizer = build_optimizer(model, config.optim)
     loss = losses.mixture(config.loss.weights)
     x_BCHW = torch.randn(_ROWS, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
