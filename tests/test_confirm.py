@@ -77,6 +77,17 @@ def test_configurations_stand_by_their_means_and_those_that_fail_come_later(stor
     assert fourth.cells == ["0009", "", "", "0", "0", "0.2300"]
 
 
+def test_a_run_whose_history_was_lost_does_not_count(store):
+    spec = spec_of(store, confirms={"0001": 0.20, "0002": 0.21})
+    kept = [a_run(f"000{i}", "0001", js) for i, js in enumerate((0.28, 0.30))]
+    lost = [
+        dataclasses.replace(a_run(f"001{i}", trial_id, 0.1), reports=()) for i, trial_id in enumerate(spec.confirms)
+    ]
+    first, second = rank_confirmed(spec, [*kept, *lost])
+    assert first.summary == "0.2900 ± 0.0100 bits (mean and standard error over 2 seeds)"
+    assert second.cells == ["0002", "", "", "0", "0", "0.2100"]
+
+
 def test_a_single_run_of_an_earlier_confirmation_does_not_beat_means_of_several(store):
     spec = spec_of(store, confirms={"0001": 0.20, "0002": 0.21, "0003": 0.22})
     lucky = a_run("0000", "0001", 0.2)

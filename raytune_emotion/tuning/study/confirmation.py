@@ -138,7 +138,8 @@ def rank_confirmed(spec: StudySpec, records: Sequence[TrialRecord]) -> list[Conf
         ConfirmedConfiguration(
             trial_id,
             searched_js,
-            tuple(best_first([r for r in records if r.confirms == trial_id and r.status == "complete"])),
+            # A run whose history was lost has no JS, so it does not count.
+            tuple(best_first([r for r in records if r.confirms == trial_id and r.status == "complete" and r.best])),
             sum(r.confirms == trial_id and r.status == "failed" for r in records),
         )
         for trial_id, searched_js in (spec.confirms or {}).items()
