@@ -70,15 +70,15 @@ def gpu_fault() -> str:
     return "CUDA finds no GPU"
 
 
-def code_fault() -> str:
-    """Return why this build of PyTorch has no code for the first GPU; "" if it has. This starts CUDA here."""
+def code_fault(gpu: int) -> str:
+    """Return why this build of PyTorch has no code for a GPU of this process; "" if it has. This starts CUDA here."""
     import torch
 
     # AMD's GPUs have other names of architectures.
-    if torch.version.cuda is None or has_code(torch.cuda.get_device_capability(0), torch.cuda.get_arch_list()):
+    if torch.version.cuda is None or has_code(torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()):
         return ""
-    major, minor = torch.cuda.get_device_capability(0)
-    return f"it has no code for {torch.cuda.get_device_name(0)}, whose compute capability is {major}.{minor}"
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return f"it has no code for {torch.cuda.get_device_name(gpu)}, whose compute capability is {major}.{minor}"
 
 
 def has_code(capability: tuple[int, int], architectures: Collection[str]) -> bool:

@@ -231,7 +231,7 @@ def _refuse_broken_gpu(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    if why := gpu_fault() or (code_fault() if torch.cuda.is_available() else "it finds none"):
+    if why := gpu_fault() or (code_fault(device.index or 0) if torch.cuda.is_available() else "it finds none"):
         raise Breakdown(
             f"{platform.node()}: PyTorch cannot use the GPU of a trial ({why}); repair it, hide it with "
             f"CUDA_VISIBLE_DEVICES, or leave this machine out"

@@ -34,6 +34,7 @@ def test_a_gpu_for_which_pytorch_has_no_code_is_a_fault(monkeypatch, capability,
     """Otherwise CUDA says so only at the first kernel, in each trial again."""
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [*CUDA_13])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "Tesla V100")
-    assert code_fault() == (fault and f"{fault}, whose compute capability is 7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (9, 0) if number == 0 else capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: ["H200", "Tesla V100"][number])
+    assert code_fault(0) == ""
+    assert code_fault(1) == (fault and f"{fault}, whose compute capability is 7.0")

@@ -128,7 +128,7 @@ def test_a_lack_of_main_memory_is_no_fault_of_others_on_the_gpu(monkeypatch, tmp
 def test_a_machine_whose_gpu_cannot_be_used_fails_no_trial(tmp_path, monkeypatch, usable, why):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     monkeypatch.setattr(job, "gpu_fault", lambda: "")
-    monkeypatch.setattr(job, "code_fault", lambda: "it has no code for Tesla V100")
+    monkeypatch.setattr(job, "code_fault", lambda gpu: "it has no code for Tesla V100")
     on_gpu = dataclasses.replace(JOB, folder=str(tmp_path / "0"), resources=Resources(1, 1.0, 1.0))
     with pytest.raises(Breakdown, match=rf"cannot use the GPU of a trial \({why}\); repair it, hide it with"):
         next(train_here(on_gpu))
