@@ -188,6 +188,12 @@ class RemoteCopy:
         return (self.location / "trials" / trial_id).address
 
 
+def _end_of(driver: Path) -> int:
+    """Return the size of a journal that ends with the pieces of a driver, bytes."""
+    pieces = (path for path in driver.iterdir() if _START.fullmatch(path.name))
+    return max((int(path.name) + path.stat().st_size for path in pieces), default=0)
+
+
 def join_pieces(folder: Path, journal: str) -> None:
     """Complete a journal with the pieces of the newest driver that has any, unless it is longer without them.
 
@@ -204,9 +210,10 @@ def join_pieces(folder: Path, journal: str) -> None:
     drivers = [path for path in (study / _PIECES).glob("*") if _NAME.fullmatch(path.name)]
     if not drivers or not whole.is_file():
         return
-    # Two drivers that began at once have the same number. Then the one that has claimed the study counts.
+    # Two drivers that began at once have the same number. Then the one that has claimed the study counts or, if a later
+    # one has claimed it since, the one that has recorded more.
     claimed = (study / DRIVER).read_text("utf-8", "replace") if (study / DRIVER).is_file() else ""
-    newest = max(drivers, key=lambda path: (path.name[:6], path.name == claimed))
+    newest = max(drivers, key=lambda path: (path.name[:6], path.name == claimed, _end_of(path)))
     before = content = whole.read_bytes()
     for piece in sorted(path for path in newest.iterdir() if _START.fullmatch(path.name)):
         if int(piece.name) > len(content):

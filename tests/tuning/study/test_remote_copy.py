@@ -61,6 +61,15 @@ def grow(copy, lines):
     return (copy.folder / FILE).read_bytes()
 
 
+def test_of_two_drivers_with_one_number_the_one_that_recorded_more_counts_once_both_have_ended(place, tmp_path):
+    pieces = {"000001-aaaaaaaaaaaa": "", "000001-bbbbbbbbbbbb": "1\n2\n", "000001-cccccccccccc": ""}
+    files = {f"journal/{name}/000000000002": piece for name, piece in pieces.items()}
+    for name, text in (files | {FILE: "0\n", DRIVER: "000002-dddddddddddd"}).items():
+        with place.write(name) as path:
+            path.write_text(text)
+    assert find(place, tmp_path / "reader") == b"0\n1\n2\n"
+
+
 def test_journal_is_whole_after_every_push_and_driver(driver, place, tmp_path):
     lines = random.Random(0)
     for number in range(3):
