@@ -1,19 +1,23 @@
 """The page to try a model: what it answers, to whom, and how it looks in a real browser."""
 
+import argparse
 import base64
 import http.client
 import io
 import json
+import sys
 import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from raytune_emotion import demo
 from raytune_emotion.cli import command_main
-from raytune_emotion.demo import make_server
+from raytune_emotion.demo import DemoServer, make_server
 from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.learn.export_folder import load_package, write_package
+from raytune_emotion.storage.locations import Folder
 from tests.support.browser import browser, needs_chromium
 from tests.support.exports import untrained_best
 
@@ -45,6 +49,21 @@ def answer_of(server, method, path, body=b"", **headers):
     connection.request(method, path, body, {"Host": f"localhost:{server.server_port}", **headers})
     answer = connection.getresponse()
     return answer.status, answer.read()
+
+
+def test_the_address_is_shown_at_once_also_in_a_pipe(package, tmp_path, monkeypatch):
+    raw = io.BytesIO()
+
+    class Served(DemoServer):
+        def serve_forever(self):
+            shown.append(raw.getvalue().decode())
+
+    shown = []
+    monkeypatch.setattr(demo, "make_server", lambda package, port: Served(package, port))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(raw)))
+    write_package(tmp_path / "best", untrained_best("test_resnet", 32))
+    demo.run(argparse.Namespace(export=Folder(tmp_path / "best"), port=0))
+    assert shown[0].startswith("open http://")
 
 
 def test_answer_is_what_predict_says(server, package, face):

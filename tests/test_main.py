@@ -89,6 +89,7 @@ def test_every_verb_explains_itself_in_the_words_that_it_was_started_by(verb, ca
                 "--trils: unknown option; did you mean --trials?",
             ],
         ),
+        (["confirm", "study", "--seed=7"], ["--seed: unknown option; did you mean --seeds?"]),
         (["search", "--sampler", "tpee"], ["--sampler: unknown value 'tpee'; did you mean tpe?"]),
         (["search", "--scheduler", "x"], ["--scheduler: unknown value 'x'; choose one of {SCHEDULERS}"]),
         (["search", "--trials", "0"], ["--trials: expected an integer from 1 to 1000000, got '0'"]),

@@ -1,6 +1,7 @@
 """The command train: one configuration, from the command line to its export."""
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from raytune_emotion.config import RunConfig
 from raytune_emotion.errors import UserError
+from raytune_emotion.learn import checkpoint
 from raytune_emotion.learn.loop import batch_faults
 from raytune_emotion.learn.run_folder import BEST, LAST, read_history
 from raytune_emotion.storage.atomic import LOCK, exclusive_lock
@@ -462,6 +464,27 @@ class TestBadRequests:
     def test_data_of_other_classes(self, refused):
         told = refused("--set", "data.classes=[calm, tense]")
         assert "(13 values for 2 classes)" in told[0]
+
+
+def test_a_run_is_continued_by_as_many_workers_as_before(trained, monkeypatch):
+    assert trained(*TINY, 1, "--name", "mine") == 0
+    workers = []
+
+    def read(folder, real=checkpoint.read_progress):
+        progress = real(folder)
+        return dataclasses.replace(progress, history=({**progress.history[-1], "workers": 2},))
+
+    monkeypatch.setattr(checkpoint, "read_progress", read)
+    monkeypatch.setattr(single_run, "train_single", lambda place, config, store, own, **_: workers.append(own.count))
+    assert trained("--resume", "--name", "mine", data=False) == 0
+    assert trained("--resume", "--name", "mine", "--workers", 1, data=False) == 0
+    assert workers == [2, 1]
+
+
+def test_weights_that_are_not_used_are_named(trained, tmp_path, capsys):
+    assert trained(*TINY, 1, "--weights-dir", tmp_path, "--set", "model.pretrained=false") == 0
+    told = f"--weights-dir {tmp_path}: model.pretrained is false, so training begins with random weights"
+    assert told in capsys.readouterr().err.splitlines()
 
 
 def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(trained, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,6 @@
 import csv
+import os
+import signal
 import subprocess
 import sys
 
@@ -187,6 +189,18 @@ def test_a_split_without_faces_is_refused(tmp_path):
     rows = [r for r in ROWS if r[0] != "PublicTest"]
     pixels, votes = write_pixels(tmp_path / "fer2013.csv", rows), write_votes(tmp_path / "fer2013new.csv", rows)
     assert refused(pixels, votes, tmp_path) == (f"{votes}: no face with votes for an emotion in PublicTest",)
+
+
+def test_an_interrupted_conversion_cleans_up(pixels, votes, tmp_path):
+    """It ends as every command does, so a half-made folder is deleted."""
+    votes.unlink()
+    os.mkfifo(votes)  # whoever opens it waits for a writer
+    command = [sys.executable, "-m", "raytune_emotion.ferplus", str(pixels), str(votes), str(tmp_path / "faces")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, votes.open("w"):
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted\n")
+    assert not list(tmp_path.glob(".faces*"))
 
 
 def test_it_runs_from_the_command_line(pixels, votes, tmp_path, capsys):

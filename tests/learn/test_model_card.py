@@ -125,6 +125,16 @@ def test_card_holds_no_markup_from_names(trained, tmp_path, monkeypatch):
     assert """predict 'a "b"' face.jpg""" in card
 
 
+def test_card_of_a_model_of_drawn_faces_says_so(trained, store, tmp_path):
+    for name, is_drawn in (("sample-v1-2000-500-64px-32px-0", True), ("faces-32px-0", False)):
+        packed = dataclasses.replace(store, path=tmp_path / name)
+        write_package(tmp_path / "best", trained, store=packed)
+        said = (
+            "drawn: predictions of this model for photos are meaningless" in (tmp_path / "best/README.md").read_text()
+        )
+        assert said == is_drawn
+
+
 def test_card_without_the_data_says_so(trained, tmp_path):
     write_package(tmp_path / "best", trained)
     card = (tmp_path / "best" / "README.md").read_text()

@@ -13,13 +13,14 @@ from raytune_emotion.tuning.policy.decisions import Gain
 from raytune_emotion.tuning.report import page
 from raytune_emotion.tuning.report.page import report_files, write_report
 from raytune_emotion.tuning.report.plots import draw_parallel, draw_settings
+from raytune_emotion.tuning.report.publication import publish_report
 from raytune_emotion.tuning.study.confirmation import CONFIRMED, CONFIRMED_TABLE, enqueue
 from raytune_emotion.tuning.study.open_study import load, make_study
 from raytune_emotion.tuning.study.records import TrialRecord
 from raytune_emotion.tuning.study.trials import PARAMS, trial_folder
 from tests.support.pages import Page
 from tests.support.reports import RECORDS, make_report
-from tests.support.studies import searcher_of, spec_of
+from tests.support.studies import searcher_of, spec_of, write_study
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,18 @@ def test_a_confirmed_winner_has_its_mean_and_standard_error(tmp_path, store, no_
 def test_why_the_winner_is_not_looked_at_more_closely_is_said(written):
     assert "Not shown: " in Page(written).text
     assert "no such checkpoint" in Page(written).text
+
+
+def test_files_of_an_earlier_winner_are_deleted_where_they_cannot_be_made_again(tmp_path, store, no_plots):
+    write_study(tmp_path / "study", store)
+    study = load(tmp_path / "study")
+    publish_report(study, study.records())
+    of_winner = {"confusion.csv", "classes.csv", "predictions.csv"}
+    assert of_winner <= set(report_files(study.folder))
+    for best in study.folder.glob("trials/*/best.safetensors"):
+        best.unlink()
+    publish_report(study, study.records())
+    assert not of_winner & set(report_files(study.folder))
 
 
 def test_what_is_pushed_are_the_page_the_pictures_and_the_tables(written):
