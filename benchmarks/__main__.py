@@ -16,6 +16,7 @@ import os
 import pkgutil
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -86,6 +87,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def _stop(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def measure(name: str, run: Callable[[], Table | Iterator[Table]], command: str) -> None:
     """Run a benchmark, print its table or its growing tables, and save them with its command."""
     found = run()
@@ -95,8 +100,10 @@ def measure(name: str, run: Callable[[], Table | Iterator[Table]], command: str)
 def _keep(name: str, tables: Iterable[Table], command: str) -> None:
     """Print and save each table of a benchmark. Each replaces the one before, which has fewer results.
 
-    If they are kept elsewhere, too, only the last one is printed, so that little output holds the results of all.
+    If they are kept elsewhere, too, only the last one is printed, so that little output holds the results of all. It is
+    also printed after SIGTERM, as a benchmark gets it whose time is over.
     """
+    before = signal.signal(signal.SIGTERM, _stop)
     began, title, brief = datetime.now(timezone.utc), f"{name}: {_title(name)}", OUT in os.environ
     newest: Table | None = None
     try:
@@ -106,6 +113,7 @@ def _keep(name: str, tables: Iterable[Table], command: str) -> None:
             if not brief:
                 _show(table_console(), title, newest)
     finally:
+        signal.signal(signal.SIGTERM, before)
         if brief and newest is not None:
             _show(table_console(), title, newest)
 

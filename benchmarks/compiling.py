@@ -33,10 +33,14 @@ def run(cache: Path | None = None) -> Iterator[Table]:
             if backbone in SETUP.backbones
         }
         rows: list[tuple[object, ...]] = []
+        failed = 0
         for key, process in processes.items():
             told = process.communicate()[0].strip()
             rows.append((*key, f"ended with code {process.returncode}" if process.returncode else told))
+            failed += process.returncode != 0
             yield Table(("model", "batch", "seconds"), [*rows])
+        if failed:
+            raise RuntimeError(f"{failed} of {len(rows)} models were not compiled")
 
 
 def main() -> int:

@@ -68,14 +68,22 @@ def run() -> Iterator[Table]:
 
 
 def check_all(checks: Mapping[str, Callable[[], list[Row]]]) -> Iterator[Table]:
-    """Make checks by name, and yield a table after each."""
+    """Make checks by name, and yield a table after each.
+
+    Raises:
+        RuntimeError: at the end, some have failed.
+    """
     rows: list[Row] = []
+    failed: list[str] = []
     for name, check in checks.items():
         try:
             rows += check()
         except Exception as error:
+            failed.append(name)
             rows.append((name, "", "", f"{type(error).__name__}: {error}", "failed"))
         yield Table(("check", "model", "precision", "result", "of what"), [*rows])
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
 
 
 def _checks(store: Store, scratch: Path) -> dict[str, Callable[[], list[Row]]]:
@@ -109,6 +117,8 @@ def _images(store: Store) -> list[Row]:
     here, _ = cache_on_device(store, DEVICE)
     pairs = zip(batches(here, some, DEVICE), batches(store.train, some, DEVICE), strict=True)
     differing = sum(int((a.x_BHWC != b.x_BHWC).sum()) + int((a.prob_BK != b.prob_BK).sum()) for a, b in pairs)
+    if differing:
+        raise RuntimeError(f"{differing} pixels differ")
     return [("images on the device and from files", "", "", differing, "pixels that differ")]
 
 

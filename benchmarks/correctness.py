@@ -43,6 +43,7 @@ def run() -> Iterator[Table]:
     columns = ("model", "precision", "pixels", "logits", "losses", "gradient")
     notes = [f"{SETUP.size} px, {ROWS} rows."]
     rows: list[tuple[object, ...]] = []
+    failed: list[str] = []
     count = len(SETUP.backbones)
     threads = max(1, (os.cpu_count() or 1) // count)
     with (
@@ -53,14 +54,26 @@ def run() -> Iterator[Table]:
         store = open_store(place)
         references = {processes.submit(reference, backbone, place): backbone for backbone in SETUP.backbones}
         for ended in as_completed(references):
-            backbone, (of_step, of_validation) = references[ended], ended.result()
-            for precision in PRECISIONS[DEVICE.type]:
-                step = _step(_settings(backbone), store, DEVICE, precision)
-                rows.append((backbone, precision, *map(_error, step, of_step)))
-                yield Table(columns, [*rows], notes)
-            for name, logits_BK in _validation(_settings(backbone), store):
-                rows.append((backbone, f"validation, {name}", "", _error(logits_BK, of_validation), "", ""))
-            yield Table(columns, [*rows], notes)
+            try:
+                for row in _compare(references[ended], store, *ended.result()):
+                    rows.append(row)
+                    yield Table(columns, [*rows], notes)
+            except Exception as error:  # the other models are compared
+                failed.append(references[ended])
+                yield Table(columns, [*rows], notes := [*notes, f"{failed[-1]}: {type(error).__name__}: {error}"])
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)}: cannot be compared")
+
+
+def _compare(
+    backbone: str, store: Store, of_step: list[Doubles], of_validation: Doubles
+) -> Iterator[tuple[object, ...]]:
+    """Yield a row for a step in each precision, and for validation."""
+    for precision in PRECISIONS[DEVICE.type]:
+        step = _step(_settings(backbone), store, DEVICE, precision)
+        yield backbone, precision, *map(_error, step, of_step)
+    for name, logits_BK in _validation(_settings(backbone), store):
+        yield backbone, f"validation, {name}", "", _error(logits_BK, of_validation), "", ""
 
 
 def _settings(backbone: str) -> RunConfig:

@@ -37,6 +37,8 @@ _COLUMNS = ("what", "value")
 #: Of the whole time, that of the search by default; and of the time of a final run, that of its training. The rest
 #: predicts.
 _SEARCH, _TRAINING = 0.5, 0.8
+#: Of the whole time, what a search may take beyond its own before it is asked to end.
+_BEYOND = 0.3
 #: What is reported of the final runs, by metric.
 _METRICS = {"js": "JS, bits", "kl": "KL, nats", "accuracy": "accuracy"}
 #: On which faces.
@@ -97,7 +99,7 @@ def _search(plan: Plan, faces: Faces, work: Path) -> list[Row]:
     watcher = threading.Thread(target=_watch, args=(work, used, ended))
     watcher.start()
     try:
-        code, took = run_timed(command)
+        code, took = run_timed(command, plan.seconds * (plan.search + _BEYOND))
     finally:
         ended.set()
         watcher.join()

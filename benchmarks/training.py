@@ -52,7 +52,7 @@ from raytune_emotion.data.packing.pack import pack
 from raytune_emotion.data.store import Store, open_store
 from raytune_emotion.data.synthetic import write_sample
 from raytune_emotion.learn import loop, losses, malloc
-from raytune_emotion.learn.device import is_out_of_memory, reduce_fragmentation
+from raytune_emotion.learn.device import reduce_fragmentation
 from raytune_emotion.learn.evaluation import means_of_metrics, predict_rows
 from raytune_emotion.learn.loop import Run, make_plan, rows_to_evaluate, start, train_segment
 from raytune_emotion.learn.model import build_model
@@ -96,7 +96,7 @@ SETUPS = {
         3,
         0.4,
         ("bf16",),
-        ("vit_base_patch16_224", "resnet50", "efficientnet_b0", "resnet18"),
+        ("resnet50", "vit_base_patch16_224", "efficientnet_b0", "resnet18"),
     ),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,8 +128,7 @@ def run(seconds: float = math.inf) -> Iterator[Table]:
             found[measured.backbone, measured.precision, measured.batch] = _rows(measured)
             yield Table(COLUMNS, [row for rows in found.values() for row in rows], notes)
         if process.wait():
-            ending = (f"ended with code {process.returncode}", *[""] * 8)
-            yield Table(COLUMNS, [*(row for rows in found.values() for row in rows), ending], notes)
+            raise RuntimeError(f"the process that measures ended with code {process.returncode}")
 
 
 def _rows(measured: Measured) -> list[Row]:
@@ -272,7 +271,7 @@ def _in_turns(ways: Mapping[str, Callable[[], Iterator[float]]], until: float) -
             return
         try:
             found[name] = list(itertools.islice(way(), SETUP.turns))
-        except RuntimeError as error:
+        except (RuntimeError, ArithmeticError) as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             found[name] = [math.nan] * SETUP.turns
         _free()
@@ -286,12 +285,11 @@ def _free() -> None:
 
 
 def _rate_at(backbone: str, precision: str, batch: int, store: Store) -> float:
-    """Return the images per second of `fit` with a batch size; 0 if it needs too much memory."""
+    """Return the images per second of `fit` with a batch size; 0 if it fails, such as for lack of memory."""
     try:
         return statistics.median(itertools.islice(_rates_of_fit(config(backbone, precision, batch), store), 2))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+    except (RuntimeError, ArithmeticError) as error:
+        print(f"{backbone}, batch {batch}: {error}", file=sys.stderr, flush=True)
         return 0.0
     finally:
         _free()

@@ -87,7 +87,8 @@ def test_the_search_has_half_of_the_time_and_the_final_runs_share_what_is_left(m
     search = machine.commands[0]
     assert search[search.index("--time-budget") + 1] == "300s"
     # Of 270 s that are left, the first has a third, and the next half of the 240 s after it; a part is to predict in.
-    assert machine.limits == [None, 0.8 * 90, 0.8 * 120, 0.8 * 210]
+    # The search is asked to end only where it takes much more than its own time.
+    assert machine.limits == [0.8 * 600, 0.8 * 90, 0.8 * 120, 0.8 * 210]
 
 
 def test_the_search_may_have_another_share_of_the_time(machine, tmp_path):
@@ -156,9 +157,16 @@ def test_a_seed_without_an_evaluation_is_said(machine, tmp_path):
 
 def test_a_search_that_takes_all_the_time_leaves_none(machine, tmp_path):
     machine.takes["search"] = 700.0
-    *_, table = ferplus.study(plan(seeds=1), tmp_path)
+    *_, table = ferplus.study(plan(seeds=1, search=0.8), tmp_path)
     assert table.notes[1:] == ["seed1 has nothing to show: no time was left."]
     assert len(machine.commands) == 1
+
+
+def test_a_search_that_takes_much_longer_than_its_time_is_asked_to_end(machine, tmp_path):
+    machine.takes["search"] = 700.0
+    *_, table = ferplus.study(plan(seeds=1), tmp_path)
+    assert machine.limits == [480.0, 0.8 * 120]
+    assert "JS, bits on PublicTest, 1 fresh seeds" in dict(table.rows)
 
 
 def test_a_space_without_both_starts_is_summed_up_too(machine, tmp_path):
