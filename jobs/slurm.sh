@@ -9,8 +9,8 @@
 # --gpus-per-node, and choose --space quick.
 #
 # Five minutes before the time limit the search ends in order. The job then goes back to the queue, and continues the
-# study at its next start. So it does when its first node fails. If another node fails, the search goes on without it.
-# `scancel --batch --signal=TERM ID` ends the search in order for good.
+# study at its next start. So it does when one of its nodes fails. Do not give --no-kill: a job whose first node fails
+# would then idle until its limit. `scancel --batch --signal=TERM ID` ends the search in order for good.
 #
 # Change these lines, or give the same options to sbatch:
 #SBATCH --job-name=raytune-emotion
@@ -21,7 +21,6 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -73,7 +72,7 @@ others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others)); then
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first
   srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${names[0]}" \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --no-kill \
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 \
     ray start --address="$address" "${node[@]}" &
 fi
 # The search computes the resources of a trial from the nodes that are present when it begins. So wait for all of them.
