@@ -30,7 +30,8 @@ export PATH=$PWD/.venv/bin:$PATH
 # Of an array, SLURM_JOB_ID may be taken for the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-requeue= search= code=0
+requeue= search= code=0 step=()
+folder=/tmp/ray-$SLURM_JOB_ID # of Ray's files, on each node
 stop() {
   heard=yes
   if [[ $search ]]; then kill -TERM "$search" 2> /dev/null || true; else exit 130; fi
@@ -40,8 +41,12 @@ finish() {
   trap '' USR1 TERM INT
   # Only Ray's processes of this job.
   kill $(jobs -p) 2> /dev/null || true
+  # On the other nodes srun kills them. A second step begins when the first has freed its cores.
+  if ((${#step[@]})); then timeout --kill-after=5 30 "${step[@]}" rm -rf "$folder" &> /dev/null || true; fi
   # 143: the signal came before the search could handle it.
   if [[ $requeue && ($code == 130 || $code == 143) ]]; then scontrol requeue "$job"; fi
+  wait || true
+  rm -rf "$folder" || true
   exit "$code"
 }
 trap 'requeue=yes; stop' USR1
@@ -58,7 +63,7 @@ address=$ip:$port
 node=(--num-cpus="${SLURM_CPUS_PER_TASK:-1}" --dashboard-agent-listen-port=$((port + 1)) --disable-usage-stats --block)
 
 ray start --head --node-ip-address="$ip" --port="$port" --ray-client-server-port=$((port + 2)) \
-  --include-dashboard=false --temp-dir="/tmp/ray-$SLURM_JOB_ID" "${node[@]}" &
+  --include-dashboard=false --temp-dir="$folder" "${node[@]}" &
 head=$!
 until ray status --address "$address" &> /dev/null; do
   if ! kill -0 "$head" 2> /dev/null; then
@@ -71,9 +76,9 @@ done
 others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others)); then
   mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # this script runs on the first
-  srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${names[0]}" \
-    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 \
-    ray start --address="$address" "${node[@]}" &
+  step=(srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${names[0]}"
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0)
+  "${step[@]}" ray start --address="$address" "${node[@]}" &
 fi
 # The search computes the resources of a trial from the nodes that are present when it begins. So wait for all of them.
 python - "$address" "$SLURM_JOB_NUM_NODES" << 'END'

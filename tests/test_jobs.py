@@ -144,13 +144,15 @@ class SlurmJob:
         last: str,
         ray_start: str = "sleep 99 & wait",
         ray_status: str = "exit 0",
+        ray_end: str = "",
+        number: str = "4711",
         array: str = "",
     ) -> None:
         self.folder = folder
         stand_in(programs, "scontrol", "[[ $1 != show ]] || printf 'node1\\nnode2\\nnode3\\n'")
         stand_in(programs, "srun", 'while [[ $1 == --* ]]; do shift; done\nexec "$@"')
         # `trap`: what it has started ends with it, as with Ray.
-        ends = "trap 'kill $(jobs -p); exit' TERM"
+        ends = f"trap 'kill $(jobs -p); {ray_end or ':'}; exit' TERM"
         stand_in(programs, "ray", f"[[ $1 == start ]] || {ray_status}\n{ends}\n{ray_start}")
         a_search = f'[[ $1 == -m ]] || {{ [[ $1 == - ]] && exit 0; exec {shlex.quote(sys.executable)} "$@"; }}\n{last}'
         stand_in(programs, "python", a_search)
@@ -159,7 +161,7 @@ class SlurmJob:
         surroundings = {
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
-            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_ID": number,
             "SLURM_JOB_NUM_NODES": "3",
             "SLURM_JOB_NODELIST": "node[1-3]",
             "SLURM_CPUS_PER_TASK": "8",
@@ -218,7 +220,7 @@ def test_slurm_job_starts_ray_on_all_nodes_and_runs_the_search(start_job, tmp_pa
     assert (first["head"], first["block"], first["num_cpus"]) == (True, True, 8)
     (other,) = map(parse_ray, others)  # once, by srun on two nodes
     assert (other["address"], other["head"], other["num_cpus"]) == (address, False, 8)
-    (step,) = calls_in(tmp_path, "srun")
+    step, *_ = calls_in(tmp_path, "srun")
     assert {"--nodes=2", "--ntasks=2", "--exclude=node1", "--cpus-per-task=8"} < {*step.split()}
 
     (called,) = calls_in(tmp_path, "python -m")
@@ -256,6 +258,22 @@ def test_slurm_job_that_a_user_stops_is_not_requeued(start_job, tmp_path):
     job.process.send_signal(signal.SIGTERM)
     assert job.end()[0] == 130
     assert calls_in(tmp_path, "scontrol requeue") == []
+
+
+def test_slurm_job_removes_the_folder_of_ray_on_its_nodes(start_job, tmp_path):
+    number = f"4711{os.getpid()}"
+    files = Path(f"/tmp/ray-{number}")
+    # Ray may write until it has ended.
+    job = start_job(last=long_search(tmp_path), number=number, ray_end=f"sleep 0.5; mkdir -p {files}")
+    job.await_search()
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end()[0] == 130
+    assert not files.exists()
+    # After the requeue Slurm starts no step.
+    *_, step, requeued = [call for call in calls_in(tmp_path, "s") if "show hostnames" not in call]
+    assert step.startswith("srun --nodes=2 --ntasks=2 ")
+    assert step.endswith(f" rm -rf {files}")
+    assert requeued == f"scontrol requeue {number}"
 
 
 def test_slurm_job_says_that_ray_does_not_start(start_job, tmp_path):

@@ -45,7 +45,7 @@ def processes_of(job: int) -> list[psutil.Process]:
     return [each for each in psutil.process_iter(["cmdline"]) if words in " ".join(each.info["cmdline"] or ())]
 
 
-def test_a_search_runs_on_the_nodes_of_a_job_and_leaves_no_process(job, folder, tmp_path):
+def test_a_search_runs_on_the_nodes_of_a_job_and_leaves_no_process_and_no_folder(job, folder, tmp_path):
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "srun").write_text(SRUN.format(port=free_ports(1)[0]))
@@ -79,3 +79,4 @@ def test_a_search_runs_on_the_nodes_of_a_job_and_leaves_no_process(job, folder, 
     while (left := processes_of(job)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left
+    assert not Path(f"/tmp/ray-{job}").exists()
