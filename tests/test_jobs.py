@@ -392,6 +392,8 @@ def test_launched_nodes_start_ray_with_a_token(launched):
     assert (first["head"], first["dashboard_host"]) == (True, "127.0.0.1")
     assert other["address"] == f"$RAY_HEAD_IP:{first['port']}"
     assert launched["docker"]["run_options"] == ["--env RAY_AUTH_MODE=token"]
+    # Ray adds --runtime=nvidia, which gives GPUs only to images that ask for them by NVIDIA_VISIBLE_DEVICES.
+    assert launched["docker"]["worker_run_options"] == ["--gpus all"]
     assert "~/.ray/auth_token" in launched["file_mounts"]
 
 
