@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -20,7 +21,9 @@ import pytest
 import ray
 import ray.scripts.scripts
 import tomllib
+from ray._private import ray_constants
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.job import job_supervisor
 from ray.dashboard.modules.metrics.dashboards import default_dashboard_panels
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 from ruamel.yaml import YAML
@@ -325,6 +328,17 @@ def test_operator_takes_the_ray_job(ray_job):
     workers = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
     assert workers["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
+
+
+def test_search_has_the_time_of_its_pod_to_end_in_order():
+    """By default Ray kills a job after three seconds, and `ray start --block` ends after half a minute."""
+    pod = read_yaml("kuberay.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    times = {each["name"]: int(each["value"]) for each in pod["containers"][0]["env"]}
+    assert all(60 <= seconds < pod["terminationGracePeriodSeconds"] for seconds in times.values())
+    readers = {"RAY_JOB_STOP_WAIT_TIME_S": job_supervisor, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": ray_constants}
+    assert times.keys() == readers.keys()
+    for name, reader in readers.items():
+        assert f'"{name}"' in inspect.getsource(reader)
 
 
 def test_operator_refuses_a_mistyped_name_and_a_wrong_value(ray_job):
