@@ -20,8 +20,8 @@ if [[ ! $results || ! $name ]]; then
   exit 2
 fi
 
-# If the results cannot be read now, end with exit code 1, so that the platform tries again. The search itself reports a
-# wrong option.
+# If the results cannot be read now, end with exit code 1: Kubernetes and SkyPilot try again, and the files for them say
+# how often. Slurm does not: submit the job again. The search itself reports a wrong option.
 resume=$(python -c '
 import sys
 from raytune_emotion.errors import Breakdown, UserError

@@ -126,7 +126,7 @@ def test_search_that_could_not_be_resumed_is_refused(programs, tmp_path, argv):
 
 
 def test_study_that_cannot_be_looked_for_is_no_new_one(programs, tmp_path):
-    """The search would refuse the name of a study that exists, and the platform would not try again."""
+    """The search would refuse the name of a study that exists."""
     done = search_or_resume(programs, "--results", str(tmp_path), "--name", "x" * 300)
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*File name too long.*\n", done.stderr)
@@ -427,11 +427,13 @@ def check_names(value: object, form: object, where: str = "") -> None:
 
 def test_skypilot_task_has_the_names_of_its_kind():
     task = read_yaml("skypilot.yaml")
-    resources = {"accelerators": str, "use_spot": bool, "disk_size": int}
+    recovery = {"strategy": str, "max_restarts_on_errors": int}
+    resources = {"accelerators": str, "use_spot": bool, "disk_size": int, "job_recovery": recovery}
     envs = {"NAME": str, "SPACE": str, "DATA": type(None), "RESULTS": type(None)}
     form = {"name": str, "resources": resources, "workdir": str, "envs": envs, "setup": str, "run": str}
     check_names(task, form)
     assert task.keys() == form.keys()
+    assert task["resources"]["job_recovery"]["max_restarts_on_errors"] > 0  # by default the first error ends the job
     for script in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
