@@ -16,7 +16,7 @@ class ClusterNode:
 
     name: str  # for people
     resources: dict[str, float]
-    draining: bool = False  # whether it ends soon, as after a spot instance's notice, and accepts no new work
+    draining: bool = False  # whether it ends soon, as after `ray drain-node`, and accepts no new work
 
 
 def fit_to_cluster(demand: Demand) -> Placement:

@@ -50,7 +50,7 @@ def find_cluster(address: str) -> tuple[str, int] | None:
 
 
 def draining_nodes() -> set[str]:
-    """Return the ids of the draining nodes, which accept no new work, as after a spot instance's notice."""
+    """Return the ids of the draining nodes, which accept no new work, as after `ray drain-node`."""
     return {*state.get_draining_nodes()}
 
 
