@@ -519,6 +519,33 @@ def test_the_command_that_has_raised_the_epochs_may_be_typed_again(folder):
     assert go_on(again, dataclasses.replace(again.spec, trials=9)).spec.trials == 9
 
 
+def test_a_trial_keeps_its_weights_until_the_one_that_continues_it_has_copied_them(folder):
+    run(Recorder(load(folder)), folder, VALUES)
+    study = load(folder)
+    recorder = Recorder(raise_epochs(study, dataclasses.replace(study.spec, epochs=5)))
+    # 0004 and 0005 end better than 0000, which 0006 continues.
+    assert run(recorder, folder, dict.fromkeys(("0004", "0005", "0006"), 0.1), epochs=5) == ["0004", "0005", "0006"]
+    records = {record.trial_id: record for record in load(folder).records()}
+    assert records["0006"].continues == "0000"
+    assert records["0006"].reports[:3] == records["0000"].reports
+    assert not (trial_folder(folder, "0000") / LAST).exists(), "nothing needs them any more"
+
+
+def test_a_trial_whose_driver_died_after_it_copied_a_finished_trial_goes_on(folder):
+    """Its history ends with the finished report of the trial that it continues."""
+    run(Recorder(load(folder)), folder, VALUES)
+    study = load(folder)
+    raise_epochs(study, dataclasses.replace(study.spec, epochs=5))
+    begun = Recorder(load(folder)).next()
+    assert load(folder).record("0004").reports[-1]["finished"]
+    recorder = Recorder(load(folder))
+    assert statuses(folder)["0004"] == "running"
+    assert recorder.next() == begun
+    reports = train(folder, "0004", 0.05, epochs=5)
+    assert [recorder.report("0004", report) for report in reports] == [True, False]
+    assert statuses(folder)["0004"] == "complete"
+
+
 def test_start_points_that_still_wait_take_no_place_from_trials_that_go_on(tmp_path, store):
     space = {**SPACE, "start": [{"optim.lr": lr} for lr in (1e-3, 2e-3, 3e-3)]}
     folder = tmp_path / "study"
