@@ -488,7 +488,7 @@ def test_weights_that_are_not_used_are_named(trained, tmp_path, capsys):
 
 
 def test_a_configuration_that_two_workers_cannot_train_is_the_users_fault(trained, tmp_path, capsys, monkeypatch):
-    """Their processes send it; real ones do in `test_remote_study.py`."""
+    """Their processes send it; real ones do in `machines/test_commands_at_uri.py`."""
     closed = []
 
     class RefusingWorkers:

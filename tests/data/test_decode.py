@@ -125,11 +125,12 @@ def test_damaged_exif_does_not_spoil_a_picture(tmp_path):
     np.testing.assert_array_equal(decode_image(file, 20), np.asarray(image))
 
 
-@pytest.mark.parametrize("format_", ["JPEG", "PNG", "BMP"])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_what_is_cut_short_is_refused(tmp_path, format_, progressive):
+@pytest.mark.parametrize(
+    ("format_", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("BMP", {})]
+)
+def test_what_is_cut_short_is_refused(tmp_path, format_, options):
     buffer = io.BytesIO()
-    picture(7, (300, 300)).save(buffer, format_, **({"progressive": progressive} if format_ == "JPEG" else {}))
+    picture(7, (300, 300)).save(buffer, format_, **options)
     file = tmp_path / "cut.jpg"
     file.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) * 2 // 3])
     for side in (300, 32):  # 32 px: the draft of a JPEG
