@@ -386,7 +386,7 @@ class TestBadRequests:
             address = address.format(port=taken.getsockname()[1])
             began = time.monotonic()
             (told,) = refused(address=address)
-            assert time.monotonic() - began < 15
+            assert time.monotonic() - began < 120, "it waits for a name server, and not for the cluster"
         assert told.startswith(f"--address {address}: no Ray cluster answers there (")
 
     def test_nothing_to_start_from_beside_studies(self, refused, space, tmp_path):
