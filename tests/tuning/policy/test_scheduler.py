@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from raytune_emotion.tuning.policy.scheduler import Halving, RunToEnd, replay
+from raytune_emotion.tuning.policy.scheduler import Halving, Hyperband, Median, replay, rungs_of
 from raytune_emotion.tuning.study.records import TrialRecord
 
 EPOCHS = 9
@@ -93,11 +93,6 @@ def test_trials_are_compared_at_the_same_epoch_however_often_they_report(evaluat
     assert decisions == [True] * (2 * evaluations - 1) + [False]
 
 
-def test_a_confirmation_stops_nothing():
-    assert RunToEnd().keeps("0000", report(1, 0.9, 1.0))
-    assert replay(RunToEnd(), [TrialRecord("0000", "running", {}, "", (report(1, 0.5, 1.0),))]) == set()
-
-
 def test_the_copied_reports_of_a_continued_trial_count_once():
     histories = {f"{number:04d}": [report(1, js, number)] for number, js in enumerate((0.2, 0.3, 0.4))}
     copied = {"0003": histories["0000"]}
@@ -105,3 +100,57 @@ def test_the_copied_reports_of_a_continued_trial_count_once():
         scheduler = Halving([1.0])
         replay(scheduler, records_of(each, lambda trial_id: "complete"))
         assert scheduler.keeps("0004", report(1, 0.24, 10))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rungs"), [(27, [3.0, 9.0]), (9, [1.0, 3.0]), (3, [1.0]), (100, [100 / 9, 100 / 3]), (1, []), (0.5, [])]
+)
+def test_rungs_begin_at_a_ninth_of_the_epochs_and_not_before_the_first(epochs, rungs):
+    assert rungs_of(epochs) == pytest.approx(rungs)
+
+
+def ends_of(scheduler, trial_ids):
+    """Run trials of 27 epochs, each worse than all before; return the epochs at which they end."""
+    return {
+        trial_id: next((n for n in range(1, 27) if not scheduler.keeps(trial_id, report(n, js, float(n)))), 27)
+        for js, trial_id in enumerate(trial_ids)
+    }
+
+
+def test_a_bracket_of_hyperband_begins_at_each_rung_and_one_stops_no_trial():
+    trial_ids = [f"{number:04d}" for number in range(600)]
+    ends = ends_of(Hyperband([3.0, 9.0]), trial_ids)
+    assert set(ends.values()) == {3, 9, 27}
+    # All brackets cost about the same: one that stops two thirds of its trials earlier gets more trials.
+    shares = [sum(end == rung for end in ends.values()) / len(ends) for rung in (3, 9, 27)]
+    assert shares == pytest.approx([3 / 5.5, 1.5 / 5.5, 1 / 5.5], abs=0.05)
+
+
+def test_the_id_of_a_trial_determines_its_bracket_of_hyperband():
+    """A study that is resumed, or has another order of reports, has the same brackets."""
+    trial_ids = [f"{number:04d}" for number in range(100)]
+    first = ["a", "b", "c", "d", "e", "f", "g", "h"]  # the first trial of a bracket passes its rungs
+    forwards, backwards = (ends_of(Hyperband([3.0, 9.0]), [*first, *order]) for order in (trial_ids, trial_ids[::-1]))
+    assert {*map(forwards.get, trial_ids)} == {3, 9, 27}
+    assert forwards == backwards
+
+
+def median_of(peers, *, first=2.0):
+    """Make the median rule with trials that have reached epoch 2 with a JS of 0.1, 0.2 and so on."""
+    scheduler = Median(first)
+    for number in range(peers):
+        assert scheduler.keeps(f"{number:04d}", report(2, (number + 1) / 10, 1.0))
+    return scheduler
+
+
+@pytest.mark.parametrize(("js", "keeps"), [(0.31, False), (0.3, True), (0.29, True)])
+def test_a_trial_worse_than_the_median_of_five_others_at_the_same_epoch_is_stopped(js, keeps):
+    assert median_of(5).keeps("0009", report(2, js, 2.0)) is keeps
+
+
+def test_the_median_rule_stops_no_trial_early_and_none_with_few_others():
+    assert median_of(4).keeps("0009", report(2, 0.9, 2.0)), "four others are too few"
+    assert median_of(5).keeps("0009", report(3, 0.9, 2.0)), "no other trial has reached this epoch"
+    assert median_of(5, first=2.5).keeps("0009", report(2, 0.9, 2.0)), "it is too early"
+    scheduler = median_of(4)
+    assert [scheduler.keeps("0009", report(2, js, 2.0)) for js in (0.9, 0.9)] == [True, True], "it is no other trial"
