@@ -272,7 +272,8 @@ def test_one_that_is_broken_off_within_a_finish_leaves_the_advice_to_it(study, t
 
 
 @pytest.mark.usefixtures("without_ray", "no_plots")
-def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, monkeypatch):
+def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, tmp_path, capsys, monkeypatch):
+    study = shutil.copytree(study, tmp_path / "study")
     folder = study / "confirmed"
 
     def run_one_epoch(console, run):
@@ -286,6 +287,7 @@ def test_a_confirmation_is_interrupted_gone_on_with_and_extended(study, capsys, 
         assert exit_code(["confirm", study, "--top", 2, "--seeds", 1, "--concurrency", 1]) == 130
     assert "the same command continues" in capsys.readouterr().out
     begun = {file.parent.name: file.read_bytes() for file in folder.glob("trials/*/history.jsonl")}
+    assert len(begun) == 1
     assert not (folder / "best").exists()
 
     assert exit_code(["confirm", study, "--top", 2, "--seeds", 2, "--concurrency", 1]) == 0
