@@ -181,6 +181,7 @@ def test_the_average_of_the_weights_contains_the_last_step(store, tmp_path):
     reports_of_run(settings, shortened(store, 64), tmp_path)
     last = state_of(tmp_path)
     averaged = {name.removeprefix("average."): value for name, value in last.items() if name.startswith("average.")}
+    assert averaged.keys() == {name.removeprefix("model.") for name in last if name.startswith("model.")} != set()
     for name, value in averaged.items():
         torch.testing.assert_close(value, last[f"model.{name}"], msg=name)
 

@@ -191,9 +191,13 @@ def test_a_study_that_went_on_and_has_another_winner_is_finished_again(store, tm
 @pytest.mark.usefixtures("formats")
 def test_a_study_whose_data_have_moved_is_finished_with_them_where_they_are_now(study):
     finish_study(Folder(study), None)
-    for told in study.rglob("data.txt"):  # where they were when the run was trained
-        told.write_text("/gone\n")
+    metrics = (study / FINISHED / "metrics.json").read_text()
+    told = [*study.rglob("data.txt")]  # where they were when the run was trained
+    assert len(told) == 3, "a trial of the search, a confirmed run and the final fit"
+    for file in told:
+        file.write_text("/gone\n")
     finish_study(Folder(study), None)
+    assert (study / FINISHED / "metrics.json").read_text() == metrics
 
 
 def test_models_of_all_image_sizes_are_compared(study, store, faces):
