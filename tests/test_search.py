@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -808,6 +809,27 @@ def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monke
     assert exit_code([*argv, "--epochs", 9]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"(\d{4}, )*\d{4}: continued to epoch 9, each as a new trial", told)
+
+
+def test_the_limits_that_are_asked_for_reach_the_run(tmp_path, store, space, monkeypatch):
+    runs = []
+    monkeypatch.setattr(cluster_module, "ray_session", joined_session)
+    monkeypatch.setattr("raytune_emotion.tuning.execution.cluster_nodes.fit_to_cluster", lambda demand: "2 at once")
+    monkeypatch.setattr(
+        "raytune_emotion.tuning.session.console_run.run_with_progress", lambda console, run, _: runs.append(run)
+    )
+    monkeypatch.setattr("raytune_emotion.tuning.report.conclusion.conclude", lambda *_, **__: None)
+    begin = ["search", "--data", store.path, "--space", space(), "--results", tmp_path, "--name", "s"]
+    resume = ["search", "--resume", "--results", tmp_path, "--name", "s"]
+    for argv in (
+        [*begin, "--time-budget=1h", "--until-gain=0.1/h", "--max-failures=7"],
+        resume,
+        [*resume, "--time-budget=90m", "--until-gain=0.2/h", "--max-failures=0"],
+    ):
+        assert exit_code(argv) == 0
+    limits = [(run.time_budget, run.until_gain, run.study.spec.max_failures) for run in runs]
+    assert limits == [(timedelta(hours=1), 0.1, 7), (None, None, 7), (timedelta(hours=1.5), 0.2, 0)]
+    assert read_spec(tmp_path / "s").max_failures == 0
 
 
 @pytest.mark.parametrize("how", [None, KeyboardInterrupt, ClusterLost("Ray has died")])
