@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,35 @@ def test_earlier_studies_are_named_or_none_or_left_to_the_command(tmp_path, aske
     with pytest.raises(UserError):  # no study is made
         raytune_emotion.search(results=tmp_path, warm_start=given)
     assert asked[0].warm_start == meant
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_each_argument_of_a_search_is_the_option_of_its_name(tmp_path, asked, resume):
+    space = tmp_path / "space.yaml"
+    space.write_text("loss: kl\n")
+    numbers = {name: 2 + i for i, name in enumerate(("trials", "epochs", "seed", "concurrency", "max_failures"))}
+    words = {
+        "objective": "val_js per hour", "sampler": "tpe", "scheduler": "hyperband", "name": "mine",
+        "storage": "postgresql://host/studies", "mlflow": "logs", "address": "10.0.0.1:6379",
+    }  # fmt: skip
+    plain = {**numbers, **words, "workers_per_trial": 9, "gpus_per_worker": 0.5, "resume": resume}
+    flags = {"skip_bad": not resume, "finish": resume}
+    typed = {"data": "faces", "space": space, "results": tmp_path, "time_budget": "90m", "until_gain": "0.25/h"}
+    folders = {"warm_start": ["first", Path("second")], "weights_dir": Path("weights")}
+    given = plain | flags | typed | folders
+    assert given.keys() == inspect.signature(studies.search).parameters.keys()
+    with pytest.raises(UserError):  # no study is made
+        raytune_emotion.search(**given)
+    assert vars(asked[0]) == plain | flags | {
+        "data": Folder(Path("faces")),
+        "space": None if resume else space,
+        "results": Folder(tmp_path),
+        "time_budget": timedelta(minutes=90),
+        "until_gain": 0.25,
+        "warm_start": [Folder(Path("first")), Folder(Path("second"))],
+        "weights_dir": Path("weights"),
+        "dry_run": False,
+    }
 
 
 def test_a_space_may_hold_numbers_of_numpy_and_paths(tmp_path):
