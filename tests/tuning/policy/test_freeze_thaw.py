@@ -13,9 +13,18 @@ from raytune_emotion.tuning.policy import forecast, freeze_thaw, outlook
 from raytune_emotion.tuning.policy.decisions import NO_LIMITS, Limits, TakeUp
 from raytune_emotion.tuning.policy.freeze_thaw import FreezeThaw, stretch_ends
 from raytune_emotion.tuning.policy.inputs import PolicyInputs
+from raytune_emotion.tuning.policy.objective import BY_SIZE, JS_ALONE, OBJECTIVES
 from raytune_emotion.tuning.policy.outlook import Outlook
 from raytune_emotion.tuning.policy.policies import make_sampler_of
-from raytune_emotion.tuning.policy.trial_attributes import PAUSED, RESUMED_IN, SECONDS, START, TAKEN_UP, is_paused
+from raytune_emotion.tuning.policy.trial_attributes import (
+    COST,
+    PAUSED,
+    RESUMED_IN,
+    SECONDS,
+    START,
+    TAKEN_UP,
+    is_paused,
+)
 from raytune_emotion.tuning.space.space import Space
 from raytune_emotion.tuning.study.optuna_study import Searcher
 
@@ -340,3 +349,19 @@ def test_a_trial_that_was_pruned_is_never_taken_up(workers, seed, monkeypatch):
     study.run(12 * REPORTS / workers, workers=workers)
     assert any(trial.state == TrialState.PRUNED for trial in study.optuna.trials)
     assert study.count(paused=True) <= 3 + workers
+
+
+def test_a_small_trial_with_a_bad_js_is_taken_up_for_a_front_of_js_and_size():
+    study = Study(trials=8)
+    study.run(1000 * REPORTS)
+    past = study.optuna.get_trials()
+    paused = [trial for trial in past if is_paused(trial)]
+    worst = max(paused, key=lambda trial: min(trial.intermediate_values.values()))
+    for trial in past:
+        trial.user_attrs[COST] = 1.0 if trial is worst else 10.0
+    limits = Limits(new=False, paused=8)
+    answers = [
+        FreezeThaw(PolicyInputs(SPACE, REPORTS, REPORTS, 0, objective), take_up_s=0.0).next(past, limits)
+        for objective in (JS_ALONE, OBJECTIVES[BY_SIZE])
+    ]
+    assert answers == [None, TakeUp(worst.number)]
