@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from raytune_emotion.learn.device import (
     find_device,
     halve_until_it_fits,
     is_out_of_memory,
+    limit_memory,
     reduce_fragmentation,
 )
 
@@ -51,6 +53,24 @@ def test_a_call_gets_fewer_rows_until_they_fit_or_are_too_few():
         halve_until_it_fits(call, 16, least=4)
     with pytest.raises(RuntimeError, match="something else"):
         halve_until_it_fits(lambda rows: (_ for _ in ()).throw(RuntimeError("something else")), 16)
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "limits"),
+    [
+        ("cuda:1", 0.5, [((8 * 1024 / 2 - 600) / (8 * 1024), 1)]),  # 600 MiB are of CUDA itself
+        ("cuda:1", 1.0, [(1.0, 1)]),
+        ("cuda:1", 2.0, [(1.0, 1)]),
+        ("cuda:1", 0.05, [(0.0, 1)]),
+        ("cpu", 0.5, []),
+    ],
+)
+def test_torch_gets_its_share_of_the_memory_of_a_gpu_without_that_of_cuda(monkeypatch, device, share, limits):
+    limited = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *about: limited.append(about))
+    limit_memory(torch.device(device), share)
+    assert limited == limits
 
 
 @pytest.mark.parametrize(
