@@ -67,6 +67,22 @@ def test_files_get_the_mode_that_the_umask_leaves(store, tmp_path):
     }
 
 
+def test_a_report_is_on_the_disk_before_it_is_yielded(store, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def note(fd):
+        file = os.fstat(fd)
+        synced.add((file.st_ino, file.st_size))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    for _ in fit(config(), store, device=CPU, folder=tmp_path):
+        for name in (HISTORY, LAST, BEST, PREDICTIONS):
+            file = (tmp_path / name).stat()
+            assert (file.st_ino, file.st_size) in synced, name
+    assert len(read_history(tmp_path)) == 2
+
+
 def test_the_best_weights_rebuild_the_model_and_its_metrics(run, store):
     best = read_best(run / BEST)
     rebuilt = RunConfig.from_flat(best.settings)

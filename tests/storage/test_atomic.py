@@ -47,6 +47,22 @@ def test_a_file_is_replaced_in_one_step(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    """Else a power failure could leave an empty file in place of the old one."""
+    path, synced, fsync = tmp_path / "table.csv", [], os.fsync
+
+    def note(fd):
+        assert path.read_text() == "old"
+        synced.append((os.fstat(fd).st_ino, os.pread(fd, 100, 0)))
+        fsync(fd)
+
+    write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", note)
+    write_text(path, "new")
+    assert synced == [(path.stat().st_ino, b"new")]
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_file_mode_follows_the_umask_whoever_wrote_it(tmp_path, umask, mode):
     tmp_path.chmod(0o1777)
