@@ -16,9 +16,14 @@ from raytune_emotion.learn.device import reduce_fragmentation
 from raytune_emotion.tuning.execution import job as job_module
 from raytune_emotion.tuning.execution import worker_group
 from raytune_emotion.tuning.execution.job import InvalidForRun, Job, OutOfMemory, WorkersDied, train_here
-from raytune_emotion.tuning.execution.ray_patches import count_waiting_groups, remove_group
+from raytune_emotion.tuning.execution.ray_patches import (
+    _groups_of_actors,
+    count_waiting_groups,
+    free_abandoned_groups,
+    remove_group,
+)
 from raytune_emotion.tuning.execution.resources import Resources
-from raytune_emotion.tuning.execution.worker_group import run_in_background
+from raytune_emotion.tuning.execution.worker_group import PLACEMENT_GROUP, release_workers, run_in_background
 from tests.support.cluster import held_resources
 from tests.support.reports import make_report, without_clocks
 
@@ -207,7 +212,9 @@ def test_an_error_of_a_worker_arrives_as_it_was(monkeypatch, error):
     assert vars(raised.value) == vars(error)
 
 
-def test_groups_of_workers_that_wait_for_room_are_counted_until_they_are_freed(cluster):
+def start_driver():
+    """Start an actor that reserves places on the cluster as the controller of Ray Train does."""
+
     # A class in a function is sent as it is: its process need not import this module.
     @ray.remote(num_cpus=0)
     class Driver:
@@ -215,13 +222,44 @@ def test_groups_of_workers_that_wait_for_room_are_counted_until_they_are_freed(c
             group = ray.util.placement_group([{"CPU": cores}])
             return group.id.hex()
 
-    driver = Driver.remote()
-    waits, placed = ray.get([driver.reserve.remote(64), driver.reserve.remote(1)])
+    return Driver.remote()
+
+
+def wait_until(holds):
     deadline = time.monotonic() + 60
-    while count_waiting_groups() != 1:
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_groups_of_workers_that_wait_for_room_are_counted_until_they_are_freed(cluster):
+    driver = start_driver()
+    waits, placed = ray.get([driver.reserve.remote(64), driver.reserve.remote(1)])
+    wait_until(lambda: count_waiting_groups() == 1)
     for group in (waits, placed):
         remove_group(group)
     assert count_waiting_groups() == 0
+    assert held_resources() == (0.0, [])
+
+
+def test_the_places_of_a_killed_driver_are_freed_and_those_of_a_live_one_are_not(cluster, tmp_path):
+    driver = start_driver()
+    noted, placed, waits = ray.get([driver.reserve.remote(cores) for cores in (1, 1, 64)])
+
+    def reserved():
+        return {group.placement_group_id.hex() for group in _groups_of_actors()}
+
+    free_abandoned_groups()
+    release_workers(tmp_path)  # no trial has noted a group here
+    assert reserved() == {noted, placed, waits}
+    (tmp_path / PLACEMENT_GROUP).write_text(noted)
+    release_workers(tmp_path)
+    assert reserved() == {placed, waits}
+    assert not (tmp_path / PLACEMENT_GROUP).exists()
+    release_workers(tmp_path)
+
+    ray.kill(driver)
+    wait_until(lambda: all(group.creator_actor_dead for group in _groups_of_actors()))
+    assert reserved() == {placed, waits}, "Ray keeps them until the whole job has ended"
+    free_abandoned_groups()
     assert held_resources() == (0.0, [])
