@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -70,7 +72,7 @@ def test_what_an_interrupted_benchmark_has_measured_is_kept(results, tmp_path):
     assert [folder.exists() for folder in worked_in] == [True, False]
 
 
-def test_a_command_whose_time_is_over_ends_in_order(tmp_path):
+def test_a_command_whose_time_is_over_ends_in_order(tmp_path, monkeypatch):
     code = (
         "import pathlib, signal, sys, time\n"
         "def end(*_):\n"
@@ -83,5 +85,19 @@ def test_a_command_whose_time_is_over_ends_in_order(tmp_path):
     ended = tmp_path / "ended"
     assert run_timed([sys.executable, "-c", code, str(ended), "0"])[0] == 0
     assert ended.read_text() == ""
-    assert run_timed([sys.executable, "-c", code, str(ended), "240"], seconds=20)[0] == 7
+    ended.unlink()
+
+    class Quick(subprocess.Popen):
+        """A process whose time is over as soon as it handles signals."""
+
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            assert timeout == 20
+            while not ended.exists() and self.poll() is None:
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Quick)
+    assert run_timed([sys.executable, "-c", code, str(ended), "60"], seconds=20)[0] == 7
     assert ended.read_text() == "ended"
