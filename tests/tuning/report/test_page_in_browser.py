@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from raytune_emotion.storage.yaml_text import load_yaml
 from raytune_emotion.tuning.report.page import write_report
 from raytune_emotion.tuning.space.parser import parse_space
 from raytune_emotion.tuning.space.space import draw
@@ -175,9 +176,9 @@ def test_settings_are_short_and_copied_with_all_digits(tab, page):
     assert f"optim.lr: {rate:.4g}\n" in tab.eval(text)
     tab.eval("document.getElementById('copy').click()")
     tab.wait("['copied', 'selected'].includes(document.getElementById('copy').textContent)")
-    copied = dict(line.split(": ") for line in tab.eval(text).splitlines())
+    copied = load_yaml(tab.eval(text))
     (record,) = (record for record in made(500) if record.trial_id == tab.eval("data.winner"))
-    assert copied == {name: str(value) for name, value in record.settings.items()}
+    assert copied == record.settings
 
 
 def test_a_row_marks_its_trial(tab, page):
