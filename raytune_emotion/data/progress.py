@@ -30,10 +30,10 @@ def progress(*, shown: bool = True) -> Progress:
 
 
 def count_results(pmap: Map, bars: Progress, what: str, total: int) -> Map:
-    """Return the same map, which counts its results on a bar. The results must be lists."""
-    bar = bars.add_task(what, total=total)
+    """Return the same map, which counts its results on a bar, if it is ever called. The results must be lists."""
 
     def counting(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        bar = bars.add_task(what, total=total)
         for part in pmap(function, tasks):
             bars.advance(bar, len(part))
             yield part

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 
 from raytune_emotion.data.packing.pack import pack
+from raytune_emotion.data.packing.validate import read_rows
 from raytune_emotion.data.prepare import find_data, prepare
+from raytune_emotion.data.progress import progress
 from raytune_emotion.data.sources import list_source
 from raytune_emotion.data.table import list_table
 from raytune_emotion.errors import UserError
@@ -35,6 +37,12 @@ def write(folder, lines, header="image,split,happy,sad,calm", name="faces.csv"):
 
 def rows(values="0.5,0.25,0.25"):
     return [f"faces/{n}.png,{split},{values}" for n, split in enumerate(SPLITS)]
+
+
+def test_no_bar_waits_for_annotations_that_are_read_already(folder):
+    faces, bars = list_table(write(folder, rows())), progress(shown=False)
+    read_rows(faces, faces.own_classes, map, bars, skip_bad=False)
+    assert bars.tasks == []
 
 
 def faults_of(place, **options):

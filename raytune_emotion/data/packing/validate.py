@@ -38,9 +38,7 @@ def read_rows(faces: Faces, classes: tuple[str, ...], pmap: Map, bars: Progress,
     Raises:
         UserError: a split has no row with a valid annotation.
     """
-    # A table was read when it was listed.
-    counted = count_results(pmap, bars, "reading annotations", faces.annotations) if faces.own_classes is None else pmap
-    scan = faces.scan(classes, counted)
+    scan = faces.scan(classes, count_results(pmap, bars, "reading annotations", faces.annotations))
     _refuse_empty(faces, {split: len(rows) for split, rows in scan.rows.items()}, scan.faults, classes, skip_bad)
     return scan
 
