@@ -181,7 +181,8 @@ def _read_record(block: Block, raw: bytes | None, key: str) -> PackedBlock | Non
             )
         ):
             whole, step = bytes.fromhex(found.digests), DIGEST_BYTES * len(block.dests)
-            good = iter([whole[start : start + step] for start in range(0, len(whole), step)])
-            digests = [found.faults.get(row) or next(good, b"") for row in range(len(block.rows))]
-            return PackedBlock(digests, found.entries)
+            good = [row for row in range(len(block.rows)) if row not in found.faults]
+            parts = (whole[start : start + step] for start in range(0, len(whole), step))
+            digests: dict[int, Digest] = {**found.faults, **dict(zip(good, parts, strict=True))}
+            return PackedBlock([digests[row] for row in range(len(block.rows))], found.entries)
     return None
