@@ -190,14 +190,15 @@ def _open_packed(data: Data, image_sizes: Collection[int], classes: tuple[str, .
 
 def _refuse_other_faces(data: Data, stores: Mapping[int, Store]) -> None:
     """Refuse stores of several sizes that have different faces or labels: their trials could not be compared."""
-    (one, first), *others = stores.items()
-    if different := [size for size, store in others if not _have_same_faces(first, store)]:
+    first = next(iter(stores.values()), None)
+    if first and (different := [size for size, store in stores.items() if not _have_same_faces(first, store)]):
+        others = " and ".join(map(str, different))
         raise UserError(
-            f"{data.location}: the store of {one} px has other faces or labels than {' and '.join(map(str, different))}"
-            f" px, so their trials could not be compared; pack the faces again at all sizes, with one command"
+            f"{data.location}: the store of {first.image_size} px has other faces or labels than {others} px, so their "
+            f"trials could not be compared; pack the faces again at all sizes, with one command"
         )
 
 
 def _have_same_faces(one: Store, other: Store) -> bool:
     pairs = ((one.train, other.train), (one.val, other.val))
-    return all(a.ids == b.ids and np.array_equal(a.prob_NK, b.prob_NK) for a, b in pairs)
+    return one is other or all(a.ids == b.ids and np.array_equal(a.prob_NK, b.prob_NK) for a, b in pairs)

@@ -15,7 +15,6 @@ from raytune_emotion.emotions import EMOTIONS
 from raytune_emotion.errors import UserError
 from raytune_emotion.storage import remote
 from raytune_emotion.storage.locations import Folder
-from tests.data.conftest import SPIKED
 from tests.support.faces import picture, write_row
 from tests.support.s3 import SECRET
 
@@ -133,7 +132,7 @@ def test_stores_side_by_side_are_chosen_by_size(folder, tmp_path, cache):
 def test_stores_side_by_side_with_other_faces_or_labels_are_refused(folder, tmp_path, cache, change):
     place = tmp_path / "stores"
     pack_sizes(Folder(folder), {size: Folder(place / f"{size}px") for size in (16, 24)})
-    write_row(folder, "train", "0" if change == "a label" else "new", text=SPIKED)
+    write_row(folder, "train", "0" if change == "a label" else "new", text=",".join("1" + "0" * 12))
     pack_sizes(Folder(folder), {32: Folder(place / "32px")})
     data = find_data(place)
     assert prepare_sizes(data, (16, 24)).keys() == {16, 24}
