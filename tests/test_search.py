@@ -809,6 +809,12 @@ def test_a_study_that_goes_on_says_what_is_left_to_run(tmp_path, finished, monke
     assert exit_code([*argv, "--epochs", 9]) == 0
     told = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(r"(\d{4}, )*\d{4}: continued to epoch 9, each as a new trial", told)
+    spec = read_spec(tmp_path / "study")
+    from_scratch = {**spec.space, "model.pretrained": False}
+    write_spec(tmp_path / "study", dataclasses.replace(spec, weights_dir=str(tmp_path), space=from_scratch))
+    assert exit_code(argv) == 0
+    told = "--weights-dir: the space has model.pretrained: false, so trials begin with random weights"
+    assert told in capsys.readouterr().out.splitlines()
 
 
 def test_the_limits_that_are_asked_for_reach_the_run(tmp_path, store, space, monkeypatch):

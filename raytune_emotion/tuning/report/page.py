@@ -53,6 +53,11 @@ from raytune_emotion.tuning.study.records import TrialRecord, best_first, fronti
 from raytune_emotion.tuning.study.spec import SPEC, StudySpec
 
 REPORT = "report.html"
+#: Files that a report leaves out if they would show nothing. Those of an earlier report show an earlier state.
+OPTIONAL = (
+    *(f"{name}.csv" for name in ("classes", "predictions", "combinations")), "faces.png",
+    *(f"{name}.{kind}" for name in ("calibration", "confusion", "entropy", "importance") for kind in ("csv", "png")),
+)  # fmt: skip
 FRONT = ("trial", "backbone", "parameters, millions", "trained, images/s", "JS, bits")
 _RESULTS = ("model", "loss", "trials", "trial", "MSE", "KL", "TVD", "JS", "s/epoch")
 _CLASSES = ("class", "mean target", "mean prediction", "mean absolute error", "calibration error",
@@ -113,13 +118,6 @@ def write_report(
     page = _render(folder, place, data, found, predictions, reason, combinations, gain, rivals)
     write_text(folder / REPORT, page)
     return rivals
-
-
-#: Files that a report leaves out if they would show nothing. Those of an earlier report show an earlier state.
-OPTIONAL = (
-    *(f"{name}.csv" for name in ("classes", "calibration", "confusion", "entropy", "predictions", "combinations")),
-    *(f"{name}.png" for name in ("calibration", "confusion", "entropy", "faces", "importance")), "importance.csv",
-)  # fmt: skip
 
 
 def report_files(folder: Path) -> list[str]:
