@@ -1,4 +1,4 @@
-"""What a study finds, and what finishing it brings, on faces that no choice has seen.
+"""What a study finds, and what finishing it brings, on faces that the study has not seen.
 
 `python -m benchmarks finishing DATA --seeds 0 1 2` splits the validation set of DATA once, by a hash of the ids: one
 half takes the place of the validation set, and the models of each study predict the other half, the test.
